@@ -1,0 +1,55 @@
+"""Which implementations exist, which are usable here, and which one to call."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from torch import Tensor
+
+from performers.attention import chunked, reference
+from performers.attention.problem import AttentionProblem
+from performers.attention.state import FavorState
+
+Backend = Callable[[AttentionProblem], tuple[Tensor, FavorState | None]]
+
+_BACKENDS: dict[str, Backend] = {"torch": chunked.attend, "reference": reference.attend}
+_forced: ContextVar[str | None] = ContextVar("performers_backend", default=None)
+
+
+def backends() -> tuple[str, ...]:
+    """The backends usable here, best first."""
+    return tuple(_BACKENDS)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend for every call inside the ``with`` block that does not name its own.
+
+    Args:
+        name: One of ``backends()``.
+
+    Raises:
+        ValueError: The backend is unknown or not usable here.
+
+    Example:
+        >>> with use_backend("reference"):
+        ...     pass
+    """
+    resolve_backend(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def resolve_backend(name: str | None) -> Backend:
+    """The function of a named backend; of the innermost ``use_backend``, or the best, for None.
+
+    Raises:
+        ValueError: The backend is unknown or not usable here.
+    """
+    name = name or _forced.get() or next(iter(_BACKENDS))
+    if name not in _BACKENDS:
+        raise ValueError(f"backend must be one of {backends()} here, got {name!r}")
+    return _BACKENDS[name]

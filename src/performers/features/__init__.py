@@ -1,0 +1,21 @@
+"""From vectors to random features whose inner products estimate a kernel."""
+
+from performers.features.base import FeatureMap
+from performers.features.form import FeatureForm
+from performers.features.generalized import FUNCTIONS, GeneralizedFeatures
+from performers.features.projections import PROJECTIONS, draw_projection
+from performers.features.redraw import FeatureRedrawer, redraw_features_
+from performers.features.softmax import ESTIMATORS, SoftmaxFeatures
+
+__all__ = [
+    "ESTIMATORS",
+    "FUNCTIONS",
+    "PROJECTIONS",
+    "FeatureForm",
+    "FeatureMap",
+    "FeatureRedrawer",
+    "GeneralizedFeatures",
+    "SoftmaxFeatures",
+    "draw_projection",
+    "redraw_features_",
+]

@@ -1,0 +1,208 @@
+"""The base of all feature maps, and redrawing."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from performers.features.form import FeatureForm
+from performers.features.projections import Projection, draw_projection
+
+
+def default_num_features(head_dim: int) -> int:
+    """The multiple of 32 nearest ``head_dim * ln(head_dim)``, at least 32."""
+    return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
+
+
+class FeatureMap(nn.Module):
+    """A map ``phi`` whose inner products estimate a kernel.
+
+    Subclasses say how many projection rows they need and how rows become features. The
+    projection is a persistent buffer ``weight`` of shape ``(1 or num_heads, rows, head_dim)``:
+    it is drawn at construction, saved in the ``state_dict`` and changed only by ``redraw_`` (or
+    by loading).
+
+    Attributes:
+        head_dim: Length of a query or key vector.
+        num_features: Length of ``phi(x)``.
+        num_heads: Heads with a projection of their own, or None when all heads share one.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        head_dim: int,
+        num_features: int,
+        *,
+        num_rows: int,
+        projection: Projection | None,
+        regularized: bool = False,
+        num_heads: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads is not None and num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1 or None, got {num_heads}")
+        self.head_dim = head_dim
+        self.num_features = num_features
+        self.num_heads = num_heads
+        self.projection = projection
+        self.regularized = regularized
+        self._num_rows = num_rows
+        if projection is None:
+            self.register_buffer("weight", None)
+        else:
+            weight = self._draw(generator)
+            self.register_buffer(
+                "weight", weight.to(torch.get_default_device(), torch.get_default_dtype())
+            )
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
+        assert self.projection is not None
+        return torch.stack(
+            [
+                draw_projection(
+                    self._num_rows,
+                    self.head_dim,
+                    projection=self.projection,
+                    regularized=self.regularized,
+                    generator=generator,
+                )
+                for _ in range(self.num_heads or 1)
+            ]
+        )
+
+    @torch.no_grad()
+    def redraw_(self, generator: torch.Generator | None = None) -> "FeatureMap":
+        """Draw a fresh projection in place; no effect on a map without one.
+
+        Args:
+            generator: Source of randomness; torch's default CPU generator when None. The same
+                generator state gives the same projection on every device.
+
+        Returns:
+            Self.
+        """
+        if self.weight is not None:
+            self.weight.copy_(self._draw(generator))
+        return self
+
+    def calibrate_(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> "FeatureMap":
+        """Fit a data-dependent estimator to sample queries and keys; a no-op for the others.
+
+        Args:
+            query: Shape ``(batch, heads, L, head_dim)``.
+            key: Shape ``(batch, heads, S, head_dim)``.
+            key_mask: Shape ``(batch, S)``, True where a key takes part.
+            scale: As in ``estimate_kernel``.
+
+        Returns:
+            Self.
+        """
+        del query, key, key_mask, scale
+        return self
+
+    def form(self) -> FeatureForm:
+        """The record that attention backends evaluate."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+        """The features ``phi(sqrt(scale) x)``, unstabilised, for inspection.
+
+        ``forward(q) @ forward(k).T`` is ``estimate_kernel(q, k)``. Large inputs overflow here;
+        attention does not go through this function.
+
+        Args:
+            x: Shape ``(..., L, head_dim)``, or ``(..., num_heads, L, head_dim)`` for a map with a
+                projection per head.
+            scale: ``1 / sqrt(head_dim)`` when None.
+
+        Returns:
+            Shape ``(..., L, num_features)``.
+        """
+        base, exponent = self._decompose(x, "x", scale)
+        features = base if exponent is None else exponent.exp()
+        assert features is not None
+        if base is not None and exponent is not None:
+            features = base * features
+        return features * math.sqrt(self.form().normalizer)
+
+    def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+        """Estimate the kernel between all queries and keys, not normalised.
+
+        For softmax features this is an estimate of ``exp(scale * q . k)``; for generalized ones
+        it is ``(1 / m) sum_i (f(w_i . q') + eps)(f(w_i . k') + eps)`` with ``x' = sqrt(scale) x``.
+
+        Args:
+            query: Shape ``(..., L, head_dim)``.
+            key: Shape ``(..., S, head_dim)``.
+            scale: ``1 / sqrt(head_dim)`` when None.
+
+        Returns:
+            Shape ``(..., L, S)``, in the input's dtype (computed in float32 at least).
+
+        Raises:
+            ValueError: The last dimension is not ``head_dim``, or ``scale`` is negative.
+        """
+        query_base, query_exponent = self._decompose(query, "query", scale)
+        key_base, key_exponent = self._decompose(key, "key", scale)
+        left, left_scale = _bounded(query_base, query_exponent)
+        right, right_scale = _bounded(key_base, key_exponent)
+        kernel = (left @ right.transpose(-1, -2)) * self.form().normalizer
+        if left_scale is not None and right_scale is not None:
+            kernel = kernel * (left_scale + right_scale.transpose(-1, -2)).exp()
+        return kernel.to(query.dtype)
+
+    def _decompose(
+        self, x: Tensor, name: str, scale: float | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if x.ndim < 2 or x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"{name} must have shape (..., length, {self.head_dim}), got {tuple(x.shape)}"
+            )
+        if self.num_heads is not None and (x.ndim < 3 or x.shape[-3] != self.num_heads):
+            raise ValueError(
+                f"{name} must have shape (..., {self.num_heads}, length, {self.head_dim}) for a "
+                f"feature map with num_heads={self.num_heads}, got {tuple(x.shape)}"
+            )
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        root = math.sqrt(resolve_scale(scale, self.head_dim))
+        return self.form().to(dtype).decompose(x.to(dtype) * root, is_query=False)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        heads = "" if self.num_heads is None else f", num_heads={self.num_heads}"
+        return (
+            f"head_dim={self.head_dim}, num_features={self.num_features}, "
+            f"projection={self.projection!r}{heads}"
+        )
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on ``q . k``: ``1 / sqrt(head_dim)`` when None.
+
+    Raises:
+        ValueError: ``scale`` is negative or not finite.
+    """
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if not (math.isfinite(scale) and scale >= 0):
+        raise ValueError(f"scale must be a finite number >= 0 or None, got {scale}")
+    return float(scale)
+
+
+def _bounded(base: Tensor | None, exponent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Split features into a part of magnitude about one and a log scale per row."""
+    if exponent is None:
+        assert base is not None
+        return base, None
+    log_scale = exponent.amax(-1, keepdim=True)
+    features = (exponent - log_scale).exp()
+    return (features if base is None else base * features), log_scale

@@ -1,0 +1,94 @@
+"""What a backend needs to know of a feature map: one small record, no module.
+
+Every random-feature kernel here is ``K(q, k) = sum_i phi_i(q) phi_i(k)`` with features written as
+``phi(x) = base(x) * exp(exponent(x))``. Keeping the exponent apart lets a backend subtract any
+scale it likes before it exponentiates, so that no feature ever overflows and the estimate is
+never biased by an additive constant.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Kind = Literal["exponential", "trigonometric", "elementwise"]
+
+
+class FeatureForm(NamedTuple):
+    """The tensors and constants that define ``phi``.
+
+    * ``exponential``: ``exp(W x + b - |x|^2 / 2)``. With ``quadratic=False`` the norm is left out
+      and ``epsilon`` is added to the feature: ``exp(W x + b) + epsilon``.
+    * ``trigonometric``: ``exp(+|x|^2 / 2) (sin W x, cos W x)``.
+    * ``elementwise``: ``f(W x + b) + epsilon``; without ``weight``, ``f(x) + epsilon``.
+
+    Attributes:
+        kind: Which of the three.
+        weight: ``W``, shape ``(1, rows, head_dim)`` or one per head ``(heads, rows, head_dim)``.
+        bias: ``b``, shape ``(1 or heads, rows)``, or None for zero.
+        num_features: Length of ``phi``; twice the rows of ``W`` for trigonometric features.
+        normalizer: The factor that makes ``phi(q) . phi(k)`` the kernel estimate (1 / draws).
+        quadratic: Whether an exponential form subtracts ``|x|^2 / 2``.
+        epsilon: Added to every feature.
+        function: ``f`` of an elementwise form.
+    """
+
+    kind: Kind
+    weight: Tensor | None
+    bias: Tensor | None
+    num_features: int
+    normalizer: float
+    quadratic: bool = True
+    epsilon: float = 0.0
+    function: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that have a projection of their own; 1 when all share one."""
+        return 1 if self.weight is None else self.weight.shape[0]
+
+    def to(self, dtype: torch.dtype) -> "FeatureForm":
+        """The same form with its tensors in ``dtype``."""
+        return self._replace(
+            weight=None if self.weight is None else self.weight.to(dtype),
+            bias=None if self.bias is None else self.bias.to(dtype),
+        )
+
+    def decompose(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Features as ``base * exp(exponent)``.
+
+        Args:
+            x: Vectors already multiplied by ``sqrt(scale)``, shape ``(..., heads, T, head_dim)``.
+            is_query: Leave out what depends on the whole row only (``|q|^2 / 2``): it cancels in
+                the normalisation of attention.
+
+        Returns:
+            ``base`` of shape ``(..., heads, T, num_features)``, or None when it is one, and
+            ``exponent`` of shape ``(..., heads, T, num_features)`` or ``(..., heads, T, 1)``, or
+            None when it is zero.
+        """
+        projected = self._project(x)
+        if self.kind == "elementwise":
+            assert self.function is not None
+            return self.function(projected) + self.epsilon, None
+        half_norm = None if is_query else x.square().sum(-1, keepdim=True) / 2
+        if self.kind == "trigonometric":
+            base = torch.cat((projected.sin(), projected.cos()), dim=-1)
+            return base, half_norm
+        if not self.quadratic:
+            if self.epsilon == 0:
+                return None, projected
+            floor = projected.new_full((), math.log(self.epsilon))
+            return None, torch.logaddexp(projected, floor)
+        return None, projected if half_norm is None else projected - half_norm
+
+    def _project(self, x: Tensor) -> Tensor:
+        if self.weight is None:
+            return x
+        if self.num_heads == 1:
+            return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        projected = x @ self.weight.transpose(-1, -2)
+        return projected if self.bias is None else projected + self.bias.unsqueeze(-2)

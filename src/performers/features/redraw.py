@@ -1,0 +1,73 @@
+"""Redrawing of projections: by hand, or on a schedule of training steps."""
+
+import torch
+from torch import nn
+
+from performers.features.base import FeatureMap
+
+
+def redraw_features_(module: nn.Module, generator: torch.Generator | None = None) -> int:
+    """Draw fresh projections, in place, for every feature map inside ``module``.
+
+    Args:
+        module: Any module.
+        generator: Source of randomness, consumed in the order of ``module.modules()``; torch's
+            default generator when None. Processes that must agree pass generators in the same
+            state.
+
+    Returns:
+        The number of feature maps redrawn.
+    """
+    maps = [child for child in module.modules() if isinstance(child, FeatureMap)]
+    for feature_map in maps:
+        feature_map.redraw_(generator)
+    return len(maps)
+
+
+class FeatureRedrawer:
+    """Redraws a model's features every ``interval`` training steps.
+
+    The projection after step ``n`` is a function of ``seed`` and ``n`` alone: a run that resumes
+    from a checkpoint at any step, or that runs in several processes, draws the same ones. Call
+    ``step()`` once per optimizer step.
+
+    Args:
+        module: The model.
+        interval: Optimizer steps between redraws; 0 never redraws.
+        seed: Base of the generator's seeds.
+
+    Raises:
+        ValueError: ``interval`` is negative.
+    """
+
+    def __init__(self, module: nn.Module, interval: int, *, seed: int = 0) -> None:
+        if interval < 0:
+            raise ValueError(f"interval must be >= 0 steps (0 never redraws), got {interval}")
+        self.module = module
+        self.interval = interval
+        self.seed = seed
+        self.steps = 0
+
+    def step(self, steps: int | None = None) -> bool:
+        """Count one step and redraw when it is due; a module in eval mode is never redrawn.
+
+        Args:
+            steps: The number of steps taken so far, where somebody else keeps that count.
+
+        Returns:
+            Whether the features were redrawn.
+        """
+        self.steps = self.steps + 1 if steps is None else steps
+        if not self.module.training or self.interval == 0 or self.steps % self.interval:
+            return False
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.steps)
+        redraw_features_(self.module, generator)
+        return True
+
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs: the step count."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from ``state_dict()``."""
+        self.steps = state["steps"]
