@@ -1,0 +1,37 @@
+"""Performer models as ordinary transformers classes, registered with its Auto classes."""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "performers.models needs transformers >= 5; install it with "
+        "pip install 'performers[models]'"
+    ) from error
+
+from performers.models.cache import PerformerCache
+from performers.models.configuration import PerformerConfig
+from performers.models.heads import (
+    PerformerForCausalLM,
+    PerformerForMaskedLM,
+    PerformerForSequenceClassification,
+)
+from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
+
+transformers.AutoConfig.register("performer", PerformerConfig, exist_ok=True)
+for _auto, _model in (
+    (transformers.AutoModel, PerformerModel),
+    (transformers.AutoModelForMaskedLM, PerformerForMaskedLM),
+    (transformers.AutoModelForCausalLM, PerformerForCausalLM),
+    (transformers.AutoModelForSequenceClassification, PerformerForSequenceClassification),
+):
+    _auto.register(PerformerConfig, _model, exist_ok=True)
+
+__all__ = [
+    "PerformerCache",
+    "PerformerConfig",
+    "PerformerForCausalLM",
+    "PerformerForMaskedLM",
+    "PerformerForSequenceClassification",
+    "PerformerModel",
+    "PerformerPreTrainedModel",
+]

@@ -1,0 +1,220 @@
+"""The attention mechanisms a model can be built with, behind one call."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from performers.attention import favor_attention, favor_attention_weights
+from performers.features import FeatureMap, GeneralizedFeatures, SoftmaxFeatures
+from performers.models.cache import FavorCacheLayer, PerformerCache
+from performers.models.configuration import PerformerConfig
+from performers.models.positions import rotate
+
+
+class AttentionContext(NamedTuple):
+    """What all layers of one forward call share.
+
+    Attributes:
+        is_causal: Token ``i`` sees tokens up to ``i`` only.
+        key_mask: Shape ``(B, L)``, True = takes part, or None.
+        sequence_ids: Shape ``(B, L)``: tokens of different ids do not see each other, or None.
+        cu_seqlens: The same as boundaries along all rows laid end to end, or None.
+        cache: The past, or None.
+        rotary: Angles, or None.
+        need_weights: Also return the attention matrix.
+    """
+
+    is_causal: bool
+    key_mask: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cache: PerformerCache | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    need_weights: bool = False
+
+
+class FavorMechanism(nn.Module):
+    """Linear attention through a feature map."""
+
+    def __init__(self, feature_map: FeatureMap) -> None:
+        super().__init__()
+        self.feature_map = feature_map
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None."""
+        weights = self._weights(query, key, context) if context.need_weights else None
+        if context.cu_seqlens is not None:
+            batch = query.shape[0]
+            query, key, value = (
+                x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value)
+            )
+            out = favor_attention(
+                query,
+                key,
+                value,
+                self.feature_map,
+                is_causal=context.is_causal,
+                key_mask=None if context.key_mask is None else context.key_mask.reshape(1, -1),
+                cu_seqlens=context.cu_seqlens,
+            )
+            return out.squeeze(0).unflatten(1, (batch, -1)).transpose(0, 1), weights
+        if context.cache is None:
+            out = favor_attention(
+                query,
+                key,
+                value,
+                self.feature_map,
+                is_causal=context.is_causal,
+                key_mask=context.key_mask,
+            )
+            return out, weights
+        entry = context.cache.layers[layer]
+        assert isinstance(entry, FavorCacheLayer)
+        out, state = favor_attention(
+            query,
+            key,
+            value,
+            self.feature_map,
+            is_causal=True,
+            key_mask=context.key_mask,
+            state=entry.state,
+            return_state=True,
+        )
+        entry.set_state(state, query.shape[-2])
+        return out, weights
+
+    def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
+        if context.cache is not None and context.cache.get_seq_length():
+            raise ValueError(
+                "output_attentions is not available for a call that continues from a cache: the "
+                "keys of the past are gone; run the whole sequence with use_cache=False"
+            )
+        weights = favor_attention_weights(
+            query,
+            key,
+            self.feature_map,
+            is_causal=context.is_causal,
+            key_mask=context.key_mask,
+        )
+        if context.sequence_ids is None:
+            return weights
+        ids = context.sequence_ids
+        weights = weights * (ids[:, None, :, None] == ids[:, None, None, :])
+        total = weights.sum(-1, keepdim=True)
+        return weights / total.where(total != 0, 1.0)
+
+
+class ExactMechanism(nn.Module):
+    """Softmax attention through torch's ``scaled_dot_product_attention``."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, S)`` or None."""
+        key_mask = context.key_mask
+        if context.cache is not None:
+            key, value = context.cache.layers[layer].update(key, value)
+            key_mask = context.cache.key_mask
+        length, size = query.shape[-2], key.shape[-2]
+        allowed = None
+        if context.is_causal and length > 1:
+            allowed = torch.ones(length, size, dtype=torch.bool, device=query.device)
+            allowed = allowed.tril(size - length)[None, None]
+        if key_mask is not None:
+            padding = key_mask[:, None, None, :]
+            allowed = padding if allowed is None else allowed & padding
+        if context.sequence_ids is not None:
+            ids = context.sequence_ids
+            same = ids[:, None, :, None] == ids[:, None, None, :]
+            allowed = same if allowed is None else allowed & same
+        if context.need_weights:
+            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+            if allowed is not None:
+                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1)
+            if allowed is not None:
+                weights = weights.where(allowed, 0.0)
+            return weights @ value, weights
+        plain = key_mask is None and context.sequence_ids is None
+        if allowed is None or (plain and length == size):
+            causal = allowed is not None
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal), None
+        # A row with nothing to attend to would be NaN: let it see all and clear it.
+        blind = ~allowed.any(-1, keepdim=True)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | blind)
+        return out.masked_fill(blind, 0.0), None
+
+
+class IdentityMechanism(nn.Module):
+    """Returns the values: a model with no attention at all."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The values, and the identity matrix when weights are wanted."""
+        if context.cache is not None:
+            entry = context.cache.layers[layer]
+            assert isinstance(entry, FavorCacheLayer)
+            entry.length += query.shape[-2]
+        if not context.need_weights:
+            return value, None
+        eye = torch.eye(query.shape[-2], dtype=value.dtype, device=value.device)
+        return value, eye.expand(*query.shape[:2], -1, -1)
+
+
+def build_mechanism(config: PerformerConfig) -> nn.Module:
+    """The mechanism that ``config.attention`` names."""
+    if config.attention == "exact":
+        return ExactMechanism()
+    if config.attention == "identity":
+        return IdentityMechanism()
+    num_heads = config.num_attention_heads if config.features_per_head else None
+    if config.attention == "favor-softmax":
+        assert config.projection is not None
+        return FavorMechanism(
+            SoftmaxFeatures(
+                config.head_dim,
+                config.num_features,
+                estimator=config.estimator,
+                projection=config.projection,
+                regularized=config.regularized,
+                num_heads=num_heads,
+            )
+        )
+    return FavorMechanism(
+        GeneralizedFeatures(
+            config.head_dim,
+            config.num_features,
+            fn=config.attention.removeprefix("favor-"),
+            epsilon=config.kernel_epsilon,
+            projection=config.projection,
+            num_heads=num_heads,
+        )
+    )
+
+
+class PerformerSelfAttention(nn.Module):
+    """Projections, positions, mechanism, output projection."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.mechanism = build_mechanism(config)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """From ``(B, L, hidden_size)`` to the same shape, and the attention matrix or None."""
+        projected = self.query_key_value(hidden_states)
+        query, key, value = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if context.rotary is not None:
+            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+        out, weights = self.mechanism(query, key, value, context, self.layer)
+        return self.output(out.transpose(1, 2).flatten(2).to(hidden_states.dtype)), weights

@@ -1,0 +1,148 @@
+"""What a causal model remembers between calls: constant in size for linear attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from performers.attention import FavorState
+
+
+class FavorCacheLayer(DynamicLayer):
+    """One layer's recurrent state in place of its keys and values."""
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: FavorState | None = None
+        self.length = 0
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values are not kept."""
+        raise TypeError("linear attention keeps a state, not keys and values: call set_state")
+
+    def set_state(self, state: FavorState, new_tokens: int) -> None:
+        """Replace the state after reading ``new_tokens`` more tokens."""
+        self.state = state
+        self.length += new_tokens
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, padding included."""
+        return self.length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.length, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``."""
+        if self.state is not None:
+            self.state.reorder_(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.state is not None:
+            rows = torch.arange(self.state.key_sum.shape[0]).repeat_interleave(repeats)
+            self.state.reorder_(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """A sum cannot be taken back."""
+        if tokens_to_remove:
+            raise ValueError(
+                "the state of linear attention cannot be cropped: use a decoding method that does "
+                "not roll back (greedy, sampling, beam search)"
+            )
+
+
+class PassCacheLayer(FavorCacheLayer):
+    """A layer that remembers nothing but how many tokens it saw (identity attention)."""
+
+
+class PerformerCache(Cache):
+    """The cache of a causal Performer: a state per layer, or keys and values for exact attention.
+
+    It also holds which tokens of the past were padding, so that a continued call needs a mask for
+    its own tokens only.
+
+    Args:
+        attention: The model's attention, see ``PerformerConfig.attention``.
+        num_layers: Layers of the model.
+    """
+
+    def __init__(self, attention: str, num_layers: int) -> None:
+        layer: type[DynamicLayer] = FavorCacheLayer
+        if attention == "exact":
+            layer = DynamicLayer
+        elif attention == "identity":
+            layer = PassCacheLayer
+        super().__init__(layers=[layer() for _ in range(num_layers)])
+        self.keeps_keys = attention == "exact"
+        self.real_tokens: Tensor | None = None
+        # Which keys are not padding; None while none is.
+        self.key_mask: Tensor | None = None
+
+    def extend(self, mask: Tensor) -> Tensor:
+        """Count the tokens of a call.
+
+        Args:
+            mask: Shape ``(B, L)``, True for tokens that are not padding.
+
+        Returns:
+            Their positions among the tokens that are not padding, ``(B, L)``.
+        """
+        past = mask.new_zeros(mask.shape[0], 1, dtype=torch.int64)
+        if self.real_tokens is not None:
+            past = self.real_tokens
+        counts = mask.long().cumsum(-1)
+        self.real_tokens = past + counts[:, -1:]
+        if self.keeps_keys and (self.key_mask is not None or not bool(mask.all())):
+            known = self.key_mask
+            if known is None:
+                known = mask.new_ones(mask.shape[0], self.get_seq_length())
+            self.key_mask = torch.cat((known, mask), dim=-1)
+        return (past + counts - 1).clamp_min(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, FavorCacheLayer):
+                total += 0 if layer.state is None else layer.state.nbytes
+            elif layer.keys is not None and layer.values is not None:
+                total += layer.keys.nbytes + layer.values.nbytes
+        return total
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.real_tokens = self.key_mask = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``, as beam search asks."""
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.real_tokens is not None:
+            self._select(torch.arange(self.real_tokens.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def _select(self, rows: Tensor) -> None:
+        for name in ("real_tokens", "key_mask"):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))

@@ -1,0 +1,272 @@
+"""The Performer as a transformers model: pre-norm blocks around a chosen attention."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from performers.features import FeatureMap
+from performers.models.attention import AttentionContext, PerformerSelfAttention
+from performers.models.cache import PerformerCache
+from performers.models.configuration import PerformerConfig
+from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
+
+
+class PerformerBlock(GradientCheckpointingLayer):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(self, config: PerformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = PerformerSelfAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_input = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.mlp_output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """From ``(B, L, hidden_size)`` to the same shape, and the attention matrix or None."""
+        attended, weights = self.attention(self.attention_norm(hidden_states), context)
+        hidden_states = hidden_states + self.dropout(attended)
+        inner = self.activation(self.mlp_input(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(self.mlp_output(inner)), weights
+
+
+class PerformerPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving common to all Performer models."""
+
+    config_class = PerformerConfig
+    base_model_prefix = "performer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("PerformerBlock",)
+    # Assisted decoding needs to take tokens back, which a sum over the past cannot.
+    _is_stateful = True
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved model; weights are read from safetensors files only."""
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(*args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, FeatureMap):
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                module.redraw_()
+            return
+        super()._init_weights(module)
+        if isinstance(module, PerformerBlock):
+            # Each residual branch starts small, so that the sum over all of them stays bounded.
+            scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            for linear in (module.attention.output, module.mlp_output):
+                if not getattr(linear.weight, "_is_hf_initialized", False):
+                    linear.weight.normal_(0.0, scale)
+
+
+class PerformerModel(PerformerPreTrainedModel):
+    """Token embeddings, blocks and a final norm, without a head."""
+
+    def __init__(self, config: PerformerConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.positions = (
+            LearnedPositions(config.max_position_embeddings, config.hidden_size)
+            if config.position_embedding == "learned"
+            else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(
+            PerformerBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: PerformerCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Run the blocks.
+
+        Args:
+            input_ids: Shape ``(B, L)``.
+            attention_mask: Shape ``(B, L)``, or with the columns of the past before them; 0 =
+                padding.
+            position_ids: Shape ``(B, L)``; by default padding is not counted, and packed sequences
+                start at 0.
+            sequence_ids: Shape ``(B, L)``; neighbouring tokens with different ids belong to
+                different packed sequences, which do not see each other.
+            inputs_embeds: Shape ``(B, L, hidden_size)``, instead of ``input_ids``.
+            past_key_values: The cache that an earlier call returned.
+            use_cache: Return a cache (causal models only).
+            output_attentions: Return each layer's attention matrix ``(B, H, L, L)``, the one that
+                the random features imply (quadratic).
+            output_hidden_states: Return the hidden states before each block and after the last.
+            return_dict: Return a ``ModelOutput`` rather than a tuple.
+            **kwargs: Ignored; transformers passes options of other models here.
+
+        Returns:
+            Final hidden states ``(B, L, hidden_size)`` and what was asked for.
+
+        Raises:
+            ValueError: Arguments do not go together.
+        """
+        config = self.config
+        output_attentions = _default(output_attentions, config.output_attentions)
+        output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
+        return_dict = _default(return_dict, getattr(config, "return_dict", True))
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = self._cache(past_key_values, use_cache, sequence_ids)
+        context, position_ids = self._context(
+            hidden_states, attention_mask, position_ids, sequence_ids, cache, output_attentions
+        )
+        hidden_states = self._with_positions(hidden_states, position_ids)
+        hidden_states = self.dropout(hidden_states)
+        all_hidden_states: list[Tensor] = []
+        all_weights: list[Tensor] = []
+        for layer in self.layers:
+            all_hidden_states.append(hidden_states)
+            hidden_states, weights = layer(hidden_states, context)
+            if weights is not None:
+                all_weights.append(weights)
+        hidden_states = self.final_norm(hidden_states)
+        all_hidden_states.append(hidden_states)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _cache(
+        self, past: PerformerCache | None, use_cache: bool | None, sequence_ids: Tensor | None
+    ) -> PerformerCache | None:
+        if past is not None and not isinstance(past, PerformerCache):
+            raise ValueError(
+                "past_key_values must be the PerformerCache that an earlier call returned, got "
+                f"{type(past).__name__}"
+            )
+        use_cache = _default(use_cache, self.config.use_cache and not self.training)
+        if past is None and not (use_cache and self.config.is_decoder and sequence_ids is None):
+            return None
+        if not self.config.is_decoder:
+            raise ValueError("past_key_values needs a causal model (config.is_decoder=True)")
+        if sequence_ids is not None:
+            raise ValueError("sequence_ids cannot be combined with past_key_values")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("gradient checkpointing cannot be combined with past_key_values")
+        if past is not None:
+            return past
+        return PerformerCache(self.config.attention, self.config.num_hidden_layers)
+
+    def _context(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        sequence_ids: Tensor | None,
+        cache: PerformerCache | None,
+        output_attentions: bool,
+    ) -> tuple[AttentionContext, Tensor]:
+        batch, length = hidden_states.shape[:2]
+        device = hidden_states.device
+        mask = None
+        if attention_mask is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            if attention_mask.shape not in ((batch, length), (batch, past + length)):
+                raise ValueError(
+                    f"attention_mask must have shape ({batch}, {length})"
+                    + (f" or ({batch}, {past + length})" if past else "")
+                    + f", got {tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask[:, attention_mask.shape[1] - length :].to(device).bool()
+        present = mask
+        if present is None:
+            present = torch.ones(batch, length, dtype=torch.bool, device=device)
+        elif not torch.compiler.is_compiling() and bool(present.all()):
+            mask = None
+        if cache is not None:
+            positions = cache.extend(present)
+        else:
+            positions = (present.long().cumsum(-1) - 1).clamp_min(0)
+        cu_seqlens = None
+        if sequence_ids is not None:
+            if sequence_ids.shape != (batch, length):
+                raise ValueError(
+                    f"sequence_ids must have shape ({batch}, {length}), got "
+                    f"{tuple(sequence_ids.shape)}"
+                )
+            starts = torch.ones(batch, length, dtype=torch.bool, device=device)
+            starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+            # Runs are numbered, so that an id used twice in a row stays two sequences.
+            sequence_ids = starts.long().cumsum(-1)
+            index = torch.arange(length, device=device).expand(batch, -1)
+            positions = index - index.where(starts, 0).cummax(-1).values
+            cu_seqlens = _boundaries(starts)
+        if position_ids is None:
+            position_ids = positions
+        rotary = None
+        if self.config.position_embedding == "rotary":
+            rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        context = AttentionContext(
+            is_causal=self.config.is_decoder,
+            key_mask=mask,
+            sequence_ids=sequence_ids,
+            cu_seqlens=cu_seqlens,
+            cache=cache,
+            rotary=rotary,
+            need_weights=output_attentions,
+        )
+        return context, position_ids
+
+    def _with_positions(self, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        if self.positions is not None:
+            return hidden_states + self.positions(position_ids)
+        if self.config.position_embedding == "sinusoidal":
+            waves = sinusoids(position_ids, self.config.hidden_size) * self.config.initializer_range
+            return hidden_states + waves.to(hidden_states.dtype)
+        return hidden_states
+
+
+def _boundaries(starts: Tensor) -> Tensor:
+    """Offsets of the sequences that start at the marked tokens, all rows laid end to end."""
+    offsets = starts.flatten().nonzero().squeeze(-1)
+    return torch.cat((offsets, offsets.new_tensor([starts.numel()])))
+
+
+def _default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value

@@ -1,0 +1,76 @@
+"""Positions: rotary (Su et al. 2021), sinusoidal (Vaswani et al. 2017) and learned."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of ``position * theta^(-2 i / head_dim)``.
+
+    Args:
+        position_ids: Shape ``(B, L)``.
+        head_dim: Width of a head, even.
+        theta: Base of the wavelengths.
+
+    Returns:
+        Two float32 tensors of shape ``(B, 1, L, head_dim / 2)``.
+    """
+    index = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    frequency = torch.exp(index * (-math.log(theta) / head_dim))
+    angle = position_ids[:, None, :, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair ``(x_i, x_{i + head_dim / 2})`` by its angle; dtype kept.
+
+    Args:
+        x: Shape ``(B, H, L, head_dim)``.
+        angles: From ``rotary_angles``.
+
+    Returns:
+        Shape of ``x``.
+    """
+    cosine, sine = angles
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def sinusoids(position_ids: Tensor, width: int) -> Tensor:
+    """``sin`` and ``cos`` of ``position * 10000^(-2 i / width)``, concatenated.
+
+    Args:
+        position_ids: Shape ``(B, L)``.
+        width: Width of the model.
+
+    Returns:
+        Float32, shape ``(B, L, width)``.
+    """
+    half = -(-width // 2)
+    index = torch.arange(half, device=position_ids.device, dtype=torch.float32)
+    frequency = torch.exp(index * (-math.log(10000.0) / half))
+    angle = position_ids.unsqueeze(-1).float() * frequency
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)[..., :width]
+
+
+class LearnedPositions(nn.Embedding):
+    """A vector per position, up to a fixed length."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Look up ``(B, L)`` positions.
+
+        Raises:
+            ValueError: A position is beyond the table.
+        """
+        if not torch.compiler.is_compiling() and position_ids.numel():
+            longest = int(position_ids.max()) + 1
+            if longest > self.num_embeddings:
+                raise ValueError(
+                    f"the input has {longest} positions but max_position_embeddings is "
+                    f"{self.num_embeddings}: learned positions do not extend; shorten the input "
+                    "or train with rotary positions"
+                )
+        return super().forward(position_ids)
