@@ -1,0 +1,329 @@
+"""The commands. Each checks where it will write, reads, calls one function, prints."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from performers.cli.console import ProgressBars, note, one_line_errors, output, print_metrics
+from performers.models.configuration import ATTENTIONS
+from performers.proteins import demo as demo_run
+from performers.proteins.embedding import embed_sequences, write_embeddings
+from performers.proteins.errors import UserError
+from performers.proteins.evaluation import evaluate_model
+from performers.proteins.fasta import ProteinRecord, read_fasta, write_fasta
+from performers.proteins.folders import prepare_output_file, prepare_output_folder
+from performers.proteins.generation import generate_sequences
+from performers.proteins.model_folder import load_model, model_max_length
+from performers.proteins.model_report import report_on_model
+from performers.proteins.options import TrainingOptions
+from performers.proteins.training import train_model
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Attention in linear time, and protein language models with it.",
+)
+
+Fasta = Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzipped.")]
+Model = Annotated[Path, typer.Argument(help="A folder that performers train wrote.")]
+BatchTokens = Annotated[int, typer.Option(help="Tokens in a batch, padding included.")]
+
+_DEFAULTS = TrainingOptions()
+
+
+@app.command()
+def demo(
+    output_folder: Annotated[Path, typer.Option("--output", help="A new folder.")],
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of each model.")
+    ] = demo_run.STEPS,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and masks.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo.")] = False,
+) -> None:
+    """Train three small models on real proteins, compare them, and show what they learnt."""
+    with one_line_errors():
+        prepare_output_folder(output_folder, resume=resume)
+        with ProgressBars() as bars:
+            metrics = demo_run.run_demo(
+                output_folder, steps=steps, seed=seed, resume=resume, report=bars.update
+            )
+        print_metrics(
+            {
+                f"{name}, {split}": model[split]
+                for split in demo_run.EVALUATED
+                for name, model in metrics.items()
+            }
+        )
+        output.print(f"report: {output_folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    fasta: Fasta,
+    output_folder: Annotated[Path, typer.Option("--output", help="Folder of the model.")],
+    objective: Annotated[
+        str, typer.Option(help="mlm: masked residues; clm: next residue.")
+    ] = _DEFAULTS.objective,
+    attention: Annotated[
+        str, typer.Option(help=f"One of {', '.join(ATTENTIONS)}.")
+    ] = _DEFAULTS.attention,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = _DEFAULTS.steps,
+    max_length: Annotated[
+        int, typer.Option(help="Longest row in tokens; longer sequences are split.")
+    ] = _DEFAULTS.max_length,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --output exactly.")
+    ] = False,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="FASTA file to validate on (repeatable).")
+    ] = None,
+    hidden_size: Annotated[int, typer.Option(help="Width.")] = _DEFAULTS.hidden_size,
+    layers: Annotated[int, typer.Option(help="Blocks.")] = _DEFAULTS.num_layers,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = _DEFAULTS.num_heads,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Feed-forward width; four times the width by default.")
+    ] = None,
+    num_features: Annotated[
+        int | None, typer.Option(help="Random features per head; about d ln d by default.")
+    ] = None,
+    estimator: Annotated[
+        str, typer.Option(help="Softmax estimator: positive, hyperbolic, trigonometric.")
+    ] = _DEFAULTS.estimator,
+    positions: Annotated[
+        str, typer.Option(help="rotary, sinusoidal or learned.")
+    ] = _DEFAULTS.position_embedding,
+    dropout: Annotated[float, typer.Option(help="Dropout probability.")] = _DEFAULTS.dropout,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Fill rows of --max-length with several sequences.")
+    ] = False,
+    across_sequences: Annotated[
+        bool,
+        typer.Option("--across-sequences", help="In packed rows, attend across sequences."),
+    ] = False,
+    batch_tokens: BatchTokens = _DEFAULTS.batch_tokens,
+    accumulation: Annotated[
+        int, typer.Option(help="Batches per optimiser step.")
+    ] = _DEFAULTS.accumulation,
+    learning_rate: Annotated[float, typer.Option(help="Peak.")] = _DEFAULTS.learning_rate,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="A twentieth of the steps by default.")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = _DEFAULTS.weight_decay,
+    max_grad_norm: Annotated[float, typer.Option(help="Clipping.")] = _DEFAULTS.max_grad_norm,
+    mask_probability: Annotated[
+        float, typer.Option(help="Share of residues to predict (mlm).")
+    ] = _DEFAULTS.mask_probability,
+    redraw_steps: Annotated[
+        int, typer.Option(help="Steps between fresh random features; 0 = never.")
+    ] = _DEFAULTS.redraw_steps,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULTS.seed,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Held out without --validation.")
+    ] = _DEFAULTS.validation_fraction,
+    log_steps: Annotated[int, typer.Option(help="Steps between log entries.")] = 10,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between validations; a tenth by default.")
+    ] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; a tenth by default.")
+    ] = None,
+) -> None:
+    """Train a protein language model from FASTA files."""
+    with one_line_errors():
+        options = TrainingOptions(
+            objective=objective,
+            attention=attention,
+            hidden_size=hidden_size,
+            num_layers=layers,
+            num_heads=heads,
+            intermediate_size=intermediate_size,
+            num_features=num_features,
+            estimator=estimator,
+            position_embedding=positions,
+            dropout=dropout,
+            max_length=max_length,
+            packed=packed,
+            across_sequences=across_sequences,
+            batch_tokens=batch_tokens,
+            accumulation=accumulation,
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            mask_probability=mask_probability,
+            redraw_steps=redraw_steps,
+            seed=seed,
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+            validation_fraction=validation_fraction,
+            log_steps=log_steps,
+            eval_steps=eval_steps,
+            save_steps=save_steps,
+        )
+        sequences = _sequences(fasta)
+        held_out = _sequences(validation) if validation else None
+        prepare_output_folder(output_folder, resume=resume)
+        with ProgressBars() as bars:
+            result = train_model(
+                sequences,
+                output_folder,
+                options,
+                validation=held_out,
+                resume=resume,
+                progress=bars.training("training"),
+            )
+        note(f"{result['steps']:,} steps in {result['seconds']:.0f} s, model in {output_folder}")
+        if "eval_accuracy" in result:
+            scores = {key.removeprefix("eval_"): value for key, value in result.items()}
+            print_metrics({"validation": scores})
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    fasta: Fasta,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_length: Annotated[
+        int | None, typer.Option(min=3, help="Longest window in tokens; as trained by default.")
+    ] = None,
+    batch_tokens: BatchTokens = 8192,
+    mask_probability: Annotated[
+        float, typer.Option(min=1e-6, max=1.0, help="Share of residues to predict (mlm).")
+    ] = 0.15,
+    seed: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 0,
+) -> None:
+    """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
+    with one_line_errors():
+        network, tokenizer = load_model(model)
+        sequences = _sequences(fasta)
+        with ProgressBars() as bars:
+            metrics = evaluate_model(
+                network,
+                tokenizer,
+                sequences,
+                max_length=max_length or model_max_length(tokenizer),
+                batch_tokens=batch_tokens,
+                mask_probability=mask_probability,
+                seed=seed,
+                progress=bars.task("evaluating"),
+            )
+        if as_json:
+            print(json.dumps(metrics, indent=2))
+        else:
+            print_metrics({model.name: metrics})
+
+
+@app.command()
+def embed(
+    model: Model,
+    fasta: Fasta,
+    output_file: Annotated[Path, typer.Option("--output", help="A .npz or .parquet file.")],
+    batch_tokens: BatchTokens = 8192,
+) -> None:
+    """One vector a sequence: the mean of the final hidden states over its residues."""
+    with one_line_errors():
+        prepare_output_file(output_file, (".npz", ".parquet"))
+        network, tokenizer = load_model(model)
+        records = _records(fasta)
+        with ProgressBars() as bars:
+            vectors = embed_sequences(
+                network,
+                tokenizer,
+                [record.sequence for record in records],
+                batch_tokens=batch_tokens,
+                progress=bars.task("embedding"),
+            )
+        write_embeddings(output_file, records, vectors)
+        note(f"{len(records):,} vectors of width {vectors.shape[1]} in {output_file}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="First residues of every sequence.")] = "",
+    num: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Most residues in a sequence.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 = the most likely residue.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Only the likeliest so many; 0 = all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest with this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="FASTA file; standard output by default.")
+    ] = None,
+) -> None:
+    """Sample new sequences from a causal model, as FASTA."""
+    with one_line_errors():
+        if output_file is not None:
+            prepare_output_file(output_file, (".fasta", ".fa", ".faa", ".gz"))
+        network, tokenizer = load_model(model)
+        with ProgressBars() as bars:
+            records = generate_sequences(
+                network,
+                tokenizer,
+                prompt=prompt,
+                num_sequences=num,
+                max_length=max_length,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                progress=bars.task("generating"),
+            )
+        write_fasta(
+            typer.get_text_stream("stdout") if output_file is None else output_file, records
+        )
+
+
+@app.command()
+def report(
+    model: Model,
+    fasta: Fasta,
+    output_folder: Annotated[Path, typer.Option("--output", help="A new folder.")],
+    protein: Annotated[
+        str | None, typer.Option(help="Name of the protein whose attention is drawn.")
+    ] = None,
+    max_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences read for amino-acid similarity.")
+    ] = 200,
+    max_length: Annotated[
+        int, typer.Option(min=3, help="Tokens read of each; attention maps are quadratic.")
+    ] = 256,
+) -> None:
+    """Attention maps and amino-acid similarity as one HTML page."""
+    with one_line_errors():
+        network, tokenizer = load_model(model)
+        records = _records(fasta)
+        prepare_output_folder(output_folder)
+        with ProgressBars() as bars:
+            page = report_on_model(
+                model,
+                network,
+                tokenizer,
+                records,
+                output_folder,
+                protein=protein,
+                max_sequences=max_sequences,
+                max_length=max_length,
+                report=bars.update,
+            )
+        output.print(f"report: {page}", soft_wrap=True)
+
+
+def _records(paths: list[Path]) -> list[ProteinRecord]:
+    records, letters = read_fasta(paths)
+    note(letters.summary())
+    if not records:
+        raise UserError("the FASTA files hold no sequence")
+    return records
+
+
+def _sequences(paths: list[Path]) -> list[str]:
+    return [record.sequence for record in _records(paths)]

@@ -1,0 +1,137 @@
+"""What commands share: errors in one line, progress, tables."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.fasta import FastaError
+
+output = Console(highlight=False)
+messages = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit code 2; Ctrl-C into 130."""
+    try:
+        yield
+    except (UserError, FastaError) as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}", 2)
+    except torch.OutOfMemoryError:
+        _fail("out of memory; lower --batch-tokens or --max-length", 2)
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+
+
+def note(text: str | None) -> None:
+    """Print a line on stderr, if there is one."""
+    if text:
+        messages.print(text, markup=False, soft_wrap=True)
+
+
+def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a table: a row per model or split, the unigram baseline beside."""
+    table = Table("", "accuracy", "perplexity", "residues", "unigram accuracy", "perplexity")
+    for name, row in metrics.items():
+        table.add_row(
+            name,
+            f"{100 * row['accuracy']:.2f}%",
+            f"{row['perplexity']:.3f}",
+            f"{row['tokens']:,.0f}",
+            f"{100 * row['baseline_accuracy']:.2f}%",
+            f"{row['baseline_perplexity']:.3f}",
+        )
+    output.print(table)
+
+
+class ProgressBars:
+    """Progress on stderr: bars on a terminal, now and then a line elsewhere."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        if messages.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[log]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=messages,
+            )
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+        self._logs: dict[str, str] = {}
+
+    def __enter__(self) -> "ProgressBars":
+        # Of several processes of one run, the first shows progress.
+        if os.environ.get("RANK", "0") != "0":
+            self._bars, self.update = None, lambda *args: None  # type: ignore[method-assign]
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def update(self, name: str, done: int, total: int, log: Mapping[str, float]) -> None:
+        """Show how far a piece of work is."""
+        if log:
+            shown = {
+                key.removeprefix("eval_") + (" (validation)" if key.startswith("eval_") else ""): v
+                for key, v in log.items()
+                if key in ("loss", "eval_accuracy")
+            }
+            if shown:
+                self._logs[name] = "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
+        text = self._logs.get(name, "")
+        if self._bars is not None:
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=total, log=text)
+            self._bars.update(self._tasks[name], completed=done, total=total, log=text)
+            return
+        tenth = 10 * done // max(total, 1)
+        if tenth > self._tenths.get(name, 0):
+            self._tenths[name] = tenth
+            note(f"{name}: {done:,} of {total:,}  {text}".rstrip())
+
+    def task(self, name: str) -> Callable[[int, int], None]:
+        """A callback of (done, total) for one piece of work."""
+        return lambda done, total: self.update(name, done, total, {})
+
+    def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
+        """A callback of (step, steps, log entry) for a training run."""
+        return lambda done, total, log: self.update(name, done, total, log)
+
+
+def _fail(text: str, code: int) -> None:
+    line = " ".join(text.split())
+    messages.print(f"performers: {line}", markup=False, soft_wrap=True)
+    sys.exit(code)

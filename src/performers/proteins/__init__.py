@@ -1,0 +1,1 @@
+"""Protein sequences: files, tokens, objectives, packing, metrics and what attention learnt."""

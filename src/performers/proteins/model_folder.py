@@ -1,0 +1,105 @@
+"""Trained models on disk: saved whole, and recognised before they are loaded."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Importing the models registers them with the Auto classes.
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.proteins.errors import UserError
+from performers.proteins.folders import read_json
+
+
+def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a protein language model and its tokenizer, in eval mode on the best device.
+
+    Args:
+        folder: A folder that ``performers train`` wrote.
+
+    Returns:
+        The model, masked or causal as it was trained, and the tokenizer.
+
+    Raises:
+        UserError: The folder is not one, or its files do not fit together.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is not a model folder; give one that performers train wrote to --output"
+        )
+    if not (folder / "config.json").exists():
+        hint = "it has no config.json"
+        if (folder / "checkpoints").is_dir():
+            hint = "its training has not ended; finish it with performers train --resume"
+        raise UserError(f"{folder} is not a model folder: {hint}")
+    settings = read_json(folder / "config.json")
+    if not isinstance(settings, dict) or settings.get("model_type") != PerformerConfig.model_type:
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}, expected {PerformerConfig.model_type!r}; "
+            "give a folder that performers train wrote"
+        )
+    model_class: type[PreTrainedModel] = PerformerForMaskedLM
+    if "PerformerForCausalLM" in (settings.get("architectures") or []):
+        model_class = PerformerForCausalLM
+    try:
+        with quiet_transformers():
+            model = model_class.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{folder} cannot be loaded as a model ({reason[:300]}); copy it again or train anew"
+        ) from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"{folder} has a tokenizer of {len(tokenizer)} tokens but a model of "
+            f"{model.config.vocab_size}; their files do not belong together"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a model and its tokenizer into a folder, ``config.json`` last.
+
+    Until ``config.json`` is there the folder is not a model folder, so an interrupted save leaves
+    nothing that loads.
+    """
+    staging = folder / f".saving-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        with quiet_transformers():
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+        for path in files:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Context in which transformers shows neither progress bars nor warnings of its own."""
+    logging = transformers.utils.logging
+    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
+
+
+def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) -> int:
+    """The length in tokens that a model was trained at, from its tokenizer."""
+    length = int(tokenizer.model_max_length)
+    return length if length < 10**9 else default

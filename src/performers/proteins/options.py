@@ -1,0 +1,182 @@
+"""What a training run is asked to do."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from performers.models import PerformerConfig
+from performers.proteins.errors import UserError
+
+OBJECTIVES = ("mlm", "clm")
+
+# Options that change how a run is watched, not what it computes.
+_WATCHING = frozenset({"log_steps", "save_steps", "eval_steps"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Options of ``train_model``; each is a flag of ``performers train``.
+
+    The optimiser's defaults are the paper's (Choromanski et al. 2021, appendix B.2): AdamW with
+    betas 0.9 and 0.98, epsilon 1e-9, weight decay 0.1, gradients clipped at 0.5.
+
+    Attributes:
+        objective: ``"mlm"`` (15% of residues masked, 80/10/10) or ``"clm"`` (next residue).
+        attention: See ``PerformerConfig.attention``.
+        hidden_size: Width of the model.
+        num_layers: Blocks.
+        num_heads: Heads.
+        intermediate_size: Width of the feed-forward blocks; four times the model's when None.
+        num_features: Random features per head; the feature map's default when None.
+        estimator: Softmax estimator.
+        position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
+        dropout: Dropout probability.
+        max_length: Longest row in tokens; longer sequences are split into windows.
+        packed: Fill rows of exactly ``max_length`` with consecutive sequences, instead of batching
+            sequences of similar length.
+        across_sequences: In packed rows, attention crosses the boundaries of sequences.
+        batch_tokens: Tokens in a batch on each process, padding included.
+        accumulation: Batches per optimiser step.
+        steps: Optimiser steps.
+        learning_rate: Peak; reached after ``warmup_steps``, then falling linearly to zero.
+        warmup_steps: A twentieth of the steps when None.
+        weight_decay: Of AdamW.
+        max_grad_norm: Gradients are clipped to this norm.
+        mask_probability: Share of residues that are targets under ``"mlm"``.
+        redraw_steps: Optimiser steps between fresh random features; 0 keeps the first.
+        seed: Of weights, data order, masks and redraws.
+        bf16: Mixed precision.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+        validation_fraction: Share of the sequences held out when no validation file is given.
+        log_steps: Steps between log entries.
+        eval_steps: Steps between validations; a tenth of the steps when None.
+        save_steps: Steps between checkpoints; a tenth of the steps when None.
+    """
+
+    objective: str = "mlm"
+    attention: str = "favor-softmax"
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 8
+    intermediate_size: int | None = None
+    num_features: int | None = None
+    estimator: str = "positive"
+    position_embedding: str = "rotary"
+    dropout: float = 0.1
+    max_length: int = 1024
+    packed: bool = False
+    across_sequences: bool = False
+    batch_tokens: int = 8192
+    accumulation: int = 1
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    max_grad_norm: float = 0.5
+    mask_probability: float = 0.15
+    redraw_steps: int = 1000
+    seed: int = 0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    validation_fraction: float = 0.05
+    log_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: An option is out of range; the message names its flag.
+        """
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        least = {
+            "hidden_size": 1,
+            "num_layers": 1,
+            "num_heads": 1,
+            "max_length": 3,
+            "batch_tokens": 1,
+            "accumulation": 1,
+            "steps": 1,
+            "redraw_steps": 0,
+            "seed": 0,
+            "log_steps": 1,
+            "intermediate_size": 1,
+            "num_features": 1,
+            "eval_steps": 1,
+            "save_steps": 1,
+            "warmup_steps": 0,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{flag(name)} must be at least {low}, got {value}")
+        for name, lowest, highest in (
+            ("dropout", 0.0, 0.99),
+            ("mask_probability", 1e-6, 1.0),
+            ("validation_fraction", 0.0, 0.9),
+        ):
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                raise UserError(
+                    f"{flag(name)} must be between {lowest:g} and {highest:g}, got {value}"
+                )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
+        if self.batch_tokens < self.max_length:
+            raise UserError(
+                f"--batch-tokens ({self.batch_tokens}) must be at least --max-length "
+                f"({self.max_length})"
+            )
+        if self.across_sequences and not self.packed:
+            raise UserError("--across-sequences needs --packed")
+
+    def model_config(self, tokenizer: Any) -> PerformerConfig:
+        """The configuration of the model to train.
+
+        Raises:
+            UserError: The sizes do not go together.
+        """
+        try:
+            return PerformerConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=self.hidden_size,
+                num_hidden_layers=self.num_layers,
+                num_attention_heads=self.num_heads,
+                intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+                hidden_dropout_prob=self.dropout,
+                position_embedding=self.position_embedding,
+                max_position_embeddings=self.max_length,
+                attention=self.attention,
+                num_features=self.num_features,
+                estimator=self.estimator,  # type: ignore[arg-type]
+                is_decoder=self.objective == "clm",
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        except ValueError as error:
+            raise UserError(f"the model cannot be built: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data."""
+        return asdict(self)
+
+    def differences(self, earlier: dict[str, Any]) -> list[str]:
+        """Which results-changing options differ from those of an earlier run, in words."""
+        return [
+            f"{flag(field.name)} was {earlier.get(field.name)}, now {getattr(self, field.name)}"
+            for field in fields(self)
+            if field.name not in _WATCHING and getattr(self, field.name) != earlier.get(field.name)
+        ]
+
+
+def flag(name: str) -> str:
+    """The command-line flag of an option."""
+    renamed = {
+        "num_layers": "layers",
+        "num_heads": "heads",
+        "position_embedding": "positions",
+    }
+    return "--" + renamed.get(name, name).replace("_", "-")

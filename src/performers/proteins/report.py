@@ -1,0 +1,202 @@
+"""The report on protein models: one self-contained HTML page, and its figures as files.
+
+`analyse_model` reads a model, `write_report` writes what was read beside the model's settings,
+metrics and learning curve.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from performers.proteins import html_page as page
+from performers.proteins.analysis import ModelAnalysis, analyse_model
+from performers.proteins.attention_sections import attention_section, similarity_section
+from performers.proteins.figure_files import Pictures
+from performers.proteins.figures import curves, learning_curve_figure
+from performers.proteins.folders import write_atomically
+
+__all__ = ["ModelAnalysis", "ModelReport", "analyse_model", "write_report"]
+
+_KNOWN = frozenset(
+    {"tokens", "accuracy", "perplexity", "loss"}
+    | {"baseline_accuracy", "baseline_perplexity", "baseline_loss"}
+)
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What the report shows of one model.
+
+    Attributes:
+        name: Heading of its section, and its name in the figures.
+        settings: Setting to value, shown as they are.
+        metrics: Split to metrics: any of accuracy and baseline_accuracy (shares of 1), perplexity
+            and baseline_perplexity, loss and baseline_loss (nats per residue; taken from the
+            perplexity when absent) and tokens. Other numbers get a row of their own.
+        history: The training log: dictionaries with "step", "loss", "eval_loss" and so on, as in
+            the `log_history` of transformers' trainer_state.json.
+        analysis: What `analyse_model` returned; None to leave attention out.
+    """
+
+    name: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+    analysis: ModelAnalysis | None = None
+
+
+def write_report(
+    output_dir: str | os.PathLike[str],
+    *,
+    models: Sequence[ModelReport],
+    title: str = "What the protein models learnt",
+    matrix_name: str = "BLOSUM62",
+    permutations: int = 9_999,
+) -> Path:
+    """Writes `report.html`, and its figures as PNG files in `figures/`.
+
+    The page holds its images and styles, runs no script and loads nothing. Files of the same name
+    are replaced, each whole or not at all, the page last.
+
+    Args:
+        output_dir: The folder; made when missing.
+        models: The models, in the order of their sections.
+        title: Heading of the page.
+        matrix_name: Substitution matrix to compare amino-acid similarity with.
+        permutations: Number of relabellings in the Mantel test.
+
+    Returns:
+        The path of `report.html`.
+
+    Raises:
+        ValueError: If there is no model or the matrix is unknown.
+        OSError: If the folder cannot be written.
+    """
+    if not models:
+        raise ValueError("models must hold at least one ModelReport, got none")
+    folder = Path(output_dir)
+    pictures = Pictures(folder / "figures")
+    anchors = [f"model-{number}" for number in range(1, len(models) + 1)]
+    parts = [page.heading(1, title)]
+    if len(models) > 1:
+        parts.append(page.links([(a, m.name) for a, m in zip(anchors, models, strict=True)]))
+        parts.append(page.heading(2, "The models side by side"))
+        parts.append(_metrics_table(models))
+        parts.append(_learning_curves(models, "learning-curves", pictures))
+    for number, (anchor, model) in enumerate(zip(anchors, models, strict=True), start=1):
+        stem = f"{number}-{_slug(model.name)}"
+        parts.append(page.heading(2, model.name, anchor))
+        if model.settings:
+            parts.append(page.heading(3, "Settings"))
+            parts.append(page.table((), list(model.settings.items()), names=2))
+        parts.append(page.heading(3, "Metrics"))
+        parts.append(_metrics_table([model]))
+        parts.append(page.heading(3, "Learning curve"))
+        parts.append(_learning_curves([model], f"{stem}-learning-curve", pictures))
+        if model.analysis is None:
+            parts.append(page.paragraph("The attention of this model was not analysed."))
+            continue
+        parts.append(attention_section(model.analysis, f"{stem}-attention", pictures))
+        parts.append(
+            similarity_section(
+                model.analysis,
+                f"{stem}-similarity",
+                pictures,
+                matrix_name=matrix_name,
+                permutations=permutations,
+            )
+        )
+    report = folder / "report.html"
+    write_atomically(report, page.page(title, "\n".join(parts)).encode("utf-8"))
+    return report
+
+
+def _metrics_table(models: Sequence[ModelReport]) -> str:
+    """One row per model and split, each metric beside that of the unigram baseline."""
+    several = len(models) > 1
+    rows: list[tuple[object, ...]] = []
+    further: list[tuple[object, ...]] = []
+    for model in models:
+        prefix = (model.name,) if several else ()
+        for split, given in model.metrics.items():
+            values = _with_losses(given)
+            rows.append(
+                (
+                    *prefix,
+                    split,
+                    page.percent(values.get("accuracy")),
+                    page.percent(values.get("baseline_accuracy")),
+                    page.number(values.get("perplexity")),
+                    page.number(values.get("baseline_perplexity")),
+                    page.number(values.get("loss"), 3),
+                    page.number(values.get("baseline_loss"), 3),
+                    page.number(values.get("tokens"), 0),
+                )
+            )
+            further += [
+                (split, name, page.number(value, 4))
+                for name, value in given.items()
+                if name not in _KNOWN and not several
+            ]
+    if not rows:
+        return page.paragraph("No metrics were given.")
+    header = ["split", "accuracy", "unigram", "perplexity", "unigram", "loss", "unigram", "tokens"]
+    markup = page.table(
+        ["model", *header] if several else header,
+        rows,
+        names=2 if several else 1,
+        caption="Per residue. Unigram: the best constant prediction for the same residues. "
+        "Loss in nats.",
+    )
+    return markup + (page.table(("split", "metric", "value"), further, names=2) if further else "")
+
+
+def _with_losses(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics, with losses filled in from the perplexities: loss = log(perplexity)."""
+    filled = dict(metrics)
+    for prefix in ("", "baseline_"):
+        perplexity = filled.get(f"{prefix}perplexity", math.nan)
+        if f"{prefix}loss" not in filled and perplexity > 0:
+            filled[f"{prefix}loss"] = math.log(perplexity)
+    return filled
+
+
+def _learning_curves(models: Sequence[ModelReport], stem: str, pictures: Pictures) -> str:
+    drawn = {
+        # A name may occur twice; the number keeps the curves apart.
+        (model.name if [m.name for m in models].count(model.name) == 1 else f"{n}. {model.name}"): (
+            model.history
+        )
+        for n, model in enumerate(models, start=1)
+        if curves(model.history, "loss") or curves(model.history, "accuracy")
+    }
+    if not drawn:
+        return page.paragraph("No training log was given, so there is no learning curve.")
+    baseline = _baseline(models)
+    figure = learning_curve_figure(
+        drawn,
+        baseline_loss=baseline.get("baseline_loss"),
+        baseline_accuracy=baseline.get("baseline_accuracy"),
+    )
+    description = f"Loss and accuracy against the training step: {', '.join(drawn)}."
+    return page.image(pictures.add(stem, figure), description)
+
+
+def _baseline(models: Sequence[ModelReport]) -> dict[str, float]:
+    """The metrics of the split whose baseline the learning curve shows."""
+    for split in ("validation", "valid", "test", "train"):
+        for model in models:
+            if split in model.metrics:
+                return _with_losses(model.metrics[split])
+    return {}
+
+
+def _slug(name: str) -> str:
+    """A file name that every system takes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40] or "model"

@@ -1,0 +1,338 @@
+"""Training of protein language models, on transformers' Trainer.
+
+A run is exactly resumable: batches and masks are functions of the seed and of their place in the
+run, redraws of the seed and the step, and the rest (weights, optimiser, schedule, dropout's random
+state) is in the checkpoint.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.evaluation import evaluate_model
+from performers.proteins.folders import read_json, write_json
+from performers.proteins.model_folder import quiet_transformers, save_model
+from performers.proteins.objectives import CausalCollator, MaskedCollator
+from performers.proteins.options import TrainingOptions
+from performers.proteins.packing import (
+    LengthBucketedBatchSampler,
+    PackedRow,
+    TokenDataset,
+    pack_sequences,
+    split_windows,
+)
+from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences, residue_ids
+from performers.proteins.training_callbacks import (
+    ClockCallback,
+    ProgressCallback,
+    RedrawCallback,
+    StopCallback,
+    stop_on_signals,
+)
+
+_VALIDATION_SEQUENCES = 500
+
+
+def train_model(
+    sequences: Sequence[str],
+    output: Path,
+    options: TrainingOptions,
+    *,
+    validation: Sequence[str] | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train a model and save it, its tokenizer, its log and its options in ``output``.
+
+    The folder receives ``config.json``, ``model.safetensors`` and the tokenizer's files,
+    ``trainer_state.json`` (the log), ``training.json`` (options, data, time) and ``checkpoints/``.
+
+    Args:
+        sequences: Proteins as letters.
+        output: Folder to write to; see ``prepare_output_folder``.
+        options: What to train and how.
+        validation: Proteins to validate on; without them ``options.validation_fraction`` of
+            ``sequences``, drawn with the seed, is held out.
+        resume: Continue from the last complete checkpoint in ``output``, if there is one.
+        progress: Called with the step, the steps in all and the latest log entry.
+
+    Returns:
+        ``steps``, ``seconds`` (all parts of a resumed run together), ``parameters``, and the last
+        validation metrics.
+
+    Raises:
+        UserError: The data or options cannot be used, the options differ from those of the run to
+            resume, or the loss is not finite.
+        Interrupted: The run was stopped by a signal and has saved a checkpoint.
+    """
+    tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
+    if validation is None:
+        sequences, validation = _hold_out(sequences, options)
+    else:
+        validation = list(validation)[:_VALIDATION_SEQUENCES]
+    record = {"options": options.to_dict(), "data": _fingerprint(sequences, validation)}
+    settings = output / "training.json"
+    checkpoint = None
+    seconds = 0.0
+    if resume and settings.exists():
+        earlier = read_json(settings)
+        _check_same_run(earlier, record, options)
+        checkpoint = last_complete_checkpoint(output / "checkpoints")
+        if checkpoint is not None:
+            seconds = ClockCallback.seconds_at(checkpoint)
+    else:
+        write_json(settings, record)
+
+    transformers.set_seed(options.seed)
+    config = options.model_config(tokenizer)
+    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
+    model = model_class(config)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    dataset = TokenDataset(_rows(tokenizer, sequences, options))
+    stop = StopCallback()
+    clock = ClockCallback(seconds)
+    trainer = _ProteinTrainer(
+        options=options,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        validation=validation,
+        model=model,
+        args=_arguments(output / "checkpoints", options),
+        callbacks=[RedrawCallback(model, options.redraw_steps, options.seed), stop, clock],
+    )
+    # The library's own progress display prints raw dictionaries.
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if progress is not None:
+        trainer.add_callback(ProgressCallback(progress))
+    with quiet_transformers(), stop_on_signals(stop):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested:
+        raise Interrupted(
+            f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint is "
+            "in the output folder: run the same command with --resume to continue"
+        )
+    result = {
+        "steps": trainer.state.global_step,
+        "seconds": round(clock.seconds, 2),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **trainer.last_validation,
+    }
+    if trainer.is_world_process_zero():
+        save_model(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        write_json(settings, {**record, "result": result})
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose saving had ended; its log is written last."""
+    steps = {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in folder.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit()
+    }
+    for step in sorted(steps, reverse=True):
+        try:
+            state = read_json(steps[step] / "trainer_state.json")
+        except UserError:
+            continue
+        if isinstance(state, dict) and state.get("global_step") == step:
+            return steps[step]
+    return None
+
+
+class _ProteinTrainer(Trainer):
+    """Trainer with our batches, our validation, and an end to runs that diverge."""
+
+    def __init__(
+        self,
+        *,
+        options: TrainingOptions,
+        dataset: TokenDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        validation: Sequence[str],
+        **arguments: Any,
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self.validation = validation
+        self.last_validation: dict[str, float] = {}
+        self._validated_step = -1
+        self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
+        if options.objective == "mlm":
+            self.collator = MaskedCollator(
+                tokenizer, mask_probability=options.mask_probability, seed=options.seed
+            )
+        super().__init__(
+            train_dataset=dataset, eval_dataset=dataset, data_collator=self._collate, **arguments
+        )
+
+    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = self.collator(examples)
+        if self.options.across_sequences:
+            batch.pop("sequence_ids", None)
+        return batch
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The whole run as one pass, so that to resume is to skip batches."""
+        dataset = self.train_dataset
+        assert isinstance(dataset, TokenDataset)
+        batches = self.options.steps * self.options.accumulation * self.args.world_size
+        sampler = LengthBucketedBatchSampler(
+            dataset.lengths,
+            max_tokens=self.options.batch_tokens,
+            seed=self.options.seed,
+            num_batches=batches,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            # Its own generator, so that making an iterator draws nothing from dropout's.
+            generator=torch.Generator().manual_seed(self.options.seed),
+        )
+        return self.accelerator.prepare(loader)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One batch.
+
+        Raises:
+            UserError: The loss is not finite.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
+                "--learning-rate or raise --warmup-steps and train anew, or --resume from the last "
+                "checkpoint with the same options if the machine was at fault"
+            )
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Metrics per residue on the validation sequences, logged as ``eval_...``."""
+        if not self.validation or self._validated_step == self.state.global_step:
+            return self.last_validation
+        self._validated_step = self.state.global_step
+        metrics = evaluate_model(
+            self.accelerator.unwrap_model(self.model),
+            self.tokenizer,
+            self.validation,
+            max_length=self.options.max_length,
+            batch_tokens=self.options.batch_tokens,
+            mask_probability=self.options.mask_probability,
+            seed=self.options.seed,
+        )
+        logged = {f"eval_{name}": float(value) for name, value in metrics.items()}
+        self.last_validation = logged
+        self.log(logged)
+        return logged
+
+
+def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
+    tenth = max(1, options.steps // 10)
+    warmup = max(1, options.steps // 20)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps,
+        gradient_accumulation_steps=options.accumulation,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=warmup if options.warmup_steps is None else options.warmup_steps,
+        weight_decay=options.weight_decay,
+        adam_beta1=0.9,
+        adam_beta2=0.98,
+        adam_epsilon=1e-9,
+        max_grad_norm=options.max_grad_norm,
+        bf16=options.bf16,
+        seed=options.seed,
+        logging_strategy="steps",
+        logging_steps=options.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_steps or tenth,
+        save_strategy="steps",
+        save_steps=options.save_steps or tenth,
+        save_total_limit=2,
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        # Token budgets give batches of different sizes; accelerate cannot even those out.
+        accelerator_config={"even_batches": False},
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[str], options: TrainingOptions
+) -> list[Any]:
+    encoded = encode_sequences(tokenizer, sequences)
+    rows: list[Any]
+    if options.packed:
+        random = np.random.default_rng(options.seed)
+        shuffled = [encoded[index] for index in random.permutation(len(encoded))]
+        rows = list(pack_sequences(shuffled, options.max_length))
+    else:
+        rows = [
+            window for tokens in encoded for window in split_windows(tokens, options.max_length)
+        ]
+    residues = residue_ids(tokenizer)
+
+    def has_targets(row: Any) -> bool:
+        tokens = row.input_ids if isinstance(row, PackedRow) else row
+        return int(np.isin(tokens, residues).sum()) > 1
+
+    # A row without anything to predict has no loss.
+    rows = [row for row in rows if has_targets(row)]
+    if not rows:
+        raise UserError("the training sequences have no two residues in a row to learn from")
+    return rows
+
+
+def _hold_out(sequences: Sequence[str], options: TrainingOptions) -> tuple[list[str], list[str]]:
+    count = min(int(options.validation_fraction * len(sequences)), _VALIDATION_SEQUENCES)
+    held = np.random.default_rng(options.seed).permutation(len(sequences))[:count]
+    chosen = set(held.tolist())
+    kept = [sequence for index, sequence in enumerate(sequences) if index not in chosen]
+    return kept, [sequences[index] for index in sorted(chosen)]
+
+
+def _fingerprint(training: Sequence[str], validation: Sequence[str]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for group in (training, validation):
+        for sequence in group:
+            digest.update(sequence.encode() + b"\n")
+        digest.update(b"\n")
+    return {
+        "sequences": len(training),
+        "residues": sum(map(len, training)),
+        "validation_sequences": len(validation),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _check_same_run(
+    earlier: dict[str, Any], record: dict[str, Any], options: TrainingOptions
+) -> None:
+    changed = options.differences(earlier.get("options", {}))
+    if changed:
+        raise UserError(
+            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
+            "options of that run, or give another --output"
+        )
+    if earlier.get("data", {}).get("sha256") != record["data"]["sha256"]:
+        raise UserError(
+            "--resume continues the run in the folder, but the sequences are not the same; give "
+            "the same FASTA files, or another --output"
+        )

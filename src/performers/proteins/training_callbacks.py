@@ -1,0 +1,127 @@
+"""Callbacks of a training run: redraws, progress, and stopping on a signal."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from performers.features import FeatureRedrawer
+from performers.proteins.folders import read_json
+
+
+class RedrawCallback(TrainerCallback):
+    """Fresh random features every so many optimiser steps.
+
+    They are drawn before the step's checkpoint is written, so the checkpoint holds them.
+    """
+
+    def __init__(self, model: nn.Module, interval: int, seed: int) -> None:
+        self.redrawer = FeatureRedrawer(model, interval, seed=seed)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Redraw when due; not after the last step, which leaves the features it trained with."""
+        if state.global_step < state.max_steps:
+            self.redrawer.step(state.global_step)
+
+
+class ClockCallback(TrainerCallback, ExportableState):
+    """Seconds of training over all parts of a resumed run, kept in the checkpoints.
+
+    Args:
+        seconds: What earlier parts took.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count."""
+        now = time.monotonic()
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer writes into a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    @classmethod
+    def seconds_at(cls, checkpoint: Path) -> float:
+        """The count in a checkpoint; 0 if it has none."""
+        callbacks = read_json(checkpoint / "trainer_state.json").get("stateful_callbacks", {})
+        return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
+
+
+class ProgressCallback(TrainerCallback):
+    """Reports steps and log entries."""
+
+    def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
+        self.report = report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report where the run begins."""
+        if state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the step."""
+        if state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report a log entry."""
+        if state.is_world_process_zero and logs:
+            self.report(state.global_step, state.max_steps, dict(logs))
+
+
+class StopCallback(TrainerCallback):
+    """Ends the run after the current step, with a checkpoint, once ``requested`` is set."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop when asked to."""
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        elif self.requested:
+            # The run is complete anyway.
+            self.requested = False
+
+
+@contextmanager
+def stop_on_signals(stop: StopCallback) -> Iterator[None]:
+    """Turn the first Ctrl-C (or SIGTERM) into an orderly stop; the second one interrupts at once.
+
+    Outside the main thread, where signals cannot be caught, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
