@@ -1,0 +1,139 @@
+"""What the chunked algorithms share: sums, partial rows, their scales, and blocks of rows."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from performers.features import FeatureForm
+
+# Rows of a causal chunk, and features held at a time (elements over batch, heads and rows).
+CHUNK = 64
+_BLOCK_ELEMENTS = 1 << 21
+
+# Normalisers smaller than this are not scaled up further: their inverse must stay finite.
+_TINY = 1e-30
+
+
+class Sums(NamedTuple):
+    """Sums over keys, as in FavorState: ``(B, H, m, Dv)``, ``(B, H, m)`` and ``(B, H, m)``."""
+
+    key_value: Tensor
+    key_sum: Tensor
+    log_scale: Tensor
+
+
+class Rows(NamedTuple):
+    """Attention not yet divided: ``e^log_scale (numerator, denominator)``.
+
+    Shapes ``(..., L, Dv)``, ``(..., L, 1)`` and ``(..., L, 1)``.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+    log_scale: Tensor
+
+
+class Features(NamedTuple):
+    """How blocks turn slices of the inputs into features."""
+
+    form: FeatureForm
+    root: float
+    dtype: torch.dtype
+
+    def of(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Base and exponent of the features of ``x``; see ``FeatureForm.decompose``."""
+        return self.form.decompose(x.to(self.dtype) * self.root, is_query=is_query)
+
+    @property
+    def has_exponent(self) -> bool:
+        """Whether features need scaling."""
+        return self.form.kind != "elementwise"
+
+
+def query_features(
+    base: Tensor | None, exponent: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Query features times ``e^scale``, divided by their largest, and the log of that divisor.
+
+    Without an exponent on the query side the scale is the same for all features: it stays apart.
+    """
+    if exponent is None:
+        assert base is not None
+        return base, scale[..., :1] if scale.ndim else scale
+    exponent = exponent + scale
+    peak = exponent.detach().amax(-1, keepdim=True)
+    return times(base, (exponent - peak).exp()), peak
+
+
+def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
+    """The sum of two parts of the same rows."""
+    if not scaled:
+        return Rows(
+            left.numerator + right.numerator,
+            left.denominator + right.denominator,
+            torch.zeros_like(left.denominator),
+        )
+    peak = finite(torch.maximum(_log_size(left), _log_size(right)))
+    left_weight, right_weight = (left.log_scale - peak).exp(), (right.log_scale - peak).exp()
+    return Rows(
+        left.numerator * left_weight + right.numerator * right_weight,
+        left.denominator * left_weight + right.denominator * right_weight,
+        peak,
+    )
+
+
+def _log_size(rows: Rows) -> Tensor:
+    size = rows.denominator.detach().abs()
+    log = rows.log_scale + size.clamp_min(_TINY).log()
+    return log.masked_fill(size == 0, -math.inf)
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """The quotient, and zero where there was nothing to attend to."""
+    return numerator / denominator.where(denominator != 0, 1.0)
+
+
+def times(base: Tensor | None, exponential: Tensor) -> Tensor:
+    """``base * exponential``, where no base means one."""
+    return exponential if base is None else base * exponential
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros in place of rows that take no part, whatever they hold."""
+    return x if mask is None else x.where(mask[:, None, :, None], 0.0)
+
+
+def finite(scale: Tensor) -> Tensor:
+    """Zero in place of the minus infinity that stands for no key."""
+    return scale.where(scale > -math.inf, 0.0)
+
+
+def block_rows(heads: tuple[int, ...] | torch.Size, features: Features) -> int:
+    """Rows whose features fill a block."""
+    per_row = math.prod(heads) * features.form.num_features
+    rows = _BLOCK_ELEMENTS // max(per_row, 1)
+    return max(CHUNK, rows // CHUNK * CHUNK)
+
+
+def slices(length: int, rows: int) -> Iterator[slice]:
+    """Cut ``range(length)`` into blocks of at most ``rows``."""
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
+
+
+def direct(function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None) -> tuple[Tensor, ...]:
+    """Call a block's function; autograd keeps what it needs."""
+    return function(*args)
+
+
+def checkpointed(
+    function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Call a block's function; autograd keeps its inputs and computes the rest again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
