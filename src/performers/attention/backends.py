@@ -1,8 +1,8 @@
 """Which implementations exist, which are usable here, and which one to call."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 from torch import Tensor
 
@@ -13,7 +13,8 @@ from performers.attention.state import FavorState
 Backend = Callable[[AttentionProblem], tuple[Tensor, FavorState | None]]
 
 _BACKENDS: dict[str, Backend] = {"torch": chunked.attend, "reference": reference.attend}
-_forced: ContextVar[str | None] = ContextVar("performers_backend", default=None)
+# Per thread; torch.compile can read a thread's attribute, but not a context variable.
+_forced = threading.local()
 
 
 def backends() -> tuple[str, ...]:
@@ -36,11 +37,12 @@ def use_backend(name: str) -> Iterator[None]:
         ...     pass
     """
     resolve_backend(name)
-    token = _forced.set(name)
+    outer = getattr(_forced, "name", None)
+    _forced.name = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = outer
 
 
 def resolve_backend(name: str | None) -> Backend:
@@ -49,7 +51,8 @@ def resolve_backend(name: str | None) -> Backend:
     Raises:
         ValueError: The backend is unknown or not usable here.
     """
-    name = name or _forced.get() or next(iter(_BACKENDS))
+    if name is None:
+        name = getattr(_forced, "name", None) or next(iter(_BACKENDS))
     if name not in _BACKENDS:
         raise ValueError(f"backend must be one of {backends()} here, got {name!r}")
     return _BACKENDS[name]

@@ -14,9 +14,6 @@ from performers.features import FeatureForm
 CHUNK = 64
 _BLOCK_ELEMENTS = 1 << 21
 
-# Normalisers smaller than this are not scaled up further: their inverse must stay finite.
-_TINY = 1e-30
-
 
 class Sums(NamedTuple):
     """Sums over keys, as in FavorState: ``(B, H, m, Dv)``, ``(B, H, m)`` and ``(B, H, m)``."""
@@ -55,18 +52,20 @@ class Features(NamedTuple):
 
 
 def query_features(
-    base: Tensor | None, exponent: Tensor | None, scale: Tensor
+    base: Tensor | None, exponent: Tensor | None, scale: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Query features times ``e^scale``, divided by their largest, and the log of that divisor.
 
+    The features are in ``dtype``, their own when None, so that small ones need not vanish.
     Without an exponent on the query side the scale is the same for all features: it stays apart.
     """
     if exponent is None:
         assert base is not None
-        return base, scale[..., :1] if scale.ndim else scale
+        return base if dtype is None else base.to(dtype), scale[..., :1] if scale.ndim else scale
     exponent = exponent + scale
     peak = exponent.detach().amax(-1, keepdim=True)
-    return times(base, (exponent - peak).exp()), peak
+    exponent = exponent - peak
+    return times(base, (exponent if dtype is None else exponent.to(dtype)).exp()), peak
 
 
 def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
@@ -78,7 +77,7 @@ def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
             torch.zeros_like(left.denominator),
         )
     peak = finite(torch.maximum(_log_size(left), _log_size(right)))
-    left_weight, right_weight = (left.log_scale - peak).exp(), (right.log_scale - peak).exp()
+    left_weight, right_weight = _weight(left, peak), _weight(right, peak)
     return Rows(
         left.numerator * left_weight + right.numerator * right_weight,
         left.denominator * left_weight + right.denominator * right_weight,
@@ -87,9 +86,12 @@ def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
 
 
 def _log_size(rows: Rows) -> Tensor:
-    size = rows.denominator.detach().abs()
-    log = rows.log_scale + size.clamp_min(_TINY).log()
-    return log.masked_fill(size == 0, -math.inf)
+    return rows.log_scale + rows.denominator.detach().abs().log()
+
+
+def _weight(rows: Rows, peak: Tensor) -> Tensor:
+    """``e^(log_scale - peak)``; zero for a part without keys, whose scale may be anything."""
+    return (rows.log_scale - peak).masked_fill(rows.denominator == 0, -math.inf).exp()
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

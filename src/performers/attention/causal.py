@@ -79,9 +79,6 @@ def causal_rows(
         )
         sums = Sums(key_value, key_sum, log_scale)
         parts.append(tuple(part))
-    if not parts:
-        empty = query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=problem.dtype)
-        return (empty, empty[..., :1], empty[..., :1])[: 1 if divided else 3], sums
     if len(parts) == 1:
         return parts[0], sums
     return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True)), sums
@@ -176,22 +173,53 @@ def _pairs_within_chunks(
     if segments is not None:
         seen = seen & (segments.unsqueeze(-1) == segments.unsqueeze(-2))
     no_scale = value.new_zeros(())
-    left, left_scale = query_features(query_base, query_exponent, no_scale)
     if key_exponent is None:
+        assert query_base is not None
         assert key_base is not None
-        pairs = (left @ key_base.transpose(-1, -2)).unflatten(3, (groups, size))
-        pairs = pairs.where(seen.unsqueeze(-3), 0.0)
-        log_scale = no_scale
-    else:
-        key_scale = key_exponent.detach().amax(-1, keepdim=True)
-        right = times(key_base, (key_exponent - finite(key_scale)).exp())
-        logs = key_scale.transpose(-1, -2).masked_fill(~seen, -math.inf)
-        peak = finite(logs.amax(-1, keepdim=True))
-        pairs = (left @ right.transpose(-1, -2)).unflatten(3, (groups, size))
-        pairs = pairs * (logs - peak).exp().unsqueeze(3)
-        log_scale = left_scale + peak.repeat(1, 1, 1, groups, 1)
-    pairs = pairs.flatten(3, 4)
+        pairs = (query_base @ key_base.transpose(-1, -2)).unflatten(3, (groups, size))
+        pairs = pairs.where(seen.unsqueeze(-3), 0.0).flatten(3, 4)
+        return Rows(pairs @ value, pairs.sum(-1, keepdim=True), no_scale)
+    # A query and a key can have their largest features far apart; their product is then far below
+    # the product of the largest, and float32 would lose it.
+    wide = torch.float64 if value.device.type != "mps" else value.dtype
+    left, left_scale = query_features(query_base, query_exponent, no_scale, wide)
+    key_scale = key_exponent.detach().amax(-1, keepdim=True)
+    right = times(key_base, (key_exponent - finite(key_scale)).to(wide).exp())
+    logs = key_scale.transpose(-1, -2).masked_fill(~seen, -math.inf)
+    peak = finite(logs.amax(-1, keepdim=True))
+    pairs = (left @ right.transpose(-1, -2)).unflatten(3, (groups, size))
+    pairs = (pairs * (logs - peak).unsqueeze(3).to(wide).exp()).flatten(3, 4)
+    total = pairs.detach().abs().sum(-1, keepdim=True)
+    log_scale = left_scale + peak.repeat(1, 1, 1, groups, 1)
+    # What is smaller than this was lost after all, or has no finite gradient.
+    lost = total < torch.finfo(wide).tiny ** 0.5
+    pairs = (pairs / total.masked_fill(lost, math.inf)).to(value.dtype)
+    log_scale = log_scale + total.masked_fill(lost, 1.0).log().to(value.dtype)
+    if key_base is None and not strict:
+        pairs, log_scale = _with_own_key(
+            pairs, log_scale, lost, query_exponent, key_exponent, groups
+        )
     return Rows(pairs @ value, pairs.sum(-1, keepdim=True), log_scale)
+
+
+def _with_own_key(
+    pairs: Tensor,
+    log_scale: Tensor,
+    lost: Tensor,
+    query_exponent: Tensor | None,
+    key_exponent: Tensor,
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Give rows that lost their chunk's keys their own one back, at its largest feature.
+
+    Where everything else was lost the largest feature is as good as all of the kernel.
+    """
+    assert query_exponent is not None
+    grouped = query_exponent.detach().unflatten(3, (groups, -1))
+    own = (grouped + key_exponent.detach().unsqueeze(3)).amax(-1).flatten(3, 4).unsqueeze(-1)
+    lost = lost & (own > -math.inf)
+    diagonal = torch.eye(pairs.shape[-1], dtype=torch.bool, device=pairs.device).repeat(groups, 1)
+    return pairs.masked_fill(lost & diagonal, 1.0), log_scale.where(~lost, own)
 
 
 def _prefix_sums(

@@ -51,6 +51,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     features = Features(problem.form.to(problem.dtype), math.sqrt(problem.scale), problem.dtype)
     # Autocast would move the sums into half precision.
     with torch.autocast(problem.query.device.type, enabled=False):
+        if problem.query.shape[-2] == 0:
+            return _empty_output(problem), FavorState(*_initial_sums(problem, features))
         if not problem.is_causal:
             if problem.segments is not None:
                 return _packed_bidirectional(problem, features), None
@@ -78,6 +80,13 @@ def _initial_sums(problem: AttentionProblem, features: Features) -> Sums:
     )
 
 
+def _empty_output(problem: AttentionProblem) -> Tensor:
+    """No rows, but in the graph of the inputs, so that backward works."""
+    width = problem.value.shape[-1]
+    rows = problem.query.to(problem.dtype)[..., :1].expand(*problem.query.shape[:-1], width)
+    return rows + 0 * (problem.key.sum() + problem.value.sum()).to(problem.dtype)
+
+
 def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
     query, key, value, mask = problem.query, problem.key, problem.value, problem.key_mask
     sums = _initial_sums(problem, features)
@@ -96,8 +105,6 @@ def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
         block_mask = None if mask is None else mask[:, block]
         sums = Sums(*run(absorb, key[:, :, block], value[:, :, block], block_mask, *sums))
     outputs = [run(read, query[:, :, :, block], *sums)[0] for block in query_blocks]
-    if not outputs:
-        return query.new_zeros(*query.shape[:-1], value.shape[-1], dtype=problem.dtype)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 

@@ -1,6 +1,7 @@
 """The commands. Each checks where it will write, reads, calls one function, prints."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,8 @@ app = typer.Typer(
 
 Fasta = Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzipped.")]
 Model = Annotated[Path, typer.Argument(help="A folder that performers train wrote.")]
-BatchTokens = Annotated[int, typer.Option(help="Tokens in a batch, padding included.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 
 _DEFAULTS = TrainingOptions()
 
@@ -40,7 +42,7 @@ def demo(
     steps: Annotated[
         int, typer.Option(min=1, help="Training steps of each model.")
     ] = demo_run.STEPS,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and masks.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo.")] = False,
 ) -> None:
     """Train three small models on real proteins, compare them, and show what they learnt."""
@@ -119,7 +121,7 @@ def train(
     redraw_steps: Annotated[
         int, typer.Option(help="Steps between fresh random features; 0 = never.")
     ] = _DEFAULTS.redraw_steps,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = _DEFAULTS.seed,
+    seed: Seed = _DEFAULTS.seed,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
@@ -196,12 +198,16 @@ def evaluate(
     ] = None,
     batch_tokens: BatchTokens = 8192,
     mask_probability: Annotated[
-        float, typer.Option(min=1e-6, max=1.0, help="Share of residues to predict (mlm).")
+        float, typer.Option(help="Share of residues to predict (mlm).")
     ] = 0.15,
-    seed: Annotated[int, typer.Option(min=0, help="Of the masks.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
     with one_line_errors():
+        if not 0 < mask_probability <= 1:
+            raise UserError(
+                f"--mask-probability must be above 0 and at most 1, got {mask_probability}"
+            )
         network, tokenizer = load_model(model)
         sequences = _sequences(fasta)
         with ProgressBars() as bars:
@@ -214,6 +220,11 @@ def evaluate(
                 mask_probability=mask_probability,
                 seed=seed,
                 progress=bars.task("evaluating"),
+            )
+        if not math.isfinite(metrics["loss"]):
+            raise UserError(
+                f"{model} predicts no finite probabilities (loss {metrics['loss']}); its training "
+                "diverged, or its files are damaged: train anew or copy it again"
             )
         if as_json:
             print(json.dumps(metrics, indent=2))
@@ -254,7 +265,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 = the most likely residue.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Only the likeliest so many; 0 = all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Only the likeliest with this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Seed = 0,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="FASTA file; standard output by default.")
     ] = None,

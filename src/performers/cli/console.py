@@ -1,12 +1,12 @@
 """What commands share: errors in one line, progress, tables."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,9 +21,13 @@ from rich.table import Table
 
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.fasta import FastaError
+from performers.proteins.processes import is_first_process
 
 output = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
+
+_OUT_OF_MEMORY = "out of memory; lower --batch-tokens or --max-length, or the size of the model"
+_SHOWN = {"loss": "loss", "eval_accuracy": "validation accuracy"}
 
 
 @contextmanager
@@ -36,8 +40,15 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}", 2)
-    except torch.OutOfMemoryError:
-        _fail("out of memory; lower --batch-tokens or --max-length", 2)
+    except (MemoryError, torch.OutOfMemoryError):
+        _fail(_OUT_OF_MEMORY, 2)
+    except ImportError as error:
+        _fail(f"{error}; install what is missing with pip install 'performers[proteins]'", 2)
+    except RuntimeError as error:
+        # What torch raises when the machine's own memory is full.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        _fail(_OUT_OF_MEMORY, 2)
     except Interrupted as error:
         _fail(str(error), 130)
     except KeyboardInterrupt:
@@ -45,14 +56,22 @@ def one_line_errors() -> Iterator[None]:
 
 
 def note(text: str | None) -> None:
-    """Print a line on stderr, if there is one."""
-    if text:
+    """Print a line on stderr, if there is one; of several processes the first does."""
+    if text and is_first_process():
         messages.print(text, markup=False, soft_wrap=True)
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a table: a row per model or split, the unigram baseline beside."""
-    table = Table("", "accuracy", "perplexity", "residues", "unigram accuracy", "perplexity")
+    """Print a table: a row per model or split, the unigram baseline beside.
+
+    Of several processes the first does.
+    """
+    if not is_first_process():
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(no_wrap=True)
+    for heading in ("accuracy", "perplexity", "residues", "unigram\naccuracy", "\nperplexity"):
+        table.add_column(heading, justify="right")
     for name, row in metrics.items():
         table.add_row(
             name,
@@ -82,11 +101,11 @@ class ProgressBars:
             )
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
-        self._logs: dict[str, str] = {}
+        self._logs: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> "ProgressBars":
         # Of several processes of one run, the first shows progress.
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             self._bars, self.update = None, lambda *args: None  # type: ignore[method-assign]
         if self._bars is not None:
             self._bars.start()
@@ -103,15 +122,9 @@ class ProgressBars:
 
     def update(self, name: str, done: int, total: int, log: Mapping[str, float]) -> None:
         """Show how far a piece of work is."""
-        if log:
-            shown = {
-                key.removeprefix("eval_") + (" (validation)" if key.startswith("eval_") else ""): v
-                for key, v in log.items()
-                if key in ("loss", "eval_accuracy")
-            }
-            if shown:
-                self._logs[name] = "  ".join(f"{key} {value:.3f}" for key, value in shown.items())
-        text = self._logs.get(name, "")
+        logs = self._logs.setdefault(name, {})
+        logs.update((_SHOWN[key], value) for key, value in log.items() if key in _SHOWN)
+        text = "  ".join(f"{label} {value:.3f}" for label, value in logs.items())
         if self._bars is not None:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=total, log=text)

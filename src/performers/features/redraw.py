@@ -1,5 +1,7 @@
 """Redrawing of projections: by hand, or on a schedule of training steps."""
 
+import hashlib
+
 import torch
 from torch import nn
 
@@ -60,7 +62,9 @@ class FeatureRedrawer:
         self.steps = self.steps + 1 if steps is None else steps
         if not self.module.training or self.interval == 0 or self.steps % self.interval:
             return False
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.steps)
+        # torch's CPU generator looks at 32 bits of its seed.
+        digest = hashlib.blake2b(f"{self.seed}:{self.steps}".encode(), digest_size=4).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         redraw_features_(self.module, generator)
         return True
 

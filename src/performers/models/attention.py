@@ -88,11 +88,6 @@ class FavorMechanism(nn.Module):
         return out, weights
 
     def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
-        if context.cache is not None and context.cache.get_seq_length():
-            raise ValueError(
-                "output_attentions is not available for a call that continues from a cache: the "
-                "keys of the past are gone; run the whole sequence with use_cache=False"
-            )
         weights = favor_attention_weights(
             query,
             key,
@@ -197,6 +192,14 @@ def build_mechanism(config: PerformerConfig) -> nn.Module:
     )
 
 
+class ResidualLinear(nn.Linear):
+    """The last layer of a residual branch.
+
+    It starts with smaller weights than the others, so that the sum over all branches stays
+    bounded.
+    """
+
+
 class PerformerSelfAttention(nn.Module):
     """Projections, positions, mechanism, output projection."""
 
@@ -206,7 +209,7 @@ class PerformerSelfAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.mechanism = build_mechanism(config)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size)
+        self.output = ResidualLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: Tensor, context: AttentionContext

@@ -83,6 +83,7 @@ class PerformerCache(Cache):
         elif attention == "identity":
             layer = PassCacheLayer
         super().__init__(layers=[layer() for _ in range(num_layers)])
+        self.attention = attention
         self.keeps_keys = attention == "exact"
         self.real_tokens: Tensor | None = None
         # Which keys are not padding; None while none is.
@@ -96,10 +97,19 @@ class PerformerCache(Cache):
 
         Returns:
             Their positions among the tokens that are not padding, ``(B, L)``.
+
+        Raises:
+            ValueError: The cache holds another number of rows.
         """
         past = mask.new_zeros(mask.shape[0], 1, dtype=torch.int64)
         if self.real_tokens is not None:
             past = self.real_tokens
+            if len(past) != len(mask):
+                raise ValueError(
+                    f"past_key_values holds {len(past)} row(s) but the input has {len(mask)}: "
+                    "continue every row of the earlier call, or see batch_select_indices and "
+                    "batch_repeat_interleave"
+                )
         counts = mask.long().cumsum(-1)
         self.real_tokens = past + counts[:, -1:]
         if self.keeps_keys and (self.key_mask is not None or not bool(mask.all())):
@@ -140,6 +150,26 @@ class PerformerCache(Cache):
         """Keep some rows."""
         super().batch_select_indices(indices)
         self._select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back (exact attention only).
+
+        Args:
+            tokens_to_remove: As in ``transformers.Cache.crop``: minus the number of tokens.
+
+        Raises:
+            ValueError: The layers hold sums, from which nothing can be taken back.
+        """
+        before = self.get_seq_length()
+        super().crop(tokens_to_remove)
+        removed = before - self.get_seq_length()
+        if self.real_tokens is None or not removed:
+            return
+        if self.key_mask is None:
+            self.real_tokens = self.real_tokens - removed
+        else:
+            self.real_tokens = self.real_tokens - self.key_mask[:, -removed:].sum(-1, keepdim=True)
+            self.key_mask = self.key_mask[:, :-removed]
 
     def _select(self, rows: Tensor) -> None:
         for name in ("real_tokens", "key_mask"):

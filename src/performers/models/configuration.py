@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from performers.features import ESTIMATORS, FUNCTIONS, PROJECTIONS
 from performers.features.projections import Projection
@@ -89,9 +90,28 @@ class PerformerConfig(PreTrainedConfig):
             ("position_embedding", position_embedding, POSITIONS),
             ("estimator", estimator, ESTIMATORS),
             ("projection", projection, (*PROJECTIONS, None)),
+            ("hidden_act", hidden_act, tuple(ACT2FN)),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        for name, size in (
+            ("vocab_size", vocab_size),
+            ("hidden_size", hidden_size),
+            ("num_hidden_layers", num_hidden_layers),
+            ("intermediate_size", intermediate_size),
+            ("max_position_embeddings", max_position_embeddings),
+            ("num_features", num_features),
+        ):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if not 0 <= hidden_dropout_prob < 1:
+            raise ValueError(
+                f"hidden_dropout_prob must be at least 0 and below 1, got {hidden_dropout_prob}"
+            )
+        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+            raise ValueError(
+                f"pad_token_id must be None or below vocab_size ({vocab_size}), got {pad_token_id}"
+            )
         if num_attention_heads < 1 or hidden_size % num_attention_heads:
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads, got "

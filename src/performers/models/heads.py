@@ -1,5 +1,6 @@
 """Heads: masked and causal language modelling, sequence classification."""
 
+import copy
 from typing import Any
 
 import torch
@@ -111,7 +112,10 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
     """Predicts the next token; generation carries a state of constant size."""
 
     def __init__(self, config: PerformerConfig) -> None:
-        config.is_decoder = True
+        if not config.is_decoder:
+            # The caller may build other models from the same configuration.
+            config = copy.deepcopy(config)
+            config.is_decoder = True
         super().__init__(config)
 
     def forward(

@@ -11,7 +11,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from performers.features import FeatureMap
-from performers.models.attention import AttentionContext, PerformerSelfAttention
+from performers.models.attention import (
+    AttentionContext,
+    PerformerSelfAttention,
+    ResidualLinear,
+)
 from performers.models.cache import PerformerCache
 from performers.models.configuration import PerformerConfig
 from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
@@ -27,7 +31,7 @@ class PerformerBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp_input = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.mlp_output = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.mlp_output = ResidualLinear(config.intermediate_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -56,8 +60,17 @@ class PerformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a saved model; weights are read from safetensors files only."""
-        kwargs.setdefault("use_safetensors", True)
+        """Load a saved model; weights are read from safetensors files only.
+
+        Raises:
+            ValueError: ``use_safetensors=False`` was asked for.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(
+                "use_safetensors must not be False: pickled weights can run any code and are not "
+                "read; save the model again as safetensors"
+            )
+        kwargs["use_safetensors"] = True
         return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
@@ -67,12 +80,11 @@ class PerformerPreTrainedModel(PreTrainedModel):
                 module.redraw_()
             return
         super()._init_weights(module)
-        if isinstance(module, PerformerBlock):
-            # Each residual branch starts small, so that the sum over all of them stays bounded.
+        if isinstance(module, ResidualLinear) and not getattr(
+            module.weight, "_is_hf_initialized", False
+        ):
             scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            for linear in (module.attention.output, module.mlp_output):
-                if not getattr(linear.weight, "_is_hf_initialized", False):
-                    linear.weight.normal_(0.0, scale)
+            module.weight.normal_(0.0, scale)
 
 
 class PerformerModel(PerformerPreTrainedModel):
@@ -150,6 +162,12 @@ class PerformerModel(PerformerPreTrainedModel):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values, use_cache, sequence_ids)
+        keys_are_gone = cache is not None and not cache.keeps_keys and cache.get_seq_length() > 0
+        if output_attentions and keys_are_gone:
+            raise ValueError(
+                "output_attentions is not available for a call that continues from a cache: the "
+                "keys of the past are gone; run the whole sequence with use_cache=False"
+            )
         context, position_ids = self._context(
             hidden_states, attention_mask, position_ids, sequence_ids, cache, output_attentions
         )
@@ -187,11 +205,17 @@ class PerformerModel(PerformerPreTrainedModel):
             raise ValueError("past_key_values needs a causal model (config.is_decoder=True)")
         if sequence_ids is not None:
             raise ValueError("sequence_ids cannot be combined with past_key_values")
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             raise ValueError("gradient checkpointing cannot be combined with past_key_values")
-        if past is not None:
-            return past
-        return PerformerCache(self.config.attention, self.config.num_hidden_layers)
+        if past is None:
+            return PerformerCache(self.config.attention, self.config.num_hidden_layers)
+        layers = self.config.num_hidden_layers
+        if past.attention != self.config.attention or len(past) != layers:
+            raise ValueError(
+                f"past_key_values is the cache of a model with attention={past.attention!r} and "
+                f"{len(past)} layers, but this one has {self.config.attention!r} and {layers}"
+            )
+        return past
 
     def _context(
         self,
@@ -235,7 +259,8 @@ class PerformerModel(PerformerPreTrainedModel):
             # Runs are numbered, so that an id used twice in a row stays two sequences.
             sequence_ids = starts.long().cumsum(-1)
             index = torch.arange(length, device=device).expand(batch, -1)
-            positions = index - index.where(starts, 0).cummax(-1).values
+            # The run of padding at a row's end may be longer than any sequence.
+            positions = (index - index.where(starts, 0).cummax(-1).values).where(present, 0)
             cu_seqlens = _boundaries(starts)
         if position_ids is None:
             position_ids = positions

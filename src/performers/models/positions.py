@@ -34,7 +34,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         Shape of ``x``.
     """
     cosine, sine = angles
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x.dtype)
 

@@ -44,6 +44,10 @@ class PerformerAttention(nn.Module):
         torch.Size([2, 100, 64])
     """
 
+    # What nn.TransformerEncoderLayer asks before it takes torch's fused path, which would compute
+    # exact attention without a word.
+    _qkv_same_embed_dim = False
+
     def __init__(
         self,
         embed_dim: int,

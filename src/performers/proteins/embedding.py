@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.models.heads import mean_pool
 from performers.proteins.fasta import ProteinRecord
 from performers.proteins.folders import write_atomically
+from performers.proteins.model_folder import check_input_length
 from performers.proteins.objectives import CausalCollator
 from performers.proteins.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.tokenizer import encode_sequences, residue_ids
@@ -40,9 +41,10 @@ def embed_sequences(
         Shape ``(sequences, hidden_size)``, in the order given.
 
     Raises:
-        ValueError: A sequence is longer than learned positions reach.
+        UserError: A sequence is longer than learned positions reach.
     """
     dataset = TokenDataset(encode_sequences(tokenizer, sequences))
+    check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
         dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
     )

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.metrics import ResidueMetrics
+from performers.proteins.model_folder import check_input_length
 from performers.proteins.objectives import CausalCollator, MaskedCollator
 from performers.proteins.packing import (
     LengthBucketedBatchSampler,
@@ -50,6 +51,7 @@ def evaluate_model(
 
     Raises:
         ValueError: There is no sequence, or an option is out of range.
+        UserError: Learned positions end before ``max_length`` does.
     """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
@@ -60,6 +62,7 @@ def evaluate_model(
         for tokens in encode_sequences(tokenizer, sequences)
         for window in split_windows(tokens, max_length)
     )
+    check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
         dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
     )
@@ -68,7 +71,14 @@ def evaluate_model(
     model.eval()
     done = 0
     try:
-        for batch in DataLoader(dataset, batch_sampler=sampler, collate_fn=collator):
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collator,
+            # Its own generator: a validation draws nothing from the training's dropout.
+            generator=torch.Generator(),
+        )
+        for batch in loader:
             input_ids = batch["input_ids"].to(model.device)
             attention_mask = batch["attention_mask"].to(model.device)
             options = {"use_cache": False} if is_causal else {}

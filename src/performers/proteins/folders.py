@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from performers.proteins.errors import UserError
+from performers.proteins.processes import is_first_process
 
 
-def prepare_output_folder(folder: Path, *, resume: bool = False) -> Path:
+def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
     """Make a folder that results can be written to.
+
+    Of several processes of one run only the first checks; it may have begun to write when the
+    others get here.
 
     Args:
         folder: The folder.
-        resume: Whether it may hold the results of an earlier run.
+        resume: Whether it may hold the results of an earlier run; None for a command that cannot
+            resume, which is the same as False but for the advice.
 
     Returns:
         The folder.
@@ -22,14 +27,14 @@ def prepare_output_folder(folder: Path, *, resume: bool = False) -> Path:
     Raises:
         UserError: It is a file, not empty (without ``resume``), or not writable.
     """
+    if not is_first_process():
+        return folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give a folder")
     try:
         if folder.exists() and any(folder.iterdir()) and not resume:
-            raise UserError(
-                f"--output {folder} is not empty; give another folder, or --resume to continue "
-                "the run in it"
-            )
+            advice = "" if resume is None else ", or --resume to continue the run in it"
+            raise UserError(f"--output {folder} is not empty; give another folder{advice}")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
         probe.touch()
@@ -64,8 +69,11 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        # What is there already in place of the folder.
+        in_the_way = isinstance(error, FileExistsError)
+        reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
         raise UserError(
-            f"--output {path} cannot be written ({error.strerror}); give another place"
+            f"--output {path} cannot be written ({reason}); give another place"
         ) from error
     return path
 

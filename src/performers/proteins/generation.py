@@ -8,7 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord
+from performers.proteins.model_folder import check_input_length, quiet_transformers
 from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
+
+# Beyond these, logits divided by the temperature are no longer finite or no longer differ.
+_COLDEST, _HOTTEST = 1e-3, 1e3
 
 
 def generate_sequences(
@@ -69,10 +73,14 @@ def generate_sequences(
         raise UserError(
             f"--max-length must exceed the prompt's {len(prompt)} residues, got {max_length}"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
         raise UserError(
-            f"--temperature must be >= 0 and --top-p in (0, 1], got {temperature} and {top_p}"
+            f"--temperature must be 0 or between {_COLDEST:g} and {_HOTTEST:g}, got {temperature}"
         )
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    # What is fed back: <bos> and all residues but the last.
+    check_input_length(model, max_length)
     set_seed(seed)
     residues = tokenizer.convert_tokens_to_ids(list(AMINO_ACIDS))
     never = sorted(set(range(model.config.vocab_size)) - {*residues, tokenizer.eos_token_id})
@@ -89,7 +97,7 @@ def generate_sequences(
     while len(records) < num_sequences:
         rows = min(batch_size, num_sequences - len(records))
         input_ids = torch.tensor([tokens] * rows, device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), quiet_transformers():
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),

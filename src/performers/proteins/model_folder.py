@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Importing the models registers them with the Auto classes.
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
+from performers.proteins.tokenizer import residue_ids
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -45,17 +47,29 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             "give a folder that performers train wrote"
         )
     model_class: type[PreTrainedModel] = PerformerForMaskedLM
-    if "PerformerForCausalLM" in (settings.get("architectures") or []):
+    if settings.get("architectures") == [PerformerForCausalLM.__name__]:
         model_class = PerformerForCausalLM
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        if not (folder / name).exists():
+            raise UserError(f"{folder} has no {name}; copy the folder again or train anew")
     try:
         with quiet_transformers():
-            model = model_class.from_pretrained(folder, local_files_only=True)
+            model, report = model_class.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        residue_ids(tokenizer)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{folder} cannot be loaded as a model ({reason[:300]}); copy it again or train anew"
         ) from error
+    odd = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if odd:
+        raise UserError(
+            f"{folder} has weights that do not fit its config.json ({len(odd)} missing or too "
+            f"many, such as {odd[0]}); copy it again or train anew"
+        )
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{folder} has a tokenizer of {len(tokenizer)} tokens but a model of "
@@ -97,6 +111,20 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if shows_progress:
             logging.enable_progress_bar()
+
+
+def check_input_length(model: PreTrainedModel, tokens: int) -> None:
+    """Check that a model can read so many tokens at once.
+
+    Raises:
+        UserError: Its learned positions end before.
+    """
+    longest = model.config.max_position_embeddings
+    if model.config.position_embedding == "learned" and tokens > longest:
+        raise UserError(
+            f"the model has learned positions for {longest} tokens and cannot read {tokens}; "
+            "shorten the sequences or lower --max-length, or train with --positions rotary"
+        )
 
 
 def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) -> int:

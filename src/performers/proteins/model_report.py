@@ -49,6 +49,7 @@ def report_on_model(
     Raises:
         UserError: No sequence has that name.
     """
+    drawn = choose_protein(records, protein, max_length)
     sequences = [record.sequence for record in records]
     metrics = evaluate_model(
         model,
@@ -62,7 +63,7 @@ def report_on_model(
         model,
         tokenizer,
         sequences,
-        choose_protein(records, protein, max_length),
+        drawn,
         name=folder.resolve().name,
         metrics={"given sequences": metrics},
         max_sequences=max_sequences,

@@ -1,15 +1,22 @@
 """What a training run is asked to do."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import torch
+
 from performers.models import PerformerConfig
+from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
 
 OBJECTIVES = ("mlm", "clm")
 
 # Options that change how a run is watched, not what it computes.
 _WATCHING = frozenset({"log_steps", "save_steps", "eval_steps"})
+_MODEL_NAMES = re.compile(
+    r"^(attention|estimator)\b|\b(hidden_size|num_attention_heads|num_features|position_embedding)\b"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +131,8 @@ class TrainingOptions:
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed must be below 2^32, got {self.seed}")
         if self.batch_tokens < self.max_length:
             raise UserError(
                 f"--batch-tokens ({self.batch_tokens}) must be at least --max-length "
@@ -131,33 +140,36 @@ class TrainingOptions:
             )
         if self.across_sequences and not self.packed:
             raise UserError("--across-sequences needs --packed")
+        try:
+            with torch.random.fork_rng(devices=[]):
+                build_mechanism(self._config())
+        except ValueError as error:
+            raise UserError(_MODEL_NAMES.sub(_model_flag, str(error))) from error
 
     def model_config(self, tokenizer: Any) -> PerformerConfig:
-        """The configuration of the model to train.
+        """The configuration of the model to train, for a tokenizer."""
+        return self._config(
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
 
-        Raises:
-            UserError: The sizes do not go together.
-        """
-        try:
-            return PerformerConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=self.hidden_size,
-                num_hidden_layers=self.num_layers,
-                num_attention_heads=self.num_heads,
-                intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-                hidden_dropout_prob=self.dropout,
-                position_embedding=self.position_embedding,
-                max_position_embeddings=self.max_length,
-                attention=self.attention,
-                num_features=self.num_features,
-                estimator=self.estimator,  # type: ignore[arg-type]
-                is_decoder=self.objective == "clm",
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        except ValueError as error:
-            raise UserError(f"the model cannot be built: {error}") from error
+    def _config(self, **tokens: Any) -> PerformerConfig:
+        return PerformerConfig(
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
+            hidden_dropout_prob=self.dropout,
+            position_embedding=self.position_embedding,
+            max_position_embeddings=self.max_length,
+            attention=self.attention,
+            num_features=self.num_features,
+            estimator=self.estimator,  # type: ignore[arg-type]
+            is_decoder=self.objective == "clm",
+            **tokens,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data."""
@@ -180,3 +192,8 @@ def flag(name: str) -> str:
         "position_embedding": "positions",
     }
     return "--" + renamed.get(name, name).replace("_", "-")
+
+
+def _model_flag(name: re.Match[str]) -> str:
+    """The flag of an option that the model knows by another name."""
+    return flag(name[0].replace("num_attention_heads", "num_heads"))

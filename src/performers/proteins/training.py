@@ -5,7 +5,6 @@ run, redraws of the seed and the step, and the rest (weights, optimiser, schedul
 state) is in the checkpoint.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
-from performers.proteins.folders import read_json, write_json
+from performers.proteins.folders import write_json
 from performers.proteins.model_folder import quiet_transformers, save_model
 from performers.proteins.objectives import CausalCollator, MaskedCollator
 from performers.proteins.options import TrainingOptions
@@ -30,13 +29,20 @@ from performers.proteins.packing import (
     pack_sequences,
     split_windows,
 )
+from performers.proteins.processes import is_first_process
 from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences, residue_ids
 from performers.proteins.training_callbacks import (
     ClockCallback,
+    IntervalsCallback,
     ProgressCallback,
     RedrawCallback,
     StopCallback,
     stop_on_signals,
+)
+from performers.proteins.training_record import (
+    check_same_run,
+    last_complete_checkpoint,
+    run_record,
 )
 
 _VALIDATION_SEQUENCES = 500
@@ -79,28 +85,26 @@ def train_model(
         sequences, validation = _hold_out(sequences, options)
     else:
         validation = list(validation)[:_VALIDATION_SEQUENCES]
-    record = {"options": options.to_dict(), "data": _fingerprint(sequences, validation)}
+    record = run_record(options, sequences, validation)
     settings = output / "training.json"
     checkpoint = None
-    seconds = 0.0
-    if resume and settings.exists():
-        earlier = read_json(settings)
-        _check_same_run(earlier, record, options)
+    continued = resume and settings.exists()
+    if continued:
+        check_same_run(settings, record, options)
         checkpoint = last_complete_checkpoint(output / "checkpoints")
-        if checkpoint is not None:
-            seconds = ClockCallback.seconds_at(checkpoint)
-    else:
-        write_json(settings, record)
+    elif resume and is_first_process() and output.is_dir() and any(output.glob("[!.]*")):
+        raise UserError(
+            f"--resume: {output} has no training.json, so it holds no run to continue; give the "
+            "--output of that run, or a new folder"
+        )
 
     transformers.set_seed(options.seed)
-    config = options.model_config(tokenizer)
-    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
-    model = model_class(config)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = _build_model(options, tokenizer)
     dataset = TokenDataset(_rows(tokenizer, sequences, options))
+    if is_first_process() and not continued:
+        write_json(settings, record)
     stop = StopCallback()
-    clock = ClockCallback(seconds)
+    clock = ClockCallback(0.0 if checkpoint is None else ClockCallback.seconds_at(checkpoint))
     trainer = _ProteinTrainer(
         options=options,
         dataset=dataset,
@@ -108,7 +112,12 @@ def train_model(
         validation=validation,
         model=model,
         args=_arguments(output / "checkpoints", options),
-        callbacks=[RedrawCallback(model, options.redraw_steps, options.seed), stop, clock],
+        callbacks=[
+            RedrawCallback(model, options.redraw_steps, options.seed),
+            IntervalsCallback(),
+            stop,
+            clock,
+        ],
     )
     # The library's own progress display prints raw dictionaries.
     trainer.remove_callback(transformers.ProgressCallback)
@@ -122,11 +131,13 @@ def train_model(
             f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint is "
             "in the output folder: run the same command with --resume to continue"
         )
+    # Already at hand, but for a run that had ended before it was resumed.
+    validated = trainer.evaluate()
     result = {
         "steps": trainer.state.global_step,
         "seconds": round(clock.seconds, 2),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **trainer.last_validation,
+        **validated,
     }
     if trainer.is_world_process_zero():
         save_model(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
@@ -134,23 +145,6 @@ def train_model(
         write_json(settings, {**record, "result": result})
     trainer.accelerator.wait_for_everyone()
     return result
-
-
-def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose saving had ended; its log is written last."""
-    steps = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    }
-    for step in sorted(steps, reverse=True):
-        try:
-            state = read_json(steps[step] / "trainer_state.json")
-        except UserError:
-            continue
-        if isinstance(state, dict) and state.get("global_step") == step:
-            return steps[step]
-    return None
 
 
 class _ProteinTrainer(Trainer):
@@ -168,8 +162,6 @@ class _ProteinTrainer(Trainer):
         self.options = options
         self.tokenizer = tokenizer
         self.validation = validation
-        self.last_validation: dict[str, float] = {}
-        self._validated_step = -1
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
             self.collator = MaskedCollator(
@@ -213,18 +205,16 @@ class _ProteinTrainer(Trainer):
         """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; lower "
-                "--learning-rate or raise --warmup-steps and train anew, or --resume from the last "
-                "checkpoint with the same options if the machine was at fault"
-            )
+            raise _diverged(f"the loss became {loss.item()} at", self.state.global_step + 1)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics per residue on the validation sequences, logged as ``eval_...``."""
-        if not self.validation or self._validated_step == self.state.global_step:
-            return self.last_validation
-        self._validated_step = self.state.global_step
+        if not self.validation:
+            return {}
+        for entry in reversed(self.state.log_history):
+            if entry.get("step") == self.state.global_step and "eval_loss" in entry:
+                return {name: value for name, value in entry.items() if name.startswith("eval_")}
         metrics = evaluate_model(
             self.accelerator.unwrap_model(self.model),
             self.tokenizer,
@@ -235,9 +225,35 @@ class _ProteinTrainer(Trainer):
             seed=self.options.seed,
         )
         logged = {f"eval_{name}": float(value) for name, value in metrics.items()}
-        self.last_validation = logged
-        self.log(logged)
+        self.log(dict(logged))
         return logged
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        weights = self.model.parameters()
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+            raise _diverged("the weights are not finite after", self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)
+
+
+def _diverged(what: str, step: int) -> UserError:
+    return UserError(
+        f"{what} step {step}; lower --learning-rate or raise --warmup-steps and train anew, or "
+        "--resume from the last checkpoint with the same options if the machine was at fault"
+    )
+
+
+def _build_model(
+    options: TrainingOptions, tokenizer: PreTrainedTokenizerBase
+) -> PerformerForCausalLM | PerformerForMaskedLM:
+    config = options.model_config(tokenizer)
+    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
+    model = model_class(config)
+    if options.gradient_checkpointing:
+        # The older name warns where there is the newer one.
+        newer = "activation_checkpointing_enable"
+        name = newer if hasattr(model, newer) else "gradient_checkpointing_enable"
+        getattr(model, name)({"use_reentrant": False})
+    return model
 
 
 def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
@@ -266,6 +282,9 @@ def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
         save_steps=options.save_steps or tenth,
         save_total_limit=2,
         report_to="none",
+        # Several processes without an accelerator would otherwise train apart.
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         disable_tqdm=True,
         # Token budgets give batches of different sizes; accelerate cannot even those out.
@@ -306,33 +325,3 @@ def _hold_out(sequences: Sequence[str], options: TrainingOptions) -> tuple[list[
     chosen = set(held.tolist())
     kept = [sequence for index, sequence in enumerate(sequences) if index not in chosen]
     return kept, [sequences[index] for index in sorted(chosen)]
-
-
-def _fingerprint(training: Sequence[str], validation: Sequence[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for group in (training, validation):
-        for sequence in group:
-            digest.update(sequence.encode() + b"\n")
-        digest.update(b"\n")
-    return {
-        "sequences": len(training),
-        "residues": sum(map(len, training)),
-        "validation_sequences": len(validation),
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _check_same_run(
-    earlier: dict[str, Any], record: dict[str, Any], options: TrainingOptions
-) -> None:
-    changed = options.differences(earlier.get("options", {}))
-    if changed:
-        raise UserError(
-            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
-            "options of that run, or give another --output"
-        )
-    if earlier.get("data", {}).get("sha256") != record["data"]["sha256"]:
-        raise UserError(
-            "--resume continues the run in the folder, but the sequences are not the same; give "
-            "the same FASTA files, or another --output"
-        )

@@ -9,7 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import distributed, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -63,6 +64,17 @@ class ClockCallback(TrainerCallback, ExportableState):
         return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
 
 
+class IntervalsCallback(TrainerCallback):
+    """Steps between log entries, validations and checkpoints as now asked for.
+
+    A resumed run would otherwise keep those that its checkpoint was written with.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take them from the arguments."""
+        state.compute_steps(args, state.max_steps)
+
+
 class ProgressCallback(TrainerCallback):
     """Reports steps and log entries."""
 
@@ -86,13 +98,20 @@ class ProgressCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Ends the run after the current step, with a checkpoint, once ``requested`` is set."""
+    """Ends the run after the current step, with a checkpoint, once ``requested`` is set.
+
+    Of several processes one request ends all, after the same step.
+    """
 
     def __init__(self) -> None:
         self.requested = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop when asked to."""
+        if args.world_size > 1:
+            requests = torch.tensor([int(self.requested)], device=args.device)
+            distributed.all_reduce(requests)
+            self.requested = bool(requests.item())
         if self.requested and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

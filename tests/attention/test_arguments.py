@@ -1,0 +1,176 @@
+"""Every refused argument is named, with what was expected and what came."""
+
+import pytest
+import torch
+
+from performers import FavorState, SoftmaxFeatures, favor_attention, favor_attention_weights
+from tests.attention.cases import make_call
+from tests.features.cases import by_name
+
+OFFSETS = torch.tensor([0, 3, 6])
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def attend(query=(1, 4, 6, 8), key=(1, 2, 6, 8), value=(1, 2, 6, 5), features=None, **options):
+    tensors = [x if isinstance(x, torch.Tensor) else zeros(*x) for x in (query, key, value)]
+    return favor_attention(*tensors, features or SoftmaxFeatures(8), **options)
+
+
+def test_the_call_that_the_others_break():
+    assert attend(is_causal=True).shape == (1, 4, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"query": (4, 6, 8)}, r"query must have 4 dimensions.*\(4, 6, 8\)"),
+        ({"key": (2, 6, 8)}, r"key must have 4 dimensions.*\(2, 6, 8\)"),
+        ({"value": (2, 6, 5)}, r"value must have 4 dimensions.*\(2, 6, 5\)"),
+        ({"query": zeros(1, 4, 6, 8, dtype=torch.int64)}, r"query .*floating.*int64"),
+        ({"key": zeros(1, 2, 6, 8, dtype=torch.bool)}, r"key .*floating.*bool"),
+        ({"value": zeros(1, 2, 6, 5, dtype=torch.int32)}, r"value .*floating.*int32"),
+        ({"key": (2, 2, 6, 8)}, r"key must have shape \(1, Hkv, S, 8\).*\(2, 2, 6, 8\)"),
+        ({"key": (1, 2, 6, 7)}, r"key must have shape .*\(1, 2, 6, 7\)"),
+        ({"value": (1, 2, 5, 5)}, r"value must have shape \(1, 2, 6, Dv\).*\(1, 2, 5, 5\)"),
+        ({"value": (1, 1, 6, 5)}, r"value must have shape .*\(1, 1, 6, 5\)"),
+        ({"value": (2, 2, 6, 5)}, r"value must have shape .*\(2, 2, 6, 5\)"),
+        ({"key": (1, 3, 6, 8), "value": (1, 3, 6, 5)}, r"query heads \(4\).*key heads \(3\)"),
+        ({"key": (1, 0, 6, 8), "value": (1, 0, 6, 5)}, r"query heads \(4\).*key heads \(0\)"),
+        ({"key": zeros(1, 2, 6, 8, dtype=torch.float64)}, r"query, key and value .*float64"),
+        ({"value": zeros(1, 2, 6, 5, dtype=torch.bfloat16)}, r"one dtype.*bfloat16"),
+        ({"features": torch.nn.Linear(8, 8)}, r"feature_map must be .*Linear"),
+        ({"features": SoftmaxFeatures(16)}, r"feature_map has head_dim=16.*head_dim=8"),
+        ({"features": SoftmaxFeatures(8, num_heads=3)}, r"feature_map has num_heads=3.*4.*2"),
+        ({"features": SoftmaxFeatures(8).to("meta")}, r"feature_map is on meta.*cpu.*\.to"),
+        ({"scale": -0.5}, r"scale must be .*-0.5"),
+        ({"scale": float("nan")}, r"scale must be .*nan"),
+        ({"scale": float("inf")}, r"scale must be .*inf"),
+        ({"key_mask": zeros(1, 6)}, r"key_mask must be a bool tensor of shape \(1, 6\).*float32"),
+        ({"key_mask": torch.ones(1, 5, dtype=torch.bool)}, r"key_mask .*\(1, 6\).*\(1, 5\)"),
+        ({"key_mask": torch.ones(1, 1, 6, dtype=torch.bool)}, r"key_mask .*\(1, 1, 6\)"),
+        ({"key_mask": torch.ones(6, dtype=torch.bool)}, r"key_mask .*\(6,\)"),
+        ({"backend": "cuda"}, r"backend must be one of .*'cuda'"),
+        (
+            {"is_causal": True, "key": (1, 2, 7, 8), "value": (1, 2, 7, 5)},
+            r"is_causal needs as many keys as queries, got 7 and 6.*state",
+        ),
+        ({"return_state": True}, r"return_state need is_causal=True"),
+    ],
+)
+def test_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        attend(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens must rise from 0 to .*6.*\[0, 3\]"),
+        ({"cu_seqlens": torch.tensor([1, 6])}, r"cu_seqlens must rise .*\[1, 6\]"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, r"cu_seqlens must rise .*\[0, 4, 3, 6\]"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, r"cu_seqlens must rise"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, r"cu_seqlens must be .*int32.*float32"),
+        ({"cu_seqlens": torch.tensor([[0, 6]])}, r"cu_seqlens must be .*\(1, 2\)"),
+        (
+            {
+                "cu_seqlens": OFFSETS,
+                "query": (2, 4, 6, 8),
+                "key": (2, 2, 6, 8),
+                "value": (2, 2, 6, 5),
+            },
+            r"cu_seqlens needs batch size 1.*got batch size 2",
+        ),
+        (
+            {"cu_seqlens": OFFSETS, "key": (1, 2, 7, 8), "value": (1, 2, 7, 5)},
+            r"cu_seqlens needs .*as many keys as queries.*7 keys",
+        ),
+        (
+            {"cu_seqlens": OFFSETS, "is_causal": True, "return_state": True},
+            r"return_state cannot be combined with cu_seqlens",
+        ),
+    ],
+)
+def test_refused_packings(options, match):
+    with pytest.raises(ValueError, match=match):
+        attend(**options)
+
+
+def test_long_offsets_are_shortened_in_the_message():
+    with pytest.raises(ValueError, match="cu_seqlens") as caught:
+        attend(cu_seqlens=torch.arange(1000))
+    assert len(str(caught.value)) < 200
+
+
+def state_of(batch=1, heads=2, num_features=32, value_dim=5, device="cpu"):
+    shape = (batch, heads, num_features)
+    return FavorState(
+        torch.zeros(*shape, value_dim, device=device),
+        torch.zeros(shape, device=device),
+        torch.full(shape, -float("inf"), device=device),
+    )
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        (state_of(batch=2), r"state must have key_value of shape \(1, 2, 32, 5\).*\(2, 2, 32, 5\)"),
+        (state_of(heads=4), r"state must have .*\(1, 4, 32, 5\)"),
+        (state_of(num_features=64), r"state must have .*\(1, 2, 64, 5\)"),
+        (state_of(value_dim=6), r"state must have .*\(1, 2, 32, 6\)"),
+        (state_of(device="meta"), r"state is on meta.*cpu.*\.to"),
+    ],
+)
+def test_refused_states(state, match):
+    with pytest.raises(ValueError, match=match):
+        attend(is_causal=True, state=state)
+
+
+def test_states_need_a_causal_unpacked_call():
+    with pytest.raises(ValueError, match=r"state .*is_causal=True"):
+        attend(state=state_of())
+    with pytest.raises(ValueError, match=r"state cannot be combined with cu_seqlens"):
+        attend(is_causal=True, state=state_of(), cu_seqlens=OFFSETS)
+
+
+def test_tensors_on_different_devices():
+    with pytest.raises(ValueError, match=r"key is on meta but query is on cpu"):
+        attend(key=torch.zeros(1, 2, 6, 8, device="meta"))
+    with pytest.raises(ValueError, match=r"value is on meta but query is on cpu"):
+        attend(value=torch.zeros(1, 2, 6, 5, device="meta"))
+
+
+@pytest.mark.parametrize("options", [{"window": 4}, {"window": 0}, {"sinks": 1}])
+def test_exact_terms_are_refused_and_not_ignored(options):
+    name = next(iter(options))
+    with pytest.raises(NotImplementedError, match=name):
+        attend(**options)
+    call = make_call(by_name("positive"), 5)
+    with pytest.raises(NotImplementedError, match=name):
+        favor_attention_weights(call.query, call.key, call.feature_map, **options)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(TypeError, match="causal"):
+        attend(causal=True)
+    with pytest.raises(TypeError):
+        favor_attention(
+            zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), SoftmaxFeatures(8), True
+        )
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "options", "match"),
+    [
+        ((4, 6, 8), (1, 2, 6, 8), {}, r"query must have 4 dimensions"),
+        ((1, 4, 6, 8), (1, 2, 6, 9), {}, r"key must have shape"),
+        ((1, 4, 6, 8), (1, 2, 7, 8), {"is_causal": True}, r"is_causal needs"),
+        ((1, 4, 6, 8), (1, 2, 7, 8), {"key_mask": torch.ones(1, 6).bool()}, r"key_mask must be"),
+        ((1, 4, 6, 8), (1, 2, 7, 8), {"scale": -1.0}, r"scale must be"),
+    ],
+)
+def test_weights_check_the_same_arguments(query, key, options, match):
+    with pytest.raises(ValueError, match=match):
+        favor_attention_weights(zeros(*query), zeros(*key), SoftmaxFeatures(8), **options)

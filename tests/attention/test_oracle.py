@@ -1,0 +1,58 @@
+"""The oracle itself: against softmax attention where the kernel is exact, and pair by pair."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.attention import oracle
+from tests.attention.cases import ALL, make_call
+from tests.features.cases import Case, generator
+from tests.features.maps import QuadratureFeatures
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_kernel_is_the_sum_over_features_pair_by_pair(case):
+    call = make_call(case, 5, "cross", batch=1, heads=2, head_dim=4, num_features=6)
+    pairs, absolute, row, column = oracle.log_kernel(
+        case, call.feature_map, call.query, call.key, 0.3
+    )
+    root = math.sqrt(0.3)
+    (log_q, base_q), (log_k, base_k) = (
+        case.log_phi(call.feature_map, x.double() * root) for x in (call.query, call.key)
+    )
+    for h in range(2):
+        for i in range(5):
+            for j in range(call.key.shape[2]):
+                terms = [
+                    (base_q[0, h, i, f] * base_k[0, h, j, f]).item()
+                    * math.exp(log_q[0, h, i, f].item() + log_k[0, h, j, f].item())
+                    for f in range(log_q.shape[-1])
+                ]
+                size = math.exp((row[0, h, i] + column[0, h, :, j]).item())
+                assert (pairs[0, h, i, j] * size).item() == pytest.approx(
+                    math.fsum(terms), rel=1e-9, abs=1e-12
+                )
+                assert (absolute[0, h, i, j] * size).item() == pytest.approx(
+                    math.fsum(map(abs, terms)), rel=1e-9
+                )
+
+
+def _log_quadrature(feature_map, x):
+    log = x @ feature_map.nodes.double().T + feature_map.bias.double()
+    log = log - x.square().sum(-1, keepdim=True) / 2
+    return log, torch.ones_like(log)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal", "cross"])
+def test_exact_features_give_softmax_attention(mode):
+    case = Case("quadrature", QuadratureFeatures, _log_quadrature)
+    x = [torch.randn(2, 3, 20, 2, generator=generator(s), dtype=torch.float64) for s in (0, 1, 2)]
+    if mode == "cross":
+        x[1], x[2] = x[1][..., :13, :], x[2][..., :13, :]
+    is_causal = mode == "causal"
+    out, conditioning = oracle.attend(case, QuadratureFeatures(), *x, is_causal=is_causal)
+    exact = F.scaled_dot_product_attention(*x, is_causal=is_causal)
+    assert (out - exact).abs().max() < 1e-5
+    assert (conditioning - 1).abs().max() < 1e-12

@@ -1,0 +1,142 @@
+"""``performers evaluate``, ``embed``, ``generate`` and ``report`` on models that are there."""
+
+import json
+import re
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+
+from performers.proteins.embedding import embed_sequences
+from performers.proteins.evaluation import evaluate_model
+from performers.proteins.fasta import read_fasta
+from performers.proteins.model_folder import load_model, save_model
+from performers.proteins.tokenizer import AMINO_ACIDS
+from tests.cli.commands import refusal, run
+from tests.proteins.runs import make_model, make_model_folder, proteins, write_sequences
+
+KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
+
+
+@pytest.fixture(params=["masked", "causal"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_evaluate_prints_what_the_library_computes(model, fasta):
+    out, _ = run("evaluate", model, fasta, "--json")
+    metrics = json.loads(out)
+    assert metrics.keys() == KEYS | {"sequences"}
+    expected = evaluate_model(*load_model(model), proteins(), max_length=40)
+    assert metrics == pytest.approx(expected, rel=1e-6)
+    assert json.loads(run("evaluate", model, fasta, "--json")[0]) == metrics
+
+
+def test_evaluate_has_a_table_for_readers(model, fasta):
+    out, _ = run("evaluate", model, fasta)
+    metrics = json.loads(run("evaluate", model, fasta, "--json")[0])
+    assert f"{100 * metrics['accuracy']:.2f}%" in out
+    assert f"{metrics['baseline_perplexity']:.3f}" in out
+
+
+def test_options_of_evaluate_reach_the_library(masked, fasta):
+    arguments = ["--max-length", 20, "--mask-probability", 0.4, "--seed", 3, "--batch-tokens", 64]
+    metrics = json.loads(run("evaluate", masked, fasta, "--json", *arguments)[0])
+    expected = evaluate_model(
+        *load_model(masked), proteins(), max_length=20, mask_probability=0.4, seed=3
+    )
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "nan", "-1"])
+def test_evaluate_names_an_option_out_of_range(masked, fasta, value):
+    line = refusal("evaluate", masked, fasta, "--mask-probability", value)
+    assert line.startswith("--mask-probability must be above 0 and at most 1")
+
+
+def test_evaluate_says_so_when_a_model_diverged(fasta, tmp_path):
+    model, tokenizer = make_model()
+    with torch.no_grad():
+        model.lm_head.bias.fill_(float("nan"))
+    save_model(tmp_path, model, tokenizer)
+    _, lines = run("evaluate", tmp_path, fasta, "--json", code=2)
+    assert "predicts no finite probabilities (loss nan)" in lines[-1]
+
+
+def test_embed_keeps_order_and_duplicate_names(model, tmp_path):
+    path = tmp_path / "in.fasta"
+    sequences = proteins(9)
+    path.write_text("".join(f">{'aba'[n % 3]} x\n{s}\n" for n, s in enumerate(sequences)))
+    expected = embed_sequences(*load_model(model), sequences)
+    _, lines = run("embed", model, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
+    assert lines[-1] == f"9 vectors of width 16 in {tmp_path / 'x.npz'}"
+    run("embed", model, path, "--output", tmp_path / "new" / "x.parquet")
+    arrays = np.load(tmp_path / "x.npz")
+    table = pyarrow.parquet.read_table(tmp_path / "new" / "x.parquet")
+    assert arrays["names"].tolist() == table["name"].to_pylist() == list("aba" * 3)
+    assert arrays["lengths"].tolist() == table["length"].to_pylist() == [len(s) for s in sequences]
+    np.testing.assert_allclose(arrays["embeddings"], expected, atol=2e-5)
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=2e-5)
+
+
+def test_generate_writes_fasta_to_standard_output_or_a_file(causal, tmp_path):
+    arguments = ["--prompt", "MKT", "--num", 4, "--max-length", 30, "--seed", 5]
+    out, _ = run("generate", causal, *arguments)
+    assert re.match(r">generated-1 length=\d+", out)
+    printed = tmp_path / "printed.fasta"
+    printed.write_text(out)
+    for name in ("x.fasta", "x.fasta.gz"):
+        assert run("generate", causal, *arguments, "--output", tmp_path / name)[0] == ""
+        records, _ = read_fasta(tmp_path / name)
+        assert records == read_fasta(printed)[0]
+    assert len(records) == 4
+    for record in records:
+        assert record.sequence.startswith("MKT")
+        assert set(record.sequence) <= set(AMINO_ACIDS)
+
+
+def test_generate_needs_a_causal_model(masked):
+    assert "--objective clm" in refusal("generate", masked)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--prompt", "M1"),
+        ("--num", "0"),
+        ("--max-length", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-k", "-1"),
+        ("--top-p", "0"),
+    ],
+)
+def test_generate_names_an_option_out_of_range(causal, tmp_path, flag, value):
+    output = tmp_path / "x.fasta"
+    assert flag in refusal("generate", causal, "--output", output, flag, value)
+    assert not output.exists()
+
+
+def test_report_writes_its_page(model, fasta, tmp_path):
+    output = tmp_path / "report"
+    out, _ = run("report", model, fasta, "--output", output, "--max-sequences", 5)
+    assert out == f"report: {output / 'report.html'}\n"
+    markup = (output / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in markup
+    assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
+
+
+def test_report_of_an_unknown_protein(masked, fasta, tmp_path):
+    line = refusal("report", masked, fasta, "--output", tmp_path / "new", "--protein", "nobody")
+    assert line.startswith("--protein 'nobody' is not in the FASTA files; the first are p0, p1")
+
+
+def test_learned_positions_end_in_one_line(tmp_path):
+    model = make_model_folder(tmp_path / "m", "clm", position_embedding="learned", max_length=20)
+    fasta = write_sequences(tmp_path / "x.fasta", ["M" * 50])
+    assert "cannot read 52" in refusal("embed", model, fasta, "--output", tmp_path / "x.npz")
+    assert "cannot read 52" in refusal("evaluate", model, fasta, "--max-length", "64")
+    assert "cannot read 512" in refusal("generate", model)
+    run("evaluate", model, fasta)
+    run("report", model, fasta, "--output", tmp_path / "report")

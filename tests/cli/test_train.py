@@ -1,0 +1,174 @@
+"""``performers train``."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from performers.cli import app as commands
+from performers.proteins.training import train_model
+from tests.cli.commands import refusal, run
+from tests.proteins.runs import flags, losses, proteins, same_weights, write_sequences
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "model"
+
+
+def test_flags_reach_the_options(fasta, output):
+    changes = {
+        "objective": "clm",
+        "attention": "favor-relu",
+        "num_layers": 1,
+        "num_heads": 4,
+        "intermediate_size": 20,
+        "num_features": 12,
+        "positions": "learned",
+        "dropout": 0.0,
+        "packed": True,
+        "across_sequences": True,
+        "accumulation": 2,
+        "learning_rate": 0.002,
+        "warmup_steps": 1,
+        "weight_decay": 0.2,
+        "max_grad_norm": 0.7,
+        "mask_probability": 0.2,
+        "seed": 9,
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "validation_fraction": 0.2,
+        "steps": 2,
+        "eval_steps": 1,
+        "hidden_size": 32,
+        "estimator": "hyperbolic",
+    }
+    out, lines = run("train", fasta, "--output", output, *flags(**changes))
+    options = json.loads((output / "training.json").read_text())["options"]
+    changes["position_embedding"] = changes.pop("positions")
+    assert {name: options[name] for name in changes} == changes
+    assert options["max_length"] == 40
+    assert options["redraw_steps"] == 2
+    assert "validation" in out
+    assert lines[-1].startswith("2 steps in ")
+    assert lines[-1].endswith(f"model in {output}")
+
+
+def test_a_validation_file_is_used_and_nothing_is_held_out(fasta, output, tmp_path):
+    held = write_sequences(tmp_path / "held.fasta", proteins(4, seed=2))
+    run("train", fasta, "--validation", held, "--output", output, *flags(steps=1))
+    record = json.loads((output / "training.json").read_text())
+    assert record["data"]["sequences"] == 30
+    assert record["data"]["validation_sequences"] == 4
+    assert record["result"]["eval_sequences"] == 4
+
+
+def test_several_files_are_one_data_set(fasta, output, tmp_path):
+    more = write_sequences(tmp_path / "more.fasta", proteins(10, seed=2))
+    arguments = ["train", fasta, more, "--output", output]
+    run(*arguments, *flags(steps=1, validation_fraction=0.5))
+    data = json.loads((output / "training.json").read_text())["data"]
+    assert (data["sequences"], data["validation_sequences"]) == (20, 20)
+
+
+def test_without_validation_there_is_no_table(fasta, output):
+    out, _ = run("train", fasta, "--output", output, *flags(steps=1, validation_fraction=0))
+    assert out == ""
+
+
+def test_ctrl_c_exits_with_130_and_resume_continues(fasta, output, tmp_path, monkeypatch):
+    arguments = [fasta, *flags(dropout=0.2)]
+    run("train", *arguments, "--output", tmp_path / "whole")
+
+    def interrupted(*given, progress, **options):
+        def stop(step, total, log):
+            progress(step, total, log)
+            if step == 3 and not log:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return train_model(*given, progress=stop, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(commands, "train_model", interrupted)
+        out, lines = run("train", *arguments, "--output", output, code=130)
+    assert out == ""
+    assert lines[-1].startswith("performers: stopped after step 4 of 6; ")
+    assert "--resume" in lines[-1]
+    run("train", *arguments, "--output", output, "--resume")
+    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert same_weights(output, tmp_path / "whole")
+
+
+def test_a_diverging_run_is_one_line(fasta, output):
+    diverging = flags(learning_rate=1e30, max_grad_norm=0, warmup_steps=0, save_steps=1)
+    _, lines = run("train", fasta, "--output", output, *diverging, code=2)
+    assert lines[-1].startswith("performers: ")
+    assert "--learning-rate" in lines[-1]
+    assert sum(line.startswith("performers: ") for line in lines) == 1
+    assert not (output / "config.json").exists()
+
+
+def test_resume_with_something_else_is_one_line(fasta, output, tmp_path):
+    run("train", fasta, "--output", output, *flags(steps=1))
+    before = sorted(path.name for path in output.iterdir())
+    resumed = ["--output", output, "--resume"]
+    line = refusal("train", fasta, *resumed, *flags(steps=1, seed=4, num_layers=1))
+    assert "--layers was 2, now 1; --seed was 0, now 4" in line
+    other = write_sequences(tmp_path / "other.fasta", proteins(5, seed=7))
+    assert "the sequences are not the same" in refusal("train", other, *resumed, *flags(steps=1))
+    assert sorted(path.name for path in output.iterdir()) == before
+    out, lines = run("train", fasta, *resumed, *flags(steps=1))
+    assert "validation" in out, "a finished run still tells its scores"
+    assert lines[-1].startswith("1 steps in ")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--objective", "lm"),
+        ("--attention", "linear"),
+        ("--estimator", "best"),
+        ("--positions", "none"),
+        ("--hidden-size", "0"),
+        ("--hidden-size", "15"),
+        ("--heads", "3"),
+        ("--layers", "0"),
+        ("--num-features", "0"),
+        ("--intermediate-size", "0"),
+        ("--max-length", "2"),
+        ("--max-length", "100000"),
+        ("--accumulation", "0"),
+        ("--steps", "0"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "nan"),
+        ("--warmup-steps", "-1"),
+        ("--weight-decay", "-1"),
+        ("--max-grad-norm", "-1"),
+        ("--mask-probability", "0"),
+        ("--redraw-steps", "-1"),
+        ("--dropout", "1"),
+        ("--validation-fraction", "1"),
+        ("--log-steps", "0"),
+        ("--eval-steps", "0"),
+        ("--save-steps", "0"),
+        ("--batch-tokens", "10"),
+    ],
+)
+def test_an_option_out_of_range_is_named_in_one_line(fasta, output, flag, value):
+    assert flag in refusal("train", fasta, "--output", output, *flags(), flag, value)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--seed", "-1"), ("--seed", str(2**32)), ("--batch-tokens", "0"), ("--steps", "many")],
+)
+def test_a_value_that_does_not_parse_is_named(fasta, output, flag, value):
+    _, lines = run("train", fasta, "--output", output, flag, value, code=2)
+    assert flag in "\n".join(lines)
+    assert not output.exists()
+
+
+def test_across_sequences_needs_packed(fasta, output):
+    assert "--packed" in refusal("train", fasta, "--output", output, "--across-sequences")

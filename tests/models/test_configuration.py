@@ -1,0 +1,194 @@
+"""Configurations: defaults, what is refused and how, learned positions, missing packages."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from performers.features import ESTIMATORS, FUNCTIONS
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.configuration import ATTENTIONS
+from performers.models.positions import rotary_angles, rotate, sinusoids
+from tests.models.cases import make_config, tokens
+
+
+def test_the_default_is_the_regular_model_of_the_paper():
+    config = PerformerConfig()
+    assert (config.num_attention_heads, config.num_hidden_layers) == (8, 6)
+    assert (config.intermediate_size, config.hidden_size, config.head_dim) == (2048, 512, 64)
+    assert config.attention == "favor-softmax"
+    assert config.position_embedding == "rotary"
+    assert config.tie_word_embeddings
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
+
+
+def test_every_kernel_is_an_attention():
+    assert set(ATTENTIONS) == {
+        "favor-softmax",
+        "exact",
+        "identity",
+        *(f"favor-{name}" for name in FUNCTIONS),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention": "softmax"}, ("attention", "'softmax'", "favor-softmax", "exact")),
+        ({"attention": "favor-rlu"}, ("attention", "'favor-rlu'", "favor-relu")),
+        ({"attention": None}, ("attention", "None")),
+        ({"position_embedding": "alibi"}, ("position_embedding", "'alibi'", "rotary")),
+        ({"estimator": "favor"}, ("estimator", "'favor'", *ESTIMATORS)),
+        ({"projection": "qr"}, ("projection", "'qr'", "orthogonal")),
+        ({"projection": None}, ("projection", "favor-softmax")),
+        ({"num_attention_heads": 3}, ("hidden_size", "num_attention_heads", "32", "3")),
+        ({"num_attention_heads": 0}, ("num_attention_heads", "0")),
+        ({"num_attention_heads": 32}, ("head_dim", "num_attention_heads", "rotary", "1")),
+        ({"hidden_act": "gleu"}, ("hidden_act", "'gleu'", "gelu")),
+        ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
+        ({"hidden_dropout_prob": -0.1}, ("hidden_dropout_prob", "-0.1")),
+        ({"vocab_size": 0}, ("vocab_size", "0")),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
+        ({"intermediate_size": 0}, ("intermediate_size", "0")),
+        ({"hidden_size": 0}, ("hidden_size", "0")),
+        ({"max_position_embeddings": 0}, ("max_position_embeddings", "0")),
+        ({"num_features": 0}, ("num_features", "0")),
+        ({"pad_token_id": 31}, ("pad_token_id", "31", "vocab_size")),
+        ({"pad_token_id": -1}, ("pad_token_id", "-1")),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(options, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        make_config(**options)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"estimator": "hyperbolic", "num_features": 33}, ("num_features", "even", "33")),
+        (
+            {"attention": "favor-relu", "projection": None, "num_features": 99},
+            ("num_features", "99", "projection"),
+        ),
+    ],
+    ids=str,
+)
+def test_features_that_are_refused(options, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        PerformerForMaskedLM(make_config(**options))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_configuration_loads_from_its_file(tmp_path):
+    config = make_config("favor-gelu", num_features=20, features_per_head=True, is_decoder=True)
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "performer"
+    for loaded in (
+        PerformerConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        PerformerConfig(**written),
+    ):
+        assert type(loaded) is PerformerConfig
+        written_by = {"transformers_version": None, "_name_or_path": ""}
+        assert loaded.to_dict() | written_by == config.to_dict() | written_by
+
+
+@pytest.mark.parametrize("name", ["sinusoidal", "learned"])
+def test_only_rotary_positions_need_pairs(name):
+    model = PerformerForMaskedLM(make_config(hidden_size=30, position_embedding=name))
+    assert model(tokens(1, 5)).logits.shape == (1, 5, 31)
+
+
+def test_the_number_of_features_is_the_one_asked_for():
+    for attention in ("favor-softmax", "favor-relu"):
+        model = PerformerForMaskedLM(make_config(attention, num_features=40))
+        feature_map = model.performer.layers[0].attention.mechanism.feature_map
+        assert feature_map.num_features == 40
+        assert feature_map.weight.shape == (1, 40, 16)
+        model = PerformerForMaskedLM(make_config(attention, features_per_head=True))
+        assert model.performer.layers[0].attention.mechanism.feature_map.weight.shape[0] == 2
+
+
+def test_learned_positions_end_with_their_table():
+    torch.manual_seed(0)
+    options = {"position_embedding": "learned", "max_position_embeddings": 12}
+    model = PerformerForMaskedLM(make_config(**options)).eval()
+    assert model(tokens(1, 12)).logits.shape == (1, 12, 31)
+    with pytest.raises(ValueError, match=r"13 positions .*max_position_embeddings is 12"):
+        model(tokens(1, 13))
+    # Padding is no position.
+    mask = torch.ones(1, 14, dtype=torch.long)
+    mask[:, 12:] = 0
+    assert torch.isfinite(model(tokens(1, 14), attention_mask=mask).logits).all()
+    causal = PerformerForCausalLM(make_config(**options)).eval()
+    past = causal(tokens(1, 12), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        causal(tokens(1, 1), past_key_values=past)
+
+
+@pytest.mark.parametrize("name", ["rotary", "sinusoidal"])
+def test_other_positions_do_not_end(name):
+    torch.manual_seed(0)
+    model = PerformerForMaskedLM(
+        make_config(position_embedding=name, max_position_embeddings=12)
+    ).eval()
+    assert torch.isfinite(model(tokens(1, 500)).logits).all()
+
+
+def test_rotary_scores_depend_on_distances():
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(left, right):
+        first, second = (
+            rotate(x, rotary_angles(torch.tensor([[position]]), 8, 10000.0))
+            for x, position in ((query, left), (key, right))
+        )
+        return (first * second).sum()
+
+    torch.testing.assert_close(score(3, 1), score(103, 101), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(score(7, 7), (query * key).sum())
+    assert (score(3, 1) - score(3, 2)).abs() > 1e-3
+
+
+def test_sinusoids_are_those_of_the_paper():
+    waves = sinusoids(torch.arange(5)[None], 6)
+    for position in range(5):
+        angles = [position / 10000 ** (2 * index / 6) for index in range(3)]
+        expected = torch.tensor(angles)
+        torch.testing.assert_close(waves[0, position], torch.cat((expected.sin(), expected.cos())))
+    assert sinusoids(torch.arange(5)[None], 7).shape == (1, 5, 7)
+
+
+BLOCKED = """
+import sys
+sys.modules["transformers"] = None
+import performers
+assert performers.favor_attention
+try:
+    import performers.models
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_transformers_the_message_names_the_extra():
+    result = subprocess.run(
+        [sys.executable, "-c", BLOCKED],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "performers.models needs transformers" in result.stdout
+    assert "pip install 'performers[models]'" in result.stdout

@@ -1,0 +1,217 @@
+"""``generate()``: with the cache as without it, alone as in a batch, in every usual way."""
+
+import pytest
+import torch
+from transformers import set_seed
+
+from performers.models import PerformerForCausalLM
+from tests.models.cases import (
+    FULL,
+    MAIN,
+    POSITION_NAMES,
+    causal_model,
+    left_padded,
+    make_config,
+    tokens,
+)
+
+NEW = 12
+
+
+def generator_model(attention="favor-softmax", **options):
+    """A model that does not repeat its input, as one with tied embeddings does before training."""
+    return causal_model(attention, tie_word_embeddings=False, seed=3, **options)
+
+
+def generate(model, ids, mask=None, **options):
+    """``NEW`` more tokens, greedily unless told otherwise, past any end token."""
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **{**settings, **options})
+
+
+def recomputed(model, ids, mask=None):
+    """Greedy decoding by hand: the whole row again for each token, and no end token."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    for _ in range(NEW):
+        with torch.no_grad():
+            logits = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("attention", FULL)
+def test_greedy_decoding_with_and_without_a_cache(attention):
+    model = generator_model(attention)
+    ids = tokens(2, 9)
+    expected = recomputed(model, ids)
+    assert len(expected[:, 9:].unique()) > 2
+    assert (generate(model, ids) == expected).all()
+    assert (generate(model, ids, use_cache=False) == expected).all()
+
+
+@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("attention", MAIN)
+def test_batched_prompts_equal_prompts_alone(attention, positions):
+    model = generator_model(attention, position_embedding=positions)
+    rows = [tokens(1, size, seed=size)[0] for size in (11, 5, 1)]
+    ids, mask = left_padded(rows)
+    together = generate(model, ids, mask)
+    assert (together == recomputed(model, ids, mask)).all()
+    for row, prompt in zip(together, rows, strict=True):
+        alone = generate(model, prompt[None])[0]
+        assert (row[-NEW - len(prompt) :] == alone).all()
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_beams_with_and_without_a_cache(attention):
+    model = generator_model(attention)
+    ids, mask = left_padded([tokens(1, size, seed=size)[0] for size in (8, 5)])
+    options = {"num_beams": 4, "num_return_sequences": 2}
+    found = generate(model, ids, mask, **options)
+    assert found.shape == (4, 8 + NEW)
+    assert (found == generate(model, ids, mask, use_cache=False, **options)).all()
+    assert (found[0] != found[1]).any()
+
+
+def log_likelihood(model, row, prompt):
+    logits = model(row[None], use_cache=False).logits[0].log_softmax(-1)
+    return logits[prompt - 1 : -1].gather(-1, row[prompt:, None]).sum()
+
+
+def test_beams_find_likelier_sequences_than_greedy_decoding():
+    model = generator_model()
+    ids = tokens(1, 8)
+    greedy = generate(model, ids)[0]
+    best = generate(model, ids, num_beams=8, length_penalty=0.0)[0]
+    assert log_likelihood(model, best, 8) > log_likelihood(model, greedy, 8) - 1e-9
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_sampling_is_reproducible(attention):
+    model = generator_model(attention)
+    ids = tokens(1, 8)
+    options = {"do_sample": True, "num_return_sequences": 3, "top_k": 0}
+    samples = []
+    for seed, use_cache in ((1, True), (1, True), (1, False), (2, True)):
+        set_seed(seed)
+        samples.append(generate(model, ids, use_cache=use_cache, **options))
+    assert samples[0].shape == (3, 8 + NEW)
+    assert (samples[0][0] != samples[0][1]).any()
+    assert (samples[0] == samples[1]).all()
+    assert (samples[0] == samples[2]).all()
+    assert (samples[0] != samples[3]).any()
+
+
+@pytest.mark.parametrize("attention", FULL)
+def test_generation_is_continued_over_several_calls(attention):
+    model = generator_model(attention)
+    ids, mask = left_padded([tokens(1, size, seed=size)[0] for size in (8, 5)])
+    expected = generate(model, ids, mask)
+    cache, row, seen = None, ids, mask
+    for count in (5, 1, NEW - 6):
+        output = generate(
+            model,
+            row,
+            seen,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            past_key_values=cache,
+            return_dict_in_generate=True,
+        )
+        row, cache = output.sequences, output.past_key_values
+        seen = torch.cat((mask, mask.new_ones(2, row.shape[1] - 8)), dim=1)
+        assert cache.get_seq_length() == row.shape[1] - 1
+    assert (row == expected).all()
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_a_second_turn_is_read_into_the_cache(attention):
+    """Several new prompt tokens after a generated answer."""
+    model = generator_model(attention)
+    first = generate(model, tokens(2, 6), return_dict_in_generate=True)
+    row = torch.cat((first.sequences, tokens(2, 5, seed=9)), dim=1)
+    answer = generate(model, row, past_key_values=first.past_key_values)
+    assert (answer == generate(model, row)).all()
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_rows_that_end_early_do_not_disturb_the_others(attention):
+    model = generator_model(attention)
+    ids = tokens(3, 6)
+    free = recomputed(model, ids)[:, 6:]
+    end = int(free[0, 2])
+    # The token that ``recomputed`` leaves out.
+    options = {"suppress_tokens": [model.config.eos_token_id]}
+    found = generate(model, ids, min_new_tokens=0, eos_token_id=end, **options)[:, 6:]
+    for row, expected in zip(found, free, strict=True):
+        stops = (expected == end).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else NEW
+        assert (row[:length] == expected[:length]).all()
+        assert (row[length:] == 0).all()
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_generation_from_embeddings(attention):
+    model = generator_model(attention)
+    ids = tokens(2, 6)
+    embedded = model.get_input_embeddings()(ids)
+    found = model.generate(
+        inputs_embeds=embedded,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+    )
+    assert (found == recomputed(model, ids)[:, 6:]).all()
+
+
+@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
+def test_generation_in_bfloat16_stays_finite(attention):
+    torch.manual_seed(0)
+    model = PerformerForCausalLM(make_config(attention, tie_word_embeddings=False))
+    model = model.to(torch.bfloat16).eval()
+    set_seed(0)
+    output = generate(
+        model,
+        tokens(2, 5),
+        do_sample=True,
+        max_new_tokens=300,
+        min_new_tokens=300,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    logits = torch.stack(output.logits, dim=1)
+    assert logits.shape[:2] == (2, 300)
+    assert torch.isfinite(logits).all()
+    # The state has not drifted: the last steps still agree with one call over the whole row.
+    whole = model(output.sequences[:, :-1], use_cache=False).logits[:, -300:]
+    error = (whole.float() - logits.float())[:, -20:].norm() / whole[:, -20:].float().norm()
+    assert error < 0.05
+
+
+def test_a_long_state_stays_in_full_precision():
+    """The state of half-precision models is float32 and counts on after thousands of tokens."""
+    torch.manual_seed(0)
+    model = PerformerForCausalLM(make_config()).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        cache = model(tokens(1, 5000), use_cache=True).past_key_values
+        before = [layer.state.clone() for layer in cache.layers]
+        for _ in range(20):
+            model(tokens(1, 1), past_key_values=cache)
+    for layer, old in zip(cache.layers, before, strict=True):
+        assert layer.state.key_sum.dtype == layer.state.key_value.dtype == torch.float32
+        assert torch.isfinite(layer.state.key_value).all()
+        grown = layer.state.key_sum * (layer.state.log_scale - old.log_scale).exp()
+        assert (grown > old.key_sum).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("attention", MAIN)
+def test_assisted_decoding_is_refused(attention):
+    model = generator_model(attention)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        generate(model, tokens(1, 6), assistant_model=generator_model(attention))
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        generate(model, tokens(1, 6), prompt_lookup_num_tokens=3)

@@ -1,0 +1,128 @@
+"""What tests of training, of trained models and of the commands share: small data, small models."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.proteins.model_folder import save_model
+from performers.proteins.options import TrainingOptions
+from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+SMALL = {
+    "hidden_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "max_length": 40,
+    "batch_tokens": 200,
+    "steps": 6,
+    "redraw_steps": 2,
+    "save_steps": 3,
+    "log_steps": 1,
+}
+
+
+def proteins(count=30, shortest=5, longest=60, seed=0):
+    """Sequences with something to learn: each has a favourite residue."""
+    source = random.Random(seed)
+    made = []
+    for _ in range(count):
+        weights = [1.0] * 20
+        weights[source.randrange(20)] = 20.0
+        made.append(
+            "".join(source.choices(AMINO_ACIDS, weights, k=source.randint(shortest, longest)))
+        )
+    return made
+
+
+def write_sequences(path, sequences):
+    path.write_text("".join(f">p{n}\n{letters}\n" for n, letters in enumerate(sequences)))
+    return path
+
+
+def small_options(**changes):
+    return TrainingOptions(**{**SMALL, **changes})
+
+
+def flags(**changes):
+    """The same as command-line arguments."""
+    renamed = {"num_layers": "layers", "num_heads": "heads"}
+    arguments = []
+    for name, value in {**SMALL, **changes}.items():
+        option = "--" + renamed.get(name, name).replace("_", "-")
+        arguments += [option] if value is True else [option, str(value)]
+    return arguments
+
+
+def make_model(objective="mlm", *, max_length=40, **changes):
+    """An untrained model whose predictions differ from residue to residue, and its tokenizer."""
+    torch.manual_seed(5)
+    tokenizer = build_protein_tokenizer(model_max_length=max_length)
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "initializer_range": 0.3,
+        "max_position_embeddings": max_length,
+        "is_decoder": objective == "clm",
+    }
+    config = PerformerConfig(**{**settings, **changes})
+    model_class = PerformerForCausalLM if objective == "clm" else PerformerForMaskedLM
+    return model_class(config).eval(), tokenizer
+
+
+def make_model_folder(folder, objective="mlm", **changes):
+    folder.mkdir(parents=True)
+    save_model(folder, *make_model(objective, **changes))
+    return folder
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def losses(folder):
+    """The logged training losses, in order of the steps."""
+    logged = {entry["step"]: entry["loss"] for entry in history(folder) if "loss" in entry}
+    return [logged[step] for step in sorted(logged)]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(first, second):
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    return all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
+
+
+def start(*arguments, **environment):
+    """Start a Python process that finds the library, in its own process group."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), **environment},
+    )
+
+
+def finish(process, seconds=120):
+    """Wait for it; returns exit code, standard output and standard error."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    return process.returncode, out, err

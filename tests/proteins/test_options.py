@@ -1,0 +1,128 @@
+"""Options of a training run: defaults, ranges, and what makes two runs the same."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+
+from performers.proteins.errors import UserError
+from performers.proteins.options import TrainingOptions, flag
+from performers.proteins.tokenizer import build_protein_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("objective", "lm", "--objective"),
+        ("attention", "linear", "--attention"),
+        ("estimator", "best", "--estimator"),
+        ("position_embedding", "none", "--positions"),
+        ("hidden_size", 0, "--hidden-size"),
+        ("hidden_size", 100, "--hidden-size"),
+        ("num_heads", 0, "--heads"),
+        ("num_heads", 3, "--heads"),
+        ("num_heads", 256, "--heads"),
+        ("num_layers", 0, "--layers"),
+        ("intermediate_size", 0, "--intermediate-size"),
+        ("num_features", 0, "--num-features"),
+        ("max_length", 2, "--max-length"),
+        ("max_length", 10_000, "--max-length"),
+        ("batch_tokens", 0, "--batch-tokens"),
+        ("batch_tokens", 1000, "--batch-tokens"),
+        ("accumulation", 0, "--accumulation"),
+        ("steps", 0, "--steps"),
+        ("steps", -5, "--steps"),
+        ("redraw_steps", -1, "--redraw-steps"),
+        ("warmup_steps", -1, "--warmup-steps"),
+        ("eval_steps", 0, "--eval-steps"),
+        ("save_steps", 0, "--save-steps"),
+        ("log_steps", 0, "--log-steps"),
+        ("seed", -1, "--seed"),
+        ("seed", 2**32, "--seed"),
+        ("dropout", 1.0, "--dropout"),
+        ("dropout", -0.1, "--dropout"),
+        ("dropout", math.nan, "--dropout"),
+        ("mask_probability", 0.0, "--mask-probability"),
+        ("mask_probability", 1.5, "--mask-probability"),
+        ("validation_fraction", 1.0, "--validation-fraction"),
+        ("validation_fraction", -0.5, "--validation-fraction"),
+        ("learning_rate", -1.0, "--learning-rate"),
+        ("learning_rate", math.nan, "--learning-rate"),
+        ("weight_decay", -1.0, "--weight-decay"),
+        ("max_grad_norm", math.nan, "--max-grad-norm"),
+        ("across_sequences", True, "--across-sequences"),
+    ],
+)
+def test_an_option_out_of_range_is_an_error_that_names_its_flag(name, value, shown):
+    with pytest.raises(UserError) as caught:
+        TrainingOptions(**{name: value})
+    assert shown in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "num_attention_heads" not in str(caught.value)
+
+
+@pytest.mark.parametrize("estimator", ["hyperbolic", "trigonometric"])
+def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
+    with pytest.raises(UserError, match=r"^--num-features must be a positive even number"):
+        TrainingOptions(estimator=estimator, num_features=33)
+    TrainingOptions(estimator=estimator, num_features=34)
+
+
+def test_to_make_options_draws_nothing():
+    before = torch.random.get_rng_state()
+    TrainingOptions()
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("objective", "causal"), [("mlm", False), ("clm", True)])
+def test_the_model_is_configured_as_asked(objective, causal):
+    options = TrainingOptions(
+        objective=objective,
+        attention="favor-relu",
+        hidden_size=24,
+        num_layers=5,
+        num_heads=3,
+        num_features=17,
+        position_embedding="learned",
+        dropout=0.25,
+        max_length=99,
+    )
+    tokenizer = build_protein_tokenizer()
+    config = options.model_config(tokenizer)
+    assert config.is_decoder is causal
+    assert config.attention == "favor-relu"
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (24, 5, 3)
+    assert (config.intermediate_size, config.num_features) == (96, 17)
+    assert (config.position_embedding, config.max_position_embeddings) == ("learned", 99)
+    assert config.hidden_dropout_prob == 0.25
+    assert config.vocab_size == len(tokenizer)
+    assert config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_what_changes_the_result_makes_another_run():
+    first = TrainingOptions()
+    assert first.differences(first.to_dict()) == []
+    changed = TrainingOptions(num_layers=3, learning_rate=0.5)
+    assert changed.differences(first.to_dict()) == [
+        "--layers was 4, now 3",
+        "--learning-rate was 0.001, now 0.5",
+    ]
+
+
+def test_how_a_run_is_watched_does_not():
+    watched = TrainingOptions(log_steps=7, eval_steps=3, save_steps=2)
+    assert watched.differences(TrainingOptions().to_dict()) == []
+
+
+def test_a_record_without_an_option_is_of_another_run():
+    earlier = TrainingOptions().to_dict()
+    del earlier["dropout"]
+    assert TrainingOptions().differences(earlier) == ["--dropout was None, now 0.1"]
+
+
+def test_options_are_documented():
+    documentation = TrainingOptions.__doc__
+    assert all(f"        {field.name}: " in documentation for field in fields(TrainingOptions))
+    assert flag("num_layers") == "--layers"
+    assert flag("learning_rate") == "--learning-rate"
