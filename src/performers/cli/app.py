@@ -127,7 +127,7 @@ def train(
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     validation_fraction: Annotated[
-        float, typer.Option(help="Held out without --validation.")
+        float, typer.Option(help="Held out without --validation; at most 500 sequences.")
     ] = _DEFAULTS.validation_fraction,
     log_steps: Annotated[int, typer.Option(help="Steps between log entries.")] = 10,
     eval_steps: Annotated[

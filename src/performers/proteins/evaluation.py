@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.metrics import ResidueMetrics
 from performers.proteins.model_folder import check_input_length
-from performers.proteins.objectives import CausalCollator, MaskedCollator
+from performers.proteins.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.packing import (
     LengthBucketedBatchSampler,
     TokenDataset,
@@ -56,7 +56,9 @@ def evaluate_model(
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
     if not is_causal:
-        collator = MaskedCollator(tokenizer, mask_probability=mask_probability, seed=seed)
+        collator = MaskedCollator(
+            tokenizer, mask_probability=mask_probability, seed=seed, replaced=ALL_HIDDEN
+        )
     dataset = TokenDataset(
         window
         for tokens in encode_sequences(tokenizer, sequences)

@@ -33,26 +33,33 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
 
-__all__ = ["IGNORE_INDEX", "CausalCollator", "MaskedCollator"]
+__all__ = ["ALL_HIDDEN", "BERT_RULE", "IGNORE_INDEX", "CausalCollator", "MaskedCollator"]
 
 IGNORE_INDEX = -100
 """The label of a position without a target, as in `torch.nn.functional.cross_entropy`."""
 
-_REPLACED_BY_MASK = 0.8
-_REPLACED_AT_RANDOM = 0.1
+BERT_RULE = (0.8, 0.1)
+"""Shares of the targets replaced by the mask token, and by a random residue; the rest is kept."""
+
+ALL_HIDDEN = (1.0, 0.0)
+"""Every target is replaced by the mask token: for evaluation, where a kept one is a free hit."""
 
 
 class MaskedCollator:
     """Masked language modelling on residues (Devlin et al. 2019, section 3.1).
 
     In an example with n residues, max(1, round(mask_probability * n)) residues chosen uniformly are
-    targets. A target is replaced by the mask token with probability 0.8, by a uniformly drawn
-    standard amino acid with probability 0.1, and kept otherwise. Special tokens are never targets.
+    targets. By BERT's rule a target is replaced by the mask token with probability 0.8, by a
+    uniformly drawn standard amino acid with probability 0.1, and kept otherwise. Special tokens are
+    never targets.
 
     Args:
         tokenizer: A protein tokenizer with pad and mask tokens.
         mask_probability: Share of the residues that are targets, in (0, 1].
         seed: Seed of all masks, at least 0.
+        replaced: Shares of the targets replaced by the mask token and by a random amino acid:
+            ``BERT_RULE`` to train, ``ALL_HIDDEN`` to evaluate. It does not change which residues
+            are targets.
         pad_to_multiple_of: Pads the length to a multiple of this.
 
     Raises:
@@ -65,8 +72,13 @@ class MaskedCollator:
         *,
         mask_probability: float = 0.15,
         seed: int = 0,
+        replaced: tuple[float, float] = BERT_RULE,
         pad_to_multiple_of: int | None = None,
     ) -> None:
+        if min(replaced) < 0 or sum(replaced) > 1:
+            raise ValueError(
+                f"replaced: expected two shares of at least 0 and together at most 1, got {replaced}"
+            )
         if not 0 < mask_probability <= 1:
             raise ValueError(
                 f"mask_probability: expected a number above 0 and at most 1, got {mask_probability}"
@@ -77,6 +89,7 @@ class MaskedCollator:
             raise ValueError("tokenizer: has no mask token; use one from build_protein_tokenizer()")
         self.mask_probability = mask_probability
         self.seed = seed
+        self.replaced = replaced
         self._mask_id = int(tokenizer.mask_token_id)
         self._residues = residue_ids(tokenizer)
         self._replacements = residue_ids(tokenizer, AMINO_ACIDS)
@@ -122,8 +135,8 @@ class MaskedCollator:
         labels[targets] = tokens[targets]
         fate = random.random(count)
         replacements = random.choice(self._replacements, count)
-        by_mask = fate < _REPLACED_BY_MASK
-        at_random = ~by_mask & (fate < _REPLACED_BY_MASK + _REPLACED_AT_RANDOM)
+        by_mask = fate < self.replaced[0]
+        at_random = ~by_mask & (fate < sum(self.replaced))
         tokens[targets[by_mask]] = self._mask_id
         tokens[targets[at_random]] = replacements[at_random]
         return tokens, labels

@@ -45,7 +45,7 @@ from performers.proteins.training_record import (
     run_record,
 )
 
-_VALIDATION_SEQUENCES = 500
+_HELD_OUT_AT_MOST = 500
 
 
 def train_model(
@@ -67,7 +67,7 @@ def train_model(
         output: Folder to write to; see ``prepare_output_folder``.
         options: What to train and how.
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
-            ``sequences``, drawn with the seed, is held out.
+            ``sequences``, drawn with the seed, is held out (at most 500).
         resume: Continue from the last complete checkpoint in ``output``, if there is one.
         progress: Called with the step, the steps in all and the latest log entry.
 
@@ -83,8 +83,6 @@ def train_model(
     tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
     if validation is None:
         sequences, validation = _hold_out(sequences, options)
-    else:
-        validation = list(validation)[:_VALIDATION_SEQUENCES]
     record = run_record(options, sequences, validation)
     settings = output / "training.json"
     checkpoint = None
@@ -320,7 +318,7 @@ def _rows(
 
 
 def _hold_out(sequences: Sequence[str], options: TrainingOptions) -> tuple[list[str], list[str]]:
-    count = min(int(options.validation_fraction * len(sequences)), _VALIDATION_SEQUENCES)
+    count = min(int(options.validation_fraction * len(sequences)), _HELD_OUT_AT_MOST)
     held = np.random.default_rng(options.seed).permutation(len(sequences))[:count]
     chosen = set(held.tolist())
     kept = [sequence for index, sequence in enumerate(sequences) if index not in chosen]
