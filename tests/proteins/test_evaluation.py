@@ -9,7 +9,7 @@ import torch
 
 from performers.proteins.errors import UserError
 from performers.proteins.evaluation import evaluate_model
-from performers.proteins.objectives import MaskedCollator
+from performers.proteins.objectives import ALL_HIDDEN, MaskedCollator
 from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
 from tests.proteins.runs import make_model, proteins
 
@@ -60,7 +60,7 @@ def causal_pairs(model, tokenizer, sequences, length):
 
 
 def masked_pairs(model, tokenizer, sequences, length, **masking):
-    collator = MaskedCollator(tokenizer, **masking)
+    collator = MaskedCollator(tokenizer, replaced=ALL_HIDDEN, **masking)
     for index, window in enumerate(windows(tokenizer, sequences, length)):
         batch = collator([{"input_ids": window, "index": index}])
         rows = log_probabilities(model, batch["input_ids"][0].tolist())
@@ -95,6 +95,21 @@ def test_a_masked_model_predicts_the_residues_hidden_from_it(length):
     assert found.pop("sequences") == 12
     pairs = masked_pairs(model, tokenizer, sequences, length, **masking)
     assert found == pytest.approx(plain_scores(pairs, tokenizer), rel=1e-5)
+
+
+def test_no_target_of_a_masked_model_is_visible():
+    """A model that copies what it sees must not be credited with a single residue."""
+    model, tokenizer = make_model("mlm")
+    vocabulary = model.config.vocab_size
+
+    class Copy(torch.nn.Module):
+        config, device = model.config, torch.device("cpu")
+
+        def forward(self, input_ids, attention_mask):
+            one_hot = torch.nn.functional.one_hot(input_ids, vocabulary).float()
+            return type("Output", (), {"logits": 20 * one_hot})()
+
+    assert evaluate_model(Copy(), tokenizer, proteins(20))["accuracy"] == 0
 
 
 @pytest.mark.parametrize("objective", ["mlm", "clm"])

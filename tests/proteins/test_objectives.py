@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from performers.proteins.objectives import CausalCollator, MaskedCollator
+from performers.proteins.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.packing import LengthBucketedBatchSampler, TokenDataset, pack_sequences
 from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer, encode_sequences
 
@@ -261,6 +261,21 @@ class BatchTrainer(Trainer):
             self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator
         )
         return self.accelerator.prepare(loader)
+
+
+def test_all_hidden_masks_the_same_targets_and_shows_none():
+    shown = MaskedCollator(TOKENIZER, seed=3)(examples(50))
+    hidden = MaskedCollator(TOKENIZER, seed=3, replaced=ALL_HIDDEN)(examples(50))
+    assert torch.equal(shown["labels"], hidden["labels"])
+    targets = hidden["labels"] != -100
+    assert (hidden["input_ids"][targets] == TOKENIZER.mask_token_id).all()
+    assert (shown["input_ids"][targets] != TOKENIZER.mask_token_id).any()
+
+
+@pytest.mark.parametrize("replaced", [(-0.1, 0.5), (0.9, 0.2)])
+def test_shares_of_replacement_are_checked(replaced):
+    with pytest.raises(ValueError, match="replaced"):
+        MaskedCollator(TOKENIZER, replaced=replaced)
 
 
 def test_a_resumed_trainer_sees_the_same_batches_and_masks(tmp_path):

@@ -21,7 +21,7 @@ MODELS = {
     "transformer": "exact",
 }
 EVALUATED = ("test", "ood")
-STEPS = 1600
+STEPS = 2400
 
 _ATTENTION_SEQUENCES = 100
 _ATTENTION_LENGTH = 256

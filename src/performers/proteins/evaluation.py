@@ -31,9 +31,10 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score predictions per residue, beside the best constant prediction on the same residues.
 
-    A causal model predicts every residue from those before it. A masked model predicts residues
-    hidden by BERT's rule; which ones is a function of ``seed`` and the sequence's place in the
-    list, so the same call gives the same number.
+    A causal model predicts every residue from those before it. A masked model predicts a share of
+    the residues, all of them hidden behind the mask token: BERT's training rule leaves a tenth of
+    them visible, and copying those would pass for an accuracy of its own. Which ones is a function
+    of ``seed`` and the sequence's place in the list, so the same call gives the same number.
 
     Args:
         model: A masked or causal (``config.is_decoder``) language model.

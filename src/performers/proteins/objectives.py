@@ -77,7 +77,8 @@ class MaskedCollator:
     ) -> None:
         if min(replaced) < 0 or sum(replaced) > 1:
             raise ValueError(
-                f"replaced: expected two shares of at least 0 and together at most 1, got {replaced}"
+                "replaced: expected two shares of at least 0 and together at most 1, got "
+                f"{replaced}"
             )
         if not 0 < mask_probability <= 1:
             raise ValueError(
