@@ -45,7 +45,6 @@ class Features(NamedTuple):
         """Base and exponent of the features of ``x``; see ``FeatureForm.decompose``."""
         return self.form.decompose(x.to(self.dtype) * self.root, is_query=is_query)
 
-    @property
     def has_exponent(self) -> bool:
         """Whether features need scaling."""
         return self.form.kind != "elementwise"

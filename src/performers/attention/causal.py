@@ -1,5 +1,8 @@
 """The causal half of the ``torch`` backend: running sums between chunks, pairs within them."""
 
+# torch.compile (2.6) cannot evaluate the annotations of local functions.
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator
 
@@ -144,11 +147,12 @@ def _causal_block(
     outside = Rows(phi @ past.key_value, phi @ past.key_sum.unsqueeze(-1), log_scale)
     if has_past is not None:
         seen = has_past.repeat(1, groups).unsqueeze(-1)
-        outside = outside._replace(
-            numerator=outside.numerator.where(seen, 0.0),
-            denominator=outside.denominator.where(seen, 0.0),
+        outside = Rows(
+            outside.numerator.where(seen, 0.0),
+            outside.denominator.where(seen, 0.0),
+            outside.log_scale,
         )
-    rows = merge(outside, inside, scaled=features.has_exponent)
+    rows = merge(outside, inside, scaled=features.has_exponent())
     shape = (chunks[0], groups, chunk)
 
     def in_order(x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ largest feature instead, and its scale enters the small matrix of pairs after ma
 softmax. Scales are constants to autograd: the quotient does not depend on them.
 """
 
+# torch.compile (2.6) cannot evaluate the annotations of local functions.
+from __future__ import annotations
+
 import math
 
 import torch
@@ -76,7 +79,7 @@ def _initial_sums(problem: AttentionProblem, features: Features) -> Sums:
     return Sums(
         problem.value.new_zeros((*shape, problem.value.shape[-1]), dtype=problem.dtype),
         empty,
-        torch.full_like(empty, -math.inf) if features.has_exponent else empty,
+        torch.full_like(empty, -math.inf) if features.has_exponent() else empty,
     )
 
 
@@ -158,14 +161,20 @@ def _packed_bidirectional(problem: AttentionProblem, features: Features) -> Tens
     sums = _initial_sums(problem, features)
     past, _ = causal_rows(problem, features, sums, strict=False, divided=False)
     assert problem.segments is not None
-    backwards = problem._replace(
+    backwards = AttentionProblem(
         query=problem.query.flip(-2),
         key=problem.key.flip(-2),
         value=problem.value.flip(-2),
+        form=problem.form,
+        scale=problem.scale,
+        is_causal=problem.is_causal,
         key_mask=None if problem.key_mask is None else problem.key_mask.flip(-1),
         segments=problem.segments.flip(0),
+        state=problem.state,
+        return_state=problem.return_state,
+        dtype=problem.dtype,
     )
     future, _ = causal_rows(backwards, features, sums, strict=True, divided=False)
     reversed_rows = Rows(*(x.flip(-2) for x in future))
-    rows = merge(Rows(*past), reversed_rows, scaled=features.has_exponent)
+    rows = merge(Rows(*past), reversed_rows, scaled=features.has_exponent())
     return divide(rows.numerator, rows.denominator)

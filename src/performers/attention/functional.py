@@ -284,7 +284,7 @@ def _checked_form(
             f"feature_map has num_heads={feature_map.num_heads}; with {heads} query heads and "
             f"{key_heads} key heads it must be one of these or None"
         )
-    if form.num_heads == heads != key_heads:
+    if form.num_heads() == heads != key_heads:
         # Every query head has features of its own, so no key features are shared.
         key = key.repeat_interleave(heads // key_heads, dim=1)
         value = value.repeat_interleave(heads // key_heads, dim=1)

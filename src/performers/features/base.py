@@ -53,10 +53,8 @@ class FeatureMap(nn.Module):
         if projection is None:
             self.register_buffer("weight", None)
         else:
-            weight = self._draw(generator)
-            self.register_buffer(
-                "weight", weight.to(torch.get_default_device(), torch.get_default_dtype())
-            )
+            # A new tensor has the default device and dtype, under a device context too.
+            self.register_buffer("weight", self._draw(generator).to(torch.empty(0)))
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         assert self.projection is not None

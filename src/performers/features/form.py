@@ -45,16 +45,21 @@ class FeatureForm(NamedTuple):
     epsilon: float = 0.0
     function: Callable[[Tensor], Tensor] | None = None
 
-    @property
     def num_heads(self) -> int:
         """Heads that have a projection of their own; 1 when all share one."""
         return 1 if self.weight is None else self.weight.shape[0]
 
     def to(self, dtype: torch.dtype) -> "FeatureForm":
         """The same form with its tensors in ``dtype``."""
-        return self._replace(
-            weight=None if self.weight is None else self.weight.to(dtype),
-            bias=None if self.bias is None else self.bias.to(dtype),
+        return FeatureForm(
+            self.kind,
+            None if self.weight is None else self.weight.to(dtype),
+            None if self.bias is None else self.bias.to(dtype),
+            self.num_features,
+            self.normalizer,
+            self.quadratic,
+            self.epsilon,
+            self.function,
         )
 
     def decompose(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -88,7 +93,7 @@ class FeatureForm(NamedTuple):
     def _project(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return x
-        if self.num_heads == 1:
+        if self.num_heads() == 1:
             return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         projected = x @ self.weight.transpose(-1, -2)
         return projected if self.bias is None else projected + self.bias.unsqueeze(-2)
