@@ -87,7 +87,9 @@ def _log_of(function: Callable[[Tensor], Tensor], epsilon: float, projected: boo
     def log_phi(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
         wx = _projected(feature_map, x) if projected else x
         base = function(wx) + epsilon
-        return torch.full_like(base, -math.log(base.shape[-1]) / 2), base
+        # A mean over draws; without a projection there is nothing to average.
+        draws = base.shape[-1] if projected else 1
+        return torch.full_like(base, -math.log(draws) / 2), base
 
     return log_phi
 

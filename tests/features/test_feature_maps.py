@@ -97,9 +97,9 @@ def test_redraw_is_fresh_and_in_place(case):
 def test_redraw_keeps_dtype_and_row_lengths():
     feature_map = SoftmaxFeatures(16, 40, regularized=True, generator=generator(0)).bfloat16()
     feature_map.redraw_(generator(1))
-    assert feature_map.weight.dtype == torch.bfloat16
-    norms = feature_map.weight.float().norm(dim=-1)
-    torch.testing.assert_close(norms, torch.full_like(norms, 4.0), rtol=0.02, atol=0)
+    assert feature_map.weight.dtype == torch.float32
+    norms = feature_map.weight.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 4.0), rtol=1e-6, atol=0)
 
 
 def test_redraw_works_in_inference_mode_and_under_no_grad():
@@ -140,7 +140,8 @@ def test_deepcopy_is_separate(case):
 def test_to_dtype(case, dtype):
     feature_map = case.build(8, 24, generator=generator(0)).to(dtype)
     if case.projected:
-        assert feature_map.weight.dtype == dtype
+        # A rounded projection is no longer orthogonal: it stays in float32 at least.
+        assert feature_map.weight.dtype == torch.promote_types(dtype, torch.float32)
     x = torch.randn(5, 8, generator=generator(1)).to(dtype)
     estimate = feature_map.estimate_kernel(x, x)
     assert estimate.dtype == dtype

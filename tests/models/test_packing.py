@@ -157,3 +157,13 @@ def test_sequence_ids_do_not_go_with_a_cache():
     past = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sequence_ids cannot be combined with past_key_values"):
         model(ids, sequence_ids=torch.zeros_like(ids), past_key_values=past)
+
+
+def test_padding_inside_a_packed_run_is_not_counted():
+    """Learned positions of a left-padded sequence are those of the sequence alone."""
+    model = masked_model("favor-softmax", position_embedding="learned")
+    ids = tokens(1, 12)
+    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), dim=1)
+    mask = torch.cat((torch.zeros(1, 4, dtype=torch.long), torch.ones_like(ids)), dim=1)
+    packed = model(padded, attention_mask=mask, sequence_ids=torch.ones_like(padded)).logits
+    torch.testing.assert_close(packed[:, 4:], model(ids).logits, **TOLERANCE)

@@ -204,9 +204,11 @@ def test_loading_in_half_precision(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
     loaded = PerformerForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.bfloat16}
     for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16)), name
+        # A rounded projection is no longer orthogonal.
+        dtype = torch.float32 if "feature_map" in name else torch.bfloat16
+        assert loaded.state_dict()[name].dtype == dtype, name
+        assert torch.equal(loaded.state_dict()[name], tensor.to(dtype)), name
     error = (outputs(loaded).float() - outputs(model)).norm() / outputs(model).norm()
     assert error < 0.05
     loaded.save_pretrained(tmp_path / "half")

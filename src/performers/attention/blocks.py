@@ -122,8 +122,9 @@ def block_rows(heads: tuple[int, ...] | torch.Size, features: Features) -> int:
 
 def slices(length: int, rows: int) -> Iterator[slice]:
     """Cut ``range(length)`` into blocks of at most ``rows``."""
-    for start in range(0, length, rows):
-        yield slice(start, min(start + rows, length))
+    # Counting blocks, not rows, lets torch.compile keep the length symbolic.
+    for block in range(-(-length // rows)):
+        yield slice(block * rows, min((block + 1) * rows, length))
 
 
 def direct(function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None) -> tuple[Tensor, ...]:

@@ -63,7 +63,7 @@ def causal_rows(
 
     rows = block_rows((key.shape[0], key.shape[1] * query.shape[2]), features)
     blocks = list(_causal_slices(length, rows))
-    run = direct if len(blocks) <= 1 else checkpointed
+    run = direct if length <= rows else checkpointed
     parts: list[tuple[Tensor, ...]] = []
     for block in blocks:
         before = None
@@ -214,9 +214,9 @@ def _with_own_key(
     key_exponent: Tensor,
     groups: int,
 ) -> tuple[Tensor, Tensor]:
-    """Give rows that lost their chunk's keys their own one back, at its largest feature.
+    """Give rows that lost all of their chunk's keys their own one back, at its largest feature.
 
-    Where everything else was lost the largest feature is as good as all of the kernel.
+    Such a row is not accurate, but it is still an average of values.
     """
     assert query_exponent is not None
     grouped = query_exponent.detach().unflatten(3, (groups, -1))

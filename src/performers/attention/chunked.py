@@ -39,6 +39,7 @@ from performers.attention.blocks import (
 from performers.attention.causal import causal_rows
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
+from performers.features.precision import without_autocast
 
 
 def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
@@ -51,9 +52,12 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``problem.dtype``, and the
         state or None.
     """
-    features = Features(problem.form.to(problem.dtype), math.sqrt(problem.scale), problem.dtype)
-    # Autocast would move the sums into half precision.
-    with torch.autocast(problem.query.device.type, enabled=False):
+    form = problem.form.to(problem.dtype)
+    if torch.is_grad_enabled():
+        # The backward pass computes features again, and must not meet a redrawn projection.
+        form = form.copied()
+    features = Features(form, math.sqrt(problem.scale), problem.dtype)
+    with without_autocast(problem.query.device):
         if problem.query.shape[-2] == 0:
             return _empty_output(problem), FavorState(*_initial_sums(problem, features))
         if not problem.is_causal:

@@ -11,6 +11,7 @@ from performers.attention.reference import attention_matrix
 from performers.attention.state import FavorState
 from performers.features import FeatureForm, FeatureMap
 from performers.features.base import resolve_scale
+from performers.features.precision import autocast_dtype, without_autocast
 
 
 @overload
@@ -158,7 +159,7 @@ def favor_attention_weights(
     """
     _refuse_exact_terms(window, sinks)
     problem = _checked(query, key, key, feature_map, is_causal, key_mask, None, scale, None, False)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         weights = attention_matrix(problem)
     return weights.flatten(1, 2).to(_output_dtype(query, key))
 
@@ -211,9 +212,7 @@ def _checked(
             f"the number of query heads ({heads}) must be a multiple of the number of key heads "
             f"({key_heads})"
         )
-    if not torch.is_autocast_enabled(query.device.type) and not (
-        query.dtype == key.dtype == value.dtype
-    ):
+    if autocast_dtype(query.device) is None and not (query.dtype == key.dtype == value.dtype):
         raise ValueError(
             "query, key and value must have one dtype (outside autocast), got "
             f"{query.dtype}, {key.dtype} and {value.dtype}"
@@ -339,7 +338,5 @@ def _shortened(offsets: list[int]) -> str:
 
 
 def _output_dtype(*tensors: Tensor) -> torch.dtype:
-    device_type = tensors[0].device.type
-    if torch.is_autocast_enabled(device_type) and tensors[0].dtype != torch.float64:
-        return torch.get_autocast_dtype(device_type)
-    return tensors[0].dtype
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors[0].dtype if dtype is None or tensors[0].dtype == torch.float64 else dtype

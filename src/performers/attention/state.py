@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class FavorState:
     """Everything causal attention remembers of the past, in a size that does not grow.
 
@@ -59,3 +59,7 @@ class FavorState:
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
+
+
+# A saved state loads with torch.load as it is, without trusting arbitrary pickles.
+torch.serialization.add_safe_globals([FavorState])

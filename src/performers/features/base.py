@@ -1,11 +1,13 @@
 """The base of all feature maps, and redrawing."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from performers.features.form import FeatureForm
+from performers.features.precision import without_autocast
 from performers.features.projections import Projection, draw_projection
 
 
@@ -54,7 +56,9 @@ class FeatureMap(nn.Module):
             self.register_buffer("weight", None)
         else:
             # A new tensor has the default device and dtype, under a device context too.
-            self.register_buffer("weight", self._draw(generator).to(torch.empty(0)))
+            default = torch.empty(0)
+            dtype = torch.promote_types(default.dtype, torch.float32)
+            self.register_buffer("weight", self._draw(generator).to(default.device, dtype))
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         assert self.projection is not None
@@ -84,6 +88,19 @@ class FeatureMap(nn.Module):
         """
         if self.weight is not None:
             self.weight.copy_(self._draw(generator))
+        return self
+
+    def reset_parameters(self) -> None:
+        """Draw a fresh projection, as code that materialises meta modules expects."""
+        self.redraw_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
+        """Move, but keep the projection in float32 at least: rounding breaks orthogonality."""
+        before = self.weight
+        super()._apply(fn, recurse)
+        after = self.weight
+        if before is not None and after is not None and after.itemsize < 4 <= before.itemsize:
+            self.weight = before.to(after.device)
         return self
 
     def calibrate_(
@@ -125,18 +142,20 @@ class FeatureMap(nn.Module):
         Returns:
             Shape ``(..., L, num_features)``.
         """
-        base, exponent = self._decompose(x, "x", scale)
-        features = base if exponent is None else exponent.exp()
-        assert features is not None
-        if base is not None and exponent is not None:
-            features = base * features
-        return features * math.sqrt(self.form().normalizer)
+        with without_autocast(x.device):
+            base, exponent = self._decompose(x, "x", scale)
+            features = base if exponent is None else exponent.exp()
+            assert features is not None
+            if base is not None and exponent is not None:
+                features = base * features
+            return features * math.sqrt(self.form().normalizer)
 
     def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
         """Estimate the kernel between all queries and keys, not normalised.
 
         For softmax features this is an estimate of ``exp(scale * q . k)``; for generalized ones
-        it is ``(1 / m) sum_i (f(w_i . q') + eps)(f(w_i . k') + eps)`` with ``x' = sqrt(scale) x``.
+        it is ``(1 / m) sum_i (f(w_i . q') + eps)(f(w_i . k') + eps)`` with ``x' = sqrt(scale) x``,
+        and without a projection the plain sum of ``(f(q'_i) + eps)(f(k'_i) + eps)``.
 
         Args:
             query: Shape ``(..., L, head_dim)``.
@@ -149,14 +168,15 @@ class FeatureMap(nn.Module):
         Raises:
             ValueError: The last dimension is not ``head_dim``, or ``scale`` is negative.
         """
-        query_base, query_exponent = self._decompose(query, "query", scale)
-        key_base, key_exponent = self._decompose(key, "key", scale)
-        left, left_scale = _bounded(query_base, query_exponent)
-        right, right_scale = _bounded(key_base, key_exponent)
-        kernel = (left @ right.transpose(-1, -2)) * self.form().normalizer
-        if left_scale is not None and right_scale is not None:
-            kernel = kernel * (left_scale + right_scale.transpose(-1, -2)).exp()
-        return kernel.to(query.dtype)
+        with without_autocast(query.device):
+            query_base, query_exponent = self._decompose(query, "query", scale)
+            key_base, key_exponent = self._decompose(key, "key", scale)
+            left, left_scale = _bounded(query_base, query_exponent)
+            right, right_scale = _bounded(key_base, key_exponent)
+            kernel = (left @ right.transpose(-1, -2)) * self.form().normalizer
+            if left_scale is not None and right_scale is not None:
+                kernel = kernel * (left_scale + right_scale.transpose(-1, -2)).exp()
+            return kernel.to(query.dtype)
 
     def _decompose(
         self, x: Tensor, name: str, scale: float | None

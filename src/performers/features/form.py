@@ -62,6 +62,19 @@ class FeatureForm(NamedTuple):
             self.function,
         )
 
+    def copied(self) -> "FeatureForm":
+        """The same form with tensors of its own, still in the graph of these."""
+        return FeatureForm(
+            self.kind,
+            None if self.weight is None else self.weight.clone(),
+            None if self.bias is None else self.bias.clone(),
+            self.num_features,
+            self.normalizer,
+            self.quadratic,
+            self.epsilon,
+            self.function,
+        )
+
     def decompose(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
         """Features as ``base * exp(exponent)``.
 

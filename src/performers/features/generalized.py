@@ -101,7 +101,7 @@ class GeneralizedFeatures(FeatureMap):
 
     def form(self) -> FeatureForm:
         """The record that attention backends evaluate."""
-        normalizer = 1 / self.num_features
+        normalizer = 1.0 if self.projection is None else 1 / self.num_features
         if self.fn == "exp":
             # exp(y) + eps is kept as a logarithm, so that it can be scaled before it overflows.
             return FeatureForm(

@@ -261,8 +261,9 @@ def mean_pool(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         Shape ``(B, width)``; zeros for a row without tokens.
     """
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     if mask is None:
-        return hidden_states.mean(1)
-    weights = mask.to(hidden_states.dtype).unsqueeze(-1)
-    total = (hidden_states * weights).sum(1)
-    return total / torch.clamp_min(weights.sum(1), 1.0)
+        return hidden_states.to(dtype).mean(1).to(hidden_states.dtype)
+    weights = mask.to(dtype).unsqueeze(-1)
+    total = (hidden_states.to(dtype) * weights).sum(1)
+    return (total / torch.clamp_min(weights.sum(1), 1.0)).to(hidden_states.dtype)

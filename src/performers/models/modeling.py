@@ -53,6 +53,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("PerformerBlock",)
     # Assisted decoding needs to take tokens back, which a sum over the past cannot.
     _is_stateful = True
+    # Rounded to half precision, the rows of a projection are no longer orthogonal.
+    _keep_in_fp32_modules_strict = ("feature_map",)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -199,14 +201,17 @@ class PerformerModel(PerformerPreTrainedModel):
                 f"{type(past).__name__}"
             )
         use_cache = _default(use_cache, self.config.use_cache and not self.training)
+        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            # Blocks that run twice would count their tokens twice.
+            if past is not None:
+                raise ValueError("gradient checkpointing cannot be combined with past_key_values")
+            use_cache = False
         if past is None and not (use_cache and self.config.is_decoder and sequence_ids is None):
             return None
         if not self.config.is_decoder:
             raise ValueError("past_key_values needs a causal model (config.is_decoder=True)")
         if sequence_ids is not None:
             raise ValueError("sequence_ids cannot be combined with past_key_values")
-        if self.training and any(layer.gradient_checkpointing for layer in self.layers):
-            raise ValueError("gradient checkpointing cannot be combined with past_key_values")
         if past is None:
             return PerformerCache(self.config.attention, self.config.num_hidden_layers)
         layers = self.config.num_hidden_layers
@@ -259,8 +264,10 @@ class PerformerModel(PerformerPreTrainedModel):
             # Runs are numbered, so that an id used twice in a row stays two sequences.
             sequence_ids = starts.long().cumsum(-1)
             index = torch.arange(length, device=device).expand(batch, -1)
-            # The run of padding at a row's end may be longer than any sequence.
-            positions = (index - index.where(starts, 0).cummax(-1).values).where(present, 0)
+            first = index.where(starts, 0).cummax(-1).values
+            counts = present.long().cumsum(-1)
+            before = (counts - present.long()).gather(-1, first)
+            positions = (counts - before - 1).clamp_min(0)
             cu_seqlens = _boundaries(starts)
         if position_ids is None:
             position_ids = positions

@@ -17,7 +17,8 @@ class PerformerAttention(nn.Module):
 
     It differs from ``nn.MultiheadAttention`` where linear time demands it: ``need_weights`` is
     False unless asked for, an ``attn_mask`` other than a causal one is refused, and so is
-    ``dropout`` on the attention matrix, which is never formed.
+    ``dropout`` on the attention matrix, which is never formed. ``nn.TransformerEncoder`` copies the
+    layer it is given, random features included: ``redraw_features_(encoder)`` gives each its own.
 
     Args:
         embed_dim: Width of the model.
@@ -106,10 +107,14 @@ class PerformerAttention(nn.Module):
         self.bias_k = parameter(1, 1, embed_dim) if add_bias_kv else None
         self.bias_v = parameter(1, 1, embed_dim) if add_bias_kv else None
         self.feature_map = feature_map if device is None else feature_map.to(device)
-        self.reset_parameters()
+        self._initialise_projections()
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters as ``nn.MultiheadAttention`` does."""
+        """Initialise the parameters as ``nn.MultiheadAttention`` does, and redraw the features."""
+        self._initialise_projections()
+        self.feature_map.reset_parameters()
+
+    def _initialise_projections(self) -> None:
         for weight in self._projection_weights(whole=True):
             nn.init.xavier_uniform_(weight)
         if self.in_proj_bias is not None:
@@ -283,7 +288,9 @@ def _key_mask(padding: Tensor | None, batch: int, size: int) -> Tensor | None:
         )
     if padding.dtype == torch.bool:
         return ~padding
-    if padding.is_floating_point() and bool(((padding == 0) | (padding == -torch.inf)).all()):
+    if padding.is_floating_point() and (
+        torch.compiler.is_compiling() or bool(((padding == 0) | (padding == -torch.inf)).all())
+    ):
         return padding == 0
     raise ValueError(
         "key_padding_mask must be bool (True = ignore) or float with 0 and -inf only, got "
