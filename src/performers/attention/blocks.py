@@ -12,7 +12,7 @@ from performers.features import FeatureForm
 
 # Rows of a causal chunk, and features held at a time (elements over batch, heads and rows).
 CHUNK = 64
-_BLOCK_ELEMENTS = 1 << 21
+_BLOCK_ELEMENTS = 1 << 19
 
 
 class Sums(NamedTuple):
