@@ -89,7 +89,7 @@ class ProgressBars:
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
-        if messages.is_terminal:
+        if messages.is_terminal and is_first_process():
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -104,9 +104,6 @@ class ProgressBars:
         self._logs: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> "ProgressBars":
-        # Of several processes of one run, the first shows progress.
-        if not is_first_process():
-            self._bars, self.update = None, lambda *args: None  # type: ignore[method-assign]
         if self._bars is not None:
             self._bars.start()
         return self
@@ -130,6 +127,7 @@ class ProgressBars:
                 self._tasks[name] = self._bars.add_task(name, total=total, log=text)
             self._bars.update(self._tasks[name], completed=done, total=total, log=text)
             return
+        # `note` keeps all but the first of several processes quiet.
         tenth = 10 * done // max(total, 1)
         if tenth > self._tenths.get(name, 0):
             self._tenths[name] = tenth
