@@ -1,7 +1,7 @@
 """Heads: masked and causal language modelling, sequence classification."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
 class _LanguageModel(PerformerPreTrainedModel):
     """A Performer whose output layer shares the input embedding."""
 
-    _tied_weights_keys = {"lm_head.weight": "performer.embeddings.weight"}  # noqa: RUF012
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "performer.embeddings.weight"}
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(config)
@@ -34,11 +34,6 @@ class _LanguageModel(PerformerPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the output layer."""
         self.lm_head = new_embeddings
-
-    def _finish(self, output: Any, return_dict: bool | None) -> Any:
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return output if return_dict else output.to_tuple()
 
 
 class PerformerForMaskedLM(_LanguageModel):
@@ -246,9 +241,7 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        return result if return_dict else result.to_tuple()
+        return self._finish(result, return_dict)
 
 
 def mean_pool(hidden_states: Tensor, mask: Tensor | None) -> Tensor:

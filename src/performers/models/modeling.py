@@ -75,6 +75,10 @@ class PerformerPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         return super().from_pretrained(*args, **kwargs)
 
+    def _finish(self, output: Any, return_dict: bool | None) -> Any:
+        return_dict = _default(return_dict, getattr(self.config, "return_dict", True))
+        return output if return_dict else output.to_tuple()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeatureMap):
@@ -159,7 +163,6 @@ class PerformerModel(PerformerPreTrainedModel):
         config = self.config
         output_attentions = _default(output_attentions, config.output_attentions)
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
-        return_dict = _default(return_dict, getattr(config, "return_dict", True))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -190,7 +193,7 @@ class PerformerModel(PerformerPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
-        return output if return_dict else output.to_tuple()
+        return self._finish(output, return_dict)
 
     def _cache(
         self, past: PerformerCache | None, use_cache: bool | None, sequence_ids: Tensor | None

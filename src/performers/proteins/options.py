@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from performers.features.softmax import Estimator
 from performers.models import PerformerConfig
 from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
@@ -166,7 +167,7 @@ class TrainingOptions:
             max_position_embeddings=self.max_length,
             attention=self.attention,
             num_features=self.num_features,
-            estimator=self.estimator,  # type: ignore[arg-type]
+            estimator=cast(Estimator, self.estimator),
             is_decoder=self.objective == "clm",
             **tokens,
         )
