@@ -7,19 +7,25 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from performers.attention import chunked, reference
+from performers.attention.native import backend as native
+from performers.attention.native import library
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 
 Backend = Callable[[AttentionProblem], tuple[Tensor, FavorState | None]]
 
-_BACKENDS: dict[str, Backend] = {"torch": chunked.attend, "reference": reference.attend}
+_BACKENDS: dict[str, Backend] = {
+    "native": native.attend,
+    "torch": chunked.attend,
+    "reference": reference.attend,
+}
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
 
 def backends() -> tuple[str, ...]:
     """The backends usable here, best first."""
-    return tuple(_BACKENDS)
+    return tuple(name for name in _BACKENDS if name != "native" or library.available())
 
 
 @contextmanager
@@ -52,7 +58,7 @@ def resolve_backend(name: str | None) -> Backend:
         ValueError: The backend is unknown or not usable here.
     """
     if name is None:
-        name = getattr(_forced, "name", None) or next(iter(_BACKENDS))
-    if name not in _BACKENDS:
+        name = getattr(_forced, "name", None) or ("native" if library.available() else "torch")
+    if name not in backends():
         raise ValueError(f"backend must be one of {backends()} here, got {name!r}")
     return _BACKENDS[name]

@@ -1,0 +1,112 @@
+// The exported functions, and the choice of an instruction set.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "performers_native.h"
+
+namespace performers {
+namespace {
+
+struct Candidate {
+    const char *name;
+    const Kernels *kernels;
+    bool supported;
+};
+
+struct Candidates {
+    Candidate list[3];
+    int count = 0;
+    char names[64] = "";
+
+    void add(const char *name, const Kernels *kernels, bool supported) {
+        list[count++] = {name, kernels, supported};
+        if (!supported) return;
+        if (names[0]) std::strcat(names, " ");
+        std::strcat(names, name);
+    }
+
+    // Best first.
+    Candidates() {
+#if defined(PERFORMERS_HAS_AVX512)
+        add("avx512", &avx512::kernels,
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+#endif
+#if defined(PERFORMERS_HAS_AVX2)
+        add("avx2", &avx2::kernels,
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                __builtin_cpu_supports("f16c"));
+#endif
+        add("portable", &portable::kernels, true);
+    }
+};
+
+const Candidates &candidates() {
+    static const Candidates all;
+    return all;
+}
+
+const char *const kForcing = "PERFORMERS_NATIVE_ISA";
+
+// The first that is supported, or the one that the environment asks for; null if that is not here.
+const Candidate *choose() {
+    const char *forced = std::getenv(kForcing);
+    const Candidates &all = candidates();
+    for (int i = 0; i < all.count; ++i) {
+        const bool wanted = !forced || !*forced || std::strcmp(forced, all.list[i].name) == 0;
+        if (wanted && all.list[i].supported) return &all.list[i];
+    }
+    return nullptr;
+}
+
+const Candidate *chosen() {
+    static const Candidate *const choice = choose();
+    return choice;
+}
+
+int run(void (*Kernels::*function)(const performers_call &), const performers_call *call) {
+    const Candidate *choice = chosen();
+    if (!choice) return 2;
+    try {
+        (choice->kernels->*function)(*call);
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace performers
+
+int performers_forward(const performers_call *call) {
+    return performers::run(&performers::Kernels::forward, call);
+}
+
+int performers_backward(const performers_call *call) {
+    return performers::run(&performers::Kernels::backward, call);
+}
+
+int performers_abi_version(void) { return PERFORMERS_ABI_VERSION; }
+
+const char *performers_isa(void) {
+    const performers::Candidate *choice = performers::chosen();
+    return choice ? choice->name : nullptr;
+}
+
+const char *performers_available_isas(void) { return performers::candidates().names; }
+
+const char *performers_error(void) {
+    if (performers::chosen()) return "";
+    static char message[256];
+    const char *forced = std::getenv(performers::kForcing);
+    std::snprintf(message, sizeof message, "%s must be one of %s here, got \"%s\"",
+                  performers::kForcing, performers_available_isas(), forced ? forced : "");
+    return message;
+}
+
+const char *performers_parallelism(void) { return performers::parallelism(); }

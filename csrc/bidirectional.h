@@ -1,0 +1,154 @@
+// Attention to all keys. Keys are summed block by block into the sums of Problem; queries read them
+// block by block. The features of a block live in scratch memory only.
+//
+// Feature f of all keys is divided by 2^s_f, s_f its largest exponent so far; the features of a
+// query are multiplied by the same and divided by their largest. Hence the largest term of a
+// normaliser is at least one.
+#pragma once
+
+#include "features.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// Turns the exponents of one feature over a block of keys into features, raising the scale of the
+// sums when one of them exceeds it. Returns their sum.
+inline float absorb_feature(const Problem &p, const Sums &sums, int64_t f, float *exponents,
+                            int64_t rows) {
+    Vector peak = load(exponents);
+    for (int64_t r = kWidth; r < rows; r += kWidth) peak = maximum(peak, load(exponents + r));
+    if (any_greater(peak, splat(sums.log_scale[f]))) {
+        const float before = sums.log_scale[f], after = largest(peak);
+        const float factor = decay(before, after);
+        sums.scale_row(p, f, factor);
+        sums.key_sum[f] *= factor;
+        sums.log_scale[f] = after;
+    }
+    const Vector scale = splat(finite(sums.log_scale[f]));
+    Vector sum = splat(0.0f);
+    for (int64_t r = 0; r < rows; r += kWidth) {
+        const Vector phi = exp2(load(exponents + r) - scale);
+        store(exponents + r, phi);
+        sum += phi;
+    }
+    return total(sum);
+}
+
+inline float sum_feature(const float *features, int64_t rows) {
+    Vector sum = splat(0.0f);
+    for (int64_t r = 0; r < rows; r += kWidth) sum += load(features + r);
+    return total(sum);
+}
+
+struct KeyBuffers {
+    Block block;
+    float *value, *keep, *panel;
+
+    KeyBuffers(Arena &arena, const Problem &p)
+        : block(arena, p),
+          value(arena.take(kBlock * p.padded_value)),
+          keep(arena.take(kBlock)),
+          panel(arena.take(kPanel * kBlock)) {}
+};
+
+// Adds the keys [begin, end) of a head to the sums.
+inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, const Sums &sums,
+                   KeyBuffers &b) {
+    const Rows keys = p.key_rows(p.call.key, head), values = p.key_rows(p.call.value, head);
+    const float *weights = p.weights_of(head);
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int64_t rows = std::min(kBlock, end - start);
+        b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
+        load_values(p, values, start, rows, b.keep, b.value);
+        for (int64_t first = 0; first < p.features; first += kPanel) {
+            const int64_t count = std::min(kPanel, p.features - first);
+            project(p, weights, b.block, p.key_inner, first, count, b.panel);
+            if (!p.exponential) rectify(p, b.panel, count, rows, b.keep);
+            for (int64_t f = 0; f < count; ++f) {
+                float *row = b.panel + f * kBlock;
+                sums.key_sum[first + f] += p.exponential
+                                               ? absorb_feature(p, sums, first + f, row, rows)
+                                               : sum_feature(row, rows);
+            }
+            multiply(count, p.padded_value, rows, rows_of(b.panel, kBlock), b.value, p.padded_value,
+                     sums.key_value + first * p.padded_value, p.padded_value, true);
+        }
+    }
+}
+
+struct QueryBuffers {
+    Block block;
+    float *features, *out, *scale, *inverse;
+
+    QueryBuffers(Arena &arena, const Problem &p)
+        : block(arena, p),
+          features(arena.take(p.features * kBlock)),
+          out(arena.take(kBlock * p.padded_value)),
+          scale(arena.take(kBlock)),
+          inverse(arena.take(kBlock)) {}
+};
+
+// Exponents of queries become features at the scale of the sums, divided by the largest of each
+// row: `scale` (kBlock) is the binary logarithm of that divisor, `normaliser` the sum over features
+// of the feature times `weight` (features).
+inline void query_features(const Problem &p, float *features, int64_t rows, const float *log_scale,
+                           const float *weight, float *scale, float *normaliser) {
+    if (!p.exponential) rectify(p, features, p.features, rows, nullptr);
+    for (int64_t r = 0; r < rows; r += kWidth) {
+        Vector peak = splat(p.exponential ? -kInfinity : 0.0f), sum = splat(0.0f);
+        if (p.exponential) {
+            for (int64_t f = 0; f < p.features; ++f) {
+                peak = maximum(peak, load(features + f * kBlock + r) + splat(finite(log_scale[f])));
+            }
+        }
+        for (int64_t f = 0; f < p.features; ++f) {
+            float *at = features + f * kBlock + r;
+            Vector phi = load(at);
+            if (p.exponential) {
+                phi = exp2(phi + splat(finite(log_scale[f])) - peak);
+                store(at, phi);
+            }
+            sum += phi * splat(weight[f]);
+        }
+        store(scale + r, peak);
+        store(normaliser + r, sum);
+    }
+}
+
+inline float inverse_of(float normaliser) { return normaliser == 0 ? 0.0f : 1 / normaliser; }
+
+// Divides rows by their normalisers, writes them out, and keeps what the backward pass needs.
+inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows,
+                        float *out, const float *scale, const float *inverse) {
+    const Rows to = p.query_rows(p.call.out, head, group);
+    const int64_t index = p.row_index(head, group, begin);
+    for (int64_t r = 0; r < rows; ++r) {
+        float *row = out + r * p.padded_value;
+        const Vector factor = splat(std::fabs(inverse[r]));
+        for (int64_t c = 0; c < p.padded_value; c += kWidth) store(row + c, load(row + c) * factor);
+        write(to, begin + r, p.value_dim, row);
+        p.call.row_scale[index + r] = scale[r];
+        p.call.row_inverse[index + r] = inverse[r];
+    }
+}
+
+// The queries [begin, end) of all groups of a head against the sums.
+inline void read_out(const Problem &p, int64_t head, int64_t begin, int64_t end, const Sums &sums,
+                     QueryBuffers &b) {
+    for (int64_t group = 0; group < p.call.groups; ++group) {
+        const Rows queries = p.query_rows(p.call.query, head, group);
+        for (int64_t start = begin; start < end; start += kBlock) {
+            const int64_t rows = std::min(kBlock, end - start);
+            b.block.load_queries(p, queries, start, rows);
+            project(p, p.weights_of(head), b.block, p.query_inner, 0, p.features, b.features);
+            query_features(p, b.features, rows, sums.log_scale, sums.key_sum, b.scale, b.inverse);
+            for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
+            multiply(rows, p.padded_value, p.features, columns_of(b.features, kBlock),
+                     sums.key_value, p.padded_value, b.out, p.padded_value, false);
+            finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

@@ -1,0 +1,267 @@
+// Causal attention: chunks of kBlock positions, running sums between them, pairs within them.
+//
+// Keys and queries of a chunk stand at one scale per feature, its largest exponent over the past
+// and the chunk: products of features are then at most one, and float32 keeps every pair that
+// matters as long as a row's normaliser is not tiny. A key later in the chunk can make it tiny;
+// such a row (its normaliser tells) is computed again by itself, at the scale of what it may see.
+// So no later position, of any size, moves an earlier row by more than rounding.
+#pragma once
+
+#include "bidirectional.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// Products below 2^-126 count as zero. A row whose normaliser exceeds this lost nothing by it, with
+// up to 2^30 of them.
+constexpr float kSmallestNormaliser = 0x1p-64f;
+
+// The keys of one chunk, and the sums over those before it.
+struct ChunkKeys {
+    Block block;
+    float *value, *keep;
+    float *features;    // (features, kBlock), at the scale of `sums` after the chunk
+    float *exponents;   // likewise, before any scale; filled when a row needs them
+    float *added_sum;   // sums over the chunk's keys (features)
+    float *decays;      // what the past is multiplied with (features)
+    float *past_scale;  // log scales before the chunk (features)
+    float *past_sum;    // key sums before the chunk, at those scales (features)
+    float *past_value;  // rows of the past that `advance` rescaled, as they were
+    bool has_exponents = false;
+
+    ChunkKeys(Arena &arena, const Problem &p)
+        : block(arena, p),
+          value(arena.take(kBlock * p.padded_value)),
+          keep(arena.take(kBlock)),
+          features(arena.take(p.features * kBlock)),
+          exponents(arena.take(p.features * kBlock)),
+          added_sum(arena.take(p.features)),
+          decays(arena.take(p.features)),
+          past_scale(arena.take(p.features)),
+          past_sum(arena.take(p.features)),
+          past_value(arena.take(p.features * p.padded_value)) {}
+
+    void load(const Problem &p, int64_t head, int64_t begin, int64_t rows) {
+        block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep);
+        load_values(p, p.key_rows(p.call.value, head), begin, rows, keep, value);
+        project(p, p.weights_of(head), block, p.key_inner, 0, p.features, features);
+        has_exponents = false;
+    }
+
+    void load_exponents(const Problem &p, const float *weights) {
+        if (!has_exponents) project(p, weights, block, p.key_inner, 0, p.features, exponents);
+        has_exponents = true;
+    }
+
+    // Computes features at the scales after the chunk, and brings the past to these scales, keeping
+    // what it changes.
+    void advance(const Problem &p, const Sums &sums) {
+        for (int64_t f = 0; f < p.features; ++f) {
+            past_scale[f] = sums.log_scale[f];
+            past_sum[f] = sums.key_sum[f];
+            decays[f] = 1;
+        }
+        if (p.exponential) {
+            for (int64_t f = 0; f < p.features; ++f) {
+                const float *row = features + f * kBlock;
+                Vector peak = performers::PERFORMERS_ISA::load(row);
+                for (int64_t r = kWidth; r < block.rows; r += kWidth) {
+                    peak = maximum(peak, performers::PERFORMERS_ISA::load(row + r));
+                }
+                if (!any_greater(peak, splat(past_scale[f]))) continue;
+                sums.log_scale[f] = largest(peak);
+                decays[f] = decay(past_scale[f], sums.log_scale[f]);
+                std::memcpy(past_value + f * p.padded_value, sums.key_value + f * p.padded_value,
+                            sizeof(float) * static_cast<size_t>(p.padded_value));
+                sums.scale_row(p, f, decays[f]);
+                sums.key_sum[f] *= decays[f];
+            }
+        }
+        compute_features(p, sums.log_scale);
+    }
+
+    // Features at the given scales, and their sums.
+    void compute_features(const Problem &p, const float *log_scale) {
+        if (!p.exponential) rectify(p, features, p.features, block.rows, keep);
+        for (int64_t f = 0; f < p.features; ++f) {
+            float *row = features + f * kBlock;
+            const Vector scale = splat(finite(log_scale[f]));
+            Vector sum = splat(0.0f);
+            for (int64_t r = 0; r < block.rows; r += kWidth) {
+                Vector phi = performers::PERFORMERS_ISA::load(row + r);
+                if (p.exponential) {
+                    phi = exp2(phi - scale);
+                    store(row + r, phi);
+                }
+                sum += phi;
+            }
+            added_sum[f] = total(sum);
+        }
+    }
+
+    // Row f of the past's values at its own scale, after `advance`.
+    const float *past_row(const Problem &p, const Sums &sums, int64_t f) const {
+        const float *rows = decays[f] == 1 ? sums.key_value : past_value;
+        return rows + f * p.padded_value;
+    }
+
+    // Adds the chunk.
+    void add(const Problem &p, const Sums &sums) const {
+        for (int64_t f = 0; f < p.features; ++f) sums.key_sum[f] += added_sum[f];
+        multiply(p.features, p.padded_value, block.rows, rows_of(features, kBlock), value,
+                 p.padded_value, sums.key_value, p.padded_value, true);
+    }
+};
+
+// Zeros where the key (row) comes after the query (column), and up to whole vectors.
+inline void clear_future(float *pairs, int64_t rows) {
+    const int64_t used = round_up(rows, kWidth);
+    for (int64_t j = 0; j < rows; ++j) {
+        float *row = pairs + j * kBlock;
+        for (int64_t i = 0; i < j; ++i) row[i] = 0;
+        for (int64_t i = rows; i < used; ++i) row[i] = 0;
+    }
+}
+
+// One row of a chunk at the scale of what it may see.
+struct ExactRow {
+    float *exponents;  // of the query, less the row's scale (padded features)
+    float *past;       // its features at the scale of the past (padded features)
+    float *pairs;      // with the chunk's keys (kBlock)
+    float scale, normaliser;
+
+    ExactRow(Arena &arena, const Problem &p)
+        : exponents(arena.take(round_up(p.features, kWidth))),
+          past(arena.take(round_up(p.features, kWidth))),
+          pairs(arena.take(kBlock)) {}
+
+    // `query` (features, kBlock): the exponents of the chunk's queries. Key exponents are loaded.
+    void compute(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys) {
+        const int64_t used = round_up(row + 1, kWidth);
+        Vector peaks[kBlock / kWidth];
+        for (int64_t j = 0; j < used; j += kWidth) peaks[j / kWidth] = splat(-kInfinity);
+        scale = -kInfinity;
+        for (int64_t f = 0; f < p.features; ++f) {
+            const float exponent = query[f * kBlock + row];
+            scale = std::max(scale, exponent + keys.past_scale[f]);
+            for (int64_t j = 0; j < used; j += kWidth) {
+                peaks[j / kWidth] = maximum(
+                    peaks[j / kWidth], load(keys.exponents + f * kBlock + j) + splat(exponent));
+            }
+        }
+        for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, peaks[j / kWidth]);
+        for (int64_t j = 0; j <= row; ++j) scale = std::max(scale, pairs[j]);
+        compute_at(p, query, row, keys, finite(scale));
+        normaliser = 0;
+        for (int64_t f = 0; f < p.features; ++f) normaliser += past[f] * keys.past_sum[f];
+        for (int64_t j = 0; j <= row; ++j) normaliser += pairs[j];
+    }
+
+    // The same at a known scale, without the normaliser.
+    void compute_at(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys,
+                    float known) {
+        const int64_t used = round_up(row + 1, kWidth);
+        Vector sums[kBlock / kWidth];
+        for (int64_t j = 0; j < used; j += kWidth) sums[j / kWidth] = splat(0.0f);
+        scale = known;
+        for (int64_t f = 0; f < p.features; ++f) {
+            exponents[f] = query[f * kBlock + row] - scale;
+            past[f] = exp2(exponents[f] + keys.past_scale[f]);
+            for (int64_t j = 0; j < used; j += kWidth) {
+                sums[j / kWidth] += pair_feature(keys, f, j);
+            }
+        }
+        for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, sums[j / kWidth]);
+        for (int64_t j = row + 1; j < used; ++j) pairs[j] = 0;
+    }
+
+    // Feature f of the row's pairs with the keys from j on. Those the row may not see can be of any
+    // size; they are bounded, to be multiplied with zero.
+    Vector pair_feature(const ChunkKeys &keys, int64_t f, int64_t j) const {
+        const Vector exponent = load(keys.exponents + f * kBlock + j) + splat(exponents[f]);
+        return exp2(minimum(splat(1.0f), exponent));
+    }
+};
+
+struct CausalBuffers {
+    ChunkKeys keys;
+    QueryBuffers q;
+    ExactRow exact;
+    float *pairs, *query_exponents;
+    Sums sums;
+
+    CausalBuffers(Arena &arena, const Problem &p)
+        : keys(arena, p),
+          q(arena, p),
+          exact(arena, p),
+          pairs(arena.take(kBlock * kBlock)),
+          query_exponents(arena.take(p.features * kBlock)),
+          sums(arena.take(Sums::size(p)), p) {}
+};
+
+// Rows whose normaliser says that pairs may have been lost: all of them again, one by one.
+inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t rows,
+                      CausalBuffers &b) {
+    bool ready = false;
+    for (int64_t r = 0; r < rows; ++r) {
+        // Written so that a normaliser which is not a number is left alone.
+        if (!(b.q.inverse[r] < kSmallestNormaliser)) continue;
+        if (!ready) {
+            b.keys.load_exponents(p, p.weights_of(head));
+            project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features,
+                    b.query_exponents);
+            ready = true;
+        }
+        b.exact.compute(p, b.query_exponents, r, b.keys);
+        float *out = b.q.out + r * p.padded_value;
+        for (int64_t c = 0; c < p.padded_value; c += kWidth) {
+            Vector sum = splat(0.0f);
+            for (int64_t f = 0; f < p.features; ++f) {
+                sum += load(b.keys.past_row(p, sums, f) + c) * splat(b.exact.past[f]);
+            }
+            for (int64_t j = 0; j <= r; ++j) {
+                sum += load(b.keys.value + j * p.padded_value + c) * splat(b.exact.pairs[j]);
+            }
+            store(out + c, sum);
+        }
+        b.q.scale[r] = b.exact.scale;
+        b.q.inverse[r] = -b.exact.normaliser;
+    }
+}
+
+// The positions [begin, end) of all groups of a head, after the keys in `sums`, which gains theirs.
+inline void causal_rows(const Problem &p, int64_t head, int64_t begin, int64_t end,
+                        const Sums &sums, CausalBuffers &b) {
+    const float *weights = p.weights_of(head);
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int64_t rows = std::min(kBlock, end - start);
+        b.keys.load(p, head, start, rows);
+        b.keys.advance(p, sums);
+        for (int64_t group = 0; group < p.call.groups; ++group) {
+            QueryBuffers &q = b.q;
+            q.block.load_queries(p, p.query_rows(p.call.query, head, group), start, rows);
+            project(p, weights, q.block, p.query_inner, 0, p.features, q.features);
+            query_features(p, q.features, rows, sums.log_scale, sums.key_sum, q.scale,
+                           q.inverse);
+            multiply_upper(rows, rows, p.features, columns_of(b.keys.features, kBlock), q.features,
+                           kBlock, b.pairs, kBlock);
+            clear_future(b.pairs, rows);
+            for (int64_t j = 0; j < rows; ++j) {
+                for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
+                    store(q.inverse + i, load(q.inverse + i) + load(b.pairs + j * kBlock + i));
+                }
+            }
+            multiply(rows, p.padded_value, rows, columns_of(b.pairs, kBlock), b.keys.value,
+                     p.padded_value, q.out, p.padded_value, false, Part::inner_up_to_row);
+            multiply(rows, p.padded_value, p.features, columns_of(q.features, kBlock),
+                     sums.key_value, p.padded_value, q.out, p.padded_value, true);
+            if (p.exponential) mend_rows(p, head, sums, rows, b);
+            for (int64_t r = 0; r < rows; ++r) q.inverse[r] = inverse_of(q.inverse[r]);
+            finish_rows(p, head, group, start, rows, q.out, q.scale, q.inverse);
+        }
+        b.keys.add(p, sums);
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

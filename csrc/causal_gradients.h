@@ -1,0 +1,309 @@
+// The backward pass of causal attention, in two passes over the chunks. The first goes forward: it
+// builds the running sums again and computes the gradients of queries. The second goes backward
+// with the gradient of the sums, and computes those of keys and values. Features are computed in
+// both; kept between them are only the log scales before each chunk.
+#pragma once
+
+#include "causal.h"
+#include "gradients.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+struct CausalGradientBuffers {
+    ChunkKeys keys;
+    QueryGradientBlock q;
+    ExactRow exact;
+    float *features, *slope, *query_exponents;  // (features, kBlock)
+    float *pairs;            // normalised, (kBlock keys, kBlock queries)
+    float *pair_grads;       // likewise
+    float *pair_grads_rows;  // its transpose
+    float *value_transposed;
+    float *key_slope, *exact_slope;  // (features, kBlock)
+    float *slope_sum, *grad_x, *grad_value, *grad_key_sum;
+    Sums sums, grad_sums, exact_sums;
+
+    CausalGradientBuffers(Arena &arena, const Problem &p)
+        : keys(arena, p),
+          q(arena, p),
+          exact(arena, p),
+          features(arena.take(p.features * kBlock)),
+          slope(arena.take(p.features * kBlock)),
+          query_exponents(arena.take(p.features * kBlock)),
+          pairs(arena.take(kBlock * kBlock)),
+          pair_grads(arena.take(kBlock * kBlock)),
+          pair_grads_rows(arena.take(kBlock * kBlock)),
+          value_transposed(arena.take(p.padded_value * kBlock)),
+          key_slope(arena.take(p.features * kBlock)),
+          exact_slope(arena.take(p.features * kBlock)),
+          slope_sum(arena.take(kBlock)),
+          grad_x(arena.take(kBlock * p.padded_dim)),
+          grad_value(arena.take(kBlock * p.padded_value)),
+          grad_key_sum(arena.take(p.features)),
+          sums(arena.take(Sums::size(p)), p),
+          grad_sums(arena.take(Sums::size(p)), p),
+          exact_sums(arena.take(Sums::size(p)), p) {}
+};
+
+// d loss / d (normalised pair): grad_i . v_j - delta_i, zero where the key comes after the query.
+inline void pair_gradients(const Problem &p, int64_t rows, CausalGradientBuffers &b) {
+    multiply_upper(rows, rows, p.value_dim, rows_of(b.keys.value, p.padded_value),
+                   b.q.grad_transposed, kBlock, b.pair_grads, kBlock);
+    for (int64_t j = 0; j < rows; ++j) {
+        for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
+            float *at = b.pair_grads + j * kBlock + i;
+            store(at, load(at) - load(b.q.delta + i));
+        }
+    }
+    clear_future(b.pair_grads, rows);
+}
+
+// Calls visit(r, 1 / normaliser) for the rows that were summed at a scale of their own, after
+// b.exact has been computed for each. Returns whether there were any.
+template <typename Visit>
+inline bool for_exact_rows(const Problem &p, int64_t head, CausalGradientBuffers &b,
+                           Visit &&visit) {
+    bool any = false;
+    for (int64_t r = 0; r < b.q.block.rows; ++r) {
+        if (!(b.q.inverse[r] < 0)) continue;
+        if (!any) {
+            b.keys.load_exponents(p, p.weights_of(head));
+            project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features,
+                    b.query_exponents);
+            any = true;
+        }
+        b.exact.compute_at(p, b.query_exponents, r, b.keys, b.q.scale[r]);
+        visit(r, -b.q.inverse[r]);
+    }
+    return any;
+}
+
+// Gradients of the exponents of an exact row, into column r of b.slope.
+inline void exact_query_slopes(const Problem &p, int64_t r, float inverse, const Sums &sums,
+                               CausalGradientBuffers &b) {
+    const float *grad = b.q.grad + r * p.padded_value;
+    const int64_t used = round_up(r + 1, kWidth);
+    float *shares = b.exact.pairs;
+    for (int64_t j = 0; j < used; ++j) {
+        shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
+    }
+    for (int64_t f = 0; f < p.features; ++f) {
+        const float *past = b.keys.past_row(p, sums, f);
+        Vector along = splat(0.0f), within = splat(0.0f);
+        for (int64_t c = 0; c < p.padded_value; c += kWidth) {
+            along += load(past + c) * load(grad + c);
+        }
+        for (int64_t j = 0; j < used; j += kWidth) {
+            within += b.exact.pair_feature(b.keys, f, j) * load(shares + j);
+        }
+        const float towards = total(along) - b.q.delta[r] * b.keys.past_sum[f];
+        b.slope[f * kBlock + r] = b.exact.past[f] * inverse * towards + total(within);
+    }
+}
+
+// Adds what an exact row contributes to the gradient of the past's sums, times factor(f).
+template <typename Factor>
+inline void add_exact_row(const Problem &p, int64_t r, float inverse, const Sums &grad_sums,
+                          CausalGradientBuffers &b, Factor &&factor) {
+    const float *grad = b.q.grad + r * p.padded_value;
+    for (int64_t f = 0; f < p.features; ++f) {
+        const float phi = b.exact.past[f] * inverse * factor(f);
+        float *row = grad_sums.key_value + f * p.padded_value;
+        for (int64_t c = 0; c < p.padded_value; c += kWidth) {
+            store(row + c, load(row + c) + load(grad + c) * phi);
+        }
+        grad_sums.key_sum[f] -= phi * b.q.delta[r];
+    }
+}
+
+// Adds what the other rows contribute, from their normalised features, which this rescales.
+template <typename Factor>
+inline void add_rows(const Problem &p, const Sums &grad_sums, CausalGradientBuffers &b,
+                     Factor &&factor) {
+    const int64_t rows = b.q.block.rows;
+    for (int64_t f = 0; f < p.features; ++f) {
+        const Vector by = splat(factor(f));
+        Vector lost = splat(0.0f);
+        for (int64_t r = 0; r < rows; r += kWidth) {
+            float *at = b.features + f * kBlock + r;
+            const Vector phi = load(at) * by;
+            store(at, phi);
+            lost += phi * load(b.q.delta + r);
+        }
+        grad_sums.key_sum[f] -= total(lost);
+    }
+    multiply(p.features, p.padded_value, rows, rows_of(b.features, kBlock), b.q.grad,
+             p.padded_value, grad_sums.key_value, p.padded_value, true);
+}
+
+// The first pass over [begin, end), from the sums before it (b.sums). The log scales before each
+// chunk, and after the last, become rows of `scales`. With `gather`, b.grad_sums gains the gradient
+// of the sums that entered, at their scales.
+inline void causal_query_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
+                                   float *scales, bool gather, CausalGradientBuffers &b) {
+    const float *weights = p.weights_of(head);
+    const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
+    const float *entering = scales;
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int64_t rows = std::min(kBlock, end - start);
+        std::memcpy(scales, b.sums.log_scale, scale_bytes);
+        scales += p.features;
+        b.keys.load(p, head, start, rows);
+        b.keys.advance(p, b.sums);
+        for (int64_t group = 0; group < p.call.groups; ++group) {
+            b.q.load(p, head, group, start, rows);
+            project(p, weights, b.q.block, p.query_inner, 0, p.features, b.features);
+            pair_gradients(p, rows, b);
+            multiply(p.features, rows, p.value_dim, rows_of(b.sums.key_value, p.padded_value),
+                     b.q.grad_transposed, kBlock, b.slope, kBlock, false);
+            multiply(p.features, rows, rows, rows_of(b.keys.features, kBlock), b.pair_grads, kBlock,
+                     b.slope, kBlock, true, Part::inner_up_to_column);
+            query_slopes(p, b.q, b.sums, 0, p.features, b.features, b.slope, nullptr);
+            for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
+                if (gather) {
+                    add_exact_row(p, r, inverse, b.grad_sums, b, [&](int64_t f) {
+                        return decay(entering[f], b.keys.past_scale[f]);
+                    });
+                }
+                exact_query_slopes(p, r, inverse, b.sums, b);
+            });
+            multiply(rows, p.padded_dim, p.features, columns_of(b.slope, kBlock), weights,
+                     p.weight_stride, b.grad_x, p.padded_dim, false);
+            scale_and_write(p.query_rows(p.call.grad_query, head, group), start, rows, p.head_dim,
+                            p.padded_dim, b.grad_x, projection_unit(p));
+            if (gather) {
+                add_rows(p, b.grad_sums, b, [&](int64_t f) {
+                    return decay(entering[f], b.sums.log_scale[f]);
+                });
+            }
+        }
+        b.keys.add(p, b.sums);
+    }
+    std::memcpy(scales, b.sums.log_scale, scale_bytes);
+}
+
+// Normalised features of queries from their projections, in place, at the given scales.
+inline void normalised_features(const Problem &p, const QueryGradientBlock &q,
+                                const float *log_scale, float *features) {
+    const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
+    for (int64_t f = 0; f < p.features; ++f) {
+        const Vector scale = splat(finite(log_scale[f]));
+        for (int64_t r = 0; r < q.block.rows; r += kWidth) {
+            float *at = features + f * kBlock + r;
+            const Vector inverse = maximum(zero, load(q.inverse + r)), x = load(at);
+            store(at, p.exponential ? normalised_feature(x, scale, load(q.scale + r), inverse)
+                                    : (maximum(zero, x) + epsilon) * inverse);
+        }
+    }
+}
+
+// The queries of one group in a chunk of the second pass: adds to the slopes of keys, to the
+// gradients of values and to those of the sums. Returns whether there were exact rows.
+inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int64_t start,
+                              int64_t rows, const float *log_scale, CausalGradientBuffers &b) {
+    b.q.load(p, head, group, start, rows);
+    project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features, b.features);
+    normalised_features(p, b.q, log_scale, b.features);
+    pair_gradients(p, rows, b);
+    multiply_upper(rows, rows, p.features, columns_of(b.keys.features, kBlock), b.features, kBlock,
+                   b.pairs, kBlock);
+    clear_future(b.pairs, rows);
+    const bool any = for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
+        add_exact_row(p, r, inverse, b.exact_sums, b, [](int64_t) { return 1.0f; });
+        const int64_t used = round_up(r + 1, kWidth);
+        for (int64_t j = 0; j <= r; ++j) b.pairs[j * kBlock + r] = b.exact.pairs[j] * inverse;
+        float *shares = b.exact.pairs;
+        for (int64_t j = 0; j < used; ++j) {
+            shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
+        }
+        for (int64_t f = 0; f < p.features; ++f) {
+            for (int64_t j = 0; j < used; j += kWidth) {
+                const int64_t at = f * kBlock + j;
+                const Vector more = b.exact.pair_feature(b.keys, f, j) * load(shares + j);
+                store(b.exact_slope + at, load(b.exact_slope + at) + more);
+            }
+        }
+    });
+    transpose(b.pair_grads, kBlock, rows, round_up(rows, kWidth), b.pair_grads_rows);
+    multiply(p.features, rows, rows, rows_of(b.features, kBlock), b.pair_grads_rows, kBlock,
+             b.key_slope, kBlock, true, Part::inner_from_column);
+    multiply(rows, p.padded_value, rows, rows_of(b.pairs, kBlock), b.q.grad, p.padded_value,
+             b.grad_value, p.padded_value, true, Part::inner_from_row);
+    add_rows(p, b.grad_sums, b, [](int64_t) { return 1.0f; });
+    return any;
+}
+
+// b.key_slope becomes the gradients of the exponents of keys, b.slope_sum (kBlock) their sums.
+inline void chunk_key_slopes(const Problem &p, bool exact, CausalGradientBuffers &b) {
+    const Vector zero = splat(0.0f);
+    for (int64_t r = 0; r < b.keys.block.rows; r += kWidth) {
+        const Vector floor = load(b.keys.keep + r) * p.epsilon;
+        Vector sum = zero;
+        for (int64_t f = 0; f < p.features; ++f) {
+            float *at = b.key_slope + f * kBlock + r;
+            const Vector phi = load(b.keys.features + f * kBlock + r);
+            const Vector towards = load(at) + splat(b.grad_key_sum[f]);
+            Vector grad = p.exponential ? phi * towards : (phi > floor ? towards : zero);
+            if (exact) grad += load(b.exact_slope + f * kBlock + r);
+            store(at, grad);
+            sum += grad;
+        }
+        store(b.slope_sum + r, sum);
+    }
+}
+
+// Brings the gradient of the sums after a chunk to that of the sums before it.
+inline void pass_to_past(const Problem &p, const float *before, const float *after, bool exact,
+                         CausalGradientBuffers &b) {
+    for (int64_t f = 0; f < p.features; ++f) {
+        const float factor = decay(before[f], after[f]);
+        if (factor == 1) continue;
+        b.grad_sums.scale_row(p, f, factor);
+        b.grad_sums.key_sum[f] *= factor;
+    }
+    if (!exact) return;
+    for (int64_t i = 0; i < p.features * (p.padded_value + 1); ++i) {
+        b.grad_sums.key_value[i] += b.exact_sums.key_value[i];
+    }
+}
+
+// The second pass over [begin, end), with the log scales of the first. b.grad_sums is the gradient
+// of the sums after `end` and becomes that of the sums before `begin`.
+inline void causal_key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
+                                 const float *scales, CausalGradientBuffers &b) {
+    const float *weights = p.weights_of(head);
+    const Rows grad_keys = p.key_rows(p.call.grad_key, head);
+    const Rows grad_values = p.key_rows(p.call.grad_value, head);
+    const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
+    const int64_t chunks = (end - begin + kBlock - 1) / kBlock;
+    for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+        const int64_t start = begin + chunk * kBlock, rows = std::min(kBlock, end - start);
+        const float *before = scales + chunk * p.features, *after = before + p.features;
+        b.keys.load(p, head, start, rows);
+        b.keys.compute_features(p, after);
+        std::memcpy(b.keys.past_scale, before, scale_bytes);
+        transpose(b.keys.value, p.padded_value, rows, p.padded_value, b.value_transposed);
+        multiply(p.features, rows, p.value_dim, rows_of(b.grad_sums.key_value, p.padded_value),
+                 b.value_transposed, kBlock, b.key_slope, kBlock, false);
+        multiply(rows, p.padded_value, p.features, columns_of(b.keys.features, kBlock),
+                 b.grad_sums.key_value, p.padded_value, b.grad_value, p.padded_value, false);
+        std::memcpy(b.grad_key_sum, b.grad_sums.key_sum, scale_bytes);
+        for (int64_t i = 0; i < p.features * kBlock; ++i) b.exact_slope[i] = 0;
+        b.exact_sums.clear(p);
+        bool exact = false;
+        for (int64_t group = 0; group < p.call.groups; ++group) {
+            exact |= add_chunk_queries(p, head, group, start, rows, after, b);
+        }
+        chunk_key_slopes(p, exact, b);
+        multiply(rows, p.padded_dim, p.features, columns_of(b.key_slope, kBlock), weights,
+                 p.weight_stride, b.grad_x, p.padded_dim, false);
+        finish_key_gradients(p, grad_keys, start, b.keys.block, b.grad_x, b.slope_sum);
+        for (int64_t r = 0; r < rows; ++r) {
+            write(grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
+        }
+        pass_to_past(p, before, after, exact, b);
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

@@ -1,0 +1,263 @@
+// From rows to features. Features of a block are kept feature by feature, (features, kBlock): then
+// projections, products with the running sums and those between positions all read packed rows,
+// and what belongs to a position (norms, maxima, normalisers) lies along the vectors.
+//
+// Exponents are binary: 2^x needs no constants to reduce its argument.
+#pragma once
+
+#include "blocks.h"
+#include "gemm.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+constexpr float kLn2 = 0.69314718f;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Features that are computed, used and forgotten together: a panel stays in the first cache.
+constexpr int64_t kPanel = 48;
+
+inline float finite(float scale) { return scale == -kInfinity ? 0.0f : scale; }
+
+inline float exp2(float x) { return exp2(splat(x))[0]; }
+
+// What a sum at scale `before` is multiplied with to stand at scale `after` >= before.
+inline float decay(float before, float after) {
+    return before == after ? 1.0f : exp2(before - after);
+}
+
+// Sizes and packed weights of one call.
+struct Problem {
+    const performers_call &call;
+    bool exponential;
+    int64_t heads;  // batch times key heads
+    int64_t features, head_dim, value_dim;
+    int64_t padded_dim, padded_value;  // rows of packed blocks
+    int64_t weight_stride;
+    int64_t query_inner, key_inner;  // columns of the weights that meet queries, and keys
+    float norm;    // times |x|^2 is what a key's exponents lose
+    float epsilon;
+    float *weights = nullptr;  // (weight_heads, features, weight_stride)
+
+    explicit Problem(const performers_call &call) : call(call) {
+        exponential = call.kind == PERFORMERS_EXPONENTIAL;
+        heads = call.batch * call.key_heads;
+        features = call.features;
+        head_dim = call.head_dim;
+        value_dim = call.value_dim;
+        padded_dim = round_up(head_dim, kWidth);
+        padded_value = round_up(value_dim, kWidth);
+        weight_stride = round_up(head_dim + 2, kWidth);
+        query_inner = head_dim + (call.bias ? 1 : 0);
+        key_inner = query_inner + (exponential ? 1 : 0);
+        norm = call.quadratic ? static_cast<float>(call.scale * kLog2e / 2) : 0.0f;
+        epsilon = static_cast<float>(call.epsilon);
+    }
+
+    int64_t batch_of(int64_t head) const { return head / call.key_heads; }
+    int64_t key_head_of(int64_t head) const { return head % call.key_heads; }
+
+    const float *weights_of(int64_t head) const {
+        const int64_t which = call.weight_heads == 1 ? 0 : key_head_of(head);
+        return weights + which * features * weight_stride;
+    }
+
+    int64_t weight_rows() const { return call.weight_heads * features; }
+
+    // Row r of the packed weights: W sqrt(scale) in units of the exponent, the bias, and -1, which
+    // meets the norm of a key.
+    void pack_weight(int64_t r) const {
+        const double unit = exponential ? kLog2e : 1.0, root = std::sqrt(call.scale) * unit;
+        float *row = weights + r * weight_stride;
+        for (int64_t c = 0; c < head_dim; ++c) {
+            row[c] = static_cast<float>(call.weight[r * head_dim + c] * root);
+        }
+        for (int64_t c = head_dim; c < weight_stride; ++c) row[c] = 0;
+        if (call.bias) row[head_dim] = static_cast<float>(call.bias[r] * unit);
+        if (exponential) row[query_inner] = -1;
+    }
+
+    Rows query_rows(const performers_array &array, int64_t head, int64_t group) const {
+        return rows_at(array, batch_of(head), key_head_of(head), group);
+    }
+    Rows key_rows(const performers_array &array, int64_t head) const {
+        return rows_at(array, batch_of(head), key_head_of(head), 0);
+    }
+    int64_t row_index(int64_t head, int64_t group, int64_t position) const {
+        return (head * call.groups + group) * call.length + position;
+    }
+    const uint8_t *mask(int64_t head) const {
+        return call.key_mask ? call.key_mask + batch_of(head) * call.size : nullptr;
+    }
+};
+
+// Up to kBlock rows of queries or keys. Rows past the end, and masked keys, are zero.
+struct Block {
+    float *x;           // (kBlock, padded_dim)
+    float *transposed;  // (weight_stride, kBlock): with rows for the bias and the norm
+    int64_t rows = 0;
+
+    Block(Arena &arena, const Problem &p)
+        : x(arena.take(kBlock * p.padded_dim)), transposed(arena.take(p.weight_stride * kBlock)) {}
+
+    void load_queries(const Problem &p, const Rows &from, int64_t begin, int64_t count) {
+        rows = count;
+        const int64_t used = round_up(rows, kWidth);
+        for (int64_t r = 0; r < rows; ++r) {
+            read(from, begin + r, p.head_dim, p.padded_dim, x + r * p.padded_dim);
+        }
+        for (int64_t r = rows; r < used; ++r) clear(p, r);
+        transpose(x, p.padded_dim, rows, p.padded_dim, transposed);
+        if (p.call.bias) fill(p.head_dim, used, 1.0f);
+    }
+
+    // `keep` (kBlock) becomes one for keys that take part, zero for others.
+    void load_keys(const Problem &p, const Rows &from, const uint8_t *mask, int64_t begin,
+                   int64_t count, float *keep) {
+        rows = count;
+        const int64_t used = round_up(rows, kWidth);
+        for (int64_t r = 0; r < used; ++r) {
+            keep[r] = r < rows && (!mask || mask[begin + r]) ? 1.0f : 0.0f;
+            if (keep[r] != 0) {
+                read(from, begin + r, p.head_dim, p.padded_dim, x + r * p.padded_dim);
+            } else {
+                clear(p, r);
+            }
+        }
+        transpose(x, p.padded_dim, rows, p.padded_dim, transposed);
+        if (p.call.bias) fill(p.head_dim, used, 1.0f);
+        if (p.exponential) norms(p, used, keep);
+    }
+
+private:
+    void clear(const Problem &p, int64_t r) const {
+        for (int64_t c = 0; c < p.padded_dim; ++c) x[r * p.padded_dim + c] = 0;
+    }
+
+    void fill(int64_t row, int64_t used, float value) const {
+        for (int64_t r = 0; r < used; ++r) transposed[row * kBlock + r] = value;
+    }
+
+    // An infinite norm gives a key that takes no part features of zero.
+    void norms(const Problem &p, int64_t used, const float *keep) const {
+        float *to = transposed + p.query_inner * kBlock;
+        for (int64_t r = 0; r < used; r += kWidth) {
+            Vector sum = splat(0.0f);
+            if (p.norm != 0) {
+                for (int64_t c = 0; c < p.head_dim; ++c) {
+                    const Vector y = load(transposed + c * kBlock + r);
+                    sum += y * y;
+                }
+            }
+            store(to + r, sum * p.norm);
+        }
+        for (int64_t r = 0; r < used; ++r) {
+            if (keep[r] == 0) to[r] = kInfinity;
+        }
+    }
+};
+
+// Values or output gradients: rows of value_dim, zero past the end and where `keep` is zero.
+inline void load_values(const Problem &p, const Rows &from, int64_t begin, int64_t rows,
+                        const float *keep, float *to) {
+    for (int64_t r = 0; r < round_up(rows, kWidth); ++r) {
+        float *row = to + r * p.padded_value;
+        if (r < rows && (!keep || keep[r] != 0)) {
+            read(from, begin + r, p.value_dim, p.padded_value, row);
+        } else {
+            for (int64_t c = 0; c < p.padded_value; ++c) row[c] = 0;
+        }
+    }
+}
+
+// Rows [first, first + count) of W x + b, less the norm for keys: (count, kBlock).
+inline void project(const Problem &p, const float *weights, const Block &block, int64_t inner,
+                    int64_t first, int64_t count, float *to) {
+    multiply(count, block.rows, inner, rows_of(weights + first * p.weight_stride, p.weight_stride),
+             block.transposed, kBlock, to, kBlock, false);
+}
+
+// Sums over keys: key_value (features, padded_value), key_sum and log_scale (features), one block
+// of memory.
+struct Sums {
+    float *key_value, *key_sum, *log_scale;
+
+    Sums(float *memory, const Problem &p)
+        : key_value(memory),
+          key_sum(memory + p.features * p.padded_value),
+          log_scale(key_sum + p.features) {}
+
+    static int64_t size(const Problem &p) { return p.features * (p.padded_value + 2); }
+
+    void clear(const Problem &p) const {
+        for (int64_t i = 0; i < p.features * (p.padded_value + 1); ++i) key_value[i] = 0;
+        for (int64_t f = 0; f < p.features; ++f) log_scale[f] = p.exponential ? -kInfinity : 0.0f;
+    }
+
+    void scale_row(const Problem &p, int64_t f, float factor) const {
+        float *row = key_value + f * p.padded_value;
+        for (int64_t c = 0; c < p.padded_value; c += kWidth) store(row + c, load(row + c) * factor);
+    }
+
+    void copy(const Problem &p, const Sums &from) const {
+        std::memcpy(key_value, from.key_value, sizeof(float) * static_cast<size_t>(size(p)));
+    }
+
+    // Adds the sums over other keys.
+    void merge(const Problem &p, const Sums &other) const {
+        for (int64_t f = 0; f < p.features; ++f) {
+            const float scale = std::max(log_scale[f], other.log_scale[f]);
+            const float mine = decay(log_scale[f], scale);
+            const float theirs = decay(other.log_scale[f], scale);
+            float *row = key_value + f * p.padded_value;
+            const float *more = other.key_value + f * p.padded_value;
+            for (int64_t c = 0; c < p.padded_value; ++c) row[c] = row[c] * mine + more[c] * theirs;
+            key_sum[f] = key_sum[f] * mine + other.key_sum[f] * theirs;
+            log_scale[f] = scale;
+        }
+    }
+};
+
+// Between packed sums and contiguous tensors of one head; `unit` is what one unit of the tensor's
+// log scale is in binary logarithms. A null tensor is zero, or not written.
+inline void import_sums(const Problem &p, const Sums &to, const float *key_value,
+                        const float *key_sum, const float *log_scale, float unit) {
+    to.clear(p);
+    for (int64_t f = 0; f < p.features; ++f) {
+        if (key_value) {
+            std::memcpy(to.key_value + f * p.padded_value, key_value + f * p.value_dim,
+                        sizeof(float) * static_cast<size_t>(p.value_dim));
+        }
+        if (key_sum) to.key_sum[f] = key_sum[f];
+        if (log_scale) to.log_scale[f] = log_scale[f] * unit;
+    }
+}
+
+inline void export_sums(const Problem &p, const Sums &from, float *key_value, float *key_sum,
+                        float *log_scale, float unit) {
+    for (int64_t f = 0; f < p.features; ++f) {
+        if (key_value) {
+            std::memcpy(key_value + f * p.value_dim, from.key_value + f * p.padded_value,
+                        sizeof(float) * static_cast<size_t>(p.value_dim));
+        }
+        if (key_sum) key_sum[f] = from.key_sum[f];
+        if (log_scale) log_scale[f] = from.log_scale[f] * unit;
+    }
+}
+
+// Rectified features of projections, in place.
+inline void rectify(const Problem &p, float *features, int64_t count, int64_t rows,
+                    const float *keep) {
+    const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
+    for (int64_t f = 0; f < count; ++f) {
+        for (int64_t r = 0; r < rows; r += kWidth) {
+            float *at = features + f * kBlock + r;
+            const Vector phi = maximum(zero, load(at)) + epsilon;
+            store(at, keep ? phi * load(keep + r) : phi);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

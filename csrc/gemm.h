@@ -1,0 +1,176 @@
+// Small matrix products on packed blocks that stay in the caches.
+#pragma once
+
+#include <algorithm>
+
+#include "simd.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// The tile of C held in registers: kTileRows by kTileVectors vectors. Registers also hold one row
+// of the tile of B and one element of A.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define PERFORMERS_TILE_ROWS 6
+#define PERFORMERS_TILE_VECTORS 4
+#elif defined(__AVX2__)
+#define PERFORMERS_TILE_ROWS 6
+#define PERFORMERS_TILE_VECTORS 2
+#else
+#define PERFORMERS_TILE_ROWS 4
+#define PERFORMERS_TILE_VECTORS 2
+#endif
+constexpr int kTileRows = PERFORMERS_TILE_ROWS, kTileVectors = PERFORMERS_TILE_VECTORS;
+
+// A matrix with one of its strides equal to one.
+struct Operand {
+    const float *data;
+    int64_t stride;
+    bool transposed;  // false: element (r, k) at data[r * stride + k]; true: at data[k * stride + r]
+
+    const float *row(int64_t r) const { return data + (transposed ? r : r * stride); }
+};
+
+inline Operand rows_of(const float *data, int64_t stride) { return {data, stride, false}; }
+inline Operand columns_of(const float *data, int64_t stride) { return {data, stride, true}; }
+
+template <int kRows, int kVectors, bool kTransposed>
+inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
+                 int64_t c_stride, int64_t inner, bool accumulate) {
+    Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = accumulate ? load(c + r * c_stride + v * kWidth) : splat(0.0f);
+        }
+    }
+    for (int64_t k = 0; k < inner; ++k) {
+        Vector row[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_stride + v * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const Vector x = splat(kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kWidth, sum[r][v]);
+    }
+}
+
+template <int kRows, int kVectors>
+inline void tile(Operand a, int64_t r, const float *b, int64_t b_stride, float *c, int64_t c_stride,
+                 int64_t inner, bool accumulate) {
+    if (a.transposed) {
+        tile<kRows, kVectors, true>(a.row(r), a.stride, b, b_stride, c, c_stride, inner, accumulate);
+    } else {
+        tile<kRows, kVectors, false>(a.row(r), a.stride, b, b_stride, c, c_stride, inner,
+                                     accumulate);
+    }
+}
+
+// Up to kTileRows rows of C, kVectors vectors wide.
+template <int kVectors>
+inline void tile_rows(int64_t rows, Operand a, int64_t r, const float *b, int64_t b_stride, float *c,
+                      int64_t c_stride, int64_t inner, bool accumulate) {
+    switch (rows) {
+        case 1: return tile<1, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+        case 2: return tile<2, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+        case 3: return tile<3, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+        case 4: return tile<4, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+#if PERFORMERS_TILE_ROWS == 6
+        case 5: return tile<5, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+        default: return tile<6, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
+#endif
+    }
+}
+
+// What part of a product a triangular operand makes necessary, for products over the positions of
+// one causal chunk, where position j of the keys meets position i of the queries only if j <= i.
+enum class Part {
+    whole,
+    inner_up_to_row,     // row i of C sums over j <= i
+    inner_from_row,      // row j of C sums over i >= j
+    inner_up_to_column,  // column i of C sums over j <= i
+    inner_from_column,   // column j of C sums over i >= j
+};
+
+template <int kVectors>
+inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const float *b,
+                  int64_t b_stride, float *c, int64_t c_stride, bool accumulate, Part part) {
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        int64_t first = 0, last = inner;
+        switch (part) {
+            case Part::whole: break;
+            case Part::inner_up_to_row: last = std::min(last, r + height); break;
+            case Part::inner_from_row: first = std::min(last, r); break;
+            case Part::inner_up_to_column:
+                last = std::min(last, column + kVectors * kWidth);
+                break;
+            case Part::inner_from_column: first = std::min(last, column); break;
+        }
+        const Operand from = {a.data + (a.transposed ? first * a.stride : first), a.stride,
+                              a.transposed};
+        tile_rows<kVectors>(height, from, r, b + first * b_stride + column, b_stride,
+                            c + r * c_stride + column, c_stride, last - first, accumulate);
+    }
+}
+
+// Calls f<vectors>() with the number of vectors as a constant.
+template <typename Function>
+inline void with_width(int64_t vectors, Function &&f) {
+    switch (vectors) {
+        case 1: return f.template operator()<1>();
+#if PERFORMERS_TILE_VECTORS == 4
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+#endif
+        default: return f.template operator()<PERFORMERS_TILE_VECTORS>();
+    }
+}
+
+// C (rows, columns) = A (rows, inner) B (inner, columns), or C += A B. Columns are rounded up to
+// whole vectors: B and C are padded.
+inline void multiply(int64_t rows, int64_t columns, int64_t inner, Operand a, const float *b,
+                     int64_t b_stride, float *c, int64_t c_stride, bool accumulate,
+                     Part part = Part::whole) {
+    const int64_t vectors = (columns + kWidth - 1) / kWidth;
+    // Narrower strips follow a triangle more closely.
+    const bool by_column = part == Part::inner_up_to_column || part == Part::inner_from_column;
+    const int64_t widest = by_column ? 2 : kTileVectors;
+    int64_t v = 0;
+    while (v < vectors) {
+        const int64_t wide = std::min(widest, vectors - v), column = v * kWidth;
+        with_width(wide, [&]<int kVectors>() {
+            strip<kVectors>(rows, column, inner, a, b, b_stride, c, c_stride, accumulate, part);
+        });
+        v += wide;
+    }
+}
+
+// C (j, i) = sum_k A (j, k) B (k, i) where i >= j; vectors of C that lie wholly left of the diagonal
+// are not written.
+inline void multiply_upper(int64_t rows, int64_t columns, int64_t inner, Operand a, const float *b,
+                           int64_t b_stride, float *c, int64_t c_stride) {
+    const int64_t vectors = (columns + kWidth - 1) / kWidth;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        for (int64_t v = r / kWidth; v < vectors;) {
+            const int64_t wide = std::min<int64_t>(kTileVectors, vectors - v), column = v * kWidth;
+            with_width(wide, [&]<int kVectors>() {
+                tile_rows<kVectors>(height, a, r, b + column, b_stride, c + r * c_stride + column,
+                                    c_stride, inner, false);
+            });
+            v += wide;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

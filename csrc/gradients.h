@@ -1,0 +1,234 @@
+// Gradients, from a block of output gradients to those of its rows. Features are computed again,
+// panel by panel, at the scales that the forward pass left behind.
+#pragma once
+
+#include "bidirectional.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// A block of queries as the backward pass sees it: their output gradients, and for each row
+// delta = grad . out, the row's scale and its inverse normaliser.
+struct QueryGradientBlock {
+    Block block;
+    float *grad, *grad_transposed, *out, *delta, *scale, *inverse;
+
+    QueryGradientBlock(Arena &arena, const Problem &p)
+        : block(arena, p),
+          grad(arena.take(kBlock * p.padded_value)),
+          grad_transposed(arena.take(p.padded_value * kBlock)),
+          out(arena.take(p.padded_value)),
+          delta(arena.take(kBlock)),
+          scale(arena.take(kBlock)),
+          inverse(arena.take(kBlock)) {}
+
+    void load(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
+        block.load_queries(p, p.query_rows(p.call.query, head, group), begin, rows);
+        load_values(p, p.query_rows(p.call.grad_out, head, group), begin, rows, nullptr, grad);
+        transpose(grad, p.padded_value, rows, p.padded_value, grad_transposed);
+        const Rows outputs = p.query_rows(p.call.out, head, group);
+        const int64_t index = p.row_index(head, group, begin);
+        for (int64_t r = 0; r < round_up(rows, kWidth); ++r) {
+            delta[r] = scale[r] = inverse[r] = 0;
+            if (r >= rows) continue;
+            read(outputs, begin + r, p.value_dim, p.padded_value, out);
+            Vector sum = splat(0.0f);
+            for (int64_t c = 0; c < p.padded_value; c += kWidth) {
+                sum += performers::PERFORMERS_ISA::load(out + c) *
+                       performers::PERFORMERS_ISA::load(grad + r * p.padded_value + c);
+            }
+            delta[r] = total(sum);
+            scale[r] = p.call.row_scale[index + r];
+            inverse[r] = p.call.row_inverse[index + r];
+        }
+    }
+};
+
+// 2^(x + scale - row_scale) / normaliser. At most one for rows that are not exact; those have a
+// scale of their own, at which the power could overflow, and an inverse of zero here.
+inline Vector normalised_feature(Vector x, Vector scale, Vector row_scale, Vector inverse) {
+    return exp2(minimum(splat(1.0f), x + scale - row_scale)) * inverse;
+}
+
+// For `count` features from `first` on: projections of queries become normalised features, in
+// place, and `slope` (the gradient of what a feature is multiplied with) that of the projection.
+// Rows whose inverse normaliser is not positive get zeros. Adds to the gradient of the key sums,
+// unless that is null.
+inline void query_slopes(const Problem &p, const QueryGradientBlock &q, const Sums &sums,
+                         int64_t first, int64_t count, float *features, float *slope,
+                         float *grad_key_sum) {
+    const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
+    for (int64_t f = 0; f < count; ++f) {
+        const Vector scale = splat(finite(sums.log_scale[first + f]));
+        const Vector key_sum = splat(sums.key_sum[first + f]);
+        Vector lost = zero;
+        for (int64_t r = 0; r < q.block.rows; r += kWidth) {
+            float *at = features + f * kBlock + r, *slope_at = slope + f * kBlock + r;
+            const Vector delta = load(q.delta + r), x = load(at);
+            const Vector inverse = maximum(zero, load(q.inverse + r));
+            const Vector towards = load(slope_at) - delta * key_sum;
+            Vector phi, grad;
+            if (p.exponential) {
+                phi = normalised_feature(x, scale, load(q.scale + r), inverse);
+                grad = phi * towards;
+            } else {
+                phi = (maximum(zero, x) + epsilon) * inverse;
+                grad = x > zero ? towards * inverse : zero;
+            }
+            store(at, phi);
+            store(slope_at, grad);
+            lost += phi * delta;
+        }
+        if (grad_key_sum) grad_key_sum[first + f] -= total(lost);
+    }
+}
+
+struct QueryGradientBuffers {
+    QueryGradientBlock q;
+    float *features, *slope, *grad_x;
+
+    QueryGradientBuffers(Arena &arena, const Problem &p)
+        : q(arena, p),
+          features(arena.take(kPanel * kBlock)),
+          slope(arena.take(kPanel * kBlock)),
+          grad_x(arena.take(kBlock * p.padded_dim)) {}
+};
+
+inline void scale_and_write(const Rows &to, int64_t begin, int64_t rows, int64_t width,
+                            int64_t stride, float *from, float factor) {
+    for (int64_t r = 0; r < rows; ++r) {
+        float *row = from + r * stride;
+        for (int64_t c = 0; c < stride; c += kWidth) store(row + c, load(row + c) * factor);
+        write(to, begin + r, width, row);
+    }
+}
+
+// What a gradient with respect to a projection is multiplied with, besides the packed weights.
+inline float projection_unit(const Problem &p) { return p.exponential ? kLn2 : 1.0f; }
+
+// Gradients of the queries [begin, end) of all groups; adds those of the sums.
+inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
+                            const Sums &sums, const Sums &grad_sums, QueryGradientBuffers &b) {
+    const float *weights = p.weights_of(head);
+    for (int64_t group = 0; group < p.call.groups; ++group) {
+        const Rows to = p.query_rows(p.call.grad_query, head, group);
+        for (int64_t start = begin; start < end; start += kBlock) {
+            const int64_t rows = std::min(kBlock, end - start);
+            b.q.load(p, head, group, start, rows);
+            for (int64_t first = 0; first < p.features; first += kPanel) {
+                const int64_t count = std::min(kPanel, p.features - first);
+                project(p, weights, b.q.block, p.query_inner, first, count, b.features);
+                multiply(count, rows, p.value_dim,
+                         rows_of(sums.key_value + first * p.padded_value, p.padded_value),
+                         b.q.grad_transposed, kBlock, b.slope, kBlock, false);
+                query_slopes(p, b.q, sums, first, count, b.features, b.slope, grad_sums.key_sum);
+                multiply(count, p.padded_value, rows, rows_of(b.features, kBlock), b.q.grad,
+                         p.padded_value, grad_sums.key_value + first * p.padded_value,
+                         p.padded_value, true);
+                multiply(rows, p.padded_dim, count, columns_of(b.slope, kBlock),
+                         weights + first * p.weight_stride, p.weight_stride, b.grad_x, p.padded_dim,
+                         first > 0);
+            }
+            scale_and_write(to, start, rows, p.head_dim, p.padded_dim, b.grad_x,
+                            projection_unit(p));
+        }
+    }
+}
+
+struct KeyGradientBuffers {
+    Block block;
+    float *value, *value_transposed, *keep, *features, *slope, *slope_sum, *grad_x, *grad_value;
+
+    KeyGradientBuffers(Arena &arena, const Problem &p)
+        : block(arena, p),
+          value(arena.take(kBlock * p.padded_value)),
+          value_transposed(arena.take(p.padded_value * kBlock)),
+          keep(arena.take(kBlock)),
+          features(arena.take(kPanel * kBlock)),
+          slope(arena.take(kPanel * kBlock)),
+          slope_sum(arena.take(kBlock)),
+          grad_x(arena.take(kBlock * p.padded_dim)),
+          grad_value(arena.take(kBlock * p.padded_value)) {}
+};
+
+// For keys, as query_slopes for queries: projections become features, `slope` gradients of
+// exponents; `slope_sum` (kBlock) gains their sums.
+inline void key_slopes(const Problem &p, const float *log_scale, const float *grad_key_sum,
+                       int64_t first, int64_t count, int64_t rows, const float *keep,
+                       float *features, float *slope, float *slope_sum) {
+    const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
+    for (int64_t f = 0; f < count; ++f) {
+        const Vector scale = splat(finite(log_scale[first + f]));
+        const Vector grad_sum = splat(grad_key_sum[first + f]);
+        for (int64_t r = 0; r < rows; r += kWidth) {
+            float *at = features + f * kBlock + r, *slope_at = slope + f * kBlock + r;
+            const Vector x = load(at), towards = load(slope_at) + grad_sum;
+            Vector phi, grad;
+            if (p.exponential) {
+                phi = exp2(x - scale);
+                grad = phi * towards;
+                store(slope_sum + r, load(slope_sum + r) + grad);
+            } else {
+                const Vector kept = load(keep + r);
+                phi = (maximum(zero, x) + epsilon) * kept;
+                grad = x > zero ? towards * kept : zero;
+            }
+            store(at, phi);
+            store(slope_at, grad);
+        }
+    }
+}
+
+// grad_x (rows, padded_dim) of exponents' gradients already multiplied with the packed weights
+// becomes that of keys and is written out. The norm of a key takes part.
+inline void finish_key_gradients(const Problem &p, const Rows &to, int64_t begin,
+                                 const Block &block, float *grad_x, const float *slope_sum) {
+    const float unit = projection_unit(p);
+    const float norm = p.call.quadratic ? static_cast<float>(p.call.scale) : 0.0f;
+    for (int64_t r = 0; r < block.rows; ++r) {
+        float *row = grad_x + r * p.padded_dim;
+        const float *x = block.x + r * p.padded_dim;
+        const float along = p.exponential ? slope_sum[r] * norm : 0.0f;
+        for (int64_t c = 0; c < p.padded_dim; c += kWidth) {
+            store(row + c, load(row + c) * unit - load(x + c) * along);
+        }
+        write(to, begin + r, p.head_dim, row);
+    }
+}
+
+// Gradients of the keys and values [begin, end) from those of the sums.
+inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
+                          const Sums &sums, const Sums &grad_sums, KeyGradientBuffers &b) {
+    const Rows keys = p.key_rows(p.call.key, head), values = p.key_rows(p.call.value, head);
+    const Rows grad_keys = p.key_rows(p.call.grad_key, head);
+    const Rows grad_values = p.key_rows(p.call.grad_value, head);
+    const float *weights = p.weights_of(head);
+    for (int64_t start = begin; start < end; start += kBlock) {
+        const int64_t rows = std::min(kBlock, end - start);
+        b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
+        load_values(p, values, start, rows, b.keep, b.value);
+        transpose(b.value, p.padded_value, rows, p.padded_value, b.value_transposed);
+        for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
+        for (int64_t first = 0; first < p.features; first += kPanel) {
+            const int64_t count = std::min(kPanel, p.features - first);
+            const float *grads = grad_sums.key_value + first * p.padded_value;
+            project(p, weights, b.block, p.key_inner, first, count, b.features);
+            multiply(count, rows, p.value_dim, rows_of(grads, p.padded_value), b.value_transposed,
+                     kBlock, b.slope, kBlock, false);
+            key_slopes(p, sums.log_scale, grad_sums.key_sum, first, count, rows, b.keep, b.features,
+                       b.slope, b.slope_sum);
+            multiply(rows, p.padded_value, count, columns_of(b.features, kBlock), grads,
+                     p.padded_value, b.grad_value, p.padded_value, first > 0);
+            multiply(rows, p.padded_dim, count, columns_of(b.slope, kBlock),
+                     weights + first * p.weight_stride, p.weight_stride, b.grad_x, p.padded_dim,
+                     first > 0);
+        }
+        finish_key_gradients(p, grad_keys, start, b.block, b.grad_x, b.slope_sum);
+        for (int64_t r = 0; r < rows; ++r) {
+            write(grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
+        }
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

@@ -1,0 +1,23 @@
+// What each instruction set provides.
+#pragma once
+
+#include "performers_native.h"
+
+namespace performers {
+
+struct Kernels {
+    void (*forward)(const performers_call &);
+    void (*backward)(const performers_call &);
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+}  // namespace performers

@@ -1,0 +1,129 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+namespace performers {
+namespace {
+
+struct Loop {
+    void (*body)(void *, int64_t);
+    void *context;
+    int64_t count;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr error;
+};
+
+void work(void *argument) {
+    Loop &loop = *static_cast<Loop *>(argument);
+    try {
+        for (int64_t i = loop.next++; i < loop.count && !loop.failed; i = loop.next++) {
+            loop.body(loop.context, i);
+        }
+    } catch (...) {
+        if (!loop.failed.exchange(true)) loop.error = std::current_exception();
+    }
+}
+
+// Entry points of OpenMP runtimes. A runtime of our own would keep a second pool of threads that
+// spin against torch's after every call, so the one in the process is looked up and used.
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+using InParallel = int (*)();
+
+struct Runtime {
+    GompParallel gomp = nullptr;
+    InParallel in_parallel = nullptr;
+
+    Runtime() {
+#if !defined(_WIN32)
+        gomp = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        in_parallel = reinterpret_cast<InParallel>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
+        if (!in_parallel) gomp = nullptr;
+#endif
+    }
+};
+
+const Runtime &runtime() {
+    static const Runtime found;
+    return found;
+}
+
+}  // namespace
+
+void parallel_for(int64_t threads, int64_t count, void (*body)(void *, int64_t), void *context) {
+    Loop loop{body, context, count};
+    const Runtime &openmp = runtime();
+    if (threads <= 1 || count <= 1 || (openmp.in_parallel && openmp.in_parallel())) {
+        work(&loop);
+    } else if (openmp.gomp) {
+        // As many as torch uses even when there are fewer tasks: a smaller team would end the
+        // threads that are left over, and torch's next operation would have to start them again.
+        openmp.gomp(work, &loop, static_cast<unsigned>(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        try {
+            for (int64_t i = 1; i < threads && i < count; ++i) others.emplace_back(work, &loop);
+        } catch (const std::exception &) {
+            // Fewer threads than asked for; the loop is finished by those there are.
+        }
+        work(&loop);
+        for (std::thread &other : others) other.join();
+    }
+    if (loop.error) std::rethrow_exception(loop.error);
+}
+
+const char *parallelism() { return runtime().gomp ? "openmp" : "threads"; }
+
+namespace {
+
+struct Scratch {
+    float *data = nullptr;
+    size_t capacity = 0;
+    ~Scratch() { release(data); }
+};
+
+}  // namespace
+
+float *allocate(size_t count) {
+    constexpr size_t alignment = 64;
+    const size_t bytes = (count * sizeof(float) / alignment + 1) * alignment;
+#if defined(_WIN32)
+    void *memory = _aligned_malloc(bytes, alignment);
+#else
+    void *memory = std::aligned_alloc(alignment, bytes);
+#endif
+    if (!memory) throw std::bad_alloc();
+    return static_cast<float *>(memory);
+}
+
+void release(float *memory) {
+#if defined(_WIN32)
+    _aligned_free(memory);
+#else
+    std::free(memory);
+#endif
+}
+
+float *scratch(size_t count) {
+    thread_local Scratch mine;
+    if (mine.capacity < count) {
+        release(mine.data);
+        mine.data = nullptr;
+        mine.capacity = 0;
+        mine.data = allocate(count);
+        mine.capacity = count;
+    }
+    return mine.data;
+}
+
+}  // namespace performers

@@ -1,0 +1,79 @@
+// The C interface of the native kernels. Python fills these structures through ctypes, so that one
+// library serves every version of Python and of torch. Change PERFORMERS_ABI_VERSION with them.
+#pragma once
+
+#include <stdint.h>
+
+#define PERFORMERS_ABI_VERSION 1
+
+#if defined(_WIN32)
+#define PERFORMERS_API extern "C" __declspec(dllexport)
+#else
+#define PERFORMERS_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum performers_type { PERFORMERS_FLOAT32 = 0, PERFORMERS_BFLOAT16 = 1, PERFORMERS_FLOAT16 = 2 };
+
+// exponential: phi(x) = exp(W x + b - |x|^2 / 2); rectified: phi(x) = max(W x + b, 0) + epsilon.
+enum performers_kind { PERFORMERS_EXPONENTIAL = 0, PERFORMERS_RECTIFIED = 1 };
+
+// A strided array (batch, key head, group, row, column); strides in elements.
+typedef struct {
+    void *data;
+    int64_t strides[5];
+    int64_t type;
+} performers_array;
+
+// One attention call. Pointers without a comment to the contrary are float32 and contiguous;
+// those marked "or null" may be absent.
+typedef struct {
+    int64_t batch, key_heads, groups;
+    int64_t length;      // queries
+    int64_t size;        // keys; equal to length for causal and packed calls
+    int64_t head_dim, value_dim, features;
+    int64_t weight_heads;  // 1 or key_heads
+    int64_t kind;
+    int64_t quadratic;   // whether |x|^2 / 2 is subtracted
+    int64_t causal;
+    int64_t threads;
+    double scale, epsilon;
+
+    performers_array query, key, value;
+    const float *weight;      // (weight_heads, features, head_dim)
+    const float *bias;        // (weight_heads, features) or null
+    const uint8_t *key_mask;  // (batch, size), nonzero takes part, or null
+    const int64_t *segments;  // (size), equal within a packed sequence, or null
+
+    // The past of a causal call, or null: (batch, key_heads, features, value_dim), and twice
+    // (batch, key_heads, features). Scales are natural logarithms.
+    const float *past_key_value, *past_key_sum, *past_log_scale;
+
+    // Results of the forward pass, given back to the backward pass.
+    performers_array out;  // float32
+    float *row_scale;      // (batch, key_heads, groups, length): binary logarithm of a row's scale
+    float *row_inverse;    // likewise: one over the normaliser at that scale; negative for rows
+                           // whose pairs within the chunk had to be summed at a scale of their own
+    // The sums over all keys, shapes as the past. For causal calls in the form of a past, or null;
+    // for bidirectional ones (unless packed) with binary logarithms.
+    float *key_value, *key_sum, *log_scale;
+
+    // The backward pass.
+    performers_array grad_out;
+    const float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
+    performers_array grad_query, grad_key, grad_value;
+    float *grad_past_key_value, *grad_past_key_sum;  // or null
+} performers_call;
+
+// 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error).
+PERFORMERS_API int performers_forward(const performers_call *call);
+PERFORMERS_API int performers_backward(const performers_call *call);
+
+PERFORMERS_API int performers_abi_version(void);
+// The instruction set in use; null when PERFORMERS_NATIVE_ISA asks for one that cannot be had.
+PERFORMERS_API const char *performers_isa(void);
+// Those this processor can run, best first, separated by spaces.
+PERFORMERS_API const char *performers_available_isas(void);
+PERFORMERS_API const char *performers_error(void);
+// What runs tasks in parallel: "openmp" (the runtime that is already loaded, which is torch's) or
+// "threads".
+PERFORMERS_API const char *performers_parallelism(void);

@@ -1,0 +1,84 @@
+"""The ``native`` backend: which calls the kernels take, and how they are put to them."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.attention import chunked
+from performers.attention.native.operators import favor_forward
+from performers.attention.problem import AttentionProblem
+from performers.attention.state import FavorState
+
+_RECTIFIERS = (torch.relu, F.relu)
+
+
+def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
+    """Attention and, when asked for, the state after the last key.
+
+    The kernels take float32, bfloat16 and float16 on the CPU, with exponential or ReLU features
+    whose projection wants no gradient. Every other call, and those inside transforms of
+    ``torch.func``, go to the ``torch`` backend.
+
+    Args:
+        problem: The checked call.
+
+    Returns:
+        Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``problem.dtype``, and the
+        state or None.
+    """
+    if not _covers(problem):
+        return chunked.attend(problem)
+    form, state = problem.form, problem.state
+    exponential = form.kind == "exponential"
+    weight = form.weight
+    if weight is None:
+        weight = torch.eye(problem.key.shape[-1], dtype=problem.dtype).unsqueeze(0)
+    elif torch.is_grad_enabled():
+        # The backward pass computes features again, and must not meet a redrawn projection.
+        weight = weight.to(problem.dtype, copy=True)
+    else:
+        weight = weight.to(problem.dtype)
+    out, _, _, *sums = favor_forward(
+        problem.query,
+        problem.key,
+        problem.value,
+        weight,
+        None if form.bias is None else form.bias.to(problem.dtype),
+        problem.key_mask,
+        problem.segments,
+        None if state is None else state.key_value,
+        None if state is None else state.key_sum,
+        None if state is None else state.log_scale.detach(),
+        "exponential" if exponential else "rectified",
+        exponential and form.quadratic,
+        form.epsilon,
+        problem.scale,
+        problem.is_causal,
+        problem.return_state,
+    )
+    if not problem.return_state:
+        return out, None
+    return out, FavorState(sums[0], sums[1], sums[2].detach())
+
+
+def _covers(problem: AttentionProblem) -> bool:
+    form = problem.form
+    if problem.query.device.type != "cpu" or problem.dtype != torch.float32:
+        return False
+    if form.kind == "exponential":
+        known = form.weight is not None and form.epsilon == 0
+    else:
+        known = form.kind == "elementwise" and form.function in _RECTIFIERS
+    trained = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (form.weight, form.bias)
+    )
+    empty = 0 in problem.query.shape or 0 in problem.value.shape
+    return known and not trained and not empty and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    # The autograd of custom operators does not work inside vmap, grad and their like, and there is
+    # no public way to ask.
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active()

@@ -1,0 +1,83 @@
+"""The structures of ``csrc/performers_native.h``, filled from tensors."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from performers.attention.native import library
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+KINDS = {"exponential": 0, "rectified": 1}
+
+
+class _Array(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 5),
+        ("type", ctypes.c_int64),
+    )
+
+
+class Call(ctypes.Structure):
+    """``performers_call``: one attention call, its results and its gradients."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "groups", "length", "size")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
+        *((name, ctypes.c_int64) for name in ("weight_heads", "kind", "quadratic", "causal")),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("epsilon", ctypes.c_double),
+        *((name, _Array) for name in ("query", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "key_mask", "segments")),
+        *((name, ctypes.c_void_p) for name in ("past_key_value", "past_key_sum", "past_log_scale")),
+        ("out", _Array),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "row_inverse")),
+        *((name, ctypes.c_void_p) for name in ("key_value", "key_sum", "log_scale")),
+        ("grad_out", _Array),
+        *((name, ctypes.c_void_p) for name in ("grad_key_value", "grad_key_sum")),
+        *((name, _Array) for name in ("grad_query", "grad_key", "grad_value")),
+        *((name, ctypes.c_void_p) for name in ("grad_past_key_value", "grad_past_key_sum")),
+    )
+
+    def describe(
+        self, query: Tensor, key: Tensor, value: Tensor, features: int, weight_heads: int
+    ) -> None:
+        """Set sizes and inputs: ``(B, Hkv, G, L, D)``, ``(B, Hkv, S, D)``, ``(B, Hkv, S, Dv)``."""
+        self.batch, self.key_heads, self.groups, self.length, self.head_dim = query.shape
+        self.size, self.value_dim = value.shape[2:]
+        self.features, self.weight_heads = features, weight_heads
+        self.threads = torch.get_num_threads()
+        self.arrays(query=query)
+        self.arrays(key=key, value=value)
+
+    def arrays(self, **tensors: Tensor) -> None:
+        """Set strided arrays; one of four dimensions has no groups."""
+        for name, tensor in tensors.items():
+            array = getattr(self, name)
+            array.data, array.type = tensor.data_ptr(), _TYPES[tensor.dtype]
+            strides = tensor.stride()
+            array.strides[:] = strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
+
+    def pointers(self, **tensors: Tensor | None) -> None:
+        """Set contiguous tensors; None leaves a null pointer."""
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else tensor.data_ptr())
+
+    def run(self, function: str) -> None:
+        """Call ``performers_<function>``, outside the interpreter's lock.
+
+        Raises:
+            MemoryError: Memory ran out.
+        """
+        if getattr(library.load(), f"performers_{function}")(ctypes.byref(self)):
+            raise MemoryError(
+                "the native kernels ran out of memory; use a shorter sequence or a smaller batch"
+            )
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, each in one piece."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
