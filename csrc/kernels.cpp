@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "causal_gradients.h"
+#include "step.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -95,7 +96,7 @@ private:
 int64_t value_offset(const Problem &p, int64_t head) { return head * p.features * p.value_dim; }
 int64_t sum_offset(const Problem &p, int64_t head) { return head * p.features; }
 
-constexpr float kBinary = 1.0f;
+constexpr float kBinary = 1.0f, kNatural = static_cast<float>(kLog2e);
 
 // The sums that a bidirectional call leaves for its backward pass.
 void export_bidirectional(const Problem &p, int64_t head, const Sums &sums) {
@@ -115,14 +116,21 @@ void import_past(const Problem &p, int64_t head, const Sums &sums) {
     if (!p.call.past_key_value) return sums.clear(p);
     import_sums(p, sums, p.call.past_key_value + value_offset(p, head),
                 p.call.past_key_sum + sum_offset(p, head),
-                p.call.past_log_scale + sum_offset(p, head), static_cast<float>(kLog2e));
+                p.call.past_log_scale + sum_offset(p, head), kNatural);
 }
 
 void export_state(const Problem &p, int64_t head, const Sums &sums) {
     if (!p.call.key_value) return;
+    float *log_scale = p.call.log_scale + sum_offset(p, head);
     export_sums(p, sums, p.call.key_value + value_offset(p, head),
-                p.call.key_sum + sum_offset(p, head), p.call.log_scale + sum_offset(p, head),
-                p.exponential ? kLn2 : kBinary);
+                p.call.key_sum + sum_offset(p, head), log_scale, p.exponential ? kLn2 : kBinary);
+    if (!p.call.past_log_scale) return;
+    // A scale that did not change stays the same number: converted to and fro at every step it
+    // would drift away from its sums.
+    const float *past = p.call.past_log_scale + sum_offset(p, head);
+    for (int64_t f = 0; f < p.features; ++f) {
+        if (past[f] * kNatural == sums.log_scale[f]) log_scale[f] = past[f];
+    }
 }
 
 struct ForwardBuffers {
@@ -400,8 +408,16 @@ void backward_causal_scan(const Problem &p, const CausalPlan &plan) {
     });
 }
 
+void forward_step(const Problem &p) {
+    parallel(p, p.heads, [&](int64_t head) {
+        auto b = in_scratch<StepBuffers>(p);
+        step(p, head, b);
+    });
+}
+
 void forward(const performers_call &call) {
     Problem p(call);
+    if (call.causal && call.length == 1) return forward_step(p);
     const Weights weights(p);
     if (call.causal) return forward_causal(p);
     if (call.segments) return forward_packed(p);

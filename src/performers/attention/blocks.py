@@ -1,7 +1,7 @@
 """What the chunked algorithms share: sums, partial rows, their scales, and blocks of rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,11 +120,20 @@ def block_rows(heads: tuple[int, ...] | torch.Size, features: Features) -> int:
     return max(CHUNK, rows // CHUNK * CHUNK)
 
 
-def slices(length: int, rows: int) -> Iterator[slice]:
-    """Cut ``range(length)`` into blocks of at most ``rows``."""
+def block_sizes(length: int, rows: int) -> list[int]:
+    """Lengths of the blocks of at most ``rows`` that make up ``length``."""
     # Counting blocks, not rows, lets torch.compile keep the length symbolic.
-    for block in range(-(-length // rows)):
-        yield slice(block * rows, min((block + 1) * rows, length))
+    blocks = -(-length // rows)
+    return [rows] * (blocks - 1) + [length - rows * (blocks - 1)] if blocks else []
+
+
+def cut(x: Tensor | None, sizes: list[int], dim: int) -> Sequence[Tensor | None]:
+    """The blocks of ``x`` along ``dim``; Nones for None.
+
+    One split, not a slice for each block: the gradient of a slice is as long as the whole tensor,
+    and their sum would take time quadratic in the number of blocks.
+    """
+    return [None] * len(sizes) if x is None else x.split(sizes, dim)
 
 
 def direct(function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None) -> tuple[Tensor, ...]:

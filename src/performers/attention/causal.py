@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,14 +14,15 @@ from performers.attention.blocks import (
     Rows,
     Sums,
     block_rows,
+    block_sizes,
     checkpointed,
+    cut,
     direct,
     divide,
     finite,
     masked,
     merge,
     query_features,
-    slices,
     times,
 )
 from performers.attention.problem import AttentionProblem
@@ -62,24 +62,27 @@ def causal_rows(
         return *rows, *sums
 
     rows = block_rows((key.shape[0], key.shape[1] * query.shape[2]), features)
-    blocks = list(_causal_slices(length, rows))
+    # Blocks of whole chunks, then what is left over.
+    whole = length // CHUNK * CHUNK
+    sizes = block_sizes(whole, rows) + block_sizes(length - whole, CHUNK)
     run = direct if length <= rows else checkpointed
     parts: list[tuple[Tensor, ...]] = []
-    for block in blocks:
-        before = None
-        if segments is not None:
+    before = None
+    for *block, block_segments in zip(
+        cut(query, sizes, 3),
+        cut(key, sizes, 2),
+        cut(value, sizes, 2),
+        cut(mask, sizes, 1),
+        cut(segments, sizes, 0),
+        strict=True,
+    ):
+        if block_segments is not None and before is None:
             # No sequence has the index -1: nothing comes before the first block.
-            before = segments[block.start - 1] if block.start else segments.new_tensor(-1)
+            before = block_segments.new_tensor(-1)
         *part, key_value, key_sum, log_scale = run(
-            block_step,
-            query[:, :, :, block],
-            key[:, :, block],
-            value[:, :, block],
-            None if mask is None else mask[:, block],
-            None if segments is None else segments[block],
-            before,
-            *sums,
+            block_step, *block, block_segments, before, *sums
         )
+        before = None if block_segments is None else block_segments[-1]
         sums = Sums(key_value, key_sum, log_scale)
         parts.append(tuple(part))
     if len(parts) == 1:
@@ -270,14 +273,6 @@ def _prefix_sums(
         key_value, key_sum = key_value + more_value, key_sum + more_sum
     stacked = Sums(*(torch.stack(tensors, dim=2) for tensors in zip(*before, strict=True)))
     return stacked, Sums(key_value, key_sum, log_scale)
-
-
-def _causal_slices(length: int, rows: int) -> Iterator[slice]:
-    """Blocks of whole chunks, then what is left over."""
-    whole = length // CHUNK * CHUNK
-    yield from slices(whole, rows)
-    if whole < length:
-        yield slice(whole, length)
 
 
 def _unflatten(x: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -26,14 +26,15 @@ from performers.attention.blocks import (
     Rows,
     Sums,
     block_rows,
+    block_sizes,
     checkpointed,
+    cut,
     direct,
     divide,
     finite,
     masked,
     merge,
     query_features,
-    slices,
     times,
 )
 from performers.attention.causal import causal_rows
@@ -98,9 +99,9 @@ def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
     query, key, value, mask = problem.query, problem.key, problem.value, problem.key_mask
     sums = _initial_sums(problem, features)
     rows = block_rows(problem.key.shape[:2], features)
-    key_blocks = list(slices(key.shape[-2], rows))
-    query_blocks = list(slices(query.shape[-2], max(1, rows // query.shape[2])))
-    run = direct if len(key_blocks) == len(query_blocks) == 1 else checkpointed
+    key_sizes = block_sizes(key.shape[-2], rows)
+    query_sizes = block_sizes(query.shape[-2], max(1, rows // query.shape[2]))
+    run = direct if len(key_sizes) == len(query_sizes) == 1 else checkpointed
 
     def absorb(key: Tensor, value: Tensor, mask: Tensor | None, *sums: Tensor) -> Sums:
         return _absorb(features, key, value, mask, *sums)
@@ -108,10 +109,11 @@ def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
     def read(query: Tensor, *sums: Tensor) -> tuple[Tensor]:
         return (_read(features, query, *sums),)
 
-    for block in key_blocks:
-        block_mask = None if mask is None else mask[:, block]
-        sums = Sums(*run(absorb, key[:, :, block], value[:, :, block], block_mask, *sums))
-    outputs = [run(read, query[:, :, :, block], *sums)[0] for block in query_blocks]
+    for block in zip(
+        cut(key, key_sizes, 2), cut(value, key_sizes, 2), cut(mask, key_sizes, 1), strict=True
+    ):
+        sums = Sums(*run(absorb, *block, *sums))
+    outputs = [run(read, block, *sums)[0] for block in cut(query, query_sizes, 3)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
 
 

@@ -81,8 +81,7 @@ def _open() -> ctypes.CDLL:
         )
     if library.performers_isa() is None:
         reason = (library.performers_error() or b"no instruction set can be used").decode()
-        named = os.environ.get(_ISA_VARIABLE)
-        raise _Unusable(f"{_ISA_VARIABLE}={named}: {reason}" if named else reason, bool(named))
+        raise _Unusable(reason, demanded=bool(os.environ.get(_ISA_VARIABLE)))
     return library
 
 

@@ -83,11 +83,12 @@ def _described(
     call.describe(query, key, value, weight.shape[-2], weight.shape[0])
     call.kind, call.quadratic, call.causal = KINDS[kind], quadratic, is_causal
     call.epsilon, call.scale = epsilon, scale
-    names = ("weight", "bias", "key_mask", "segments")
-    names += ("past_key_value", "past_key_sum", "past_log_scale")
-    held = contiguous((weight, bias, key_mask, segments, *past))
-    call.pointers(**dict(zip(names, held, strict=True)))
-    return call, held
+    inputs = contiguous((weight, bias, key_mask, segments))
+    call.pointers(**dict(zip(("weight", "bias", "key_mask", "segments"), inputs, strict=True)))
+    sums = contiguous(past)
+    names = ("past_key_value", "past_key_sum", "past_log_scale")
+    call.pointers(**dict(zip(names, sums, strict=True)))
+    return call, inputs + sums
 
 
 @torch.library.custom_op(

@@ -1,0 +1,169 @@
+// Causal attention of a single position: the step of a decoder. One pass over the running sums
+// updates and reads them; the weights are used as they are, since packing them would cost more
+// than the step.
+#pragma once
+
+#include "features.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+struct StepBuffers {
+    float *x;           // (padded_dim)
+    float *value;       // (padded_value)
+    float *key;         // features of the key (features)
+    float *query;       // of the query
+    float *decays;      // what the past is multiplied with
+    float *key_sum, *log_scale;  // after the step
+    float *out;         // (padded_value)
+
+    StepBuffers(Arena &arena, const Problem &p)
+        : x(arena.take(p.padded_dim)),
+          value(arena.take(p.padded_value)),
+          key(arena.take(round_up(p.features, kWidth))),
+          query(arena.take(round_up(p.features, kWidth))),
+          decays(arena.take(round_up(p.features, kWidth))),
+          key_sum(arena.take(round_up(p.features, kWidth))),
+          log_scale(arena.take(round_up(p.features, kWidth))),
+          out(arena.take(p.padded_value)) {}
+};
+
+// W x sqrt(scale) + b in the units of exponents.
+inline void project_one(const Problem &p, int64_t head, const float *x, float *to) {
+    const int64_t which = p.call.weight_heads == 1 ? 0 : p.key_head_of(head);
+    const float *weights = p.call.weight + which * p.features * p.head_dim;
+    const float *bias = p.call.bias ? p.call.bias + which * p.features : nullptr;
+    const float unit = p.exponential ? static_cast<float>(kLog2e) : 1.0f;
+    const float root = static_cast<float>(std::sqrt(p.call.scale)) * unit;
+    const int64_t whole = p.head_dim / kWidth * kWidth;
+    for (int64_t f = 0; f < p.features; ++f) {
+        const float *row = weights + f * p.head_dim;
+        Vector sum = splat(0.0f);
+        for (int64_t c = 0; c < whole; c += kWidth) sum += load(row + c) * load(x + c);
+        float dot = total(sum);
+        for (int64_t c = whole; c < p.head_dim; ++c) dot += row[c] * x[c];
+        to[f] = dot * root + (bias ? bias[f] * unit : 0.0f);
+    }
+}
+
+// The key's features at the scales after the step, and the sums of keys after it.
+inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) {
+    const float *past_sum =
+        p.call.past_key_sum ? p.call.past_key_sum + head * p.features : nullptr;
+    const float *past_scale =
+        p.call.past_log_scale ? p.call.past_log_scale + head * p.features : nullptr;
+    float norm = 0;
+    if (kept) {
+        read(p.key_rows(p.call.key, head), 0, p.head_dim, p.padded_dim, b.x);
+        project_one(p, head, b.x, b.key);
+        for (int64_t c = 0; c < p.head_dim; ++c) norm += b.x[c] * b.x[c];
+        norm *= p.norm;
+    }
+    for (int64_t f = 0; f < p.features; ++f) {
+        const float before_sum = past_sum ? past_sum[f] : 0.0f;
+        b.decays[f] = 1;
+        b.log_scale[f] = 0;
+        if (p.exponential) {
+            const float before =
+                past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
+            const float exponent = kept ? b.key[f] - norm : -kInfinity;
+            b.log_scale[f] = exponent > before ? exponent : before;
+            b.decays[f] = decay(before, b.log_scale[f]);
+            b.key[f] = exp2(exponent - finite(b.log_scale[f]));
+        } else {
+            b.key[f] = kept ? (b.key[f] < 0 ? 0.0f : b.key[f]) + p.epsilon : 0.0f;
+        }
+        b.key_sum[f] = before_sum * b.decays[f] + b.key[f];
+    }
+}
+
+// The query's features, divided by their largest. Returns the normaliser.
+inline float step_query(const Problem &p, int64_t head, int64_t group, float &scale,
+                        StepBuffers &b) {
+    read(p.query_rows(p.call.query, head, group), 0, p.head_dim, p.padded_dim, b.x);
+    project_one(p, head, b.x, b.query);
+    scale = 0;
+    if (p.exponential) {
+        scale = -kInfinity;
+        for (int64_t f = 0; f < p.features; ++f) {
+            b.query[f] += finite(b.log_scale[f]);
+            scale = b.query[f] > scale ? b.query[f] : scale;
+        }
+    }
+    float normaliser = 0;
+    for (int64_t f = 0; f < p.features; ++f) {
+        b.query[f] = p.exponential ? exp2(b.query[f] - scale)
+                                   : (b.query[f] < 0 ? 0.0f : b.query[f]) + p.epsilon;
+        normaliser += b.query[f] * b.key_sum[f];
+    }
+    return normaliser;
+}
+
+// The columns [begin, begin + kVectors vectors) of all groups; the sums are read once for each.
+template <int kVectors>
+inline void step_columns(const Problem &p, int64_t begin, const float *past, float *next,
+                         StepBuffers &b) {
+    Vector value[kVectors], out[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+        value[v] = load(b.value + begin + v * kWidth);
+        out[v] = splat(0.0f);
+    }
+    for (int64_t f = 0; f < p.features; ++f) {
+        const Vector phi = splat(b.key[f]), factor = splat(b.decays[f]), query = splat(b.query[f]);
+        const int64_t at = f * p.value_dim + begin;
+        for (int v = 0; v < kVectors; ++v) {
+            Vector row = phi * value[v];
+            if (past) row += load(past + at + v * kWidth) * factor;
+            if (next) store(next + at + v * kWidth, row);
+            out[v] += row * query;
+        }
+    }
+    for (int v = 0; v < kVectors; ++v) store(b.out + begin + v * kWidth, out[v]);
+}
+
+inline void step_column(const Problem &p, int64_t c, const float *past, float *next,
+                        StepBuffers &b) {
+    float out = 0;
+    for (int64_t f = 0; f < p.features; ++f) {
+        const int64_t at = f * p.value_dim + c;
+        const float row = b.key[f] * b.value[c] + (past ? past[at] * b.decays[f] : 0.0f);
+        if (next) next[at] = row;
+        out += row * b.query[f];
+    }
+    b.out[c] = out;
+}
+
+inline void step(const Problem &p, int64_t head, StepBuffers &b) {
+    const uint8_t *mask = p.mask(head);
+    const bool kept = !mask || mask[0];
+    for (int64_t c = 0; c < p.padded_value; ++c) b.value[c] = 0;
+    if (kept) read(p.key_rows(p.call.value, head), 0, p.value_dim, p.padded_value, b.value);
+    step_key(p, head, kept, b);
+    const int64_t sums = head * p.features, values = sums * p.value_dim;
+    const float *past = p.call.past_key_value ? p.call.past_key_value + values : nullptr;
+    float *next = p.call.key_value ? p.call.key_value + values : nullptr;
+    for (int64_t group = 0; group < p.call.groups; ++group) {
+        float scale;
+        const float normaliser = step_query(p, head, group, scale, b);
+        int64_t c = 0;
+        for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) step_columns<4>(p, c, past, next, b);
+        for (; c + kWidth <= p.value_dim; c += kWidth) step_columns<1>(p, c, past, next, b);
+        for (; c < p.value_dim; ++c) step_column(p, c, past, next, b);
+        const float inverse = normaliser == 0 ? 0.0f : 1 / normaliser;
+        for (int64_t i = 0; i < p.value_dim; ++i) b.out[i] *= inverse;
+        write(p.query_rows(p.call.out, head, group), 0, p.value_dim, b.out);
+        p.call.row_scale[p.row_index(head, group, 0)] = scale;
+        p.call.row_inverse[p.row_index(head, group, 0)] = inverse;
+    }
+    if (!next) return;
+    for (int64_t f = 0; f < p.features; ++f) {
+        p.call.key_sum[sums + f] = b.key_sum[f];
+        // A scale that did not change stays the same number, or it would drift from its sums.
+        const bool changed = b.decays[f] != 1 || !p.call.past_log_scale;
+        p.call.log_scale[sums + f] =
+            changed ? b.log_scale[f] * (p.exponential ? kLn2 : 1.0f) : p.call.past_log_scale[sums + f];
+    }
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA
