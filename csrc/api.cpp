@@ -91,6 +91,10 @@ int performers_backward(const performers_call *call) {
     return performers::run(&performers::Kernels::backward, call);
 }
 
+int performers_products(const performers_call *call) {
+    return performers::run(&performers::Kernels::products, call);
+}
+
 int performers_abi_version(void) { return PERFORMERS_ABI_VERSION; }
 
 const char *performers_isa(void) {

@@ -8,6 +8,7 @@ namespace performers {
 struct Kernels {
     void (*forward)(const performers_call &);
     void (*backward)(const performers_call &);
+    void (*products)(const performers_call &);
 };
 
 namespace avx512 {

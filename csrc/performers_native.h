@@ -68,6 +68,10 @@ typedef struct {
 PERFORMERS_API int performers_forward(const performers_call *call);
 PERFORMERS_API int performers_backward(const performers_call *call);
 
+// The matrix products of a bidirectional forward pass of the call's sizes, alone and in the caches:
+// what measurements compare with. Only sizes and threads are read.
+PERFORMERS_API int performers_products(const performers_call *call);
+
 PERFORMERS_API int performers_abi_version(void);
 // The instruction set in use; null when PERFORMERS_NATIVE_ISA asks for one that cannot be had.
 PERFORMERS_API const char *performers_isa(void);

@@ -42,6 +42,18 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad_past_key_value", "grad_past_key_sum")),
     )
 
+    @classmethod
+    def sized(
+        cls, *, heads: int, length: int, head_dim: int, value_dim: int, features: int
+    ) -> "Call":
+        """A call with sizes only, as ``performers_products`` reads it: one batch, no groups."""
+        call = cls()
+        call.batch, call.key_heads, call.groups, call.weight_heads = 1, heads, 1, 1
+        call.length = call.size = length
+        call.head_dim, call.value_dim, call.features = head_dim, value_dim, features
+        call.threads = torch.get_num_threads()
+        return call
+
     def describe(
         self, query: Tensor, key: Tensor, value: Tensor, features: int, weight_heads: int
     ) -> None:

@@ -280,4 +280,12 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*gradients[:3], None, None, None, None, *past, *(None,) * 7)
 
 
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "the native kernels have no second derivative; for gradients of gradients pass "
+        'backend="torch" to favor_attention, or use performers.use_backend("torch")'
+    )
+
+
 favor_forward.register_autograd(_backward, setup_context=_setup_context)
+favor_backward.register_autograd(_refuse)

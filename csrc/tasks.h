@@ -1,0 +1,146 @@
+// How a call is cut into tasks, and what they share.
+//
+// A task is a head, or a packed sequence of a head. When there are fewer of them than threads, or
+// not a multiple, heads are cut along the sequence: partial sums first, then (for causal calls) a
+// scan over them, then the rows.
+//
+// Nothing compiled for an instruction set may instantiate a library template with library types
+// only: the linker keeps one copy of such code, and it could be the one compiled for a processor
+// that is not there.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "bidirectional.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// Positions that make it worth while to cut a head.
+constexpr int64_t kSmallestPart = 4 * kBlock;
+
+template <typename Body>
+inline void parallel(const Problem &p, int64_t count, Body &&body) {
+    parallel_for(
+        p.call.threads, count,
+        [](void *context, int64_t i) {
+            const FlushDenormals flush;
+            (*static_cast<std::remove_reference_t<Body> *>(context))(i);
+        },
+        &body);
+}
+
+// Floats for the duration of a call, shared by its tasks.
+class SharedMemory {
+public:
+    explicit SharedMemory(int64_t count) : data_(allocate(static_cast<size_t>(count))) {}
+    ~SharedMemory() { release(data_); }
+    SharedMemory(const SharedMemory &) = delete;
+    SharedMemory &operator=(const SharedMemory &) = delete;
+
+    float *data() const { return data_; }
+
+private:
+    float *data_;
+};
+
+struct Span {
+    int64_t begin, end;
+};
+
+// The packed sequences, or all positions at once.
+inline std::vector<Span> sequences(const performers_call &call) {
+    if (!call.segments) return {{0, call.size}};
+    std::vector<Span> spans;
+    int64_t begin = 0;
+    for (int64_t i = 1; i <= call.size; ++i) {
+        if (i == call.size || call.segments[i] != call.segments[begin]) {
+            spans.push_back({begin, i});
+            begin = i;
+        }
+    }
+    return spans;
+}
+
+// `parts` spans of whole blocks; the last ones may be empty.
+inline std::vector<Span> cut(int64_t length, int64_t parts) {
+    const int64_t size = round_up((length + parts - 1) / parts, kBlock);
+    std::vector<Span> spans;
+    for (int64_t i = 0; i < parts; ++i) {
+        spans.push_back({std::min(length, i * size), std::min(length, (i + 1) * size)});
+    }
+    return spans;
+}
+
+inline int64_t parts_of(const Problem &p, int64_t length, int64_t wanted) {
+    return std::max<int64_t>(1, std::min(wanted, length / kSmallestPart));
+}
+
+class Weights {
+public:
+    explicit Weights(Problem &p) : memory_(p.weight_rows() * p.weight_stride) {
+        p.weights = memory_.data();
+        constexpr int64_t some = 64;
+        parallel(p, (p.weight_rows() + some - 1) / some, [&](int64_t i) {
+            const int64_t last = std::min((i + 1) * some, p.weight_rows());
+            for (int64_t r = i * some; r < last; ++r) p.pack_weight(r);
+        });
+    }
+
+private:
+    SharedMemory memory_;
+};
+
+// Where the sums of a head lie in the tensors of a call.
+inline int64_t value_offset(const Problem &p, int64_t head) { return head * p.features * p.value_dim; }
+inline int64_t sum_offset(const Problem &p, int64_t head) { return head * p.features; }
+
+constexpr float kBinary = 1.0f, kNatural = static_cast<float>(kLog2e);
+
+// The sums that a bidirectional call leaves for its backward pass.
+inline void export_bidirectional(const Problem &p, int64_t head, const Sums &sums) {
+    export_sums(p, sums, p.call.key_value + value_offset(p, head),
+                p.call.key_sum + sum_offset(p, head), p.call.log_scale + sum_offset(p, head),
+                kBinary);
+}
+
+inline void import_bidirectional(const Problem &p, int64_t head, const Sums &sums) {
+    import_sums(p, sums, p.call.key_value + value_offset(p, head),
+                p.call.key_sum + sum_offset(p, head), p.call.log_scale + sum_offset(p, head),
+                kBinary);
+}
+
+// A state's log scales are natural logarithms.
+inline void import_past(const Problem &p, int64_t head, const Sums &sums) {
+    if (!p.call.past_key_value) return sums.clear(p);
+    import_sums(p, sums, p.call.past_key_value + value_offset(p, head),
+                p.call.past_key_sum + sum_offset(p, head),
+                p.call.past_log_scale + sum_offset(p, head), kNatural);
+}
+
+inline void export_state(const Problem &p, int64_t head, const Sums &sums) {
+    if (!p.call.key_value) return;
+    float *log_scale = p.call.log_scale + sum_offset(p, head);
+    export_sums(p, sums, p.call.key_value + value_offset(p, head),
+                p.call.key_sum + sum_offset(p, head), log_scale, p.exponential ? kLn2 : kBinary);
+    if (!p.call.past_log_scale) return;
+    // A scale that did not change stays the same number: converted to and fro at every step it
+    // would drift away from its sums.
+    const float *past = p.call.past_log_scale + sum_offset(p, head);
+    for (int64_t f = 0; f < p.features; ++f) {
+        if (past[f] * kNatural == sums.log_scale[f]) log_scale[f] = past[f];
+    }
+}
+
+struct ForwardBuffers {
+    KeyBuffers keys;
+    QueryBuffers queries;
+    Sums sums;
+
+    ForwardBuffers(Arena &arena, const Problem &p)
+        : keys(arena, p), queries(arena, p), sums(arena.take(Sums::size(p)), p) {}
+};
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA
