@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from performers.cli import benchmark
 from performers.cli.console import ProgressBars, note, one_line_errors, output, print_metrics
 from performers.models.configuration import ATTENTIONS
 from performers.proteins import demo as demo_run
@@ -27,6 +28,7 @@ app = typer.Typer(
     add_completion=False,
     help="Attention in linear time, and protein language models with it.",
 )
+app.add_typer(benchmark.app, name="benchmark")
 
 Fasta = Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzipped.")]
 Model = Annotated[Path, typer.Argument(help="A folder that performers train wrote.")]

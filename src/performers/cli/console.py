@@ -20,35 +20,40 @@ from rich.progress import (
 from rich.table import Table
 
 from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.fasta import FastaError
 from performers.proteins.processes import is_first_process
 
 output = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
 
-_OUT_OF_MEMORY = "out of memory; lower --batch-tokens or --max-length, or the size of the model"
+_LOWER = "--batch-tokens or --max-length, or the size of the model"
 _SHOWN = {"loss": "loss", "eval_accuracy": "validation accuracy"}
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what the user can mend into one line on stderr and exit code 2; Ctrl-C into 130."""
+def one_line_errors(extra: str = "proteins", lower: str = _LOWER) -> Iterator[None]:
+    """Turn what the user can mend into one line on stderr and exit code 2; Ctrl-C into 130.
+
+    Args:
+        extra: The extra that has the packages of the command.
+        lower: What to lower when memory runs out.
+    """
+    out_of_memory = f"out of memory; lower {lower}"
     try:
         yield
-    except (UserError, FastaError) as error:
+    except UserError as error:
         _fail(str(error), 2)
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         _fail(f"{place}{error.strerror or error}", 2)
     except (MemoryError, torch.OutOfMemoryError):
-        _fail(_OUT_OF_MEMORY, 2)
+        _fail(out_of_memory, 2)
     except ImportError as error:
-        _fail(f"{error}; install what is missing with pip install 'performers[proteins]'", 2)
+        _fail(f"{error}; install what is missing with pip install 'performers[{extra}]'", 2)
     except RuntimeError as error:
         # What torch raises when the machine's own memory is full.
         if "DefaultCPUAllocator" not in str(error):
             raise
-        _fail(_OUT_OF_MEMORY, 2)
+        _fail(out_of_memory, 2)
     except Interrupted as error:
         _fail(str(error), 130)
     except KeyboardInterrupt:

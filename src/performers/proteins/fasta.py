@@ -35,6 +35,8 @@ from typing import IO, TextIO, cast
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
+from performers.proteins.errors import UserError
+
 __all__ = ["FastaError", "LetterReport", "ProteinRecord", "iter_fasta", "read_fasta", "write_fasta"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -48,7 +50,7 @@ _ILLEGAL = re.compile(r"[^A-Za-z*]")
 _LOWER = re.compile(r"[a-z]")
 
 
-class FastaError(ValueError):
+class FastaError(UserError, ValueError):
     """A FASTA file that cannot be used: ``path:line: what is wrong; what to do``, in one line."""
 
 

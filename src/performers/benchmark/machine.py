@@ -1,0 +1,103 @@
+"""What a measurement was made on, to be written beside it."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from performers import backends
+from performers.benchmark.memory import total_bytes
+
+# Those that decide how wide the products are.
+_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
+_LIBRARIES = ("performer-pytorch", "pytorch-fast-transformers", "flash-linear-attention")
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """The processor, the software and the settings that times depend on.
+
+    Args:
+        threads: Threads of torch during the run.
+
+    Returns:
+        Values that JSON can hold.
+    """
+    processor = _processor()
+    return {
+        "cpu": processor.get("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in _FLAGS if flag in _words(processor)],
+        "cores": os.cpu_count(),
+        "memory_bytes": total_bytes(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_parallel": parallel_info(torch.__config__.parallel_info()),
+        "threads": threads,
+        "performers": _version("performers"),
+        "backends": list(backends()),
+        "native": native_kernels(),
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line(),
+    }
+
+
+def native_kernels() -> str:
+    """The instruction set of the native backend, or why there is none."""
+    try:
+        from performers.attention.native import library
+    except ImportError as error:
+        return f"not available: {error}"
+    reason = library.unavailable_reason()
+    return library.isa() if reason is None else f"not available: {reason}"
+
+
+def parallel_info(text: str) -> dict[str, str]:
+    """The lines of ``torch.__config__.parallel_info()`` that matter, by name.
+
+    Args:
+        text: What it returned.
+
+    Returns:
+        Pools, their libraries, and the environment variables that steer them.
+    """
+    wanted = re.compile(
+        r"^\s*(ATen parallel backend|OpenMP|omp_get_max_threads\(\)|mkl_get_max_threads\(\)"
+        r"|[A-Z]+_NUM_THREADS|at::get_num_interop_threads\(\))\s*:?\s(.*)$"
+    )
+    found = (wanted.match(line) for line in text.splitlines())
+    return {match[1]: match[2].lstrip(": ").strip() for match in found if match}
+
+
+def command_line() -> str:
+    """The command that is running, without the folder its program is in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _processor() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _words(processor: dict[str, str]) -> set[str]:
+    # x86 says flags, ARM says Features.
+    return set(f"{processor.get('flags', '')} {processor.get('Features', '')}".split())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

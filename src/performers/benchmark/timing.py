@@ -1,0 +1,148 @@
+"""Times of several contestants, taken in turns."""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+# A thread pool keeps its threads spinning for a few milliseconds after its last call; a call this
+# long is not disturbed by it.
+_SETTLED_SECONDS = 0.25
+_ROUNDS_FOR_QUARTILES = 2
+
+# What a contestant may raise without ending the run. Allocation failures of torch are RuntimeError.
+CONTESTANT_ERRORS = (RuntimeError, MemoryError, TypeError, ValueError, ArithmeticError)
+
+
+class Timing(NamedTuple):
+    """Seconds that a call takes, over the rounds of one run.
+
+    Attributes:
+        median: The middle round.
+        first_quartile: A quarter of the rounds were faster.
+        third_quartile: A quarter of the rounds were slower.
+        fastest: The fastest round.
+        rounds: How many there were.
+        calls: Calls in a round.
+    """
+
+    median: float
+    first_quartile: float
+    third_quartile: float
+    fastest: float
+    rounds: int
+    calls: int
+
+
+def summarize(samples: list[float], calls: int = 1) -> Timing:
+    """Median, quartiles and minimum of one number a round.
+
+    Args:
+        samples: Seconds a call took on average, by round; at least one.
+        calls: Calls in a round.
+
+    Returns:
+        The summary.
+    """
+    low = high = samples[0]
+    if len(samples) >= _ROUNDS_FOR_QUARTILES:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(statistics.median(samples), low, high, min(samples), len(samples), calls)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    min_time: float,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Time calls in rounds, each call once in every round, in an order drawn for the round.
+
+    A machine that slows down or speeds up during the run then does so for all, which it would not
+    if all rounds of one came before those of the next. Each call warms up first, and what takes
+    less than ``min_time / repeats`` seconds is called so many times a round that the round is that
+    long.
+
+    Args:
+        calls: By name; each does all of its work before it returns.
+        repeats: Rounds.
+        min_time: Seconds that each is timed for at least, all rounds together.
+        seed: Of the orders.
+        clock: Seconds since whenever.
+
+    Returns:
+        The timings, and for calls that failed, the errors instead.
+    """
+    errors: dict[str, Exception] = {}
+    estimates: dict[str, float] = {}
+    for name, call in calls.items():
+        try:
+            estimates[name] = _warm_up(call, clock)
+        except CONTESTANT_ERRORS as error:
+            errors[name] = error
+    counts = {
+        name: max(1, math.ceil(min_time / repeats / max(estimate, 1e-9)))
+        for name, estimate in estimates.items()
+    }
+    samples: dict[str, list[float]] = {name: [] for name in estimates}
+    order = random.Random(seed)
+    with _no_collection():
+        for _ in range(repeats):
+            gc.collect()
+            running = [name for name in samples if name not in errors]
+            for name in order.sample(running, len(running)):
+                try:
+                    samples[name].append(_time(calls[name], counts[name], estimates[name], clock))
+                except CONTESTANT_ERRORS as error:
+                    errors[name] = error
+    timings = {
+        name: summarize(values, counts[name])
+        for name, values in samples.items()
+        if name not in errors
+    }
+    return timings, errors
+
+
+def _warm_up(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """Seconds of a call; the first, which loads and allocates, counts only when it is long."""
+    seconds = math.inf
+    for _ in range(2):
+        start = clock()
+        call()
+        seconds = min(seconds, clock() - start)
+        if seconds > 1:
+            break
+    return seconds
+
+
+def _time(
+    call: Callable[[], object], count: int, estimate: float, clock: Callable[[], float]
+) -> float:
+    if estimate < _SETTLED_SECONDS:
+        # Whoever came before has left its threads spinning and its data in the caches.
+        call()
+    start = clock()
+    for _ in range(count):
+        call()
+    return (clock() - start) / count
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out of the times, and collections between them short."""
+    enabled = gc.isenabled()
+    gc.disable()
+    # What is there now is not looked at again: with large libraries that takes longer than a call.
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()

@@ -1,0 +1,107 @@
+"""What the benchmark commands share: reading options, measuring, writing, printing."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+
+from performers.benchmark.figure import benchmark_figure
+from performers.benchmark.results import OtherRunError, Results, failures
+from performers.cli.benchmark_tables import tables
+from performers.cli.console import ProgressBars, note, output
+from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.figure_files import save_figure
+from performers.proteins.folders import read_json, write_atomically, write_json
+
+_FAILED = 1
+_Settings = TypeVar("_Settings")
+
+
+def measure_and_write(
+    results: Results,
+    folder: Path,
+    resume: bool,
+    measure: Callable[..., None],
+) -> None:
+    """Measure, write the rows as they come, draw them and print them.
+
+    Args:
+        results: Empty; what is measured and with what.
+        folder: Where to write; it exists.
+        resume: Whether to keep what the folder holds.
+        measure: Fills the results; called with ``progress``.
+
+    Raises:
+        UserError: What the folder holds was measured in another way.
+        Interrupted: Ctrl-C; what was measured is written.
+        typer.Exit: With code 1: something of ours gave a wrong result or an error.
+    """
+    path = folder / "results.json"
+    if resume and path.exists():
+        try:
+            results.resume(read_json(path))
+        except OtherRunError as error:
+            raise UserError(
+                f"--resume cannot go on from the results in {folder}: {error}; give another folder"
+            ) from error
+        note(f"{len(results.rows):,} rows kept from {path}")
+
+    def save(results: Results) -> None:
+        write_json(path, results.content())
+        write_atomically(folder / "results.csv", results.csv().encode())
+
+    results.saved = save
+    try:
+        with ProgressBars() as bars:
+            measure(progress=bars.task(f"benchmark {results.benchmark}"))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; {len(results.rows)} rows are in {path}, --resume goes on from them"
+        ) from error
+    save(results)
+    for suffix in ("png", "svg"):
+        save_figure(benchmark_figure(results), folder / f"benchmark.{suffix}")
+    for table in tables(results):
+        output.print(table)
+    output.print(f"results: {path}", soft_wrap=True)
+    if failed := failures(results.rows):
+        names = sorted(
+            {row["contestant" if "contestant" in row else "attention"] for row in failed}
+        )
+        note(f"performers: failed: {', '.join(names)}; {failed[0]['reason']}")
+        raise typer.Exit(_FAILED)
+
+
+def settings_of(make: Callable[[], _Settings]) -> _Settings:
+    """Make settings.
+
+    Raises:
+        UserError: One of them is out of range; the message names its flag.
+    """
+    try:
+        return make()
+    except ValueError as error:
+        # The first word is the option's name in Python.
+        line = re.sub(r"^\w+", lambda name: f"--{name[0].replace('_', '-')}", str(error))
+        raise UserError(line) from error
+
+
+def integers(flag: str, text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between.
+
+    Raises:
+        UserError: They are something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(
+            f"{flag} must be whole numbers with commas between, got {text!r}"
+        ) from error
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between; none for an empty text."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -1,0 +1,257 @@
+"""The attention benchmark: its rows, its gate, what it leaves out and why."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from performers.benchmark import attention_group, contestants
+from performers.benchmark.attention import AttentionSettings
+from performers.benchmark.results import OtherRunError, failures, measured
+from performers.benchmark.workload import DIRECTIONS, PASSES
+from tests.benchmark.runs import TINY, break_backend, pick, read_csv, run_tiny
+
+NAMES = TINY["contestants"]
+
+
+@pytest.fixture(scope="module")
+def results():
+    return run_tiny()
+
+
+def test_there_is_a_row_for_everything_asked(results):
+    keys = [
+        (row["direction"], row["passes"], row["length"], row["contestant"]) for row in results.rows
+    ]
+    assert len(set(keys)) == len(keys)
+    assert set(keys) == {
+        (direction, passes, length, name)
+        for direction in DIRECTIONS
+        for passes in PASSES
+        for length in TINY["lengths"]
+        for name in NAMES
+    }
+    assert measured(results.rows) == results.rows
+    assert results.saves == list(range(3, 25, 3))
+
+
+def test_ratios_rates_and_shares_follow_from_the_medians(results):
+    for row in results.rows:
+        group = {key: row[key] for key in ("direction", "passes", "length")}
+        sdpa = pick(results, contestant="SDPA", **group)
+        assert row["sdpa_ratio"] == sdpa["seconds"] / row["seconds"]
+        assert row["performer_pytorch_ratio"] is None
+        assert 0 < row["fastest"] <= row["first_quartile"] <= row["seconds"]
+        assert row["seconds"] <= row["third_quartile"]
+        if row["contestant"] == "identity":
+            assert row["flops"] is None
+            continue
+        assert math.isclose(row["gflops_per_second"] * 1e9 * row["seconds"], row["flops"])
+        floor = results.notes["floor"]["flops_per_second"]
+        assert math.isclose(row["floor_share"], row["flops"] / row["seconds"] / floor)
+    forward = pick(
+        results,
+        direction="bidirectional",
+        passes="forward",
+        length=32,
+        contestant="performers torch",
+    )
+    assert forward["flops"] == 2 * 8 * 32 * 16 * 8
+
+
+def test_json_and_csv_agree(results):
+    content = json.loads(json.dumps(results.content()))
+    rows = read_csv(results.csv())
+    assert len(rows) == len(content["rows"])
+    for flat, row in zip(rows, content["rows"], strict=True):
+        assert list(flat) == list(row)
+        for key, value in row.items():
+            assert flat[key] == ("" if value is None else str(value))
+    assert content["settings"]["lengths"] == [16, 32]
+    assert content["machine"]["threads"] == torch.get_num_threads()
+    assert content["floor"]["rates"]
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan", "error"])
+def test_a_wrong_backend_is_not_timed(monkeypatch, wrong):
+    def attend(right, problem):
+        if wrong == "error":
+            raise ValueError("no such luck")
+        out, state = right(problem)
+        if wrong == "gradient":
+            return out.detach() + 0 * out + 0.5 * (out - out.detach()), state
+        return out * {"value": 1.001, "nan": math.nan}[wrong], state
+
+    break_backend(monkeypatch, "torch", attend)
+    found = run_tiny(lengths=(16,))
+    ours = [row for row in found.rows if row["contestant"] == "performers torch"]
+    assert failures(found.rows) == ours
+    assert len(ours) == 4
+    words = {
+        "value": "output differs from the reference by 0.001 of its norm",
+        "gradient": "gradient of query differs from the reference by 0.5 of its norm",
+        "nan": "output holds values that are not finite",
+        "error": "ValueError: no such luck",
+    }[wrong]
+    for row in ours:
+        assert words in row["reason"]
+        assert row["seconds"] is row["sdpa_ratio"] is row["gflops_per_second"] is None
+    assert len(measured(found.rows)) == 8
+
+
+def test_results_that_stop_being_finite_at_a_longer_length_are_refused(monkeypatch):
+    def attend(right, problem):
+        out, state = right(problem)
+        return out * (math.nan if problem.key.shape[2] == 32 else 1.0), state
+
+    break_backend(monkeypatch, "torch", attend)
+    found = run_tiny(directions=("causal",), passes=("forward",))
+    assert pick(found, contestant="performers torch", length=16)["status"] == "measured"
+    assert pick(found, contestant="performers torch", length=32)["status"] == "failed"
+
+
+def test_quadratic_attention_stops_where_it_is_told_and_says_so():
+    found = run_tiny(max_exact_length=16)
+    for row in found.rows:
+        skipped = row["contestant"] == "SDPA" and row["length"] == 32
+        assert row["status"] == ("skipped" if skipped else "measured")
+        assert row["reason"] == ("longer than max_exact_length (16)" if skipped else None)
+        assert (row["sdpa_ratio"] is None) == (row["length"] == 32)
+
+
+def test_calls_predicted_to_take_too_long_are_skipped():
+    found = run_tiny(max_seconds=1e-9, directions=("causal",), passes=("forward",))
+    assert {row["status"] for row in found.rows if row["length"] == 16} == {"measured"}
+    for row in found.rows:
+        if row["length"] == 32:
+            assert row["status"] == "skipped"
+            assert "predicted" in row["reason"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory",
+        ),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("not implemented for 'Half'"), "error"),
+    ],
+    ids=["torch", "python", "other"],
+)
+def test_others_may_fail_without_ending_the_run(monkeypatch, error, status):
+    def build(workload, is_causal):
+        def attend(query, key, value):
+            if query.shape[2] == 32:
+                raise error
+            return value.clone()
+
+        return attend
+
+    monkeypatch.setattr(contestants, "_sdpa", build)
+    found = run_tiny(directions=("bidirectional",))
+    for row in found.rows:
+        hit = row["contestant"] == "SDPA" and row["length"] == 32
+        assert row["status"] == (status if hit else "measured")
+    assert failures(found.rows) == []
+
+
+def test_what_is_not_installed_is_listed(monkeypatch):
+    monkeypatch.setattr(contestants.third_party, "absence", lambda module: "not installed")
+    found = run_tiny(contestants=(), lengths=(16,), directions=("causal",), passes=("forward",))
+    assert found.notes["not_measured"] == {
+        "performer-pytorch": "not installed",
+        "fast-transformers": "not installed",
+        "fla": "not installed",
+    }
+    assert [row["contestant"] for row in found.rows][-2:] == ["SDPA", "identity"]
+
+
+def test_between_matmuls_their_own_time_is_taken_off():
+    found = run_tiny(between_matmuls=True, lengths=(16,), directions=("causal",))
+    for passes in PASSES:
+        alone = pick(found, passes=passes, contestant=attention_group.MATMULS)
+        assert alone["seconds"] == alone["whole_seconds"] > 0
+        for name in NAMES:
+            row = pick(found, passes=passes, contestant=name)
+            assert row["seconds"] == row["whole_seconds"] - alone["seconds"]
+
+
+def test_resuming_measures_only_what_is_missing(results):
+    earlier = json.loads(json.dumps(results.content()))
+    again = run_tiny(earlier, lengths=(16, 32, 64))
+    assert again.rows[: len(results.rows)] == results.rows
+    assert {row["length"] for row in again.rows[len(results.rows) :]} == {64}
+    assert len(again.saves) == 4
+    untouched = run_tiny(earlier)
+    assert untouched.rows == results.rows
+    assert untouched.saves == []
+
+
+def test_a_group_with_a_new_contestant_is_measured_again_as_a_whole(results):
+    fewer = json.loads(json.dumps(results.content()))
+    fewer["rows"] = [row for row in fewer["rows"] if row["contestant"] != "identity"]
+    again = run_tiny(fewer)
+    assert len(again.rows) == len(results.rows)
+    assert not any(row in fewer["rows"] for row in again.rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"heads": 4}, "heads 2, this is 4"), ({"repeats": 4}, "repeats"), ({"seed": 1}, "seed")],
+)
+def test_results_made_in_another_way_are_not_resumed(results, changes, words):
+    earlier = json.loads(json.dumps(results.content()))
+    with pytest.raises(OtherRunError, match=words):
+        run_tiny(earlier, **changes)
+
+
+def test_results_of_another_machine_are_not_resumed(results):
+    earlier = json.loads(json.dumps(results.content()))
+    earlier["machine"]["cpu"] = "abacus"
+    with pytest.raises(OtherRunError, match="cpu 'abacus'"):
+        run_tiny(earlier)
+    with pytest.raises(OtherRunError, match="'model' benchmark"):
+        run_tiny({"benchmark": "model"})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_passes_the_gate(dtype):
+    found = run_tiny(dtype=dtype, lengths=(16,), contestants=("performers torch",))
+    assert [row["reason"] for row in found.rows] == [None] * 4
+
+
+def test_relu_features_pass_the_gate():
+    found = run_tiny(features="relu", lengths=(16,), contestants=("performers torch",))
+    assert len(measured(found.rows)) == 4
+
+
+def test_threads_are_torchs_own_again_afterwards():
+    before = torch.get_num_threads()
+    found = run_tiny(threads=before + 1, lengths=(16,))
+    assert found.machine["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"lengths": ()}, "lengths must be positive and rise"),
+        ({"lengths": (32, 16)}, "lengths must be positive and rise"),
+        ({"features": "cos"}, "features must be one of softmax, relu; got 'cos'"),
+        ({"dtype": "float64"}, "dtype must be one of"),
+        ({"directions": ("up",)}, "directions must be one of"),
+        ({"passes": ("forward", "forward")}, "passes must name each"),
+        ({"contestants": ("flash",)}, "contestants must be one of performers"),
+        ({"contestants": ("fla",)}, r"contestants has none that can run here \(fla: "),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"min_time": math.nan}, "min_time must be at least 0"),
+        ({"threads": 0}, "threads must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(changes, words):
+    with pytest.raises(ValueError, match=words):
+        AttentionSettings(**{**TINY, **changes})

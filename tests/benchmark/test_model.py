@@ -1,0 +1,109 @@
+"""Training steps of models."""
+
+import pytest
+import torch
+
+from performers import backends
+from performers.benchmark.memory import run_probe
+from performers.benchmark.model import ModelSettings, model_results, run_model
+from performers.benchmark.results import failures, measured
+from performers.benchmark.steps import MODEL_ATTENTIONS, SIZES, Shape, TrainingStep
+from tests.benchmark.runs import break_backend
+
+TINY = {
+    "size": "small",
+    "lengths": (16, 32),
+    "repeats": 2,
+    "min_time": 0.0,
+    "memory": False,
+}
+
+
+def run_small(**changes):
+    settings = ModelSettings(**{**TINY, **changes})
+    results = model_results(settings)
+    run_model(settings, results)
+    return results
+
+
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_rows_and_ratios(objective):
+    results = run_small(objective=objective)
+    assert measured(results.rows) == results.rows
+    assert [(row["length"], row["attention"]) for row in results.rows] == [
+        (length, name) for length in (16, 32) for name in MODEL_ATTENTIONS
+    ]
+    by_name = {(row["length"], row["attention"]): row for row in results.rows}
+    for row in results.rows:
+        identity, exact = (by_name[row["length"], name] for name in ("identity", "exact"))
+        assert row["over_identity"] == row["seconds"] / identity["seconds"]
+        assert row["exact_ratio"] == exact["seconds"] / row["seconds"]
+        assert row["memory_over_identity"] is None
+
+
+def test_the_models_are_the_papers():
+    for size, (heads, layers, intermediate, hidden) in SIZES.items():
+        config = Shape(size=size).model("identity").config
+        assert (config.num_attention_heads, config.num_hidden_layers) == (heads, layers)
+        assert (config.intermediate_size, config.hidden_size) == (intermediate, hidden)
+        assert config.vocab_size == 256
+        assert config.is_decoder
+    assert not Shape(objective="mlm", size="small").model("exact").config.is_decoder
+
+
+@pytest.mark.parametrize("attention", MODEL_ATTENTIONS)
+def test_a_step_learns(attention):
+    step = TrainingStep(Shape(size="small", dropout=0.0), attention, 24)
+    losses = [step() for _ in range(15)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_masked_labels_are_a_few_of_the_tokens():
+    tokens, labels = Shape(objective="mlm", batch=4).tokens(1000)
+    chosen = labels != -100
+    assert 0.12 < chosen.float().mean() < 0.18
+    assert torch.equal(labels[chosen], tokens[chosen])
+
+
+def test_a_model_on_a_wrong_backend_is_not_timed(monkeypatch):
+    def attend(right, problem):
+        out, state = right(problem)
+        return out * 1.1, state
+
+    break_backend(monkeypatch, backends()[0], attend)
+    results = run_small(lengths=(16,))
+    failed = {row["attention"]: row["reason"] for row in failures(results.rows)}
+    assert set(failed) == {"favor-softmax", "favor-relu"}
+    assert all("differs from the reference" in reason for reason in failed.values())
+    assert len(measured(results.rows)) == 2
+
+
+def test_exact_attention_stops_where_it_is_told():
+    results = run_small(max_exact_length=16)
+    statuses = {(row["length"], row["attention"]): row["status"] for row in results.rows}
+    assert statuses[32, "exact"] == "skipped"
+    assert list(statuses.values()).count("measured") == 7
+
+
+def test_memory_of_a_step_holds_the_model_and_its_optimiser():
+    parameters = sum(p.numel() for p in Shape(size="small").model("identity").parameters())
+    model = {"size": "small", "objective": "clm"}
+    task = {"kind": "step", "model": model, "attention": "identity", "length": 512}
+    # Weights, gradients and Adam's two moments.
+    assert run_probe(task, threads=1).nbytes > 4 * 4 * parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"size": "huge"}, "size must be one of regular, small"),
+        ({"objective": "nsp"}, "objective must be one of"),
+        ({"attentions": ("favor-cos",)}, "attentions must be one of"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"num_features": 0}, "num_features must be at least 1"),
+        ({"lengths": (0, 1)}, "lengths must be positive and rise"),
+    ],
+)
+def test_settings_out_of_range(changes, words):
+    with pytest.raises(ValueError, match=words):
+        ModelSettings(**{**TINY, **changes})
