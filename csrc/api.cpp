@@ -29,18 +29,21 @@ struct Candidates {
         std::strcat(names, name);
     }
 
-    // Best first.
+    // Best first. Every processor with AVX2 also converts half precision (F16C), which compilers
+    // before GCC 11 cannot ask for.
     Candidates() {
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+#endif
 #if defined(PERFORMERS_HAS_AVX512)
         add("avx512", &avx512::kernels,
             __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
+                __builtin_cpu_supports("fma"));
 #endif
 #if defined(PERFORMERS_HAS_AVX2)
         add("avx2", &avx2::kernels,
-            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                __builtin_cpu_supports("f16c"));
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
 #endif
         add("portable", &portable::kernels, true);
     }
@@ -94,6 +97,8 @@ int performers_backward(const performers_call *call) {
 int performers_products(const performers_call *call) {
     return performers::run(&performers::Kernels::products, call);
 }
+
+int64_t performers_call_size(void) { return sizeof(performers_call); }
 
 int performers_abi_version(void) { return PERFORMERS_ABI_VERSION; }
 

@@ -23,7 +23,7 @@ inline void forward_packed(const Problem &p) {
 inline int64_t bidirectional_parts(const Problem &p, int64_t length) {
     const int64_t threads = std::max<int64_t>(1, p.call.threads);
     if (p.heads % threads == 0) return 1;
-    return parts_of(p, length, (4 * threads + p.heads - 1) / p.heads);
+    return parts_of(length, (4 * threads + p.heads - 1) / p.heads);
 }
 
 inline void forward_bidirectional(const Problem &p) {

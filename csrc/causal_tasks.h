@@ -16,7 +16,7 @@ struct CausalPlan {
     explicit CausalPlan(const Problem &p) : spans(sequences(p.call)), scan(false) {
         if (spans.size() > 1 || p.heads >= p.call.threads) return;
         const int64_t parts =
-            parts_of(p, p.call.length, (p.call.threads + p.heads - 1) / p.heads);
+            parts_of(p.call.length, (p.call.threads + p.heads - 1) / p.heads);
         if (parts == 1) return;
         spans = cut(p.call.length, parts);
         scan = true;

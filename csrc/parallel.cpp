@@ -21,7 +21,7 @@ struct Loop {
     int64_t count;
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
-    std::exception_ptr error;
+    std::exception_ptr error{};
 };
 
 void work(void *argument) {

@@ -73,6 +73,7 @@ PERFORMERS_API int performers_backward(const performers_call *call);
 PERFORMERS_API int performers_products(const performers_call *call);
 
 PERFORMERS_API int performers_abi_version(void);
+PERFORMERS_API int64_t performers_call_size(void);  // sizeof(performers_call)
 // The instruction set in use; null when PERFORMERS_NATIVE_ISA asks for one that cannot be had.
 PERFORMERS_API const char *performers_isa(void);
 // Those this processor can run, best first, separated by spaces.

@@ -73,7 +73,7 @@ inline std::vector<Span> cut(int64_t length, int64_t parts) {
     return spans;
 }
 
-inline int64_t parts_of(const Problem &p, int64_t length, int64_t wanted) {
+inline int64_t parts_of(int64_t length, int64_t wanted) {
     return std::max<int64_t>(1, std::min(wanted, length / kSmallestPart));
 }
 

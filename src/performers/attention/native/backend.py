@@ -30,20 +30,18 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         return chunked.attend(problem)
     form, state = problem.form, problem.state
     exponential = form.kind == "exponential"
+    # The backward pass computes features again, and must not meet a redrawn projection.
+    form = form.to(problem.dtype)
+    form = form.copied() if torch.is_grad_enabled() else form
     weight = form.weight
     if weight is None:
         weight = torch.eye(problem.key.shape[-1], dtype=problem.dtype).unsqueeze(0)
-    elif torch.is_grad_enabled():
-        # The backward pass computes features again, and must not meet a redrawn projection.
-        weight = weight.to(problem.dtype, copy=True)
-    else:
-        weight = weight.to(problem.dtype)
     out, _, _, *sums = favor_forward(
         problem.query,
         problem.key,
         problem.value,
         weight,
-        None if form.bias is None else form.bias.to(problem.dtype),
+        form.bias,
         problem.key_mask,
         problem.segments,
         None if state is None else state.key_value,

@@ -1,0 +1,245 @@
+"""With and without the compiled library: what is said, what still works, what is an error."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import performers
+from performers.attention.native import library
+
+NAME = {"darwin": "libperformers_native.dylib", "win32": "libperformers_native.dll"}.get(
+    sys.platform, "libperformers_native.so"
+)
+VARIABLES = ("PERFORMERS_NATIVE_LIBRARY", "PERFORMERS_NATIVE_ISA")
+IS_BUILT = library.unavailable_reason() is None
+BUILT = pytest.mark.skipif(not IS_BUILT, reason="the library is not in this installation")
+ISAS = library.available_isas() if IS_BUILT else ()
+ATTEND = """
+features = performers.SoftmaxFeatures(16, 32, generator=torch.Generator().manual_seed(0))
+q, k, v = torch.randn(3, 1, 2, 40, 16, generator=torch.Generator().manual_seed(1))
+def attend(backend=None):
+    return performers.favor_attention(q, k, v, features, backend=backend)
+"""
+
+
+class Installation:
+    """A copy of the installed package, with another library or none."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.native = folder / "performers" / "attention" / "native"
+        shutil.copytree(
+            Path(performers.__file__).parent,
+            folder / "performers",
+            ignore=shutil.ignore_patterns("libperformers_native*", "__pycache__", "data"),
+        )
+
+    def run(self, code, **variables):
+        environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+        # An editable install of the package outranks the path, so it goes first.
+        prologue = (
+            "import sys\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirect' not in type(f).__name__]\n"
+            "import torch, performers\n"
+            f"assert performers.__file__.startswith({str(self.folder)!r}), performers.__file__\n"
+        )
+        return execute(
+            prologue + code,
+            environment | {"PYTHONPATH": str(self.folder), **variables},
+        )
+
+
+def execute(code, environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def installation(tmp_path):
+    return Installation(tmp_path)
+
+
+def compiled(source, path):
+    """A shared library of one C file."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("no C compiler")
+    subprocess.run(
+        [compiler, "-x", "c", "-shared", "-fPIC", "-o", path, "-"],
+        input=source,
+        text=True,
+        check=True,
+    )
+    return path
+
+
+def test_without_the_library_everything_else_works_and_one_line_says_why(installation):
+    result = installation.run(
+        ATTEND + "for _ in range(3): assert 'native' not in performers.backends()\n"
+        "assert performers.backends()[0] == 'torch'\n"
+        "assert torch.equal(attend(), attend('torch'))\n"
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "native backend is not available" in line
+    assert "no C++20 compiler" in line
+    assert "pip install" in line
+
+
+def test_a_call_alone_says_it_too(installation):
+    result = installation.run(ATTEND + "attend(); attend()")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("native backend is not available") == 1
+
+
+def test_the_line_goes_through_the_logger(installation):
+    result = installation.run(
+        "import logging; logging.getLogger('performers').setLevel(logging.ERROR)\n"
+        "performers.backends()"
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_importing_says_nothing(installation):
+    result = installation.run("")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_threads_say_it_once(installation):
+    result = installation.run(
+        "import threading; barrier = threading.Barrier(8)\n"
+        "def ask(): barrier.wait(); performers.backends()\n"
+        "threads = [threading.Thread(target=ask) for _ in range(8)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]"
+    )
+    assert result.stderr.count("native backend is not available") == 1
+
+
+def test_the_first_call_may_be_compiled(installation):
+    """Looking for the library is nothing that a trace would have to follow."""
+    result = installation.run(
+        "import warnings; warnings.resetwarnings()\n" + ATTEND + "expected = attend('torch')\n"
+        "out = torch.compile(attend, fullgraph=True, backend='eager')()\n"
+        "torch.testing.assert_close(out, expected)"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_naming_the_backend_that_is_missing(installation):
+    result = installation.run(ATTEND + "attend('native')")
+    assert "ValueError: backend must be one of ('torch', 'reference')" in result.stderr
+    assert "no C++20 compiler" in result.stderr
+
+
+def test_a_file_that_does_not_load(installation):
+    (installation.native / NAME).write_text("not a library")
+    result = installation.run("print(performers.backends())")
+    assert result.returncode == 0, result.stderr
+    assert "native" not in result.stdout
+    assert "does not load" in result.stderr
+    assert NAME in result.stderr
+
+
+FAILURES = {
+    "missing": (None, "is not a file"),
+    "text": ("not a library", "does not load"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_named_library_that_cannot_be_used_is_an_error(installation, tmp_path, kind):
+    content, message = FAILURES[kind]
+    path = tmp_path / "named.so"
+    if content is not None:
+        path.write_text(content)
+    result = installation.run(
+        "print('imported', flush=True); performers.backends()", PERFORMERS_NATIVE_LIBRARY=str(path)
+    )
+    assert result.returncode == 1
+    assert result.stdout == "imported\n"
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: PERFORMERS_NATIVE_LIBRARY")
+    assert str(path) in last
+    assert message in last
+
+
+OTHER_LIBRARIES = {
+    f"int performers_abi_version(void) {{ return {library.ABI_VERSION + 1}; }}\n"
+    "const char *performers_isa(void) { return 0; }\n"
+    "const char *performers_available_isas(void) { return 0; }\n"
+    "const char *performers_error(void) { return 0; }\n": (
+        f"version {library.ABI_VERSION + 1} of the interface, expected {library.ABI_VERSION}"
+    ),
+    "int unrelated(void) { return 0; }\n": "is not the library of performers",
+}
+
+
+@pytest.mark.parametrize("source", OTHER_LIBRARIES, ids=["another version", "another library"])
+def test_a_library_of_other_sources(installation, tmp_path, source):
+    message = OTHER_LIBRARIES[source]
+    path = compiled(source, installation.native / NAME)
+    result = installation.run("print(performers.backends())")
+    assert result.returncode == 0, result.stderr
+    assert "native" not in result.stdout
+    assert message in result.stderr
+
+    named = path.rename(tmp_path / NAME)
+    result = installation.run("performers.backends()", PERFORMERS_NATIVE_LIBRARY=str(named))
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert "PERFORMERS_NATIVE_LIBRARY" in result.stderr.splitlines()[-1]
+
+
+@BUILT
+def test_the_library_is_used_where_it_is(installation):
+    path = installation.native / NAME
+    shutil.copy(library.load()._name, path)
+    result = installation.run(
+        "from performers.attention.native import library\n"
+        "print(performers.backends()[0], library.load()._name)"
+    )
+    assert result.stdout.split() == ["native", str(path)], result.stderr
+    assert result.stderr == ""
+
+
+@BUILT
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_instruction_set_can_be_chosen(isa):
+    code = "from performers.attention.native import library; print(library.isa())"
+    result = execute(code, os.environ | {"PERFORMERS_NATIVE_ISA": isa})
+    assert result.stdout == f"{isa}\n", result.stderr
+
+
+@BUILT
+def test_an_unknown_instruction_set_is_an_error():
+    result = execute(
+        "import performers; print('imported', flush=True); performers.backends()",
+        os.environ | {"PERFORMERS_NATIVE_ISA": "avx1024"},
+    )
+    assert result.returncode == 1
+    assert result.stdout == "imported\n"
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: PERFORMERS_NATIVE_ISA")
+    assert "avx1024" in last
+    assert all(isa in last for isa in ISAS)
+
+
+@BUILT
+def test_the_best_instruction_set_comes_first():
+    environment = {k: v for k, v in os.environ.items() if k != "PERFORMERS_NATIVE_ISA"}
+    code = (
+        "from performers.attention.native import library\n"
+        "print(library.isa(), library.available_isas()[0], library.available_isas()[-1])"
+    )
+    chosen, best, last = execute(code, environment).stdout.split()
+    assert chosen == best
+    assert last == "portable"
