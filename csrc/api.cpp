@@ -79,6 +79,8 @@ int run(void (*Kernels::*function)(const performers_call &), const performers_ca
         (choice->kernels->*function)(*call);
     } catch (const std::bad_alloc &) {
         return 1;
+    } catch (...) {
+        return 3;
     }
     return 0;
 }

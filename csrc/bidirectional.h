@@ -6,7 +6,7 @@
 // normaliser is at least one.
 #pragma once
 
-#include "features.h"
+#include "feature_blocks.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -57,11 +57,11 @@ inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, c
     const Rows keys = p.key_rows(p.call.key, head), values = p.key_rows(p.call.value, head);
     const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = std::min(kBlock, end - start);
+        const int64_t rows = smaller(kBlock, end - start);
         b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
         load_values(p, values, start, rows, b.keep, b.value);
         for (int64_t first = 0; first < p.features; first += kPanel) {
-            const int64_t count = std::min(kPanel, p.features - first);
+            const int64_t count = smaller(kPanel, p.features - first);
             project(p, weights, b.block, p.key_inner, first, count, b.panel);
             if (!p.exponential) rectify(p, b.panel, count, rows, b.keep);
             for (int64_t f = 0; f < count; ++f) {
@@ -95,17 +95,17 @@ inline void query_features(const Problem &p, float *features, int64_t rows, cons
                            const float *weight, float *scale, float *normaliser) {
     if (!p.exponential) rectify(p, features, p.features, rows, nullptr);
     for (int64_t r = 0; r < rows; r += kWidth) {
-        Vector peak = splat(p.exponential ? -kInfinity : 0.0f), sum = splat(0.0f);
+        Vector peak = splat(p.exponential ? kLowest : 0.0f), sum = splat(0.0f);
         if (p.exponential) {
             for (int64_t f = 0; f < p.features; ++f) {
-                peak = maximum(peak, load(features + f * kBlock + r) + splat(finite(log_scale[f])));
+                peak = maximum(peak, load(features + f * kBlock + r) + splat(log_scale[f]));
             }
         }
         for (int64_t f = 0; f < p.features; ++f) {
             float *at = features + f * kBlock + r;
             Vector phi = load(at);
             if (p.exponential) {
-                phi = exp2(phi + splat(finite(log_scale[f])) - peak);
+                phi = exp2(phi + splat(log_scale[f]) - peak);
                 store(at, phi);
             }
             sum += phi * splat(weight[f]);
@@ -115,8 +115,6 @@ inline void query_features(const Problem &p, float *features, int64_t rows, cons
     }
 }
 
-inline float inverse_of(float normaliser) { return normaliser == 0 ? 0.0f : 1 / normaliser; }
-
 // Divides rows by their normalisers, writes them out, and keeps what the backward pass needs.
 inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows,
                         float *out, const float *scale, const float *inverse) {
@@ -124,7 +122,7 @@ inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t b
     const int64_t index = p.row_index(head, group, begin);
     for (int64_t r = 0; r < rows; ++r) {
         float *row = out + r * p.padded_value;
-        const Vector factor = splat(std::fabs(inverse[r]));
+        const Vector factor = splat(__builtin_fabsf(inverse[r]));
         for (int64_t c = 0; c < p.padded_value; c += kWidth) store(row + c, load(row + c) * factor);
         write(to, begin + r, p.value_dim, row);
         p.call.row_scale[index + r] = scale[r];
@@ -138,7 +136,7 @@ inline void read_out(const Problem &p, int64_t head, int64_t begin, int64_t end,
     for (int64_t group = 0; group < p.call.groups; ++group) {
         const Rows queries = p.query_rows(p.call.query, head, group);
         for (int64_t start = begin; start < end; start += kBlock) {
-            const int64_t rows = std::min(kBlock, end - start);
+            const int64_t rows = smaller(kBlock, end - start);
             b.block.load_queries(p, queries, start, rows);
             project(p, p.weights_of(head), b.block, p.query_inner, 0, p.features, b.features);
             query_features(p, b.features, rows, sums.log_scale, sums.key_sum, b.scale, b.inverse);

@@ -21,7 +21,7 @@ inline void forward_packed(const Problem &p) {
 
 // Tasks for each head of a bidirectional call: one if that keeps all threads busy.
 inline int64_t bidirectional_parts(const Problem &p, int64_t length) {
-    const int64_t threads = std::max<int64_t>(1, p.call.threads);
+    const int64_t threads = larger<int64_t>(1, p.call.threads);
     if (p.heads % threads == 0) return 1;
     return parts_of(length, (4 * threads + p.heads - 1) / p.heads);
 }
@@ -123,10 +123,7 @@ inline void backward_bidirectional(const Problem &p) {
         import_bidirectional(p, head, b.sums);
         b.grad_sums.copy(p, partial(head * query_parts));
         for (int64_t part = 1; part < query_parts; ++part) {
-            const Sums more = partial(head * query_parts + part);
-            for (int64_t k = 0; k < p.features * (p.padded_value + 1); ++k) {
-                b.grad_sums.key_value[k] += more.key_value[k];
-            }
+            b.grad_sums.add(p, partial(head * query_parts + part));
         }
         key_gradients(p, head, span.begin, span.end, b.sums, b.grad_sums, b.keys);
     });

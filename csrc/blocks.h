@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <limits>
 
 #include "parallel.h"
 #include "performers_native.h"
@@ -69,9 +68,11 @@ inline float from_float16(uint16_t x) {
 #else
     const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
     if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
-    // The exponent is rebiased by a product, which gets denormal numbers right too.
-    const float scaled = from_bits(magnitude << 13) * from_bits(0x77800000);
-    return from_bits(sign | to_bits(scaled));
+    // Denormal numbers by their value: as bits they would be denormal here too, and flushed.
+    if (magnitude < 0x0400) {
+        return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+    }
+    return from_bits(sign | ((magnitude << 13) + 0x38000000));
 #endif
 }
 

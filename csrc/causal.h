@@ -4,7 +4,7 @@
 // and the chunk: products of features are then at most one, and float32 keeps every pair that
 // matters as long as a row's normaliser is not tiny. A key later in the chunk can make it tiny;
 // such a row (its normaliser tells) is computed again by itself, at the scale of what it may see.
-// So no later position, of any size, moves an earlier row by more than rounding.
+// So no later position moves an earlier row by more than rounding.
 #pragma once
 
 #include "bidirectional.h"
@@ -12,9 +12,10 @@
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-// Products below 2^-126 count as zero. A row whose normaliser exceeds this lost nothing by it, with
-// up to 2^30 of them.
-constexpr float kSmallestNormaliser = 0x1p-64f;
+// Products below 2^-126 count as zero. A row whose normaliser exceeds this lost nothing by it: the
+// normaliser is exact with up to 2^60 of them, and the sums of values too unless these are smaller
+// than 1e-18, or one of them 1e18 times as large as the rest.
+constexpr float kSmallestNormaliser = 0x1p-40f;
 
 // The keys of one chunk, and the sums over those before it.
 struct ChunkKeys {
@@ -41,7 +42,7 @@ struct ChunkKeys {
           past_sum(arena.take(p.features)),
           past_value(arena.take(p.features * p.padded_value)) {}
 
-    void load(const Problem &p, int64_t head, int64_t begin, int64_t rows) {
+    void fetch(const Problem &p, int64_t head, int64_t begin, int64_t rows) {
         block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep);
         load_values(p, p.key_rows(p.call.value, head), begin, rows, keep, value);
         project(p, p.weights_of(head), block, p.key_inner, 0, p.features, features);
@@ -64,9 +65,9 @@ struct ChunkKeys {
         if (p.exponential) {
             for (int64_t f = 0; f < p.features; ++f) {
                 const float *row = features + f * kBlock;
-                Vector peak = performers::PERFORMERS_ISA::load(row);
+                Vector peak = load(row);
                 for (int64_t r = kWidth; r < block.rows; r += kWidth) {
-                    peak = maximum(peak, performers::PERFORMERS_ISA::load(row + r));
+                    peak = maximum(peak, load(row + r));
                 }
                 if (!any_greater(peak, splat(past_scale[f]))) continue;
                 sums.log_scale[f] = largest(peak);
@@ -88,7 +89,7 @@ struct ChunkKeys {
             const Vector scale = splat(finite(log_scale[f]));
             Vector sum = splat(0.0f);
             for (int64_t r = 0; r < block.rows; r += kWidth) {
-                Vector phi = performers::PERFORMERS_ISA::load(row + r);
+                Vector phi = load(row + r);
                 if (p.exponential) {
                     phi = exp2(phi - scale);
                     store(row + r, phi);
@@ -97,6 +98,16 @@ struct ChunkKeys {
             }
             added_sum[f] = total(sum);
         }
+    }
+
+    // The first position of the chunk that sees a key, in it or before it.
+    int64_t first_seen(const Problem &p) const {
+        for (int64_t f = 0; f < p.features; ++f) {
+            if (past_scale[f] > -kInfinity) return 0;
+        }
+        int64_t first = 0;
+        while (first < block.rows && keep[first] == 0) ++first;
+        return first;
     }
 
     // Row f of the past's values at its own scale, after `advance`.
@@ -131,8 +142,8 @@ struct ExactRow {
     float scale, normaliser;
 
     ExactRow(Arena &arena, const Problem &p)
-        : exponents(arena.take(round_up(p.features, kWidth))),
-          past(arena.take(round_up(p.features, kWidth))),
+        : exponents(arena.take(p.features)),
+          past(arena.take(p.features)),
           pairs(arena.take(kBlock)) {}
 
     // `query` (features, kBlock): the exponents of the chunk's queries. Key exponents are loaded.
@@ -143,14 +154,14 @@ struct ExactRow {
         scale = -kInfinity;
         for (int64_t f = 0; f < p.features; ++f) {
             const float exponent = query[f * kBlock + row];
-            scale = std::max(scale, exponent + keys.past_scale[f]);
+            scale = larger(scale, exponent + keys.past_scale[f]);
             for (int64_t j = 0; j < used; j += kWidth) {
                 peaks[j / kWidth] = maximum(
                     peaks[j / kWidth], load(keys.exponents + f * kBlock + j) + splat(exponent));
             }
         }
         for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, peaks[j / kWidth]);
-        for (int64_t j = 0; j <= row; ++j) scale = std::max(scale, pairs[j]);
+        for (int64_t j = 0; j <= row; ++j) scale = larger(scale, pairs[j]);
         compute_at(p, query, row, keys, finite(scale));
         normaliser = 0;
         for (int64_t f = 0; f < p.features; ++f) normaliser += past[f] * keys.past_sum[f];
@@ -203,7 +214,8 @@ struct CausalBuffers {
 inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t rows,
                       CausalBuffers &b) {
     bool ready = false;
-    for (int64_t r = 0; r < rows; ++r) {
+    const int64_t first = b.keys.first_seen(p);
+    for (int64_t r = first; r < rows; ++r) {
         // Written so that a normaliser which is not a number is left alone.
         if (!(b.q.inverse[r] < kSmallestNormaliser)) continue;
         if (!ready) {
@@ -234,8 +246,8 @@ inline void causal_rows(const Problem &p, int64_t head, int64_t begin, int64_t e
                         const Sums &sums, CausalBuffers &b) {
     const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = std::min(kBlock, end - start);
-        b.keys.load(p, head, start, rows);
+        const int64_t rows = smaller(kBlock, end - start);
+        b.keys.fetch(p, head, start, rows);
         b.keys.advance(p, sums);
         for (int64_t group = 0; group < p.call.groups; ++group) {
             QueryBuffers &q = b.q;

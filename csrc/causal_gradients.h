@@ -78,15 +78,21 @@ inline bool for_exact_rows(const Problem &p, int64_t head, CausalGradientBuffers
     return any;
 }
 
+// The gradients of an exact row's pairs, times 1 / normaliser, in the place of the pairs.
+inline const float *exact_shares(int64_t r, float inverse, CausalGradientBuffers &b) {
+    float *shares = b.exact.pairs;
+    for (int64_t j = 0; j < round_up(r + 1, kWidth); ++j) {
+        shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
+    }
+    return shares;
+}
+
 // Gradients of the exponents of an exact row, into column r of b.slope.
 inline void exact_query_slopes(const Problem &p, int64_t r, float inverse, const Sums &sums,
                                CausalGradientBuffers &b) {
     const float *grad = b.q.grad + r * p.padded_value;
     const int64_t used = round_up(r + 1, kWidth);
-    float *shares = b.exact.pairs;
-    for (int64_t j = 0; j < used; ++j) {
-        shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
-    }
+    const float *shares = exact_shares(r, inverse, b);
     for (int64_t f = 0; f < p.features; ++f) {
         const float *past = b.keys.past_row(p, sums, f);
         Vector along = splat(0.0f), within = splat(0.0f);
@@ -145,13 +151,13 @@ inline void causal_query_gradients(const Problem &p, int64_t head, int64_t begin
     const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
     const float *entering = scales;
     for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = std::min(kBlock, end - start);
+        const int64_t rows = smaller(kBlock, end - start);
         std::memcpy(scales, b.sums.log_scale, scale_bytes);
         scales += p.features;
-        b.keys.load(p, head, start, rows);
+        b.keys.fetch(p, head, start, rows);
         b.keys.advance(p, b.sums);
         for (int64_t group = 0; group < p.call.groups; ++group) {
-            b.q.load(p, head, group, start, rows);
+            b.q.fetch(p, head, group, start, rows);
             project(p, weights, b.q.block, p.query_inner, 0, p.features, b.features);
             pair_gradients(p, rows, b);
             multiply(p.features, rows, p.value_dim, rows_of(b.sums.key_value, p.padded_value),
@@ -187,7 +193,7 @@ inline void normalised_features(const Problem &p, const QueryGradientBlock &q,
                                 const float *log_scale, float *features) {
     const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
     for (int64_t f = 0; f < p.features; ++f) {
-        const Vector scale = splat(finite(log_scale[f]));
+        const Vector scale = splat(log_scale[f]);
         for (int64_t r = 0; r < q.block.rows; r += kWidth) {
             float *at = features + f * kBlock + r;
             const Vector inverse = maximum(zero, load(q.inverse + r)), x = load(at);
@@ -201,7 +207,7 @@ inline void normalised_features(const Problem &p, const QueryGradientBlock &q,
 // gradients of values and to those of the sums. Returns whether there were exact rows.
 inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int64_t start,
                               int64_t rows, const float *log_scale, CausalGradientBuffers &b) {
-    b.q.load(p, head, group, start, rows);
+    b.q.fetch(p, head, group, start, rows);
     project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features, b.features);
     normalised_features(p, b.q, log_scale, b.features);
     pair_gradients(p, rows, b);
@@ -212,10 +218,7 @@ inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int
         add_exact_row(p, r, inverse, b.exact_sums, b, [](int64_t) { return 1.0f; });
         const int64_t used = round_up(r + 1, kWidth);
         for (int64_t j = 0; j <= r; ++j) b.pairs[j * kBlock + r] = b.exact.pairs[j] * inverse;
-        float *shares = b.exact.pairs;
-        for (int64_t j = 0; j < used; ++j) {
-            shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
-        }
+        const float *shares = exact_shares(r, inverse, b);
         for (int64_t f = 0; f < p.features; ++f) {
             for (int64_t j = 0; j < used; j += kWidth) {
                 const int64_t at = f * kBlock + j;
@@ -237,13 +240,17 @@ inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int
 inline void chunk_key_slopes(const Problem &p, bool exact, CausalGradientBuffers &b) {
     const Vector zero = splat(0.0f);
     for (int64_t r = 0; r < b.keys.block.rows; r += kWidth) {
-        const Vector floor = load(b.keys.keep + r) * p.epsilon;
+        const Vector kept = load(b.keys.keep + r);
         Vector sum = zero;
         for (int64_t f = 0; f < p.features; ++f) {
             float *at = b.key_slope + f * kBlock + r;
-            const Vector phi = load(b.keys.features + f * kBlock + r);
             const Vector towards = load(at) + splat(b.grad_key_sum[f]);
-            Vector grad = p.exponential ? phi * towards : (phi > floor ? towards : zero);
+            Vector grad;
+            if (p.exponential) {
+                grad = load(b.keys.features + f * kBlock + r) * towards;
+            } else {
+                grad = load(b.keys.exponents + f * kBlock + r) > zero ? towards * kept : zero;
+            }
             if (exact) grad += load(b.exact_slope + f * kBlock + r);
             store(at, grad);
             sum += grad;
@@ -261,10 +268,7 @@ inline void pass_to_past(const Problem &p, const float *before, const float *aft
         b.grad_sums.scale_row(p, f, factor);
         b.grad_sums.key_sum[f] *= factor;
     }
-    if (!exact) return;
-    for (int64_t i = 0; i < p.features * (p.padded_value + 1); ++i) {
-        b.grad_sums.key_value[i] += b.exact_sums.key_value[i];
-    }
+    if (exact) b.grad_sums.add(p, b.exact_sums);
 }
 
 // The second pass over [begin, end), with the log scales of the first. b.grad_sums is the gradient
@@ -277,9 +281,13 @@ inline void causal_key_gradients(const Problem &p, int64_t head, int64_t begin, 
     const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
     const int64_t chunks = (end - begin + kBlock - 1) / kBlock;
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t start = begin + chunk * kBlock, rows = std::min(kBlock, end - start);
+        const int64_t start = begin + chunk * kBlock, rows = smaller(kBlock, end - start);
         const float *before = scales + chunk * p.features, *after = before + p.features;
-        b.keys.load(p, head, start, rows);
+        b.keys.fetch(p, head, start, rows);
+        if (!p.exponential) {
+            // Whether a feature has a slope is known from its projection only: epsilon may hide it.
+            std::memcpy(b.keys.exponents, b.keys.features, kBlock * scale_bytes);
+        }
         b.keys.compute_features(p, after);
         std::memcpy(b.keys.past_scale, before, scale_bytes);
         transpose(b.keys.value, p.padded_value, rows, p.padded_value, b.value_transposed);

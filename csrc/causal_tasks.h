@@ -135,9 +135,7 @@ inline void backward_causal_scan(const Problem &p, const CausalPlan &plan) {
             const float *before = scales_at(i);
             const float *after = before + (scale_rows(span) - 1) * p.features;
             pass_to_past(p, before, after, false, b);
-            for (int64_t k = 0; k < p.features * (p.padded_value + 1); ++k) {
-                b.grad_sums.key_value[k] += b.sums.key_value[k];
-            }
+            b.grad_sums.add(p, b.sums);
         }
         export_past_gradient(p, head, b.grad_sums);
     });

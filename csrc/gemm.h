@@ -1,8 +1,6 @@
 // Small matrix products on packed blocks that stay in the caches.
 #pragma once
 
-#include <algorithm>
-
 #include "simd.h"
 
 namespace performers::PERFORMERS_ISA {
@@ -104,16 +102,16 @@ template <int kVectors>
 inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const float *b,
                   int64_t b_stride, float *c, int64_t c_stride, bool accumulate, Part part) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        const int64_t height = smaller<int64_t>(kTileRows, rows - r);
         int64_t first = 0, last = inner;
         switch (part) {
             case Part::whole: break;
-            case Part::inner_up_to_row: last = std::min(last, r + height); break;
-            case Part::inner_from_row: first = std::min(last, r); break;
+            case Part::inner_up_to_row: last = smaller(last, r + height); break;
+            case Part::inner_from_row: first = smaller(last, r); break;
             case Part::inner_up_to_column:
-                last = std::min(last, column + kVectors * kWidth);
+                last = smaller(last, column + kVectors * kWidth);
                 break;
-            case Part::inner_from_column: first = std::min(last, column); break;
+            case Part::inner_from_column: first = smaller(last, column); break;
         }
         const Operand from = {a.data + (a.transposed ? first * a.stride : first), a.stride,
                               a.transposed};
@@ -146,7 +144,7 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, Operand a, co
     const int64_t widest = by_column ? 2 : kTileVectors;
     int64_t v = 0;
     while (v < vectors) {
-        const int64_t wide = std::min(widest, vectors - v), column = v * kWidth;
+        const int64_t wide = smaller(widest, vectors - v), column = v * kWidth;
         with_width(wide, [&]<int kVectors>() {
             strip<kVectors>(rows, column, inner, a, b, b_stride, c, c_stride, accumulate, part);
         });
@@ -160,9 +158,9 @@ inline void multiply_upper(int64_t rows, int64_t columns, int64_t inner, Operand
                            int64_t b_stride, float *c, int64_t c_stride) {
     const int64_t vectors = (columns + kWidth - 1) / kWidth;
     for (int64_t r = 0; r < rows; r += kTileRows) {
-        const int64_t height = std::min<int64_t>(kTileRows, rows - r);
+        const int64_t height = smaller<int64_t>(kTileRows, rows - r);
         for (int64_t v = r / kWidth; v < vectors;) {
-            const int64_t wide = std::min<int64_t>(kTileVectors, vectors - v), column = v * kWidth;
+            const int64_t wide = smaller<int64_t>(kTileVectors, vectors - v), column = v * kWidth;
             with_width(wide, [&]<int kVectors>() {
                 tile_rows<kVectors>(height, a, r, b + column, b_stride, c + r * c_stride + column,
                                     c_stride, inner, false);

@@ -22,7 +22,7 @@ struct QueryGradientBlock {
           scale(arena.take(kBlock)),
           inverse(arena.take(kBlock)) {}
 
-    void load(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
+    void fetch(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
         block.load_queries(p, p.query_rows(p.call.query, head, group), begin, rows);
         load_values(p, p.query_rows(p.call.grad_out, head, group), begin, rows, nullptr, grad);
         transpose(grad, p.padded_value, rows, p.padded_value, grad_transposed);
@@ -34,8 +34,8 @@ struct QueryGradientBlock {
             read(outputs, begin + r, p.value_dim, p.padded_value, out);
             Vector sum = splat(0.0f);
             for (int64_t c = 0; c < p.padded_value; c += kWidth) {
-                sum += performers::PERFORMERS_ISA::load(out + c) *
-                       performers::PERFORMERS_ISA::load(grad + r * p.padded_value + c);
+                sum += load(out + c) *
+                       load(grad + r * p.padded_value + c);
             }
             delta[r] = total(sum);
             scale[r] = p.call.row_scale[index + r];
@@ -44,8 +44,8 @@ struct QueryGradientBlock {
     }
 };
 
-// 2^(x + scale - row_scale) / normaliser. At most one for rows that are not exact; those have a
-// scale of their own, at which the power could overflow, and an inverse of zero here.
+// 2^(x + scale - row_scale) / normaliser. The power is at most one but for rows that are exact: those
+// have a scale of their own, at which it could overflow, and an inverse of zero here.
 inline Vector normalised_feature(Vector x, Vector scale, Vector row_scale, Vector inverse) {
     return exp2(minimum(splat(1.0f), x + scale - row_scale)) * inverse;
 }
@@ -59,7 +59,7 @@ inline void query_slopes(const Problem &p, const QueryGradientBlock &q, const Su
                          float *grad_key_sum) {
     const Vector zero = splat(0.0f), epsilon = splat(p.epsilon);
     for (int64_t f = 0; f < count; ++f) {
-        const Vector scale = splat(finite(sums.log_scale[first + f]));
+        const Vector scale = splat(sums.log_scale[first + f]);
         const Vector key_sum = splat(sums.key_sum[first + f]);
         Vector lost = zero;
         for (int64_t r = 0; r < q.block.rows; r += kWidth) {
@@ -113,10 +113,10 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
     for (int64_t group = 0; group < p.call.groups; ++group) {
         const Rows to = p.query_rows(p.call.grad_query, head, group);
         for (int64_t start = begin; start < end; start += kBlock) {
-            const int64_t rows = std::min(kBlock, end - start);
-            b.q.load(p, head, group, start, rows);
+            const int64_t rows = smaller(kBlock, end - start);
+            b.q.fetch(p, head, group, start, rows);
             for (int64_t first = 0; first < p.features; first += kPanel) {
-                const int64_t count = std::min(kPanel, p.features - first);
+                const int64_t count = smaller(kPanel, p.features - first);
                 project(p, weights, b.q.block, p.query_inner, first, count, b.features);
                 multiply(count, rows, p.value_dim,
                          rows_of(sums.key_value + first * p.padded_value, p.padded_value),
@@ -204,13 +204,13 @@ inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t
     const Rows grad_values = p.key_rows(p.call.grad_value, head);
     const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = std::min(kBlock, end - start);
+        const int64_t rows = smaller(kBlock, end - start);
         b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
         load_values(p, values, start, rows, b.keep, b.value);
         transpose(b.value, p.padded_value, rows, p.padded_value, b.value_transposed);
         for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
         for (int64_t first = 0; first < p.features; first += kPanel) {
-            const int64_t count = std::min(kPanel, p.features - first);
+            const int64_t count = smaller(kPanel, p.features - first);
             const float *grads = grad_sums.key_value + first * p.padded_value;
             project(p, weights, b.block, p.key_inner, first, count, b.features);
             multiply(count, rows, p.value_dim, rows_of(grads, p.padded_value), b.value_transposed,

@@ -64,7 +64,8 @@ typedef struct {
     float *grad_past_key_value, *grad_past_key_sum;  // or null
 } performers_call;
 
-// 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error).
+// 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error), or 3
+// for anything else that failed.
 PERFORMERS_API int performers_forward(const performers_call *call);
 PERFORMERS_API int performers_backward(const performers_call *call);
 

@@ -26,6 +26,16 @@ constexpr int kWidth = 4;
 typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
 typedef int32_t Integers __attribute__((vector_size(kWidth * sizeof(int32_t))));
 
+template <typename Number>
+inline Number smaller(Number a, Number b) {
+    return b < a ? b : a;
+}
+
+template <typename Number>
+inline Number larger(Number a, Number b) {
+    return a < b ? b : a;
+}
+
 inline Vector load(const float *from) {
     Vector x;
     std::memcpy(&x, from, sizeof x);
@@ -70,8 +80,8 @@ inline float largest(Vector x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)x);
 #else
-    float result = x[0];
-    for (int i = 1; i < kWidth; ++i) result = x[i] > result ? x[i] : result;
+    float result = -__builtin_inff();
+    for (int i = 0; i < kWidth; ++i) result = x[i] > result ? x[i] : result;
     return result;
 #endif
 }
@@ -100,7 +110,8 @@ inline bool any_greater(Vector a, Vector b) {
 #endif
 }
 
-// 2^x within 2 units in the last place for x <= 127; zero below -126, NaN for NaN.
+// 2^x within 2 units in the last place for -126 <= x <= 127, zero below, NaN for NaN; meaningless
+// above.
 inline Vector exp2(Vector x) {
     // Two to the fraction, by a polynomial with the least relative error on [-1/2, 1/2].
     constexpr float c[] = {1.0f,          6.931472e-1f,  2.4022647e-1f, 5.5503286e-2f,

@@ -3,7 +3,7 @@
 // than the step.
 #pragma once
 
-#include "features.h"
+#include "feature_blocks.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -20,11 +20,11 @@ struct StepBuffers {
     StepBuffers(Arena &arena, const Problem &p)
         : x(arena.take(p.padded_dim)),
           value(arena.take(p.padded_value)),
-          key(arena.take(round_up(p.features, kWidth))),
-          query(arena.take(round_up(p.features, kWidth))),
-          decays(arena.take(round_up(p.features, kWidth))),
-          key_sum(arena.take(round_up(p.features, kWidth))),
-          log_scale(arena.take(round_up(p.features, kWidth))),
+          key(arena.take(p.features)),
+          query(arena.take(p.features)),
+          decays(arena.take(p.features)),
+          key_sum(arena.take(p.features)),
+          log_scale(arena.take(p.features)),
           out(arena.take(p.padded_value)) {}
 };
 
@@ -56,8 +56,10 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
     if (kept) {
         read(p.key_rows(p.call.key, head), 0, p.head_dim, p.padded_dim, b.x);
         project_one(p, head, b.x, b.key);
-        for (int64_t c = 0; c < p.head_dim; ++c) norm += b.x[c] * b.x[c];
-        norm *= p.norm;
+        for (int64_t c = 0; c < p.head_dim; ++c) {
+            const float x = b.x[c] * p.norm_root;
+            norm += x * x;
+        }
     }
     for (int64_t f = 0; f < p.features; ++f) {
         const float before_sum = past_sum ? past_sum[f] : 0.0f;
@@ -66,7 +68,7 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
         if (p.exponential) {
             const float before =
                 past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
-            const float exponent = kept ? b.key[f] - norm : -kInfinity;
+            const float exponent = kept && norm < kInfinity ? b.key[f] - norm : -kInfinity;
             b.log_scale[f] = exponent > before ? exponent : before;
             b.decays[f] = decay(before, b.log_scale[f]);
             b.key[f] = exp2(exponent - finite(b.log_scale[f]));
@@ -84,9 +86,9 @@ inline float step_query(const Problem &p, int64_t head, int64_t group, float &sc
     project_one(p, head, b.x, b.query);
     scale = 0;
     if (p.exponential) {
-        scale = -kInfinity;
+        scale = kLowest;
         for (int64_t f = 0; f < p.features; ++f) {
-            b.query[f] += finite(b.log_scale[f]);
+            b.query[f] += b.log_scale[f];
             scale = b.query[f] > scale ? b.query[f] : scale;
         }
     }
@@ -149,7 +151,7 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
         for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) step_columns<4>(p, c, past, next, b);
         for (; c + kWidth <= p.value_dim; c += kWidth) step_columns<1>(p, c, past, next, b);
         for (; c < p.value_dim; ++c) step_column(p, c, past, next, b);
-        const float inverse = normaliser == 0 ? 0.0f : 1 / normaliser;
+        const float inverse = inverse_of(normaliser);
         for (int64_t i = 0; i < p.value_dim; ++i) b.out[i] *= inverse;
         write(p.query_rows(p.call.out, head, group), 0, p.value_dim, b.out);
         p.call.row_scale[p.row_index(head, group, 0)] = scale;

@@ -1,11 +1,11 @@
 // How a call is cut into tasks, and what they share.
 //
-// A task is a head, or a packed sequence of a head. When there are fewer of them than threads, or
-// not a multiple, heads are cut along the sequence: partial sums first, then (for causal calls) a
-// scan over them, then the rows.
+// A task is a head, or a packed sequence of a head. When heads are not a multiple of the threads
+// (bidirectional calls) or fewer than them (causal ones, where it costs more), they are cut along
+// the sequence: partial sums first, then for causal calls a scan over them, then the rows.
 //
-// Nothing compiled for an instruction set may instantiate a library template with library types
-// only: the linker keeps one copy of such code, and it could be the one compiled for a processor
+// Code compiled for an instruction set uses templates of the standard library only with types of
+// its own: of others the linker keeps one copy, and it could be the one compiled for a processor
 // that is not there.
 #pragma once
 
@@ -68,22 +68,22 @@ inline std::vector<Span> cut(int64_t length, int64_t parts) {
     const int64_t size = round_up((length + parts - 1) / parts, kBlock);
     std::vector<Span> spans;
     for (int64_t i = 0; i < parts; ++i) {
-        spans.push_back({std::min(length, i * size), std::min(length, (i + 1) * size)});
+        spans.push_back({smaller(length, i * size), smaller(length, (i + 1) * size)});
     }
     return spans;
 }
 
 inline int64_t parts_of(int64_t length, int64_t wanted) {
-    return std::max<int64_t>(1, std::min(wanted, length / kSmallestPart));
+    return larger<int64_t>(1, smaller(wanted, length / kSmallestPart));
 }
 
 class Weights {
 public:
     explicit Weights(Problem &p) : memory_(p.weight_rows() * p.weight_stride) {
         p.weights = memory_.data();
-        constexpr int64_t some = 64;
+        constexpr int64_t some = 1024;  // fewer take less time than starting the threads
         parallel(p, (p.weight_rows() + some - 1) / some, [&](int64_t i) {
-            const int64_t last = std::min((i + 1) * some, p.weight_rows());
+            const int64_t last = smaller((i + 1) * some, p.weight_rows());
             for (int64_t r = i * some; r < last; ++r) p.pack_weight(r);
         });
     }

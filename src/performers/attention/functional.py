@@ -293,17 +293,21 @@ def _checked_form(
 def _checked_state(
     state: FavorState, key: Tensor, value: Tensor, num_features: int, dtype: torch.dtype
 ) -> FavorState:
-    expected = (*key.shape[:2], num_features, value.shape[-1])
-    if state.key_value.shape != expected:
-        raise ValueError(
-            f"state must have key_value of shape {expected} (batch, heads, num_features, Dv), "
-            f"got {tuple(state.key_value.shape)}"
-        )
-    if state.key_value.device != key.device:
-        raise ValueError(
-            f"state is on {state.key_value.device} but query is on {key.device}; move it with "
-            "state.to(query.device)"
-        )
+    sums = (*key.shape[:2], num_features)
+    for name, tensor, expected, layout in (
+        ("key_value", state.key_value, (*sums, value.shape[-1]), "batch, heads, num_features, Dv"),
+        ("key_sum", state.key_sum, sums, "batch, heads, num_features"),
+        ("log_scale", state.log_scale, sums, "batch, heads, num_features"),
+    ):
+        if tensor.shape != expected:
+            raise ValueError(
+                f"state must have {name} of shape {expected} ({layout}), got {tuple(tensor.shape)}"
+            )
+        if tensor.device != key.device:
+            raise ValueError(
+                f"state is on {tensor.device} but query is on {key.device}; move it with "
+                "state.to(query.device)"
+            )
     return FavorState(*(x.to(dtype) for x in (state.key_value, state.key_sum, state.log_scale)))
 
 

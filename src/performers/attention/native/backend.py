@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from performers.attention import chunked
@@ -35,13 +36,17 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     form = form.copied() if torch.is_grad_enabled() else form
     weight = form.weight
     if weight is None:
-        weight = torch.eye(problem.key.shape[-1], dtype=problem.dtype).unsqueeze(0)
+        size = problem.key.shape[-1]
+        weight = torch.eye(size, dtype=problem.dtype, device=problem.key.device).unsqueeze(0)
+    bias = form.bias
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        bias = bias.expand(weight.shape[0], -1)
     out, _, _, *sums = favor_forward(
         problem.query,
         problem.key,
         problem.value,
         weight,
-        form.bias,
+        bias,
         problem.key_mask,
         problem.segments,
         None if state is None else state.key_value,
@@ -56,6 +61,12 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     )
     if not problem.return_state:
         return out, None
+    inputs = [problem.key, problem.value]
+    if state is not None:
+        inputs += [state.key_value, state.key_sum]
+    if not any(tensor.requires_grad for tensor in inputs):
+        # All results of an operator want gradients if one does; these have none to hand on.
+        sums = [tensor.detach() for tensor in sums]
     return out, FavorState(sums[0], sums[1], sums[2].detach())
 
 
@@ -75,8 +86,6 @@ def _covers(problem: AttentionProblem) -> bool:
 
 
 def _is_transformed() -> bool:
-    # The autograd of custom operators does not work inside vmap, grad and their like, and there is
-    # no public way to ask.
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active()
+    # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones,
+    # and there is no public way to ask.
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

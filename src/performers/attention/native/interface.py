@@ -9,6 +9,7 @@ from torch import Tensor
 from performers.attention.native import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OUT_OF_MEMORY = 1
 KINDS = {"exponential": 0, "rectified": 1}
 
 
@@ -83,11 +84,15 @@ class Call(ctypes.Structure):
 
         Raises:
             MemoryError: Memory ran out.
+            RuntimeError: Anything else went wrong.
         """
-        if getattr(library.load(), f"performers_{function}")(ctypes.byref(self)):
+        code = getattr(library.load(), f"performers_{function}")(ctypes.byref(self))
+        if code == _OUT_OF_MEMORY:
             raise MemoryError(
                 "the native kernels ran out of memory; use a shorter sequence or a smaller batch"
             )
+        if code:
+            raise RuntimeError(f"performers_{function} failed with code {code}")
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

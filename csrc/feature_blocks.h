@@ -13,7 +13,9 @@ namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kLn2 = 0.69314718f;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = __builtin_inff();
+// Where maxima of exponents begin: less than any, but not infinite, so that differences are numbers.
+constexpr float kLowest = -3e38f;
 
 // Features that are computed, used and forgotten together: a panel stays in the first cache.
 constexpr int64_t kPanel = 48;
@@ -21,6 +23,8 @@ constexpr int64_t kPanel = 48;
 inline float finite(float scale) { return scale == -kInfinity ? 0.0f : scale; }
 
 inline float exp2(float x) { return exp2(splat(x))[0]; }
+
+inline float inverse_of(float normaliser) { return normaliser == 0 ? 0.0f : 1 / normaliser; }
 
 // What a sum at scale `before` is multiplied with to stand at scale `after` >= before.
 inline float decay(float before, float after) {
@@ -36,7 +40,7 @@ struct Problem {
     int64_t padded_dim, padded_value;  // rows of packed blocks
     int64_t weight_stride;
     int64_t query_inner, key_inner;  // columns of the weights that meet queries, and keys
-    float norm;    // times |x|^2 is what a key's exponents lose
+    float norm_root;  // |norm_root x|^2 is what a key's exponents lose
     float epsilon;
     float *weights = nullptr;  // (weight_heads, features, weight_stride)
 
@@ -51,7 +55,7 @@ struct Problem {
         weight_stride = round_up(head_dim + 2, kWidth);
         query_inner = head_dim + (call.bias ? 1 : 0);
         key_inner = query_inner + (exponential ? 1 : 0);
-        norm = call.quadratic ? static_cast<float>(call.scale * kLog2e / 2) : 0.0f;
+        norm_root = call.quadratic ? static_cast<float>(std::sqrt(call.scale * kLog2e / 2)) : 0.0f;
         epsilon = static_cast<float>(call.epsilon);
     }
 
@@ -139,21 +143,24 @@ private:
         for (int64_t r = 0; r < used; ++r) transposed[row * kBlock + r] = value;
     }
 
-    // An infinite norm gives a key that takes no part features of zero.
+    // An infinite norm gives a key features of zero: one that takes no part, and one so long that
+    // its norm overflows, whose projections must not be infinite then.
     void norms(const Problem &p, int64_t used, const float *keep) const {
         float *to = transposed + p.query_inner * kBlock;
         for (int64_t r = 0; r < used; r += kWidth) {
             Vector sum = splat(0.0f);
-            if (p.norm != 0) {
+            if (p.norm_root != 0) {
                 for (int64_t c = 0; c < p.head_dim; ++c) {
-                    const Vector y = load(transposed + c * kBlock + r);
+                    const Vector y = load(transposed + c * kBlock + r) * p.norm_root;
                     sum += y * y;
                 }
             }
-            store(to + r, sum * p.norm);
+            store(to + r, sum);
         }
         for (int64_t r = 0; r < used; ++r) {
             if (keep[r] == 0) to[r] = kInfinity;
+            if (to[r] != kInfinity) continue;
+            for (int64_t c = 0; c < p.head_dim; ++c) transposed[c * kBlock + r] = 0;
         }
     }
 };
@@ -204,10 +211,17 @@ struct Sums {
         std::memcpy(key_value, from.key_value, sizeof(float) * static_cast<size_t>(size(p)));
     }
 
-    // Adds the sums over other keys.
+    // Adds sums at the same scales.
+    void add(const Problem &p, const Sums &other) const {
+        for (int64_t i = 0; i < p.features * (p.padded_value + 1); ++i) {
+            key_value[i] += other.key_value[i];
+        }
+    }
+
+    // Adds the sums over other keys, at their scales.
     void merge(const Problem &p, const Sums &other) const {
         for (int64_t f = 0; f < p.features; ++f) {
-            const float scale = std::max(log_scale[f], other.log_scale[f]);
+            const float scale = larger(log_scale[f], other.log_scale[f]);
             const float mine = decay(log_scale[f], scale);
             const float theirs = decay(other.log_scale[f], scale);
             float *row = key_value + f * p.padded_value;
