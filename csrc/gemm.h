@@ -40,7 +40,7 @@ inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-            sum[r][v] = accumulate ? load(c + r * c_stride + v * kWidth) : splat(0.0f);
+            sum[r][v] = splat(0.0f);
         }
     }
     for (int64_t k = 0; k < inner; ++k) {
@@ -57,7 +57,12 @@ inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kWidth, sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+            float *at = c + r * c_stride + v * kWidth;
+            // The products are summed among themselves first: added to a long running sum one by
+            // one, each would be rounded to its last place.
+            store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
+        }
     }
 }
 

@@ -46,7 +46,7 @@ def _new_results(
     """
     batch, key_heads, groups, length, _ = query.shape
     width, features = value.shape[-1], weight.shape[-2]
-    if query.stride(3) > query.stride(1):
+    if query.stride(3) > query.stride(2 if groups > 1 else 1):
         out = value.new_empty((batch, length, key_heads, groups, width), dtype=torch.float32)
         out = out.permute(0, 2, 3, 1, 4)
     else:

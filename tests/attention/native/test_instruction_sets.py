@@ -1,0 +1,62 @@
+"""Everything that depends on the instruction set, on each that this machine has."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from performers.attention.native import library
+from tests.attention.native.support import NATIVE, REASON
+
+pytestmark = [NATIVE, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[3]
+OTHERS = () if REASON else tuple(x for x in library.available_isas() if x != library.isa())
+# What these test is the same whatever the kernels are compiled for.
+ELSEWHERE = (
+    "test_compile.py",
+    "native/test_compiled.py",
+    "native/test_instruction_sets.py",
+    "native/test_library.py",
+    "native/test_operators.py",
+    "native/test_processes.py",
+)
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_whole_battery(isa):
+    """In a process of its own: the choice is made once, when the library is loaded."""
+    command = [sys.executable, "-m", "pytest", "tests/attention", "-k", "native", "-q", "-x"]
+    command += ["-p", "no:cacheprovider", "--no-header"]
+    command += [f"--ignore=tests/attention/{name}" for name in ELSEWHERE]
+    environment = os.environ | {
+        "PERFORMERS_NATIVE_ISA": isa,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(library.__file__).parents[3]), str(ROOT)]),
+    }
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    passed = int(result.stdout.rsplit(" passed", 1)[0].rsplit(maxsplit=1)[-1])
+    assert passed > 2000
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_choice_is_the_one_asked_for(isa):
+    """Otherwise the battery above has tested the best one again."""
+    code = "from performers.attention.native import library; print(library.isa())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ
+        | {
+            "PERFORMERS_NATIVE_ISA": isa,
+            "PYTHONPATH": str(Path(library.__file__).parents[3]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.stdout == f"{isa}\n", result.stderr
