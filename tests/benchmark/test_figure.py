@@ -61,7 +61,7 @@ def test_times_that_are_not_positive_are_left_out():
 def test_model_and_decode():
     model = [
         {"size": "small", "objective": "clm", "length": n, "attention": "exact"}
-        | {"seconds": 0.1, "peak_bytes": None}
+        | {"seconds": 0.1, "peak_bytes": 1000}
         for n in (64, 128)
     ]
     figure = figure_of("model", model)
@@ -75,6 +75,14 @@ def test_model_and_decode():
     figure = figure_of("decode", decode)
     assert len(figure.axes) == 4
     assert lines(figure.axes[1])["performers torch"] == [1000, 1000]
+
+
+def test_memory_that_was_not_measured_has_no_panel():
+    rows = attention_rows()
+    for row in rows:
+        row["peak_bytes"] = None
+    figure = figure_of("attention", rows)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["seconds"] * 4
 
 
 @pytest.mark.parametrize("benchmark", ["attention", "model", "decode"])

@@ -47,7 +47,12 @@ def benchmark_figure(results: Results) -> Figure:
     if results.benchmark not in layouts:
         raise ValueError(f"results must be of one of {', '.join(layouts)}; got {results.benchmark}")
     across, name, rows_of_panels = layouts[results.benchmark](results.rows)
-    columns = max((len(panels) for panels in rows_of_panels), default=1)
+    # Memory is not always measured, and an empty panel says nothing.
+    rows_of_panels = [
+        [panel for panel in panels if any(row[panel.column] for row in panel.rows)]
+        for panels in rows_of_panels
+    ]
+    columns = max((len(panels) for panels in rows_of_panels), default=1) or 1
     lines = max(len(rows_of_panels), 1)
     figure = Figure(
         figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.5),
