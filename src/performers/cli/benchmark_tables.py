@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from performers.benchmark.groups import MEASURED
 from performers.benchmark.results import Results, Row
 
 
@@ -38,24 +39,30 @@ def _table(
     title: str, rows: list[Row], across: str, name: str, columns: tuple[_Column, ...]
 ) -> Table:
     shown = [column for column in columns if any(column.show(row) for row in rows)]
+    missing = [row for row in rows if row["status"] != MEASURED]
     table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        title=title,
+        title_justify="left",
+        caption="\n".join(
+            f"{row[name]} at {row[across]:,}: {row['status']}: {row['reason']}" for row in missing
+        ),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column(across, justify="right")
+    table.add_column(across, justify="right", no_wrap=True)
     table.add_column(name, no_wrap=True)
     for column in shown:
-        table.add_column(column.heading, justify="right")
-    table.add_column("")
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for number, row in enumerate(rows):
         first = number == 0 or rows[number - 1][across] != row[across]
         if first and number:
             table.add_section()
-        note = "" if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
         table.add_row(
             f"{row[across]:,}" if first else "",
             row[name],
             *(column.show(row) for column in shown),
-            note,
         )
     return table
 
@@ -95,35 +102,32 @@ def _value(column: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
     return lambda row: "" if row.get(column) is None else show(row[column])
 
 
-def _quartiles(row: Row) -> str:
-    low, high = row["first_quartile"], row["third_quartile"]
-    return "" if low is None else f"{seconds(low)} – {seconds(high)}"
+def _median(row: Row) -> str:
+    return seconds(row["seconds"]) if row["status"] == MEASURED else row["status"]
 
 
-_TIME = (
-    _Column("median", _value("seconds", seconds)),
-    _Column("quartiles", _quartiles),
-)
-_MEMORY = _Column("peak memory", _value("peak_bytes", nbytes))
+# Quartiles are in the files; with them the tables would not fit a terminal of 80 columns.
+_TIME = _Column("median", _median)
+_MEMORY = _Column("peak\nmemory", _value("peak_bytes", nbytes))
 
 _ATTENTION = (
-    *_TIME,
-    _Column("SDPA / this", _times("sdpa_ratio")),
-    _Column("performer-\npytorch / this", _times("performer_pytorch_ratio")),
+    _TIME,
+    _Column("SDPA\n/ this", _times("sdpa_ratio")),
+    _Column("p.-pytorch\n/ this", _times("performer_pytorch_ratio")),
     _Column("GFLOP/s", _value("gflops_per_second", _digits)),
-    _Column("of floor", _value("floor_share", lambda share: f"{100 * share:.0f}%")),
+    _Column("of\nfloor", _value("floor_share", lambda share: f"{100 * share:.0f}%")),
     _MEMORY,
 )
 _MODEL = (
-    *_TIME,
-    _Column("this / identity", _times("over_identity")),
-    _Column("exact / this", _times("exact_ratio")),
+    _TIME,
+    _Column("this /\nidentity", _times("over_identity")),
+    _Column("exact\n/ this", _times("exact_ratio")),
     _MEMORY,
-    _Column("this / identity", _times("memory_over_identity")),
+    _Column("this /\nidentity", _times("memory_over_identity")),
 )
 _DECODE = (
-    *_TIME,
+    _TIME,
     _Column("this / shortest\ncontext", _times("over_shortest_context")),
-    _Column("exact / this", _times("exact_ratio")),
+    _Column("exact\n/ this", _times("exact_ratio")),
     _Column("state", _value("state_bytes", nbytes)),
 )
