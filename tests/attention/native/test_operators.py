@@ -84,14 +84,11 @@ def test_forward(name):
 def test_backward(name):
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments(**CALLS[name])]
     results = favor_forward(*given)
-    *tensors, is_causal, return_state = given
+    *inputs, return_state = given
     random = generator(1)
     grad_out, *grads = (torch.randn(x.shape, generator=random) for x in (results[0], *results[3:5]))
     final = grads if return_state else (None, None)
-    torch.library.opcheck(
-        favor_backward,
-        (grad_out, *final, *tensors[:10], *results, *tensors[10:], is_causal),
-    )
+    torch.library.opcheck(favor_backward, (grad_out, *final, *inputs, *results))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -4,54 +4,81 @@ Autograd keeps the inputs, the output, two numbers a row and, for bidirectional 
 the keys; features are computed again in the backward pass. All sizes are linear in the length.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from performers.attention.native.interface import KINDS, Call, contiguous
 
-_FORWARD = (
-    "(Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
     "Tensor? segments, Tensor? past_key_value, Tensor? past_key_sum, Tensor? past_log_scale, "
-    "str kind, bool quadratic, float epsilon, float scale, bool is_causal, bool return_state) -> "
-    "(Tensor out, Tensor row_scale, Tensor row_inverse, Tensor key_value, Tensor key_sum, "
-    "Tensor log_scale)"
+    "str kind, bool quadratic, float epsilon, float scale, bool is_causal"
 )
+_RESULTS = ("out", "row_scale", "row_inverse", "key_value", "key_sum", "log_scale")
+_TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
+_FORWARD = f"({_INPUTS}, bool return_state) -> ({_TYPED_RESULTS})"
 _BACKWARD = (
-    "(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, Tensor query, Tensor key, "
-    "Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, Tensor? segments, "
-    "Tensor? past_key_value, Tensor? past_key_sum, Tensor? past_log_scale, Tensor out, "
-    "Tensor row_scale, Tensor row_inverse, Tensor key_value, Tensor key_sum, Tensor log_scale, "
-    "str kind, bool quadratic, float epsilon, float scale, bool is_causal) -> "
-    "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_past_key_value, "
+    f"(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, {_INPUTS}, {_TYPED_RESULTS})"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_past_key_value, "
     "Tensor grad_past_key_sum)"
 )
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _new_results(
-    query: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    segments: Tensor | None,
-    is_causal: bool,
-    return_state: bool,
-) -> _Results:
+class _Inputs(NamedTuple):
+    """What both operators are given, in the order of their schemas."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    key_mask: Tensor | None
+    segments: Tensor | None
+    past_key_value: Tensor | None
+    past_key_sum: Tensor | None
+    past_log_scale: Tensor | None
+    kind: str
+    quadratic: bool
+    epsilon: float
+    scale: float
+    is_causal: bool
+
+
+_TENSORS = 10
+
+
+def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
+    """A call with its inputs set, and the tensors that its pointers rely on."""
+    call = Call()
+    weight = inputs.weight
+    call.describe(inputs.query, inputs.key, inputs.value, weight.shape[-2], weight.shape[0])
+    call.kind, call.quadratic = KINDS[inputs.kind], inputs.quadratic
+    call.causal, call.epsilon, call.scale = inputs.is_causal, inputs.epsilon, inputs.scale
+    names = _Inputs._fields[3:_TENSORS]
+    held = contiguous([getattr(inputs, name) for name in names])
+    call.pointers(**dict(zip(names, held, strict=True)))
+    return call, held
+
+
+def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
     """Empty results: the output in the memory order of the query, rows, sums where there are any.
 
     A model passes views in which a position's heads lie together; an output of the same order
     joins its heads again without a copy.
     """
+    query, value = inputs.query, inputs.value
     batch, key_heads, groups, length, _ = query.shape
-    width, features = value.shape[-1], weight.shape[-2]
+    width, features = value.shape[-1], inputs.weight.shape[-2]
     if query.stride(3) > query.stride(2 if groups > 1 else 1):
         out = value.new_empty((batch, length, key_heads, groups, width), dtype=torch.float32)
         out = out.permute(0, 2, 3, 1, 4)
     else:
         out = value.new_empty((batch, key_heads, groups, length, width), dtype=torch.float32)
-    keeps_sums = return_state if is_causal else segments is None
+    keeps_sums = return_state if inputs.is_causal else inputs.segments is None
     sums = (batch, key_heads, features) if keeps_sums else (0, 0, 0)
     return (
         out,
@@ -63,73 +90,14 @@ def _new_results(
     )
 
 
-def _described(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    past: tuple[Tensor | None, Tensor | None, Tensor | None],
-    kind: str,
-    quadratic: bool,
-    epsilon: float,
-    scale: float,
-    is_causal: bool,
-) -> tuple[Call, list[Tensor | None]]:
-    """A call with its inputs set, and the tensors that its pointers rely on."""
-    call = Call()
-    call.describe(query, key, value, weight.shape[-2], weight.shape[0])
-    call.kind, call.quadratic, call.causal = KINDS[kind], quadratic, is_causal
-    call.epsilon, call.scale = epsilon, scale
-    inputs = contiguous((weight, bias, key_mask, segments))
-    call.pointers(**dict(zip(("weight", "bias", "key_mask", "segments"), inputs, strict=True)))
-    sums = contiguous(past)
-    names = ("past_key_value", "past_key_sum", "past_log_scale")
-    call.pointers(**dict(zip(names, sums, strict=True)))
-    return call, inputs + sums
-
-
 @torch.library.custom_op(
     "performers::favor_forward", mutates_args=(), device_types="cpu", schema=_FORWARD
 )
-def favor_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    past_key_value: Tensor | None,
-    past_key_sum: Tensor | None,
-    past_log_scale: Tensor | None,
-    kind: str,
-    quadratic: bool,
-    epsilon: float,
-    scale: float,
-    is_causal: bool,
-    return_state: bool,
-) -> _Results:
+def favor_forward(*arguments: Any) -> _Results:
     """Attention of ``AttentionProblem``'s tensors; see ``performers_call`` for the results."""
-    past = (past_key_value, past_key_sum, past_log_scale)
-    call, held = _described(
-        query,
-        key,
-        value,
-        weight,
-        bias,
-        key_mask,
-        segments,
-        past,
-        kind,
-        quadratic,
-        epsilon,
-        scale,
-        is_causal,
-    )
-    results = _new_results(query, value, weight, segments, is_causal, return_state)
+    inputs = _Inputs(*arguments[:-1])
+    call, held = _call(inputs)
+    results = _new_results(inputs, return_state=arguments[-1])
     out, row_scale, row_inverse, *sums = results
     call.arrays(out=out)
     call.pointers(row_scale=row_scale, row_inverse=row_inverse)
@@ -141,37 +109,18 @@ def favor_forward(
 
 
 @favor_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    past_key_value: Tensor | None,
-    past_key_sum: Tensor | None,
-    past_log_scale: Tensor | None,
-    kind: str,
-    quadratic: bool,
-    epsilon: float,
-    scale: float,
-    is_causal: bool,
-    return_state: bool,
-) -> _Results:
-    return _new_results(query, value, weight, segments, is_causal, return_state)
+def _(*arguments: Any) -> _Results:
+    return _new_results(_Inputs(*arguments[:-1]), return_state=arguments[-1])
 
 
-def _new_gradients(
-    query: Tensor, key: Tensor, value: Tensor, past_key_value: Tensor | None
-) -> _Gradients:
-    past = query.new_empty((0, 0, 0, 0), dtype=torch.float32)
-    if past_key_value is not None:
-        past = past_key_value.new_empty(past_key_value.shape)
+def _new_gradients(inputs: _Inputs) -> _Gradients:
+    past = inputs.query.new_empty((0, 0, 0, 0), dtype=torch.float32)
+    if inputs.past_key_value is not None:
+        past = inputs.past_key_value.new_empty(inputs.past_key_value.shape)
     return (
-        torch.empty_like(query),
-        torch.empty_like(key),
-        torch.empty_like(value),
+        torch.empty_like(inputs.query),
+        torch.empty_like(inputs.key),
+        torch.empty_like(inputs.value),
         past,
         past.new_empty(past.shape[:-1]),
     )
@@ -184,59 +133,25 @@ def favor_backward(
     grad_out: Tensor,
     grad_key_value: Tensor | None,
     grad_key_sum: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    past_key_value: Tensor | None,
-    past_key_sum: Tensor | None,
-    past_log_scale: Tensor | None,
-    out: Tensor,
-    row_scale: Tensor,
-    row_inverse: Tensor,
-    key_value: Tensor,
-    key_sum: Tensor,
-    log_scale: Tensor,
-    kind: str,
-    quadratic: bool,
-    epsilon: float,
-    scale: float,
-    is_causal: bool,
+    *arguments: Any,
 ) -> _Gradients:
-    """Gradients of query, key, value and the past's sums."""
-    past = (past_key_value, past_key_sum, past_log_scale)
-    call, held = _described(
-        query,
-        key,
-        value,
-        weight,
-        bias,
-        key_mask,
-        segments,
-        past,
-        kind,
-        quadratic,
-        epsilon,
-        scale,
-        is_causal,
-    )
-    results = contiguous((row_scale, row_inverse, key_value, key_sum, log_scale))
+    """Gradients of query, key, value and the past's sums; the forward's results come last."""
+    inputs, (out, *results) = _Inputs(*arguments[: -len(_RESULTS)]), arguments[-len(_RESULTS) :]
+    call, held = _call(inputs)
     call.arrays(out=out, grad_out=grad_out)
-    call.pointers(row_scale=results[0], row_inverse=results[1])
-    if not is_causal and key_value.numel():
-        call.pointers(key_value=results[2], key_sum=results[3], log_scale=results[4])
+    if inputs.is_causal or not results[-1].numel():
+        results = [*results[:2], None, None, None]
+    rows = contiguous(results)
+    call.pointers(**dict(zip(_RESULTS[1:], rows, strict=True)))
     final = contiguous((grad_key_value, grad_key_sum))
     call.pointers(grad_key_value=final[0], grad_key_sum=final[1])
-    gradients = _new_gradients(query, key, value, past_key_value)
+    gradients = _new_gradients(inputs)
     call.arrays(grad_query=gradients[0])
     call.arrays(grad_key=gradients[1], grad_value=gradients[2])
-    if past_key_value is not None:
+    if inputs.past_key_value is not None:
         call.pointers(grad_past_key_value=gradients[3], grad_past_key_sum=gradients[4])
     call.run("backward")
-    del held, results, final
+    del held, rows, final
     return gradients
 
 
@@ -245,38 +160,28 @@ def _(
     grad_out: Tensor,
     grad_key_value: Tensor | None,
     grad_key_sum: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    past_key_value: Tensor | None,
-    *rest: Any,
+    *arguments: Any,
 ) -> _Gradients:
-    return _new_gradients(query, key, value, past_key_value)
+    return _new_gradients(_Inputs(*arguments[: -len(_RESULTS)]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    tensors, (*constants, is_causal, _) = inputs[:10], inputs[10:]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.constants = (*constants, is_causal)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.constants = inputs[_TENSORS:-1]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, *rest = ctx.saved_tensors
-    out = rest[7]
+    inputs = _Inputs(*ctx.saved_tensors[:_TENSORS], *ctx.constants)
+    results = ctx.saved_tensors[_TENSORS:]
+    out = results[0]
     grad_out, _, _, grad_key_value, grad_key_sum, _ = grads
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-    if not ctx.constants[-1]:
+    if not inputs.is_causal:
         grad_key_value = grad_key_sum = None
-    gradients = favor_backward(
-        grad_out, grad_key_value, grad_key_sum, query, key, value, *rest, *ctx.constants
-    )
-    past = gradients[3:] if rest[4] is not None else (None, None)
+    gradients = favor_backward(grad_out, grad_key_value, grad_key_sum, *inputs, *results)
+    past = gradients[3:] if inputs.past_key_value is not None else (None, None)
     return (*gradients[:3], None, None, None, None, *past, *(None,) * 7)
 
 
