@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import performers
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.model_folder import save_model
 from performers.proteins.options import TrainingOptions
 from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
+# The package that the tests import, installed or not: in processes it must be the same one.
+SOURCE = Path(performers.__file__).resolve().parents[1]
 
 SMALL = {
     "hidden_size": 16,
