@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from performers import FavorState, GeneralizedFeatures, SoftmaxFeatures, favor_attention
 from performers.attention.native import library
@@ -117,3 +118,16 @@ def test_no_projection_under_another_default_device():
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+def test_checkpointing_changes_nothing(mode):
+    call = make_call(by_name("positive"), 70, mode).leaves()
+
+    def attend(query, key, value):
+        return favor_attention(query, key, value, call.feature_map, **call.options)
+
+    plain = torch.autograd.grad(attend(*call.inputs).square().sum(), call.inputs)
+    again = checkpoint(attend, *call.inputs, use_reentrant=False)
+    kept = torch.autograd.grad(again.square().sum(), call.inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))

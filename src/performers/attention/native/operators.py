@@ -172,8 +172,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs = _Inputs(*ctx.saved_tensors[:_TENSORS], *ctx.constants)
-    results = ctx.saved_tensors[_TENSORS:]
+    # Once: under torch.utils.checkpoint a second look is an error.
+    saved = ctx.saved_tensors
+    inputs, results = _Inputs(*saved[:_TENSORS], *ctx.constants), saved[_TENSORS:]
     out = results[0]
     grad_out, _, _, grad_key_value, grad_key_sum, _ = grads
     if grad_out is None:
