@@ -6,14 +6,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from performers import FavorState, GeneralizedFeatures, SoftmaxFeatures, favor_attention
-from performers.attention.native import library
 from performers.features import FeatureForm
 from tests.attention.cases import MODES, make_call
+from tests.attention.native.support import NATIVE
 from tests.features.cases import by_name
 
-pytestmark = pytest.mark.skipif(
-    library.unavailable_reason() is not None, reason="no compiled kernels here"
-)
+pytestmark = NATIVE
 
 
 def test_forward_mode_derivatives_are_not_dropped():

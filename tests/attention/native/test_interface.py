@@ -2,13 +2,12 @@
 
 import ctypes
 
-import pytest
-
 from performers.attention.native import library
 from performers.attention.native.interface import Call
+from tests.attention.native.support import NATIVE
 
 
-@pytest.mark.skipif(library.unavailable_reason() is not None, reason="no compiled kernels here")
+@NATIVE
 def test_both_sides_agree_on_the_size_of_a_call():
     size = library.load().performers_call_size
     size.restype = ctypes.c_int64
