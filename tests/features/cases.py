@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from performers import GeneralizedFeatures, SoftmaxFeatures
-from performers.features import FeatureMap
+from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap
+from tests.features.calibrated import calibrate, learned, log_calibrated, log_learned
 
-LogPhi = Callable[[FeatureMap, Tensor], tuple[Tensor, Tensor]]
-"""``(feature_map, x)`` to ``log`` and ``base`` with ``phi = base * exp(log)``.
+LogPhi = Callable[..., tuple[Tensor, Tensor]]
+"""``(feature_map, x, *, is_query=False)`` to ``log`` and ``base`` with ``phi = base * exp(log)``.
 
 ``x`` is float64, already multiplied by ``sqrt(scale)``, shape ``(batch, heads, T, head_dim)``;
 both results have shape ``(batch, heads, T, num_features)``. Constants common to all features are
-left in, so that ``sum phi(q) phi(k)`` is the kernel estimate.
+left in, so that ``sum phi(q) phi(k)`` is the kernel estimate. Queries and keys have the same
+``phi`` unless the estimator balances them against one another.
 """
 
 
@@ -35,7 +37,9 @@ class Case:
         signed: Whether features take both signs, so that normalisers can come close to zero.
         softmax: Whether the inner product estimates ``exp(q . k)``.
         biased: Whether that estimate is biased on purpose.
-        projected: Whether there is a random projection.
+        projected: Whether there is a projection, which may be one per head.
+        drawn: Whether that projection is random, and drawn again by ``redraw_``.
+        calibrated: Whether the estimator is fitted to data; ``build`` fits it to a fixed sample.
         function: The scalar function of a generalized map, in float64.
         epsilon: The constant of a generalized map.
     """
@@ -47,6 +51,8 @@ class Case:
     softmax: bool = False
     biased: bool = False
     projected: bool = True
+    drawn: bool = True
+    calibrated: bool = False
     function: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     epsilon: float = 0.0
 
@@ -65,18 +71,24 @@ def _projected(feature_map: FeatureMap, x: Tensor) -> Tensor:
     return torch.einsum("bhtd,hmd->bhtm", x, weight_of(feature_map, x.shape[1]))
 
 
-def _log_positive(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+def _log_positive(
+    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+) -> tuple[Tensor, Tensor]:
     log = _projected(feature_map, x) - x.pow(2).sum(-1, keepdim=True) / 2
     return log - math.log(log.shape[-1]) / 2, torch.ones_like(log)
 
 
-def _log_hyperbolic(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+def _log_hyperbolic(
+    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+) -> tuple[Tensor, Tensor]:
     wx = _projected(feature_map, x)
     log = torch.cat((wx, -wx), dim=-1) - x.pow(2).sum(-1, keepdim=True) / 2
     return log - math.log(2 * wx.shape[-1]) / 2, torch.ones_like(log)
 
 
-def _log_trigonometric(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+def _log_trigonometric(
+    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+) -> tuple[Tensor, Tensor]:
     wx = _projected(feature_map, x)
     waves = torch.cat((wx.sin(), wx.cos()), dim=-1)
     log = x.pow(2).sum(-1, keepdim=True) / 2 - math.log(wx.shape[-1]) / 2
@@ -84,7 +96,9 @@ def _log_trigonometric(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tens
 
 
 def _log_of(function: Callable[[Tensor], Tensor], epsilon: float, projected: bool) -> LogPhi:
-    def log_phi(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+    def log_phi(
+        feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+    ) -> tuple[Tensor, Tensor]:
         wx = _projected(feature_map, x) if projected else x
         base = function(wx) + epsilon
         # A mean over draws; without a projection there is nothing to average.
@@ -95,7 +109,9 @@ def _log_of(function: Callable[[Tensor], Tensor], epsilon: float, projected: boo
 
 
 def _log_exp(epsilon: float) -> LogPhi:
-    def log_phi(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+    def log_phi(
+        feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+    ) -> tuple[Tensor, Tensor]:
         log = _projected(feature_map, x)
         if epsilon:
             log = torch.logaddexp(log, torch.full_like(log, math.log(epsilon)))
@@ -104,17 +120,30 @@ def _log_exp(epsilon: float) -> LogPhi:
     return log_phi
 
 
-def _softmax_case(name: str, log_phi: LogPhi, **options: object) -> Case:
+def _softmax_case(estimator: str, projection: str = "orthogonal", **options: object) -> Case:
     def build(head_dim: int, num_features: int | None = None, **more: object) -> FeatureMap:
-        return SoftmaxFeatures(head_dim, num_features, **options, **more)
+        built = SoftmaxFeatures(
+            head_dim,
+            num_features,
+            estimator=estimator,
+            projection=projection,
+            **options,
+            **more,
+        )
+        return calibrate(built) if estimator in CALIBRATED else built
 
+    regularized = bool(options.get("regularized", False))
+    # Named after what is not the default.
+    parts = {estimator: estimator != "positive" or not regularized, "regularized": regularized}
+    parts[projection] = projection != "orthogonal"
     return Case(
-        name,
+        "-".join(part for part, there in parts.items() if there),
         build,
-        log_phi,
+        _LOG_PHI.get(estimator, log_calibrated),
         softmax=True,
-        signed=options.get("estimator") == "trigonometric",
-        biased=bool(options.get("regularized", False)),
+        signed=estimator == "trigonometric",
+        biased=regularized,
+        calibrated=estimator in CALIBRATED,
     )
 
 
@@ -143,6 +172,7 @@ def _generalized_case(
         log_phi or _log_of(function, epsilon, projected),
         signed=signed,
         projected=projected,
+        drawn=projected,
         function=function,
         epsilon=epsilon,
     )
@@ -164,28 +194,36 @@ def _sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + (-x).exp())
 
 
+_LOG_PHI = {
+    "positive": _log_positive,
+    "hyperbolic": _log_hyperbolic,
+    "trigonometric": _log_trigonometric,
+}
+TWO_SIDED = ("hyperbolic", "trigonometric")
+
+# Every choice that the package accepts, and the regularized ones of the plain projections.
 SOFTMAX = [
-    _softmax_case("positive", _log_positive),
-    _softmax_case("positive-gaussian", _log_positive, projection="gaussian"),
-    _softmax_case("hyperbolic", _log_hyperbolic, estimator="hyperbolic"),
-    _softmax_case(
-        "hyperbolic-gaussian", _log_hyperbolic, estimator="hyperbolic", projection="gaussian"
+    *(
+        _softmax_case(estimator, projection)
+        for estimator in ESTIMATORS
+        for projection in PROJECTIONS
+        if not (estimator in TWO_SIDED and projection == "antithetic")
     ),
-    _softmax_case("trigonometric", _log_trigonometric, estimator="trigonometric"),
-    _softmax_case(
-        "trigonometric-gaussian",
-        _log_trigonometric,
-        estimator="trigonometric",
-        projection="gaussian",
-    ),
-    _softmax_case("regularized", _log_positive, regularized=True),
+    *(_softmax_case("positive", projection, regularized=True) for projection in PROJECTIONS),
+    _softmax_case("hyperbolic", regularized=True),
+    _softmax_case("trigonometric", regularized=True),
 ]
+
+LEARNED = Case(
+    "learned", learned, log_learned, softmax=True, biased=True, drawn=False, calibrated=True
+)
 
 GENERALIZED = [
     _generalized_case("relu", "relu", lambda x: x.clamp(min=0)),
     _generalized_case(
         "relu-gaussian", "relu", lambda x: x.clamp(min=0), projection="gaussian", epsilon=0.01
     ),
+    _generalized_case("relu-antithetic", "relu", lambda x: x.clamp(min=0), projection="antithetic"),
     _generalized_case("elu+1", "elu+1", _elu_plus_one),
     _generalized_case("exp", "exp", torch.exp, log_phi=_log_exp(1e-3)),
     _generalized_case("exp-no-epsilon", "exp", torch.exp, epsilon=0.0, log_phi=_log_exp(0.0)),
@@ -200,12 +238,35 @@ GENERALIZED = [
     _generalized_case("deterministic-elu+1", "elu+1", _elu_plus_one, projection=None),
 ]
 
-CASES = SOFTMAX + GENERALIZED
+CASES = [*SOFTMAX, LEARNED, *GENERALIZED]
 
 
 def by_name(name: str) -> Case:
     """The case of that name."""
     return next(case for case in CASES if case.name == name)
+
+
+# For batteries that run everything for each case. Estimators and projections reach attention as the
+# same few tensors, so it takes one of each kind: drawn with and without coupling, two-sided,
+# signed, balanced with a bias, a bias alone, trained.
+REPRESENTATIVE = [
+    *map(
+        by_name,
+        (
+            "positive",
+            "positive-gaussian",
+            "hyperbolic",
+            "hyperbolic-gaussian",
+            "trigonometric",
+            "trigonometric-gaussian",
+            "regularized",
+            "optimal-simplex",
+            "data_aware",
+            "learned",
+        ),
+    ),
+    *(case for case in GENERALIZED if case.name != "relu-antithetic"),
+]
 
 
 def generator(seed: int) -> torch.Generator:

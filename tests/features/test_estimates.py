@@ -52,10 +52,14 @@ def test_features_are_the_formula(case, num_heads):
     x = torch.randn(2, 3, 7, 12, generator=generator(2), dtype=torch.float64)
     y = torch.randn(2, 3, 5, 12, generator=generator(3), dtype=torch.float64)
     for scale, factor in ((None, 12**-0.25), (1.0, 1.0), (0.09, 0.3), (0.0, 0.0)):
-        log_x, base_x = case.log_phi(feature_map, x * factor)
+        log_x, base_x = case.log_phi(feature_map, x * factor, is_query=True)
         log_y, base_y = case.log_phi(feature_map, y * factor)
         phi_x, phi_y = base_x * log_x.exp(), base_y * log_y.exp()
-        torch.testing.assert_close(feature_map(x, scale=scale), phi_x, rtol=1e-10, atol=1e-12)
+        for got, phi in (
+            (feature_map(x, scale=scale, is_query=True), phi_x),
+            (feature_map(y, scale=scale), phi_y),
+        ):
+            torch.testing.assert_close(got, phi, rtol=1e-10, atol=1e-12)
         kernel = feature_map.estimate_kernel(x, y, scale=scale)
         torch.testing.assert_close(kernel, phi_x @ phi_y.mT, rtol=1e-10, atol=1e-12)
     assert feature_map(x).shape[-1] == feature_map.num_features

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from performers import GeneralizedFeatures, PerformerAttention, SoftmaxFeatures, redraw_features_
-from performers.features import ESTIMATORS, FUNCTIONS, PROJECTIONS
-from tests.features.cases import CASES, by_name, generator
+from performers.features import CALIBRATED, ESTIMATORS, FUNCTIONS, PROJECTIONS
+from tests.features.cases import CASES, GENERALIZED, SOFTMAX, TWO_SIDED, by_name, generator
 
-PROJECTED = [case for case in CASES if case.projected]
+DRAWN = [case for case in CASES if case.drawn]
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,9 @@ def test_default_num_features(head_dim, num_features):
 
 
 def test_every_documented_choice_exists():
-    assert {"positive", "hyperbolic", "trigonometric"} <= set(ESTIMATORS)
-    assert {"orthogonal", "gaussian"} <= set(PROJECTIONS)
+    assert {"positive", "hyperbolic", "trigonometric", *CALIBRATED} == set(ESTIMATORS)
+    assert {"optimal", "sderf", "saderf", "data_aware"} == set(CALIBRATED)
+    assert {"orthogonal", "gaussian", "simplex", "hadamard", "antithetic"} == set(PROJECTIONS)
     names = {"relu", "elu+1", "exp", "sigmoid", "gelu", "cos", "tanh", "abs", "identity"}
     assert names <= set(FUNCTIONS)
 
@@ -37,13 +38,14 @@ def test_every_documented_choice_exists():
 @pytest.mark.parametrize("projection", PROJECTIONS)
 def test_every_softmax_choice_has_a_case(estimator, projection):
     """The battery must not miss an estimator that the package offers."""
-    built = [case.build(4, 8) for case in CASES if case.softmax]
-    assert any(m.estimator == estimator and m.projection == projection for m in built)
+    built = [case.build(4, 8) for case in SOFTMAX]
+    found = any(m.estimator == estimator and m.projection == projection for m in built)
+    assert found == (estimator not in TWO_SIDED or projection != "antithetic")
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS)
 def test_every_function_has_a_case(fn):
-    built = [case.build(4, 8) for case in CASES if not case.softmax]
+    built = [case.build(4, 8) for case in GENERALIZED]
     assert any(m.fn == fn for m in built)
 
 
@@ -55,17 +57,18 @@ def test_deterministic_maps_have_no_projection():
     assert redraw_features_(nn.ModuleList([feature_map])) == 1
 
 
-@pytest.mark.parametrize("case", PROJECTED, ids=str)
+@pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_projection_is_a_buffer_and_not_a_parameter(case):
     feature_map = case.build(8, 24, num_heads=3)
     assert list(feature_map.parameters()) == []
-    assert list(feature_map.state_dict()) == ["weight"]
+    fit = {"center", "transform", "query_transform", "key_transform", "log_volume"}
+    assert set(feature_map.state_dict()) == {"weight", *(fit if case.calibrated else ())}
     assert feature_map.weight.shape[::2] == (3, 8)
     assert feature_map.weight.dtype == torch.get_default_dtype()
     assert case.build(8, 24).weight.shape[0] == 1
 
 
-@pytest.mark.parametrize("case", PROJECTED, ids=str)
+@pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_a_generator_decides_the_projection(case):
     first = case.build(8, 24, num_heads=2, generator=generator(0))
     torch.manual_seed(123)
@@ -84,7 +87,7 @@ def test_a_generator_leaves_the_global_stream_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("case", PROJECTED, ids=str)
+@pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_redraw_is_fresh_and_in_place(case):
     feature_map = case.build(8, 24, num_heads=2, generator=generator(0))
     buffer, before = feature_map.weight, feature_map.weight.clone()
@@ -139,9 +142,9 @@ def test_deepcopy_is_separate(case):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_to_dtype(case, dtype):
     feature_map = case.build(8, 24, generator=generator(0)).to(dtype)
-    if case.projected:
+    for buffer in feature_map.buffers():
         # A rounded projection is no longer orthogonal: it stays in float32 at least.
-        assert feature_map.weight.dtype == torch.promote_types(dtype, torch.float32)
+        assert buffer.dtype == torch.promote_types(dtype, torch.float32)
     x = torch.randn(5, 8, generator=generator(1)).to(dtype)
     estimate = feature_map.estimate_kernel(x, x)
     assert estimate.dtype == dtype
@@ -177,13 +180,20 @@ def test_construction_on_meta_then_loading(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_calibration_changes_nothing(case):
+def test_calibration_changes_only_what_is_fitted(case):
     feature_map = case.build(8, 24, generator=generator(0))
     before = copy.deepcopy(feature_map.state_dict())
     query, key = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
     mask = torch.ones(2, 7, dtype=torch.bool)
     assert feature_map.calibrate_(query, key, key_mask=mask, scale=0.5) is feature_map
-    assert all(torch.equal(before[name], x) for name, x in feature_map.state_dict().items())
+    changed = {
+        name for name, x in feature_map.state_dict().items() if not torch.equal(before[name], x)
+    }
+    if case.calibrated and case.drawn:
+        assert {"transform", "log_volume"} <= changed
+        assert "weight" not in changed
+    else:
+        assert not changed
 
 
 def test_replicas_take_the_original_projection():

@@ -3,11 +3,13 @@
 from performers.features.base import FeatureMap
 from performers.features.form import FeatureForm
 from performers.features.generalized import FUNCTIONS, GeneralizedFeatures
+from performers.features.learned import LearnedFeatures
 from performers.features.projections import PROJECTIONS, draw_projection
 from performers.features.redraw import FeatureRedrawer, redraw_features_
-from performers.features.softmax import ESTIMATORS, SoftmaxFeatures
+from performers.features.softmax import CALIBRATED, ESTIMATORS, SoftmaxFeatures
 
 __all__ = [
+    "CALIBRATED",
     "ESTIMATORS",
     "FUNCTIONS",
     "PROJECTIONS",
@@ -15,6 +17,7 @@ __all__ = [
     "FeatureMap",
     "FeatureRedrawer",
     "GeneralizedFeatures",
+    "LearnedFeatures",
     "SoftmaxFeatures",
     "draw_projection",
     "redraw_features_",

@@ -95,12 +95,13 @@ class FeatureMap(nn.Module):
         self.redraw_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
-        """Move, but keep the projection in float32 at least: rounding breaks orthogonality."""
-        before = self.weight
+        """Move, but keep all tensors in float32 at least: rounding breaks orthogonality."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        after = self.weight
-        if before is not None and after is not None and after.itemsize < 4 <= before.itemsize:
-            self.weight = before.to(after.device)
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if tensor is not None and after is not None and after.itemsize < 4 <= tensor.itemsize:
+                self._buffers[name] = tensor.to(after.device)
         return self
 
     def calibrate_(
@@ -109,41 +110,56 @@ class FeatureMap(nn.Module):
         key: Tensor,
         key_mask: Tensor | None = None,
         scale: float | None = None,
+        *,
+        is_causal: bool = False,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> "FeatureMap":
         """Fit a data-dependent estimator to sample queries and keys; a no-op for the others.
 
+        Calls add up: the fit is that to all batches given so far. Pass the options that attention
+        will be called with: pairs that are exact there do not count here.
+
         Args:
             query: Shape ``(batch, heads, L, head_dim)``.
-            key: Shape ``(batch, heads, S, head_dim)``.
+            key: Shape ``(batch, key_heads, S, head_dim)``; ``key_heads`` divides ``heads``.
             key_mask: Shape ``(batch, S)``, True where a key takes part.
             scale: As in ``estimate_kernel``.
+            is_causal: Query ``i`` sees keys ``0..i`` only.
+            window: Pairs with ``|i - j| <= window`` are exact.
+            sinks: The first ``sinks`` keys are exact.
 
         Returns:
             Self.
+
+        Raises:
+            ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
         """
-        del query, key, key_mask, scale
+        del query, key, key_mask, scale, is_causal, window, sinks
         return self
 
     def form(self) -> FeatureForm:
         """The record that attention backends evaluate."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float | None = None, *, is_query: bool = False) -> Tensor:
         """The features ``phi(sqrt(scale) x)``, unstabilised, for inspection.
 
-        ``forward(q) @ forward(k).T`` is ``estimate_kernel(q, k)``. Large inputs overflow here;
-        attention does not go through this function.
+        ``forward(q, is_query=True) @ forward(k).T`` is ``estimate_kernel(q, k)``. Large inputs
+        overflow here; attention does not go through this function.
 
         Args:
             x: Shape ``(..., L, head_dim)``, or ``(..., num_heads, L, head_dim)`` for a map with a
                 projection per head.
             scale: ``1 / sqrt(head_dim)`` when None.
+            is_query: Whether these are queries; it matters only to an estimator that balances
+                queries against keys.
 
         Returns:
             Shape ``(..., L, num_features)``.
         """
         with without_autocast(x.device):
-            base, exponent = self._decompose(x, "x", scale)
+            base, exponent = self._decompose(x, "x", scale, is_query=is_query)
             features = base if exponent is None else exponent.exp()
             assert features is not None
             if base is not None and exponent is not None:
@@ -169,8 +185,8 @@ class FeatureMap(nn.Module):
             ValueError: The last dimension is not ``head_dim``, or ``scale`` is negative.
         """
         with without_autocast(query.device):
-            query_base, query_exponent = self._decompose(query, "query", scale)
-            key_base, key_exponent = self._decompose(key, "key", scale)
+            query_base, query_exponent = self._decompose(query, "query", scale, is_query=True)
+            key_base, key_exponent = self._decompose(key, "key", scale, is_query=False)
             left, left_scale = _bounded(query_base, query_exponent)
             right, right_scale = _bounded(key_base, key_exponent)
             kernel = (left @ right.transpose(-1, -2)) * self.form().normalizer
@@ -179,7 +195,7 @@ class FeatureMap(nn.Module):
             return kernel.to(query.dtype)
 
     def _decompose(
-        self, x: Tensor, name: str, scale: float | None
+        self, x: Tensor, name: str, scale: float | None, *, is_query: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ValueError(
@@ -192,7 +208,10 @@ class FeatureMap(nn.Module):
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
         root = math.sqrt(resolve_scale(scale, self.head_dim))
-        return self.form().to(dtype).decompose(x.to(dtype) * root, is_query=False)
+        form = self.form().to(dtype)
+        x = form.transformed(x.to(dtype) * root, is_query=is_query)
+        # Whole rows are compared here, so the norms of queries stay in.
+        return form.decompose(x, is_query=False)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -34,6 +34,10 @@ class FeatureForm(NamedTuple):
         quadratic: Whether an exponential form subtracts ``|x|^2 / 2``.
         epsilon: Added to every feature.
         function: ``f`` of an elementwise form.
+        query_transform: A matrix ``M`` that queries are multiplied with before anything else,
+            ``x -> M x``, shape ``(1 or heads, head_dim, head_dim)``; None for the identity.
+        key_transform: The same for keys. The inner product of a transformed query and a
+            transformed key is that of the originals.
     """
 
     kind: Kind
@@ -44,42 +48,54 @@ class FeatureForm(NamedTuple):
     quadratic: bool = True
     epsilon: float = 0.0
     function: Callable[[Tensor], Tensor] | None = None
+    query_transform: Tensor | None = None
+    key_transform: Tensor | None = None
 
     def num_heads(self) -> int:
         """Heads that have a projection of their own; 1 when all share one."""
         return 1 if self.weight is None else self.weight.shape[0]
 
+    def estimates_softmax(self) -> bool:
+        """Whether inner products of features estimate ``exp(q . k)``."""
+        return self.kind == "trigonometric" or (self.kind == "exponential" and self.quadratic)
+
     def to(self, dtype: torch.dtype) -> "FeatureForm":
         """The same form with its tensors in ``dtype``."""
-        return FeatureForm(
-            self.kind,
-            None if self.weight is None else self.weight.to(dtype),
-            None if self.bias is None else self.bias.to(dtype),
-            self.num_features,
-            self.normalizer,
-            self.quadratic,
-            self.epsilon,
-            self.function,
-        )
+        return self._mapped(lambda tensor: tensor.to(dtype))
 
     def copied(self) -> "FeatureForm":
         """The same form with tensors of its own, still in the graph of these."""
+        return self._mapped(torch.clone)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "FeatureForm":
         return FeatureForm(
             self.kind,
-            None if self.weight is None else self.weight.clone(),
-            None if self.bias is None else self.bias.clone(),
+            None if self.weight is None else function(self.weight),
+            None if self.bias is None else function(self.bias),
             self.num_features,
             self.normalizer,
             self.quadratic,
             self.epsilon,
             self.function,
+            None if self.query_transform is None else function(self.query_transform),
+            None if self.key_transform is None else function(self.key_transform),
         )
+
+    def transformed(self, x: Tensor, *, is_query: bool) -> Tensor:
+        """``M x`` of every vector, shape ``(..., heads, T, head_dim)``."""
+        matrix = self.query_transform if is_query else self.key_transform
+        if matrix is None:
+            return x
+        if matrix.shape[0] == 1:
+            return F.linear(x, matrix[0])
+        return x @ matrix.transpose(-1, -2)
 
     def decompose(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
         """Features as ``base * exp(exponent)``.
 
         Args:
-            x: Vectors already multiplied by ``sqrt(scale)``, shape ``(..., heads, T, head_dim)``.
+            x: Transformed vectors, already multiplied by ``sqrt(scale)``, shape
+                ``(..., heads, T, head_dim)``.
             is_query: Leave out what depends on the whole row only (``|q|^2 / 2``): it cancels in
                 the normalisation of attention.
 

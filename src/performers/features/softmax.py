@@ -1,15 +1,38 @@
 """Unbiased random features of the softmax kernel ``exp(q . k)``."""
 
+import copy
+import math
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-from performers.features.base import FeatureMap, default_num_features
+from performers.features.base import FeatureMap, default_num_features, resolve_scale
 from performers.features.form import FeatureForm
+from performers.features.moments import PairMoments, add_attention_pairs
 from performers.features.projections import PROJECTIONS, Projection
+from performers.features.proposal import (
+    Proposal,
+    fit_data_aware,
+    fit_optimal,
+    fit_saderf,
+    fit_sderf,
+    standard_proposal,
+)
 
-Estimator = Literal["positive", "hyperbolic", "trigonometric"]
+Estimator = Literal[
+    "positive", "hyperbolic", "trigonometric", "optimal", "sderf", "saderf", "data_aware"
+]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
+_TWO_SIDED = ("hyperbolic", "trigonometric")
+_FITS: dict[str, Callable[[PairMoments], Proposal]] = {
+    "optimal": fit_optimal,
+    "sderf": fit_sderf,
+    "saderf": fit_saderf,
+    "data_aware": fit_data_aware,
+}
+CALIBRATED = tuple(_FITS)
 
 
 class SoftmaxFeatures(FeatureMap):
@@ -22,19 +45,31 @@ class SoftmaxFeatures(FeatureMap):
     * ``trigonometric``: ``exp(|x'|^2 / 2) (sin w_i . x', cos w_i . x') sqrt(2 / m)``, ``m / 2``
       draws. Not positive: normalisers can come close to zero.
 
-    All are unbiased for Gaussian and orthogonal rows. ``regularized=True`` (SMREG) fixes the row
-    lengths at ``sqrt(head_dim)``: less variance, biased low by a factor that tends to one as
-    ``head_dim`` grows. Source: Choromanski et al. 2021 (arXiv 2009.14794), Lemmas 1 and 2,
-    sections 2.4 and 3.
+    Four more draw their rows from a Gaussian fitted to queries and keys, and correct for that with
+    a bias: ``phi(x) = exp(w_i . x' + b_i - |x'|^2 / 2) / sqrt(m)`` (``features/proposal.py`` has
+    the formulas). Call ``calibrate_`` first; before it they are ``positive``.
+
+    * ``data_aware``: centre and covariance fitted to the pairs that matter to attention, after
+      queries and keys have been brought to one covariance. The most accurate on real heads.
+    * ``optimal``: FAVOR++, one width for all directions.
+    * ``sderf``, ``saderf``: FAVOR# as published, dense and symmetric.
+
+    All are unbiased for every projection, and whatever they were calibrated on.
+    ``regularized=True`` (SMREG) fixes the row lengths at ``sqrt(head_dim)``: less variance, biased
+    low by a factor that tends to one as ``head_dim`` grows. Source: Choromanski et al. 2021 (arXiv
+    2009.14794), Lemmas 1 and 2, sections 2.4 and 3; Likhosherstov et al. 2022 (arXiv 2205.15317)
+    and 2023 (arXiv 2302.00787).
 
     Args:
         head_dim: Length of a query or key vector.
         num_features: Length ``m`` of ``phi(x)``; by default the multiple of 32 nearest
             ``head_dim * ln(head_dim)``, at least 32. Even for the two-sided estimators.
-        estimator: One of the three above.
-        projection: ``"orthogonal"`` (blocks of ``head_dim`` orthogonal rows) or ``"gaussian"``.
-        regularized: SMREG.
-        num_heads: Draw a projection per head; None shares one.
+        estimator: One of the seven above.
+        projection: How rows are drawn: ``"orthogonal"``, ``"gaussian"``, ``"simplex"``,
+            ``"hadamard"`` or ``"antithetic"`` (for one-sided estimators only), see
+            ``draw_projection``.
+        regularized: SMREG; not for the estimators that are calibrated.
+        num_heads: Draw and fit a projection per head; None shares one.
         generator: Source of randomness; torch's default generator when None.
 
     Raises:
@@ -45,6 +80,12 @@ class SoftmaxFeatures(FeatureMap):
         >>> features.estimate_kernel(torch.randn(10, 64), torch.randn(12, 64)).shape
         torch.Size([10, 12])
     """
+
+    center: Tensor
+    transform: Tensor
+    query_transform: Tensor
+    key_transform: Tensor
+    log_volume: Tensor
 
     def __init__(
         self,
@@ -65,11 +106,21 @@ class SoftmaxFeatures(FeatureMap):
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
         if num_features is None:
             num_features = default_num_features(head_dim)
-        two_sided = estimator != "positive"
+        two_sided = estimator in _TWO_SIDED
         if num_features < 1 or (two_sided and num_features % 2):
             wanted = "a positive even number" if two_sided else "at least 1"
             raise ValueError(
                 f"num_features must be {wanted} for the {estimator} estimator, got {num_features}"
+            )
+        if two_sided and projection == "antithetic":
+            raise ValueError(
+                f"projection must not be 'antithetic' for the {estimator} estimator, which has the "
+                "opposite of every row already: all rows would come twice; take 'orthogonal'"
+            )
+        if regularized and estimator in CALIBRATED:
+            raise ValueError(
+                f"regularized must be False for the {estimator} estimator, whose correction is "
+                f"for Gaussian rows; it goes with {tuple(set(ESTIMATORS) - set(CALIBRATED))}"
             )
         self.estimator = estimator
         super().__init__(
@@ -81,6 +132,122 @@ class SoftmaxFeatures(FeatureMap):
             num_heads=num_heads,
             generator=generator,
         )
+        self._moments: PairMoments | None = None
+        if estimator in CALIBRATED:
+            weight = self.weight
+            assert weight is not None
+            for name, tensor in _tensors(standard_proposal(num_heads or 1, head_dim)).items():
+                self.register_buffer(name, tensor.to(weight).clone())
+
+    @torch.no_grad()
+    def calibrate_(
+        self,
+        query: Tensor,
+        key: Tensor,
+        key_mask: Tensor | None = None,
+        scale: float | None = None,
+        *,
+        is_causal: bool = False,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> "SoftmaxFeatures":
+        """Fit the estimator to sample queries and keys; a no-op for those that are not fitted.
+
+        Calls add up, so that samples can be streamed; ``reset_calibration_`` forgets them.
+        Projections stay as drawn, and ``redraw_`` keeps the fit. With fewer samples than a few
+        times ``head_dim`` the fit of ``data_aware`` is pulled towards that of ``optimal``.
+
+        Args:
+            query: Shape ``(batch, heads, L, head_dim)``.
+            key: Shape ``(batch, key_heads, S, head_dim)``; ``key_heads`` divides ``heads``. Heads
+                that share a projection are pooled.
+            key_mask: Bool, shape ``(batch, S)``, True where a key takes part.
+            scale: As in ``estimate_kernel``.
+            is_causal: Query ``i`` sees keys ``0..i`` only.
+            window: Pairs with ``|i - j| <= window`` are exact.
+            sinks: The first ``sinks`` keys are exact.
+
+        Returns:
+            Self.
+
+        Raises:
+            ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
+        """
+        if self.estimator not in CALIBRATED:
+            return self
+        query, key = self._grouped(query, key)
+        if key_mask is not None and (
+            key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])
+        ):
+            raise ValueError(
+                f"key_mask must be a bool tensor of shape {(key.shape[0], key.shape[2])}, True = "
+                f"takes part, got {key_mask.dtype} {tuple(key_mask.shape)}"
+            )
+        # A copy: a call that fails half-way leaves nothing behind.
+        moments = copy.deepcopy(self._moments) or PairMoments.empty(
+            self.num_heads or 1, self.head_dim
+        )
+        root = math.sqrt(resolve_scale(scale, self.head_dim))
+        add_attention_pairs(
+            moments,
+            query * root,
+            key * root,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            window=window,
+            sinks=sinks,
+            attention_weighted=self.estimator == "data_aware",
+        )
+        if not bool((moments.weight > 0).any()):
+            raise ValueError(
+                "query and key leave no pair to estimate: with these window, sinks and key_mask "
+                "all are exact; calibrate on longer sequences, or with a smaller window"
+            )
+        self._moments = moments
+        self._adopt(_FITS[self.estimator](moments))
+        return self
+
+    def reset_calibration_(self) -> "SoftmaxFeatures":
+        """Forget all samples: the estimator is ``positive`` again.
+
+        Returns:
+            Self.
+        """
+        self._moments = None
+        if self.estimator in CALIBRATED:
+            self._adopt(standard_proposal(self.num_heads or 1, self.head_dim))
+        return self
+
+    def _adopt(self, proposal: Proposal) -> None:
+        for name, tensor in _tensors(proposal).items():
+            self.get_buffer(name).copy_(tensor)
+
+    def _grouped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Query ``(batch, heads, groups, L, d)`` and key ``(batch, heads, S, d)``.
+
+        Afterwards heads are those of the projection, or those of the keys when all share one.
+        """
+        for name, x in (("query", query), ("key", key)):
+            if x.ndim != 4 or x.shape[-1] != self.head_dim or not x.is_floating_point():
+                raise ValueError(
+                    f"{name} must be a floating-point tensor of shape (batch, heads, length, "
+                    f"{self.head_dim}), got {x.dtype} {tuple(x.shape)}"
+                )
+        heads, key_heads = query.shape[1], key.shape[1]
+        if key.shape[0] != query.shape[0] or key_heads == 0 or heads % key_heads:
+            raise ValueError(
+                f"key must have batch size {query.shape[0]} and a number of heads that divides "
+                f"{heads}, got {tuple(key.shape)}"
+            )
+        if self.num_heads not in (None, heads, key_heads):
+            raise ValueError(
+                f"query has {heads} heads and key has {key_heads}, but the feature map has "
+                f"num_heads={self.num_heads}: it must be one of these or None"
+            )
+        if self.num_heads == heads != key_heads:
+            key = key.repeat_interleave(heads // key_heads, dim=1)
+            key_heads = heads
+        return query.unflatten(1, (key_heads, heads // key_heads)), key
 
     def form(self) -> FeatureForm:
         """The record that attention backends evaluate."""
@@ -90,9 +257,48 @@ class SoftmaxFeatures(FeatureMap):
             return FeatureForm("trigonometric", weight, None, self.num_features, 1 / self._num_rows)
         if self.estimator == "hyperbolic":
             weight = torch.cat((weight, -weight), dim=-2)
-        return FeatureForm("exponential", weight, None, self.num_features, 1 / self.num_features)
+        if self.estimator not in CALIBRATED:
+            return FeatureForm(
+                "exponential", weight, None, self.num_features, 1 / self.num_features
+            )
+        rows, bias = _proposed_rows(weight, self.center, self.transform, self.log_volume)
+        balanced = self.estimator in ("saderf", "data_aware")
+        return FeatureForm(
+            "exponential",
+            rows,
+            bias,
+            self.num_features,
+            1 / self.num_features,
+            query_transform=self.query_transform if balanced else None,
+            key_transform=self.key_transform if balanced else None,
+        )
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         regularized = ", regularized=True" if self.regularized else ""
         return f"{super().extra_repr()}, estimator={self.estimator!r}{regularized}"
+
+
+def _tensors(proposal: Proposal) -> dict[str, Tensor]:
+    """What a map keeps of a proposal, by the names of its buffers."""
+    return {**proposal._asdict(), "log_volume": torch.linalg.slogdet(proposal.transform)[1]}
+
+
+def _proposed_rows(
+    draws: Tensor, center: Tensor, transform: Tensor, log_volume: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows drawn from ``N(c, T T^T)`` and the bias that corrects for it.
+
+    Args:
+        draws: Rows ``e`` of ``N(0, I)``, shape ``(heads, rows, d)``.
+        center: ``c``, shape ``(heads, d)``.
+        transform: ``T``, shape ``(heads, d, d)``.
+        log_volume: ``log |det T|``, shape ``(heads,)``.
+
+    Returns:
+        ``w = c + T e`` of shape ``(heads, rows, d)`` and
+        ``b = (|e|^2 - |w|^2) / 4 + log |det T| / 2`` of shape ``(heads, rows)``.
+    """
+    rows = draws @ transform.mT + center.unsqueeze(-2)
+    norms = draws.square().sum(-1) - rows.square().sum(-1)
+    return rows, norms / 4 + log_volume.unsqueeze(-1) / 2
