@@ -6,7 +6,7 @@
 // normaliser is at least one.
 #pragma once
 
-#include "feature_blocks.h"
+#include "exact_pairs.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -78,10 +78,12 @@ inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, c
 
 struct QueryBuffers {
     Block block;
+    ExactBuffers near;
     float *features, *out, *scale, *inverse;
 
     QueryBuffers(Arena &arena, const Problem &p)
         : block(arena, p),
+          near(arena, p),
           features(arena.take(p.features * kBlock)),
           out(arena.take(kBlock * p.padded_value)),
           scale(arena.take(kBlock)),
@@ -130,19 +132,23 @@ inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t b
     }
 }
 
-// The queries [begin, end) of all groups of a head against the sums.
-inline void read_out(const Problem &p, int64_t head, int64_t begin, int64_t end, const Sums &sums,
+// The queries of a span in all groups of a head against the sums.
+inline void read_out(const Problem &p, int64_t head, const Span &span, const Sums &sums,
                      QueryBuffers &b) {
     for (int64_t group = 0; group < p.call.groups; ++group) {
         const Rows queries = p.query_rows(p.call.query, head, group);
-        for (int64_t start = begin; start < end; start += kBlock) {
-            const int64_t rows = smaller(kBlock, end - start);
+        for (int64_t start = span.begin; start < span.end; start += kBlock) {
+            const int64_t rows = smaller(kBlock, span.end - start);
             b.block.load_queries(p, queries, start, rows);
             project(p, p.weights_of(head), b.block, p.query_inner, 0, p.features, b.features);
             query_features(p, b.features, rows, sums.log_scale, sums.key_sum, b.scale, b.inverse);
-            for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
             multiply(rows, p.padded_value, p.features, columns_of(b.features, kBlock),
                      sums.key_value, p.padded_value, b.out, p.padded_value, false);
+            if (p.exact) {
+                exact_sums(p, head, span, start, b.block, b.near);
+                add_exact(p, rows, b.near, b.out, b.scale, b.inverse);
+            }
+            for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
             finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);
         }
     }

@@ -1,7 +1,6 @@
 // Bidirectional calls: heads, parts of heads, or packed sequences.
 #pragma once
 
-#include "gradients.h"
 #include "tasks.h"
 
 namespace performers::PERFORMERS_ISA {
@@ -15,7 +14,7 @@ inline void forward_packed(const Problem &p) {
         auto b = in_scratch<ForwardBuffers>(p);
         b.sums.clear(p);
         absorb(p, i / count, span.begin, span.end, b.sums, b.keys);
-        read_out(p, i / count, span.begin, span.end, b.sums, b.queries);
+        read_out(p, i / count, span, b.sums, b.queries);
     });
 }
 
@@ -35,12 +34,12 @@ inline void forward_bidirectional(const Problem &p) {
             b.sums.clear(p);
             absorb(p, head, 0, p.call.size, b.sums, b.keys);
             export_bidirectional(p, head, b.sums);
-            read_out(p, head, 0, p.call.length, b.sums, b.queries);
+            read_out(p, head, all_positions(p.call), b.sums, b.queries);
         });
     }
     SharedMemory memory(p.heads * key_parts * Sums::size(p));
-    const std::vector<Span> keys = cut(p.call.size, key_parts);
-    const std::vector<Span> queries = cut(p.call.length, query_parts);
+    const std::vector<Span> keys = cut(p.call.size, p.call.size, key_parts);
+    const std::vector<Span> queries = cut(p.call.length, p.call.size, query_parts);
     const auto partial = [&](int64_t i) { return Sums(memory.data() + i * Sums::size(p), p); };
     parallel(p, p.heads * key_parts, [&](int64_t i) {
         auto b = in_scratch<ForwardBuffers>(p);
@@ -58,7 +57,7 @@ inline void forward_bidirectional(const Problem &p) {
         auto b = in_scratch<ForwardBuffers>(p);
         const Span span = queries[static_cast<size_t>(i % query_parts)];
         b.sums.copy(p, partial(i / query_parts * key_parts));
-        read_out(p, i / query_parts, span.begin, span.end, b.sums, b.queries);
+        read_out(p, i / query_parts, span, b.sums, b.queries);
     });
 }
 
@@ -74,15 +73,18 @@ struct BackwardBuffers {
           keys(arena, p),
           sums(arena.take(Sums::size(p)), p),
           grad_sums(arena.take(Sums::size(p)), p) {}
+
+    void train(const WeightSums &trained) { queries.trained = keys.trained = trained; }
 };
 
-inline void backward_packed(const Problem &p) {
+inline void backward_packed(const Problem &p, const WeightGradients &trained) {
     const std::vector<Span> spans = sequences(p.call);
     const int64_t count = static_cast<int64_t>(spans.size());
-    parallel(p, p.heads * count, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
         const int64_t head = i / count;
         const Span span = spans[static_cast<size_t>(i % count)];
         auto b = in_scratch<BackwardBuffers>(p);
+        b.train(sums);
         b.sums.clear(p);
         b.grad_sums.clear(p);
         // Keeping the sums of every short sequence would take more memory than the sequence.
@@ -92,12 +94,13 @@ inline void backward_packed(const Problem &p) {
     });
 }
 
-inline void backward_bidirectional(const Problem &p) {
+inline void backward_bidirectional(const Problem &p, const WeightGradients &trained) {
     const int64_t key_parts = bidirectional_parts(p, p.call.size);
     const int64_t query_parts = bidirectional_parts(p, p.call.length);
     if (key_parts == 1 && query_parts == 1) {
-        return parallel(p, p.heads, [&](int64_t head) {
+        return trained.parallel_tasks(p.heads, [&](int64_t head, const WeightSums &sums) {
             auto b = in_scratch<BackwardBuffers>(p);
+            b.train(sums);
             import_bidirectional(p, head, b.sums);
             b.grad_sums.clear(p);
             query_gradients(p, head, 0, p.call.length, b.sums, b.grad_sums, b.queries);
@@ -105,19 +108,21 @@ inline void backward_bidirectional(const Problem &p) {
         });
     }
     SharedMemory memory(p.heads * query_parts * Sums::size(p));
-    const std::vector<Span> keys = cut(p.call.size, key_parts);
-    const std::vector<Span> queries = cut(p.call.length, query_parts);
+    const std::vector<Span> keys = cut(p.call.size, p.call.size, key_parts);
+    const std::vector<Span> queries = cut(p.call.length, p.call.size, query_parts);
     const auto partial = [&](int64_t i) { return Sums(memory.data() + i * Sums::size(p), p); };
-    parallel(p, p.heads * query_parts, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * query_parts, [&](int64_t i, const WeightSums &sums) {
         auto b = in_scratch<BackwardBuffers>(p);
+        b.train(sums);
         const Span span = queries[static_cast<size_t>(i % query_parts)];
         import_bidirectional(p, i / query_parts, b.sums);
         b.grad_sums.clear(p);
         query_gradients(p, i / query_parts, span.begin, span.end, b.sums, b.grad_sums, b.queries);
         partial(i).copy(p, b.grad_sums);
     });
-    parallel(p, p.heads * key_parts, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * key_parts, [&](int64_t i, const WeightSums &sums) {
         auto b = in_scratch<BackwardBuffers>(p);
+        b.train(sums);
         const int64_t head = i / key_parts;
         const Span span = keys[static_cast<size_t>(i % key_parts)];
         import_bidirectional(p, head, b.sums);

@@ -137,7 +137,9 @@ inline float unchanged(float x) { return x; }
 // Row r, as float32, with zeros from `width` to `padded`.
 inline void read(const Rows &rows, int64_t r, int64_t width, int64_t padded, float *to) {
     const char *row = rows.row(r);
-    if (rows.type == PERFORMERS_FLOAT32) {
+    if (rows.type == PERFORMERS_FLOAT32 && rows.column_stride == 1) {
+        std::memcpy(to, row, sizeof(float) * static_cast<size_t>(width));
+    } else if (rows.type == PERFORMERS_FLOAT32) {
         read_row<float>(row, rows.column_stride, width, to, unchanged);
     } else if (rows.type == PERFORMERS_BFLOAT16) {
         read_row<uint16_t>(row, rows.column_stride, width, to, from_bfloat16);

@@ -1,4 +1,6 @@
-// Causal attention: chunks of kBlock positions, running sums between them, pairs within them.
+// Causal attention: chunks of kBlock positions, running sums between them, pairs within them. With a
+// window the keys are those that leave it: row i + shift of the keys goes with query i, which sees
+// the rows before that.
 //
 // Keys and queries of a chunk stand at one scale per feature, its largest exponent over the past
 // and the chunk: products of features are then at most one, and float32 keeps every pair that
@@ -42,8 +44,11 @@ struct ChunkKeys {
           past_sum(arena.take(p.features)),
           past_value(arena.take(p.features * p.padded_value)) {}
 
-    void fetch(const Problem &p, int64_t head, int64_t begin, int64_t rows) {
-        block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep);
+    // The keys of the queries from `begin` on: theirs, or those that leave their windows.
+    void fetch(const Problem &p, int64_t head, const Span &span, int64_t begin, int64_t rows) {
+        begin += p.shift;
+        block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep,
+                        span.first);
         load_values(p, p.key_rows(p.call.value, head), begin, rows, keep, value);
         project(p, p.weights_of(head), block, p.key_inner, 0, p.features, features);
         has_exponents = false;
@@ -100,14 +105,14 @@ struct ChunkKeys {
         }
     }
 
-    // The first position of the chunk that sees a key, in it or before it.
+    // The first query of the chunk that sees a key, in it or before it.
     int64_t first_seen(const Problem &p) const {
         for (int64_t f = 0; f < p.features; ++f) {
             if (past_scale[f] > -kInfinity) return 0;
         }
         int64_t first = 0;
         while (first < block.rows && keep[first] == 0) ++first;
-        return first;
+        return first + (p.strict ? 1 : 0);
     }
 
     // Row f of the past's values at its own scale, after `advance`.
@@ -124,12 +129,15 @@ struct ChunkKeys {
     }
 };
 
-// Zeros where the key (row) comes after the query (column), and up to whole vectors.
-inline void clear_future(float *pairs, int64_t rows) {
-    const int64_t used = round_up(rows, kWidth);
+// How many keys of its chunk a row sees.
+inline int64_t seen_keys(const Problem &p, int64_t row) { return p.strict ? row : row + 1; }
+
+// Zeros where the key (row) comes after those that the query (column) sees, and up to whole vectors.
+inline void clear_future(const Problem &p, float *pairs, int64_t rows) {
+    const int64_t used = round_up(rows, kWidth), after = p.strict ? 1 : 0;
     for (int64_t j = 0; j < rows; ++j) {
         float *row = pairs + j * kBlock;
-        for (int64_t i = 0; i < j; ++i) row[i] = 0;
+        for (int64_t i = 0; i < j + after; ++i) row[i] = 0;
         for (int64_t i = rows; i < used; ++i) row[i] = 0;
     }
 }
@@ -148,7 +156,7 @@ struct ExactRow {
 
     // `query` (features, kBlock): the exponents of the chunk's queries. Key exponents are loaded.
     void compute(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys) {
-        const int64_t used = round_up(row + 1, kWidth);
+        const int64_t seen = seen_keys(p, row), used = round_up(seen, kWidth);
         Vector peaks[kBlock / kWidth];
         for (int64_t j = 0; j < used; j += kWidth) peaks[j / kWidth] = splat(-kInfinity);
         scale = -kInfinity;
@@ -161,17 +169,17 @@ struct ExactRow {
             }
         }
         for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, peaks[j / kWidth]);
-        for (int64_t j = 0; j <= row; ++j) scale = larger(scale, pairs[j]);
+        for (int64_t j = 0; j < seen; ++j) scale = larger(scale, pairs[j]);
         compute_at(p, query, row, keys, finite(scale));
         normaliser = 0;
         for (int64_t f = 0; f < p.features; ++f) normaliser += past[f] * keys.past_sum[f];
-        for (int64_t j = 0; j <= row; ++j) normaliser += pairs[j];
+        for (int64_t j = 0; j < seen; ++j) normaliser += pairs[j];
     }
 
     // The same at a known scale, without the normaliser.
     void compute_at(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys,
                     float known) {
-        const int64_t used = round_up(row + 1, kWidth);
+        const int64_t seen = seen_keys(p, row), used = round_up(seen, kWidth);
         Vector sums[kBlock / kWidth];
         for (int64_t j = 0; j < used; j += kWidth) sums[j / kWidth] = splat(0.0f);
         scale = known;
@@ -183,7 +191,7 @@ struct ExactRow {
             }
         }
         for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, sums[j / kWidth]);
-        for (int64_t j = row + 1; j < used; ++j) pairs[j] = 0;
+        for (int64_t j = seen; j < used; ++j) pairs[j] = 0;
     }
 
     // Feature f of the row's pairs with the keys from j on. Those the row may not see can be of any
@@ -210,6 +218,14 @@ struct CausalBuffers {
           sums(arena.take(Sums::size(p)), p) {}
 };
 
+// What exact pairs add to the normaliser of row r, at the scale of its features.
+inline float exact_share(const Problem &p, int64_t r, const CausalBuffers &b) {
+    if (!p.exact) return 0;
+    const ExactBuffers &e = b.q.near;
+    const float scale = e.scale[r] - e.offset[r] - b.q.scale[r];
+    return e.normaliser[r] * exp2(smaller(scale, 100.0f));
+}
+
 // Rows whose normaliser says that pairs may have been lost: all of them again, one by one.
 inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t rows,
                       CausalBuffers &b) {
@@ -218,6 +234,7 @@ inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t 
     for (int64_t r = first; r < rows; ++r) {
         // Written so that a normaliser which is not a number is left alone.
         if (!(b.q.inverse[r] < kSmallestNormaliser)) continue;
+        if (exact_share(p, r, b) >= kSmallestNormaliser) continue;
         if (!ready) {
             b.keys.load_exponents(p, p.weights_of(head));
             project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features,
@@ -231,7 +248,7 @@ inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t 
             for (int64_t f = 0; f < p.features; ++f) {
                 sum += load(b.keys.past_row(p, sums, f) + c) * splat(b.exact.past[f]);
             }
-            for (int64_t j = 0; j <= r; ++j) {
+            for (int64_t j = 0; j < seen_keys(p, r); ++j) {
                 sum += load(b.keys.value + j * p.padded_value + c) * splat(b.exact.pairs[j]);
             }
             store(out + c, sum);
@@ -241,13 +258,13 @@ inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t 
     }
 }
 
-// The positions [begin, end) of all groups of a head, after the keys in `sums`, which gains theirs.
-inline void causal_rows(const Problem &p, int64_t head, int64_t begin, int64_t end,
-                        const Sums &sums, CausalBuffers &b) {
+// The positions of a span in all groups of a head, after the keys in `sums`, which gains theirs.
+inline void causal_rows(const Problem &p, int64_t head, const Span &span, const Sums &sums,
+                        CausalBuffers &b) {
     const float *weights = p.weights_of(head);
-    for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = smaller(kBlock, end - start);
-        b.keys.fetch(p, head, start, rows);
+    for (int64_t start = span.begin; start < span.end; start += kBlock) {
+        const int64_t rows = smaller(kBlock, span.end - start);
+        b.keys.fetch(p, head, span, start, rows);
         b.keys.advance(p, sums);
         for (int64_t group = 0; group < p.call.groups; ++group) {
             QueryBuffers &q = b.q;
@@ -255,19 +272,21 @@ inline void causal_rows(const Problem &p, int64_t head, int64_t begin, int64_t e
             project(p, weights, q.block, p.query_inner, 0, p.features, q.features);
             query_features(p, q.features, rows, sums.log_scale, sums.key_sum, q.scale,
                            q.inverse);
-            multiply_upper(rows, rows, p.features, columns_of(b.keys.features, kBlock), q.features,
-                           kBlock, b.pairs, kBlock);
-            clear_future(b.pairs, rows);
+            multiply_band(rows, rows, p.features, columns_of(b.keys.features, kBlock), q.features,
+                           kBlock, b.pairs, kBlock, kUpTo);
+            clear_future(p, b.pairs, rows);
             for (int64_t j = 0; j < rows; ++j) {
                 for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
                     store(q.inverse + i, load(q.inverse + i) + load(b.pairs + j * kBlock + i));
                 }
             }
             multiply(rows, p.padded_value, rows, columns_of(b.pairs, kBlock), b.keys.value,
-                     p.padded_value, q.out, p.padded_value, false, Part::inner_up_to_row);
+                     p.padded_value, q.out, p.padded_value, false, by_row(kUpTo));
             multiply(rows, p.padded_value, p.features, columns_of(q.features, kBlock),
                      sums.key_value, p.padded_value, q.out, p.padded_value, true);
+            if (p.exact) exact_sums(p, head, span, start, q.block, q.near);
             if (p.exponential) mend_rows(p, head, sums, rows, b);
+            if (p.exact) add_exact(p, rows, q.near, q.out, q.scale, q.inverse);
             for (int64_t r = 0; r < rows; ++r) q.inverse[r] = inverse_of(q.inverse[r]);
             finish_rows(p, head, group, start, rows, q.out, q.scale, q.inverse);
         }

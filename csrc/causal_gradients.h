@@ -22,6 +22,7 @@ struct CausalGradientBuffers {
     float *key_slope, *exact_slope;  // (features, kBlock)
     float *slope_sum, *grad_x, *grad_value, *grad_key_sum;
     Sums sums, grad_sums, exact_sums;
+    WeightSums trained;
 
     CausalGradientBuffers(Arena &arena, const Problem &p)
         : keys(arena, p),
@@ -47,15 +48,15 @@ struct CausalGradientBuffers {
 
 // d loss / d (normalised pair): grad_i . v_j - delta_i, zero where the key comes after the query.
 inline void pair_gradients(const Problem &p, int64_t rows, CausalGradientBuffers &b) {
-    multiply_upper(rows, rows, p.value_dim, rows_of(b.keys.value, p.padded_value),
-                   b.q.grad_transposed, kBlock, b.pair_grads, kBlock);
+    multiply_band(rows, rows, p.value_dim, rows_of(b.keys.value, p.padded_value),
+                   b.q.grad_transposed, kBlock, b.pair_grads, kBlock, kUpTo);
     for (int64_t j = 0; j < rows; ++j) {
         for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
             float *at = b.pair_grads + j * kBlock + i;
             store(at, load(at) - load(b.q.delta + i));
         }
     }
-    clear_future(b.pair_grads, rows);
+    clear_future(p, b.pair_grads, rows);
 }
 
 // Calls visit(r, 1 / normaliser) for the rows that were summed at a scale of their own, after
@@ -79,10 +80,12 @@ inline bool for_exact_rows(const Problem &p, int64_t head, CausalGradientBuffers
 }
 
 // The gradients of an exact row's pairs, times 1 / normaliser, in the place of the pairs.
-inline const float *exact_shares(int64_t r, float inverse, CausalGradientBuffers &b) {
+inline const float *exact_shares(const Problem &p, int64_t r, float inverse,
+                                 CausalGradientBuffers &b) {
+    const int64_t seen = seen_keys(p, r);
     float *shares = b.exact.pairs;
-    for (int64_t j = 0; j < round_up(r + 1, kWidth); ++j) {
-        shares[j] = j <= r ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
+    for (int64_t j = 0; j < round_up(seen, kWidth); ++j) {
+        shares[j] = j < seen ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
     }
     return shares;
 }
@@ -91,8 +94,8 @@ inline const float *exact_shares(int64_t r, float inverse, CausalGradientBuffers
 inline void exact_query_slopes(const Problem &p, int64_t r, float inverse, const Sums &sums,
                                CausalGradientBuffers &b) {
     const float *grad = b.q.grad + r * p.padded_value;
-    const int64_t used = round_up(r + 1, kWidth);
-    const float *shares = exact_shares(r, inverse, b);
+    const int64_t used = round_up(seen_keys(p, r), kWidth);
+    const float *shares = exact_shares(p, r, inverse, b);
     for (int64_t f = 0; f < p.features; ++f) {
         const float *past = b.keys.past_row(p, sums, f);
         Vector along = splat(0.0f), within = splat(0.0f);
@@ -142,19 +145,19 @@ inline void add_rows(const Problem &p, const Sums &grad_sums, CausalGradientBuff
              p.padded_value, grad_sums.key_value, p.padded_value, true);
 }
 
-// The first pass over [begin, end), from the sums before it (b.sums). The log scales before each
+// The first pass over a span, from the sums before it (b.sums). The log scales before each
 // chunk, and after the last, become rows of `scales`. With `gather`, b.grad_sums gains the gradient
 // of the sums that entered, at their scales.
-inline void causal_query_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
-                                   float *scales, bool gather, CausalGradientBuffers &b) {
+inline void causal_query_gradients(const Problem &p, int64_t head, const Span &span, float *scales,
+                                   bool gather, CausalGradientBuffers &b) {
     const float *weights = p.weights_of(head);
     const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
     const float *entering = scales;
-    for (int64_t start = begin; start < end; start += kBlock) {
-        const int64_t rows = smaller(kBlock, end - start);
+    for (int64_t start = span.begin; start < span.end; start += kBlock) {
+        const int64_t rows = smaller(kBlock, span.end - start);
         std::memcpy(scales, b.sums.log_scale, scale_bytes);
         scales += p.features;
-        b.keys.fetch(p, head, start, rows);
+        b.keys.fetch(p, head, span, start, rows);
         b.keys.advance(p, b.sums);
         for (int64_t group = 0; group < p.call.groups; ++group) {
             b.q.fetch(p, head, group, start, rows);
@@ -163,7 +166,7 @@ inline void causal_query_gradients(const Problem &p, int64_t head, int64_t begin
             multiply(p.features, rows, p.value_dim, rows_of(b.sums.key_value, p.padded_value),
                      b.q.grad_transposed, kBlock, b.slope, kBlock, false);
             multiply(p.features, rows, rows, rows_of(b.keys.features, kBlock), b.pair_grads, kBlock,
-                     b.slope, kBlock, true, Part::inner_up_to_column);
+                     b.slope, kBlock, true, by_column(kUpTo));
             query_slopes(p, b.q, b.sums, 0, p.features, b.features, b.slope, nullptr);
             for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
                 if (gather) {
@@ -173,10 +176,13 @@ inline void causal_query_gradients(const Problem &p, int64_t head, int64_t begin
                 }
                 exact_query_slopes(p, r, inverse, b.sums, b);
             });
+            b.trained.add(p, head, 0, p.features, b.slope, b.q.block);
             multiply(rows, p.padded_dim, p.features, columns_of(b.slope, kBlock), weights,
                      p.weight_stride, b.grad_x, p.padded_dim, false);
-            scale_and_write(p.query_rows(p.call.grad_query, head, group), start, rows, p.head_dim,
-                            p.padded_dim, b.grad_x, projection_unit(p));
+            for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
+            if (p.exact) sum_slopes(b.slope, p.features, rows, b.slope_sum);
+            finish_gradients(p, p.query_rows(p.call.grad_query, head, group), start, b.q.block,
+                             b.grad_x, p.exact ? b.slope_sum : nullptr);
             if (gather) {
                 add_rows(p, b.grad_sums, b, [&](int64_t f) {
                     return decay(entering[f], b.sums.log_scale[f]);
@@ -211,14 +217,14 @@ inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int
     project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features, b.features);
     normalised_features(p, b.q, log_scale, b.features);
     pair_gradients(p, rows, b);
-    multiply_upper(rows, rows, p.features, columns_of(b.keys.features, kBlock), b.features, kBlock,
-                   b.pairs, kBlock);
-    clear_future(b.pairs, rows);
+    multiply_band(rows, rows, p.features, columns_of(b.keys.features, kBlock), b.features, kBlock,
+                   b.pairs, kBlock, kUpTo);
+    clear_future(p, b.pairs, rows);
     const bool any = for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
         add_exact_row(p, r, inverse, b.exact_sums, b, [](int64_t) { return 1.0f; });
-        const int64_t used = round_up(r + 1, kWidth);
-        for (int64_t j = 0; j <= r; ++j) b.pairs[j * kBlock + r] = b.exact.pairs[j] * inverse;
-        const float *shares = exact_shares(r, inverse, b);
+        const int64_t seen = seen_keys(p, r), used = round_up(seen, kWidth);
+        for (int64_t j = 0; j < seen; ++j) b.pairs[j * kBlock + r] = b.exact.pairs[j] * inverse;
+        const float *shares = exact_shares(p, r, inverse, b);
         for (int64_t f = 0; f < p.features; ++f) {
             for (int64_t j = 0; j < used; j += kWidth) {
                 const int64_t at = f * kBlock + j;
@@ -229,9 +235,9 @@ inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int
     });
     transpose(b.pair_grads, kBlock, rows, round_up(rows, kWidth), b.pair_grads_rows);
     multiply(p.features, rows, rows, rows_of(b.features, kBlock), b.pair_grads_rows, kBlock,
-             b.key_slope, kBlock, true, Part::inner_from_column);
+             b.key_slope, kBlock, true, by_column(kFrom));
     multiply(rows, p.padded_value, rows, rows_of(b.pairs, kBlock), b.q.grad, p.padded_value,
-             b.grad_value, p.padded_value, true, Part::inner_from_row);
+             b.grad_value, p.padded_value, true, by_row(kFrom));
     add_rows(p, b.grad_sums, b, [](int64_t) { return 1.0f; });
     return any;
 }
@@ -271,19 +277,20 @@ inline void pass_to_past(const Problem &p, const float *before, const float *aft
     if (exact) b.grad_sums.add(p, b.exact_sums);
 }
 
-// The second pass over [begin, end), with the log scales of the first. b.grad_sums is the gradient
-// of the sums after `end` and becomes that of the sums before `begin`.
-inline void causal_key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
+// The second pass over a span, with the log scales of the first. b.grad_sums is the gradient of the
+// sums after the span and becomes that of the sums before it.
+inline void causal_key_gradients(const Problem &p, int64_t head, const Span &span,
                                  const float *scales, CausalGradientBuffers &b) {
     const float *weights = p.weights_of(head);
     const Rows grad_keys = p.key_rows(p.call.grad_key, head);
     const Rows grad_values = p.key_rows(p.call.grad_value, head);
     const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
-    const int64_t chunks = (end - begin + kBlock - 1) / kBlock;
+    const int64_t chunks = (span.end - span.begin + kBlock - 1) / kBlock;
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t start = begin + chunk * kBlock, rows = smaller(kBlock, end - start);
+        const int64_t start = span.begin + chunk * kBlock;
+        const int64_t rows = smaller(kBlock, span.end - start), key_row = start + p.shift;
         const float *before = scales + chunk * p.features, *after = before + p.features;
-        b.keys.fetch(p, head, start, rows);
+        b.keys.fetch(p, head, span, start, rows);
         if (!p.exponential) {
             // Whether a feature has a slope is known from its projection only: epsilon may hide it.
             std::memcpy(b.keys.exponents, b.keys.features, kBlock * scale_bytes);
@@ -303,11 +310,13 @@ inline void causal_key_gradients(const Problem &p, int64_t head, int64_t begin, 
             exact |= add_chunk_queries(p, head, group, start, rows, after, b);
         }
         chunk_key_slopes(p, exact, b);
+        b.trained.add(p, head, 0, p.features, b.key_slope, b.keys.block);
         multiply(rows, p.padded_dim, p.features, columns_of(b.key_slope, kBlock), weights,
                  p.weight_stride, b.grad_x, p.padded_dim, false);
-        finish_key_gradients(p, grad_keys, start, b.keys.block, b.grad_x, b.slope_sum);
-        for (int64_t r = 0; r < rows; ++r) {
-            write(grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
+        finish_gradients(p, grad_keys, key_row, b.keys.block, b.grad_x, b.slope_sum, span.first);
+        for (int64_t r = larger<int64_t>(0, span.first - key_row); r < rows; ++r) {
+            write_gradient(p, grad_values, key_row + r, p.value_dim,
+                           b.grad_value + r * p.padded_value);
         }
         pass_to_past(p, before, after, exact, b);
     }

@@ -18,7 +18,7 @@ struct CausalPlan {
         const int64_t parts =
             parts_of(p.call.length, (p.call.threads + p.heads - 1) / p.heads);
         if (parts == 1) return;
-        spans = cut(p.call.length, parts);
+        spans = cut(p.call.length, p.call.size, parts);
         scan = true;
     }
 
@@ -40,7 +40,8 @@ public:
             const int64_t head = i / (count - 1), part = i % (count - 1);
             const Span span = plan.spans[static_cast<size_t>(part)];
             b.sums.clear(p);
-            absorb(p, head, span.begin, span.end, b.sums, b.keys);
+            absorb(p, head, larger(span.first, span.begin + p.shift), span.end + p.shift, b.sums,
+                   b.keys);
             at(head * count + part + 1).copy(p, b.sums);
         });
         parallel(p, p.heads, [&](int64_t head) {
@@ -70,7 +71,7 @@ inline void forward_causal(const Problem &p) {
         } else {
             import_past(p, head, b.sums);
         }
-        causal_rows(p, head, plan.span(i).begin, plan.span(i).end, b.sums, b);
+        causal_rows(p, head, plan.span(i), b.sums, b);
         if (plan.is_last(i)) export_state(p, head, b.sums);
     });
 }
@@ -91,22 +92,25 @@ inline void export_past_gradient(const Problem &p, int64_t head, const Sums &gra
 
 inline int64_t scale_rows(Span span) { return (span.end - span.begin + kBlock - 1) / kBlock + 1; }
 
-inline void backward_causal_sequences(const Problem &p, const CausalPlan &plan) {
+inline void backward_causal_sequences(const Problem &p, const CausalPlan &plan,
+                                      const WeightGradients &trained) {
     const int64_t count = plan.count();
-    parallel(p, p.heads * count, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
         const int64_t head = i / count;
         const Span span = plan.span(i);
         SharedMemory scales(scale_rows(span) * p.features);
         auto b = in_scratch<CausalGradientBuffers>(p);
+        b.trained = sums;
         import_past(p, head, b.sums);
-        causal_query_gradients(p, head, span.begin, span.end, scales.data(), false, b);
+        causal_query_gradients(p, head, span, scales.data(), false, b);
         import_final_gradient(p, head, b.grad_sums);
-        causal_key_gradients(p, head, span.begin, span.end, scales.data(), b);
+        causal_key_gradients(p, head, span, scales.data(), b);
         if (!p.call.segments) export_past_gradient(p, head, b.grad_sums);
     });
 }
 
-inline void backward_causal_scan(const Problem &p, const CausalPlan &plan) {
+inline void backward_causal_scan(const Problem &p, const CausalPlan &plan,
+                                 const WeightGradients &trained) {
     const int64_t count = plan.count();
     EnteringSums entering(p, plan);
     SharedMemory grads(p.heads * count * Sums::size(p));
@@ -114,12 +118,12 @@ inline void backward_causal_scan(const Problem &p, const CausalPlan &plan) {
     const int64_t most = scale_rows(plan.spans[0]);  // no span is longer
     SharedMemory scales(p.heads * count * most * p.features);
     const auto scales_at = [&](int64_t i) { return scales.data() + i * most * p.features; };
-    parallel(p, p.heads * count, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
         auto b = in_scratch<CausalGradientBuffers>(p);
+        b.trained = sums;
         b.sums.copy(p, entering.at(i));
         b.grad_sums.clear(p);
-        causal_query_gradients(p, i / count, plan.span(i).begin, plan.span(i).end, scales_at(i),
-                               true, b);
+        causal_query_gradients(p, i / count, plan.span(i), scales_at(i), true, b);
         grad_at(i).copy(p, b.grad_sums);
     });
     // What span i gave to the sums before it becomes the gradient of the sums after span i - 1.
@@ -139,10 +143,11 @@ inline void backward_causal_scan(const Problem &p, const CausalPlan &plan) {
         }
         export_past_gradient(p, head, b.grad_sums);
     });
-    parallel(p, p.heads * count, [&](int64_t i) {
+    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
         auto b = in_scratch<CausalGradientBuffers>(p);
+        b.trained = sums;
         b.grad_sums.copy(p, grad_at(i));
-        causal_key_gradients(p, i / count, plan.span(i).begin, plan.span(i).end, scales_at(i), b);
+        causal_key_gradients(p, i / count, plan.span(i), scales_at(i), b);
     });
 }
 

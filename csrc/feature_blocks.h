@@ -31,10 +31,21 @@ inline float decay(float before, float after) {
     return before == after ? 1.0f : exp2(before - after);
 }
 
+// Positions of queries of one sequence: all of it, or a part. `first` and `last` bound the keys of
+// the sequence.
+struct Span {
+    int64_t begin, end;
+    int64_t first, last;
+};
+
 // Sizes and packed weights of one call.
 struct Problem {
     const performers_call &call;
     bool exponential;
+    bool exact;      // whether there are exact pairs
+    bool strict;     // whether the keys that a causal query meets through features end before...
+    int64_t shift;   // ...or at row i + shift, for query i
+    int64_t window;  // reach of exact pairs, or -1
     int64_t heads;  // batch times key heads
     int64_t features, head_dim, value_dim;
     int64_t padded_dim, padded_value;  // rows of packed blocks
@@ -42,10 +53,15 @@ struct Problem {
     int64_t query_inner, key_inner;  // columns of the weights that meet queries, and keys
     float norm_root;  // |norm_root x|^2 is what a key's exponents lose
     float epsilon;
+    float log_normalizer;
     float *weights = nullptr;  // (weight_heads, features, weight_stride)
 
     explicit Problem(const performers_call &call) : call(call) {
         exponential = call.kind == PERFORMERS_EXPONENTIAL;
+        window = smaller(call.window, call.length + call.size);
+        strict = window >= 0;
+        exact = strict || call.sinks > 0;
+        shift = strict ? call.offset - window : 0;
         heads = call.batch * call.key_heads;
         features = call.features;
         head_dim = call.head_dim;
@@ -57,6 +73,7 @@ struct Problem {
         key_inner = query_inner + (exponential ? 1 : 0);
         norm_root = call.quadratic ? static_cast<float>(std::sqrt(call.scale * kLog2e / 2)) : 0.0f;
         epsilon = static_cast<float>(call.epsilon);
+        log_normalizer = exact ? static_cast<float>(std::log2(call.normalizer)) : 0.0f;
     }
 
     int64_t batch_of(int64_t head) const { return head / call.key_heads; }
@@ -91,6 +108,10 @@ struct Problem {
     int64_t row_index(int64_t head, int64_t group, int64_t position) const {
         return (head * call.groups + group) * call.length + position;
     }
+    // The index of a span's sequence among those that have sinks.
+    int64_t sequence_of(int64_t head, const Span &span) const {
+        return call.segments ? call.segments[span.first] : batch_of(head);
+    }
     const uint8_t *mask(int64_t head) const {
         return call.key_mask ? call.key_mask + batch_of(head) * call.size : nullptr;
     }
@@ -116,13 +137,15 @@ struct Block {
         if (p.call.bias) fill(p.head_dim, used, 1.0f);
     }
 
-    // `keep` (kBlock) becomes one for keys that take part, zero for others.
+    // `keep` (kBlock) becomes one for keys that take part, zero for others and for rows before
+    // `first`.
     void load_keys(const Problem &p, const Rows &from, const uint8_t *mask, int64_t begin,
-                   int64_t count, float *keep) {
+                   int64_t count, float *keep, int64_t first = 0) {
         rows = count;
         const int64_t used = round_up(rows, kWidth);
         for (int64_t r = 0; r < used; ++r) {
-            keep[r] = r < rows && (!mask || mask[begin + r]) ? 1.0f : 0.0f;
+            const bool there = r < rows && begin + r >= first;
+            keep[r] = there && (!mask || mask[begin + r]) ? 1.0f : 0.0f;
             if (keep[r] != 0) {
                 read(from, begin + r, p.head_dim, p.padded_dim, x + r * p.padded_dim);
             } else {
@@ -134,7 +157,25 @@ struct Block {
         if (p.exponential) norms(p, used, keep);
     }
 
+    // For queries beside exact pairs: the binary logarithm of the factor that their features lack,
+    // normalizer exp(-scale |q|^2 / 2).
+    void offsets(const Problem &p, float *to) const {
+        for (int64_t r = 0; r < rows; r += kWidth) {
+            store(to + r, splat(p.log_normalizer) - squared_norm(p, r));
+        }
+    }
+
 private:
+    // |norm_root x|^2 of the rows from r on.
+    Vector squared_norm(const Problem &p, int64_t r) const {
+        Vector sum = splat(0.0f);
+        for (int64_t c = 0; c < p.head_dim; ++c) {
+            const Vector y = load(transposed + c * kBlock + r) * p.norm_root;
+            sum += y * y;
+        }
+        return sum;
+    }
+
     void clear(const Problem &p, int64_t r) const {
         for (int64_t c = 0; c < p.padded_dim; ++c) x[r * p.padded_dim + c] = 0;
     }
@@ -148,14 +189,7 @@ private:
     void norms(const Problem &p, int64_t used, const float *keep) const {
         float *to = transposed + p.query_inner * kBlock;
         for (int64_t r = 0; r < used; r += kWidth) {
-            Vector sum = splat(0.0f);
-            if (p.norm_root != 0) {
-                for (int64_t c = 0; c < p.head_dim; ++c) {
-                    const Vector y = load(transposed + c * kBlock + r) * p.norm_root;
-                    sum += y * y;
-                }
-            }
-            store(to + r, sum);
+            store(to + r, p.norm_root != 0 ? squared_norm(p, r) : splat(0.0f));
         }
         for (int64_t r = 0; r < used; ++r) {
             if (keep[r] == 0) to[r] = kInfinity;

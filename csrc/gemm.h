@@ -93,15 +93,28 @@ inline void tile_rows(int64_t rows, Operand a, int64_t r, const float *b, int64_
     }
 }
 
-// What part of a product a triangular operand makes necessary, for products over the positions of
-// one causal chunk, where position j of the keys meets position i of the queries only if j <= i.
-enum class Part {
-    whole,
-    inner_up_to_row,     // row i of C sums over j <= i
-    inner_from_row,      // row j of C sums over i >= j
-    inner_up_to_column,  // column i of C sums over j <= i
-    inner_from_column,   // column j of C sums over i >= j
+// Which positions meet, for products over the positions of a block of keys and one of queries:
+// those whose difference is in [low, high].
+struct Band {
+    int64_t low, high;
+
+    Band reversed() const { return {-high, -low}; }
 };
+
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+// What part of a product a banded operand makes necessary: all of it, or for row (or column) i of C
+// the terms j of the sum with j - i in the band.
+struct Part {
+    enum class By { none, row, column } by = By::none;
+    Band band = {};
+};
+
+inline Part by_row(Band band) { return {Part::By::row, band}; }
+inline Part by_column(Band band) { return {Part::By::column, band}; }
+
+// For one causal chunk, where position j of the keys meets position i of the queries if j <= i.
+constexpr Band kUpTo = {-kUnbounded, 0}, kFrom = {0, kUnbounded};
 
 template <int kVectors>
 inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const float *b,
@@ -109,14 +122,12 @@ inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const 
     for (int64_t r = 0; r < rows; r += kTileRows) {
         const int64_t height = smaller<int64_t>(kTileRows, rows - r);
         int64_t first = 0, last = inner;
-        switch (part) {
-            case Part::whole: break;
-            case Part::inner_up_to_row: last = smaller(last, r + height); break;
-            case Part::inner_from_row: first = smaller(last, r); break;
-            case Part::inner_up_to_column:
-                last = smaller(last, column + kVectors * kWidth);
-                break;
-            case Part::inner_from_column: first = smaller(last, column); break;
+        if (part.by != Part::By::none) {
+            const bool rowwise = part.by == Part::By::row;
+            const int64_t from = rowwise ? r : column;
+            const int64_t to = from + (rowwise ? height : kVectors * kWidth);
+            first = smaller(last, larger(first, from + part.band.low));
+            last = larger(first, smaller(last, to + part.band.high));
         }
         const Operand from = {a.data + (a.transposed ? first * a.stride : first), a.stride,
                               a.transposed};
@@ -142,11 +153,10 @@ inline void with_width(int64_t vectors, Function &&f) {
 // whole vectors: B and C are padded.
 inline void multiply(int64_t rows, int64_t columns, int64_t inner, Operand a, const float *b,
                      int64_t b_stride, float *c, int64_t c_stride, bool accumulate,
-                     Part part = Part::whole) {
+                     Part part = {}) {
     const int64_t vectors = (columns + kWidth - 1) / kWidth;
     // Narrower strips follow a triangle more closely.
-    const bool by_column = part == Part::inner_up_to_column || part == Part::inner_from_column;
-    const int64_t widest = by_column ? 2 : kTileVectors;
+    const int64_t widest = part.by == Part::By::column ? 2 : kTileVectors;
     int64_t v = 0;
     while (v < vectors) {
         const int64_t wide = smaller(widest, vectors - v), column = v * kWidth;
@@ -157,14 +167,15 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, Operand a, co
     }
 }
 
-// C (j, i) = sum_k A (j, k) B (k, i) where i >= j; vectors of C that lie wholly left of the diagonal
-// are not written.
-inline void multiply_upper(int64_t rows, int64_t columns, int64_t inner, Operand a, const float *b,
-                           int64_t b_stride, float *c, int64_t c_stride) {
-    const int64_t vectors = (columns + kWidth - 1) / kWidth;
+// C (j, i) = sum_k A (j, k) B (k, i) where j - i is in the band; vectors of C that lie wholly outside
+// are not always written.
+inline void multiply_band(int64_t rows, int64_t columns, int64_t inner, Operand a, const float *b,
+                          int64_t b_stride, float *c, int64_t c_stride, Band band) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
         const int64_t height = smaller<int64_t>(kTileRows, rows - r);
-        for (int64_t v = r / kWidth; v < vectors;) {
+        const int64_t end = smaller(columns, r + height - band.low);
+        const int64_t vectors = (end + kWidth - 1) / kWidth;
+        for (int64_t v = larger<int64_t>(0, r - band.high) / kWidth; v < vectors;) {
             const int64_t wide = smaller<int64_t>(kTileVectors, vectors - v), column = v * kWidth;
             with_width(wide, [&]<int kVectors>() {
                 tile_rows<kVectors>(height, a, r, b + column, b_stride, c + r * c_stride + column,

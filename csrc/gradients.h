@@ -12,20 +12,27 @@ namespace {
 struct QueryGradientBlock {
     Block block;
     float *grad, *grad_transposed, *out, *delta, *scale, *inverse;
+    float *whole_scale;  // beside exact pairs: of the row, where `scale` is that of its features
 
     QueryGradientBlock(Arena &arena, const Problem &p)
         : block(arena, p),
           grad(arena.take(kBlock * p.padded_value)),
           grad_transposed(arena.take(p.padded_value * kBlock)),
-          out(arena.take(p.padded_value)),
+          out(arena.take(larger(p.padded_value, kBlock))),
           delta(arena.take(kBlock)),
           scale(arena.take(kBlock)),
-          inverse(arena.take(kBlock)) {}
+          inverse(arena.take(kBlock)),
+          whole_scale(arena.take(kBlock)) {}
+
+    // The output gradients alone.
+    void fetch_grad(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
+        load_values(p, p.query_rows(p.call.grad_out, head, group), begin, rows, nullptr, grad);
+        transpose(grad, p.padded_value, rows, p.padded_value, grad_transposed);
+    }
 
     void fetch(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
         block.load_queries(p, p.query_rows(p.call.query, head, group), begin, rows);
-        load_values(p, p.query_rows(p.call.grad_out, head, group), begin, rows, nullptr, grad);
-        transpose(grad, p.padded_value, rows, p.padded_value, grad_transposed);
+        fetch_grad(p, head, group, begin, rows);
         const Rows outputs = p.query_rows(p.call.out, head, group);
         const int64_t index = p.row_index(head, group, begin);
         for (int64_t r = 0; r < round_up(rows, kWidth); ++r) {
@@ -41,6 +48,12 @@ struct QueryGradientBlock {
             scale[r] = p.call.row_scale[index + r];
             inverse[r] = p.call.row_inverse[index + r];
         }
+        if (!p.exact) return;
+        block.offsets(p, out);
+        for (int64_t r = 0; r < round_up(rows, kWidth); ++r) {
+            whole_scale[r] = scale[r];
+            scale[r] -= out[r];
+        }
     }
 };
 
@@ -49,6 +62,29 @@ struct QueryGradientBlock {
 inline Vector normalised_feature(Vector x, Vector scale, Vector row_scale, Vector inverse) {
     return exp2(minimum(splat(1.0f), x + scale - row_scale)) * inverse;
 }
+
+// Sums of the gradients of weights over the rows that one task after the other sees; nothing when
+// nobody wants them.
+struct WeightSums {
+    float *weight = nullptr;  // (weight_heads, features, padded_dim), in units of sqrt(scale)
+    float *bias = nullptr;    // (weight_heads, features)
+
+    // Adds those of features [first, first + count), from the slopes (count, kBlock) of exponents, or
+    // of projections, of a block of rows.
+    void add(const Problem &p, int64_t head, int64_t first, int64_t count, const float *slope,
+             const Block &block) const {
+        if (!weight) return;
+        const int64_t which = p.call.weight_heads == 1 ? 0 : p.key_head_of(head);
+        const int64_t row = which * p.features + first;
+        multiply(count, p.padded_dim, block.rows, rows_of(slope, kBlock), block.x, p.padded_dim,
+                 weight + row * p.padded_dim, p.padded_dim, true);
+        for (int64_t f = 0; f < count; ++f) {
+            Vector sum = splat(0.0f);
+            for (int64_t r = 0; r < block.rows; r += kWidth) sum += load(slope + f * kBlock + r);
+            bias[row + f] += total(sum);
+        }
+    }
+};
 
 // For `count` features from `first` on: projections of queries become normalised features, in
 // place, and `slope` (the gradient of what a feature is multiplied with) that of the projection.
@@ -85,26 +121,60 @@ inline void query_slopes(const Problem &p, const QueryGradientBlock &q, const Su
 
 struct QueryGradientBuffers {
     QueryGradientBlock q;
-    float *features, *slope, *grad_x;
+    float *features, *slope, *slope_sum, *grad_x;
+    WeightSums trained;
 
     QueryGradientBuffers(Arena &arena, const Problem &p)
         : q(arena, p),
           features(arena.take(kPanel * kBlock)),
           slope(arena.take(kPanel * kBlock)),
+          slope_sum(arena.take(kBlock)),
           grad_x(arena.take(kBlock * p.padded_dim)) {}
 };
 
-inline void scale_and_write(const Rows &to, int64_t begin, int64_t rows, int64_t width,
-                            int64_t stride, float *from, float factor) {
-    for (int64_t r = 0; r < rows; ++r) {
-        float *row = from + r * stride;
-        for (int64_t c = 0; c < stride; c += kWidth) store(row + c, load(row + c) * factor);
-        write(to, begin + r, width, row);
+inline float *float_row(const Rows &rows, int64_t r) {
+    return reinterpret_cast<float *>(rows.row(r));
+}
+
+// Beside exact pairs, which have a share of their own in it, a gradient is added to what is there.
+inline void write_gradient(const Problem &p, const Rows &to, int64_t r, int64_t width, float *row) {
+    if (p.exact) {
+        const float *there = float_row(to, r);
+        for (int64_t c = 0; c < width; ++c) row[c] += there[c];
+    }
+    write(to, r, width, row);
+}
+
+// `sums` (kBlock) gains the sums of slopes over features.
+inline void sum_slopes(const float *slope, int64_t count, int64_t rows, float *sums) {
+    for (int64_t r = 0; r < rows; r += kWidth) {
+        Vector sum = load(sums + r);
+        for (int64_t f = 0; f < count; ++f) sum += load(slope + f * kBlock + r);
+        store(sums + r, sum);
     }
 }
 
 // What a gradient with respect to a projection is multiplied with, besides the packed weights.
 inline float projection_unit(const Problem &p) { return p.exponential ? kLn2 : 1.0f; }
+
+// grad_x (rows, padded_dim) of slopes already multiplied with the packed weights becomes the gradient
+// of a block of rows, from row `begin` of `to` on, and is written out. What the norm of x gives is
+// taken from the sums of slopes, unless these are null. Rows before `first` are left out.
+inline void finish_gradients(const Problem &p, const Rows &to, int64_t begin, const Block &block,
+                             float *grad_x, const float *slope_sum, int64_t first = 0) {
+    const float unit = projection_unit(p);
+    const float norm = p.call.quadratic ? static_cast<float>(p.call.scale) : 0.0f;
+    for (int64_t r = larger<int64_t>(0, first - begin); r < block.rows; ++r) {
+        float *row = grad_x + r * p.padded_dim;
+        const float *x = block.x + r * p.padded_dim;
+        const float along = slope_sum && p.exponential ? slope_sum[r] * norm : 0.0f;
+        for (int64_t c = 0; c < p.padded_dim; c += kWidth) {
+            const Vector grad = load(row + c) * unit;
+            store(row + c, along == 0 ? grad : grad - load(x + c) * along);
+        }
+        write_gradient(p, to, begin + r, p.head_dim, row);
+    }
+}
 
 // Gradients of the queries [begin, end) of all groups; adds those of the sums.
 inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
@@ -115,6 +185,7 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
         for (int64_t start = begin; start < end; start += kBlock) {
             const int64_t rows = smaller(kBlock, end - start);
             b.q.fetch(p, head, group, start, rows);
+            for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
             for (int64_t first = 0; first < p.features; first += kPanel) {
                 const int64_t count = smaller(kPanel, p.features - first);
                 project(p, weights, b.q.block, p.query_inner, first, count, b.features);
@@ -122,6 +193,8 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
                          rows_of(sums.key_value + first * p.padded_value, p.padded_value),
                          b.q.grad_transposed, kBlock, b.slope, kBlock, false);
                 query_slopes(p, b.q, sums, first, count, b.features, b.slope, grad_sums.key_sum);
+                if (p.exact) sum_slopes(b.slope, count, rows, b.slope_sum);
+                b.trained.add(p, head, first, count, b.slope, b.q.block);
                 multiply(count, p.padded_value, rows, rows_of(b.features, kBlock), b.q.grad,
                          p.padded_value, grad_sums.key_value + first * p.padded_value,
                          p.padded_value, true);
@@ -129,8 +202,7 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
                          weights + first * p.weight_stride, p.weight_stride, b.grad_x, p.padded_dim,
                          first > 0);
             }
-            scale_and_write(to, start, rows, p.head_dim, p.padded_dim, b.grad_x,
-                            projection_unit(p));
+            finish_gradients(p, to, start, b.q.block, b.grad_x, p.exact ? b.slope_sum : nullptr);
         }
     }
 }
@@ -138,6 +210,7 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
 struct KeyGradientBuffers {
     Block block;
     float *value, *value_transposed, *keep, *features, *slope, *slope_sum, *grad_x, *grad_value;
+    WeightSums trained;
 
     KeyGradientBuffers(Arena &arena, const Problem &p)
         : block(arena, p),
@@ -179,23 +252,6 @@ inline void key_slopes(const Problem &p, const float *log_scale, const float *gr
     }
 }
 
-// grad_x (rows, padded_dim) of exponents' gradients already multiplied with the packed weights
-// becomes that of keys and is written out. The norm of a key takes part.
-inline void finish_key_gradients(const Problem &p, const Rows &to, int64_t begin,
-                                 const Block &block, float *grad_x, const float *slope_sum) {
-    const float unit = projection_unit(p);
-    const float norm = p.call.quadratic ? static_cast<float>(p.call.scale) : 0.0f;
-    for (int64_t r = 0; r < block.rows; ++r) {
-        float *row = grad_x + r * p.padded_dim;
-        const float *x = block.x + r * p.padded_dim;
-        const float along = p.exponential ? slope_sum[r] * norm : 0.0f;
-        for (int64_t c = 0; c < p.padded_dim; c += kWidth) {
-            store(row + c, load(row + c) * unit - load(x + c) * along);
-        }
-        write(to, begin + r, p.head_dim, row);
-    }
-}
-
 // Gradients of the keys and values [begin, end) from those of the sums.
 inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
                           const Sums &sums, const Sums &grad_sums, KeyGradientBuffers &b) {
@@ -217,15 +273,16 @@ inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t
                      kBlock, b.slope, kBlock, false);
             key_slopes(p, sums.log_scale, grad_sums.key_sum, first, count, rows, b.keep, b.features,
                        b.slope, b.slope_sum);
+            b.trained.add(p, head, first, count, b.slope, b.block);
             multiply(rows, p.padded_value, count, columns_of(b.features, kBlock), grads,
                      p.padded_value, b.grad_value, p.padded_value, first > 0);
             multiply(rows, p.padded_dim, count, columns_of(b.slope, kBlock),
                      weights + first * p.weight_stride, p.weight_stride, b.grad_x, p.padded_dim,
                      first > 0);
         }
-        finish_key_gradients(p, grad_keys, start, b.block, b.grad_x, b.slope_sum);
+        finish_gradients(p, grad_keys, start, b.block, b.grad_x, b.slope_sum);
         for (int64_t r = 0; r < rows; ++r) {
-            write(grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
+            write_gradient(p, grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
         }
     }
 }

@@ -4,6 +4,7 @@
 
 #include "bidirectional_tasks.h"
 #include "causal_tasks.h"
+#include "exact_tasks.h"
 #include "step.h"
 
 namespace performers::PERFORMERS_ISA {
@@ -56,6 +57,7 @@ void forward(const performers_call &call) {
     if (call.causal && call.length == 1) return forward_step(p);
     const Weights weights(p);
     if (call.causal) return forward_causal(p);
+    if (p.window >= 0) return forward_windowed(p);
     if (call.segments) return forward_packed(p);
     forward_bidirectional(p);
 }
@@ -63,12 +65,23 @@ void forward(const performers_call &call) {
 void backward(const performers_call &call) {
     Problem p(call);
     const Weights weights(p);
+    const WeightGradients trained(p);
+    if (p.exact) backward_exact(p);
     if (call.causal) {
         const CausalPlan plan(p);
-        return plan.scan ? backward_causal_scan(p, plan) : backward_causal_sequences(p, plan);
+        if (plan.scan) {
+            backward_causal_scan(p, plan, trained);
+        } else {
+            backward_causal_sequences(p, plan, trained);
+        }
+    } else if (p.window >= 0) {
+        backward_windowed(p, trained);
+    } else if (call.segments) {
+        backward_packed(p, trained);
+    } else {
+        backward_bidirectional(p, trained);
     }
-    if (call.segments) return backward_packed(p);
-    backward_bidirectional(p);
+    trained.finish();
 }
 
 }  // namespace

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 1
+#define PERFORMERS_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -29,20 +29,29 @@ typedef struct {
 typedef struct {
     int64_t batch, key_heads, groups;
     int64_t length;      // queries
-    int64_t size;        // keys; equal to length for causal and packed calls
+    int64_t size;        // keys; length + offset for causal calls, length for packed ones
     int64_t head_dim, value_dim, features;
     int64_t weight_heads;  // 1 or key_heads
     int64_t kind;
     int64_t quadratic;   // whether |x|^2 / 2 is subtracted
     int64_t causal;
     int64_t threads;
+    // Query i stands at the position of key i + offset and meets exactly the keys within `window`
+    // of it (negative: none) and the sinks that it sees; only for quadratic exponential features.
+    int64_t offset, window, sinks;
     double scale, epsilon;
+    double normalizer;   // of the products of features, where they stand beside exact pairs
 
     performers_array query, key, value;
     const float *weight;      // (weight_heads, features, head_dim)
     const float *bias;        // (weight_heads, features) or null
     const uint8_t *key_mask;  // (batch, size), nonzero takes part, or null
     const int64_t *segments;  // (size), equal within a packed sequence, or null
+
+    // The sinks of each sequence (batch row, or packed sequence by its segment): (sequence, key
+    // head, -, sink, column), and the first query that sees each, (sequences, sinks).
+    performers_array sink_key, sink_value;
+    const int64_t *sink_first;
 
     // The past of a causal call, or null: (batch, key_heads, features, value_dim), and twice
     // (batch, key_heads, features). Scales are natural logarithms.
@@ -53,15 +62,19 @@ typedef struct {
     float *row_scale;      // (batch, key_heads, groups, length): binary logarithm of a row's scale
     float *row_inverse;    // likewise: one over the normaliser at that scale; negative for rows
                            // whose pairs within the chunk had to be summed at a scale of their own
-    // The sums over all keys, shapes as the past. For causal calls in the form of a past, or null;
-    // for bidirectional ones (unless packed) with binary logarithms.
+    // The sums over all keys, shapes as the past. For causal calls over all but the last `window`,
+    // in the form of a past, or null; for bidirectional ones (unless packed or with a window) with
+    // binary logarithms.
     float *key_value, *key_sum, *log_scale;
 
     // The backward pass.
     performers_array grad_out;
     const float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
+    // Written; but where pairs are exact (a window or sinks) they are float32, and added to.
     performers_array grad_query, grad_key, grad_value;
     float *grad_past_key_value, *grad_past_key_sum;  // or null
+    float *grad_sink_key, *grad_sink_value;  // (sequences, key_heads, sinks, columns), added to
+    float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
 } performers_call;
 
 // 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error), or 3

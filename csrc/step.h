@@ -3,7 +3,7 @@
 // than the step.
 #pragma once
 
-#include "feature_blocks.h"
+#include "exact_pairs.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -15,7 +15,11 @@ struct StepBuffers {
     float *query;       // of the query
     float *decays;      // what the past is multiplied with
     float *key_sum, *log_scale;  // after the step
+    float *past_sum, *past_scale;  // before it
     float *out;         // (padded_value)
+    float *scale, *normaliser;  // of the row; beside exact pairs as for a block of rows
+    Block block;
+    ExactBuffers near;
 
     StepBuffers(Arena &arena, const Problem &p)
         : x(arena.take(p.padded_dim)),
@@ -25,7 +29,13 @@ struct StepBuffers {
           decays(arena.take(p.features)),
           key_sum(arena.take(p.features)),
           log_scale(arena.take(p.features)),
-          out(arena.take(p.padded_value)) {}
+          past_sum(arena.take(p.features)),
+          past_scale(arena.take(p.features)),
+          out(arena.take(p.padded_value)),
+          scale(arena.take(kBlock)),
+          normaliser(arena.take(kBlock)),
+          block(arena, p),
+          near(arena, p) {}
 };
 
 // W x sqrt(scale) + b in the units of exponents.
@@ -64,11 +74,13 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
     for (int64_t f = 0; f < p.features; ++f) {
         const float before_sum = past_sum ? past_sum[f] : 0.0f;
         b.decays[f] = 1;
-        b.log_scale[f] = 0;
+        b.log_scale[f] = b.past_scale[f] = 0;
+        b.past_sum[f] = before_sum;
         if (p.exponential) {
             const float before =
                 past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
             const float exponent = kept && norm < kInfinity ? b.key[f] - norm : -kInfinity;
+            b.past_scale[f] = before;
             b.log_scale[f] = exponent > before ? exponent : before;
             b.decays[f] = decay(before, b.log_scale[f]);
             b.key[f] = exp2(exponent - finite(b.log_scale[f]));
@@ -79,16 +91,17 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
     }
 }
 
-// The query's features, divided by their largest. Returns the normaliser.
-inline float step_query(const Problem &p, int64_t head, int64_t group, float &scale,
-                        StepBuffers &b) {
+// The query's features at the scales of the sums that it reads, divided by their largest; `scale` is
+// that of the row. Returns the normaliser.
+inline float step_query(const Problem &p, int64_t head, int64_t group, const float *log_scale,
+                        const float *key_sum, float &scale, StepBuffers &b) {
     read(p.query_rows(p.call.query, head, group), 0, p.head_dim, p.padded_dim, b.x);
     project_one(p, head, b.x, b.query);
     scale = 0;
     if (p.exponential) {
         scale = kLowest;
         for (int64_t f = 0; f < p.features; ++f) {
-            b.query[f] += b.log_scale[f];
+            b.query[f] += log_scale[f];
             scale = b.query[f] > scale ? b.query[f] : scale;
         }
     }
@@ -96,13 +109,13 @@ inline float step_query(const Problem &p, int64_t head, int64_t group, float &sc
     for (int64_t f = 0; f < p.features; ++f) {
         b.query[f] = p.exponential ? exp2(b.query[f] - scale)
                                    : (b.query[f] < 0 ? 0.0f : b.query[f]) + p.epsilon;
-        normaliser += b.query[f] * b.key_sum[f];
+        normaliser += b.query[f] * key_sum[f];
     }
     return normaliser;
 }
 
 // The columns [begin, begin + kVectors vectors) of all groups; the sums are read once for each.
-template <int kVectors>
+template <int kVectors, bool kStrict>
 inline void step_columns(const Problem &p, int64_t begin, const float *past, float *next,
                          StepBuffers &b) {
     Vector value[kVectors], out[kVectors];
@@ -114,10 +127,13 @@ inline void step_columns(const Problem &p, int64_t begin, const float *past, flo
         const Vector phi = splat(b.key[f]), factor = splat(b.decays[f]), query = splat(b.query[f]);
         const int64_t at = f * p.value_dim + begin;
         for (int v = 0; v < kVectors; ++v) {
-            Vector row = phi * value[v];
-            if (past) row += load(past + at + v * kWidth) * factor;
+            Vector row = phi * value[v], before = splat(0.0f);
+            if (past) {
+                before = load(past + at + v * kWidth);
+                row += before * factor;
+            }
             if (next) store(next + at + v * kWidth, row);
-            out[v] += row * query;
+            out[v] += (kStrict ? before : row) * query;
         }
     }
     for (int v = 0; v < kVectors; ++v) store(b.out + begin + v * kWidth, out[v]);
@@ -128,33 +144,61 @@ inline void step_column(const Problem &p, int64_t c, const float *past, float *n
     float out = 0;
     for (int64_t f = 0; f < p.features; ++f) {
         const int64_t at = f * p.value_dim + c;
-        const float row = b.key[f] * b.value[c] + (past ? past[at] * b.decays[f] : 0.0f);
+        const float before = past ? past[at] : 0.0f;
+        const float row = b.key[f] * b.value[c] + before * b.decays[f];
         if (next) next[at] = row;
-        out += row * b.query[f];
+        out += (p.strict ? before : row) * b.query[f];
     }
     b.out[c] = out;
 }
 
+// The exact pairs of the query, with what the features gave.
+inline void step_exact(const Problem &p, int64_t head, int64_t group, StepBuffers &b) {
+    for (int64_t r = 1; r < kWidth; ++r) b.normaliser[r] = b.scale[r] = 0;
+    b.block.load_queries(p, p.query_rows(p.call.query, head, group), 0, 1);
+    exact_sums(p, head, {0, 1, 0, p.call.size}, 0, b.block, b.near);
+    add_exact(p, 1, b.near, b.out, b.scale, b.normaliser);
+}
+
 inline void step(const Problem &p, int64_t head, StepBuffers &b) {
     const uint8_t *mask = p.mask(head);
-    const bool kept = !mask || mask[0];
+    const bool kept = p.shift == 0 && (!mask || mask[0]);
     for (int64_t c = 0; c < p.padded_value; ++c) b.value[c] = 0;
     if (kept) read(p.key_rows(p.call.value, head), 0, p.value_dim, p.padded_value, b.value);
     step_key(p, head, kept, b);
     const int64_t sums = head * p.features, values = sums * p.value_dim;
+    bool raised = false;
+    for (int64_t f = 0; f < p.features; ++f) raised |= b.decays[f] != 1;
     const float *past = p.call.past_key_value ? p.call.past_key_value + values : nullptr;
     float *next = p.call.key_value ? p.call.key_value + values : nullptr;
     for (int64_t group = 0; group < p.call.groups; ++group) {
-        float scale;
-        const float normaliser = step_query(p, head, group, scale, b);
+        b.normaliser[0] =
+            p.strict ? step_query(p, head, group, b.past_scale, b.past_sum, b.scale[0], b)
+                     : step_query(p, head, group, b.log_scale, b.key_sum, b.scale[0], b);
         int64_t c = 0;
-        for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) step_columns<4>(p, c, past, next, b);
-        for (; c + kWidth <= p.value_dim; c += kWidth) step_columns<1>(p, c, past, next, b);
+        for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) {
+            if (p.strict) {
+                step_columns<4, true>(p, c, past, next, b);
+            } else {
+                step_columns<4, false>(p, c, past, next, b);
+            }
+        }
+        for (; c + kWidth <= p.value_dim; c += kWidth) {
+            if (p.strict) {
+                step_columns<1, true>(p, c, past, next, b);
+            } else {
+                step_columns<1, false>(p, c, past, next, b);
+            }
+        }
         for (; c < p.value_dim; ++c) step_column(p, c, past, next, b);
-        const float inverse = inverse_of(normaliser);
+        if (p.exact) step_exact(p, head, group, b);
+        float inverse = inverse_of(b.normaliser[0]);
         for (int64_t i = 0; i < p.value_dim; ++i) b.out[i] *= inverse;
         write(p.query_rows(p.call.out, head, group), 0, p.value_dim, b.out);
-        p.call.row_scale[p.row_index(head, group, 0)] = scale;
+        p.call.row_scale[p.row_index(head, group, 0)] = b.scale[0];
+        // The row stands at the scale of sums that its key has not raised, where the backward pass
+        // would take the scale after it.
+        if (p.strict && raised) inverse = -inverse;
         p.call.row_inverse[p.row_index(head, group, 0)] = inverse;
     }
     if (!next) return;

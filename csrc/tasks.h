@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "bidirectional.h"
+#include "gradients.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -45,30 +45,29 @@ private:
     float *data_;
 };
 
-struct Span {
-    int64_t begin, end;
-};
+inline Span all_positions(const performers_call &call) { return {0, call.length, 0, call.size}; }
 
 // The packed sequences, or all positions at once.
 inline std::vector<Span> sequences(const performers_call &call) {
-    if (!call.segments) return {{0, call.size}};
+    if (!call.segments) return {all_positions(call)};
     std::vector<Span> spans;
     int64_t begin = 0;
     for (int64_t i = 1; i <= call.size; ++i) {
         if (i == call.size || call.segments[i] != call.segments[begin]) {
-            spans.push_back({begin, i});
+            spans.push_back({begin, i, begin, i});
             begin = i;
         }
     }
     return spans;
 }
 
-// `parts` spans of whole blocks; the last ones may be empty.
-inline std::vector<Span> cut(int64_t length, int64_t parts) {
+// A sequence of `length` positions and `keys` keys as `parts` spans of whole blocks; the last ones
+// may be empty.
+inline std::vector<Span> cut(int64_t length, int64_t keys, int64_t parts) {
     const int64_t size = round_up((length + parts - 1) / parts, kBlock);
     std::vector<Span> spans;
     for (int64_t i = 0; i < parts; ++i) {
-        spans.push_back({smaller(length, i * size), smaller(length, (i + 1) * size)});
+        spans.push_back({smaller(length, i * size), smaller(length, (i + 1) * size), 0, keys});
     }
     return spans;
 }
@@ -89,6 +88,56 @@ public:
     }
 
 private:
+    SharedMemory memory_;
+};
+
+// The gradients of weights and bias, where they are wanted. Tasks that follow each other add to the
+// same sums, and which do does not depend on how fast they run: so results do not either.
+class WeightGradients {
+public:
+    explicit WeightGradients(const Problem &p)
+        : p_(p),
+          lanes_(p.call.grad_weight ? 2 * larger<int64_t>(1, p.call.threads) : 0),
+          memory_(lanes_ * size()) {
+        for (int64_t i = 0; i < lanes_ * size(); ++i) memory_.data()[i] = 0;
+    }
+
+    // Calls body(i, sums) for every i in [0, count), in parallel.
+    template <typename Body>
+    void parallel_tasks(int64_t count, Body &&body) const {
+        const int64_t lanes = lanes_ ? smaller(lanes_, count) : count;
+        parallel(p_, lanes, [&](int64_t lane) {
+            for (int64_t i = lane; i < count; i += lanes) body(i, at(lane));
+        });
+    }
+
+    WeightSums at(int64_t lane) const {
+        if (!lanes_) return {};
+        float *weight = memory_.data() + lane * size();
+        return {weight, weight + p_.weight_rows() * p_.padded_dim};
+    }
+
+    // Writes the gradients.
+    void finish() const {
+        if (!lanes_) return;
+        const float root = static_cast<float>(std::sqrt(p_.call.scale));
+        for (int64_t r = 0; r < p_.weight_rows(); ++r) {
+            float *row = p_.call.grad_weight + r * p_.head_dim;
+            for (int64_t c = 0; c < p_.head_dim; ++c) {
+                float sum = 0;
+                for (int64_t i = 0; i < lanes_; ++i) sum += at(i).weight[r * p_.padded_dim + c];
+                row[c] = sum * root;
+            }
+            p_.call.grad_bias[r] = 0;
+            for (int64_t i = 0; i < lanes_; ++i) p_.call.grad_bias[r] += at(i).bias[r];
+        }
+    }
+
+private:
+    int64_t size() const { return round_up(p_.weight_rows() * (p_.padded_dim + 1), 16); }
+
+    const Problem &p_;
+    int64_t lanes_;
     SharedMemory memory_;
 };
 

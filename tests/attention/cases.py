@@ -9,11 +9,13 @@ from torch import Tensor
 from performers import FavorState, backends, favor_attention
 from performers.features import FeatureMap
 from tests.attention import oracle
-from tests.features.cases import CASES, Case, by_name, generator
+from tests.features.cases import REPRESENTATIVE, Case, by_name, generator
 from tests.features.maps import BiasedFeatures
 
 
-def _log_biased(feature_map: FeatureMap, x: Tensor) -> tuple[Tensor, Tensor]:
+def _log_biased(
+    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+) -> tuple[Tensor, Tensor]:
     log, base = by_name("positive").log_phi(feature_map, x)
     bias = feature_map.bias.double()
     return log + bias.repeat_interleave(x.shape[1] // bias.shape[0], dim=0).unsqueeze(-2), base
@@ -24,7 +26,11 @@ TESTED = tuple(name for name in BACKENDS if name != "reference")
 
 MODES = ("bidirectional", "causal", "cross")
 FEW = [by_name(name) for name in ("positive", "hyperbolic", "trigonometric", "relu", "exp")]
-ALL = [*CASES, Case("bias", BiasedFeatures, _log_biased)]
+BIASED = Case("bias", BiasedFeatures, _log_biased)
+ALL = [*REPRESENTATIVE, BIASED]
+# The maps that windows and sinks go with.
+EXACT = [*(case for case in REPRESENTATIVE if case.softmax), BIASED]
+FEW_EXACT = [case for case in FEW if case.softmax]
 
 VALUE_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
@@ -120,7 +126,8 @@ def stream(
     between: Callable[[FavorState], FavorState] = lambda state: state,
 ) -> tuple[Tensor, FavorState]:
     """The call in pieces, each resumed from the last; the outputs joined, and the last state."""
-    mask = call.options.get("key_mask")
+    options = {**call.options, "is_causal": True}
+    mask = options.pop("key_mask", None)
     masks = [None] * len(lengths) if mask is None else mask.split(lengths, dim=1)
     outputs = []
     pieces = zip(*(x.split(lengths, dim=-2) for x in call.inputs), masks, strict=True)
@@ -130,11 +137,11 @@ def stream(
             key,
             value,
             call.feature_map,
-            is_causal=True,
             key_mask=piece_mask,
             state=state,
             return_state=True,
             backend=backend,
+            **options,
         )
         outputs.append(out)
         state = between(state)

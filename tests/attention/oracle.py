@@ -2,8 +2,9 @@
 
     out_i = sum_j K_ij v_j / sum_j K_ij,   K_ij = sum_f phi_f(q_i) phi_f(k_j)
 
-``phi`` is kept as ``base * exp(log)`` (``Case.log_phi``); each pair is scaled by the largest
-feature of its query and of its key, and each row by its largest pair, so that nothing overflows.
+or ``K_ij = exp(scale q_i . k_j)`` where a window or a sink makes the pair exact. ``phi`` is kept
+as ``base * exp(log)`` (``Case.log_phi``); each pair is scaled by the largest feature of its query
+and of its key, and each row by its largest pair, so that nothing overflows.
 """
 
 import math
@@ -39,6 +40,28 @@ def visible(
     return seen
 
 
+def exact(
+    length: int,
+    size: int,
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Which pairs are exact, bool, ``(batch or 1, 1, L, S)``, seen or not."""
+    near = torch.zeros(length, size, dtype=torch.bool)
+    if window is not None:
+        near = (torch.arange(length)[:, None] - torch.arange(size)).abs() <= window
+    first = torch.zeros(1 if key_mask is None else key_mask.shape[0], size, dtype=torch.bool)
+    offsets = [0, size] if cu_seqlens is None else cu_seqlens.tolist()
+    for row in range(first.shape[0]):
+        for start, stop in pairwise(offsets):
+            there = [j for j in range(start, stop) if key_mask is None or bool(key_mask[row, j])]
+            first[row, there[:sinks]] = True
+    return near | first[:, None, None, :]
+
+
 def log_kernel(
     case: Case, feature_map: FeatureMap, query: Tensor, key: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +74,7 @@ def log_kernel(
     heads, head_dim = query.shape[1], query.shape[3]
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     root = math.sqrt(1 / math.sqrt(head_dim) if scale is None else scale)
-    log_q, base_q = case.log_phi(feature_map, query.double() * root)
+    log_q, base_q = case.log_phi(feature_map, query.double() * root, is_query=True)
     log_k, base_k = case.log_phi(feature_map, key.double() * root)
     row = largest(log_q)
     column = largest(log_k)
@@ -74,23 +97,44 @@ def weights(
     key: Tensor,
     *,
     scale: float | None = None,
-    **who: object,
+    window: int | None = None,
+    sinks: int = 0,
+    is_causal: bool = False,
+    **who: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The normalised matrix ``(B, H, L, S)`` and the conditioning of each row ``(B, H, L, 1)``.
 
     The conditioning is ``sum_jf |phi_f(q) phi_f(k_j)| / |sum_jf phi_f(q) phi_f(k_j)|``: the
     factor by which rounding errors of features grow in the normaliser; one for positive features.
+    Exact pairs are one positive term each.
     """
-    seen = visible(query.shape[-2], key.shape[-2], **who)
-    pairs, absolute, _, column = log_kernel(case, feature_map, query, key, scale)
-    column = column.masked_fill(~seen, -math.inf)
-    share = (column - largest(column)).exp()
-    kernel = (pairs * share).masked_fill(~seen, 0.0)
+    length, size = query.shape[-2], key.shape[-2]
+    seen = visible(length, size, is_causal=is_causal, **who)
+    pairs, absolute, row, column = log_kernel(case, feature_map, query, key, scale)
+    if window is None and not sinks:
+        level = column.masked_fill(~seen, -math.inf)
+    else:
+        close = exact(length, size, window=window, sinks=sinks, **who)
+        logits = true_logits(query, key, scale)
+        # Two vectors can share no large feature: a pair's own size says how it compares.
+        share = pairs.detach().abs().clamp_min(1e-300).log()
+        level = torch.where(close, logits, row + column + share).masked_fill(~seen, -math.inf)
+        pairs = torch.where(close, 1.0, pairs * (-share).exp())
+        absolute = torch.where(close, 1.0, absolute * (-share).exp())
+    weight = (level - largest(level)).exp()
+    kernel = (pairs * weight).masked_fill(~seen, 0.0)
     total = kernel.sum(-1, keepdim=True)
     matrix = kernel / total.where(total != 0, 1.0)
-    magnitude = (absolute * share).masked_fill(~seen, 0.0).sum(-1, keepdim=True)
+    magnitude = (absolute * weight).masked_fill(~seen, 0.0).sum(-1, keepdim=True)
     conditioning = (magnitude / total.where(total != 0, 1.0).abs()).clamp_min(1.0)
     return matrix, conditioning.detach()
+
+
+def true_logits(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """``scale q . k``, shape ``(B, H, L, S)``, float64."""
+    key = key.double().repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return scale * (query.double() @ key.mT)
 
 
 def attend(

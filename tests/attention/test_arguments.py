@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from performers import FavorState, SoftmaxFeatures, favor_attention, favor_attention_weights
+from performers import (
+    FavorState,
+    GeneralizedFeatures,
+    SoftmaxFeatures,
+    favor_attention,
+    favor_attention_weights,
+)
 from tests.attention.cases import make_call
 from tests.features.cases import by_name
 
@@ -142,14 +148,58 @@ def test_tensors_on_different_devices():
         attend(value=torch.zeros(1, 2, 6, 5, device="meta"))
 
 
-@pytest.mark.parametrize("options", [{"window": 4}, {"window": 0}, {"sinks": 1}])
-def test_exact_terms_are_refused_and_not_ignored(options):
-    name = next(iter(options))
-    with pytest.raises(NotImplementedError, match=name):
-        attend(**options)
-    call = make_call(by_name("positive"), 5)
-    with pytest.raises(NotImplementedError, match=name):
-        favor_attention_weights(call.query, call.key, call.feature_map, **options)
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": -1}, r"window must be .*-1"),
+        ({"window": 1.5}, r"window must be .*1\.5"),
+        ({"window": 2.0}, r"window must be .*2\.0"),
+        ({"window": "4"}, r"window must be .*4"),
+        ({"window": torch.tensor([1, 2])}, r"window must be"),
+        ({"sinks": -1}, r"sinks must be .*-1"),
+        ({"sinks": 1.5}, r"sinks must be .*1\.5"),
+        ({"sinks": None}, r"sinks must be .*None"),
+        ({"window": 4, "sinks": -3}, r"sinks must be .*-3"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_refused_exact_terms(is_causal, options, match):
+    with pytest.raises(ValueError, match=match):
+        attend(is_causal=is_causal, **options)
+    call = make_call(by_name("positive"), 5, "causal" if is_causal else "bidirectional")
+    with pytest.raises(ValueError, match=match):
+        favor_attention_weights(call.query, call.key, call.feature_map, **call.options, **options)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_window_needs_as_many_keys_as_queries(window):
+    for size in (5, 7):
+        with pytest.raises(ValueError, match=rf"window needs as many keys as queries.*{size}"):
+            attend(key=(1, 2, size, 8), value=(1, 2, size, 5), window=window)
+        with pytest.raises(ValueError, match="window needs as many keys as queries"):
+            favor_attention_weights(
+                zeros(1, 4, 6, 8), zeros(1, 2, size, 8), SoftmaxFeatures(8), window=window
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": 4}, r"window .*SoftmaxFeatures"),
+        ({"window": 0}, r"window .*SoftmaxFeatures"),
+        ({"sinks": 1}, r"sinks .*SoftmaxFeatures"),
+    ],
+)
+@pytest.mark.parametrize("fn", ["relu", "exp", "cos"])
+def test_exact_terms_need_softmax_features(fn, options, match):
+    """The exact weight is that of softmax, which other kernels do not estimate."""
+    features = GeneralizedFeatures(8, fn=fn)
+    with pytest.raises(ValueError, match=match):
+        attend(features=features, **options)
+    with pytest.raises(ValueError, match=match):
+        favor_attention_weights(zeros(1, 4, 6, 8), zeros(1, 2, 6, 8), features, **options)
+    assert attend(features=features, window=None, sinks=0).shape == (1, 4, 6, 5)
 
 
 def test_unknown_options_are_refused():

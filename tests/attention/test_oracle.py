@@ -20,7 +20,8 @@ def test_kernel_is_the_sum_over_features_pair_by_pair(case):
     )
     root = math.sqrt(0.3)
     (log_q, base_q), (log_k, base_k) = (
-        case.log_phi(call.feature_map, x.double() * root) for x in (call.query, call.key)
+        case.log_phi(call.feature_map, x.double() * root, is_query=x is call.query)
+        for x in (call.query, call.key)
     )
     for h in range(2):
         for i in range(5):
@@ -39,7 +40,7 @@ def test_kernel_is_the_sum_over_features_pair_by_pair(case):
                 )
 
 
-def _log_quadrature(feature_map, x):
+def _log_quadrature(feature_map, x, *, is_query=False):
     log = x @ feature_map.nodes.double().T + feature_map.bias.double()
     log = log - x.square().sum(-1, keepdim=True) / 2
     return log, torch.ones_like(log)
@@ -56,3 +57,53 @@ def test_exact_features_give_softmax_attention(mode):
     exact = F.scaled_dot_product_attention(*x, is_causal=is_causal)
     assert (out - exact).abs().max() < 1e-5
     assert (conditioning - 1).abs().max() < 1e-12
+
+
+def test_exact_pairs_one_by_one():
+    """Near, or among the first keys of the sequence that take part; by lists and loops."""
+    offsets, window, sinks = [0, 4, 4, 5, 12], 2, 2
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, [0, 5, 6, 8]] = False
+    found = oracle.exact(
+        12, 12, window=window, sinks=sinks, key_mask=mask, cu_seqlens=torch.tensor(offsets)
+    )
+    first = [[0, 1, 4, 5, 6], [1, 2, 4, 7, 9]]
+    for row in range(2):
+        for i in range(12):
+            for j in range(12):
+                assert found[row, 0, i, j] == (-2 <= i - j <= 2 or j in first[row])
+
+
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_exact_pairs_weigh_what_softmax_gives_them(case):
+    """Each row: exponentials where exact, sums over features elsewhere, then normalised."""
+    call = make_call(case, 7, batch=1, heads=2, head_dim=4, num_features=6)
+    options = {"window": 1, "sinks": 2, "is_causal": True}
+    found, _ = oracle.weights(case, call.feature_map, call.query, call.key, scale=0.3, **options)
+    pairs, _, row, column = oracle.log_kernel(case, call.feature_map, call.query, call.key, 0.3)
+    for h in range(2):
+        for i in range(7):
+            terms = []
+            for j in range(i + 1):
+                if i - j <= 1 or j < 2:
+                    terms.append(
+                        math.exp(0.3 * call.query[0, h, i].double() @ call.key[0, h, j].double())
+                    )
+                else:
+                    size = math.exp((row[0, h, i] + column[0, h, :, j]).item())
+                    terms.append(pairs[0, h, i, j].item() * size)
+            total = math.fsum(terms)
+            for j, term in enumerate(terms):
+                assert found[0, h, i, j].item() == pytest.approx(term / total, rel=1e-9, abs=1e-12)
+            assert (found[0, h, i, i + 1 :] == 0).all()
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+def test_a_window_over_everything_is_softmax(mode):
+    call = make_call(ALL[0], 20, mode, dtype=torch.float64, input_scale=6.0)
+    out, conditioning = oracle.attend(
+        call.case, call.feature_map, *call.inputs, window=20, **call.options
+    )
+    exact = F.scaled_dot_product_attention(*call.inputs, is_causal=mode == "causal")
+    torch.testing.assert_close(out, exact, rtol=0, atol=1e-12)
+    assert (conditioning == 1).all()

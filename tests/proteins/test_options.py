@@ -17,6 +17,7 @@ from performers.proteins.tokenizer import build_protein_tokenizer
         ("objective", "lm", "--objective"),
         ("attention", "linear", "--attention"),
         ("estimator", "best", "--estimator"),
+        ("estimator", "data_aware", "--estimator data_aware is fitted"),
         ("position_embedding", "none", "--positions"),
         ("hidden_size", 0, "--hidden-size"),
         ("hidden_size", 100, "--hidden-size"),

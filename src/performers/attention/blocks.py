@@ -75,7 +75,7 @@ def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
             left.denominator + right.denominator,
             torch.zeros_like(left.denominator),
         )
-    peak = finite(torch.maximum(_log_size(left), _log_size(right)))
+    peak = finite(torch.maximum(_log_size(left), _log_size(right)).detach())
     left_weight, right_weight = _weight(left, peak), _weight(right, peak)
     return Rows(
         left.numerator * left_weight + right.numerator * right_weight,

@@ -11,6 +11,11 @@ so the leading term of every normaliser is one. Among the pairs within a causal 
 maximum over the chunk would let a later key touch an earlier row, each key is divided by its own
 largest feature instead, and its scale enters the small matrix of pairs after masking, as in a
 softmax. Scales are constants to autograd: the quotient does not depend on them.
+
+Exact terms. What a query meets exactly (``near.py``) and what it meets through features are two
+parts of its row, merged at the larger of their scales. Keys beyond a window of ``w`` are the strict
+past of the keys delayed by ``w``, and for the other direction of the reversed row: the causal
+algorithm computes both, and nothing has to be subtracted.
 """
 
 # torch.compile (2.6) cannot evaluate the annotations of local functions.
@@ -20,6 +25,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.attention.blocks import (
     Features,
@@ -38,6 +44,8 @@ from performers.attention.blocks import (
     times,
 )
 from performers.attention.causal import causal_rows
+from performers.attention.listed import split_listed
+from performers.attention.near import near_rows
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 from performers.features.precision import without_autocast
@@ -61,6 +69,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     with without_autocast(problem.query.device):
         if problem.query.shape[-2] == 0:
             return _empty_output(problem), FavorState(*_initial_sums(problem, features))
+        if problem.has_exact_terms():
+            return _with_exact_terms(problem, features)
         if not problem.is_causal:
             if problem.segments is not None:
                 return _packed_bidirectional(problem, features), None
@@ -69,7 +79,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         if problem.query.shape[-2] == 1:
             key, value, mask = problem.key, problem.value, problem.key_mask
             sums = _absorb(features, key, value, mask, *sums)
-            out = _read(features, problem.query, *sums)
+            read = _read(features, problem.query, *sums)
+            out = divide(read.numerator, read.denominator)
         else:
             (out,), sums = causal_rows(problem, features, sums, strict=False, divided=True)
     return out, FavorState(*sums) if problem.return_state else None
@@ -96,6 +107,14 @@ def _empty_output(problem: AttentionProblem) -> Tensor:
 
 
 def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
+    rows = _bidirectional_rows(problem, features, divided=True)
+    return rows[0]
+
+
+def _bidirectional_rows(
+    problem: AttentionProblem, features: Features, *, divided: bool
+) -> tuple[Tensor, ...]:
+    """Every query against all keys: the output when ``divided``, else the fields of ``Rows``."""
     query, key, value, mask = problem.query, problem.key, problem.value, problem.key_mask
     sums = _initial_sums(problem, features)
     rows = block_rows(problem.key.shape[:2], features)
@@ -106,15 +125,18 @@ def _bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
     def absorb(key: Tensor, value: Tensor, mask: Tensor | None, *sums: Tensor) -> Sums:
         return _absorb(features, key, value, mask, *sums)
 
-    def read(query: Tensor, *sums: Tensor) -> tuple[Tensor]:
-        return (_read(features, query, *sums),)
+    def read(query: Tensor, *sums: Tensor) -> tuple[Tensor, ...]:
+        read = _read(features, query, *sums)
+        return (divide(read.numerator, read.denominator),) if divided else read
 
     for block in zip(
         cut(key, key_sizes, 2), cut(value, key_sizes, 2), cut(mask, key_sizes, 1), strict=True
     ):
         sums = Sums(*run(absorb, *block, *sums))
-    outputs = [run(read, block, *sums)[0] for block in cut(query, query_sizes, 3)]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+    outputs = [run(read, block, *sums) for block in cut(query, query_sizes, 3)]
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*outputs, strict=True))
 
 
 def _absorb(
@@ -150,12 +172,12 @@ def _absorb(
 
 def _read(
     features: Features, query: Tensor, key_value: Tensor, key_sum: Tensor, log_scale: Tensor
-) -> Tensor:
-    """Attention of a block of queries ``(B, H, G, T, D)`` to all that the sums hold."""
+) -> Rows:
+    """A block of queries ``(B, H, G, T, D)`` against all that the sums hold."""
     base, exponent = features.of(query.flatten(2, 3), is_query=True)
-    phi, _ = query_features(base, exponent, finite(log_scale).unsqueeze(-2))
-    numerator, denominator = phi @ key_value, phi @ key_sum.unsqueeze(-1)
-    return divide(numerator, denominator).unflatten(2, query.shape[2:4])
+    phi, scale = query_features(base, exponent, finite(log_scale).unsqueeze(-2))
+    rows = phi @ key_value, phi @ key_sum.unsqueeze(-1), scale.expand(*phi.shape[:-1], 1)
+    return Rows(*(x.unflatten(2, query.shape[2:4]) for x in rows))
 
 
 def _packed_bidirectional(problem: AttentionProblem, features: Features) -> Tensor:
@@ -166,21 +188,115 @@ def _packed_bidirectional(problem: AttentionProblem, features: Features) -> Tens
     """
     sums = _initial_sums(problem, features)
     past, _ = causal_rows(problem, features, sums, strict=False, divided=False)
-    assert problem.segments is not None
-    backwards = AttentionProblem(
+    rows = merge(Rows(*past), _future(problem, features), scaled=features.has_exponent())
+    return divide(rows.numerator, rows.denominator)
+
+
+def _future(problem: AttentionProblem, features: Features) -> Rows:
+    """Every query against the keys after its position, or beyond the window's reach of it."""
+    backwards = _with_keys(
+        problem,
         query=problem.query.flip(-2),
         key=problem.key.flip(-2),
         value=problem.value.flip(-2),
+        key_mask=None if problem.key_mask is None else problem.key_mask.flip(-1),
+        segments=None if problem.segments is None else problem.segments.flip(0),
+    )
+    backwards = _delayed(backwards)
+    sums = _initial_sums(problem, features)
+    rows, _ = causal_rows(backwards, features, sums, strict=True, divided=False)
+    return Rows(*(x.flip(-2) for x in rows))
+
+
+def _with_exact_terms(
+    problem: AttentionProblem, features: Features
+) -> tuple[Tensor, FavorState | None]:
+    """Rows through features and exact ones, merged."""
+    sums = _initial_sums(problem, features)
+    if problem.window is not None:
+        past, sums = causal_rows(_delayed(problem), features, sums, strict=True, divided=False)
+        far = Rows(*past)
+        if not problem.is_causal:
+            far = merge(far, _future(problem, features), scaled=True)
+    elif problem.is_causal:
+        past, sums = causal_rows(problem, features, sums, strict=False, divided=False)
+        far = Rows(*past)
+    elif problem.segments is not None:
+        past, _ = causal_rows(problem, features, sums, strict=False, divided=False)
+        far = merge(Rows(*past), _future(problem, features), scaled=True)
+    else:
+        far = Rows(*_bidirectional_rows(problem, features, divided=False))
+    listed = None
+    if problem.lists is not None:
+        far, listed = split_listed(problem, features, far)
+    # What cancels without exact terms counts here: a query's own factor, and the mean over draws.
+    half_norm = problem.query.to(problem.dtype).square().sum(-1, keepdim=True) * problem.scale / 2
+    sign = 1 if problem.form.kind == "trigonometric" else -1
+    log_factor = sign * half_norm + math.log(problem.form.normalizer)
+    rows = Rows(far.numerator, far.denominator, far.log_scale + log_factor)
+    if problem.window is not None or problem.sinks is not None:
+        rows = merge(rows, near_rows(problem), scaled=True)
+    if listed is not None:
+        rows = merge(rows, listed, scaled=True)
+    out = divide(rows.numerator, rows.denominator)
+    return out, FavorState(*sums) if problem.return_state else None
+
+
+def _delayed(problem: AttentionProblem) -> AttentionProblem:
+    """The problem with its keys later by the window: its strict past is what lies beyond.
+
+    Keys that a state held come first, as many as the window: then nothing has to move.
+    """
+    length = problem.query.shape[-2]
+    shift = (problem.window or 0) - problem.offset
+    missing, kept = min(shift, length), max(length - shift, 0)
+    mask, segments = problem.key_mask, problem.segments
+    if missing:
+        if mask is None:
+            mask = torch.ones(
+                problem.key.shape[0], kept, dtype=torch.bool, device=problem.key.device
+            )
+        mask = F.pad(mask[:, :kept], (missing, 0))
+        if segments is not None:
+            # The last keys of one sequence must not turn up in the next.
+            same = segments[missing:] == segments[:kept]
+            mask = mask & F.pad(same, (missing, 0))
+    elif mask is not None:
+        mask = mask[:, :length]
+    return _with_keys(
+        problem,
+        query=problem.query,
+        key=F.pad(problem.key[:, :, :kept], (0, 0, missing, 0)),
+        value=F.pad(problem.value[:, :, :kept], (0, 0, missing, 0)),
+        key_mask=mask,
+        segments=segments,
+    )
+
+
+def _with_keys(
+    problem: AttentionProblem,
+    *,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+) -> AttentionProblem:
+    """The problem with other tensors."""
+    return AttentionProblem(
+        query=query,
+        key=key,
+        value=value,
         form=problem.form,
         scale=problem.scale,
         is_causal=problem.is_causal,
-        key_mask=None if problem.key_mask is None else problem.key_mask.flip(-1),
-        segments=problem.segments.flip(0),
+        key_mask=key_mask,
+        segments=segments,
         state=problem.state,
         return_state=problem.return_state,
+        window=problem.window,
+        offset=problem.offset,
+        sinks=problem.sinks,
         dtype=problem.dtype,
+        lists=problem.lists,
     )
-    future, _ = causal_rows(backwards, features, sums, strict=True, divided=False)
-    reversed_rows = Rows(*(x.flip(-2) for x in future))
-    rows = merge(Rows(*past), reversed_rows, scaled=features.has_exponent())
-    return divide(rows.numerator, rows.denominator)

@@ -5,7 +5,8 @@ Every other backend is tested against this one. For query ``i`` and the keys ``j
     out_i = sum_j K(q_i, k_j) v_j / sum_j K(q_i, k_j),    K(q, k) = sum_f phi_f(q) phi_f(k),
 
 with the whole matrix in memory, and zeros for a query that sees no key. Rows of the matrix are
-scaled freely, since the quotient does not change.
+scaled freely, since the quotient does not change. Keys that are met exactly have
+``exp(scale q_i . k_j)`` in place of ``K``; sinks stand in columns of their own, after the keys.
 """
 
 import math
@@ -33,8 +34,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         state or None.
     """
     value = _masked(problem.value.double(), problem)
-    kernel, past_features = _kernel(problem)
-    numerator = kernel @ value.unsqueeze(2)
+    kernel, past_features = _whole_kernel(problem)
+    numerator = kernel @ _with_sinks(value, problem, "value").unsqueeze(2)
     total = kernel.sum(-1, keepdim=True)
     if past_features is not None:
         assert problem.state is not None
@@ -46,22 +47,109 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
 
 
 def attention_matrix(problem: AttentionProblem) -> Tensor:
-    """The row-normalised matrix, shape ``(batch, key_heads, groups, L, S)``, float64."""
-    kernel, _ = _kernel(problem)
+    """The row-normalised matrix, shape ``(batch, key_heads, groups, L, S)``, float64.
+
+    For calls without packed sequences.
+    """
+    kernel, _ = _whole_kernel(problem)
+    size = problem.key.shape[2]
+    if size == 0:
+        return kernel[..., :0]
+    if problem.sinks is not None:
+        # Back to where the sinks stand among the keys.
+        index = problem.sinks.place[:, None, None, None, :]
+        columns = kernel[..., size:].where(index >= 0, 0.0)
+        places = index.clamp_min(0).expand_as(columns)
+        kernel = kernel[..., :size].scatter_add(-1, places, columns)
     total = kernel.sum(-1, keepdim=True)
     return kernel / total.where(total != 0, 1.0)
 
 
-def _kernel(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
-    """The kernel matrix, zero where a key is not seen, and query features for the past's sums."""
+def _whole_kernel(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
+    """The matrix of keys and sinks, and query features for the past's sums."""
+    if not problem.has_exact_terms():
+        kernel, past_features, _ = _kernel(problem, _allowed(problem))
+        return kernel, past_features
+    allowed, near = _allowed(problem), _near(problem)
+    kernel, past_features, log_scale = _kernel(problem, allowed & ~near)
+    query = problem.query.double()
+    half_norm = query.square().sum(-1, keepdim=True) * problem.scale / 2
+    sign = 1 if problem.form.kind == "trigonometric" else -1
+    log_scale = log_scale + sign * half_norm + math.log(problem.form.normalizer)
+    key = _masked(problem.key.double(), problem)
+    logs = problem.scale * query @ key.unsqueeze(2).mT
+    logs = logs.masked_fill(~(allowed & near), -math.inf)
+    if problem.sinks is not None:
+        sink_logs, seen = _sink_logs(problem, query)
+        logs = torch.cat((logs, sink_logs.masked_fill(~seen, -math.inf)), dim=-1)
+        kernel = torch.cat((kernel, torch.zeros_like(sink_logs)), dim=-1)
+    total = kernel.detach().abs().sum(-1, keepdim=True)
+    if past_features is not None:
+        assert problem.state is not None
+        total = total + _past_sum(past_features, problem.state).detach().abs()
+    far_log = (log_scale.detach() + total.log()).where(total > 0, -math.inf)
+    peak = _finite(torch.maximum(far_log, _peak(logs)))
+    # A row without far keys has a scale that means nothing.
+    share = (log_scale - peak).masked_fill(total == 0, -math.inf).exp()
+    past_features = None if past_features is None else past_features * share
+    return kernel * share + (logs - peak).exp(), past_features
+
+
+def _near(problem: AttentionProblem) -> Tensor:
+    """Which pairs are exact, shape ``(L, S)`` or ``(batch, key_heads, groups, L, S)``."""
+    length, size = problem.query.shape[-2], problem.key.shape[-2]
+    device = problem.query.device
+    near = torch.zeros(length, size, dtype=torch.bool, device=device)
+    if problem.window is not None:
+        here = torch.arange(length, device=device)[:, None] + problem.offset
+        near = (here - torch.arange(size, device=device)).abs() <= problem.window
+    if problem.lists is not None:
+        for key, taken, of_query in zip(*problem.lists, strict=True):
+            # One column more than there are keys takes the places that are not taken.
+            member = near.new_zeros(*key.shape[:3], size + 1)
+            member = member.scatter(3, key.where(taken, size), True)[..., :size]
+            rows = of_query.flatten(2).unsqueeze(-1).expand(-1, -1, -1, size)
+            near = near | member.gather(2, rows).unflatten(2, of_query.shape[2:])
+    return near
+
+
+def _sink_logs(problem: AttentionProblem, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``(batch, key_heads, groups, L, columns)`` of all sinks, and which are seen."""
+    assert problem.sinks is not None
+    first = problem.sinks.first
+    key = _with_sinks(None, problem, "key")
+    rows = torch.arange(query.shape[-2], device=query.device)[:, None]
+    if problem.segments is None:
+        seen = (rows >= first[:, None])[:, None, None]
+    else:
+        sequences = torch.arange(len(first), device=query.device).repeat_interleave(first.shape[1])
+        seen = (rows >= first.flatten()) & (problem.segments[:, None] == sequences)
+    return problem.scale * query @ key.unsqueeze(2).mT, seen
+
+
+def _with_sinks(x: Tensor | None, problem: AttentionProblem, field: str) -> Tensor:
+    """Keys or values followed by the sinks': ``(batch, key_heads, S + columns, D)``."""
+    if problem.sinks is None:
+        assert x is not None
+        return x
+    sinks: Tensor = getattr(problem.sinks, field).double()
+    if problem.segments is not None:
+        sinks = sinks.movedim(0, 1).flatten(1, 2).unsqueeze(0)
+    return sinks if x is None else torch.cat((x, sinks), dim=2)
+
+
+def _kernel(problem: AttentionProblem, allowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The kernel matrix, zero where not allowed, query features for the past's sums, log scales.
+
+    Both stand divided by ``e^`` the last, ``(batch, key_heads, groups, L, 1)``.
+    """
     (query_base, query_exponent), (key_base, key_exponent) = _features(problem)
-    allowed = _allowed(problem)
     past = problem.state
     if key_exponent is None:
         assert query_base is not None
         assert key_base is not None
         kernel = (query_base @ key_base.unsqueeze(2).transpose(-1, -2)).where(allowed, 0.0)
-        return kernel, None if past is None else query_base
+        return kernel, None if past is None else query_base, kernel.new_zeros(())
     if key_base is not None:
         assert query_base is not None
         return _trigonometric_kernel(query_base, key_base, key_exponent, allowed, past)
@@ -75,7 +163,7 @@ def _trigonometric_kernel(
     key_exponent: Tensor,
     allowed: Tensor,
     past: FavorState | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     logs = key_exponent.squeeze(-1)[:, :, None, None, :].masked_fill(~allowed, -math.inf)
     peak = _peak(logs)
     if past is not None:
@@ -83,24 +171,25 @@ def _trigonometric_kernel(
         peak = torch.maximum(peak, _peak(past_log))
     peak = _finite(peak)
     kernel = (query_base @ key_base.unsqueeze(2).transpose(-1, -2)) * (logs - peak).exp()
-    return kernel, None if past is None else query_base * (past_log - peak).exp()
+    return kernel, None if past is None else query_base * (past_log - peak).exp(), peak
 
 
 def _exponential_kernel(
     query_exponent: Tensor, key_exponent: Tensor, allowed: Tensor, past: FavorState | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """``sum_f exp(a_if + b_jf)``, each row divided by its largest feature's share.
 
     The features are multiplied out with one scale per feature, that of all keys. A causal row
     whose own keys lie so far below it that they vanish is computed again, pair by pair.
     """
-    seen = key_exponent.masked_fill(~allowed.any(-2)[:, :, 0, :, None], -math.inf)
+    seen = key_exponent.masked_fill(~allowed.any(-2).any(2).unsqueeze(-1), -math.inf)
     scale = _peak(seen, dim=-2)
     if past is not None:
         scale = torch.maximum(scale, past.log_scale.double().unsqueeze(-2))
     scale = _finite(scale)
     left = query_exponent + scale.unsqueeze(2)
-    left = (left - _peak(left)).exp()
+    log_scale = _peak(left)
+    left = (left - log_scale).exp()
     right = (seen - scale).exp()
     kernel = (left @ right.unsqueeze(2).transpose(-1, -2)).where(allowed, 0.0)
     total = kernel.detach().sum(-1)
@@ -110,6 +199,7 @@ def _exponential_kernel(
         total = total + _past_sum(past_features, past).squeeze(-1)
     has_keys = allowed.any(-1) if past is None else torch.ones_like(total, dtype=torch.bool)
     lost = (total < _SMALLEST_SAFE_SUM) & has_keys
+    log_scale = log_scale.clone()
     for batch, head, group, row in lost.nonzero().tolist():
         logs = torch.logsumexp(
             query_exponent[batch, head, group, row] + key_exponent[batch, head], -1
@@ -121,7 +211,8 @@ def _exponential_kernel(
             peak = torch.maximum(peak, _peak(past_logs))
             past_features[batch, head, group, row] = (past_logs - _finite(peak)).exp()
         kernel[batch, head, group, row] = (logs - _finite(peak)).exp()
-    return kernel, past_features
+        log_scale[batch, head, group, row] = _finite(peak)
+    return kernel, past_features, log_scale
 
 
 def _features(problem: AttentionProblem) -> tuple[Parts, Parts]:
@@ -148,7 +239,7 @@ def _allowed(problem: AttentionProblem) -> Tensor:
     length, size = problem.query.shape[-2], problem.key.shape[-2]
     allowed = torch.ones(length, size, dtype=torch.bool, device=problem.query.device)
     if problem.is_causal:
-        allowed = allowed.tril()
+        allowed = allowed.tril(problem.offset)
     if problem.segments is not None:
         allowed = allowed & (problem.segments[:, None] == problem.segments)
     allowed = allowed[None, None, None]
@@ -177,21 +268,26 @@ def _finite(scale: Tensor) -> Tensor:
 def _final_state(problem: AttentionProblem, value: Tensor) -> FavorState:
     _, (base, exponent) = _features(problem)
     past = problem.state
+    # The last keys stay as they are.
     batch, heads, size = problem.key.shape[:3]
-    shape = (batch, heads, size, problem.form.num_features)
+    kept = max(0, size - (problem.window or 0))
+    value = value[:, :, :kept]
+    mask = None if problem.key_mask is None else problem.key_mask[:, :kept]
+    shape = (batch, heads, kept, problem.form.num_features)
     if exponent is None:
         assert base is not None
-        features = _masked(base, problem)
+        features = base[:, :, :kept]
+        features = features if mask is None else features.where(mask[:, None, :, None], 0.0)
         log_scale = features.new_zeros(batch, heads, shape[-1])
         decay = torch.ones_like(log_scale)
     else:
-        exponent = exponent.expand(shape)
-        if problem.key_mask is not None:
-            exponent = exponent.masked_fill(~problem.key_mask[:, None, :, None], -math.inf)
+        exponent = exponent[:, :, :kept].expand(shape)
+        if mask is not None:
+            exponent = exponent.masked_fill(~mask[:, None, :, None], -math.inf)
         peak = _peak(exponent, dim=-2).squeeze(-2)
         log_scale = peak if past is None else torch.maximum(peak, past.log_scale.double())
         features = (exponent - _finite(log_scale).unsqueeze(-2)).exp()
-        features = features if base is None else features * base
+        features = features if base is None else features * base[:, :, :kept]
         if past is not None:
             decay = (past.log_scale.double() - _finite(log_scale)).exp()
     key_value = features.transpose(-1, -2) @ value

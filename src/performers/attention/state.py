@@ -1,5 +1,6 @@
 """The recurrent state of causal attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,23 +14,37 @@ class FavorState:
     With key features ``phi_i(k_j)``, feature ``i`` holds
     ``key_value_i = sum_j phi_i(k_j) v_j e^{-s_i}`` and ``key_sum_i = sum_j phi_i(k_j) e^{-s_i}``,
     where the log scale ``s_i`` is the largest exponent seen so far, so that neither sum can
-    overflow or vanish. Float32, or float64 for float64 inputs.
+    overflow or vanish. Float32, or float64 for float64 inputs. With a window, the sums are over
+    all keys but the last ``window`` ones, which are kept as they are; sinks are never summed.
 
     Attributes:
         key_value: Shape ``(batch, heads, num_features, value_dim)``.
         key_sum: Shape ``(batch, heads, num_features)``.
         log_scale: Shape ``(batch, heads, num_features)``; minus infinity before the first key,
             zero for features without exponent.
+        recent_key: The last keys, shape ``(batch, heads, window, head_dim)``; None without window.
+            An estimator that balances queries against keys keeps them balanced.
+        recent_value: Their values, shape ``(batch, heads, window, value_dim)``.
+        recent_mask: Bool, shape ``(batch, window)``: those that take part and are no sinks.
+        sink_key: The first keys, shape ``(batch, heads, sinks, head_dim)``; None without sinks.
+        sink_value: Their values, shape ``(batch, heads, sinks, value_dim)``.
+        sink_mask: Bool, shape ``(batch, sinks)``: those that have been seen.
     """
 
     key_value: Tensor
     key_sum: Tensor
     log_scale: Tensor
+    recent_key: Tensor | None = None
+    recent_value: Tensor | None = None
+    recent_mask: Tensor | None = None
+    sink_key: Tensor | None = None
+    sink_value: Tensor | None = None
+    sink_mask: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def reorder_(self, index: Tensor) -> "FavorState":
         """Select batch rows in place, as beam search does: row ``i`` becomes ``index[i]``.
@@ -40,25 +55,28 @@ class FavorState:
         Returns:
             Self.
         """
-        for field in fields(self):
-            tensor: Tensor = getattr(self, field.name)
-            setattr(self, field.name, tensor.index_select(0, index.to(tensor.device)))
+        for name, tensor in self._tensors().items():
+            setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         return self
 
     def detach(self) -> "FavorState":
         """The same state outside the autograd graph (truncated back-propagation)."""
-        return FavorState(*(tensor.detach() for tensor in self._tensors()))
+        return self._mapped(Tensor.detach)
 
     def clone(self) -> "FavorState":
         """A copy that shares no memory."""
-        return FavorState(*(tensor.clone() for tensor in self._tensors()))
+        return self._mapped(torch.clone)
 
     def to(self, device: torch.device | str) -> "FavorState":
         """The same state on another device."""
-        return FavorState(*(tensor.to(device) for tensor in self._tensors()))
+        return self._mapped(lambda tensor: tensor.to(device))
 
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "FavorState":
+        return FavorState(**{name: function(x) for name, x in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: tensor for name, tensor in named if tensor is not None}
 
 
 # A saved state loads with torch.load as it is, without trusting arbitrary pickles.

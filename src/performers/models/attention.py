@@ -36,11 +36,14 @@ class AttentionContext(NamedTuple):
 
 
 class FavorMechanism(nn.Module):
-    """Linear attention through a feature map."""
+    """Linear attention through a feature map, and exactly within a window and to the sinks."""
 
-    def __init__(self, feature_map: FeatureMap) -> None:
+    def __init__(
+        self, feature_map: FeatureMap, *, window: int | None = None, sinks: int = 0
+    ) -> None:
         super().__init__()
         self.feature_map = feature_map
+        self.window, self.sinks = window, sinks
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -60,6 +63,8 @@ class FavorMechanism(nn.Module):
                 is_causal=context.is_causal,
                 key_mask=None if context.key_mask is None else context.key_mask.reshape(1, -1),
                 cu_seqlens=context.cu_seqlens,
+                window=self.window,
+                sinks=self.sinks,
             )
             return out.squeeze(0).unflatten(1, (batch, -1)).transpose(0, 1), weights
         if context.cache is None:
@@ -70,6 +75,8 @@ class FavorMechanism(nn.Module):
                 self.feature_map,
                 is_causal=context.is_causal,
                 key_mask=context.key_mask,
+                window=self.window,
+                sinks=self.sinks,
             )
             return out, weights
         entry = context.cache.layers[layer]
@@ -81,6 +88,8 @@ class FavorMechanism(nn.Module):
             self.feature_map,
             is_causal=True,
             key_mask=context.key_mask,
+            window=self.window,
+            sinks=self.sinks,
             state=entry.state,
             return_state=True,
         )
@@ -88,12 +97,19 @@ class FavorMechanism(nn.Module):
         return out, weights
 
     def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
+        if context.sequence_ids is not None and self.sinks:
+            raise ValueError(
+                "output_attentions is not available for packed sequences with sinks; pass one "
+                "sequence in a row, or output_attentions=False"
+            )
         weights = favor_attention_weights(
             query,
             key,
             self.feature_map,
             is_causal=context.is_causal,
             key_mask=context.key_mask,
+            window=self.window,
+            sinks=self.sinks,
         )
         if context.sequence_ids is None:
             return weights
@@ -178,7 +194,9 @@ def build_mechanism(config: PerformerConfig) -> nn.Module:
                 projection=config.projection,
                 regularized=config.regularized,
                 num_heads=num_heads,
-            )
+            ),
+            window=config.window,
+            sinks=config.sinks,
         )
     return FavorMechanism(
         GeneralizedFeatures(

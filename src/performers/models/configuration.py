@@ -34,9 +34,13 @@ class PerformerConfig(PreTrainedConfig):
             ``"exact"`` for softmax attention; ``"identity"`` for attention that returns its
             values, the most that any attention could save.
         num_features: Random features per head; None takes the feature map's default.
-        estimator: Softmax estimator: ``"positive"``, ``"hyperbolic"`` or ``"trigonometric"``.
-        projection: ``"orthogonal"`` or ``"gaussian"``; None for generalized kernels without one.
+        estimator: Softmax estimator, see ``SoftmaxFeatures``.
+        projection: How features are drawn, see ``draw_projection``; None for generalized kernels
+            without a projection.
         regularized: Fixed row lengths for softmax features (SMREG).
+        window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly;
+            None for features alone.
+        sinks: ``favor-softmax`` only: every token attends exactly to the first ``sinks`` ones.
         kernel_epsilon: Added to every generalized feature.
         features_per_head: Draw a projection per head rather than one per layer.
         layer_norm_eps: Of the layer norms.
@@ -73,6 +77,8 @@ class PerformerConfig(PreTrainedConfig):
         estimator: Estimator = "positive",
         projection: Projection | None = "orthogonal",
         regularized: bool = False,
+        window: int | None = None,
+        sinks: int = 0,
         kernel_epsilon: float = 1e-3,
         features_per_head: bool = False,
         layer_norm_eps: float = 1e-5,
@@ -124,6 +130,14 @@ class PerformerConfig(PreTrainedConfig):
             )
         if projection is None and attention == "favor-softmax":
             raise ValueError("projection must not be None for favor-softmax")
+        if (window is not None or sinks) and attention != "favor-softmax":
+            raise ValueError(
+                f"window and sinks need attention='favor-softmax', got {attention!r} with "
+                f"window={window} and sinks={sinks}"
+            )
+        for name, reach in (("window", window), ("sinks", sinks)):
+            if reach is not None and reach < 0:
+                raise ValueError(f"{name} must be at least 0, got {reach}")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -139,6 +153,8 @@ class PerformerConfig(PreTrainedConfig):
         self.estimator = estimator
         self.projection = projection
         self.regularized = regularized
+        self.window = window
+        self.sinks = sinks
         self.kernel_epsilon = kernel_epsilon
         self.features_per_head = features_per_head
         self.layer_norm_eps = layer_norm_eps

@@ -34,6 +34,8 @@ class PerformerAttention(nn.Module):
         dtype: Of the parameters.
         feature_map: A feature map for ``head_dim = embed_dim / num_heads``; by default
             ``SoftmaxFeatures(head_dim)``.
+        window: As in ``favor_attention``: attend exactly within this reach (self-attention).
+        sinks: As in ``favor_attention``: attend exactly to the first keys.
 
     Raises:
         ValueError: An argument is out of range.
@@ -64,6 +66,8 @@ class PerformerAttention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         feature_map: FeatureMap | None = None,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
@@ -75,6 +79,11 @@ class PerformerAttention(nn.Module):
             raise ValueError(
                 f"dropout must be 0, got {dropout}: the attention matrix it would act on is never "
                 "formed; put nn.Dropout on the module's output instead"
+            )
+        if (window is not None or sinks) and (add_bias_kv or add_zero_attn):
+            raise ValueError(
+                "window and sinks cannot be combined with add_bias_kv and add_zero_attn, whose "
+                f"keys have no position; got window={window} and sinks={sinks}"
             )
         head_dim = embed_dim // num_heads
         if feature_map is None:
@@ -90,6 +99,7 @@ class PerformerAttention(nn.Module):
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.batch_first = batch_first
+        self.window, self.sinks = window, sinks
         self.add_zero_attn = add_zero_attn
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -199,6 +209,8 @@ class PerformerAttention(nn.Module):
                 self.feature_map,
                 is_causal=True,
                 key_mask=mask,
+                window=self.window,
+                sinks=self.sinks,
                 state=state,
             )
         else:
@@ -207,7 +219,13 @@ class PerformerAttention(nn.Module):
                 heads_value = torch.cat((heads_value, extra[1]), dim=2)
                 mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
             out = favor_attention(
-                heads_query, heads_key, heads_value, self.feature_map, key_mask=mask
+                heads_query,
+                heads_key,
+                heads_value,
+                self.feature_map,
+                key_mask=mask,
+                window=self.window,
+                sinks=self.sinks,
             )
         out = self.out_proj(out.transpose(1, 2).flatten(2).to(self.out_proj.weight.dtype))
         weights = None
@@ -218,7 +236,13 @@ class PerformerAttention(nn.Module):
                     "add_zero_attn; pass need_weights=False"
                 )
             weights = favor_attention_weights(
-                heads_query, heads_key, self.feature_map, is_causal=is_causal, key_mask=mask
+                heads_query,
+                heads_key,
+                self.feature_map,
+                is_causal=is_causal,
+                key_mask=mask,
+                window=self.window,
+                sinks=self.sinks,
             )
             weights = weights.mean(dim=1) if average_attn_weights else weights
         if not batched:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from performers.features.softmax import Estimator
+from performers.features.softmax import CALIBRATED, Estimator
 from performers.models import PerformerConfig
 from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
@@ -98,6 +98,11 @@ class TrainingOptions:
         """
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.estimator in CALIBRATED:
+            raise UserError(
+                f"--estimator {self.estimator} is fitted to the queries and keys of a trained "
+                "model; train with positive, hyperbolic or trigonometric"
+            )
         least = {
             "hidden_size": 1,
             "num_layers": 1,

@@ -36,11 +36,15 @@ def operator_arguments(
         options.get("key_mask"),
         segments,
         *((None,) * 3 if state is None else (state.key_value, state.key_sum, state.log_scale)),
+        *(None,) * 3,
         "exponential" if form.kind == "exponential" else "rectified",
         form.kind == "exponential" and form.quadratic,
         form.epsilon,
+        form.normalizer,
         call.query.shape[-1] ** -0.5,
         options.get("is_causal", False),
+        None,
+        0,
         return_state,
     )
 
@@ -79,7 +83,7 @@ def dense_in_logarithms(call: Call) -> Tensor:
     groups = heads // call.key.shape[1]
     key, value = (x.double().repeat_interleave(groups, dim=1) for x in (call.key, call.value))
     root = head_dim**-0.25
-    log_q, _ = call.case.log_phi(call.feature_map, call.query.double() * root)
+    log_q, _ = call.case.log_phi(call.feature_map, call.query.double() * root, is_query=True)
     log_k, _ = call.case.log_phi(call.feature_map, key * root)
     pairs = torch.logsumexp(log_q.unsqueeze(-2) + log_k.unsqueeze(-3), -1)
     seen = torch.ones(pairs.shape[-2:], dtype=torch.bool)

@@ -78,12 +78,15 @@ def single_key(value):
         zero,
         value,
         torch.ones(1, 1, 1),
-        *(None,) * 6,
+        *(None,) * 9,
         "exponential",
         True,
         0.0,
         1.0,
+        1.0,
         False,
+        None,
+        0,
         False,
     )
 

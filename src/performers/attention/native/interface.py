@@ -28,11 +28,12 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "key_heads", "groups", "length", "size")),
         *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
         *((name, ctypes.c_int64) for name in ("weight_heads", "kind", "quadratic", "causal")),
-        ("threads", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-        ("epsilon", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("threads", "offset", "window", "sinks")),
+        *((name, ctypes.c_double) for name in ("scale", "epsilon", "normalizer")),
         *((name, _Array) for name in ("query", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "key_mask", "segments")),
+        *((name, _Array) for name in ("sink_key", "sink_value")),
+        ("sink_first", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("past_key_value", "past_key_sum", "past_log_scale")),
         ("out", _Array),
         *((name, ctypes.c_void_p) for name in ("row_scale", "row_inverse")),
@@ -41,6 +42,8 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad_key_value", "grad_key_sum")),
         *((name, _Array) for name in ("grad_query", "grad_key", "grad_value")),
         *((name, ctypes.c_void_p) for name in ("grad_past_key_value", "grad_past_key_sum")),
+        *((name, ctypes.c_void_p) for name in ("grad_sink_key", "grad_sink_value")),
+        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias")),
     )
 
     @classmethod
@@ -52,7 +55,7 @@ class Call(ctypes.Structure):
         call.batch, call.key_heads, call.groups, call.weight_heads = 1, heads, 1, 1
         call.length = call.size = length
         call.head_dim, call.value_dim, call.features = head_dim, value_dim, features
-        call.threads = torch.get_num_threads()
+        call.threads, call.window = torch.get_num_threads(), -1
         return call
 
     def describe(

@@ -2,6 +2,7 @@
 
 Autograd keeps the inputs, the output, two numbers a row and, for bidirectional calls, the sums over
 the keys; features are computed again in the backward pass. All sizes are linear in the length.
+Beside exact pairs (a window or sinks) gradients are summed in float32 and converted at the end.
 """
 
 from typing import Any, NamedTuple
@@ -14,18 +15,20 @@ from performers.attention.native.interface import KINDS, Call, contiguous
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
     "Tensor? segments, Tensor? past_key_value, Tensor? past_key_sum, Tensor? past_log_scale, "
-    "str kind, bool quadratic, float epsilon, float scale, bool is_causal"
+    "Tensor? sink_key, Tensor? sink_value, Tensor? sink_first, str kind, bool quadratic, "
+    "float epsilon, float normalizer, float scale, bool is_causal, int? window, int offset"
 )
 _RESULTS = ("out", "row_scale", "row_inverse", "key_value", "key_sum", "log_scale")
 _TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
 _FORWARD = f"({_INPUTS}, bool return_state) -> ({_TYPED_RESULTS})"
 _BACKWARD = (
-    f"(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, {_INPUTS}, {_TYPED_RESULTS})"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_past_key_value, "
-    "Tensor grad_past_key_sum)"
+    f"(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, {_INPUTS}, {_TYPED_RESULTS}, "
+    "bool trained=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+    "Tensor grad_past_key_value, Tensor grad_past_key_sum, Tensor grad_sink_key, "
+    "Tensor grad_sink_value, Tensor grad_weight, Tensor grad_bias)"
 )
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, ...]
 
 
 class _Inputs(NamedTuple):
@@ -41,14 +44,25 @@ class _Inputs(NamedTuple):
     past_key_value: Tensor | None
     past_key_sum: Tensor | None
     past_log_scale: Tensor | None
+    sink_key: Tensor | None
+    sink_value: Tensor | None
+    sink_first: Tensor | None
     kind: str
     quadratic: bool
     epsilon: float
+    normalizer: float
     scale: float
     is_causal: bool
+    window: int | None
+    offset: int
+
+    def has_exact_pairs(self) -> bool:
+        """Whether some pairs are exact, so that several passes share a gradient."""
+        return self.window is not None or self.sink_key is not None
 
 
-_TENSORS = 10
+_TENSORS = 13
+_POINTERS = slice(3, 10)  # what the kernels read contiguously
 
 
 def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
@@ -58,9 +72,14 @@ def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
     call.describe(inputs.query, inputs.key, inputs.value, weight.shape[-2], weight.shape[0])
     call.kind, call.quadratic = KINDS[inputs.kind], inputs.quadratic
     call.causal, call.epsilon, call.scale = inputs.is_causal, inputs.epsilon, inputs.scale
-    names = _Inputs._fields[3:_TENSORS]
+    call.window = -1 if inputs.window is None else inputs.window
+    call.offset, call.normalizer = inputs.offset, inputs.normalizer
+    names = (*_Inputs._fields[_POINTERS], "sink_first")
     held = contiguous([getattr(inputs, name) for name in names])
     call.pointers(**dict(zip(names, held, strict=True)))
+    if inputs.sink_key is not None and inputs.sink_value is not None:
+        call.sinks = inputs.sink_key.shape[2]
+        call.arrays(sink_key=inputs.sink_key, sink_value=inputs.sink_value)
     return call, held
 
 
@@ -78,7 +97,8 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
         out = out.permute(0, 2, 3, 1, 4)
     else:
         out = value.new_empty((batch, key_heads, groups, length, width), dtype=torch.float32)
-    keeps_sums = return_state if inputs.is_causal else inputs.segments is None
+    whole = inputs.segments is None and inputs.window is None
+    keeps_sums = return_state if inputs.is_causal else whole
     sums = (batch, key_heads, features) if keeps_sums else (0, 0, 0)
     return (
         out,
@@ -113,16 +133,53 @@ def _(*arguments: Any) -> _Results:
     return _new_results(_Inputs(*arguments[:-1]), return_state=arguments[-1])
 
 
-def _new_gradients(inputs: _Inputs) -> _Gradients:
+def _new_gradients(inputs: _Inputs, trained: bool) -> _Gradients:
     past = inputs.query.new_empty((0, 0, 0, 0), dtype=torch.float32)
     if inputs.past_key_value is not None:
         past = inputs.past_key_value.new_empty(inputs.past_key_value.shape)
+    sinks = [
+        past.new_empty((0,)) if tensor is None else torch.empty_like(tensor)
+        for tensor in (inputs.sink_key, inputs.sink_value)
+    ]
     return (
         torch.empty_like(inputs.query),
         torch.empty_like(inputs.key),
         torch.empty_like(inputs.value),
         past,
         past.new_empty(past.shape[:-1]),
+        *sinks,
+        past.new_empty(inputs.weight.shape if trained else (0,)),
+        past.new_empty(inputs.weight.shape[:-1] if trained else (0,)),
+    )
+
+
+def _sum_gradients(call: Call, inputs: _Inputs, gradients: _Gradients) -> None:
+    """The backward pass where several passes add to one gradient: in float32, then converted."""
+    wanted = (*gradients[:3], *gradients[5:7])
+    summed = [
+        x.zero_() if x.dtype == torch.float32 and x.is_contiguous() else _zeros(x) for x in wanted
+    ]
+    call.arrays(grad_query=summed[0])
+    call.arrays(grad_key=summed[1], grad_value=summed[2])
+    call.pointers(grad_sink_key=summed[3], grad_sink_value=summed[4])
+    call.run("backward")
+    for to, tensor in zip(wanted, summed, strict=True):
+        if to is not tensor:
+            to.copy_(tensor)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[_Inputs, tuple[Tensor, ...], bool]:
+    """What follows the gradients among the arguments of the backward operator."""
+    inputs, results = len(_Inputs._fields), len(_RESULTS)
+    trained = arguments[inputs + results :]
+    return (
+        _Inputs(*arguments[:inputs]),
+        arguments[inputs : inputs + results],
+        bool(trained and trained[0]),
     )
 
 
@@ -135,22 +192,29 @@ def favor_backward(
     grad_key_sum: Tensor | None,
     *arguments: Any,
 ) -> _Gradients:
-    """Gradients of query, key, value and the past's sums; the forward's results come last."""
-    inputs, (out, *results) = _Inputs(*arguments[: -len(_RESULTS)]), arguments[-len(_RESULTS) :]
+    """Gradients of all inputs that can have one, weight and bias if they are ``trained``.
+
+    The inputs of the forward operator come next, then its results, then ``trained``.
+    """
+    inputs, (out, *results), trained = _split(arguments)
     call, held = _call(inputs)
     call.arrays(out=out, grad_out=grad_out)
-    if inputs.is_causal or not results[-1].numel():
-        results = [*results[:2], None, None, None]
-    rows = contiguous(results)
+    has_sums = not inputs.is_causal and results[-1].numel()
+    rows = contiguous(results if has_sums else [*results[:2], None, None, None])
     call.pointers(**dict(zip(_RESULTS[1:], rows, strict=True)))
     final = contiguous((grad_key_value, grad_key_sum))
     call.pointers(grad_key_value=final[0], grad_key_sum=final[1])
-    gradients = _new_gradients(inputs)
-    call.arrays(grad_query=gradients[0])
-    call.arrays(grad_key=gradients[1], grad_value=gradients[2])
+    gradients = _new_gradients(inputs, trained)
+    if trained:
+        call.pointers(grad_weight=gradients[7], grad_bias=gradients[8])
     if inputs.past_key_value is not None:
         call.pointers(grad_past_key_value=gradients[3], grad_past_key_sum=gradients[4])
-    call.run("backward")
+    if inputs.has_exact_pairs():
+        _sum_gradients(call, inputs, gradients)
+    else:
+        call.arrays(grad_query=gradients[0])
+        call.arrays(grad_key=gradients[1], grad_value=gradients[2])
+        call.run("backward")
     del held, rows, final
     return gradients
 
@@ -162,7 +226,8 @@ def _(
     grad_key_sum: Tensor | None,
     *arguments: Any,
 ) -> _Gradients:
-    return _new_gradients(_Inputs(*arguments[: -len(_RESULTS)]))
+    inputs, _, trained = _split(arguments)
+    return _new_gradients(inputs, trained)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
@@ -181,9 +246,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     if not inputs.is_causal:
         grad_key_value = grad_key_sum = None
-    gradients = favor_backward(grad_out, grad_key_value, grad_key_sum, *inputs, *results)
-    past = gradients[3:] if inputs.past_key_value is not None else (None, None)
-    return (*gradients[:3], None, None, None, None, *past, *(None,) * 7)
+    trained = ctx.needs_input_grad[3:5]
+    gradients = favor_backward(
+        grad_out, grad_key_value, grad_key_sum, *inputs, *results, any(trained)
+    )
+    weights = [x if wanted else None for x, wanted in zip(gradients[7:], trained, strict=True)]
+    past = gradients[3:5] if inputs.past_key_value is not None else (None, None)
+    sinks = gradients[5:7] if inputs.sink_key is not None else (None, None)
+    return (*gradients[:3], *weights, None, None, *past, None, *sinks, *(None,) * 10)
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
