@@ -56,6 +56,17 @@ inline void project_one(const Problem &p, int64_t head, const float *x, float *t
     }
 }
 
+// The sums of keys and their scales before the step, which a strict query reads.
+inline void step_past(const Problem &p, int64_t head, StepBuffers &b) {
+    const int64_t at = head * p.features;
+    for (int64_t f = 0; f < p.features; ++f) {
+        b.past_sum[f] = p.call.past_key_sum ? p.call.past_key_sum[at + f] : 0.0f;
+        b.past_scale[f] = p.call.past_log_scale
+                              ? p.call.past_log_scale[at + f] * static_cast<float>(kLog2e)
+                              : -kInfinity;
+    }
+}
+
 // The key's features at the scales after the step, and the sums of keys after it.
 inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) {
     const float *past_sum =
@@ -74,13 +85,11 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
     for (int64_t f = 0; f < p.features; ++f) {
         const float before_sum = past_sum ? past_sum[f] : 0.0f;
         b.decays[f] = 1;
-        b.log_scale[f] = b.past_scale[f] = 0;
-        b.past_sum[f] = before_sum;
+        b.log_scale[f] = 0;
         if (p.exponential) {
             const float before =
                 past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
             const float exponent = kept && norm < kInfinity ? b.key[f] - norm : -kInfinity;
-            b.past_scale[f] = before;
             b.log_scale[f] = exponent > before ? exponent : before;
             b.decays[f] = decay(before, b.log_scale[f]);
             b.key[f] = exp2(exponent - finite(b.log_scale[f]));
@@ -166,15 +175,15 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
     for (int64_t c = 0; c < p.padded_value; ++c) b.value[c] = 0;
     if (kept) read(p.key_rows(p.call.value, head), 0, p.value_dim, p.padded_value, b.value);
     step_key(p, head, kept, b);
+    if (p.strict) step_past(p, head, b);
     const int64_t sums = head * p.features, values = sums * p.value_dim;
     bool raised = false;
-    for (int64_t f = 0; f < p.features; ++f) raised |= b.decays[f] != 1;
+    for (int64_t f = 0; p.strict && f < p.features; ++f) raised |= b.decays[f] != 1;
     const float *past = p.call.past_key_value ? p.call.past_key_value + values : nullptr;
     float *next = p.call.key_value ? p.call.key_value + values : nullptr;
     for (int64_t group = 0; group < p.call.groups; ++group) {
-        b.normaliser[0] =
-            p.strict ? step_query(p, head, group, b.past_scale, b.past_sum, b.scale[0], b)
-                     : step_query(p, head, group, b.log_scale, b.key_sum, b.scale[0], b);
+        b.normaliser[0] = step_query(p, head, group, p.strict ? b.past_scale : b.log_scale,
+                                     p.strict ? b.past_sum : b.key_sum, b.scale[0], b);
         int64_t c = 0;
         for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) {
             if (p.strict) {

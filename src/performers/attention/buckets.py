@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.features.precision import without_autocast
 from performers.features.projections import draw_projection
 
 # Samples per head that the directions are fitted to, and rounds of the fit.
@@ -164,9 +165,10 @@ class KeyBuckets(nn.Module):
         per_round = self.num_keys // self.num_rounds
         found = []
         for centers, offsets in zip(self.centers, self.offsets, strict=True):
-            scores = query.float() @ centers[:, None].mT + offsets[:, None, None]
+            with without_autocast(query.device):
+                scores = query.float() @ centers[:, None].mT + offsets[:, None, None]
+                strength = centers @ key.float().mT
             bucket = scores.argmax(-1)
-            strength = centers @ key.float().mT
             if key_mask is not None:
                 strength = strength.masked_fill(~key_mask[:, None, None], -math.inf)
             if is_causal:
