@@ -1,0 +1,8 @@
+"""Which setting to take: error and time measured on sample queries and keys."""
+
+from performers.planning.diagnosis import Diagnosis, FeatureVariance
+from performers.planning.planner import plan
+from performers.planning.result import Plan
+from performers.planning.settings import Options, Setting
+
+__all__ = ["Diagnosis", "FeatureVariance", "Options", "Plan", "Setting", "plan"]
