@@ -8,7 +8,7 @@ import pytest
 
 import performers
 
-CORE = ("features", "attention", "nn")
+CORE = ("features", "attention", "planning", "nn")
 
 
 def modules():

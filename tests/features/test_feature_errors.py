@@ -19,6 +19,16 @@ from performers import GeneralizedFeatures, SoftmaxFeatures
         ((8,), {"projection": "qr"}, r"projection must be one of .*'qr'"),
         ((8,), {"projection": None}, r"projection must be one of .*None"),
         ((8,), {"num_heads": 0}, r"num_heads must be .*got 0"),
+        (
+            (8,),
+            {"estimator": "hyperbolic", "projection": "antithetic"},
+            r"projection must not be 'antithetic' for the hyperbolic .*take 'orthogonal'",
+        ),
+        (
+            (8,),
+            {"estimator": "trigonometric", "projection": "antithetic"},
+            r"projection must not be 'antithetic' for the trigonometric .*take 'orthogonal'",
+        ),
     ],
 )
 def test_softmax_features(arguments, options, match):

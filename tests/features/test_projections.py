@@ -265,6 +265,19 @@ def test_errors_at_sixteen_rows(projection, amount):
     assert uncertainty < 0.02 * exact
 
 
+@pytest.mark.parametrize("projection", ["orthogonal", "antithetic"])
+def test_errors_of_two_blocks(projection):
+    """32 rows: two blocks of orthogonal ones, one of opposites."""
+    exact = coupled_error(projection, 32, 16, 1.27)
+    rows = draw_projection(10_000 * 32, 16, projection=projection, generator=generator(22))
+    z = math.sqrt(1.27) * haar(16, 1, 9)[0]
+    ratio = (rows.view(10_000, 32, 16) @ z.T - 1.27 / 2).exp().mean(1)
+    squared = 32 * (ratio - 1).square().mean(1)
+    assert_mean(squared, exact, bound=4)
+    assert squared.std(0) / 100 < 0.03 * exact
+    assert exact < {"orthogonal": 2.0, "antithetic": 1.1}[projection]
+
+
 def test_partial_blocks_gain_too():
     for projection in ("orthogonal", "simplex", "antithetic"):
         rows = torch.stack(

@@ -32,21 +32,27 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
-def plenty(heads=2):
-    """Queries, keys and their moments, all pairs alike and too many for a prior to matter."""
+def plenty(heads=2, *, weighted=False):
+    """Queries, keys, weights of their pairs and moments; too many for a prior to matter.
+
+    Weights of attention make queries and keys dependent on one another.
+    """
     query, key = (x.squeeze(0) for x in sample(HEAD_DIM, heads, batch=1, length=300))
+    logits = 2 * query @ key.mT
+    weights = logits.softmax(-1) if weighted else torch.ones_like(logits)
     moments = PairMoments.empty(heads, HEAD_DIM)
-    moments.add(query.unsqueeze(1), key, torch.ones(heads, 1, 300, 300))
+    moments.add(query.unsqueeze(1), key, weights.unsqueeze(1))
     moments.samples = 10**12
-    return query, key, moments
+    return query, key, weights / weights.sum((-2, -1), keepdim=True), moments
 
 
-def objective(proposal, query, key):
-    """Mean ``log E[estimate^2] / SM^2`` over all pairs, for each head."""
+def objective(proposal, query, key, weights):
+    """Mean ``log E[estimate^2] / SM^2`` over the pairs, for each head."""
     query = query @ proposal.query_transform.mT
     key = key @ proposal.key_transform.mT
     total = query.unsqueeze(-2) + key.unsqueeze(-3)
-    return log_second_moment(total.flatten(-3, -2), proposal).mean(-1)
+    logs = log_second_moment(total.flatten(-3, -2), proposal)
+    return (logs * weights.flatten(-2, -1)).sum(-1)
 
 
 def second_moment(total, proposal):
@@ -80,33 +86,37 @@ def test_the_standard_gaussian_is_the_positive_estimator():
     torch.testing.assert_close(result, total.square().sum(-1))
 
 
-@pytest.mark.parametrize("size", [0.01, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", [0.01, 0.04])
 @pytest.mark.parametrize("part", ["center", "transform", "both"])
-def test_nothing_near_the_fit_is_better(part, size):
-    query, key, moments = plenty()
+def test_nothing_near_the_fit_is_better(part, size, weighted):
+    query, key, weights, moments = plenty(weighted=weighted)
     best = fit_data_aware(moments)
-    least = objective(best, query, key)
+    least = objective(best, query, key, weights)
     for seed in range(30):
         center, transform = best.center, best.transform
         if part != "transform":
             center = center + size * normal(*center.shape, seed=seed)
         if part != "center":
             transform = transform + size * normal(*transform.shape, seed=100 + seed)
-        other = objective(best._replace(center=center, transform=transform), query, key)
+        changed = best._replace(center=center, transform=transform)
+        other = objective(changed, query, key, weights)
         assert (other > least + 1e-3 * size**2).all()
 
 
-def test_the_fit_is_where_the_gradient_vanishes():
-    query, key, moments = plenty()
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_fit_is_where_the_gradient_vanishes(weighted):
+    query, key, weights, moments = plenty(weighted=weighted)
     best = fit_data_aware(moments)
     center, transform = (x.clone().requires_grad_() for x in (best.center, best.transform))
-    objective(best._replace(center=center, transform=transform), query, key).sum().backward()
+    changed = best._replace(center=center, transform=transform)
+    objective(changed, query, key, weights).sum().backward()
     assert center.grad.abs().max() < 1e-9
     assert transform.grad.abs().max() < 1e-9
 
 
 def test_the_balance_gives_both_sides_one_covariance():
-    query, key, moments = plenty()
+    query, key, _, moments = plenty()
     fit = fit_data_aware(moments)
     identity = torch.eye(HEAD_DIM, dtype=torch.float64).expand(2, -1, -1)
     torch.testing.assert_close(fit.query_transform @ fit.key_transform.mT, identity)
@@ -120,11 +130,12 @@ def test_the_balance_gives_both_sides_one_covariance():
     assert (sum(powers) < 0.9 * sum(before)).all()
 
 
-def test_more_freedom_fits_better():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_freedom_fits_better(weighted):
     """Each estimator against the ones that it contains, on the pairs that it is fitted to."""
-    query, key, moments = plenty()
-    value = {name: objective(fit(moments), query, key) for name, fit in FITS.items()}
-    value["positive"] = objective(standard_proposal(2, HEAD_DIM), query, key)
+    query, key, weights, moments = plenty(weighted=weighted)
+    value = {name: objective(fit(moments), query, key, weights) for name, fit in FITS.items()}
+    value["positive"] = objective(standard_proposal(2, HEAD_DIM), query, key, weights)
     for better, worse in (
         ("optimal", "positive"),
         ("sderf", "optimal"),
@@ -136,7 +147,7 @@ def test_more_freedom_fits_better():
 
 def test_optimal_has_the_published_width():
     """``A = (1 - 2 p - sqrt((2 p + 1)^2 + 8 p)) / 16``, ``p = E |q + k|^2 / d``."""
-    query, key, moments = plenty(1)
+    query, key, _, moments = plenty(1)
     total = query[0, :, None] + key[0]
     power = total.square().sum(-1).mean().item() / HEAD_DIM
     a = (1 - 2 * power - math.sqrt((2 * power + 1) ** 2 + 8 * power)) / 16
@@ -146,7 +157,7 @@ def test_optimal_has_the_published_width():
 
 def test_sderf_has_the_published_matrices():
     """``B = (I - 4 A)^{1/2} U^T`` on the eigenvectors of ``E[q q^T] + E[k k^T] + ...``."""
-    query, key, moments = plenty(1)
+    query, key, _, moments = plenty(1)
     query_mean, key_mean = query[0].mean(0), key[0].mean(0)
     matrix = query[0].T @ query[0] / 300 + key[0].T @ key[0] / 300
     matrix = matrix + torch.outer(query_mean, key_mean) + torch.outer(key_mean, query_mean)
@@ -159,7 +170,7 @@ def test_sderf_has_the_published_matrices():
 
 def test_saderf_has_the_published_balance():
     """``(sum k_l^2 / sum q_l^2)^{1/4}`` on queries; the floor under powers moves it by little."""
-    query, key, moments = plenty(1)
+    query, key, _, moments = plenty(1)
     ratio = (key[0].square().sum(0) / query[0].square().sum(0)) ** 0.25
     fit = fit_saderf(moments)
     diagonal = fit.query_transform[0].diagonal()
