@@ -117,3 +117,33 @@ def test_unknown_options(options):
 def test_regularized_rows_are_not_for_calibrated_estimators(estimator):
     with pytest.raises(ValueError, match=rf"regularized must be False for the {estimator}"):
         SoftmaxFeatures(HEAD_DIM, 24, estimator=estimator, regularized=True)
+
+
+def test_reaches_below_zero_and_causal_cross_attention_are_refused():
+    feature_map = SoftmaxFeatures(8, 16, estimator="data_aware")
+    query, key = torch.randn(1, 2, 20, 8), torch.randn(1, 2, 30, 8)
+    for options in ({"window": -1}, {"sinks": -3}):
+        with pytest.raises(ValueError, match="at least 0"):
+            feature_map.calibrate_(query, query, **options)
+    for options in ({"window": 2}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="as many keys as queries"):
+            feature_map.calibrate_(query, key, **options)
+    feature_map.calibrate_(query, key)
+
+
+def test_calibration_does_not_depend_on_the_default_device():
+    query = torch.randn(1, 2, 20, 8)
+    maps = [SoftmaxFeatures(8, 16, estimator=name) for name in CALIBRATED]
+    with torch.device("meta"):
+        for feature_map in maps:
+            feature_map.calibrate_(query, query)
+    assert all(bool(torch.isfinite(m.form().bias).all()) for m in maps)
+
+
+def test_loading_a_fit_forgets_the_samples():
+    query, other = torch.randn(1, 2, 50, 8), 3 * torch.randn(1, 2, 50, 8)
+    fresh = SoftmaxFeatures(8, 16, estimator="optimal").calibrate_(other, other)
+    used = SoftmaxFeatures(8, 16, estimator="optimal").calibrate_(query, query)
+    used.load_state_dict(used.state_dict())
+    used.calibrate_(other, other)
+    assert torch.equal(used.transform, fresh.transform)

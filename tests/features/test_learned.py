@@ -206,3 +206,12 @@ def test_another_number_of_heads_is_refused(num_heads):
 def test_no_heads_are_refused():
     with pytest.raises(ValueError, match=r"num_heads must be .*got 0"):
         LearnedFeatures(source(), num_heads=0)
+
+
+def test_parameters_stay_float32_in_a_half_precision_model():
+    learned = LearnedFeatures(SoftmaxFeatures(8, 16))
+    before = learned.weight.detach().clone()
+    learned.bfloat16()
+    assert learned.weight.dtype == learned.bias.dtype == torch.float32
+    assert torch.equal(learned.weight, before)
+    assert isinstance(learned.weight, torch.nn.Parameter)

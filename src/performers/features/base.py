@@ -97,11 +97,16 @@ class FeatureMap(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
         """Move, but keep all tensors in float32 at least: rounding breaks orthogonality."""
         before = dict(self._buffers)
+        trained = {name: p.data for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = self._buffers[name]
             if tensor is not None and after is not None and after.itemsize < 4 <= tensor.itemsize:
                 self._buffers[name] = tensor.to(after.device)
+        for name, data in trained.items():
+            parameter = self._parameters[name]
+            if parameter is not None and parameter.itemsize < 4 <= data.itemsize:
+                parameter.data = data.to(parameter.device)
         return self
 
     def calibrate_(

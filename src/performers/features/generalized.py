@@ -47,7 +47,7 @@ class GeneralizedFeatures(FeatureMap):
             ``head_dim * ln(head_dim)``, at least 32. Without projection it is ``head_dim``.
         fn: One of ``FUNCTIONS`` or any elementwise callable on tensors.
         epsilon: Added to every feature.
-        projection: ``"orthogonal"``, ``"gaussian"``, or None for the deterministic map
+        projection: One of ``PROJECTIONS``, or None for the deterministic map
             ``f(x') + epsilon``.
         num_heads: Draw a projection per head; None shares one.
         generator: Source of randomness; torch's default generator when None.

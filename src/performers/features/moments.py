@@ -38,7 +38,7 @@ class PairMoments:
         """No pairs."""
 
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(heads, *shape, dtype=torch.float64)
+            return torch.zeros(heads, *shape, dtype=torch.float64, device="cpu")
 
         square = (head_dim, head_dim)
         means, squares = (zeros(head_dim), zeros(head_dim)), (zeros(*square), zeros(*square))

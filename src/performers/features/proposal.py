@@ -58,7 +58,7 @@ class Proposal(NamedTuple):
 
 def standard_proposal(heads: int, head_dim: int) -> Proposal:
     """``N(0, I)`` and no balance: FAVOR+."""
-    identity = torch.eye(head_dim, dtype=torch.float64).expand(heads, -1, -1)
+    identity = torch.eye(head_dim, dtype=torch.float64, device="cpu").expand(heads, -1, -1)
     return Proposal(identity.new_zeros(heads, head_dim), identity, identity, identity)
 
 
@@ -141,7 +141,7 @@ def _regularized(
 
     def isotropic(second: Tensor) -> Tensor:
         power = second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        return power * torch.eye(head_dim, dtype=second.dtype)
+        return power * torch.eye(head_dim, dtype=second.dtype, device=second.device)
 
     return (
         covariance(query, query_mean, query_mean, isotropic(query)),
@@ -173,7 +173,7 @@ def _transform(covariance: Tensor) -> Tensor:
 def _balance(query: Tensor, key: Tensor) -> Tensor:
     """Symmetric ``M`` with ``M C_q M = M^{-1} C_k M^{-1}``: the root of a geometric mean."""
     power = (query + key).diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] / 2
-    identity = torch.eye(query.shape[-1], dtype=query.dtype)
+    identity = torch.eye(query.shape[-1], dtype=query.dtype, device=query.device)
     # Without any variation both become the identity.
     floor = (_LEAST_VARIANCE * power).where(power > 0, 1.0) * identity
     query, key = query + floor, key + floor

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -153,7 +153,8 @@ class SoftmaxFeatures(FeatureMap):
     ) -> "SoftmaxFeatures":
         """Fit the estimator to sample queries and keys; a no-op for those that are not fitted.
 
-        Calls add up, so that samples can be streamed; ``reset_calibration_`` forgets them.
+        Calls add up, so that samples can be streamed; ``reset_calibration_`` and loading a
+        ``state_dict`` forget them.
         Projections stay as drawn, and ``redraw_`` keeps the fit. With fewer samples than a few
         times ``head_dim`` the fit of ``data_aware`` is pulled towards that of ``optimal``.
 
@@ -171,11 +172,21 @@ class SoftmaxFeatures(FeatureMap):
             Self.
 
         Raises:
-            ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
+            ValueError: An argument does not fit, holds NaN or infinity, or no call so far has
+                left a pair.
         """
         if self.estimator not in CALIBRATED:
             return self
         query, key = self._grouped(query, key)
+        if (window is not None and window < 0) or sinks < 0:
+            raise ValueError(
+                f"window and sinks must be at least 0, got window={window} and sinks={sinks}"
+            )
+        if (is_causal or window is not None) and query.shape[-2] != key.shape[-2]:
+            raise ValueError(
+                "is_causal and window need as many keys as queries, got "
+                f"{key.shape[-2]} and {query.shape[-2]}"
+            )
         if key_mask is not None and (
             key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])
         ):
@@ -206,6 +217,11 @@ class SoftmaxFeatures(FeatureMap):
         self._moments = moments
         self._adopt(_FITS[self.estimator](moments))
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The samples behind a fit are not saved: what is loaded is not to be mixed with others.
+        self._moments = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def reset_calibration_(self) -> "SoftmaxFeatures":
         """Forget all samples: the estimator is ``positive`` again.
