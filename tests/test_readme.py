@@ -9,11 +9,15 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_python_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_python_examples_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["out"].shape == (2, 1000, 512)
+    shapes = []
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), names)
+        shapes.append(names["out"].shape)
+    assert shapes == [(2, 1000, 512), (2, 8, 4096, 64)]
+    assert "Recommended" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

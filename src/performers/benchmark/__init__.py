@@ -1,1 +1,1 @@
-"""Measuring code users can run: time and memory of attention, of training steps, of decoding."""
+"""Measuring code users can run: time, memory and accuracy of attention, models and decoding."""

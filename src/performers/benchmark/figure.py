@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from performers.benchmark.results import Results, Row
 
-_INK, _MUTED = "#222222", "#767676"
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+INK, MUTED = "#222222", "#767676"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
 # What no attention can beat is drawn as the paper draws it.
 _IDENTITY = "identity"
 _PANEL = (4.4, 3.4)
@@ -142,9 +142,9 @@ def _draw(axes: Axes, panel: _Panel, across: str, name: str, names: list[str]) -
         axes.plot(
             *zip(*sorted(points), strict=True),
             label="X (identity)" if identity else one,
-            color=_MUTED if identity else _PALETTE[number % len(_PALETTE)],
+            color=MUTED if identity else PALETTE[number % len(PALETTE)],
             linestyle="--" if identity else "-",
-            marker="x" if identity else _MARKERS[number % len(_MARKERS)],
+            marker="x" if identity else MARKERS[number % len(MARKERS)],
             markersize=4.5,
             linewidth=1.4,
         )
@@ -158,9 +158,9 @@ def _draw(axes: Axes, panel: _Panel, across: str, name: str, names: list[str]) -
     if panel.column.endswith("bytes"):
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
-    axes.set_xlabel("context, tokens" if across == "context" else "length, tokens", color=_INK)
-    axes.set_ylabel(panel.label, color=_INK)
-    axes.set_title(panel.title, fontsize=10, color=_INK)
+    axes.set_xlabel("context, tokens" if across == "context" else "length, tokens", color=INK)
+    axes.set_ylabel(panel.label, color=INK)
+    axes.set_title(panel.title, fontsize=10, color=INK)
     axes.grid(True, which="major", linewidth=0.4, color="#DDDDDD")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -15,7 +15,11 @@ Row = dict[str, Any]
 # What may change from a run to the one that goes on from it: what is measured, not how.
 EXTENT = frozenset(
     {
+        "anisotropic_norms",
+        "kernel_feature_counts",
+        "layers",
         "lengths",
+        "norms",
         "contexts",
         "contestants",
         "attentions",
@@ -39,7 +43,7 @@ class Results:
     """The rows of a run, and what they were measured with.
 
     Attributes:
-        benchmark: ``"attention"``, ``"model"`` or ``"decode"``.
+        benchmark: ``"attention"``, ``"model"``, ``"decode"``, or ``"accuracy ..."`` with a part.
         group_keys: The columns that rows timed in turns share.
         member_keys: The columns that tell these rows apart.
         settings: Of the run.

@@ -1,7 +1,6 @@
-"""``performers benchmark``: time and memory of attention, of training steps, of decoding."""
+"""``performers benchmark``: time, memory and accuracy of attention, training steps, decoding."""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,16 @@ from performers.benchmark.decode import DecodeSettings, decode_results, run_deco
 from performers.benchmark.model import ModelSettings, model_results, run_model
 from performers.benchmark.steps import MODEL_ATTENTIONS, OBJECTIVES, SIZES
 from performers.benchmark.workload import DTYPES, FEATURES
+from performers.cli.benchmark_accuracy import accuracy
+from performers.cli.benchmark_options import (
+    MinTime,
+    Output,
+    Repeats,
+    Resume,
+    Seed,
+    Threads,
+    listed,
+)
 from performers.cli.benchmark_run import integers, measure_and_write, names, settings_of
 from performers.cli.console import note, one_line_errors
 from performers.proteins.folders import prepare_output_folder
@@ -19,24 +28,18 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Time and memory of attention, of training steps and of decoding, on this machine.",
+    help="Time and memory of attention, of training steps and of decoding, on this machine; "
+    "accuracy of attention through random features.",
 )
+app.command()(accuracy)
 
 _ATTENTION, _MODEL, _DECODE = AttentionSettings(), ModelSettings(), DecodeSettings()
 
 
-def _listed(values: tuple[object, ...]) -> str:
-    return ",".join(str(value) for value in values)
+_LENGTHS, _MODEL_LENGTHS = listed(_ATTENTION.lengths), listed(_MODEL.lengths)
+_DIRECTIONS, _PASSES = listed(_ATTENTION.directions), listed(_ATTENTION.passes)
+_ATTENTIONS, _CONTEXTS = listed(_MODEL.attentions), listed(_DECODE.contexts)
 
-
-_LENGTHS, _MODEL_LENGTHS = _listed(_ATTENTION.lengths), _listed(_MODEL.lengths)
-_DIRECTIONS, _PASSES = _listed(_ATTENTION.directions), _listed(_ATTENTION.passes)
-_ATTENTIONS, _CONTEXTS = _listed(_MODEL.attentions), _listed(_DECODE.contexts)
-
-Output = Annotated[Path, typer.Option("--output", help="Folder of the results.")]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Keep what --output holds already, measure the rest.")
-]
 Lengths = Annotated[str, typer.Option(help="Tokens, rising, with commas between.")]
 Heads = Annotated[int, typer.Option(help="Attention heads.")]
 HeadDim = Annotated[int, typer.Option(help="Length of a query, key or value vector.")]
@@ -44,18 +47,12 @@ NumFeatures = Annotated[int, typer.Option(help="Random features per head.")]
 Batch = Annotated[int, typer.Option(help="Sequences in a call.")]
 Features = Annotated[str, typer.Option(help=f"Of linear attention: {' or '.join(FEATURES)}.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the inputs: {', '.join(DTYPES)}.")]
-Threads = Annotated[int | None, typer.Option(help="Of torch; its own choice by default.")]
-Repeats = Annotated[int, typer.Option(help="Rounds; every contestant has a turn in each.")]
-MinTime = Annotated[
-    float, typer.Option(help="Seconds each is timed for at least, all rounds together.")
-]
 MaxSeconds = Annotated[
     float, typer.Option(help="Calls predicted to take longer are skipped, and shown as skipped.")
 ]
 MaxExact = Annotated[
     int, typer.Option(help="Longest length for quadratic attention; beyond, shown as skipped.")
 ]
-Seed = Annotated[int, typer.Option(help="Of inputs, projections and the order of turns.")]
 Memory = Annotated[
     bool, typer.Option(help="Measure peak memory, each contestant in a process of its own.")
 ]
@@ -73,10 +70,10 @@ def attention(
             "performer-pytorch, fast-transformers, fla; all of them by default."
         ),
     ] = "",
-    directions: Annotated[str, typer.Option(help="bidirectional, causal or both.")] = _listed(
+    directions: Annotated[str, typer.Option(help="bidirectional, causal or both.")] = listed(
         _ATTENTION.directions
     ),
-    passes: Annotated[str, typer.Option(help="forward, forward+backward or both.")] = _listed(
+    passes: Annotated[str, typer.Option(help="forward, forward+backward or both.")] = listed(
         _ATTENTION.passes
     ),
     heads: Heads = _ATTENTION.heads,

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import TypeVar
 
 import typer
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from performers.benchmark.figure import benchmark_figure
 from performers.benchmark.results import OtherRunError, Results, failures
-from performers.cli.benchmark_tables import tables
+from performers.cli.benchmark_tables import tables as benchmark_tables
 from performers.cli.console import ProgressBars, note, output
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.figure_files import save_figure
 from performers.proteins.folders import read_json, write_atomically, write_json
 
 _FAILED = 1
+# What a row calls that which it measures.
+_NAMES = ("contestant", "attention", "setting", "estimator")
 _Settings = TypeVar("_Settings")
 
 
@@ -24,6 +28,9 @@ def measure_and_write(
     folder: Path,
     resume: bool,
     measure: Callable[..., None],
+    *,
+    figure: Callable[[Results], Figure] = benchmark_figure,
+    tables: Callable[[Results], list[Table]] = benchmark_tables,
 ) -> None:
     """Measure, write the rows as they come, draw them and print them.
 
@@ -32,6 +39,8 @@ def measure_and_write(
         folder: Where to write; it exists.
         resume: Whether to keep what the folder holds.
         measure: Fills the results; called with ``progress``.
+        figure: Draws them.
+        tables: Makes tables of them.
 
     Raises:
         UserError: What the folder holds was measured in another way.
@@ -62,14 +71,13 @@ def measure_and_write(
         ) from error
     save(results)
     for suffix in ("png", "svg"):
-        save_figure(benchmark_figure(results), folder / f"benchmark.{suffix}")
+        save_figure(figure(results), folder / f"benchmark.{suffix}")
     for table in tables(results):
         output.print(table)
     output.print(f"results: {path}", soft_wrap=True)
     if failed := failures(results.rows):
-        names = sorted(
-            {row["contestant" if "contestant" in row else "attention"] for row in failed}
-        )
+        column = next(name for name in _NAMES if name in failed[0])
+        names = sorted({row[column] for row in failed})
         note(f"performers: failed: {', '.join(names)}; {failed[0]['reason']}")
         raise typer.Exit(_FAILED)
 

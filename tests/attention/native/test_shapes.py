@@ -41,8 +41,9 @@ def check(name, mode, length, masked, seed, **sizes):
     call = make_call(CASES[name], length, mode, batch=1, seed=seed, **sizes)
     if masked:
         call.options["key_mask"] = random_mask(1, call.key.shape[2], seed)
-    # Gradients are sums of as many terms as a value has entries.
-    tolerance = 2e-4 * max(1.0, sizes["value_dim"] / 16) ** 0.5
+    # Gradients are sums of as many terms as a value has entries, divided by features that may be as
+    # small as a ReLU's epsilon.
+    tolerance = 3e-4 * max(1.0, sizes["value_dim"] / 16) ** 0.5
     check_against_oracle(call, "native", value_tolerance=4e-5, gradient_tolerance=tolerance)
 
 

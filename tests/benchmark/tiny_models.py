@@ -1,0 +1,64 @@
+"""Tiny models with random weights, saved to a folder."""
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig
+
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *AMINO_ACIDS]
+
+
+def bert_config(**changes):
+    options = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "intermediate_size": 32,
+        "max_position_embeddings": 40,
+        "initializer_range": 0.3,
+    }
+    return BertConfig(**(options | changes))
+
+
+def llama_config(**changes):
+    options = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**(options | changes))
+
+
+def save(model_class, config, folder):
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder)
+    return folder
+
+
+def save_bert(above):
+    """A masked language model with its vocabulary in the folder above, as AntiBERTy has it."""
+    folder = save(BertForMaskedLM, bert_config(), above / "above" / "bert")
+    (above / "above" / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    return folder
+
+
+def token_ids(rows, length, vocabulary=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(5, vocabulary, (rows, length), generator=generator)
+
+
+def identity(layer, query, key, value, **rest):
+    """Every position attends to itself alone."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+def forward(loaded, ids, mask=None):
+    with torch.no_grad():
+        return loaded.model(**loaded.inputs(ids, mask), output_hidden_states=True)
