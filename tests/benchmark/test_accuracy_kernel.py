@@ -94,6 +94,15 @@ def test_errors_are_those_of_attention():
     )
 
 
+def test_errors_far_beyond_the_truth_are_still_numbers():
+    """The square of a relative error of 1e20 does not fit into float32."""
+    query, _, value = (2 * x for x in problem(20, 20, 16))
+    features = SoftmaxFeatures(16, 8, estimator="trigonometric", generator=generator())
+    found = kernel_errors(features, query, -query, value, 0.25)
+    assert 1e38 < found["kernel_relative"] < math.inf
+    assert all(math.isfinite(error) for error in found.values())
+
+
 def test_the_mean_squared_error_is_the_closed_form_variance():
     """Independent rows, short vectors: 2,000 draws come within a tenth of the formula."""
     query, key, value = (0.25 * x for x in problem(12, 9))
