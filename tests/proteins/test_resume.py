@@ -119,8 +119,13 @@ def test_a_second_signal_interrupts_at_once(tmp_path, whole):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, progress=progress)
+    # A process started in the background of a shell ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "config.json").exists()
     train(tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
