@@ -6,7 +6,7 @@ import transformers
 from transformers import LlamaForCausalLM
 
 from performers.benchmark.heads import capture_heads
-from performers.benchmark.pretrained import load_model
+from performers.convert.pretrained import load_model
 from tests.benchmark.tiny_models import llama_config, save, save_bert, token_ids
 
 
@@ -148,6 +148,6 @@ def test_a_sliding_window_is_refused_where_it_hides_something(tmp_path):
     config = transformers.MistralConfig(**options)
     loaded = load_model(save(transformers.MistralForCausalLM, config, tmp_path / "mistral"))
     assert len(capture_heads(loaded, token_ids(1, 6))) == 3
-    with pytest.raises(ValueError, match="MistralAttention is neither causal nor key padding"):
+    with pytest.raises(ValueError, match="MistralAttention asks for a sliding window"):
         capture_heads(loaded, token_ids(1, 12))
     assert loaded.model.config._attn_implementation == "sdpa"

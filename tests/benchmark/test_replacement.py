@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from performers.benchmark.pretrained import load_model
 from performers.benchmark.propagation import propagate
 from performers.benchmark.replacement import exact_attention, replace_attention
+from performers.convert.pretrained import load_model
 from tests.benchmark.tiny_models import (
     forward,
     llama_config,
@@ -154,6 +154,6 @@ def test_capped_scores_are_refused():
     model = transformers.Gemma2ForCausalLM(config).eval()
     with (
         replace_attention(model, exact_attention),
-        pytest.raises(ValueError, match="Gemma2Attention uses softcap"),
+        pytest.raises(ValueError, match="Gemma2Attention asks for soft-capping"),
     ):
         model(token_ids(1, 4), use_cache=False)

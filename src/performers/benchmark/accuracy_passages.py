@@ -8,8 +8,8 @@ from torch import Tensor
 
 from performers.benchmark.accuracy_settings import PretrainedSettings
 from performers.benchmark.accuracy_variants import ExactTerms
-from performers.benchmark.passages import text_windows
-from performers.benchmark.pretrained import LoadedModel, load_model
+from performers.convert.passages import text_windows
+from performers.convert.pretrained import LoadedModel, load_model
 
 # Layers from which not all are taken by default, and the step.
 _MANY_LAYERS, _STEP = 8, 5

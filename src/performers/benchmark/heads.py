@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from performers.benchmark.pretrained import LoadedModel
 from performers.benchmark.replacement import exact_attention, replace_attention
+from performers.convert.pretrained import LoadedModel
 
 __all__ = ["HeadSample", "capture_heads"]
 

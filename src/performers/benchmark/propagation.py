@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from performers.benchmark.pretrained import LoadedModel
 from performers.benchmark.replacement import replace_attention
+from performers.convert.pretrained import LoadedModel
 
 __all__ = ["LayerError", "Propagation", "propagate"]
 

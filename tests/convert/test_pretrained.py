@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertForMaskedLM, BertModel, LlamaForCausalLM
 
 from performers.benchmark.heads import capture_heads
-from performers.benchmark.pretrained import load_model
+from performers.convert.pretrained import load_model
 from tests.benchmark.tiny_models import (
     VOCABULARY,
     bert_config,

@@ -1,0 +1,29 @@
+"""Pretrained Transformers become Performers: swap, calibrate, distil, save, load."""
+
+from typing import TYPE_CHECKING, Any
+
+from performers.convert.swap import to_performer
+
+if TYPE_CHECKING:
+    from performers.convert.saving import load_performer
+
+__all__ = ["load_performer", "to_performer"]
+
+_PLACES = {"load_performer": "performers.convert.saving"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs transformers when it is asked for."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("transformers", "safetensors", "accelerate"):
+            raise
+        raise ModuleNotFoundError(
+            f"performers.convert.{name} needs {error.name}: pip install 'performers[models]'",
+            name=error.name,
+        ) from error

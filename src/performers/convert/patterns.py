@@ -1,0 +1,133 @@
+"""Which keys a query of a transformers model sees, without the matrix of masks.
+
+transformers asks an attention implementation for its masks with a function of two positions. That
+function is taken apart into what linear attention can be told: causal or not, padding, a sliding
+window, packed sequences. What cannot be said so has a reason, and layers that are linear refuse it;
+layers that are exact get the dense mask that transformers would have made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+__all__ = ["AttentionPattern", "pattern_mask"]
+
+
+@dataclass(eq=False)
+class AttentionPattern:
+    """What stands in the place of a model's attention mask.
+
+    Attributes:
+        is_causal: A query sees itself and what precedes it.
+        key_mask: (B, S) bool, True where a key takes part; None: all do.
+        window: A query sees keys with ``|i - j| <= window`` only; None: no such limit. This is the
+            model's own sliding window.
+        sequence_ids: (B, L); tokens with different ids do not see each other; None: one sequence.
+        unknown: Why the pattern is not described by the above; None: it is.
+        make_dense: Makes the mask that ``scaled_dot_product_attention`` would get.
+    """
+
+    is_causal: bool = False
+    key_mask: Tensor | None = None
+    window: int | None = None
+    sequence_ids: Tensor | None = None
+    unknown: str | None = None
+    make_dense: Callable[[], Tensor | None] | None = None
+    _dense: list[Tensor | None] = field(default_factory=list)
+
+    def dense(self) -> Tensor | None:
+        """The mask (B or 1, 1, L, S) for torch's attention, made once; None: none is needed."""
+        if not self._dense:
+            self._dense.append(None if self.make_dense is None else self.make_dense())
+        return self._dense[0]
+
+
+def pattern_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **keywords: Any,
+) -> AttentionPattern:
+    """The function registered with transformers' ``AttentionMaskInterface``.
+
+    Args:
+        batch_size: Rows.
+        q_length: Queries of this call.
+        kv_length: Keys, those of the past included.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: Of batch, head, query and key positions; True = sees.
+        attention_mask: (B, tokens so far) bool, True where a token is not padding.
+        **keywords: Passed on to transformers' own function for the dense mask.
+
+    Returns:
+        The pattern.
+    """
+
+    def dense() -> Tensor | None:
+        return masking_utils.sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **keywords,
+        )
+
+    pattern = _read(mask_function, AttentionPattern(make_dense=dense))
+    if attention_mask is not None:
+        pattern.key_mask = _taking_part(attention_mask, q_length, kv_length)
+    return pattern
+
+
+def _taking_part(attention_mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
+    """Keys that are not padding, or None where all of them take part."""
+    known = attention_mask.shape[-1]
+    if known not in (q_length, kv_length) and known < kv_length:
+        raise ValueError(
+            f"attention_mask must cover the {kv_length} tokens so far, or the {q_length} of this "
+            f"call, got {known} columns"
+        )
+    mask = attention_mask[:, -kv_length:].to(torch.bool)
+    return None if bool(mask.all()) else mask
+
+
+def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionPattern:
+    """Add what a mask function of transformers says to a pattern."""
+    if function is masking_utils.causal_mask_function:
+        return replace(pattern, is_causal=True)
+    if function is masking_utils.bidirectional_mask_function:
+        return pattern
+    name = getattr(function, "__qualname__", type(function).__name__)
+    inner: dict[str, Any] = {}
+    if getattr(function, "__module__", None) == masking_utils.__name__:
+        inner = dict(inspect.getclosurevars(function).nonlocals)
+    maker = name.split(".")[0]
+    if maker == "and_masks" and "mask_functions" in inner:
+        for part in inner["mask_functions"]:
+            pattern = _read(part, pattern)
+        return pattern
+    if maker == "sliding_window_overlay" and "sliding_window" in inner:
+        # Its window counts the query itself.
+        return replace(pattern, window=int(inner["sliding_window"]) - 1)
+    if maker == "sliding_window_bidirectional_overlay" and "sliding_window" in inner:
+        return replace(pattern, window=int(inner["sliding_window"]))
+    if maker == "packed_sequence_mask_function" and "packed_sequence_mask" in inner:
+        return replace(pattern, sequence_ids=inner["packed_sequence_mask"])
+    if maker == "remap_positions_for_packed_sequence" and "mask_function" in inner:
+        # Within a sequence positions count on by one, so that differences are those of the index.
+        return _read(inner["mask_function"], pattern)
+    return replace(pattern, unknown=f"a mask of its own ({name})")

@@ -1,0 +1,122 @@
+"""What the linear attention of a converted model is made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from performers.features import CALIBRATED, SoftmaxFeatures
+from performers.features.projections import Projection
+from performers.features.softmax import Estimator
+
+__all__ = ["ConversionSettings"]
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """How attention layers become linear: features for the far field, exact terms for the near.
+
+    Attributes:
+        num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
+        estimator: As in ``SoftmaxFeatures``.
+        projection: As in ``SoftmaxFeatures``.
+        window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
+        sinks: The first ``sinks`` keys are exact for every query.
+        layers: Indices of the attention layers that become linear, the others stay exact; None:
+            all of them.
+        cross_attention: Whether attention from a decoder to an encoder becomes linear too.
+        learned: Whether the features are trained parameters, as ``distill`` leaves them.
+    """
+
+    num_features: int | None = None
+    estimator: Estimator = "positive"
+    projection: Projection = "orthogonal"
+    window: int | None = None
+    sinks: int = 0
+    layers: tuple[int, ...] | None = None
+    cross_attention: bool = False
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
+            raise ValueError(f"window must be None or an integer of at least 0, got {self.window}")
+        if not isinstance(self.sinks, int) or self.sinks < 0:
+            raise ValueError(f"sinks must be an integer of at least 0, got {self.sinks}")
+        if self.layers is not None and (
+            not self.layers or any(not isinstance(x, int) for x in self.layers)
+        ):
+            raise ValueError(
+                "layers must be None (all) or the indices of the layers to make linear, at least "
+                f"one, got {self.layers}"
+            )
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ConversionSettings:
+        """The settings that `record` wrote.
+
+        Raises:
+            ValueError: A field is not known, as in a model saved by a newer version.
+        """
+        unknown = sorted(set(record) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(
+                f"the model's configuration has unknown settings of its conversion, {unknown}: it "
+                "was saved by another version of performers"
+            )
+        layers = record.get("layers")
+        return cls(**{**record, "layers": None if layers is None else tuple(layers)})
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain values, for a configuration file."""
+        values = asdict(self)
+        return {**values, "layers": None if self.layers is None else list(self.layers)}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the estimator is fitted to sample queries and keys."""
+        return self.estimator in CALIBRATED
+
+    def converts(self, layer: int, count: int) -> bool:
+        """Whether a layer becomes linear.
+
+        Args:
+            layer: Its index among the attention layers, from 0.
+            count: Number of attention layers; negative ``layers`` count from the end.
+        """
+        if self.layers is None:
+            return True
+        return any(layer == (x + count if x < 0 else x) for x in self.layers)
+
+    def check_layers(self, count: int) -> None:
+        """Refuse ``layers`` that a model does not have.
+
+        Raises:
+            ValueError: An index is outside ``[-count, count)``.
+        """
+        outside = [x for x in self.layers or () if not -count <= x < count]
+        if outside:
+            raise ValueError(
+                f"layers must be in 0..{count - 1}, the model's {count} attention layers, "
+                f"got {outside}"
+            )
+
+    def feature_map(
+        self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
+    ) -> SoftmaxFeatures:
+        """Features of one layer: one projection a head, that calibration may fit it to the head.
+
+        Args:
+            head_dim: Width of queries and keys.
+            num_heads: Heads of the keys.
+            generator: Where the projection is drawn from.
+        """
+        return SoftmaxFeatures(
+            head_dim,
+            self.num_features,
+            estimator=self.estimator,
+            projection=self.projection,
+            num_heads=num_heads,
+            generator=generator,
+        )

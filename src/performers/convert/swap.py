@@ -1,0 +1,229 @@
+"""From a pretrained Transformer to a Performer, in one call."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from performers.convert.block import BLOCK, FavorBlock
+from performers.convert.settings import ConversionSettings
+from performers.features.projections import Projection
+from performers.features.softmax import Estimator
+
+__all__ = ["RECORD", "convert_transformers_model", "to_performer"]
+
+_LOG = logging.getLogger("performers")
+# Where a converted model's configuration keeps its settings.
+RECORD = "performers"
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def to_performer(
+    model: Model,
+    *,
+    num_features: int | None = None,
+    estimator: Estimator = "positive",
+    window: int | None = None,
+    sinks: int = 0,
+    calibration: Iterable[Any] | None = None,
+    layers: Iterable[int] | None = None,
+    projection: Projection = "orthogonal",
+    cross_attention: bool = False,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Make the attention of a model linear in the length of its input, in place.
+
+    Softmax attention ``softmax(scale q . k) v`` becomes an estimate by random features
+    (``favor_attention``), exact within ``window`` and for the first ``sinks`` keys. Weights stay
+    as they are. What works best on pretrained models is ``estimator="data_aware"`` with a few
+    ``calibration`` batches, a ``window`` of 32 to 128, and 4 ``sinks`` for decoders; then
+    `distill`.
+
+    Layers that attend within a sliding window of their own stay exact (they are linear already),
+    and so does attention from a decoder to an encoder unless ``cross_attention`` asks for it.
+    Dropout on attention weights, which are never formed, is switched off in the converted layers,
+    with a warning.
+
+    A transformers model is saved with ``save_pretrained`` as usual and loaded with
+    `load_performer`. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
+    ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it into a
+    model converted with the same arguments.
+
+    Args:
+        model: A transformers model whose attention goes through the attention interface, a model
+            of ``performers.models`` with exact attention, or a torch model with
+            ``nn.MultiheadAttention`` in it.
+        num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
+        estimator: As in ``SoftmaxFeatures``.
+        window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
+        sinks: The first ``sinks`` keys are exact for every query.
+        calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
+            input) that estimators such as ``data_aware`` are fitted to; a few thousand tokens do.
+        layers: Indices of the attention layers that become linear, in the order of the model,
+            negative ones from the end; the others stay exact. None: all.
+        projection: As in ``SoftmaxFeatures``.
+        cross_attention: Also convert attention from a decoder to an encoder (features alone).
+        generator: Where the projections are drawn from; None: torch's own.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: The model does what linear attention cannot do, has no attention that can be
+            converted, is converted already, or an argument is out of range; the model is then as
+            it was.
+
+    Example:
+        >>> import torch
+        >>> from performers.convert import to_performer
+        >>> encoder = torch.nn.TransformerEncoder(
+        ...     torch.nn.TransformerEncoderLayer(64, 4, dropout=0.0, batch_first=True), 2
+        ... )
+        >>> linear = to_performer(encoder, window=16)
+        >>> linear(torch.randn(1, 1000, 64)).shape
+        torch.Size([1, 1000, 64])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    settings = ConversionSettings(
+        num_features=num_features,
+        estimator=estimator,
+        projection=projection,
+        window=window,
+        sinks=sinks,
+        layers=None if layers is None else tuple(layers),
+        cross_attention=cross_attention,
+    )
+    # Refuses names and numbers that do not exist before anything else happens.
+    settings.feature_map(8, 1)
+    if settings.calibrated and calibration is None:
+        raise ValueError(
+            f"estimator={estimator!r} is fitted to data: pass calibration=, a few batches of the "
+            "model's inputs, or use estimator='positive'"
+        )
+    if calibration is not None and not settings.calibrated:
+        warnings.warn(
+            f"calibration is not used: estimator={estimator!r} has nothing to fit; "
+            "estimator='data_aware' has",
+            stacklevel=2,
+        )
+        calibration = None
+    names = _convert(model, settings, calibration, generator)
+    _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
+    return model
+
+
+def _convert(
+    model: nn.Module,
+    settings: ConversionSettings,
+    calibration: Iterable[Any] | None,
+    generator: torch.Generator | None,
+) -> list[str]:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        # A torch model needs nothing else.
+        pass
+    else:
+        from performers.models import PerformerConfig
+
+        if isinstance(model, PreTrainedModel):
+            if isinstance(model.config, PerformerConfig):
+                from performers.convert.performer_models import convert_performer_model
+
+                return convert_performer_model(model, settings, calibration, generator)
+            return convert_transformers_model(model, settings, calibration, generator)
+    from performers.convert.torch_modules import convert_torch_modules
+
+    return convert_torch_modules(model, settings, calibration, generator)
+
+
+def convert_transformers_model(
+    model: Any,
+    settings: ConversionSettings,
+    calibration: Iterable[Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Give a transformers model's attention modules their blocks, and the model its record.
+
+    Args:
+        model: A transformers model.
+        settings: What the blocks are made of.
+        calibration: Batches to fit the features to.
+        generator: Where the projections are drawn from.
+
+    Returns:
+        Names of the modules that became linear.
+
+    Raises:
+        ValueError: See `to_performer`.
+    """
+    from performers.convert.cache import enter_attention
+    from performers.convert.calibration import calibrate_blocks
+    from performers.convert.interface import set_implementation
+    from performers.convert.modules import attention_modules
+
+    kind = type(model).__name__
+    if getattr(model.config, RECORD, None) is not None:
+        raise ValueError(f"{kind} is converted already: start from the original model")
+    found = attention_modules(model)
+    candidates = [
+        x for x in found if (settings.cross_attention or not x.is_cross) and x.window() is None
+    ]
+    settings.check_layers(len(candidates))
+    chosen = [x for i, x in enumerate(candidates) if settings.converts(i, len(candidates))]
+    if not chosen:
+        raise ValueError(
+            f"{kind} has no attention to convert: none of its modules calls transformers' "
+            "attention interface, or all of them attend within a sliding window already"
+        )
+    for part in chosen:
+        if (reason := part.refusal()) is not None:
+            raise ValueError(
+                f"{part.name} ({type(part.module).__name__}) {reason}, which linear attention "
+                "cannot do: name the layers that can be converted with layers=, or use another "
+                "model"
+            )
+    blocks: dict[nn.Module, FavorBlock] = {}
+    for part in chosen:
+        reference = next(part.module.parameters())
+        features = settings.feature_map(part.head_dim, part.key_heads, generator)
+        # Between two sequences no key is near a query, and none comes first.
+        window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
+        block = FavorBlock(features, window=window, sinks=sinks)
+        blocks[part.module] = block.to(reference.device)
+    if calibration is not None:
+        calibrate_blocks(model, blocks, calibration)
+    before = model.config._attn_implementation
+    try:
+        set_implementation(model)
+    except ValueError:
+        model.set_attn_implementation(before)
+        raise
+    for part in found:
+        block = blocks.get(part.module)
+        setattr(part.module, BLOCK, block)
+        if block is not None:
+            block.train(part.module.training)
+            part.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
+    _switch_dropout_off(chosen)
+    setattr(model.config, RECORD, settings.record())
+    return [part.name for part in chosen]
+
+
+def _switch_dropout_off(parts: list[Any]) -> None:
+    rates = sorted({part.dropout() for part in parts} - {0.0})
+    for part in parts:
+        part.switch_dropout_off()
+    if rates:
+        warnings.warn(
+            f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
+            f"{len(parts)} converted layers: linear attention never forms the weights",
+            stacklevel=4,
+        )
