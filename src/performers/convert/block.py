@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from performers.attention import FavorState, favor_attention, favor_attention_weights
 from performers.features import FeatureMap, LearnedFeatures
 
-__all__ = ["BLOCK", "FavorBlock"]
+__all__ = ["BLOCK", "FavorBlock", "boundaries"]
 
 # The name of the submodule in an attention module; None there marks a layer that stays exact.
 BLOCK = "favor"
@@ -78,20 +78,17 @@ class FavorBlock(nn.Module):
         """
         if sequence_ids is not None:
             return self._packed(query, key, value, is_causal, key_mask, sequence_ids, scale), None
-        attend = functools.partial(
-            favor_attention,
-            query,
-            key,
-            value,
-            self.feature_map,
-            is_causal=is_causal,
-            key_mask=key_mask,
-            scale=scale,
-            window=self.window,
-            sinks=self.sinks,
-            state=state,
-        )
-        return attend(return_state=True) if return_state else (attend(), None)
+        options: dict[str, Any] = {
+            "is_causal": is_causal,
+            "key_mask": key_mask,
+            "scale": scale,
+            "window": self.window,
+            "sinks": self.sinks,
+            "state": state,
+        }
+        if not return_state:
+            return favor_attention(query, key, value, self.feature_map, **options), None
+        return favor_attention(query, key, value, self.feature_map, return_state=True, **options)
 
     def weights(
         self,
@@ -134,10 +131,6 @@ class FavorBlock(nn.Module):
     ) -> Tensor:
         """All rows laid end to end, with a boundary wherever a sequence or a row begins."""
         batch, length = query.shape[0], query.shape[2]
-        begins = torch.ones(batch, length, dtype=torch.bool, device=query.device)
-        begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
-        starts = begins.flatten().nonzero().squeeze(-1)
-        boundaries = torch.cat((starts, starts.new_full((1,), batch * length)))
         query, key, value = (
             x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value)
         )
@@ -148,9 +141,24 @@ class FavorBlock(nn.Module):
             self.feature_map,
             is_causal=is_causal,
             key_mask=None if key_mask is None else key_mask.reshape(1, -1),
-            cu_seqlens=boundaries.to(torch.int32),
+            cu_seqlens=boundaries(sequence_ids),
             scale=scale,
             window=self.window,
             sinks=self.sinks,
         )
         return out.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1)
+
+
+def boundaries(sequence_ids: Tensor) -> Tensor:
+    """Where sequences begin when all rows are laid end to end.
+
+    Args:
+        sequence_ids: (B, L); a sequence is a run of one id in a row.
+
+    Returns:
+        int32, one more than there are sequences: the beginnings and ``B * L``.
+    """
+    begins = torch.ones_like(sequence_ids, dtype=torch.bool)
+    begins[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+    starts = begins.flatten().nonzero().squeeze(-1)
+    return torch.cat((starts, starts.new_full((1,), sequence_ids.numel()))).to(torch.int32)

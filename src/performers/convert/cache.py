@@ -8,12 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from performers.convert.block import BLOCK
 from performers.models.cache import FavorCacheLayer
 
-__all__ = ["ConvertedCacheLayer", "enter_attention", "take_cache_layer"]
+__all__ = ["ConvertedCacheLayer", "leave_cache_layer", "state_layer", "take_cache_layer"]
 
-_NAMES = ("past_key_values", "past_key_value", "layer_past")
 # A forward pass of one thread: the cache layer of the attention module that is running.
 _RUNNING = threading.local()
 
@@ -26,29 +24,27 @@ class ConvertedCacheLayer(FavorCacheLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._unread = False
+        self._expected = False
+
+    def expect(self) -> None:
+        """The coming call of `update` is that of linear attention."""
+        self._expected = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of this call as they are; attention adds them to the state."""
-        if self._unread:
+        """The keys and values of this call as they are; attention adds them to the state.
+
+        Raises:
+            RuntimeError: Another kind of attention asks for keys and values of the past.
+        """
+        if not self._expected:
             raise RuntimeError(
-                "keys and values of an earlier call never reached linear attention: the model's "
-                "attention implementation was changed, or a call failed; start with a new cache"
+                "past_key_values holds the state of linear attention, which no other attention "
+                "can continue: start with a new cache after set_attn_implementation"
             )
-        self._unread = True
+        self._expected = False
         return key_states, value_states
-
-    def set_state(self, state: Any, new_tokens: int) -> None:
-        """Replace the state after reading ``new_tokens`` more tokens."""
-        super().set_state(state, new_tokens)
-        self._unread = False
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._unread = False
 
     @property
     def nbytes(self) -> int:
@@ -56,36 +52,18 @@ class ConvertedCacheLayer(FavorCacheLayer):
         return 0 if self.state is None else self.state.nbytes
 
 
-def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of a converted module: its layer of the cache becomes a state.
-
-    The attention interface is not told of the cache, so the layer is left for `take_cache_layer`.
+def leave_cache_layer(module: nn.Module, layer: ConvertedCacheLayer) -> None:
+    """Leave a layer of the cache for the running call of a module.
 
     Args:
         module: The attention module.
-        args: Of its forward pass.
-        kwargs: Of its forward pass.
-
-    Raises:
-        ValueError: The cache holds keys and values of the past, or is of a kind that cannot hold a
-            state.
+        layer: Its layer.
     """
-    cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
-    if cache is None:
-        cache = next((x for x in args if isinstance(x, Cache | EncoderDecoderCache)), None)
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
-    layers: dict[int, ConvertedCacheLayer] = _running()
-    layers.pop(id(module), None)
-    if cache is not None and getattr(module, BLOCK, None) is not None:
-        index = getattr(module, "layer_idx", None)
-        if index is None:
-            raise ValueError(f"{type(module).__name__} has no layer_idx: it cannot use a cache")
-        layers[id(module)] = _state_layer(cache, index)
+    _running()[id(module)] = layer
 
 
 def take_cache_layer(module: nn.Module) -> ConvertedCacheLayer | None:
-    """What `enter_attention` left for the running call of a module.
+    """What `leave_cache_layer` left for the running call of a module.
 
     Args:
         module: The attention module.
@@ -100,9 +78,26 @@ def _running() -> dict[int, ConvertedCacheLayer]:
     return found
 
 
-def _state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
+def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
+    """The layer of a cache that holds a state, put there if the cache is new.
+
+    Args:
+        cache: The cache that a model was given.
+        index: Of the layer.
+
+    Raises:
+        ValueError: The cache holds keys and values of the past, or is of a kind that cannot hold a
+            state.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache)}")
+    if cache.offloading:
+        raise ValueError(
+            "past_key_values moves keys and values away (offloading), which a state of constant "
+            "size does not need: leave cache_implementation at its default"
+        )
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
     layer = cache.layers[index]

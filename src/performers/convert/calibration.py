@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from performers.convert.block import FavorBlock
+from performers.convert.block import FavorBlock, boundaries
+from performers.convert.fitting import FeatureFit, run_batches
 from performers.convert.interface import (
     AttentionCall,
     check_linear,
@@ -31,78 +31,55 @@ def calibrate_blocks(
     Args:
         model: A transformers model.
         blocks: The block of each attention module to be calibrated.
-        batches: Inputs of the model, see `call_model`.
+        batches: Inputs of the model: mappings of keyword arguments, or tensors of its main input.
 
     Raises:
-        ValueError: There is no batch, or a batch does not fit.
+        ValueError: There is no batch, a batch does not fit, or a layer has no pair to be fitted to.
     """
+    fits: list[FeatureFit] = []
 
-    def observer(block: FavorBlock) -> Callable[[AttentionCall], Tensor]:
+    def observer(block: FavorBlock, name: str) -> Callable[[AttentionCall], Tensor]:
+        assert isinstance(block.feature_map, SoftmaxFeatures)
+        fit = FeatureFit(name, block.feature_map, window=block.window, sinks=block.sinks)
+        fits.append(fit)
+
         def observe(call: AttentionCall) -> Tensor:
             check_linear(call)
-            if call.pattern.sequence_ids is not None:
-                raise ValueError(
-                    "calibration has packed sequences (position_ids that begin again): pass one "
-                    "sequence a row with its attention_mask"
-                )
-            features = block.feature_map
-            assert isinstance(features, SoftmaxFeatures)
-            features.calibrate_(
-                call.query.detach(),
-                call.key.detach(),
-                call.pattern.key_mask,
-                call.scale,
-                is_causal=call.pattern.is_causal,
-                window=block.window,
-                sinks=block.sinks,
+            pattern = call.pattern
+            ids = pattern.sequence_ids
+            fit.add(
+                call.query,
+                call.key,
+                is_causal=pattern.is_causal,
+                key_mask=pattern.key_mask,
+                cu_seqlens=None if ids is None else boundaries(ids),
+                scale=call.scale,
             )
             return exact_attention(call)
 
         return observe
 
-    training = model.training
-    count = 0
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            intercept_attention({m: observer(block) for m, block in blocks.items()}, model),
-        ):
-            for batch in batches:
-                call_model(model, batch)
-                count += 1
-    finally:
-        model.train(training)
-    if not count:
-        raise ValueError("calibration must yield at least one batch of model inputs, got none")
+    names = {module: name for name, module in model.named_modules()}
+    functions = {module: observer(block, names[module]) for module, block in blocks.items()}
+    with intercept_attention(functions, model):
+        run_batches(model, batches, lambda *args, **kwargs: call_model(model, *args, **kwargs))
+    for fit in fits:
+        fit.check()
 
 
-def call_model(model: Any, batch: Any) -> Any:
-    """Run a model on a batch, without a cache.
+def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a model without labels and without a cache.
 
     Args:
         model: A transformers model.
-        batch: A mapping of keyword arguments (labels are left out), or a tensor that is the
-            model's main input.
+        *args: Its main input, if it is not among the others.
+        **kwargs: Keyword arguments.
 
     Returns:
         The model's output.
-
-    Raises:
-        TypeError: The batch is neither.
     """
-    if isinstance(batch, Tensor):
-        batch = {model.main_input_name: batch}
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            "a batch must be a mapping of the model's keyword arguments or a tensor of its main "
-            f"input ({model.main_input_name}), got {type(batch).__name__}"
-        )
-    inputs = {
-        name: value.to(model.device) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if name != "labels"
-    }
+    inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+    inputs.update(zip((model.main_input_name,), args, strict=False))
     if getattr(model.config, "use_cache", None):
         inputs["use_cache"] = False
     return model(**inputs)

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
 
 from performers.convert.block import BLOCK, FavorBlock
 from performers.convert.cache import ConvertedCacheLayer, take_cache_layer
@@ -32,9 +34,14 @@ IMPLEMENTATION = "favor"
 _OTHER_ATTENTION = {
     "softcap": "soft-capping of the scores",
     "s_aux": "learned sink logits in the softmax",
+    "sinks": "learned sink logits in the softmax",
     "position_bias": "a position bias on the scores",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "blocks of keys chosen by an indexer",
     "cache": "a paged cache (continuous batching)",
 }
+# Those of them that torch's attention, which computes exact layers, would pass over in silence.
+_UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
 
 
 @dataclass
@@ -98,7 +105,7 @@ def favor_attention_forward(
 
     Returns:
         (B, L, H, Dv), and the matrix of weights (B, H, L, S) when ``output_attentions`` asks for
-        it, else None.
+        it, else None; the exact layers of a converted model give theirs too.
 
     Raises:
         ValueError: The model was not converted, or the call asks for what a linear layer cannot do.
@@ -109,19 +116,24 @@ def favor_attention_forward(
         key,
         value,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _pattern(module, attention_mask, is_causal),
+        _pattern(module, attention_mask, is_causal, query.device),
         dropout,
         take_cache_layer(module),
         options,
     )
+    weights = None
     if module in _INTERCEPTED:
-        out, weights = _INTERCEPTED[module](call), None
+        if call.cache_layer is not None:
+            raise ValueError(
+                "a converted model cannot use a cache while its attention is calibrated or "
+                "trained: pass use_cache=False"
+            )
+        out = _INTERCEPTED[module](call)
     else:
         block = _block(call)
         out = exact_attention(call) if block is None else linear_attention(block, call)
-        weights = None
-        if options.get("output_attentions") and block is not None:
-            weights = _weights(block, call)
+        if _weights_wanted(options):
+            weights = _exact_weights(call) if block is None else _weights(block, call)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights
 
 
@@ -133,7 +145,16 @@ def exact_attention(call: AttentionCall) -> Tensor:
 
     Returns:
         (B, H, L, Dv).
+
+    Raises:
+        ValueError: The model asks for what torch's attention would pass over in silence.
     """
+    for name in _UNKNOWN_TO_TORCH:
+        if call.options.get(name) is not None:
+            raise ValueError(
+                f"{call.name} asks for {_OTHER_ATTENTION[name]}, which only the model's own "
+                "attention can do: it cannot be converted, not even in part"
+            )
     pattern, length = call.pattern, call.query.shape[2]
     window = pattern.window
     if (
@@ -158,7 +179,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
         call.query,
         call.key,
         call.value,
-        pattern.dense(),
+        _dense(call),
         dropout=call.dropout,
         scaling=call.scale,
         is_causal=pattern.is_causal,
@@ -224,6 +245,14 @@ def check_linear(call: AttentionCall) -> None:
             problem = "a cache in attention that is not causal"
         elif pattern.sequence_ids is not None:
             problem = "a cache together with packed sequences"
+    boundaries = call.options.get("cu_seq_lens_q")
+    if (
+        problem is None
+        and pattern.sequence_ids is None
+        and boundaries is not None
+        and len(boundaries) > 2
+    ):
+        problem = "packed sequences without the position_ids that tell where each begins"
     if problem is not None:
         raise ValueError(
             f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
@@ -237,10 +266,14 @@ def check_linear(call: AttentionCall) -> None:
 
 
 def _pattern(
-    module: nn.Module, mask: AttentionPattern | Tensor | None, is_causal: bool | None
+    module: nn.Module,
+    mask: AttentionPattern | Tensor | None,
+    is_causal: bool | None,
+    device: torch.device,
 ) -> AttentionPattern:
     if isinstance(mask, AttentionPattern):
-        return mask
+        # The layers of a model may be spread over devices.
+        return mask.on(device)
     if mask is None:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         return AttentionPattern(is_causal=bool(causal))
@@ -248,6 +281,11 @@ def _pattern(
         unknown=f"a mask of shape {tuple(mask.shape)} instead of one of shape (batch, length)",
         make_dense=lambda: mask,
     )
+
+
+def _dense(call: AttentionCall) -> Tensor | None:
+    mask = call.pattern.dense()
+    return None if mask is None else mask.to(call.query.device)
 
 
 def _block(call: AttentionCall) -> FavorBlock | None:
@@ -275,6 +313,29 @@ def _weights(block: FavorBlock, call: AttentionCall) -> Tensor:
         key_mask=call.pattern.key_mask,
         scale=call.scale,
     )
+
+
+def _exact_weights(call: AttentionCall) -> Tensor:
+    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
+    key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
+    mask = _dense(call)
+    if mask is None and pattern.is_causal:
+        # Aligned at the last key, where a cache brings more keys than there are queries.
+        mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(call.query.dtype)
+
+
+def _weights_wanted(options: Mapping[str, Any]) -> bool:
+    if options.get("output_attentions"):
+        return True
+    # Most models record what their modules return, and do not hand the option down to them.
+    collected = _active_collector.get() or {}
+    return any(name.endswith("attentions") for name in collected)
 
 
 @contextlib.contextmanager

@@ -32,6 +32,8 @@ class AttentionPattern:
         sequence_ids: (B, L); tokens with different ids do not see each other; None: one sequence.
         unknown: Why the pattern is not described by the above; None: it is.
         make_dense: Makes the mask that ``scaled_dot_product_attention`` would get.
+        shape: Of the mask that this stands for, (B, 1, L, S). Some models make their masks early
+            and hand them to their parts, which know a finished one by its four axes.
     """
 
     is_causal: bool = False
@@ -40,7 +42,28 @@ class AttentionPattern:
     sequence_ids: Tensor | None = None
     unknown: str | None = None
     make_dense: Callable[[], Tensor | None] | None = None
+    shape: tuple[int, int, int, int] | None = None
     _dense: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def ndim(self) -> int:
+        """Axes of the mask that this stands for."""
+        return 4
+
+    def contiguous(self) -> AttentionPattern:
+        """Itself."""
+        return self
+
+    def on(self, device: torch.device) -> AttentionPattern:
+        """The same for queries and keys on another device.
+
+        Args:
+            device: Theirs.
+        """
+        key_mask, sequence_ids = (
+            None if mask is None else mask.to(device) for mask in (self.key_mask, self.sequence_ids)
+        )
+        return replace(self, key_mask=key_mask, sequence_ids=sequence_ids)
 
     def dense(self) -> Tensor | None:
         """The mask (B or 1, 1, L, S) for torch's attention, made once; None: none is needed."""
@@ -56,7 +79,7 @@ def pattern_mask(
     q_offset: int = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | AttentionPattern | None = None,
     **keywords: Any,
 ) -> AttentionPattern:
     """The function registered with transformers' ``AttentionMaskInterface``.
@@ -68,14 +91,22 @@ def pattern_mask(
         q_offset: Position of the first query.
         kv_offset: Position of the first key.
         mask_function: Of batch, head, query and key positions; True = sees.
-        attention_mask: (B, tokens so far) bool, True where a token is not padding.
+        attention_mask: (B, tokens so far) bool, True where a token is not padding; or a pattern
+            made earlier, which is returned as it is.
         **keywords: Passed on to transformers' own function for the dense mask.
 
     Returns:
         The pattern.
     """
+    if isinstance(attention_mask, AttentionPattern):
+        return attention_mask
 
     def dense() -> Tensor | None:
+        if attention_mask is not None and attention_mask.shape[-1] < kv_offset + kv_length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[-1]} columns, but an exact layer needs "
+                f"one for each of the {kv_offset + kv_length} tokens so far"
+            )
         return masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -87,7 +118,8 @@ def pattern_mask(
             **keywords,
         )
 
-    pattern = _read(mask_function, AttentionPattern(make_dense=dense))
+    shape = (batch_size, 1, q_length, kv_length)
+    pattern = _read(mask_function, AttentionPattern(make_dense=dense, shape=shape))
     if attention_mask is not None:
         pattern.key_mask = _taking_part(attention_mask, q_length, kv_length)
     return pattern
@@ -96,7 +128,7 @@ def pattern_mask(
 def _taking_part(attention_mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
     """Keys that are not padding, or None where all of them take part."""
     known = attention_mask.shape[-1]
-    if known not in (q_length, kv_length) and known < kv_length:
+    if known < kv_length and known != q_length:
         raise ValueError(
             f"attention_mask must cover the {kv_length} tokens so far, or the {q_length} of this "
             f"call, got {known} columns"

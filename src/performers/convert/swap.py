@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from performers.convert.block import BLOCK, FavorBlock
+from performers.convert.fitting import check_calibration
 from performers.convert.settings import ConversionSettings
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
@@ -64,8 +65,9 @@ def to_performer(
         sinks: The first ``sinks`` keys are exact for every query.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
             input) that estimators such as ``data_aware`` are fitted to; a few thousand tokens do.
-        layers: Indices of the attention layers that become linear, in the order of the model,
-            negative ones from the end; the others stay exact. None: all.
+        layers: Indices of the attention layers that become linear, negative ones from the end; the
+            others stay exact. Counted are, in the order of the model, those that can become
+            linear: not those with a sliding window of their own. None: all.
         projection: As in ``SoftmaxFeatures``.
         cross_attention: Also convert attention from a decoder to an encoder (features alone).
         generator: Where the projections are drawn from; None: torch's own.
@@ -102,18 +104,6 @@ def to_performer(
     )
     # Refuses names and numbers that do not exist before anything else happens.
     settings.feature_map(8, 1)
-    if settings.calibrated and calibration is None:
-        raise ValueError(
-            f"estimator={estimator!r} is fitted to data: pass calibration=, a few batches of the "
-            "model's inputs, or use estimator='positive'"
-        )
-    if calibration is not None and not settings.calibrated:
-        warnings.warn(
-            f"calibration is not used: estimator={estimator!r} has nothing to fit; "
-            "estimator='data_aware' has",
-            stacklevel=2,
-        )
-        calibration = None
     names = _convert(model, settings, calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
@@ -138,6 +128,8 @@ def _convert(
                 from performers.convert.performer_models import convert_performer_model
 
                 return convert_performer_model(model, settings, calibration, generator)
+            if not check_calibration(settings, calibration):
+                calibration = None
             return convert_transformers_model(model, settings, calibration, generator)
     from performers.convert.torch_modules import convert_torch_modules
 
@@ -164,25 +156,27 @@ def convert_transformers_model(
     Raises:
         ValueError: See `to_performer`.
     """
-    from performers.convert.cache import enter_attention
     from performers.convert.calibration import calibrate_blocks
+    from performers.convert.hooks import enter_attention
     from performers.convert.interface import set_implementation
     from performers.convert.modules import attention_modules
 
     kind = type(model).__name__
-    if getattr(model.config, RECORD, None) is not None:
+    # The record alone is no proof: it also comes with the exact model that the original class makes
+    # of a converted one's folder.
+    if any(hasattr(module, BLOCK) for module in model.modules()):
         raise ValueError(f"{kind} is converted already: start from the original model")
     found = attention_modules(model)
     candidates = [
         x for x in found if (settings.cross_attention or not x.is_cross) and x.window() is None
     ]
-    settings.check_layers(len(candidates))
-    chosen = [x for i, x in enumerate(candidates) if settings.converts(i, len(candidates))]
-    if not chosen:
+    if not candidates:
         raise ValueError(
             f"{kind} has no attention to convert: none of its modules calls transformers' "
             "attention interface, or all of them attend within a sliding window already"
         )
+    settings.check_layers(len(candidates))
+    chosen = [x for i, x in enumerate(candidates) if settings.converts(i, len(candidates))]
     for part in chosen:
         if (reason := part.refusal()) is not None:
             raise ValueError(
@@ -207,10 +201,11 @@ def convert_transformers_model(
         model.set_attn_implementation(before)
         raise
     for part in found:
-        block = blocks.get(part.module)
-        setattr(part.module, BLOCK, block)
-        if block is not None:
-            block.train(part.module.training)
+        setattr(part.module, BLOCK, blocks.get(part.module))
+    for part in chosen:
+        blocks[part.module].train(part.module.training)
+        # The keys of an encoder stay in the cache as they are: they do not grow with the output.
+        if not part.is_cross:
             part.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
     _switch_dropout_off(chosen)
     setattr(model.config, RECORD, settings.record())
@@ -225,5 +220,5 @@ def _switch_dropout_off(parts: list[Any]) -> None:
         warnings.warn(
             f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
             f"{len(parts)} converted layers: linear attention never forms the weights",
-            stacklevel=4,
+            stacklevel=5,
         )

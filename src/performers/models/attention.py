@@ -177,14 +177,23 @@ class IdentityMechanism(nn.Module):
         return value, eye.expand(*query.shape[:2], -1, -1)
 
 
-def build_mechanism(config: PerformerConfig) -> nn.Module:
-    """The mechanism that ``config.attention`` names."""
-    if config.attention == "exact":
+def build_mechanism(
+    config: PerformerConfig, layer: int | None = None, generator: torch.Generator | None = None
+) -> nn.Module:
+    """The mechanism of one layer.
+
+    Args:
+        config: The model's configuration.
+        layer: Index of the layer; None: a layer that has ``config.attention``.
+        generator: Where features are drawn from; None: torch's own.
+    """
+    attention = config.attention if layer is None else config.layer_attention(layer)
+    if attention == "exact":
         return ExactMechanism()
-    if config.attention == "identity":
+    if attention == "identity":
         return IdentityMechanism()
     num_heads = config.num_attention_heads if config.features_per_head else None
-    if config.attention == "favor-softmax":
+    if attention == "favor-softmax":
         assert config.projection is not None
         return FavorMechanism(
             SoftmaxFeatures(
@@ -194,6 +203,7 @@ def build_mechanism(config: PerformerConfig) -> nn.Module:
                 projection=config.projection,
                 regularized=config.regularized,
                 num_heads=num_heads,
+                generator=generator,
             ),
             window=config.window,
             sinks=config.sinks,
@@ -202,10 +212,11 @@ def build_mechanism(config: PerformerConfig) -> nn.Module:
         GeneralizedFeatures(
             config.head_dim,
             config.num_features,
-            fn=config.attention.removeprefix("favor-"),
+            fn=attention.removeprefix("favor-"),
             epsilon=config.kernel_epsilon,
             projection=config.projection,
             num_heads=num_heads,
+            generator=generator,
         )
     )
 
@@ -226,7 +237,7 @@ class PerformerSelfAttention(nn.Module):
         self.layer = layer
         self.num_heads = config.num_attention_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.mechanism = build_mechanism(config)
+        self.mechanism = build_mechanism(config, layer)
         self.output = ResidualLinear(config.hidden_size, config.hidden_size)
 
     def forward(

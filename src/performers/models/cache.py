@@ -1,5 +1,6 @@
 """What a causal model remembers between calls: constant in size for linear attention."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class PassCacheLayer(FavorCacheLayer):
 
 
 class PerformerCache(Cache):
-    """The cache of a causal Performer: a state per layer, or keys and values for exact attention.
+    """The cache of a causal Performer: a state per layer, or keys and values where it is exact.
 
     It also holds which tokens of the past were padding, so that a continued call needs a mask for
     its own tokens only.
@@ -74,17 +75,23 @@ class PerformerCache(Cache):
     Args:
         attention: The model's attention, see ``PerformerConfig.attention``.
         num_layers: Layers of the model.
+        exact_layers: Layers of another attention that keep keys and values, see
+            ``PerformerConfig.exact_layers``.
+
+    Attributes:
+        keeps_keys: Whether all layers keep keys and values.
     """
 
-    def __init__(self, attention: str, num_layers: int) -> None:
-        layer: type[DynamicLayer] = FavorCacheLayer
-        if attention == "exact":
-            layer = DynamicLayer
-        elif attention == "identity":
-            layer = PassCacheLayer
-        super().__init__(layers=[layer() for _ in range(num_layers)])
+    def __init__(
+        self, attention: str, num_layers: int, exact_layers: Iterable[int] | None = None
+    ) -> None:
         self.attention = attention
-        self.keeps_keys = attention == "exact"
+        self.exact_layers = tuple(exact_layers or ())
+        layer = PassCacheLayer if attention == "identity" else FavorCacheLayer
+        keeps = [attention == "exact" or index in self.exact_layers for index in range(num_layers)]
+        super().__init__(layers=[DynamicLayer() if kept else layer() for kept in keeps])
+        self.keeps_keys = all(keeps)
+        self._keeps_some = any(keeps)
         self.real_tokens: Tensor | None = None
         # Which keys are not padding; None while none is.
         self.key_mask: Tensor | None = None
@@ -112,7 +119,7 @@ class PerformerCache(Cache):
                 )
         counts = mask.long().cumsum(-1)
         self.real_tokens = past + counts[:, -1:]
-        if self.keeps_keys and (self.key_mask is not None or not bool(mask.all())):
+        if self._keeps_some and (self.key_mask is not None or not bool(mask.all())):
             known = self.key_mask
             if known is None:
                 known = mask.new_ones(mask.shape[0], self.get_seq_length())
@@ -160,6 +167,10 @@ class PerformerCache(Cache):
         Raises:
             ValueError: The layers hold sums, from which nothing can be taken back.
         """
+        for layer in self.layers:
+            if isinstance(layer, FavorCacheLayer):
+                # Before a layer that can be cropped is.
+                layer.crop(tokens_to_remove)
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
         removed = before - self.get_seq_length()

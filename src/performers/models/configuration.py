@@ -1,5 +1,6 @@
 """Configuration of a Performer model."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -41,6 +42,8 @@ class PerformerConfig(PreTrainedConfig):
         window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly;
             None for features alone.
         sinks: ``favor-softmax`` only: every token attends exactly to the first ``sinks`` ones.
+        exact_layers: Favor attentions only: layers, from 0, that have softmax attention in place
+            of it; None for none.
         kernel_epsilon: Added to every generalized feature.
         features_per_head: Draw a projection per head rather than one per layer.
         layer_norm_eps: Of the layer norms.
@@ -79,6 +82,7 @@ class PerformerConfig(PreTrainedConfig):
         regularized: bool = False,
         window: int | None = None,
         sinks: int = 0,
+        exact_layers: Iterable[int] | None = None,
         kernel_epsilon: float = 1e-3,
         features_per_head: bool = False,
         layer_norm_eps: float = 1e-5,
@@ -138,6 +142,7 @@ class PerformerConfig(PreTrainedConfig):
         for name, reach in (("window", window), ("sinks", sinks)):
             if reach is not None and reach < 0:
                 raise ValueError(f"{name} must be at least 0, got {reach}")
+        exact_layers = _checked_layers(exact_layers, attention, num_hidden_layers)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -155,6 +160,7 @@ class PerformerConfig(PreTrainedConfig):
         self.regularized = regularized
         self.window = window
         self.sinks = sinks
+        self.exact_layers = exact_layers
         self.kernel_epsilon = kernel_epsilon
         self.features_per_head = features_per_head
         self.layer_norm_eps = layer_norm_eps
@@ -178,3 +184,28 @@ class PerformerConfig(PreTrainedConfig):
     def head_dim(self) -> int:
         """Width of one head."""
         return self.hidden_size // self.num_attention_heads
+
+    def layer_attention(self, layer: int) -> str:
+        """The attention of one layer: ``attention``, or ``"exact"`` in ``exact_layers``."""
+        return "exact" if layer in (self.exact_layers or ()) else self.attention
+
+
+def _checked_layers(
+    layers: Iterable[int] | None, attention: str, num_hidden_layers: int
+) -> list[int] | None:
+    """The layers in order, as a list that JSON can hold; None for none."""
+    found = list(layers or ())
+    if not found:
+        return None
+    if not attention.startswith("favor-"):
+        raise ValueError(
+            f"exact_layers needs a favor attention that the other layers have, got {attention!r} "
+            f"with exact_layers={found}"
+        )
+    # Not isinstance: True would be layer 1.
+    if any(type(layer) is not int or not 0 <= layer < num_hidden_layers for layer in found):
+        raise ValueError(
+            f"exact_layers must be indices of the model's {num_hidden_layers} layers, "
+            f"0..{num_hidden_layers - 1}, got {found}"
+        )
+    return sorted(set(found))

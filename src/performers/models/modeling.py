@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from performers.features import FeatureMap
+from performers.features import FeatureMap, SoftmaxFeatures
 from performers.models.attention import (
     AttentionContext,
     PerformerSelfAttention,
@@ -84,6 +84,13 @@ class PerformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, FeatureMap):
             if not getattr(module.weight, "_is_hf_initialized", False):
                 module.redraw_()
+            if isinstance(module, SoftmaxFeatures) and not all(
+                getattr(tensor, "_is_hf_initialized", False)
+                for name, tensor in module.named_buffers()
+                if name != "weight"
+            ):
+                # A fit that is not in the file has memory as it came.
+                module.reset_calibration_()
             return
         super()._init_weights(module)
         if isinstance(module, ResidualLinear) and not getattr(
@@ -203,25 +210,27 @@ class PerformerModel(PerformerPreTrainedModel):
                 "past_key_values must be the PerformerCache that an earlier call returned, got "
                 f"{type(past).__name__}"
             )
-        use_cache = _default(use_cache, self.config.use_cache and not self.training)
+        config = self.config
+        use_cache = _default(use_cache, config.use_cache and not self.training)
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
             # Blocks that run twice would count their tokens twice.
             if past is not None:
                 raise ValueError("gradient checkpointing cannot be combined with past_key_values")
             use_cache = False
-        if past is None and not (use_cache and self.config.is_decoder and sequence_ids is None):
+        if past is None and not (use_cache and config.is_decoder and sequence_ids is None):
             return None
-        if not self.config.is_decoder:
+        if not config.is_decoder:
             raise ValueError("past_key_values needs a causal model (config.is_decoder=True)")
         if sequence_ids is not None:
             raise ValueError("sequence_ids cannot be combined with past_key_values")
         if past is None:
-            return PerformerCache(self.config.attention, self.config.num_hidden_layers)
-        layers = self.config.num_hidden_layers
-        if past.attention != self.config.attention or len(past) != layers:
+            return PerformerCache(config.attention, config.num_hidden_layers, config.exact_layers)
+        found = past.attention, len(past), past.exact_layers
+        own = config.attention, config.num_hidden_layers, tuple(config.exact_layers or ())
+        if found != own:
             raise ValueError(
-                f"past_key_values is the cache of a model with attention={past.attention!r} and "
-                f"{len(past)} layers, but this one has {self.config.attention!r} and {layers}"
+                "past_key_values is the cache of a model with attention={!r}, {} layers and "
+                "exact_layers={}, but this one has {!r}, {} and {}".format(*found, *own)
             )
         return past
 

@@ -16,6 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.callbacks import (
+    ClockCallback,
+    IntervalsCallback,
+    ProgressCallback,
+    RedrawCallback,
+    StopCallback,
+    stop_on_signals,
+)
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.folders import write_json
@@ -31,14 +39,6 @@ from performers.proteins.packing import (
 )
 from performers.proteins.processes import is_first_process
 from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences, residue_ids
-from performers.proteins.training_callbacks import (
-    ClockCallback,
-    IntervalsCallback,
-    ProgressCallback,
-    RedrawCallback,
-    StopCallback,
-    stop_on_signals,
-)
 from performers.proteins.training_record import (
     check_same_run,
     last_complete_checkpoint,

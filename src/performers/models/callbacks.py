@@ -1,5 +1,6 @@
 """Callbacks of a training run: redraws, progress, and stopping on a signal."""
 
+import json
 import signal
 import threading
 import time
@@ -15,7 +16,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from performers.features import FeatureRedrawer
-from performers.proteins.folders import read_json
 
 
 class RedrawCallback(TrainerCallback):
@@ -60,7 +60,8 @@ class ClockCallback(TrainerCallback, ExportableState):
     @classmethod
     def seconds_at(cls, checkpoint: Path) -> float:
         """The count in a checkpoint; 0 if it has none."""
-        callbacks = read_json(checkpoint / "trainer_state.json").get("stateful_callbacks", {})
+        written = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        callbacks = written.get("stateful_callbacks", {})
         return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
 
 
