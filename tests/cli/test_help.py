@@ -8,7 +8,7 @@ import pytest
 from performers.proteins.options import TrainingOptions, flag
 from tests.cli.commands import refusal, run
 
-COMMANDS = ["demo", "train", "evaluate", "embed", "generate", "report"]
+COMMANDS = ["demo", "train", "evaluate", "embed", "generate", "report", "convert"]
 
 
 @pytest.fixture(autouse=True)

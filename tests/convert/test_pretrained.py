@@ -7,7 +7,13 @@ import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertForMaskedLM, BertModel, LlamaForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    BertModel,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from performers.benchmark.heads import capture_heads
 from performers.convert.pretrained import load_model
@@ -219,6 +225,11 @@ def test_a_gguf_file_holds_the_same_heads(tmp_path, capsys):
             loaded.model(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4
         )
     assert capture_heads(load_model(tmp_path / "tiny.gguf"), ids)[0].key.shape == (2, 2, 9, 8)
+    # transformers refuses to train a model that it takes for quantized, and saves it as one.
+    arguments = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none")
+    Trainer(loaded.model, arguments)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
 
 
 def test_a_head_is_read_where_there_is_one(bert, tmp_path):

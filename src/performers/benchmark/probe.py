@@ -22,7 +22,9 @@ def main() -> None:
     ``{"kind": "attention", "workload": {...}, "contestant": ..., "length": ..., "is_causal": ...,
     "backward": ..., "threads": ...}`` measures one call of an attention. ``{"kind": "step",
     "model": {...}, "attention": ..., "length": ..., "threads": ...}`` measures a model, its
-    optimiser and two training steps.
+    optimiser and two training steps. ``{"kind": "forward", "folder": ..., "converted": ...,
+    "length": ..., "batch_size": ..., "seed": ..., "threads": ...}`` measures the forward pass of a
+    pretrained model, or of a converted one.
     """
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
@@ -59,7 +61,17 @@ def _step(task: Mapping[str, Any]) -> Peak:
     return peak_of(two_steps)
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any]], Peak]] = {"attention": _attention, "step": _step}
+def _forward(task: Mapping[str, Any]) -> Peak:
+    from performers.benchmark.converted import probe_forward
+
+    return peak_of(probe_forward(task, _WARM_UP_LENGTH))
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], Peak]] = {
+    "attention": _attention,
+    "step": _step,
+    "forward": _forward,
+}
 
 if __name__ == "__main__":
     main()

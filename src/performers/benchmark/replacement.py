@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from performers.convert.interface import AttentionCall, check_linear, intercept_attention
+from performers.convert.calls import AttentionCall, check_linear
+from performers.convert.interface import intercept_attention
 from performers.convert.modules import interface_modules
 
 __all__ = ["exact_attention", "replace_attention"]

@@ -1,28 +1,28 @@
 """The command line: parses, calls, prints."""
 
+import importlib
 import sys
+
+# Commands whose packages are fewer than those that read proteins, which they must not fail for
+# want of; each is its own extra.
+_ALONE = ("benchmark", "convert")
 
 
 def main() -> None:
     """Run ``performers``; exit code 2 for what the user can mend, 130 after Ctrl-C."""
-    # Its packages are fewer: it must not fail for want of those that read proteins.
-    benchmark = sys.argv[1:2] == ["benchmark"]
+    alone = sys.argv[1] if sys.argv[1:2] and sys.argv[1] in _ALONE else None
     try:
-        if benchmark:
-            from performers.cli.benchmark import app
-        else:
-            from performers.cli.app import app
+        app = importlib.import_module(f"performers.cli.{alone or 'app'}").app
     except ImportError as error:
-        extra = "benchmark" if benchmark else "proteins"
         print(
             f"performers: the command line needs more packages ({error}); install them with "
-            f"pip install 'performers[{extra}]'",
+            f"pip install 'performers[{alone or 'proteins'}]'",
             file=sys.stderr,
         )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    if benchmark:
-        app(sys.argv[2:], prog_name="performers benchmark")
+    if alone:
+        app(sys.argv[2:], prog_name=f"performers {alone}")
     else:
         app()

@@ -9,6 +9,7 @@ import typer
 
 from performers.cli import benchmark
 from performers.cli.console import ProgressBars, note, one_line_errors, output, print_metrics
+from performers.cli.convert import convert
 from performers.models.configuration import ATTENTIONS
 from performers.proteins import demo as demo_run
 from performers.proteins.embedding import embed_sequences, write_embeddings
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Attention in linear time, and protein language models with it.",
 )
 app.add_typer(benchmark.app, name="benchmark")
+app.command()(convert)
 
 Fasta = Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzipped.")]
 Model = Annotated[Path, typer.Argument(help="A folder that performers train wrote.")]

@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from performers.convert.positions import extend_positions_
 from performers.convert.swap import to_performer
 
 if TYPE_CHECKING:
     from performers.convert.saving import load_performer
 
-__all__ = ["load_performer", "to_performer"]
+__all__ = ["extend_positions_", "load_performer", "to_performer"]
 
 _PLACES = {"load_performer": "performers.convert.saving"}
 
@@ -24,6 +25,6 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").split(".")[0] not in ("transformers", "safetensors", "accelerate"):
             raise
         raise ModuleNotFoundError(
-            f"performers.convert.{name} needs {error.name}: pip install 'performers[models]'",
+            f"performers.convert.{name} needs {error.name}: pip install 'performers[convert]'",
             name=error.name,
         ) from error

@@ -8,13 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from performers.convert.block import FavorBlock, boundaries
+from performers.convert.calls import AttentionCall, check_linear, exact_attention
 from performers.convert.fitting import FeatureFit, run_batches
-from performers.convert.interface import (
-    AttentionCall,
-    check_linear,
-    exact_attention,
-    intercept_attention,
-)
+from performers.convert.interface import intercept_attention
 from performers.features import SoftmaxFeatures
 
 __all__ = ["calibrate_blocks", "call_model"]
@@ -68,7 +64,7 @@ def calibrate_blocks(
 
 
 def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a model without labels and without a cache.
+    """Run a model without a cache, and without labels unless it makes its decoder's inputs of them.
 
     Args:
         model: A transformers model.
@@ -78,8 +74,10 @@ def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
     Returns:
         The model's output.
     """
-    inputs = {name: value for name, value in kwargs.items() if name != "labels"}
+    inputs = dict(kwargs)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        inputs.pop("labels", None)
     inputs.update(zip((model.main_input_name,), args, strict=False))
-    if getattr(model.config, "use_cache", None):
+    if getattr(model.config.get_text_config(), "use_cache", None):
         inputs["use_cache"] = False
     return model(**inputs)

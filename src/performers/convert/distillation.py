@@ -66,8 +66,8 @@ def distill(
         student: A model that `to_performer` converted.
         teacher: The original model; None if only transfer or the task's loss is asked for.
         data: Examples, mappings with ``input_ids`` (and ``attention_mask``) or other inputs of the
-            model: a map-style or iterable dataset, a list, or any iterable. One that ends is begun
-            again.
+            model: a list or map-style dataset, which is shuffled, or an iterable, whose order is
+            kept. One that ends is begun again.
         transfer_steps: Steps of attention transfer; 0: none. Needs a transformers model.
         steps: Steps of the whole model; 0: none.
         batch_size: Examples in a batch, on each device.
@@ -103,7 +103,8 @@ def distill(
         _need_peft()
     run = DistillationRun(
         student=student,
-        data=data if isinstance(data, Dataset) else Stream(data),
+        # Whatever can be indexed is shuffled; the rest comes as it comes.
+        data=data if hasattr(data, "__getitem__") or isinstance(data, Dataset) else Stream(data),
         collator=collator or default_collator(student, kind),
         output=None if output_dir is None else Path(output_dir),
         batch_size=batch_size,

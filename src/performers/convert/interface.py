@@ -11,71 +11,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils.output_capturing import _active_collector
 
+from performers.convert.attention_maps import exact_weights, linear_weights, weights_wanted
 from performers.convert.block import BLOCK, FavorBlock
-from performers.convert.cache import ConvertedCacheLayer, take_cache_layer
+from performers.convert.cache import take_cache_layer
+from performers.convert.calls import AttentionCall, exact_attention, linear_attention
 from performers.convert.modules import interface_modules
 from performers.convert.patterns import AttentionPattern, pattern_mask
-from performers.convert.sliding import sliding_attention
 
-__all__ = ["IMPLEMENTATION", "AttentionCall", "exact_attention", "intercept_attention"]
+__all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]
 
 IMPLEMENTATION = "favor"
-# Arguments of the attention interface that make attention something else than masked softmax.
-_OTHER_ATTENTION = {
-    "softcap": "soft-capping of the scores",
-    "s_aux": "learned sink logits in the softmax",
-    "sinks": "learned sink logits in the softmax",
-    "position_bias": "a position bias on the scores",
-    "indices": "keys chosen by an indexer",
-    "block_indices": "blocks of keys chosen by an indexer",
-    "cache": "a paged cache (continuous batching)",
-}
-# Those of them that torch's attention, which computes exact layers, would pass over in silence.
-_UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
-
-
-@dataclass
-class AttentionCall:
-    """One call of a model's attention, after projections and rotary positions.
-
-    Attributes:
-        module: The attention module.
-        query: (B, H, L, D).
-        key: (B, Hkv, S, D); Hkv divides H.
-        value: (B, Hkv, S, Dv).
-        scale: Factor of the scores.
-        pattern: Who sees whom.
-        dropout: Probability that a weight is dropped.
-        cache_layer: The past of a linear layer, or None.
-        options: What else the model passed.
-    """
-
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    pattern: AttentionPattern
-    dropout: float
-    cache_layer: ConvertedCacheLayer | None
-    options: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The module's class, for messages."""
-        return type(self.module).__name__
-
-
 _INTERCEPTED: WeakKeyDictionary[nn.Module, Callable[[AttentionCall], Tensor]] = WeakKeyDictionary()
 
 
@@ -132,137 +84,9 @@ def favor_attention_forward(
     else:
         block = _block(call)
         out = exact_attention(call) if block is None else linear_attention(block, call)
-        if _weights_wanted(options):
-            weights = _exact_weights(call) if block is None else _weights(block, call)
+        if weights_wanted(options):
+            weights = exact_weights(call) if block is None else linear_weights(block, call)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights
-
-
-def exact_attention(call: AttentionCall) -> Tensor:
-    """Softmax attention as torch computes it, under whatever mask the model asks for.
-
-    Args:
-        call: The call.
-
-    Returns:
-        (B, H, L, Dv).
-
-    Raises:
-        ValueError: The model asks for what torch's attention would pass over in silence.
-    """
-    for name in _UNKNOWN_TO_TORCH:
-        if call.options.get(name) is not None:
-            raise ValueError(
-                f"{call.name} asks for {_OTHER_ATTENTION[name]}, which only the model's own "
-                "attention can do: it cannot be converted, not even in part"
-            )
-    pattern, length = call.pattern, call.query.shape[2]
-    window = pattern.window
-    if (
-        window is not None
-        and pattern.unknown is None
-        and pattern.sequence_ids is None
-        and call.key.shape[2] == length > 4 * (window + 1)
-        and not call.dropout
-        and not any(call.options.get(name) is not None for name in _OTHER_ATTENTION)
-    ):
-        return sliding_attention(
-            call.query,
-            call.key,
-            call.value,
-            window,
-            is_causal=pattern.is_causal,
-            key_mask=pattern.key_mask,
-            scale=call.scale,
-        )
-    out, _ = sdpa_attention_forward(
-        call.module,
-        call.query,
-        call.key,
-        call.value,
-        _dense(call),
-        dropout=call.dropout,
-        scaling=call.scale,
-        is_causal=pattern.is_causal,
-        **call.options,
-    )
-    return out.transpose(1, 2)
-
-
-def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
-    """The call computed by a converted module's features and exact terms.
-
-    Args:
-        block: The module's block.
-        call: The call.
-
-    Returns:
-        (B, H, L, Dv).
-
-    Raises:
-        ValueError: The call asks for what linear attention cannot do.
-    """
-    check_linear(call)
-    pattern, cache, length = call.pattern, call.cache_layer, call.query.shape[2]
-    key_mask = pattern.key_mask
-    if cache is not None and key_mask is not None:
-        key_mask = key_mask[:, -length:]
-    out, state = block(
-        call.query,
-        call.key,
-        call.value,
-        is_causal=pattern.is_causal,
-        key_mask=key_mask,
-        sequence_ids=pattern.sequence_ids,
-        scale=call.scale,
-        state=None if cache is None else cache.state,
-        return_state=cache is not None,
-    )
-    if cache is not None:
-        cache.set_state(state, length)
-    return out
-
-
-def check_linear(call: AttentionCall) -> None:
-    """Refuse what linear attention cannot do.
-
-    Args:
-        call: The call.
-
-    Raises:
-        ValueError: It asks for something else than softmax under a pattern that has a linear form.
-    """
-    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
-    problem = next(
-        (text for name, text in _OTHER_ATTENTION.items() if call.options.get(name) is not None),
-        pattern.unknown,
-    )
-    if problem is None and call.dropout:
-        problem = f"dropout of {call.dropout} on weights that are never formed"
-    if problem is None and pattern.window is not None and pattern.window < size - 1:
-        problem = f"a sliding window of its own ({pattern.window})"
-    if problem is None and call.cache_layer is not None:
-        if not pattern.is_causal:
-            problem = "a cache in attention that is not causal"
-        elif pattern.sequence_ids is not None:
-            problem = "a cache together with packed sequences"
-    boundaries = call.options.get("cu_seq_lens_q")
-    if (
-        problem is None
-        and pattern.sequence_ids is None
-        and boundaries is not None
-        and len(boundaries) > 2
-    ):
-        problem = "packed sequences without the position_ids that tell where each begins"
-    if problem is not None:
-        raise ValueError(
-            f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
-            "exact with to_performer(..., layers=...)"
-        )
-    if pattern.is_causal and length != size:
-        raise ValueError(
-            f"{call.name} has {length} queries and {size} keys: causal attention needs as many "
-            "keys as queries, and the past in the cache that the converted model made"
-        )
 
 
 def _pattern(
@@ -283,11 +107,6 @@ def _pattern(
     )
 
 
-def _dense(call: AttentionCall) -> Tensor | None:
-    mask = call.pattern.dense()
-    return None if mask is None else mask.to(call.query.device)
-
-
 def _block(call: AttentionCall) -> FavorBlock | None:
     try:
         block: FavorBlock | None = getattr(call.module, BLOCK)
@@ -298,44 +117,6 @@ def _block(call: AttentionCall) -> FavorBlock | None:
             "as usual, or performers.convert.load_performer on a saved one"
         ) from None
     return block
-
-
-def _weights(block: FavorBlock, call: AttentionCall) -> Tensor:
-    if call.cache_layer is not None or call.pattern.sequence_ids is not None:
-        raise ValueError(
-            "output_attentions is not available with a cache or packed sequences; pass "
-            "use_cache=False and one sequence in a row"
-        )
-    return block.weights(
-        call.query,
-        call.key,
-        is_causal=call.pattern.is_causal,
-        key_mask=call.pattern.key_mask,
-        scale=call.scale,
-    )
-
-
-def _exact_weights(call: AttentionCall) -> Tensor:
-    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
-    key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
-    scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
-    mask = _dense(call)
-    if mask is None and pattern.is_causal:
-        # Aligned at the last key, where a cache brings more keys than there are queries.
-        mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1).to(call.query.dtype)
-
-
-def _weights_wanted(options: Mapping[str, Any]) -> bool:
-    if options.get("output_attentions"):
-        return True
-    # Most models record what their modules return, and do not hand the option down to them.
-    collected = _active_collector.get() or {}
-    return any(name.endswith("attentions") for name in collected)
 
 
 @contextlib.contextmanager
@@ -355,12 +136,7 @@ def intercept_attention(
     Raises:
         ValueError: The model does not go through the attention interface.
     """
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-    }
-    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = _implementations(model)
     functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
         module: exact_attention
         for _, module in interface_modules(model)
@@ -376,8 +152,7 @@ def intercept_attention(
         for module in functions:
             _INTERCEPTED.pop(module, None)
         _INTERCEPTED.update(outer)
-        for config, implementation in before:
-            config._attn_implementation = implementation
+        _restore(before)
 
 
 def set_implementation(model: Any) -> None:
@@ -389,6 +164,7 @@ def set_implementation(model: Any) -> None:
     Raises:
         ValueError: Its attention does not go through the attention interface.
     """
+    before = _implementations(model)
     model.set_attn_implementation(IMPLEMENTATION)
     left = [
         type(module).__name__
@@ -397,10 +173,26 @@ def set_implementation(model: Any) -> None:
         and module.config._attn_implementation != IMPLEMENTATION
     ]
     if left:
+        _restore(before)
         raise ValueError(
             f"{', '.join(sorted(set(left)))} does not go through the attention interface of "
             "transformers: its attention cannot be made linear"
         )
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    configs = {
+        id(module.config): module.config
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _restore(implementations: list[tuple[Any, Any]]) -> None:
+    # In the order of the modules: a configuration hands its own down to those within it.
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
 
 
 AttentionInterface.register(IMPLEMENTATION, favor_attention_forward)

@@ -16,7 +16,14 @@ _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads")
 # Where attention modules keep the dropout of their weights, when it is not the configuration's.
-_DROPOUTS = ("attention_dropout", "attn_dropout", "dropout", "dropout_prob")
+_DROPOUTS = (
+    "attention_dropout",
+    "attn_dropout",
+    "attn_drop",
+    "dropout",
+    "dropout_p",
+    "dropout_prob",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class AttentionModule:
     def window(self) -> int | None:
         """The module's own sliding window, or None."""
         if hasattr(self.module, "sliding_window"):
-            return self.module.sliding_window
+            window: Any = self.module.sliding_window
+            return window
         # Some modules pass on their configuration's.
         code = _forward_code(self.module)
         if code is not None and "sliding_window" in (*code.co_names, *code.co_consts):
@@ -61,6 +69,10 @@ class AttentionModule:
             return f"adds a position bias to its scores ({module.position_embedding_type})"
         if getattr(module, "sinks", None) is not None:
             return "has learned sink logits in its softmax"
+        if getattr(module, "is_kv_shared_layer", False):
+            return "takes its keys and values from another layer (is_kv_shared_layer)"
+        if getattr(module, "store_full_length_kv", False):
+            return "lends its keys and values to other layers (store_full_length_kv)"
         if getattr(module, "reorder_and_upcast_attn", False):
             return "bypasses the attention interface (reorder_and_upcast_attn=True)"
         return None
@@ -124,7 +136,8 @@ def _is_cross(name: str, module: nn.Module) -> bool:
     return (
         bool(getattr(module, "is_cross_attention", False))
         or "cross" in kind
-        or last in ("encoder_attn", "encdecattention")
+        or "cross" in last
+        or last in ("encoder_attn", "encdecattention", "encoder_decoder_attention")
         or "crossattention" in name.lower()
     )
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-__all__ = ["text_windows"]
+__all__ = ["encode", "special_tokens", "text_windows"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # Where a piece of a file is cut, the last word's tokens may be other than those of the whole file.
@@ -48,7 +48,7 @@ def text_windows(
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such text file")
-    before, after = _special_tokens(tokenizer)
+    before, after = special_tokens(tokenizer)
     body = length - len(before) - len(after)
     if body < 1 or count < 1 or skip < 0:
         raise ValueError(
@@ -73,9 +73,19 @@ def text_windows(
     return torch.cat([edges[0], passages, edges[1]], dim=1)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text."""
-    bare = _encode(tokenizer, "A")
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and after a text.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+
+    Returns:
+        Those before, and those after.
+
+    Raises:
+        ValueError: It changes the text's own tokens when it adds them.
+    """
+    bare = encode(tokenizer, "A")
     full = list(tokenizer("A").input_ids)
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
@@ -83,8 +93,16 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     raise ValueError("tokenizer changes a text's tokens when it adds special tokens; unsupported")
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a whole text, whatever length the model was made for."""
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a whole text, whatever length the model was made for.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        text: The text.
+
+    Returns:
+        The ids, without special tokens.
+    """
     return list(
         tokenizer(
             text, add_special_tokens=False, truncation=False, padding=False, verbose=False
@@ -104,7 +122,7 @@ def _token_ids(tokenizer: Any, path: Path, needed: int) -> Sequence[int]:
             raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is a damaged gzip file: {error}") from error
-        ids = _encode(tokenizer, _spaced(tokenizer, piece) if piece[:1] == ">" else piece)
+        ids = encode(tokenizer, _spaced(tokenizer, piece) if piece[:1] == ">" else piece)
         if ended or len(ids) >= needed + _MARGIN:
             return ids
         characters *= 2

@@ -199,8 +199,19 @@ def _model(
     model, report = _auto_class(config, has_head, folder).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
+    if "gguf_file" in source:
+        _forget_quantization(model)
     # Heads on top of the encoder's output change no attention.
     return model, sorted(name for name in report["missing_keys"] if "pooler" not in name)
+
+
+def _forget_quantization(model: Any) -> None:
+    """What a GGUF file holds was decoded to float32; transformers would refuse to train it."""
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _has_head_class(config: Any) -> bool:

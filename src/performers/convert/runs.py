@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from performers.models.callbacks import (
@@ -52,7 +52,7 @@ class DistillationRun:
     """What both stages share."""
 
     student: Any
-    data: Dataset[Any]
+    data: Any
     collator: Callable[[list[Any]], dict[str, Any]]
     output: Path | None
     batch_size: int

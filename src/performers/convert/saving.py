@@ -71,7 +71,8 @@ def load_performer(path: str | Path, **options: Any) -> Any:
         transformers_logging.set_verbosity(verbosity)
     delattr(model.config, RECORD)
     # The draw is replaced by what was saved; it must not disturb the caller's random numbers.
-    convert_transformers_model(model, settings, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    convert_transformers_model(model, settings, generator=generator, warn=False)
     _load_blocks(model, folder, settings)
     return model.eval()
 

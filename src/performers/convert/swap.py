@@ -141,6 +141,8 @@ def convert_transformers_model(
     settings: ConversionSettings,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
+    *,
+    warn: bool = True,
 ) -> list[str]:
     """Give a transformers model's attention modules their blocks, and the model its record.
 
@@ -149,6 +151,7 @@ def convert_transformers_model(
         settings: What the blocks are made of.
         calibration: Batches to fit the features to.
         generator: Where the projections are drawn from.
+        warn: Whether to say that the dropout of attention weights is switched off.
 
     Returns:
         Names of the modules that became linear.
@@ -187,6 +190,11 @@ def convert_transformers_model(
     blocks: dict[nn.Module, FavorBlock] = {}
     for part in chosen:
         reference = next(part.module.parameters())
+        if reference.is_meta:
+            raise ValueError(
+                f"{part.name} has no weights in memory (on the meta device, or offloaded): load "
+                "the whole model first"
+            )
         features = settings.feature_map(part.head_dim, part.key_heads, generator)
         # Between two sequences no key is near a query, and none comes first.
         window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
@@ -194,12 +202,7 @@ def convert_transformers_model(
         blocks[part.module] = block.to(reference.device)
     if calibration is not None:
         calibrate_blocks(model, blocks, calibration)
-    before = model.config._attn_implementation
-    try:
-        set_implementation(model)
-    except ValueError:
-        model.set_attn_implementation(before)
-        raise
+    set_implementation(model)
     for part in found:
         setattr(part.module, BLOCK, blocks.get(part.module))
     for part in chosen:
@@ -207,16 +210,16 @@ def convert_transformers_model(
         # The keys of an encoder stay in the cache as they are: they do not grow with the output.
         if not part.is_cross:
             part.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
-    _switch_dropout_off(chosen)
+    _switch_dropout_off(chosen, warn=warn)
     setattr(model.config, RECORD, settings.record())
     return [part.name for part in chosen]
 
 
-def _switch_dropout_off(parts: list[Any]) -> None:
+def _switch_dropout_off(parts: list[Any], *, warn: bool) -> None:
     rates = sorted({part.dropout() for part in parts} - {0.0})
     for part in parts:
         part.switch_dropout_off()
-    if rates:
+    if rates and warn:
         warnings.warn(
             f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
             f"{len(parts)} converted layers: linear attention never forms the weights",

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from performers.convert.block import FavorBlock
-from performers.convert.interface import (
-    AttentionCall,
-    exact_attention,
-    intercept_attention,
-    linear_attention,
-)
+from performers.convert.calls import AttentionCall, exact_attention, linear_attention
+from performers.convert.interface import intercept_attention
 
 __all__ = ["LOSSES", "DistillationTrainer", "TransferTrainer", "relative_error"]
 

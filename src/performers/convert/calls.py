@@ -1,0 +1,195 @@
+"""One call of a model's attention, and how exact and linear layers compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from performers.convert.block import FavorBlock
+from performers.convert.cache import ConvertedCacheLayer
+from performers.convert.patterns import AttentionPattern
+from performers.convert.sliding import sliding_attention
+
+__all__ = ["AttentionCall", "check_linear", "exact_attention", "linear_attention"]
+
+# Arguments of the attention interface that make attention something else than masked softmax.
+_OTHER_ATTENTION = {
+    "softcap": "soft-capping of the scores",
+    "s_aux": "learned sink logits in the softmax",
+    "sinks": "learned sink logits in the softmax",
+    "position_bias": "a position bias on the scores",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "blocks of keys chosen by an indexer",
+    "cache": "a paged cache (continuous batching)",
+}
+# Those of them that torch's attention, which computes exact layers, would pass over in silence.
+_UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
+
+
+@dataclass
+class AttentionCall:
+    """One call of a model's attention, after projections and rotary positions.
+
+    Attributes:
+        module: The attention module.
+        query: (B, H, L, D).
+        key: (B, Hkv, S, D); Hkv divides H.
+        value: (B, Hkv, S, Dv).
+        scale: Factor of the scores.
+        pattern: Who sees whom.
+        dropout: Probability that a weight is dropped.
+        cache_layer: The past of a linear layer, or None.
+        options: What else the model passed.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    pattern: AttentionPattern
+    dropout: float
+    cache_layer: ConvertedCacheLayer | None
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The module's class, for messages."""
+        return type(self.module).__name__
+
+    def dense_mask(self) -> Tensor | None:
+        """The mask (B or 1, 1, L, S) for torch's attention; None: none is needed."""
+        mask = self.pattern.dense()
+        return None if mask is None else mask.to(self.query.device)
+
+
+def exact_attention(call: AttentionCall) -> Tensor:
+    """Softmax attention as torch computes it, under whatever mask the model asks for.
+
+    Args:
+        call: The call.
+
+    Returns:
+        (B, H, L, Dv).
+
+    Raises:
+        ValueError: The model asks for what torch's attention would pass over in silence.
+    """
+    for name in _UNKNOWN_TO_TORCH:
+        if call.options.get(name) is not None:
+            raise ValueError(
+                f"{call.name} asks for {_OTHER_ATTENTION[name]}, which only the model's own "
+                "attention can do: it cannot be converted, not even in part"
+            )
+    pattern, length = call.pattern, call.query.shape[2]
+    window = pattern.window
+    if (
+        window is not None
+        and pattern.unknown is None
+        and pattern.sequence_ids is None
+        and call.key.shape[2] == length > 4 * (window + 1)
+        and not call.dropout
+        and not any(call.options.get(name) is not None for name in _OTHER_ATTENTION)
+    ):
+        return sliding_attention(
+            call.query,
+            call.key,
+            call.value,
+            window,
+            is_causal=pattern.is_causal,
+            key_mask=pattern.key_mask,
+            scale=call.scale,
+        )
+    out, _ = sdpa_attention_forward(
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        call.dense_mask(),
+        dropout=call.dropout,
+        scaling=call.scale,
+        is_causal=pattern.is_causal,
+        **call.options,
+    )
+    return out.transpose(1, 2)
+
+
+def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
+    """The call computed by a converted module's features and exact terms.
+
+    Args:
+        block: The module's block.
+        call: The call.
+
+    Returns:
+        (B, H, L, Dv).
+
+    Raises:
+        ValueError: The call asks for what linear attention cannot do.
+    """
+    check_linear(call)
+    pattern, cache, length = call.pattern, call.cache_layer, call.query.shape[2]
+    key_mask = pattern.key_mask
+    if cache is not None and key_mask is not None:
+        key_mask = key_mask[:, -length:]
+    out, state = block(
+        call.query,
+        call.key,
+        call.value,
+        is_causal=pattern.is_causal,
+        key_mask=key_mask,
+        sequence_ids=pattern.sequence_ids,
+        scale=call.scale,
+        state=None if cache is None else cache.state,
+        return_state=cache is not None,
+    )
+    if cache is not None:
+        cache.set_state(state, length)
+    return out
+
+
+def check_linear(call: AttentionCall) -> None:
+    """Refuse what linear attention cannot do.
+
+    Args:
+        call: The call.
+
+    Raises:
+        ValueError: It asks for something else than softmax under a pattern that has a linear form.
+    """
+    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
+    problem = next(
+        (text for name, text in _OTHER_ATTENTION.items() if call.options.get(name) is not None),
+        pattern.unknown,
+    )
+    if problem is None and call.dropout:
+        problem = f"dropout of {call.dropout} on weights that are never formed"
+    if problem is None and pattern.window is not None and pattern.window < size - 1:
+        problem = f"a sliding window of its own ({pattern.window})"
+    if problem is None and call.cache_layer is not None:
+        if not pattern.is_causal:
+            problem = "a cache in attention that is not causal"
+        elif pattern.sequence_ids is not None:
+            problem = "a cache together with packed sequences"
+    boundaries = call.options.get("cu_seq_lens_q")
+    if (
+        problem is None
+        and pattern.sequence_ids is None
+        and boundaries is not None
+        and len(boundaries) > 2
+    ):
+        problem = "packed sequences without the position_ids that tell where each begins"
+    if problem is not None:
+        raise ValueError(
+            f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
+            "exact with to_performer(..., layers=...)"
+        )
+    if pattern.is_causal and length != size:
+        raise ValueError(
+            f"{call.name} has {length} queries and {size} keys: causal attention needs as many "
+            "keys as queries, and the past in the cache that the converted model made"
+        )

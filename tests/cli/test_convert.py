@@ -1,0 +1,321 @@
+"""``performers convert``: what it writes and prints, what it resumes, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import transformers
+
+from performers.cli import convert as command
+from performers.convert import conversion, load_performer, run
+from performers.convert.pretrained import load_model
+from tests.benchmark.pretrained_runs import residues, save_llama, words
+from tests.benchmark.tiny_models import save_bert
+from tests.cli.commands import refusal
+from tests.cli.commands import run as run_command
+
+SMALL = [
+    "--window", 4, "--num-features", 8, "--length", 24, "--calibration", 4, "--test", 6,
+    "--batch-size", 2, "--transfer-steps", 2, "--steps", 4, "--eval-steps", 2, "--save-steps", 1,
+    "--lengths", "32,64", "--no-memory",
+]  # fmt: skip
+FILES = [
+    "config.json", "conversion.json", "conversion.md", "conversion.png", "model.safetensors",
+    "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A wide terminal, and times of two rounds."""
+    monkeypatch.setattr("performers.cli.convert.output.width", 200)
+    monkeypatch.setattr(command, "SPEED", command.Sampling(repeats=2, min_time=0.0))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(
+        command, "save_figure", lambda figure, path: path.write_text(f"{len(figure.axes)} panels")
+    )
+
+
+@pytest.fixture
+def causal(tmp_path):
+    (tmp_path / "text.txt").write_text(words(3000, 1))
+    return [save_llama(tmp_path / "llama"), "--data", tmp_path / "text.txt"]
+
+
+@pytest.fixture
+def masked(tmp_path):
+    records = [f">p{i}\n{residues(8 + i % 30, i)}\n" for i in range(80)]
+    (tmp_path / "proteins.fasta").write_text("".join(records))
+    return [save_bert(tmp_path), "--data", tmp_path / "proteins.fasta"]
+
+
+def read(folder):
+    return json.loads((folder / "conversion.json").read_text())
+
+
+def names(content):
+    return [row["model"] for row in content["quality"]]
+
+
+def test_a_decoder_is_converted_measured_and_saved(causal, tmp_path):
+    folder = tmp_path / "out"
+    out, lines = run_command("convert", *causal, "--output", folder, *SMALL)
+    assert sorted(path.name for path in folder.iterdir() if path.name in FILES) == FILES
+    assert not (folder / "training").exists(), "checkpoints are of no use any more"
+    content = read(folder)
+    assert names(content) == ["original", "FAVOR+ alone", "converted", "converted, fine-tuned"]
+    assert content["model"]["kind"] == "causal"
+    assert content["options"]["sinks"] == 4
+    assert content["options"]["loss"] == "logits"
+    assert "divergence" not in content["quality"][0]
+    for row in content["quality"][1:]:
+        assert row["divergence"] > 0
+        assert row["perplexity"] > 1
+    training = content["training"]
+    stages = [(x["stage"], x["step"]) for x in training["history"] if "perplexity" in x]
+    assert stages == [("transfer", 2), ("model", 2), ("model", 4)]
+    assert training["tokens"] == pytest.approx((2 + 4) * 2 * 24, abs=4 * 24)
+    assert training["seconds"] > 0
+    assert [(row["length"], row["model"]) for row in content["speed"]] == [
+        (32, "original"), (32, "converted"), (64, "original"), (64, "converted"),
+    ]  # fmt: skip
+    assert {row["status"] for row in content["speed"] + content["decoding"]} == {"measured"}
+    for name in (*names(content), "after attention transfer", "Forward pass", "Decoding"):
+        assert name in out
+    assert f"{content['quality'][3]['perplexity']:.3f}" in out
+    assert "2 steps of attention transfer and 4 steps of fine-tuning" in out
+    assert out.splitlines()[-1] == f"report: {folder / 'conversion.md'}"
+    page = (folder / "conversion.md").read_text()
+    assert "window 4, sinks 4, num_features 8, estimator data_aware" in page
+    assert "![" in page
+    assert any(line.startswith("training, model: 4 of 4") for line in lines)
+    assert not any("Writing" in line or "Warning" in line for line in lines)
+
+
+def test_the_saved_model_is_the_one_that_was_measured(causal, tmp_path, undrawn):
+    folder = tmp_path / "out"
+    run_command("convert", *causal, "--output", folder, *SMALL, "--no-speed")
+    model = load_performer(folder)
+    original = load_model(causal[0], head=None)
+    from performers.convert.batches import Collator
+    from performers.convert.quality import measure_quality
+    from performers.convert.texts import split_text
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    test = split_text(tokenizer, causal[2], 24, calibration=4, test=6).test
+    quality = measure_quality(model, original.model, [Collator()(test)])
+    row = read(folder)["quality"][3]
+    assert quality.perplexity == pytest.approx(row["perplexity"], rel=1e-4)
+    assert quality.divergence == pytest.approx(row["divergence"], rel=1e-3)
+    assert quality.tokens == row["tokens"] == 6 * 23
+    assert read(folder)["speed"] == []
+    assert (folder / "conversion.png").read_text() == "1 panels"
+
+
+def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
+    """BERT's 40 positions are fewer than the lengths at which speed is measured."""
+    folder = tmp_path / "out"
+    out, _ = run_command("convert", *masked, "--output", folder, *SMALL, "--max-positions", 50)
+    content = read(folder)
+    assert content["model"]["kind"] == "masked"
+    assert content["options"]["sinks"] == 0
+    assert content["options"]["max_positions"] == 50
+    assert content["decoding"] == []
+    assert {row["status"] for row in content["speed"]} == {"measured"}
+    assert "Decoding" not in out
+    assert 0 <= content["quality"][0]["accuracy"] <= 1
+    model = load_performer(folder)
+    assert model.config.max_position_embeddings == 50
+    with torch.no_grad():
+        assert model(input_ids=torch.full((1, 50), 6)).logits.shape == (1, 50, 25)
+    assert (folder / "conversion.png").read_text() == "2 panels"
+
+
+def test_an_encoder_without_head_is_compared_by_its_embeddings(masked, tmp_path, undrawn):
+    transformers.BertModel.from_pretrained(masked[0]).save_pretrained(masked[0])
+    folder = tmp_path / "out"
+    out, _ = run_command("convert", *masked, "--output", folder, *SMALL, "--no-speed")
+    content = read(folder)
+    assert content["model"]["kind"] == "encoder"
+    assert content["options"]["loss"] == "embedding"
+    assert content["quality"][0]["cosine"] == pytest.approx(1.0)
+    assert content["quality"][0]["retrieval"] == 1.0
+    assert 0 < content["quality"][1]["cosine"] < 1
+    assert "same nearest" in out
+
+
+def test_without_training_there_are_three_rows(masked, tmp_path, undrawn):
+    untrained = ["--steps", 0, "--transfer-steps", 0, "--no-speed"]
+    folder = tmp_path / "out"
+    out, _ = run_command("convert", *masked, "--output", folder, *SMALL, *untrained)
+    content = read(folder)
+    assert names(content) == ["original", "FAVOR+ alone", "converted"]
+    assert content["training"] == {}
+    assert "Training:" not in out
+    original = load_model(masked[0], head=None).model
+    model = load_performer(folder)
+    for name, weight in original.named_parameters():
+        assert torch.equal(model.get_parameter(name), weight), name
+
+
+def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(options, *rest, **keywords):
+        seen.append(options)
+        raise ValueError("window is enough for this test")
+
+    monkeypatch.setattr(command, "run_conversion", stop)
+    flags = [
+        "--window", 0, "--sinks", 2, "--num-features", 5, "--estimator", "positive",
+        "--layers", "0,-1", "--steps", 3, "--transfer-steps", 1, "--length", 9,
+        "--batch-size", 6, "--accumulation", 7, "--learning-rate", 0.5,
+        "--transfer-learning-rate", 0.25, "--lora-rank", 4, "--loss", "hidden",
+        "--calibration", 8, "--test", "0.25", "--eval-steps", 10, "--save-steps", 11,
+        "--max-positions", 12, "--seed", 13,
+    ]  # fmt: skip
+    refusal("convert", *causal, "--output", tmp_path / "out", *flags)
+    assert seen == [
+        conversion.ConversionOptions(
+            model=str(causal[0]), data=str(causal[2]), window=None, sinks=2, num_features=5,
+            estimator="positive", layers=(0, -1), length=9, calibration=8, test=0.25,
+            transfer_steps=1, steps=3, batch_size=6, accumulation=7, learning_rate=0.5,
+            transfer_learning_rate=0.25, lora_rank=4, loss="hidden", eval_steps=10,
+            save_steps=11, max_positions=12, seed=13,
+        )
+    ]  # fmt: skip
+
+
+def test_layers_and_estimator(causal, tmp_path, undrawn):
+    folder = tmp_path / "out"
+    flags = ["--layers", "0,-1", "--estimator", "positive", "--steps", 0, "--transfer-steps", 0]
+    run_command("convert", *causal, "--output", folder, *SMALL, *flags, "--no-speed")
+    record = load_performer(folder).config.performers
+    assert record["layers"] == [0, -1]
+    assert record["estimator"] == "positive"
+
+
+def test_an_interrupted_training_is_resumed_to_the_same_model(causal, tmp_path, undrawn):
+    arguments = ["convert", *causal, *SMALL, "--no-speed"]
+    run_command(*arguments, "--output", tmp_path / "whole")
+    whole, original = read(tmp_path / "whole"), run.distill
+
+    def interrupted(*given, progress, **options):
+        def stop(stage, step, total, log):
+            progress(stage, step, total, log)
+            if (stage, step) == ("model", 2) and not log:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return original(*given, progress=stop, **options)
+
+    folder = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(run, "distill", interrupted)
+        out, lines = run_command(*arguments, "--output", folder, code=130)
+    assert out == ""
+    assert lines[-1].startswith("performers: interrupted; what is done is in ")
+    assert "--resume" in lines[-1]
+    assert names(read(folder)) == ["original", "FAVOR+ alone", "converted"]
+    assert "--resume to continue" in refusal(*arguments, "--output", folder)
+    out, lines = run_command(*arguments, "--output", folder, "--resume")
+    assert "3 measurements kept" in "\n".join(lines)
+    resumed = read(folder)
+    assert names(resumed) == names(whole)
+    for row, expected in zip(resumed["quality"], whole["quality"], strict=True):
+        assert row["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert [(x["stage"], x["step"]) for x in resumed["training"]["history"]] == [
+        (x["stage"], x["step"]) for x in whole["training"]["history"]
+    ]
+
+
+def test_a_finished_run_is_not_done_again(causal, tmp_path, undrawn, monkeypatch):
+    arguments = ["convert", *causal, *SMALL, "--output", tmp_path / "out"]
+    run_command(*arguments, "--no-speed")
+    before = read(tmp_path / "out")
+    for name in ("distill", "measure_quality", "to_performer"):
+        monkeypatch.delattr(run, name)
+    out, lines = run_command(*arguments, "--resume")
+    assert "4 measurements kept" in "\n".join(lines)
+    after = read(tmp_path / "out")
+    assert after["quality"] == before["quality"]
+    assert len(after["speed"]) == 4
+    assert "Forward pass" in out
+
+
+def test_another_run_is_not_resumed(causal, tmp_path, undrawn):
+    arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
+    run_command(*arguments, "--steps", 0, "--transfer-steps", 0)
+    line = refusal(*arguments, "--resume", "--seed", 3)
+    assert "transfer_steps was 0, now 2; steps was 0, now 4; seed was 0, now 3" in line
+    causal[2].write_text(words(3000, 3))
+    line = refusal(*arguments, "--resume", "--steps", 0, "--transfer-steps", 0)
+    assert "data_sha256 was" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--estimator", "best"], "--estimator must be one of"),
+        (["--num-features", "0"], "--num-features must be at least 1"),
+        (["--sinks", "-1"], "--sinks must be an integer of at least 0"),
+        (["--layers", "a"], "--layers must be whole numbers"),
+        (["--layers", "3"], "layers must be in 0..2"),
+        (["--steps", "-1"], "--steps must be at least 0"),
+        (["--transfer-steps", "-1"], "--transfer-steps must be at least 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be at least 0"),
+        (["--lora-rank", "0"], "--lora-rank must be at least 1"),
+        (["--loss", "best"], "loss must be one of"),
+        (["--test", "many"], "--test must be a number"),
+        (["--test", "0"], "test must be a number of examples"),
+        (["--length", "2"], "--length must be at least 3"),
+        (["--length", "1000"], "too little text"),
+        (["--lengths", "64,x"], "--lengths must be whole numbers"),
+        (["--lengths", "64,32"], "--lengths must be"),
+    ],
+)
+def test_bad_options_are_one_line(causal, arguments, message, tmp_path):
+    options = [*SMALL, *arguments]
+    _, lines = run_command("convert", *causal, "--output", tmp_path / "out", *options, code=2)
+    assert message in lines[-1]
+    assert lines[-1].startswith("performers: ")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_bad_models_and_data_are_one_line(causal, masked, tmp_path):
+    out = ["--output", tmp_path / "out"]
+    assert re.match(r"MODEL .*absent does not exist", refusal(
+        "convert", tmp_path / "absent", *causal[1:], *out
+    ))  # fmt: skip
+    line = refusal("convert", causal[0], "--data", tmp_path / "absent.txt", *out)
+    assert line.startswith("--data ")
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refusal("convert", tmp_path / "empty", *causal[1:], *out)
+    (tmp_path / "out").rmdir()
+    line = refusal("convert", *masked, *out, "--length", 60)
+    assert "length must be at most 40" in line
+    (causal[0] / "tokenizer.json").unlink()
+    (causal[0] / "tokenizer_config.json").unlink()
+    assert "has no tokenizer files" in refusal("convert", *causal, *out)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(causal, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x").touch()
+    assert "is not empty" in refusal("convert", *causal, "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_help_and_unknown_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out, _ = run_command("convert", "--help")
+    for option in ("--window", "--sinks", "--num-features", "--steps", "--layers", "--resume"):
+        assert option in out
+    _, lines = run_command("convert", "--bogus", code=2)
+    assert "--bogus" in "\n".join(lines)

@@ -1,0 +1,259 @@
+"""Figures of quality against what a loop over tokens computes."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from performers.convert import to_performer
+from performers.convert.quality import Quality, kind_of, measure_quality
+from tests.benchmark.tiny_models import bert_config, llama_config, token_ids
+
+PAD, MASK = 0, 4
+TOKENIZER = SimpleNamespace(mask_token_id=MASK, all_special_ids=[0, 1, 2, 3, 4])
+
+
+def model_of(model_class, config, seed):
+    torch.manual_seed(seed)
+    return model_class(config).eval()
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    return [model_of(transformers.LlamaForCausalLM, llama_config(), seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def berts():
+    return [model_of(transformers.BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    return [model_of(transformers.BertModel, bert_config(), seed) for seed in (0, 1)]
+
+
+def batches(lengths=((9, 9), (12, 5, 2)), side="right"):
+    """Batches of rows of some lengths, padded."""
+    made = []
+    for number, rows in enumerate(lengths):
+        ids = token_ids(len(rows), max(rows), seed=number)
+        mask = torch.ones_like(ids)
+        for row, length in enumerate(rows):
+            padding = slice(length, None) if side == "right" else slice(0, max(rows) - length)
+            mask[row, padding] = 0
+            ids[row, padding] = PAD
+        made.append({"input_ids": ids, "attention_mask": mask})
+    return made
+
+
+def rows_of(given):
+    """Every row without its padding."""
+    return [
+        ids[mask.bool()]
+        for batch in given
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def log_probabilities(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_causal(llamas, side):
+    """Rotary positions are relative, so that padding on the left changes nothing either."""
+    model, reference = llamas
+    given = batches(side=side)
+    quality = measure_quality(model, reference, iter(given))
+    losses, right, divergences = [], [], []
+    for ids in rows_of(given):
+        own, theirs = log_probabilities(model, ids), log_probabilities(reference, ids)
+        for place in range(len(ids) - 1):
+            target = ids[place + 1]
+            losses.append(-own[place, target].item())
+            right.append(own[place].argmax().item() == target.item())
+            ratio = theirs[place] - own[place]
+            divergences.append((theirs[place].exp() * ratio).sum().item())
+    assert quality.kind == "causal"
+    assert quality.tokens == len(losses) == 8 + 8 + 11 + 4 + 1
+    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert quality.accuracy == pytest.approx(sum(right) / len(right))
+    assert quality.divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
+    assert set(quality.figures()) == {"perplexity", "accuracy", "divergence"}
+
+
+def test_masked(berts):
+    """Every ordinary token hidden: what is hidden needs no guess then."""
+    model, reference = berts
+    given = batches()
+    given[0]["input_ids"][:, 0], given[0]["input_ids"][:, -1] = 2, 3
+    quality = measure_quality(model, reference, given, "masked", TOKENIZER, mask_fraction=1.0)
+    losses, right = [], []
+    for ids in rows_of(given):
+        own = log_probabilities(model, torch.where(ids > 4, MASK, ids))
+        for place in torch.nonzero(ids > 4)[:, 0]:
+            losses.append(-own[place, ids[place]].item())
+            right.append(own[place].argmax().item() == ids[place].item())
+    assert quality.tokens == len(losses) == 7 + 7 + 12 + 5 + 2
+    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert quality.accuracy == pytest.approx(sum(right) / len(right))
+    assert quality.divergence > 0
+
+
+def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
+    asked = []
+    for model in berts:
+        given = batches(((40, 40), (30, 3)))
+        hook = model.register_forward_pre_hook(
+            lambda module, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True
+        )
+        quality = measure_quality(model, None, given, "masked", TOKENIZER, seed=3)
+        hook.remove()
+        # 15% of 40, 40 and 30, and at least one of 3.
+        assert quality.tokens == 6 + 6 + round(0.15 * 30) + 1
+        assert quality.divergence is None
+        for seen, batch in zip(asked[-2:], given, strict=True):
+            changed = seen != batch["input_ids"]
+            assert set(seen[changed].tolist()) == {MASK}
+            assert not changed[batch["attention_mask"] == 0].any()
+    assert all(torch.equal(x, y) for x, y in zip(asked[:2], asked[2:], strict=True))
+    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
+    other = []
+    hook = berts[0].register_forward_pre_hook(
+        lambda module, args, kwargs: other.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
+    hook.remove()
+    assert not torch.equal(other[0], asked[0]), "another seed hides others"
+
+
+def embedding(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[None]).last_hidden_state[0].double().mean(0)
+
+
+def test_encoder(encoders):
+    model, reference = encoders
+    given = batches(((9, 9), (12, 5, 2), (7, 7, 7)))
+    quality = measure_quality(model, reference, given)
+    own, theirs = ([embedding(x, ids) for ids in rows_of(given)] for x in encoders)
+    cosines = [
+        torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(own, theirs, strict=True)
+    ]
+    assert quality.kind == "encoder"
+    assert quality.tokens == 9 + 9 + 12 + 5 + 2 + 21
+    assert quality.cosine == pytest.approx(sum(cosines) / 8, rel=1e-5)
+
+    def nearest(vectors, query):
+        others = [index for index in range(8) if index != query]
+        return max(others, key=lambda x: torch.cosine_similarity(vectors[query], vectors[x], dim=0))
+
+    same = [nearest(own, query) == nearest(theirs, query) for query in range(8)]
+    assert quality.retrieval == pytest.approx(sum(same) / 8)
+    assert 0 < quality.retrieval < 1, "the case tells the two apart"
+    assert set(quality.figures()) == {"cosine", "retrieval"}
+
+
+def test_few_passages_have_no_retrieval(encoders):
+    quality = measure_quality(encoders[0], encoders[1], batches(((9, 9),)))
+    assert quality.retrieval is None
+    assert "retrieval" not in quality.figures()
+
+
+def test_a_model_beside_itself_has_lost_nothing(llamas, encoders):
+    quality = measure_quality(llamas[0], llamas[0], batches())
+    assert quality.divergence is None
+    twin = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
+    assert measure_quality(llamas[0], twin, batches()).divergence == pytest.approx(0, abs=1e-9)
+    quality = measure_quality(encoders[0], encoders[0], batches())
+    assert (quality.cosine, quality.retrieval) == (pytest.approx(1.0), 1.0)
+
+
+def test_a_converted_model_is_measured_like_an_exact_one():
+    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
+    exact = measure_quality(model, None, batches())
+    converted = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0), window=20)
+    beside = measure_quality(converted, model, batches())
+    assert beside.perplexity == pytest.approx(exact.perplexity, rel=1e-4)
+    assert beside.divergence == pytest.approx(0, abs=1e-6)
+    apart = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0))
+    assert measure_quality(apart, model, batches()).divergence > 1e-3
+
+
+def test_padding_may_hold_anything(encoders):
+    """A model is free to give NaN where nothing takes part."""
+
+    class Poisoned(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.config, self.device = inner, inner.config, torch.device("cpu")
+
+        @property
+        def base_model(self):
+            return self
+
+        def forward(self, **inputs):
+            states = self.inner(**inputs).last_hidden_state
+            hidden = inputs["attention_mask"][..., None] == 0
+            return SimpleNamespace(last_hidden_state=states.masked_fill(hidden, math.nan))
+
+    poisoned = Poisoned(encoders[0])
+    quality = measure_quality(poisoned, encoders[0], batches(), "encoder")
+    assert quality.cosine == pytest.approx(1.0)
+
+
+def test_modes_are_left_as_they_were(llamas):
+    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0).train()
+    measure_quality(model, llamas[1], batches())
+    assert model.training
+    assert not llamas[1].training
+
+
+def test_a_hopeless_perplexity_is_infinite(llamas):
+    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    assert measure_quality(model, None, batches()).perplexity == math.inf
+
+
+def test_kinds_are_told_by_the_class(llamas, berts, encoders):
+    assert [kind_of(x[0]) for x in (llamas, berts, encoders)] == ["causal", "masked", "encoder"]
+    from performers.models import PerformerConfig, PerformerForMaskedLM, PerformerModel
+
+    config = PerformerConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    assert kind_of(PerformerForMaskedLM(config)) == "masked"
+    assert kind_of(PerformerModel(config)) == "encoder"
+    gpt = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    assert kind_of(transformers.GPT2LMHeadModel(gpt)) == "causal"
+    t5 = transformers.T5Config(
+        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
+        kind_of(transformers.T5ForConditionalGeneration(t5))
+
+
+def test_what_cannot_be_measured(llamas, berts):
+    with pytest.raises(ValueError, match="kind must be one of causal, masked, encoder, got 'x'"):
+        measure_quality(llamas[0], None, batches(), "x")
+    with pytest.raises(ValueError, match="tokenizer must have a mask token"):
+        measure_quality(berts[0], None, batches())
+    with pytest.raises(ValueError, match=r"mask_fraction must be in \(0, 1\], got 0"):
+        measure_quality(berts[0], None, batches(), tokenizer=TOKENIZER, mask_fraction=0)
+    with pytest.raises(ValueError, match="batches have nothing to predict"):
+        measure_quality(llamas[0], None, batches(((1, 1),)))
+    with pytest.raises(ValueError, match="at least one batch, got none"):
+        measure_quality(llamas[0], None, [], "encoder")
+
+
+def test_figures_are_those_of_the_kind():
+    assert Quality("causal", 5, perplexity=2.0, accuracy=0.0).figures() == {
+        "perplexity": 2.0,
+        "accuracy": 0.0,
+    }

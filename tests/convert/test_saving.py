@@ -1,0 +1,303 @@
+"""Converted models in folders, and in other processes."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from performers.convert import load_performer, to_performer
+from performers.convert.block import FavorBlock
+from tests.convert.architectures import (
+    build,
+    converted,
+    generation_inputs,
+    inputs,
+    output,
+    padding_mask,
+    token_ids,
+)
+
+# Name of a case: architecture, options of the conversion, options of saving.
+CASES = {
+    "features": ("bert", {"num_features": 16}, {}),
+    "tied embeddings": ("electra", {"num_features": 16, "window": 2}, {}),
+    "exact terms": ("llama", {"num_features": 16, "window": 3, "sinks": 2}, {}),
+    "calibrated": ("gpt2", {"num_features": 16, "estimator": "data_aware", "window": 2}, {}),
+    "hybrid": ("gemma3", {"num_features": 16, "layers": [-1]}, {}),
+    "local layers": ("modernbert", {"num_features": 16}, {}),
+    "shards": ("qwen3", {"num_features": 16}, {"max_shard_size": "10KB"}),
+    "cross-attention": ("whisper", {"num_features": 16, "cross_attention": True}, {}),
+    "pixels": ("vit", {"num_features": 16, "projection": "simplex"}, {}),
+}
+
+
+def case(name):
+    """A converted model and its inputs."""
+    architecture, options, _ = CASES[name]
+    if options.get("estimator") == "data_aware":
+        options = {**options, "calibration": [inputs(architecture, 4, 30, seed=7)]}
+    return converted(build(architecture), **options), inputs(architecture)
+
+
+def saved(name, folder):
+    model, given = case(name)
+    model.save_pretrained(folder, **CASES[name][2])
+    return model, given
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "model"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from performers.convert import load_performer
+
+for folder in Path(sys.argv[1]).iterdir():
+    given, expected, sequences = torch.load(folder / "expected.pt")
+    model = load_performer(folder)
+    assert not model.training
+    with torch.no_grad():
+        result = model(**given)
+    got = result.logits if "logits" in result else result.last_hidden_state
+    assert torch.equal(got, expected), folder.name
+    if sequences is not None:
+        got = model.generate(given["input_ids"], max_new_tokens=6, do_sample=False)
+        assert torch.equal(got, sequences), folder.name
+    print(folder.name)
+"""
+
+
+def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path):
+    for name in CASES:
+        model, given = saved(name, tmp_path / name)
+        expected, sequences = output(model, given), None
+        if name in ("exact terms", "hybrid", "shards"):
+            sequences = model.generate(given["input_ids"], max_new_tokens=6, do_sample=False)
+        torch.save((given, expected, sequences), tmp_path / name / "expected.pt")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split("\n")) - {""} == set(CASES)
+    # Nothing is said about tensors that the original class does not know.
+    assert "favor" not in result.stderr
+
+
+def test_a_pickled_model_runs_in_a_process_that_imports_torch_alone(tmp_path):
+    model, given = case("exact terms")
+    given["attention_mask"] = padding_mask(2, 20, "left")
+    torch.save((model, given, output(model, given)), tmp_path / "model.pt")
+    program = (
+        "import sys, torch\n"
+        "model, given, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "assert torch.equal(model(**given).logits, expected)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_original_class_opens_the_exact_model(name, folder):
+    model, given = saved(name, folder)
+    original = type(model).from_pretrained(folder)
+    assert not any(isinstance(x, FavorBlock) for x in original.modules())
+    assert torch.equal(output(original, given), output(build(CASES[name][0]), given))
+
+
+def test_the_exact_model_of_a_converted_folder_can_be_converted_otherwise(folder):
+    saved("features", folder)
+    model = type(build("bert")).from_pretrained(folder)
+    to_performer(model, window=64)
+    assert model.config.performers["window"] == 64
+    expected = output(build("bert"), inputs("bert"))
+    torch.testing.assert_close(output(model, inputs("bert")), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loaded_model_saves_again(folder, tmp_path):
+    model, given = saved("calibrated", folder)
+    once = load_performer(folder)
+    once.save_pretrained(tmp_path / "again")
+    twice = load_performer(tmp_path / "again")
+    assert torch.equal(output(twice, given), output(model, given))
+    assert twice.config.performers == model.config.performers
+
+
+def test_a_loaded_model_trains_and_saves_what_it_learnt(folder, tmp_path):
+    model, given = saved("exact terms", folder)
+    loaded = load_performer(folder).train()
+    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    loaded(**given, labels=given["input_ids"], use_cache=False).loss.backward()
+    optimizer.step()
+    loaded.eval().save_pretrained(tmp_path / "trained")
+    expected = output(loaded, given)
+    assert not torch.allclose(expected, output(model, given), atol=1e-3)
+    assert torch.equal(output(load_performer(tmp_path / "trained"), given), expected)
+
+
+def test_loading_does_not_touch_the_random_numbers_of_the_caller(folder):
+    saved("features", folder)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_performer(folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loading_in_half_precision_keeps_the_features_in_float32(dtype, folder):
+    model, given = saved("features", folder)
+    half = load_performer(folder, dtype=dtype)
+    assert half.dtype == dtype
+    for name, buffer in model.named_buffers():
+        if ".favor." in name:
+            other = half.get_buffer(name)
+            assert other.dtype == torch.float32
+            assert torch.equal(other, buffer)
+    expected = output(model, given)
+    assert (output(half, given).float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_saving_in_half_precision_keeps_the_features_in_float32(folder):
+    model, given = case("features")
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    kinds = {".favor." in name: x.dtype for name, x in tensors.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    loaded = load_performer(folder)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(output(loaded, given), output(model, given))
+
+
+def test_shards(folder):
+    model, given = saved("shards", folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    assert torch.equal(output(load_performer(folder), given), output(model, given))
+
+
+def test_loaded_dropout_stays_off(folder):
+    model = build("bert", attention_probs_dropout_prob=0.3, hidden_dropout_prob=0.0)
+    with pytest.warns(UserWarning, match="switched off"):
+        to_performer(model, num_features=16)
+    model.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_performer(folder)
+    given = inputs("bert")
+    assert torch.equal(output(loaded.train(), given), output(model, given))
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(device_map, folder):
+    pytest.importorskip("accelerate")
+    model, given = saved("exact terms", folder)
+    loaded = load_performer(folder, device_map=device_map)
+    assert torch.equal(output(loaded, given), output(model, given))
+
+
+def test_path_may_be_a_string(folder):
+    model, given = saved("features", folder)
+    assert torch.equal(output(load_performer(str(folder)), given), output(model, given))
+
+
+def test_a_folder_that_is_not_there(folder):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_performer(folder)
+
+
+def test_a_model_that_is_not_converted(folder):
+    build("bert").save_pretrained(folder)
+    with pytest.raises(ValueError, match="BertForMaskedLM that is not converted"):
+        load_performer(folder)
+
+
+def test_a_folder_without_weights(folder):
+    saved("features", folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load_performer(folder)
+
+
+def test_a_missing_tensor(folder):
+    saved("features", folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    missing = next(name for name in tensors if ".favor." in name)
+    del tensors[missing]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"has no tensor {missing}"):
+        load_performer(folder)
+
+
+def edit(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_settings_of_another_version(folder):
+    saved("features", folder)
+    edit(folder, lambda config: config["performers"].update(temperature=2))
+    with pytest.raises(ValueError, match=r"unknown settings of its conversion, \['temperature'\]"):
+        load_performer(folder)
+
+
+def test_a_class_that_transformers_does_not_have(folder):
+    saved("features", folder)
+    edit(folder, lambda config: config.update(architectures=["BertForMyself"]))
+    with pytest.raises(ValueError, match="no class BertForMyself"):
+        load_performer(folder)
+
+
+def test_other_numbers_of_features_than_the_record_says(folder):
+    saved("features", folder)
+    edit(folder, lambda config: config["performers"].update(num_features=32))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_performer(folder)
+
+
+def test_the_configuration_says_how_the_model_was_converted(folder):
+    saved("hybrid", folder)
+    record = json.loads((folder / "config.json").read_text())["performers"]
+    assert record["num_features"] == 16
+    assert record["layers"] == [-1]
+    assert record["estimator"] == "positive"
+
+
+def test_vision_language_models(folder):
+    text = {"model_type": "llama", "vocab_size": 60, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    vision = {"model_type": "clip_vision_model", "image_size": 32, "patch_size": 8, **sizes}
+    config = transformers.LlavaConfig(
+        text_config={**text, **sizes}, vision_config=vision, image_token_index=59
+    )
+    model = converted(transformers.LlavaForConditionalGeneration(config).eval(), num_features=16)
+    ids = token_ids(1, 20).clamp_max(58)
+    ids[:, :16] = 59
+    given = {"input_ids": ids, "pixel_values": torch.ones(1, 3, 32, 32)}
+    model.save_pretrained(folder)
+    # Saved under other names than those of the modules.
+    assert torch.equal(output(load_performer(folder), given), output(model, given))
+
+
+def test_generation_settings_survive(folder):
+    model, _ = case("exact terms")
+    model.save_pretrained(folder)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    given = generation_inputs("llama")
+    expected = model.generate(**given, **options)
+    assert torch.equal(load_performer(folder).generate(**given, **options), expected)
