@@ -79,9 +79,14 @@ struct WeightSums {
         multiply(count, p.padded_dim, block.rows, rows_of(slope, kBlock), block.x, p.padded_dim,
                  weight + row * p.padded_dim, p.padded_dim, true);
         for (int64_t f = 0; f < count; ++f) {
+            // What lies beyond the block's rows is left over from others.
+            const float *at = slope + f * kBlock;
             Vector sum = splat(0.0f);
-            for (int64_t r = 0; r < block.rows; r += kWidth) sum += load(slope + f * kBlock + r);
-            bias[row + f] += total(sum);
+            int64_t r = 0;
+            for (; r + kWidth <= block.rows; r += kWidth) sum += load(at + r);
+            float rest = total(sum);
+            for (; r < block.rows; ++r) rest += at[r];
+            bias[row + f] += rest;
         }
     }
 };

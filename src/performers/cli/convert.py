@@ -91,6 +91,10 @@ def convert(
     lora_rank: Annotated[
         int | None, typer.Option(help="Train adapters of this rank instead of all weights.")
     ] = _DEFAULTS.lora_rank,
+    redraw_steps: Annotated[
+        int | None,
+        typer.Option(help="Draw features that are not trained anew every so many steps."),
+    ] = _DEFAULTS.redraw_steps,
     loss: Annotated[
         str | None,
         typer.Option(
@@ -149,6 +153,7 @@ def convert(
                 learning_rate=learning_rate,
                 transfer_learning_rate=transfer_learning_rate,
                 lora_rank=lora_rank,
+                redraw_steps=redraw_steps,
                 loss=loss,
                 eval_steps=eval_steps,
                 save_steps=save_steps,

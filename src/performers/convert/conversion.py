@@ -46,6 +46,7 @@ class ConversionOptions:
         learning_rate: Likewise.
         transfer_learning_rate: Likewise.
         lora_rank: Likewise.
+        redraw_steps: Likewise.
         loss: Likewise; None: ``"logits"``, and ``"embedding"`` for models without a head.
         eval_steps: Steps between measurements; None: a fifth of a stage's steps.
         save_steps: Steps between checkpoints.
@@ -70,6 +71,7 @@ class ConversionOptions:
     learning_rate: float = 5e-5
     transfer_learning_rate: float = 1e-2
     lora_rank: int | None = None
+    redraw_steps: int | None = None
     loss: str | None = None
     eval_steps: int | None = None
     save_steps: int = 50
@@ -91,6 +93,7 @@ class ConversionOptions:
             "batch_size": 1,
             "accumulation": 1,
             "lora_rank": 1,
+            "redraw_steps": 1,
             "eval_steps": 1,
             "save_steps": 1,
             "max_positions": 1,

@@ -227,6 +227,7 @@ class _Work:
             learning_rate=options.learning_rate,
             loss=self._loss(),
             lora_rank=options.lora_rank,
+            redraw_steps=options.redraw_steps,
             collator=self.collator,
             output_dir=self.folder / _CHECKPOINTS,
             save_steps=options.save_steps,

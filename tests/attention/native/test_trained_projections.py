@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from performers.attention import chunked
+from performers.attention import chunked, favor_attention
 from performers.attention.native import backend
-from performers.features import FeatureForm
+from performers.features import FeatureForm, LearnedFeatures, SoftmaxFeatures
 from tests.attention.native.exact_problems import make
 from tests.attention.native.support import NATIVE, threads
 from tests.features.cases import generator
@@ -107,3 +107,29 @@ def test_rows_summed_at_a_scale_of_their_own():
     expected = run(chunked.attend, call, "softmax", torch.float64)[1]
     got = run(backend.attend, call, "softmax", torch.float32)[1]
     assert_close(got, expected, 2e-3)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 24, 33, 63, 70, 129])
+def test_rows_beyond_the_last_are_not_read(length, is_causal):
+    """Scratch memory holds what other calls left there: here, what is not a number."""
+    generator = torch.Generator().manual_seed(length)
+    drawn = SoftmaxFeatures(8, 8, num_heads=2, generator=generator)
+    features = LearnedFeatures(drawn, num_heads=2)
+    inputs = [
+        torch.randn(2, heads, length, 8, generator=generator).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    upstream = torch.randn(2, 4, length, 8, generator=generator)
+
+    def gradients(backend):
+        junk = [torch.full((size,), torch.nan) for size in (100, 1000, 5000, 20000, 100000) * 9]
+        del junk
+        out = favor_attention(*inputs, features, is_causal=is_causal, window=4, backend=backend)
+        leaves = [*inputs, features.weight, features.bias]
+        return torch.autograd.grad(out, leaves, upstream)
+
+    expected = gradients("torch")
+    for _ in range(4):
+        for ours, theirs in zip(gradients("native"), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-4)
