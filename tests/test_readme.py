@@ -9,15 +9,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_python_examples_run(capsys):
+def test_the_python_examples_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     shapes = []
     for code in blocks:
         exec(compile(code, "README.md", "exec"), names)
         shapes.append(names["out"].shape)
-    assert shapes == [(2, 1000, 512), (2, 8, 4096, 64)]
+    assert shapes == [(2, 1000, 512), (2, 8, 4096, 64), (1, 205)]
     assert "Recommended" in capsys.readouterr().out
+    assert (tmp_path / "linear-model" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

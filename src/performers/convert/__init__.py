@@ -6,11 +6,16 @@ from performers.convert.positions import extend_positions_
 from performers.convert.swap import to_performer
 
 if TYPE_CHECKING:
+    from performers.convert.distillation import Distillation, distill
     from performers.convert.saving import load_performer
 
-__all__ = ["extend_positions_", "load_performer", "to_performer"]
+__all__ = ["Distillation", "distill", "extend_positions_", "load_performer", "to_performer"]
 
-_PLACES = {"load_performer": "performers.convert.saving"}
+_PLACES = {
+    "Distillation": "performers.convert.distillation",
+    "distill": "performers.convert.distillation",
+    "load_performer": "performers.convert.saving",
+}
 
 
 def __getattr__(name: str) -> Any:
