@@ -195,3 +195,17 @@ def test_calibration_may_be_left_out(numbers, tmp_path):
     parts = split_text(numbers, write(tmp_path / "text.txt"), 32, calibration=0)
     assert parts.calibration == []
     assert torch.is_tensor(next(iter(parts.train))["input_ids"])
+
+
+def test_short_sequences_are_not_lost_between_training_and_test(proteins, tmp_path):
+    """Training has what the test leaves over, also where examples could be far longer."""
+    letters = "ACDEFGHIKLMNPQRSTVWY"
+    draws = torch.randint(20, (200, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    path = tmp_path / "short.fasta"
+    path.write_text("".join(f">p\n{''.join(letters[x] for x in row)}\n" for row in draws))
+    parts = split_text(proteins, path, 512, calibration=10, test=100)
+    seen = {tuple(example["input_ids"].tolist()) for example in islice(parts.train, 400)}
+    tested = {tuple(example["input_ids"].tolist()) for example in parts.test}
+    assert len(tested) == 100
+    assert len(seen) > 50
+    assert not seen & tested

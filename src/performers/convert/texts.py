@@ -28,6 +28,8 @@ _GZIP_MAGIC, _UTF8_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 # Examples in a block of the file, and blocks whose examples are mixed with one another.
 _BLOCK, _MIXED = 32, 16
 _BYTES_PER_TOKEN = 4
+# Bytes of a sequence and its header, at least.
+_SHORTEST = 32
 # How far a space is looked for before a text is cut between letters.
 _LONGEST_WORD = 1 << 10
 _SPACE = re.compile(rb"\s")
@@ -284,7 +286,9 @@ def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
                 "longer file, a larger share or a number of examples"
             )
         return begin, examples
-    count, reach = int(test), int(test) * (file.body + 1)
+    count = int(test)
+    # Sequences may be far shorter than an example: what is read in excess is lost to training.
+    reach = count * (_SHORTEST if file.is_fasta else file.body + 1)
     while True:
         begin = file.boundary(max(file.start, file.size - reach))
         examples = file.examples(begin, file.size)
