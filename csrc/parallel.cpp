@@ -11,9 +11,6 @@
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace performers {
 namespace {
@@ -98,10 +95,7 @@ struct Scratch {
 }  // namespace
 
 float *allocate(size_t count) {
-    // Memory that the system hands out page by page, at the first touch, takes longer to get than
-    // to fill, and threads wait for each other: large pieces ask for large pages.
-    constexpr size_t line = 64, page = size_t{1} << 21;
-    const size_t alignment = count * sizeof(float) < 2 * page ? line : page;
+    constexpr size_t alignment = 64;
     const size_t bytes = (count * sizeof(float) / alignment + 1) * alignment;
 #if defined(_WIN32)
     void *memory = _aligned_malloc(bytes, alignment);
@@ -109,10 +103,6 @@ float *allocate(size_t count) {
     void *memory = std::aligned_alloc(alignment, bytes);
 #endif
     if (!memory) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // A wish: where it is not granted the memory is as good, only slower to get.
-    if (alignment == page) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
     return static_cast<float *>(memory);
 }
 
