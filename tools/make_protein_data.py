@@ -33,10 +33,14 @@ from typing import Any
 
 import numpy as np
 
-from mmseqs import Mmseqs, fasta_text
-from swissprot import distinct_sequences
+from performers.proteins.corpus.blast import read_blast_database
+from performers.proteins.corpus.mmseqs import Mmseqs
+from performers.proteins.corpus.sources import is_protein
+from performers.proteins.errors import UserError
 
 SPLITS = ("train", "validation", "test", "ood")
+_DATABASES = ("BPO", "MFO", "CCO")
+_LINE = 60
 _OUTPUT = Path(__file__).resolve().parents[1] / "src" / "performers" / "proteins" / "data"
 
 
@@ -68,6 +72,50 @@ class Family:
     name: str
     members: tuple[str, ...]
     residues: int
+
+
+def distinct_sequences(source: Path) -> dict[str, str]:
+    """Return {accession: sequence}, each distinct sequence once, sorted by accession.
+
+    Of several accessions with one sequence the first in alphabetical order is kept.
+    """
+    first: dict[str, str] = {}
+    for name in _DATABASES:
+        for title, sequence in read_blast_database(source / name / "goasp.fasta"):
+            if not is_protein(sequence):
+                continue
+            accession = title.partition("|")[0]
+            known = first.get(sequence)
+            if known is None or accession < known:
+                first[sequence] = accession
+    return dict(sorted((accession, sequence) for sequence, accession in first.items()))
+
+
+def fasta_text(names: Sequence[str], sequences: Sequence[str]) -> str:
+    """FASTA with lines of 60 residues."""
+    lines = []
+    for name, sequence in zip(names, sequences, strict=True):
+        lines.append(f">{name}")
+        lines.extend(sequence[i : i + _LINE] for i in range(0, len(sequence), _LINE))
+    return "\n".join(lines) + "\n"
+
+
+def clustered(
+    mmseqs: Mmseqs, work: Path, sequences: dict[str, str], rule: Selection
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Cluster `sequences`.
+
+    Returns:
+        {representative: members}, and {member: identity to its representative, 0..1}, the
+        latter 0 where mmseqs2 reports no direct alignment.
+    """
+    (work / "all.fasta").write_text(fasta_text(list(sequences), list(sequences.values())))
+    mmseqs.create_database("all.fasta", "all")
+    clusters: dict[str, list[str]] = defaultdict(list)
+    for representative, member in mmseqs.cluster("all", rule.identity, rule.coverage):
+        clusters[representative].append(member)
+    identity = {**dict.fromkeys(sequences, 0.0), **dict(mmseqs.identities("all"))}
+    return dict(clusters), identity
 
 
 def shuffled(names: Sequence[str], seed: int) -> list[str]:
@@ -119,6 +167,7 @@ def related_to(
     sequences: dict[str, str],
     rule: Selection,
     mmseqs: Mmseqs,
+    work: Path,
 ) -> dict[str, int]:
     """How many sequences of each candidate family are related to a sequence of `kept`.
 
@@ -127,11 +176,11 @@ def related_to(
     Unrelated candidates are not in the result.
     """
     family_of = {m: f.name for f in candidates for m in f.members}
+    targets = [m for f in kept for m in f.members]
+    for file, names in (("query.fasta", list(family_of)), ("target.fasta", targets)):
+        (work / file).write_text(fasta_text(names, [sequences[m] for m in names]))
     hits = mmseqs.search(
-        {m: sequences[m] for m in family_of},
-        {m: sequences[m] for f in kept for m in f.members},
-        "ood",
-        rule.ood_hit_evalue,
+        "query.fasta", "target.fasta", sensitivity=7.5, max_evalue=rule.ood_hit_evalue
     )
     related: dict[str, set[str]] = defaultdict(set)
     for query, _, identity, coverage, evalue in hits:
@@ -168,7 +217,7 @@ def make(source: Path, work: Path, output: Path, rule: Selection, threads: int) 
     mmseqs = Mmseqs(work, threads)
     sequences = distinct_sequences(source)
     _say(f"{len(sequences)} distinct sequences, {sum(map(len, sequences.values()))} residues")
-    clusters, identity = mmseqs.cluster(sequences, rule.identity, rule.coverage)
+    clusters, identity = clustered(mmseqs, work, sequences, rule)
     _write_table(work / "families.tsv", clusters, sequences, identity)
     eligible = eligible_families(clusters, identity, sequences, rule)
     _say(f"{len(clusters)} clusters, {len(eligible)} of them eligible")
@@ -176,7 +225,7 @@ def make(source: Path, work: Path, output: Path, rule: Selection, threads: int) 
     order = [eligible[name] for name in shuffled(list(eligible), rule.seed)]
     kept = take_until(order, rule.in_distribution_residues)
     candidates = order[len(kept) :]
-    related = related_to(candidates, kept, sequences, rule, mmseqs)
+    related = related_to(candidates, kept, sequences, rule, mmseqs, work)
     held_out = take_until(
         [f for f in candidates if f.name not in related], rule.ood_residues, rule.min_ood_families
     )
@@ -329,7 +378,7 @@ def main() -> int:
     rule = Selection(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(Selection)})
     try:
         make(arguments.source, arguments.work, arguments.output, rule, arguments.threads)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         _say(f"make_protein_data: {error}")
         return 2
     return 0

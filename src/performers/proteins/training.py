@@ -24,6 +24,7 @@ from performers.models.callbacks import (
     StopCallback,
     stop_on_signals,
 )
+from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.folders import write_json
@@ -49,7 +50,7 @@ _HELD_OUT_AT_MOST = 500
 
 
 def train_model(
-    sequences: Sequence[str],
+    sequences: Sequence[str] | TokenShards,
     output: Path,
     options: TrainingOptions,
     *,
@@ -63,11 +64,12 @@ def train_model(
     ``trainer_state.json`` (the log), ``training.json`` (options, data, time) and ``checkpoints/``.
 
     Args:
-        sequences: Proteins as letters.
+        sequences: Proteins as letters, or a split of a corpus, which stays on disk.
         output: Folder to write to; see ``prepare_output_folder``.
         options: What to train and how.
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
-            ``sequences``, drawn with the seed, is held out (at most 500).
+            ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
+            validation split, of which ``validation_sample`` takes as many.
         resume: Continue from the last complete checkpoint in ``output``, if there is one.
         progress: Called with the step, the steps in all and the latest log entry.
 
@@ -82,6 +84,8 @@ def train_model(
     """
     tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
     if validation is None:
+        if isinstance(sequences, TokenShards):
+            raise ValueError("validation: expected proteins to go with a split of a corpus")
         sequences, validation = _hold_out(sequences, options)
     record = run_record(options, sequences, validation)
     settings = output / "training.json"
@@ -98,7 +102,7 @@ def train_model(
 
     transformers.set_seed(options.seed)
     model = _build_model(options, tokenizer)
-    dataset = TokenDataset(_rows(tokenizer, sequences, options))
+    dataset = _dataset(tokenizer, sequences, options)
     if is_first_process() and not continued:
         write_json(settings, record)
     stop = StopCallback()
@@ -152,7 +156,7 @@ class _ProteinTrainer(Trainer):
         self,
         *,
         options: TrainingOptions,
-        dataset: TokenDataset,
+        dataset: TokenDataset | ShardedRows,
         tokenizer: PreTrainedTokenizerBase,
         validation: Sequence[str],
         **arguments: Any,
@@ -178,7 +182,7 @@ class _ProteinTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The whole run as one pass, so that to resume is to skip batches."""
         dataset = self.train_dataset
-        assert isinstance(dataset, TokenDataset)
+        assert isinstance(dataset, (TokenDataset, ShardedRows))
         batches = self.options.steps * self.options.accumulation * self.args.world_size
         sampler = LengthBucketedBatchSampler(
             dataset.lengths,
@@ -289,6 +293,24 @@ def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
         accelerator_config={"even_batches": False},
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def validation_sample(shards: TokenShards, seed: int) -> list[str]:
+    """At most 500 proteins of a validation split, drawn with the seed."""
+    order = np.random.default_rng(seed).permutation(len(shards))[:_HELD_OUT_AT_MOST]
+    return [shards.sequence(index) for index in sorted(order.tolist())]
+
+
+def _dataset(
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str] | TokenShards,
+    options: TrainingOptions,
+) -> TokenDataset | ShardedRows:
+    if isinstance(sequences, TokenShards):
+        return ShardedRows(
+            sequences, max_length=options.max_length, packed=options.packed, seed=options.seed
+        )
+    return TokenDataset(_rows(tokenizer, sequences, options))
 
 
 def _rows(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from performers.proteins.corpus import TokenShards
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
 from performers.proteins.options import TrainingOptions
@@ -12,26 +13,33 @@ from performers.proteins.processes import process_count
 
 
 def run_record(
-    options: TrainingOptions, training: Sequence[str], validation: Sequence[str]
+    options: TrainingOptions, training: Sequence[str] | TokenShards, validation: Sequence[str]
 ) -> dict[str, Any]:
     """What ``training.json`` says of a run: its options, a fingerprint of its data, its processes.
 
     Args:
         options: What the run is asked to do.
-        training: Proteins to train on.
+        training: Proteins to train on, or a split of a corpus.
         validation: Proteins to validate on.
 
     Returns:
         Plain data.
     """
     digest = hashlib.sha256()
-    for group in (training, validation):
+    if isinstance(training, TokenShards):
+        residues = training.entry["residues"]
+        digest.update(training.fingerprint().encode())
+        groups = [validation]
+    else:
+        residues = sum(map(len, training))
+        groups = [training, validation]
+    for group in groups:
         for sequence in group:
             digest.update(sequence.encode() + b"\n")
         digest.update(b"\n")
     data = {
         "sequences": len(training),
-        "residues": sum(map(len, training)),
+        "residues": residues,
         "validation_sequences": len(validation),
         "sha256": digest.hexdigest(),
     }

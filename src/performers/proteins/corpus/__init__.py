@@ -1,0 +1,14 @@
+"""Corpora: many proteins, split honestly, on disk as memory-mapped tokens."""
+
+from performers.proteins.corpus.prepare import CorpusOptions, prepare_corpus
+from performers.proteins.corpus.rows import ShardedRows
+from performers.proteins.corpus.shards import Corpus, TokenShards, is_corpus
+
+__all__ = [
+    "Corpus",
+    "CorpusOptions",
+    "ShardedRows",
+    "TokenShards",
+    "is_corpus",
+    "prepare_corpus",
+]

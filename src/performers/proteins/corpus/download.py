@@ -1,0 +1,132 @@
+"""Downloads that continue where they stopped and are checked against a checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+from performers.proteins.errors import UserError
+
+UNIPROT = (
+    "https://ftp.uniprot.org/pub/databases/uniprot/current_release/knowledgebase/complete/"
+    "uniprot_sprot.fasta.gz"
+)
+_METALINK = "RELEASE.metalink"
+_CHUNK = 1 << 20
+_ATTEMPTS = 5
+_TIMEOUT_S = 60
+
+
+class RemoteFile(NamedTuple):
+    """What a release says of one of its files."""
+
+    version: str
+    size: int
+    md5: str
+
+
+def describe_release(url: str) -> RemoteFile:
+    """Version, size and checksum of a UniProt file, from the metalink of its folder.
+
+    Raises:
+        UserError: The list cannot be had or does not name the file.
+    """
+    folder, _, name = url.rpartition("/")
+    try:
+        with urllib.request.urlopen(f"{folder}/{_METALINK}", timeout=_TIMEOUT_S) as answer:
+            root = ElementTree.fromstring(answer.read())
+    except (OSError, http.client.HTTPException, ElementTree.ParseError) as error:
+        raise _unreachable(f"{folder}/{_METALINK}", error) from error
+    space = {"m": root.tag.partition("}")[0].lstrip("{")}
+    for file in root.iterfind(".//m:file", space):
+        if file.get("name") == name:
+            size = file.findtext("m:size", "", space)
+            md5 = file.findtext("m:verification/m:hash[@type='md5']", "", space)
+            version = root.findtext("m:version", "", space)
+            if size.isdigit() and md5:
+                return RemoteFile(version, int(size), md5)
+    raise UserError(f"{folder}/{_METALINK} does not describe {name}; check the address")
+
+
+def download(
+    url: str,
+    path: Path,
+    expected: RemoteFile,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    pause: float = 1.0,
+) -> None:
+    """Download a file; what an earlier attempt got is kept and continued.
+
+    Args:
+        url: Where from; ``http``, ``https`` or ``ftp``.
+        path: Where to. Until it is complete and checked the data are in ``path`` + ``.part``.
+        expected: Size and checksum.
+        progress: Called with the bytes there and the bytes in all.
+        pause: Seconds before the second attempt; doubled before each further one.
+
+    Raises:
+        UserError: It cannot be reached in five attempts, or the checksum is wrong.
+    """
+    part = path.with_name(path.name + ".part")
+    for attempt in range(_ATTEMPTS):
+        try:
+            _continue(url, part, expected.size, progress)
+            break
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or attempt == _ATTEMPTS - 1:
+                raise _unreachable(url, error) from error
+        except (OSError, http.client.HTTPException) as error:
+            if attempt == _ATTEMPTS - 1:
+                raise _unreachable(url, error) from error
+        time.sleep(pause * 2**attempt)
+    digest = hashlib.md5(usedforsecurity=False)
+    with part.open("rb") as file:
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    if digest.hexdigest() != expected.md5:
+        part.unlink()
+        raise UserError(
+            f"{url}: the checksum is {digest.hexdigest()}, expected {expected.md5}; the damaged "
+            "copy is removed, start again"
+        )
+    part.replace(path)
+
+
+def _continue(url: str, part: Path, size: int, progress: Callable[[int, int], None] | None) -> None:
+    there = part.stat().st_size if part.exists() else 0
+    if there > size:
+        part.unlink()
+        there = 0
+    if there == size:
+        return
+    request = urllib.request.Request(url)
+    if there:
+        request.add_header("Range", f"bytes={there}-")
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+        # A server that ignores the range sends the whole file.
+        if there and getattr(answer, "status", None) != http.HTTPStatus.PARTIAL_CONTENT:
+            there = 0
+        with part.open("ab" if there else "wb") as file:
+            while block := answer.read(_CHUNK):
+                file.write(block)
+                there += len(block)
+                if progress is not None:
+                    progress(there, size)
+    if there < size:
+        raise ConnectionError(f"the connection ended after {there} of {size} bytes")
+
+
+def _unreachable(url: str, error: Exception) -> UserError:
+    reason = getattr(error, "reason", None) or error
+    return UserError(
+        f"{url} cannot be reached ({reason}); check the connection and start again, it continues "
+        "where it stopped, or download the file elsewhere and give it as --source"
+    )

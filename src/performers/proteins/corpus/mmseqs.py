@@ -1,0 +1,112 @@
+"""Cluster and search proteins with the program mmseqs2."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from performers.proteins.errors import UserError
+
+
+class Mmseqs:
+    """The mmseqs program, working in one folder of its own.
+
+    Args:
+        work: The folder, which exists.
+        threads: Threads that it may use.
+        memory: Bytes that its index of the database may take; it works in parts to stay below.
+
+    Raises:
+        UserError: The program is not installed.
+    """
+
+    def __init__(self, work: Path, threads: int, memory: int | None = None) -> None:
+        found = shutil.which("mmseqs")
+        if found is None:
+            raise UserError(
+                "the program mmseqs was not found; install mmseqs2 (Debian: apt install mmseqs2, "
+                "conda: bioconda::mmseqs2, macOS: brew install mmseqs2)"
+            )
+        self._program, self._work, self._threads = found, work, str(threads)
+        self._memory = () if memory is None else ("--split-memory-limit", f"{memory >> 20}M")
+        self.version = self._run("version", threads=False).strip()
+
+    def _run(self, *arguments: str, threads: bool = True) -> str:
+        command = [self._program, *arguments]
+        if threads:
+            command += ["--threads", self._threads, "-v", "1"]
+        done = subprocess.run(command, cwd=self._work, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = " ".join((done.stdout + done.stderr).split())[-300:]
+            raise UserError(f"{' '.join(command[:2])} failed in {self._work}: {last}")
+        return done.stdout
+
+    def create_database(self, fasta: str, name: str) -> None:
+        """Make the database ``name`` from a FASTA file; both are names in the work folder."""
+        self._run("createdb", fasta, name, "--shuffle", "0", "-v", "1", threads=False)
+
+    def cluster(self, database: str, identity: float, coverage: float) -> Iterator[tuple[str, str]]:
+        """Cluster a database; yield (representative, member) of every sequence.
+
+        Args:
+            database: Its name.
+            identity: Least identity of a member and its representative, 0 to 1.
+            coverage: Least part of both that the alignment covers, 0 to 1.
+        """
+        # What an interrupted run left; the program goes on from its own tmp folder.
+        for old in self._work.glob("clusters*"):
+            old.unlink()
+        self._run(
+            "cluster",
+            *(database, "clusters", "tmp", "--min-seq-id", str(identity), "-c", str(coverage)),
+            *("--cov-mode", "0", "--cluster-mode", "0", "--remove-tmp-files", "1"),
+            *self._memory,
+        )
+        self._run("createtsv", database, database, "clusters", "clusters.tsv")
+        yield from self._pairs("clusters.tsv")
+
+    def identities(self, database: str) -> Iterator[tuple[str, float]]:
+        """After ``cluster``: yield (member, identity to its representative, 0 to 1).
+
+        Members that mmseqs2 reports no direct alignment for are not among them.
+        """
+        self._run("align", database, database, "clusters", "aligned", "--alignment-mode", "3")
+        self._run(
+            "convertalis",
+            *(database, database, "aligned", "identity.tsv", "--format-output", "target,fident"),
+        )
+        for member, identity in self._pairs("identity.tsv"):
+            yield member, float(identity)
+
+    def search(
+        self, query: str, target: str, *, sensitivity: float, max_evalue: float
+    ) -> Iterator[tuple[str, str, float, float, float]]:
+        """Yield (query, target, identity, greater of the two coverages, e-value) of every hit.
+
+        Args:
+            query: Name of a FASTA file in the work folder.
+            target: Another, or a database.
+            sensitivity: Of the prefilter, 1 to 7.5.
+            max_evalue: Hits above it are left out.
+        """
+        self._run(
+            "easy-search",
+            *(query, target, "hits.tsv", "tmp_search"),
+            *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", "300"),
+            *("--alignment-mode", "3"),
+            *("--format-output", "query,target,fident,qcov,tcov,evalue"),
+            *self._memory,
+        )
+        for query_name, target_name, fident, qcov, tcov, evalue in self._rows("hits.tsv"):
+            coverage = max(float(qcov), float(tcov))
+            yield query_name, target_name, float(fident), coverage, float(evalue)
+
+    def _pairs(self, name: str) -> Iterator[tuple[str, str]]:
+        return ((first, second) for first, second in self._rows(name))
+
+    def _rows(self, name: str) -> Iterator[list[str]]:
+        with (self._work / name).open() as lines:
+            for line in lines:
+                yield line.rstrip("\n").split("\t")

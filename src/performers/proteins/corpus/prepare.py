@@ -1,0 +1,308 @@
+"""From sequences to a corpus: distinct, clustered, split, tokenised; in stages that resume."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from performers.proteins.corpus.mmseqs import Mmseqs
+from performers.proteins.corpus.shards import (
+    FORMAT,
+    SHARD_TOKENS,
+    SPLITS,
+    VOCABULARY,
+    write_shards,
+)
+from performers.proteins.corpus.sources import Source, is_protein
+from performers.proteins.corpus.splitting import (
+    assign_splits,
+    candidate_clusters,
+    unrelated_clusters,
+)
+from performers.proteins.errors import UserError
+from performers.proteins.fasta import ProteinRecord, iter_fasta, write_fasta
+from performers.proteins.folders import read_json, write_atomically, write_json
+
+Report = Callable[[str], None]
+
+# Held out are clusters without relatives in the rest; many have some.
+_CANDIDATES_PER_HELD_OUT = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """What decides the splits; recorded in the manifest.
+
+    Attributes:
+        identity: Least identity of a cluster's members with its representative.
+        coverage: Least part of both sequences that this is over.
+        validation_fraction: Share of the sequences, drawn by sequence.
+        test_fraction: Share of the sequences, drawn by sequence.
+        ood_fraction: Share of the sequences held out as whole clusters.
+        sensitivity: Of the search for relatives of the clusters to hold out (mmseqs2's ``-s``).
+        max_evalue: A hit with an e-value up to this is a relative.
+        min_length: Shorter sequences are left out.
+        seed: Of every draw.
+        shard_tokens: Tokens after which a shard is closed.
+    """
+
+    identity: float = 0.3
+    coverage: float = 0.8
+    validation_fraction: float = 0.005
+    test_fraction: float = 0.01
+    ood_fraction: float = 0.01
+    sensitivity: float = 5.7
+    max_evalue: float = 1e-3
+    min_length: int = 1
+    seed: int = 0
+    shard_tokens: int = SHARD_TOKENS
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: An option is out of range; the message names its flag.
+        """
+        for name in ("identity", "coverage"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(
+                    f"--{name} must be above 0 and at most 1, got {getattr(self, name)}"
+                )
+        fractions = ("validation_fraction", "test_fraction", "ood_fraction")
+        for name in fractions:
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(
+                    f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}"
+                )
+        if sum(getattr(self, name) for name in fractions) > 0.9:
+            raise UserError(
+                "--validation-fraction, --test-fraction and --ood-fraction leave less than a "
+                "tenth to train on; lower them"
+            )
+        if not 1 <= self.sensitivity <= 7.5:
+            raise UserError(f"--sensitivity must be between 1 and 7.5, got {self.sensitivity}")
+        if self.max_evalue <= 0 or self.min_length < 1 or self.shard_tokens < 1:
+            raise UserError("--max-evalue, --min-length and --shard-tokens must be above 0")
+
+
+def prepare_corpus(
+    source: Source,
+    output: Path,
+    options: CorpusOptions,
+    *,
+    clusters: Path | None = None,
+    threads: int = 2,
+    memory: int = 1500 << 20,
+    report: Report = lambda text: None,
+) -> dict[str, Any]:
+    """Write a corpus: token shards of four splits, FASTA of the three small ones, a manifest.
+
+    Every stage leaves its result in ``output/work``, so that a run that was stopped goes on from
+    there; the manifest is written last and the work folder removed.
+
+    1. Distinct sequences, each under the first of its names in alphabetical order.
+    2. Clusters (mmseqs2, or the table given), also kept as ``clusters.tsv``.
+    3. Out of distribution: clusters drawn with the seed, of which no member has a hit in what is
+       left (mmseqs2 search); clusters that are related to each other are held out together.
+    4. Validation and test by sequence from what is left; the rest is for training.
+
+    Args:
+        source: The sequences.
+        output: The folder; made if missing.
+        options: What decides the splits.
+        clusters: A table of representative and member a line, instead of clustering.
+        threads: Threads of mmseqs2.
+        memory: Bytes for the index of mmseqs2.
+        report: Called with a line as each stage begins.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: The data or options cannot be used, mmseqs2 is not there or fails, or the folder
+            holds a corpus or a run of another kind.
+    """
+    wanted = {
+        "source": source.description,
+        "options": asdict(options),
+        "clusters_file": None if clusters is None else clusters.name,
+    }
+    manifest_file, work = output / "manifest.json", output / "work"
+    if manifest_file.exists():
+        manifest = read_json(manifest_file)
+        if {key: manifest.get(key) for key in wanted} == wanted:
+            report("the corpus is there already")
+            return dict(manifest)
+        raise UserError(f"{output} holds another corpus; give another --output")
+    work.mkdir(parents=True, exist_ok=True)
+    settings = work / "settings.json"
+    if settings.exists() and read_json(settings) != wanted:
+        raise UserError(
+            f"{output} holds a run with other options or data; repeat those, or give another "
+            "--output"
+        )
+    write_json(settings, wanted)
+
+    distinct = work / "sequences.fasta"
+    if not distinct.exists():
+        report("reading sequences")
+        _write_distinct(source, distinct, options.min_length)
+    read = read_json(work / "read.json")
+    mmseqs = Mmseqs(work, threads, memory)
+    table = output / "clusters.tsv"
+    if not table.exists():
+        report(f"clustering {read['distinct']:,} sequences (mmseqs2, minutes)")
+        _write_pairs(table, _clusters(clusters, mmseqs, options))
+    members = _read_clusters(table)
+    _check_names(members, distinct, table)
+    hits_file = work / "relatives.tsv"
+    target = round(options.ood_fraction * read["distinct"])
+    candidates = candidate_clusters(
+        members, options.seed, min(_CANDIDATES_PER_HELD_OUT * target, read["distinct"] // 2)
+    )
+    if not hits_file.exists():
+        report(f"looking for relatives of {len(candidates):,} clusters (mmseqs2, minutes)")
+        _search(mmseqs, distinct, {m for name in candidates for m in members[name]}, options, work)
+    held_out = unrelated_clusters(candidates, _read_pairs(hits_file), members, target)
+    splits = assign_splits(
+        members,
+        held_out,
+        validation_fraction=options.validation_fraction,
+        test_fraction=options.test_fraction,
+        seed=options.seed,
+    )
+    report("writing token files")
+    sequences = dict(_records(distinct))
+    cluster_of = {member: name for name, group in members.items() for member in group}
+    entries = {}
+    for name in SPLITS:
+        shutil.rmtree(output / name, ignore_errors=True)
+        entries[name] = {
+            **write_shards(
+                output / name,
+                ((member, sequences[member]) for member in splits[name]),
+                options.shard_tokens,
+            ),
+            "clusters": len({cluster_of[member] for member in splits[name]}),
+        }
+        if name != "train":
+            write_fasta(
+                output / f"{name}.fasta.gz",
+                (
+                    ProteinRecord(member, f"family={cluster_of[member]}", sequences[member])
+                    for member in splits[name]
+                ),
+            )
+    manifest = {
+        "format": FORMAT,
+        **wanted,
+        "read": read,
+        "mmseqs_version": mmseqs.version,
+        "clusters": len(members),
+        "ood_candidates": len(candidates),
+        "vocabulary": list(VOCABULARY),
+        "splits": entries,
+    }
+    write_json(manifest_file, manifest)
+    shutil.rmtree(work)
+    return manifest
+
+
+def _write_distinct(source: Source, path: Path, min_length: int) -> None:
+    first: dict[str, str] = {}
+    records = left_out = 0
+    for name, sequence in source.records():
+        records += 1
+        if len(sequence) < min_length or not is_protein(sequence):
+            left_out += 1
+            continue
+        known = first.get(sequence)
+        if known is None or name < known:
+            first[sequence] = name
+    if not first:
+        raise UserError("the source holds no protein sequence of the length asked for")
+    names = sorted((name, sequence) for sequence, name in first.items())
+    repeated = next((a for (a, _), (b, _) in pairwise(names) if a == b), None)
+    if repeated is not None:
+        raise UserError(f"two different sequences are both named {repeated}; rename one")
+    counts = {
+        "records": records,
+        "left_out": left_out,
+        "distinct": len(names),
+        "residues": sum(map(len, first)),
+    }
+    write_json(path.with_name("read.json"), counts)
+    write_fasta(path, (ProteinRecord(name, "", sequence) for name, sequence in names), 10**9)
+
+
+def _clusters(
+    given: Path | None, mmseqs: Mmseqs, options: CorpusOptions
+) -> Iterable[tuple[str, str]]:
+    if given is not None:
+        return _read_pairs(given)
+    mmseqs.create_database("sequences.fasta", "all")
+    return mmseqs.cluster("all", options.identity, options.coverage)
+
+
+def _search(
+    mmseqs: Mmseqs, distinct: Path, queries: set[str], options: CorpusOptions, work: Path
+) -> None:
+    """Write (query, relative) of every hit that is not the query itself."""
+    records = (
+        ProteinRecord(name, "", sequence)
+        for name, sequence in _records(distinct)
+        if name in queries
+    )
+    write_fasta(work / "candidates.fasta", records, 10**9)
+    hits = mmseqs.search(
+        "candidates.fasta",
+        distinct.name,
+        sensitivity=options.sensitivity,
+        max_evalue=options.max_evalue,
+    )
+    pairs = ((query, target) for query, target, *_ in hits if query != target)
+    _write_pairs(work / "relatives.tsv", pairs)
+
+
+def _records(path: Path) -> Iterator[tuple[str, str]]:
+    return ((record.name, record.sequence) for record in iter_fasta(path))
+
+
+def _read_clusters(path: Path) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = defaultdict(list)
+    for representative, member in _read_pairs(path):
+        members[representative].append(member)
+    return dict(members)
+
+
+def _check_names(members: dict[str, list[str]], distinct: Path, table: Path) -> None:
+    known = {name for name, _ in _records(distinct)}
+    listed = [member for group in members.values() for member in group]
+    if len(listed) != len(known) or set(listed) != known:
+        odd = next(iter(set(listed) ^ known), "a name that is there twice")
+        raise UserError(
+            f"{table} does not list every distinct sequence once ({odd}); cluster the same "
+            "sequences"
+        )
+
+
+def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) != 2:
+                raise UserError(
+                    f"{path}:{number}: expected two columns, representative and member, got "
+                    f"{len(fields)}"
+                )
+            yield fields[0], fields[1]
+
+
+def _write_pairs(path: Path, pairs: Iterable[Sequence[str]]) -> None:
+    text = "".join(f"{first}\t{second}\n" for first, second in pairs)
+    write_atomically(path, text.encode())

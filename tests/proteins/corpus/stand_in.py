@@ -1,0 +1,50 @@
+"""A stand-in for the program mmseqs, so that its callers are tested where it is not installed.
+
+Two sequences are of one cluster when their first four residues are the same, and relatives when
+their last four are.
+"""
+
+import stat
+import sys
+from pathlib import Path
+
+_PROGRAM = """#!{python}
+import sys
+from pathlib import Path
+
+def read(path):
+    records = Path(path).read_text().split(">")[1:]
+    return [(r.split()[0], "".join(r.split()[1:])) for r in records]
+
+command, *rest = sys.argv[1:]
+with open("calls.txt", "a") as log:
+    print(command, *rest, file=log)
+if command == "version":
+    print("stand-in")
+elif command == "createdb":
+    Path(rest[1]).write_text(Path(rest[0]).read_text())
+elif command == "cluster":
+    first = {{}}
+    rows = [(first.setdefault(s[:4], n), n) for n, s in read(rest[0])]
+    Path(rest[1]).write_text("".join(f"{{a}}\\t{{b}}\\n" for a, b in rows))
+elif command == "createtsv":
+    Path(rest[3]).write_text(Path(rest[2]).read_text())
+elif command == "easy-search":
+    targets = read(rest[1])
+    rows = [
+        (q, t, 0.5, 0.9, 0.8, 1e-9)
+        for q, s in read(rest[0]) for t, other in targets if s[-4:] == other[-4:]
+    ]
+    Path(rest[2]).write_text("".join("\\t".join(map(str, row)) + "\\n" for row in rows))
+else:
+    sys.exit("unknown command " + command)
+"""
+
+
+def install(folder: Path) -> Path:
+    """Write the program into a folder, to be put on PATH."""
+    folder.mkdir()
+    program = folder / "mmseqs"
+    program.write_text(_PROGRAM.format(python=sys.executable))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return folder

@@ -1,0 +1,129 @@
+"""Downloads continue, are checked, and say what is wrong."""
+
+import hashlib
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from performers.proteins.corpus.download import describe_release, download
+from performers.proteins.errors import UserError
+
+CONTENT = bytes(range(256)) * 40_000
+METALINK = """<?xml version="1.0" encoding="UTF-8"?>
+<metalink xmlns="http://www.metalinker.org/" version="3.0"><version>2026_04</version><files>
+<file name="other.gz"><size>3</size><verification><hash type="md5">aa</hash></verification></file>
+<file name="proteins.fasta.gz"><size>{size}</size>
+<verification><hash type="md5">{md5}</hash></verification></file></files></metalink>"""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        server.requests.append((self.path, self.headers.get("Range")))
+        if self.path.endswith("RELEASE.metalink"):
+            md5 = hashlib.md5(CONTENT).hexdigest()
+            return self._send(200, METALINK.format(size=len(CONTENT), md5=md5).encode())
+        if server.failures:
+            return self._send(server.failures.pop(), b"")
+        start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        status = 206 if start and server.ranges else 200
+        body = server.content[start if status == 206 else 0 :]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: server.cut] if server.cut else body)
+        server.cut = None
+        return None
+
+    def _send(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.requests, server.failures, server.content = [], [], CONTENT
+    server.ranges, server.cut = True, None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def url(server):
+    return f"http://127.0.0.1:{server.server_port}/complete/proteins.fasta.gz"
+
+
+def fetch(url, path, **options):
+    download(url, path, describe_release(url), pause=0.01, **options)
+
+
+def test_whole_file(url, tmp_path):
+    seen = []
+    fetch(url, tmp_path / "p.gz", progress=lambda done, total: seen.append((done, total)))
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert not (tmp_path / "p.gz.part").exists()
+    assert describe_release(url).version == "2026_04"
+
+
+def test_a_broken_connection_is_continued(server, url, tmp_path):
+    server.cut = 3_000_000
+    fetch(url, tmp_path / "p.gz")
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+    ranges = [sent for path, sent in server.requests if path.endswith(".gz")]
+    assert ranges[0] is None
+    assert re.fullmatch(r"bytes=\d{6,}-", ranges[1])
+
+
+def test_what_an_earlier_run_got_is_kept(server, url, tmp_path):
+    (tmp_path / "p.gz.part").write_bytes(CONTENT[:5_000_000])
+    fetch(url, tmp_path / "p.gz")
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+    assert server.requests[-1][1] == "bytes=5000000-"
+
+
+def test_a_server_without_ranges(server, url, tmp_path):
+    server.ranges = False
+    (tmp_path / "p.gz.part").write_bytes(CONTENT[:5_000_000])
+    fetch(url, tmp_path / "p.gz")
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+
+
+def test_server_errors_are_tried_again(server, url, tmp_path):
+    server.failures = [503, 500]
+    fetch(url, tmp_path / "p.gz")
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+
+
+def test_a_file_that_is_not_there_is_not(server, url, tmp_path):
+    server.failures = [404] * 9
+    with pytest.raises(UserError, match=r"cannot be reached .*--source"):
+        fetch(url, tmp_path / "p.gz")
+    assert len(server.failures) == 8
+
+
+def test_wrong_checksum(server, url, tmp_path):
+    server.content = b"x" + CONTENT[1:]
+    with pytest.raises(UserError, match="checksum"):
+        fetch(url, tmp_path / "p.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline(tmp_path):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.* cannot be reached .*--source"):
+        describe_release("http://127.0.0.1:9/x/proteins.fasta.gz")
+
+
+def test_release_without_the_file(url):
+    with pytest.raises(UserError, match="does not describe missing"):
+        describe_release(url.replace("proteins.fasta.gz", "missing.gz"))

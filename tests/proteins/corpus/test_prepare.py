@@ -1,0 +1,183 @@
+"""``performers data swissprot`` from sequences to a corpus that trains."""
+
+import gzip
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from performers.proteins.corpus import Corpus, CorpusOptions, prepare_corpus
+from performers.proteins.corpus.shards import SPLITS
+from performers.proteins.corpus.sources import open_source
+from performers.proteins.errors import UserError
+from tests.proteins.corpus import stand_in
+from tests.proteins.corpus.blast_files import write_blast
+
+OPTIONS = CorpusOptions(validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1)
+LETTERS = "ACDEFGHIKLMNPQRSTVWY"
+
+
+def family_records():
+    """60 clusters of 5 (equal first four letters); pairs of clusters are relatives (last four)."""
+    random = np.random.default_rng(0)
+    heads = ["".join(h) for h in itertools.islice(itertools.product(LETTERS, repeat=4), 60)]
+    records = []
+    for i, head in enumerate(heads):
+        tail = heads[i // 2]
+        for j in range(5):
+            middle = "".join(random.choice(list(LETTERS), 10))
+            records.append((f"S{i:02d}{j}", head + middle + tail))
+    return records
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    records = family_records()
+    # A repeat under a later name, and one under an earlier name.
+    records += [("Z999", records[3][1]), ("A000", records[4][1])]
+    path = tmp_path / "proteins.fasta"
+    path.write_text("".join(f">sp|{name}|X_Y words\n{s}\n" for name, s in records))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def mmseqs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(stand_in.install(tmp_path / "bin")), prepend=":")
+
+
+def prepare(fasta, output, options=OPTIONS, **more):
+    return prepare_corpus(open_source([fasta], output), output, options, **more)
+
+
+def test_splits(fasta, tmp_path):
+    manifest = prepare(fasta, tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    names = {split: corpus.split(split).names for split in SPLITS}
+    sequences = {
+        name: corpus.split(split).sequence(i)
+        for split in SPLITS
+        for i, name in enumerate(names[split])
+    }
+    expected = dict(family_records())
+    expected["A000"] = expected.pop("S004")
+    assert sequences == expected
+    assert manifest["read"] == {
+        "records": 302,
+        "left_out": 0,
+        "distinct": 300,
+        "residues": 300 * 18,
+    }
+    assert len(names["validation"]) == len(names["test"]) == 30
+    # Whole pairs of clusters, and no relative of them anywhere else.
+    tails = {split: {sequences[name][-4:] for name in names[split]} for split in SPLITS}
+    others = tails["train"] | tails["validation"] | tails["test"]
+    assert tails["ood"]
+    assert not tails["ood"] & others
+    assert len(names["ood"]) == 10 * len(tails["ood"])
+    assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails["ood"])
+
+
+def test_small_splits_are_fasta_too(fasta, tmp_path):
+    prepare(fasta, tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    for split in ("validation", "test", "ood"):
+        text = gzip.decompress((tmp_path / "corpus" / f"{split}.fasta.gz").read_bytes()).decode()
+        shards = corpus.split(split)
+        lines = text.splitlines()
+        assert [line[1:].split()[0] for line in lines[::2]] == shards.names
+        assert lines[1::2] == [shards.sequence(i) for i in range(len(shards))]
+        assert all(" family=" in line for line in lines[::2])
+    assert not (tmp_path / "corpus" / "work").exists()
+
+
+def test_same_from_a_blast_database(fasta, tmp_path):
+    records = family_records()
+    (tmp_path / "blast").mkdir()
+    write_blast(
+        tmp_path / "blast" / "db", [(f"{n}|GO:1", s) for n, s in records] + [("BAD", "MK*V")]
+    )
+    manifest = prepare(tmp_path / "blast", tmp_path / "from_blast")
+    assert manifest["read"]["left_out"] == 1
+    assert manifest["read"]["distinct"] == 300
+
+
+@pytest.mark.parametrize("stop_before", ["cluster", "easy-search"])
+def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
+    whole = prepare(fasta, tmp_path / "whole")
+    from performers.proteins.corpus import mmseqs as module
+
+    run = module.Mmseqs._run
+
+    def stops(self, *arguments, **options):
+        if arguments[0] == stop_before:
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Mmseqs, "_run", stops)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(fasta, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "manifest.json").exists()
+    stages = []
+    assert prepare(fasta, tmp_path / "parts", report=stages.append) == whole
+    assert not any("reading" in stage for stage in stages)
+    assert any("clustering" in stage for stage in stages) == (stop_before == "cluster")
+
+
+def test_finished_corpus_is_left_alone(fasta, tmp_path):
+    first = prepare(fasta, tmp_path / "corpus")
+    said = []
+    assert prepare(fasta, tmp_path / "corpus", report=said.append) == first
+    assert said == ["the corpus is there already"]
+    other = CorpusOptions(validation_fraction=0.2, test_fraction=0.1, ood_fraction=0.1)
+    with pytest.raises(UserError, match="another corpus"):
+        prepare(fasta, tmp_path / "corpus", other)
+
+
+def test_own_clusters(fasta, tmp_path):
+    table = tmp_path / "mine.tsv"
+    sequences = dict(family_records())
+    sequences["A000"] = sequences.pop("S004")
+    table.write_text("".join(f"C{s[-4:]}\t{name}\n" for name, s in sequences.items()))
+    manifest = prepare(fasta, tmp_path / "corpus", clusters=table)
+    assert manifest["clusters"] == 30
+    assert manifest["splits"]["ood"]["sequences"] == 30
+    table.write_text(table.read_text() + "nobody\tnobody\n")
+    with pytest.raises(UserError, match="nobody"):
+        prepare(fasta, tmp_path / "other", clusters=table)
+
+
+def test_without_the_program(fasta, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="install mmseqs2"):
+        prepare(fasta, tmp_path / "corpus")
+
+
+def test_two_sequences_of_one_name(tmp_path):
+    (tmp_path / "p.fasta").write_text(">A\nMKV\n>A\nMKVL\n")
+    with pytest.raises(UserError, match="both named A"):
+        prepare(tmp_path / "p.fasta", tmp_path / "corpus")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"identity": 0.0},
+        {"test_fraction": 1.0},
+        {"ood_fraction": 0.5, "test_fraction": 0.5},
+        {"sensitivity": 9.0},
+        {"max_evalue": 0.0},
+    ],
+)
+def test_options_out_of_range(options):
+    with pytest.raises(UserError, match=r"--\w"):
+        CorpusOptions(**options)
+
+
+def test_manifest_names_the_files(fasta, tmp_path):
+    prepare(fasta, tmp_path / "corpus")
+    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
+    assert manifest["source"]["files"][0]["name"] == "proteins.fasta"
+    assert manifest["source"]["files"][0]["bytes"] == fasta.stat().st_size
+    assert manifest["mmseqs_version"] == "stand-in"
