@@ -10,10 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from performers.cli.console import ProgressBars, note, one_line_errors, output
+from performers.proteins.annotations import write_go_labels
 from performers.proteins.corpus import CorpusOptions, prepare_corpus
 from performers.proteins.corpus.download import UNIPROT
-from performers.proteins.corpus.sources import UNIPROT_LICENCE, open_source
-from performers.proteins.folders import prepare_output_folder
+from performers.proteins.corpus.sources import open_source
+from performers.proteins.folders import prepare_output_file, prepare_output_folder
 
 app = typer.Typer(no_args_is_help=True, help="Make sequences ready for training.")
 
@@ -36,10 +37,19 @@ def swissprot(
             "is downloaded without one."
         ),
     ] = None,
-    url: Annotated[str, typer.Option(help="Where to download from.")] = UNIPROT,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Where to download from, without --source. [default: {UNIPROT}]",
+            show_default=False,
+        ),
+    ] = None,
     licence: Annotated[
-        str, typer.Option(help="Licence of the sequences, for the manifest.")
-    ] = UNIPROT_LICENCE,
+        str | None,
+        typer.Option(
+            help="Licence of the sequences, for the manifest; of a download UniProt's by default."
+        ),
+    ] = None,
     clusters: Annotated[
         Path | None,
         typer.Option(help="Table of representative and member, instead of clustering."),
@@ -116,6 +126,58 @@ def swissprot(
             report=note,
         )
         _print_splits(manifest["splits"])
+
+
+@app.command("go-labels")
+def go_labels(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of Debian's metastudent-data, such as /usr/share/metastudent-data."
+        ),
+    ],
+    output_file: Annotated[Path, typer.Option("--output", help="A .tsv file.")],
+    ontology: Annotated[
+        str,
+        typer.Option(
+            help="MFO: molecular function; BPO: biological process; CCO: cellular component."
+        ),
+    ] = "MFO",
+    terms: Annotated[
+        str,
+        typer.Option(
+            help="frequent; enzyme-class: EC 1 to 6; enzyme-class-7: and no enzyme; or GO terms "
+            "with commas between."
+        ),
+    ] = "frequent",
+    min_depth: Annotated[
+        int, typer.Option(help="Least steps of frequent terms below the root.")
+    ] = 2,
+    min_count: Annotated[int, typer.Option(help="Least proteins of a frequent term.")] = 500,
+    max_terms: Annotated[int, typer.Option(help="Most frequent terms.")] = 30,
+) -> None:
+    """Labels of proteins from the Gene Ontology, for performers probe --labels."""
+    with one_line_errors():
+        prepare_output_file(output_file, (".tsv",))
+        found = write_go_labels(
+            source,
+            output_file,
+            ontology,
+            terms=terms,
+            min_depth=min_depth,
+            min_count=min_count,
+            max_terms=max_terms,
+        )
+        for reason, count in found.left_out.items():
+            note(f"{count:,} proteins left out: {reason}")
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("label")
+        table.add_column("name")
+        table.add_column("proteins", justify="right")
+        for label, name in found.names.items():
+            table.add_row(label, name, f"{found.counts[label]:,}")
+        output.print(table)
+        output.print(f"{len(found.labels):,} proteins in {output_file}", soft_wrap=True)
 
 
 def _print_splits(splits: dict[str, dict[str, int]]) -> None:

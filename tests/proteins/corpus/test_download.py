@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from performers.proteins.corpus.download import describe_release, download
+from performers.proteins.corpus.sources import open_source
 from performers.proteins.errors import UserError
 
 CONTENT = bytes(range(256)) * 40_000
@@ -127,3 +128,12 @@ def test_offline(tmp_path):
 def test_release_without_the_file(url):
     with pytest.raises(UserError, match="does not describe missing"):
         describe_release(url.replace("proteins.fasta.gz", "missing.gz"))
+
+
+def test_a_finished_download_is_of_the_release_it_was_and_asks_nothing_more(server, url, tmp_path):
+    first = open_source([], tmp_path, url=url)
+    assert first.description["release"] == "2026_04"
+    assert first.description["licence"].startswith("CC BY 4.0")
+    asked = len(server.requests)
+    assert open_source([], tmp_path, url=url) == first
+    assert len(server.requests) == asked

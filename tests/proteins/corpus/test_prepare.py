@@ -78,6 +78,21 @@ def test_splits(fasta, tmp_path):
     assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails["ood"])
 
 
+def test_a_search_that_reports_few_hits_misses_no_relative(fasta, tmp_path, monkeypatch):
+    monkeypatch.setattr("performers.proteins.corpus.prepare._HITS_PER_QUERY", 1)
+    manifest = prepare(fasta, tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    tails = {
+        split: {corpus.split(split).sequence(i)[-4:] for i in range(len(corpus.split(split)))}
+        for split in SPLITS
+    }
+    assert tails["ood"]
+    assert not tails["ood"] & (tails["train"] | tails["validation"] | tails["test"])
+    # The last search found nothing.
+    assert manifest["ood_searches"][-1]["related"] == 0
+    assert any(search["related"] for search in manifest["ood_searches"])
+
+
 def test_small_splits_are_fasta_too(fasta, tmp_path):
     prepare(fasta, tmp_path / "corpus")
     corpus = Corpus(tmp_path / "corpus")
@@ -144,6 +159,8 @@ def test_own_clusters(fasta, tmp_path):
     assert manifest["clusters"] == 30
     assert manifest["splits"]["ood"]["sequences"] == 30
     table.write_text(table.read_text() + "nobody\tnobody\n")
+    with pytest.raises(UserError, match="another corpus"):
+        prepare(fasta, tmp_path / "corpus", clusters=table)
     with pytest.raises(UserError, match="nobody"):
         prepare(fasta, tmp_path / "other", clusters=table)
 
@@ -181,3 +198,17 @@ def test_manifest_names_the_files(fasta, tmp_path):
     assert manifest["source"]["files"][0]["name"] == "proteins.fasta"
     assert manifest["source"]["files"][0]["bytes"] == fasta.stat().st_size
     assert manifest["mmseqs_version"] == "stand-in"
+    assert manifest["source"]["licence"] == "not stated"
+
+
+def test_an_address_goes_with_a_download_only(fasta, tmp_path):
+    with pytest.raises(UserError, match="--url is where"):
+        open_source([fasta], tmp_path, url="https://example.org/x.fasta.gz")
+    assert open_source([fasta], tmp_path, licence="mine").description["licence"] == "mine"
+
+
+def test_what_was_stopped_at_the_very_end_is_cleared_away(fasta, tmp_path):
+    prepare(fasta, tmp_path / "corpus")
+    (tmp_path / "corpus" / "work").mkdir()
+    prepare(fasta, tmp_path / "corpus")
+    assert not (tmp_path / "corpus" / "work").exists()

@@ -81,7 +81,14 @@ class Mmseqs:
             yield member, float(identity)
 
     def search(
-        self, query: str, target: str, *, sensitivity: float, max_evalue: float
+        self,
+        query: str,
+        target: str,
+        *,
+        sensitivity: float,
+        max_evalue: float,
+        max_hits: int = 300,
+        first_only: bool = False,
     ) -> Iterator[tuple[str, str, float, float, float]]:
         """Yield (query, target, identity, greater of the two coverages, e-value) of every hit.
 
@@ -90,12 +97,16 @@ class Mmseqs:
             target: Another, or a database.
             sensitivity: Of the prefilter, 1 to 7.5.
             max_evalue: Hits above it are left out.
+            max_hits: Targets that the prefilter passes on for a query, the best ones. A query with
+                more relatives than that loses the others.
+            first_only: Stop at a query's first hit.
         """
         self._run(
             "easy-search",
             *(query, target, "hits.tsv", "tmp_search"),
-            *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", "300"),
+            *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", str(max_hits)),
             *("--alignment-mode", "3"),
+            *(("--max-accept", "1") if first_only else ()),
             *("--format-output", "query,target,fident,qcov,tcov,evalue"),
             *self._memory,
         )

@@ -18,11 +18,12 @@ from performers.proteins.corpus.shards import (
     VOCABULARY,
     write_shards,
 )
-from performers.proteins.corpus.sources import Source, is_protein
+from performers.proteins.corpus.sources import Source, fingerprint, is_protein
 from performers.proteins.corpus.splitting import (
     assign_splits,
     candidate_clusters,
-    unrelated_clusters,
+    independent_clusters,
+    whole_groups,
 )
 from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord, iter_fasta, write_fasta
@@ -32,6 +33,12 @@ Report = Callable[[str], None]
 
 # Held out are clusters without relatives in the rest; many have some.
 _CANDIDATES_PER_HELD_OUT = 6
+# Clusters up to here are candidates even where a tenth of what is held out is less.
+_ALWAYS_SMALL = 10
+# Finds the close relatives, which most of the candidates have, in a fraction of the time.
+_QUICK_SENSITIVITY = 1.0
+# One relative is enough to drop a cluster; the prefilter may pass on some that are none.
+_HITS_PER_QUERY = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +115,8 @@ def prepare_corpus(
     1. Distinct sequences, each under the first of its names in alphabetical order.
     2. Clusters (mmseqs2, or the table given), also kept as ``clusters.tsv``.
     3. Out of distribution: clusters drawn with the seed, of which no member has a hit in what is
-       left (mmseqs2 search); clusters that are related to each other are held out together.
+       not held out (mmseqs2 search, repeated until it finds none); clusters that are related to
+       each other are held out together.
     4. Validation and test by sequence from what is left; the rest is for training.
 
     Args:
@@ -130,12 +138,14 @@ def prepare_corpus(
     wanted = {
         "source": source.description,
         "options": asdict(options),
-        "clusters_file": None if clusters is None else clusters.name,
+        "clusters_file": None if clusters is None else fingerprint(clusters),
     }
     manifest_file, work = output / "manifest.json", output / "work"
     if manifest_file.exists():
         manifest = read_json(manifest_file)
         if {key: manifest.get(key) for key in wanted} == wanted:
+            # Left by a run that was stopped between writing the manifest and this.
+            shutil.rmtree(work, ignore_errors=True)
             report("the corpus is there already")
             return dict(manifest)
         raise UserError(f"{output} holds another corpus; give another --output")
@@ -160,15 +170,16 @@ def prepare_corpus(
         _write_pairs(table, _clusters(clusters, mmseqs, options))
     members = _read_clusters(table)
     _check_names(members, distinct, table)
-    hits_file = work / "relatives.tsv"
-    target = round(options.ood_fraction * read["distinct"])
+    target = max(1, round(options.ood_fraction * read["distinct"]))
     candidates = candidate_clusters(
-        members, options.seed, min(_CANDIDATES_PER_HELD_OUT * target, read["distinct"] // 2)
+        members,
+        options.seed,
+        min(_CANDIDATES_PER_HELD_OUT * target, read["distinct"] // 2),
+        max(target // 10, min(target, _ALWAYS_SMALL)),
     )
-    if not hits_file.exists():
-        report(f"looking for relatives of {len(candidates):,} clusters (mmseqs2, minutes)")
-        _search(mmseqs, distinct, {m for name in candidates for m in members[name]}, options, work)
-    held_out = unrelated_clusters(candidates, _read_pairs(hits_file), members, target)
+    search = _RelativesSearch(mmseqs, distinct, members, options, report)
+    independent = independent_clusters(candidates, members, search)
+    held_out = whole_groups(independent, search.among(independent), members, target)
     splits = assign_splits(
         members,
         held_out,
@@ -205,6 +216,7 @@ def prepare_corpus(
         "mmseqs_version": mmseqs.version,
         "clusters": len(members),
         "ood_candidates": len(candidates),
+        "ood_searches": search.record,
         "vocabulary": list(VOCABULARY),
         "splits": entries,
     }
@@ -249,24 +261,92 @@ def _clusters(
     return mmseqs.cluster("all", options.identity, options.coverage)
 
 
-def _search(
-    mmseqs: Mmseqs, distinct: Path, queries: set[str], options: CorpusOptions, work: Path
-) -> None:
-    """Write (query, relative) of every hit that is not the query itself."""
-    records = (
-        ProteinRecord(name, "", sequence)
-        for name, sequence in _records(distinct)
-        if name in queries
-    )
-    write_fasta(work / "candidates.fasta", records, 10**9)
-    hits = mmseqs.search(
-        "candidates.fasta",
-        distinct.name,
-        sensitivity=options.sensitivity,
-        max_evalue=options.max_evalue,
-    )
-    pairs = ((query, target) for query, target, *_ in hits if query != target)
-    _write_pairs(work / "relatives.tsv", pairs)
+class _RelativesSearch:
+    """Searches for relatives of clusters in other clusters, each kept for a run that goes on.
+
+    Args:
+        mmseqs: The program.
+        distinct: FASTA file of all sequences, in its folder.
+        clusters: All clusters.
+        options: Sensitivity and e-value.
+        report: Called with a line as each search begins.
+    """
+
+    def __init__(
+        self,
+        mmseqs: Mmseqs,
+        distinct: Path,
+        clusters: dict[str, list[str]],
+        options: CorpusOptions,
+        report: Report,
+    ) -> None:
+        self._mmseqs, self._distinct, self._clusters = mmseqs, distinct, clusters
+        self._options, self._report = options, report
+        self._cluster_of = {m: name for name, group in clusters.items() for m in group}
+        self.record: list[dict[str, Any]] = []
+        self._searches = 0
+
+    def __call__(self, held: Sequence[str], others: Sequence[str], thorough: bool) -> list[str]:
+        """Names of the clusters of ``held`` with a relative in ``others``, in order."""
+        quick = min(_QUICK_SENSITIVITY, self._options.sensitivity)
+        sensitivity = self._options.sensitivity if thorough else quick
+        if not thorough and sensitivity == self._options.sensitivity:
+            return []
+        pairs = self._search(held, others, sensitivity, _HITS_PER_QUERY, first_only=True)
+        related = {self._cluster_of[query] for query, _ in pairs}
+        self.record.append(
+            {
+                "sensitivity": sensitivity,
+                "clusters": len(held),
+                "in_clusters": len(others),
+                "related": len(related),
+            }
+        )
+        return [name for name in held if name in related]
+
+    def among(self, held: Sequence[str]) -> list[tuple[str, str]]:
+        """All relations between members of these clusters."""
+        count = sum(len(self._clusters[name]) for name in held)
+        return self._search(held, held, self._options.sensitivity, count) if held else []
+
+    def _search(
+        self,
+        held: Sequence[str],
+        others: Sequence[str],
+        sensitivity: float,
+        max_hits: int,
+        *,
+        first_only: bool = False,
+    ) -> list[tuple[str, str]]:
+        work = self._distinct.parent
+        self._searches += 1
+        file = work / f"relatives-{self._searches}.tsv"
+        if not file.exists():
+            self._report(
+                f"looking for relatives of {len(held):,} clusters in {len(others):,} (mmseqs2, "
+                f"sensitivity {sensitivity:g})"
+            )
+            self._write("queries.fasta", held)
+            self._write("targets.fasta", others)
+            hits = self._mmseqs.search(
+                "queries.fasta",
+                "targets.fasta",
+                sensitivity=sensitivity,
+                max_evalue=self._options.max_evalue,
+                max_hits=max_hits,
+                first_only=first_only,
+            )
+            _write_pairs(file, ((query, target) for query, target, *_ in hits if query != target))
+        return list(_read_pairs(file))
+
+    def _write(self, name: str, clusters: Sequence[str]) -> None:
+        wanted = {member for cluster in clusters for member in self._clusters[cluster]}
+        records = (
+            ProteinRecord(name, "", sequence)
+            for name, sequence in _records(self._distinct)
+            if name in wanted
+        )
+        write_fasta(self._distinct.with_name(name), records, 10**9)
 
 
 def _records(path: Path) -> Iterator[tuple[str, str]]:

@@ -63,7 +63,9 @@ def write_shards(
         name = f"{len(shards):05d}"
         np.save(folder / f"{name}.tokens.npy", tokens)
         np.save(folder / f"{name}.offsets.npy", offsets)
-        (folder / f"{name}.names.txt").write_text("".join(f"{n}\n" for n in names))
+        (folder / f"{name}.names.txt").write_text(
+            "".join(f"{n}\n" for n in names), encoding="utf-8"
+        )
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
         shards.append(
             {"name": name, "sequences": len(names), "tokens": tokens.size, "sha256": digest}
@@ -156,7 +158,7 @@ class TokenShards(Sequence[npt.NDArray[np.uint8]]):
     def names(self) -> list[str]:
         """The name of each sequence."""
         files = [self.folder / f"{shard['name']}.names.txt" for shard in self.entry["shards"]]
-        return [name for file in files for name in file.read_text().split()]
+        return [name for file in files for name in file.read_text(encoding="utf-8").split()]
 
     def fingerprint(self) -> str:
         """SHA-256 over the hashes of the shards."""

@@ -51,8 +51,8 @@ def open_source(
     paths: Sequence[Path],
     downloads: Path,
     *,
-    url: str = UNIPROT,
-    licence: str = UNIPROT_LICENCE,
+    url: str | None = None,
+    licence: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Source:
     """Find the sequences, downloading them where none are given.
@@ -61,27 +61,38 @@ def open_source(
         paths: FASTA files (plain or gzip), BLAST databases (the path without ``.pin``, or the
             ``.pin`` file), or folders with BLAST databases anywhere in them; empty: the current
             release of Swiss-Prot is downloaded from ``url``.
-        downloads: Folder for a download.
-        url: Of the FASTA file in a UniProt release.
-        licence: What the manifest says.
+        downloads: Folder for a download. A file that is complete there is not asked for again.
+        url: Of the FASTA file in a UniProt release; that of Swiss-Prot when None.
+        licence: What the manifest says; UniProt's for a download when None, and otherwise that
+            none was stated.
         progress: Called with bytes there and bytes in all while downloading.
 
     Raises:
         UserError: A path holds no sequences, or the download fails.
     """
     if not paths:
-        expected = describe_release(url)
-        path = downloads / url.rpartition("/")[2]
-        if not path.exists():
-            download(url, path, expected, progress=progress)
-        about = {"url": url, "release": expected.version, "licence": licence}
-        return Source((path,), {**about, "files": [_fingerprint(path, path)]})
+        address = url or UNIPROT
+        path = downloads / address.rpartition("/")[2]
+        # Which release it is of is known at the time of the download only.
+        release_file = path.with_name(path.name + ".release")
+        if not (path.exists() and release_file.exists()):
+            expected = describe_release(address)
+            download(address, path, expected, progress=progress)
+            release_file.write_text(expected.version, encoding="utf-8")
+        about = {
+            "url": address,
+            "release": release_file.read_text(encoding="utf-8"),
+            "licence": licence or UNIPROT_LICENCE,
+        }
+        return Source((path,), {**about, "files": [fingerprint(path)]})
+    if url is not None:
+        raise UserError("--url is where Swiss-Prot is downloaded from without --source; give one")
     found = [file for path in paths for file in _sequence_files(path)]
     files = [
-        _fingerprint(psq if (psq := path.with_name(path.name + ".psq")).exists() else path, path)
+        fingerprint(psq if (psq := path.with_name(path.name + ".psq")).exists() else path, path)
         for path in found
     ]
-    return Source(tuple(found), {"licence": licence, "files": files})
+    return Source(tuple(found), {"licence": licence or "not stated", "files": files})
 
 
 def is_protein(sequence: str) -> bool:
@@ -102,7 +113,9 @@ def _sequence_files(path: Path) -> list[Path]:
     raise UserError(f"--source {path} does not exist")
 
 
-def _fingerprint(file: Path, named: Path) -> dict[str, Any]:
+def fingerprint(file: Path, named: Path | None = None) -> dict[str, Any]:
+    """Name, bytes and SHA-256 of a file, under the name of another if it belongs to that."""
+    named = named or file
     with file.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256") if hasattr(hashlib, "file_digest") else None
         if digest is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from performers.proteins.errors import UserError
 
@@ -11,55 +11,101 @@ Clusters = Mapping[str, Sequence[str]]
 """The members of each cluster, by its name (the representative's)."""
 
 
-def shuffled(names: Iterable[str], seed: int) -> list[str]:
-    """Names in an order that the seed alone fixes, the same with every library version."""
-    return sorted(names, key=lambda n: hashlib.sha256(f"{seed}:{n}".encode()).hexdigest())
+Relatives = Callable[[Sequence[str], Sequence[str], bool], Collection[str]]
+"""Which of the first clusters have a member with a relative in the second ones; the last argument
+says whether to look thoroughly, or quickly for the close ones."""
+
+# A group of related clusters may exceed what is asked for by this much.
+_GREATEST_SHARE = 1.2
 
 
-def candidate_clusters(clusters: Clusters, seed: int, sequences: int) -> list[str]:
+def shuffled(names: Iterable[str], seed: int, draw: str) -> list[str]:
+    """Names in an order that seed and draw alone fix, the same with every library version.
+
+    Args:
+        names: In any order.
+        seed: Of all draws.
+        draw: What is drawn. Two draws in one order would not be independent: what the first takes
+            from the front is not left for the second.
+    """
+    return sorted(names, key=lambda n: hashlib.sha256(f"{seed}:{draw}:{n}".encode()).hexdigest())
+
+
+def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: int) -> list[str]:
     """The first clusters in shuffled order that together have so many sequences.
 
-    A cluster with more than a tenth of that number is passed over: it alone would decide what
-    out of distribution means.
+    Args:
+        clusters: All of them.
+        seed: Of the order.
+        sequences: How many.
+        largest: A cluster with more members is passed over: it alone would decide what out of
+            distribution means.
     """
     chosen: list[str] = []
     total = 0
-    for name in shuffled(clusters, seed):
+    for name in shuffled(clusters, seed, "clusters"):
         if total >= sequences:
             break
-        if len(clusters[name]) <= max(1, sequences // 10):
+        if len(clusters[name]) <= largest:
             chosen.append(name)
             total += len(clusters[name])
     return chosen
 
 
-def unrelated_clusters(
+def independent_clusters(
+    candidates: Sequence[str], clusters: Clusters, relatives: Relatives
+) -> list[str]:
+    """Candidates without a relative among all that is not returned.
+
+    A candidate with a relative outside is dropped, and is then outside itself, until a round drops
+    none. A search never meets the candidates' own clusters, whose members would be the best hits
+    of each other and leave no place for others.
+
+    Args:
+        candidates: Names of clusters.
+        clusters: All clusters.
+        relatives: Finds those with relatives.
+
+    Returns:
+        Names in the order of ``candidates``.
+    """
+    held, outside = list(candidates), []
+    for thorough in (False, True):
+        within = set(held)
+        everything_else = [name for name in clusters if name not in within]
+        outside = list(relatives(held, everything_else, thorough)) if held else []
+        held = [name for name in held if name not in set(outside)]
+    while held and outside:
+        outside = list(relatives(held, outside, True))
+        held = [name for name in held if name not in set(outside)]
+    return held
+
+
+def whole_groups(
     candidates: Sequence[str],
     hits: Iterable[tuple[str, str]],
     clusters: Clusters,
     sequences: int,
 ) -> list[str]:
-    """Candidates that may be held out together: no member has a relative among what stays.
+    """Candidates that make up a number of sequences, related ones together or not at all.
 
     Args:
         candidates: Names of clusters, in order of preference.
-        hits: (member of a candidate, any related sequence), direct relations.
+        hits: (member of a candidate, member of a candidate), all direct relations.
         clusters: All clusters.
-        sequences: Stop once so many sequences are held out.
+        sequences: Stop once so many sequences are taken; a group that would exceed it by a fifth is
+            passed over.
 
     Returns:
-        Names in the order of ``candidates``. Clusters related to each other are taken together or
-        not at all.
+        Names in the order in which their groups come.
     """
-    cluster_of = {member: name for name, members in clusters.items() for member in members}
-    wanted = set(candidates)
+    cluster_of = {member: name for name in candidates for member in clusters[name]}
     related: dict[str, set[str]] = {name: set() for name in candidates}
     for query, target in hits:
         ours, theirs = cluster_of[query], cluster_of[target]
         if ours != theirs:
             related[ours].add(theirs)
-            if theirs in wanted:
-                related[theirs].add(ours)
+            related[theirs].add(ours)
     taken: list[str] = []
     seen: set[str] = set()
     total = 0
@@ -69,19 +115,18 @@ def unrelated_clusters(
         if name in seen:
             continue
         group = _connected(name, related)
-        seen |= group & wanted
-        if group <= wanted:
-            members = [candidate for candidate in candidates if candidate in group]
-            taken += members
-            total += sum(len(clusters[member]) for member in members)
+        seen |= group
+        size = sum(len(clusters[member]) for member in group)
+        if total + size <= _GREATEST_SHARE * sequences:
+            taken += [candidate for candidate in candidates if candidate in group]
+            total += size
     return taken
 
 
 def _connected(start: str, related: Mapping[str, set[str]]) -> set[str]:
     group, edge = {start}, [start]
     while edge:
-        # What is no candidate has no entry: the group is out, and where it leads is no matter.
-        new = related.get(edge.pop(), set()) - group
+        new = related[edge.pop()] - group
         group |= new
         edge += new
     return group
@@ -105,7 +150,7 @@ def assign_splits(
     """
     ood = {member for name in held_out for member in clusters[name]}
     everything = [member for members in clusters.values() for member in members]
-    order = shuffled((name for name in everything if name not in ood), seed)
+    order = shuffled((name for name in everything if name not in ood), seed, "sequences")
     validation = round(validation_fraction * len(everything))
     test = round(test_fraction * len(everything))
     splits = {
