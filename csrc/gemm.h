@@ -66,6 +66,57 @@ inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_str
     }
 }
 
+// As tile, where each vector of C needs other terms of the sum: vector v those before
+// edge + v kWidth, or (kFrom) those from there on.
+template <int kRows, int kVectors, bool kTransposed, bool kFrom>
+inline void tile_edge(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
+                      int64_t c_stride, int64_t inner, bool accumulate, int64_t edge) {
+    Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            sum[r][v] = splat(0.0f);
+        }
+    }
+    const auto add = [&]<int kFirst, int kLast>(int64_t begin, int64_t end)
+                         __attribute__((always_inline)) {
+        for (int64_t k = begin; k < end; ++k) {
+            Vector row[kVectors];
+#pragma GCC unroll 8
+            for (int v = kFirst; v < kLast; ++v) row[v] = load(b + k * b_stride + v * kWidth);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const Vector x = splat(kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]);
+#pragma GCC unroll 8
+                for (int v = kFirst; v < kLast; ++v) sum[r][v] += x * row[v];
+            }
+        }
+    };
+    const auto edge_of = [&](int v) {
+        return larger<int64_t>(0, smaller(inner, edge + v * kWidth));
+    };
+    if constexpr (kFrom) {
+        if constexpr (kVectors > 1) add.template operator()<0, 1>(edge_of(0), edge_of(1));
+        if constexpr (kVectors > 2) add.template operator()<0, 2>(edge_of(1), edge_of(2));
+        if constexpr (kVectors > 3) add.template operator()<0, 3>(edge_of(2), edge_of(3));
+        add.template operator()<0, kVectors>(edge_of(kVectors - 1), inner);
+    } else {
+        add.template operator()<0, kVectors>(0, edge_of(0));
+        if constexpr (kVectors > 1) add.template operator()<1, kVectors>(edge_of(0), edge_of(1));
+        if constexpr (kVectors > 2) add.template operator()<2, kVectors>(edge_of(1), edge_of(2));
+        if constexpr (kVectors > 3) add.template operator()<3, kVectors>(edge_of(2), edge_of(3));
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            float *at = c + r * c_stride + v * kWidth;
+            store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
+        }
+    }
+}
+
 template <int kRows, int kVectors>
 inline void tile(Operand a, int64_t r, const float *b, int64_t b_stride, float *c, int64_t c_stride,
                  int64_t inner, bool accumulate) {
@@ -74,6 +125,21 @@ inline void tile(Operand a, int64_t r, const float *b, int64_t b_stride, float *
     } else {
         tile<kRows, kVectors, false>(a.row(r), a.stride, b, b_stride, c, c_stride, inner,
                                      accumulate);
+    }
+}
+
+// Calls f<rows>() with the number of rows, at most kTileRows, as a constant.
+template <typename Function>
+inline void with_rows(int64_t rows, Function &&f) {
+    switch (rows) {
+        case 1: return f.template operator()<1>();
+        case 2: return f.template operator()<2>();
+        case 3: return f.template operator()<3>();
+        case 4: return f.template operator()<4>();
+#if PERFORMERS_TILE_ROWS == 6
+        case 5: return f.template operator()<5>();
+        default: return f.template operator()<6>();
+#endif
     }
 }
 
@@ -104,7 +170,7 @@ struct Band {
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 // What part of a product a banded operand makes necessary: all of it, or for row (or column) i of C
-// the terms j of the sum with j - i in the band.
+// the terms j of the sum with j - i in the band, which by columns has one end only.
 struct Part {
     enum class By { none, row, column } by = By::none;
     Band band = {};
@@ -122,12 +188,26 @@ inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const 
     for (int64_t r = 0; r < rows; r += kTileRows) {
         const int64_t height = smaller<int64_t>(kTileRows, rows - r);
         int64_t first = 0, last = inner;
-        if (part.by != Part::By::none) {
-            const bool rowwise = part.by == Part::By::row;
-            const int64_t from = rowwise ? r : column;
-            const int64_t to = from + (rowwise ? height : kVectors * kWidth);
-            first = smaller(last, larger(first, from + part.band.low));
-            last = larger(first, smaller(last, to + part.band.high));
+        if (part.by == Part::By::row) {
+            first = smaller(last, larger(first, r + part.band.low));
+            last = larger(first, smaller(last, r + height + part.band.high));
+        } else if (part.by == Part::By::column) {
+            const bool upper = part.band.low > -kUnbounded;
+            const int64_t edge = column + (upper ? part.band.low : kWidth + part.band.high);
+            with_rows(height, [&]<int kRows>() {
+                const float *rows_of_a = a.row(r), *columns_of_b = b + column;
+                float *to = c + r * c_stride + column;
+                if (upper) {
+                    tile_edge<kRows, kVectors, false, true>(rows_of_a, a.stride, columns_of_b,
+                                                            b_stride, to, c_stride, inner,
+                                                            accumulate, edge);
+                } else {
+                    tile_edge<kRows, kVectors, false, false>(rows_of_a, a.stride, columns_of_b,
+                                                             b_stride, to, c_stride, inner,
+                                                             accumulate, edge);
+                }
+            });
+            continue;
         }
         const Operand from = {a.data + (a.transposed ? first * a.stride : first), a.stride,
                               a.transposed};
@@ -155,11 +235,9 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, Operand a, co
                      int64_t b_stride, float *c, int64_t c_stride, bool accumulate,
                      Part part = {}) {
     const int64_t vectors = (columns + kWidth - 1) / kWidth;
-    // Narrower strips follow a triangle more closely.
-    const int64_t widest = part.by == Part::By::column ? 2 : kTileVectors;
     int64_t v = 0;
     while (v < vectors) {
-        const int64_t wide = smaller(widest, vectors - v), column = v * kWidth;
+        const int64_t wide = smaller<int64_t>(kTileVectors, vectors - v), column = v * kWidth;
         with_width(wide, [&]<int kVectors>() {
             strip<kVectors>(rows, column, inner, a, b, b_stride, c, c_stride, accumulate, part);
         });
