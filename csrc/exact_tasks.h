@@ -146,25 +146,18 @@ private:
     SharedMemory memory_;
 };
 
-inline int64_t key_blocks_of(const FarUnit &unit) { return unit.grid.key_blocks; }
-inline int64_t query_blocks_of(const FarUnit &unit) { return unit.grid.query_blocks; }
+inline int64_t key_segments_of(const FarUnit &unit) { return unit.grid.keys().count(); }
+inline int64_t query_segments_of(const FarUnit &unit) { return unit.grid.queries().count(); }
 
-struct RunningBuffers {
-    Sums sums;
-
-    RunningBuffers(Arena &arena, const Problem &p) : sums(arena.take(Sums::size(p)), p) {}
-};
-
-// Features and sums of keys, and what each block of queries reaches.
+// Features and sums of keys, added up.
 inline void gather_far(const Problem &p, const FarTasks &tasks) {
-    tasks.run(p, key_blocks_of, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
+    tasks.run(p, key_segments_of, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
         auto b = in_scratch<FarKeyBuffers>(p);
         far_keys(p, unit, begin, end, b);
     });
     const auto features = [&](const FarUnit &) { return p.features; };
     tasks.run(p, features, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-        auto b = in_scratch<RunningBuffers>(p);
-        far_sums(p, unit, begin, end, b.sums);
+        far_sums(p, unit, begin, end, tasks.parts > 0);
     });
 }
 
@@ -172,29 +165,32 @@ inline void forward_windowed(const Problem &p) {
     FarWork work(p, false);
     work.run([&](const FarTasks &tasks) {
         gather_far(p, tasks);
-        tasks.run(p, query_blocks_of, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-            auto b = in_scratch<FarQueryBuffers>(p);
-            far_queries(p, unit, begin, end, b);
-        });
+        tasks.run(p, query_segments_of,
+                  [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
+                      auto b = in_scratch<FarQueryBuffers>(p);
+                      far_queries(p, unit, begin, end, b);
+                  });
     });
 }
 
 inline void backward_windowed(const Problem &p, const WeightGradients &trained) {
     const auto features = [&](const FarUnit &) { return p.features; };
+    const auto reading_keys = [](const FarUnit &unit) { return unit.grid.reading_keys().count(); };
     FarWork work(p, true);
     work.run([&](const FarTasks &tasks) {
         gather_far(p, tasks);
-        tasks.run(p, query_blocks_of,
+        tasks.run(p, query_segments_of,
                   [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t lane) {
                       auto b = in_scratch<FarGradientBuffers>(p);
                       b.trained = trained.at(lane);
                       far_query_gradients(p, unit, begin, end, b);
                   });
         tasks.run(p, features, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-            auto b = in_scratch<RunningBuffers>(p);
-            far_gradient_sums(p, unit, begin, end, b.sums);
+            if (!unit.grid.reaches()) return;
+            add_segments(p, unit.grads, query_segments_of(unit), false, tasks.parts > 0, begin,
+                         end);
         });
-        tasks.run(p, key_blocks_of,
+        tasks.run(p, reading_keys,
                   [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t lane) {
                       auto b = in_scratch<FarGradientBuffers>(p);
                       b.trained = trained.at(lane);

@@ -14,7 +14,8 @@ struct FarGradientBuffers {
     float *pairs, *pair_grads, *pair_grads_rows;  // (kBlock, kBlock)
     float *slope, *slope_sum;                     // (features, kBlock) and (kBlock)
     float *grad_x, *grad_value;
-    Sums grad_sums;
+    SegmentReader reader;
+    FarFeatures features;
     WeightSums trained;
 
     FarGradientBuffers(Arena &arena, const Problem &p)
@@ -30,7 +31,8 @@ struct FarGradientBuffers {
           slope_sum(arena.take(kBlock)),
           grad_x(arena.take(kBlock * p.padded_dim)),
           grad_value(arena.take(kBlock * p.padded_value)),
-          grad_sums(arena.take(Sums::size(p)), p) {}
+          reader(arena, p),
+          features(arena, p) {}
 };
 
 // d loss / d (normalised pair): grad_i . v_j - delta_i within the band, zero elsewhere.
@@ -47,21 +49,32 @@ inline void far_pair_gradients(const Problem &p, int64_t keys, int64_t rows, con
     clear_outside(b.pair_grads, keys, rows, band);
 }
 
-// Gradients of the query blocks [begin, end); leaves their normalised features, and in the place of
-// the sums they read the gradient of these.
+// Gradients of the segments [begin, end) of queries; leaves their normalised features, and the
+// gradients of the sums they read.
 inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
                                 FarGradientBuffers &b) {
     const FarGrid &grid = unit.grid;
+    if (!grid.reaches()) return;
     const float *weights = p.weights_of(unit.head);
-    for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = grid.queries().first(begin), last = grid.queries().last(end - 1);
+    b.reader.start(p, unit.keys, grid.keys(), true, grid.lower(first));
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t segment = block / kSegment;
+        const Sums whole = unit.grads.from_segment(p, segment);
+        if (block % kSegment == 0) {
+            read_far_keys(p, unit, segment, b.reader);
+            clear_sums(p, whole, 0, p.features);
+        }
         if (!grid.reaches(block)) continue;
         const int64_t start = grid.query_begin(block), rows = grid.query_rows(block);
         int64_t partial = 0;
         grid.for_partial_keys(block, [&](int64_t c, Band) {
             far_values(p, unit, c, b.keep, b.value + partial++ * kBlock * p.padded_value);
         });
-        const Sums sums = unit.reached_by(p, block);
-        clear_sums(p, b.grad_sums, 0, p.features);
+        Sums sums = b.reader.of(p, block % kSegment);
+        sums.log_scale = unit.log_scale;
+        const Sums grads = unit.grads.of(p, block);
+        for (int64_t f = 0; f < p.features; ++f) grads.key_sum[f] = 0;
         for (int64_t group = 0; group < p.call.groups; ++group) {
             float *features = unit.query_features_of(p, block, group);
             b.q.fetch(p, unit.head, group, start, rows);
@@ -75,10 +88,10 @@ inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t b
                 const int64_t keys = grid.key_rows(c);
                 far_pair_gradients(p, keys, rows, b.value + partial++ * kBlock * p.padded_value,
                                    delta, band, b);
-                multiply(p.features, rows, keys, rows_of(unit.features_of(p, c), kBlock),
+                multiply(p.features, rows, keys, rows_of(b.features.of(p, unit, c), kBlock),
                          b.pair_grads, kBlock, b.slope, kBlock, true, by_column(band));
             });
-            query_slopes(p, b.q, sums, 0, p.features, features, b.slope, b.grad_sums.key_sum);
+            query_slopes(p, b.q, sums, 0, p.features, features, b.slope, grads.key_sum);
             for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
             sum_slopes(b.slope, p.features, rows, b.slope_sum);
             b.trained.add(p, unit.head, 0, p.features, b.slope, b.q.block);
@@ -87,50 +100,48 @@ inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t b
             finish_gradients(p, p.query_rows(p.call.grad_query, unit.head, group), start, b.q.block,
                              b.grad_x, b.slope_sum);
             multiply(p.features, p.padded_value, rows, rows_of(features, kBlock), b.q.grad,
-                     p.padded_value, b.grad_sums.key_value, p.padded_value, true);
+                     p.padded_value, grads.key_value, p.padded_value, group > 0);
         }
-        copy_sums(p, sums, b.grad_sums, 0, p.features);
+        add_sums(p, whole, grads, nullptr, &whole, 0, p.features);
     }
 }
 
-// For features [first, last): adds up, in the place of the sums over each block of keys, the
-// gradients from the blocks of queries that all its keys are reached by.
-inline void far_gradient_sums(const Problem &p, const FarUnit &unit, int64_t first, int64_t last,
-                              const Sums &running) {
+// What the segment of keys reads that is next.
+inline void read_far_gradients(const Problem &p, const FarUnit &unit, int64_t segment,
+                               SegmentReader &reader) {
     const FarGrid &grid = unit.grid;
-    if (!grid.reaches()) return;
-    clear_sums(p, running, first, last);
-    int64_t b = grid.query_blocks;
-    for (int64_t c = grid.key_blocks - 1; c >= 0; --c) {
-        while (b > larger<int64_t>(0, c + grid.window / kBlock + 1)) {
-            add_sums(p, running, unit.reached_by(p, --b), first, last);
-        }
-        if (grid.needed(c)) copy_sums(p, unit.sums_of(p, c), running, first, last);
+    const Segments segments = grid.reading_keys();
+    const int64_t first = segments.first(segment), last = segments.last(segment);
+    int64_t lower[kSegment], upper[kSegment];
+    for (int64_t c = first; c < last; ++c) {
+        lower[c - first] = grid.key_lower(c);
+        upper[c - first] = grid.key_upper(c);
     }
-    clear_sums(p, running, first, last);
-    b = 0;
-    for (int64_t c = 0; c < grid.key_blocks; ++c) {
-        while (b < grid.query_blocks && grid.full(b) <= c) {
-            add_sums(p, running, unit.reached_by(p, b++), first, last);
-        }
-        if (b > 0) add_sums(p, unit.sums_of(p, c), running, first, last);
-    }
+    const int64_t bound = (segment + 1) * kSegment - segments.shift + grid.behind;
+    reader.read(p, unit.grads, grid.queries(), false, last - first, lower, upper,
+                smaller(grid.query_blocks, bound));
 }
 
-// Gradients of the key blocks [begin, end).
+// Gradients of the segments [begin, end) of keys.
 inline void far_key_gradients(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
                               FarGradientBuffers &b) {
     const FarGrid &grid = unit.grid;
+    if (!grid.reaches()) return;
     const float *weights = p.weights_of(unit.head);
     const Rows keys = p.key_rows(p.call.key, unit.head);
     const Rows grad_keys = p.key_rows(p.call.grad_key, unit.head);
     const Rows grad_values = p.key_rows(p.call.grad_value, unit.head);
     const Rows values = p.key_rows(p.call.value, unit.head);
-    for (int64_t c = begin; c < end; ++c) {
+    const Segments segments = grid.reading_keys();
+    const int64_t from = segments.first(begin), to = segments.last(end - 1);
+    b.reader.start(p, unit.grads, grid.queries(), false, grid.key_lower(from));
+    for (int64_t c = from; c < to; ++c) {
+        const int64_t segment = segments.of(c), place = c - segments.first(segment);
+        if (place == 0) read_far_gradients(p, unit, segment, b.reader);
         if (!grid.needed(c)) continue;
         const int64_t start = grid.key_begin(c), rows = grid.key_rows(c);
-        const Sums grads = unit.sums_of(p, c);
-        const float *features = unit.features_of(p, c);
+        const Sums grads = b.reader.of(p, place);
+        const float *features = b.features.of(p, unit, c);
         b.block.load_keys(p, keys, p.mask(unit.head), start, rows, b.keep, grid.span.first);
         load_values(p, values, start, rows, b.keep, b.value);
         transpose(b.value, p.padded_value, rows, p.padded_value, b.value_transposed);
