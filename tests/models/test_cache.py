@@ -8,8 +8,8 @@ from transformers import DynamicCache
 
 from performers.models import PerformerCache, PerformerModel
 from tests.models.cases import (
+    CACHED,
     FAVOR,
-    FULL,
     MAIN,
     PAD,
     POSITION_NAMES,
@@ -49,7 +49,7 @@ def read(model, ids, mask, cuts, shape="own", cache=None):
 
 @pytest.mark.parametrize("shape", MASKS)
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CACHED)
 def test_pieces_equal_the_whole(attention, cuts, shape):
     model = causal_model(attention)
     ids, mask = batch()
@@ -93,7 +93,7 @@ def test_a_call_without_a_mask_continues_a_padded_one(attention):
 
 
 @pytest.mark.parametrize("shape", MASKS)
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CACHED)
 def test_padding_in_the_middle_is_forgotten(attention, shape):
     """Prompts padded on the right, and then continued."""
     model = causal_model(attention)
@@ -119,7 +119,7 @@ def test_gradients_of_pieces_equal_those_of_the_whole(attention):
         torch.testing.assert_close(gradient, whole[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CACHED)
 def test_bytes_held(attention):
     model = causal_model(attention)
     sizes = []

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from performers.models import PerformerForCausalLM
-from tests.models.cases import FULL, TOLERANCE, causal_model, make_config, tokens
+from tests.models.cases import CAUSAL, TOLERANCE, causal_model, make_config, tokens
 
 
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CAUSAL)
 def test_later_tokens_do_not_change_earlier_logits(attention):
     model = causal_model(attention)
     ids = tokens(1, 150)

@@ -31,6 +31,10 @@ def test_every_kernel_is_an_attention():
         "favor-softmax",
         "exact",
         "identity",
+        "linformer",
+        "lsh",
+        "local",
+        "bigbird",
         *(f"favor-{name}" for name in FUNCTIONS),
     }
 

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from performers.models import PerformerForCausalLM
 from tests.models.cases import (
-    FULL,
+    CACHED,
     MAIN,
     POSITION_NAMES,
     causal_model,
@@ -42,7 +42,7 @@ def recomputed(model, ids, mask=None):
     return ids
 
 
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CACHED)
 def test_greedy_decoding_with_and_without_a_cache(attention):
     model = generator_model(attention)
     ids = tokens(2, 9)
@@ -105,7 +105,7 @@ def test_sampling_is_reproducible(attention):
     assert (samples[0] != samples[3]).any()
 
 
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CACHED)
 def test_generation_is_continued_over_several_calls(attention):
     model = generator_model(attention)
     ids, mask = left_padded([tokens(1, size, seed=size)[0] for size in (8, 5)])

@@ -14,6 +14,7 @@ from performers.models import (
 )
 from performers.models.positions import rotate
 from tests.models.cases import (
+    EVERY,
     FULL,
     MAIN,
     POSITION_NAMES,
@@ -30,9 +31,8 @@ from tests.models.cases import (
 LENGTHS = (9, 6)
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 @pytest.mark.parametrize("positions", POSITION_NAMES)
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_forward_and_backward(attention, positions, is_causal):
     model = make_model(attention, is_causal, position_embedding=positions).train()
     ids = tokens(2, 9)
@@ -126,8 +126,7 @@ def test_hidden_states(attention):
     assert model(tokens(2, 7)).hidden_states is None
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_attention_matrices(attention, is_causal):
     """Their rows sum to one over real keys, and they are what the layers did."""
     model = make_model(attention, is_causal)
@@ -150,7 +149,8 @@ def test_attention_matrices(attention, is_causal):
     for (value, (out, _)), weights in zip(results[: len(layers)], shown.attentions, strict=True):
         assert weights.shape == (2, 2, 9, 9)
         rows = weights.transpose(1, 2)[real]
-        torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), **TOLERANCE)
+        if attention != "linformer":
+            torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), **TOLERANCE)
         if attention != "identity":
             assert (weights.permute(0, 3, 1, 2)[~real] == 0).all()
         if is_causal:
@@ -165,11 +165,11 @@ def test_identity_layers_attend_to_themselves():
         assert (weights == torch.eye(5, dtype=weights.dtype)).all()
 
 
-@pytest.mark.parametrize("model_class", [PerformerForMaskedLM, PerformerForCausalLM])
-@pytest.mark.parametrize("attention", FULL)
-def test_the_first_loss_is_that_of_guessing(attention, model_class):
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
+def test_the_first_loss_is_that_of_guessing(attention, is_causal):
     """With the ordinary initial weights; one drawn model in float32."""
     torch.manual_seed(0)
+    model_class = PerformerForCausalLM if is_causal else PerformerForMaskedLM
     model = model_class(make_config(attention, initializer_range=0.02, hidden_size=64))
     ids = tokens(8, 40)
     # A tied output layer knows the input token, so predict others.

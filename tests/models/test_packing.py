@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.cases import (
-    FULL,
+    CAUSAL,
     MAIN,
     PAD,
     POSITION_NAMES,
@@ -39,7 +39,7 @@ def packed(rows=ROWS, length=LENGTH):
 
 
 @KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CAUSAL)
 def test_packed_sequences_equal_sequences_alone(attention, is_causal):
     model = make_model(attention, is_causal)
     ids, mask, sequence_ids, places = packed()
@@ -122,7 +122,7 @@ def test_padding_of_a_packed_row_is_irrelevant(attention, is_causal):
 
 
 @KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize("attention", CAUSAL)
 def test_attention_matrices_of_packed_rows(attention, is_causal):
     """They keep to the sequences' blocks, sum to one there, and are those of each alone."""
     model = make_model(attention, is_causal)

@@ -5,7 +5,7 @@ import torch
 
 from performers.models import PerformerForSequenceClassification
 from tests.models.cases import (
-    FULL,
+    EVERY,
     MAIN,
     POSITION_NAMES,
     TOLERANCE,
@@ -26,8 +26,7 @@ def rows_of(*lengths):
 
 
 @SIDES
-@KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_padded_rows_equal_rows_alone(attention, is_causal, pad):
     model = make_model(attention, is_causal)
     rows = rows_of(12, 7, 1)
@@ -52,8 +51,7 @@ def test_padding_is_not_counted_as_a_position(positions, is_causal, pad):
 
 
 @SIDES
-@KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_a_batch_of_one_is_masked_too(attention, is_causal, pad):
     """Padding to the length of a longer row, which is then dropped from the batch."""
     model = make_model(attention, is_causal)
@@ -65,8 +63,7 @@ def test_a_batch_of_one_is_masked_too(attention, is_causal, pad):
 
 
 @SIDES
-@KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_content_of_padding_is_irrelevant(attention, is_causal, pad):
     model = make_model(attention, is_causal)
     ids, mask = pad(rows_of(10, 5))
@@ -97,8 +94,7 @@ def test_gradients_of_padded_rows(attention, is_causal, pad):
         torch.testing.assert_close(gradient, alone[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@KINDS
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_a_row_of_padding_only_is_finite(attention, is_causal):
     model = make_model(attention, is_causal).train()
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
@@ -110,8 +106,9 @@ def test_a_row_of_padding_only_is_finite(attention, is_causal):
 
 
 @pytest.mark.parametrize("output_attentions", [False, True])
-@KINDS
-@pytest.mark.parametrize("attention", [name for name in FULL if name != "identity"])
+@pytest.mark.parametrize(
+    ("attention", "is_causal"), [kind for kind in EVERY if kind[0] != "identity"]
+)
 def test_attention_to_nothing_is_zero(attention, is_causal, output_attentions):
     model = make_model(attention, is_causal)
     mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]])

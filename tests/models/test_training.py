@@ -5,7 +5,7 @@ import torch
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from tests.models.cases import (
-    FULL,
+    EVERY,
     MAIN,
     TOLERANCE,
     causal_model,
@@ -121,8 +121,7 @@ def test_a_model_without_attention_cannot_copy():
     assert min(losses) > 1.9
 
 
-@pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
-@pytest.mark.parametrize("attention", FULL)
+@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_a_few_steps_lower_the_loss(attention, is_causal):
     """Every mechanism fits one batch."""
     torch.manual_seed(0)

@@ -1,38 +1,37 @@
 """The attention mechanisms a model can be built with, behind one call."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performers.attention import favor_attention, favor_attention_weights
 from performers.features import FeatureMap, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer, PerformerCache
-from performers.models.configuration import PerformerConfig
+from performers.models.cache import FavorCacheLayer
+from performers.models.comparators import (
+    BigBirdMechanism,
+    HashFeatures,
+    LinformerMechanism,
+    LocalMechanism,
+    LshMechanism,
+)
+from performers.models.configuration import PerformerConfig, check_causal
+from performers.models.context import AttentionContext
 from performers.models.positions import rotate
 
+__all__ = [
+    "AttentionContext",
+    "ExactMechanism",
+    "FavorMechanism",
+    "IdentityMechanism",
+    "PerformerSelfAttention",
+    "ResidualLinear",
+    "build_mechanism",
+]
 
-class AttentionContext(NamedTuple):
-    """What all layers of one forward call share.
-
-    Attributes:
-        is_causal: Token ``i`` sees tokens up to ``i`` only.
-        key_mask: Shape ``(B, L)``, True = takes part, or None.
-        sequence_ids: Shape ``(B, L)``: tokens of different ids do not see each other, or None.
-        cu_seqlens: The same as boundaries along all rows laid end to end, or None.
-        cache: The past, or None.
-        rotary: Angles, or None.
-        need_weights: Also return the attention matrix.
-    """
-
-    is_causal: bool
-    key_mask: Tensor | None = None
-    sequence_ids: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    cache: PerformerCache | None = None
-    rotary: tuple[Tensor, Tensor] | None = None
-    need_weights: bool = False
+# What None in a configuration stands for. It is resolved here and not kept there, where it would
+# pass for a choice when the attention is changed.
+_LOCAL_WINDOW = 128
+_LINFORMER_RANK = 256
 
 
 class FavorMechanism(nn.Module):
@@ -51,7 +50,7 @@ class FavorMechanism(nn.Module):
         """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None."""
         weights = self._weights(query, key, context) if context.need_weights else None
         if context.cu_seqlens is not None:
-            batch = query.shape[0]
+            batch, _, length, _ = query.shape
             query, key, value = (
                 x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value)
             )
@@ -66,7 +65,7 @@ class FavorMechanism(nn.Module):
                 window=self.window,
                 sinks=self.sinks,
             )
-            return out.squeeze(0).unflatten(1, (batch, -1)).transpose(0, 1), weights
+            return out.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1), weights
         if context.cache is None:
             out = favor_attention(
                 query,
@@ -186,15 +185,42 @@ def build_mechanism(
         config: The model's configuration.
         layer: Index of the layer; None: a layer that has ``config.attention``.
         generator: Where features are drawn from; None: torch's own.
+
+    Raises:
+        ValueError: The attention has no causal form and the model is causal, or it needs features
+            and has no projection to draw them with.
     """
     attention = config.attention if layer is None else config.layer_attention(layer)
+    check_causal(attention, config.is_decoder)
+    num_heads = config.num_attention_heads if config.features_per_head else None
     if attention == "exact":
         return ExactMechanism()
     if attention == "identity":
         return IdentityMechanism()
-    num_heads = config.num_attention_heads if config.features_per_head else None
+    if attention == "local":
+        return LocalMechanism(_LOCAL_WINDOW if config.window is None else config.window)
+    if attention == "linformer":
+        longest = config.max_position_embeddings
+        return LinformerMechanism(config.linformer_rank or min(_LINFORMER_RANK, longest), longest)
+    if attention == "bigbird":
+        return BigBirdMechanism(
+            config.bigbird_block_size, config.bigbird_global_blocks, config.bigbird_random_blocks
+        )
+    if attention == "lsh":
+        return LshMechanism(
+            HashFeatures(
+                config.head_dim,
+                config.lsh_buckets
+                or _enough_buckets(config.max_position_embeddings, config.lsh_chunk_size),
+                config.lsh_rounds,
+                num_heads=num_heads,
+                generator=generator,
+            ),
+            config.lsh_chunk_size,
+        )
     if attention == "favor-softmax":
-        assert config.projection is not None
+        if config.projection is None:
+            raise ValueError("projection must not be None for favor-softmax")
         return FavorMechanism(
             SoftmaxFeatures(
                 config.head_dim,
@@ -221,6 +247,11 @@ def build_mechanism(
     )
 
 
+def _enough_buckets(length: int, size: int) -> int:
+    """The least power of two, at least 2, of buckets with ``size`` tokens or fewer each."""
+    return 2 ** max(1, (-(-length // size) - 1).bit_length())
+
+
 class ResidualLinear(nn.Linear):
     """The last layer of a residual branch.
 
@@ -230,13 +261,17 @@ class ResidualLinear(nn.Linear):
 
 
 class PerformerSelfAttention(nn.Module):
-    """Projections, positions, mechanism, output projection."""
+    """Projections, positions, mechanism, output projection.
+
+    Where queries are keys too (``"lsh"``), ``query_key_value`` has two parts and not three.
+    """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.num_heads = config.num_attention_heads
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.parts = 2 if config.layer_attention(layer) == "lsh" else 3
+        self.query_key_value = nn.Linear(config.hidden_size, self.parts * config.hidden_size)
         self.mechanism = build_mechanism(config, layer)
         self.output = ResidualLinear(config.hidden_size, config.hidden_size)
 
@@ -245,8 +280,12 @@ class PerformerSelfAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """From ``(B, L, hidden_size)`` to the same shape, and the attention matrix or None."""
         projected = self.query_key_value(hidden_states)
-        query, key, value = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = projected.unflatten(-1, (self.parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, *between, value = parts.unbind(0)
         if context.rotary is not None:
-            query, key = rotate(query, context.rotary), rotate(key, context.rotary)
+            query = rotate(query, context.rotary)
+        key = query
+        if between:
+            key = between[0] if context.rotary is None else rotate(between[0], context.rotary)
         out, weights = self.mechanism(query, key, value, context, self.layer)
         return self.output(out.transpose(1, 2).flatten(2).to(hidden_states.dtype)), weights

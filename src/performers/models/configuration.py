@@ -11,7 +11,15 @@ from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 
 POSITIONS = ("rotary", "sinusoidal", "learned")
-ATTENTIONS = ("favor-softmax", *(f"favor-{name}" for name in FUNCTIONS), "exact", "identity")
+# Attentions of others, to compare with.
+COMPARATORS = ("linformer", "lsh", "local", "bigbird")
+ATTENTIONS = (
+    "favor-softmax",
+    *(f"favor-{name}" for name in FUNCTIONS),
+    "exact",
+    "identity",
+    *COMPARATORS,
+)
 
 
 class PerformerConfig(PreTrainedConfig):
@@ -29,27 +37,52 @@ class PerformerConfig(PreTrainedConfig):
         hidden_act: Activation of the feed-forward blocks, by its transformers name.
         hidden_dropout_prob: Dropout on embeddings and on each block's two outputs.
         position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
-        max_position_embeddings: Longest input; a hard limit for learned positions only.
+        max_position_embeddings: Longest input; a hard limit for learned positions and
+            ``linformer`` only, see ``longest_input``.
         rope_theta: Base of the rotary wavelengths.
         attention: ``"favor-softmax"``; ``"favor-relu"`` or another of the generalized kernels;
             ``"exact"`` for softmax attention; ``"identity"`` for attention that returns its
-            values, the most that any attention could save.
+            values, the most that any attention could save; ``"linformer"``, ``"lsh"`` (Reformer),
+            ``"local"`` (a sliding window) and ``"bigbird"`` to compare with, see
+            ``performers.models.comparators``. With ``"lsh"`` a layer's queries are its keys too,
+            and its fused projection has two parts and not three.
         num_features: Random features per head; None takes the feature map's default.
         estimator: Softmax estimator, see ``SoftmaxFeatures``.
         projection: How features are drawn, see ``draw_projection``; None for generalized kernels
             without a projection.
         regularized: Fixed row lengths for softmax features (SMREG).
-        window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly;
-            None for features alone.
+        window: ``favor-softmax`` and ``local`` only: tokens at most this far apart attend to each
+            other exactly. None is features alone in the first and 128 in the second.
         sinks: ``favor-softmax`` only: every token attends exactly to the first ``sinks`` ones.
         exact_layers: Favor attentions only: layers, from 0, that have softmax attention in place
             of it; None for none.
         kernel_epsilon: Added to every generalized feature.
-        features_per_head: Draw a projection per head rather than one per layer.
+        features_per_head: Draw a projection per head rather than one per layer; ``lsh`` draws its
+            hashes so too.
+        linformer_rank: Keys and values that ``linformer`` projects a sequence to; None is 256, or
+            ``max_position_embeddings`` where that is less.
+        lsh_buckets: Buckets that ``lsh`` hashes into, even or 1; None is the least power of two
+            with ``lsh_chunk_size`` tokens a bucket or fewer at ``max_position_embeddings``. The
+            number does not depend on the input, so that a token sees the same however long the
+            row becomes.
+        lsh_chunk_size: How far a token sees, to each side, among those of its bucket.
+        lsh_rounds: Hashes, the union of whose buckets ``lsh`` attends to.
+        bigbird_block_size: Tokens in a block of ``bigbird``.
+        bigbird_global_blocks: First blocks of a sequence that see all and that all see.
+        bigbird_random_blocks: Random blocks that each block sees.
+        reversible: Residual blocks in two streams, ``y1 = x1 + attention(norm(x2))`` and
+            ``y2 = x2 + mlp(norm(y1))``, from two copies of the embeddings to the mean of both
+            (Gomez et al. 2017; Kitaev et al. 2020): activations are computed again in the backward
+            pass from those of the last block, so that depth costs no activation memory, except
+            for the buckets of ``lsh``. The weights are those of an ordinary model, the function
+            is another. Hooks on blocks are refused, see ``run_reversible``.
+        chunk_size_feed_forward: Tokens that feed-forward blocks work on at a time, whose inner
+            activations are computed again in the backward pass; 0 for all at once.
         layer_norm_eps: Of the layer norms.
         initializer_range: Standard deviation of initial weights.
         is_decoder: Attention is causal.
-        use_cache: Causal models return their recurrent state.
+        use_cache: Causal models return their recurrent state; attentions to compare with have
+            none, and generation reads the whole row again for each token.
         tie_word_embeddings: The output layer shares the input embedding.
         pad_token_id: Padding token.
         bos_token_id: First token of a sequence.
@@ -85,6 +118,15 @@ class PerformerConfig(PreTrainedConfig):
         exact_layers: Iterable[int] | None = None,
         kernel_epsilon: float = 1e-3,
         features_per_head: bool = False,
+        linformer_rank: int | None = None,
+        lsh_buckets: int | None = None,
+        lsh_chunk_size: int = 64,
+        lsh_rounds: int = 4,
+        bigbird_block_size: int = 64,
+        bigbird_global_blocks: int = 2,
+        bigbird_random_blocks: int = 3,
+        reversible: bool = False,
+        chunk_size_feed_forward: int = 0,
         layer_norm_eps: float = 1e-5,
         initializer_range: float = 0.02,
         is_decoder: bool = False,
@@ -111,9 +153,23 @@ class PerformerConfig(PreTrainedConfig):
             ("intermediate_size", intermediate_size),
             ("max_position_embeddings", max_position_embeddings),
             ("num_features", num_features),
+            ("linformer_rank", linformer_rank),
+            ("lsh_buckets", lsh_buckets),
+            ("lsh_chunk_size", lsh_chunk_size),
+            ("lsh_rounds", lsh_rounds),
+            ("bigbird_block_size", bigbird_block_size),
         ):
             if size is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        for name, size in (
+            ("bigbird_global_blocks", bigbird_global_blocks),
+            ("bigbird_random_blocks", bigbird_random_blocks),
+            ("chunk_size_feed_forward", chunk_size_feed_forward),
+        ):
+            if size < 0:
+                raise ValueError(f"{name} must be at least 0, got {size}")
+        if lsh_buckets is not None and lsh_buckets > 1 and lsh_buckets % 2:
+            raise ValueError(f"lsh_buckets must be even, or 1, got {lsh_buckets}")
         if not 0 <= hidden_dropout_prob < 1:
             raise ValueError(
                 f"hidden_dropout_prob must be at least 0 and below 1, got {hidden_dropout_prob}"
@@ -134,10 +190,12 @@ class PerformerConfig(PreTrainedConfig):
             )
         if projection is None and attention == "favor-softmax":
             raise ValueError("projection must not be None for favor-softmax")
-        if (window is not None or sinks) and attention != "favor-softmax":
+        check_causal(attention, is_decoder)
+        windowed = attention in ("favor-softmax", "local")
+        if (window is not None and not windowed) or (sinks and attention != "favor-softmax"):
             raise ValueError(
-                f"window and sinks need attention='favor-softmax', got {attention!r} with "
-                f"window={window} and sinks={sinks}"
+                "window and sinks need attention='favor-softmax' (window also goes with 'local'), "
+                f"got {attention!r} with window={window} and sinks={sinks}"
             )
         for name, reach in (("window", window), ("sinks", sinks)):
             if reach is not None and reach < 0:
@@ -163,6 +221,14 @@ class PerformerConfig(PreTrainedConfig):
         self.exact_layers = exact_layers
         self.kernel_epsilon = kernel_epsilon
         self.features_per_head = features_per_head
+        self.linformer_rank = linformer_rank
+        self.lsh_buckets = lsh_buckets
+        self.lsh_chunk_size = lsh_chunk_size
+        self.lsh_rounds = lsh_rounds
+        self.bigbird_block_size = bigbird_block_size
+        self.bigbird_global_blocks = bigbird_global_blocks
+        self.bigbird_random_blocks = bigbird_random_blocks
+        self.reversible = reversible
         self.layer_norm_eps = layer_norm_eps
         self.initializer_range = initializer_range
         self.is_decoder = is_decoder
@@ -174,6 +240,7 @@ class PerformerConfig(PreTrainedConfig):
             eos_token_id=eos_token_id,
             **kwargs,
         )
+        self.chunk_size_feed_forward = chunk_size_feed_forward
         # Not all releases of transformers 5 keep these in the base class.
         self.tie_word_embeddings = tie_word_embeddings
         self.pad_token_id = pad_token_id
@@ -185,9 +252,28 @@ class PerformerConfig(PreTrainedConfig):
         """Width of one head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def longest_input(self) -> int | None:
+        """Most tokens in a sequence: a limit of learned positions and of ``linformer``, or None."""
+        limited = self.position_embedding == "learned" or self.attention == "linformer"
+        return self.max_position_embeddings if limited else None
+
     def layer_attention(self, layer: int) -> str:
         """The attention of one layer: ``attention``, or ``"exact"`` in ``exact_layers``."""
         return "exact" if layer in (self.exact_layers or ()) else self.attention
+
+
+def check_causal(attention: str, is_decoder: bool) -> None:
+    """Refuse a causal model with an attention that has no causal form.
+
+    Raises:
+        ValueError: That is the case.
+    """
+    if is_decoder and attention == "linformer":
+        raise ValueError(
+            "attention='linformer' has no causal form, because its projected keys mix all "
+            "positions: use is_decoder=False, or another attention"
+        )
 
 
 def _checked_layers(

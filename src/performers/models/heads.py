@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 
-from performers.models.configuration import PerformerConfig
+from performers.models.configuration import COMPARATORS, PerformerConfig
 from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
 
 
@@ -104,7 +104,7 @@ class PerformerForMaskedLM(_LanguageModel):
 
 
 class PerformerForCausalLM(_LanguageModel, GenerationMixin):
-    """Predicts the next token; generation carries a state of constant size."""
+    """Predicts the next token; linear attention generates with a state of constant size."""
 
     def __init__(self, config: PerformerConfig) -> None:
         if not config.is_decoder:
@@ -112,6 +112,32 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
             config = copy.deepcopy(config)
             config.is_decoder = True
         super().__init__(config)
+
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Generate as ``transformers.GenerationMixin.generate`` does.
+
+        Attentions without a cache (``COMPARATORS``) read the whole row again for each token,
+        whatever ``generation_config.use_cache`` is: a copy of a model's own has True in it.
+
+        Raises:
+            ValueError: ``use_cache=True`` was asked for and the attention has no cache.
+        """
+        attention = self.config.attention
+        if attention in COMPARATORS:
+            if kwargs.pop("use_cache", None):
+                raise ValueError(
+                    f"attention={attention!r} has no cache: leave out use_cache=True, and the "
+                    "whole row is read again for each token"
+                )
+            if generation_config is None:
+                kwargs["use_cache"] = False
+            else:
+                # transformers warns of options beside a configuration.
+                generation_config = copy.deepcopy(generation_config)
+                generation_config.use_cache = False
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def forward(
         self,

@@ -6,42 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from performers.features import FeatureMap, SoftmaxFeatures
-from performers.models.attention import (
-    AttentionContext,
-    PerformerSelfAttention,
-    ResidualLinear,
-)
+from performers.models.attention import ResidualLinear
+from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
-from performers.models.configuration import PerformerConfig
+from performers.models.comparators import LinformerMechanism
+from performers.models.configuration import COMPARATORS, PerformerConfig
+from performers.models.context import AttentionContext
 from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
-
-
-class PerformerBlock(GradientCheckpointingLayer):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
-
-    def __init__(self, config: PerformerConfig, layer: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = PerformerSelfAttention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_input = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.mlp_output = ResidualLinear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self, hidden_states: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, Tensor | None]:
-        """From ``(B, L, hidden_size)`` to the same shape, and the attention matrix or None."""
-        attended, weights = self.attention(self.attention_norm(hidden_states), context)
-        hidden_states = hidden_states + self.dropout(attended)
-        inner = self.activation(self.mlp_input(self.mlp_norm(hidden_states)))
-        return hidden_states + self.dropout(self.mlp_output(inner)), weights
+from performers.models.reversible import run_reversible
 
 
 class PerformerPreTrainedModel(PreTrainedModel):
@@ -91,6 +66,10 @@ class PerformerPreTrainedModel(PreTrainedModel):
             ):
                 # A fit that is not in the file has memory as it came.
                 module.reset_calibration_()
+            return
+        if isinstance(module, LinformerMechanism):
+            if not getattr(module.key_projection, "_is_hf_initialized", False):
+                module.reset_parameters()
             return
         super()._init_weights(module)
         if isinstance(module, ResidualLinear) and not getattr(
@@ -157,7 +136,9 @@ class PerformerModel(PerformerPreTrainedModel):
             use_cache: Return a cache (causal models only).
             output_attentions: Return each layer's attention matrix ``(B, H, L, L)``, the one that
                 the random features imply (quadratic).
-            output_hidden_states: Return the hidden states before each block and after the last.
+            output_hidden_states: Return the hidden states before each block and after the last;
+                of reversible blocks the mean of both streams. These keep all activations in
+                training if this or ``output_attentions`` is asked for.
             return_dict: Return a ``ModelOutput`` rather than a tuple.
             **kwargs: Ignored; transformers passes options of other models here.
 
@@ -185,13 +166,10 @@ class PerformerModel(PerformerPreTrainedModel):
         )
         hidden_states = self._with_positions(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
-        all_hidden_states: list[Tensor] = []
-        all_weights: list[Tensor] = []
-        for layer in self.layers:
-            all_hidden_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, context)
-            if weights is not None:
-                all_weights.append(weights)
+        run = run_reversible if config.reversible else run_blocks
+        hidden_states, all_hidden_states, all_weights = run(
+            self.layers, hidden_states, context, keep_hidden_states=output_hidden_states
+        )
         hidden_states = self.final_norm(hidden_states)
         all_hidden_states.append(hidden_states)
         output = BaseModelOutputWithPast(
@@ -211,8 +189,20 @@ class PerformerModel(PerformerPreTrainedModel):
                 f"{type(past).__name__}"
             )
         config = self.config
+        if config.attention in COMPARATORS:
+            if config.is_decoder and (use_cache or past is not None):
+                raise ValueError(
+                    f"attention={config.attention!r} has no cache: leave out use_cache=True and "
+                    "past_key_values, and pass whole rows (generate() does so by itself)"
+                )
+            use_cache = False
         use_cache = _default(use_cache, config.use_cache and not self.training)
         if self.training and any(layer.gradient_checkpointing for layer in self.layers):
+            if config.reversible:
+                raise ValueError(
+                    "gradient checkpointing cannot be combined with reversible=True, which keeps "
+                    "no activations anyway: call gradient_checkpointing_disable()"
+                )
             # Blocks that run twice would count their tokens twice.
             if past is not None:
                 raise ValueError("gradient checkpointing cannot be combined with past_key_values")

@@ -117,14 +117,20 @@ def check_input_length(model: PreTrainedModel, tokens: int) -> None:
     """Check that a model can read so many tokens at once.
 
     Raises:
-        UserError: Its learned positions end before.
+        UserError: Its learned positions, or the projections of linformer, end before.
     """
-    longest = model.config.max_position_embeddings
-    if model.config.position_embedding == "learned" and tokens > longest:
-        raise UserError(
-            f"the model has learned positions for {longest} tokens and cannot read {tokens}; "
-            "shorten the sequences or lower --max-length, or train with --positions rotary"
-        )
+    # Models of other families say nothing here, and refuse by themselves what they cannot read.
+    longest = getattr(model.config, "longest_input", None)
+    if longest is None or tokens <= longest:
+        return
+    if model.config.attention == "linformer":
+        what, instead = "linformer projections", "with a larger --max-length or another --attention"
+    else:
+        what, instead = "learned positions", "with --positions rotary"
+    raise UserError(
+        f"the model has {what} for {longest} tokens and cannot read {tokens}; "
+        f"shorten the sequences or lower --max-length, or train {instead}"
+    )
 
 
 def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) -> int:

@@ -1,0 +1,117 @@
+"""Buckets of vectors by angle: the hash of Reformer (Andoni et al. 2015; Kitaev et al. 2020)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from performers.features import FeatureMap
+from performers.features.form import FeatureForm
+from performers.features.precision import without_autocast
+
+# More columns than this and the hash is split into two, of which a bucket is a pair.
+_MOST_COLUMNS = 64
+
+
+class HashFeatures(FeatureMap):
+    """Random features of the kernel "these two vectors fall into one bucket".
+
+    Round ``r`` puts ``x`` into the bucket ``argmax([R_r x; -R_r x])``. The ``buckets / 2`` rows of
+    ``R_r`` have independent directions and one length: longer ones would win more often. Many
+    buckets are pairs of fewer: the bucket's number is then ``h_1(x) n_2 + h_2(x)`` with ``n_1 n_2``
+    buckets, and hashing costs ``O(sqrt(buckets))`` a vector. ``phi(x)`` is one-hot in each round,
+    over ``sqrt(rounds)``: its inner product is the share of rounds in which two vectors meet.
+    Drawn, saved and redrawn as all feature maps are.
+
+    Args:
+        head_dim: Length of a vector.
+        buckets: Even, or 1 for a single bucket.
+        rounds: Independent hashes.
+        num_heads: Heads with hashes of their own; None: shared by all.
+        generator: Source of randomness; torch's default generator when None.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        buckets: int,
+        rounds: int,
+        *,
+        num_heads: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.buckets, self.rounds = buckets, rounds
+        self.factors = _factors(buckets)
+        super().__init__(
+            head_dim,
+            rounds * buckets,
+            num_rows=rounds * sum(factor // 2 for factor in self.factors),
+            projection=None if buckets == 1 else "gaussian",
+            regularized=True,
+            num_heads=num_heads,
+            generator=generator,
+        )
+
+    def form(self) -> FeatureForm:
+        """Not available: buckets are compared, not multiplied."""
+        raise TypeError("hash features have no form that an attention backend could evaluate")
+
+    @torch.no_grad()
+    def hash(self, x: Tensor) -> Tensor:
+        """The bucket of each vector in each round.
+
+        Args:
+            x: Shape ``(..., num_heads, L, head_dim)``; any scale.
+
+        Returns:
+            Integers in ``0..buckets - 1``, shape ``(..., num_heads, rounds, L)``.
+        """
+        shape = (*x.shape[:-2], self.rounds, x.shape[-2])
+        if self.weight is None:
+            return torch.zeros(shape, dtype=torch.int64, device=x.device)
+        with without_autocast(x.device):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            projected = x.to(dtype) @ self.weight.to(dtype).transpose(-1, -2)
+        projected = projected.unflatten(-1, (self.rounds, -1))
+        bucket = projected.new_zeros(projected.shape[:-1], dtype=torch.int64)
+        for part, factor in zip(
+            projected.split([factor // 2 for factor in self.factors], dim=-1),
+            self.factors,
+            strict=True,
+        ):
+            bucket = bucket * factor + torch.cat((part, -part), dim=-1).argmax(-1)
+        return bucket.transpose(-1, -2)
+
+    def forward(self, x: Tensor, scale: float | None = None, *, is_query: bool = False) -> Tensor:
+        """``phi(x)``, which no scale changes.
+
+        Args:
+            x: Shape ``(..., num_heads, L, head_dim)``.
+            scale: Not used.
+            is_query: Not used.
+
+        Returns:
+            Shape ``(..., num_heads, L, rounds * buckets)``.
+        """
+        del scale, is_query
+        one_hot = torch.nn.functional.one_hot(self.hash(x).transpose(-1, -2), self.buckets)
+        return one_hot.flatten(-2).to(x.dtype) / math.sqrt(self.rounds)
+
+    def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+        """The share of rounds in which each query meets each key, ``(..., L, S)``."""
+        return self(query) @ self(key).transpose(-1, -2)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f"head_dim={self.head_dim}, buckets={self.buckets}, rounds={self.rounds}"
+
+
+def _factors(buckets: int) -> tuple[int, ...]:
+    """The hashes that a bucket's number is made of: one, or two as even as can be."""
+    if buckets == 1:
+        return ()
+    if buckets > 2 * _MOST_COLUMNS:
+        for first in range(math.isqrt(buckets), 1, -1):
+            if first % 2 == 0 and buckets % first == 0 and (buckets // first) % 2 == 0:
+                return first, buckets // first
+    return (buckets,)
