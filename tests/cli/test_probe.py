@@ -1,0 +1,122 @@
+"""``performers probe`` on small models and proteins with labels."""
+
+import json
+
+import pytest
+
+from performers.proteins.fasta import write_fasta
+from tests.cli.commands import refusal, run
+from tests.proteins.probe_data import motif_records
+
+FAST = ["--repeats", 2, "--min-count", 5]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("labelled") / "motifs.fasta"
+    write_fasta(path, motif_records())
+    return path
+
+
+def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    output = tmp_path / "new"
+    out, lines = run("probe", masked, labelled, "--output", output, *FAST)
+    assert (output / "probe.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((output / "probe.json").read_text())
+    assert found["model"] == str(masked)
+    assert list(found["features"]) == [
+        "embeddings",
+        "random-weights",
+        "composition",
+        "dipeptides",
+        "tripeptides",
+    ]
+    assert found["features"]["dipeptides"]["metrics"]["accuracy"]["mean"] > 0.9
+    assert found["groups"] == 40
+    for name, row in found["features"].items():
+        assert f"{name} " in out
+        assert f"{row['metrics']['accuracy']['mean']:.3f} ± " in out
+    assert "240 proteins in 40 groups, each with one of 2 labels; 2 splits" in out
+    assert f"results: {output / 'probe.json'}" in out
+    for words in ("hold the logarithm of the length", "one draw of weights (seed 0)", "a spread"):
+        assert sum(words in note for note in found["notes"]) == 1
+        assert sum(words in line for line in out.splitlines()) == 1
+    assert out.count("the C chosen is the") == sum("the C chosen" in n for n in found["notes"])
+    assert any("fitting" in line for line in lines)
+
+
+def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):
+    labels, groups = tmp_path / "labels.tsv", tmp_path / "clusters.tsv"
+    records = motif_records(both=True)
+    with labels.open("w") as file:
+        file.write("# forward\tthe motif as it is\n")
+        for record in records:
+            given = record.description.split()[0].removeprefix("labels=").strip(",")
+            file.write(f"{record.name}\t{given}\n")
+    groups.write_text("".join(f"c{n % 30}\t{record.name}\n" for n, record in enumerate(records)))
+    arguments = ["--labels", labels, "--groups", groups, "--features", "composition,dipeptides"]
+    out, _ = run("probe", causal, labelled, "--output", tmp_path / "new", *FAST, *arguments)
+    found = json.loads((tmp_path / "new" / "probe.json").read_text())
+    assert "each with any of 2 labels" in out
+    assert found["labels"]["forward"]["name"] == "the motif as it is"
+    assert found["groups"] == 30
+    assert list(found["features"]) == ["composition", "dipeptides"]
+
+
+def test_a_random_split_is_asked_for_and_said(masked, tmp_path):
+    fasta = tmp_path / "x.fasta"
+    records = motif_records(120)
+    write_fasta(fasta, [type(r)(r.name, r.description.split()[0], r.sequence) for r in records])
+    arguments = ["probe", masked, fasta, "--output", tmp_path / "new", *FAST]
+    assert "mmseqs easy-cluster" in refusal(*arguments)
+    assert not (tmp_path / "new").exists()
+    short = ["--features", "composition", "--max-sequences", 100, "--max-length", 20]
+    short += ["--min-count", 1]
+    out, lines = run(*arguments, "--split", "random", *short)
+    assert "relatives of the test sequences were trained on" in out
+    assert "20 proteins not drawn left out" in lines
+    assert "not drawn" not in out
+    assert "100 sequences cropped to 18 residues" in lines
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--split", "family"], "--split must be one of groups, random"),
+        (["--repeats", 0], "--repeats must be at least 1"),
+        (["--features", "embeddings,size"], "'size'"),
+        (["--labels", "none.tsv"], "none.tsv does not exist"),
+        (["--groups", "none.tsv"], "none.tsv does not exist"),
+        (["--min-count", 999], "lower --min-count"),
+        (["--split", "random", "--per-group", 1], "--per-group has no use with --split random"),
+    ],
+)
+def test_bad_options_end_in_one_line(masked, labelled, tmp_path, option, message):
+    arguments = ["probe", masked, labelled, "--output", tmp_path / "new", *option]
+    if option[0] == "--min-count":
+        _, lines = run(*arguments, "--features", "composition", code=2)
+        assert message in lines[-1]
+    else:
+        assert message in refusal(*arguments)
+        assert not (tmp_path / "new").exists()
+
+
+def test_groups_are_not_read_for_nothing(masked, labelled, tmp_path):
+    groups = tmp_path / "clusters.tsv"
+    groups.write_text("".join(f"c\t{record.name}\n" for record in motif_records()))
+    line = refusal(
+        *("probe", masked, labelled, "--output", tmp_path / "new"),
+        *("--split", "random", "--groups", groups),
+    )
+    assert "--groups has no use with --split random" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_help_and_unknown_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out, _ = run("probe", "--help")
+    for option in ("--labels", "--groups", "--split", "--features", "--repeats", "--min-count"):
+        assert option in out
+    _, lines = run("probe", "--bogus", code=2)
+    assert "--bogus" in "\n".join(lines)
