@@ -116,3 +116,27 @@ def test_bad_arguments_are_named() -> None:
         compare_matrices(_symmetric(5, 1), _symmetric(5, 2), name="x", permutations=0)
     with pytest.raises(ValueError, match="similarity and reference"):
         compare_matrices(_symmetric(5, 1), _symmetric(6, 2), name="x")
+
+
+def test_the_p_values_count_relabellings_of_either_correlation() -> None:
+    left, right = _symmetric(6, 3), _symmetric(6, 4)
+    right += 0.8 * left
+    result = compare_matrices(left, right, name="x", permutations=4_999)
+
+    def ranks(matrix: np.ndarray) -> np.ndarray:
+        flat = _off_diagonal(matrix)
+        ranked = np.zeros_like(matrix)
+        ranked[np.triu_indices(len(matrix), k=1)] = flat.argsort().argsort()
+        return ranked + ranked.T
+
+    for p_value, x, y in (
+        (result.p_value, left, right),
+        (result.spearman_p_value, ranks(left), ranks(right)),
+    ):
+        observed = np.corrcoef(_off_diagonal(x), _off_diagonal(y))[0, 1]
+        by_chance = [
+            np.corrcoef(_off_diagonal(x[np.ix_(order, order)]), _off_diagonal(y))[0, 1]
+            for order in map(list, itertools.permutations(range(6)))
+        ]
+        exact = np.mean(np.array(by_chance) >= observed - 1e-12)
+        assert p_value == pytest.approx(exact, abs=0.015)

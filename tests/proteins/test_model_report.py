@@ -1,5 +1,6 @@
 """The report on a trained model: one page that needs nothing else."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -94,6 +95,14 @@ def test_every_kind_of_model_has_a_report(tmp_path, attention, objective):
     assert "BLOSUM62" in markup
 
 
+@pytest.mark.parametrize("exact_layers", [[0], [0, 1]])
+def test_a_first_layer_without_features(tmp_path, exact_layers):
+    """Their number is that of the other layers, and is left out where there are none."""
+    folder = make_model_folder(tmp_path / "model", exact_layers=exact_layers, num_features=24)
+    markup = write(folder, tmp_path / "report", max_sequences=4)
+    assert ("random features per head" in markup) == (exact_layers == [0])
+
+
 def test_learned_positions_crop_what_is_read(tmp_path):
     folder = make_model_folder(tmp_path / "model", position_embedding="learned", max_length=16)
     assert "data:image/" in write(folder, tmp_path / "report")
@@ -112,6 +121,41 @@ def test_a_protein_is_chosen_by_name_or_by_length():
     assert choose_protein(records[:1], None, 256).name == "long"
     with pytest.raises(UserError, match=r"--protein 'x' is not in .* first are long, short, fits"):
         choose_protein(records, "x", 256)
+
+
+def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
+    other = make_model_folder(tmp_path / "exact", attention="exact")
+    named = ProteinRecord("enzyme", "x sites=5,9,2", RECORDS[0].sequence)
+    seen = []
+    markup = write(
+        folder,
+        tmp_path / "report",
+        records=[named, *RECORDS],
+        protein="enzyme",
+        compare=[(other, *load_model(other))],
+        report=lambda name, *progress: seen.append(name),
+    )
+    text = Page(markup).text
+    assert "side by side" in text
+    assert {"evaluating", "evaluating exact", "reading attention, exact"} <= set(seen)
+    numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [model["name"] for model in numbers["models"]] == ["a <b>model", "exact"]
+    for model in numbers["models"]:
+        assert [site["site"] for site in model["learnt"]["sites"]["sites"]] == [2, 5, 9]
+        assert model["metrics"]["given sequences"]["tokens"] > 0
+    write(folder, tmp_path / "given", records=[named], sites="7")
+    numbers = json.loads((tmp_path / "given" / "report.json").read_text())
+    assert [s["site"] for s in numbers["models"][0]["learnt"]["sites"]["sites"]] == [7]
+
+
+def test_sites_that_are_no_residues_stop_before_the_work(folder, tmp_path):
+    for sites, message in (("0", "from 1 to"), ("3,", "numbers of residues"), ("999", "got 999")):
+        with pytest.raises(UserError, match=message):
+            write(folder, tmp_path / "new", sites=sites)
+    record = ProteinRecord("p", "sites=1,x", "MKV")
+    with pytest.raises(UserError, match="sites= in the header of p must be numbers"):
+        write(folder, tmp_path / "new", records=[record])
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_protein_stops_before_the_work(folder, tmp_path):

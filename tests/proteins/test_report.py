@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,7 +29,11 @@ HISTORY = [{"step": 10, "loss": 2.9}, {"step": 20, "eval_loss": 2.7, "eval_accur
 
 
 def _analysis(
-    attention: str = "eager", layers: int = 2, heads: int = 4, **fields: str
+    attention: str = "eager",
+    layers: int = 2,
+    heads: int = 4,
+    sites: tuple[int, ...] = (),
+    **fields: str,
 ) -> ModelAnalysis:
     torch.manual_seed(0)
     config = BertConfig(
@@ -52,6 +57,7 @@ def _analysis(
         protein=ProteinRecord(**record),
         max_sequences=5,
         max_length=42,
+        sites=sites,
     )
 
 
@@ -162,7 +168,8 @@ def test_figures_lie_beside_the_page(full: Path) -> None:
         "learning-curves.png",
     ]
     assert len(_Page(full).values("src")) == len(names)
-    assert sorted(file.name for file in full.parent.iterdir()) == ["figures", "report.html"]
+    files = sorted(file.name for file in full.parent.iterdir())
+    assert files == ["figures", "report.html", "report.json"]
 
 
 def test_values_of_the_analysis_are_the_ones_printed(tmp_path: Path) -> None:
@@ -185,6 +192,67 @@ def test_values_of_the_analysis_are_the_ones_printed(tmp_path: Path) -> None:
     assert analysis.scores.most_vertical(1)[0].label in text
     assert "12 of 14 layers are drawn" in text
     assert "PAM250" in text
+
+
+def test_the_numbers_of_the_page_are_beside_it(full: Path) -> None:
+    numbers = json.loads((full.parent / "report.json").read_text(encoding="utf-8"))
+    shown, fused, bare = numbers["models"]
+    assert shown["name"] == HOSTILE
+    assert shown["settings"]["layers"] == 2
+    assert shown["metrics"]["test"]["accuracy"] == 0.2345
+    assert shown["metrics"]["ood"] == {"accuracy": None, "perplexity": 14.25, "loss": 2.6568}
+    assert shown["history"] == HISTORY
+    assert len(shown["learnt"]["heads"]) == 8
+    similarity = shown["learnt"]["similarity"]
+    assert similarity["sequences"] == 5
+    assert list(similarity["all"]["matrices"]) == ["BLOSUM62", "BLOSUM45", "BLOSUM80"]
+    text = _Page(full).text
+    for kind in ("all", "thresholded"):
+        for result in similarity[kind]["matrices"].values():
+            for name, digits in (("pearson", 3), ("spearman", 3), ("spearman_p_value", 4)):
+                assert f"{result[name]:.{digits}f}" in text
+        for pair in similarity[kind]["expected_pairs"]:
+            assert f"{pair['rank']} of 190" in text
+    assert "no attention weights" in fused["learnt"]["problem"]
+    assert fused["learnt"]["similarity"] is None
+    assert bare["learnt"] is None
+
+
+def test_models_are_put_side_by_side(tmp_path: Path) -> None:
+    sites = (3, 7, 39)
+    models = [
+        ModelReport("one", analysis=_analysis(sites=sites)),
+        ModelReport("one", analysis=_analysis(layers=3, heads=2, sites=sites)),
+        ModelReport("fused", analysis=_analysis("sdpa")),
+    ]
+    page = _Page(write_report(tmp_path, models=models, permutations=9))
+    text = page.text.split("Settings")[0]
+    assert "side by side" in text
+    for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "D–E", "F–Y", "I–V", "K–R"):
+        assert expected in text, expected
+    figures = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert {"heads.png", "similarities.png", "1-one-attention.png"} <= figures
+    for analysis in (models[0].analysis, models[1].analysis):
+        assert analysis is not None
+        assert analysis.sites is not None
+        for site in analysis.sites.sites:
+            assert f"{site.residue}{site.site}" in text
+            assert f"{site.enrichment:.2f}× ({site.head})" in text
+
+
+def test_known_sites_are_marked_and_tabled(tmp_path: Path) -> None:
+    plain, marked, beyond = (_analysis(sites=sites) for sites in ((), (3, 7), (3, 41, 50)))
+    pages = [
+        write_report(tmp_path / name, models=[ModelReport("m", analysis=analysis)], permutations=9)
+        for name, analysis in (("plain", plain), ("marked", marked), ("beyond", beyond))
+    ]
+    maps = [(page.parent / "figures" / "1-m-attention.png").read_bytes() for page in pages]
+    assert len(set(maps)) == 3
+    without, with_sites, further = (_Page(page).text for page in pages)
+    assert "known site" not in without
+    assert marked.sites is not None
+    assert f"p = {marked.sites.p_value:.4f}" in with_sites
+    assert "Beyond the residues that were read: 41, 50." in further
 
 
 def test_model_with_two_heads_says_why_there_is_no_similarity(tmp_path: Path) -> None:

@@ -239,3 +239,27 @@ def test_tokenizer_without_amino_acids_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="C, D"):
         AttentionSimilarity(tokenizer)
+
+
+def test_pairs_are_ranked_among_all_that_have_a_similarity() -> None:
+    similarity = _similarity()
+    tokens, mask, attentions = _batch(layers=3)
+    similarity.update(tokens, mask, attentions)
+    every = similarity.top_pairs(190)
+    ranked = similarity.pair_ranks([f"{pair.second}{pair.first}" for pair in every])
+    assert [pair.rank for pair in ranked] == list(range(1, 191))
+    assert {pair.of for pair in ranked} == {190}
+    assert [pair.similarity for pair in ranked] == [pair.similarity for pair in every]
+    assert [f"{p.first}{p.second}" for p in similarity.pair_ranks()] == ["DE", "FY", "IV", "KR"]
+
+
+def test_a_pair_without_a_similarity_has_no_rank() -> None:
+    similarity = _similarity()
+    tokens, mask, attentions = _batch(layers=3)
+    # Tryptophan, the 19th amino acid, never occurs.
+    similarity.update(tokens.masked_fill(tokens == FIRST + 18, FIRST), mask, attentions)
+    missing, there = similarity.pair_ranks(["FW", "DE"])
+    assert missing.rank is None
+    assert math.isnan(missing.similarity)
+    assert there.rank is not None
+    assert missing.of == there.of == 171

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.proteins.fasta import ProteinRecord
 from performers.proteins.head_scores import HeadScores, local_global_score, residue_mask
 from performers.proteins.similarity import AttentionSimilarity
+from performers.proteins.site_scores import SiteScores, score_sites
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class ModelAnalysis:
         cropped: How many of them were longer than `max_length` allows and lost their end.
         max_length: Largest number of tokens in one sequence, special tokens included.
         problem: Why there is no attention to show; empty otherwise.
+        sites: How much attention known sites of `protein` receive; None when none were given, or
+            none lies among `labels`.
     """
 
     protein: ProteinRecord
@@ -45,6 +48,7 @@ class ModelAnalysis:
     cropped: int
     max_length: int
     problem: str = ""
+    sites: SiteScores | None = None
 
 
 def analyse_model(
@@ -57,6 +61,7 @@ def analyse_model(
     max_length: int = 512,
     batch_size: int = 4,
     band: int = 8,
+    sites: Sequence[int] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelAnalysis:
@@ -76,7 +81,8 @@ def analyse_model(
         max_length: Tokens kept of each sequence, special tokens included; at least 3.
         batch_size: Sequences in a batch.
         band: Half-width, in residues, of the band of local attention.
-        seed: Seed of the draw.
+        sites: Numbers, from 1, of residues of `protein` to mark; see `score_sites`.
+        seed: Seed of the draws.
         progress: Called with the sequences done and the sequences in all, after each batch.
 
     Returns:
@@ -113,6 +119,7 @@ def analyse_model(
         scores: HeadScores | None = None,
         similarity: AttentionSimilarity | None = None,
         problem: str = "",
+        sites: SiteScores | None = None,
     ) -> ModelAnalysis:
         return ModelAnalysis(
             protein=protein,
@@ -125,6 +132,7 @@ def analyse_model(
             cropped=sum(len(sequence) > room for sequence in chosen),
             max_length=max_length,
             problem=problem,
+            sites=sites,
         )
 
     training = model.training
@@ -147,6 +155,10 @@ def analyse_model(
             scores = local_global_score(
                 attentions, residues, band=band, is_causal=_looks_causal(attentions)
             )
+        marked = None
+        # A tokenizer that lacks a letter leaves a gap, and numbers would name other residues.
+        if sites and "".join(letters) == protein.sequence[: len(letters)]:
+            marked = score_sites(maps, "".join(letters), sites, seed=seed)
         for start in range(0, len(chosen), batch_size):
             batch = [sequence[:room] for sequence in chosen[start : start + batch_size]]
             tokens = _encode(tokenizer, batch)
@@ -156,7 +168,7 @@ def analyse_model(
                 progress(min(start + batch_size, len(chosen)), len(chosen))
     finally:
         model.train(training)
-    return analysis("".join(letters), maps, scores, similarity)
+    return analysis("".join(letters), maps, scores, similarity, sites=marked)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, sequences: list[str]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from performers.proteins.figure_files import INK, new_figure, shortened
 from performers.proteins.head_scores import HeadScores
 
 _INCHES_A_LETTER = 0.085
+_SITE = "#D55E00"
 
 
 def attention_maps_figure(
@@ -24,6 +25,7 @@ def attention_maps_figure(
     *,
     scores: HeadScores | None = None,
     layers: Sequence[int] | None = None,
+    sites: Sequence[int] = (),
     title: str | None = None,
 ) -> Figure:
     """Draws the attention of every head, layers from top to bottom, heads from left to right.
@@ -38,6 +40,8 @@ def attention_maps_figure(
         labels: The `length` letters of the residues.
         scores: Scores of these heads; each panel then shows its mean distance and band share.
         layers: Numbers of the layers, from 1; counted when not given.
+        sites: Numbers of residues, from 1, to mark with arrows at the upper and right edges of
+            every panel, where they hide nothing.
         title: Heading of the figure.
 
     Returns:
@@ -67,11 +71,12 @@ def attention_maps_figure(
                 drawn / _colour_limit(drawn), cmap=_sequential(), norm=PowerNorm(0.5, 0.0, 1.0)
             )
             heading = _head_heading(layer, column + 1, scores)
-            ax.set_title(heading, fontsize=7.5, color=INK, pad=3)
+            ax.set_title(heading, fontsize=7.5, color=INK, pad=7.5 if sites else 3)
             _residue_ticks(
                 ax, labels, grid.panel, left=column == 0, bottom=row == len(attentions) - 1
             )
             ax.spines[:].set(color="#bbbbbb", linewidth=0.6)
+            _mark(ax, [site - 1 for site in sites if site <= length])
     grid.finish(image, title)
     return grid.figure
 
@@ -136,6 +141,13 @@ class _PanelGrid:
         return self.figure.add_axes(
             (left / whole, 1 - (top + height) / tall, width / whole, height / tall)
         )
+
+
+def _mark(ax: Any, places: Sequence[int]) -> None:
+    style: dict[str, Any] = {"ls": "", "color": _SITE, "ms": 3.5, "mew": 0, "clip_on": False}
+    along_x, along_y = ax.get_xaxis_transform(), ax.get_yaxis_transform()
+    ax.plot(places, [1.02] * len(places), marker="v", transform=along_x, **style)
+    ax.plot([1.02] * len(places), places, marker="<", transform=along_y, **style)
 
 
 def _head_heading(layer: int, head: int, scores: HeadScores | None) -> str:

@@ -1,24 +1,18 @@
-"""The sections of the report on attention: maps by head, and amino-acid similarity."""
+"""The section of the report on attention maps: by head, with known sites."""
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from performers.proteins import html_page as page
 from performers.proteins.analysis import ModelAnalysis
 from performers.proteins.figure_files import Pictures
-from performers.proteins.figures import attention_maps_figure, similarity_figure
+from performers.proteins.figures import attention_maps_figure
 from performers.proteins.head_scores import COLUMN_FRACTION, HeadScore, HeadScores
-from performers.proteins.mantel import load_reference_matrix
-from performers.proteins.similarity import AMINO_ACIDS, AttentionSimilarity
+from performers.proteins.site_scores import SiteScores
 
 _LAYERS_AT_MOST = 12
 _LISTED_HEADS = 3
-_LISTED_PAIRS = 12
-_SIGNIFICANT = 0.05
 
 
 def attention_section(analysis: ModelAnalysis, stem: str, pictures: Pictures) -> str:
@@ -60,6 +54,7 @@ def attention_section(analysis: ModelAnalysis, stem: str, pictures: Pictures) ->
         analysis.labels,
         scores=analysis.scores,
         layers=layers,
+        sites=[site.site for site in analysis.sites.sites] if analysis.sites else (),
     )
     caption = (
         "One panel per head, headed by layer.head; dark is much attention. Each row of a panel is "
@@ -70,88 +65,64 @@ def attention_section(analysis: ModelAnalysis, stem: str, pictures: Pictures) ->
             f" Then the mean distance of attention in residues, and its share within "
             f"{analysis.scores.band} residues."
         )
+    if analysis.sites is not None:
+        caption += " Arrows at the upper and right edges mark the known sites."
     parts.append(page.image(pictures.add(stem, figure), "Attention map of every head.", caption))
+    if analysis.sites is not None:
+        parts.append(_sites(analysis.sites))
     if analysis.scores is not None:
         parts.append(_reading_guide(analysis.scores))
     return "".join(parts)
 
 
-def similarity_section(
-    analysis: ModelAnalysis,
-    stem: str,
-    pictures: Pictures,
-    *,
-    matrix_name: str = "BLOSUM62",
-    permutations: int = 9_999,
-) -> str:
-    """Amino-acid similarity from attention beside a substitution matrix.
-
-    Args:
-        analysis: What was read from the model.
-        stem: Name of the picture, without suffix.
-        pictures: Where the picture goes.
-        matrix_name: The substitution matrix.
-        permutations: Number of relabellings in the Mantel test.
-
-    Returns:
-        The markup; nothing where the model returned no attention, which `attention_section` says.
-
-    Raises:
-        ValueError: If the matrix is unknown.
-    """
-    similarity = analysis.similarity
-    if similarity is None:
-        return ""
-    names = {False: "All attention", True: f"Attention above {similarity.threshold:g}"}
-    comparisons = {
-        kind: similarity.compare(matrix_name, thresholded=kind, permutations=permutations)
-        for kind in names
-    }
-    drawn = f" of {analysis.available:,}" if analysis.available > analysis.sequences else ""
-    residues = int(similarity.occurrences.sum())
+def _sites(scores: SiteScores) -> str:
+    count = len(scores.sites)
+    rows = [
+        (
+            f"{site.residue}{site.site}",
+            site.head,
+            page.percent(site.share, 2),
+            f"{page.number(site.enrichment)}×",
+            f"{page.number(site.mean_enrichment)}×",
+            f"{site.rank} of {site.residues}",
+        )
+        for site in scores.sites
+    ]
     parts = [
-        page.heading(3, "Amino-acid similarity from attention"),
-        page.paragraph(
-            "For every head, the share of its attention that each amino acid receives; two amino "
-            "acids are alike when the heads rise and fall together on them (Pearson correlation "
-            "over the heads; Vig et al. 2020, Choromanski et al. 2021). "
-            f"Read from {analysis.sequences:,}{drawn} sequences, {residues:,} residues "
-            f"after cropping {analysis.cropped:,} of them to {analysis.max_length:,} tokens."
-        ),
         page.table(
-            ("counted", "heads", "Pearson r", "Spearman ρ", "Mantel p", "pairs"),
-            [
-                (
-                    names[kind],
-                    similarity.heads(thresholded=kind),
-                    page.number(result.pearson, 3),
-                    page.number(result.spearman, 3),
-                    page.number(result.p_value, 4),
-                    result.pairs,
-                )
-                for kind, result in comparisons.items()
-            ],
-            caption=f"Agreement with {matrix_name} off the diagonal. p: one-sided, "
-            f"{permutations:,} relabellings of the amino acids.",
+            ("site", "best head", "share", "over uniform", "mean of heads", "rank"),
+            rows,
+            names=2,
+            caption="Attention between residues that each known site receives, in the head that "
+            "gives it most. Rank: among all residues, each in its own best head.",
+        ),
+        page.paragraph(
+            f"The best of many heads favours any residue: half of all residues receive at least "
+            f"{page.number(scores.typical)} times uniform attention in theirs. Head {scores.head} "
+            f"gives the {count} sites together most, {page.percent(scores.share)} of its attention "
+            f"and {page.number(scores.enrichment)} times uniform. {_same_letters(scores)} Of "
+            f"{scores.permutations:,} sets of {count} residues drawn whatever their letters, the "
+            f"part is p = {scores.p_value:.4f}; that is small, too, where a head merely favours "
+            "the amino acids that the sites are."
         ),
     ]
-    for kind, result in comparisons.items():
-        remarks = [*similarity.notes(thresholded=kind), *([result.note] if result.note else [])]
-        parts.append(page.paragraph(f"{names[kind]}: {_verdict(result.p_value, matrix_name)}"))
-        parts.append(page.bullets(remarks))
-    matrices = {names[kind]: similarity.similarity(thresholded=kind) for kind in names}
-    matrices = {name: matrix for name, matrix in matrices.items() if np.isfinite(matrix).any()}
-    reference = load_reference_matrix(matrix_name, AMINO_ACIDS)
-    if matrices:
-        figure = similarity_figure(matrices, reference, reference_name=matrix_name)
-        caption = (
-            "Blue: alike; orange: unlike; grey: not compared. The amino acids stand in "
-            "physicochemical groups: sulfhydryl, small, acid and amide, basic, aliphatic, aromatic."
-        )
-        description = f"Similarity of the twenty amino acids beside {matrix_name}."
-        parts.append(page.image(pictures.add(stem, figure), description, caption))
-        parts.append(_top_pairs(similarity, reference, matrix_name))
+    if scores.beyond:
+        listed = ", ".join(map(str, scores.beyond))
+        parts.append(page.paragraph(f"Beyond the residues that were read: {listed}."))
     return "".join(parts)
+
+
+def _same_letters(scores: SiteScores) -> str:
+    if math.isnan(scores.same_letters_p_value):
+        return (
+            f"Sets of residues with the same letters, the sites' own included: "
+            f"{scores.same_letters_sets}, too few to tell whether the sites stand out among their "
+            "like."
+        )
+    return (
+        f"Of {scores.permutations:,} sets of residues with the same letters drawn at random, some "
+        f"head favours as much a part of p = {scores.same_letters_p_value:.4f}."
+    )
 
 
 def _reading_guide(scores: HeadScores) -> str:
@@ -209,41 +180,6 @@ def _score_cells(head: HeadScore) -> tuple[str, str, str, str]:
         page.percent(head.column_share, 1),
         page.percent(head.special_share, 1),
     )
-
-
-def _verdict(p_value: float, matrix_name: str) -> str:
-    if not math.isfinite(p_value):
-        return f"no comparison with {matrix_name} could be made."
-    if p_value <= _SIGNIFICANT:
-        return (
-            f"agrees with {matrix_name} more than relabelled amino acids do (p = {p_value:.4f}): "
-            f"the heads treat alike what evolution exchanges."
-        )
-    return (
-        f"agrees with {matrix_name} no more than relabelled amino acids may by chance "
-        f"(p = {p_value:.4f})."
-    )
-
-
-def _top_pairs(
-    similarity: AttentionSimilarity, reference: NDArray[np.float64], matrix_name: str
-) -> str:
-    order = {letter: index for index, letter in enumerate(AMINO_ACIDS)}
-    listed = [similarity.top_pairs(_LISTED_PAIRS, thresholded=kind) for kind in (False, True)]
-    rows = []
-    for rank in range(max(map(len, listed))):
-        row: list[object] = [rank + 1]
-        for pairs in listed:
-            if rank >= len(pairs):
-                row += ["–", "–", "–"]
-                continue
-            first, second, value = pairs[rank]
-            score = reference[order[first], order[second]]
-            row += [f"{first}–{second}", page.number(value, 3), f"{score:+g}" if score else "0"]
-        rows.append(row)
-    kinds = ("all", f"above {similarity.threshold:g}")
-    header = [cell for kind in kinds for cell in (f"pair ({kind})", "similarity", matrix_name)]
-    return page.table(["", *header], rows, caption="The most similar pairs of amino acids.")
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 # With three labels there are six relabellings, too few to reach any usual significance level.
 _MIN_LABELS = 4
+_PERMUTATIONS_AT_ONCE = 2_000
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class MatrixComparison:
         pairs: Number of unordered pairs compared; 190 when all twenty amino acids are defined.
         permutations: Number of random relabellings.
         note: Why the comparison is partial or undefined; empty otherwise.
+        spearman_p_value: The same test of the rank correlation.
     """
 
     matrix: str
@@ -34,6 +36,7 @@ class MatrixComparison:
     pairs: int
     permutations: int
     note: str = ""
+    spearman_p_value: float = float("nan")
 
 
 def load_reference_matrix(name: str, letters: str) -> NDArray[np.float64]:
@@ -115,27 +118,50 @@ def compare_matrices(
     if np.ptp(observed) == 0 or np.ptp(expected) == 0:
         return undefined("All pairs have the same similarity, so there is nothing to correlate.")
 
-    target = _standardised(expected)
-    # Relabelling permutes the entries among themselves: their mean and spread stay as they are.
-    scaled = (similarity - observed.mean()) / np.linalg.norm(observed - observed.mean())
-    pearson = float(scaled[rows, columns] @ target)
     generator = np.random.default_rng(seed)
-    hits = 0
-    for _ in range(permutations):
-        label = generator.permutation(count)
-        hits += bool(scaled[label[rows], label[columns]] @ target >= pearson - 1e-12)
-    spearman = float(_standardised(_ranks(observed)) @ _standardised(_ranks(expected)))
+    relabelled = np.array([generator.permutation(count) for _ in range(permutations)])
+    ranked = np.zeros_like(similarity)
+    ranked[rows, columns] = ranked[columns, rows] = _ranks(observed)
+    pearson, p_value = _tested(similarity, expected, relabelled)
+    spearman, spearman_p_value = _tested(ranked, _ranks(expected), relabelled)
     missing = len(defined) - count
     left_out = f"{missing} of {len(defined)} amino acids have no similarity and were left out."
     return MatrixComparison(
         matrix=name,
-        pearson=min(1.0, max(-1.0, pearson)),
-        spearman=min(1.0, max(-1.0, spearman)),
-        p_value=(1 + hits) / (1 + permutations),
+        pearson=pearson,
+        spearman=spearman,
+        p_value=p_value,
         pairs=pairs,
         permutations=permutations,
         note=left_out if missing else "",
+        spearman_p_value=spearman_p_value,
     )
+
+
+def _tested(
+    similarity: NDArray[np.float64],
+    expected: NDArray[np.float64],
+    relabelled: NDArray[np.int64],
+) -> tuple[float, float]:
+    """Correlation of a symmetric (n, n) with the values of its pairs, and its p-value.
+
+    Args:
+        similarity: Symmetric (n, n).
+        expected: (n (n - 1) / 2,), in the order of `numpy.triu_indices`.
+        relabelled: (permutations, n) orders of the labels.
+    """
+    rows, columns = np.triu_indices(len(similarity), k=1)
+    observed = similarity[rows, columns]
+    target = _standardised(expected)
+    # Relabelling permutes the entries among themselves: their mean and spread stay as they are.
+    scaled = (similarity - observed.mean()) / np.linalg.norm(observed - observed.mean())
+    correlation = float(scaled[rows, columns] @ target)
+    hits = 0
+    for start in range(0, len(relabelled), _PERMUTATIONS_AT_ONCE):
+        labels = relabelled[start : start + _PERMUTATIONS_AT_ONCE]
+        by_chance = scaled[labels[:, rows], labels[:, columns]] @ target
+        hits += int((by_chance >= correlation - 1e-12).sum())
+    return min(1.0, max(-1.0, correlation)), (1 + hits) / (1 + len(relabelled))
 
 
 def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,8 +12,10 @@ from performers.proteins.fasta import ProteinRecord
 from performers.proteins.folders import read_json
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.report import ModelReport, analyse_model, write_report
+from performers.proteins.site_scores import header_sites, parse_sites
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
+LoadedModel = tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]
 
 
 def report_on_model(
@@ -23,12 +25,14 @@ def report_on_model(
     records: Sequence[ProteinRecord],
     output: Path,
     *,
+    compare: Sequence[LoadedModel] = (),
     protein: str | None = None,
+    sites: str | None = None,
     max_sequences: int = 200,
     max_length: int = 256,
     report: Report | None = None,
 ) -> Path:
-    """Write ``report.html`` on one model and the sequences given.
+    """Write ``report.html`` and ``report.json`` on a model and the sequences given.
 
     Args:
         folder: The model's folder, for its options and training log.
@@ -36,8 +40,11 @@ def report_on_model(
         tokenizer: Its tokenizer.
         records: Proteins to read its attention from and to score it on.
         output: Folder of the report.
+        compare: Folder, model and tokenizer of others to show beside it.
         protein: Name of the one whose attention is drawn; by default the first that is long
             enough to show structure and short enough to be read whole.
+        sites: Numbers of residues of that protein to mark, with commas between; by default those
+            of ``sites=`` in its header.
         max_sequences: Sequences read for amino-acid similarity.
         max_length: Tokens read of each.
         report: Called with what is being done, how much of it is done, how much there is, and a
@@ -47,30 +54,39 @@ def report_on_model(
         The path of the page.
 
     Raises:
-        UserError: No sequence has that name.
+        UserError: No sequence has that name, or a site is none of its residues.
     """
     drawn = choose_protein(records, protein, max_length)
+    marked = header_sites(drawn) if sites is None else parse_sites(sites, len(drawn.sequence))
     sequences = [record.sequence for record in records]
-    metrics = evaluate_model(
-        model,
-        tokenizer,
-        sequences,
-        max_length=model_max_length(tokenizer),
-        progress=_task(report, "evaluating"),
-    )
-    described = describe_model(
-        folder,
-        model,
-        tokenizer,
-        sequences,
-        drawn,
-        name=folder.resolve().name,
-        metrics={"given sequences": metrics},
-        max_sequences=max_sequences,
-        max_length=max_length,
-        report=report,
-    )
-    return write_report(output, models=[described])
+    described = []
+    for number, (place, network, its_tokenizer) in enumerate(
+        [(folder, model, tokenizer), *compare]
+    ):
+        name = place.resolve().name
+        metrics = evaluate_model(
+            network,
+            its_tokenizer,
+            sequences,
+            max_length=model_max_length(its_tokenizer),
+            progress=_task(report, f"evaluating {name}" if number else "evaluating"),
+        )
+        described.append(
+            describe_model(
+                place,
+                network,
+                its_tokenizer,
+                sequences,
+                drawn,
+                name=name,
+                metrics={"given sequences": metrics},
+                max_sequences=max_sequences,
+                max_length=max_length,
+                sites=marked,
+                report=report,
+            )
+        )
+    return write_report(output, models=described)
 
 
 def describe_model(
@@ -84,6 +100,7 @@ def describe_model(
     metrics: Mapping[str, Mapping[str, float]],
     max_sequences: int,
     max_length: int,
+    sites: Sequence[int] = (),
     report: Report | None = None,
 ) -> ModelReport:
     """One model's part of a report: settings, metrics, learning curve and attention.
@@ -98,6 +115,7 @@ def describe_model(
         metrics: Split to metrics.
         max_sequences: Sequences read for amino-acid similarity.
         max_length: Tokens read of each.
+        sites: Numbers, from 1, of residues of the protein to mark.
         report: See ``report_on_model``.
 
     Returns:
@@ -110,6 +128,7 @@ def describe_model(
         protein=protein,
         max_sequences=max_sequences,
         max_length=max_length,
+        sites=sites,
         progress=_task(report, f"reading attention, {name}"),
     )
     return ModelReport(
@@ -158,8 +177,11 @@ def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
     if config.attention.startswith("favor"):
-        mechanism = model.base_model.layers[0].attention.mechanism
-        settings["random features per head"] = mechanism.feature_map.num_features
+        mechanisms = (layer.attention.mechanism for layer in model.base_model.layers)
+        # Layers in exact_layers have none; the others are alike.
+        maps = [m.feature_map for m in mechanisms if hasattr(m, "feature_map")]
+        if maps:
+            settings["random features per head"] = maps[0].num_features
     record = folder / "training.json"
     if record.exists():
         training = read_json(record)

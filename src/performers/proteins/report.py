@@ -1,7 +1,7 @@
 """The report on protein models: one self-contained HTML page, and its figures as files.
 
 `analyse_model` reads a model, `write_report` writes what was read beside the model's settings,
-metrics and learning curve.
+metrics and learning curve. The numbers of the page are also in `report.json`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from performers.proteins import html_page as page
 from performers.proteins.analysis import ModelAnalysis, analyse_model
-from performers.proteins.attention_sections import attention_section, similarity_section
+from performers.proteins.attention_sections import attention_section
+from performers.proteins.comparison_sections import comparison_section
 from performers.proteins.figure_files import Pictures
 from performers.proteins.figures import curves, learning_curve_figure
-from performers.proteins.folders import write_atomically
+from performers.proteins.folders import write_atomically, write_json
+from performers.proteins.learnt import MATRICES, finite, learnt_numbers
+from performers.proteins.similarity_sections import similarity_section
 
 __all__ = ["ModelAnalysis", "ModelReport", "analyse_model", "write_report"]
 
@@ -59,7 +63,7 @@ def write_report(
     matrix_name: str = "BLOSUM62",
     permutations: int = 9_999,
 ) -> Path:
-    """Writes `report.html`, and its figures as PNG files in `figures/`.
+    """Writes `report.html`, its figures as PNG files in `figures/`, its numbers in `report.json`.
 
     The page holds its images and styles, runs no script and loads nothing. Files of the same name
     are replaced, each whole or not at all, the page last.
@@ -68,7 +72,8 @@ def write_report(
         output_dir: The folder; made when missing.
         models: The models, in the order of their sections.
         title: Heading of the page.
-        matrix_name: Substitution matrix to compare amino-acid similarity with.
+        matrix_name: Substitution matrix that amino-acid similarity is drawn beside; it is compared
+            with those of `MATRICES` as well.
         permutations: Number of relabellings in the Mantel test.
 
     Returns:
@@ -82,6 +87,14 @@ def write_report(
         raise ValueError("models must hold at least one ModelReport, got none")
     folder = Path(output_dir)
     pictures = Pictures(folder / "figures")
+    matrices = list(dict.fromkeys([matrix_name, *MATRICES]))
+    learnt = [
+        None
+        if model.analysis is None
+        else learnt_numbers(model.analysis, matrices=matrices, permutations=permutations)
+        for model in models
+    ]
+    names = _unique([model.name for model in models])
     anchors = [f"model-{number}" for number in range(1, len(models) + 1)]
     parts = [page.heading(1, title)]
     if len(models) > 1:
@@ -89,7 +102,17 @@ def write_report(
         parts.append(page.heading(2, "The models side by side"))
         parts.append(_metrics_table(models))
         parts.append(_learning_curves(models, "learning-curves", pictures))
-    for number, (anchor, model) in enumerate(zip(anchors, models, strict=True), start=1):
+        parts.append(
+            comparison_section(
+                {n: m.analysis for n, m in zip(names, models, strict=True) if m.analysis},
+                {n: found for n, found in zip(names, learnt, strict=True) if found},
+                pictures,
+                matrix_name=matrix_name,
+            )
+        )
+    for number, (anchor, model, found) in enumerate(
+        zip(anchors, models, learnt, strict=True), start=1
+    ):
         stem = f"{number}-{_slug(model.name)}"
         parts.append(page.heading(2, model.name, anchor))
         if model.settings:
@@ -99,22 +122,54 @@ def write_report(
         parts.append(_metrics_table([model]))
         parts.append(page.heading(3, "Learning curve"))
         parts.append(_learning_curves([model], f"{stem}-learning-curve", pictures))
-        if model.analysis is None:
+        if model.analysis is None or found is None:
             parts.append(page.paragraph("The attention of this model was not analysed."))
             continue
         parts.append(attention_section(model.analysis, f"{stem}-attention", pictures))
         parts.append(
             similarity_section(
                 model.analysis,
+                found,
                 f"{stem}-similarity",
                 pictures,
                 matrix_name=matrix_name,
-                permutations=permutations,
             )
         )
+    write_json(folder / "report.json", _numbers(title, models, learnt))
     report = folder / "report.html"
     write_atomically(report, page.page(title, "\n".join(parts)).encode("utf-8"))
     return report
+
+
+def _numbers(
+    title: str, models: Sequence[ModelReport], learnt: Sequence[Mapping[str, Any] | None]
+) -> dict[str, Any]:
+    """What the page shows, for programs; None in the place of numbers that are not finite."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, (bool, int, str)) or value is None:
+            return value
+        return finite(float(value)) if isinstance(value, Real) else str(value)
+
+    return {
+        "title": plain(title),
+        "models": [
+            {
+                "name": model.name,
+                "settings": {str(key): plain(value) for key, value in model.settings.items()},
+                "metrics": {
+                    split: {name: plain(value) for name, value in values.items()}
+                    for split, values in model.metrics.items()
+                },
+                "history": [
+                    {str(key): plain(value) for key, value in entry.items()}
+                    for entry in model.history
+                ],
+                "learnt": found,
+            }
+            for model, found in zip(models, learnt, strict=True)
+        ],
+    }
 
 
 def _metrics_table(models: Sequence[ModelReport]) -> str:
@@ -169,11 +224,8 @@ def _with_losses(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _learning_curves(models: Sequence[ModelReport], stem: str, pictures: Pictures) -> str:
     drawn = {
-        # A name may occur twice; the number keeps the curves apart.
-        (model.name if [m.name for m in models].count(model.name) == 1 else f"{n}. {model.name}"): (
-            model.history
-        )
-        for n, model in enumerate(models, start=1)
+        name: model.history
+        for name, model in zip(_unique([model.name for model in models]), models, strict=True)
         if curves(model.history, "loss") or curves(model.history, "accuracy")
     }
     if not drawn:
@@ -186,6 +238,14 @@ def _learning_curves(models: Sequence[ModelReport], stem: str, pictures: Picture
     )
     description = f"Loss and accuracy against the training step: {', '.join(drawn)}."
     return page.image(pictures.add(stem, figure), description)
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names, with their number in front where one occurs twice."""
+    return [
+        name if names.count(name) == 1 else f"{number}. {name}"
+        for number, name in enumerate(names, start=1)
+    ]
 
 
 def _baseline(models: Sequence[ModelReport]) -> dict[str, float]:

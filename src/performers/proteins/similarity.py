@@ -28,9 +28,11 @@ from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
 
 __all__ = [
     "AMINO_ACIDS",
+    "EXPECTED_PAIRS",
     "AminoAcidPair",
     "AttentionSimilarity",
     "MatrixComparison",
+    "RankedPair",
     "load_reference_matrix",
     "local_global_score",
 ]
@@ -40,12 +42,34 @@ _MIN_HEADS = 3
 _CONSTANT = 1e-6
 
 
+EXPECTED_PAIRS = ("DE", "FY", "IV", "KR")
+"""Amino acids that exchange readily: acidic, aromatic, branched aliphatic, basic."""
+
+
 class AminoAcidPair(NamedTuple):
     """Two amino acids and the similarity of the attention that they receive."""
 
     first: str
     second: str
     similarity: float
+
+
+class RankedPair(NamedTuple):
+    """A pair and its place among all pairs that have a similarity.
+
+    Attributes:
+        first: An amino acid.
+        second: Another one.
+        similarity: Of the two; NaN where undefined.
+        rank: 1 for the most similar pair of all; None where undefined.
+        of: Number of pairs that have a similarity; 190 when all twenty amino acids do.
+    """
+
+    first: str
+    second: str
+    similarity: float
+    rank: int | None
+    of: int
 
 
 class AttentionSimilarity:
@@ -217,6 +241,29 @@ class AttentionSimilarity:
             AminoAcidPair(AMINO_ACIDS[rows[i]], AMINO_ACIDS[columns[i]], float(values[i]))
             for i in order[:count]
         ]
+
+    def pair_ranks(
+        self, pairs: Sequence[str] = EXPECTED_PAIRS, *, thresholded: bool = False
+    ) -> list[RankedPair]:
+        """The places of given pairs of amino acids among all pairs, most similar first.
+
+        Args:
+            pairs: Two letters each.
+            thresholded: Whether to count only attention above the threshold.
+
+        Returns:
+            A rank for each pair, in the order given.
+        """
+        matrix = self.similarity(thresholded=thresholded)
+        values = matrix[np.triu_indices(len(AMINO_ACIDS), k=1)]
+        values = values[np.isfinite(values)]
+        ranked = []
+        for pair in pairs:
+            first, second = pair[0], pair[1]
+            value = float(matrix[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)])
+            rank = 1 + int((values > value).sum()) if np.isfinite(value) else None
+            ranked.append(RankedPair(first, second, value, rank, len(values)))
+        return ranked
 
     def notes(self, *, thresholded: bool = False) -> list[str]:
         """Sentences on what was left out and why; empty when nothing was."""
