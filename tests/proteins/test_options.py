@@ -5,7 +5,10 @@ from dataclasses import fields
 
 import pytest
 import torch
+import typer
 
+from performers.cli.app import app
+from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
 from performers.proteins.options import TrainingOptions, flag
 from performers.proteins.tokenizer import build_protein_tokenizer
@@ -53,6 +56,10 @@ from performers.proteins.tokenizer import build_protein_tokenizer
         ("weight_decay", -1.0, "--weight-decay"),
         ("max_grad_norm", math.nan, "--max-grad-norm"),
         ("across_sequences", True, "--across-sequences"),
+        ("window", -1, "--window"),
+        ("feed_forward_chunk", -1, "--feed-forward-chunk"),
+        ("lsh_chunk_size", 0, "--lsh-chunk-size"),
+        ("lsh_rounds", 0, "--lsh-rounds"),
     ],
 )
 def test_an_option_out_of_range_is_an_error_that_names_its_flag(name, value, shown):
@@ -70,9 +77,39 @@ def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
     TrainingOptions(estimator=estimator, num_features=34)
 
 
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        (
+            {"attention": "exact", "window": 8},
+            "--window needs --attention favor-softmax or local, got --attention exact",
+        ),
+        (
+            {"attention": "exact", "lsh_rounds": 2},
+            "--lsh-rounds needs --attention lsh, got --attention exact",
+        ),
+        ({"reversible": True, "gradient_checkpointing": True}, "--gradient-checkpointing"),
+        ({"attention": "linformer", "objective": "clm"}, "--objective mlm"),
+        ({"attention": "linformer", "packed": True}, "--across-sequences"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(options, shown):
+    with pytest.raises(UserError) as caught:
+        TrainingOptions(**options)
+    assert shown in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_linformer_may_read_across_the_sequences_of_a_row():
+    TrainingOptions(attention="linformer", packed=True, across_sequences=True)
+
+
 def test_to_make_options_draws_nothing():
     before = torch.random.get_rng_state()
     TrainingOptions()
+    TrainingOptions(attention="lsh")
+    TrainingOptions(attention="linformer")
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -97,8 +134,22 @@ def test_the_model_is_configured_as_asked(objective, causal):
     assert (config.intermediate_size, config.num_features) == (96, 17)
     assert (config.position_embedding, config.max_position_embeddings) == ("learned", 99)
     assert config.hidden_dropout_prob == 0.25
+    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (None, False, 0)
     assert config.vocab_size == len(tokenizer)
     assert config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_windows_and_memory_reach_the_model():
+    tokenizer = build_protein_tokenizer()
+    options = TrainingOptions(attention="local", reversible=True, feed_forward_chunk=64)
+    config = options.model_config(tokenizer)
+    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (None, True, 64)
+    assert build_mechanism(config).window == 128
+    hashed = TrainingOptions(attention="lsh", lsh_rounds=2).model_config(tokenizer)
+    assert (hashed.lsh_rounds, hashed.lsh_chunk_size) == (2, 64)
+    assert TrainingOptions(window=16).model_config(tokenizer).window == 16
+    lsh = TrainingOptions(attention="lsh", max_length=512).model_config(tokenizer)
+    assert (build_mechanism(lsh).feature_map.buckets, lsh.lsh_chunk_size) == (8, 64)
 
 
 def test_what_changes_the_result_makes_another_run():
@@ -120,6 +171,12 @@ def test_a_record_without_an_option_is_of_another_run():
     earlier = TrainingOptions().to_dict()
     del earlier["dropout"]
     assert TrainingOptions().differences(earlier) == ["--dropout was None, now 0.1"]
+
+
+def test_every_option_is_a_flag_of_the_train_command():
+    command = typer.main.get_command(app).commands["train"]
+    flags = {name for parameter in command.params for name in parameter.opts}
+    assert {flag(field.name) for field in fields(TrainingOptions)} <= flags
 
 
 def test_options_are_documented():

@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """A run was stopped by Ctrl-C after it saved what it had; the message says how to go on."""
+
+
+class Diverged(UserError):
+    """A training whose loss or weights became infinite or NaN."""

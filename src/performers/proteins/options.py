@@ -15,6 +15,7 @@ OBJECTIVES = ("mlm", "clm")
 
 # Options that change how a run is watched, not what it computes.
 _WATCHING = frozenset({"log_steps", "save_steps", "eval_steps"})
+_LSH = ("lsh_chunk_size", "lsh_rounds")
 _MODEL_NAMES = re.compile(
     r"^(attention|estimator)\b|\b(hidden_size|num_attention_heads|num_features|position_embedding)\b"
 )
@@ -36,6 +37,11 @@ class TrainingOptions:
         intermediate_size: Width of the feed-forward blocks; four times the model's when None.
         num_features: Random features per head; the feature map's default when None.
         estimator: Softmax estimator.
+        window: Tokens at most this far apart attend to each other exactly (``favor-softmax``) or at
+            all (``local``, 128 when None).
+        lsh_chunk_size: How far a token sees in its bucket under ``lsh``, see ``PerformerConfig``;
+            64 when None.
+        lsh_rounds: Hashes of ``lsh``, whose buckets are united; 4 when None.
         position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
         dropout: Dropout probability.
         max_length: Longest row in tokens; longer sequences are split into windows.
@@ -54,6 +60,8 @@ class TrainingOptions:
         seed: Of weights, data order, masks and redraws.
         bf16: Mixed precision.
         gradient_checkpointing: Recompute blocks in the backward pass.
+        reversible: Reversible residual blocks, see ``PerformerConfig.reversible``.
+        feed_forward_chunk: Tokens that feed-forward blocks work on at a time; 0 for all at once.
         validation_fraction: Share of the sequences held out when no validation file is given.
         log_steps: Steps between log entries.
         eval_steps: Steps between validations; a tenth of the steps when None.
@@ -68,6 +76,9 @@ class TrainingOptions:
     intermediate_size: int | None = None
     num_features: int | None = None
     estimator: str = "positive"
+    window: int | None = None
+    lsh_chunk_size: int | None = None
+    lsh_rounds: int | None = None
     position_embedding: str = "rotary"
     dropout: float = 0.1
     max_length: int = 1024
@@ -85,6 +96,8 @@ class TrainingOptions:
     seed: int = 0
     bf16: bool = False
     gradient_checkpointing: bool = False
+    reversible: bool = False
+    feed_forward_chunk: int = 0
     validation_fraction: float = 0.05
     log_steps: int = 10
     eval_steps: int | None = None
@@ -119,6 +132,10 @@ class TrainingOptions:
             "eval_steps": 1,
             "save_steps": 1,
             "warmup_steps": 0,
+            "window": 0,
+            "feed_forward_chunk": 0,
+            "lsh_chunk_size": 1,
+            "lsh_rounds": 1,
         }
         for name, low in least.items():
             value = getattr(self, name)
@@ -146,6 +163,31 @@ class TrainingOptions:
             )
         if self.across_sequences and not self.packed:
             raise UserError("--across-sequences needs --packed")
+        if self.reversible and self.gradient_checkpointing:
+            raise UserError(
+                "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
+                "keep no activations anyway"
+            )
+        if self.window is not None and self.attention not in ("favor-softmax", "local"):
+            raise UserError(
+                "--window needs --attention favor-softmax or local, got --attention "
+                f"{self.attention}"
+            )
+        for name in _LSH:
+            if getattr(self, name) is not None and self.attention != "lsh":
+                raise UserError(
+                    f"{flag(name)} needs --attention lsh, got --attention {self.attention}"
+                )
+        if self.attention == "linformer" and self.objective == "clm":
+            raise UserError(
+                "--attention linformer has no causal form: use --objective mlm, or another "
+                "attention"
+            )
+        if self.attention == "linformer" and self.packed and not self.across_sequences:
+            raise UserError(
+                "--attention linformer cannot keep the sequences of a row apart: leave out "
+                "--packed, or add --across-sequences"
+            )
         try:
             with torch.random.fork_rng(devices=[]):
                 build_mechanism(self._config())
@@ -173,7 +215,11 @@ class TrainingOptions:
             attention=self.attention,
             num_features=self.num_features,
             estimator=cast(Estimator, self.estimator),
+            window=self.window,
+            reversible=self.reversible,
+            chunk_size_feed_forward=self.feed_forward_chunk,
             is_decoder=self.objective == "clm",
+            **{name: getattr(self, name) for name in _LSH if getattr(self, name) is not None},
             **tokens,
         )
 

@@ -25,7 +25,7 @@ from performers.models.callbacks import (
     stop_on_signals,
 )
 from performers.proteins.corpus import ShardedRows, TokenShards
-from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.errors import Diverged, Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.folders import write_json
 from performers.proteins.model_folder import quiet_transformers, save_model
@@ -78,8 +78,9 @@ def train_model(
         validation metrics.
 
     Raises:
-        UserError: The data or options cannot be used, the options differ from those of the run to
-            resume, or the loss is not finite.
+        UserError: The data or options cannot be used, or the options differ from those of the run
+            to resume.
+        Diverged: The loss or the weights are not finite.
         Interrupted: The run was stopped by a signal and has saved a checkpoint.
     """
     tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
@@ -203,7 +204,7 @@ class _ProteinTrainer(Trainer):
         """One batch.
 
         Raises:
-            UserError: The loss is not finite.
+            Diverged: The loss is not finite.
         """
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
@@ -237,8 +238,8 @@ class _ProteinTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
 
 
-def _diverged(what: str, step: int) -> UserError:
-    return UserError(
+def _diverged(what: str, step: int) -> Diverged:
+    return Diverged(
         f"{what} step {step}; lower --learning-rate or raise --warmup-steps and train anew, or "
         "--resume from the last checkpoint with the same options if the machine was at fault"
     )

@@ -1,6 +1,7 @@
 """What identifies a training run, so that it is resumed as itself or not at all."""
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,13 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose saving had ended; its log is written last."""
+    """The newest checkpoint whose saving had ended, in every process of the run.
+
+    The first process writes its log last. The others each write their random state, which may be
+    later, and without which they would be resumed with another one, unsaid.
+    """
+    count = process_count()
+    names = ["rng_state.pth"] if count == 1 else [f"rng_state_{i}.pth" for i in range(count)]
     steps = {
         int(path.name.removeprefix("checkpoint-")): path
         for path in folder.glob("checkpoint-*")
@@ -90,6 +97,8 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
             state = read_json(steps[step] / "trainer_state.json")
         except UserError:
             continue
-        if isinstance(state, dict) and state.get("global_step") == step:
+        # An archive without its end is none.
+        whole = all(zipfile.is_zipfile(steps[step] / name) for name in names)
+        if whole and isinstance(state, dict) and state.get("global_step") == step:
             return steps[step]
     return None
