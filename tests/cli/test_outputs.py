@@ -85,7 +85,8 @@ def test_a_model_folder_that_is_not_one(command, causal, fasta, tmp_path):
         assert line.startswith(str(folder))
         return line
 
-    assert "is not a model folder" in refused(tmp_path / "missing")
+    words = "is not a model folder" if command == "generate" else "no such file or folder"
+    assert words in refused(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "it has no config.json" in refused(tmp_path / "empty")
     broken = shutil.copytree(causal, tmp_path / "broken")
@@ -105,7 +106,7 @@ def test_a_model_folder_that_is_not_one(command, causal, fasta, tmp_path):
     ("command", "function"),
     [
         ("train", "train_model"),
-        ("train", "read_fasta"),
+        ("train", "protein_records"),
         ("evaluate", "evaluate_model"),
         ("evaluate", "load_model"),
         ("embed", "embed_sequences"),

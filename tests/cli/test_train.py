@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from performers.cli import app as commands
+from performers.proteins.options import TrainingOptions
 from performers.proteins.training import train_model
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import flags, losses, proteins, same_weights, write_sequences
@@ -62,6 +63,18 @@ def test_a_validation_file_is_used_and_nothing_is_held_out(fasta, output, tmp_pa
     assert record["data"]["sequences"] == 30
     assert record["data"]["validation_sequences"] == 4
     assert record["result"]["eval_sequences"] == 4
+
+
+def test_a_share_to_hold_out_is_refused_where_nothing_is_held_out(fasta, output, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "manifest.json").write_text("{}")
+    # The default given by hand, too.
+    flag = ("--validation-fraction", TrainingOptions().validation_fraction, "--output", output)
+    assert "--validation-fraction" in refusal("train", corpus, *flag)
+    line = refusal("train", fasta, "--validation", fasta, *flag)
+    assert line == "--validation-fraction holds out nothing beside --validation; leave it out"
+    assert not output.exists()
 
 
 def test_several_files_are_one_data_set(fasta, output, tmp_path):

@@ -2,26 +2,30 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from performers.cli import benchmark
+from performers.cli import benchmark, data, study
 from performers.cli.console import ProgressBars, note, one_line_errors, output, print_metrics
 from performers.cli.convert import convert
+from performers.cli.inputs import ModelAndFasta, model_and_fasta, protein_records
+from performers.cli.probe import probe
 from performers.models.configuration import ATTENTIONS
 from performers.proteins import demo as demo_run
+from performers.proteins.corpus import Corpus, TokenShards, is_corpus
 from performers.proteins.embedding import embed_sequences, write_embeddings
 from performers.proteins.errors import UserError
 from performers.proteins.evaluation import evaluate_model
-from performers.proteins.fasta import ProteinRecord, read_fasta, write_fasta
+from performers.proteins.fasta import write_fasta
 from performers.proteins.folders import prepare_output_file, prepare_output_folder
 from performers.proteins.generation import generate_sequences
 from performers.proteins.model_folder import load_model, model_max_length
 from performers.proteins.model_report import report_on_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.training import train_model
+from performers.proteins.training import train_model, validation_sample
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,9 +34,11 @@ app = typer.Typer(
     help="Attention in linear time, and protein language models with it.",
 )
 app.add_typer(benchmark.app, name="benchmark")
+app.add_typer(data.app, name="data")
+app.add_typer(study.app, name="study")
 app.command()(convert)
+app.command()(probe)
 
-Fasta = Annotated[list[Path], typer.Argument(help="FASTA files, plain or gzipped.")]
 Model = Annotated[Path, typer.Argument(help="A folder that performers train wrote.")]
 BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
@@ -68,7 +74,10 @@ def demo(
 
 @app.command()
 def train(
-    fasta: Fasta,
+    fasta: Annotated[
+        list[Path],
+        typer.Argument(help="FASTA files, plain or gzipped, or a folder of performers data."),
+    ],
     output_folder: Annotated[Path, typer.Option("--output", help="Folder of the model.")],
     objective: Annotated[
         str, typer.Option(help="mlm: masked residues; clm: next residue.")
@@ -98,6 +107,16 @@ def train(
     estimator: Annotated[
         str, typer.Option(help="Softmax estimator: positive, hyperbolic, trigonometric.")
     ] = _DEFAULTS.estimator,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens seen exactly to each side (favor-softmax, local)."),
+    ] = _DEFAULTS.window,
+    lsh_chunk_size: Annotated[
+        int | None, typer.Option(help="Tokens seen to each side within a bucket (lsh).")
+    ] = _DEFAULTS.lsh_chunk_size,
+    lsh_rounds: Annotated[
+        int | None, typer.Option(help="Hashes whose buckets are united (lsh).")
+    ] = _DEFAULTS.lsh_rounds,
     positions: Annotated[
         str, typer.Option(help="rotary, sinusoidal or learned.")
     ] = _DEFAULTS.position_embedding,
@@ -130,9 +149,20 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    reversible: Annotated[
+        bool,
+        typer.Option("--reversible", help="Activation memory that does not grow with --layers."),
+    ] = False,
+    feed_forward_chunk: Annotated[
+        int, typer.Option(help="Tokens in feed-forward blocks at a time; 0 = all.")
+    ] = _DEFAULTS.feed_forward_chunk,
     validation_fraction: Annotated[
-        float, typer.Option(help="Held out without --validation; at most 500 sequences.")
-    ] = _DEFAULTS.validation_fraction,
+        float | None,
+        typer.Option(
+            help="Held out of FASTA files without --validation, at most 500 sequences; "
+            f"{_DEFAULTS.validation_fraction} by default."
+        ),
+    ] = None,
     log_steps: Annotated[int, typer.Option(help="Steps between log entries.")] = 10,
     eval_steps: Annotated[
         int | None, typer.Option(help="Steps between validations; a tenth by default.")
@@ -141,8 +171,14 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints; a tenth by default.")
     ] = None,
 ) -> None:
-    """Train a protein language model from FASTA files."""
+    """Train a protein language model from FASTA files or a prepared corpus."""
     with one_line_errors():
+        given_corpus = any(is_corpus(path) for path in fasta)
+        if validation_fraction is None:
+            validation_fraction = _DEFAULTS.validation_fraction
+        elif validation or given_corpus:
+            whose = "--validation" if validation else "the corpus, which has a validation split"
+            raise UserError(f"--validation-fraction holds out nothing beside {whose}; leave it out")
         options = TrainingOptions(
             objective=objective,
             attention=attention,
@@ -152,6 +188,9 @@ def train(
             intermediate_size=intermediate_size,
             num_features=num_features,
             estimator=estimator,
+            window=window,
+            lsh_chunk_size=lsh_chunk_size,
+            lsh_rounds=lsh_rounds,
             position_embedding=positions,
             dropout=dropout,
             max_length=max_length,
@@ -169,13 +208,24 @@ def train(
             seed=seed,
             bf16=bf16,
             gradient_checkpointing=gradient_checkpointing,
+            reversible=reversible,
+            feed_forward_chunk=feed_forward_chunk,
             validation_fraction=validation_fraction,
             log_steps=log_steps,
             eval_steps=eval_steps,
             save_steps=save_steps,
         )
-        sequences = _sequences(fasta)
-        held_out = _sequences(validation) if validation else None
+        sequences: Sequence[str] | TokenShards
+        if given_corpus:
+            if len(fasta) > 1:
+                raise UserError("a corpus is trained on by itself; give the one folder")
+            corpus = Corpus(fasta[0])
+            sequences = corpus.split("train")
+            held_out = validation_sample(corpus.split("validation"), seed)
+        else:
+            sequences, held_out = [record.sequence for record in protein_records(fasta)], None
+        if validation:
+            held_out = [record.sequence for record in protein_records(validation)]
         prepare_output_folder(output_folder, resume=resume)
         with ProgressBars() as bars:
             result = train_model(
@@ -194,8 +244,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Model,
-    fasta: Fasta,
+    paths: ModelAndFasta,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     max_length: Annotated[
         int | None, typer.Option(min=3, help="Longest window in tokens; as trained by default.")
@@ -212,8 +261,9 @@ def evaluate(
             raise UserError(
                 f"--mask-probability must be above 0 and at most 1, got {mask_probability}"
             )
+        model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
-        sequences = _sequences(fasta)
+        sequences = [record.sequence for record in protein_records(fasta)]
         with ProgressBars() as bars:
             metrics = evaluate_model(
                 network,
@@ -238,16 +288,16 @@ def evaluate(
 
 @app.command()
 def embed(
-    model: Model,
-    fasta: Fasta,
+    paths: ModelAndFasta,
     output_file: Annotated[Path, typer.Option("--output", help="A .npz or .parquet file.")],
     batch_tokens: BatchTokens = 8192,
 ) -> None:
     """One vector a sequence: the mean of the final hidden states over its residues."""
     with one_line_errors():
         prepare_output_file(output_file, (".npz", ".parquet"))
+        model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
-        records = _records(fasta)
+        records = protein_records(fasta)
         with ProgressBars() as bars:
             vectors = embed_sequences(
                 network,
@@ -299,11 +349,20 @@ def generate(
 
 @app.command()
 def report(
-    model: Model,
-    fasta: Fasta,
+    paths: ModelAndFasta,
     output_folder: Annotated[Path, typer.Option("--output", help="A new folder.")],
+    compare: Annotated[
+        list[Path] | None, typer.Option(help="Another model to show beside it (repeatable).")
+    ] = None,
     protein: Annotated[
         str | None, typer.Option(help="Name of the protein whose attention is drawn.")
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option(
+            help="Known sites of that protein to mark, such as 57,102,195; by default those of "
+            "sites= in its header."
+        ),
     ] = None,
     max_sequences: Annotated[
         int, typer.Option(min=1, help="Sequences read for amino-acid similarity.")
@@ -312,10 +371,12 @@ def report(
         int, typer.Option(min=3, help="Tokens read of each; attention maps are quadratic.")
     ] = 256,
 ) -> None:
-    """Attention maps and amino-acid similarity as one HTML page."""
+    """Attention maps, known sites and amino-acid similarity as one HTML page."""
     with one_line_errors():
+        model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
-        records = _records(fasta)
+        others = [(path, *load_model(path)) for path in compare or []]
+        records = protein_records(fasta)
         prepare_output_folder(output_folder)
         with ProgressBars() as bars:
             page = report_on_model(
@@ -324,21 +385,11 @@ def report(
                 tokenizer,
                 records,
                 output_folder,
+                compare=others,
                 protein=protein,
+                sites=sites,
                 max_sequences=max_sequences,
                 max_length=max_length,
                 report=bars.update,
             )
         output.print(f"report: {page}", soft_wrap=True)
-
-
-def _records(paths: list[Path]) -> list[ProteinRecord]:
-    records, letters = read_fasta(paths)
-    note(letters.summary())
-    if not records:
-        raise UserError("the FASTA files hold no sequence")
-    return records
-
-
-def _sequences(paths: list[Path]) -> list[str]:
-    return [record.sequence for record in _records(paths)]

@@ -54,17 +54,56 @@ def evaluate_model(
         ValueError: There is no sequence, or an option is out of range.
         UserError: Learned positions end before ``max_length`` does.
     """
+    dataset = TokenDataset(
+        window
+        for tokens in encode_sequences(tokenizer, sequences)
+        for window in split_windows(tokens, max_length)
+    )
+    metrics = evaluate_rows(
+        model,
+        tokenizer,
+        dataset,
+        batch_tokens=batch_tokens,
+        mask_probability=mask_probability,
+        seed=seed,
+        progress=progress,
+    )
+    return {**metrics, "sequences": len(sequences)}
+
+
+def evaluate_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: TokenDataset,
+    *,
+    batch_tokens: int = 8192,
+    mask_probability: float = 0.15,
+    seed: int = 0,
+    across_sequences: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """As ``evaluate_model``, on rows that are cut already.
+
+    Args:
+        model: A masked or causal language model.
+        tokenizer: Its tokenizer.
+        dataset: The rows, packed or not.
+        batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
+        mask_probability: Share of residues that are targets of a masked model.
+        seed: Of the masks.
+        across_sequences: In packed rows, attention crosses the boundaries of sequences.
+        progress: Called with the rows done and the rows in all, after each batch.
+
+    Returns:
+        ``accuracy``, ``perplexity``, ``loss``, ``tokens``, ``baseline_accuracy`` and
+        ``baseline_perplexity``.
+    """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
     if not is_causal:
         collator = MaskedCollator(
             tokenizer, mask_probability=mask_probability, seed=seed, replaced=ALL_HIDDEN
         )
-    dataset = TokenDataset(
-        window
-        for tokens in encode_sequences(tokenizer, sequences)
-        for window in split_windows(tokens, max_length)
-    )
     check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
         dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
@@ -84,7 +123,9 @@ def evaluate_model(
         for batch in loader:
             input_ids = batch["input_ids"].to(model.device)
             attention_mask = batch["attention_mask"].to(model.device)
-            options = {"use_cache": False} if is_causal else {}
+            options: dict[str, Any] = {"use_cache": False} if is_causal else {}
+            if "sequence_ids" in batch and not across_sequences:
+                options["sequence_ids"] = batch["sequence_ids"].to(model.device)
             with torch.inference_mode():
                 logits = model(input_ids, attention_mask, **options).logits
             metrics.update(logits, batch["labels"].to(logits.device))
@@ -93,4 +134,4 @@ def evaluate_model(
                 progress(done, len(dataset))
     finally:
         model.train(was_training)
-    return {**metrics.compute(), "sequences": len(sequences)}
+    return metrics.compute()
