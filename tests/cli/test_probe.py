@@ -18,8 +18,7 @@ def labelled(tmp_path_factory):
     return path
 
 
-def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path):
     output = tmp_path / "new"
     out, lines = run("probe", masked, labelled, "--output", output, *FAST)
     assert (output / "probe.png").read_bytes().startswith(b"\x89PNG")
@@ -36,7 +35,7 @@ def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path, monkeypat
     assert found["groups"] == 40
     for name, row in found["features"].items():
         assert f"{name} " in out
-        assert f"{row['metrics']['accuracy']['mean']:.3f} ± " in out
+        assert f"{row['metrics']['accuracy']['mean']:.3f} ±" in out
     assert "240 proteins in 40 groups, each with one of 2 labels; 2 splits" in out
     assert f"results: {output / 'probe.json'}" in out
     for words in ("hold the logarithm of the length", "one draw of weights (seed 0)", "a spread"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,13 +147,13 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
         name for name in METRICS if name in next(iter(found["features"].values()))["metrics"]
     ]
     first = next(iter(found["features"]))
-    table = _table(metrics)
+    table = _table(metrics, found["features"])
     for name, row in found["features"].items():
         table.add_row(name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
     output.print(table)
     if found["differences"]:
         output.print(f"{first} minus the others, paired by split (splits in which {first} won):")
-        table = _table(metrics)
+        table = _table(metrics, found["differences"])
         for name, row in found["differences"].items():
             cells = (f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics)
             table.add_row(name, *cells)
@@ -162,9 +162,10 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
 
 
-def _table(metrics: list[str]) -> Table:
+def _table(metrics: list[str], names: Iterable[str]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column()
+    # On a narrow terminal it is the numbers that wrap.
+    table.add_column(min_width=max(map(len, names)))
     for metric in metrics:
         table.add_column(METRICS[metric], justify="right")
     return table
