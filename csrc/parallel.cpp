@@ -92,7 +92,74 @@ struct Scratch {
     ~Scratch() { release(data); }
 };
 
+// Memory of finished calls, for the next ones. Fresh memory costs a fault for each page at its first
+// use, and the threads of a call wait for each other there.
+class KeptMemory {
+public:
+    Memory take(size_t count) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        // Somebody else's turn, or for ever so in a child that was forked at the wrong moment.
+        if (!lock) return {nullptr, 0};
+        Memory *best = nullptr;
+        for (Memory &kept : kept_) {
+            if (kept.data && kept.capacity >= count && (!best || kept.capacity < best->capacity)) {
+                best = &kept;
+            }
+        }
+        if (!best) return {nullptr, 0};
+        const Memory found = *best;
+        *best = {nullptr, 0};
+        total_ -= found.capacity;
+        return found;
+    }
+
+    // Whether it was kept.
+    bool keep(const Memory &memory) {
+        const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+        if (!lock || total_ + memory.capacity > kMostKept) return false;
+        for (Memory &kept : kept_) {
+            if (kept.data) continue;
+            kept = memory;
+            total_ += memory.capacity;
+            return true;
+        }
+        return false;
+    }
+
+private:
+    static constexpr size_t kMostKept = (size_t{64} << 20) / sizeof(float);
+
+    std::mutex mutex_;
+    Memory kept_[4]{};
+    size_t total_ = 0;
+};
+
+// Never destroyed: a call may end after the destructors of the process have begun.
+KeptMemory &kept_memory() {
+    static KeptMemory &kept = *new KeptMemory;
+    return kept;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kKeepMemory = false;  // Memory that is used again would hide what is read too late.
+#else
+constexpr bool kKeepMemory = true;
+#endif
+
 }  // namespace
+
+Memory borrow(size_t count) {
+    if (kKeepMemory) {
+        const Memory kept = kept_memory().take(count);
+        if (kept.data) return kept;
+    }
+    return {allocate(count), count};
+}
+
+void give_back(const Memory &memory) {
+    if (!memory.data) return;
+    if (!kKeepMemory || !kept_memory().keep(memory)) release(memory.data);
+}
 
 float *allocate(size_t count) {
     constexpr size_t alignment = 64;

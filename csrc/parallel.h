@@ -20,4 +20,14 @@ float *scratch(size_t count);
 float *allocate(size_t count);
 void release(float *memory);
 
+struct Memory {
+    float *data;
+    size_t capacity;  // In floats.
+};
+
+// At least `count` floats, aligned to 64 bytes, until give_back, which keeps some (64 MiB in all, in
+// the whole process) for the next who borrows. Throws std::bad_alloc.
+Memory borrow(size_t count);
+void give_back(const Memory &memory);
+
 }  // namespace performers

@@ -34,15 +34,15 @@ inline void parallel(const Problem &p, int64_t count, Body &&body) {
 // Floats for the duration of a call, shared by its tasks.
 class SharedMemory {
 public:
-    explicit SharedMemory(int64_t count) : data_(allocate(static_cast<size_t>(count))) {}
-    ~SharedMemory() { release(data_); }
+    explicit SharedMemory(int64_t count) : memory_(borrow(static_cast<size_t>(count))) {}
+    ~SharedMemory() { give_back(memory_); }
     SharedMemory(const SharedMemory &) = delete;
     SharedMemory &operator=(const SharedMemory &) = delete;
 
-    float *data() const { return data_; }
+    float *data() const { return memory_.data; }
 
 private:
-    float *data_;
+    Memory memory_;
 };
 
 inline Span all_positions(const performers_call &call) { return {0, call.length, 0, call.size}; }
