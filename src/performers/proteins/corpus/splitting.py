@@ -71,14 +71,18 @@ def independent_clusters(
     """
     held, outside = list(candidates), []
     for thorough in (False, True):
-        within = set(held)
-        everything_else = [name for name in clusters if name not in within]
+        everything_else = _without(clusters, held)
         outside = list(relatives(held, everything_else, thorough)) if held else []
-        held = [name for name in held if name not in set(outside)]
+        held = _without(held, outside)
     while held and outside:
         outside = list(relatives(held, outside, True))
-        held = [name for name in held if name not in set(outside)]
+        held = _without(held, outside)
     return held
+
+
+def _without(names: Iterable[str], dropped: Iterable[str]) -> list[str]:
+    gone = set(dropped)
+    return [name for name in names if name not in gone]
 
 
 def whole_groups(
