@@ -153,6 +153,7 @@ def test_resume_with_something_else_is_one_line(fasta, output, tmp_path):
         ("--max-length", "100000"),
         ("--accumulation", "0"),
         ("--steps", "0"),
+        ("--optimizer", "sgd"),
         ("--learning-rate", "-1"),
         ("--learning-rate", "nan"),
         ("--warmup-steps", "-1"),

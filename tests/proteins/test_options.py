@@ -51,6 +51,7 @@ from performers.proteins.tokenizer import build_protein_tokenizer
         ("mask_probability", 1.5, "--mask-probability"),
         ("validation_fraction", 1.0, "--validation-fraction"),
         ("validation_fraction", -0.5, "--validation-fraction"),
+        ("optimizer", "sgd", "--optimizer"),
         ("learning_rate", -1.0, "--learning-rate"),
         ("learning_rate", math.nan, "--learning-rate"),
         ("weight_decay", -1.0, "--weight-decay"),

@@ -108,6 +108,15 @@ def test_a_run_stopped_by_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, 
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
+def test_a_run_with_muon_is_another_and_continues_too(tmp_path, whole):
+    train(tmp_path / "muon", optimizer="muon")
+    assert losses(tmp_path / "muon") != pytest.approx(losses(whole), abs=1e-5)
+    interrupt(tmp_path / "stopped", 4, optimizer="muon")
+    train(tmp_path / "stopped", resume=True, optimizer="muon")
+    assert_same_run(tmp_path / "stopped", tmp_path / "muon")
+
+
 def test_a_signal_at_the_very_end_comes_too_late(tmp_path, whole):
     train(tmp_path, progress=stop_at(7))
     assert_same_run(tmp_path, whole)

@@ -132,11 +132,14 @@ def train(
     accumulation: Annotated[
         int, typer.Option(help="Batches per optimiser step.")
     ] = _DEFAULTS.accumulation,
+    optimizer: Annotated[
+        str, typer.Option(help="adamw, or muon for the matrices (torch 2.9 or later).")
+    ] = _DEFAULTS.optimizer,
     learning_rate: Annotated[float, typer.Option(help="Peak.")] = _DEFAULTS.learning_rate,
     warmup_steps: Annotated[
         int | None, typer.Option(help="A twentieth of the steps by default.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = _DEFAULTS.weight_decay,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = _DEFAULTS.weight_decay,
     max_grad_norm: Annotated[float, typer.Option(help="Clipping.")] = _DEFAULTS.max_grad_norm,
     mask_probability: Annotated[
         float, typer.Option(help="Share of residues to predict (mlm).")
@@ -199,6 +202,7 @@ def train(
             batch_tokens=batch_tokens,
             accumulation=accumulation,
             steps=steps,
+            optimizer=optimizer,
             learning_rate=learning_rate,
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,

@@ -12,6 +12,7 @@ from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
 
 OBJECTIVES = ("mlm", "clm")
+OPTIMIZERS = ("adamw", "muon")
 
 # Options that change how a run is watched, not what it computes.
 _WATCHING = frozenset({"log_steps", "save_steps", "eval_steps"})
@@ -53,7 +54,9 @@ class TrainingOptions:
         steps: Optimiser steps.
         learning_rate: Peak; reached after ``warmup_steps``, then falling linearly to zero.
         warmup_steps: A twentieth of the steps when None.
-        weight_decay: Of AdamW.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices inside the model (AdamW for the
+            rest; see ``MuonAdamW``), which takes about the same learning rate.
+        weight_decay: Of matrices and embeddings.
         max_grad_norm: Gradients are clipped to this norm.
         mask_probability: Share of residues that are targets under ``"mlm"``.
         redraw_steps: Optimiser steps between fresh random features; 0 keeps the first.
@@ -87,6 +90,7 @@ class TrainingOptions:
     batch_tokens: int = 8192
     accumulation: int = 1
     steps: int = 1000
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int | None = None
     weight_decay: float = 0.1
@@ -111,6 +115,8 @@ class TrainingOptions:
         """
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"--optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if self.estimator in CALIBRATED:
             raise UserError(
                 f"--estimator {self.estimator} is fitted to the queries and keys of a trained "

@@ -24,6 +24,7 @@ from performers.models.callbacks import (
     StopCallback,
     stop_on_signals,
 )
+from performers.models.optimizers import MuonAdamW
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Diverged, Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
@@ -199,6 +200,25 @@ class _ProteinTrainer(Trainer):
             generator=torch.Generator().manual_seed(self.options.seed),
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Trainer's AdamW, or Muon.
+
+        Raises:
+            UserError: This torch has no Muon.
+        """
+        if self.optimizer is None and self.options.optimizer == "muon":
+            try:
+                self.optimizer = MuonAdamW(
+                    self.accelerator.unwrap_model(self.model),
+                    lr=self.args.learning_rate,
+                    weight_decay=self.args.weight_decay,
+                    betas=(self.args.adam_beta1, self.args.adam_beta2),
+                    eps=self.args.adam_epsilon,
+                )
+            except RuntimeError as error:
+                raise UserError(f"--optimizer muon: {error}") from error
+        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One batch.
