@@ -63,6 +63,23 @@ def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):
     assert list(found["features"]) == ["composition", "dipeptides"]
 
 
+def test_spreads_double_the_width_of_embeddings_alone(masked, labelled, tmp_path):
+    width = {}
+    for pooling in ("mean", "mean-sd"):
+        only = ["--features", "embeddings,random-weights,composition", "--pooling", pooling]
+        run("probe", masked, labelled, "--output", tmp_path / pooling, *FAST, *only)
+        found = json.loads((tmp_path / pooling / "probe.json").read_text())
+        assert found["pooling"] == pooling
+        width[pooling] = [row["width"] - 1 for row in found["features"].values()]
+    embedding, random, composition = width["mean"]
+    assert embedding == random
+    assert width["mean-sd"] == [2 * embedding, 2 * random, composition]
+    refused = refusal("probe", masked, labelled, "--output", tmp_path / "x", "--pooling", "max")
+    assert "--pooling must be one of mean, mean-sd" in refused
+    refused = refusal("embed", masked, labelled, "--output", tmp_path / "x.npz", "--pooling", "max")
+    assert "--pooling must be one of mean, mean-sd" in refused
+
+
 def test_a_random_split_is_asked_for_and_said(masked, tmp_path):
     fasta = tmp_path / "x.fasta"
     records = motif_records(120)

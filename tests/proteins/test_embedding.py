@@ -26,13 +26,35 @@ def test_a_vector_is_the_mean_over_the_residues_of_the_last_layer(objective, att
         np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=2e-5)
 
 
-def test_batching_does_not_matter():
+def test_a_spread_follows_the_mean():
+    model, tokenizer = make_model()
+    sequences = [*proteins(5), "M", "XXBZ"]
+    means = embed_sequences(model, tokenizer, sequences)
+    vectors = embed_sequences(model, tokenizer, sequences, pooling="mean-sd", batch_tokens=100)
+    assert vectors.shape == (7, 32)
+    np.testing.assert_allclose(vectors[:, :16], means, atol=2e-5)
+    for sequence, spread in zip(sequences, vectors[:, 16:], strict=True):
+        tokens = torch.tensor([tokenizer(sequence)["input_ids"]])
+        with torch.no_grad():
+            hidden = model.base_model(tokens).last_hidden_state[0, 1:-1]
+        np.testing.assert_allclose(spread, hidden.numpy().std(0), atol=2e-5)
+    assert (vectors[5, 16:] == 0).all(), "one residue has no spread"
+
+
+def test_an_unknown_pooling_is_named():
+    model, tokenizer = make_model()
+    with pytest.raises(UserError, match=r"--pooling must be one of mean, mean-sd; got 'max'"):
+        embed_sequences(model, tokenizer, ["MK"], pooling="max")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "mean-sd"])
+def test_batching_does_not_matter(pooling):
     model, tokenizer = make_model()
     sequences = proteins(20)
-    together = embed_sequences(model, tokenizer, sequences)
-    apart = embed_sequences(model, tokenizer, sequences, batch_tokens=1)
+    together = embed_sequences(model, tokenizer, sequences, pooling=pooling)
+    apart = embed_sequences(model, tokenizer, sequences, pooling=pooling, batch_tokens=1)
     np.testing.assert_allclose(together, apart, atol=2e-5)
-    turned = embed_sequences(model, tokenizer, sequences[::-1])
+    turned = embed_sequences(model, tokenizer, sequences[::-1], pooling=pooling)
     np.testing.assert_allclose(together, turned[::-1], atol=2e-5)
     assert len(np.unique(together.round(4), axis=0)) == 20
 

@@ -16,7 +16,12 @@ from performers.cli.probe import probe
 from performers.models.configuration import ATTENTIONS
 from performers.proteins import demo as demo_run
 from performers.proteins.corpus import Corpus, TokenShards, is_corpus
-from performers.proteins.embedding import embed_sequences, write_embeddings
+from performers.proteins.embedding import (
+    POOLINGS,
+    check_pooling,
+    embed_sequences,
+    write_embeddings,
+)
 from performers.proteins.errors import UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.fasta import write_fasta
@@ -294,10 +299,18 @@ def evaluate(
 def embed(
     paths: ModelAndFasta,
     output_file: Annotated[Path, typer.Option("--output", help="A .npz or .parquet file.")],
+    pooling: Annotated[
+        str,
+        typer.Option(
+            help="mean: of the hidden states over the residues; mean-sd: their standard deviation "
+            "besides, twice as wide, which tells more of function."
+        ),
+    ] = POOLINGS[0],
     batch_tokens: BatchTokens = 8192,
 ) -> None:
     """One vector a sequence: the mean of the final hidden states over its residues."""
     with one_line_errors():
+        check_pooling(pooling)
         prepare_output_file(output_file, (".npz", ".parquet"))
         model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
@@ -307,6 +320,7 @@ def embed(
                 network,
                 tokenizer,
                 [record.sequence for record in records],
+                pooling=pooling,
                 batch_tokens=batch_tokens,
                 progress=bars.task("embedding"),
             )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from performers.cli.console import ProgressBars, note, one_line_errors, output
 from performers.cli.inputs import ModelAndFasta, model_and_fasta, protein_records
+from performers.proteins.embedding import POOLINGS, check_pooling
 from performers.proteins.errors import UserError
 from performers.proteins.figure_files import save_figure
 from performers.proteins.folders import prepare_output_folder, write_json
@@ -53,6 +54,9 @@ def probe(
     features: Annotated[str, typer.Option(help="What to compare, with commas between.")] = ",".join(
         FEATURES
     ),
+    pooling: Annotated[
+        str, typer.Option(help="Of embeddings: mean, or mean-sd; see performers embed.")
+    ] = POOLINGS[0],
     repeats: Annotated[int, typer.Option(help="Splits.")] = _DEFAULTS.repeats,
     min_count: Annotated[
         int,
@@ -87,6 +91,7 @@ def probe(
         unknown = [name for name in chosen if name not in FEATURES]
         if unknown:
             raise UserError(f"--features must be some of {','.join(FEATURES)}; got {unknown[0]!r}")
+        check_pooling(pooling)
         model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
         records = protein_records(fasta)
@@ -110,6 +115,7 @@ def probe(
                     tokenizer,
                     task.sequences,
                     features=chosen,
+                    pooling=pooling,
                     batch_tokens=batch_tokens,
                     seed=seed,
                     progress=lambda name, done, total: bars.update(name, done, total, {}),
@@ -119,7 +125,12 @@ def probe(
                 notes=feature_notes(chosen, seed),
                 progress=bars.task("fitting"),
             )
-        found = {"model": str(model), "fasta": [str(path) for path in fasta], **found}
+        found = {
+            "model": str(model),
+            "fasta": [str(path) for path in fasta],
+            "pooling": pooling,
+            **found,
+        }
         write_json(output_folder / "probe.json", found)
         save_figure(probe_figure(found), output_folder / "probe.png")
         # Those of the task were said before the long part.

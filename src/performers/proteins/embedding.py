@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.models.heads import mean_pool
+from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord
 from performers.proteins.folders import write_atomically
 from performers.proteins.model_folder import check_input_length
@@ -17,32 +18,42 @@ from performers.proteins.objectives import CausalCollator
 from performers.proteins.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.tokenizer import encode_sequences, residue_ids
 
+POOLINGS = ("mean", "mean-sd")
+"""From a sequence's hidden states to one vector: their mean, or that and their spread."""
+
 
 def embed_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
     *,
+    pooling: str = "mean",
     batch_tokens: int = 8192,
     progress: Callable[[int, int], None] | None = None,
 ) -> npt.NDArray[np.float32]:
-    """Mean of the final hidden states over a sequence's residues.
+    """Mean of the final hidden states over a sequence's residues, and their spread if wanted.
 
-    Every sequence is read whole, whatever its length: attention is linear.
+    Every sequence is read whole, whatever its length: attention is linear. With ``pooling`` of
+    ``"mean-sd"`` the mean of each hidden channel over the residues is followed by its standard
+    deviation, ``sqrt(mean((h - mean(h))^2))``: a motif that a few residues form hardly moves a
+    mean, but it widens the spread of the channels that see it. Source: statistics pooling, Snyder
+    et al. 2018 (x-vectors).
 
     Args:
         model: A masked or causal language model with a Performer inside.
         tokenizer: Its tokenizer.
         sequences: Proteins as letters.
+        pooling: One of ``POOLINGS``.
         batch_tokens: Tokens in a batch, padding included; a longer sequence is a batch of its own.
         progress: Called with the sequences done and the sequences in all, after each batch.
 
     Returns:
-        Shape ``(sequences, hidden_size)``, in the order given.
+        Shape ``(sequences, hidden_size)``, twice as wide with ``"mean-sd"``, in the order given.
 
     Raises:
-        UserError: A sequence is longer than learned positions reach.
+        UserError: The pooling is unknown, or a sequence is longer than learned positions reach.
     """
+    check_pooling(pooling)
     dataset = TokenDataset(encode_sequences(tokenizer, sequences))
     check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
@@ -50,7 +61,8 @@ def embed_sequences(
     )
     collator = CausalCollator(tokenizer)
     residues = torch.from_numpy(residue_ids(tokenizer)).to(model.device)
-    vectors = np.empty((len(sequences), model.config.hidden_size), dtype=np.float32)
+    width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
+    vectors = np.empty((len(sequences), width), dtype=np.float32)
     done = 0
     for keys in sampler:
         batch = collator([dataset[key] for key in keys])
@@ -58,12 +70,27 @@ def embed_sequences(
         attention_mask = batch["attention_mask"].to(model.device)
         with torch.inference_mode():
             output = model.base_model(input_ids, attention_mask, use_cache=False)
-            pooled = mean_pool(output.last_hidden_state.float(), torch.isin(input_ids, residues))
+            hidden = output.last_hidden_state.float()
+            taking_part = torch.isin(input_ids, residues)
+            pooled = mean_pool(hidden, taking_part)
+            if pooling == "mean-sd":
+                variance = mean_pool((hidden - pooled[:, None]).square(), taking_part)
+                pooled = torch.cat([pooled, variance.sqrt()], dim=-1)
         vectors[[index for _, index in keys]] = pooled.cpu().numpy()
         done += len(keys)
         if progress is not None:
             progress(done, len(dataset))
     return vectors
+
+
+def check_pooling(pooling: str) -> None:
+    """Refuse what is none of ``POOLINGS``.
+
+    Raises:
+        UserError: It is not.
+    """
+    if pooling not in POOLINGS:
+        raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
 
 
 def write_embeddings(

@@ -39,6 +39,7 @@ def probe_features(
     sequences: Sequence[str],
     *,
     features: Sequence[str] = FEATURES,
+    pooling: str = "mean",
     batch_tokens: int = 8192,
     seed: int = 0,
     progress: Progress | None = None,
@@ -51,11 +52,12 @@ def probe_features(
         sequences: The proteins.
         features: Which, in the order wanted:
 
-            - `"embeddings"`: mean of the model's final hidden states, see `embed_sequences`;
+            - `"embeddings"`: the model's, see `embed_sequences`;
             - `"random-weights"`: the same of `untrained` with `seed`;
             - `"composition"`, `"dipeptides"`, `"tripeptides"`: √p of the shares p of
               `kmer_frequencies`, k 1 to 3. The inner product of two proteins is then the
               Bhattacharyya coefficient Σ √(p q): frequent words do not drown the rare ones.
+        pooling: Of embeddings, the model's and those of random weights: one of `POOLINGS`.
         batch_tokens: Tokens in a batch of the models.
         seed: Of the random weights.
         progress: Called with the name of the features, the sequences done and all sequences.
@@ -82,6 +84,7 @@ def probe_features(
             source,
             tokenizer,
             sequences,
+            pooling=pooling,
             batch_tokens=batch_tokens,
             progress=_named(progress, name),
         )
