@@ -1,6 +1,8 @@
 """Callbacks of a training run: redraws, progress, and stopping on a signal."""
 
+import ctypes
 import json
+import os
 import signal
 import threading
 import time
@@ -63,6 +65,58 @@ class ClockCallback(TrainerCallback, ExportableState):
         written = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         callbacks = written.get("stateful_callbacks", {})
         return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
+
+
+class TrimCallback(TrainerCallback):
+    """Gives freed memory back to the system when much more is held than a step needs.
+
+    Batches of ever other shapes leave glibc's heap in pieces, none of which is handed back: the
+    process of a small model grew to 7 GB where its steps need 1. A step's need is what the first
+    one after a trim adds; at more than twice that above the level after the trim, free pages are
+    returned (``malloc_trim``), which takes some tenths of a second. Does nothing where the C
+    library cannot do it.
+
+    Args:
+        slack: Bytes beyond twice a step's need that are let be.
+    """
+
+    def __init__(self, slack: int = 256 << 20) -> None:
+        self.slack = slack
+        self.trim = _heap_trim()
+        self._floor = 0
+        self._need: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from what the process holds."""
+        self._floor, self._need = resident_bytes(), None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trim when due."""
+        if self.trim is None:
+            return
+        grown = resident_bytes() - self._floor
+        if self._need is None:
+            self._need = max(0, grown)
+        elif grown > 2 * self._need + self.slack:
+            self.trim()
+            self._floor, self._need = resident_bytes(), None
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, bytes; 0 where ``/proc`` does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _heap_trim() -> Callable[[], object] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return lambda: trim(ctypes.c_size_t(0))
 
 
 class IntervalsCallback(TrainerCallback):

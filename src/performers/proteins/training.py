@@ -22,6 +22,7 @@ from performers.models.callbacks import (
     ProgressCallback,
     RedrawCallback,
     StopCallback,
+    TrimCallback,
     stop_on_signals,
 )
 from performers.models.optimizers import MuonAdamW
@@ -119,6 +120,7 @@ def train_model(
         callbacks=[
             RedrawCallback(model, options.redraw_steps, options.seed),
             IntervalsCallback(),
+            TrimCallback(),
             stop,
             clock,
         ],
