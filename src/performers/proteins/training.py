@@ -209,7 +209,7 @@ class _ProteinTrainer(Trainer):
         Raises:
             UserError: This torch has no Muon.
         """
-        if self.optimizer is None and self.options.optimizer == "muon":
+        if self.options.optimizer == "muon" and getattr(self, "optimizer", None) is None:
             try:
                 self.optimizer = MuonAdamW(
                     self.accelerator.unwrap_model(self.model),
