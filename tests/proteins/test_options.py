@@ -168,10 +168,12 @@ def test_how_a_run_is_watched_does_not():
     assert watched.differences(TrainingOptions().to_dict()) == []
 
 
-def test_a_record_without_an_option_is_of_another_run():
+def test_an_option_newer_than_the_record_was_at_its_default():
     earlier = TrainingOptions().to_dict()
-    del earlier["dropout"]
-    assert TrainingOptions().differences(earlier) == ["--dropout was None, now 0.1"]
+    del earlier["optimizer"]
+    assert TrainingOptions().differences(earlier) == []
+    changed = TrainingOptions(optimizer="muon").differences(earlier)
+    assert changed == ["--optimizer was adamw, now muon"]
 
 
 def test_every_option_is_a_flag_of_the_train_command():

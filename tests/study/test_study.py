@@ -8,7 +8,7 @@ import pytest
 
 from performers.proteins import training
 from performers.proteins.errors import Diverged, UserError
-from performers.study import comparison
+from performers.study import comparison, study
 from performers.study.comparison import planned_runs
 from performers.study.presets import KERNELS, PRESETS
 from performers.study.study import run_study
@@ -178,6 +178,23 @@ def test_other_processes_wait_for_the_scores(tmp_path, monkeypatch):
 def test_other_settings_are_refused(finished):
     with pytest.raises(UserError, match=r"other settings .*seeds"):
         run_study(finished, data(), replace(PRESET, seeds=(0,)), name="tiny")
+
+
+def test_a_study_older_than_an_option_goes_on(finished):
+    file = finished / "study.json"
+    settings = json.loads(file.read_text())
+    older = json.loads(file.read_text())
+    for key in ("training", "long"):
+        del older[key]["optimizer"]
+    file.write_text(json.dumps(older))
+    try:
+        study._check_same(file, settings)
+        settings["training"]["optimizer"] = "muon"
+        with pytest.raises(UserError, match=r"other settings \(training\)"):
+            study._check_same(file, settings)
+    finally:
+        settings["training"]["optimizer"] = "adamw"
+        file.write_text(json.dumps(settings))
 
 
 def test_all_seeds_of_one_come_before_the_next():

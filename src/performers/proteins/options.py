@@ -234,11 +234,15 @@ class TrainingOptions:
         return asdict(self)
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """Which results-changing options differ from those of an earlier run, in words."""
+        """Which results-changing options differ from those of an earlier run, in words.
+
+        An option that the earlier run does not mention is newer than it, and was at its default.
+        """
+        before = {field.name: earlier.get(field.name, field.default) for field in fields(self)}
         return [
-            f"{flag(field.name)} was {earlier.get(field.name)}, now {getattr(self, field.name)}"
-            for field in fields(self)
-            if field.name not in _WATCHING and getattr(self, field.name) != earlier.get(field.name)
+            f"{flag(name)} was {value}, now {getattr(self, name)}"
+            for name, value in before.items()
+            if name not in _WATCHING and getattr(self, name) != value
         ]
 
 

@@ -12,6 +12,7 @@ from performers.proteins.folders import read_json, write_json
 from performers.proteins.learnt import compare_learnt
 from performers.proteins.model_folder import load_model
 from performers.proteins.model_report import choose_protein
+from performers.proteins.options import TrainingOptions
 from performers.proteins.processes import is_first_process, process_count
 from performers.study.comparison import Report, execute, planned_runs
 from performers.study.data import StudyData
@@ -134,6 +135,10 @@ def _plain(value: Any) -> Any:
 
 def _check_same(file: Path, settings: Mapping[str, Any]) -> None:
     earlier = read_json(file)
+    for key in ("training", "long"):
+        if isinstance(earlier.get(key), dict):
+            # Options that are newer than the study were at their defaults.
+            earlier[key] = _plain({**TrainingOptions().to_dict(), **earlier[key]})
     changed = [key for key in settings if earlier.get(key) != settings[key]]
     if changed:
         raise UserError(
