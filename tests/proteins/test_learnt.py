@@ -52,6 +52,9 @@ def test_numbers_are_plain_and_complete(compared):
             "K–R",
         ]
         assert len(similarity["all"]["matrix"]) == 20
+        embeddings = numbers["embeddings"]
+        assert list(embeddings["matrices"]) == list(similarity["all"]["matrices"])
+        assert embeddings["matrix"] != similarity["all"]["matrix"]
     heads = [numbers["heads"] for numbers in found["models"].values()]
     assert heads[0] != heads[1]
     assert {name for name, *_ in seen} == {"performer", "exact"}

@@ -162,8 +162,10 @@ def test_figures_lie_beside_the_page(full: Path) -> None:
     hostile = "1-script-alert-1-script-x"
     assert names == [
         f"{hostile}-attention.png",
+        f"{hostile}-embeddings.png",
         f"{hostile}-learning-curve.png",
         f"{hostile}-similarity.png",
+        "2-exact-embeddings.png",
         "2-exact-learning-curve.png",
         "learning-curves.png",
     ]
@@ -213,6 +215,14 @@ def test_the_numbers_of_the_page_are_beside_it(full: Path) -> None:
                 assert f"{result[name]:.{digits}f}" in text
         for pair in similarity[kind]["expected_pairs"]:
             assert f"{pair['rank']} of 190" in text
+    for model in (shown, fused):
+        embeddings = model["learnt"]["embeddings"]
+        for result in embeddings["matrices"].values():
+            assert f"{result['pearson']:.3f}" in text
+            assert f"{result['p_value']:.4f}" in text
+        for pair in embeddings["expected_pairs"]:
+            assert f"{pair['rank']} of 190" in text
+        assert ", ".join(pair["pair"] for pair in embeddings["top_pairs"]) in text
     assert "no attention weights" in fused["learnt"]["problem"]
     assert fused["learnt"]["similarity"] is None
     assert bare["learnt"] is None
@@ -228,7 +238,8 @@ def test_models_are_put_side_by_side(tmp_path: Path) -> None:
     page = _Page(write_report(tmp_path, models=models, permutations=9))
     text = page.text.split("Settings")[0]
     assert "side by side" in text
-    for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "D–E", "F–Y", "I–V", "K–R"):
+    pairs = ("D–E", "F–Y", "I–V", "K–R")
+    for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "embeddings", *pairs):
         assert expected in text, expected
     figures = {file.name for file in (tmp_path / "figures").iterdir()}
     assert {"heads.png", "similarities.png", "1-one-attention.png"} <= figures

@@ -9,8 +9,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from performers.proteins.similarity import AMINO_ACIDS, AttentionSimilarity, load_reference_matrix
-from performers.proteins.tokenizer import build_protein_tokenizer
+from performers.proteins.similarity import (
+    AMINO_ACIDS,
+    AttentionSimilarity,
+    embedding_similarity,
+    load_reference_matrix,
+    pair_ranks,
+    top_pairs,
+)
+from performers.proteins.tokenizer import build_protein_tokenizer, residue_ids
+from tests.proteins.runs import make_model
 
 FIRST = 5
 """Id of the first amino acid."""
@@ -263,3 +271,41 @@ def test_a_pair_without_a_similarity_has_no_rank() -> None:
     assert math.isnan(missing.similarity)
     assert there.rank is not None
     assert missing.of == there.of == 171
+
+
+def test_embeddings_are_compared_without_their_mean() -> None:
+    model, tokenizer = make_model()
+    ids = residue_ids(tokenizer, AMINO_ACIDS)
+    generator = np.random.default_rng(0)
+    factors = np.linalg.cholesky(_positive(load_reference_matrix("BLOSUM62", AMINO_ACIDS)))
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[ids] = torch.tensor(factors[:, :16], dtype=torch.float32)
+    before = embedding_similarity(model, tokenizer)
+    vectors = factors[:, :16] - factors[:, :16].mean(0)
+    np.testing.assert_allclose(before, np.corrcoef(np.c_[vectors, -vectors]), atol=1e-5)
+    with torch.no_grad():
+        weight[ids] += torch.tensor(generator.normal(0, 5, 16), dtype=torch.float32)
+    np.testing.assert_allclose(embedding_similarity(model, tokenizer), before, atol=1e-4)
+
+
+def test_one_that_lies_at_the_mean_has_no_similarity() -> None:
+    model, tokenizer = make_model()
+    ids = residue_ids(tokenizer, AMINO_ACIDS)
+    weight = model.get_input_embeddings().weight
+    weight.data[ids] = 0
+    weight.data[ids[1], 0], weight.data[ids[2], 0] = 1, -1
+    similarity = embedding_similarity(model, tokenizer)
+    assert similarity[1, 2] == -1
+    assert np.isnan(similarity[0]).all()
+    assert np.isnan(similarity[:, 3]).all()
+    assert [(p.first, p.second) for p in top_pairs(similarity)] == [tuple(AMINO_ACIDS[1:3])]
+    known, unknown = pair_ranks(similarity, (AMINO_ACIDS[1:3], AMINO_ACIDS[:2]))
+    assert (known.rank, known.of) == (1, 1)
+    assert unknown.rank is None
+
+
+def _positive(matrix: np.ndarray) -> np.ndarray:
+    """The nearest matrix of inner products, and a little more."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.maximum(values, 0.1)) @ vectors.T

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.fasta import ProteinRecord
 from performers.proteins.head_scores import HeadScores, local_global_score, residue_mask
-from performers.proteins.similarity import AttentionSimilarity
+from performers.proteins.similarity import AttentionSimilarity, embedding_similarity
 from performers.proteins.site_scores import SiteScores, score_sites
 
 
@@ -36,6 +36,7 @@ class ModelAnalysis:
         problem: Why there is no attention to show; empty otherwise.
         sites: How much attention known sites of `protein` receive; None when none were given, or
             none lies among `labels`.
+        embeddings: Similarity of the amino acids' input embeddings; see `embedding_similarity`.
     """
 
     protein: ProteinRecord
@@ -49,6 +50,7 @@ class ModelAnalysis:
     max_length: int
     problem: str = ""
     sites: SiteScores | None = None
+    embeddings: NDArray[np.float64] | None = None
 
 
 def analyse_model(
@@ -111,6 +113,7 @@ def analyse_model(
     # Alike lengths side by side waste least on padding.
     chosen.sort(key=len)
     similarity = AttentionSimilarity(tokenizer)
+    embeddings = embedding_similarity(model, tokenizer)
     special = tokenizer.all_special_ids
 
     def analysis(
@@ -133,6 +136,7 @@ def analyse_model(
             max_length=max_length,
             problem=problem,
             sites=sites,
+            embeddings=embeddings,
         )
 
     training = model.training

@@ -66,6 +66,12 @@ def _agreement(numbers: Mapping[str, Mapping[str, Any]]) -> str:
         for name, similarity in found.items()
         for result in (similarity[kind]["matrices"][matrix],)
     ]
+    rows += [
+        (name, "embeddings", matrix, *agreement_cells(result))
+        for name, n in numbers.items()
+        if n["embeddings"]
+        for matrix, result in n["embeddings"]["matrices"].items()
+    ]
     return page.table(
         ("model", "attention", "matrix", "Pearson r", "p", "Spearman ρ", "p"),
         rows,

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.analysis import ModelAnalysis, analyse_model
@@ -17,8 +19,14 @@ from performers.proteins.fasta import ProteinRecord
 from performers.proteins.figure_files import save_figure
 from performers.proteins.figures import attention_maps_figure, similarity_figure
 from performers.proteins.head_figure import heads_figure
-from performers.proteins.mantel import load_reference_matrix
-from performers.proteins.similarity import AMINO_ACIDS, EXPECTED_PAIRS, AttentionSimilarity
+from performers.proteins.mantel import compare_matrices, load_reference_matrix
+from performers.proteins.similarity import (
+    AMINO_ACIDS,
+    EXPECTED_PAIRS,
+    AttentionSimilarity,
+    pair_ranks,
+    top_pairs,
+)
 
 MATRICES = ("BLOSUM62", "BLOSUM45", "BLOSUM80")
 """Substitution matrices that similarity is compared with: the usual one, of distant relatives, of
@@ -56,7 +64,9 @@ def learnt_numbers(
         - `similarity`, or None: `sequences`, `available`, `cropped`, `residues`, `threshold`, and
           for `all` attention and what is `thresholded`: number of `heads` used, `matrices` (name
           to the fields of `MatrixComparison`), `top_pairs`, `expected_pairs` with their rank,
-          `notes`, and the (20, 20) `matrix` in the order of `amino_acids`.
+          `notes`, and the (20, 20) `matrix` in the order of `amino_acids`;
+        - `embeddings`, or None: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
+          the amino acids' input embeddings; see `embedding_similarity`.
 
     Raises:
         ValueError: If a matrix is unknown.
@@ -75,7 +85,10 @@ def learnt_numbers(
         "band": scores.band if scores else None,
         "sites": asdict(analysis.sites) if analysis.sites else None,
         "similarity": None,
+        "embeddings": None,
     }
+    if analysis.embeddings is not None:
+        numbers["embeddings"] = _matrix_numbers(analysis.embeddings, matrices, permutations, seed)
     similarity = analysis.similarity
     if similarity is not None:
         numbers["similarity"] = {
@@ -176,19 +189,34 @@ def _similarity_numbers(
     permutations: int,
     seed: int,
 ) -> dict[str, Any]:
+    matrix = similarity.similarity(thresholded=thresholded)
     return {
         "heads": similarity.heads(thresholded=thresholded),
+        "notes": similarity.notes(thresholded=thresholded),
+        **_matrix_numbers(matrix, matrices, permutations, seed),
+    }
+
+
+def _matrix_numbers(
+    similarity: NDArray[np.float64], matrices: Sequence[str], permutations: int, seed: int
+) -> dict[str, Any]:
+    """Agreement of a (20, 20) similarity with substitution matrices, and pairs."""
+    return {
         "matrices": {
             name: asdict(
-                similarity.compare(
-                    name, thresholded=thresholded, permutations=permutations, seed=seed
+                compare_matrices(
+                    similarity,
+                    load_reference_matrix(name, AMINO_ACIDS),
+                    name=name,
+                    permutations=permutations,
+                    seed=seed,
                 )
             )
             for name in matrices
         },
         "top_pairs": [
             {"pair": f"{pair.first}–{pair.second}", "similarity": pair.similarity}
-            for pair in similarity.top_pairs(TOP_PAIRS, thresholded=thresholded)
+            for pair in top_pairs(similarity, TOP_PAIRS)
         ],
         "expected_pairs": [
             {
@@ -197,10 +225,9 @@ def _similarity_numbers(
                 "rank": pair.rank,
                 "of": pair.of,
             }
-            for pair in similarity.pair_ranks(EXPECTED_PAIRS, thresholded=thresholded)
+            for pair in pair_ranks(similarity, EXPECTED_PAIRS)
         ],
-        "notes": similarity.notes(thresholded=thresholded),
-        "matrix": similarity.similarity(thresholded=thresholded).tolist(),
+        "matrix": similarity.tolist(),
     }
 
 

@@ -23,7 +23,7 @@ from performers.proteins.figure_files import Pictures
 from performers.proteins.figures import curves, learning_curve_figure
 from performers.proteins.folders import write_atomically, write_json
 from performers.proteins.learnt import MATRICES, finite, learnt_numbers
-from performers.proteins.similarity_sections import similarity_section
+from performers.proteins.similarity_sections import embedding_section, similarity_section
 
 __all__ = ["ModelAnalysis", "ModelReport", "analyse_model", "write_report"]
 
@@ -133,6 +133,11 @@ def write_report(
                 f"{stem}-similarity",
                 pictures,
                 matrix_name=matrix_name,
+            )
+        )
+        parts.append(
+            embedding_section(
+                model.analysis, found, f"{stem}-embeddings", pictures, matrix_name=matrix_name
             )
         )
     write_json(folder / "report.json", _numbers(title, models, learnt))

@@ -1,4 +1,4 @@
-"""Which amino acids a model treats alike: similarity read from attention, beside BLOSUM62.
+"""Which amino acids a model treats alike: similarity read from attention or from embeddings.
 
 The procedure is that of Choromanski et al. (2021, App. C.4) after Vig et al. (2020). For every
 head h, f_h(a) is the attention paid to amino acid a over all attention between residues, both
@@ -9,6 +9,9 @@ A common amino acid takes a large share in every head, yet this does not enter S
 the scale of either vector, so shares divided by the frequency of the amino acid give the same S.
 What does enter is that shares add up to one: where a common amino acid gains, others must lose,
 which lowers correlations between common amino acids. S is reported as the paper defines it.
+
+The other similarity needs no sequences: cosines between the model's input embeddings of the amino
+acids, their mean taken off (`embedding_similarity`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.head_scores import check_attention, local_global_score, residue_mask
 from performers.proteins.mantel import MatrixComparison, compare_matrices, load_reference_matrix
@@ -33,8 +36,11 @@ __all__ = [
     "AttentionSimilarity",
     "MatrixComparison",
     "RankedPair",
+    "embedding_similarity",
     "load_reference_matrix",
     "local_global_score",
+    "pair_ranks",
+    "top_pairs",
 ]
 
 _MIN_HEADS = 3
@@ -233,14 +239,7 @@ class AttentionSimilarity:
 
     def top_pairs(self, count: int = 10, *, thresholded: bool = False) -> list[AminoAcidPair]:
         """The pairs of different amino acids with the highest similarity, highest first."""
-        matrix = self.similarity(thresholded=thresholded)
-        rows, columns = np.triu_indices(len(AMINO_ACIDS), k=1)
-        values = matrix[rows, columns]
-        order = [i for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
-        return [
-            AminoAcidPair(AMINO_ACIDS[rows[i]], AMINO_ACIDS[columns[i]], float(values[i]))
-            for i in order[:count]
-        ]
+        return top_pairs(self.similarity(thresholded=thresholded), count)
 
     def pair_ranks(
         self, pairs: Sequence[str] = EXPECTED_PAIRS, *, thresholded: bool = False
@@ -254,16 +253,7 @@ class AttentionSimilarity:
         Returns:
             A rank for each pair, in the order given.
         """
-        matrix = self.similarity(thresholded=thresholded)
-        values = matrix[np.triu_indices(len(AMINO_ACIDS), k=1)]
-        values = values[np.isfinite(values)]
-        ranked = []
-        for pair in pairs:
-            first, second = pair[0], pair[1]
-            value = float(matrix[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)])
-            rank = 1 + int((values > value).sum()) if np.isfinite(value) else None
-            ranked.append(RankedPair(first, second, value, rank, len(values)))
-        return ranked
+        return pair_ranks(self.similarity(thresholded=thresholded), pairs)
 
     def notes(self, *, thresholded: bool = False) -> list[str]:
         """Sentences on what was left out and why; empty when nothing was."""
@@ -299,6 +289,74 @@ class AttentionSimilarity:
                 f"{letters}."
             )
         return notes
+
+
+def embedding_similarity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> NDArray[np.float64]:
+    """Cosines between the input embeddings of the amino acids, their mean over the twenty off.
+
+    S(a, b) = (e_a - m)·(e_b - m) / (|e_a - m| |e_b - m|). Without the mean, what all amino acids
+    share against special tokens would make all of them alike.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer, one token per amino acid.
+
+    Returns:
+        Symmetric (20, 20) in the order of `AMINO_ACIDS`; NaN for one that lies at the mean.
+
+    Raises:
+        ValueError: If the tokenizer lacks an amino acid.
+    """
+    table = model.get_input_embeddings().weight.detach().cpu().double().numpy()
+    vectors = table[residue_ids(tokenizer, AMINO_ACIDS)]
+    centred = vectors - vectors.mean(0)
+    norms = np.linalg.norm(centred, axis=1)
+    norms[norms <= _CONSTANT * np.linalg.norm(vectors, axis=1)] = np.nan
+    unit = centred / norms[:, None]
+    similarity: NDArray[np.float64] = np.clip(unit @ unit.T, -1.0, 1.0)
+    np.fill_diagonal(similarity, np.where(np.isnan(norms), np.nan, 1.0))
+    return similarity
+
+
+def top_pairs(similarity: NDArray[np.float64], count: int = 10) -> list[AminoAcidPair]:
+    """The pairs of different amino acids with the highest similarity, highest first.
+
+    Args:
+        similarity: (20, 20) in the order of `AMINO_ACIDS`.
+        count: How many at most.
+    """
+    rows, columns = np.triu_indices(len(AMINO_ACIDS), k=1)
+    values = similarity[rows, columns]
+    order = [i for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
+    return [
+        AminoAcidPair(AMINO_ACIDS[rows[i]], AMINO_ACIDS[columns[i]], float(values[i]))
+        for i in order[:count]
+    ]
+
+
+def pair_ranks(
+    similarity: NDArray[np.float64], pairs: Sequence[str] = EXPECTED_PAIRS
+) -> list[RankedPair]:
+    """The places of given pairs of amino acids among all pairs, most similar first.
+
+    Args:
+        similarity: (20, 20) in the order of `AMINO_ACIDS`.
+        pairs: Two letters each.
+
+    Returns:
+        A rank for each pair, in the order given.
+    """
+    values = similarity[np.triu_indices(len(AMINO_ACIDS), k=1)]
+    values = values[np.isfinite(values)]
+    ranked = []
+    for pair in pairs:
+        first, second = pair[0], pair[1]
+        value = float(similarity[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)])
+        rank = 1 + int((values > value).sum()) if np.isfinite(value) else None
+        ranked.append(RankedPair(first, second, value, rank, len(values)))
+    return ranked
 
 
 def _usable_heads(shares: NDArray[np.float64]) -> NDArray[np.bool_]:

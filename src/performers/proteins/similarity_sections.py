@@ -1,4 +1,4 @@
-"""The section of the report on amino-acid similarity from attention."""
+"""The sections of the report on amino-acid similarity, from attention and from embeddings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from performers.proteins.mantel import load_reference_matrix
 from performers.proteins.similarity import AMINO_ACIDS
 
 _SIGNIFICANT = 0.05
+_COLOURS = (
+    "Blue: alike; orange: unlike; grey: not compared. The amino acids stand in "
+    "physicochemical groups: sulfhydryl, small, acid and amide, basic, aliphatic, aromatic."
+)
+_EXPECTED = "Pairs that one expects to be alike, among all pairs."
 
 
 def similarity_section(
@@ -69,21 +74,81 @@ def similarity_section(
     for kind in KINDS:
         result = found[kind]["matrices"][matrix_name]
         remarks = [*found[kind]["notes"], *([result["note"]] if result["note"] else [])]
-        parts.append(page.paragraph(f"{names[kind]}: {_verdict(result['p_value'], matrix_name)}"))
+        parts.append(
+            page.paragraph(
+                f"{names[kind]}: {_verdict(result['p_value'], matrix_name, 'the heads')}"
+            )
+        )
         parts.append(page.bullets(remarks))
     matrices = {names[kind]: similarity.similarity(thresholded=KINDS[kind]) for kind in KINDS}
     matrices = {name: matrix for name, matrix in matrices.items() if np.isfinite(matrix).any()}
     reference = load_reference_matrix(matrix_name, AMINO_ACIDS)
     if matrices:
         figure = similarity_figure(matrices, reference, reference_name=matrix_name)
-        caption = (
-            "Blue: alike; orange: unlike; grey: not compared. The amino acids stand in "
-            "physicochemical groups: sulfhydryl, small, acid and amide, basic, aliphatic, aromatic."
-        )
         description = f"Similarity of the twenty amino acids beside {matrix_name}."
-        parts.append(page.image(pictures.add(stem, figure), description, caption))
+        parts.append(page.image(pictures.add(stem, figure), description, _COLOURS))
         parts.append(_top_pairs(found, reference, matrix_name))
         parts.append(_expected_pairs(found, names))
+    return "".join(parts)
+
+
+def embedding_section(
+    analysis: ModelAnalysis,
+    learnt: Mapping[str, Any],
+    stem: str,
+    pictures: Pictures,
+    *,
+    matrix_name: str = "BLOSUM62",
+) -> str:
+    """Amino-acid similarity of a model's input embeddings beside substitution matrices.
+
+    Args:
+        analysis: What was read from the model.
+        learnt: The same in numbers; see `learnt_numbers`.
+        stem: Name of the picture, without suffix.
+        pictures: Where the picture goes.
+        matrix_name: The substitution matrix that is drawn, one of those in the numbers.
+
+    Returns:
+        The markup; nothing without embeddings.
+    """
+    similarity, found = analysis.embeddings, learnt["embeddings"]
+    if similarity is None:
+        return ""
+    result = found["matrices"][matrix_name]
+    parts = [
+        page.heading(3, "Amino-acid similarity from embeddings"),
+        page.paragraph(
+            "Cosines between the vectors by which the model reads the amino acids, their mean "
+            "taken off. What is exchanged for one another in proteins stands in like surroundings, "
+            "which is what these vectors are trained on."
+        ),
+        page.table(
+            ("matrix", "Pearson r", "p", "Spearman ρ", "p", "pairs"),
+            [
+                (name, *agreement_cells(one), one["pairs"])
+                for name, one in found["matrices"].items()
+            ],
+            caption="Agreement with substitution matrices off the diagonal. p: one-sided Mantel "
+            f"test, {result['permutations']:,} relabellings of the amino acids.",
+        ),
+        page.paragraph(_verdict(result["p_value"], matrix_name, "the embeddings")),
+        page.bullets([result["note"]] if result["note"] else []),
+    ]
+    if np.isfinite(similarity).any():
+        reference = load_reference_matrix(matrix_name, AMINO_ACIDS)
+        figure = similarity_figure(
+            {"Embeddings": similarity}, reference, reference_name=matrix_name
+        )
+        description = f"Similarity of the embeddings of the twenty amino acids and {matrix_name}."
+        parts.append(page.image(pictures.add(stem, figure), description, _COLOURS))
+        most = ", ".join(pair["pair"] for pair in found["top_pairs"])
+        rows = [
+            (p["pair"], page.number(p["similarity"], 3), rank_cell(p))
+            for p in found["expected_pairs"]
+        ]
+        parts.append(page.paragraph(f"Most similar: {most}."))
+        parts.append(page.table(("pair", "similarity", "rank"), rows, caption=_EXPECTED))
     return "".join(parts)
 
 
@@ -102,13 +167,13 @@ def rank_cell(pair: Mapping[str, Any]) -> str:
     return "–" if pair["rank"] is None else f"{pair['rank']} of {pair['of']}"
 
 
-def _verdict(p_value: float | None, matrix_name: str) -> str:
+def _verdict(p_value: float | None, matrix_name: str, what: str) -> str:
     if p_value is None:
         return f"no comparison with {matrix_name} could be made."
     if p_value <= _SIGNIFICANT:
         return (
             f"agrees with {matrix_name} more than relabelled amino acids do (p = {p_value:.4f}): "
-            f"the heads treat alike what evolution exchanges."
+            f"{what} treat alike what evolution exchanges."
         )
     return (
         f"agrees with {matrix_name} no more than relabelled amino acids may by chance "
@@ -146,6 +211,4 @@ def _expected_pairs(found: Mapping[str, Any], names: Mapping[str, str]) -> str:
         cells = [c for pair in both for c in (page.number(pair["similarity"], 3), rank_cell(pair))]
         rows.append((both[0]["pair"], *cells))
     header = [cell for kind in KINDS for cell in (names[kind].lower(), "rank")]
-    return page.table(
-        ("pair", *header), rows, caption="Pairs that one expects to be alike, among all pairs."
-    )
+    return page.table(("pair", *header), rows, caption=_EXPECTED)

@@ -152,9 +152,11 @@ def similarity_table(models: Mapping[str, Any]) -> Table:
         similarity = numbers["similarity"]
         if similarity is None:
             rows.append((label(name), numbers["problem"] or "none", *[""] * 5))
-            continue
-        for kind in ("all", "thresholded"):
-            part = similarity[kind]
+        parts = {} if similarity is None else {k: similarity[k] for k in ("all", "thresholded")}
+        # A study of an earlier version has none.
+        if numbers.get("embeddings"):
+            parts["embeddings"] = {**numbers["embeddings"], "heads": ""}
+        for kind, part in parts.items():
             for matrix, found in part["matrices"].items():
                 rows.append(
                     (
@@ -169,9 +171,9 @@ def similarity_table(models: Mapping[str, Any]) -> Table:
                 )
     header = ("model", "attention", "matrix", "Pearson", "Spearman", "p", "heads")
     caption = (
-        "Similarity of amino acids read from attention against substitution matrices, off the "
-        "diagonal; p of Pearson's, one-sided (at least as similar), by permutation of the amino "
-        "acids."
+        "Similarity of amino acids read from attention, or from input embeddings, against "
+        "substitution matrices, off the diagonal; p of Pearson's, one-sided (at least as "
+        "similar), by permutation of the amino acids."
     )
     return Table(caption, header, rows, names=3)
 
