@@ -124,10 +124,11 @@ def test_a_saved_state_continues_to_the_same_weights(tmp_path):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_frozen_parameters_are_left_alone_and_a_model_may_have_no_matrix_to_train():
+@pytest.mark.parametrize("trained", ["norm", "mlp_input.weight"])
+def test_frozen_parameters_are_left_alone_and_either_part_may_be_missing(trained):
     model = make_model()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("norm" in name)
+        parameter.requires_grad_(trained in name)
     before = copy.deepcopy(model.state_dict())
     optimizer = MuonAdamW(model, lr=0.01)
     fill_gradients(model, 0)
@@ -135,7 +136,35 @@ def test_frozen_parameters_are_left_alone_and_a_model_may_have_no_matrix_to_trai
     changed = {
         name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
     }
-    assert changed == {name for name in before if "norm" in name}
+    assert changed == {name for name in before if trained in name}
+
+
+def test_a_model_without_anything_to_train_is_refused():
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        MuonAdamW(make_model().requires_grad_(False), lr=0.01)
+
+
+def test_a_copy_steps_by_itself():
+    model = make_model()
+    twin, optimizer = copy.deepcopy((model, MuonAdamW(model, lr=0.01)))
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    fill_gradients(twin, 0)
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    changed = {n for n, v in twin.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed & outside_names(twin) == {
+        name for name, parameter in twin.named_parameters() if name in outside_names(twin)
+    }
+    # Without a learning rate matrices stay.
+    assert not changed - outside_names(twin) - {name for name in before if "lm_head" in name}
+
+
+def test_groups_cannot_be_added():
+    optimizer = MuonAdamW(make_model(), lr=0.01)
+    with pytest.raises(NotImplementedError, match="make a new one"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
 
 
 def test_gradients_are_cleared():

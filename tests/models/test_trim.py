@@ -1,5 +1,6 @@
 """Freed memory goes back to the system when more is held than a step needs."""
 
+import gc
 import sys
 from types import SimpleNamespace
 
@@ -7,17 +8,18 @@ import pytest
 import torch
 
 from performers.models import callbacks
-from performers.models.callbacks import TrimCallback, resident_bytes
+from performers.models.callbacks import TrimCallback, anonymous_bytes
+from performers.proteins.training import train_model
+from tests.proteins.runs import proteins, small_options
 
 
-def levels(monkeypatch, callback, values):
+def trims(monkeypatch, callback, values):
     """The steps (from 1) at whose end the callback trims, the memory held being as given."""
     held = iter(values)
     trimmed = []
     step = SimpleNamespace(number=0)
-    monkeypatch.setattr(callbacks, "resident_bytes", lambda: next(held))
+    monkeypatch.setattr(callbacks, "anonymous_bytes", lambda: next(held))
     callback.trim = lambda: trimmed.append(step.number)
-    callback.on_train_begin(None, None, None)
     while True:
         step.number += 1
         try:
@@ -27,37 +29,52 @@ def levels(monkeypatch, callback, values):
 
 
 def test_memory_is_trimmed_when_it_is_over_twice_a_steps_need(monkeypatch):
-    # Before: 100; a step adds 50, and up to 210 (and 10 of slack) is let be.
-    begin, after = 100, 120
-    values = [begin, 150, 200, 210, 211, after, 180, 250, 251, after, 130]
-    assert levels(monkeypatch, TrimCallback(slack=10), values) == [4, 7]
+    first, after = 100, 120
+    # Nothing is known of a step's need at first: 10 of slack are let be.
+    values = [first, 110, 111, after]
+    # Then a step adds 50: up to 120 + 2 * 50 + 10.
+    values += [170, 230, 231, after]
+    # A smaller step does not lower the need, a larger one raises it: 120 + 2 * 60 + 10.
+    values += [130, 231, after, 180, 250, 251, after]
+    assert trims(monkeypatch, TrimCallback(slack=10), values) == [3, 6, 8, 11]
 
 
 def test_a_step_that_frees_memory_needs_none(monkeypatch):
-    assert levels(monkeypatch, TrimCallback(slack=10), [100, 90, 110, 111, 100, 100]) == [3]
+    values = [100, 111, 100, 90, 110, 111, 100]
+    assert trims(monkeypatch, TrimCallback(slack=10), values) == [2, 5]
 
 
 def test_nothing_happens_without_the_c_library(monkeypatch):
     callback = TrimCallback()
     callback.trim = None
-    monkeypatch.setattr(callbacks, "resident_bytes", lambda: 1 / 0)
+    monkeypatch.setattr(callbacks, "anonymous_bytes", lambda: 1 / 0)
     callback.on_step_end(None, None, None)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_resident_memory_is_that_of_the_process():
-    before = resident_bytes()
+def test_training_trims(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        TrimCallback, "on_step_end", lambda self, args, state, control, **_: steps.append(state)
+    )
+    train_model(proteins(), tmp_path, small_options(steps=2))
+    assert len(steps) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory held is read from /proc")
+def test_memory_held_is_that_of_the_process():
+    gc.collect()
+    before = anonymous_bytes()
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    grown = resident_bytes() - before
-    assert 60 << 20 < grown < 80 << 20
+    assert 32 << 20 < anonymous_bytes() - before < 128 << 20
     del block
 
 
 @pytest.mark.skipif(TrimCallback().trim is None, reason="the C library has no malloc_trim")
 def test_a_heap_in_pieces_is_handed_back():
+    gc.collect()
     # Pieces below the size that is mapped by itself, every second of them freed.
-    pieces = [torch.ones(1 << 16, dtype=torch.uint8) for _ in range(1000)]
-    full = resident_bytes()
+    pieces = [torch.ones(120_000, dtype=torch.uint8) for _ in range(1000)]
+    full = anonymous_bytes()
     del pieces[::2]
     TrimCallback().trim()
-    assert full - resident_bytes() > 20 << 20
+    assert full - anonymous_bytes() > 500 * 120_000 / 4

@@ -218,6 +218,13 @@ def test_checkpoints_from_before_a_diverged_step_are_usable(tmp_path, monkeypatc
     assert same_weights(whole, broken)
 
 
+def test_a_torch_without_muon_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(UserError, match=r"--optimizer muon: .*2\.9 or later"):
+        train(tmp_path, optimizer="muon")
+    assert not list(tmp_path.iterdir())
+
+
 def test_sequences_without_anything_to_learn_leave_the_folder_empty(tmp_path):
     with pytest.raises(UserError, match="no two residues in a row to learn from"):
         train(tmp_path, ["M", "K"])

@@ -101,6 +101,24 @@ def test_the_similarity_table_says_of_which_test_p_is():
     assert "p of Pearson's, one-sided" in similarity_table({}).caption
 
 
+def test_the_similarity_table_has_attention_and_embeddings_where_there_are_any():
+    part = {"matrices": {"BLOSUM62": {"pearson": 0.5, "spearman": 0.4, "p_value": 0.01}}}
+    counted = {"threshold": 0.1, "all": {**part, "heads": 6}, "thresholded": {**part, "heads": 5}}
+    models = {
+        "exact": {"problem": "", "similarity": counted, "embeddings": part},
+        "favor-relu": {"problem": "", "similarity": counted},
+        "lsh": {"problem": "no attention", "similarity": None, "embeddings": part},
+    }
+    rows = [row[:3] for row in similarity_table(models).rows]
+    both = [("attention", "BLOSUM62"), ("attention above 0.1", "BLOSUM62")]
+    assert rows == [
+        *(("Transformer", *kind) for kind in [*both, ("embeddings", "BLOSUM62")]),
+        *(("Performer-ReLU", *kind) for kind in both),
+        ("Reformer (LSH)", "no attention", ""),
+        ("Reformer (LSH)", "embeddings", "BLOSUM62"),
+    ]
+
+
 def test_only_seeds_of_both_sides_count():
     found = [result("exact", 0, 0.30), result("favor-relu", 1, 0.9), result("favor-relu", 0, 0.29)]
     claim = claims(summarise(found, ("exact", "favor-relu")))[0]

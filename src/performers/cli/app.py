@@ -308,7 +308,7 @@ def embed(
     ] = POOLINGS[0],
     batch_tokens: BatchTokens = 8192,
 ) -> None:
-    """One vector a sequence: the mean of the final hidden states over its residues."""
+    """One vector a sequence: the final hidden states, pooled over its residues."""
     with one_line_errors():
         check_pooling(pooling)
         prepare_output_file(output_file, (".npz", ".parquet"))

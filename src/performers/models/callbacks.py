@@ -71,10 +71,10 @@ class TrimCallback(TrainerCallback):
     """Gives freed memory back to the system when much more is held than a step needs.
 
     Batches of ever other shapes leave glibc's heap in pieces, none of which is handed back: the
-    process of a small model grew to 7 GB where its steps need 1. A step's need is what the first
-    one after a trim adds; at more than twice that above the level after the trim, free pages are
-    returned (``malloc_trim``), which takes some tenths of a second. Does nothing where the C
-    library cannot do it.
+    process of a small model grew to 7 GB where its steps need 1. A step's need is the most that
+    the first step after a trim has added; at more than twice that above the level after the trim,
+    free pages are returned (``malloc_trim``), which takes some tenths of a second. Does nothing
+    where the C library cannot do it.
 
     Args:
         slack: Bytes beyond twice a step's need that are let be.
@@ -83,32 +83,32 @@ class TrimCallback(TrainerCallback):
     def __init__(self, slack: int = 256 << 20) -> None:
         self.slack = slack
         self.trim = _heap_trim()
-        self._floor = 0
-        self._need: int | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from what the process holds."""
-        self._floor, self._need = resident_bytes(), None
+        self._floor: int | None = None
+        self._need = 0
+        self._trimmed = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Trim when due."""
         if self.trim is None:
             return
-        grown = resident_bytes() - self._floor
-        if self._need is None:
-            self._need = max(0, grown)
-        elif grown > 2 * self._need + self.slack:
+        held = anonymous_bytes()
+        if self._floor is None:
+            # The first step also made what stays: the optimizer's state, pools of threads.
+            self._floor = held
+        elif self._trimmed:
+            self._need, self._trimmed = max(self._need, held - self._floor), False
+        elif held - self._floor > 2 * self._need + self.slack:
             self.trim()
-            self._floor, self._need = resident_bytes(), None
+            self._floor, self._trimmed = anonymous_bytes(), True
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds, bytes; 0 where ``/proc`` does not say."""
+def anonymous_bytes() -> int:
+    """Memory that this process holds beside pages of files; 0 where ``/proc`` does not say."""
     try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
     except OSError:
         return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _heap_trim() -> Callable[[], object] | None:

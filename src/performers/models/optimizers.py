@@ -18,17 +18,21 @@ class MuonAdamW(Optimizer):
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so
     that all its directions are learnt at the same pace. Updates are scaled to the size of AdamW's
-    (Liu et al. 2025), hence one learning rate serves both: that of AdamW or up to twice as much.
+    (Liu et al. 2025), hence one learning rate serves both. A matrix is what the model keeps as
+    one: queries, keys and values that are projected by one matrix share its update, in which the
+    largest gradients lead. For one process or data-parallel ones, not for sharded parameters.
 
     Args:
-        model: A transformers model; embeddings and the output layer are known by its methods.
+        model: A transformers model. Its embeddings, and the output layer of a language model, are
+            known by its methods; the layer of a classifier counts as a matrix inside.
         lr: Learning rate of all groups; each group has its own for schedulers to set.
-        weight_decay: Of matrices and embeddings; vectors (biases, norms) have none.
+        weight_decay: Of all but vectors (biases, norms).
         betas: Of AdamW.
         eps: Of AdamW.
 
     Raises:
         RuntimeError: This torch has no Muon; it came with 2.9.
+        ValueError: No parameter of the model requires a gradient.
     """
 
     def __init__(
@@ -40,23 +44,25 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-9,
     ) -> None:
-        muon = getattr(torch.optim, "Muon", None)
-        if muon is None:
-            raise RuntimeError(f"Muon needs torch 2.9 or later, this is {torch.__version__}")
-        matrices, tables, vectors = _kinds_of_parameters(model)
+        check_muon()
+        matrices, others, vectors = _kinds_of_parameters(model)
         groups = [
-            {"params": tables, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        # Empty groups are no error in AdamW; Muon refuses to have nothing to do.
-        self._parts: list[Optimizer] = [
-            torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps)
-        ]
+        groups = [group for group in groups if group["params"]]
+        self._parts: list[Optimizer] = []
+        # Neither of the two accepts to have nothing to do.
         if matrices:
-            self._parts.insert(
-                0,
-                muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            self._parts.append(
+                torch.optim.Muon(
+                    matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                )
             )
+        if groups:
+            self._parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
+        if not self._parts:
+            raise ValueError("model has no parameter that requires a gradient")
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
         self._share_groups()
 
@@ -81,20 +87,50 @@ class MuonAdamW(Optimizer):
             part.load_state_dict(state)
         self._share_groups()
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while it is made: there is no telling which of the two a later group is for.
+
+        Raises:
+            NotImplementedError: It is made.
+        """
+        if getattr(self, "_made", False):
+            raise NotImplementedError(
+                "MuonAdamW takes its parameters from the model; unfreeze them and make a new one"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With both parts, for copies."""
+        return {**super().__getstate__(), "_parts": self._parts, "_made": True}
+
     def _share_groups(self) -> None:
         """The parts' own groups, so that a scheduler's learning rates reach them."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self._made = True
+
+
+def check_muon() -> None:
+    """Refuse a torch without Muon.
+
+    Raises:
+        RuntimeError: It is older than 2.9.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(
+            f"Muon needs torch 2.9 or later, this is {torch.__version__}: upgrade torch, or train "
+            "with AdamW"
+        )
 
 
 def _kinds_of_parameters(
     model: PreTrainedModel,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Matrices inside the model; embeddings and output layer; everything of another shape."""
+    """Matrices inside the model; embeddings, output layer and higher ranks; vectors."""
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     if head is not None:
         outside.add(id(head.weight))
-    matrices, tables, vectors = [], [], []
+    matrices, others, vectors = [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -103,5 +139,5 @@ def _kinds_of_parameters(
         elif parameter.ndim == 2 and id(parameter) not in outside:
             matrices.append(parameter)
         else:
-            tables.append(parameter)
-    return matrices, tables, vectors
+            others.append(parameter)
+    return matrices, others, vectors

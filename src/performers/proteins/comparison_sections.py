@@ -58,7 +58,7 @@ def _agreement(numbers: Mapping[str, Mapping[str, Any]]) -> str:
     if not found:
         return ""
     first = next(iter(found.values()))
-    counted = {"all": "all", "thresholded": f"above {first['threshold']:g}"}
+    counted = {"all": "attention", "thresholded": f"attention above {first['threshold']:g}"}
     rows = [
         (name, counted[kind], matrix, *agreement_cells(result))
         for kind in KINDS
@@ -73,7 +73,7 @@ def _agreement(numbers: Mapping[str, Mapping[str, Any]]) -> str:
         for matrix, result in n["embeddings"]["matrices"].items()
     ]
     return page.table(
-        ("model", "attention", "matrix", "Pearson r", "p", "Spearman ρ", "p"),
+        ("model", "read from", "matrix", "Pearson r", "p", "Spearman ρ", "p"),
         rows,
         names=3,
         caption="Agreement of amino-acid similarity with substitution matrices, off the diagonal. "

@@ -132,7 +132,7 @@ def embedding_section(
             caption="Agreement with substitution matrices off the diagonal. p: one-sided Mantel "
             f"test, {result['permutations']:,} relabellings of the amino acids.",
         ),
-        page.paragraph(_verdict(result["p_value"], matrix_name, "the embeddings")),
+        page.paragraph(f"Embeddings: {_verdict(result['p_value'], matrix_name, 'the embeddings')}"),
         page.bullets([result["note"]] if result["note"] else []),
     ]
     if np.isfinite(similarity).any():

@@ -25,7 +25,7 @@ from performers.models.callbacks import (
     TrimCallback,
     stop_on_signals,
 )
-from performers.models.optimizers import MuonAdamW
+from performers.models.optimizers import MuonAdamW, check_muon
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Diverged, Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
@@ -85,6 +85,11 @@ def train_model(
         Diverged: The loss or the weights are not finite.
         Interrupted: The run was stopped by a signal and has saved a checkpoint.
     """
+    if options.optimizer == "muon":
+        try:
+            check_muon()
+        except RuntimeError as error:
+            raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
     tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
     if validation is None:
         if isinstance(sequences, TokenShards):
@@ -204,22 +209,15 @@ class _ProteinTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's AdamW, or Muon.
-
-        Raises:
-            UserError: This torch has no Muon.
-        """
+        """Trainer's AdamW, or Muon."""
         if self.options.optimizer == "muon" and getattr(self, "optimizer", None) is None:
-            try:
-                self.optimizer = MuonAdamW(
-                    self.accelerator.unwrap_model(self.model),
-                    lr=self.args.learning_rate,
-                    weight_decay=self.args.weight_decay,
-                    betas=(self.args.adam_beta1, self.args.adam_beta2),
-                    eps=self.args.adam_epsilon,
-                )
-            except RuntimeError as error:
-                raise UserError(f"--optimizer muon: {error}") from error
+            self.optimizer = MuonAdamW(
+                self.accelerator.unwrap_model(self.model),
+                lr=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+            )
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

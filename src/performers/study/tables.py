@@ -146,13 +146,16 @@ def contexts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def similarity_table(models: Mapping[str, Any]) -> Table:
-    """Amino-acid similarity read from attention against substitution matrices."""
+    """Amino-acid similarity, of attention and of embeddings, against substitution matrices."""
     rows = []
     for name, numbers in models.items():
         similarity = numbers["similarity"]
+        parts = {}
         if similarity is None:
             rows.append((label(name), numbers["problem"] or "none", *[""] * 5))
-        parts = {} if similarity is None else {k: similarity[k] for k in ("all", "thresholded")}
+        else:
+            above = f"attention above {similarity['threshold']:g}"
+            parts = {"attention": similarity["all"], above: similarity["thresholded"]}
         # A study of an earlier version has none.
         if numbers.get("embeddings"):
             parts["embeddings"] = {**numbers["embeddings"], "heads": ""}
@@ -169,7 +172,7 @@ def similarity_table(models: Mapping[str, Any]) -> Table:
                         f"{part['heads']}",
                     )
                 )
-    header = ("model", "attention", "matrix", "Pearson", "Spearman", "p", "heads")
+    header = ("model", "read from", "matrix", "Pearson", "Spearman", "p", "heads")
     caption = (
         "Similarity of amino acids read from attention, or from input embeddings, against "
         "substitution matrices, off the diagonal; p of Pearson's, one-sided (at least as "
