@@ -54,6 +54,7 @@ def similarity_figure(
     reference: NDArray[np.float64],
     *,
     reference_name: str = "BLOSUM62",
+    unit: str = "correlation over heads",
     title: str | None = None,
 ) -> Figure:
     """Draws similarity matrices of the amino acids beside a reference, all in one order.
@@ -62,9 +63,10 @@ def similarity_figure(
     is not, white is 0. The diagonal, which is not compared, is left grey, and so is what is NaN.
 
     Args:
-        similarities: Heading to (20, 20) correlations in the order of `AMINO_ACIDS`.
+        similarities: Heading to (20, 20) similarities in the order of `AMINO_ACIDS`.
         reference: (20, 20) scores in the order of `AMINO_ACIDS`.
         reference_name: Heading of the reference.
+        unit: What the similarities are, -1 to 1.
         title: Heading of the figure.
 
     Returns:
@@ -73,7 +75,6 @@ def similarity_figure(
     Raises:
         ValueError: If a matrix is not (20, 20).
     """
-    unit = "correlation over heads"
     panels: list[tuple[str, NDArray[np.float64], float | None, str]] = [
         (name, matrix, 1.0, unit) for name, matrix in similarities.items()
     ]

@@ -138,7 +138,7 @@ def embedding_section(
     if np.isfinite(similarity).any():
         reference = load_reference_matrix(matrix_name, AMINO_ACIDS)
         figure = similarity_figure(
-            {"Embeddings": similarity}, reference, reference_name=matrix_name
+            {"Embeddings": similarity}, reference, reference_name=matrix_name, unit="cosine"
         )
         description = f"Similarity of the embeddings of the twenty amino acids and {matrix_name}."
         parts.append(page.image(pictures.add(stem, figure), description, _COLOURS))
