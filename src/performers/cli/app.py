@@ -303,7 +303,7 @@ def embed(
         str,
         typer.Option(
             help="mean: of the hidden states over the residues; mean-sd: their standard deviation "
-            "besides, twice as wide, which tells more of function."
+            "besides, twice as wide, which tells a little more of function."
         ),
     ] = POOLINGS[0],
     batch_tokens: BatchTokens = 8192,
