@@ -118,7 +118,8 @@ def test_ctrl_c_anywhere_exits_with_130(command, function, fasta, causal, tmp_pa
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"performers.cli.app.{function}", interrupt)
+    module = "train" if command == "train" else "app"
+    monkeypatch.setattr(f"performers.cli.{module}.{function}", interrupt)
     if command == "train":
         arguments = ["train", fasta, "--output", tmp_path / "model", *flags()]
     else:

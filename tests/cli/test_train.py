@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from performers.cli import app as commands
+from performers.cli import train as commands
 from performers.proteins.options import TrainingOptions
 from performers.proteins.training import train_model
 from tests.cli.commands import refusal, run

@@ -12,6 +12,8 @@ from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord, read_fasta
 from performers.proteins.pretrained import PRETRAINED, pretrained_folder
 
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
 ModelAndFasta = Annotated[
     list[Path],
     typer.Argument(

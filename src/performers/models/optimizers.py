@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-__all__ = ["MuonAdamW"]
+__all__ = ["MuonAdamW", "check_muon"]
 
 
 class MuonAdamW(Optimizer):
@@ -65,10 +64,11 @@ class MuonAdamW(Optimizer):
             raise ValueError("model has no parameter that requires a gradient")
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
         self._share_groups()
+        self._made = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of both."""
+    def step(self, closure: Any = None) -> Any:
+        """One step of both; returns what ``closure`` does, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -106,7 +106,6 @@ class MuonAdamW(Optimizer):
     def _share_groups(self) -> None:
         """The parts' own groups, so that a scheduler's learning rates reach them."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
-        self._made = True
 
 
 def check_muon() -> None:
