@@ -71,9 +71,9 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
 
 _STOPPED = """
 import os, signal
-from performers.cli import app, main
+from performers.cli import main, train
 
-train_model = app.train_model
+train_model = train.train_model
 
 def stopped(*given, progress, **options):
     def stop(step, total, log):
@@ -82,7 +82,7 @@ def stopped(*given, progress, **options):
             os.kill(os.getpid(), signal.SIGTERM)
     return train_model(*given, progress=stop, **options)
 
-app.train_model = stopped
+train.train_model = stopped
 main()
 """
 
