@@ -72,7 +72,8 @@ const Candidate *chosen() {
     return choice;
 }
 
-int run(void (*Kernels::*function)(const performers_call &), const performers_call *call) {
+template <typename Call>
+int run(void (*Kernels::*function)(const Call &), const Call *call) {
     const Candidate *choice = chosen();
     if (!choice) return 2;
     try {
@@ -100,7 +101,17 @@ int performers_products(const performers_call *call) {
     return performers::run(&performers::Kernels::products, call);
 }
 
+int performers_listed_forward(const performers_listed_call *call) {
+    return performers::run(&performers::Kernels::listed_forward, call);
+}
+
+int performers_listed_backward(const performers_listed_call *call) {
+    return performers::run(&performers::Kernels::listed_backward, call);
+}
+
 int64_t performers_call_size(void) { return sizeof(performers_call); }
+
+int64_t performers_listed_call_size(void) { return sizeof(performers_listed_call); }
 
 int performers_abi_version(void) { return PERFORMERS_ABI_VERSION; }
 

@@ -190,7 +190,8 @@ inline void exact_sums(const Problem &p, int64_t head, const Span &span, int64_t
     }
     queries.offsets(p, e.offset);
     bool any = false;
-    for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
+    // The features alone: as if no key were in reach.
+    if (p.call.part != PERFORMERS_FAR) for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
         exact_products(p, e.keys, queries, e.pairs);
         const bool changed = exact_weights(p, rows, e);
         for (int64_t r = 0; any && changed && r < rows; ++r) {

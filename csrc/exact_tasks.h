@@ -13,6 +13,33 @@ struct SinkGradients {
     float *key, *value;
 };
 
+// The exact pairs alone.
+inline void forward_exact(const Problem &p) {
+    const std::vector<Span> whole = sequences(p.call);
+    const bool cutting = whole.size() == 1 && p.heads < p.call.threads;
+    const int64_t parts = cutting ? parts_of(p.call.length, 2 * p.call.threads / p.heads) : 1;
+    const std::vector<Span> spans = parts > 1 ? cut(p.call.length, p.call.size, parts) : whole;
+    const int64_t count = static_cast<int64_t>(spans.size());
+    parallel(p, p.heads * count, [&](int64_t i) {
+        const int64_t head = i / count;
+        const Span &span = spans[static_cast<size_t>(i % count)];
+        auto b = in_scratch<QueryBuffers>(p);
+        for (int64_t group = 0; group < p.call.groups; ++group) {
+            const Rows queries = p.query_rows(p.call.query, head, group);
+            for (int64_t start = span.begin; start < span.end; start += kBlock) {
+                const int64_t rows = smaller(kBlock, span.end - start);
+                b.block.load_queries(p, queries, start, rows);
+                for (int64_t r = 0; r < kBlock; ++r) b.scale[r] = b.inverse[r] = 0;
+                for (int64_t j = 0; j < rows * p.padded_value; ++j) b.out[j] = 0;
+                exact_sums(p, head, span, start, b.block, b.near);
+                add_exact(p, rows, b.near, b.out, b.scale, b.inverse);
+                for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
+                finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);
+            }
+        }
+    });
+}
+
 // Adds the exact share to all gradients, before the features add theirs.
 inline void backward_exact(const Problem &p) {
     std::vector<Span> spans = sequences(p.call);

@@ -45,6 +45,7 @@ struct QueryGradientBlock {
                        load(grad + r * p.padded_value + c);
             }
             delta[r] = total(sum);
+            if (p.call.grad_log_normaliser) delta[r] -= p.call.grad_log_normaliser[index + r];
             scale[r] = p.call.row_scale[index + r];
             inverse[r] = p.call.row_inverse[index + r];
         }

@@ -5,6 +5,7 @@
 #include "bidirectional_tasks.h"
 #include "causal_tasks.h"
 #include "exact_tasks.h"
+#include "listed.h"
 #include "step.h"
 
 namespace performers::PERFORMERS_ISA {
@@ -54,6 +55,7 @@ void products(const performers_call &call) {
 
 void forward(const performers_call &call) {
     Problem p(call);
+    if (call.part == PERFORMERS_EXACT) return forward_exact(p);
     if (call.causal && call.length == 1) return forward_step(p);
     const Weights weights(p);
     if (call.causal) return forward_causal(p);
@@ -66,8 +68,10 @@ void backward(const performers_call &call) {
     Problem p(call);
     const Weights weights(p);
     const WeightGradients trained(p);
-    if (p.exact) backward_exact(p);
-    if (call.causal) {
+    if (p.exact && call.part != PERFORMERS_FAR) backward_exact(p);
+    if (call.part == PERFORMERS_EXACT) {
+        // Features have no share.
+    } else if (call.causal) {
         const CausalPlan plan(p);
         if (plan.scan) {
             backward_causal_scan(p, plan, trained);
@@ -86,6 +90,6 @@ void backward(const performers_call &call) {
 
 }  // namespace
 
-const Kernels kernels = {forward, backward, products};
+const Kernels kernels = {forward, backward, products, forward_listed, backward_listed};
 
 }  // namespace performers::PERFORMERS_ISA

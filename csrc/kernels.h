@@ -9,6 +9,8 @@ struct Kernels {
     void (*forward)(const performers_call &);
     void (*backward)(const performers_call &);
     void (*products)(const performers_call &);
+    void (*listed_forward)(const performers_listed_call &);
+    void (*listed_backward)(const performers_listed_call &);
 };
 
 namespace avx512 {

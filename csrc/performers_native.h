@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 2
+#define PERFORMERS_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -16,6 +16,10 @@ enum performers_type { PERFORMERS_FLOAT32 = 0, PERFORMERS_BFLOAT16 = 1, PERFORME
 
 // exponential: phi(x) = exp(W x + b - |x|^2 / 2); rectified: phi(x) = max(W x + b, 0) + epsilon.
 enum performers_kind { PERFORMERS_EXPONENTIAL = 0, PERFORMERS_RECTIFIED = 1 };
+
+// Which pairs of a call with exact pairs are summed: all, those through features, or those that are
+// exact. Each part is divided by a normaliser of its own.
+enum performers_part { PERFORMERS_WHOLE = 0, PERFORMERS_FAR = 1, PERFORMERS_EXACT = 2 };
 
 // A strided array (batch, key head, group, row, column); strides in elements.
 typedef struct {
@@ -39,6 +43,7 @@ typedef struct {
     // Query i stands at the position of key i + offset and meets exactly the keys within `window`
     // of it (negative: none) and the sinks that it sees; only for quadratic exponential features.
     int64_t offset, window, sinks;
+    int64_t part;        // PERFORMERS_WHOLE where no pairs are exact
     double scale, epsilon;
     double normalizer;   // of the products of features, where they stand beside exact pairs
 
@@ -69,6 +74,7 @@ typedef struct {
 
     // The backward pass.
     performers_array grad_out;
+    const float *grad_log_normaliser;  // of the natural logarithm of each row's normaliser, or null
     const float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
     // Written; but where pairs are exact (a window or sinks) they are float32, and added to.
     performers_array grad_query, grad_key, grad_value;
@@ -77,10 +83,45 @@ typedef struct {
     float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
 } performers_call;
 
+// Queries in blocks, and the list of keys that each block meets. All arrays are contiguous, float32
+// unless said otherwise. The blocks of a list follow each other.
+typedef struct {
+    int64_t batch, key_heads;
+    int64_t blocks, rows;      // blocks of a head, and queries in each, at most 64
+    int64_t lists, list_keys;  // lists of a head, and keys in each
+    int64_t head_dim, value_dim, features;
+    int64_t weight_heads;  // 1 or key_heads
+    int64_t threads;
+    double scale;
+
+    const float *query;       // (batch, key_heads, blocks, rows, head_dim)
+    const float *key;         // (batch, key_heads, lists, list_keys, head_dim)
+    const float *value;       // likewise, value_dim
+    const float *weight;      // (weight_heads, features, head_dim), of exponential features
+    const float *bias;        // (weight_heads, features) or null
+    const uint8_t *taken;     // (batch, key_heads, lists, list_keys), nonzero where there is a key
+    const uint8_t *pairs;     // (batch, key_heads, blocks, list_keys, rows), nonzero where they meet
+    const int64_t *list_begin;  // (batch, key_heads, lists + 1): the first block of each list
+
+    // Of the estimates without the factor exp(-scale |q|^2 / 2) and the normalizer, and of the exact
+    // weights: normalised rows (batch, key_heads, blocks, rows, value_dim), and the natural
+    // logarithms of their normalisers, minus infinity for rows that meet no key; in double
+    // precision, because sums are compared by them. Blocks of no list are left alone.
+    float *estimate, *exact;
+    double *estimate_log, *exact_log;
+
+    // The backward pass; what is of no list is left alone.
+    const float *grad_estimate, *grad_estimate_log, *grad_exact, *grad_exact_log;
+    float *grad_query, *grad_key, *grad_value;
+    float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
+} performers_listed_call;
+
 // 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error), or 3
 // for anything else that failed.
 PERFORMERS_API int performers_forward(const performers_call *call);
 PERFORMERS_API int performers_backward(const performers_call *call);
+PERFORMERS_API int performers_listed_forward(const performers_listed_call *call);
+PERFORMERS_API int performers_listed_backward(const performers_listed_call *call);
 
 // The matrix products of a bidirectional forward pass of the call's sizes, alone and in the caches:
 // what measurements compare with. Only sizes and threads are read.
@@ -88,6 +129,7 @@ PERFORMERS_API int performers_products(const performers_call *call);
 
 PERFORMERS_API int performers_abi_version(void);
 PERFORMERS_API int64_t performers_call_size(void);  // sizeof(performers_call)
+PERFORMERS_API int64_t performers_listed_call_size(void);
 // The instruction set in use; null when PERFORMERS_NATIVE_ISA asks for one that cannot be had.
 PERFORMERS_API const char *performers_isa(void);
 // Those this processor can run, best first, separated by spaces.

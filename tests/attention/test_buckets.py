@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from performers import KeyBuckets, SoftmaxFeatures, favor_attention, favor_attention_weights
+from performers import (
+    KeyBuckets,
+    LearnedFeatures,
+    SoftmaxFeatures,
+    favor_attention,
+    favor_attention_weights,
+)
 from tests.features.cases import generator
 
 BACKENDS = ("reference", "torch", None)
@@ -98,17 +104,27 @@ def test_listed_keys_are_exact(backend, rounds, is_causal, window, sinks, masked
     torch.testing.assert_close((weights @ values).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_gradients_equal_those_of_the_reference(is_causal):
+@pytest.mark.parametrize(("window", "sinks"), [(3, 0), (None, 0), (4, 2), (None, 3)])
+def test_gradients_equal_those_of_the_reference(backend, is_causal, window, sinks):
     buckets = KeyBuckets(DIM, 6, 12, num_rounds=2, refresh=32, generator=generator(4))
-    feature_map = features(num_heads=HEADS)
+    # Of queries, keys and values, and of the trained features.
+    feature_map = LearnedFeatures(features(num_heads=KEY_HEADS), num_heads=KEY_HEADS)
     gradients = []
-    for backend in ("reference", "torch"):
+    for name in ("reference", backend):
         leaves = [x.requires_grad_() for x in inputs(150, seed=5)]
         out = favor_attention(
-            *leaves, feature_map, is_causal=is_causal, window=3, buckets=buckets, backend=backend
+            *leaves,
+            feature_map,
+            is_causal=is_causal,
+            window=window,
+            sinks=sinks,
+            buckets=buckets,
+            backend=name,
         )
         upstream = torch.randn(out.shape, generator=generator(6))
+        leaves += feature_map.parameters()
         gradients.append(torch.autograd.grad(out, leaves, upstream))
     for expected, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
@@ -126,10 +142,11 @@ def test_lists_that_hold_every_key_give_exact_attention(window):
     torch.testing.assert_close(out, exact, rtol=0, atol=1e-5)
 
 
-def test_later_tokens_change_no_earlier_row():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_later_tokens_change_no_earlier_row(backend):
     query, key, value = inputs(200)
     buckets = KeyBuckets(DIM, 6, 12, refresh=32, generator=generator(8))
-    options = {"is_causal": True, "window": 4, "buckets": buckets, "backend": "torch"}
+    options = {"is_causal": True, "window": 4, "buckets": buckets, "backend": backend}
     before = favor_attention(query, key, value, features(), **options)
     for position in (33, 64, 150):
         changed = [x.clone() for x in (query, key, value)]

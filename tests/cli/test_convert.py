@@ -248,6 +248,26 @@ def test_a_finished_run_is_not_done_again(causal, tmp_path, undrawn, monkeypatch
     assert "Forward pass" in out
 
 
+def test_a_run_older_than_an_option_goes_on_with_its_default(causal, tmp_path, undrawn):
+    arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
+    run_command(*arguments)
+    record = read(tmp_path / "out")
+    assert record["options"].pop("key_list") == 0
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(record))
+    _, lines = run_command(*arguments, "--resume")
+    assert "4 measurements kept" in "\n".join(lines)
+
+
+def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
+    arguments = ["convert", *masked, *SMALL, "--no-speed", "--key-list", 6]
+    run_command(*arguments, "--output", tmp_path / "out")
+    assert read(tmp_path / "out")["options"]["key_list"] == 6
+    converted = load_performer(tmp_path / "out")
+    assert converted.config.performers["key_list"] == 6
+    line = refusal("convert", *causal, *SMALL, "--key-list", 6, "--output", tmp_path / "other")
+    assert "key_list=6 is for self-attention to both sides" in line
+
+
 def test_another_run_is_not_resumed(causal, tmp_path, undrawn):
     arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
     run_command(*arguments, "--steps", 0, "--transfer-steps", 0)

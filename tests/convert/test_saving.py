@@ -28,6 +28,11 @@ CASES = {
     "tied embeddings": ("electra", {"num_features": 16, "window": 2}, {}),
     "exact terms": ("llama", {"num_features": 16, "window": 3, "sinks": 2}, {}),
     "calibrated": ("gpt2", {"num_features": 16, "estimator": "data_aware", "window": 2}, {}),
+    "listed keys": (
+        "bert",
+        {"num_features": 16, "estimator": "data_aware", "window": 1, "key_list": 4},
+        {},
+    ),
     "hybrid": ("gemma3", {"num_features": 16, "layers": [-1]}, {}),
     "local layers": ("modernbert", {"num_features": 16}, {}),
     "shards": ("qwen3", {"num_features": 16}, {"max_shard_size": "10KB"}),

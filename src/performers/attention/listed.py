@@ -9,10 +9,12 @@ together in blocks, so that both are small dense products.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.attention.blocks import (
     Features,
@@ -33,27 +35,58 @@ _ROWS = (8, 64)
 _LEAST_REST = 1e-5
 
 
+class ListedPairs(NamedTuple):
+    """Queries in blocks of one list each, and the lists; the blocks of a list follow each other.
+
+    Attributes:
+        query: Shape ``(B, H, blocks, rows, D)``; places without a query hold any other.
+        key: Shape ``(B, H, lists, n, D)``.
+        value: Shape ``(B, H, lists, n, Dv)``.
+        taken: Where a list has a key, shape ``(B, H, lists, n)``, bool.
+        met: Which pairs there are, shape ``(B, H, blocks, n, rows)``, bool.
+        list: The list of each block, shape ``(B, H, blocks)``; the last blocks may be of none.
+        begin: The first block of each list, shape ``(B, H, lists + 1)``.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    taken: Tensor
+    met: Tensor
+    list: Tensor
+    begin: Tensor
+
+
+Evaluate = Callable[[AttentionProblem, Features, ListedPairs], tuple[Rows, Rows]]
+"""Sums of the estimates of pairs, and of their exact weights: ``(B, H, blocks, rows, ...)``."""
+
+
 class _Blocks(NamedTuple):
     """Queries in blocks of one list each.
 
     Attributes:
         row: The query in each place, shape ``(B, H, blocks, rows)``; -1 for none.
         list: The list of each block, shape ``(B, H, blocks)``.
+        begin: The first block of each list, shape ``(B, H, lists + 1)``.
         place: Where each query is, shape ``(B, H, queries)``.
     """
 
     row: Tensor
     list: Tensor
+    begin: Tensor
     place: Tensor
 
 
-def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tuple[Rows, Rows]:
+def split_listed(
+    problem: AttentionProblem, features: Features, far: Rows, evaluate: Evaluate
+) -> tuple[Rows, Rows]:
     """Take the pairs in the lists out of the rows through features, and add them up exactly.
 
     Args:
         problem: The call; its ``lists`` say which pairs.
         features: Its feature map.
         far: Sums of ``phi(q) . phi(k)`` over all keys that are neither in the window nor sinks.
+        evaluate: What computes the pairs: `dense_pairs`, or the kernels.
 
     Returns:
         The same sums without the listed keys, and sums of ``exp(scale q . k)`` over these.
@@ -62,13 +95,14 @@ def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tu
     rest = Rows(*(x.flatten(2, 3) for x in far))
     exact = None
     for index in range(len(problem.lists.key)):
-        estimated, more = _listed(problem, features, index)
+        estimated, more = _listed(problem, features, index, evaluate)
         share = (estimated.log_scale - rest.log_scale).masked_fill(
             estimated.denominator == 0, -math.inf
         )
+        weight = share.exp().to(rest.numerator.dtype)
         rest = Rows(
-            rest.numerator - estimated.numerator * share.exp(),
-            rest.denominator - estimated.denominator * share.exp(),
+            rest.numerator - estimated.numerator * weight,
+            rest.denominator - estimated.denominator * weight,
             rest.log_scale,
         )
         exact = more if exact is None else merge(exact, more, scaled=True)
@@ -83,7 +117,9 @@ def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tu
     return rest, Rows(*(x.unflatten(2, shape) for x in exact))
 
 
-def _listed(problem: AttentionProblem, features: Features, index: int) -> tuple[Rows, Rows]:
+def _listed(
+    problem: AttentionProblem, features: Features, index: int, evaluate: Evaluate
+) -> tuple[Rows, Rows]:
     """Estimates and exact weights of one round's pairs, rows ``(B, H, G L, ...)``."""
     assert problem.lists is not None
     lists = problem.lists
@@ -91,42 +127,61 @@ def _listed(problem: AttentionProblem, features: Features, index: int) -> tuple[
     blocks = _blocks(lists.of_query[index].flatten(2), lists.key.shape[-2])
     rows = blocks.row.clamp_min(0)
     query = _gather(problem.query.flatten(2, 3), rows.flatten(2)).unflatten(2, rows.shape[2:])
-    listed = _of_lists(lists.key[index], blocks.list)
-    taken = _of_lists(lists.taken[index], blocks.list)
     key, value = (
-        _gather(masked(x, problem.key_mask), listed.flatten(2)).unflatten(2, listed.shape[2:])
+        _gather(masked(x, problem.key_mask), lists.key[index].flatten(2)).unflatten(
+            2, lists.key.shape[-2:]
+        )
         for x in (problem.key, problem.value)
     )
-    pairs = taken.unsqueeze(-2) & (blocks.row >= 0).unsqueeze(-1)
+    listed = _of_lists(lists.key[index], blocks.list)
+    pairs = _of_lists(lists.taken[index], blocks.list).unsqueeze(-1)
+    pairs = pairs & (blocks.row >= 0).unsqueeze(-2)
     if problem.window is not None:
-        distance = (rows % length).unsqueeze(-1) - listed.unsqueeze(-2)
-        pairs = pairs & (distance.abs() > problem.window)
+        # Positions fit in 32 bits, and there are many pairs.
+        distance = (rows % length).int().unsqueeze(-2) - listed.int().unsqueeze(-1)
+        pairs = pairs & (distance.abs_() > problem.window)
     for earlier in range(index):
         # A key that an earlier round gave to the query does not count again.
         known = _of_lists(lists.key[earlier], lists.of_query[earlier].flatten(2))
         counts = _of_lists(lists.taken[earlier], lists.of_query[earlier].flatten(2))
         known = _gather(known.masked_fill(~counts, -1), rows.flatten(2))
-        known = known.unflatten(2, rows.shape[2:]).unsqueeze(-1)
-        pairs = pairs & (listed[:, :, :, None, None, :] != known).all(-2)
-
-    def step(query: Tensor, key: Tensor, value: Tensor, pairs: Tensor) -> tuple[Tensor, ...]:
-        return _block(problem, features, query, key, value, pairs)
-
-    per_block = (
-        rows.shape[0]
-        * rows.shape[1]
-        * ((rows.shape[3] + listed.shape[3]) * features.form.num_features)
+        known = known.unflatten(2, rows.shape[2:]).unsqueeze(-3)
+        pairs = pairs & (listed[..., None, None] != known).all(-1)
+    results = evaluate(
+        problem,
+        features,
+        ListedPairs(query, key, value, lists.taken[index], pairs, blocks.list, blocks.begin),
     )
-    sizes = block_sizes(rows.shape[2], max(1, _BLOCK_ELEMENTS // max(1, per_block)))
+    estimated, exact = (
+        Rows(*(_gather(x.flatten(2, 3), blocks.place) for x in part)) for part in results
+    )
+    return estimated, exact
+
+
+def dense_pairs(
+    problem: AttentionProblem, features: Features, pairs: ListedPairs
+) -> tuple[Rows, Rows]:
+    """Blocks against their lists with ordinary torch operations, some at a time."""
+    count, rows, listed = pairs.list.shape[2], pairs.query.shape[3], pairs.key.shape[3]
+    key, value = (
+        _of_lists(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
+        for x in (pairs.key, pairs.value)
+    )
+
+    def step(query: Tensor, key: Tensor, value: Tensor, met: Tensor) -> tuple[Tensor, ...]:
+        return _block(problem, features, query, key, value, met)
+
+    per_block = pairs.list.shape[0] * pairs.list.shape[1] * (rows + listed)
+    per_block *= features.form.num_features
+    sizes = block_sizes(count, max(1, _BLOCK_ELEMENTS // max(1, per_block)))
     run = direct if len(sizes) == 1 else checkpointed
     parts = [
         run(step, *block)
-        for block in zip(*(cut(x, sizes, 2) for x in (query, key, value, pairs)), strict=True)
+        for block in zip(
+            *(cut(x, sizes, 2) for x in (pairs.query, key, value, pairs.met.mT)), strict=True
+        )
     ]
-    results = [
-        _gather(torch.cat(tensors, dim=2).flatten(2, 3), blocks.place)
-        for tensors in zip(*parts, strict=True)
-    ]
+    results = [torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)]
     return Rows(*results[:3]), Rows(*results[3:])
 
 
@@ -190,7 +245,8 @@ def _blocks(of_query: Tensor, lists: int) -> _Blocks:
     of_block = torch.zeros(batch, heads, most_blocks, dtype=torch.int64, device=of_query.device)
     of_block = of_block.scatter(2, place // rows, ordered)
     back = torch.empty_like(place).scatter(2, order, place)
-    return _Blocks(row.unflatten(2, (most_blocks, rows)), of_block, back)
+    begin = F.pad(blocks.cumsum(-1), (1, 0))
+    return _Blocks(row.unflatten(2, (most_blocks, rows)), of_block, begin, back)
 
 
 def _of_lists(x: Tensor, lists: Tensor) -> Tensor:

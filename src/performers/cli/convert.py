@@ -54,6 +54,10 @@ def convert(
     sinks: Annotated[
         int | None, typer.Option(help="First keys that are exact; 4 for decoders, else 0.")
     ] = _DEFAULTS.sinks,
+    key_list: Annotated[
+        int,
+        typer.Option(min=0, help="Keys a query meets exactly for their content; encoders only."),
+    ] = _DEFAULTS.key_list,
     num_features: Annotated[
         int | None, typer.Option(help="Random features per head; about d ln d by default.")
     ] = _DEFAULTS.num_features,
@@ -140,6 +144,7 @@ def convert(
                 data=str(data),
                 window=window or None,
                 sinks=sinks,
+                key_list=key_list,
                 num_features=num_features,
                 estimator=cast(Estimator, estimator),
                 layers=integers("--layers", layers) if layers else None,

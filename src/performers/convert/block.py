@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.attention import FavorState, favor_attention, favor_attention_weights
+from performers.attention import FavorState, KeyBuckets, favor_attention, favor_attention_weights
 from performers.features import FeatureMap, LearnedFeatures
 
 __all__ = ["BLOCK", "FavorBlock", "boundaries"]
@@ -25,14 +25,21 @@ class FavorBlock(nn.Module):
         feature_map: The features.
         window: As in ``favor_attention``.
         sinks: As in ``favor_attention``.
+        buckets: As in ``favor_attention``.
     """
 
     def __init__(
-        self, feature_map: FeatureMap, *, window: int | None = None, sinks: int = 0
+        self,
+        feature_map: FeatureMap,
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+        buckets: KeyBuckets | None = None,
     ) -> None:
         super().__init__()
         self.feature_map = feature_map
         self.window, self.sinks = window, sinks
+        self.buckets = buckets
 
     def extra_repr(self) -> str:
         """The exact terms."""
@@ -84,6 +91,7 @@ class FavorBlock(nn.Module):
             "scale": scale,
             "window": self.window,
             "sinks": self.sinks,
+            "buckets": self.buckets,
             "state": state,
         }
         if not return_state:
@@ -117,6 +125,7 @@ class FavorBlock(nn.Module):
             scale=scale,
             window=self.window,
             sinks=self.sinks,
+            buckets=self.buckets,
         )
 
     def _packed(
@@ -130,6 +139,12 @@ class FavorBlock(nn.Module):
         scale: float | None,
     ) -> Tensor:
         """All rows laid end to end, with a boundary wherever a sequence or a row begins."""
+        if self.buckets is not None:
+            raise ValueError(
+                "a model converted with key_list takes no packed sequences (position_ids that "
+                "begin again): its lists are made from one whole sequence; pass a padded batch "
+                "with an attention_mask"
+            )
         batch, length = query.shape[0], query.shape[2]
         query, key, value = (
             x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value)

@@ -36,7 +36,13 @@ def calibrate_blocks(
 
     def observer(block: FavorBlock, name: str) -> Callable[[AttentionCall], Tensor]:
         assert isinstance(block.feature_map, SoftmaxFeatures)
-        fit = FeatureFit(name, block.feature_map, window=block.window, sinks=block.sinks)
+        fit = FeatureFit(
+            name,
+            block.feature_map,
+            window=block.window,
+            sinks=block.sinks,
+            buckets=block.buckets,
+        )
         fits.append(fit)
 
         def observe(call: AttentionCall) -> Tensor:

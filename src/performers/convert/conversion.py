@@ -32,6 +32,7 @@ class ConversionOptions:
         data: Text or FASTA file to calibrate, train and test on.
         window: As in `to_performer`; None: no pair is exact for being near.
         sinks: Likewise; None: 4 for decoders, 0 for encoders.
+        key_list: Likewise.
         num_features: Likewise.
         estimator: Likewise.
         layers: Likewise.
@@ -58,6 +59,7 @@ class ConversionOptions:
     data: str
     window: int | None = 64
     sinks: int | None = None
+    key_list: int = 0
     num_features: int | None = None
     estimator: Estimator = "data_aware"
     layers: tuple[int, ...] | None = None
@@ -107,7 +109,11 @@ class ConversionOptions:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         ConversionSettings(
-            window=self.window, sinks=self.sinks or 0, layers=self.layers, estimator=self.estimator
+            window=self.window,
+            sinks=self.sinks or 0,
+            key_list=self.key_list,
+            layers=self.layers,
+            estimator=self.estimator,
         ).feature_map(8, 1)
 
 
@@ -153,7 +159,9 @@ class ConversionRecord:
         missing = [item.name for item in fields(self)[:-1] if item.name not in content]
         if missing:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
-        earlier = content["options"]
+        # A run that is older than an option had its default.
+        earlier = {item.name: item.default for item in fields(ConversionOptions)}
+        earlier |= content["options"]
         changed = [
             f"{name} was {earlier.get(name)}, now {value}"
             for name, value in self.options.items()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from performers.attention import KeyBuckets
 from performers.convert.settings import ConversionSettings
 from performers.features import SoftmaxFeatures
 
@@ -27,14 +28,22 @@ class FeatureFit:
         feature_map: The features.
         window: As in ``favor_attention``: pairs that are exact do not count.
         sinks: Likewise.
+        buckets: Lists of keys to be fitted to the queries, or None.
     """
 
     def __init__(
-        self, name: str, feature_map: SoftmaxFeatures, *, window: int | None = None, sinks: int = 0
+        self,
+        name: str,
+        feature_map: SoftmaxFeatures,
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+        buckets: KeyBuckets | None = None,
     ) -> None:
         self.name = name
         self.feature_map = feature_map
         self.window, self.sinks = window, sinks
+        self.buckets = buckets
         self._fitted = False
 
     def add(
@@ -74,6 +83,8 @@ class FeatureFit:
                     window=self.window,
                     sinks=self.sinks,
                 )
+                if self.buckets is not None:
+                    self.buckets.calibrate_(part_query)
             except ValueError as error:
                 raise ValueError(f"calibration of {self.name}: {error}") from error
             self._fitted = True

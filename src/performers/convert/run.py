@@ -203,6 +203,7 @@ class _Work:
             estimator=options.estimator,
             window=options.window,
             sinks=self.sinks,
+            key_list=options.key_list,
             layers=options.layers,
             calibration=(
                 self._batches(self.texts.calibration, "calibrating")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from performers.attention import KeyBuckets
 from performers.features import CALIBRATED, SoftmaxFeatures
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
@@ -24,6 +25,7 @@ class ConversionSettings:
         projection: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
+        key_list: Keys that each query meets exactly because of their content, at most; 0: none.
         layers: Indices of the attention layers that become linear, the others stay exact; None:
             all of them.
         cross_attention: Whether attention from a decoder to an encoder becomes linear too.
@@ -35,6 +37,7 @@ class ConversionSettings:
     projection: Projection = "orthogonal"
     window: int | None = None
     sinks: int = 0
+    key_list: int = 0
     layers: tuple[int, ...] | None = None
     cross_attention: bool = False
     learned: bool = False
@@ -44,6 +47,13 @@ class ConversionSettings:
             raise ValueError(f"window must be None or an integer of at least 0, got {self.window}")
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks must be an integer of at least 0, got {self.sinks}")
+        if not isinstance(self.key_list, int) or self.key_list < 0:
+            raise ValueError(f"key_list must be an integer of at least 0, got {self.key_list}")
+        if self.key_list and self.estimator == "trigonometric":
+            raise ValueError(
+                "key_list needs positive features, whose estimates can be taken out of a sum; "
+                "got estimator='trigonometric'"
+            )
         if self.layers is not None and (
             not self.layers or any(not isinstance(x, int) for x in self.layers)
         ):
@@ -119,4 +129,20 @@ class ConversionSettings:
             projection=self.projection,
             num_heads=num_heads,
             generator=generator,
+        )
+
+    def buckets(
+        self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
+    ) -> KeyBuckets | None:
+        """The lists of keys of one layer, or None.
+
+        Args:
+            head_dim: Width of queries and keys.
+            num_heads: Heads of the keys.
+            generator: Where the directions are drawn from.
+        """
+        if not self.key_list:
+            return None
+        return KeyBuckets(
+            head_dim, num_keys=self.key_list, num_heads=num_heads, generator=generator
         )

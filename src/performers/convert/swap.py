@@ -31,6 +31,7 @@ def to_performer(
     estimator: Estimator = "positive",
     window: int | None = None,
     sinks: int = 0,
+    key_list: int = 0,
     calibration: Iterable[Any] | None = None,
     layers: Iterable[int] | None = None,
     projection: Projection = "orthogonal",
@@ -63,6 +64,9 @@ def to_performer(
         estimator: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
+        key_list: Each query also meets this many keys exactly that are listed for their content
+            (``KeyBuckets``, fitted to the queries of ``calibration``); 0: none. For encoders among
+            transformers models: lists know no running sums.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
             input) that estimators such as ``data_aware`` are fitted to; a few thousand tokens do.
         layers: Indices of the attention layers that become linear, negative ones from the end; the
@@ -99,6 +103,7 @@ def to_performer(
         projection=projection,
         window=window,
         sinks=sinks,
+        key_list=key_list,
         layers=None if layers is None else tuple(layers),
         cross_attention=cross_attention,
     )
@@ -127,13 +132,23 @@ def _convert(
             if isinstance(model.config, PerformerConfig):
                 from performers.convert.performer_models import convert_performer_model
 
+                _check_no_lists(settings, model)
                 return convert_performer_model(model, settings, calibration, generator)
             if not check_calibration(settings, calibration):
                 calibration = None
             return convert_transformers_model(model, settings, calibration, generator)
     from performers.convert.torch_modules import convert_torch_modules
 
+    _check_no_lists(settings, model)
     return convert_torch_modules(model, settings, calibration, generator)
+
+
+def _check_no_lists(settings: ConversionSettings, model: nn.Module) -> None:
+    if settings.key_list:
+        raise ValueError(
+            f"key_list={settings.key_list} is for encoders among transformers models, and "
+            f"{type(model).__name__} is none: pass key_list=0, with a larger window"
+        )
 
 
 def convert_transformers_model(
@@ -187,6 +202,13 @@ def convert_transformers_model(
                 "cannot do: name the layers that can be converted with layers=, or use another "
                 "model"
             )
+    causal = [x.name for x in chosen if x.is_cross or getattr(x.module, "is_causal", False)]
+    if settings.key_list and causal:
+        raise ValueError(
+            f"key_list={settings.key_list} is for self-attention to both sides, and {causal[0]} is "
+            "not: a decoder's running sums hold no lists; pass key_list=0 with a larger window, or "
+            "name the encoder's layers with layers="
+        )
     blocks: dict[nn.Module, FavorBlock] = {}
     for part in chosen:
         reference = next(part.module.parameters())
@@ -198,7 +220,8 @@ def convert_transformers_model(
         features = settings.feature_map(part.head_dim, part.key_heads, generator)
         # Between two sequences no key is near a query, and none comes first.
         window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
-        block = FavorBlock(features, window=window, sinks=sinks)
+        buckets = settings.buckets(part.head_dim, part.key_heads, generator)
+        block = FavorBlock(features, window=window, sinks=sinks, buckets=buckets)
         blocks[part.module] = block.to(reference.device)
     if calibration is not None:
         calibrate_blocks(model, blocks, calibration)

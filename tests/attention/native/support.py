@@ -45,6 +45,7 @@ def operator_arguments(
         options.get("is_causal", False),
         None,
         0,
+        "whole",
         return_state,
     )
 

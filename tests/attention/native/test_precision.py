@@ -87,6 +87,7 @@ def single_key(value):
         False,
         None,
         0,
+        "whole",
         False,
     )
 
@@ -127,7 +128,9 @@ def test_every_number_is_rounded_to_the_nearest(dtype):
     gradient = between(dtype)
     given = single_key(torch.ones(gradient.shape, dtype=dtype))
     results = favor_forward(*given)
-    _, _, rounded, *_ = favor_backward(gradient.unsqueeze(2), None, None, *given[:-1], *results)
+    _, _, rounded, *_ = favor_backward(
+        gradient.unsqueeze(2), None, None, None, *given[:-1], *results[:-1]
+    )
     torch.testing.assert_close(rounded, gradient.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 

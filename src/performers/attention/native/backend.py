@@ -1,5 +1,6 @@
 """The ``native`` backend: which calls the kernels take, and how they are put to them."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,8 +9,11 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from performers.attention import chunked
+from performers.attention.blocks import Features, Rows, divide, merge, normalised_rows
+from performers.attention.listed import split_listed
+from performers.attention.native.listed import kernel_pairs
 from performers.attention.native.operators import favor_forward
-from performers.attention.problem import AttentionProblem
+from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
 
 _RECTIFIERS = (torch.relu, F.relu)
@@ -19,8 +23,8 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     """Attention and, when asked for, the state after the last key.
 
     The kernels take float32, bfloat16 and float16 on the CPU, with exponential or ReLU features;
-    exact pairs (a window, sinks) beside exponential ones that estimate softmax. Every other call,
-    and those inside transforms of ``torch.func``, go to the ``torch`` backend.
+    exact pairs (a window, sinks, listed keys) beside exponential ones that estimate softmax. Every
+    other call, and those inside transforms of ``torch.func``, go to the ``torch`` backend.
 
     Args:
         problem: The checked call.
@@ -31,7 +35,9 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     """
     if not covers(problem):
         return chunked.attend(problem)
-    out, _, _, *sums = favor_forward(*operator_arguments(problem))
+    if problem.lists is not None:
+        return _attend_with_lists(problem), None
+    out, _, _, *sums, _ = favor_forward(*operator_arguments(problem))
     if not problem.return_state:
         return out, None
     inputs = [problem.key, problem.value, problem.form.weight, problem.form.bias]
@@ -43,8 +49,48 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     return out, FavorState(sums[0], sums[1], sums[2].detach())
 
 
-def operator_arguments(problem: AttentionProblem) -> tuple[Any, ...]:
-    """The arguments of ``performers::favor_forward`` for a call that the kernels take."""
+def _attend_with_lists(problem: AttentionProblem) -> Tensor:
+    """Features, exact pairs and listed keys, each by kernels of their own, and joined."""
+    exact = problem.window is not None or problem.sinks is not None
+    if not exact:
+        # The kernels sum the features by themselves only where there are exact pairs: a sink that
+        # no query sees.
+        problem = problem._replace(sinks=_unseen_sink(problem))
+    query = problem.query.double()
+    half_norm = query.square().sum(-1, keepdim=True) * problem.scale / 2
+    log_factor = math.log(problem.form.normalizer) - half_norm
+    far = _rows(problem, "far")
+    features = Features(problem.form.to(problem.dtype), math.sqrt(problem.scale), problem.dtype)
+    far = far._replace(log_scale=far.log_scale - log_factor)
+    rest, listed = split_listed(problem, features, far, kernel_pairs)
+    rows = merge(rest._replace(log_scale=rest.log_scale + log_factor), listed, scaled=True)
+    if exact:
+        rows = merge(rows, _rows(problem, "exact"), scaled=True)
+    return divide(rows.numerator, rows.denominator)
+
+
+def _rows(problem: AttentionProblem, part: str) -> Rows:
+    """A part of the pairs, as rows with denominators of one, or zero for rows without a key."""
+    out, *_, log_normaliser = favor_forward(*operator_arguments(problem, part))
+    return normalised_rows(out, log_normaliser)
+
+
+def _unseen_sink(problem: AttentionProblem) -> SinkKeys:
+    batch, heads, _, head_dim = problem.key.shape
+    key = problem.key.new_zeros(batch, heads, 1, head_dim)
+    first = torch.full((batch, 1), problem.query.shape[-2], device=key.device)
+    value = key.new_zeros(batch, heads, 1, problem.value.shape[-1])
+    return SinkKeys(key, value, first, torch.full_like(first, -1))
+
+
+def operator_arguments(problem: AttentionProblem, part: str = "whole") -> tuple[Any, ...]:
+    """The arguments of ``performers::favor_forward`` for a call that the kernels take.
+
+    Args:
+        problem: The call.
+        part: Which pairs are summed: "whole" for all, "far" for those through features (a listed
+            key is one of them), "exact" for the window and the sinks.
+    """
     form, state, sinks = problem.form, problem.state, problem.sinks
     exponential = form.kind == "exponential"
     # The backward pass computes features again, and must not meet a redrawn projection.
@@ -79,6 +125,7 @@ def operator_arguments(problem: AttentionProblem) -> tuple[Any, ...]:
         problem.is_causal,
         problem.window,
         problem.offset,
+        part,
         problem.return_state,
     )
 
@@ -95,7 +142,7 @@ def covers(problem: AttentionProblem) -> bool:
     empty = 0 in problem.query.shape or 0 in problem.value.shape
     if problem.window is not None or problem.sinks is not None:
         known = known and form.kind == "exponential" and form.quadratic
-    return known and not empty and problem.lists is None and not _is_transformed()
+    return known and not empty and not _is_transformed()
 
 
 def _is_transformed() -> bool:

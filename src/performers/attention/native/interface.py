@@ -11,6 +11,7 @@ from performers.attention.native import library
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUT_OF_MEMORY = 1
 KINDS = {"exponential": 0, "rectified": 1}
+PARTS = {"whole": 0, "far": 1, "exact": 2}
 
 
 class _Array(ctypes.Structure):
@@ -21,14 +22,57 @@ class _Array(ctypes.Structure):
     )
 
 
-class Call(ctypes.Structure):
+class _Structure(ctypes.Structure):
+    """What the structures have in common."""
+
+    def pointers(self, **tensors: Tensor | None) -> None:
+        """Set contiguous tensors; None leaves a null pointer."""
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else tensor.data_ptr())
+
+    def run(self, function: str) -> None:
+        """Call ``performers_<function>``, outside the interpreter's lock.
+
+        Raises:
+            MemoryError: Memory ran out.
+            RuntimeError: Anything else went wrong.
+        """
+        code = getattr(library.load(), f"performers_{function}")(ctypes.byref(self))
+        if code == _OUT_OF_MEMORY:
+            raise MemoryError(
+                "the native kernels ran out of memory; use a shorter sequence or a smaller batch"
+            )
+        if code:
+            raise RuntimeError(f"performers_{function} failed with code {code}")
+
+
+class ListedCall(_Structure):
+    """``performers_listed_call``: queries in blocks, and the list of keys that each block meets."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "blocks", "rows")),
+        *((name, ctypes.c_int64) for name in ("lists", "list_keys")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
+        *((name, ctypes.c_int64) for name in ("weight_heads", "threads")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("taken", "pairs", "list_begin")),
+        *((name, ctypes.c_void_p) for name in ("estimate", "exact", "estimate_log", "exact_log")),
+        *((name, ctypes.c_void_p) for name in ("grad_estimate", "grad_estimate_log")),
+        *((name, ctypes.c_void_p) for name in ("grad_exact", "grad_exact_log")),
+        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
+        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias")),
+    )
+
+
+class Call(_Structure):
     """``performers_call``: one attention call, its results and its gradients."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "key_heads", "groups", "length", "size")),
         *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
         *((name, ctypes.c_int64) for name in ("weight_heads", "kind", "quadratic", "causal")),
-        *((name, ctypes.c_int64) for name in ("threads", "offset", "window", "sinks")),
+        *((name, ctypes.c_int64) for name in ("threads", "offset", "window", "sinks", "part")),
         *((name, ctypes.c_double) for name in ("scale", "epsilon", "normalizer")),
         *((name, _Array) for name in ("query", "key", "value")),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "key_mask", "segments")),
@@ -39,6 +83,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_scale", "row_inverse")),
         *((name, ctypes.c_void_p) for name in ("key_value", "key_sum", "log_scale")),
         ("grad_out", _Array),
+        ("grad_log_normaliser", ctypes.c_void_p),
         *((name, ctypes.c_void_p) for name in ("grad_key_value", "grad_key_sum")),
         *((name, _Array) for name in ("grad_query", "grad_key", "grad_value")),
         *((name, ctypes.c_void_p) for name in ("grad_past_key_value", "grad_past_key_sum")),
@@ -76,26 +121,6 @@ class Call(ctypes.Structure):
             array.data, array.type = tensor.data_ptr(), _TYPES[tensor.dtype]
             strides = tensor.stride()
             array.strides[:] = strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
-
-    def pointers(self, **tensors: Tensor | None) -> None:
-        """Set contiguous tensors; None leaves a null pointer."""
-        for name, tensor in tensors.items():
-            setattr(self, name, None if tensor is None else tensor.data_ptr())
-
-    def run(self, function: str) -> None:
-        """Call ``performers_<function>``, outside the interpreter's lock.
-
-        Raises:
-            MemoryError: Memory ran out.
-            RuntimeError: Anything else went wrong.
-        """
-        code = getattr(library.load(), f"performers_{function}")(ctypes.byref(self))
-        if code == _OUT_OF_MEMORY:
-            raise MemoryError(
-                "the native kernels ran out of memory; use a shorter sequence or a smaller batch"
-            )
-        if code:
-            raise RuntimeError(f"performers_{function} failed with code {code}")
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

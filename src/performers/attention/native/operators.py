@@ -5,29 +5,32 @@ the keys; features are computed again in the backward pass. All sizes are linear
 Beside exact pairs (a window or sinks) gradients are summed in float32 and converted at the end.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from performers.attention.native.interface import KINDS, Call, contiguous
+from performers.attention.native.interface import KINDS, PARTS, Call, contiguous
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
     "Tensor? segments, Tensor? past_key_value, Tensor? past_key_sum, Tensor? past_log_scale, "
     "Tensor? sink_key, Tensor? sink_value, Tensor? sink_first, str kind, bool quadratic, "
-    "float epsilon, float normalizer, float scale, bool is_causal, int? window, int offset"
+    "float epsilon, float normalizer, float scale, bool is_causal, int? window, int offset, "
+    "str part"
 )
 _RESULTS = ("out", "row_scale", "row_inverse", "key_value", "key_sum", "log_scale")
 _TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
-_FORWARD = f"({_INPUTS}, bool return_state) -> ({_TYPED_RESULTS})"
+_FORWARD = f"({_INPUTS}, bool return_state) -> ({_TYPED_RESULTS}, Tensor log_normaliser)"
 _BACKWARD = (
-    f"(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, {_INPUTS}, {_TYPED_RESULTS}, "
+    "(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, Tensor? grad_log_normaliser, "
+    f"{_INPUTS}, {_TYPED_RESULTS}, "
     "bool trained=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
     "Tensor grad_past_key_value, Tensor grad_past_key_sum, Tensor grad_sink_key, "
     "Tensor grad_sink_value, Tensor grad_weight, Tensor grad_bias)"
 )
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, ...]
 
 
@@ -55,6 +58,7 @@ class _Inputs(NamedTuple):
     is_causal: bool
     window: int | None
     offset: int
+    part: str
 
     def has_exact_pairs(self) -> bool:
         """Whether some pairs are exact, so that several passes share a gradient."""
@@ -74,6 +78,7 @@ def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
     call.causal, call.epsilon, call.scale = inputs.is_causal, inputs.epsilon, inputs.scale
     call.window = -1 if inputs.window is None else inputs.window
     call.offset, call.normalizer = inputs.offset, inputs.normalizer
+    call.part = PARTS[inputs.part]
     names = (*_Inputs._fields[_POINTERS], "sink_first")
     held = contiguous([getattr(inputs, name) for name in names])
     call.pointers(**dict(zip(names, held, strict=True)))
@@ -107,6 +112,7 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
         out.new_empty((*sums, width)),
         out.new_empty(sums),
         out.new_empty(sums),
+        out.new_empty((0,) if inputs.part == "whole" else out.shape[:-1], dtype=torch.float64),
     )
 
 
@@ -114,17 +120,27 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
     "performers::favor_forward", mutates_args=(), device_types="cpu", schema=_FORWARD
 )
 def favor_forward(*arguments: Any) -> _Results:
-    """Attention of ``AttentionProblem``'s tensors; see ``performers_call`` for the results."""
+    """Attention of ``AttentionProblem``'s tensors; see ``performers_call`` for the results.
+
+    Of a ``part`` of the pairs ("far", "exact"), the last result is the natural logarithm of each
+    row's normaliser, minus infinity for a row without keys: with it parts of a row can be joined.
+    It has a gradient.
+    """
     inputs = _Inputs(*arguments[:-1])
     call, held = _call(inputs)
     results = _new_results(inputs, return_state=arguments[-1])
-    out, row_scale, row_inverse, *sums = results
+    out, row_scale, row_inverse, *sums, log_normaliser = results
     call.arrays(out=out)
     call.pointers(row_scale=row_scale, row_inverse=row_inverse)
     if sums[0].numel():
         call.pointers(**dict(zip(("key_value", "key_sum", "log_scale"), sums, strict=True)))
     call.run("forward")
     del held
+    if log_normaliser.numel():
+        # The inverse is negative for some causal rows, and zero for rows without keys. In double
+        # precision, because sums are compared by these.
+        log_normaliser.copy_(row_scale).mul_(math.log(2)).sub_(row_inverse.double().abs().log())
+        log_normaliser.masked_fill_(row_inverse == 0, -math.inf)
     return results
 
 
@@ -190,6 +206,7 @@ def favor_backward(
     grad_out: Tensor,
     grad_key_value: Tensor | None,
     grad_key_sum: Tensor | None,
+    grad_log_normaliser: Tensor | None,
     *arguments: Any,
 ) -> _Gradients:
     """Gradients of all inputs that can have one, weight and bias if they are ``trained``.
@@ -202,8 +219,10 @@ def favor_backward(
     has_sums = not inputs.is_causal and results[-1].numel()
     rows = contiguous(results if has_sums else [*results[:2], None, None, None])
     call.pointers(**dict(zip(_RESULTS[1:], rows, strict=True)))
-    final = contiguous((grad_key_value, grad_key_sum))
-    call.pointers(grad_key_value=final[0], grad_key_sum=final[1])
+    if grad_log_normaliser is not None:
+        grad_log_normaliser = grad_log_normaliser.float()
+    final = contiguous((grad_key_value, grad_key_sum, grad_log_normaliser))
+    call.pointers(grad_key_value=final[0], grad_key_sum=final[1], grad_log_normaliser=final[2])
     gradients = _new_gradients(inputs, trained)
     if trained:
         call.pointers(grad_weight=gradients[7], grad_bias=gradients[8])
@@ -224,6 +243,7 @@ def _(
     grad_out: Tensor,
     grad_key_value: Tensor | None,
     grad_key_sum: Tensor | None,
+    grad_log_normaliser: Tensor | None,
     *arguments: Any,
 ) -> _Gradients:
     inputs, _, trained = _split(arguments)
@@ -231,7 +251,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output[:-1])
     ctx.constants = inputs[_TENSORS:-1]
     ctx.set_materialize_grads(False)
 
@@ -241,19 +261,25 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     inputs, results = _Inputs(*saved[:_TENSORS], *ctx.constants), saved[_TENSORS:]
     out = results[0]
-    grad_out, _, _, grad_key_value, grad_key_sum, _ = grads
+    grad_out, _, _, grad_key_value, grad_key_sum, _, grad_log_normaliser = grads
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
     if not inputs.is_causal:
         grad_key_value = grad_key_sum = None
     trained = ctx.needs_input_grad[3:5]
     gradients = favor_backward(
-        grad_out, grad_key_value, grad_key_sum, *inputs, *results, any(trained)
+        grad_out,
+        grad_key_value,
+        grad_key_sum,
+        grad_log_normaliser if inputs.part != "whole" else None,
+        *inputs,
+        *results,
+        any(trained),
     )
     weights = [x if wanted else None for x, wanted in zip(gradients[7:], trained, strict=True)]
     past = gradients[3:5] if inputs.past_key_value is not None else (None, None)
     sinks = gradients[5:7] if inputs.sink_key is not None else (None, None)
-    return (*gradients[:3], *weights, None, None, *past, None, *sinks, *(None,) * 10)
+    return (*gradients[:3], *weights, None, None, *past, None, *sinks, *(None,) * 11)
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:

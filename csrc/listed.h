@@ -1,0 +1,453 @@
+// Keys listed by content: blocks of queries against the list of keys that they share, each pair both
+// with exp(scale q . k) and as its features estimate it. The caller takes the estimates out of the
+// sums over all keys and puts the exact weights in their place.
+//
+// A task is a list of a head. The features of its keys are computed once for all its blocks, and no
+// two tasks write to the same place.
+#pragma once
+
+#include "tasks.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// The call that gives Problem the sizes and the weights of a listed one.
+inline performers_call call_of(const performers_listed_call &listed) {
+    performers_call call = {};
+    call.batch = listed.batch;
+    call.key_heads = listed.key_heads;
+    call.groups = 1;
+    call.length = listed.blocks * listed.rows;
+    call.size = listed.list_keys;
+    call.head_dim = listed.head_dim;
+    call.value_dim = listed.value_dim;
+    call.features = listed.features;
+    call.weight_heads = listed.weight_heads;
+    call.kind = PERFORMERS_EXPONENTIAL;
+    call.quadratic = 1;
+    call.threads = listed.threads;
+    call.window = -1;
+    call.scale = listed.scale;
+    call.normalizer = 1;
+    call.weight = listed.weight;
+    call.bias = listed.bias;
+    call.grad_weight = listed.grad_weight;
+    call.grad_bias = listed.grad_bias;
+    return call;
+}
+
+// Contiguous rows of float32.
+inline Rows plain_rows(const float *data, int64_t width) {
+    return {reinterpret_cast<char *>(const_cast<float *>(data)), width, 1, PERFORMERS_FLOAT32};
+}
+
+// The keys of a list, kBlock at a time.
+struct ListChunk {
+    Block block;
+    float *value, *keep;
+    float *features;  // (features, kBlock), at the scales of the list
+
+    ListChunk(Arena &arena, const Problem &p)
+        : block(arena, p),
+          value(arena.take(kBlock * p.padded_value)),
+          keep(arena.take(kBlock)),
+          features(arena.take(p.features * kBlock)) {}
+};
+
+// Where a list lies in the tensors of a call.
+struct ListPlace {
+    int64_t head, list;
+    int64_t first, last;  // its blocks
+
+    ListPlace(const performers_listed_call &call, int64_t task)
+        : head(task / call.lists), list(task % call.lists) {
+        const int64_t *begins = call.list_begin + head * (call.lists + 1) + list;
+        first = begins[0];
+        last = begins[1];
+    }
+
+    int64_t keys(const performers_listed_call &call) const {
+        return (head * call.lists + list) * call.list_keys;
+    }
+    int64_t rows(const performers_listed_call &call, int64_t block) const {
+        return (head * call.blocks + block) * call.rows;
+    }
+};
+
+struct ListedBuffers {
+    std::vector<ListChunk> chunks;
+    float *log_scale, *unweighted;        // (features)
+    Block queries;
+    float *features;                      // of the queries (features, kBlock)
+    float *scale, *normaliser;            // (kBlock)
+    float *pairs;                         // (keys of the list, kBlock)
+    float *out;                           // (kBlock, padded_value)
+
+    ListedBuffers(Arena &arena, const Problem &p)
+        : log_scale(arena.take(p.features)),
+          unweighted(arena.take(p.features)),
+          queries(arena, p),
+          features(arena.take(p.features * kBlock)),
+          scale(arena.take(kBlock)),
+          normaliser(arena.take(kBlock)),
+          pairs(arena.take(round_up(p.call.size, kBlock) * kBlock)),
+          out(arena.take(kBlock * p.padded_value)) {
+        for (int64_t i = 0; i < p.call.size; i += kBlock) chunks.push_back(ListChunk(arena, p));
+    }
+};
+
+// The keys and values of a list, and their features.
+inline void load_list(const Problem &p, const performers_listed_call &call, const ListPlace &place,
+                      ListedBuffers &b) {
+    const int64_t begin = place.keys(call);
+    const Rows keys = plain_rows(call.key + begin * p.head_dim, p.head_dim);
+    const Rows values = plain_rows(call.value + begin * p.value_dim, p.value_dim);
+    for (int64_t f = 0; f < p.features; ++f) {
+        b.log_scale[f] = -kInfinity;
+        b.unweighted[f] = 0;
+    }
+    int64_t start = 0;
+    for (const ListChunk &c : b.chunks) {
+        ListChunk chunk = c;
+        const int64_t count = smaller(kBlock, call.list_keys - start);
+        chunk.block.load_keys(p, keys, call.taken + begin, start, count, chunk.keep);
+        load_values(p, values, start, count, chunk.keep, chunk.value);
+        project(p, p.weights_of(place.head), chunk.block, p.key_inner, 0, p.features,
+                chunk.features);
+        for (int64_t f = 0; f < p.features; ++f) {
+            Vector peak = splat(b.log_scale[f]);
+            for (int64_t r = 0; r < count; r += kWidth) {
+                peak = maximum(peak, load(chunk.features + f * kBlock + r));
+            }
+            b.log_scale[f] = largest(peak);
+        }
+        start += kBlock;
+    }
+    for (size_t i = 0; i < b.chunks.size(); ++i) {
+        const int64_t count = smaller(kBlock, call.list_keys - static_cast<int64_t>(i) * kBlock);
+        b.chunks[i].block.rows = count;
+        for (int64_t f = 0; f < p.features; ++f) {
+            const Vector scale = splat(finite(b.log_scale[f]));
+            for (int64_t r = 0; r < count; r += kWidth) {
+                float *at = b.chunks[i].features + f * kBlock + r;
+                store(at, exp2(load(at) - scale));
+            }
+        }
+    }
+}
+
+// A block of queries, and their features at the scales of the list.
+inline void load_listed_queries(const Problem &p, const performers_listed_call &call,
+                                const ListPlace &place, int64_t block, ListedBuffers &b) {
+    const int64_t begin = place.rows(call, block);
+    b.queries.load_queries(p, plain_rows(call.query + begin * p.head_dim, p.head_dim), 0,
+                           call.rows);
+    project(p, p.weights_of(place.head), b.queries, p.query_inner, 0, p.features, b.features);
+    query_features(p, b.features, call.rows, b.log_scale, b.unweighted, b.scale, b.normaliser);
+}
+
+// Puts `other` in place of the pairs (keys, kBlock) that do not meet.
+inline void clear_unmet(const performers_listed_call &call, const ListPlace &place, int64_t block,
+                        float other, float *pairs) {
+    const uint8_t *met = call.pairs + place.rows(call, block) * call.list_keys;
+    for (int64_t t = 0; t < call.list_keys; ++t) {
+        float *row = pairs + t * kBlock;
+        const uint8_t *of_row = met + t * call.rows;
+        for (int64_t r = 0; r < call.rows; ++r) row[r] = of_row[r] ? row[r] : other;
+        for (int64_t r = call.rows; r < round_up(call.rows, kWidth); ++r) row[r] = other;
+    }
+}
+
+inline void estimated_pairs(const Problem &p, const performers_listed_call &call,
+                            const ListPlace &place, int64_t block, ListedBuffers &b) {
+    for (size_t i = 0; i < b.chunks.size(); ++i) {
+        multiply(b.chunks[i].block.rows, call.rows, p.features,
+                 columns_of(b.chunks[i].features, kBlock), b.features, kBlock,
+                 b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock, false);
+    }
+    clear_unmet(call, place, block, 0.0f, b.pairs);
+}
+
+// Binary logarithms of the exact weights.
+inline void exact_scores(const Problem &p, const performers_listed_call &call,
+                         const ListPlace &place, int64_t block, ListedBuffers &b) {
+    const Vector unit = splat(score_unit(p));
+    for (size_t i = 0; i < b.chunks.size(); ++i) {
+        float *pairs = b.pairs + static_cast<int64_t>(i) * kBlock * kBlock;
+        multiply(b.chunks[i].block.rows, call.rows, p.head_dim,
+                 rows_of(b.chunks[i].block.x, p.padded_dim), b.queries.transposed, kBlock, pairs,
+                 kBlock, false);
+        for (int64_t t = 0; t < b.chunks[i].block.rows; ++t) {
+            for (int64_t r = 0; r < call.rows; r += kWidth) {
+                float *at = pairs + t * kBlock + r;
+                store(at, load(at) * unit);
+            }
+        }
+    }
+    clear_unmet(call, place, block, -kInfinity, b.pairs);
+}
+
+// Weights (keys, kBlock) of a block's rows at the binary logarithms `b.scale`: normalised rows, and
+// the natural logarithms of their normalisers.
+inline void write_listed_rows(const Problem &p, const performers_listed_call &call, int64_t begin,
+                              ListedBuffers &b, float *out, double *log_normaliser) {
+    for (int64_t r = 0; r < call.rows; r += kWidth) {
+        Vector sum = splat(0.0f);
+        for (int64_t t = 0; t < call.list_keys; ++t) sum += load(b.pairs + t * kBlock + r);
+        store(b.normaliser + r, sum);
+    }
+    for (size_t i = 0; i < b.chunks.size(); ++i) {
+        multiply(call.rows, p.padded_value, b.chunks[i].block.rows,
+                 columns_of(b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock),
+                 b.chunks[i].value, p.padded_value, b.out, p.padded_value, i > 0);
+    }
+    for (int64_t r = 0; r < call.rows; ++r) {
+        const float sum = b.normaliser[r], inverse = inverse_of(sum);
+        float *to = out + (begin + r) * p.value_dim;
+        for (int64_t c = 0; c < p.value_dim; ++c) to[c] = b.out[r * p.padded_value + c] * inverse;
+        log_normaliser[begin + r] =
+            sum > 0 ? b.scale[r] * std::log(2.0) + std::log(static_cast<double>(sum)) : -kInfinity;
+    }
+}
+
+inline void forward_list(const Problem &p, const performers_listed_call &call,
+                         const ListPlace &place, ListedBuffers &b) {
+    if (place.first == place.last) return;
+    load_list(p, call, place, b);
+    for (int64_t block = place.first; block < place.last; ++block) {
+        const int64_t begin = place.rows(call, block);
+        load_listed_queries(p, call, place, block, b);
+        estimated_pairs(p, call, place, block, b);
+        write_listed_rows(p, call, begin, b, call.estimate, call.estimate_log);
+        exact_scores(p, call, place, block, b);
+        for (int64_t r = 0; r < call.rows; r += kWidth) {
+            Vector peak = splat(kLowest);
+            for (int64_t t = 0; t < call.list_keys; ++t) {
+                peak = maximum(peak, load(b.pairs + t * kBlock + r));
+            }
+            for (int64_t t = 0; t < call.list_keys; ++t) {
+                float *at = b.pairs + t * kBlock + r;
+                store(at, exp2(load(at) - peak));
+            }
+            store(b.scale + r, peak);
+        }
+        write_listed_rows(p, call, begin, b, call.exact, call.exact_log);
+    }
+}
+
+struct ListedGradientBuffers {
+    ListedBuffers list;
+    float *slopes;                            // of keys (chunks, features, kBlock)
+    float *grad_keys, *grad_values;           // (chunks, kBlock, padded)
+    float *grad, *grad_transposed;            // of the rows' outputs
+    float *delta, *factor;                    // (kBlock)
+    float *pair_grads, *pair_grads_rows;      // (kBlock, kBlock)
+    float *slope, *slope_sum;                 // of queries (features, kBlock); (kBlock)
+    float *grad_x, *grad_query;               // (kBlock, padded_dim)
+    WeightSums trained;
+
+    ListedGradientBuffers(Arena &arena, const Problem &p)
+        : list(arena, p),
+          slopes(arena.take(round_up(p.call.size, kBlock) * p.features)),
+          grad_keys(arena.take(round_up(p.call.size, kBlock) * p.padded_dim)),
+          grad_values(arena.take(round_up(p.call.size, kBlock) * p.padded_value)),
+          grad(arena.take(kBlock * p.padded_value)),
+          grad_transposed(arena.take(p.padded_value * kBlock)),
+          delta(arena.take(kBlock)),
+          factor(arena.take(kBlock)),
+          pair_grads(arena.take(kBlock * kBlock)),
+          pair_grads_rows(arena.take(kBlock * kBlock)),
+          slope(arena.take(p.features * kBlock)),
+          slope_sum(arena.take(kBlock)),
+          grad_x(arena.take(kBlock * p.padded_dim)),
+          grad_query(arena.take(kBlock * p.padded_dim)) {}
+};
+
+// The output gradients of a block's rows, and delta = grad . out less the gradient of the logarithm
+// of the normaliser; `factor` is what divides weights at the scales `b.list.scale`, or at one if
+// there are none: 2^(scale - log2 normaliser).
+inline void load_listed_grads(const Problem &p, const performers_listed_call &call, int64_t begin,
+                              const float *out, const double *log_normaliser, const float *grad_out,
+                              const float *grad_log, const float *scale,
+                              ListedGradientBuffers &b) {
+    load_values(p, plain_rows(grad_out + begin * p.value_dim, p.value_dim), 0, call.rows, nullptr,
+                b.grad);
+    transpose(b.grad, p.padded_value, call.rows, p.padded_value, b.grad_transposed);
+    for (int64_t r = 0; r < round_up(call.rows, kWidth); ++r) {
+        b.delta[r] = 0;
+        b.factor[r] = -kInfinity;
+        if (r >= call.rows) continue;
+        const float *row = out + (begin + r) * p.value_dim;
+        for (int64_t c = 0; c < p.value_dim; ++c) b.delta[r] += row[c] * b.grad[r * p.padded_value + c];
+        b.delta[r] -= grad_log[begin + r];
+        const double log2_sum = log_normaliser[begin + r] / std::log(2.0);
+        if (log2_sum > -kInfinity) {
+            b.factor[r] = static_cast<float>((scale ? scale[r] : 0.0f) - log2_sum);
+        }
+    }
+}
+
+// d loss / d (normalised pair) for one chunk: grad_i . v_j - delta_i.
+inline void listed_pair_grads(const Problem &p, const performers_listed_call &call,
+                              const ListChunk &chunk, ListedGradientBuffers &b) {
+    multiply(chunk.block.rows, call.rows, p.value_dim, rows_of(chunk.value, p.padded_value),
+             b.grad_transposed, kBlock, b.pair_grads, kBlock, false);
+    for (int64_t t = 0; t < chunk.block.rows; ++t) {
+        for (int64_t r = 0; r < call.rows; r += kWidth) {
+            float *at = b.pair_grads + t * kBlock + r;
+            store(at, load(at) - load(b.delta + r));
+        }
+    }
+}
+
+// Gradients of the estimates of a block's pairs.
+inline void estimate_gradients(const Problem &p, const performers_listed_call &call,
+                               const ListPlace &place, int64_t block, ListedGradientBuffers &b) {
+    ListedBuffers &l = b.list;
+    load_listed_grads(p, call, place.rows(call, block), call.estimate, call.estimate_log,
+                      call.grad_estimate, call.grad_estimate_log, l.scale, b);
+    for (int64_t f = 0; f < p.features; ++f) {
+        for (int64_t r = 0; r < call.rows; r += kWidth) {
+            float *at = l.features + f * kBlock + r;
+            store(at, load(at) * exp2(load(b.factor + r)));
+        }
+    }
+    estimated_pairs(p, call, place, block, l);
+    const uint8_t *met = call.pairs + place.rows(call, block) * call.list_keys;
+    for (size_t i = 0; i < l.chunks.size(); ++i) {
+        const ListChunk &chunk = l.chunks[i];
+        const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
+        listed_pair_grads(p, call, chunk, b);
+        for (int64_t t = 0; t < round_up(keys, kWidth); ++t) {
+            float *row = b.pair_grads + t * kBlock;
+            for (int64_t r = 0; r < kBlock; ++r) {
+                const bool there = t < keys && r < call.rows && met[(at + t) * call.rows + r];
+                row[r] = there ? row[r] : 0.0f;
+            }
+        }
+        multiply(keys, p.padded_value, call.rows, rows_of(l.pairs + at * kBlock, kBlock), b.grad,
+                 p.padded_value, b.grad_values + at * p.padded_value, p.padded_value, true);
+        multiply(p.features, call.rows, keys, rows_of(chunk.features, kBlock), b.pair_grads, kBlock,
+                 b.slope, kBlock, i > 0);
+        transpose(b.pair_grads, kBlock, keys, round_up(call.rows, kWidth), b.pair_grads_rows);
+        multiply(p.features, keys, call.rows, rows_of(l.features, kBlock), b.pair_grads_rows,
+                 kBlock, b.slopes + at * p.features, kBlock, true);
+    }
+    for (int64_t f = 0; f < p.features; ++f) {
+        for (int64_t r = 0; r < call.rows; r += kWidth) {
+            float *at = b.slope + f * kBlock + r;
+            store(at, load(at) * load(l.features + f * kBlock + r));
+        }
+    }
+    b.trained.add(p, place.head, 0, p.features, b.slope, l.queries);
+    multiply(call.rows, p.padded_dim, p.features, columns_of(b.slope, kBlock),
+             p.weights_of(place.head), p.weight_stride, b.grad_x, p.padded_dim, false);
+}
+
+// Gradients of the exact weights of a block's pairs; those of the queries go to b.grad_query.
+inline void listed_exact_gradients(const Problem &p, const performers_listed_call &call,
+                                   const ListPlace &place, int64_t block,
+                                   ListedGradientBuffers &b) {
+    ListedBuffers &l = b.list;
+    load_listed_grads(p, call, place.rows(call, block), call.exact, call.exact_log,
+                      call.grad_exact, call.grad_exact_log, nullptr, b);
+    exact_scores(p, call, place, block, l);
+    const Vector scale = splat(static_cast<float>(call.scale));
+    for (size_t i = 0; i < l.chunks.size(); ++i) {
+        const ListChunk &chunk = l.chunks[i];
+        const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
+        listed_pair_grads(p, call, chunk, b);
+        for (int64_t t = 0; t < keys; ++t) {
+            for (int64_t r = 0; r < call.rows; r += kWidth) {
+                float *pair = l.pairs + (at + t) * kBlock + r, *grad = b.pair_grads + t * kBlock + r;
+                const Vector weight = exp2(load(pair) + load(b.factor + r));
+                store(pair, weight);
+                store(grad, load(grad) * weight * scale);
+            }
+        }
+        multiply(keys, p.padded_value, call.rows, rows_of(l.pairs + at * kBlock, kBlock), b.grad,
+                 p.padded_value, b.grad_values + at * p.padded_value, p.padded_value, true);
+        multiply(keys, p.padded_dim, call.rows, rows_of(b.pair_grads, kBlock), l.queries.x,
+                 p.padded_dim, b.grad_keys + at * p.padded_dim, p.padded_dim, true);
+        multiply(call.rows, p.padded_dim, keys, columns_of(b.pair_grads, kBlock), chunk.block.x,
+                 p.padded_dim, b.grad_query, p.padded_dim, i > 0);
+    }
+}
+
+inline void backward_list(const Problem &p, const performers_listed_call &call,
+                          const ListPlace &place, ListedGradientBuffers &b) {
+    if (place.first == place.last) return;
+    ListedBuffers &l = b.list;
+    load_list(p, call, place, l);
+    const int64_t padded = round_up(call.list_keys, kBlock);
+    for (int64_t i = 0; i < padded * p.features; ++i) b.slopes[i] = 0;
+    for (int64_t i = 0; i < padded * p.padded_dim; ++i) b.grad_keys[i] = 0;
+    for (int64_t i = 0; i < padded * p.padded_value; ++i) b.grad_values[i] = 0;
+    for (int64_t block = place.first; block < place.last; ++block) {
+        load_listed_queries(p, call, place, block, l);
+        estimate_gradients(p, call, place, block, b);
+        listed_exact_gradients(p, call, place, block, b);
+        float *to = call.grad_query + place.rows(call, block) * p.head_dim;
+        for (int64_t r = 0; r < call.rows; ++r) {
+            for (int64_t c = 0; c < p.head_dim; ++c) {
+                to[r * p.head_dim + c] = b.grad_x[r * p.padded_dim + c] * projection_unit(p) +
+                                         b.grad_query[r * p.padded_dim + c];
+            }
+        }
+    }
+    for (size_t i = 0; i < l.chunks.size(); ++i) {
+        const ListChunk &chunk = l.chunks[i];
+        const int64_t start = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
+        float *slope = b.slopes + start * p.features;
+        for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
+        for (int64_t f = 0; f < p.features; ++f) {
+            for (int64_t r = 0; r < keys; r += kWidth) {
+                float *at = slope + f * kBlock + r;
+                store(at, load(at) * load(chunk.features + f * kBlock + r));
+            }
+        }
+        sum_slopes(slope, p.features, keys, b.slope_sum);
+        b.trained.add(p, place.head, 0, p.features, slope, chunk.block);
+        multiply(keys, p.padded_dim, p.features, columns_of(slope, kBlock),
+                 p.weights_of(place.head), p.weight_stride, b.grad_x, p.padded_dim, false);
+        const int64_t first = place.keys(call) + start;
+        for (int64_t t = 0; t < keys; ++t) {
+            const float along = b.slope_sum[t] * static_cast<float>(call.scale);
+            float *key = call.grad_key + (first + t) * p.head_dim;
+            for (int64_t c = 0; c < p.head_dim; ++c) {
+                key[c] = b.grad_x[t * p.padded_dim + c] * projection_unit(p) -
+                         chunk.block.x[t * p.padded_dim + c] * along +
+                         b.grad_keys[(start + t) * p.padded_dim + c];
+            }
+            float *value = call.grad_value + (first + t) * p.value_dim;
+            const float *from = b.grad_values + (start + t) * p.padded_value;
+            for (int64_t c = 0; c < p.value_dim; ++c) value[c] = from[c];
+        }
+    }
+}
+
+inline void forward_listed(const performers_listed_call &call) {
+    const performers_call sizes = call_of(call);
+    Problem p(sizes);
+    const Weights weights(p);
+    parallel(p, p.heads * call.lists, [&](int64_t i) {
+        auto b = in_scratch<ListedBuffers>(p);
+        forward_list(p, call, ListPlace(call, i), b);
+    });
+}
+
+inline void backward_listed(const performers_listed_call &call) {
+    const performers_call sizes = call_of(call);
+    Problem p(sizes);
+    const Weights weights(p);
+    const WeightGradients trained(p);
+    trained.parallel_tasks(p.heads * call.lists, [&](int64_t i, const WeightSums &sums) {
+        auto b = in_scratch<ListedGradientBuffers>(p);
+        b.trained = sums;
+        backward_list(p, call, ListPlace(call, i), b);
+    });
+    trained.finish();
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

@@ -1,0 +1,159 @@
+"""Listed keys: ``performers::listed_forward`` and ``performers::listed_backward``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performers.attention.blocks import Features, Rows, normalised_rows
+from performers.attention.listed import ListedPairs
+from performers.attention.native.interface import ListedCall, contiguous
+from performers.attention.problem import AttentionProblem
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor taken, "
+    "Tensor pairs, Tensor list_begin, float scale"
+)
+_RESULTS = ("estimate", "estimate_log", "exact", "exact_log")
+_TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
+_GRADS = ", ".join(f"Tensor grad_{name}" for name in _RESULTS)
+_TENSORS = 8
+_Results = tuple[Tensor, Tensor, Tensor, Tensor]
+_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def kernel_pairs(
+    problem: AttentionProblem, features: Features, pairs: ListedPairs
+) -> tuple[Rows, Rows]:
+    """Blocks against their lists by the kernels; see ``listed.Evaluate``."""
+    form = features.form
+    # The backward pass computes features again, and must not meet a redrawn projection.
+    form = form.copied() if torch.is_grad_enabled() else form
+    bias = form.bias
+    assert form.weight is not None
+    if bias is not None and bias.shape[0] != form.weight.shape[0]:
+        bias = bias.expand(form.weight.shape[0], -1)
+    estimate, estimate_log, exact, exact_log = listed_forward(
+        *(x.to(features.dtype) for x in (pairs.query, pairs.key, pairs.value)),
+        form.weight,
+        bias,
+        pairs.taken,
+        pairs.met,
+        pairs.begin,
+        problem.scale,
+    )
+    return normalised_rows(estimate, estimate_log), normalised_rows(exact, exact_log)
+
+
+def _call(
+    inputs: tuple[Any, ...], grads: tuple[Tensor, ...] = ()
+) -> tuple[ListedCall, list[Tensor | None]]:
+    """A call with its inputs set, and the tensors that its pointers rely on."""
+    *tensors, scale = inputs
+    held = contiguous((*tensors, *grads))
+    query, _, value, weight = tensors[:4]
+    call = ListedCall()
+    call.batch, call.key_heads, call.blocks, call.rows, call.head_dim = query.shape
+    call.lists, call.list_keys, call.value_dim = value.shape[2:]
+    call.weight_heads, call.features, _ = weight.shape
+    call.threads, call.scale = torch.get_num_threads(), scale
+    names = ("query", "key", "value", "weight", "bias", "taken", "pairs", "list_begin")
+    grad_names = tuple(f"grad_{name}" for name in _RESULTS)
+    call.pointers(**dict(zip((*names, *grad_names[: len(grads)]), held, strict=True)))
+    return call, held
+
+
+def _new_results(query: Tensor, value: Tensor) -> _Results:
+    rows = query.shape[:-1]
+    return (
+        query.new_zeros((*rows, value.shape[-1])),
+        query.new_zeros(rows, dtype=torch.float64),
+        query.new_zeros((*rows, value.shape[-1])),
+        query.new_zeros(rows, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op(
+    "performers::listed_forward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_INPUTS}) -> ({_TYPED_RESULTS})",
+)
+def listed_forward(*inputs: Any) -> _Results:
+    """Estimates and exact weights of ``ListedPairs``; see ``performers_listed_call``."""
+    call, held = _call(inputs)
+    results = _new_results(inputs[0], inputs[2])
+    call.pointers(**dict(zip(_RESULTS, results, strict=True)))
+    call.run("listed_forward")
+    del held
+    return results
+
+
+@listed_forward.register_fake
+def _(*inputs: Any) -> _Results:
+    return _new_results(inputs[0], inputs[2])
+
+
+@torch.library.custom_op(
+    "performers::listed_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_GRADS}, {_INPUTS}, {_TYPED_RESULTS}, bool trained) -> (Tensor grad_query, "
+    "Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
+)
+def listed_backward(*arguments: Any) -> _Gradients:
+    """Gradients of queries, keys and values, of weight and bias if they are ``trained``."""
+    grads = tuple(x.float() for x in arguments[:4])
+    inputs = arguments[4 : 5 + _TENSORS]
+    results, trained = arguments[5 + _TENSORS : -1], arguments[-1]
+    call, held = _call(inputs, grads)
+    call.pointers(**dict(zip(_RESULTS, results, strict=True)))
+    gradients = _new_gradients(inputs, trained)
+    names = ("grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
+    call.pointers(**dict(zip(names[: 5 if trained else 3], gradients, strict=False)))
+    call.run("listed_backward")
+    del held
+    return gradients
+
+
+@listed_backward.register_fake
+def _(*arguments: Any) -> _Gradients:
+    return _new_gradients(arguments[4 : 5 + _TENSORS], arguments[-1])
+
+
+def _new_gradients(inputs: tuple[Any, ...], trained: bool) -> _Gradients:
+    query, key, value, weight = inputs[:4]
+    # Places of no list have no gradient.
+    return (
+        query.new_zeros(query.shape),
+        key.new_zeros(key.shape),
+        value.new_zeros(value.shape),
+        weight.new_zeros(weight.shape if trained else (0,)),
+        weight.new_zeros(weight.shape[:-1] if trained else (0,)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.scale = inputs[-1]
+
+
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    trained = ctx.needs_input_grad[3:5]
+    gradients = listed_backward(
+        *grads, *saved[:_TENSORS], ctx.scale, *saved[_TENSORS:], any(trained)
+    )
+    weights = [x if wanted else None for x, wanted in zip(gradients[3:], trained, strict=True)]
+    return (*gradients[:3], *weights, None, None, None, None)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "the native kernels have no second derivative; for gradients of gradients pass "
+        'backend="torch" to favor_attention, or use performers.use_backend("torch")'
+    )
+
+
+listed_forward.register_autograd(_backward, setup_context=_setup_context)
+listed_backward.register_autograd(_refuse)
