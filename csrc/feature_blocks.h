@@ -127,12 +127,22 @@ struct Block {
         : x(arena.take(kBlock * p.padded_dim)), transposed(arena.take(p.weight_stride * kBlock)) {}
 
     void load_queries(const Problem &p, const Rows &from, int64_t begin, int64_t count) {
+        load_rows(p, from, count, [&](int64_t r) { return begin + r; });
+    }
+
+    // Row index(r) of `from` as row r, or zeros where that is negative.
+    template <typename Index>
+    void load_rows(const Problem &p, const Rows &from, int64_t count, Index &&index) {
         rows = count;
         const int64_t used = round_up(rows, kWidth);
-        for (int64_t r = 0; r < rows; ++r) {
-            read(from, begin + r, p.head_dim, p.padded_dim, x + r * p.padded_dim);
+        for (int64_t r = 0; r < used; ++r) {
+            const int64_t row = r < rows ? index(r) : -1;
+            if (row < 0) {
+                clear(p, r);
+            } else {
+                read(from, row, p.head_dim, p.padded_dim, x + r * p.padded_dim);
+            }
         }
-        for (int64_t r = rows; r < used; ++r) clear(p, r);
         transpose(x, p.padded_dim, rows, p.padded_dim, transposed);
         if (p.call.bias) fill(p.head_dim, used, 1.0f);
     }

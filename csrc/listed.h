@@ -17,7 +17,7 @@ inline performers_call call_of(const performers_listed_call &listed) {
     call.batch = listed.batch;
     call.key_heads = listed.key_heads;
     call.groups = 1;
-    call.length = listed.blocks * listed.rows;
+    call.length = listed.queries;
     call.size = listed.list_keys;
     call.head_dim = listed.head_dim;
     call.value_dim = listed.value_dim;
@@ -69,8 +69,13 @@ struct ListPlace {
     int64_t keys(const performers_listed_call &call) const {
         return (head * call.lists + list) * call.list_keys;
     }
-    int64_t rows(const performers_listed_call &call, int64_t block) const {
+    int64_t places(const performers_listed_call &call, int64_t block) const {
         return (head * call.blocks + block) * call.rows;
+    }
+    // The query in each place of a block, among those of all heads; negative for none.
+    int64_t query(const performers_listed_call &call, int64_t block, int64_t r) const {
+        const int64_t row = call.row[places(call, block) + r];
+        return row < 0 ? -1 : head * call.queries + row;
     }
 };
 
@@ -80,7 +85,8 @@ struct ListedBuffers {
     Block queries;
     float *features;                      // of the queries (features, kBlock)
     float *scale, *normaliser;            // (kBlock)
-    float *pairs;                         // (keys of the list, kBlock)
+    float *met;                           // (keys of the list, kBlock): one for pairs that meet
+    float *pairs;                         // likewise
     float *out;                           // (kBlock, padded_value)
 
     ListedBuffers(Arena &arena, const Problem &p)
@@ -90,6 +96,7 @@ struct ListedBuffers {
           features(arena.take(p.features * kBlock)),
           scale(arena.take(kBlock)),
           normaliser(arena.take(kBlock)),
+          met(arena.take(round_up(p.call.size, kBlock) * kBlock)),
           pairs(arena.take(round_up(p.call.size, kBlock) * kBlock)),
           out(arena.take(kBlock * p.padded_value)) {
         for (int64_t i = 0; i < p.call.size; i += kBlock) chunks.push_back(ListChunk(arena, p));
@@ -107,11 +114,15 @@ inline void load_list(const Problem &p, const performers_listed_call &call, cons
         b.unweighted[f] = 0;
     }
     int64_t start = 0;
-    for (const ListChunk &c : b.chunks) {
-        ListChunk chunk = c;
+    for (ListChunk &chunk : b.chunks) {
         const int64_t count = smaller(kBlock, call.list_keys - start);
-        chunk.block.load_keys(p, keys, call.taken + begin, start, count, chunk.keep);
-        load_values(p, values, start, count, chunk.keep, chunk.value);
+        uint8_t taken[kBlock];
+        for (int64_t t = 0; t < count; ++t) taken[t] = call.position[begin + start + t] >= 0;
+        const auto from = [&](const Rows &rows) {
+            return Rows{rows.row(start), rows.row_stride, rows.column_stride, rows.type};
+        };
+        chunk.block.load_keys(p, from(keys), taken, 0, count, chunk.keep);
+        load_values(p, from(values), 0, count, chunk.keep, chunk.value);
         project(p, p.weights_of(place.head), chunk.block, p.key_inner, 0, p.features,
                 chunk.features);
         for (int64_t f = 0; f < p.features; ++f) {
@@ -123,54 +134,78 @@ inline void load_list(const Problem &p, const performers_listed_call &call, cons
         }
         start += kBlock;
     }
-    for (size_t i = 0; i < b.chunks.size(); ++i) {
-        const int64_t count = smaller(kBlock, call.list_keys - static_cast<int64_t>(i) * kBlock);
-        b.chunks[i].block.rows = count;
+    for (const ListChunk &chunk : b.chunks) {
         for (int64_t f = 0; f < p.features; ++f) {
             const Vector scale = splat(finite(b.log_scale[f]));
-            for (int64_t r = 0; r < count; r += kWidth) {
-                float *at = b.chunks[i].features + f * kBlock + r;
+            for (int64_t r = 0; r < chunk.block.rows; r += kWidth) {
+                float *at = chunk.features + f * kBlock + r;
                 store(at, exp2(load(at) - scale));
             }
         }
     }
 }
 
-// A block of queries, and their features at the scales of the list.
+// Which pairs of a block meet.
+inline void load_met(const performers_listed_call &call, const ListPlace &place, int64_t block,
+                     float *met) {
+    int32_t positions[kBlock];
+    // No key is as far from a place without a query.
+    constexpr int32_t nowhere = INT32_MIN;
+    for (int64_t r = 0; r < kBlock; ++r) {
+        const int64_t row = r < call.rows ? call.row[place.places(call, block) + r] : -1;
+        positions[r] = row < 0 ? nowhere : static_cast<int32_t>(row % call.length);
+    }
+    const int64_t *keys = call.position + place.keys(call);
+    const uint8_t *hidden =
+        call.hidden ? call.hidden + place.places(call, block) * call.list_keys : nullptr;
+    const int32_t window = static_cast<int32_t>(call.window);
+    for (int64_t t = 0; t < call.list_keys; ++t) {
+        const int32_t key = static_cast<int32_t>(keys[t]);
+        float *row = met + t * kBlock;
+        for (int64_t r = 0; r < kBlock; ++r) {
+            const bool some = key >= 0 && positions[r] != nowhere;
+            const int32_t distance = some ? positions[r] - key : 0;
+            row[r] = some && (distance > window || -distance > window) ? 1.0f : 0.0f;
+        }
+        if (!hidden) continue;
+        for (int64_t r = 0; r < call.rows; ++r) row[r] = hidden[t * call.rows + r] ? 0.0f : row[r];
+    }
+}
+
+// A block of queries, their features at the scales of the list, and the pairs that meet.
 inline void load_listed_queries(const Problem &p, const performers_listed_call &call,
                                 const ListPlace &place, int64_t block, ListedBuffers &b) {
-    const int64_t begin = place.rows(call, block);
-    b.queries.load_queries(p, plain_rows(call.query + begin * p.head_dim, p.head_dim), 0,
-                           call.rows);
+    b.queries.load_rows(p, plain_rows(call.query, p.head_dim), call.rows,
+                        [&](int64_t r) { return place.query(call, block, r); });
     project(p, p.weights_of(place.head), b.queries, p.query_inner, 0, p.features, b.features);
     query_features(p, b.features, call.rows, b.log_scale, b.unweighted, b.scale, b.normaliser);
+    load_met(call, place, block, b.met);
 }
 
 // Puts `other` in place of the pairs (keys, kBlock) that do not meet.
-inline void clear_unmet(const performers_listed_call &call, const ListPlace &place, int64_t block,
+inline void clear_unmet(const performers_listed_call &call, const float *met, int64_t keys,
                         float other, float *pairs) {
-    const uint8_t *met = call.pairs + place.rows(call, block) * call.list_keys;
-    for (int64_t t = 0; t < call.list_keys; ++t) {
-        float *row = pairs + t * kBlock;
-        const uint8_t *of_row = met + t * call.rows;
-        for (int64_t r = 0; r < call.rows; ++r) row[r] = of_row[r] ? row[r] : other;
-        for (int64_t r = call.rows; r < round_up(call.rows, kWidth); ++r) row[r] = other;
+    const Vector zero = splat(0.0f), instead = splat(other);
+    for (int64_t t = 0; t < keys; ++t) {
+        for (int64_t r = 0; r < call.rows; r += kWidth) {
+            float *at = pairs + t * kBlock + r;
+            store(at, load(met + t * kBlock + r) > zero ? load(at) : instead);
+        }
     }
 }
 
 inline void estimated_pairs(const Problem &p, const performers_listed_call &call,
-                            const ListPlace &place, int64_t block, ListedBuffers &b) {
+                            ListedBuffers &b) {
     for (size_t i = 0; i < b.chunks.size(); ++i) {
         multiply(b.chunks[i].block.rows, call.rows, p.features,
                  columns_of(b.chunks[i].features, kBlock), b.features, kBlock,
                  b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock, false);
     }
-    clear_unmet(call, place, block, 0.0f, b.pairs);
+    clear_unmet(call, b.met, call.list_keys, 0.0f, b.pairs);
 }
 
 // Binary logarithms of the exact weights.
-inline void exact_scores(const Problem &p, const performers_listed_call &call,
-                         const ListPlace &place, int64_t block, ListedBuffers &b) {
+inline void exact_scores(const Problem &p, const performers_listed_call &call, ListedBuffers &b) {
     const Vector unit = splat(score_unit(p));
     for (size_t i = 0; i < b.chunks.size(); ++i) {
         float *pairs = b.pairs + static_cast<int64_t>(i) * kBlock * kBlock;
@@ -184,13 +219,14 @@ inline void exact_scores(const Problem &p, const performers_listed_call &call,
             }
         }
     }
-    clear_unmet(call, place, block, -kInfinity, b.pairs);
+    clear_unmet(call, b.met, call.list_keys, -kInfinity, b.pairs);
 }
 
 // Weights (keys, kBlock) of a block's rows at the binary logarithms `b.scale`: normalised rows, and
 // the natural logarithms of their normalisers.
-inline void write_listed_rows(const Problem &p, const performers_listed_call &call, int64_t begin,
-                              ListedBuffers &b, float *out, double *log_normaliser) {
+inline void write_listed_rows(const Problem &p, const performers_listed_call &call,
+                              const ListPlace &place, int64_t block, ListedBuffers &b, float *out,
+                              double *log_normaliser) {
     for (int64_t r = 0; r < call.rows; r += kWidth) {
         Vector sum = splat(0.0f);
         for (int64_t t = 0; t < call.list_keys; ++t) sum += load(b.pairs + t * kBlock + r);
@@ -202,10 +238,12 @@ inline void write_listed_rows(const Problem &p, const performers_listed_call &ca
                  b.chunks[i].value, p.padded_value, b.out, p.padded_value, i > 0);
     }
     for (int64_t r = 0; r < call.rows; ++r) {
+        const int64_t query = place.query(call, block, r);
+        if (query < 0) continue;
         const float sum = b.normaliser[r], inverse = inverse_of(sum);
-        float *to = out + (begin + r) * p.value_dim;
+        float *to = out + query * p.value_dim;
         for (int64_t c = 0; c < p.value_dim; ++c) to[c] = b.out[r * p.padded_value + c] * inverse;
-        log_normaliser[begin + r] =
+        log_normaliser[query] =
             sum > 0 ? b.scale[r] * std::log(2.0) + std::log(static_cast<double>(sum)) : -kInfinity;
     }
 }
@@ -215,11 +253,10 @@ inline void forward_list(const Problem &p, const performers_listed_call &call,
     if (place.first == place.last) return;
     load_list(p, call, place, b);
     for (int64_t block = place.first; block < place.last; ++block) {
-        const int64_t begin = place.rows(call, block);
         load_listed_queries(p, call, place, block, b);
-        estimated_pairs(p, call, place, block, b);
-        write_listed_rows(p, call, begin, b, call.estimate, call.estimate_log);
-        exact_scores(p, call, place, block, b);
+        estimated_pairs(p, call, b);
+        write_listed_rows(p, call, place, block, b, call.estimate, call.estimate_log);
+        exact_scores(p, call, b);
         for (int64_t r = 0; r < call.rows; r += kWidth) {
             Vector peak = splat(kLowest);
             for (int64_t t = 0; t < call.list_keys; ++t) {
@@ -231,7 +268,7 @@ inline void forward_list(const Problem &p, const performers_listed_call &call,
             }
             store(b.scale + r, peak);
         }
-        write_listed_rows(p, call, begin, b, call.exact, call.exact_log);
+        write_listed_rows(p, call, place, block, b, call.exact, call.exact_log);
     }
 }
 
@@ -266,25 +303,31 @@ struct ListedGradientBuffers {
 // The output gradients of a block's rows, and delta = grad . out less the gradient of the logarithm
 // of the normaliser; `factor` is what divides weights at the scales `b.list.scale`, or at one if
 // there are none: 2^(scale - log2 normaliser).
-inline void load_listed_grads(const Problem &p, const performers_listed_call &call, int64_t begin,
-                              const float *out, const double *log_normaliser, const float *grad_out,
+inline void load_listed_grads(const Problem &p, const performers_listed_call &call,
+                              const ListPlace &place, int64_t block, const float *out,
+                              const double *log_normaliser, const float *grad_out,
                               const float *grad_log, const float *scale,
                               ListedGradientBuffers &b) {
-    load_values(p, plain_rows(grad_out + begin * p.value_dim, p.value_dim), 0, call.rows, nullptr,
-                b.grad);
-    transpose(b.grad, p.padded_value, call.rows, p.padded_value, b.grad_transposed);
+    const Rows grads = plain_rows(grad_out, p.value_dim);
     for (int64_t r = 0; r < round_up(call.rows, kWidth); ++r) {
+        float *grad = b.grad + r * p.padded_value;
+        const int64_t query = r < call.rows ? place.query(call, block, r) : -1;
         b.delta[r] = 0;
         b.factor[r] = -kInfinity;
-        if (r >= call.rows) continue;
-        const float *row = out + (begin + r) * p.value_dim;
-        for (int64_t c = 0; c < p.value_dim; ++c) b.delta[r] += row[c] * b.grad[r * p.padded_value + c];
-        b.delta[r] -= grad_log[begin + r];
-        const double log2_sum = log_normaliser[begin + r] / std::log(2.0);
+        if (query < 0) {
+            for (int64_t c = 0; c < p.padded_value; ++c) grad[c] = 0;
+            continue;
+        }
+        read(grads, query, p.value_dim, p.padded_value, grad);
+        const float *row = out + query * p.value_dim;
+        for (int64_t c = 0; c < p.value_dim; ++c) b.delta[r] += row[c] * grad[c];
+        b.delta[r] -= grad_log[query];
+        const double log2_sum = log_normaliser[query] / std::log(2.0);
         if (log2_sum > -kInfinity) {
             b.factor[r] = static_cast<float>((scale ? scale[r] : 0.0f) - log2_sum);
         }
     }
+    transpose(b.grad, p.padded_value, call.rows, p.padded_value, b.grad_transposed);
 }
 
 // d loss / d (normalised pair) for one chunk: grad_i . v_j - delta_i.
@@ -304,26 +347,22 @@ inline void listed_pair_grads(const Problem &p, const performers_listed_call &ca
 inline void estimate_gradients(const Problem &p, const performers_listed_call &call,
                                const ListPlace &place, int64_t block, ListedGradientBuffers &b) {
     ListedBuffers &l = b.list;
-    load_listed_grads(p, call, place.rows(call, block), call.estimate, call.estimate_log,
-                      call.grad_estimate, call.grad_estimate_log, l.scale, b);
+    load_listed_grads(p, call, place, block, call.estimate, call.estimate_log, call.grad_estimate,
+                      call.grad_estimate_log, l.scale, b);
     for (int64_t f = 0; f < p.features; ++f) {
         for (int64_t r = 0; r < call.rows; r += kWidth) {
             float *at = l.features + f * kBlock + r;
             store(at, load(at) * exp2(load(b.factor + r)));
         }
     }
-    estimated_pairs(p, call, place, block, l);
-    const uint8_t *met = call.pairs + place.rows(call, block) * call.list_keys;
+    estimated_pairs(p, call, l);
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
         const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
         listed_pair_grads(p, call, chunk, b);
-        for (int64_t t = 0; t < round_up(keys, kWidth); ++t) {
-            float *row = b.pair_grads + t * kBlock;
-            for (int64_t r = 0; r < kBlock; ++r) {
-                const bool there = t < keys && r < call.rows && met[(at + t) * call.rows + r];
-                row[r] = there ? row[r] : 0.0f;
-            }
+        clear_unmet(call, l.met + at * kBlock, keys, 0.0f, b.pair_grads);
+        for (int64_t t = keys; t < round_up(keys, kWidth); ++t) {
+            for (int64_t r = 0; r < kBlock; ++r) b.pair_grads[t * kBlock + r] = 0;
         }
         multiply(keys, p.padded_value, call.rows, rows_of(l.pairs + at * kBlock, kBlock), b.grad,
                  p.padded_value, b.grad_values + at * p.padded_value, p.padded_value, true);
@@ -349,9 +388,9 @@ inline void listed_exact_gradients(const Problem &p, const performers_listed_cal
                                    const ListPlace &place, int64_t block,
                                    ListedGradientBuffers &b) {
     ListedBuffers &l = b.list;
-    load_listed_grads(p, call, place.rows(call, block), call.exact, call.exact_log,
-                      call.grad_exact, call.grad_exact_log, nullptr, b);
-    exact_scores(p, call, place, block, l);
+    load_listed_grads(p, call, place, block, call.exact, call.exact_log, call.grad_exact,
+                      call.grad_exact_log, nullptr, b);
+    exact_scores(p, call, l);
     const Vector scale = splat(static_cast<float>(call.scale));
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
@@ -387,11 +426,13 @@ inline void backward_list(const Problem &p, const performers_listed_call &call,
         load_listed_queries(p, call, place, block, l);
         estimate_gradients(p, call, place, block, b);
         listed_exact_gradients(p, call, place, block, b);
-        float *to = call.grad_query + place.rows(call, block) * p.head_dim;
         for (int64_t r = 0; r < call.rows; ++r) {
+            const int64_t query = place.query(call, block, r);
+            if (query < 0) continue;
+            float *to = call.grad_query + query * p.head_dim;
             for (int64_t c = 0; c < p.head_dim; ++c) {
-                to[r * p.head_dim + c] = b.grad_x[r * p.padded_dim + c] * projection_unit(p) +
-                                         b.grad_query[r * p.padded_dim + c];
+                to[c] = b.grad_x[r * p.padded_dim + c] * projection_unit(p) +
+                        b.grad_query[r * p.padded_dim + c];
             }
         }
     }

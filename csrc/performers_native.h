@@ -84,33 +84,37 @@ typedef struct {
 } performers_call;
 
 // Queries in blocks, and the list of keys that each block meets. All arrays are contiguous, float32
-// unless said otherwise. The blocks of a list follow each other.
+// unless said otherwise. The blocks of a list follow each other; every query is in one block.
 typedef struct {
     int64_t batch, key_heads;
-    int64_t blocks, rows;      // blocks of a head, and queries in each, at most 64
+    int64_t queries, length;   // of a head, groups times length; query i is at position i % length
+    int64_t blocks, rows;      // blocks of a head, and places in each, at most 64
     int64_t lists, list_keys;  // lists of a head, and keys in each
+    int64_t window;            // only keys farther than this from a query meet it, or -1 for all
     int64_t head_dim, value_dim, features;
     int64_t weight_heads;  // 1 or key_heads
     int64_t threads;
     double scale;
 
-    const float *query;       // (batch, key_heads, blocks, rows, head_dim)
+    const float *query;       // (batch, key_heads, queries, head_dim)
     const float *key;         // (batch, key_heads, lists, list_keys, head_dim)
     const float *value;       // likewise, value_dim
     const float *weight;      // (weight_heads, features, head_dim), of exponential features
     const float *bias;        // (weight_heads, features) or null
-    const uint8_t *taken;     // (batch, key_heads, lists, list_keys), nonzero where there is a key
-    const uint8_t *pairs;     // (batch, key_heads, blocks, list_keys, rows), nonzero where they meet
+    const int64_t *row;       // (batch, key_heads, blocks, rows): the query in each place, or -1
+    const int64_t *position;  // (batch, key_heads, lists, list_keys): of each key, or -1 for none
     const int64_t *list_begin;  // (batch, key_heads, lists + 1): the first block of each list
+    const uint8_t *hidden;    // (batch, key_heads, blocks, list_keys, rows), nonzero for pairs that
+                              // do not meet all the same, or null
 
     // Of the estimates without the factor exp(-scale |q|^2 / 2) and the normalizer, and of the exact
-    // weights: normalised rows (batch, key_heads, blocks, rows, value_dim), and the natural
-    // logarithms of their normalisers, minus infinity for rows that meet no key; in double
-    // precision, because sums are compared by them. Blocks of no list are left alone.
+    // weights: normalised rows (batch, key_heads, queries, value_dim), and the natural logarithms of
+    // their normalisers, minus infinity for rows that meet no key; in double precision, because sums
+    // are compared by them.
     float *estimate, *exact;
     double *estimate_log, *exact_log;
 
-    // The backward pass; what is of no list is left alone.
+    // The backward pass; keys of lists without a block are left alone.
     const float *grad_estimate, *grad_estimate_log, *grad_exact, *grad_exact_log;
     float *grad_query, *grad_key, *grad_value;
     float *grad_weight, *grad_bias;  // both, as weight and bias, or both null

@@ -265,7 +265,7 @@ def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
     converted = load_performer(tmp_path / "out")
     assert converted.config.performers["key_list"] == 6
     line = refusal("convert", *causal, *SMALL, "--key-list", 6, "--output", tmp_path / "other")
-    assert "key_list=6 is for self-attention to both sides" in line
+    assert "key_list=6 is for encoders among transformers models" in line
 
 
 def test_another_run_is_not_resumed(causal, tmp_path, undrawn):

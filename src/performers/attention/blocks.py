@@ -26,7 +26,7 @@ class Sums(NamedTuple):
 class Rows(NamedTuple):
     """Attention not yet divided: ``e^log_scale (numerator, denominator)``.
 
-    Shapes ``(..., L, Dv)``, ``(..., L, 1)`` and ``(..., L, 1)``; scales may be of double precision.
+    Shapes ``(..., L, Dv)``, ``(..., L, 1)`` and ``(..., L, 1)``.
     """
 
     numerator: Tensor
@@ -84,21 +84,13 @@ def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
     )
 
 
-def normalised_rows(out: Tensor, log_normaliser: Tensor) -> Rows:
-    """Rows of a part that is divided already: of denominators of one, or zero without a key."""
-    log_normaliser = log_normaliser.unsqueeze(-1)
-    some = log_normaliser.detach() > -math.inf
-    return Rows(out, some.to(out.dtype), log_normaliser.where(some, 0.0))
-
-
 def _log_size(rows: Rows) -> Tensor:
     return rows.log_scale + rows.denominator.detach().abs().log()
 
 
 def _weight(rows: Rows, peak: Tensor) -> Tensor:
     """``e^(log_scale - peak)``; zero for a part without keys, whose scale may be anything."""
-    share = (rows.log_scale - peak).masked_fill(rows.denominator == 0, -math.inf)
-    return share.exp().to(rows.numerator.dtype)
+    return (rows.log_scale - peak).masked_fill(rows.denominator == 0, -math.inf).exp()
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:

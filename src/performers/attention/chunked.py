@@ -44,7 +44,7 @@ from performers.attention.blocks import (
     times,
 )
 from performers.attention.causal import causal_rows
-from performers.attention.listed import dense_pairs, split_listed
+from performers.attention.listed import split_listed
 from performers.attention.near import near_rows
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
@@ -228,7 +228,7 @@ def _with_exact_terms(
         far = Rows(*_bidirectional_rows(problem, features, divided=False))
     listed = None
     if problem.lists is not None:
-        far, listed = split_listed(problem, features, far, dense_pairs)
+        far, listed = split_listed(problem, features, far)
     # What cancels without exact terms counts here: a query's own factor, and the mean over draws.
     half_norm = problem.query.to(problem.dtype).square().sum(-1, keepdim=True) * problem.scale / 2
     sign = 1 if problem.form.kind == "trigonometric" else -1

@@ -9,7 +9,7 @@ together in blocks, so that both are small dense products.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,83 +32,74 @@ from performers.attention.problem import AttentionProblem
 _BLOCK_ELEMENTS = 1 << 21
 _ROWS = (8, 64)
 # What is left of a sum after taking away all but this much of it is rounding.
-_LEAST_REST = 1e-5
+LEAST_REST = 1e-5
 
 
 class ListedPairs(NamedTuple):
     """Queries in blocks of one list each, and the lists; the blocks of a list follow each other.
 
+    A query meets the keys of its list that are farther from it than the window.
+
     Attributes:
-        query: Shape ``(B, H, blocks, rows, D)``; places without a query hold any other.
+        query: Shape ``(B, H, queries, D)``; query ``i`` is at position ``i % length``.
         key: Shape ``(B, H, lists, n, D)``.
         value: Shape ``(B, H, lists, n, Dv)``.
-        taken: Where a list has a key, shape ``(B, H, lists, n)``, bool.
-        met: Which pairs there are, shape ``(B, H, blocks, n, rows)``, bool.
+        row: The query in each place, shape ``(B, H, blocks, rows)``; -1 for none.
+        place: Where each query is, ``block * rows + row``, shape ``(B, H, queries)``.
+        position: Of each key, shape ``(B, H, lists, n)``; -1 where a list has none.
         list: The list of each block, shape ``(B, H, blocks)``; the last blocks may be of none.
         begin: The first block of each list, shape ``(B, H, lists + 1)``.
+        hidden: Pairs that do not meet all the same, shape ``(B, H, blocks, n, rows)``, or None.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    taken: Tensor
-    met: Tensor
-    list: Tensor
-    begin: Tensor
-
-
-Evaluate = Callable[[AttentionProblem, Features, ListedPairs], tuple[Rows, Rows]]
-"""Sums of the estimates of pairs, and of their exact weights: ``(B, H, blocks, rows, ...)``."""
-
-
-class _Blocks(NamedTuple):
-    """Queries in blocks of one list each.
-
-    Attributes:
-        row: The query in each place, shape ``(B, H, blocks, rows)``; -1 for none.
-        list: The list of each block, shape ``(B, H, blocks)``.
-        begin: The first block of each list, shape ``(B, H, lists + 1)``.
-        place: Where each query is, shape ``(B, H, queries)``.
-    """
-
     row: Tensor
+    place: Tensor
+    position: Tensor
     list: Tensor
     begin: Tensor
-    place: Tensor
+    hidden: Tensor | None
+
+    def met(self, length: int, window: int | None) -> Tensor:
+        """Which pairs there are, shape ``(B, H, blocks, rows, n)``, bool."""
+        position = _of_lists(self.position, self.list).unsqueeze(-2)
+        pairs = (position >= 0) & (self.row >= 0).unsqueeze(-1)
+        if window is not None:
+            # Positions fit in 32 bits, and there are many pairs.
+            distance = (self.row % length).int().unsqueeze(-1) - position.int()
+            pairs = pairs & (distance.abs() > window)
+        return pairs if self.hidden is None else pairs & ~self.hidden.mT
 
 
-def split_listed(
-    problem: AttentionProblem, features: Features, far: Rows, evaluate: Evaluate
-) -> tuple[Rows, Rows]:
+def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tuple[Rows, Rows]:
     """Take the pairs in the lists out of the rows through features, and add them up exactly.
 
     Args:
         problem: The call; its ``lists`` say which pairs.
         features: Its feature map.
         far: Sums of ``phi(q) . phi(k)`` over all keys that are neither in the window nor sinks.
-        evaluate: What computes the pairs: `dense_pairs`, or the kernels.
 
     Returns:
         The same sums without the listed keys, and sums of ``exp(scale q . k)`` over these.
     """
-    assert problem.lists is not None
     rest = Rows(*(x.flatten(2, 3) for x in far))
     exact = None
-    for index in range(len(problem.lists.key)):
-        estimated, more = _listed(problem, features, index, evaluate)
+    for pairs in listed_pairs(problem):
+        estimated, more = _dense_rows(problem, features, pairs)
         share = (estimated.log_scale - rest.log_scale).masked_fill(
             estimated.denominator == 0, -math.inf
         )
-        weight = share.exp().to(rest.numerator.dtype)
         rest = Rows(
-            rest.numerator - estimated.numerator * weight,
-            rest.denominator - estimated.denominator * weight,
+            rest.numerator - estimated.numerator * share.exp(),
+            rest.denominator - estimated.denominator * share.exp(),
             rest.log_scale,
         )
         exact = more if exact is None else merge(exact, more, scaled=True)
     assert exact is not None
     whole = far.denominator.flatten(2, 3).detach()
-    known = rest.denominator.detach() > _LEAST_REST * whole
+    known = rest.denominator.detach() > LEAST_REST * whole
     rest = Rows(rest.numerator.where(known, 0.0), rest.denominator.where(known, 0.0), far.log_scale)
     shape = problem.query.shape[2:4]
     rest = Rows(
@@ -117,71 +108,71 @@ def split_listed(
     return rest, Rows(*(x.unflatten(2, shape) for x in exact))
 
 
-def _listed(
-    problem: AttentionProblem, features: Features, index: int, evaluate: Evaluate
-) -> tuple[Rows, Rows]:
-    """Estimates and exact weights of one round's pairs, rows ``(B, H, G L, ...)``."""
+def listed_pairs(problem: AttentionProblem) -> Iterator[ListedPairs]:
+    """The pairs of each round of lists; none is in two rounds."""
     assert problem.lists is not None
     lists = problem.lists
-    length = problem.query.shape[-2]
-    blocks = _blocks(lists.of_query[index].flatten(2), lists.key.shape[-2])
-    rows = blocks.row.clamp_min(0)
-    query = _gather(problem.query.flatten(2, 3), rows.flatten(2)).unflatten(2, rows.shape[2:])
-    key, value = (
-        _gather(masked(x, problem.key_mask), lists.key[index].flatten(2)).unflatten(
-            2, lists.key.shape[-2:]
+    for index in range(len(lists.key)):
+        key, value = (
+            _gather(masked(x, problem.key_mask), lists.key[index].flatten(2)).unflatten(
+                2, lists.key.shape[-2:]
+            )
+            for x in (problem.key, problem.value)
         )
-        for x in (problem.key, problem.value)
-    )
-    listed = _of_lists(lists.key[index], blocks.list)
-    pairs = _of_lists(lists.taken[index], blocks.list).unsqueeze(-1)
-    pairs = pairs & (blocks.row >= 0).unsqueeze(-2)
-    if problem.window is not None:
-        # Positions fit in 32 bits, and there are many pairs.
-        distance = (rows % length).int().unsqueeze(-2) - listed.int().unsqueeze(-1)
-        pairs = pairs & (distance.abs_() > problem.window)
-    for earlier in range(index):
-        # A key that an earlier round gave to the query does not count again.
-        known = _of_lists(lists.key[earlier], lists.of_query[earlier].flatten(2))
-        counts = _of_lists(lists.taken[earlier], lists.of_query[earlier].flatten(2))
-        known = _gather(known.masked_fill(~counts, -1), rows.flatten(2))
-        known = known.unflatten(2, rows.shape[2:]).unsqueeze(-3)
-        pairs = pairs & (listed[..., None, None] != known).all(-1)
-    results = evaluate(
-        problem,
-        features,
-        ListedPairs(query, key, value, lists.taken[index], pairs, blocks.list, blocks.begin),
-    )
-    estimated, exact = (
-        Rows(*(_gather(x.flatten(2, 3), blocks.place) for x in part)) for part in results
-    )
-    return estimated, exact
+        of_query = lists.of_query[index].flatten(2)
+        row, place, of_block, begin = _blocks(of_query, lists.key.shape[-2])
+        hidden = None
+        for earlier in range(index):
+            # A key that an earlier round gave to the query does not count again.
+            known = _of_lists(lists.key[earlier], lists.of_query[earlier].flatten(2))
+            counts = _of_lists(lists.taken[earlier], lists.of_query[earlier].flatten(2))
+            known = _gather(known.masked_fill(~counts, -1), row.clamp_min(0).flatten(2))
+            known = known.unflatten(2, row.shape[2:]).unsqueeze(-3)
+            again = (_of_lists(lists.key[index], of_block)[..., None, None] == known).any(-1)
+            hidden = again if hidden is None else hidden | again
+        yield ListedPairs(
+            problem.query.flatten(2, 3),
+            key,
+            value,
+            row,
+            place,
+            lists.key[index].masked_fill(~lists.taken[index], -1),
+            of_block,
+            begin,
+            hidden,
+        )
 
 
-def dense_pairs(
+def _dense_rows(
     problem: AttentionProblem, features: Features, pairs: ListedPairs
 ) -> tuple[Rows, Rows]:
-    """Blocks against their lists with ordinary torch operations, some at a time."""
-    count, rows, listed = pairs.list.shape[2], pairs.query.shape[3], pairs.key.shape[3]
+    """Sums of the estimates of pairs, and of their exact weights: ``(B, H, queries, ...)``.
+
+    Blocks against their lists with ordinary torch operations, some at a time.
+    """
+    places = pairs.row.shape[2:]
+    query = _gather(pairs.query, pairs.row.clamp_min(0).flatten(2)).unflatten(2, places)
     key, value = (
         _of_lists(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
         for x in (pairs.key, pairs.value)
     )
+    met = pairs.met(problem.query.shape[-2], problem.window)
 
     def step(query: Tensor, key: Tensor, value: Tensor, met: Tensor) -> tuple[Tensor, ...]:
         return _block(problem, features, query, key, value, met)
 
-    per_block = pairs.list.shape[0] * pairs.list.shape[1] * (rows + listed)
+    per_block = query.shape[0] * query.shape[1] * (query.shape[3] + key.shape[3])
     per_block *= features.form.num_features
-    sizes = block_sizes(count, max(1, _BLOCK_ELEMENTS // max(1, per_block)))
+    sizes = block_sizes(query.shape[2], max(1, _BLOCK_ELEMENTS // max(1, per_block)))
     run = direct if len(sizes) == 1 else checkpointed
     parts = [
         run(step, *block)
-        for block in zip(
-            *(cut(x, sizes, 2) for x in (pairs.query, key, value, pairs.met.mT)), strict=True
-        )
+        for block in zip(*(cut(x, sizes, 2) for x in (query, key, value, met)), strict=True)
     ]
-    results = [torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True)]
+    results = [
+        _gather(torch.cat(tensors, dim=2).flatten(2, 3), pairs.place)
+        for tensors in zip(*parts, strict=True)
+    ]
     return Rows(*results[:3]), Rows(*results[3:])
 
 
@@ -222,8 +213,12 @@ def _block(
     )
 
 
-def _blocks(of_query: Tensor, lists: int) -> _Blocks:
-    """Sort queries by their lists ``(B, H, queries)``, each list from a new block on."""
+def _blocks(of_query: Tensor, lists: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sort queries by their lists ``(B, H, queries)``, each list from a new block on.
+
+    Returns:
+        ``row``, ``place``, ``list`` and ``begin`` of `ListedPairs`.
+    """
     batch, heads, count = of_query.shape
     least, most = _ROWS
     rows = least
@@ -246,7 +241,7 @@ def _blocks(of_query: Tensor, lists: int) -> _Blocks:
     of_block = of_block.scatter(2, place // rows, ordered)
     back = torch.empty_like(place).scatter(2, order, place)
     begin = F.pad(blocks.cumsum(-1), (1, 0))
-    return _Blocks(row.unflatten(2, (most_blocks, rows)), of_block, begin, back)
+    return row.unflatten(2, (most_blocks, rows)), back, of_block, begin
 
 
 def _of_lists(x: Tensor, lists: Tensor) -> Tensor:

@@ -102,6 +102,11 @@ class _Work:
         if options.max_positions is not None:
             extend_positions_(self.original, options.max_positions)
         self.kind = kind_of(self.original)
+        if options.key_list and (self.kind == "causal" or self._is_ours()):
+            raise ValueError(
+                f"key_list={options.key_list} is for encoders among transformers models, and "
+                f"{options.model} is none; leave it out, and give a larger window"
+            )
         self.length = self._length()
         self.sinks = _SINKS[self.kind] if options.sinks is None else options.sinks
         self.collator = Collator(

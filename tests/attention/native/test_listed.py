@@ -6,30 +6,47 @@ import pytest
 import torch
 
 from performers import KeyBuckets, LearnedFeatures, SoftmaxFeatures, favor_attention
-from performers.attention.blocks import Features, Rows, divide, merge, normalised_rows
+from performers.attention.blocks import Features, divide
 from performers.attention.checking import checked_problem
-from performers.attention.listed import ListedPairs, dense_pairs
+from performers.attention.listed import _dense_rows, listed_pairs
 from performers.attention.native import backend
-from performers.attention.native.listed import kernel_pairs, listed_backward, listed_forward
+from performers.attention.native.listed import (
+    kernel_rows,
+    listed_backward,
+    listed_forward,
+)
 from performers.attention.native.operators import favor_backward, favor_forward
 from tests.attention.native.support import NATIVE, threads
 from tests.features.cases import generator
 
 pytestmark = NATIVE
 HEADS, DIM, VALUE_DIM = 2, 12, 10
-RESULTS = ("estimate", "estimate_log", "exact", "exact_log")
 
 
-def problem_of(length=150, *, is_causal=False, window=5, sinks=2, groups=2, masked=True):
+def problem_of(
+    length=150,
+    *,
+    is_causal=False,
+    window=5,
+    sinks=2,
+    groups=2,
+    masked=True,
+    buckets=None,
+    num_heads=HEADS,
+    features=None,
+):
     random = generator(0)
     query = torch.randn(2, HEADS * groups, length, DIM, generator=random)
     key = torch.randn(2, HEADS, length, DIM, generator=random)
     value = torch.randn(2, HEADS, length, VALUE_DIM, generator=random)
     mask = torch.rand(2, length, generator=random) < 0.8 if masked else None
-    features = SoftmaxFeatures(DIM, 32, num_heads=HEADS, generator=random)
-    return checked_problem(
-        query, key, value, features, is_causal, mask, None, None, None, False, window, sinks, None
+    if features is None:
+        features = SoftmaxFeatures(DIM, 32, num_heads=num_heads, generator=random)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    problem = checked_problem(
+        *leaves, features, is_causal, mask, None, None, None, False, window, sinks, buckets
     )
+    return problem, leaves
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -38,18 +55,14 @@ def test_parts_make_up_the_whole(is_causal, window, sinks):
     """Joined by their normalisers they are the whole call, and so are their gradients."""
     results = []
     for parts in (("whole",), ("far", "exact")):
-        problem = problem_of(is_causal=is_causal, window=window, sinks=sinks)
-        leaves = [x.requires_grad_() for x in (problem.query, problem.key, problem.value)]
-        rows = []
-        for part in parts:
-            out, *_, log_normaliser = favor_forward(*backend.operator_arguments(problem, part))
-            rows.append(normalised_rows(out, log_normaliser) if part != "whole" else out)
-        if len(rows) > 1:
-            joined = merge(*rows, scaled=True)
-            out = divide(joined.numerator, joined.denominator)
+        problem, leaves = problem_of(is_causal=is_causal, window=window, sinks=sinks)
+        found = [favor_forward(*backend.operator_arguments(problem, part)) for part in parts]
+        out = found[0][0]
+        if len(found) > 1:
+            log = torch.stack([x[-1] for x in found])
+            shares = log.softmax(0).nan_to_num().float().unsqueeze(-1)
+            out = sum(x[0] * share for x, share in zip(found, shares, strict=True))
         upstream = torch.randn(out.shape, generator=generator(1))
-        # The sinks' share of the gradient reaches keys and values through their own tensors.
-        leaves = leaves if problem.sinks is None else leaves[:1]
         results.append((out.detach(), *torch.autograd.grad(out, leaves, upstream)))
     for expected, got in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
@@ -57,9 +70,9 @@ def test_parts_make_up_the_whole(is_causal, window, sinks):
 
 def test_the_gradient_of_a_normaliser():
     """Of the logarithm alone, against differences."""
-    problem = problem_of(90, sinks=0, masked=False)
+    problem, _ = problem_of(90, sinks=0, masked=False)
     for part in ("far", "exact"):
-        query = problem.query.clone().requires_grad_()
+        query = problem.query.detach().requires_grad_()
         log = favor_forward(*backend.operator_arguments(problem._replace(query=query), part))[-1]
         assert log.dtype == torch.float64
         upstream = torch.randn(log.shape, generator=generator(2), dtype=torch.float64)
@@ -71,125 +84,165 @@ def test_the_gradient_of_a_normaliser():
             )[-1]
             for x in (step, -step)
         ]
-        expected = float(((ends[0] - ends[1]) * upstream).sum() / 2)
+        expected = float(((ends[0] - ends[1]) * upstream).sum().detach() / 2)
         assert float((gradient * step).sum()) == pytest.approx(expected, rel=5e-3)
 
 
-def pairs_of(rows=16, blocks=5, lists=4, keys=70, seed=0):
-    """Blocks of lists 0, 0, 2, 3 and one of no list; list 1 has no block, some keys are missing."""
-    random = generator(seed)
-    begin = torch.tensor([0, 2, 2, 3, 4]).expand(2, HEADS, lists + 1)
-    taken = torch.rand(2, HEADS, lists, keys, generator=random) < 0.9
-    of_block = torch.tensor([0, 0, 2, 3, 0]).expand(2, HEADS, blocks)
-    met = torch.rand(2, HEADS, blocks, keys, rows, generator=random) < 0.7
-    index = of_block[..., None].expand(-1, -1, -1, keys)
-    met &= taken.gather(2, index).unsqueeze(-1)
-    met[0, 0, 1, :, 3] = False
-    return ListedPairs(
-        torch.randn(2, HEADS, blocks, rows, DIM, generator=random),
-        torch.randn(2, HEADS, lists, keys, DIM, generator=random),
-        torch.randn(2, HEADS, lists, keys, VALUE_DIM, generator=random),
-        taken,
-        met,
-        of_block,
-        begin,
+def buckets_of(count=6, keys=20, rounds=1, refresh=40):
+    return KeyBuckets(
+        DIM,
+        count,
+        keys,
+        num_rounds=rounds,
+        refresh=refresh,
+        num_heads=HEADS,
+        generator=generator(4),
     )
 
 
-def form_of(num_heads=HEADS, bias=True):
-    features = SoftmaxFeatures(DIM, 40, num_heads=num_heads, generator=generator(4))
-    if bias:
-        features = LearnedFeatures(features, num_heads=num_heads)
-    return features, Features(features.form(), math.sqrt(DIM**-0.5), torch.float32)
+def dense(problem, pairs):
+    """What `kernel_rows` gives, by torch in float64."""
+    problem = problem._replace(dtype=torch.float64, form=problem.form.to(torch.float64))
+    features = Features(problem.form, math.sqrt(problem.scale), torch.float64)
+    pairs = pairs._replace(
+        query=pairs.query.double(), key=pairs.key.double(), value=pairs.value.double()
+    )
+    found = []
+    for rows in _dense_rows(problem, features, pairs):
+        log = (rows.log_scale + rows.denominator.log()).squeeze(-1)
+        found += [divide(rows.numerator, rows.denominator), log]
+    return found
 
 
-def sums_of(rows):
-    """Rows as numbers that do not depend on their scale."""
-    out = divide(rows.numerator, rows.denominator)
-    log = rows.log_scale.double() + rows.denominator.double().clamp_min(1e-300).log()
-    return out[:, :, :4], log[:, :, :4].masked_fill(rows.denominator[:, :, :4] == 0, 0.0)
-
-
-@pytest.mark.parametrize("rows", [8, 16, 40, 64])
-@pytest.mark.parametrize("keys", [1, 30, 64, 150])
-@pytest.mark.parametrize("num_heads", [1, HEADS])
-def test_kernels_agree_with_torch(rows, keys, num_heads):
-    problem = problem_of()
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 25])
+@pytest.mark.parametrize(("keys", "rounds"), [(1, 1), (30, 1), (30, 2), (64, 1), (150, 1)])
+@pytest.mark.parametrize("num_heads", [None, HEADS])
+def test_kernels_agree_with_torch(is_causal, count, keys, rounds, num_heads):
+    """Rows of 8 to 64 places, lists within and over a block, for projections with biases."""
+    drawn = SoftmaxFeatures(DIM, 40, num_heads=num_heads, generator=generator(5))
     results = []
-    for evaluate in (dense_pairs, kernel_pairs):
-        pairs = pairs_of(rows, keys=keys)
-        leaves = [x.requires_grad_() for x in (pairs.query, pairs.key, pairs.value)]
-        features, form = form_of(num_heads)
-        random = generator(5)
-        found = [x for part in evaluate(problem, form, pairs) for x in sums_of(part)]
-        loss = sum((x * torch.randn(x.shape, generator=random)).sum() for x in found)
-        gradients = torch.autograd.grad(loss, [*leaves, *features.parameters()])
-        results.append((*(x.detach() for x in found), *gradients))
+    for evaluate in (dense, kernel_rows):
+        features = LearnedFeatures(drawn, num_heads=num_heads)
+        problem, leaves = problem_of(
+            is_causal=is_causal, features=features, buckets=buckets_of(count, keys, rounds)
+        )
+        random, losses, values = generator(6), [], []
+        for pairs in listed_pairs(problem):
+            for x in evaluate(problem, pairs):
+                some = x.isfinite()
+                x = x.where(some, 0.0).double()
+                values += [x.detach(), some]
+                losses.append((x * torch.randn(x.shape, generator=random)).sum())
+        leaves += features.parameters()
+        results.append((*values, *torch.autograd.grad(sum(losses), leaves)))
     for expected, got in zip(*results, strict=True):
+        if expected.dtype == torch.bool:
+            assert torch.equal(got, expected)
+            continue
         scale = max(1.0, float(expected.abs().max()))
         torch.testing.assert_close(
             got.double() / scale, expected.double() / scale, rtol=0, atol=2e-5
         )
 
 
+def listed():
+    """A problem, one round of its pairs, and what the kernels make of them."""
+    problem, _ = problem_of(buckets=buckets_of(5, 150))
+    (pairs,) = listed_pairs(problem)
+    with torch.no_grad():
+        return problem, pairs, kernel_rows(problem, pairs)
+
+
 def test_threads_do_not_change_results():
-    problem, pairs = problem_of(), pairs_of()
-    _, form = form_of()
-    found = []
+    problem, pairs, expected = listed()
     for count in (1, 3):
         with threads(count):
-            found.append(kernel_pairs(problem, form, pairs))
-    assert all(
-        torch.equal(a, b) for x, y in zip(*found, strict=True) for a, b in zip(x, y, strict=True)
-    )
+            found = kernel_rows(problem, pairs)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_keys_that_are_not_taken_may_hold_anything():
-    problem, pairs = problem_of(), pairs_of()
-    _, form = form_of()
-    expected = kernel_pairs(problem, form, pairs)
+def test_keys_that_are_not_there_may_hold_anything():
+    problem, pairs, expected = listed()
+    there = (pairs.position >= 0).unsqueeze(-1)
+    assert not bool(there.all())
     for hostile in (1e30, math.inf, math.nan):
-        key = torch.where(pairs.taken.unsqueeze(-1), pairs.key, hostile)
-        value = torch.where(pairs.taken.unsqueeze(-1), pairs.value, hostile)
-        found = kernel_pairs(problem, form, pairs._replace(key=key, value=value))
-        for x, y in zip(found, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(x, y, strict=True))
+        key, value = pairs.key.where(there, hostile), pairs.value.where(there, hostile)
+        found = kernel_rows(problem, pairs._replace(key=key, value=value))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def given(bias):
-    pairs, (_, form) = pairs_of(rows=8, keys=10), form_of(bias=bias)
-    weight = form.form.weight.detach()
-    tensors = [pairs.query, pairs.key, pairs.value, weight]
+def arguments(rounds=1):
+    """Of the operator, for the last round."""
+    features = LearnedFeatures(
+        SoftmaxFeatures(DIM, 16, num_heads=HEADS, generator=generator(7)), num_heads=HEADS
+    )
+    problem, _ = problem_of(24, features=features, buckets=buckets_of(3, 6, rounds))
+    *_, pairs = listed_pairs(problem)
+    tensors = [pairs.query, pairs.key, pairs.value, problem.form.weight, problem.form.bias]
     return (
-        *(x.requires_grad_() for x in tensors),
-        form.form.bias.detach().requires_grad_() if bias else None,
-        pairs.taken,
-        pairs.met,
+        *(x.detach().requires_grad_() for x in tensors),
+        pairs.row,
+        pairs.position,
         pairs.begin,
-        0.3,
+        pairs.hidden,
+        problem.scale,
+        24,
+        problem.window,
     )
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_contract_of_operators(bias):
-    inputs = given(bias)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_contract_of_operators(rounds):
+    inputs = arguments(rounds)
     torch.library.opcheck(listed_forward, inputs)
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     results = listed_forward(*inputs)
-    grads = [torch.randn(x.shape, generator=generator(6), dtype=x.dtype) for x in results]
-    torch.library.opcheck(listed_backward, (*grads, *inputs, *results, bias))
+    grads = [torch.randn(x.shape, generator=generator(8), dtype=x.dtype) for x in results]
+    for trained in (False, True):
+        torch.library.opcheck(listed_backward, (*grads, *inputs, *results, trained))
+
+
+def test_every_result_is_written(monkeypatch):
+    """New memory is poisoned: what a kernel does not write shows up as NaN."""
+    given = arguments()
+    expected = listed_forward(*given)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = listed_forward(*given)
+        found = torch.autograd.grad(results[0].sum() + results[2].sum(), given[:5])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    assert all(g.isfinite().all() for g in found)
 
 
 def test_the_contract_of_the_operators_for_a_part():
     for part in ("far", "exact"):
-        inputs = backend.operator_arguments(problem_of(20, groups=1), part)
-        torch.library.opcheck(favor_forward, inputs)
+        inputs = [
+            x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for x in backend.operator_arguments(problem_of(20, groups=1)[0], part)
+        ]
+        torch.library.opcheck(favor_forward, tuple(inputs))
+        inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
         results = favor_forward(*inputs)
-        grad_log = torch.randn(results[-1].shape, generator=generator(7), dtype=torch.float64)
-        grad_out = torch.randn(results[0].shape, generator=generator(8))
+        grad_log = torch.randn(results[-1].shape, generator=generator(9), dtype=torch.float64)
+        grad_out = torch.randn(results[0].shape, generator=generator(10))
         torch.library.opcheck(
             favor_backward, (grad_out, None, None, grad_log, *inputs[:-1], *results[:-1])
         )
+
+
+def test_no_second_derivative():
+    query, key, value = (
+        torch.randn(1, 1, 20, 8, generator=generator(11)).requires_grad_() for _ in range(3)
+    )
+    features, buckets = SoftmaxFeatures(8, 16), KeyBuckets(8, 2, 4)
+    out = favor_attention(query, key, value, features, buckets=buckets, backend="native")
+    (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -221,11 +274,3 @@ def test_an_empty_row_stays_empty():
     )
     assert bool((out == 0).all())
     assert all(bool((g == 0).all()) for g in torch.autograd.grad(out.sum(), leaves))
-
-
-def test_rows_without_a_part():
-    out = torch.ones(1, 1, 1, 2, 3)
-    rows = normalised_rows(out, torch.tensor([[[[0.5, -math.inf]]]], dtype=torch.float64))
-    assert isinstance(rows, Rows)
-    assert rows.denominator.flatten().tolist() == [1.0, 0.0]
-    assert rows.log_scale.flatten().tolist() == [0.5, 0.0]

@@ -1,7 +1,7 @@
 """The ``native`` backend: which calls the kernels take, and how they are put to them."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from performers.attention import chunked
-from performers.attention.blocks import Features, Rows, divide, merge, normalised_rows
-from performers.attention.listed import split_listed
-from performers.attention.native.listed import kernel_pairs
+from performers.attention.listed import LEAST_REST, listed_pairs
+from performers.attention.native.listed import kernel_rows
 from performers.attention.native.operators import favor_forward
 from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
@@ -49,6 +48,18 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
     return out, FavorState(sums[0], sums[1], sums[2].detach())
 
 
+class _Part(NamedTuple):
+    """Some pairs of all rows.
+
+    Attributes:
+        out: Divided by its own normaliser, ``(B, Hkv, G, L, Dv)``.
+        log: Natural logarithm of that, ``(B, Hkv, G, L)``, float64; minus infinity without a pair.
+    """
+
+    out: Tensor
+    log: Tensor
+
+
 def _attend_with_lists(problem: AttentionProblem) -> Tensor:
     """Features, exact pairs and listed keys, each by kernels of their own, and joined."""
     exact = problem.window is not None or problem.sinks is not None
@@ -56,23 +67,47 @@ def _attend_with_lists(problem: AttentionProblem) -> Tensor:
         # The kernels sum the features by themselves only where there are exact pairs: a sink that
         # no query sees.
         problem = problem._replace(sinks=_unseen_sink(problem))
-    query = problem.query.double()
-    half_norm = query.square().sum(-1, keepdim=True) * problem.scale / 2
-    log_factor = math.log(problem.form.normalizer) - half_norm
-    far = _rows(problem, "far")
-    features = Features(problem.form.to(problem.dtype), math.sqrt(problem.scale), problem.dtype)
-    far = far._replace(log_scale=far.log_scale - log_factor)
-    rest, listed = split_listed(problem, features, far, kernel_pairs)
-    rows = merge(rest._replace(log_scale=rest.log_scale + log_factor), listed, scaled=True)
-    if exact:
-        rows = merge(rows, _rows(problem, "exact"), scaled=True)
-    return divide(rows.numerator, rows.denominator)
+    squares = problem.query.to(problem.dtype).square()
+    log_factor = math.log(problem.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
+        problem.scale / 2
+    )
+    far = _part(problem, "far")
+    estimates, parts = [], [_part(problem, "exact")] if exact else []
+    for pairs in listed_pairs(problem):
+        rows = [x.unflatten(2, problem.query.shape[2:4]) for x in kernel_rows(problem, pairs)]
+        estimates.append(_Part(rows[0], rows[1] + log_factor))
+        parts.append(_Part(rows[2], rows[3]))
+    return _join(far, estimates, parts)
 
 
-def _rows(problem: AttentionProblem, part: str) -> Rows:
-    """A part of the pairs, as rows with denominators of one, or zero for rows without a key."""
+def _join(far: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
+    """``far`` less the estimates that are in it, and the exact parts: rows as they come out."""
+    peak = torch.stack([part.log.detach() for part in (far, *exact)]).amax(0)
+    peak = peak.where(peak > -math.inf, 0.0)
+    weights = [(part.log - peak).exp() for part in (far, *estimates, *exact)]
+    whole, taken = weights[0].detach(), sum(x.detach() for x in weights[1 : len(estimates) + 1])
+    # What is left of a sum after taking away nearly all of it is rounding.
+    known = whole - taken > LEAST_REST * whole
+    signed = [
+        *(
+            x.where(known, 0.0) * (-1 if i else 1)
+            for i, x in enumerate(weights[: len(estimates) + 1])
+        ),
+        *weights[len(estimates) + 1 :],
+    ]
+    total = torch.stack(signed).sum(0)
+    inverse = 1 / total.where(total != 0, 1.0)
+    out: Tensor | None = None
+    for part, weight in zip((far, *estimates, *exact), signed, strict=True):
+        share = (weight * inverse).to(part.out.dtype).unsqueeze(-1)
+        out = part.out * share if out is None else torch.addcmul(out, part.out, share)
+    assert out is not None
+    return out
+
+
+def _part(problem: AttentionProblem, part: str) -> _Part:
     out, *_, log_normaliser = favor_forward(*operator_arguments(problem, part))
-    return normalised_rows(out, log_normaliser)
+    return _Part(out, log_normaliser)
 
 
 def _unseen_sink(problem: AttentionProblem) -> SinkKeys:

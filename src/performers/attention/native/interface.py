@@ -50,13 +50,13 @@ class ListedCall(_Structure):
     """``performers_listed_call``: queries in blocks, and the list of keys that each block meets."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "blocks", "rows")),
-        *((name, ctypes.c_int64) for name in ("lists", "list_keys")),
+        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "queries", "length")),
+        *((name, ctypes.c_int64) for name in ("blocks", "rows", "lists", "list_keys", "window")),
         *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
         *((name, ctypes.c_int64) for name in ("weight_heads", "threads")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("taken", "pairs", "list_begin")),
+        *((name, ctypes.c_void_p) for name in ("row", "position", "list_begin", "hidden")),
         *((name, ctypes.c_void_p) for name in ("estimate", "exact", "estimate_log", "exact_log")),
         *((name, ctypes.c_void_p) for name in ("grad_estimate", "grad_estimate_log")),
         *((name, ctypes.c_void_p) for name in ("grad_exact", "grad_exact_log")),

@@ -5,59 +5,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from performers.attention.blocks import Features, Rows, normalised_rows
 from performers.attention.listed import ListedPairs
 from performers.attention.native.interface import ListedCall, contiguous
 from performers.attention.problem import AttentionProblem
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor taken, "
-    "Tensor pairs, Tensor list_begin, float scale"
+    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor row, "
+    "Tensor position, Tensor list_begin, Tensor? hidden, float scale, int length, int? window"
 )
 _RESULTS = ("estimate", "estimate_log", "exact", "exact_log")
 _TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
 _GRADS = ", ".join(f"Tensor grad_{name}" for name in _RESULTS)
-_TENSORS = 8
+_TENSORS, _NUMBERS = 9, 3
 _Results = tuple[Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def kernel_pairs(
-    problem: AttentionProblem, features: Features, pairs: ListedPairs
-) -> tuple[Rows, Rows]:
-    """Blocks against their lists by the kernels; see ``listed.Evaluate``."""
-    form = features.form
+def kernel_rows(
+    problem: AttentionProblem, pairs: ListedPairs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Estimates of the pairs and their exact weights, each as rows with a normaliser of their own.
+
+    Args:
+        problem: The call.
+        pairs: One round of its pairs.
+
+    Returns:
+        For the estimates, without the factor ``normalizer exp(-scale |q|^2 / 2)``: normalised rows
+        ``(B, H, queries, Dv)`` and the logarithms of their normalisers ``(B, H, queries)``,
+        float64, minus infinity for rows without a pair; the same for the exact weights.
+    """
+    form = problem.form.to(problem.dtype)
     # The backward pass computes features again, and must not meet a redrawn projection.
     form = form.copied() if torch.is_grad_enabled() else form
     bias = form.bias
     assert form.weight is not None
     if bias is not None and bias.shape[0] != form.weight.shape[0]:
         bias = bias.expand(form.weight.shape[0], -1)
-    estimate, estimate_log, exact, exact_log = listed_forward(
-        *(x.to(features.dtype) for x in (pairs.query, pairs.key, pairs.value)),
+    rows: tuple[Tensor, Tensor, Tensor, Tensor] = listed_forward(
+        *(x.to(problem.dtype) for x in (pairs.query, pairs.key, pairs.value)),
         form.weight,
         bias,
-        pairs.taken,
-        pairs.met,
+        pairs.row,
+        pairs.position,
         pairs.begin,
+        pairs.hidden,
         problem.scale,
+        problem.query.shape[-2],
+        problem.window,
     )
-    return normalised_rows(estimate, estimate_log), normalised_rows(exact, exact_log)
+    return rows
 
 
 def _call(
     inputs: tuple[Any, ...], grads: tuple[Tensor, ...] = ()
 ) -> tuple[ListedCall, list[Tensor | None]]:
     """A call with its inputs set, and the tensors that its pointers rely on."""
-    *tensors, scale = inputs
+    *tensors, scale, length, window = inputs
     held = contiguous((*tensors, *grads))
     query, _, value, weight = tensors[:4]
     call = ListedCall()
-    call.batch, call.key_heads, call.blocks, call.rows, call.head_dim = query.shape
+    call.batch, call.key_heads, call.queries, call.head_dim = query.shape
+    call.blocks, call.rows = tensors[5].shape[2:]
+    call.length, call.window = length, -1 if window is None else window
     call.lists, call.list_keys, call.value_dim = value.shape[2:]
     call.weight_heads, call.features, _ = weight.shape
     call.threads, call.scale = torch.get_num_threads(), scale
-    names = ("query", "key", "value", "weight", "bias", "taken", "pairs", "list_begin")
+    names = ("query", "key", "value", "weight", "bias", "row", "position", "list_begin", "hidden")
     grad_names = tuple(f"grad_{name}" for name in _RESULTS)
     call.pointers(**dict(zip((*names, *grad_names[: len(grads)]), held, strict=True)))
     return call, held
@@ -66,10 +80,10 @@ def _call(
 def _new_results(query: Tensor, value: Tensor) -> _Results:
     rows = query.shape[:-1]
     return (
-        query.new_zeros((*rows, value.shape[-1])),
-        query.new_zeros(rows, dtype=torch.float64),
-        query.new_zeros((*rows, value.shape[-1])),
-        query.new_zeros(rows, dtype=torch.float64),
+        query.new_empty((*rows, value.shape[-1])),
+        query.new_empty(rows, dtype=torch.float64),
+        query.new_empty((*rows, value.shape[-1])),
+        query.new_empty(rows, dtype=torch.float64),
     )
 
 
@@ -104,8 +118,8 @@ def _(*inputs: Any) -> _Results:
 def listed_backward(*arguments: Any) -> _Gradients:
     """Gradients of queries, keys and values, of weight and bias if they are ``trained``."""
     grads = tuple(x.float() for x in arguments[:4])
-    inputs = arguments[4 : 5 + _TENSORS]
-    results, trained = arguments[5 + _TENSORS : -1], arguments[-1]
+    inputs = arguments[4 : 4 + _TENSORS + _NUMBERS]
+    results, trained = arguments[4 + _TENSORS + _NUMBERS : -1], arguments[-1]
     call, held = _call(inputs, grads)
     call.pointers(**dict(zip(_RESULTS, results, strict=True)))
     gradients = _new_gradients(inputs, trained)
@@ -118,14 +132,14 @@ def listed_backward(*arguments: Any) -> _Gradients:
 
 @listed_backward.register_fake
 def _(*arguments: Any) -> _Gradients:
-    return _new_gradients(arguments[4 : 5 + _TENSORS], arguments[-1])
+    return _new_gradients(arguments[4 : 4 + _TENSORS + _NUMBERS], arguments[-1])
 
 
 def _new_gradients(inputs: tuple[Any, ...], trained: bool) -> _Gradients:
     query, key, value, weight = inputs[:4]
-    # Places of no list have no gradient.
+    # Keys of lists without a query have no gradient.
     return (
-        query.new_zeros(query.shape),
+        query.new_empty(query.shape),
         key.new_zeros(key.shape),
         value.new_zeros(value.shape),
         weight.new_zeros(weight.shape if trained else (0,)),
@@ -135,17 +149,17 @@ def _new_gradients(inputs: tuple[Any, ...], trained: bool) -> _Gradients:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.scale = inputs[-1]
+    ctx.numbers = inputs[_TENSORS:]
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     trained = ctx.needs_input_grad[3:5]
     gradients = listed_backward(
-        *grads, *saved[:_TENSORS], ctx.scale, *saved[_TENSORS:], any(trained)
+        *grads, *saved[:_TENSORS], *ctx.numbers, *saved[_TENSORS:], any(trained)
     )
     weights = [x if wanted else None for x, wanted in zip(gradients[3:], trained, strict=True)]
-    return (*gradients[:3], *weights, None, None, None, None)
+    return (*gradients[:3], *weights, *(None,) * (_TENSORS - 5 + _NUMBERS))
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:
