@@ -106,6 +106,10 @@ def convert(
             "without a head."
         ),
     ] = _DEFAULTS.loss,
+    hidden_weight: Annotated[
+        float,
+        typer.Option(help="Of the hidden states' error, beside that of logits or embeddings."),
+    ] = _DEFAULTS.hidden_weight,
     calibration: Annotated[
         int, typer.Option(help="Examples that features are fitted to.")
     ] = _DEFAULTS.calibration,
@@ -160,6 +164,7 @@ def convert(
                 lora_rank=lora_rank,
                 redraw_steps=redraw_steps,
                 loss=loss,
+                hidden_weight=hidden_weight,
                 eval_steps=eval_steps,
                 save_steps=save_steps,
                 max_positions=max_positions,

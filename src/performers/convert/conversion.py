@@ -49,6 +49,7 @@ class ConversionOptions:
         lora_rank: Likewise.
         redraw_steps: Likewise.
         loss: Likewise; None: ``"logits"``, and ``"embedding"`` for models without a head.
+        hidden_weight: Likewise.
         eval_steps: Steps between measurements; None: a fifth of a stage's steps.
         save_steps: Steps between checkpoints.
         max_positions: Give a model with a learned table of positions that many.
@@ -75,6 +76,7 @@ class ConversionOptions:
     lora_rank: int | None = None
     redraw_steps: int | None = None
     loss: str | None = None
+    hidden_weight: float = 1.0
     eval_steps: int | None = None
     save_steps: int = 50
     max_positions: int | None = None
@@ -105,7 +107,7 @@ class ConversionOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
-        for name in ("learning_rate", "transfer_learning_rate"):
+        for name in ("learning_rate", "transfer_learning_rate", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         ConversionSettings(

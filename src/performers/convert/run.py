@@ -232,6 +232,7 @@ class _Work:
             transfer_learning_rate=options.transfer_learning_rate,
             learning_rate=options.learning_rate,
             loss=self._loss(),
+            hidden_weight=options.hidden_weight,
             lora_rank=options.lora_rank,
             redraw_steps=options.redraw_steps,
             collator=self.collator,
