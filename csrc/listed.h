@@ -158,7 +158,7 @@ inline void load_met(const performers_listed_call &call, const ListPlace &place,
     const int64_t *keys = call.position + place.keys(call);
     const uint8_t *hidden =
         call.hidden ? call.hidden + place.places(call, block) * call.list_keys : nullptr;
-    const int32_t window = static_cast<int32_t>(call.window);
+    const int32_t window = static_cast<int32_t>(smaller<int64_t>(call.window, INT32_MAX));
     for (int64_t t = 0; t < call.list_keys; ++t) {
         const int32_t key = static_cast<int32_t>(keys[t]);
         float *row = met + t * kBlock;

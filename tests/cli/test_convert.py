@@ -92,7 +92,7 @@ def test_a_decoder_is_converted_measured_and_saved(causal, tmp_path):
     assert "2 steps of attention transfer and 4 steps of fine-tuning" in out
     assert out.splitlines()[-1] == f"report: {folder / 'conversion.md'}"
     page = (folder / "conversion.md").read_text()
-    assert "window 4, sinks 4, num_features 8, estimator data_aware" in page
+    assert "window 4, sinks 4, key_list 0, num_features 8, estimator data_aware" in page
     assert "![" in page
     assert any(line.startswith("training, model: 4 of 4") for line in lines)
     assert not any("Writing" in line or "Warning" in line for line in lines)
@@ -178,7 +178,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
         "--batch-size", 6, "--accumulation", 7, "--learning-rate", 0.5,
         "--transfer-learning-rate", 0.25, "--lora-rank", 4, "--loss", "hidden",
         "--calibration", 8, "--test", "0.25", "--eval-steps", 10, "--save-steps", 11,
-        "--max-positions", 12, "--seed", 13,
+        "--max-positions", 12, "--seed", 13, "--key-list", 14, "--hidden-weight", 0.75,
     ]  # fmt: skip
     refusal("convert", *causal, "--output", tmp_path / "out", *flags)
     assert seen == [
@@ -187,7 +187,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
             estimator="positive", layers=(0, -1), length=9, calibration=8, test=0.25,
             transfer_steps=1, steps=3, batch_size=6, accumulation=7, learning_rate=0.5,
             transfer_learning_rate=0.25, lora_rank=4, loss="hidden", eval_steps=10,
-            save_steps=11, max_positions=12, seed=13,
+            save_steps=11, max_positions=12, seed=13, key_list=14, hidden_weight=0.75,
         )
     ]  # fmt: skip
 

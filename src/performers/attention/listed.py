@@ -1,15 +1,14 @@
-"""Listed keys in the ``torch`` backend: exact in place of their estimate.
+"""Listed keys: exact in place of their estimate.
 
 Keys in the list of a query's bucket are in the sums of the features like all others, so each such
 pair is corrected: its estimate is taken out and its exact weight put in. Queries of one list stand
-together in blocks, so that both are small dense products.
+together in blocks, so that both are small dense products: here by torch, in ``native`` by kernels.
 """
 
 # torch.compile (2.6) cannot evaluate the annotations of local functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -69,7 +68,7 @@ class ListedPairs(NamedTuple):
         if window is not None:
             # Positions fit in 32 bits, and there are many pairs.
             distance = (self.row % length).int().unsqueeze(-1) - position.int()
-            pairs = pairs & (distance.abs() > window)
+            pairs = pairs & (distance.abs() > min(window, torch.iinfo(torch.int32).max))
         return pairs if self.hidden is None else pairs & ~self.hidden.mT
 
 
@@ -108,10 +107,11 @@ def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tu
     return rest, Rows(*(x.unflatten(2, shape) for x in exact))
 
 
-def listed_pairs(problem: AttentionProblem) -> Iterator[ListedPairs]:
+def listed_pairs(problem: AttentionProblem) -> list[ListedPairs]:
     """The pairs of each round of lists; none is in two rounds."""
     assert problem.lists is not None
     lists = problem.lists
+    rounds = []
     for index in range(len(lists.key)):
         key, value = (
             _gather(masked(x, problem.key_mask), lists.key[index].flatten(2)).unflatten(
@@ -130,7 +130,7 @@ def listed_pairs(problem: AttentionProblem) -> Iterator[ListedPairs]:
             known = known.unflatten(2, row.shape[2:]).unsqueeze(-3)
             again = (_of_lists(lists.key[index], of_block)[..., None, None] == known).any(-1)
             hidden = again if hidden is None else hidden | again
-        yield ListedPairs(
+        pairs = ListedPairs(
             problem.query.flatten(2, 3),
             key,
             value,
@@ -141,6 +141,8 @@ def listed_pairs(problem: AttentionProblem) -> Iterator[ListedPairs]:
             begin,
             hidden,
         )
+        rounds.append(pairs)
+    return rounds
 
 
 def _dense_rows(

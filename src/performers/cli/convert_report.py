@@ -23,6 +23,7 @@ _QUALITY: dict[str, tuple[str, Callable[[float], str]]] = {
     "cosine": ("cosine", lambda x: f"{x:.4f}"),
     "retrieval": ("same nearest", lambda x: f"{100 * x:.1f}%"),
 }
+_SETTINGS = ("window", "sinks", "key_list", "num_features", "estimator", "layers", "length", "seed")
 _STAGES = {"transfer": "attention transfer", "model": "fine-tuning"}
 
 
@@ -94,9 +95,7 @@ def report_page(content: Mapping[str, Any]) -> str:
     """
     options, model, machine = content["options"], content["model"], content["machine"]
     settings = ", ".join(
-        f"{name} {options[name]}"
-        for name in ("window", "sinks", "num_features", "estimator", "layers", "length", "seed")
-        if options[name] is not None
+        f"{name} {options[name]}" for name in _SETTINGS if options.get(name) is not None
     )
     head = (
         f"# {model['class']}, converted\n\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from performers.convert.settings import ConversionSettings
@@ -162,7 +162,11 @@ class ConversionRecord:
         if missing:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
         # A run that is older than an option had its default.
-        earlier = {item.name: item.default for item in fields(ConversionOptions)}
+        earlier = {
+            item.name: item.default
+            for item in fields(ConversionOptions)
+            if item.default is not MISSING
+        }
         earlier |= content["options"]
         changed = [
             f"{name} was {earlier.get(name)}, now {value}"

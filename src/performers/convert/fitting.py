@@ -150,7 +150,7 @@ def check_calibration(settings: ConversionSettings, calibration: Iterable[Any] |
         calibration: Batches, or None.
 
     Returns:
-        Whether the estimator is fitted to data and there are batches.
+        Whether the estimator or lists are fitted to data and there are batches.
 
     Raises:
         ValueError: The estimator is fitted to data, but there is none. Learned features need none:
@@ -163,13 +163,13 @@ def check_calibration(settings: ConversionSettings, calibration: Iterable[Any] |
                 "batches of the model's inputs, or take estimator='positive'"
             )
         return False
-    if not settings.calibrated:
+    if not settings.fits:
         warnings.warn(
             f"calibration is not used: estimator={settings.estimator!r} has nothing to fit; "
             "estimator='data_aware' has",
             stacklevel=3,
         )
-    return settings.calibrated
+    return settings.fits
 
 
 def run_batches(model: nn.Module, batches: Iterable[Any], call: Callable[..., Any]) -> None:

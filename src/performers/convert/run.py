@@ -201,7 +201,7 @@ class _Work:
     def _student(self) -> Any:
         options = self.options
         model = copy.deepcopy(self.original)
-        settings = ConversionSettings(estimator=options.estimator)
+        settings = ConversionSettings(estimator=options.estimator, key_list=options.key_list)
         return to_performer(
             model,
             num_features=options.num_features,
@@ -211,9 +211,7 @@ class _Work:
             key_list=options.key_list,
             layers=options.layers,
             calibration=(
-                self._batches(self.texts.calibration, "calibrating")
-                if settings.calibrated
-                else None
+                self._batches(self.texts.calibration, "calibrating") if settings.fits else None
             ),
             generator=self._generator(),
         )

@@ -91,6 +91,11 @@ class ConversionSettings:
         """Whether the estimator is fitted to sample queries and keys."""
         return self.estimator in CALIBRATED
 
+    @property
+    def fits(self) -> bool:
+        """Whether samples change anything: the estimator or lists are fitted to them."""
+        return self.calibrated or self.key_list > 0
+
     def converts(self, layer: int, count: int) -> bool:
         """Whether a layer becomes linear.
 

@@ -1,6 +1,7 @@
 """Parts of a row, and the keys of lists, by the kernels."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from performers.attention.blocks import Features, divide
 from performers.attention.checking import checked_problem
 from performers.attention.listed import _dense_rows, listed_pairs
 from performers.attention.native import backend
-from performers.attention.native.listed import (
+from performers.attention.native.listed_operators import (
     kernel_rows,
     listed_backward,
     listed_forward,
@@ -68,24 +69,40 @@ def test_parts_make_up_the_whole(is_causal, window, sinks):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-def test_the_gradient_of_a_normaliser():
-    """Of the logarithm alone, against differences."""
-    problem, _ = problem_of(90, sinks=0, masked=False)
-    for part in ("far", "exact"):
-        query = problem.query.detach().requires_grad_()
-        log = favor_forward(*backend.operator_arguments(problem._replace(query=query), part))[-1]
+@pytest.mark.parametrize("part", ["far", "exact"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_gradient_of_a_normaliser(part, is_causal):
+    """Of the logarithm alone, against differences along queries, keys and the projection."""
+    drawn = SoftmaxFeatures(DIM, 32, num_heads=HEADS, generator=generator(1))
+    features = LearnedFeatures(drawn, num_heads=HEADS)
+    problem, _ = problem_of(90, is_causal=is_causal, sinks=0, masked=False, features=features)
+    upstream = torch.randn(problem.query.shape[:-1], generator=generator(2), dtype=torch.float64)
+    if part == "exact" or is_causal:
+        # The first rows see no key through features, or have none at all.
+        upstream[..., :8] = 0
+
+    def loss(query, key, weight):
+        given = problem._replace(query=query, key=key, form=problem.form._replace(weight=weight))
+        log = favor_forward(*backend.operator_arguments(given, part))[-1]
         assert log.dtype == torch.float64
-        upstream = torch.randn(log.shape, generator=generator(2), dtype=torch.float64)
-        (gradient,) = torch.autograd.grad((log * upstream).sum(), query)
-        step = torch.randn(query.shape, generator=generator(3)) * 1e-2
-        ends = [
-            favor_forward(
-                *backend.operator_arguments(problem._replace(query=problem.query + x), part)
-            )[-1]
-            for x in (step, -step)
-        ]
-        expected = float(((ends[0] - ends[1]) * upstream).sum().detach() / 2)
-        assert float((gradient * step).sum()) == pytest.approx(expected, rel=5e-3)
+        return (log.where(log.isfinite(), 0.0) * upstream).sum()
+
+    points = [
+        x.detach().requires_grad_() for x in (problem.query, problem.key, problem.form.weight)
+    ]
+    gradients = torch.autograd.grad(loss(*points), points)
+    for index, gradient in enumerate(gradients):
+        if part == "exact" and index == 2:
+            assert bool((gradient == 0).all())
+            continue
+        step = torch.randn(gradient.shape, generator=generator(3)) * 5e-3
+        ends = []
+        with torch.no_grad():
+            for sign in (1, -1):
+                moved = [x + sign * step if i == index else x for i, x in enumerate(points)]
+                ends.append(loss(*moved))
+        expected = float((ends[0] - ends[1]) / 2)
+        assert float((gradient * step).sum()) == pytest.approx(expected, rel=1e-2, abs=1e-3)
 
 
 def buckets_of(count=6, keys=20, rounds=1, refresh=40):
@@ -146,30 +163,42 @@ def test_kernels_agree_with_torch(is_causal, count, keys, rounds, num_heads):
         )
 
 
-def listed():
-    """A problem, one round of its pairs, and what the kernels make of them."""
-    problem, _ = problem_of(buckets=buckets_of(5, 150))
-    (pairs,) = listed_pairs(problem)
-    with torch.no_grad():
-        return problem, pairs, kernel_rows(problem, pairs)
+def results_of(pairs_of=lambda pairs: pairs):
+    """Rows and gradients of the kernels, those of trained features as well."""
+    drawn = SoftmaxFeatures(DIM, 40, num_heads=HEADS, generator=generator(5))
+    features = LearnedFeatures(drawn, num_heads=HEADS)
+    problem, leaves = problem_of(features=features, buckets=buckets_of(5, 150))
+    pairs = pairs_of(listed_pairs(problem)[0])
+    found = kernel_rows(problem, pairs)
+    losses = [x.where(x.isfinite(), 0.0).sum() for x in found]
+    leaves += features.parameters()
+    return [x.detach() for x in found], torch.autograd.grad(sum(losses), leaves)
 
 
 def test_threads_do_not_change_results():
-    problem, pairs, expected = listed()
+    """But for the order in which tasks' gradients of weights are added up."""
+    results = []
     for count in (1, 3):
         with threads(count):
-            found = kernel_rows(problem, pairs)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            results.append(results_of())
+    for one, other in zip(*results, strict=True):
+        for x, y in zip(one, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5)
+    assert all(torch.equal(x, y) for x, y in zip(results[0][0], results[1][0], strict=True))
 
 
 def test_keys_that_are_not_there_may_hold_anything():
-    problem, pairs, expected = listed()
-    there = (pairs.position >= 0).unsqueeze(-1)
-    assert not bool(there.all())
-    for hostile in (1e30, math.inf, math.nan):
+    expected = results_of()
+
+    def spoilt(pairs, hostile):
+        there = (pairs.position >= 0).unsqueeze(-1)
+        assert not bool(there.all())
         key, value = pairs.key.where(there, hostile), pairs.value.where(there, hostile)
-        found = kernel_rows(problem, pairs._replace(key=key, value=value))
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        return pairs._replace(key=key, value=value)
+
+    for hostile in (1e30, math.inf, math.nan):
+        for one, other in zip(results_of(partial(spoilt, hostile=hostile)), expected, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
 def arguments(rounds=1):
@@ -218,11 +247,12 @@ def test_every_result_is_written(monkeypatch):
     assert all(g.isfinite().all() for g in found)
 
 
-def test_the_contract_of_the_operators_for_a_part():
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_contract_of_the_operators_for_a_part(window):
     for part in ("far", "exact"):
         inputs = [
             x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-            for x in backend.operator_arguments(problem_of(20, groups=1)[0], part)
+            for x in backend.operator_arguments(problem_of(20, groups=1, window=window)[0], part)
         ]
         torch.library.opcheck(favor_forward, tuple(inputs))
         inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -232,6 +262,56 @@ def test_the_contract_of_the_operators_for_a_part():
         torch.library.opcheck(
             favor_backward, (grad_out, None, None, grad_log, *inputs[:-1], *results[:-1])
         )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_compiled(is_causal):
+    query, key, value = (torch.randn(1, 2, 70, 8, generator=generator(13)) for _ in range(3))
+    features = SoftmaxFeatures(8, 16, generator=generator(14))
+    buckets = KeyBuckets(8, 4, 8, refresh=32, generator=generator(15))
+
+    def attend(query):
+        return favor_attention(
+            query, key, value, features, is_causal=is_causal, window=3, buckets=buckets,
+            backend="native",
+        )  # fmt: skip
+
+    given = query.requires_grad_()
+    upstream = torch.randn(query.shape, generator=generator(16))
+    results = []
+    for function in (attend, torch.compile(attend, backend="aot_eager")):
+        out = function(given)
+        results.append((out.detach(), *torch.autograd.grad(out, given, upstream)))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "native"])
+def test_a_window_beyond_32_bits_is_exact_attention(name):
+    query, key, value = (torch.randn(1, 2, 90, 8, generator=generator(17)) for _ in range(3))
+    features = SoftmaxFeatures(8, 16, generator=generator(18))
+    buckets = KeyBuckets(8, 4, 12, generator=generator(19))
+    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    for window in (90, 2**31, 2**32, 2**40):
+        out = favor_attention(
+            query, key, value, features, window=window, buckets=buckets, backend=name
+        )
+        torch.testing.assert_close(out, exact, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_keys_of_another_sequence(sinks):
+    """As many keys as one likes, where there is no window."""
+    random = generator(20)
+    query = torch.randn(2, 4, 30, 8, generator=random)
+    key, value = (torch.randn(2, 2, 75, 8, generator=random) for _ in range(2))
+    features = SoftmaxFeatures(8, 16, generator=random)
+    buckets = KeyBuckets(8, 4, 10, num_heads=2, generator=random)
+    found, expected = (
+        favor_attention(query, key, value, features, sinks=sinks, buckets=buckets, backend=name)
+        for name in ("native", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_no_second_derivative():

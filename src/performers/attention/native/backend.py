@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from performers.attention import chunked
 from performers.attention.listed import LEAST_REST, listed_pairs
-from performers.attention.native.listed import kernel_rows
+from performers.attention.native.listed_operators import kernel_rows
 from performers.attention.native.operators import favor_forward
 from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
@@ -85,16 +85,12 @@ def _join(far: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
     peak = torch.stack([part.log.detach() for part in (far, *exact)]).amax(0)
     peak = peak.where(peak > -math.inf, 0.0)
     weights = [(part.log - peak).exp() for part in (far, *estimates, *exact)]
-    whole, taken = weights[0].detach(), sum(x.detach() for x in weights[1 : len(estimates) + 1])
+    count = 1 + len(estimates)
+    rest = [weights[0], *(-x for x in weights[1:count])]
     # What is left of a sum after taking away nearly all of it is rounding.
-    known = whole - taken > LEAST_REST * whole
-    signed = [
-        *(
-            x.where(known, 0.0) * (-1 if i else 1)
-            for i, x in enumerate(weights[: len(estimates) + 1])
-        ),
-        *weights[len(estimates) + 1 :],
-    ]
+    left = torch.stack([x.detach() for x in rest]).sum(0)
+    known = left > LEAST_REST * weights[0].detach()
+    signed = [*(x.where(known, 0.0) for x in rest), *weights[count:]]
     total = torch.stack(signed).sum(0)
     inverse = 1 / total.where(total != 0, 1.0)
     out: Tensor | None = None

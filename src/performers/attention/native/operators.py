@@ -103,7 +103,7 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
     else:
         out = value.new_empty((batch, key_heads, groups, length, width), dtype=torch.float32)
     whole = inputs.segments is None and inputs.window is None
-    keeps_sums = return_state if inputs.is_causal else whole
+    keeps_sums = return_state if inputs.is_causal else whole and inputs.part != "exact"
     sums = (batch, key_heads, features) if keeps_sums else (0, 0, 0)
     return (
         out,

@@ -119,14 +119,14 @@ def listed_backward(*arguments: Any) -> _Gradients:
     """Gradients of queries, keys and values, of weight and bias if they are ``trained``."""
     grads = tuple(x.float() for x in arguments[:4])
     inputs = arguments[4 : 4 + _TENSORS + _NUMBERS]
-    results, trained = arguments[4 + _TENSORS + _NUMBERS : -1], arguments[-1]
+    results, trained = contiguous(arguments[4 + _TENSORS + _NUMBERS : -1]), arguments[-1]
     call, held = _call(inputs, grads)
     call.pointers(**dict(zip(_RESULTS, results, strict=True)))
     gradients = _new_gradients(inputs, trained)
     names = ("grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
     call.pointers(**dict(zip(names[: 5 if trained else 3], gradients, strict=False)))
     call.run("listed_backward")
-    del held
+    del held, results
     return gradients
 
 
