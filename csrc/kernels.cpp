@@ -5,7 +5,7 @@
 #include "bidirectional_tasks.h"
 #include "causal_tasks.h"
 #include "exact_tasks.h"
-#include "listed.h"
+#include "listed_gradients.h"
 #include "step.h"
 
 namespace performers::PERFORMERS_ISA {

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from performers.attention.listed import ListedPairs
 from performers.attention.native.interface import ListedCall, contiguous
+from performers.attention.native.operators import refuse_second_derivative
 from performers.attention.problem import AttentionProblem
 
 _INPUTS = (
@@ -162,12 +163,5 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients[:3], *weights, *(None,) * (_TENSORS - 5 + _NUMBERS))
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise NotImplementedError(
-        "the native kernels have no second derivative; for gradients of gradients pass "
-        'backend="torch" to favor_attention, or use performers.use_backend("torch")'
-    )
-
-
 listed_forward.register_autograd(_backward, setup_context=_setup_context)
-listed_backward.register_autograd(_refuse)
+listed_backward.register_autograd(refuse_second_derivative)

@@ -282,7 +282,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*gradients[:3], *weights, None, None, *past, None, *sinks, *(None,) * 11)
 
 
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    """The derivative of a backward operator, which there is none of."""
     raise NotImplementedError(
         "the native kernels have no second derivative; for gradients of gradients pass "
         'backend="torch" to favor_attention, or use performers.use_backend("torch")'
@@ -290,4 +291,4 @@ def _refuse(ctx: Any, *grads: Tensor | None) -> None:
 
 
 favor_forward.register_autograd(_backward, setup_context=_setup_context)
-favor_backward.register_autograd(_refuse)
+favor_backward.register_autograd(refuse_second_derivative)
