@@ -4,13 +4,14 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
 from performers.cli import convert as command
-from performers.convert import conversion, load_performer, run
+from performers.convert import conversion, distillation, load_performer, run
 from performers.convert.pretrained import load_model
 from tests.benchmark.pretrained_runs import residues, save_llama, words
 from tests.benchmark.tiny_models import save_bert
@@ -266,6 +267,14 @@ def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
     assert converted.config.performers["key_list"] == 6
     line = refusal("convert", *causal, *SMALL, "--key-list", 6, "--output", tmp_path / "other")
     assert "key_list=6 is for encoders among transformers models" in line
+
+
+def test_adapters_without_peft_are_refused_at_once(causal, tmp_path, monkeypatch):
+    missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
+    monkeypatch.setattr(distillation, "importlib", missing)
+    monkeypatch.delattr(run, "measure_quality")
+    line = refusal("convert", *causal, *SMALL, "--lora-rank", 4, "--output", tmp_path / "out")
+    assert "lora_rank needs peft" in line
 
 
 def test_another_run_is_not_resumed(causal, tmp_path, undrawn):

@@ -22,7 +22,7 @@ from performers.convert.settings import ConversionSettings
 from performers.convert.swap import RECORD
 from performers.convert.trainers import LOSSES, DistillationTrainer, TransferTrainer
 
-__all__ = ["Distillation", "distill"]
+__all__ = ["Distillation", "check_adapters", "distill"]
 
 _TRANSFERRED = "transferred.safetensors"
 
@@ -100,7 +100,7 @@ def distill(
     _check(student, teacher, transfer_steps, steps, loss, lora_rank, resume, output_dir)
     kind = loss or ("logits" if _has_logits(student) else "hidden")
     if lora_rank is not None:
-        _need_peft()
+        check_adapters()
     run = DistillationRun(
         student=student,
         # Whatever can be indexed is shuffled; the rest comes as it comes.
@@ -247,7 +247,12 @@ def _has_logits(model: Any) -> bool:
     return "ForMaskedLM" in name or "ForCausalLM" in name or "LMHead" in name
 
 
-def _need_peft() -> None:
+def check_adapters() -> None:
+    """Refuse to train adapters without the package that makes them.
+
+    Raises:
+        ImportError: peft is missing.
+    """
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
             "lora_rank needs peft: pip install 'performers[convert]', or train all weights with "

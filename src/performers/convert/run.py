@@ -27,7 +27,7 @@ from performers.convert.conversion import (
     ConversionOptions,
     ConversionRecord,
 )
-from performers.convert.distillation import distill
+from performers.convert.distillation import check_adapters, distill
 from performers.convert.positions import extend_positions_, learned_positions
 from performers.convert.pretrained import LoadedModel, load_model
 from performers.convert.quality import Quality, kind_of, measure_quality
@@ -102,6 +102,8 @@ class _Work:
         if options.max_positions is not None:
             extend_positions_(self.original, options.max_positions)
         self.kind = kind_of(self.original)
+        if options.lora_rank is not None:
+            check_adapters()
         if options.key_list and (self.kind == "causal" or self._is_ours()):
             raise ValueError(
                 f"key_list={options.key_list} is for encoders among transformers models, and "
