@@ -14,7 +14,8 @@ from performers.features.softmax import Estimator
 
 __all__ = ["ConversionSettings"]
 
-# Lists of keys in a head: of 128 keys each, 32 left a fifth less error than 16 on all-MiniLM-L6-v2.
+# Lists of keys in a head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
+# 0.9980 to the original's, 16 at 0.9976.
 _LISTS = 32
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from performers.attention import chunked
 from performers.attention.listed import LEAST_REST, listed_pairs
 from performers.attention.native.listed_operators import kernel_rows
-from performers.attention.native.operators import favor_forward
+from performers.attention.native.operators import favor_forward, kernel_form
 from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
 
@@ -122,24 +122,14 @@ def operator_arguments(problem: AttentionProblem, part: str = "whole") -> tuple[
         part: Which pairs are summed: "whole" for all, "far" for those through features (a listed
             key is one of them), "exact" for the window and the sinks.
     """
-    form, state, sinks = problem.form, problem.state, problem.sinks
+    form, state, sinks = kernel_form(problem), problem.state, problem.sinks
     exponential = form.kind == "exponential"
-    # The backward pass computes features again, and must not meet a redrawn projection.
-    form = form.to(problem.dtype)
-    form = form.copied() if torch.is_grad_enabled() else form
-    weight = form.weight
-    if weight is None:
-        size = problem.key.shape[-1]
-        weight = torch.eye(size, dtype=problem.dtype, device=problem.key.device).unsqueeze(0)
-    bias = form.bias
-    if bias is not None and bias.shape[0] != weight.shape[0]:
-        bias = bias.expand(weight.shape[0], -1)
     return (
         problem.query,
         problem.key,
         problem.value,
-        weight,
-        bias,
+        form.weight,
+        form.bias,
         problem.key_mask,
         problem.segments,
         None if state is None else state.key_value,

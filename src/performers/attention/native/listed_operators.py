@@ -7,7 +7,7 @@ from torch import Tensor
 
 from performers.attention.listed import ListedPairs
 from performers.attention.native.interface import ListedCall, contiguous
-from performers.attention.native.operators import refuse_second_derivative
+from performers.attention.native.operators import kernel_form, refuse_second_derivative
 from performers.attention.problem import AttentionProblem
 
 _INPUTS = (
@@ -36,17 +36,11 @@ def kernel_rows(
         ``(B, H, queries, Dv)`` and the logarithms of their normalisers ``(B, H, queries)``,
         float64, minus infinity for rows without a pair; the same for the exact weights.
     """
-    form = problem.form.to(problem.dtype)
-    # The backward pass computes features again, and must not meet a redrawn projection.
-    form = form.copied() if torch.is_grad_enabled() else form
-    bias = form.bias
-    assert form.weight is not None
-    if bias is not None and bias.shape[0] != form.weight.shape[0]:
-        bias = bias.expand(form.weight.shape[0], -1)
+    form = kernel_form(problem)
     rows: tuple[Tensor, Tensor, Tensor, Tensor] = listed_forward(
         *(x.to(problem.dtype) for x in (pairs.query, pairs.key, pairs.value)),
         form.weight,
-        bias,
+        form.bias,
         pairs.row,
         pairs.position,
         pairs.begin,

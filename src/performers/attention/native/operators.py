@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from performers.attention.native.interface import KINDS, PARTS, Call, contiguous
+from performers.attention.problem import AttentionProblem
+from performers.features import FeatureForm
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
@@ -32,6 +34,24 @@ _BACKWARD = (
 )
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _Gradients = tuple[Tensor, ...]
+
+
+def kernel_form(problem: AttentionProblem) -> FeatureForm:
+    """The feature map of a call as kernels read it: a projection, and a bias as often as that.
+
+    Args:
+        problem: The call.
+    """
+    form = problem.form.to(problem.dtype)
+    # The backward pass computes features again, and must not meet a redrawn projection.
+    form = form.copied() if torch.is_grad_enabled() else form
+    weight, bias = form.weight, form.bias
+    if weight is None:
+        size = problem.key.shape[-1]
+        weight = torch.eye(size, dtype=problem.dtype, device=problem.key.device).unsqueeze(0)
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        bias = bias.expand(weight.shape[0], -1)
+    return form._replace(weight=weight, bias=bias)
 
 
 class _Inputs(NamedTuple):
