@@ -12,6 +12,7 @@ from performers.models import (
     PerformerForSequenceClassification,
     PerformerModel,
 )
+from performers.models.arguments import CACHE_KEYWORD
 from performers.models.positions import rotate
 from tests.models.cases import (
     EVERY,
@@ -90,7 +91,7 @@ def test_rotation_keeps_lengths_and_double_precision():
     [
         (PerformerModel, ["last_hidden_state"]),
         (PerformerForMaskedLM, ["loss", "logits"]),
-        (PerformerForCausalLM, ["loss", "logits", "past_key_values"]),
+        (PerformerForCausalLM, ["loss", "logits", CACHE_KEYWORD]),
         (PerformerForSequenceClassification, ["loss", "logits"]),
     ],
 )

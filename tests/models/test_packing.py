@@ -155,7 +155,9 @@ def test_sequence_ids_do_not_go_with_a_cache():
     model = make_model("favor-softmax", is_causal=True)
     ids = tokens(1, 6)
     past = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="sequence_ids cannot be combined with past_key_values"):
+    with pytest.raises(
+        ValueError, match="packed sequences.*cannot be combined with past_key_values"
+    ):
         model(ids, sequence_ids=torch.zeros_like(ids), past_key_values=past)
 
 

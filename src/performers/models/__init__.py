@@ -13,7 +13,9 @@ from performers.models.configuration import PerformerConfig
 from performers.models.heads import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
+    PerformerForQuestionAnswering,
     PerformerForSequenceClassification,
+    PerformerForTokenClassification,
 )
 from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
 
@@ -23,6 +25,8 @@ for _auto, _model in (
     (transformers.AutoModelForMaskedLM, PerformerForMaskedLM),
     (transformers.AutoModelForCausalLM, PerformerForCausalLM),
     (transformers.AutoModelForSequenceClassification, PerformerForSequenceClassification),
+    (transformers.AutoModelForTokenClassification, PerformerForTokenClassification),
+    (transformers.AutoModelForQuestionAnswering, PerformerForQuestionAnswering),
 ):
     _auto.register(PerformerConfig, _model, exist_ok=True)
 
@@ -31,7 +35,9 @@ __all__ = [
     "PerformerConfig",
     "PerformerForCausalLM",
     "PerformerForMaskedLM",
+    "PerformerForQuestionAnswering",
     "PerformerForSequenceClassification",
+    "PerformerForTokenClassification",
     "PerformerModel",
     "PerformerPreTrainedModel",
 ]

@@ -1,7 +1,7 @@
 """Configuration of a Performer model."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -94,7 +94,8 @@ class PerformerConfig(PreTrainedConfig):
     """
 
     model_type = "performer"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    # transformers adds to a list; the cache has either name.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     def __init__(
         self,

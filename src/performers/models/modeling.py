@@ -1,7 +1,8 @@
 """The Performer as a transformers model: pre-norm blocks around a chosen attention."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from performers.features import FeatureMap, SoftmaxFeatures
+from performers.models.arguments import (
+    CACHE_KEYWORD,
+    PACKING,
+    check_cache_position,
+    check_no_others,
+    either_cache,
+    sequence_starts,
+    with_both_cache_names,
+)
 from performers.models.attention import ResidualLinear
 from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
@@ -19,13 +29,19 @@ from performers.models.positions import LearnedPositions, rotary_angles, sinusoi
 from performers.models.reversible import run_reversible
 
 
+@with_both_cache_names
+@dataclass
+class PerformerModelOutput(BaseModelOutputWithPast):
+    """Final hidden states, the cache and what else was asked for."""
+
+
 class PerformerPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and saving common to all Performer models."""
 
     config_class = PerformerConfig
     base_model_prefix = "performer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("PerformerBlock",)
+    _no_split_modules: ClassVar[list[str]] = ["PerformerBlock"]
     # Assisted decoding needs to take tokens back, which a sum over the past cannot.
     _is_stateful = True
     # Rounded to half precision, the rows of a projection are no longer orthogonal.
@@ -119,8 +135,10 @@ class PerformerModel(PerformerPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: PerformerCache | None = None,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    ) -> PerformerModelOutput | tuple[Any, ...]:
         """Run the blocks.
 
         Args:
@@ -128,11 +146,12 @@ class PerformerModel(PerformerPreTrainedModel):
             attention_mask: Shape ``(B, L)``, or with the columns of the past before them; 0 =
                 padding.
             position_ids: Shape ``(B, L)``; by default padding is not counted, and packed sequences
-                start at 0.
+                start at 0. Without an ``attention_mask``, positions that begin again at 0 tell of
+                packed sequences.
             sequence_ids: Shape ``(B, L)``; neighbouring tokens with different ids belong to
                 different packed sequences, which do not see each other.
             inputs_embeds: Shape ``(B, L, hidden_size)``, instead of ``input_ids``.
-            past_key_values: The cache that an earlier call returned.
+            past_key_values: The cache that an earlier call returned, also named ``cache``.
             use_cache: Return a cache (causal models only).
             output_attentions: Return each layer's attention matrix ``(B, H, L, L)``, the one that
                 the random features imply (quadratic).
@@ -140,29 +159,49 @@ class PerformerModel(PerformerPreTrainedModel):
                 of reversible blocks the mean of both streams. These keep all activations in
                 training if this or ``output_attentions`` is asked for.
             return_dict: Return a ``ModelOutput`` rather than a tuple.
-            **kwargs: Ignored; transformers passes options of other models here.
+            cache: ``past_key_values`` under the name that transformers has given it since 5.24.
+            cache_position: Position of the first token after those of the cache; only checked.
+            **kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``seq_idx``, ``max_length_q`` and
+                ``max_length_k`` of transformers' padding-free collators, see ``sequence_ids``.
 
         Returns:
             Final hidden states ``(B, L, hidden_size)`` and what was asked for.
 
         Raises:
-            ValueError: Arguments do not go together.
+            ValueError: Arguments do not go together, or a single token at a position beyond 0
+                comes without the cache of what precedes it.
+            TypeError: An argument is unknown.
         """
         config = self.config
+        packing = {name: kwargs.pop(name) for name in PACKING if name in kwargs}
+        check_no_others(self, kwargs)
         output_attentions = _default(output_attentions, config.output_attentions)
         output_hidden_states = _default(output_hidden_states, config.output_hidden_states)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = self._cache(past_key_values, use_cache, sequence_ids)
-        keys_are_gone = cache is not None and not cache.keeps_keys and cache.get_seq_length() > 0
+        past = either_cache(past_key_values, cache)
+        starts = sequence_starts(
+            (hidden_states.shape[0], hidden_states.shape[1]),
+            device=hidden_states.device,
+            position_ids=position_ids,
+            sequence_ids=sequence_ids,
+            masked=attention_mask is not None or past is not None,
+            packing=packing,
+        )
+        cache = self._cache(past, use_cache, packed=starts is not None)
+        length = 0 if cache is None else cache.get_seq_length()
+        check_cache_position(cache_position, length)
+        if config.is_decoder and past is None:
+            _check_first(hidden_states.shape[1], position_ids)
+        keys_are_gone = cache is not None and not cache.keeps_keys and length > 0
         if output_attentions and keys_are_gone:
             raise ValueError(
                 "output_attentions is not available for a call that continues from a cache: the "
                 "keys of the past are gone; run the whole sequence with use_cache=False"
             )
         context, position_ids = self._context(
-            hidden_states, attention_mask, position_ids, sequence_ids, cache, output_attentions
+            hidden_states, attention_mask, position_ids, starts, cache, output_attentions
         )
         hidden_states = self._with_positions(hidden_states, position_ids)
         hidden_states = self.dropout(hidden_states)
@@ -172,16 +211,16 @@ class PerformerModel(PerformerPreTrainedModel):
         )
         hidden_states = self.final_norm(hidden_states)
         all_hidden_states.append(hidden_states)
-        output = BaseModelOutputWithPast(
+        output = PerformerModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=cache,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE_KEYWORD: cache},
         )
         return self._finish(output, return_dict)
 
     def _cache(
-        self, past: PerformerCache | None, use_cache: bool | None, sequence_ids: Tensor | None
+        self, past: PerformerCache | None, use_cache: bool | None, *, packed: bool
     ) -> PerformerCache | None:
         if past is not None and not isinstance(past, PerformerCache):
             raise ValueError(
@@ -207,12 +246,15 @@ class PerformerModel(PerformerPreTrainedModel):
             if past is not None:
                 raise ValueError("gradient checkpointing cannot be combined with past_key_values")
             use_cache = False
-        if past is None and not (use_cache and config.is_decoder and sequence_ids is None):
+        if past is None and not (use_cache and config.is_decoder and not packed):
             return None
         if not config.is_decoder:
             raise ValueError("past_key_values needs a causal model (config.is_decoder=True)")
-        if sequence_ids is not None:
-            raise ValueError("sequence_ids cannot be combined with past_key_values")
+        if packed:
+            raise ValueError(
+                "packed sequences (sequence_ids, cu_seq_lens_q, seq_idx) cannot be combined with "
+                "past_key_values: continue each sequence in a row of its own"
+            )
         if past is None:
             return PerformerCache(config.attention, config.num_hidden_layers, config.exact_layers)
         found = past.attention, len(past), past.exact_layers
@@ -229,7 +271,7 @@ class PerformerModel(PerformerPreTrainedModel):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        sequence_ids: Tensor | None,
+        starts: Tensor | None,
         cache: PerformerCache | None,
         output_attentions: bool,
     ) -> tuple[AttentionContext, Tensor]:
@@ -244,7 +286,7 @@ class PerformerModel(PerformerPreTrainedModel):
                     + (f" or ({batch}, {past + length})" if past else "")
                     + f", got {tuple(attention_mask.shape)}"
                 )
-            mask = attention_mask[:, attention_mask.shape[1] - length :].to(device).bool()
+            mask = _bool_mask(attention_mask)[:, attention_mask.shape[1] - length :].to(device)
         present = mask
         if present is None:
             present = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -254,15 +296,8 @@ class PerformerModel(PerformerPreTrainedModel):
             positions = cache.extend(present)
         else:
             positions = (present.long().cumsum(-1) - 1).clamp_min(0)
-        cu_seqlens = None
-        if sequence_ids is not None:
-            if sequence_ids.shape != (batch, length):
-                raise ValueError(
-                    f"sequence_ids must have shape ({batch}, {length}), got "
-                    f"{tuple(sequence_ids.shape)}"
-                )
-            starts = torch.ones(batch, length, dtype=torch.bool, device=device)
-            starts[:, 1:] = sequence_ids[:, 1:] != sequence_ids[:, :-1]
+        sequence_ids = cu_seqlens = None
+        if starts is not None:
             # Runs are numbered, so that an id used twice in a row stays two sequences.
             sequence_ids = starts.long().cumsum(-1)
             index = torch.arange(length, device=device).expand(batch, -1)
@@ -300,6 +335,38 @@ def _boundaries(starts: Tensor) -> Tensor:
     """Offsets of the sequences that start at the marked tokens, all rows laid end to end."""
     offsets = starts.flatten().nonzero().squeeze(-1)
     return torch.cat((offsets, offsets.new_tensor([starts.numel()])))
+
+
+def _bool_mask(mask: Tensor) -> Tensor:
+    """A mask of zeros and ones as bool.
+
+    Raises:
+        ValueError: It has other values, as additive masks and masks that number sequences do.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "attention_mask must be bool or hold 0 (padding) and 1 only, got values from "
+            f"{mask.min().item()} to {mask.max().item()}: additive masks and masks that number "
+            "packed sequences have other names here (sequence_ids)"
+        )
+    return mask != 0
+
+
+def _check_first(length: int, position_ids: Tensor | None) -> None:
+    """Refuse a step of generation that comes without its past.
+
+    Raises:
+        ValueError: The call has a single token, at a position beyond 0.
+    """
+    if length != 1 or position_ids is None or torch.compiler.is_compiling():
+        return
+    if bool((position_ids > 0).any()):
+        raise ValueError(
+            f"position_ids tell of a single token at position {int(position_ids.max())}, but the "
+            f"call has no cache of the tokens before it: pass {CACHE_KEYWORD}, or the whole row"
+        )
 
 
 def _default(value: bool | None, default: bool) -> bool:

@@ -1,0 +1,166 @@
+"""Arguments of a forward call, as transformers and its collators name them.
+
+transformers 5.24 renamed the cache from ``past_key_values`` to ``cache``. `CACHE_KEYWORD` is the
+name that the installed release uses; every other module asks here.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+CACHE_KEYWORDS = ("cache", "past_key_values")
+# Collators that pack sequences into one row pass these; the maximal lengths follow from the others.
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_length_k")
+_LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def cache_keyword(function: Callable[..., Any]) -> str:
+    """Name of the argument in which a function of transformers takes the cache.
+
+    Args:
+        function: Such as the ``forward`` of a causal model.
+
+    Raises:
+        ValueError: The signature has no argument of a known name.
+    """
+    parameters = inspect.signature(function).parameters
+    name = next((name for name in CACHE_KEYWORDS if name in parameters), None)
+    if name is None:
+        raise ValueError(
+            f"{getattr(function, '__qualname__', function)} takes its cache under none of the names "
+            f"{', '.join(CACHE_KEYWORDS)}; this version of performers does not know the installed "
+            "transformers: install the release that constraints.txt names"
+        )
+    return name
+
+
+CACHE_KEYWORD = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
+
+
+def either_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache of a call, under whichever of its two names it came.
+
+    Raises:
+        ValueError: Both were passed.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("cache and past_key_values name the same argument: pass one of them")
+    return cache if past_key_values is None else past_key_values
+
+
+def with_both_cache_names(output_class: type) -> type:
+    """Class decorator: an output whose cache is ``cache`` and ``past_key_values`` alike."""
+    other = next(name for name in CACHE_KEYWORDS if name != CACHE_KEYWORD)
+    setattr(output_class, other, property(lambda self: getattr(self, CACHE_KEYWORD)))
+    return output_class
+
+
+def take_loss_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of transformers' loss functions out of a call's remaining arguments."""
+    return {name: arguments.pop(name) for name in _LOSS_OPTIONS if name in arguments}
+
+
+def check_cache_position(position: Tensor | None, past: int) -> None:
+    """Check the position that some releases of transformers tell beside the cache.
+
+    Raises:
+        ValueError: It does not begin where the cache ends.
+    """
+    if position is None or torch.compiler.is_compiling():
+        return
+    if position.numel() and int(position.reshape(-1)[0]) != past:
+        raise ValueError(
+            f"cache_position begins at {int(position.reshape(-1)[0])}, but the cache holds {past} "
+            f"tokens: pass the cache of the earlier call ({CACHE_KEYWORD}), or the whole sequence"
+        )
+
+
+def check_no_others(model: object, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that a model does not know, which could change what is asked for.
+
+    Raises:
+        TypeError: One of them is not None.
+    """
+    others = sorted(name for name, value in arguments.items() if value is not None)
+    if others:
+        raise TypeError(
+            f"{type(model).__name__} does not know the argument(s) {', '.join(others)}: leave them "
+            "out (the documentation of forward() lists what it takes)"
+        )
+
+
+def sequence_starts(
+    shape: tuple[int, int],
+    *,
+    device: torch.device,
+    position_ids: Tensor | None,
+    sequence_ids: Tensor | None,
+    masked: bool,
+    packing: Mapping[str, Any],
+) -> Tensor | None:
+    """First tokens of the sequences that are packed into rows, ``(B, L)`` bool, or None.
+
+    Packing is said by ``sequence_ids``, by the ``cu_seq_lens_q`` or ``seq_idx`` of transformers'
+    padding-free collators, or by ``position_ids`` that begin again at 0 in a call without a mask.
+
+    Args:
+        shape: Rows and tokens of the call.
+        device: Of the model.
+        position_ids: Of the call.
+        sequence_ids: Neighbouring tokens with different ids belong to different sequences.
+        masked: Whether the call has a mask or a past, and positions tell nothing of packing.
+        packing: Values of `PACKING` arguments.
+
+    Raises:
+        ValueError: A shape does not fit, positions go back to another place than 0, or the ways to
+            say it contradict each other.
+    """
+    batch, length = shape
+    found: dict[str, Tensor] = {}
+    for name, ids in (("sequence_ids", sequence_ids), ("seq_idx", packing.get("seq_idx"))):
+        if ids is None:
+            continue
+        if ids.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(ids.shape)}")
+        starts = torch.ones(shape, dtype=torch.bool, device=device)
+        starts[:, 1:] = (ids[:, 1:] != ids[:, :-1]).to(device)
+        found[name] = starts
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        offsets = packing.get(name)
+        if offsets is None:
+            continue
+        total = batch * length
+        if batch != 1 or offsets.ndim != 1 or int(offsets[0]) or int(offsets[-1]) != total:
+            raise ValueError(
+                f"{name} must run from 0 to the length of a single row ({length}), got "
+                f"{tuple(offsets.shape)} offsets for an input of shape {shape}"
+            )
+        starts = torch.zeros(total, dtype=torch.bool, device=device)
+        starts[offsets[:-1].to(device).long()] = True
+        found[name] = starts.view(shape)
+    if position_ids is not None and not masked and length > 1:
+        positions = position_ids.expand(batch, -1).to(device)
+        falls = torch.zeros(shape, dtype=torch.bool, device=device)
+        falls[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+        if bool(falls.any()):
+            if bool((falls & (positions != 0)).any()):
+                raise ValueError(
+                    "position_ids fall or repeat within a row at another position than 0, so that "
+                    "they do not tell where packed sequences begin: pass sequence_ids, or an "
+                    "attention_mask of ones if each row is one sequence"
+                )
+            falls[:, 0] = True
+            found["position_ids"] = falls
+    if not found:
+        return None
+    name, starts = next(iter(found.items()))
+    # Positions may be of any kind beside sequence_ids, which say it all.
+    others = {} if name == "sequence_ids" else found
+    for other, theirs in others.items():
+        if not bool((theirs == starts).all()):
+            raise ValueError(f"{name} and {other} tell different boundaries of packed sequences")
+    return starts
