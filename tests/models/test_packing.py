@@ -156,7 +156,7 @@ def test_sequence_ids_do_not_go_with_a_cache():
     ids = tokens(1, 6)
     past = model(ids, use_cache=True).past_key_values
     with pytest.raises(
-        ValueError, match="packed sequences.*cannot be combined with past_key_values"
+        ValueError, match=r"packed sequences.*cannot be combined with past_key_values"
     ):
         model(ids, sequence_ids=torch.zeros_like(ids), past_key_values=past)
 

@@ -31,9 +31,9 @@ def cache_keyword(function: Callable[..., Any]) -> str:
     name = next((name for name in CACHE_KEYWORDS if name in parameters), None)
     if name is None:
         raise ValueError(
-            f"{getattr(function, '__qualname__', function)} takes its cache under none of the names "
-            f"{', '.join(CACHE_KEYWORDS)}; this version of performers does not know the installed "
-            "transformers: install the release that constraints.txt names"
+            f"{getattr(function, '__qualname__', function)} takes its cache under none of the "
+            f"names {', '.join(CACHE_KEYWORDS)}; this version of performers does not know the "
+            "installed transformers: install the release that constraints.txt names"
         )
     return name
 
