@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from performers.convert import load_performer, to_performer
 from performers.convert.block import FavorBlock
+from tests.convert import architectures
 from tests.convert.architectures import (
     build,
     converted,
@@ -111,20 +112,168 @@ def test_a_pickled_model_runs_in_a_process_that_imports_torch_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_original_class_opens_the_exact_model(name, folder):
+def test_its_own_class_opens_the_converted_model(name, folder):
     model, given = saved(name, folder)
-    original = type(model).from_pretrained(folder)
-    assert not any(isinstance(x, FavorBlock) for x in original.modules())
-    assert torch.equal(output(original, given), output(build(CASES[name][0]), given))
+    loaded = type(model).from_pretrained(folder)
+    assert isinstance(loaded, type(model))
+    assert torch.equal(output(loaded, given), output(model, given))
 
 
-def test_the_exact_model_of_a_converted_folder_can_be_converted_otherwise(folder):
+def test_auto_classes_pipelines_and_other_heads_open_the_converted_model(folder):
+    model, given = saved("listed keys", folder)
+    assert torch.equal(
+        output(transformers.AutoModelForMaskedLM.from_pretrained(folder), given),
+        output(model, given),
+    )
+    base = transformers.AutoModel.from_pretrained(folder)
+    assert torch.equal(output(base, given), output(model.bert, given))
+    # A head that the folder does not have is initialised as ever.
+    labels = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert any(isinstance(x, FavorBlock) for x in labels.modules())
+    assert 0 < labels.classifier.weight.abs().max() < 1
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
+    transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    features = transformers.pipeline("feature-extraction", model=str(folder))
+    assert any(isinstance(x, FavorBlock) for x in features.model.modules())
+    assert len(features("word word")[0]) == 4
+
+
+def test_a_peft_adapter_opens_its_converted_base(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    model, given = saved("exact terms", folder)
+    base = type(model).from_pretrained(folder)
+    adapted = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert any(isinstance(x, FavorBlock) for x in loaded.modules())
+    assert torch.equal(output(loaded, given), output(adapted.eval(), given))
+
+
+def test_without_this_package_a_converted_folder_is_refused(tmp_path):
+    """In its own class as in the Auto classes, by a sentence that says what to import."""
+    for name in ("features", "exact terms", "pixels"):
+        saved(name, tmp_path / name)
+    program = (
+        "import sys, transformers\n"
+        "from pathlib import Path\n"
+        "for folder in Path(sys.argv[1]).iterdir():\n"
+        "    config = transformers.AutoConfig.from_pretrained(folder)\n"
+        "    own = getattr(transformers, config.architectures[0])\n"
+        "    for opener in (transformers.AutoModel, own):\n"
+        "        try:\n"
+        "            opener.from_pretrained(folder)\n"
+        "        except ValueError as error:\n"
+        "            assert \"pip install 'performers[convert]'\" in str(error), error\n"
+        "            assert 'import performers.convert' in str(error), error\n"
+        "        else:\n"
+        "            raise SystemExit(f'{folder} was opened')\n"
+        "assert 'performers' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_loaded_model_is_no_quantized_one(folder):
+    """Dtypes change, and Trainer takes it, as any other model."""
+    saved("features", folder)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    assert not getattr(loaded, "is_quantized", False)
+    assert not hasattr(loaded, "quantization_method")
+    assert loaded.half().dtype == torch.float16
+    assert loaded.float().to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_folder_of_an_earlier_version(folder):
+    model, given = saved("calibrated", folder)
+    edit(folder, lambda config: [config.pop("quantization_config"), config.pop("attn_implementation")])
+    loaded = load_performer(folder)
+    assert torch.equal(output(loaded, given), output(model, given))
+    loaded.save_pretrained(folder)
+    assert torch.equal(output(type(model).from_pretrained(folder), given), output(model, given))
+
+
+def test_a_loaded_model_is_not_converted_again(folder):
     saved("features", folder)
     model = type(build("bert")).from_pretrained(folder)
-    to_performer(model, window=64)
-    assert model.config.performers["window"] == 64
-    expected = output(build("bert"), inputs("bert"))
-    torch.testing.assert_close(output(model, inputs("bert")), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="converted already"):
+        to_performer(model, window=64)
+
+
+class OwnModel(transformers.BertPreTrainedModel):
+    """A class that transformers does not have."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = transformers.BertModel(config)
+        self.head = torch.nn.Linear(config.hidden_size, 3)
+        self.post_init()
+
+    def forward(self, input_ids=None):
+        return self.head(self.bert(input_ids).last_hidden_state)
+
+
+def test_a_class_of_ones_own(folder):
+    config = transformers.BertConfig(**architectures.BERT)
+    model = converted(OwnModel(config).eval(), num_features=16)
+    model.save_pretrained(folder)
+    ids = token_ids(2, 20)
+    for loaded in (load_performer(folder), load_performer(folder, model_class=OwnModel)):
+        assert type(loaded) is OwnModel
+        assert torch.equal(loaded(ids), model(ids))
+
+
+def clip():
+    sizes = architectures.SIZES
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, **sizes},
+        vision_config={"image_size": 32, "patch_size": 8, **sizes},
+        projection_dim=16,
+    )
+    torch.manual_seed(0)
+    return transformers.CLIPModel(config).eval()
+
+
+def test_parts_of_a_composite_model(folder):
+    """Converted one after the other, otherwise, and saved with the whole."""
+    model = clip()
+    given = {"input_ids": token_ids(2, 20), "pixel_values": torch.rand(2, 3, 32, 32)}
+    exact = model(**given).logits_per_image
+    to_performer(model.vision_model, num_features=16, window=3)
+    once = model(**given).logits_per_image
+    assert not torch.equal(once, exact)
+    model.save_pretrained(folder)
+    for loaded in (load_performer(folder), transformers.AutoModel.from_pretrained(folder)):
+        assert torch.equal(loaded(**given).logits_per_image, once)
+        assert not any(isinstance(x, FavorBlock) for x in loaded.text_model.modules())
+    to_performer(model.text_model, num_features=32)
+    twice = model(**given).logits_per_image
+    model.save_pretrained(folder)
+    assert torch.equal(load_performer(folder)(**given).logits_per_image, twice)
+    model.vision_model.save_pretrained(folder)
+    loaded = transformers.CLIPVisionModel.from_pretrained(folder)
+    pixels = {"pixel_values": given["pixel_values"]}
+    assert torch.equal(output(loaded, pixels), output(model.vision_model, pixels))
+
+
+def test_models_of_one_configuration_do_not_disturb_each_other(folder):
+    config = transformers.BertConfig(**architectures.BERT)
+    teacher, student = (transformers.BertModel(config).eval() for _ in range(2))
+    ids = token_ids(2, 20)
+    before = teacher(ids).last_hidden_state
+    to_performer(student, num_features=16)
+    assert torch.equal(teacher(ids).last_hidden_state, before)
+    teacher.save_pretrained(folder)
+    assert "performers" not in json.loads((folder / "config.json").read_text())
+    student.save_pretrained(folder)
+    got = load_performer(folder)(ids).last_hidden_state
+    assert torch.equal(got, student(ids).last_hidden_state)
 
 
 def test_a_loaded_model_saves_again(folder, tmp_path):
@@ -238,7 +387,7 @@ def test_a_missing_tensor(folder):
     missing = next(name for name in tensors if ".favor." in name)
     del tensors[missing]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"has no tensor {missing}"):
+    with pytest.raises(ValueError, match=f"have no tensor {missing}"):
         load_performer(folder)
 
 
@@ -259,14 +408,14 @@ def test_settings_of_another_version(folder):
 def test_a_class_that_transformers_does_not_have(folder):
     saved("features", folder)
     edit(folder, lambda config: config.update(architectures=["BertForMyself"]))
-    with pytest.raises(ValueError, match="no class BertForMyself"):
+    with pytest.raises(ValueError, match="holds a BertForMyself, and no class of that name"):
         load_performer(folder)
 
 
 def test_other_numbers_of_features_than_the_record_says(folder):
     saved("features", folder)
     edit(folder, lambda config: config["performers"].update(num_features=32))
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load_performer(folder)
 
 

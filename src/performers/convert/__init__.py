@@ -1,5 +1,11 @@
-"""Pretrained Transformers become Performers: swap, calibrate, distil, save, load."""
+"""Conversion of pretrained Transformers into Performers: convert, calibrate, distil, save, load.
 
+Importing this package registers the attention implementation ``"favor"`` with transformers, where
+that is installed, and lets its ``from_pretrained`` open the folders of converted models.
+"""
+
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from performers.convert.positions import extend_positions_
@@ -22,8 +28,6 @@ def __getattr__(name: str) -> Any:
     """Import what needs transformers when it is asked for."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
     try:
         return getattr(importlib.import_module(_PLACES[name]), name)
     except ModuleNotFoundError as error:
@@ -33,3 +37,8 @@ def __getattr__(name: str) -> Any:
             f"performers.convert.{name} needs {error.name}: pip install 'performers[convert]'",
             name=error.name,
         ) from error
+
+
+if importlib.util.find_spec("transformers") is not None:
+    for _module in ("interface", "saving"):
+        importlib.import_module(f"performers.convert.{_module}")

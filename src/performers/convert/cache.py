@@ -10,7 +10,13 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from performers.models.cache import FavorCacheLayer
 
-__all__ = ["ConvertedCacheLayer", "leave_cache_layer", "state_layer", "take_cache_layer"]
+__all__ = [
+    "ConvertedCacheLayer",
+    "check_cache",
+    "leave_cache_layer",
+    "state_layer",
+    "take_cache_layer",
+]
 
 # A forward pass of one thread: the cache layer of the attention module that is running.
 _RUNNING = threading.local()
@@ -20,10 +26,14 @@ class ConvertedCacheLayer(FavorCacheLayer):
     """The state of one linear layer where transformers would keep keys and values.
 
     Holds the sums, the first ``sinks`` and the last ``window`` keys and values.
+
+    Attributes:
+        padding: Padding before the first token of each row, (B,), where positions do not count it.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.padding: Tensor | None = None
         self._expected = False
 
     def expect(self) -> None:
@@ -45,6 +55,23 @@ class ConvertedCacheLayer(FavorCacheLayer):
             )
         self._expected = False
         return key_states, value_states
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.padding = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes row ``beam_idx[i]``."""
+        super().reorder_cache(beam_idx)
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(repeats)
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +113,27 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
         index: Of the layer.
 
     Raises:
+        ValueError: See `check_cache`.
+    """
+    cache = check_cache(cache, index)
+    while len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    if not isinstance(cache.layers[index], ConvertedCacheLayer):
+        cache.layers[index] = ConvertedCacheLayer()
+    return cache.layers[index]
+
+
+def check_cache(cache: Any, index: int) -> Any:
+    """Check that a layer of a cache can hold a state.
+
+    Args:
+        cache: The cache that a model was given.
+        index: Of the layer.
+
+    Returns:
+        The cache, or the one of self-attention within it.
+
+    Raises:
         ValueError: The cache holds keys and values of the past, or is of a kind that cannot hold a
             state.
     """
@@ -98,11 +146,9 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
             "past_key_values moves keys and values away (offloading), which a state of constant "
             "size does not need: leave cache_implementation at its default"
         )
-    while len(cache.layers) <= index:
-        cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
+    layer = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
     if isinstance(layer, ConvertedCacheLayer):
-        return layer
+        return cache
     if type(layer) is not DynamicLayer:
         raise ValueError(
             f"past_key_values has a {type(layer).__name__} for a linear layer; only the default "
@@ -113,5 +159,4 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
             f"past_key_values holds {layer.get_seq_length()} keys and values that another model "
             "computed; a converted model has to read the past itself: start with an empty cache"
         )
-    cache.layers[index] = ConvertedCacheLayer()
-    return cache.layers[index]
+    return cache

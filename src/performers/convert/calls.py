@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -152,6 +153,17 @@ def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
     return out
 
 
+def _continues(call: AttentionCall) -> bool:
+    """True if the mask or the positions of a causal call tell of tokens before it."""
+    if not call.pattern.is_causal or torch.compiler.is_compiling():
+        return False
+    if int(call.pattern.past) > 0:
+        return True
+    positions = call.options.get("position_ids")
+    single = call.query.shape[2] == 1 == call.key.shape[2]
+    return single and isinstance(positions, Tensor) and bool((positions > 0).any())
+
+
 def check_linear(call: AttentionCall) -> None:
     """Refuse what linear attention cannot do.
 
@@ -175,6 +187,11 @@ def check_linear(call: AttentionCall) -> None:
             problem = "a cache in attention that is not causal"
         elif pattern.sequence_ids is not None:
             problem = "a cache together with packed sequences"
+    if problem is None and call.cache_layer is None and _continues(call):
+        problem = (
+            "a step that continues earlier tokens, whose cache did not reach its attention module "
+            "under a name or type that performers knows"
+        )
     boundaries = call.options.get("cu_seq_lens_q")
     if (
         problem is None

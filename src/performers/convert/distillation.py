@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -18,13 +20,13 @@ from torch.utils.data import Dataset
 from performers.convert.batches import Collator, Stream
 from performers.convert.block import BLOCK, FavorBlock
 from performers.convert.runs import Distillation, DistillationRun
-from performers.convert.settings import ConversionSettings
-from performers.convert.swap import RECORD
+from performers.convert.record import read_record, write_record
 from performers.convert.trainers import LOSSES, DistillationTrainer, TransferTrainer
+from performers.models.manifest import find_damage, write_manifest
 
 __all__ = ["Distillation", "check_adapters", "distill"]
 
-_TRANSFERRED = "transferred.safetensors"
+_TRANSFERRED, _PARAMETERS = "transferred", "parameters.safetensors"
 
 
 def distill(
@@ -174,11 +176,18 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     }
     for block in blocks.values():
         block.learn_(block.feature_map.num_heads or 1)
-    record = ConversionSettings.from_record(getattr(student.config, RECORD))
-    setattr(student.config, RECORD, replace(record, learned=True).record())
+    settings = read_record(student)
+    assert settings is not None
+    write_record(student, replace(settings, learned=True))
     done = None if run.output is None else run.output / _TRANSFERRED
-    if run.resume and done is not None and done.is_file():
-        _set_parameters(blocks, load_file(done))
+    if run.resume and done is not None and done.is_dir():
+        damage = find_damage(done)
+        if damage is not None:
+            raise ValueError(
+                f"{done}: {damage}; restore it from a copy, or delete {done} to resume the "
+                "transfer from its last checkpoint"
+            )
+        _set_parameters(blocks, load_file(done / _PARAMETERS))
         return
     frozen = [parameter for parameter in student.parameters() if parameter.requires_grad]
     learned = [parameter for block in blocks.values() for parameter in block.parameters()]
@@ -191,8 +200,19 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    if done is not None and run.result.finished:
-        save_file(_parameters(blocks), done)
+    if done is not None and run.result.finished and int(os.environ.get("RANK", "0")) == 0:
+        _save_parameters(blocks, done)
+
+
+def _save_parameters(blocks: dict[nn.Module, FavorBlock], folder: Path) -> None:
+    """Save the features' parameters with a manifest, whole or not at all."""
+    staging = folder.with_name(f".{folder.name}")
+    for earlier in (staging, folder):
+        shutil.rmtree(earlier, ignore_errors=True)
+    staging.mkdir()
+    save_file(_parameters(blocks), staging / _PARAMETERS)
+    write_manifest(staging)
+    staging.rename(folder)
 
 
 def _parameters(blocks: dict[nn.Module, FavorBlock]) -> dict[str, torch.Tensor]:
@@ -291,7 +311,7 @@ def _check(
         raise ValueError(f"lora_rank must be at least 1 or None, got {lora_rank}")
     if resume and output_dir is None:
         raise ValueError("resume needs output_dir, the folder of the run to continue")
-    if transfer_steps and getattr(getattr(student, "config", None), RECORD, None) is None:
+    if transfer_steps and read_record(student) is None:
         raise ValueError(
             f"{type(student).__name__} is no converted transformers model: call to_performer on "
             "it first, or pass transfer_steps=0"

@@ -1,20 +1,31 @@
-"""What runs before the forward pass of a converted attention module."""
+"""Forward pre-hooks of converted models: the cache of an attention module, positions of a model."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from performers.convert.cache import leave_cache_layer, state_layer, take_cache_layer
+from performers.convert.block import BLOCK
+from performers.convert.cache import (
+    ConvertedCacheLayer,
+    leave_cache_layer,
+    state_layer,
+    take_cache_layer,
+)
 
 # A model that comes out of a pickle brings this module along, and with it the registration.
 from performers.convert.interface import IMPLEMENTATION
+from performers.models.arguments import CACHE_KEYWORDS
 
-__all__ = ["enter_attention"]
+__all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
 
-_NAMES = ("past_key_values", "past_key_value", "layer_past")
+# Under which a cache of another kind than transformers' own would come; those are known by type.
+_NAMES = (*CACHE_KEYWORDS, "past_key_value", "layer_past")
 
 
 def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,9 +48,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
         return
-    cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
-    if cache is None:
-        cache = next((x for x in args if isinstance(x, Cache)), None)
+    cache = find_cache(args, kwargs)
     if cache is None:
         return
     index: Any = getattr(module, "layer_idx", None)
@@ -48,3 +57,91 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     layer = state_layer(cache, index)
     layer.expect()
     leave_cache_layer(module, layer)
+
+
+def is_rotary_model(module: nn.Module) -> bool:
+    """True of a model that makes the angles of rotary positions, and has no other positions.
+
+    Args:
+        module: A part of a transformers model.
+    """
+    if not isinstance(module, PreTrainedModel):
+        return False
+    names = inspect.signature(type(module).forward).parameters
+    if not {"attention_mask", "position_ids"} <= set(names):
+        return False
+    return any("RotaryEmbedding" in type(child).__name__ for child in module.children())
+
+
+def enter_rotary_model(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook: padding before the first token of a row does not count as positions.
+
+    Exact attention depends on differences of rotary positions alone. Random features depend on the
+    positions themselves, so that a row padded on the left would not equal the row alone.
+
+    Args:
+        module: A model of which `is_rotary_model` is true.
+        args: Of its forward pass.
+        kwargs: Of its forward pass.
+
+    Returns:
+        The arguments with ``position_ids``, or None to leave them as they are.
+    """
+    signature = inspect.signature(type(module).forward)
+    call = signature.bind_partial(module, *args, **kwargs).arguments
+    tokens = call.get("input_ids")
+    tokens = call.get("inputs_embeds") if tokens is None else tokens
+    if call.get("position_ids") is not None or not isinstance(tokens, Tensor):
+        return None
+    cache, length = find_cache(args, kwargs), tokens.shape[1]
+    layer = None if cache is None else _first_layer(module, cache)
+    past = 0 if layer is None else layer.get_seq_length()
+    padding = None if layer is None else layer.padding
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        padding = (mask.cumsum(-1) == 0).sum(-1)
+    if padding is None:
+        return None
+    if not is_tracing() and not bool((padding > 0).any()):
+        return None
+    if layer is not None:
+        layer.padding = padding
+    index = torch.arange(past, past + length, device=tokens.device)
+    positions = (index - padding.to(tokens.device).unsqueeze(-1)).clamp_min(0)
+    place = list(signature.parameters).index("position_ids") - 1
+    if place < len(args):
+        return (*args[:place], positions, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "position_ids": positions}
+
+
+def is_tracing() -> bool:
+    """True while torch records a program that other inputs will be put through."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass, known by its type, or None.
+
+    Args:
+        args: Of the forward pass.
+        kwargs: Likewise.
+    """
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+    if cache is None:
+        cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
+    return cache
+
+
+def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
+    """The state in a cache of the first converted layer of a model."""
+    config: Any = module.config
+    if config._attn_implementation != IMPLEMENTATION:
+        return None
+    indices = [
+        x.layer_idx
+        for x in module.modules()
+        if getattr(x, BLOCK, None) is not None and isinstance(x.layer_idx, int)
+    ]
+    return state_layer(cache, min(indices)) if indices else None

@@ -24,6 +24,7 @@ from performers.convert.cache import take_cache_layer
 from performers.convert.calls import AttentionCall, exact_attention, linear_attention
 from performers.convert.modules import interface_modules
 from performers.convert.patterns import AttentionPattern, pattern_mask
+from performers.convert.record import SAVED_IMPLEMENTATION
 
 __all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]
 
@@ -195,5 +196,20 @@ def _restore(implementations: list[tuple[Any, Any]]) -> None:
         config._attn_implementation = implementation
 
 
+def _unconverted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The function registered under the name that saved configurations carry.
+
+    Raises:
+        ValueError: Always: loading a converted model replaces the name.
+    """
+    del args, kwargs
+    raise ValueError(
+        f"{type(module).__name__} comes from the folder of a converted model, but its features "
+        "were not loaded: open the folder with performers.convert.load_performer"
+    )
+
+
 AttentionInterface.register(IMPLEMENTATION, favor_attention_forward)
 AttentionMaskInterface.register(IMPLEMENTATION, pattern_mask)
+AttentionInterface.register(SAVED_IMPLEMENTATION, _unconverted_forward)
+AttentionMaskInterface.register(SAVED_IMPLEMENTATION, pattern_mask)

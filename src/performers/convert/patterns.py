@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-__all__ = ["AttentionPattern", "pattern_mask"]
+__all__ = ["AttentionPattern", "check_reading", "pattern_mask"]
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class AttentionPattern:
         sequence_ids: (B, L); tokens with different ids do not see each other; None: one sequence.
         unknown: Why the pattern is not described by the above; None: it is.
         make_dense: Makes the mask that ``scaled_dot_product_attention`` would get.
+        past: Tokens that precede the queries of this call, by the cache that the model was given.
         shape: Of the mask that this stands for, (B, 1, L, S). Some models make their masks early
             and hand them to their parts, which know a finished one by its four axes.
     """
@@ -42,6 +43,7 @@ class AttentionPattern:
     sequence_ids: Tensor | None = None
     unknown: str | None = None
     make_dense: Callable[[], Tensor | None] | None = None
+    past: int | Tensor = 0
     shape: tuple[int, int, int, int] | None = None
     _dense: list[Tensor | None] = field(default_factory=list)
 
@@ -119,7 +121,7 @@ def pattern_mask(
         )
 
     shape = (batch_size, 1, q_length, kv_length)
-    pattern = _read(mask_function, AttentionPattern(make_dense=dense, shape=shape))
+    pattern = _read(mask_function, AttentionPattern(make_dense=dense, past=q_offset, shape=shape))
     if attention_mask is not None:
         pattern.key_mask = _taking_part(attention_mask, q_length, kv_length)
     return pattern
@@ -163,3 +165,41 @@ def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionP
         # Within a sequence positions count on by one, so that differences are those of the index.
         return _read(inner["mask_function"], pattern)
     return replace(pattern, unknown=f"a mask of its own ({name})")
+
+
+def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) -> None:
+    """Check a pattern against the dense mask that it stands for; quadratic.
+
+    Args:
+        pattern: Without a past.
+        length: Queries.
+        size: Keys.
+        name: The layer's name, for messages.
+
+    Raises:
+        ValueError: The mask says something else than the pattern.
+    """
+    dense = pattern.dense()
+    if dense is None or dense.ndim != 4:
+        return
+    seen = dense if dense.dtype == torch.bool else dense == 0
+    index = torch.arange(max(length, size), device=seen.device)
+    distance = index[:length, None] - index[None, :size]
+    read = torch.ones_like(seen[:, :1])
+    if pattern.is_causal:
+        read = read & (distance >= 0)
+    if pattern.window is not None:
+        read = read & (distance.abs() <= pattern.window)
+    if pattern.key_mask is not None:
+        read = read & pattern.key_mask[:, None, None, :].to(seen.device)
+    if pattern.sequence_ids is not None:
+        ids = pattern.sequence_ids.to(seen.device)
+        read = read & (ids[:, None, :, None] == ids[:, None, None, :])
+    # Queries that see nothing are let see anything by transformers.
+    counts = read.any(-1, keepdim=True)
+    if not bool(((seen == read) | ~counts).all()):
+        raise ValueError(
+            f"{name} attends by a mask that is neither causal, nor padding, a window or packed "
+            "sequences, which linear attention cannot do: leave this layer exact with "
+            "to_performer(..., layers=...)"
+        )

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from performers.models.callbacks import (
     IntervalsCallback,
@@ -23,6 +22,7 @@ from performers.models.callbacks import (
     StopCallback,
     stop_on_signals,
 )
+from performers.models.checkpoints import newest_checkpoint
 
 __all__ = ["Distillation", "DistillationRun"]
 
@@ -123,9 +123,12 @@ class DistillationRun:
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
         checkpoint = None
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.resume and folder is not None and folder.is_dir():
-            checkpoint = get_last_checkpoint(str(folder))
-        done = 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[-1])
+            checkpoint = newest_checkpoint(
+                folder, processes=trainer.args.world_size, sharded=sharded
+            )
+        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
         # What came after the checkpoint comes again.
         self.result.history = [
             entry
@@ -133,7 +136,12 @@ class DistillationRun:
             if entry["stage"] != stage or entry["step"] <= done
         ]
         with stop_on_signals(stop):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            if checkpoint is not None and done >= steps and not sharded:
+                # Trainer would take one more step from the checkpoint of the last one.
+                trainer._load_from_checkpoint(str(checkpoint))
+            else:
+                resumed = None if checkpoint is None else str(checkpoint)
+                trainer.train(resume_from_checkpoint=resumed)
         self.result.tokens += trainer.tokens
         self.result.finished = not stop.requested
         self.write()

@@ -1,45 +1,55 @@
-"""Converted models in folders."""
+"""Converted models in folders: loaded by `load_performer` and by transformers itself.
+
+Importing this module registers a "quantizer" with transformers, its one place where a package may
+change a model between construction and the reading of weights. ``from_pretrained`` of any class,
+``pipeline``, sentence-transformers and peft then open a converted folder as a converted model.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging as transformers_logging
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from performers.convert.block import BLOCK, FavorBlock
+from performers.convert.block import FavorBlock
+from performers.convert.record import METHOD, PARTS, RECORD
 from performers.convert.settings import ConversionSettings
-from performers.convert.swap import RECORD, convert_transformers_model
+from performers.convert.swap import convert_transformers_model
+from performers.models.manifest import check_manifest
 
 __all__ = ["load_performer"]
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
-
-def load_performer(path: str | Path, **options: Any) -> Any:
+def load_performer(path: str | Path, *, model_class: type | None = None, **options: Any) -> Any:
     """Load a model that `to_performer` converted and ``save_pretrained`` saved.
 
     The outputs equal those of the model that was saved: random features are part of the weights.
-    The same folder opened with the original class, without this function, is the exact model.
+    ``from_pretrained`` of transformers does the same once ``performers.convert`` is imported; this
+    function also opens folders of earlier versions, and names the class for you.
 
     Args:
         path: The folder.
+        model_class: Class of the model, for classes of your own; None: the one that was saved.
         **options: For the model class's ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
     Returns:
-        The model, of the class that was saved, in evaluation mode.
+        The model, in evaluation mode.
 
     Raises:
         FileNotFoundError: There is no saved model in ``path``.
-        ValueError: The model is not a converted one, or tensors of its features are missing.
+        ValueError: The model is not a converted one, its class is not known, its files have
+            changed since they were saved, or tensors of its features are missing.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file():
@@ -47,64 +57,148 @@ def load_performer(path: str | Path, **options: Any) -> Any:
             f"{folder} has no config.json: expected a folder written by save_pretrained"
         )
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = written.get("architectures") or [None]
+    name = (written.get("architectures") or [None])[0]
     if written.get("model_type") == "performer":
         from performers import models
 
-        return getattr(models, names[0] or "PerformerModel").from_pretrained(folder, **options)
-    record = written.get(RECORD)
-    if record is None:
+        model_class = model_class or getattr(models, name or "PerformerModel")
+        return model_class.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+    if written.get(RECORD) is None:
         raise ValueError(
-            f"{folder} holds a {names[0]} that is not converted: load it with transformers and "
+            f"{folder} holds a {name} that is not converted: load it with transformers and "
             "call to_performer on it"
         )
-    model_class = getattr(transformers, names[0] or "", None)
-    if model_class is None:
-        raise ValueError(f"{folder}: transformers has no class {names[0]}")
-    settings = ConversionSettings.from_record(record)
-    verbosity = transformers_logging.get_verbosity()
-    # Tensors of the features are no part of the original class, which would say so at length.
-    transformers_logging.set_verbosity_error()
-    try:
-        model = model_class.from_pretrained(folder, **options)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    delattr(model.config, RECORD)
-    # The draw is replaced by what was saved; it must not disturb the caller's random numbers.
-    generator = torch.Generator().manual_seed(0)
-    convert_transformers_model(model, settings, generator=generator, warn=False)
-    _load_blocks(model, folder, settings)
-    return model.eval()
+    check_manifest(folder)
+    found = _class(name, folder) if model_class is None else model_class
+    if "quantization_config" not in written and "config" not in options:
+        # Folders of versions before the registration.
+        config = found.config_class.from_pretrained(folder)
+        config.quantization_config = {"quant_method": METHOD}
+        options["config"] = config
+    return found.from_pretrained(folder, **options)
 
 
-def _load_blocks(model: nn.Module, folder: Path, settings: ConversionSettings) -> None:
-    saved: dict[str, Tensor] = {}
-    for file in _files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            saved.update((x, tensors.get_tensor(x)) for x in names if f".{BLOCK}." in x)
-    blocks = {name: x for name, x in model.named_modules() if isinstance(x, FavorBlock)}
-    if settings.learned:
-        for block in blocks.values():
-            block.learn_(block.feature_map.form().num_heads())
-    for name, block in blocks.items():
-        own = {f"{name}.{key}": value for key, value in block.state_dict().items()}
-        # Some models are saved under other names than their modules have.
-        files = {id(value): key for key, value in revert_weight_conversion(model, own).items()}
-        found: dict[str, Tensor] = {}
-        for key, value in own.items():
-            tensor = saved.get(key, saved.get(files.get(id(value), key)))
-            if tensor is None:
-                raise ValueError(f"{folder} has no tensor {key}, part of the features of a layer")
-            found[key.removeprefix(f"{name}.")] = tensor
-        block.load_state_dict(found)
+def _class(name: str | None, folder: Path) -> Any:
+    """The class of transformers, or of the running program, that a folder names."""
+    found = getattr(transformers, name or "", None)
+    if found is not None:
+        return found
+    own = {x for x in _subclasses(transformers.PreTrainedModel) if x.__name__ == name}
+    if len(own) == 1:
+        return own.pop()
+    reason = "several classes of that name exist" if own else "no class of that name is defined"
+    raise ValueError(
+        f"{folder} holds a {name}, and {reason}: pass it as model_class=, or import the module "
+        "that defines it first"
+    )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        yield from (folder / name for name in sorted(set(index["weight_map"].values())))
-    elif (folder / _SINGLE).is_file():
-        yield folder / _SINGLE
-    else:
-        raise FileNotFoundError(f"{folder} has no {_SINGLE}: save it with save_pretrained")
+def _subclasses(base: type) -> set[type]:
+    return {
+        x for direct in base.__subclasses__() for x in (direct, *_subclasses(direct))
+    }
+
+
+class _ConvertedConfig(QuantizationConfigMixin):
+    """Tells transformers that a folder holds a converted model."""
+
+    def __init__(self, quant_method: str = METHOD, **kwargs: Any) -> None:
+        del kwargs
+        self.quant_method: Any = quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method}
+
+
+class _ConvertedLoader(HfQuantizer):
+    """Builds the features of a converted model before its weights are read.
+
+    No weight is quantized: once loaded, the model is as any other to transformers.
+    """
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
+        record = getattr(model.config, RECORD, None)
+        if record is None:
+            raise ValueError(
+                f"the configuration of {type(model).__name__} has a quantization_config of method "
+                f"{METHOD!r} but no settings of a conversion ({RECORD!r}): take the entry out of "
+                "config.json if the model is not converted"
+            )
+        parts = {"": record}
+        if PARTS in record:
+            parts = record[PARTS]
+            # The name in the configuration went to all parts; those that stay exact need another.
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        self._blocks: dict[str, FavorBlock] = {}
+        for name, values in parts.items():
+            settings = ConversionSettings.from_record(values)
+            part = model.get_submodule(name)
+            # The draw is replaced by what was saved; the caller's random numbers stay as they are.
+            generator = torch.Generator().manual_seed(0)
+            with torch.device("cpu"):
+                convert_transformers_model(
+                    part, settings, generator=generator, warn=False, weights_follow=True
+                )
+                for inner, block in part.named_modules():
+                    if isinstance(block, FavorBlock):
+                        if settings.learned:
+                            block.learn_(block.feature_map.form().num_heads())
+                        self._blocks[".".join(filter(None, (name, inner)))] = block
+        for block in self._blocks.values():
+            _unset_(block)
+        kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+        model._keep_in_fp32_modules_strict = {*kept, "favor"}
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        del kwargs
+        for name, block in self._blocks.items():
+            missing = [key for key, value in block.state_dict().items() if not _is_set(value)]
+            if missing:
+                raise ValueError(
+                    f"the files of {type(model).__name__} have no tensor {name}.{missing[0]}, part "
+                    "of the features of a converted layer: save the model again with "
+                    "save_pretrained, or convert the original anew"
+                )
+            # Tensors read from a file lie anywhere in memory, and products round by alignment.
+            block._apply(torch.clone)
+        model.is_quantized = False
+        for attribute in ("quantization_method", "hf_quantizer"):
+            if attribute in vars(model):
+                delattr(model, attribute)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+_UNSET = -(2**31)
+
+
+def _unset_(block: nn.Module) -> None:
+    """Fill tensors that the files must provide with values that no file holds."""
+    with torch.no_grad():
+        for tensor in block.state_dict().values():
+            if tensor.dtype == torch.bool:
+                continue
+            tensor.fill_(torch.nan if tensor.is_floating_point() else _UNSET)
+
+
+def _is_set(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.dtype == torch.bool:
+        return True
+    if tensor.is_floating_point():
+        return not bool(tensor.isnan().any())
+    return not bool((tensor == _UNSET).any())
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(_ConvertedConfig)
+    register_quantizer(METHOD)(_ConvertedLoader)

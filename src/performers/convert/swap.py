@@ -16,11 +16,9 @@ from performers.convert.settings import ConversionSettings
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 
-__all__ = ["RECORD", "convert_transformers_model", "to_performer"]
+__all__ = ["convert_transformers_model", "to_performer"]
 
 _LOG = logging.getLogger("performers")
-# Where a converted model's configuration keeps its settings.
-RECORD = "performers"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -159,6 +157,7 @@ def convert_transformers_model(
     generator: torch.Generator | None = None,
     *,
     warn: bool = True,
+    weights_follow: bool = False,
 ) -> list[str]:
     """Give a transformers model's attention modules their blocks, and the model its record.
 
@@ -168,6 +167,7 @@ def convert_transformers_model(
         calibration: Batches to fit the features to.
         generator: Where the projections are drawn from.
         warn: Whether to say that the dropout of attention weights is switched off.
+        weights_follow: The model is being loaded: its weights may still be missing.
 
     Returns:
         Names of the modules that became linear.
@@ -176,13 +176,13 @@ def convert_transformers_model(
         ValueError: See `to_performer`.
     """
     from performers.convert.calibration import calibrate_blocks
-    from performers.convert.hooks import enter_attention
+    from performers.convert.hooks import enter_attention, enter_rotary_model, is_rotary_model
     from performers.convert.interface import set_implementation
     from performers.convert.modules import attention_modules
+    from performers.convert.probing import try_model
+    from performers.convert.record import separate_configurations_, write_record
 
     kind = type(model).__name__
-    # The record alone is no proof: it also comes with the exact model that the original class makes
-    # of a converted one's folder.
     if any(hasattr(module, BLOCK) for module in model.modules()):
         raise ValueError(f"{kind} is converted already: start from the original model")
     found = attention_modules(model)
@@ -213,7 +213,7 @@ def convert_transformers_model(
     blocks: dict[nn.Module, FavorBlock] = {}
     for part in chosen:
         reference = next(part.module.parameters())
-        if reference.is_meta:
+        if reference.is_meta and not weights_follow:
             raise ValueError(
                 f"{part.name} has no weights in memory (on the meta device, or offloaded): load "
                 "the whole model first"
@@ -223,7 +223,10 @@ def convert_transformers_model(
         window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
         buckets = settings.buckets(part.head_dim, part.key_heads, generator)
         block = FavorBlock(features, window=window, sinks=sinks, buckets=buckets)
-        blocks[part.module] = block.to(reference.device)
+        blocks[part.module] = block if weights_follow else block.to(reference.device)
+    separate_configurations_(model)
+    if not weights_follow:
+        try_model(model, chosen)
     if calibration is not None:
         calibrate_blocks(model, blocks, calibration)
     set_implementation(model)
@@ -234,8 +237,12 @@ def convert_transformers_model(
         # The keys of an encoder stay in the cache as they are: they do not grow with the output.
         if not part.is_cross:
             part.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
+    converted = set(blocks)
+    for module in model.modules():
+        if is_rotary_model(module) and not converted.isdisjoint(module.modules()):
+            module.register_forward_pre_hook(enter_rotary_model, with_kwargs=True)
     _switch_dropout_off(chosen, warn=warn)
-    setattr(model.config, RECORD, settings.record())
+    write_record(model, settings)
     return [part.name for part in chosen]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 
 from performers.convert.block import FavorBlock
 from performers.convert.calls import AttentionCall, exact_attention, linear_attention
 from performers.convert.interface import intercept_attention
+from performers.models.checkpoints import CheckpointTrainer
 
 __all__ = ["LOSSES", "DistillationTrainer", "TransferTrainer", "relative_error"]
 
@@ -38,7 +38,7 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
     return difference.sum() / norm.sum().clamp_min(torch.finfo(norm.dtype).tiny)
 
 
-class _InputsTrainer(Trainer):
+class _InputsTrainer(CheckpointTrainer):
     """A trainer whose model gets no labels, and no cache, and that counts tokens.
 
     Attributes:

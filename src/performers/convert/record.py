@@ -1,0 +1,104 @@
+"""Settings of a conversion in a model's configuration, which is saved with the model.
+
+Three entries of ``config.json`` belong together. ``performers`` holds the settings (or, of a model
+that contains a converted one, those of each converted part). ``quantization_config`` makes
+``from_pretrained`` call `performers.convert.saving`, which builds the features before the weights
+are read. ``attn_implementation`` is a name that transformers refuses to run, with the name in its
+message, where that registration is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from performers.convert.settings import ConversionSettings
+
+__all__ = [
+    "METHOD",
+    "PARTS",
+    "RECORD",
+    "SAVED_IMPLEMENTATION",
+    "read_record",
+    "separate_configurations_",
+    "write_record",
+]
+
+RECORD = "performers"
+PARTS = "parts"
+METHOD = "performers"
+SAVED_IMPLEMENTATION = (
+    "favor: pip install 'performers[convert]' and import performers.convert before loading"
+)
+
+
+def read_record(model: Any) -> ConversionSettings | None:
+    """Settings that a model was converted with; None: it was not.
+
+    Args:
+        model: A transformers model.
+    """
+    record = getattr(getattr(model, "config", None), RECORD, None)
+    return None if record is None or PARTS in record else ConversionSettings.from_record(record)
+
+
+def write_record(model: Any, settings: ConversionSettings) -> None:
+    """Keep the settings in the configuration of a model, and of the model that contains it.
+
+    Args:
+        model: A transformers model, perhaps a part of another.
+        settings: Of its conversion.
+    """
+    _mark(model.config)
+    setattr(model.config, RECORD, settings.record())
+    whole = _whole(model)
+    if whole is model or whole.config is model.config:
+        return
+    name = next(name for name, module in whole.named_modules() if module is model)
+    _mark(whole.config)
+    parts = getattr(whole.config, RECORD, None) or {}
+    kept = parts.get(PARTS, {})
+    setattr(whole.config, RECORD, {PARTS: {**kept, name: settings.record()}})
+
+
+def _mark(config: Any) -> None:
+    config.quantization_config = {"quant_method": METHOD}
+    config.attn_implementation = SAVED_IMPLEMENTATION
+
+
+def separate_configurations_(model: Any) -> None:
+    """Give a model a configuration of its own if a model outside it has the same object.
+
+    transformers models read their attention implementation from their configuration at each call.
+
+    Args:
+        model: A transformers model, perhaps a part of another.
+    """
+    whole = _whole(model)
+    inside = set(whole.modules())
+    configurations = {id(x.config) for x in inside if isinstance(x, PreTrainedModel)}
+    if not any(id(x.config) in configurations for x in _models() if x not in inside):
+        return
+    # One memo: what was one object stays one, nested configurations included.
+    memo: dict[int, Any] = {}
+    for module in inside:
+        for name, value in vars(module).items():
+            if isinstance(value, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(value, memo)
+
+
+def _models() -> list[Any]:
+    """All transformers models of this process that have a configuration."""
+    # isinstance would ask lazy modules and proxies for their class.
+    found = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel)]
+    return [x for x in found if isinstance(vars(x).get("config"), PreTrainedConfig)]
+
+
+def _whole(model: nn.Module) -> Any:
+    """The largest transformers model that contains a model; the model itself if none does."""
+    holders = [x for x in _models() if any(module is model for module in x.modules())]
+    return max(holders, key=lambda x: sum(1 for _ in x.modules()), default=model)
