@@ -1,6 +1,7 @@
 """Model folders: what is saved loads as it was; what is not one is refused with a reason."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -27,8 +28,15 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(good, tmp_path):
+def saved(good, tmp_path):
     return shutil.copytree(good, tmp_path / "model")
+
+
+@pytest.fixture
+def folder(saved):
+    """Without its manifest, as of a version that wrote none."""
+    (saved / "manifest.json").unlink()
+    return saved
 
 
 def refusal(folder):
@@ -61,6 +69,40 @@ def test_transformers_loads_it_too(good):
     ours, _ = load_model(good)
     tokens = torch.tensor([tokenizer("MKT")["input_ids"]])
     assert torch.equal(model(tokens).logits, ours.cpu()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_changed_byte_is_noticed_and_can_be_accepted(saved, name):
+    path = saved / name
+    content = bytearray(path.read_bytes())
+    if name == "model.safetensors":
+        content[-9] ^= 1
+    else:
+        content[content.rindex(b"\n")] = ord(" ")
+    path.write_bytes(content)
+    message = refusal(saved)
+    assert message.startswith(f": {name} does not match its SHA-256 in manifest.json; ")
+    assert "delete manifest.json there if the change is intended" in message
+    (saved / "manifest.json").unlink()
+    load_model(saved)
+
+
+def test_a_manifest_covers_what_was_saved_and_nothing_else(tmp_path):
+    (tmp_path / "training.json").write_text("{}")
+    save_model(tmp_path, *make_model())
+    listed = json.loads((tmp_path / "manifest.json").read_text())["files"]
+    saved = {path.name for path in tmp_path.iterdir()} - {"manifest.json", "training.json"}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved == listed.keys()
+    (tmp_path / "training.json").write_text("[]")
+    load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"schema": 7, "files": {}}'])
+def test_a_damaged_manifest_is_refused(saved, content):
+    (saved / "manifest.json").write_text(content)
+    assert refusal(saved).startswith(": manifest.json ")
 
 
 def test_a_failed_save_leaves_no_model(tmp_path, monkeypatch):
@@ -110,6 +152,19 @@ def test_a_corrupt_tokenizer(folder, content):
     assert "cannot be loaded as a model" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [("(", "unmatched parenthesis"), ("(?!)", "is read as [3]"), ("W", "is read as [3, 23, 24]")],
+)
+def test_a_tokenizer_that_does_not_split_into_residues(folder, pattern, reason):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"]["pattern"]["Regex"] = pattern
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = refusal(folder)
+    assert message.startswith(" cannot be loaded as a model (tokenizer.json: ")
+    assert reason in message
+
+
 def test_a_tokenizer_of_something_else(folder):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -123,10 +178,17 @@ def test_a_tokenizer_larger_than_the_model(tmp_path):
     assert "a tokenizer of 31 tokens but a model of 30" in refusal(tmp_path / "model")
 
 
-@pytest.mark.parametrize("content", [b"not json", b"", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"not json", b"", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_that_is_not_json(folder, content):
     (folder / "config.json").write_bytes(content)
     assert "/config.json cannot be read as JSON" in refusal(folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_config_that_is_no_file_is_not_opened(folder, make):
+    (folder / "config.json").unlink()
+    make(folder / "config.json")
+    assert refusal(folder) == "/config.json is not a regular file"
 
 
 @pytest.mark.parametrize(

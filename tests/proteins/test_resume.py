@@ -187,24 +187,6 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, whole, con
     assert_same_run(folder, whole)
 
 
-def test_a_checkpoint_without_the_random_state_of_every_process_is_passed_over(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for step in (3, 6):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        for process in range(2):
-            torch.save(torch.get_rng_state(), folder / f"rng_state_{process}.pth")
-    newest = tmp_path / "checkpoint-6" / "rng_state_1.pth"
-    assert last_complete_checkpoint(tmp_path) == newest.parent
-    newest.write_bytes(newest.read_bytes()[:-40])
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
-    newest.unlink()
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-3"
-
-
 def test_a_run_without_a_complete_checkpoint_starts_anew(tmp_path, whole):
     interrupt(tmp_path, 1)
     shutil.rmtree(tmp_path / "checkpoints")

@@ -18,6 +18,7 @@ FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "manifest.json",
     "trainer_state.json",
     "training.json",
     "checkpoints",

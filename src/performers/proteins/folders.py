@@ -98,11 +98,14 @@ def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        UserError: The file is missing or is not JSON.
+        UserError: The file is missing, not a regular file or not JSON.
     """
+    # Opening a FIFO would wait for a writer.
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Importing the models registers them with the Auto classes.
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.manifest import check_manifest, write_manifest
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
-from performers.proteins.tokenizer import residue_ids
+from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -28,7 +29,8 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         The model, masked or causal as it was trained, and the tokenizer.
 
     Raises:
-        UserError: The folder is not one, or its files do not fit together.
+        UserError: The folder is not one, its files do not fit together, or they are not those that
+            its manifest lists.
     """
     if not folder.is_dir():
         raise UserError(
@@ -50,15 +52,18 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if settings.get("architectures") == [PerformerForCausalLM.__name__]:
         model_class = PerformerForCausalLM
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; copy the folder again or train anew")
+    try:
+        check_manifest(folder)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     try:
         with quiet_transformers():
             model, report = model_class.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        residue_ids(tokenizer)
+            tokenizer = _load_tokenizer(folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -80,7 +85,7 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a model and its tokenizer into a folder, ``config.json`` last.
+    """Save a model and its tokenizer with their manifest into a folder, ``config.json`` last.
 
     Until ``config.json`` is there the folder is not a model folder, so an interrupted save leaves
     nothing that loads.
@@ -91,11 +96,32 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         with quiet_transformers():
             model.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+        write_manifest(staging)
         files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
         for path in files:
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that reads each amino acid as one token.
+
+    Raises:
+        ValueError: It cannot be read, or it does not.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        # The tokenizers library raises the base class itself.
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"tokenizer.json: {error}") from error
+    expected = residue_ids(tokenizer)[: len(AMINO_ACIDS)].tolist()
+    read = tokenizer(AMINO_ACIDS, add_special_tokens=False)["input_ids"]
+    if read != expected:
+        raise ValueError(f"tokenizer.json: {AMINO_ACIDS} is read as {read}, expected {expected}")
+    return tokenizer
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.callbacks import (
@@ -25,6 +25,7 @@ from performers.models.callbacks import (
     TrimCallback,
     stop_on_signals,
 )
+from performers.models.checkpoints import CheckpointTrainer
 from performers.models.optimizers import MuonAdamW, check_muon
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Diverged, Interrupted, UserError
@@ -62,8 +63,9 @@ def train_model(
 ) -> dict[str, Any]:
     """Train a model and save it, its tokenizer, its log and its options in ``output``.
 
-    The folder receives ``config.json``, ``model.safetensors`` and the tokenizer's files,
-    ``trainer_state.json`` (the log), ``training.json`` (options, data, time) and ``checkpoints/``.
+    The folder receives ``config.json``, ``model.safetensors`` and the tokenizer's files with their
+    ``manifest.json``, ``trainer_state.json`` (the log), ``training.json`` (options, data, time) and
+    ``checkpoints/``.
 
     Args:
         sequences: Proteins as letters, or a split of a corpus, which stays on disk.
@@ -72,7 +74,8 @@ def train_model(
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
             ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
             validation split, of which ``validation_sample`` takes as many.
-        resume: Continue from the last complete checkpoint in ``output``, if there is one.
+        resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
+            from the start if the saving of none had ended.
         progress: Called with the step, the steps in all and the latest log entry.
 
     Returns:
@@ -80,8 +83,8 @@ def train_model(
         validation metrics.
 
     Raises:
-        UserError: The data or options cannot be used, or the options differ from those of the run
-            to resume.
+        UserError: The data or options cannot be used, the options differ from those of the run
+            to resume, or all its checkpoints are damaged.
         Diverged: The loss or the weights are not finite.
         Interrupted: The run was stopped by a signal and has saved a checkpoint.
     """
@@ -158,7 +161,7 @@ def train_model(
     return result
 
 
-class _ProteinTrainer(Trainer):
+class _ProteinTrainer(CheckpointTrainer):
     """Trainer with our batches, our validation, and an end to runs that diverge."""
 
     def __init__(

@@ -1,11 +1,11 @@
 """What identifies a training run, so that it is resumed as itself or not at all."""
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from performers.models.checkpoints import newest_checkpoint
 from performers.proteins.corpus import TokenShards
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
@@ -80,25 +80,12 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose saving had ended, in every process of the run.
+    """The newest undamaged checkpoint whose saving had ended, in every process of the run.
 
-    The first process writes its log last. The others each write their random state, which may be
-    later, and without which they would be resumed with another one, unsaid.
+    Raises:
+        UserError: All checkpoints are damaged.
     """
-    count = process_count()
-    names = ["rng_state.pth"] if count == 1 else [f"rng_state_{i}.pth" for i in range(count)]
-    steps = {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-    }
-    for step in sorted(steps, reverse=True):
-        try:
-            state = read_json(steps[step] / "trainer_state.json")
-        except UserError:
-            continue
-        # An archive without its end is none.
-        whole = all(zipfile.is_zipfile(steps[step] / name) for name in names)
-        if whole and isinstance(state, dict) and state.get("global_step") == step:
-            return steps[step]
-    return None
+    try:
+        return newest_checkpoint(folder, processes=process_count())
+    except ValueError as error:
+        raise UserError(f"--resume: {error}") from error
