@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import performers
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
-from performers.proteins.model_folder import save_model
+from performers.models.manifest import save_model_folder
 from performers.proteins.options import TrainingOptions
 from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer
 
@@ -84,7 +84,7 @@ def make_model(objective="mlm", *, max_length=40, **changes):
 
 def make_model_folder(folder, objective="mlm", **changes):
     folder.mkdir(parents=True)
-    save_model(folder, *make_model(objective, **changes))
+    save_model_folder(folder, *make_model(objective, **changes))
     return folder
 
 

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmConfig
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.manifest import save_model_folder
 from performers.proteins.errors import UserError
 from performers.proteins.model_folder import (
     check_input_length,
     load_model,
     model_max_length,
     quiet_transformers,
-    save_model,
 )
 from performers.proteins.tokenizer import build_protein_tokenizer
 from tests.proteins.runs import make_model, make_model_folder
@@ -53,7 +53,7 @@ def refusal(folder):
 )
 def test_a_saved_model_comes_back(tmp_path, objective, kind):
     model, tokenizer = make_model(objective, max_length=77)
-    save_model(tmp_path, model, tokenizer)
+    save_model_folder(tmp_path, model, tokenizer)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
     loaded, reader = load_model(tmp_path)
     assert type(loaded) is kind
@@ -91,7 +91,7 @@ def test_a_changed_byte_is_noticed_and_can_be_accepted(saved, name):
 
 def test_a_manifest_covers_what_was_saved_and_nothing_else(tmp_path):
     (tmp_path / "training.json").write_text("{}")
-    save_model(tmp_path, *make_model())
+    save_model_folder(tmp_path, *make_model())
     listed = json.loads((tmp_path / "manifest.json").read_text())["files"]
     saved = {path.name for path in tmp_path.iterdir()} - {"manifest.json", "training.json"}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= saved == listed.keys()
@@ -113,7 +113,7 @@ def test_a_failed_save_leaves_no_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
     with pytest.raises(OSError, match="No space"):
-        save_model(tmp_path, model, tokenizer)
+        save_model_folder(tmp_path, model, tokenizer)
     assert list(tmp_path.iterdir()) == []
 
 

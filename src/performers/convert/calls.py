@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -14,6 +13,7 @@ from performers.convert.block import FavorBlock
 from performers.convert.cache import ConvertedCacheLayer
 from performers.convert.patterns import AttentionPattern
 from performers.convert.sliding import sliding_attention
+from performers.models.arguments import is_tracing
 
 __all__ = ["AttentionCall", "check_linear", "exact_attention", "linear_attention"]
 
@@ -155,7 +155,7 @@ def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
 
 def _continues(call: AttentionCall) -> bool:
     """True if the mask or the positions of a causal call tell of tokens before it."""
-    if not call.pattern.is_causal or torch.compiler.is_compiling():
+    if not call.pattern.is_causal or is_tracing():
         return False
     if int(call.pattern.past) > 0:
         return True

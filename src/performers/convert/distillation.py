@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 
 from performers.convert.batches import Collator, Stream
 from performers.convert.block import BLOCK, FavorBlock
-from performers.convert.runs import Distillation, DistillationRun
 from performers.convert.record import read_record, write_record
+from performers.convert.runs import Distillation, DistillationRun
 from performers.convert.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.models.manifest import find_damage, write_manifest
 
@@ -100,6 +100,7 @@ def distill(
         ValueError: An argument is out of range, or the student was not converted.
     """
     _check(student, teacher, transfer_steps, steps, loss, lora_rank, resume, output_dir)
+    _check_size(data, batch_size)
     kind = loss or ("logits" if _has_logits(student) else "hidden")
     if lora_rank is not None:
         check_adapters()
@@ -125,7 +126,7 @@ def distill(
     # The original has no dropout when it is imitated.
     undropped = contextlib.nullcontext() if kind == "task" else _without_dropout(student)
     if transfer_steps:
-        with _without_dropout(student):
+        with _without_dropout(student), _without_checkpointing(student):
             _transfer(run, transfer_steps, transfer_learning_rate)
     if steps and run.result.finished:
         with undropped, _adapted(student, lora_rank) as model:
@@ -196,7 +197,11 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     for parameter in learned:
         parameter.requires_grad_(True)
     try:
-        run.train(TransferTrainer, student, "transfer", steps, learning_rate, blocks=blocks)
+        # Gradients stay within a layer: there are no activations to compute again.
+        names = {"gradient_checkpointing", "activation_checkpointing"}
+        kept = {name: value for name, value in run.options.items() if name not in names}
+        stage = replace(run, options=kept)
+        stage.train(TransferTrainer, student, "transfer", steps, learning_rate, blocks=blocks)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
@@ -244,6 +249,19 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing switched off in all layers of a model."""
+    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+
+@contextlib.contextmanager
 def _adapted(student: Any, rank: int | None) -> Iterator[Any]:
     """The model to train: the student, or the student with adapters, merged afterwards."""
     if rank is None:
@@ -277,6 +295,15 @@ def check_adapters() -> None:
         raise ImportError(
             "lora_rank needs peft: pip install 'performers[convert]', or train all weights with "
             "lora_rank=None"
+        )
+
+
+def _check_size(data: Any, batch_size: int) -> None:
+    size = len(data) if hasattr(data, "__len__") else None
+    if size is not None and size < batch_size:
+        raise ValueError(
+            f"data has {size} examples, fewer than a batch (batch_size={batch_size}): pass more, "
+            f"or batch_size={max(1, size)}"
         )
 
 

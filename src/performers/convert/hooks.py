@@ -20,7 +20,7 @@ from performers.convert.cache import (
 
 # A model that comes out of a pickle brings this module along, and with it the registration.
 from performers.convert.interface import IMPLEMENTATION
-from performers.models.arguments import CACHE_KEYWORDS
+from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
 __all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
 
@@ -114,11 +114,6 @@ def enter_rotary_model(
     if place < len(args):
         return (*args[:place], positions, *args[place + 1 :]), kwargs
     return args, {**kwargs, "position_ids": positions}
-
-
-def is_tracing() -> bool:
-    """True while torch records a program that other inputs will be put through."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from performers.models.arguments import is_tracing
+
 __all__ = ["AttentionPattern", "check_reading", "pattern_mask"]
 
 
@@ -136,7 +138,7 @@ def _taking_part(attention_mask: Tensor, q_length: int, kv_length: int) -> Tenso
             f"call, got {known} columns"
         )
     mask = attention_mask[:, -kv_length:].to(torch.bool)
-    return None if bool(mask.all()) else mask
+    return None if not is_tracing() and bool(mask.all()) else mask
 
 
 def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionPattern:

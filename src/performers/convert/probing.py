@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from performers.convert.cache import check_cache
 from performers.convert.calls import AttentionCall, check_linear, exact_attention
@@ -32,7 +32,8 @@ _TOLERANCE = 1e-3
 def try_model(model: Any, parts: list[AttentionModule]) -> None:
     """Run a model with exact attention through the interface and check the calls of some modules.
 
-    The model is run as it is first. Where none of the made-up inputs suits it, nothing is checked.
+    The model is run as it is first. Modules that it does not call on inputs that suit it are tried
+    with the models within it; where no made-up inputs suit these either, nothing is checked.
 
     Args:
         model: A transformers model with weights in memory.
@@ -43,32 +44,70 @@ def try_model(model: Any, parts: list[AttentionModule]) -> None:
             something else (or nothing) when its attention goes through the interface.
     """
     with _evaluation(model):
-        for inputs in _candidates(model):
-            expected = _outputs(model, inputs)
-            if expected is not None:
-                break
+        called = _try_inputs(model, parts)
+    left = [part for part in parts if part.module not in called]
+    for inner in _inner_models(model) if left else ():
+        inside = set(inner.modules())
+        if own := [part for part in left if part.module in inside]:
+            try_model(inner, own)
+
+
+def _inner_models(module: nn.Module) -> Iterator[Any]:
+    """The largest transformers models within a module."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
         else:
-            return
-        kind = type(model).__name__
-        try:
-            got = _intercepted(model, parts, inputs)
-        except (TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
-            raise ValueError(
-                f"{kind} computes with its attention masks itself, which linear attention never "
-                f"forms ({type(error).__name__}: {error}): it cannot be converted"
-            ) from error
-        if not _close(got, expected) and _close(_outputs(model, inputs) or [], expected):
-            raise ValueError(
-                f"{kind} computes something else when its attention goes through the attention "
-                "interface of transformers: it cannot be converted"
-            )
+            yield from _inner_models(child)
+
+
+def _try_inputs(model: Any, parts: list[AttentionModule]) -> set[nn.Module]:
+    """The modules among the parts that the model calls, each of which computes as it should."""
+    for inputs in _candidates(model):
+        expected = _outputs(model, inputs)
+        if expected is None:
+            continue
+        called = _compare(model, parts, inputs, expected)
+        if "attention_mask" in inputs:
+            # Without padding transformers may leave the mask to the attention itself.
+            unmasked = {name: x for name, x in inputs.items() if name != "attention_mask"}
+            expected = _outputs(model, unmasked)
+            if expected is not None:
+                _compare(model, parts, unmasked, expected)
+        return called
+    return set()
+
+
+def _compare(
+    model: Any,
+    parts: list[AttentionModule],
+    inputs: Mapping[str, Tensor],
+    expected: list[Tensor],
+) -> set[nn.Module]:
+    kind = type(model).__name__
+    called: set[nn.Module] = set()
+    try:
+        got = _intercepted(model, parts, inputs, called)
+    except (TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{kind} computes with its attention masks itself, which linear attention never "
+            f"forms ({type(error).__name__}: {error}): it cannot be converted"
+        ) from error
+    # Some models draw random numbers in evaluation too.
+    if not _close(got, expected) and _close(_outputs(model, inputs) or [], expected):
+        raise ValueError(
+            f"{kind} computes something else when its attention goes through the attention "
+            "interface of transformers: it cannot be converted"
+        )
+    return called
 
 
 def _intercepted(
-    model: Any, parts: list[AttentionModule], inputs: Mapping[str, Tensor]
+    model: Any, parts: list[AttentionModule], inputs: Mapping[str, Tensor], called: set[nn.Module]
 ) -> list[Tensor]:
     def observer(part: AttentionModule) -> Callable[[AttentionCall], Tensor]:
         def observe(call: AttentionCall) -> Tensor:
+            called.add(part.module)
             check_linear(call)
             check_reading(call.pattern, call.query.shape[2], call.key.shape[2], part.name)
             _check_heads(part, call)
@@ -197,6 +236,8 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
             text["bbox"] = torch.cat((corner, corner + 3), -1)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
     for other in (*_images(config, names, normal), *_sounds(config, names, normal)):
+        for places in _placeholders(config, text, other):
+            yield moved({**places, **other, **decoder})
         yield moved({**text, **other, **decoder})
         yield moved({**other, **decoder})
         yield moved(other)
@@ -224,6 +265,27 @@ def _token_ids(config: Any, random: torch.Generator) -> Tensor:
     return torch.tensor(ordinary)[chosen]
 
 
+def _placeholders(
+    config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """The text with as many places for images in it as the model might want."""
+    token = _find(config, "image_token_id", "image_token_index", default=None)
+    pixels = other.get("pixel_values")
+    if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:
+        return
+    vision = getattr(config, "vision_config", None) or config
+    patch = _find(vision, "patch_size", default=8)
+    cells = pixels[0].numel() // (pixels.shape[-3] if pixels.ndim > 3 else 1) // patch**2
+    resampled = _find(config, "image_seq_length", "resampler_n_latents", default=cells)
+    for count in dict.fromkeys((cells, resampled, cells + 1, cells // 4, cells // 16)):
+        ids, mask = text["input_ids"], text.get("attention_mask")
+        marks = ids.new_full((_ROWS, count), token)
+        inputs = {"input_ids": torch.cat((ids[:, :2], marks, ids[:, 2:]), 1)}
+        if mask is not None:
+            inputs["attention_mask"] = torch.cat((torch.ones_like(marks), mask), 1)
+        yield inputs
+
+
 def _images(
     config: Any, names: set[str], normal: Callable[..., Tensor]
 ) -> Iterator[dict[str, Tensor]]:
@@ -246,8 +308,8 @@ def _images(
         }
     yield {"pixel_values": normal(1, channels, height, width)}
     yield {"pixel_values": normal(_ROWS, channels, height, width)}
-    frames = _find(config, "num_frames", default=1)
-    yield {"pixel_values": normal(_ROWS, frames, channels, height, width)}
+    for frames in (_find(config, "num_frames", default=2), 1):
+        yield {"pixel_values": normal(_ROWS, frames, channels, height, width)}
 
 
 def _sounds(

@@ -35,6 +35,7 @@ from performers.convert.saving import load_performer
 from performers.convert.settings import ConversionSettings
 from performers.convert.swap import to_performer
 from performers.convert.texts import Example, TextSplits, split_text
+from performers.models.manifest import save_model_folder
 
 __all__ = ["Progress", "run_conversion"]
 
@@ -158,8 +159,7 @@ class _Work:
         if self.options.steps or self._transfer_steps():
             self._distil(student)
             self._measure(FINE_TUNED, lambda: student)
-        student.save_pretrained(self.folder)
-        self.tokenizer.save_pretrained(self.folder)
+        save_model_folder(self.folder, student, self.tokenizer)
         self.record.is_saved = True
         self.record.saved(self.record)
         # Checkpoints are three times the model's size, and nothing goes on from them now.

@@ -142,6 +142,11 @@ class DistillationRun:
             else:
                 resumed = None if checkpoint is None else str(checkpoint)
                 trainer.train(resume_from_checkpoint=resumed)
+                if trainer.state.global_step < steps and not stop.requested:
+                    raise ValueError(
+                        f"data ended after {trainer.state.global_step} of {steps} steps of stage "
+                        f"{stage!r}: pass a list, or an iterable that can be begun again"
+                    )
         self.result.tokens += trainer.tokens
         self.result.finished = not stop.requested
         self.write()

@@ -94,9 +94,7 @@ def _class(name: str | None, folder: Path) -> Any:
 
 
 def _subclasses(base: type) -> set[type]:
-    return {
-        x for direct in base.__subclasses__() for x in (direct, *_subclasses(direct))
-    }
+    return {x for direct in base.__subclasses__() for x in (direct, *_subclasses(direct))}
 
 
 class _ConvertedConfig(QuantizationConfigMixin):

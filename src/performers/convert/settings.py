@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,16 @@ __all__ = ["ConversionSettings"]
 # Lists of keys in a head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
 # 0.9980 to the original's, 16 at 0.9976.
 _LISTS = 32
+
+
+def _integer(value: Any) -> int | None:
+    """The value as int, NumPy's integers included; None if it is no integer."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -47,24 +58,33 @@ class ConversionSettings:
     learned: bool = False
 
     def __post_init__(self) -> None:
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 0):
-            raise ValueError(f"window must be None or an integer of at least 0, got {self.window}")
-        if not isinstance(self.sinks, int) or self.sinks < 0:
-            raise ValueError(f"sinks must be an integer of at least 0, got {self.sinks}")
-        if not isinstance(self.key_list, int) or self.key_list < 0:
-            raise ValueError(f"key_list must be an integer of at least 0, got {self.key_list}")
+        for name, optional in (
+            ("num_features", True),
+            ("window", True),
+            ("sinks", False),
+            ("key_list", False),
+        ):
+            value = getattr(self, name)
+            if value is None and optional:
+                continue
+            number = _integer(value)
+            if number is None or number < 0:
+                expected = "None or an integer" if optional else "an integer"
+                raise ValueError(f"{name} must be {expected} of at least 0, got {value!r}")
+            object.__setattr__(self, name, number)
         if self.key_list and self.estimator == "trigonometric":
             raise ValueError(
                 "key_list needs positive features, whose estimates can be taken out of a sum; "
                 "got estimator='trigonometric'"
             )
-        if self.layers is not None and (
-            not self.layers or any(not isinstance(x, int) for x in self.layers)
-        ):
-            raise ValueError(
-                "layers must be None (all) or the indices of the layers to make linear, at least "
-                f"one, got {self.layers}"
-            )
+        if self.layers is not None:
+            layers = tuple(_integer(x) for x in self.layers)
+            if not layers or None in layers:
+                raise ValueError(
+                    "layers must be None (all) or the indices of the layers to make linear, at "
+                    f"least one, got {self.layers}"
+                )
+            object.__setattr__(self, "layers", layers)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ConversionSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable
@@ -138,8 +139,26 @@ def _convert(
             return convert_transformers_model(model, settings, calibration, generator)
     from performers.convert.torch_modules import convert_torch_modules
 
+    _check_no_wrapper(model)
     _check_no_lists(settings, model)
     return convert_torch_modules(model, settings, calibration, generator)
+
+
+def _check_no_wrapper(model: nn.Module) -> None:
+    """Name the model to pass where one around it was passed."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from transformers import PreTrainedModel
+
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            raise ValueError(
+                f"model is a {type(model).__name__} around a {type(module).__name__}: pass the "
+                f"transformers model itself, model{''.join(parts)}, which is converted in place"
+            )
 
 
 def _check_no_lists(settings: ConversionSettings, model: nn.Module) -> None:
@@ -242,6 +261,9 @@ def convert_transformers_model(
         if is_rotary_model(module) and not converted.isdisjoint(module.modules()):
             module.register_forward_pre_hook(enter_rotary_model, with_kwargs=True)
     _switch_dropout_off(chosen, warn=warn)
+    if any(not part.is_cross for part in chosen):
+        # What transformers asks before assisted decoding, which takes tokens back.
+        model._is_stateful = True
     write_record(model, settings)
     return [part.name for part in chosen]
 

@@ -18,6 +18,14 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "max_length_q", "max_len
 _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
+def is_tracing() -> bool:
+    """True while torch records a program that other inputs will be put through.
+
+    Nothing may then depend on the values of an input.
+    """
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
 def cache_keyword(function: Callable[..., Any]) -> str:
     """Name of the argument in which a function of transformers takes the cache.
 
@@ -70,7 +78,7 @@ def check_cache_position(position: Tensor | None, past: int) -> None:
     Raises:
         ValueError: It does not begin where the cache ends.
     """
-    if position is None or torch.compiler.is_compiling():
+    if position is None or is_tracing():
         return
     if position.numel() and int(position.reshape(-1)[0]) != past:
         raise ValueError(

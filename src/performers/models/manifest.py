@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,29 @@ def write_manifest(folder: Path) -> None:
         temporary.replace(folder / MANIFEST)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_model_folder(folder: Path, *parts: Any) -> None:
+    """Save a model and what goes with it into a folder, with their manifest; ``config.json`` last.
+
+    Until ``config.json`` is there the folder is not a model folder, so that an interrupted save
+    leaves nothing that loads.
+
+    Args:
+        folder: The folder; other files in it stay, and are not in the manifest.
+        *parts: Objects with a ``save_pretrained`` method, such as a model and its tokenizer.
+    """
+    staging = folder / f".saving-{os.getpid()}"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        for part in parts:
+            part.save_pretrained(staging)
+        write_manifest(staging)
+        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
+        for path in files:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_manifest(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from performers.models.arguments import (
     check_cache_position,
     check_no_others,
     either_cache,
+    is_tracing,
     sequence_starts,
     with_both_cache_names,
 )
@@ -25,6 +27,7 @@ from performers.models.cache import PerformerCache
 from performers.models.comparators import LinformerMechanism
 from performers.models.configuration import COMPARATORS, PerformerConfig
 from performers.models.context import AttentionContext
+from performers.models.manifest import MANIFEST, check_manifest
 from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
 from performers.models.reversible import run_reversible
 
@@ -56,7 +59,8 @@ class PerformerPreTrainedModel(PreTrainedModel):
         """Load a saved model; weights are read from safetensors files only.
 
         Raises:
-            ValueError: ``use_safetensors=False`` was asked for.
+            ValueError: ``use_safetensors=False`` was asked for, or a file of the folder differs
+                from its manifest.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError(
@@ -64,7 +68,15 @@ class PerformerPreTrainedModel(PreTrainedModel):
                 "read; save the model again as safetensors"
             )
         kwargs["use_safetensors"] = True
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if place is not None and Path(place).is_dir():
+            check_manifest(Path(place))
         return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save the model; a manifest of files that are replaced is removed."""
+        (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _finish(self, output: Any, return_dict: bool | None) -> Any:
         return_dict = _default(return_dict, getattr(self.config, "return_dict", True))
@@ -290,7 +302,7 @@ class PerformerModel(PerformerPreTrainedModel):
         present = mask
         if present is None:
             present = torch.ones(batch, length, dtype=torch.bool, device=device)
-        elif not torch.compiler.is_compiling() and bool(present.all()):
+        elif not is_tracing() and bool(present.all()):
             mask = None
         if cache is not None:
             positions = cache.extend(present)
@@ -345,7 +357,7 @@ def _bool_mask(mask: Tensor) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask
-    if not torch.compiler.is_compiling() and not bool(((mask == 0) | (mask == 1)).all()):
+    if not is_tracing() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
             "attention_mask must be bool or hold 0 (padding) and 1 only, got values from "
             f"{mask.min().item()} to {mask.max().item()}: additive masks and masks that number "
@@ -360,7 +372,7 @@ def _check_first(length: int, position_ids: Tensor | None) -> None:
     Raises:
         ValueError: The call has a single token, at a position beyond 0.
     """
-    if length != 1 or position_ids is None or torch.compiler.is_compiling():
+    if length != 1 or position_ids is None or is_tracing():
         return
     if bool((position_ids > 0).any()):
         raise ValueError(

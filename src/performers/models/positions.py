@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from performers.models.arguments import is_tracing
+
 
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``position * theta^(-2 i / head_dim)``.
@@ -65,7 +67,7 @@ class LearnedPositions(nn.Embedding):
         Raises:
             ValueError: A position is beyond the table.
         """
-        if not torch.compiler.is_compiling() and position_ids.numel():
+        if not is_tracing() and position_ids.numel():
             longest = int(position_ids.max()) + 1
             if longest > self.num_embeddings:
                 raise ValueError(

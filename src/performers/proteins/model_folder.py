@@ -1,7 +1,5 @@
 """Trained models on disk: saved whole, and recognised before they are loaded."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Importing the models registers them with the Auto classes.
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.manifest import check_manifest, write_manifest
+from performers.models.manifest import check_manifest
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
 from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
@@ -82,26 +80,6 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a model and its tokenizer with their manifest into a folder, ``config.json`` last.
-
-    Until ``config.json`` is there the folder is not a model folder, so an interrupted save leaves
-    nothing that loads.
-    """
-    staging = folder / f".saving-{os.getpid()}"
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        with quiet_transformers():
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        write_manifest(staging)
-        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-        for path in files:
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -26,12 +26,13 @@ from performers.models.callbacks import (
     stop_on_signals,
 )
 from performers.models.checkpoints import CheckpointTrainer
+from performers.models.manifest import save_model_folder
 from performers.models.optimizers import MuonAdamW, check_muon
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Diverged, Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.folders import write_json
-from performers.proteins.model_folder import quiet_transformers, save_model
+from performers.proteins.model_folder import quiet_transformers
 from performers.proteins.objectives import CausalCollator, MaskedCollator
 from performers.proteins.options import TrainingOptions
 from performers.proteins.packing import (
@@ -154,7 +155,8 @@ def train_model(
         **validated,
     }
     if trainer.is_world_process_zero():
-        save_model(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
+        with quiet_transformers():
+            save_model_folder(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         write_json(settings, {**record, "result": result})
     trainer.accelerator.wait_for_everyone()
