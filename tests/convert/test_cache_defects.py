@@ -117,3 +117,19 @@ def test_defect_a_step_reads_more_than_its_own_token():
             module.register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[2]))
     sequences(model, generation_inputs("llama"))
     assert lengths == [12, 12] + [1, 1] * (NEW - 1)
+
+
+def test_defect_an_absent_past_is_taken_for_a_first_call():
+    """A step whose cache does not arrive under a name or type that is known."""
+    model, ids = decoder(), token_ids(1, 8)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+    step = {"input_ids": ids[:, :1], "position_ids": torch.tensor([[8]])}
+    with pytest.raises(ValueError, match="a step that continues earlier tokens"):
+        model(**step, use_cache=False)
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook.__name__ == "enter_attention":
+                del module._forward_pre_hooks[key]
+    with pytest.raises((ValueError, RuntimeError), match=r"continues earlier tokens|start with a"):
+        model(ids[:, :3], past_key_values=cache)

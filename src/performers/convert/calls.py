@@ -137,6 +137,8 @@ def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
     key_mask = pattern.key_mask
     if cache is not None and key_mask is not None:
         key_mask = key_mask[:, -length:]
+        if cache.state is None:
+            cache.padding = (key_mask.cumsum(-1) == 0).sum(-1)
     out, state = block(
         call.query,
         call.key,

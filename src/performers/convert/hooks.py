@@ -106,8 +106,6 @@ def enter_rotary_model(
         return None
     if not is_tracing() and not bool((padding > 0).any()):
         return None
-    if layer is not None:
-        layer.padding = padding
     index = torch.arange(past, past + length, device=tokens.device)
     positions = (index - padding.to(tokens.device).unsqueeze(-1)).clamp_min(0)
     place = list(signature.parameters).index("position_ids") - 1
