@@ -1,21 +1,28 @@
-"""Attention in linear time: random features, Performer modules and models."""
+"""Attention in linear time: random features, Performer modules and models.
 
-from performers.attention import (
-    FavorState,
-    KeyBuckets,
-    backends,
-    favor_attention,
-    favor_attention_weights,
-    use_backend,
-)
-from performers.features import (
-    GeneralizedFeatures,
-    LearnedFeatures,
-    SoftmaxFeatures,
-    redraw_features_,
-)
-from performers.nn import PerformerAttention
-from performers.planning import plan
+Names are imported on first use, so that the command line starts before torch does.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from performers.attention import (
+        FavorState,
+        KeyBuckets,
+        backends,
+        favor_attention,
+        favor_attention_weights,
+        use_backend,
+    )
+    from performers.features import (
+        GeneralizedFeatures,
+        LearnedFeatures,
+        SoftmaxFeatures,
+        redraw_features_,
+    )
+    from performers.nn import PerformerAttention
+    from performers.planning import plan
 
 __all__ = [
     "FavorState",
@@ -31,3 +38,22 @@ __all__ = [
     "redraw_features_",
     "use_backend",
 ]
+
+_PACKAGES = ("attention", "features", "nn", "planning")
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or the package of that name."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"performers.{name}")
+    if name in __all__:
+        for package in _PACKAGES:
+            module = importlib.import_module(f"performers.{package}")
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PACKAGES})

@@ -91,6 +91,8 @@ def test_a_model_folder_that_is_not_one(command, causal, fasta, tmp_path):
     assert "it has no config.json" in refused(tmp_path / "empty")
     broken = shutil.copytree(causal, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing of the kind")
+    assert "model.safetensors has 19 bytes, expected" in refused(broken)
+    (broken / "manifest.json").unlink()
     assert "cannot be loaded as a model" in refused(broken)
     (broken / "config.json").write_text("{")
     assert "cannot be read as JSON" in refused(broken)

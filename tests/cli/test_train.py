@@ -7,15 +7,40 @@ import signal
 import pytest
 
 from performers.cli import train as commands
+from performers.proteins.memory import training_bytes
 from performers.proteins.options import TrainingOptions
+from performers.proteins.tokenizer import build_protein_tokenizer
 from performers.proteins.training import train_model
 from tests.cli.commands import refusal, run
-from tests.proteins.runs import flags, losses, proteins, same_weights, write_sequences
+from tests.proteins.runs import (
+    flags,
+    losses,
+    proteins,
+    same_weights,
+    small_options,
+    write_sequences,
+)
 
 
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "model"
+
+
+def test_a_model_beyond_memory_is_refused_before_anything_is_read(tmp_path, output):
+    line = refusal("train", tmp_path / "none.fasta", "--output", output, "--layers", 10**9)
+    assert line.startswith("a model of ")
+    assert "and this machine has" in line
+    assert not output.exists()
+
+
+def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
+    weights = training_bytes(small_options().model_config(build_protein_tokenizer()), "adamw")
+    monkeypatch.setattr("performers.proteins.memory.machine_bytes", lambda: weights)
+    line = refusal("train", fasta, "--output", output, *flags())
+    assert "activations of 100 tokens" in line
+    assert "or --batch-tokens" in line
+    assert not output.exists()
 
 
 def test_flags_reach_the_options(fasta, output):

@@ -192,7 +192,10 @@ def test_a_loaded_model_is_no_quantized_one(folder):
 
 def test_a_folder_of_an_earlier_version(folder):
     model, given = saved("calibrated", folder)
-    edit(folder, lambda config: [config.pop("quantization_config"), config.pop("attn_implementation")])
+    edit(
+        folder,
+        lambda config: [config.pop("quantization_config"), config.pop("attn_implementation")],
+    )
     loaded = load_performer(folder)
     assert torch.equal(output(loaded, given), output(model, given))
     loaded.save_pretrained(folder)

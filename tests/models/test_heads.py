@@ -93,7 +93,7 @@ def test_the_fill_mask_pipeline(tmp_path, attention):
     """From a saved folder, alone and in a batch with padding."""
     torch.manual_seed(0)
     PerformerForMaskedLM(make_config(attention)).save_pretrained(tmp_path)
-    build_protein_tokenizer().save_pretrained(tmp_path)
+    build_protein_tokenizer(closed=True).save_pretrained(tmp_path)
     fill = pipeline("fill-mask", model=str(tmp_path), tokenizer=str(tmp_path), device="cpu")
     sequences = ["MKT<mask>YIAKQR", "MA<mask>"]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)

@@ -67,7 +67,7 @@ def flags(**changes):
 def make_model(objective="mlm", *, max_length=40, **changes):
     """An untrained model whose predictions differ from residue to residue, and its tokenizer."""
     torch.manual_seed(5)
-    tokenizer = build_protein_tokenizer(max_length, causal=objective == "clm")
+    tokenizer = build_protein_tokenizer(max_length, closed=objective == "mlm")
     settings = {
         "hidden_size": 16,
         "num_hidden_layers": 2,

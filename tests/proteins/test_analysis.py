@@ -9,7 +9,7 @@ from performers.proteins.analysis import analyse_model
 from performers.proteins.fasta import ProteinRecord
 from performers.proteins.tokenizer import build_protein_tokenizer
 
-TOKENIZER = build_protein_tokenizer()
+TOKENIZER = build_protein_tokenizer(closed=True)
 PROTEIN = ProteinRecord("P1", "a protein", "MKTAYIAKQRXQISFVKSHFSRQ")
 
 

@@ -8,6 +8,7 @@ import torch
 from performers.proteins.embedding import embed_sequences, write_embeddings
 from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord
+from performers.proteins.tokenizer import encode_sequences
 from tests.proteins.runs import make_model, proteins
 
 
@@ -20,7 +21,7 @@ def test_a_vector_is_the_mean_over_the_residues_of_the_last_layer(objective, att
     assert vectors.shape == (17, 16)
     assert vectors.dtype == np.float32
     for sequence, vector in zip(sequences, vectors, strict=True):
-        tokens = torch.tensor([tokenizer(sequence)["input_ids"]])
+        tokens = torch.from_numpy(encode_sequences(tokenizer, [sequence])[0])[None].long()
         with torch.no_grad():
             hidden = model.base_model(tokens).last_hidden_state[0, 1:-1]
         np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=2e-5)
@@ -34,7 +35,7 @@ def test_a_spread_follows_the_mean():
     assert vectors.shape == (7, 32)
     np.testing.assert_allclose(vectors[:, :16], means, atol=2e-5)
     for sequence, spread in zip(sequences, vectors[:, 16:], strict=True):
-        tokens = torch.tensor([tokenizer(sequence)["input_ids"]])
+        tokens = torch.from_numpy(encode_sequences(tokenizer, [sequence])[0])[None].long()
         with torch.no_grad():
             hidden = model.base_model(tokens).last_hidden_state[0, 1:-1]
         np.testing.assert_allclose(spread, hidden.numpy().std(0), atol=2e-5)
@@ -95,14 +96,35 @@ RECORDS = [ProteinRecord("b", "", "MKT"), ProteinRecord("a", "x", "M"), ProteinR
 VECTORS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
+def names_in(file):
+    return file["names"].tobytes().decode().split("\n")
+
+
 def test_npz(tmp_path):
     write_embeddings(tmp_path / "x.npz", RECORDS, VECTORS)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
         assert set(file) == {"names", "lengths", "embeddings"}
-        assert file["names"].tolist() == ["b", "a", "b"]
+        assert names_in(file) == ["b", "a", "b"]
         assert file["lengths"].tolist() == [3, 1, 1]
         np.testing.assert_array_equal(file["embeddings"], VECTORS)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_one_long_name_does_not_lengthen_the_others(tmp_path):
+    names = [*(f"p{n}" for n in range(500)), "n" * 20_000, "protéine"]
+    records = [ProteinRecord(name, "", "MKT") for name in names]
+    write_embeddings(tmp_path / "x.npz", records, np.zeros((len(names), 1), np.float32))
+    with np.load(tmp_path / "x.npz") as file:
+        assert names_in(file) == names
+    text = sum(len(name.encode()) + 1 for name in names)
+    # Eight bytes a length and four a vector; the rest is headers.
+    assert (tmp_path / "x.npz").stat().st_size < text + 12 * len(names) + 2000
+
+
+def test_a_name_of_two_lines_is_refused(tmp_path):
+    records = [ProteinRecord("a\nb", "", "MKT")]
+    with pytest.raises(ValueError, match=r"names of one line, got 'a\\nb'"):
+        write_embeddings(tmp_path / "x.npz", records, VECTORS[:1])
 
 
 def test_parquet(tmp_path):

@@ -242,12 +242,42 @@ def test_a_very_long_record(file):
     assert sequences(wrapped) == [long]
 
 
-def test_nucleotides_are_suspected_only_when_all_is_nucleotide_and_long(file):
-    dna = b">a\n" + b"ACGTN" * 40 + b"\n>b\nacguu\n"
-    assert "DNA or RNA" in read_fasta(file(dna))[1].summary()
-    short = b">a\n" + b"ACGTN" * 40 + b"\n"
-    assert read_fasta(file(short))[1].summary() is None
-    assert "DNA" not in read_fasta(file(dna + b">c\nACGM\n"))[1].summary()
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        "ACGTN" * 40 + "ACGUU",
+        "ACGT" * 500 + "R" + "ACGT" * 500,
+        "ACGTRACGTYSWACGTACGTACGTACGTACGTACGTACGT" * 10,
+        "N" * 5_000 + "ACGT" * 100 + "X" * 5_000,
+        "AATTAATTAATTAATTGC" * 20,
+    ],
+    ids=["rna", "one ambiguous base", "several", "masked", "few of C and G"],
+)
+def test_nucleotides_are_suspected(file, sequence):
+    assert "DNA or RNA" in read_fasta(file(f">a\n{sequence}\n".encode()))[1].summary()
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        "ACGTN" * 40,
+        "GAGAGS" * 60,
+        "AATAATAATAATPATAATPA" * 20,
+        "N" * 300,
+        "G" * 300,
+        "ACGT" * 50 + "DEFHIKLMNPQRSVWY" * 2,
+    ],
+    ids=["short", "silk", "antifreeze", "poly-N", "poly-G", "a sixth other letters"],
+)
+def test_proteins_are_not_taken_for_nucleotides(file, sequence):
+    summary = read_fasta(file(f">a\n{sequence}\n".encode()))[1].summary()
+    assert summary is None or "DNA" not in summary
+
+
+def test_few_proteins_among_nucleotides_do_not_hide_them(file):
+    genes = b"".join(b">g%d\n%s\n" % (n, b"ACGT" * 50) for n in range(20))
+    report = read_fasta(file(genes + b">p\nMKTAYIAKQRQISFVKSHFSRQLEERLGLIE\n"))[1]
+    assert report.summary().startswith("warning: 99.3% of the letters are ACGTU, N or X")
 
 
 def test_streaming_yields_records_before_a_later_fault_and_counts_them(file):

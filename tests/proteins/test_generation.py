@@ -5,11 +5,15 @@ import re
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from performers.models.manifest import save_model_folder
 from performers.proteins.errors import UserError
 from performers.proteins.generation import generate_sequences
-from performers.proteins.tokenizer import AMINO_ACIDS
-from tests.proteins.runs import make_model
+from performers.proteins.model_folder import load_model
+from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer
+from performers.proteins.training import train_model
+from tests.proteins.runs import make_model, proteins, small_options
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +129,7 @@ def test_an_option_out_of_range_is_named(causal, options, message):
 
 
 def test_a_masked_model_cannot_generate():
-    with pytest.raises(UserError, match="trained with --objective mlm and cannot generate"):
+    with pytest.raises(UserError, match="predicts masked residues and cannot generate"):
         generated(make_model("mlm"))
 
 
@@ -134,3 +138,30 @@ def test_learned_positions_end():
     assert generated(model, max_length=20, num_sequences=10)
     with pytest.raises(UserError, match="learned positions for 20 tokens and cannot read 21"):
         generated(model, max_length=21)
+
+
+def test_a_trained_model_continues_prompts_where_transformers_generates(tmp_path):
+    train_model(proteins(), tmp_path, small_options(objective="clm", steps=1))
+    ours, _ = load_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("MKT").input_ids) == ["<bos>", *"MKT"]
+
+    ids = tokenizer.convert_tokens_to_ids(["<bos>", *"MKT"])
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(int(ours(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    length = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    generated = model.generate(**tokenizer("MKT", return_tensors="pt"), **length)
+    assert generated[0].tolist() == ids
+    # The shorter prompt of a batch is padded, which must not be read.
+    write = pipeline("text-generation", model=str(tmp_path))
+    (alone,), _ = write(["MKT", "MKTAYIAK"], batch_size=2, **length)
+    assert alone["generated_text"] == expected
+
+
+def test_a_model_saved_with_closed_prompts_generates(causal, tmp_path):
+    save_model_folder(tmp_path, causal[0], build_protein_tokenizer(40))
+    options = {"prompt": "MKT", "num_sequences": 5, "max_length": 30}
+    assert generate_sequences(*load_model(tmp_path), **options) == generated(causal, **options)

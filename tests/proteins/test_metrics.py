@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from performers.proteins.metrics import ResidueMetrics, unigram_baseline
 from performers.proteins.tokenizer import build_protein_tokenizer, residue_ids
 
-TOKENIZER = build_protein_tokenizer()
+TOKENIZER = build_protein_tokenizer(closed=True)
 VOCABULARY = len(TOKENIZER)
 RESIDUES = set(residue_ids(TOKENIZER).tolist())
 

@@ -13,7 +13,7 @@ from performers.proteins.objectives import ALL_HIDDEN, CausalCollator, MaskedCol
 from performers.proteins.packing import LengthBucketedBatchSampler, TokenDataset, pack_sequences
 from performers.proteins.tokenizer import AMINO_ACIDS, build_protein_tokenizer, encode_sequences
 
-TOKENIZER = build_protein_tokenizer()
+TOKENIZER = build_protein_tokenizer(closed=True)
 MASK, PAD, RESIDUES, AMINO = (
     TOKENIZER.mask_token_id,
     TOKENIZER.pad_token_id,
@@ -228,7 +228,7 @@ def test_bad_arguments_and_examples_are_refused():
             [{"input_ids": [5], "index": 0, "sequence_ids": [0]}, {"input_ids": [5], "index": 1}]
         )
     for token, kind in [("mask", MaskedCollator), ("pad", CausalCollator)]:
-        bare = build_protein_tokenizer()
+        bare = build_protein_tokenizer(closed=True)
         setattr(bare, f"{token}_token", None)
         with pytest.raises(ValueError, match=f"no {token} token"):
             kind(bare)

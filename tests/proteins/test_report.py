@@ -52,7 +52,7 @@ def _analysis(
     record = {"name": "P1", "description": "", "sequence": sequences[0], **fields}
     return analyse_model(
         BertForMaskedLM(config),
-        build_protein_tokenizer(),
+        build_protein_tokenizer(closed=True),
         sequences,
         protein=ProteinRecord(**record),
         max_sequences=5,

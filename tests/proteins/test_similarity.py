@@ -25,7 +25,7 @@ FIRST = 5
 
 
 def _similarity(threshold: float = 0.1) -> AttentionSimilarity:
-    return AttentionSimilarity(build_protein_tokenizer(), threshold=threshold)
+    return AttentionSimilarity(build_protein_tokenizer(closed=True), threshold=threshold)
 
 
 def _batch(

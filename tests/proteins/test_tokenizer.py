@@ -25,7 +25,7 @@ LETTERS = AMINO_ACIDS + AMBIGUOUS
 
 @pytest.fixture
 def tokenizer():
-    return build_protein_tokenizer()
+    return build_protein_tokenizer(closed=True)
 
 
 def test_the_vocabulary_is_the_documented_one(tokenizer):
@@ -74,7 +74,7 @@ def test_padding_and_truncation(tokenizer):
     batch = tokenizer(["MK", "MKTL"], padding=True, return_tensors="pt")
     assert batch["input_ids"].tolist()[0] == [1, 15, 13, 2, 0, 0]
     assert batch["attention_mask"].tolist()[0] == [1, 1, 1, 1, 0, 0]
-    bounded = build_protein_tokenizer(model_max_length=6)
+    bounded = build_protein_tokenizer(model_max_length=6, closed=True)
     assert bounded("MKTLLV", truncation=True)["input_ids"] == [1, 15, 13, 21, 14, 2]
     with pytest.raises(ValueError, match="model_max_length"):
         build_protein_tokenizer(model_max_length=2)
@@ -83,7 +83,7 @@ def test_padding_and_truncation(tokenizer):
 @settings(max_examples=100, deadline=None)
 @given(st.text(LETTERS + LETTERS.lower(), max_size=300))
 def test_decoding_gives_the_sequence_back(text):
-    tokenizer = build_protein_tokenizer()
+    tokenizer = build_protein_tokenizer(closed=True)
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.upper()
     assert len(ids) == len(text) + 2
@@ -94,12 +94,31 @@ def test_decoding_gives_the_sequence_back(text):
     st.lists(st.lists(st.sampled_from([*LETTERS, *"abz *-\n<>é", "<mask>", "<pad>"])).map("".join))
 )
 def test_the_fast_path_agrees_with_the_general_call(texts):
-    tokenizer = build_protein_tokenizer()
+    tokenizer, causal = build_protein_tokenizer(closed=True), build_protein_tokenizer()
     # Settings of an earlier call must not leak into the fast path.
-    tokenizer(["MKTLL", "M"], padding="max_length", truncation=True, max_length=4)
+    for each in (tokenizer, causal):
+        each(["MKTLL", "M"], padding="max_length", truncation=True, max_length=4)
     fast = encode_sequences(tokenizer, texts)
     assert all(row.dtype == np.int16 for row in fast)
     assert [row.tolist() for row in fast] == [tokenizer(text)["input_ids"] for text in texts]
+    # A causal model is trained on the same rows.
+    assert [row.tolist() for row in encode_sequences(causal, texts)] == [r.tolist() for r in fast]
+
+
+def test_a_causal_model_reads_a_prompt():
+    tokenizer = build_protein_tokenizer(model_max_length=6)
+    assert tokenizer("MKT")["input_ids"] == [1, 15, 13, 21]
+    assert tokenizer("")["input_ids"] == [1]
+    batch = tokenizer(["MK", "MKTL"], padding=True, return_tensors="pt")
+    assert batch["input_ids"].tolist()[0] == [0, 0, 1, 15, 13]
+    assert batch["attention_mask"].tolist()[0] == [0, 0, 1, 1, 1]
+    assert tokenizer("MKTLLVV", truncation=True)["input_ids"] == [1, 15, 13, 21, 14, 14]
+
+
+def test_sequences_need_begin_and_end_tokens(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token not set"):
+        encode_sequences(tokenizer, ["MK"])
 
 
 def test_the_fast_path_over_several_chunks(tokenizer, monkeypatch):
@@ -157,7 +176,7 @@ def test_a_saved_tokenizer_loads_in_a_fresh_process_without_this_package(tokeniz
 
 
 def test_saving_keeps_the_maximal_length(tmp_path):
-    build_protein_tokenizer(model_max_length=1024).save_pretrained(tmp_path)
+    build_protein_tokenizer(model_max_length=1024, closed=True).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.model_max_length == 1024
     assert loaded("MKT")["input_ids"] == [1, 15, 13, 21, 2]

@@ -8,9 +8,16 @@ from typing import Annotated
 import typer
 
 from performers.cli import benchmark, data, study
-from performers.cli.console import ProgressBars, note, one_line_errors, output, print_metrics
+from performers.cli.console import App, ProgressBars, note, one_line_errors, output, print_metrics
 from performers.cli.convert import convert
-from performers.cli.inputs import BatchTokens, ModelAndFasta, Seed, model_and_fasta, protein_records
+from performers.cli.inputs import (
+    BatchTokens,
+    ModelAndFasta,
+    Seed,
+    model_and_fasta,
+    model_folder,
+    protein_records,
+)
 from performers.cli.probe import probe
 from performers.cli.train import train
 from performers.proteins import demo as demo_run
@@ -28,10 +35,8 @@ from performers.proteins.generation import generate_sequences
 from performers.proteins.model_folder import load_model, model_max_length
 from performers.proteins.model_report import report_on_model
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
     help="Attention in linear time, and protein language models with it.",
 )
 app.add_typer(benchmark.app, name="benchmark")
@@ -117,7 +122,14 @@ def evaluate(
 @app.command()
 def embed(
     paths: ModelAndFasta,
-    output_file: Annotated[Path, typer.Option("--output", help="A .npz or .parquet file.")],
+    output_file: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            help="A .npz file (names: UTF-8 text, a name a line, as bytes; lengths; embeddings) or "
+            "a .parquet file (name, length, embedding).",
+        ),
+    ],
     pooling: Annotated[
         str,
         typer.Option(
@@ -165,7 +177,7 @@ def generate(
     with one_line_errors():
         if output_file is not None:
             prepare_output_file(output_file, (".fasta", ".fa", ".faa", ".gz"))
-        network, tokenizer = load_model(model)
+        network, tokenizer = load_model(model_folder(model))
         with ProgressBars() as bars:
             records = generate_sequences(
                 network,
@@ -212,7 +224,7 @@ def report(
     with one_line_errors():
         model, fasta = model_and_fasta(paths)
         network, tokenizer = load_model(model)
-        others = [(path, *load_model(path)) for path in compare or []]
+        others = [(path, *load_model(path)) for path in map(model_folder, compare or [])]
         records = protein_records(fasta)
         prepare_output_folder(output_folder)
         with ProgressBars() as bars:

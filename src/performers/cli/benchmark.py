@@ -21,13 +21,11 @@ from performers.cli.benchmark_options import (
     listed,
 )
 from performers.cli.benchmark_run import integers, measure_and_write, names, settings_of
-from performers.cli.console import note, one_line_errors
+from performers.cli.console import App, note, one_line_errors
 from performers.proteins.folders import prepare_output_folder
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
     help="Time and memory of attention, of training steps and of decoding, on this machine; "
     "accuracy of attention through random features.",
 )

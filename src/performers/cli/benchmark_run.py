@@ -12,7 +12,7 @@ from rich.table import Table
 from performers.benchmark.figure import benchmark_figure
 from performers.benchmark.results import OtherRunError, Results, failures
 from performers.cli.benchmark_tables import tables as benchmark_tables
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import INT64, ProgressBars, note, output
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.figure_files import save_figure
 from performers.proteins.folders import read_json, write_atomically, write_json
@@ -103,11 +103,14 @@ def integers(flag: str, text: str) -> tuple[int, ...]:
         UserError: They are something else.
     """
     try:
-        return tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(
             f"{flag} must be whole numbers with commas between, got {text!r}"
         ) from error
+    if beyond := [number for number in found if number not in INT64]:
+        raise UserError(f"{flag}: {beyond[0]} is not a 64-bit integer")
+    return found
 
 
 def names(text: str) -> tuple[str, ...]:

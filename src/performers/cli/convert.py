@@ -15,7 +15,7 @@ from performers.benchmark.groups import Sampling
 from performers.benchmark.machine import describe
 from performers.benchmark.workload import rising
 from performers.cli.benchmark_run import integers, settings_of
-from performers.cli.console import ProgressBars, note, one_line_errors, output
+from performers.cli.console import App, ProgressBars, note, one_line_errors, output
 from performers.cli.convert_report import report_page, report_tables
 from performers.convert.conversion import ConversionOptions, ConversionRecord
 from performers.convert.positions import extend_positions_, learned_positions
@@ -31,7 +31,7 @@ from performers.proteins.folders import (
     write_json,
 )
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+app = App()
 
 _DEFAULTS = ConversionOptions(model="", data="")
 _RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"

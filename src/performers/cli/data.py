@@ -9,14 +9,14 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from performers.cli.console import ProgressBars, note, one_line_errors, output
+from performers.cli.console import App, ProgressBars, note, one_line_errors, output
 from performers.proteins.annotations import write_go_labels
 from performers.proteins.corpus import CorpusOptions, prepare_corpus
 from performers.proteins.corpus.download import UNIPROT
 from performers.proteins.corpus.sources import open_source
 from performers.proteins.folders import prepare_output_file, prepare_output_folder
 
-app = typer.Typer(no_args_is_help=True, help="Make sequences ready for training.")
+app = App(no_args_is_help=True, help="Make sequences ready for training.")
 
 _DEFAULTS = CorpusOptions()
 
@@ -82,7 +82,7 @@ def swissprot(
     shard_tokens: Annotated[
         int, typer.Option(help="Tokens in a file of tokens.")
     ] = _DEFAULTS.shard_tokens,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of mmseqs2.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of mmseqs2.")] = 2,
     memory: Annotated[
         int, typer.Option(min=64, help="MiB that the index of mmseqs2 may take.")
     ] = 1500,

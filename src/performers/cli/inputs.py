@@ -25,6 +25,11 @@ ModelAndFasta = Annotated[
 ]
 
 
+def model_folder(path: Path) -> Path:
+    """The folder of a model, which may be named ``performers-protein-small``."""
+    return pretrained_folder() if str(path) == PRETRAINED and not path.exists() else path
+
+
 def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
     """Tell a model from the FASTA files after it.
 
@@ -32,15 +37,25 @@ def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
         paths: The model's folder or ``performers-protein-small``, or neither; FASTA files.
 
     Returns:
-        The folder of the model and the files, perhaps none.
+        The folder of the model and the files.
 
     Raises:
-        UserError: The first is nothing at all.
+        UserError: The first is nothing at all or a folder without a model, a model comes later, or
+            there is no file.
     """
-    first, rest = paths[0], paths[1:]
-    if str(first) == PRETRAINED and not first.exists():
-        return pretrained_folder(), rest
+    first, rest = model_folder(paths[0]), paths[1:]
+    for path in rest:
+        if (model_folder(path) / "config.json").exists():
+            raise UserError(f"{path} is a model, and comes before the FASTA files; give one model")
     if first.is_dir():
+        # A training that has not ended has no model yet, which load_model explains.
+        if not (first / "config.json").exists() and not (first / "checkpoints").exists():
+            raise UserError(
+                f"{first} is a folder without a model: it has no config.json; name the FASTA files "
+                "in it, or give a folder that performers train wrote and then FASTA files"
+            )
+        if not rest:
+            raise UserError("give at least one FASTA file after the model")
         return first, rest
     if not first.exists():
         raise UserError(
@@ -56,8 +71,6 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     Raises:
         UserError: There are none.
     """
-    if not paths:
-        raise UserError("give at least one FASTA file after the model")
     records, letters = read_fasta(paths)
     note(letters.summary())
     if not records:

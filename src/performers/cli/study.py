@@ -9,14 +9,14 @@ from typing import Annotated
 import torch
 import typer
 
-from performers.cli.console import ProgressBars, note, one_line_errors, output
+from performers.cli.console import App, ProgressBars, note, one_line_errors, output
 from performers.proteins.errors import UserError
 from performers.proteins.folders import prepare_output_folder
 from performers.study.data import corpus_data, embedded_data
 from performers.study.presets import PRESETS
 from performers.study.study import run_study
 
-app = typer.Typer(no_args_is_help=True, help="Compare attentions, from data to a page.")
+app = App(no_args_is_help=True, help="Compare attentions, from data to a page.")
 
 
 @app.callback()
@@ -44,7 +44,8 @@ def proteins(
         typer.Option("--attention", help="Only these of the comparison (repeatable)."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch; its own choice by default.")
+        int | None,
+        typer.Option(min=1, max=1024, help="Threads of torch; its own choice by default."),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the study in --output.")

@@ -170,9 +170,11 @@ def train(
                 raise UserError("a corpus is trained on by itself; give the one folder")
             corpus = Corpus(fasta[0])
             sequences = corpus.split("train")
+            options.check_memory(sequences.entry["tokens"])
             held_out = validation_sample(corpus.split("validation"), seed)
         else:
             sequences, held_out = [record.sequence for record in protein_records(fasta)], None
+            options.check_memory(sum(len(sequence) for sequence in sequences))
         if validation:
             held_out = [record.sequence for record in protein_records(validation)]
         prepare_output_folder(output_folder, resume=resume)

@@ -6,6 +6,7 @@ that is installed, and lets its ``from_pretrained`` open the folders of converte
 
 import importlib
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 from performers.convert.positions import extend_positions_
@@ -40,5 +41,11 @@ def __getattr__(name: str) -> Any:
 
 
 if importlib.util.find_spec("transformers") is not None:
-    for _module in ("interface", "saving"):
-        importlib.import_module(f"performers.convert.{_module}")
+    try:
+        import performers.models
+    except ImportError as _error:
+        # Torch models need no transformers; those who do not convert others lose nothing.
+        logging.getLogger("performers").warning("%s", _error)
+    else:
+        for _module in ("interface", "saving"):
+            importlib.import_module(f"performers.convert.{_module}")

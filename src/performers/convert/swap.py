@@ -126,9 +126,9 @@ def _convert(
         # A torch model needs nothing else.
         pass
     else:
-        from performers.models import PerformerConfig
-
         if isinstance(model, PreTrainedModel):
+            from performers.models import PerformerConfig
+
             if isinstance(model.config, PerformerConfig):
                 from performers.convert.performer_models import convert_performer_model
 

@@ -1,12 +1,18 @@
 """Performer models as ordinary transformers classes, registered with its Auto classes."""
 
+import re
+
+_NEEDED = (5, 10, 1)
+_ADVICE = (
+    f"performers.models needs transformers >= {'.'.join(map(str, _NEEDED))}; install it with "
+    "pip install 'performers[models]'"
+)
 try:
     import transformers
 except ImportError as error:
-    raise ImportError(
-        "performers.models needs transformers >= 5; install it with "
-        "pip install 'performers[models]'"
-    ) from error
+    raise ImportError(_ADVICE) from error
+if tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:3]) < _NEEDED:
+    raise ImportError(f"{_ADVICE} (found {transformers.__version__})")
 
 from performers.models.cache import PerformerCache
 from performers.models.configuration import PerformerConfig

@@ -96,19 +96,35 @@ def check_pooling(pooling: str) -> None:
 def write_embeddings(
     path: Path, records: Sequence[ProteinRecord], vectors: npt.NDArray[np.float32]
 ) -> None:
-    """Write names, lengths and vectors, whole or not at all.
+    r"""Write names, lengths and vectors, whole or not at all.
+
+    An array of strings would take the longest name's space for every name. In ``.npz`` the names
+    are therefore one text, a name a line, as an array of bytes in UTF-8::
+
+        with np.load("proteins.npz") as file:
+            names = file["names"].tobytes().decode().split("\n")
+            vectors = file["embeddings"]
 
     Args:
-        path: ``.npz`` with arrays ``names``, ``lengths`` and ``embeddings``, or ``.parquet`` with
-            columns ``name``, ``length`` and ``embedding`` (a list of float32).
+        path: ``.npz`` with arrays ``names`` (uint8), ``lengths`` (int64) and ``embeddings``
+            (float32), or ``.parquet`` with columns ``name``, ``length`` and ``embedding`` (a list
+            of float32).
         records: The sequences, in the order of the vectors.
         vectors: Shape ``(sequences, width)``.
+
+    Raises:
+        ValueError: A name has a line break.
     """
     names = [record.name for record in records]
+    if broken := [name for name in names if "\n" in name]:
+        raise ValueError(
+            f"records: expected names of one line, got {broken[0]!r}; rename the record"
+        )
     lengths = np.array([len(record.sequence) for record in records], dtype=np.int64)
     buffer = BytesIO()
     if path.suffix.lower() == ".npz":
-        np.savez(buffer, names=np.array(names), lengths=lengths, embeddings=vectors)
+        text = np.frombuffer("\n".join(names).encode(), dtype=np.uint8)
+        np.savez(buffer, names=text, lengths=lengths, embeddings=vectors)
     else:
         import pyarrow
         from pyarrow import parquet

@@ -13,8 +13,10 @@ The policy:
   error that names the line and the letter. So are a record without residues, a header without a
   name, text before the first header, and a file that is missing, empty, binary or a damaged gzip.
 - Records that share a name are all kept; the repeats are counted.
-- Records made of nothing but ``ACGTUN`` (more than 200 residues in all) are kept, with a warning
-  that they look like nucleotides.
+- Files of more than 200 residues that look like nucleotides are kept, with a warning: at least 90%
+  of the letters other than ``N`` and ``X``, unknown in one alphabet or the other, are ``ACGTU``,
+  and at least 1% are each of ``A``, ``C``, ``G`` and ``T`` or ``U``. Proteins of few kinds of
+  residues (silk, antifreeze proteins) lack one of them.
 
 What was changed or is unusual is counted in a `LetterReport`; `LetterReport.summary` tells it in
 one line.
@@ -42,8 +44,10 @@ __all__ = ["FastaError", "LetterReport", "ProteinRecord", "iter_fasta", "read_fa
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _AMBIGUOUS = "XBZUOJ"
-_NUCLEOTIDES = frozenset("ACGTUN")
+# Residues from which on nucleotides are suspected, and the least share of the letters that they
+# are together (IUPAC codes of ambiguous bases are the rest) and that each of them is.
 _NUCLEOTIDE_RESIDUES = 200
+_NUCLEOTIDE_SHARE, _EACH_NUCLEOTIDE_SHARE = 0.9, 0.01
 # Bytes that are not UTF-8 reach us as lone surrogates (errors="surrogateescape").
 _BINARY = re.compile("[\x00\udc80-\udcff]")
 _ILLEGAL = re.compile(r"[^A-Za-z*]")
@@ -89,20 +93,31 @@ class LetterReport:
     ambiguous: dict[str, int] = field(default_factory=dict)
     duplicate_names: int = 0
     _names: set[str] = field(default_factory=set, repr=False, compare=False)
-    _only_nucleotides: bool = field(default=True, repr=False, compare=False)
+    _letters: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys("ACGTUNX", 0), repr=False, compare=False
+    )
 
     @property
     def looks_like_nucleotides(self) -> bool:
-        """Whether all records hold only the letters ``ACGTUN``, over more than 200 residues."""
-        return self._only_nucleotides and self.residues > _NUCLEOTIDE_RESIDUES
+        """Whether the letters are those of DNA or RNA; see the module's policy."""
+        if self.residues <= _NUCLEOTIDE_RESIDUES:
+            return False
+        a, c, g, t, u, n, x = self._letters.values()
+        known = self.residues - n - x
+        return (
+            a + c + g + t + u >= _NUCLEOTIDE_SHARE * known
+            and min(a, c, g, t + u) >= _EACH_NUCLEOTIDE_SHARE * known
+            and known > 0
+        )
 
     def summary(self) -> str | None:
         """Tells the oddities in one line, or returns None when there are none."""
         parts = []
         if self.looks_like_nucleotides:
+            share = sum(self._letters[letter] for letter in "ACGTUNX") / self.residues
             parts.append(
-                "warning: every sequence is made of ACGTUN only and looks like DNA or RNA, "
-                "not protein; translate it first"
+                f"warning: {share:.1%} of the letters are ACGTU, N or X, which looks like DNA or "
+                "RNA, not protein; translate it first"
             )
         if self.lower_case:
             parts.append(f"{self.lower_case:,} lower-case letters read as upper case")
@@ -121,8 +136,8 @@ class LetterReport:
         for letter in _AMBIGUOUS:
             if count := record.sequence.count(letter):
                 self.ambiguous[letter] = self.ambiguous.get(letter, 0) + count
-        if self._only_nucleotides:
-            self._only_nucleotides = _NUCLEOTIDES.issuperset(record.sequence)
+        for letter in self._letters:
+            self._letters[letter] += record.sequence.count(letter)
         if record.name in self._names:
             self.duplicate_names += 1
         self._names.add(record.name)

@@ -56,8 +56,8 @@ def generate_sequences(
     """
     if not model.config.is_decoder:
         raise UserError(
-            "the model was trained with --objective mlm and cannot generate; train one with "
-            "--objective clm"
+            "the model predicts masked residues and cannot generate; give the folder of one that "
+            "performers train --objective clm wrote"
         )
     prompt = "".join(prompt.split()).upper()
     illegal = sorted(set(prompt) - set(AMINO_ACIDS + AMBIGUOUS))

@@ -10,6 +10,7 @@ from performers.features.softmax import CALIBRATED, Estimator
 from performers.models import PerformerConfig
 from performers.models.attention import build_mechanism
 from performers.proteins.errors import UserError
+from performers.proteins.memory import check_training_memory
 
 OBJECTIVES = ("mlm", "clm")
 OPTIMIZERS = ("adamw", "muon")
@@ -111,7 +112,8 @@ class TrainingOptions:
         """Check ranges.
 
         Raises:
-            UserError: An option is out of range; the message names its flag.
+            UserError: An option is out of range, or the model cannot be trained in the memory of
+                this machine; the message names the flag.
         """
         if self.objective not in OBJECTIVES:
             raise UserError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
@@ -160,6 +162,11 @@ class TrainingOptions:
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
+        if self.steps * self.accumulation >= 2**63:
+            raise UserError(
+                f"--steps times --accumulation must be below 2^63 batches, got {self.steps} and "
+                f"{self.accumulation}"
+            )
         if self.seed >= 2**32:
             raise UserError(f"--seed must be below 2^32, got {self.seed}")
         if self.batch_tokens < self.max_length:
@@ -195,8 +202,10 @@ class TrainingOptions:
                 "--packed, or add --across-sequences"
             )
         try:
+            config = self._config()
+            check_training_memory(config, self.optimizer)
             with torch.random.fork_rng(devices=[]):
-                build_mechanism(self._config())
+                build_mechanism(config)
         except ValueError as error:
             raise UserError(_MODEL_NAMES.sub(_model_flag, str(error))) from error
 
@@ -208,6 +217,21 @@ class TrainingOptions:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
+
+    def check_memory(self, tokens: int) -> None:
+        """Check that a batch's activations fit in memory beside the model.
+
+        Args:
+            tokens: Tokens of the data, from which validation is held out.
+
+        Raises:
+            UserError: They do not fit.
+        """
+        if self.gradient_checkpointing or self.bf16:
+            return
+        # A batch ends where one more row would exceed the budget: half of it is always reached.
+        batch = min(int((1 - self.validation_fraction) * tokens), self.batch_tokens) // 2
+        check_training_memory(self._config(), self.optimizer, batch)
 
     def _config(self, **tokens: Any) -> PerformerConfig:
         return PerformerConfig(

@@ -2,8 +2,11 @@
 
 The vocabulary, 31 tokens: ``<pad>`` 0, ``<bos>`` 1, ``<eos>`` 2, ``<unk>`` 3, ``<mask>`` 4, the 20
 amino acids ``ACDEFGHIKLMNPQRSTVWY`` 5-24, and ``XBZUOJ`` 25-30. Lower case reads as upper case,
-white space is ignored, any other character becomes one ``<unk>``, and a sequence is framed as
-``<bos> ... <eos>``.
+white space is ignored, and any other character becomes one ``<unk>``.
+
+Training rows, evaluations and embeddings read whole sequences, ``<bos> ... <eos>``, which
+`encode_sequences` frames for every model. A call of the tokenizer gives a masked model the same,
+and a causal model a prompt, ``<bos> ...``, from which generation continues.
 
 Everything is in the saved ``tokenizer.json`` and ``tokenizer_config.json``: a saved tokenizer loads
 with ``AutoTokenizer.from_pretrained`` where this package is not installed.
@@ -42,15 +45,20 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<mask>")
 _LETTERS_PER_CALL = 1_000_000
 
 
-def build_protein_tokenizer(model_max_length: int | None = None) -> PreTrainedTokenizerFast:
+def build_protein_tokenizer(
+    model_max_length: int | None = None, *, closed: bool = False
+) -> PreTrainedTokenizerFast:
     """Builds the protein tokenizer.
 
     Args:
         model_max_length: The longest input of the model in tokens, ``<bos>`` and ``<eos>``
             included; used when truncation is asked for. None: no limit.
+        closed: A call encodes whole proteins, ``<bos> ... <eos>`` with padding on the right, as
+            masked models read them. Otherwise it encodes prompts, ``<bos> ...`` with padding on
+            the left, which causal models continue.
 
     Returns:
-        A fast tokenizer that pads on the right; decoding gives the letters without spaces.
+        A fast tokenizer; decoding gives the letters without spaces.
 
     Raises:
         ValueError: ``model_max_length`` is below 3, which leaves no room for a residue.
@@ -73,8 +81,8 @@ def build_protein_tokenizer(model_max_length: int | None = None) -> PreTrainedTo
     )
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     backend.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        pair="<bos> $A <eos> $B:1 <eos>:1",
+        single="<bos> $A <eos>" if closed else "<bos> $A",
+        pair="<bos> $A <eos> $B:1 <eos>:1" if closed else "<bos> $A <bos>:1 $B:1",
         special_tokens=[("<bos>", ids["<bos>"]), ("<eos>", ids["<eos>"])],
     )
     backend.decoder = decoders.Fuse()
@@ -86,7 +94,7 @@ def build_protein_tokenizer(model_max_length: int | None = None) -> PreTrainedTo
         eos_token="<eos>",
         unk_token="<unk>",
         mask_token="<mask>",
-        padding_side="right",
+        padding_side="right" if closed else "left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
         **options,
@@ -96,34 +104,43 @@ def build_protein_tokenizer(model_max_length: int | None = None) -> PreTrainedTo
 def encode_sequences(
     tokenizer: PreTrainedTokenizerFast, sequences: Sequence[str]
 ) -> list[npt.NDArray[np.int16]]:
-    """Encodes many sequences, with ``<bos>`` and ``<eos>``, without padding or truncation.
+    """Encodes whole sequences as ``<bos> ... <eos>``, without padding or truncation.
 
-    The ids are those of ``tokenizer(sequence)["input_ids"]``, from the same backend, in compact
-    arrays and without the bookkeeping that makes the general call slow.
+    The begin and end tokens are added here, whatever a call of the tokenizer adds: a causal model's
+    leaves a prompt open. The arrays are compact, without the bookkeeping of the general call.
 
     Args:
-        tokenizer: A fast tokenizer.
+        tokenizer: A fast tokenizer with begin and end tokens.
         sequences: The sequences as text.
 
     Returns:
         One int16 array a sequence, of shape (number of its tokens,).
 
     Raises:
-        ValueError: The vocabulary does not fit in int16.
+        ValueError: The vocabulary does not fit in int16, or the tokenizer has no begin or end
+            token.
     """
     if len(tokenizer) > np.iinfo(np.int16).max:
         raise ValueError(
             f"tokenizer: expected a protein vocabulary of at most {np.iinfo(np.int16).max} tokens, "
             f"got {len(tokenizer)}; give a tokenizer from build_protein_tokenizer"
         )
+    frame = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    if missing := [name for name, token in frame.items() if token is None]:
+        raise ValueError(
+            f"tokenizer: expected a bos_token and an eos_token to frame sequences with, "
+            f"{' and '.join(missing)} not set; set them or give a tokenizer from "
+            "build_protein_tokenizer"
+        )
+    begin, end = frame.values()
     backend = tokenizer.backend_tokenizer
     # The backend keeps the settings of the last call of the tokenizer.
     backend.no_padding()
     backend.no_truncation()
     return [
-        np.array(encoding.ids, dtype=np.int16)
+        np.array([begin, *encoding.ids, end], dtype=np.int16)
         for chunk in _chunks(sequences)
-        for encoding in backend.encode_batch_fast(chunk)
+        for encoding in backend.encode_batch_fast(chunk, add_special_tokens=False)
     ]
 
 

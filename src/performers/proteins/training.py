@@ -94,7 +94,7 @@ def train_model(
             check_muon()
         except RuntimeError as error:
             raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
-    tokenizer = build_protein_tokenizer(model_max_length=options.max_length)
+    tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
     if validation is None:
         if isinstance(sequences, TokenShards):
             raise ValueError("validation: expected proteins to go with a split of a corpus")
