@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 if importlib.util.find_spec("transformers") is not None:
     try:
-        import performers.models
+        importlib.import_module("performers.models")
     except ImportError as _error:
         # Torch models need no transformers; those who do not convert others lose nothing.
         logging.getLogger("performers").warning("%s", _error)

@@ -251,7 +251,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Gradient checkpointing switched off in all layers of a model."""
-    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
+    layers: list[Any] = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
     for layer in layers:
         layer.gradient_checkpointing = False
     try:

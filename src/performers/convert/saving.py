@@ -31,7 +31,7 @@ from performers.models.manifest import check_manifest
 __all__ = ["load_performer"]
 
 
-def load_performer(path: str | Path, *, model_class: type | None = None, **options: Any) -> Any:
+def load_performer(path: str | Path, *, model_class: Any = None, **options: Any) -> Any:
     """Load a model that `to_performer` converted and ``save_pretrained`` saved.
 
     The outputs equal those of the model that was saved: random features are part of the weights.
@@ -62,7 +62,7 @@ def load_performer(path: str | Path, *, model_class: type | None = None, **optio
         from performers import models
 
         model_class = model_class or getattr(models, name or "PerformerModel")
-        return model_class.from_pretrained(folder, **options)  # type: ignore[attr-defined]
+        return model_class.from_pretrained(folder, **options)
     if written.get(RECORD) is None:
         raise ValueError(
             f"{folder} holds a {name} that is not converted: load it with transformers and "
@@ -94,7 +94,8 @@ def _class(name: str | None, folder: Path) -> Any:
 
 
 def _subclasses(base: type) -> set[type]:
-    return {x for direct in base.__subclasses__() for x in (direct, *_subclasses(direct))}
+    direct: list[type] = base.__subclasses__()
+    return {x for each in direct for x in (each, *_subclasses(each))}
 
 
 class _ConvertedConfig(QuantizationConfigMixin):

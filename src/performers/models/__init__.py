@@ -2,17 +2,16 @@
 
 import re
 
-_NEEDED = (5, 10, 1)
-_ADVICE = (
-    f"performers.models needs transformers >= {'.'.join(map(str, _NEEDED))}; install it with "
-    "pip install 'performers[models]'"
-)
 try:
     import transformers
+
+    if tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:3]) < (5, 10, 1):
+        raise ImportError(f"transformers {transformers.__version__} is installed")
 except ImportError as error:
-    raise ImportError(_ADVICE) from error
-if tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:3]) < _NEEDED:
-    raise ImportError(f"{_ADVICE} (found {transformers.__version__})")
+    raise ImportError(
+        "performers.models needs transformers >= 5.10.1; install it with "
+        f"pip install 'performers[models]' ({error})"
+    ) from error
 
 from performers.models.cache import PerformerCache
 from performers.models.configuration import PerformerConfig

@@ -23,7 +23,8 @@ def is_tracing() -> bool:
 
     Nothing may then depend on the values of an input.
     """
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    jit: Any = torch.jit
+    return jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def cache_keyword(function: Callable[..., Any]) -> str:
