@@ -113,6 +113,8 @@ def test_calibration_changes_nothing_but_the_features():
     assert model[0].training
     assert not model[1].training
     assert torch.backends.mha.get_fastpath_enabled() is flag
+    # Those that wait for the first call are gone after it.
+    model(inputs())
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
     # A later error leaves no hook either, and the exact modules in their places.

@@ -1,12 +1,14 @@
 """Torch's own Transformer layers, made linear in place."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from performers import PerformerAttention, favor_attention, redraw_features_
+from performers.convert import to_performer
 from performers.convert.settings import ConversionSettings
 from performers.convert.torch_modules import convert_torch_modules
 from tests.convert.torch_models import (
@@ -385,3 +387,44 @@ def test_features_that_do_not_exist_are_refused_before_anything_changes():
         with pytest.raises(ValueError, match=next(iter(options))):
             convert(model, ConversionSettings(**options))
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+
+
+class Dispatching(nn.Module):
+    """A block that asks for the type of its attention, and does without what it does not know."""
+
+    def __init__(self, known=nn.MultiheadAttention):
+        super().__init__()
+        self.known = known
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x):
+        if type(self.attention) is self.known or (
+            self.known is nn.MultiheadAttention and isinstance(self.attention, self.known)
+        ):
+            return self.attention(x, x, x, need_weights=False)[0]
+        return x
+
+
+def test_callers_that_ask_for_the_type_call_the_converted_attention():
+    model = Dispatching().eval()
+    exact = model(torch.ones(1, 9, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_performer(model, window=16)
+        torch.testing.assert_close(model(torch.ones(1, 9, 32)), exact)
+    assert isinstance(model.attention, nn.MultiheadAttention)
+    model.attention._reset_parameters()
+
+
+def test_attention_that_is_not_called_is_reported_once():
+    model = to_performer(Dispatching(known=int), window=4)
+    x = torch.ones(1, 9, 32)
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        with pytest.warns(UserWarning, match="did not call attention, converted"):
+            each(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            each(x)
+        assert not each._forward_hooks
+        assert not each.attention._forward_pre_hooks

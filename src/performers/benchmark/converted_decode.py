@@ -17,6 +17,7 @@ from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.workload import at_least, rising
 from performers.convert.positions import learned_positions
 from performers.models import PerformerCache
+from performers.models.arguments import cache_keyword
 
 __all__ = ["DECODING", "measure_decoding"]
 
@@ -184,8 +185,9 @@ def _prepare(decoder: _Decoder, tokens: int) -> Callable[[], Callable[[], object
 @torch.no_grad()
 def _forward(model: Any, tokens: Tensor, cache: Any) -> tuple[Tensor, Any]:
     options = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True, **options)
-    return output[0], output.past_key_values
+    name = cache_keyword(model.forward)
+    output = model(input_ids=tokens, use_cache=True, **{name: cache}, **options)
+    return output[0], output[name]
 
 
 def _fill(cache: Any, length: int, context: int) -> bool:

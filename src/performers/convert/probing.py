@@ -214,7 +214,7 @@ def _find(config: Any, *names: str, default: Any) -> Any:
 def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     """Inputs to be tried, those with most kinds of data first."""
     config, names = model.config, set(inspect.signature(type(model).forward).parameters)
-    reference = next(model.parameters())
+    reference = next(model.parameters(), torch.empty(0))
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

@@ -231,7 +231,8 @@ def convert_transformers_model(
         )
     blocks: dict[nn.Module, FavorBlock] = {}
     for part in chosen:
-        reference = next(part.module.parameters())
+        # Modules with int8 weights have no parameters, and run on a CPU.
+        reference = next(part.module.parameters(), torch.empty(0, device="cpu"))
         if reference.is_meta and not weights_follow:
             raise ValueError(
                 f"{part.name} has no weights in memory (on the meta device, or offloaded): load "

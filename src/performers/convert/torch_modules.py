@@ -6,6 +6,7 @@ objects. Nothing is changed before everything has been checked and fitted.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from performers.convert.fitting import FeatureFit, check_calibration, run_batches
 from performers.convert.settings import ConversionSettings
@@ -101,6 +103,7 @@ def convert_torch_modules(
         ):
             # Made for torch's fused layers, which are not run any more.
             module.use_nested_tensor = False
+    _expect_calls(model, {found.name: ours[found.module] for found in chosen})
     rates = sorted({found.module.dropout for found in chosen} - {0.0})
     if rates:
         dropped = sum(found.module.dropout > 0 for found in chosen)
@@ -112,9 +115,43 @@ def convert_torch_modules(
     return [found.name for found in chosen]
 
 
+class _ExpectedCalls:
+    """Names of modules that a model's first forward pass has not called yet, and its hooks."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = dict.fromkeys(names)
+        self.handles: list[RemovableHandle] = []
+
+    def called(self, name: str, *args: Any) -> None:
+        self.names.pop(name, None)
+
+    def done(self, model: nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for handle in self.handles:
+            handle.remove()
+        if self.names:
+            warnings.warn(
+                f"the forward pass of {type(model).__name__} did not call {', '.join(self.names)}, "
+                "converted to linear attention: it may do without them, or compute their attention "
+                "in another way, which is then still exact",
+                stacklevel=2,
+            )
+
+
+def _expect_calls(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Warn after the first forward pass of a model if it has not called some modules."""
+    expected = _ExpectedCalls(modules)
+    expected.handles = [
+        module.register_forward_pre_hook(functools.partial(expected.called, name))
+        for name, module in modules.items()
+    ]
+    expected.handles.append(model.register_forward_hook(expected.done))
+
+
 def _chosen(model: nn.Module, settings: ConversionSettings) -> list[_Found]:
     """The modules to convert, each of which can be."""
-    if isinstance(model, nn.MultiheadAttention):
+    if isinstance(model, nn.MultiheadAttention) and not isinstance(model, PerformerAttention):
         raise ValueError(
             "model is an nn.MultiheadAttention itself, which cannot be replaced in place: pass the "
             "module that holds it, or build a performers.PerformerAttention with its arguments and "
@@ -128,7 +165,7 @@ def _chosen(model: nn.Module, settings: ConversionSettings) -> list[_Found]:
     found = [
         _Found(name, module, module in cross)
         for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, PerformerAttention)
     ]
     candidates = [x for x in found if settings.cross_attention or not x.is_cross]
     if not candidates:

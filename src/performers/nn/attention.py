@@ -1,5 +1,7 @@
 """Multi-head attention in linear time, with the arguments and call of torch's own module."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from performers.attention import favor_attention, favor_attention_weights
 from performers.features import FeatureMap, SoftmaxFeatures
 
 
-class PerformerAttention(nn.Module):
+class PerformerAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with random-feature attention inside.
 
     ``out = concat_h(favor_attention(q W_q, k W_k, v W_v)) W_o``. Parameters have the names and
@@ -17,7 +19,8 @@ class PerformerAttention(nn.Module):
 
     It differs from ``nn.MultiheadAttention`` where linear time demands it: ``need_weights`` is
     False unless asked for, an ``attn_mask`` other than a causal one is refused, and so is
-    ``dropout`` on the attention matrix, which is never formed. ``nn.TransformerEncoder`` copies the
+    ``dropout`` on the attention matrix, which is never formed. It is a subclass, because callers
+    ask for the type; everything but the type is its own. ``nn.TransformerEncoder`` copies the
     layer it is given, random features included: ``redraw_features_(encoder)`` gives each its own.
 
     Args:
@@ -50,6 +53,9 @@ class PerformerAttention(nn.Module):
     # What nn.TransformerEncoderLayer asks before it takes torch's fused path, which would compute
     # exact attention without a word.
     _qkv_same_embed_dim = False
+    # Of wider types than those of the base class.
+    in_proj_bias: Any
+    out_proj: Any
 
     def __init__(
         self,
@@ -69,7 +75,8 @@ class PerformerAttention(nn.Module):
         window: int | None = None,
         sinks: int = 0,
     ) -> None:
-        super().__init__()
+        # The parameters of the base class would be made for nothing.
+        nn.Module.__init__(self)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and "
@@ -99,6 +106,7 @@ class PerformerAttention(nn.Module):
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
         self.batch_first = batch_first
+        self.dropout = 0.0
         self.window, self.sinks = window, sinks
         self.add_zero_attn = add_zero_attn
 
@@ -120,9 +128,19 @@ class PerformerAttention(nn.Module):
         self._initialise_projections()
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters as ``nn.MultiheadAttention`` does, and redraw the features."""
-        self._initialise_projections()
+        """Set all parameters and buffers as at construction, features included."""
+        # In the order of construction: the same generator gives the same module.
         self.feature_map.reset_parameters()
+        self.out_proj.reset_parameters()
+        self._initialise_projections()
+
+    def _reset_parameters(self) -> None:
+        """``reset_parameters``, under the name that callers of ``nn.MultiheadAttention`` use."""
+        self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # That of the base class would allow torch's fused path.
+        nn.Module.__setstate__(self, state)
 
     def _initialise_projections(self) -> None:
         for weight in self._projection_weights(whole=True):
@@ -227,7 +245,7 @@ class PerformerAttention(nn.Module):
                 window=self.window,
                 sinks=self.sinks,
             )
-        out = self.out_proj(out.transpose(1, 2).flatten(2).to(self.out_proj.weight.dtype))
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
             if is_causal and extra is not None:
