@@ -70,7 +70,8 @@ def test_no_deprecation_of_transformers_reaches_a_user(caplog):
             warnings.simplefilter("error")
             out = model(ids, use_cache=True)
             model(ids[:, :1], past_key_values=out.past_key_values)
-            model.generate(ids, max_new_tokens=2, past_key_values=out.cache, eos_token_id=None)
+            cache = model(ids[:, :4], use_cache=True).cache
+            model.generate(ids, max_new_tokens=2, past_key_values=cache, eos_token_id=None)
     finally:
         logger.removeHandler(caplog.handler)
     assert "deprecated" not in caplog.text

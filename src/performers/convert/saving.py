@@ -146,6 +146,10 @@ class _ConvertedLoader(HfQuantizer):
                         if settings.learned:
                             block.learn_(block.feature_map.form().num_heads())
                         self._blocks[".".join(filter(None, (name, inner)))] = block
+        self._shapes = {
+            name: {key: x.shape for key, x in block.state_dict().items()}
+            for name, block in self._blocks.items()
+        }
         for block in self._blocks.values():
             _unset_(block)
         kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
@@ -162,6 +166,13 @@ class _ConvertedLoader(HfQuantizer):
                     "of the features of a converted layer: save the model again with "
                     "save_pretrained, or convert the original anew"
                 )
+            for key, tensor in block.state_dict().items():
+                if tensor.shape != self._shapes[name][key]:
+                    raise ValueError(
+                        f"{name}.{key} has shape {tuple(tensor.shape)} in the files of "
+                        f"{type(model).__name__}, but its configuration says "
+                        f"{tuple(self._shapes[name][key])}: they do not belong together"
+                    )
             # Tensors read from a file lie anywhere in memory, and products round by alignment.
             block._apply(torch.clone)
         model.is_quantized = False
