@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from performers.cli import convert as command
-from performers.convert import conversion, distillation, load_performer, run
+from performers.convert import conversion, distillation, load_performer, run, to_performer
 from performers.convert.pretrained import load_model
 from tests.benchmark.pretrained_runs import residues, save_llama, words
 from tests.benchmark.tiny_models import save_bert
@@ -24,8 +25,8 @@ SMALL = [
     "--lengths", "32,64", "--no-memory",
 ]  # fmt: skip
 FILES = [
-    "config.json", "conversion.json", "conversion.md", "conversion.png", "model.safetensors",
-    "tokenizer.json", "tokenizer_config.json",
+    "config.json", "conversion.json", "conversion.md", "conversion.png", "manifest.json",
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json",
 ]  # fmt: skip
 
 
@@ -328,6 +329,11 @@ def test_bad_models_and_data_are_one_line(causal, masked, tmp_path):
     (tmp_path / "out").rmdir()
     line = refusal("convert", *masked, *out, "--length", 60)
     assert "length must be at most 40" in line
+    to_performer(model := load_model(causal[0], head=None).model, num_features=8)
+    converted = shutil.copytree(causal[0], tmp_path / "converted")
+    model.save_pretrained(converted)
+    line = refusal("convert", converted, *causal[1:], *out)
+    assert "holds a converted model: pass its original" in line
     (causal[0] / "tokenizer.json").unlink()
     (causal[0] / "tokenizer_config.json").unlink()
     assert "has no tokenizer files" in refusal("convert", *causal, *out)

@@ -419,7 +419,7 @@ def test_other_numbers_of_features_than_the_record_says(folder):
     saved("features", folder)
     edit(folder, lambda config: config["performers"].update(num_features=32))
     # Some releases of transformers notice it, others leave it to us.
-    with pytest.raises((RuntimeError, ValueError), match="ignore_mismatched|do not belong"):
+    with pytest.raises((RuntimeError, ValueError), match=r"ignore_mismatched|do not belong"):
         load_performer(folder)
 
 

@@ -31,6 +31,7 @@ from performers.convert.distillation import check_adapters, distill
 from performers.convert.positions import extend_positions_, learned_positions
 from performers.convert.pretrained import LoadedModel, load_model
 from performers.convert.quality import Quality, kind_of, measure_quality
+from performers.convert.record import read_record
 from performers.convert.saving import load_performer
 from performers.convert.settings import ConversionSettings
 from performers.convert.swap import to_performer
@@ -78,6 +79,11 @@ def run_conversion(
     """
     with _quiet():
         loaded = load_model(options.model, head=None)
+        if read_record(loaded.model) is not None:
+            raise ValueError(
+                f"{options.model} holds a converted model: pass its original, or train it further "
+                "with performers.convert.distill"
+            )
         work = _Work(options, loaded, folder, record, progress)
         record.options, record.model = work.options_in_full(), work.description()
         resume(record)
