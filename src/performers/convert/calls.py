@@ -176,10 +176,10 @@ def check_linear(call: AttentionCall) -> None:
         ValueError: It asks for something else than softmax under a pattern that has a linear form.
     """
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
-    problem = next(
-        (text for name, text in _OTHER_ATTENTION.items() if call.options.get(name) is not None),
-        pattern.unknown,
-    )
+    problem = pattern.unknown
+    for name, text in _OTHER_ATTENTION.items():
+        if call.options.get(name) is not None:
+            problem = text
     if problem is None and call.dropout:
         problem = f"dropout of {call.dropout} on weights that are never formed"
     if problem is None and pattern.window is not None and pattern.window < size - 1:

@@ -121,10 +121,13 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args: Of the forward pass.
         kwargs: Likewise.
     """
-    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-    if cache is None:
-        cache = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
-    return cache
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    for name in _NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
 
 
 def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
@@ -132,9 +135,6 @@ def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
         return None
-    indices = [
-        x.layer_idx
-        for x in module.modules()
-        if getattr(x, BLOCK, None) is not None and isinstance(x.layer_idx, int)
-    ]
+    found: list[Any] = [x for x in module.modules() if getattr(x, BLOCK, None) is not None]
+    indices = [x.layer_idx for x in found if isinstance(getattr(x, "layer_idx", None), int)]
     return state_layer(cache, min(indices)) if indices else None

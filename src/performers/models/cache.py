@@ -140,6 +140,10 @@ class PerformerCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
+        # In some releases of transformers a layer that is reset keeps its length, of zeros.
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = DynamicLayer()
         self.real_tokens = self.key_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
