@@ -72,25 +72,33 @@ const Candidate *chosen() {
     return choice;
 }
 
-template <typename Call>
-int run(void (*Kernels::*function)(const Call &), const Call *call) {
+template <typename Body>
+int guarded(Body &&body) {
     const Candidate *choice = chosen();
     if (!choice) return 2;
     try {
-        (choice->kernels->*function)(*call);
+        return body(*choice->kernels);
     } catch (const std::bad_alloc &) {
         return 1;
     } catch (...) {
         return 3;
     }
-    return 0;
+}
+
+template <typename Call>
+int run(void (*Kernels::*function)(const Call &), const Call *call) {
+    return guarded([&](const Kernels &kernels) {
+        (kernels.*function)(*call);
+        return 0;
+    });
 }
 
 }  // namespace
 }  // namespace performers
 
 int performers_forward(const performers_call *call) {
-    return performers::run(&performers::Kernels::forward, call);
+    return performers::guarded(
+        [&](const performers::Kernels &kernels) { return kernels.forward(*call) ? 0 : 4; });
 }
 
 int performers_backward(const performers_call *call) {

@@ -149,6 +149,23 @@ inline void read(const Rows &rows, int64_t r, int64_t width, int64_t padded, flo
     for (int64_t c = width; c < padded; ++c) to[c] = 0;
 }
 
+// Whether none of `count` numbers, whole vectors, is NaN or infinite.
+inline bool all_finite(const float *x, int64_t count) {
+    constexpr int64_t kSums = 4;  // one would wait for its own additions
+    const Vector zero = splat(0.0f);
+    Vector sums[kSums] = {zero, zero, zero, zero};
+    int64_t i = 0;
+    for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
+        for (int64_t s = 0; s < kSums; ++s) sums[s] += load(x + i + s * kWidth) * zero;
+    }
+    for (; i < count; i += kWidth) sums[0] += load(x + i) * zero;
+    float lanes[kWidth];
+    store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    bool finite = true;
+    for (int lane = 0; lane < kWidth; ++lane) finite &= lanes[lane] == 0;
+    return finite;
+}
+
 inline void write(const Rows &rows, int64_t r, int64_t width, const float *from) {
     char *row = rows.row(r);
     if (rows.type == PERFORMERS_FLOAT32) {

@@ -93,6 +93,8 @@ private:
                 for (int64_t c = 0; c < p.padded_value; ++c) to_value[c] = 0;
             }
         }
+        p.check(x, count * p.padded_dim);
+        p.check(value, count * p.padded_value);
     }
 };
 

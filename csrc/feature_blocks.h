@@ -55,6 +55,8 @@ struct Problem {
     float epsilon;
     float log_normalizer;
     float *weights = nullptr;  // (weight_heads, features, weight_stride)
+    // Whether NaN or infinity was among the rows that were read; set by any task.
+    mutable bool nonfinite = false;
 
     explicit Problem(const performers_call &call) : call(call) {
         exponential = call.kind == PERFORMERS_EXPONENTIAL;
@@ -74,6 +76,11 @@ struct Problem {
         norm_root = call.quadratic ? static_cast<float>(std::sqrt(call.scale * kLog2e / 2)) : 0.0f;
         epsilon = static_cast<float>(call.epsilon);
         log_normalizer = exact ? static_cast<float>(std::log2(call.normalizer)) : 0.0f;
+    }
+
+    // Looks at rows that were read.
+    void check(const float *x, int64_t count) const {
+        if (!all_finite(x, count)) __atomic_store_n(&nonfinite, true, __ATOMIC_RELAXED);
     }
 
     int64_t batch_of(int64_t head) const { return head / call.key_heads; }
@@ -143,6 +150,7 @@ struct Block {
                 read(from, row, p.head_dim, p.padded_dim, x + r * p.padded_dim);
             }
         }
+        p.check(x, used * p.padded_dim);
         transpose(x, p.padded_dim, rows, p.padded_dim, transposed);
         if (p.call.bias) fill(p.head_dim, used, 1.0f);
     }
@@ -162,6 +170,7 @@ struct Block {
                 clear(p, r);
             }
         }
+        p.check(x, used * p.padded_dim);
         transpose(x, p.padded_dim, rows, p.padded_dim, transposed);
         if (p.call.bias) fill(p.head_dim, used, 1.0f);
         if (p.exponential) norms(p, used, keep);
@@ -220,6 +229,7 @@ inline void load_values(const Problem &p, const Rows &from, int64_t begin, int64
             for (int64_t c = 0; c < p.padded_value; ++c) row[c] = 0;
         }
     }
+    p.check(to, round_up(rows, kWidth) * p.padded_value);
 }
 
 // Rows [first, first + count) of W x + b, less the norm for keys: (count, kBlock).

@@ -53,15 +53,24 @@ void products(const performers_call &call) {
     });
 }
 
-void forward(const performers_call &call) {
-    Problem p(call);
-    if (call.part == PERFORMERS_EXACT) return forward_exact(p);
-    if (call.causal && call.length == 1) return forward_step(p);
+void forward_features(Problem &p) {
     const Weights weights(p);
-    if (call.causal) return forward_causal(p);
+    if (p.call.causal) return forward_causal(p);
     if (p.window >= 0) return forward_windowed(p);
-    if (call.segments) return forward_packed(p);
+    if (p.call.segments) return forward_packed(p);
     forward_bidirectional(p);
+}
+
+bool forward(const performers_call &call) {
+    Problem p(call);
+    if (call.part == PERFORMERS_EXACT) {
+        forward_exact(p);
+    } else if (call.causal && call.length == 1) {
+        forward_step(p);
+    } else {
+        forward_features(p);
+    }
+    return !p.nonfinite;
 }
 
 void backward(const performers_call &call) {

@@ -6,7 +6,8 @@
 namespace performers {
 
 struct Kernels {
-    void (*forward)(const performers_call &);
+    // Whether all that was read was finite; otherwise the results mean nothing.
+    bool (*forward)(const performers_call &);
     void (*backward)(const performers_call &);
     void (*products)(const performers_call &);
     void (*listed_forward)(const performers_listed_call &);

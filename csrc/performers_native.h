@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 3
+#define PERFORMERS_ABI_VERSION 4
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -121,7 +121,8 @@ typedef struct {
 } performers_listed_call;
 
 // 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error), or 3
-// for anything else that failed.
+// for anything else that failed, or 4 when performers_forward met NaN or infinity among the queries,
+// or the keys and values that take part: then its results mean nothing.
 PERFORMERS_API int performers_forward(const performers_call *call);
 PERFORMERS_API int performers_backward(const performers_call *call);
 PERFORMERS_API int performers_listed_forward(const performers_listed_call *call);

@@ -76,6 +76,7 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
     float norm = 0;
     if (kept) {
         read(p.key_rows(p.call.key, head), 0, p.head_dim, p.padded_dim, b.x);
+        p.check(b.x, p.padded_dim);
         project_one(p, head, b.x, b.key);
         for (int64_t c = 0; c < p.head_dim; ++c) {
             const float x = b.x[c] * p.norm_root;
@@ -105,6 +106,7 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
 inline float step_query(const Problem &p, int64_t head, int64_t group, const float *log_scale,
                         const float *key_sum, float &scale, StepBuffers &b) {
     read(p.query_rows(p.call.query, head, group), 0, p.head_dim, p.padded_dim, b.x);
+    p.check(b.x, p.padded_dim);
     project_one(p, head, b.x, b.query);
     scale = 0;
     if (p.exponential) {
@@ -174,6 +176,7 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
     const bool kept = p.shift == 0 && (!mask || mask[0]);
     for (int64_t c = 0; c < p.padded_value; ++c) b.value[c] = 0;
     if (kept) read(p.key_rows(p.call.value, head), 0, p.value_dim, p.padded_value, b.value);
+    p.check(b.value, p.padded_value);
     step_key(p, head, kept, b);
     if (p.strict) step_past(p, head, b);
     const int64_t sums = head * p.features, values = sums * p.value_dim;

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 from performers.attention import chunked, reference
@@ -11,6 +12,7 @@ from performers.attention.native import backend as native
 from performers.attention.native import library
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
+from performers.features.draws import is_traced
 
 Backend = Callable[[AttentionProblem], tuple[Tensor, FavorState | None]]
 
@@ -54,11 +56,31 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve_backend(name: str | None) -> Backend:
     """The function of a named backend; of the innermost ``use_backend``, or the best, for None.
 
+    The best is ``native`` where its library is available, and ``torch`` elsewhere and during an
+    ONNX export: the operators of ``native`` can be compiled, and exported by ``torch.export``, but
+    have no translation to ONNX.
+
     Raises:
         ValueError: The backend is unknown or not usable here.
     """
     if name is None:
-        name = getattr(_forced, "name", None) or ("native" if library.available() else "torch")
+        name = getattr(_forced, "name", None)
+    if name is None:
+        return _BACKENDS["native" if library.available() and not _exports_onnx() else "torch"]
     if name not in backends():
         raise ValueError(f"backend must be one of {backends()} here, got {name!r}")
+    if name == "native" and _exports_onnx():
+        raise ValueError(
+            "backend must be 'torch' during an ONNX export, got 'native', whose operators have no "
+            'translation to ONNX; pass backend=None or "torch", and export outside '
+            'performers.use_backend("native")'
+        )
     return _BACKENDS[name]
+
+
+# torch.compile reads is_in_onnx_export() as False, though the exporter may call torch.compile.
+@torch.compiler.assume_constant_result
+def _exports_onnx() -> bool:
+    """Return True inside ``torch.onnx.export``."""
+    # The first two are cheap; the last one imports modules when it is first called.
+    return (torch.compiler.is_exporting() or is_traced()) and torch.onnx.is_in_onnx_export()

@@ -7,12 +7,13 @@ direction, those that its queries are likely to attend to; every other key goes 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from performers.features.draws import Drawn
 from performers.features.precision import without_autocast
 from performers.features.projections import draw_projection
 
@@ -35,7 +36,7 @@ class KeyLists(NamedTuple):
     of_query: Tensor
 
 
-class KeyBuckets(nn.Module):
+class KeyBuckets(Drawn):
     """Directions that send queries into buckets, and list keys for each.
 
     Bucket ``b`` of query ``q`` has the largest ``c_b . q - |c_b|^2 / 2``, and lists the
@@ -98,16 +99,33 @@ class KeyBuckets(nn.Module):
         self.head_dim, self.num_buckets, self.num_keys = head_dim, num_buckets, num_keys
         self.num_rounds, self.refresh, self.num_heads = num_rounds, refresh, num_heads
         self._samples: Tensor | None = None
+        self.register_buffer("offsets", torch.zeros(num_rounds, num_heads or 1, num_buckets))
+        # On the default device, under a device context too, as the offsets are.
+        self.register_buffer("centers", self._directions(generator).to(self.offsets.device))
+
+    def _directions(self, generator: torch.Generator | None) -> Tensor:
+        """Random rotations and their opposites, ``(rounds, heads, buckets, head_dim)``."""
         rows = torch.stack(
             [
-                draw_projection(-(-num_buckets // 2), head_dim, generator=generator)
-                for _ in range(num_rounds * (num_heads or 1))
+                draw_projection(-(-self.num_buckets // 2), self.head_dim, generator=generator)
+                for _ in range(self.num_rounds * (self.num_heads or 1))
             ]
         )
-        rows = F.normalize(torch.cat((rows, -rows), dim=1)[:, :num_buckets], dim=-1)
-        shape = (num_rounds, num_heads or 1, num_buckets)
-        self.register_buffer("centers", rows.view(*shape, head_dim).float())
-        self.register_buffer("offsets", torch.zeros(shape))
+        rows = F.normalize(torch.cat((rows, -rows), dim=1)[:, : self.num_buckets], dim=-1)
+        return rows.view(*self.offsets.shape, self.head_dim).float()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set all buffers as at construction: freshly drawn, and fitted to nothing."""
+        self._samples = None
+        self.centers.copy_(self._directions(None))
+        self.offsets.zero_()
+        self._changed()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The samples behind a fit are not saved: what is loaded is not to be mixed with others.
+        self._samples = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
     def calibrate_(
@@ -148,7 +166,14 @@ class KeyBuckets(nn.Module):
             centers = _cluster(samples, self.num_buckets, random)
             self.centers[index].copy_(centers)
             self.offsets[index].copy_(-centers.square().sum(-1) / 2)
+        self._changed()
         return self
+
+    def forward(
+        self, query: Tensor, key: Tensor, key_mask: Tensor | None, *, is_causal: bool
+    ) -> KeyLists:
+        """The same as ``lists``, with the module's hooks (offloading, FSDP)."""
+        return self.lists(query, key, key_mask, is_causal=is_causal)
 
     @torch.no_grad()
     def lists(

@@ -198,10 +198,12 @@ def _pairs_within_chunks(
     pairs = (pairs * (logs - peak).unsqueeze(3).to(wide).exp()).flatten(3, 4)
     total = pairs.detach().abs().sum(-1, keepdim=True)
     log_scale = left_scale + peak.repeat(1, 1, 1, groups, 1)
-    # What is smaller than this was lost after all, or has no finite gradient.
-    lost = total < torch.finfo(wide).tiny ** 0.5
+    log_total = total.log()
+    # What is smaller than this was lost after all, or has no finite gradient. Its logarithm is
+    # compared, because ONNX export rounds constants to float32 and would make the bound zero.
+    lost = log_total < math.log(torch.finfo(wide).tiny) / 2
     pairs = (pairs / total.masked_fill(lost, math.inf)).to(value.dtype)
-    log_scale = log_scale + total.masked_fill(lost, 1.0).log().to(value.dtype)
+    log_scale = log_scale + log_total.masked_fill(lost, 0.0).to(value.dtype)
     if key_base is None and not strict:
         pairs, log_scale = _with_own_key(
             pairs, log_scale, lost, query_exponent, key_exponent, groups

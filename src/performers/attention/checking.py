@@ -9,6 +9,7 @@ from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 from performers.features import FeatureForm, FeatureMap
 from performers.features.base import resolve_scale
+from performers.features.draws import Drawn, with_same_draws
 from performers.features.precision import autocast_dtype, without_autocast
 
 
@@ -70,9 +71,12 @@ def checked_problem(
     form, key, value = _checked_form(feature_map, query, key, value)
     _check_exact_terms(window, sinks, form, length, size)
     key_heads = key.shape[1]
+    drawn: tuple[Drawn, ...] = (feature_map,)
     if buckets is not None:
         packed, continued = cu_seqlens is not None, state is not None or return_state
         _check_buckets(buckets, form, head_dim, key_heads, packed=packed, continued=continued)
+        drawn = (feature_map, buckets)
+    query, key, value = with_same_draws((query, key, value), *drawn)
     dtype = torch.promote_types(
         torch.promote_types(query.dtype, key.dtype), torch.promote_types(value.dtype, torch.float32)
     )
@@ -108,7 +112,7 @@ def checked_problem(
             length=length,
         )
     if buckets is not None:
-        lists = buckets.lists(given_query, given_key, key_mask, is_causal=is_causal)
+        lists = buckets(given_query, given_key, key_mask, is_causal=is_causal)
     if window and state is not None:
         key, value, key_mask = join_recent(state, key, value, key_mask)
         offset = window
@@ -217,7 +221,7 @@ def _checked_form(
         raise ValueError(
             f"feature_map has head_dim={feature_map.head_dim} but query has head_dim={head_dim}"
         )
-    form = feature_map.form()
+    form: FeatureForm = feature_map()
     if form.weight is not None and form.weight.device != query.device:
         raise ValueError(
             f"feature_map is on {form.weight.device} but query is on {query.device}; move it with "

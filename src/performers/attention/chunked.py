@@ -46,6 +46,7 @@ from performers.attention.blocks import (
 from performers.attention.causal import causal_rows
 from performers.attention.listed import split_listed
 from performers.attention.near import near_rows
+from performers.attention.nonfinite import without_nonfinite
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 from performers.features.precision import without_autocast
@@ -61,29 +62,32 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``problem.dtype``, and the
         state or None.
     """
-    form = problem.form.to(problem.dtype)
-    if torch.is_grad_enabled():
-        # The backward pass computes features again, and must not meet a redrawn projection.
-        form = form.copied()
-    features = Features(form, math.sqrt(problem.scale), problem.dtype)
+    features = Features(problem.form.to(problem.dtype), math.sqrt(problem.scale), problem.dtype)
+    problem, touched = without_nonfinite(problem)
     with without_autocast(problem.query.device):
         if problem.query.shape[-2] == 0:
             return _empty_output(problem), FavorState(*_initial_sums(problem, features))
         if problem.has_exact_terms():
-            return _with_exact_terms(problem, features)
-        if not problem.is_causal:
-            if problem.segments is not None:
-                return _packed_bidirectional(problem, features), None
-            return _bidirectional(problem, features), None
-        sums = _initial_sums(problem, features)
-        if problem.query.shape[-2] == 1:
-            key, value, mask = problem.key, problem.value, problem.key_mask
-            sums = _absorb(features, key, value, mask, *sums)
-            read = _read(features, problem.query, *sums)
-            out = divide(read.numerator, read.denominator)
+            out, sums = _with_exact_terms(problem, features)
+        elif problem.is_causal:
+            out, sums = _causal(problem, features)
+        elif problem.segments is not None:
+            out, sums = _packed_bidirectional(problem, features), None
         else:
-            (out,), sums = causal_rows(problem, features, sums, strict=False, divided=True)
-    return out, FavorState(*sums) if problem.return_state else None
+            out, sums = _bidirectional(problem, features), None
+    state = FavorState(*sums) if sums is not None and problem.return_state else None
+    return (out, state) if touched is None else touched.marked(out, state)
+
+
+def _causal(problem: AttentionProblem, features: Features) -> tuple[Tensor, Sums]:
+    sums = _initial_sums(problem, features)
+    if problem.query.shape[-2] > 1:
+        (out,), sums = causal_rows(problem, features, sums, strict=False, divided=True)
+        return out, sums
+    key, value, mask = problem.key, problem.value, problem.key_mask
+    sums = _absorb(features, key, value, mask, *sums)
+    read = _read(features, problem.query, *sums)
+    return divide(read.numerator, read.denominator), sums
 
 
 def _initial_sums(problem: AttentionProblem, features: Features) -> Sums:
@@ -208,9 +212,7 @@ def _future(problem: AttentionProblem, features: Features) -> Rows:
     return Rows(*(x.flip(-2) for x in rows))
 
 
-def _with_exact_terms(
-    problem: AttentionProblem, features: Features
-) -> tuple[Tensor, FavorState | None]:
+def _with_exact_terms(problem: AttentionProblem, features: Features) -> tuple[Tensor, Sums]:
     """Rows through features and exact ones, merged."""
     sums = _initial_sums(problem, features)
     if problem.window is not None:
@@ -238,8 +240,7 @@ def _with_exact_terms(
         rows = merge(rows, near_rows(problem), scaled=True)
     if listed is not None:
         rows = merge(rows, listed, scaled=True)
-    out = divide(rows.numerator, rows.denominator)
-    return out, FavorState(*sums) if problem.return_state else None
+    return divide(rows.numerator, rows.denominator), sums
 
 
 def _delayed(problem: AttentionProblem) -> AttentionProblem:

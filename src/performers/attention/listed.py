@@ -98,7 +98,8 @@ def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tu
         exact = more if exact is None else merge(exact, more, scaled=True)
     assert exact is not None
     whole = far.denominator.flatten(2, 3).detach()
-    known = rest.denominator.detach() > LEAST_REST * whole
+    # Written so that NaN stays.
+    known = ~(rest.denominator.detach() <= LEAST_REST * whole)
     rest = Rows(rest.numerator.where(known, 0.0), rest.denominator.where(known, 0.0), far.log_scale)
     shape = problem.query.shape[2:4]
     rest = Rows(

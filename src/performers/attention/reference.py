@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from performers.attention.nonfinite import without_nonfinite
 from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 
@@ -33,6 +34,7 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``problem.dtype``, and the
         state or None.
     """
+    problem, touched = without_nonfinite(problem)
     value = _masked(problem.value.double(), problem)
     kernel, past_features = _whole_kernel(problem)
     numerator = kernel @ _with_sinks(value, problem, "value").unsqueeze(2)
@@ -42,8 +44,9 @@ def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
         numerator = numerator + past_features @ problem.state.key_value.double().unsqueeze(2)
         total = total + _past_sum(past_features, problem.state)
     out = numerator / total.where(total != 0, 1.0)
+    out = out.to(problem.dtype)
     state = _final_state(problem, value) if problem.return_state else None
-    return out.to(problem.dtype), state
+    return (out, state) if touched is None else touched.marked(out, state)
 
 
 def attention_matrix(problem: AttentionProblem) -> Tensor:
@@ -51,6 +54,7 @@ def attention_matrix(problem: AttentionProblem) -> Tensor:
 
     For calls without packed sequences.
     """
+    problem, touched = without_nonfinite(problem)
     kernel, _ = _whole_kernel(problem)
     size = problem.key.shape[2]
     if size == 0:
@@ -62,7 +66,8 @@ def attention_matrix(problem: AttentionProblem) -> Tensor:
         places = index.clamp_min(0).expand_as(columns)
         kernel = kernel[..., :size].scatter_add(-1, places, columns)
     total = kernel.sum(-1, keepdim=True)
-    return kernel / total.where(total != 0, 1.0)
+    weights = kernel / total.where(total != 0, 1.0)
+    return weights if touched is None else touched.marked(weights, None)[0]
 
 
 def _whole_kernel(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:

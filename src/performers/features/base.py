@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from typing import overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from performers.features.draws import Drawn, is_traced, with_same_draws
 from performers.features.form import FeatureForm
 from performers.features.precision import without_autocast
 from performers.features.projections import Projection, draw_projection
@@ -16,7 +18,7 @@ def default_num_features(head_dim: int) -> int:
     return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
 
 
-class FeatureMap(nn.Module):
+class FeatureMap(Drawn):
     """A map ``phi`` whose inner products estimate a kernel.
 
     Subclasses say how many projection rows they need and how rows become features. The
@@ -88,10 +90,14 @@ class FeatureMap(nn.Module):
         """
         if self.weight is not None:
             self.weight.copy_(self._draw(generator))
+            self._changed()
         return self
 
     def reset_parameters(self) -> None:
-        """Draw a fresh projection, as code that materialises meta modules expects."""
+        """Set all parameters and buffers as at construction: drawn, and fitted to nothing.
+
+        What code that materialises modules from the meta device calls.
+        """
         self.redraw_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
@@ -147,29 +153,48 @@ class FeatureMap(nn.Module):
         """The record that attention backends evaluate."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, scale: float | None = None, *, is_query: bool = False) -> Tensor:
+    @overload
+    def forward(self, x: None = None) -> FeatureForm: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, scale: float | None = None, *, is_query: bool = False
+    ) -> Tensor: ...
+
+    def forward(
+        self, x: Tensor | None = None, scale: float | None = None, *, is_query: bool = False
+    ) -> Tensor | FeatureForm:
         """The features ``phi(sqrt(scale) x)``, unstabilised, for inspection.
+
+        Without arguments, the form that attention evaluates. Attention calls the module for it, so
+        that hooks run which fetch parameters from elsewhere (offloading, FSDP).
 
         ``forward(q, is_query=True) @ forward(k).T`` is ``estimate_kernel(q, k)``. Large inputs
         overflow here; attention does not go through this function.
 
         Args:
             x: Shape ``(..., L, head_dim)``, or ``(..., num_heads, L, head_dim)`` for a map with a
-                projection per head.
+                projection per head; None for the form.
             scale: ``1 / sqrt(head_dim)`` when None.
             is_query: Whether these are queries; it matters only to an estimator that balances
                 queries against keys.
 
         Returns:
-            Shape ``(..., L, num_features)``.
+            Shape ``(..., L, num_features)``, or the form.
         """
+        form = self.form()
+        if x is None:
+            # A graph must keep this draw, and a hook may free what it fetched.
+            graph = torch.is_grad_enabled() and not is_traced()
+            return form.copied() if graph or self._forward_hooks else form
+        (x,) = with_same_draws((x,), self)
         with without_autocast(x.device):
-            base, exponent = self._decompose(x, "x", scale, is_query=is_query)
+            base, exponent = self._decompose(form, x, "x", scale, is_query=is_query)
             features = base if exponent is None else exponent.exp()
             assert features is not None
             if base is not None and exponent is not None:
                 features = base * features
-            return features * math.sqrt(self.form().normalizer)
+            return features * math.sqrt(form.normalizer)
 
     def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
         """Estimate the kernel between all queries and keys, not normalised.
@@ -189,18 +214,20 @@ class FeatureMap(nn.Module):
         Raises:
             ValueError: The last dimension is not ``head_dim``, or ``scale`` is negative.
         """
+        form: FeatureForm = self()
+        query, key = with_same_draws((query, key), self)
         with without_autocast(query.device):
-            query_base, query_exponent = self._decompose(query, "query", scale, is_query=True)
-            key_base, key_exponent = self._decompose(key, "key", scale, is_query=False)
+            query_base, query_exponent = self._decompose(form, query, "query", scale, is_query=True)
+            key_base, key_exponent = self._decompose(form, key, "key", scale, is_query=False)
             left, left_scale = _bounded(query_base, query_exponent)
             right, right_scale = _bounded(key_base, key_exponent)
-            kernel = (left @ right.transpose(-1, -2)) * self.form().normalizer
+            kernel = (left @ right.transpose(-1, -2)) * form.normalizer
             if left_scale is not None and right_scale is not None:
                 kernel = kernel * (left_scale + right_scale.transpose(-1, -2)).exp()
             return kernel.to(query.dtype)
 
     def _decompose(
-        self, x: Tensor, name: str, scale: float | None, *, is_query: bool
+        self, form: FeatureForm, x: Tensor, name: str, scale: float | None, *, is_query: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ValueError(
@@ -213,7 +240,7 @@ class FeatureMap(nn.Module):
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
         root = math.sqrt(resolve_scale(scale, self.head_dim))
-        form = self.form().to(dtype)
+        form = form.to(dtype)
         x = form.transformed(x.to(dtype) * root, is_query=is_query)
         # Whole rows are compared here, so the norms of queries stay in.
         return form.decompose(x, is_query=False)

@@ -8,13 +8,23 @@ never biased by an additive constant.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Kind = Literal["exponential", "trigonometric", "elementwise"]
+Record = TypeVar("Record", bound=tuple[Any, ...])
+
+
+def replaced(record: Record, **changes: Any) -> Record:
+    """Copy of a named tuple with other values in some fields.
+
+    In place of ``_replace``, which the compiler of torch 2.7 does not know.
+    """
+    names: tuple[str, ...] = type(record)._fields  # type: ignore[attr-defined]
+    return type(record)(*[changes.get(n, x) for n, x in zip(names, record, strict=True)])
 
 
 class FeatureForm(NamedTuple):

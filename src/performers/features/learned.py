@@ -1,10 +1,13 @@
 """Features whose projection is trained."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from performers.features.base import FeatureMap
 from performers.features.form import FeatureForm
+from performers.features.softmax import SoftmaxFeatures
 
 
 class LearnedFeatures(FeatureMap):
@@ -13,7 +16,8 @@ class LearnedFeatures(FeatureMap):
     The same kernel as ``SoftmaxFeatures``, started from one: at first it computes exactly what that
     one does. ``w`` and ``b`` are parameters, and gradients reach them through attention; the
     estimate of ``exp(q . k)`` is unbiased only at the start. ``redraw_`` leaves them alone, and
-    ``M``, the balance of queries against keys, stays as it was.
+    ``M``, the balance of queries against keys, stays as it was. ``reset_parameters`` starts them
+    again from a fresh draw of the features they came from, which are then fitted to nothing.
 
     Args:
         features: Exponential softmax features, best calibrated: ``positive``, ``hyperbolic``,
@@ -56,6 +60,11 @@ class LearnedFeatures(FeatureMap):
             num_heads=heads,
         )
         self._normalizer = form.normalizer
+        # For reset_parameters: how to draw again, without memory. In a tuple it is no submodule.
+        source = copy.deepcopy(features).to("meta")
+        if isinstance(source, SoftmaxFeatures):
+            source.reset_calibration_()
+        self._source = (source,)
         # The base class keeps its projection among the buffers; here it is a parameter.
         del self._buffers["weight"]
         bias = form.bias
@@ -82,6 +91,23 @@ class LearnedFeatures(FeatureMap):
         """
         del generator
         return self
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start again from a fresh draw of the features these came from, fitted to nothing."""
+        source = copy.deepcopy(self._source[0]).to_empty(device="cpu")
+        source.reset_parameters()
+        form = source.form()
+        assert form.weight is not None
+        self.weight.copy_(form.weight)
+        self.bias.zero_() if form.bias is None else self.bias.copy_(form.bias)
+        for own, fresh in (
+            (self.query_transform, form.query_transform),
+            (self.key_transform, form.key_transform),
+        ):
+            if own is not None and fresh is not None:
+                own.copy_(fresh)
+        self._changed()
 
     def form(self) -> FeatureForm:
         """The record that attention backends evaluate."""

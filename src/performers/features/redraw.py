@@ -11,6 +11,17 @@ from performers.features.base import FeatureMap
 def redraw_features_(module: nn.Module, generator: torch.Generator | None = None) -> int:
     """Draw fresh projections, in place, for every feature map inside ``module``.
 
+    Redraw between steps, after ``backward()``. Autograd keeps the old draw of a pass that is under
+    way, but ``torch.utils.checkpoint`` computes it again from the new one: its backward pass then
+    raises a RuntimeError. Two cases escape, and give a gradient of the wrong features: a function
+    compiled as a whole and checkpointed from outside, and with ``use_reentrant=True``, where the
+    first pass leaves no trace, a pass that another one followed after the redraw.
+
+    Averages of weights (EMA, SWA) must leave projections out, since a mean of several draws is
+    shorter than a draw and the features become biased. ``torch.optim.swa_utils.AveragedModel``
+    copies them from the model unless it has ``use_buffers=True``; after an average that includes
+    buffers, call this on the averaged model.
+
     Args:
         module: Any module.
         generator: Source of randomness, consumed in the order of ``module.modules()``; torch's

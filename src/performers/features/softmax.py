@@ -60,6 +60,10 @@ class SoftmaxFeatures(FeatureMap):
     2009.14794), Lemmas 1 and 2, sections 2.4 and 3; Likhosherstov et al. 2022 (arXiv 2205.15317)
     and 2023 (arXiv 2302.00787).
 
+    The projection is a buffer, ``weight``. Averaged copies of a model whose features are redrawn
+    must copy it and not average it (``AveragedModel`` without ``use_buffers``), see
+    ``redraw_features_``.
+
     Args:
         head_dim: Length of a query or key vector.
         num_features: Length ``m`` of ``phi(x)``; by default the multiple of 32 nearest
@@ -137,7 +141,9 @@ class SoftmaxFeatures(FeatureMap):
             weight = self.weight
             assert weight is not None
             for name, tensor in _tensors(standard_proposal(num_heads or 1, head_dim)).items():
-                self.register_buffer(name, tensor.to(weight).clone())
+                # Loading keeps no strides, and products round by them.
+                tensor = tensor.to(weight).clone(memory_format=torch.contiguous_format)
+                self.register_buffer(name, tensor)
 
     @torch.no_grad()
     def calibrate_(
@@ -218,6 +224,11 @@ class SoftmaxFeatures(FeatureMap):
         self._adopt(_FITS[self.estimator](moments))
         return self
 
+    def reset_parameters(self) -> None:
+        """Set all buffers as at construction: freshly drawn, and fitted to nothing."""
+        super().reset_parameters()
+        self.reset_calibration_()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The samples behind a fit are not saved: what is loaded is not to be mixed with others.
         self._moments = None
@@ -237,6 +248,7 @@ class SoftmaxFeatures(FeatureMap):
     def _adopt(self, proposal: Proposal) -> None:
         for name, tensor in _tensors(proposal).items():
             self.get_buffer(name).copy_(tensor)
+        self._changed()
 
     def _grouped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query ``(batch, heads, groups, L, d)`` and key ``(batch, heads, S, d)``.

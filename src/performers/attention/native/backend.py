@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from performers.attention import chunked
@@ -14,6 +13,8 @@ from performers.attention.native.listed_operators import kernel_rows
 from performers.attention.native.operators import favor_forward, kernel_form
 from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
+from performers.features.draws import is_transformed
+from performers.features.form import replaced
 
 _RECTIFIERS = (torch.relu, F.relu)
 
@@ -66,7 +67,7 @@ def _attend_with_lists(problem: AttentionProblem) -> Tensor:
     if not exact:
         # The kernels sum the features by themselves only where there are exact pairs: a sink that
         # no query sees.
-        problem = problem._replace(sinks=_unseen_sink(problem))
+        problem = replaced(problem, sinks=_unseen_sink(problem))
     squares = problem.query.to(problem.dtype).square()
     log_factor = math.log(problem.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
         problem.scale / 2
@@ -89,7 +90,8 @@ def _join(far: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
     rest = [weights[0], *(-x for x in weights[1:count])]
     # What is left of a sum after taking away nearly all of it is rounding.
     left = torch.stack([x.detach() for x in rest]).sum(0)
-    known = left > LEAST_REST * weights[0].detach()
+    # Written so that NaN stays.
+    known = ~(left <= LEAST_REST * weights[0].detach())
     signed = [*(x.where(known, 0.0) for x in rest), *weights[count:]]
     total = torch.stack(signed).sum(0)
     inverse = 1 / total.where(total != 0, 1.0)
@@ -163,10 +165,5 @@ def covers(problem: AttentionProblem) -> bool:
     empty = 0 in problem.query.shape or 0 in problem.value.shape
     if problem.window is not None or problem.sinks is not None:
         known = known and form.kind == "exponential" and form.quadratic
-    return known and not empty and not _is_transformed()
-
-
-def _is_transformed() -> bool:
-    # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones,
-    # and there is no public way to ask.
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
+    return known and not empty and not is_transformed()

@@ -9,7 +9,7 @@ from torch import Tensor
 from performers.attention.native import library
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_OUT_OF_MEMORY = 1
+_OUT_OF_MEMORY, _NOT_FINITE = 1, 4
 KINDS = {"exponential": 0, "rectified": 1}
 PARTS = {"whole": 0, "far": 1, "exact": 2}
 
@@ -30,8 +30,11 @@ class _Structure(ctypes.Structure):
         for name, tensor in tensors.items():
             setattr(self, name, None if tensor is None else tensor.data_ptr())
 
-    def run(self, function: str) -> None:
+    def run(self, function: str) -> bool:
         """Call ``performers_<function>``, outside the interpreter's lock.
+
+        Returns:
+            Whether the results mean something: not after a forward pass that met NaN or infinity.
 
         Raises:
             MemoryError: Memory ran out.
@@ -42,8 +45,9 @@ class _Structure(ctypes.Structure):
             raise MemoryError(
                 "the native kernels ran out of memory; use a shorter sequence or a smaller batch"
             )
-        if code:
+        if code not in (0, _NOT_FINITE):
             raise RuntimeError(f"performers_{function} failed with code {code}")
+        return bool(code == 0)
 
 
 class ListedCall(_Structure):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from performers.attention.native.interface import KINDS, PARTS, Call, contiguous
+from performers.attention.nonfinite import Touched, touched, zeroed
 from performers.attention.problem import AttentionProblem
 from performers.features import FeatureForm
+from performers.features.form import replaced
 
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
@@ -43,15 +45,13 @@ def kernel_form(problem: AttentionProblem) -> FeatureForm:
         problem: The call.
     """
     form = problem.form.to(problem.dtype)
-    # The backward pass computes features again, and must not meet a redrawn projection.
-    form = form.copied() if torch.is_grad_enabled() else form
     weight, bias = form.weight, form.bias
     if weight is None:
         size = problem.key.shape[-1]
         weight = torch.eye(size, dtype=problem.dtype, device=problem.key.device).unsqueeze(0)
     if bias is not None and bias.shape[0] != weight.shape[0]:
         bias = bias.expand(weight.shape[0], -1)
-    return form._replace(weight=weight, bias=bias)
+    return replaced(form, weight=weight, bias=bias)
 
 
 class _Inputs(NamedTuple):
@@ -147,21 +147,68 @@ def favor_forward(*arguments: Any) -> _Results:
     It has a gradient.
     """
     inputs = _Inputs(*arguments[:-1])
-    call, held = _call(inputs)
     results = _new_results(inputs, return_state=arguments[-1])
+    if not _run_forward(inputs, results):
+        inputs, found = _without_nonfinite(inputs)
+        _run_forward(inputs, results)
+        _mark(found, results)
+    return results
+
+
+def _run_forward(inputs: _Inputs, results: _Results) -> bool:
+    """Fill the results; returns False where NaN or infinity was met and they mean nothing."""
+    call, held = _call(inputs)
     out, row_scale, row_inverse, *sums, log_normaliser = results
     call.arrays(out=out)
     call.pointers(row_scale=row_scale, row_inverse=row_inverse)
     if sums[0].numel():
         call.pointers(**dict(zip(("key_value", "key_sum", "log_scale"), sums, strict=True)))
-    call.run("forward")
+    finite = call.run("forward")
     del held
     if log_normaliser.numel():
         # The inverse is negative for some causal rows, and zero for rows without keys. In double
         # precision, because sums are compared by these.
         log_normaliser.copy_(row_scale).mul_(math.log(2)).sub_(row_inverse.double().abs().log())
         log_normaliser.masked_fill_(row_inverse == 0, -math.inf)
-    return results
+    return finite
+
+
+def _without_nonfinite(inputs: _Inputs) -> tuple[_Inputs, Touched]:
+    """Inputs with zeros for keys and values that hold NaN or infinity, and what sees them."""
+    found = touched(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.key_mask,
+        inputs.segments,
+        inputs.sink_key,
+        inputs.sink_value,
+        inputs.sink_first,
+        is_causal=inputs.is_causal,
+        window=inputs.window,
+        offset=inputs.offset,
+    )
+    inputs = inputs._replace(
+        query=inputs.query.nan_to_num(0.0, 0.0, 0.0),
+        key=zeroed(inputs.key, found.key),
+        value=zeroed(inputs.value, found.key),
+    )
+    if inputs.sink_key is None or inputs.sink_value is None or found.sink is None:
+        return inputs, found
+    sink_key, sink_value = (zeroed(x, found.sink) for x in (inputs.sink_key, inputs.sink_value))
+    return inputs._replace(sink_key=sink_key, sink_value=sink_value), found
+
+
+def _mark(found: Touched, results: _Results) -> None:
+    """Put NaN into results that see some."""
+    out, _, row_inverse, key_value, key_sum, _, log_normaliser = results
+    for where, marked in (
+        (found.rows, (out, row_inverse, log_normaliser)),
+        (found.sums, (key_value, key_sum)),
+    ):
+        for x in marked:
+            if x.numel():
+                x.masked_fill_(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), math.nan)
 
 
 @favor_forward.register_fake

@@ -1,0 +1,83 @@
+"""Every model class of transformers is converted to equal outputs, or refused at the conversion.
+
+The classes that can be built small run in the slow tests; ``PERFORMERS_SWEEP_TABLE`` names a file
+for their table.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.convert import sweep
+from tests.convert.small_models import model_classes
+from tests.convert.sweep import BROKEN, EQUAL, REFUSED, UNBUILT, WRONG, Examiner, examine, table
+
+# Heads that only read the last hidden state share the attention of their base.
+BASES = model_classes(r"^MODEL_MAPPING_NAMES$")
+CLASSES = BASES | model_classes(
+    r"^MODEL_FOR_(CAUSAL_LM|SEQ_TO_SEQ_CAUSAL_LM|SPEECH_SEQ_2_SEQ|MULTIMODAL_LM)_MAPPING_NAMES$"
+)
+
+
+@pytest.fixture(scope="session")
+def rows():
+    """Outcomes so far, written to the file that the environment names."""
+    found = {}
+    yield found
+    if path := os.environ.get("PERFORMERS_SWEEP_TABLE"):
+        Path(path).write_text(table(found.values()))
+
+
+@pytest.fixture(scope="session")
+def examiner():
+    with Examiner() as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_converted_class_is_equal_or_refused(name, examiner, rows):
+    row = rows[name] = examiner.examine(name, CLASSES[name])
+    if row.status == UNBUILT:
+        pytest.skip(row.detail)
+    assert row.status not in BROKEN, f"{row.status}: {row.detail}"
+
+
+@pytest.mark.slow
+def test_most_classes_can_be_built_small(rows):
+    seen = [rows[name] for name in BASES if name in rows]
+    if len(seen) < len(BASES):
+        pytest.skip("not all classes were examined by this process")
+    # What cannot be built lacks a library, or inputs that a signature does not tell.
+    assert sum(row.status != UNBUILT for row in seen) > 0.85 * len(seen)
+
+
+def test_examination_finds_equal_outputs():
+    row = examine("LlamaForCausalLM", "llama")
+    assert row.status == EQUAL, row.detail
+    assert "2 converted, 2 called" in row.attention
+
+
+def test_examination_keeps_the_sentence_of_a_refusal():
+    row = examine("T5Model", "t5")
+    assert row.status == REFUSED
+    assert "position bias" in row.detail
+
+
+@pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
+def test_examination_notices_a_window_that_does_not_cover(name, monkeypatch):
+    monkeypatch.setattr(sweep, "WINDOW", 1)
+    row = examine(name, {"BertModel": "bert", "GPT2LMHeadModel": "gpt2"}[name])
+    assert row.status == WRONG
+    checks = ["forward", "padding", "attentions"] + ["generate"] * name.endswith("HeadModel")
+    assert all(f"{check}: wrong" in row.detail for check in checks), row.detail
+
+
+@pytest.mark.slow
+def test_class_that_takes_too_long_ends_only_its_process():
+    with Examiner() as examiner:
+        examiner.seconds = 0.01
+        assert examiner.examine("BertModel", "bert").status == UNBUILT
+        examiner.seconds = sweep.SECONDS
+        assert examiner.examine("BertModel", "bert").status == EQUAL
