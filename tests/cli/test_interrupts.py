@@ -50,7 +50,14 @@ def make_app():
     return app
 
 module = types.ModuleType("performers.cli.app")
-module.__getattr__ = lambda name: make_app()
+
+def attribute(name):
+    # Libraries that look through all modules ask for others.
+    if name != "app":
+        raise AttributeError(name)
+    return make_app()
+
+module.__getattr__ = attribute
 if {stand_in}:
     sys.modules["performers.cli.app"] = module
 

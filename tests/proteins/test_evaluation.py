@@ -10,7 +10,7 @@ import torch
 from performers.proteins.errors import UserError
 from performers.proteins.evaluation import evaluate_model
 from performers.proteins.objectives import ALL_HIDDEN, MaskedCollator
-from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
+from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS, encode_sequences
 from tests.proteins.runs import make_model, proteins
 
 KEYS = {
@@ -27,7 +27,7 @@ KEYS = {
 def windows(tokenizer, sequences, length):
     """Token windows, as a list of lists, of sequences with <bos> and <eos>."""
     for sequence in sequences:
-        tokens = np.array(tokenizer(sequence)["input_ids"])
+        (tokens,) = encode_sequences(tokenizer, [sequence])
         yield from np.array_split(tokens, max(1, math.ceil(len(tokens) / length)))
 
 

@@ -78,9 +78,12 @@ def resolve_backend(name: str | None) -> Backend:
     return _BACKENDS[name]
 
 
-# torch.compile reads is_in_onnx_export() as False, though the exporter may call torch.compile.
-@torch.compiler.assume_constant_result
 def _exports_onnx() -> bool:
     """Return True inside ``torch.onnx.export``."""
     # The first two are cheap; the last one imports modules when it is first called.
     return (torch.compiler.is_exporting() or is_traced()) and torch.onnx.is_in_onnx_export()
+
+
+# torch.compile reads is_in_onnx_export() as False, though the exporter may call torch.compile. This
+# is what torch.compiler.assume_constant_result does, which would import the compiler.
+_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
