@@ -1,6 +1,7 @@
 """Buckets of vectors by angle: the hash of Reformer (Andoni et al. 2015; Kitaev et al. 2020)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,11 +83,11 @@ class HashFeatures(FeatureMap):
             bucket = bucket * factor + torch.cat((part, -part), dim=-1).argmax(-1)
         return bucket.transpose(-1, -2)
 
-    def forward(self, x: Tensor, scale: float | None = None, *, is_query: bool = False) -> Tensor:
+    def forward(self, x: Any = None, scale: float | None = None, *, is_query: bool = False) -> Any:
         """``phi(x)``, which no scale changes.
 
         Args:
-            x: Shape ``(..., num_heads, L, head_dim)``.
+            x: Shape ``(..., num_heads, L, head_dim)``; None for the form.
             scale: Not used.
             is_query: Not used.
 
@@ -94,6 +95,8 @@ class HashFeatures(FeatureMap):
             Shape ``(..., num_heads, L, rounds * buckets)``.
         """
         del scale, is_query
+        if x is None:
+            return self.form()
         one_hot = torch.nn.functional.one_hot(self.hash(x).transpose(-1, -2), self.buckets)
         return one_hot.flatten(-2).to(x.dtype) / math.sqrt(self.rounds)
 
