@@ -354,6 +354,9 @@ def _attentions(model: Any, converted: Any, given: dict[str, Any]) -> Outcome:
 def _generate(model: Any, converted: Any, given: dict[str, Any]) -> Outcome:
     if not hasattr(model, "generate") or not model.can_generate():
         return "", ""
+    if not any(getattr(module, "is_causal", False) for module in model.modules()):
+        # An encoder under a decoder's head: its tokens see those that come after them.
+        return "", ""
     prompt = {key: value for key, value in given.items() if key != "decoder_input_ids"}
 
     def call(m: Any) -> list[tuple[str, Tensor]]:

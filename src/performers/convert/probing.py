@@ -105,8 +105,20 @@ def _compare(
 def _intercepted(
     model: Any, parts: list[AttentionModule], inputs: Mapping[str, Tensor], called: set[nn.Module]
 ) -> list[Tensor]:
+    running: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.discard(module)
+        _check_cache(module, args, kwargs)
+
     def observer(part: AttentionModule) -> Callable[[AttentionCall], Tensor]:
         def observe(call: AttentionCall) -> Tensor:
+            if part.module in running and not part.is_cross:
+                raise ValueError(
+                    f"{part.name} ({call.name}) attends more than once in a forward pass, for "
+                    "which a cache has one state: leave it exact with to_performer(..., layers=...)"
+                )
+            running.add(part.module)
             called.add(part.module)
             check_linear(call)
             check_reading(call.pattern, call.query.shape[2], call.key.shape[2], part.name)
@@ -116,7 +128,7 @@ def _intercepted(
         return observe
 
     handles = [
-        part.module.register_forward_pre_hook(_check_cache, with_kwargs=True)
+        part.module.register_forward_pre_hook(enter, with_kwargs=True)
         for part in parts
         if not part.is_cross
     ]
@@ -235,7 +247,8 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
             corner = torch.randint(0, 8, (_ROWS, _LENGTH, 2), generator=random)
             text["bbox"] = torch.cat((corner, corner + 3), -1)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
-    for other in (*_images(config, names, normal), *_sounds(config, names, normal)):
+    others = (_images, _sounds, _series)
+    for other in (x for make in others for x in make(config, names, normal)):
         for places in _placeholders(config, text, other):
             yield moved({**places, **other, **decoder})
         yield moved({**text, **other, **decoder})
@@ -328,8 +341,24 @@ def _sounds(
         source = _find(config, "max_source_positions", default=50)
         yield {"input_features": normal(_ROWS, mel, 2 * source)}
         yield {"input_features": normal(_ROWS, 64, mel)}
+        yield {"input_features": normal(_ROWS, 64, 4 * mel)}
         ones = torch.ones(_ROWS, 64, dtype=torch.int64)
         yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
     if "input_values" in names:
         yield {"input_values": normal(_ROWS, 6000)}
         yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
+
+
+def _series(
+    config: Any, names: set[str], normal: Callable[..., Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    if "past_values" not in names:
+        return
+    length = _find(config, "context_length", default=32)
+    for shape in ((_ROWS, length), (_ROWS, length, 1)):
+        inputs = {
+            "past_values": normal(*shape),
+            "past_values_padding": torch.zeros(shape, dtype=torch.int64),
+            "freq": torch.zeros(_ROWS, 1, dtype=torch.int64),
+        }
+        yield {name: value for name, value in inputs.items() if name in names}
