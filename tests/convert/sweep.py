@@ -36,6 +36,9 @@ from tests.convert.small_models import SIZES, attention_flags, model_classes
 EQUAL, REFUSED, LATE = "equal", "refused", "late refusal"
 WRONG, CRASH, UNBUILT = "wrong", "crash", "not buildable"
 BROKEN = (LATE, WRONG, CRASH)
+# Heads that only read the last hidden state share the attention of their base.
+_HEADS = "CAUSAL_LM|SEQ_TO_SEQ_CAUSAL_LM|SPEECH_SEQ_2_SEQ|MULTIMODAL_LM"
+MAPPINGS = rf"^MODEL(_FOR_({_HEADS}))?_MAPPING_NAMES$"
 # Longer than any input here.
 WINDOW = 4096
 TOLERANCE = 1e-4
@@ -488,10 +491,46 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(rows: list[Row]) -> str:
+    """Rows as a page in Markdown: a count, and the classes of each status and reason."""
+    import transformers
+
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        # Names of classes, modules and sizes are not the reason.
+        reason = re.sub(r"^[\w.]+ \(\w+\) |\b[A-Z]\w+ (?=[a-z])|\([^()]*\)|\d+", "", row.detail)
+        reason = "" if row.status in (EQUAL, UNBUILT) else reason.split(":")[0].strip()
+        groups[f"{row.status}: {reason}" if reason else row.status].append(row.name)
+    counts = collections.Counter(row.status for row in rows)
+    lines = [
+        "# Classes of transformers",
+        "",
+        f"Every model class of the auto mappings in transformers {transformers.__version__} that "
+        "can be built small: converted with a window that covers the input, its outputs equal the "
+        "original's (1e-4; also with padding, and five generated tokens), or `to_performer` "
+        "refuses it. Written by",
+        "",
+        "```",
+        "python -m tests.convert.sweep --output classes.tsv --page docs/results/classes.md",
+        "```",
+        "",
+        ", ".join(f"{count} {status}" for status, count in counts.most_common()) + ".",
+        "",
+        "| outcome | classes |",
+        "| --- | --- |",
+    ]
+    lines += [
+        f"| {group.replace('|', '/')} ({len(names)}) | {', '.join(sorted(names))} |"
+        for group, names in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="The table (TSV).")
-    parser.add_argument("--mappings", default=r"^MODEL_.*MAPPING_NAMES$", help="Auto mappings.")
+    parser.add_argument("--page", type=Path, help="The table as a page.")
+    parser.add_argument("--mappings", default=MAPPINGS, help="Auto mappings.")
     parser.add_argument("--classes", default="", help="Pattern for names of classes.")
     parser.add_argument(
         "--flags",
@@ -507,6 +546,8 @@ def main() -> None:
             for flags in attention_flags(CONFIG_MAPPING[model_type]) if options.flags else ({},):
                 rows.append(examiner.examine(name, model_type, flags))
                 options.output.write_text(table(rows))
+    if options.page:
+        options.page.write_text(page(rows))
     counts = collections.Counter(row.status for row in rows)
     print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
 

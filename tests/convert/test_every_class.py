@@ -13,11 +13,8 @@ from tests.convert import sweep
 from tests.convert.small_models import model_classes
 from tests.convert.sweep import BROKEN, EQUAL, REFUSED, UNBUILT, WRONG, Examiner, examine, table
 
-# Heads that only read the last hidden state share the attention of their base.
 BASES = model_classes(r"^MODEL_MAPPING_NAMES$")
-CLASSES = BASES | model_classes(
-    r"^MODEL_FOR_(CAUSAL_LM|SEQ_TO_SEQ_CAUSAL_LM|SPEECH_SEQ_2_SEQ|MULTIMODAL_LM)_MAPPING_NAMES$"
-)
+CLASSES = model_classes(sweep.MAPPINGS)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +59,8 @@ def test_examination_finds_equal_outputs():
 def test_examination_keeps_the_sentence_of_a_refusal():
     row = examine("T5Model", "t5")
     assert row.status == REFUSED
-    assert "position bias" in row.detail
+    # What the sentence says depends on how the release of transformers computes T5's attention.
+    assert "position bias" in row.detail or "has no attention to convert" in row.detail
 
 
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
