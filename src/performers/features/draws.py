@@ -18,6 +18,10 @@ _numbers = itertools.count()
 class Drawn(nn.Module):
     """A module whose buffers are drawn or fitted, and change between calls only as a whole."""
 
+    # Of modules that an older version has pickled.
+    _draw_number: int = -1
+    _last_used: int = -1
+
     def __init__(self) -> None:
         super().__init__()
         self._draw_number = next(_numbers)
