@@ -29,6 +29,8 @@ class FavorCacheLayer(DynamicLayer):
         self.state = state
         self.length += new_tokens
         self.is_initialized = True
+        # Some models ask an initialised layer how many keys it holds.
+        self.keys = self.values = state.key_sum.new_empty(0)
 
     def get_seq_length(self) -> int:
         """Tokens read so far, padding included."""
