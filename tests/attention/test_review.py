@@ -41,14 +41,15 @@ def test_a_redraw_between_forward_and_backward_changes_no_gradient(length, is_ca
 def test_a_short_causal_call_keeps_its_features():
     """It works under torch.func, which cannot recompute."""
     query, key, value = inputs(100)
-    features = SoftmaxFeatures(16, 32)
+    features = SoftmaxFeatures(16, 32, generator=torch.Generator().manual_seed(0))
 
     def loss(query):
         return favor_attention(query, key, value, features, is_causal=True).square().sum()
 
     found = torch.func.grad(loss)(query)
     query.requires_grad_()
-    torch.testing.assert_close(found, torch.autograd.grad(loss(query), query)[0])
+    expected = torch.autograd.grad(loss(query), query)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_bidirectional_attention_compiles_once_for_all_lengths():

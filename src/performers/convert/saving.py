@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
     register_quantization_config,
@@ -150,8 +150,6 @@ class _ConvertedLoader(HfQuantizer):
             name: {key: x.shape for key, x in block.state_dict().items()}
             for name, block in self._blocks.items()
         }
-        for block in self._blocks.values():
-            _unset_(block)
         kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
         model._keep_in_fp32_modules_strict = {*kept, "favor"}
         return model
@@ -159,14 +157,15 @@ class _ConvertedLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         del kwargs
         for name, block in self._blocks.items():
-            missing = [key for key, value in block.state_dict().items() if not _is_set(value)]
+            tensors = block.state_dict(keep_vars=True)
+            missing = [key for key, tensor in tensors.items() if not _is_read(tensor)]
             if missing:
                 raise ValueError(
                     f"the files of {type(model).__name__} have no tensor {name}.{missing[0]}, part "
                     "of the features of a converted layer: save the model again with "
                     "save_pretrained, or convert the original anew"
                 )
-            for key, tensor in block.state_dict().items():
+            for key, tensor in tensors.items():
                 if tensor.shape != self._shapes[name][key]:
                     raise ValueError(
                         f"{name}.{key} has shape {tuple(tensor.shape)} in the files of "
@@ -189,24 +188,9 @@ class _ConvertedLoader(HfQuantizer):
         return True
 
 
-_UNSET = -(2**31)
-
-
-def _unset_(block: nn.Module) -> None:
-    """Fill tensors that the files must provide with values that no file holds."""
-    with torch.no_grad():
-        for tensor in block.state_dict().values():
-            if tensor.dtype == torch.bool:
-                continue
-            tensor.fill_(torch.nan if tensor.is_floating_point() else _UNSET)
-
-
-def _is_set(tensor: Tensor) -> bool:
-    if tensor.is_meta or tensor.dtype == torch.bool:
-        return True
-    if tensor.is_floating_point():
-        return not bool(tensor.isnan().any())
-    return not bool((tensor == _UNSET).any())
+def _is_read(tensor: Tensor) -> bool:
+    """Whether a tensor came from a file: transformers marks it, and makes the others anew."""
+    return tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:
