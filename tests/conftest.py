@@ -1,6 +1,16 @@
-"""Slow tests run only when they are asked for with ``-m``; workers share the cores."""
+"""The part of the tests that runs by default, and how workers share it.
 
+``-m exhaustive`` runs everything but the slow tests, ``-m slow`` the slow tests alone. By default
+
+* a test of three parameters or more runs on combinations that contain every pair of their values;
+* a test outside ``tests/features`` that takes a feature map runs on one map of each form.
+"""
+
+import itertools
 import os
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -27,9 +37,59 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("markexpr"):
+    expression = config.getoption("markexpr")
+    if expression and expression != "exhaustive":
         return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    chosen = [item for item in items if not item.get_closest_marker("slow")]
+    if not expression:
+        chosen = [item for item in chosen if _is_of_a_chosen_form(item)]
+        functions = defaultdict(list)
+        for item in chosen:
+            functions[item.nodeid.split("[", 1)[0]].append(item)
+        kept = {item for function in functions.values() for item in _all_pairs(function)}
+        chosen = [item for item in chosen if item in kept]
+    if len(chosen) < len(items):
+        left = set(items).difference(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = chosen
+    if expression == "exhaustive":
+        for item in items:
+            item.add_marker("exhaustive")
+
+
+def _is_of_a_chosen_form(item: pytest.Item) -> bool:
+    from tests.features.cases import FORMS, Case
+
+    if not hasattr(item, "callspec") or "/features/" in item.nodeid:
+        return True
+    cases = [value for value in item.callspec.params.values() if isinstance(value, Case)]
+    return all(case.name in FORMS for case in cases)
+
+
+def _all_pairs(items: list[pytest.Item]) -> Iterable[pytest.Item]:
+    """A small part of a function's combinations with every pair of parameter values in it."""
+    if not hasattr(items[0], "callspec"):
+        return items
+    # Parameters declared together have equal indices.
+    axes = {
+        tuple(item.callspec.indices[name] for item in items): name
+        for name in items[0].callspec.indices
+    }
+    names = list(axes.values())
+    if len(names) < 3:
+        return items
+    pairs = {
+        item: {
+            (a, b, item.callspec.indices[a], item.callspec.indices[b])
+            for a, b in itertools.combinations(names, 2)
+        }
+        for item in items
+    }
+    order = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
+    kept, covered = [], set()
+    for least in range(len(names) * (len(names) - 1) // 2, 0, -1):
+        for item in order:
+            if len(pairs[item] - covered) >= least:
+                kept.append(item)
+                covered |= pairs[item]
+    return kept

@@ -268,6 +268,20 @@ REPRESENTATIVE = [
     *(case for case in GENERALIZED if case.name != "relu-antithetic"),
 ]
 
+# One of each form, for what runs by default outside tests/features: plain and two-sided
+# exponentials, bias and balance, an epsilon, waves, elementwise of one and both signs, no
+# projection.
+FORMS = (
+    "positive",
+    "hyperbolic",
+    "data_aware",
+    "exp",
+    "trigonometric",
+    "relu",
+    "cos",
+    "deterministic-relu",
+)
+
 
 def generator(seed: int) -> torch.Generator:
     """A seeded CPU generator."""
