@@ -6,6 +6,7 @@
 * a test outside ``tests/features`` that takes a feature map runs on one map of each form.
 """
 
+import gc
 import itertools
 import os
 import zlib
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if expression == "exhaustive":
         for item in items:
             item.add_marker("exhaustive")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what was collected out of later garbage collections, of which it is most."""
+    gc.collect()
+    gc.freeze()
 
 
 def _is_of_a_chosen_form(item: pytest.Item) -> bool:

@@ -281,6 +281,9 @@ def favor_backward(
     The inputs of the forward operator come next, then its results, then ``trained``.
     """
     inputs, (out, *results), trained = _split(arguments)
+    if bool(results[1].isnan().any()):
+        # The kernels multiply what a row does not see by zero, which NaN outlives.
+        inputs, _ = _without_nonfinite(inputs)
     call, held = _call(inputs)
     call.arrays(out=out, grad_out=grad_out)
     has_sums = not inputs.is_causal and results[-1].numel()
