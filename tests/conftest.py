@@ -3,7 +3,8 @@
 ``-m exhaustive`` runs everything but the slow tests, ``-m slow`` the slow tests alone. By default
 
 * a test of three parameters or more runs on combinations that contain every pair of their values;
-* a test outside ``tests/features`` that takes a feature map runs on one map of each form.
+* a test outside ``tests/features`` that takes a feature map runs on one map of each form;
+* tests marked ``exhaustive`` are left out: long ones of what shorter ones ask too.
 """
 
 import gc
@@ -43,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     chosen = [item for item in items if not item.get_closest_marker("slow")]
     if not expression:
+        chosen = [item for item in chosen if not item.get_closest_marker("exhaustive")]
         chosen = [item for item in chosen if _is_of_a_chosen_form(item)]
         functions = defaultdict(list)
         for item in chosen:

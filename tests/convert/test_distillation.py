@@ -196,6 +196,7 @@ def test_learned_features_are_saved_and_loaded(tmp_path):
     assert isinstance(loaded.model.layers[0].self_attn.favor.feature_map, LearnedFeatures)
 
 
+@pytest.mark.exhaustive
 def test_a_stopped_run_resumes_to_the_same_weights(tmp_path):
     teacher = teacher_model()
     whole, parts = student_of(teacher), student_of(teacher)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 DISTRIBUTED = """
 import copy
 import os
@@ -52,6 +54,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_one_model(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [

@@ -88,6 +88,7 @@ def test_dropout_inside_is_the_same_when_it_is_computed_again(reversible, monkey
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.exhaustive
 def test_compiled_without_graph_breaks():
     torch.compiler.reset()
     model = masked_model(chunk_size_feed_forward=6)

@@ -508,6 +508,7 @@ def test_a_classifier_has_reversible_blocks_too():
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.exhaustive
 def test_compiled_values_and_gradients():
     torch.compiler.reset()
     model = masked_model(reversible=True)

@@ -123,6 +123,7 @@ def test_a_protein_is_chosen_by_name_or_by_length():
         choose_protein(records, "x", 256)
 
 
+@pytest.mark.exhaustive
 def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
     other = make_model_folder(tmp_path / "exact", attention="exact")
     named = ProteinRecord("enzyme", "x sites=5,9,2", RECORDS[0].sequence)

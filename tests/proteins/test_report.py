@@ -291,6 +291,7 @@ def test_report_is_replaced_whole(tmp_path: Path) -> None:
     assert "model one" not in _Page(tmp_path / "report.html").text
 
 
+@pytest.mark.exhaustive
 def test_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     models = [ModelReport("m", {"layers": 2}, METRICS, HISTORY, _analysis())]
     pages = [

@@ -179,6 +179,7 @@ run_study(Path(sys.argv[1]), data(), small, name="tiny")
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_make_one_study_and_complete_a_plan(tmp_path):
     script, folder = tmp_path / "two.py", tmp_path / "study"
     script.write_text(_TWO)

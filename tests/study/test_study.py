@@ -14,6 +14,8 @@ from performers.study.presets import KERNELS, PRESETS
 from performers.study.study import run_study
 from tests.study.tiny import PRESET, data
 
+pytestmark = pytest.mark.exhaustive
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

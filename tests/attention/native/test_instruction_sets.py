@@ -28,8 +28,16 @@ ELSEWHERE = (
 
 
 # What each kernel computes and how its gradients go; the rest of the battery asks the same of them
-# in more layouts.
-CORE = ("native", "test_values.py", "test_window.py", "test_window_gradients.py")
+# in more layouts, and tools/sanitize runs those on each instruction set.
+CORE = (
+    "native/test_gradients.py",
+    "native/test_listed.py",
+    "native/test_threads.py",
+    "test_values.py",
+    "test_window.py",
+    "test_window_gradients.py",
+    "test_nonfinite.py",
+)
 
 
 def run_battery(isa, paths, least):
@@ -53,13 +61,13 @@ def run_battery(isa, paths, least):
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_the_core_of_the_battery(isa):
-    run_battery(isa, CORE, 1200)
+    run_battery(isa, CORE, 500)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_the_whole_battery(isa):
-    run_battery(isa, ("",), 4000)
+    run_battery(isa, ("",), 2000)
 
 
 @pytest.mark.parametrize("isa", OTHERS)
