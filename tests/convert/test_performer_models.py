@@ -7,7 +7,7 @@ import torch
 
 from performers import SoftmaxFeatures, redraw_features_
 from performers.convert.performer_models import convert_performer_model
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
@@ -33,9 +33,9 @@ KINDS = (
     PerformerForSequenceClassification,
 )
 LENGTH = 20
-EXACT = ConversionSettings(num_features=8, window=LENGTH)
-FEW = ConversionSettings(num_features=16, window=2, sinks=1)
-FITTED = ConversionSettings(num_features=16, window=2, sinks=1, estimator="data_aware")
+EXACT = Conversion(num_features=8, window=LENGTH)
+FEW = Conversion(num_features=16, window=2, sinks=1)
+FITTED = Conversion(num_features=16, window=2, sinks=1, estimator="data_aware")
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -86,7 +86,7 @@ def test_padding(kind, padded):
 
 @pytest.mark.parametrize("kind", [PerformerForMaskedLM, PerformerForCausalLM])
 def test_packed_sequences(kind):
-    exact, ours = both(build(kind), ConversionSettings(num_features=8, window=LENGTH, layers=(1,)))
+    exact, ours = both(build(kind), Conversion(num_features=8, window=LENGTH, layers=(1,)))
     ids = tokens(2, 2 * LENGTH)
     packed = torch.arange(2 * LENGTH).div(13, rounding_mode="floor").expand(2, -1)
     torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_weights_stay_and_so_do_mode_and_dtype():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_loads_with_equal_outputs(tmp_path, kind):
-    settings = ConversionSettings(
+    settings = Conversion(
         num_features=16,
         window=2,
         sinks=1,
@@ -206,7 +206,7 @@ def test_redrawing_keeps_the_fit_and_training_goes_on():
 )
 def test_layers_that_are_left_out_stay_exact(layers, exact):
     model = causal_model("exact", num_hidden_layers=3, tie_word_embeddings=False, seed=3)
-    settings = ConversionSettings(num_features=16, window=2, sinks=1, layers=layers)
+    settings = Conversion(num_features=16, window=2, sinks=1, layers=layers)
     names = convert(model, settings)
     assert model.config.exact_layers == exact
     kept = exact or []
@@ -292,7 +292,7 @@ def test_calibration_lowers_the_error():
     expected = exact.performer(ids).last_hidden_state
     errors = {}
     for estimator in ("positive", "data_aware"):
-        settings = ConversionSettings(num_features=64, estimator=estimator, window=4)
+        settings = Conversion(num_features=64, estimator=estimator, window=4)
         found = []
         for seed in range(5):
             model = copy.deepcopy(exact)
@@ -316,21 +316,21 @@ def assert_untouched(model):
         (FITTED, [], ValueError, "at least one batch"),
         (FITTED, [tokens(1, 5), 3], TypeError, "tensor, a tuple .* got int"),
         (
-            ConversionSettings(estimator="optimal", window=LENGTH),
+            Conversion(estimator="optimal", window=LENGTH),
             [tokens(2, LENGTH)],
             ValueError,
             "nothing to fit in performer.layers.0.attention",
         ),
-        (ConversionSettings(layers=(5,)), None, ValueError, r"layers must be in 0..1"),
-        (ConversionSettings(num_features=0), None, ValueError, "num_features"),
+        (Conversion(layers=(5,)), None, ValueError, r"layers must be in 0..1"),
+        (Conversion(num_features=0), None, ValueError, "num_features"),
         (
-            ConversionSettings(num_features=7, estimator="hyperbolic"),
+            Conversion(num_features=7, estimator="hyperbolic"),
             None,
             ValueError,
             "num_features must be a positive even",
         ),
-        (ConversionSettings(estimator="best"), None, ValueError, "estimator must be one of"),
-        (ConversionSettings(learned=True), None, ValueError, "learned features"),
+        (Conversion(estimator="best"), None, ValueError, "estimator must be one of"),
+        (Conversion(learned=True), None, ValueError, "learned features"),
     ],
 )
 def test_what_does_not_fit_leaves_the_model_as_it_was(settings, calibration, error, words):

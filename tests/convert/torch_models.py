@@ -5,14 +5,14 @@ import warnings
 import torch
 from torch import nn
 
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 from performers.convert.torch_modules import convert_torch_modules
 from tests.features.cases import generator
 
 E, HEADS, L, N = 16, 4, 12, 3
 PADDING = torch.arange(L).expand(N, -1) >= torch.tensor([[12], [9], [5]])
 # Covers the sequence: exact attention, whatever the features.
-EXACT = ConversionSettings(num_features=8, window=L)
+EXACT = Conversion(num_features=8, window=L)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 

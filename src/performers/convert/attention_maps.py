@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
-from performers.convert.block import FavorBlock
 from performers.convert.calls import AttentionCall
+from performers.nn import FavorAttention
 
 __all__ = ["exact_weights", "linear_weights", "weights_wanted"]
 
@@ -28,7 +28,7 @@ def weights_wanted(options: Mapping[str, Any]) -> bool:
     return any(name.endswith("attentions") for name in collected)
 
 
-def linear_weights(block: FavorBlock, call: AttentionCall) -> Tensor:
+def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
     """The matrix (B, H, L, S) that linear attention implies.
 
     Args:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
-from performers.convert.block import FavorBlock, boundaries
 from performers.convert.calls import AttentionCall, check_linear, exact_attention
-from performers.convert.fitting import FeatureFit, run_batches
+from performers.convert.fitting import fit
 from performers.convert.interface import intercept_attention
-from performers.features import SoftmaxFeatures
+from performers.nn import FavorAttention
 
 __all__ = ["calibrate_blocks", "call_model"]
 
 
 def calibrate_blocks(
-    model: Any, blocks: Mapping[nn.Module, FavorBlock], batches: Iterable[Any]
+    model: Any, blocks: Mapping[nn.Module, FavorAttention], batches: Iterable[Any]
 ) -> None:
     """Run the model with exact attention and stream queries and keys into its features.
 
@@ -32,41 +33,30 @@ def calibrate_blocks(
     Raises:
         ValueError: There is no batch, a batch does not fit, or a layer has no pair to be fitted to.
     """
-    fits: list[FeatureFit] = []
-
-    def observer(block: FavorBlock, name: str) -> Callable[[AttentionCall], Tensor]:
-        assert isinstance(block.feature_map, SoftmaxFeatures)
-        fit = FeatureFit(
-            name,
-            block.feature_map,
-            window=block.window,
-            sinks=block.sinks,
-            buckets=block.buckets,
-        )
-        fits.append(fit)
-
-        def observe(call: AttentionCall) -> Tensor:
-            check_linear(call)
-            pattern = call.pattern
-            ids = pattern.sequence_ids
-            fit.add(
-                call.query,
-                call.key,
-                is_causal=pattern.is_causal,
-                key_mask=pattern.key_mask,
-                cu_seqlens=None if ids is None else boundaries(ids),
-                scale=call.scale,
-            )
-            return exact_attention(call)
-
-        return observe
-
     names = {module: name for name, module in model.named_modules()}
-    functions = {module: observer(block, names[module]) for module, block in blocks.items()}
-    with intercept_attention(functions, model):
-        run_batches(model, batches, lambda *args, **kwargs: call_model(model, *args, **kwargs))
-    for fit in fits:
-        fit.check()
+
+    def observe(add: Callable[..., None]) -> AbstractContextManager[None]:
+        def observer(name: str) -> Callable[[AttentionCall], Tensor]:
+            def attend(call: AttentionCall) -> Tensor:
+                check_linear(call)
+                pattern = call.pattern
+                add(
+                    name,
+                    call.query,
+                    call.key,
+                    is_causal=pattern.is_causal,
+                    key_mask=pattern.key_mask,
+                    cu_seqlens=pattern.cu_seqlens,
+                    scale=call.scale,
+                )
+                return exact_attention(call)
+
+            return attend
+
+        return intercept_attention({module: observer(names[module]) for module in blocks}, model)
+
+    favors = {names[module]: block for module, block in blocks.items()}
+    fit(model, favors, observe, batches, functools.partial(call_model, model))
 
 
 def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:

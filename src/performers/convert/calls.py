@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from performers.convert.block import FavorBlock
 from performers.convert.cache import ConvertedCacheLayer
 from performers.convert.patterns import AttentionPattern
 from performers.convert.sliding import sliding_attention
 from performers.models.arguments import is_tracing
+from performers.nn import FavorAttention
 
 __all__ = ["AttentionCall", "check_linear", "exact_attention", "linear_attention"]
 
@@ -119,7 +119,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
     return out.transpose(1, 2)
 
 
-def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
+def linear_attention(block: FavorAttention, call: AttentionCall) -> Tensor:
     """The call computed by a converted module's features and exact terms.
 
     Args:
@@ -145,7 +145,7 @@ def linear_attention(block: FavorBlock, call: AttentionCall) -> Tensor:
         call.value,
         is_causal=pattern.is_causal,
         key_mask=key_mask,
-        sequence_ids=pattern.sequence_ids,
+        cu_seqlens=pattern.cu_seqlens,
         scale=call.scale,
         state=None if cache is None else cache.state,
         return_state=cache is not None,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 from performers.features.softmax import Estimator
 
 __all__ = [
@@ -110,13 +110,13 @@ class ConversionOptions:
         for name in ("learning_rate", "transfer_learning_rate", "hidden_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        ConversionSettings(
+        Conversion(
             window=self.window,
             sinks=self.sinks or 0,
             key_list=self.key_list,
             layers=self.layers,
             estimator=self.estimator,
-        ).feature_map(8, 1)
+        ).features(8, 1)
 
 
 @dataclass

@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from performers.convert.batches import Collator, Stream
-from performers.convert.block import BLOCK, FavorBlock
 from performers.convert.record import read_record, write_record
 from performers.convert.runs import Distillation, DistillationRun
+from performers.convert.settings import FAVOR
 from performers.convert.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.models.manifest import find_damage, write_manifest
+from performers.nn import FavorAttention
 
 __all__ = ["Distillation", "check_adapters", "distill"]
 
@@ -173,7 +174,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     blocks = {
         module: block
         for module in student.modules()
-        if isinstance(block := getattr(module, BLOCK, None), FavorBlock)
+        if isinstance(block := getattr(module, FAVOR, None), FavorAttention)
     }
     for block in blocks.values():
         block.learn_(block.feature_map.num_heads or 1)
@@ -209,7 +210,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
         _save_parameters(blocks, done)
 
 
-def _save_parameters(blocks: dict[nn.Module, FavorBlock], folder: Path) -> None:
+def _save_parameters(blocks: dict[nn.Module, FavorAttention], folder: Path) -> None:
     """Save the features' parameters with a manifest, whole or not at all."""
     staging = folder.with_name(f".{folder.name}")
     for earlier in (staging, folder):
@@ -220,7 +221,7 @@ def _save_parameters(blocks: dict[nn.Module, FavorBlock], folder: Path) -> None:
     staging.rename(folder)
 
 
-def _parameters(blocks: dict[nn.Module, FavorBlock]) -> dict[str, torch.Tensor]:
+def _parameters(blocks: dict[nn.Module, FavorAttention]) -> dict[str, torch.Tensor]:
     return {
         f"{index}.{name}": parameter.detach().cpu().contiguous()
         for index, block in enumerate(blocks.values())
@@ -228,7 +229,9 @@ def _parameters(blocks: dict[nn.Module, FavorBlock]) -> dict[str, torch.Tensor]:
     }
 
 
-def _set_parameters(blocks: dict[nn.Module, FavorBlock], tensors: dict[str, torch.Tensor]) -> None:
+def _set_parameters(
+    blocks: dict[nn.Module, FavorAttention], tensors: dict[str, torch.Tensor]
+) -> None:
     with torch.no_grad():
         for index, block in enumerate(blocks.values()):
             for name, parameter in block.named_parameters():

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from performers.convert.block import BLOCK
 from performers.convert.cache import (
     ConvertedCacheLayer,
     leave_cache_layer,
@@ -20,6 +19,7 @@ from performers.convert.cache import (
 
 # A model that comes out of a pickle brings this module along, and with it the registration.
 from performers.convert.interface import IMPLEMENTATION
+from performers.convert.settings import FAVOR
 from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
 __all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
@@ -135,6 +135,6 @@ def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
         return None
-    found: list[Any] = [x for x in module.modules() if getattr(x, BLOCK, None) is not None]
+    found: list[Any] = [x for x in module.modules() if getattr(x, FAVOR, None) is not None]
     indices = [x.layer_idx for x in found if isinstance(getattr(x, "layer_idx", None), int)]
     return state_layer(cache, min(indices)) if indices else None

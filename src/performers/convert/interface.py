@@ -1,10 +1,10 @@
 """The attention implementation ``"favor"`` of transformers.
 
 transformers models ask for their attention and their masks by name. Importing this module
-registers ``"favor"`` for both. A module that `to_performer` has given a `FavorBlock` is computed by
-it; a module that was left exact is computed by torch, in linear time where the model itself has a
-sliding window. Nothing that the model asks for is ignored: what linear attention cannot do is
-refused with a sentence.
+registers ``"favor"`` for both. A module that `to_performer` has given a `FavorAttention` is
+computed by it; a module that was left exact is computed by torch, in linear time where the model
+itself has a sliding window. Nothing that the model asks for is ignored: what
+linear attention cannot do is refused with a sentence.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from performers.convert.attention_maps import exact_weights, linear_weights, weights_wanted
-from performers.convert.block import BLOCK, FavorBlock
 from performers.convert.cache import take_cache_layer
 from performers.convert.calls import AttentionCall, exact_attention, linear_attention
 from performers.convert.modules import interface_modules
 from performers.convert.patterns import AttentionPattern, pattern_mask
 from performers.convert.record import SAVED_IMPLEMENTATION
+from performers.convert.settings import FAVOR
+from performers.nn import FavorAttention
 
 __all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]
 
@@ -108,9 +109,9 @@ def _pattern(
     )
 
 
-def _block(call: AttentionCall) -> FavorBlock | None:
+def _block(call: AttentionCall) -> FavorAttention | None:
     try:
-        block: FavorBlock | None = getattr(call.module, BLOCK)
+        block: FavorAttention | None = getattr(call.module, FAVOR)
     except AttributeError:
         raise ValueError(
             f"{call.name} has no random features: attn_implementation='favor' is set by "
@@ -141,7 +142,7 @@ def intercept_attention(
     functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
         module: exact_attention
         for _, module in interface_modules(model)
-        if not hasattr(module, BLOCK)
+        if not hasattr(module, FAVOR)
     }
     functions.update(modules)
     outer = {module: _INTERCEPTED[module] for module in functions if module in _INTERCEPTED}

@@ -50,6 +50,17 @@ class AttentionPattern:
     _dense: list[Tensor | None] = field(default_factory=list)
 
     @property
+    def cu_seqlens(self) -> Tensor | None:
+        """Where sequences begin when all rows are laid end to end, and ``B * L``; int32."""
+        ids = self.sequence_ids
+        if ids is None:
+            return None
+        begins = torch.ones_like(ids, dtype=torch.bool)
+        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        starts = begins.flatten().nonzero().squeeze(-1)
+        return torch.cat((starts, starts.new_full((1,), ids.numel()))).to(torch.int32)
+
+    @property
     def ndim(self) -> int:
         """Axes of the mask that this stands for."""
         return 4

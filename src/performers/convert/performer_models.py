@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from performers.convert.fitting import FeatureFit, check_calibration, run_batches
-from performers.convert.settings import ConversionSettings
-from performers.features import SoftmaxFeatures
+from performers.convert.fitting import check_calibration, fit
+from performers.convert.settings import Conversion
 from performers.models import PerformerConfig, PerformerPreTrainedModel
 from performers.models.attention import (
     AttentionContext,
-    FavorMechanism,
     PerformerSelfAttention,
     build_mechanism,
 )
+from performers.nn import FavorAttention
 
 __all__ = ["convert_performer_model"]
 
 
 def convert_performer_model(
     model: PerformerPreTrainedModel,
-    settings: ConversionSettings,
+    settings: Conversion,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
@@ -80,10 +80,11 @@ def convert_performer_model(
         for name, module in found.items()
         if config.layer_attention(module.layer) != "exact"
     }
-    mechanisms = {}
+    mechanisms: dict[str, FavorAttention] = {}
     for name, module in chosen.items():
         weight = module.query_key_value.weight
         mechanism = build_mechanism(config, module.layer, generator)
+        assert isinstance(mechanism, FavorAttention)
         mechanisms[name] = mechanism.to(weight.device, weight.dtype).train(module.training)
     if to_fit:
         assert calibration is not None
@@ -97,11 +98,10 @@ def convert_performer_model(
     return list(chosen)
 
 
-def _converted_config(config: PerformerConfig, settings: ConversionSettings) -> PerformerConfig:
+def _converted_config(config: PerformerConfig, settings: Conversion) -> PerformerConfig:
     """A copy, which other models do not share, with the settings; checked by its constructor."""
     count = config.num_hidden_layers
-    settings.check_layers(count)
-    exact = [layer for layer in range(count) if not settings.converts(layer, count)]
+    exact = sorted(set(range(count)) - set(settings.choose(range(count))))
     changes = {
         "attention": "favor-softmax",
         "num_features": settings.num_features,
@@ -123,28 +123,24 @@ def _converted_config(config: PerformerConfig, settings: ConversionSettings) -> 
 def _calibrate(
     model: PerformerPreTrainedModel,
     chosen: Mapping[str, PerformerSelfAttention],
-    mechanisms: Mapping[str, nn.Module],
+    mechanisms: Mapping[str, FavorAttention],
     batches: Iterable[Any],
 ) -> None:
     """Run the exact model and fit the features of what will replace its mechanisms."""
-    fits = []
-    handles = []
-    try:
-        for name, module in chosen.items():
-            favor = mechanisms[name]
-            assert isinstance(favor, FavorMechanism)
-            features = favor.feature_map
-            assert isinstance(features, SoftmaxFeatures)
-            fit = FeatureFit(name, features, window=favor.window, sinks=favor.sinks)
-            fits.append(fit)
-            handles.append(module.mechanism.register_forward_pre_hook(_observer(fit)))
-        call: Callable[..., Any] = functools.partial(_without_labels, model)
-        run_batches(model, batches, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for fit in fits:
-        fit.check()
+
+    @contextmanager
+    def observe(add: Callable[..., None]) -> Iterator[None]:
+        handles = [
+            module.mechanism.register_forward_pre_hook(_observer(name, add))
+            for name, module in chosen.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    fit(model, mechanisms, observe, batches, functools.partial(_without_labels, model))
 
 
 def _without_labels(
@@ -157,11 +153,12 @@ def _without_labels(
     model(*inputs, **options)
 
 
-def _observer(fit: FeatureFit) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _observer(name: str, add: Callable[..., None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def observe(mechanism: nn.Module, args: tuple[Any, ...]) -> None:
         query, key, _, context, _ = args
         assert isinstance(context, AttentionContext)
-        fit.add(
+        add(
+            name,
             query,
             key,
             is_causal=context.is_causal,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 
 __all__ = [
     "METHOD",
@@ -36,17 +36,17 @@ SAVED_IMPLEMENTATION = (
 )
 
 
-def read_record(model: Any) -> ConversionSettings | None:
+def read_record(model: Any) -> Conversion | None:
     """Settings that a model was converted with; None: it was not.
 
     Args:
         model: A transformers model.
     """
     record = getattr(getattr(model, "config", None), RECORD, None)
-    return None if record is None or PARTS in record else ConversionSettings.from_record(record)
+    return None if record is None or PARTS in record else Conversion.from_record(record)
 
 
-def write_record(model: Any, settings: ConversionSettings) -> None:
+def write_record(model: Any, settings: Conversion) -> None:
     """Keep the settings in the configuration of a model, and of the model that contains it.
 
     Args:

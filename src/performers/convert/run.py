@@ -33,7 +33,7 @@ from performers.convert.pretrained import LoadedModel, load_model
 from performers.convert.quality import Quality, kind_of, measure_quality
 from performers.convert.record import read_record
 from performers.convert.saving import load_performer
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 from performers.convert.swap import to_performer
 from performers.convert.texts import Example, TextSplits, split_text
 from performers.models.manifest import save_model_folder
@@ -209,7 +209,7 @@ class _Work:
     def _student(self) -> Any:
         options = self.options
         model = copy.deepcopy(self.original)
-        settings = ConversionSettings(estimator=options.estimator, key_list=options.key_list)
+        settings = Conversion(estimator=options.estimator, key_list=options.key_list)
         return to_performer(
             model,
             num_features=options.num_features,
@@ -219,7 +219,9 @@ class _Work:
             key_list=options.key_list,
             layers=options.layers,
             calibration=(
-                self._batches(self.texts.calibration, "calibrating") if settings.fits else None
+                self._batches(self.texts.calibration, "calibrating")
+                if settings.needs_samples
+                else None
             ),
             generator=self._generator(),
         )

@@ -22,11 +22,11 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from performers.convert.block import FavorBlock
 from performers.convert.record import METHOD, PARTS, RECORD
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import Conversion
 from performers.convert.swap import convert_transformers_model
 from performers.models.manifest import check_manifest
+from performers.nn import FavorAttention
 
 __all__ = ["load_performer"]
 
@@ -131,9 +131,9 @@ class _ConvertedLoader(HfQuantizer):
             parts = record[PARTS]
             # The name in the configuration went to all parts; those that stay exact need another.
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        self._blocks: dict[str, FavorBlock] = {}
+        self._blocks: dict[str, FavorAttention] = {}
         for name, values in parts.items():
-            settings = ConversionSettings.from_record(values)
+            settings = Conversion.from_record(values)
             part = model.get_submodule(name)
             # The draw is replaced by what was saved; the caller's random numbers stay as they are.
             generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ class _ConvertedLoader(HfQuantizer):
                     part, settings, generator=generator, warn=False, weights_follow=True
                 )
                 for inner, block in part.named_modules():
-                    if isinstance(block, FavorBlock):
+                    if isinstance(block, FavorAttention):
                         if settings.learned:
                             block.learn_(block.feature_map.form().num_heads())
                         self._blocks[".".join(filter(None, (name, inner)))] = block

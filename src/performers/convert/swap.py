@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from performers.convert.block import BLOCK, FavorBlock
 from performers.convert.fitting import check_calibration
-from performers.convert.settings import ConversionSettings
+from performers.convert.settings import FAVOR, Conversion
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
+from performers.nn import FavorAttention
 
 __all__ = ["convert_transformers_model", "to_performer"]
 
@@ -97,7 +97,7 @@ def to_performer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    settings = ConversionSettings(
+    settings = Conversion(
         num_features=num_features,
         estimator=estimator,
         projection=projection,
@@ -108,7 +108,7 @@ def to_performer(
         cross_attention=cross_attention,
     )
     # Refuses names and numbers that do not exist before anything else happens.
-    settings.feature_map(8, 1)
+    settings.features(8, 1)
     names = _convert(model, settings, calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
@@ -116,7 +116,7 @@ def to_performer(
 
 def _convert(
     model: nn.Module,
-    settings: ConversionSettings,
+    settings: Conversion,
     calibration: Iterable[Any] | None,
     generator: torch.Generator | None,
 ) -> list[str]:
@@ -161,7 +161,7 @@ def _check_no_wrapper(model: nn.Module) -> None:
             )
 
 
-def _check_no_lists(settings: ConversionSettings, model: nn.Module) -> None:
+def _check_no_lists(settings: Conversion, model: nn.Module) -> None:
     if settings.key_list:
         raise ValueError(
             f"key_list={settings.key_list} is for encoders among transformers models, and "
@@ -171,7 +171,7 @@ def _check_no_lists(settings: ConversionSettings, model: nn.Module) -> None:
 
 def convert_transformers_model(
     model: Any,
-    settings: ConversionSettings,
+    settings: Conversion,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
     *,
@@ -202,7 +202,7 @@ def convert_transformers_model(
     from performers.convert.record import separate_configurations_, write_record
 
     kind = type(model).__name__
-    if any(hasattr(module, BLOCK) for module in model.modules()):
+    if any(hasattr(module, FAVOR) for module in model.modules()):
         raise ValueError(f"{kind} is converted already: start from the original model")
     found = attention_modules(model)
     candidates = [
@@ -213,8 +213,7 @@ def convert_transformers_model(
             f"{kind} has no attention to convert: none of its modules calls transformers' "
             "attention interface, or all of them attend within a sliding window already"
         )
-    settings.check_layers(len(candidates))
-    chosen = [x for i, x in enumerate(candidates) if settings.converts(i, len(candidates))]
+    chosen = settings.choose(candidates)
     for part in chosen:
         if (reason := part.refusal()) is not None:
             raise ValueError(
@@ -229,7 +228,7 @@ def convert_transformers_model(
             "not: a decoder's running sums hold no lists; pass key_list=0 with a larger window, or "
             "name the encoder's layers with layers="
         )
-    blocks: dict[nn.Module, FavorBlock] = {}
+    blocks: dict[nn.Module, FavorAttention] = {}
     for part in chosen:
         # Modules with int8 weights have no parameters, and run on a CPU.
         reference = next(part.module.parameters(), torch.empty(0, device="cpu"))
@@ -238,11 +237,9 @@ def convert_transformers_model(
                 f"{part.name} has no weights in memory (on the meta device, or offloaded): load "
                 "the whole model first"
             )
-        features = settings.feature_map(part.head_dim, part.key_heads, generator)
-        # Between two sequences no key is near a query, and none comes first.
-        window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
-        buckets = settings.buckets(part.head_dim, part.key_heads, generator)
-        block = FavorBlock(features, window=window, sinks=sinks, buckets=buckets)
+        block = settings.attention(
+            part.head_dim, part.key_heads, is_cross=part.is_cross, generator=generator
+        )
         blocks[part.module] = block if weights_follow else block.to(reference.device)
     separate_configurations_(model)
     if not weights_follow:
@@ -251,7 +248,7 @@ def convert_transformers_model(
         calibrate_blocks(model, blocks, calibration)
     set_implementation(model)
     for part in found:
-        setattr(part.module, BLOCK, blocks.get(part.module))
+        setattr(part.module, FAVOR, blocks.get(part.module))
     for part in chosen:
         blocks[part.module].train(part.module.training)
         # The keys of an encoder stay in the cache as they are: they do not grow with the output.

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from performers.convert.fitting import FeatureFit, check_calibration, run_batches
-from performers.convert.settings import ConversionSettings
-from performers.features import LearnedFeatures, SoftmaxFeatures
+from performers.convert.fitting import check_calibration, fit
+from performers.convert.settings import Conversion
 from performers.nn import PerformerAttention
-from performers.nn.attention import _is_causal_mask, _key_mask
+from performers.nn.multihead import _is_causal_mask, _key_mask
 
 __all__ = ["convert_torch_modules"]
 
@@ -50,7 +49,7 @@ class _Found:
 
 def convert_torch_modules(
     model: nn.Module,
-    settings: ConversionSettings,
+    settings: Conversion,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
@@ -91,7 +90,7 @@ def convert_torch_modules(
         _calibrate(model, chosen, ours, settings, calibration)
     if settings.learned:
         for performer in ours.values():
-            performer.feature_map = LearnedFeatures(performer.feature_map)
+            performer.learn_()
     for parent in list(model.modules()):
         # named_children would leave out the second name of a child.
         for name, child in list(parent._modules.items()):
@@ -149,7 +148,7 @@ def _expect_calls(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     expected.handles.append(model.register_forward_hook(expected.done))
 
 
-def _chosen(model: nn.Module, settings: ConversionSettings) -> list[_Found]:
+def _chosen(model: nn.Module, settings: Conversion) -> list[_Found]:
     """The modules to convert, each of which can be."""
     if isinstance(model, nn.MultiheadAttention) and not isinstance(model, PerformerAttention):
         raise ValueError(
@@ -175,9 +174,7 @@ def _chosen(model: nn.Module, settings: ConversionSettings) -> list[_Found]:
         elif any(isinstance(x, PerformerAttention) for x in model.modules()):
             reason = "is converted already: start from the original model"
         raise ValueError(f"{type(model).__name__} has nothing to convert: it {reason}")
-    settings.check_layers(len(candidates))
-    count = len(candidates)
-    chosen = [x for index, x in enumerate(candidates) if settings.converts(index, count)]
+    chosen = settings.choose(candidates)
     for x in chosen:
         _check_module(x)
     return chosen
@@ -208,11 +205,11 @@ def _check_module(found: _Found) -> None:
 
 
 def _replacement(
-    found: _Found, settings: ConversionSettings, generator: torch.Generator | None
+    found: _Found, settings: Conversion, generator: torch.Generator | None
 ) -> PerformerAttention:
     module = found.module
     weight = module.out_proj.weight
-    features = settings.feature_map(module.head_dim, module.num_heads, generator)
+    features = settings.features(module.head_dim, module.num_heads, generator)
     try:
         # Its own parameters are never used: they take no memory and no random numbers.
         with torch.device("meta"):
@@ -246,28 +243,26 @@ def _calibrate(
     model: nn.Module,
     chosen: list[_Found],
     ours: dict[nn.MultiheadAttention, PerformerAttention],
-    settings: ConversionSettings,
+    settings: Conversion,
     batches: Iterable[Any],
 ) -> None:
     """Run the exact model and fit the features of its replacements to what it computes."""
-    fits = []
-    handles = []
-    try:
+
+    @contextmanager
+    def observe(add: Callable[..., None]) -> Iterator[None]:
+        handles = []
         for found in chosen:
-            performer = ours[found.module]
-            features = performer.feature_map
-            assert isinstance(features, SoftmaxFeatures)
-            fit = FeatureFit(found.name, features, window=performer.window, sinks=performer.sinks)
-            fits.append(fit)
-            hook = _observer(fit, performer, settings.cross_attention)
+            hook = _observer(found.name, add, ours[found.module], settings.cross_attention)
             handles.append(found.module.register_forward_pre_hook(hook, with_kwargs=True))
-        with _without_fused_layers():
-            run_batches(model, batches, model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for fit in fits:
-        fit.check()
+        try:
+            with _without_fused_layers():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    favors = {found.name: ours[found.module] for found in chosen}
+    fit(model, favors, observe, batches, model)
 
 
 @contextmanager
@@ -282,38 +277,38 @@ def _without_fused_layers() -> Iterator[None]:
 
 
 def _observer(
-    fit: FeatureFit, performer: PerformerAttention, cross_attention: bool
+    name: str, add: Callable[..., None], performer: PerformerAttention, cross_attention: bool
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = _CALL.bind(module, *args, **kwargs)
         bound.apply_defaults()
         call = bound.arguments
-        inputs: list[Tensor] = [call[name] for name in ("query", "key", "value")]
+        inputs: list[Tensor] = [call[part] for part in ("query", "key", "value")]
         if inputs[0].ndim == 2:
             inputs = [x.unsqueeze(0) for x in inputs]
         elif not performer.batch_first:
             inputs = [x.transpose(0, 1) for x in inputs]
         length, size = inputs[0].shape[1], inputs[1].shape[1]
         if length != size:
-            _check_cross(fit, performer, cross_attention, length, size)
+            _check_cross(name, performer, cross_attention, length, size)
         try:
             is_causal = call["is_causal"] or _is_causal_mask(call["attn_mask"], length, size)
             mask = _key_mask(call["key_padding_mask"], inputs[0].shape[0], size)
         except ValueError as error:
-            raise ValueError(f"{fit.name}: {error}") from error
+            raise ValueError(f"{name}: {error}") from error
         query, key, value = performer._project(*inputs)
         extra = performer._extra(key, value)
         if extra is not None and not is_causal:
             key = torch.cat((key, extra[0]), dim=2)
             if mask is not None:
                 mask = nn.functional.pad(mask, (0, extra[0].shape[2]), value=True)
-        fit.add(query, key, is_causal=is_causal, key_mask=mask)
+        add(name, query, key, is_causal=is_causal, key_mask=mask)
 
     return observe
 
 
 def _check_cross(
-    fit: FeatureFit, performer: PerformerAttention, cross_attention: bool, length: int, size: int
+    name: str, performer: PerformerAttention, cross_attention: bool, length: int, size: int
 ) -> None:
     """Refuse calls that tell a module to be none of self-attention."""
     exact_terms = performer.window is not None or performer.sinks > 0
@@ -323,6 +318,6 @@ def _check_cross(
     if not exact_terms:
         remedy += ", or pass cross_attention=True"
     raise ValueError(
-        f"{fit.name} attends from {length} tokens to {size} others, so that it is no "
+        f"{name} attends from {length} tokens to {size} others, so that it is no "
         f"self-attention; {remedy}"
     )

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from performers.convert.block import FavorBlock
 from performers.convert.calls import AttentionCall, exact_attention, linear_attention
 from performers.convert.interface import intercept_attention
 from performers.models.checkpoints import CheckpointTrainer
+from performers.nn import FavorAttention
 
 __all__ = ["LOSSES", "DistillationTrainer", "TransferTrainer", "relative_error"]
 
@@ -69,7 +69,7 @@ class TransferTrainer(_InputsTrainer):
         **arguments: Of ``transformers.Trainer``.
     """
 
-    def __init__(self, blocks: dict[nn.Module, FavorBlock], **arguments: Any) -> None:
+    def __init__(self, blocks: dict[nn.Module, FavorAttention], **arguments: Any) -> None:
         self.blocks = blocks
         super().__init__(**arguments)
 
@@ -84,7 +84,7 @@ class TransferTrainer(_InputsTrainer):
         errors: list[Tensor] = []
         mask = inputs.get("attention_mask")
 
-        def observer(block: FavorBlock) -> Callable[[AttentionCall], Tensor]:
+        def observer(block: FavorAttention) -> Callable[[AttentionCall], Tensor]:
             def observe(call: AttentionCall) -> Tensor:
                 with torch.no_grad():
                     exact = exact_attention(call)

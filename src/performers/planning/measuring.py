@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performers.attention import favor_attention
-from performers.planning.building import Workshop
 from performers.planning.exact import fused_attention
+from performers.planning.fits import Fits
 from performers.planning.progress import Progress
 from performers.planning.samples import Samples
-from performers.planning.settings import Options
+from performers.planning.settings import Setting
 
 ROUNDS = 3
 # The call that all ratios refer to is timed this often in a round.
@@ -43,44 +42,41 @@ class Errors(NamedTuple):
 
 
 def attend(
-    options: Options, samples: Samples, workshop: Workshop, draw: int, backend: str | None
+    setting: Setting, samples: Samples, fits: Fits, draw: int, backend: str | None
 ) -> Callable[[], Tensor]:
     """A call of ``favor_attention`` with everything prepared."""
-    features, buckets = workshop.features(options, draw), workshop.buckets(options)
+    favor = fits.attention(setting, setting.num_heads(samples), draw)
 
     def call() -> Tensor:
-        return favor_attention(
+        out: Tensor = favor(
             samples.query,
             samples.key,
             samples.value,
-            features,
             is_causal=samples.is_causal,
             key_mask=samples.key_mask,
             scale=samples.scale,
-            window=options.window,
-            sinks=options.sinks,
-            buckets=buckets,
             backend=backend,
-        )
+        )[0]
+        return out
 
     return call
 
 
 def measure_errors(
-    options: Options,
+    setting: Setting,
     samples: Samples,
     exact: Tensor,
-    workshop: Workshop,
+    fits: Fits,
     num_draws: int,
     backend: str | None,
 ) -> Errors:
     """Errors of a setting over some draws.
 
     Args:
-        options: The setting.
+        setting: The setting.
         samples: Sequences that nothing was calibrated on.
         exact: Their exact attention, shape ``(B, H, L, Dv)``.
-        workshop: Where feature maps come from.
+        fits: Calibrated attention.
         num_draws: Draws of the projection.
         backend: Of ``favor_attention``.
 
@@ -90,7 +86,7 @@ def measure_errors(
     totals, heads, seconds = [], [], []
     counted = samples.counted()
     for draw in range(num_draws):
-        call = attend(options, samples, workshop, draw, backend)
+        call = attend(setting, samples, fits, draw, backend)
         out, taken = _timed(call, samples.query.device)
         seconds.append(taken / len(out))
         total, each = relative_errors(out, exact, counted)
@@ -117,10 +113,10 @@ def relative_errors(out: Tensor, exact: Tensor, counted: Tensor | None) -> tuple
 
 
 def measure_times(
-    settings: Sequence[Options],
+    settings: Sequence[Setting],
     errors: Sequence[Errors],
     samples: Samples,
-    workshop: Workshop,
+    fits: Fits,
     backend: str | None,
     progress: Progress,
     seed: int,
@@ -137,7 +133,7 @@ def measure_times(
         settings: What to time.
         errors: What was measured of them.
         samples: One sequence.
-        workshop: Where feature maps come from.
+        fits: Calibrated attention.
         backend: Of ``favor_attention``.
         progress: Told of every call.
         seed: Of the orders.
@@ -158,7 +154,7 @@ def measure_times(
         for place, index in enumerate(order.sample(candidates, len(candidates))):
             if place % often == 0:
                 fused_taken.append(_timed(fused, samples.query.device)[1])
-            call = attend(settings[index], samples, workshop, 0, backend)
+            call = attend(settings[index], samples, fits, 0, backend)
             if not taken[index]:
                 # The first call allocates.
                 call()

@@ -107,7 +107,7 @@ def _rows(plan: Plan, every: bool) -> Sequence[Setting]:
             alone = [
                 setting
                 for setting in plan.settings
-                if setting.estimator == estimator and not setting.exact_terms()
+                if setting.estimator == estimator and not setting.has_exact_pairs
             ]
             least = min(alone, key=lambda setting: setting.error, default=None)
             if least is not None and least not in shown:

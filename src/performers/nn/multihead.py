@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from performers.attention import favor_attention, favor_attention_weights
 from performers.features import FeatureMap, SoftmaxFeatures
+from performers.nn.favor import FavorAttention
 
 
-class PerformerAttention(nn.MultiheadAttention):
+class PerformerAttention(FavorAttention, nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with random-feature attention inside.
 
     ``out = concat_h(favor_attention(q W_q, k W_k, v W_v)) W_o``. Parameters have the names and
@@ -75,8 +75,6 @@ class PerformerAttention(nn.MultiheadAttention):
         window: int | None = None,
         sinks: int = 0,
     ) -> None:
-        # The parameters of the base class would be made for nothing.
-        nn.Module.__init__(self)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(
                 f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and "
@@ -100,6 +98,10 @@ class PerformerAttention(nn.MultiheadAttention):
                 f"feature_map must have head_dim={head_dim} (embed_dim / num_heads), "
                 f"got {feature_map.head_dim}"
             )
+        # Not that of nn.MultiheadAttention, whose parameters would be made for nothing.
+        super().__init__(
+            feature_map if device is None else feature_map.to(device), window=window, sinks=sinks
+        )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = head_dim
@@ -107,7 +109,6 @@ class PerformerAttention(nn.MultiheadAttention):
         self.vdim = embed_dim if vdim is None else vdim
         self.batch_first = batch_first
         self.dropout = 0.0
-        self.window, self.sinks = window, sinks
         self.add_zero_attn = add_zero_attn
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -124,7 +125,6 @@ class PerformerAttention(nn.MultiheadAttention):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.bias_k = parameter(1, 1, embed_dim) if add_bias_kv else None
         self.bias_v = parameter(1, 1, embed_dim) if add_bias_kv else None
-        self.feature_map = feature_map if device is None else feature_map.to(device)
         self._initialise_projections()
 
     def reset_parameters(self) -> None:
@@ -152,7 +152,7 @@ class PerformerAttention(nn.MultiheadAttention):
             if extra is not None:
                 nn.init.xavier_normal_(extra)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         query: Tensor,
         key: Tensor,
@@ -209,42 +209,20 @@ class PerformerAttention(nn.MultiheadAttention):
         mask = _key_mask(key_padding_mask, query.shape[0], size)
         heads_query, heads_key, heads_value = self._project(query, key, value)
         extra = self._extra(heads_key, heads_value)
+        state = None
         if is_causal:
-            state = None
             if extra is not None:
                 # Keys that every query sees are the past of a causal run.
-                _, state = favor_attention(
-                    torch.zeros_like(extra[0]),
-                    *extra,
-                    self.feature_map,
-                    is_causal=True,
-                    return_state=True,
+                _, state = super().forward(
+                    torch.zeros_like(extra[0]), *extra, is_causal=True, return_state=True
                 )
-            out = favor_attention(
-                heads_query,
-                heads_key,
-                heads_value,
-                self.feature_map,
-                is_causal=True,
-                key_mask=mask,
-                window=self.window,
-                sinks=self.sinks,
-                state=state,
-            )
-        else:
-            if extra is not None:
-                heads_key = torch.cat((heads_key, extra[0]), dim=2)
-                heads_value = torch.cat((heads_value, extra[1]), dim=2)
-                mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
-            out = favor_attention(
-                heads_query,
-                heads_key,
-                heads_value,
-                self.feature_map,
-                key_mask=mask,
-                window=self.window,
-                sinks=self.sinks,
-            )
+        elif extra is not None:
+            heads_key = torch.cat((heads_key, extra[0]), dim=2)
+            heads_value = torch.cat((heads_value, extra[1]), dim=2)
+            mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
+        out, _ = super().forward(
+            heads_query, heads_key, heads_value, is_causal=is_causal, key_mask=mask, state=state
+        )
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
@@ -253,15 +231,7 @@ class PerformerAttention(nn.MultiheadAttention):
                     "need_weights is not available for causal attention with add_bias_kv or "
                     "add_zero_attn; pass need_weights=False"
                 )
-            weights = favor_attention_weights(
-                heads_query,
-                heads_key,
-                self.feature_map,
-                is_causal=is_causal,
-                key_mask=mask,
-                window=self.window,
-                sinks=self.sinks,
-            )
+            weights = self.weights(heads_query, heads_key, is_causal=is_causal, key_mask=mask)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
