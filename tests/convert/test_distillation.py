@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from performers.convert import to_performer
-from performers.convert.batches import Collator
-from performers.convert.distillation import default_collator, distill
+from performers.convert.conversion import FAVOR
+from performers.convert.distillation.batches import Collator
+from performers.convert.distillation.trainers import relative_error
+from performers.convert.distillation.training import default_collator, distill
 from performers.convert.saving import load_performer
-from performers.convert.settings import FAVOR
-from performers.convert.trainers import relative_error
 from performers.features import LearnedFeatures
 
 VOCABULARY, LENGTH = 40, 48

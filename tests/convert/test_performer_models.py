@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from performers import SoftmaxFeatures, redraw_features_
-from performers.convert.performer_models import convert_performer_model
-from performers.convert.settings import Conversion
+from performers.convert.conversion import Conversion
+from performers.convert.families.performer_models import convert_performer_model
 from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,

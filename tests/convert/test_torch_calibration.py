@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from performers import SoftmaxFeatures
-from performers.convert.settings import Conversion
-from performers.convert.torch_modules import convert_torch_modules
+from performers.convert.conversion import Conversion
+from performers.convert.families.torch_modules import convert_torch_modules
 from performers.features import LearnedFeatures
 from tests.convert.torch_models import (
     CLOSE,

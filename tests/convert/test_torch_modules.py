@@ -9,8 +9,8 @@ from torch import nn
 
 from performers import PerformerAttention, favor_attention, redraw_features_
 from performers.convert import to_performer
-from performers.convert.settings import Conversion
-from performers.convert.torch_modules import convert_torch_modules
+from performers.convert.conversion import Conversion
+from performers.convert.families.torch_modules import convert_torch_modules
 from tests.convert.torch_models import (
     CLOSE,
     EXACT,

@@ -5,8 +5,8 @@ import warnings
 import torch
 from torch import nn
 
-from performers.convert.settings import Conversion
-from performers.convert.torch_modules import convert_torch_modules
+from performers.convert.conversion import Conversion
+from performers.convert.families.torch_modules import convert_torch_modules
 from tests.features.cases import generator
 
 E, HEADS, L, N = 16, 4, 12, 3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from performers.benchmark.replacement import exact_attention, replace_attention
-from performers.convert.pretrained import LoadedModel
+from performers.convert.distillation.pretrained import LoadedModel
 from performers.planning.samples import Samples
 
 __all__ = ["HeadSample", "capture_heads"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.convert.settings import Conversion
+from performers.convert.conversion import Conversion
 from performers.nn import FavorAttention
 from performers.nn.favor import end_to_end
 

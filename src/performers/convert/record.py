@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.settings import Conversion
+from performers.convert.conversion import Conversion
 
 __all__ = [
     "METHOD",

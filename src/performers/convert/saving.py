@@ -22,9 +22,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from performers.convert.conversion import Conversion
 from performers.convert.record import METHOD, PARTS, RECORD
-from performers.convert.settings import Conversion
-from performers.convert.swap import convert_transformers_model
+from performers.convert.to_performer import convert_transformers_model
 from performers.models.manifest import check_manifest
 from performers.nn import FavorAttention
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.cache import check_cache
-from performers.convert.calls import AttentionCall, check_linear, exact_attention
-from performers.convert.hooks import find_cache
-from performers.convert.interface import intercept_attention
-from performers.convert.modules import AttentionModule
-from performers.convert.patterns import check_reading
+from performers.convert.interface.cache import check_cache
+from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
+from performers.convert.interface.hooks import find_cache
+from performers.convert.interface.implementation import intercept_attention
+from performers.convert.interface.masks import check_reading
+from performers.convert.interface.modules import AttentionModule
 
 __all__ = ["try_model"]
 

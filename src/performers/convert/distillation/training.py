@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 
-from performers.convert.batches import Collator, Stream
+from performers.convert.conversion import FAVOR
+from performers.convert.distillation.batches import Collator, Stream
+from performers.convert.distillation.stages import Distillation, DistillationRun
+from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.convert.record import read_record, write_record
-from performers.convert.runs import Distillation, DistillationRun
-from performers.convert.settings import FAVOR
-from performers.convert.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.models.manifest import find_damage, write_manifest
 from performers.nn import FavorAttention
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from performers.convert.calls import AttentionCall, exact_attention, linear_attention
-from performers.convert.interface import intercept_attention
+from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
+from performers.convert.interface.implementation import intercept_attention
 from performers.models.checkpoints import CheckpointTrainer
 from performers.nn import FavorAttention
 

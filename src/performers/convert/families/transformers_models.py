@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from performers.convert.calls import AttentionCall, check_linear, exact_attention
 from performers.convert.fitting import fit
-from performers.convert.interface import intercept_attention
+from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
+from performers.convert.interface.implementation import intercept_attention
 from performers.nn import FavorAttention
 
 __all__ = ["calibrate_blocks", "call_model"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from performers.convert.cache import (
+from performers.convert.conversion import FAVOR
+from performers.convert.interface.cache import (
     ConvertedCacheLayer,
     leave_cache_layer,
     state_layer,
@@ -18,8 +19,7 @@ from performers.convert.cache import (
 )
 
 # A model that comes out of a pickle brings this module along, and with it the registration.
-from performers.convert.interface import IMPLEMENTATION
-from performers.convert.settings import FAVOR
+from performers.convert.interface.implementation import IMPLEMENTATION
 from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
 __all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from performers.convert.batches import Collator
-from performers.convert.conversion import (
+from performers.convert.conversion import Conversion
+from performers.convert.distillation.batches import Collator
+from performers.convert.distillation.options import (
     BASELINE,
     FINE_TUNED,
     ORIGINAL,
@@ -27,15 +28,14 @@ from performers.convert.conversion import (
     ConversionOptions,
     ConversionRecord,
 )
-from performers.convert.distillation import check_adapters, distill
-from performers.convert.positions import extend_positions_, learned_positions
-from performers.convert.pretrained import LoadedModel, load_model
-from performers.convert.quality import Quality, kind_of, measure_quality
+from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.quality import Quality, kind_of, measure_quality
+from performers.convert.distillation.texts import Example, TextSplits, split_text
+from performers.convert.distillation.training import check_adapters, distill
+from performers.convert.interface.positions import extend_positions_, learned_positions
 from performers.convert.record import read_record
 from performers.convert.saving import load_performer
-from performers.convert.settings import Conversion
-from performers.convert.swap import to_performer
-from performers.convert.texts import Example, TextSplits, split_text
+from performers.convert.to_performer import to_performer
 from performers.models.manifest import save_model_folder
 
 __all__ = ["Progress", "run_conversion"]

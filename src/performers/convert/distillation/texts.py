@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from performers.convert.passages import encode, special_tokens
+from performers.convert.distillation.passages import encode, special_tokens
 
 __all__ = ["Example", "TextExamples", "TextSplits", "split_text"]
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from performers.convert.attention_maps import exact_weights, linear_weights, weights_wanted
-from performers.convert.cache import take_cache_layer
-from performers.convert.calls import AttentionCall, exact_attention, linear_attention
-from performers.convert.modules import interface_modules
-from performers.convert.patterns import AttentionPattern, pattern_mask
+from performers.convert.conversion import FAVOR
+from performers.convert.interface.cache import take_cache_layer
+from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
+from performers.convert.interface.masks import AttentionPattern, pattern_mask
+from performers.convert.interface.modules import interface_modules
+from performers.convert.interface.weights import exact_weights, linear_weights, weights_wanted
 from performers.convert.record import SAVED_IMPLEMENTATION
-from performers.convert.settings import FAVOR
 from performers.nn import FavorAttention
 
 __all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]

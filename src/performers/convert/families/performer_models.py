@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from performers.convert.conversion import Conversion
 from performers.convert.fitting import check_calibration, fit
-from performers.convert.settings import Conversion
 from performers.models import PerformerConfig, PerformerPreTrainedModel
 from performers.models.attention import (
     AttentionContext,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils.output_capturing import _active_collector
 
-from performers.convert.calls import AttentionCall
+from performers.convert.interface.call import AttentionCall
 from performers.nn import FavorAttention
 
 __all__ = ["exact_weights", "linear_weights", "weights_wanted"]

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from performers.convert.conversion import FAVOR, Conversion
 from performers.convert.fitting import check_calibration
-from performers.convert.settings import FAVOR, Conversion
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 from performers.nn import FavorAttention
@@ -130,14 +130,14 @@ def _convert(
             from performers.models import PerformerConfig
 
             if isinstance(model.config, PerformerConfig):
-                from performers.convert.performer_models import convert_performer_model
+                from performers.convert.families.performer_models import convert_performer_model
 
                 _check_no_lists(settings, model)
                 return convert_performer_model(model, settings, calibration, generator)
             if not check_calibration(settings, calibration):
                 calibration = None
             return convert_transformers_model(model, settings, calibration, generator)
-    from performers.convert.torch_modules import convert_torch_modules
+    from performers.convert.families.torch_modules import convert_torch_modules
 
     _check_no_wrapper(model)
     _check_no_lists(settings, model)
@@ -194,11 +194,15 @@ def convert_transformers_model(
     Raises:
         ValueError: See `to_performer`.
     """
-    from performers.convert.calibration import calibrate_blocks
-    from performers.convert.hooks import enter_attention, enter_rotary_model, is_rotary_model
-    from performers.convert.interface import set_implementation
-    from performers.convert.modules import attention_modules
-    from performers.convert.probing import try_model
+    from performers.convert.families.transformers_models import calibrate_blocks
+    from performers.convert.families.trial import try_model
+    from performers.convert.interface.hooks import (
+        enter_attention,
+        enter_rotary_model,
+        is_rotary_model,
+    )
+    from performers.convert.interface.implementation import set_implementation
+    from performers.convert.interface.modules import attention_modules
     from performers.convert.record import separate_configurations_, write_record
 
     kind = type(model).__name__

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from performers.convert.conversion import Conversion
 from performers.convert.fitting import check_calibration, fit
-from performers.convert.settings import Conversion
 from performers.nn import PerformerAttention
 from performers.nn.multihead import _is_causal_mask, _key_mask
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from performers.convert.cache import ConvertedCacheLayer
-from performers.convert.patterns import AttentionPattern
-from performers.convert.sliding import sliding_attention
+from performers.convert.interface.cache import ConvertedCacheLayer
+from performers.convert.interface.masks import AttentionPattern
+from performers.convert.interface.sliding import sliding_attention
 from performers.models.arguments import is_tracing
 from performers.nn import FavorAttention
 
