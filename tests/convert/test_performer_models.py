@@ -7,7 +7,8 @@ import torch
 
 from performers import SoftmaxFeatures, redraw_features_
 from performers.convert.conversion import Conversion
-from performers.convert.families.performer_models import convert_performer_model
+from performers.convert.families.performer_models import PerformerModels
+from performers.convert.to_performer import convert as convert_family
 from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
@@ -45,7 +46,7 @@ def build(kind=PerformerForMaskedLM, *, seed=0, **options):
 
 
 def convert(model, settings=EXACT, calibration=None, seed=0):
-    return convert_performer_model(model, settings, calibration, generator(seed))
+    return convert_family(PerformerModels(model, settings), calibration, generator(seed))
 
 
 def both(model, settings=EXACT):

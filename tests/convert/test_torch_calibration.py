@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from performers import SoftmaxFeatures
+from performers.convert import to_performer
 from performers.convert.conversion import Conversion
-from performers.convert.families.torch_modules import convert_torch_modules
 from performers.features import LearnedFeatures
 from tests.convert.torch_models import (
     CLOSE,
@@ -23,7 +23,6 @@ from tests.convert.torch_models import (
     encoder,
     inputs,
 )
-from tests.features.cases import generator
 
 
 def relative_error(model, exact, x):
@@ -41,7 +40,7 @@ def test_calibration_lowers_the_error_on_anisotropic_data():
         found = []
         for seed in range(5):
             model = copy.deepcopy(exact)
-            convert_torch_modules(model, settings, calibration, generator(seed))
+            convert(model, settings, calibration, seed)
             found.append(relative_error(model, exact, x))
         errors[estimator] = sum(found) / len(found)
     assert errors["data_aware"] < 0.5 * errors["positive"], errors
@@ -123,7 +122,7 @@ def test_calibration_changes_nothing_but_the_features():
         ([], ValueError, "at least one batch"),
         ([inputs(), "text"], TypeError, "tensor, a tuple .* got str"),
         ([inputs(seed=1), torch.full((1, L, E), torch.nan)], ValueError, "attention: .*finite"),
-        ([inputs(N, L, E + 1)], RuntimeError, "shapes|size"),
+        ([inputs(N, L, E + 1)], ValueError, "attention: query must have width 16"),
     ):
         with pytest.raises(error, match=words):
             convert(model, settings, batches)
@@ -146,7 +145,7 @@ def test_calibration_that_is_missing_or_of_no_use():
     with pytest.raises(ValueError, match="'data_aware' is fitted to data: pass calibration"):
         convert(encoder(), Conversion(estimator="data_aware"))
     with pytest.warns(UserWarning, match="calibration is not used: estimator='positive'"):
-        convert_torch_modules(encoder(), Conversion(num_features=8), [inputs()])
+        to_performer(encoder(), num_features=8, calibration=[inputs()])
     settings = Conversion(num_features=8, estimator="data_aware", window=L, sinks=0)
     model = encoder()
     with pytest.raises(ValueError, match=r"nothing to fit in layers.0.self_attn.* window=12"):

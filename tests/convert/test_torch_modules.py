@@ -10,7 +10,6 @@ from torch import nn
 from performers import PerformerAttention, favor_attention, redraw_features_
 from performers.convert import to_performer
 from performers.convert.conversion import Conversion
-from performers.convert.families.torch_modules import convert_torch_modules
 from tests.convert.torch_models import (
     CLOSE,
     EXACT,
@@ -266,7 +265,7 @@ def test_a_state_dict_goes_into_another_converted_model():
     settings = Conversion(num_features=16, window=2, sinks=1, estimator="data_aware")
     first, second = encoder(seed=0).eval(), encoder(seed=1).eval()
     convert(first, settings, [inputs()])
-    convert_torch_modules(second, settings, [inputs(seed=9)], generator(7))
+    convert(second, settings, [inputs(seed=9)], 7)
     x = inputs()
     assert (first(x) - second(x)).abs().max() > 1e-2
     second.load_state_dict(first.state_dict())
@@ -299,7 +298,7 @@ def test_features_are_drawn_from_the_generator_one_per_head():
     found = []
     for seed in (3, 3, 4):
         model = encoder()
-        convert_torch_modules(model, Conversion(num_features=8), None, generator(seed))
+        convert(model, Conversion(num_features=8), None, seed)
         found.append([layer.self_attn.feature_map.weight for layer in model.layers])
     assert found[0][0].shape == (HEADS, 8, E // HEADS)
     assert torch.equal(found[0][0], found[1][0])
@@ -313,7 +312,7 @@ def test_dropout_of_weights_is_switched_off_with_a_warning():
     model = encoder(3, dropout=0.25)
     model.layers[1].self_attn.dropout = 0.0
     with pytest.warns(UserWarning, match=r"dropout .*\(0.25\) is switched off in 2 converted"):
-        convert_torch_modules(model, EXACT)
+        to_performer(model, num_features=8, window=L)
     # Other dropout stays.
     assert model.layers[0].dropout.p == 0.25
     attention = model.layers[0].self_attn.train()

@@ -54,14 +54,7 @@ class Conversion(Approximation):
         return self.is_calibrated or self.key_list > 0
 
     def choose(self, items: Sequence[Item]) -> list[Item]:
-        """The layers of a model that become linear.
-
-        Args:
-            items: All of its attention layers; negative ``layers`` count from the end.
-
-        Raises:
-            ValueError: An index of ``layers`` is out of range.
-        """
+        """The layers of a model that become linear."""
         if self.layers is None:
             return list(items)
         count = len(items)
@@ -82,14 +75,7 @@ class Conversion(Approximation):
         is_cross: bool = False,
         generator: torch.Generator | None = None,
     ) -> FavorAttention:
-        """The attention of one layer: one projection a head, that calibration may fit to the head.
-
-        Args:
-            head_dim: Width of queries and keys.
-            num_heads: Heads of the keys.
-            is_cross: Keys are those of another sequence, of which none is near a query or first.
-            generator: Source of randomness; None: torch's own.
-        """
+        """The attention of one layer, with features alone where it is cross-attention."""
         favor = self.build(head_dim, num_heads, num_lists=_LISTS, generator=generator)
         if is_cross:
             favor.window, favor.sinks = None, 0

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,54 +15,41 @@ from performers.convert.conversion import Conversion
 from performers.nn import FavorAttention
 from performers.nn.favor import end_to_end
 
-__all__ = ["check_calibration", "fit", "run_batches"]
+if TYPE_CHECKING:
+    from performers.convert.families.base import Family, Site
+
+__all__ = ["calibrate", "check_calibration", "evaluation", "fit"]
 
 
-def fit(
-    model: nn.Module,
-    favors: Mapping[str, FavorAttention],
-    observe: Callable[[Callable[..., None]], AbstractContextManager[Any]],
-    batches: Iterable[Any],
-    call: Callable[..., Any],
-) -> None:
+def fit(family: Family[Any], favors: Mapping[Any, FavorAttention], batches: Iterable[Any]) -> None:
     """Run an exact model and calibrate attention modules on the calls of its layers.
 
     Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact
-    model, whatever the layers before it will become.
-
-    Args:
-        model: The model.
-        favors: Modules to calibrate, by the names of their layers.
-        observe: Makes a context in which each attention call of a layer is reported to the
-            function that it is given: the layer's name, then as in `_calibrate`.
-        batches: As in `run_batches`.
-        call: Likewise.
-
-    Raises:
-        TypeError: A batch has another type.
-        ValueError: There is no batch, a batch does not fit, or a layer has no pair to be fitted to.
+    model, whatever the layers before it will become. A batch is a tensor, a tuple or list of
+    positional arguments, or a mapping of keyword arguments; its tensors are moved to the device of
+    the model.
     """
     fitted = set()
 
-    def add(name: str, query: Tensor, key: Tensor, **options: Any) -> None:
+    def add(site: Site, query: Tensor, key: Tensor, **options: Any) -> None:
         try:
-            if _calibrate(favors[name], query, key, **options):
-                fitted.add(name)
+            if calibrate(favors[site], query, key, **options):
+                fitted.add(site)
         except ValueError as error:
-            raise ValueError(f"calibration of {name}: {error}") from error
+            raise ValueError(f"calibration of {site.name}: {error}") from error
 
-    with observe(add):
-        run_batches(model, batches, call)
-    for name, favor in favors.items():
-        if name not in fitted:
+    with family.observe(favors, add), evaluation(family.model):
+        _run_batches(family, batches)
+    for site, favor in favors.items():
+        if site not in fitted:
             raise ValueError(
-                f"calibration leaves nothing to fit in {name}: the model did not call it, or "
+                f"calibration leaves nothing to fit in {site.name}: the model did not call it, or "
                 f"window={favor.window} and sinks={favor.sinks} cover all of the samples; pass "
                 "longer samples, a smaller window, or estimator='positive'"
             )
 
 
-def _calibrate(
+def calibrate(
     favor: FavorAttention,
     query: Tensor,
     key: Tensor,
@@ -72,10 +59,12 @@ def _calibrate(
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
 ) -> bool:
-    """Add the pairs of one call; whether it has any that are not exact.
+    """Add the pairs of one call to the fit of a module.
 
     Padding before the first and after the last key of a row is left out, of queries too where they
-    are those of the same tokens: they are no queries that anybody asks.
+    are those of the same tokens: they are no queries that anybody asks. ``cu_seqlens`` are
+    boundaries of packed sequences along all rows laid end to end. Returns whether the call has
+    pairs that are not exact.
     """
     counted = False
     for part_query, part_key, part_mask in _sequences(query, key, key_mask, cu_seqlens):
@@ -128,16 +117,7 @@ def _sequences(
 
 
 def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None) -> bool:
-    """Whether attention modules are to be calibrated.
-
-    Args:
-        conversion: The conversion.
-        calibration: Batches, or None.
-
-    Raises:
-        ValueError: The estimator is fitted to data, but there is none. Learned features need none:
-            they are loaded.
-    """
+    """Whether attention modules are to be calibrated."""
     estimator = conversion.estimator
     if calibration is None:
         if conversion.is_calibrated and not conversion.learned:
@@ -150,50 +130,45 @@ def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None)
         warnings.warn(
             f"calibration is not used: estimator={estimator!r} has nothing to fit; "
             "estimator='data_aware' has",
-            stacklevel=3,
+            stacklevel=4,
         )
     return conversion.needs_samples
 
 
-def run_batches(model: nn.Module, batches: Iterable[Any], call: Callable[..., Any]) -> None:
-    """Run a model over batches in evaluation mode, without gradients; modes are restored.
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the modes of all modules are restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    Args:
-        model: Whose modes and device count.
-        batches: Each a tensor, a tuple or list of positional arguments, or a mapping of keyword
-            arguments; tensors are moved to the device of the model's first parameter.
-        call: What is called with a batch's arguments: the model, or a wrapping of it.
 
-    Raises:
-        TypeError: A batch is something else.
-        ValueError: There is no batch.
-    """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+def _run_batches(family: Family[Any], batches: Iterable[Any]) -> None:
+    parameters = family.model.parameters()
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
-    modes = [(module, module.training) for module in model.modules()]
     count = 0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                if isinstance(batch, Tensor):
-                    call(moved(batch))
-                elif isinstance(batch, Mapping):
-                    call(**{name: moved(value) for name, value in batch.items()})
-                elif isinstance(batch, (tuple, list)):
-                    call(*(moved(value) for value in batch))
-                else:
-                    raise TypeError(
-                        "a batch of calibration must be a tensor, a tuple of the model's "
-                        "positional arguments or a mapping of its keyword arguments, got "
-                        f"{type(batch).__name__}"
-                    )
-                count += 1
-    finally:
-        for module, training in modes:
-            module.training = training
+    for batch in batches:
+        if isinstance(batch, Tensor):
+            family.call(moved(batch))
+        elif isinstance(batch, Mapping):
+            family.call(**{name: moved(value) for name, value in batch.items()})
+        elif isinstance(batch, (tuple, list)):
+            family.call(*(moved(value) for value in batch))
+        else:
+            raise TypeError(
+                "a batch of calibration must be a tensor, a tuple of the model's positional "
+                "arguments or a mapping of its keyword arguments, got "
+                f"{type(batch).__name__}"
+            )
+        count += 1
     if not count:
         raise ValueError("calibration must yield at least one batch of model inputs, got none")

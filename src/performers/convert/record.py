@@ -37,22 +37,13 @@ SAVED_IMPLEMENTATION = (
 
 
 def read_record(model: Any) -> Conversion | None:
-    """Settings that a model was converted with; None: it was not.
-
-    Args:
-        model: A transformers model.
-    """
+    """Settings that a model was converted with; None: it was not."""
     record = getattr(getattr(model, "config", None), RECORD, None)
     return None if record is None or PARTS in record else Conversion.from_record(record)
 
 
 def write_record(model: Any, settings: Conversion) -> None:
-    """Keep the settings in the configuration of a model, and of the model that contains it.
-
-    Args:
-        model: A transformers model, perhaps a part of another.
-        settings: Of its conversion.
-    """
+    """Keep the settings in the configuration of a model, and of the model that contains it."""
     _mark(model.config)
     setattr(model.config, RECORD, settings.record())
     whole = _whole(model)
@@ -74,9 +65,6 @@ def separate_configurations_(model: Any) -> None:
     """Give a model a configuration of its own if a model outside it has the same object.
 
     transformers models read their attention implementation from their configuration at each call.
-
-    Args:
-        model: A transformers model, perhaps a part of another.
     """
     whole = _whole(model)
     inside = set(whole.modules())

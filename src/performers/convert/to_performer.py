@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterable
@@ -11,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from performers.convert.conversion import FAVOR, Conversion
-from performers.convert.fitting import check_calibration
+from performers.convert.conversion import Conversion
+from performers.convert.families.base import Family
+from performers.convert.fitting import check_calibration, fit
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
-from performers.nn import FavorAttention
 
-__all__ = ["convert_transformers_model", "to_performer"]
+__all__ = ["convert", "to_performer"]
 
 _LOG = logging.getLogger("performers")
 Model = TypeVar("Model", bound=nn.Module)
@@ -97,7 +96,7 @@ def to_performer(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}")
-    settings = Conversion(
+    conversion = Conversion(
         num_features=num_features,
         estimator=estimator,
         projection=projection,
@@ -108,18 +107,51 @@ def to_performer(
         cross_attention=cross_attention,
     )
     # Refuses names and numbers that do not exist before anything else happens.
-    settings.features(8, 1)
-    names = _convert(model, settings, calibration, generator)
+    conversion.features(8, 1)
+    names = convert(_family(model, conversion), calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
 
 
-def _convert(
-    model: nn.Module,
-    settings: Conversion,
-    calibration: Iterable[Any] | None,
-    generator: torch.Generator | None,
+def convert(
+    family: Family[Any],
+    calibration: Iterable[Any] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[str]:
+    """Convert a model of any family."""
+    conversion = family.conversion
+    if conversion.key_list and not family.takes_lists:
+        raise ValueError(
+            f"key_list={conversion.key_list} is for encoders among transformers models, and "
+            f"{family.kind} is none: pass key_list=0, with a larger window"
+        )
+    fits = not family.is_loading and check_calibration(conversion, calibration)
+    sites = conversion.choose(family.sites())
+    for site in sites:
+        if (reason := site.refusal()) is not None:
+            raise ValueError(f"{site.name} ({type(site.module).__name__}) {reason}")
+    family.prepare(sites)
+    favors = {site: family.build(site, generator) for site in sites}
+    if fits and calibration is not None:
+        fit(family, favors, calibration)
+    if conversion.learned:
+        for site, favor in favors.items():
+            favor.learn_(site.key_heads)
+    family.install(favors)
+    dropped = [site for site in sites if site.dropout()]
+    rates = sorted({site.dropout() for site in dropped})
+    for site in dropped:
+        site.switch_dropout_off()
+    if rates and not family.is_loading:
+        warnings.warn(
+            f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
+            f"{len(dropped)} converted layers: linear attention never forms the weights",
+            stacklevel=3,
+        )
+    return [site.name for site in sites]
+
+
+def _family(model: nn.Module, conversion: Conversion) -> Family[Any]:
     try:
         from transformers import PreTrainedModel
     except ImportError:
@@ -130,153 +162,26 @@ def _convert(
             from performers.models import PerformerConfig
 
             if isinstance(model.config, PerformerConfig):
-                from performers.convert.families.performer_models import convert_performer_model
+                from performers.convert.families.performer_models import PerformerModels
 
-                _check_no_lists(settings, model)
-                return convert_performer_model(model, settings, calibration, generator)
-            if not check_calibration(settings, calibration):
-                calibration = None
-            return convert_transformers_model(model, settings, calibration, generator)
-    from performers.convert.families.torch_modules import convert_torch_modules
+                return PerformerModels(model, conversion)
+            from performers.convert.families.transformers_models import TransformersModels
 
-    _check_no_wrapper(model)
-    _check_no_lists(settings, model)
-    return convert_torch_modules(model, settings, calibration, generator)
+            return TransformersModels(model, conversion)
+        _check_no_wrapper(model, PreTrainedModel)
+    from performers.convert.families.torch_modules import TorchModules
+
+    return TorchModules(model, conversion)
 
 
-def _check_no_wrapper(model: nn.Module) -> None:
+def _check_no_wrapper(model: nn.Module, kind: type) -> None:
     """Name the model to pass where one around it was passed."""
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         return
-    if importlib.util.find_spec("transformers") is None:
-        return
-    from transformers import PreTrainedModel
-
     for name, module in model.named_modules():
-        if isinstance(module, PreTrainedModel):
+        if isinstance(module, kind):
             parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
             raise ValueError(
                 f"model is a {type(model).__name__} around a {type(module).__name__}: pass the "
                 f"transformers model itself, model{''.join(parts)}, which is converted in place"
             )
-
-
-def _check_no_lists(settings: Conversion, model: nn.Module) -> None:
-    if settings.key_list:
-        raise ValueError(
-            f"key_list={settings.key_list} is for encoders among transformers models, and "
-            f"{type(model).__name__} is none: pass key_list=0, with a larger window"
-        )
-
-
-def convert_transformers_model(
-    model: Any,
-    settings: Conversion,
-    calibration: Iterable[Any] | None = None,
-    generator: torch.Generator | None = None,
-    *,
-    warn: bool = True,
-    weights_follow: bool = False,
-) -> list[str]:
-    """Give a transformers model's attention modules their blocks, and the model its record.
-
-    Args:
-        model: A transformers model.
-        settings: What the blocks are made of.
-        calibration: Batches to fit the features to.
-        generator: Where the projections are drawn from.
-        warn: Whether to say that the dropout of attention weights is switched off.
-        weights_follow: The model is being loaded: its weights may still be missing.
-
-    Returns:
-        Names of the modules that became linear.
-
-    Raises:
-        ValueError: See `to_performer`.
-    """
-    from performers.convert.families.transformers_models import calibrate_blocks
-    from performers.convert.families.trial import try_model
-    from performers.convert.interface.hooks import (
-        enter_attention,
-        enter_rotary_model,
-        is_rotary_model,
-    )
-    from performers.convert.interface.implementation import set_implementation
-    from performers.convert.interface.modules import attention_modules
-    from performers.convert.record import separate_configurations_, write_record
-
-    kind = type(model).__name__
-    if any(hasattr(module, FAVOR) for module in model.modules()):
-        raise ValueError(f"{kind} is converted already: start from the original model")
-    found = attention_modules(model)
-    candidates = [
-        x for x in found if (settings.cross_attention or not x.is_cross) and x.window() is None
-    ]
-    if not candidates:
-        raise ValueError(
-            f"{kind} has no attention to convert: none of its modules calls transformers' "
-            "attention interface, or all of them attend within a sliding window already"
-        )
-    chosen = settings.choose(candidates)
-    for part in chosen:
-        if (reason := part.refusal()) is not None:
-            raise ValueError(
-                f"{part.name} ({type(part.module).__name__}) {reason}, which linear attention "
-                "cannot do: name the layers that can be converted with layers=, or use another "
-                "model"
-            )
-    causal = [x.name for x in chosen if x.is_cross or getattr(x.module, "is_causal", False)]
-    if settings.key_list and causal:
-        raise ValueError(
-            f"key_list={settings.key_list} is for self-attention to both sides, and {causal[0]} is "
-            "not: a decoder's running sums hold no lists; pass key_list=0 with a larger window, or "
-            "name the encoder's layers with layers="
-        )
-    blocks: dict[nn.Module, FavorAttention] = {}
-    for part in chosen:
-        # Modules with int8 weights have no parameters, and run on a CPU.
-        reference = next(part.module.parameters(), torch.empty(0, device="cpu"))
-        if reference.is_meta and not weights_follow:
-            raise ValueError(
-                f"{part.name} has no weights in memory (on the meta device, or offloaded): load "
-                "the whole model first"
-            )
-        block = settings.attention(
-            part.head_dim, part.key_heads, is_cross=part.is_cross, generator=generator
-        )
-        blocks[part.module] = block if weights_follow else block.to(reference.device)
-    separate_configurations_(model)
-    if not weights_follow:
-        try_model(model, chosen)
-    if calibration is not None:
-        calibrate_blocks(model, blocks, calibration)
-    set_implementation(model)
-    for part in found:
-        setattr(part.module, FAVOR, blocks.get(part.module))
-    for part in chosen:
-        blocks[part.module].train(part.module.training)
-        # The keys of an encoder stay in the cache as they are: they do not grow with the output.
-        if not part.is_cross:
-            part.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
-    converted = set(blocks)
-    for module in model.modules():
-        if is_rotary_model(module) and not converted.isdisjoint(module.modules()):
-            module.register_forward_pre_hook(enter_rotary_model, with_kwargs=True)
-    _switch_dropout_off(chosen, warn=warn)
-    if any(not part.is_cross for part in chosen):
-        # What transformers asks before assisted decoding, which takes tokens back.
-        model._is_stateful = True
-    write_record(model, settings)
-    return [part.name for part in chosen]
-
-
-def _switch_dropout_off(parts: list[Any], *, warn: bool) -> None:
-    rates = sorted({part.dropout() for part in parts} - {0.0})
-    for part in parts:
-        part.switch_dropout_off()
-    if rates and warn:
-        warnings.warn(
-            f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
-            f"{len(parts)} converted layers: linear attention never forms the weights",
-            stacklevel=5,
-        )

@@ -138,17 +138,7 @@ class IdentityMechanism(nn.Module):
 def build_mechanism(
     config: PerformerConfig, layer: int | None = None, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """The mechanism of one layer.
-
-    Args:
-        config: The model's configuration.
-        layer: Index of the layer; None: a layer that has ``config.attention``.
-        generator: Where features are drawn from; None: torch's own.
-
-    Raises:
-        ValueError: The attention has no causal form and the model is causal, or it needs features
-            and has no projection to draw them with.
-    """
+    """The mechanism of one layer."""
     attention = config.attention if layer is None else config.layer_attention(layer)
     entry = ATTENTIONS[attention]
     entry.check_causal(attention, config.is_decoder)

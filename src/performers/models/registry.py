@@ -26,11 +26,7 @@ class AttentionEntry:
     not_causal: str | None
 
     def check_causal(self, name: str, is_decoder: bool) -> None:
-        """Refuse a causal model with an attention that has no causal form.
-
-        Raises:
-            ValueError: The model is causal and the mechanism is not.
-        """
+        """Refuse a causal model with an attention that has no causal form."""
         if is_decoder and self.not_causal is not None:
             raise ValueError(
                 f"attention={name!r} has no causal form, because {self.not_causal}: use "

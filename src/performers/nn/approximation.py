@@ -60,11 +60,7 @@ class Approximation:
 
     @classmethod
     def from_record(cls: type[Self], record: dict[str, Any]) -> Self:
-        """The approximation that `record` wrote.
-
-        Raises:
-            ValueError: A field is not known, as in a model saved by a newer version.
-        """
+        """The approximation that `record` wrote."""
         unknown = sorted(set(record) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(
@@ -106,16 +102,7 @@ class Approximation:
     def features(
         self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
     ) -> SoftmaxFeatures:
-        """The feature map of one layer, with a projection a head.
-
-        Args:
-            head_dim: Width of queries and keys.
-            num_heads: Heads with a projection of their own.
-            generator: Source of randomness; None: torch's own.
-
-        Raises:
-            ValueError: A name is unknown or a number does not suit the estimator.
-        """
+        """The feature map of one layer, with a projection a head."""
         return SoftmaxFeatures(
             head_dim,
             self.num_features,
@@ -133,14 +120,7 @@ class Approximation:
         num_lists: int = 16,
         generator: torch.Generator | None = None,
     ) -> FavorAttention:
-        """The attention of one layer, not calibrated.
-
-        Args:
-            head_dim: Width of queries and keys.
-            num_heads: Heads with a projection and lists of keys of their own.
-            num_lists: Lists of keys in a head.
-            generator: Source of randomness; None: torch's own.
-        """
+        """The attention of one layer, not calibrated."""
         features = self.features(head_dim, num_heads, generator)
         buckets = None
         if self.key_list:

@@ -172,14 +172,7 @@ class FavorAttention(nn.Module):
         return self
 
     def learn_(self, num_heads: int | None = None) -> FavorAttention:
-        """Make the features trained parameters that start from what they are.
-
-        Args:
-            num_heads: As in ``LearnedFeatures``.
-
-        Returns:
-            Self.
-        """
+        """Make the features trained parameters that start from what they are."""
         if not isinstance(self.feature_map, LearnedFeatures):
             self.feature_map = LearnedFeatures(self.feature_map, num_heads=num_heads)
         return self

@@ -1,6 +1,6 @@
 """Multi-head attention in linear time, with the arguments and call of torch's own module."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,28 @@ from torch.nn import functional as F
 
 from performers.features import FeatureMap, SoftmaxFeatures
 from performers.nn.favor import FavorAttention
+
+
+class HeadInputs(NamedTuple):
+    """Inputs of one call, split into heads.
+
+    Attributes:
+        query: Shape ``(N, heads, L, head_dim)``.
+        key: Shape ``(N, heads, S, head_dim)``, with those of ``add_bias_kv`` and ``add_zero_attn``
+            last where attention is not causal.
+        value: Likewise.
+        is_causal: A query sees itself and what precedes it.
+        key_mask: Shape ``(N, S)``, True where a key takes part, or None.
+        past: Keys and values of ``add_bias_kv`` and ``add_zero_attn`` in causal attention, where
+            they precede the sequence, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    is_causal: bool
+    key_mask: Tensor | None
+    past: tuple[Tensor, Tensor] | None
 
 
 class PerformerAttention(FavorAttention, nn.MultiheadAttention):
@@ -184,13 +206,44 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         Raises:
             ValueError: A shape does not fit, or a mask has no linear form.
         """
-        batched = query.ndim == 3
+        heads = self.head_inputs(query, key, value, key_padding_mask, attn_mask, is_causal)
+        state = None
+        if heads.past is not None:
+            _, state = super().forward(
+                torch.zeros_like(heads.past[0]), *heads.past, is_causal=True, return_state=True
+            )
+        options: dict[str, Any] = {"is_causal": heads.is_causal, "key_mask": heads.key_mask}
+        out, _ = super().forward(heads.query, heads.key, heads.value, state=state, **options)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        weights = None
+        if need_weights:
+            if heads.past is not None:
+                raise ValueError(
+                    "need_weights is not available for causal attention with add_bias_kv or "
+                    "add_zero_attn; pass need_weights=False"
+                )
+            weights = self.weights(heads.query, heads.key, **options)
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        if query.ndim == 2:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
+
+    def head_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> HeadInputs:
+        """Arguments of `forward`, checked, projected and split into heads."""
         if query.ndim not in (2, 3) or key.ndim != query.ndim or value.ndim != query.ndim:
             raise ValueError(
                 "query, key and value must all have 3 dimensions, or 2 without a batch; got "
                 f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
             )
-        if not batched:
+        if query.ndim == 2:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
@@ -207,35 +260,13 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         length, size = query.shape[1], key.shape[1]
         is_causal = is_causal or _is_causal_mask(attn_mask, length, size)
         mask = _key_mask(key_padding_mask, query.shape[0], size)
-        heads_query, heads_key, heads_value = self._project(query, key, value)
-        extra = self._extra(heads_key, heads_value)
-        state = None
-        if is_causal:
-            if extra is not None:
-                # Keys that every query sees are the past of a causal run.
-                _, state = super().forward(
-                    torch.zeros_like(extra[0]), *extra, is_causal=True, return_state=True
-                )
-        elif extra is not None:
-            heads_key = torch.cat((heads_key, extra[0]), dim=2)
-            heads_value = torch.cat((heads_value, extra[1]), dim=2)
+        query, key, value = self._project(query, key, value)
+        extra = self._extra(key, value)
+        if extra is not None and not is_causal:
+            key, value = (torch.cat(x, dim=2) for x in zip((key, value), extra, strict=True))
             mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
-        out, _ = super().forward(
-            heads_query, heads_key, heads_value, is_causal=is_causal, key_mask=mask, state=state
-        )
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        weights = None
-        if need_weights:
-            if is_causal and extra is not None:
-                raise ValueError(
-                    "need_weights is not available for causal attention with add_bias_kv or "
-                    "add_zero_attn; pass need_weights=False"
-                )
-            weights = self.weights(heads_query, heads_key, is_causal=is_causal, key_mask=mask)
-            weights = weights.mean(dim=1) if average_attn_weights else weights
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+            extra = None
+        return HeadInputs(query, key, value, is_causal, mask, extra)
 
     def _projection_weights(self, *, whole: bool = False) -> tuple[Tensor, ...]:
         if not self._same_widths:

@@ -98,19 +98,7 @@ def diagnose(
     sinks: Sequence[int],
     seed: int,
 ) -> Diagnosis:
-    """Look at sequences that nothing was calibrated on.
-
-    Args:
-        samples: These sequences.
-        fits: Calibrated on others.
-        most_features: The largest ``m`` on offer.
-        windows: Whose shares to report; 64 where none is given.
-        sinks: The same; 4 where none is given.
-        seed: Of the pairs.
-
-    Returns:
-        The diagnosis.
-    """
+    """Look at sequences that nothing was calibrated on."""
     widths = sorted({window for window in windows if window is not None} or {64})
     if samples.query.shape[2] != samples.key.shape[2]:
         widths = []

@@ -35,13 +35,7 @@ class Fits:
     def attention(
         self, approximation: Approximation, num_heads: int, draw: int = 0
     ) -> FavorAttention:
-        """The calibrated attention with its ``draw``-th projection.
-
-        Args:
-            approximation: The approximation.
-            num_heads: Heads with a projection, a fit and lists of their own.
-            draw: Number of the draw.
-        """
+        """The calibrated attention with its ``draw``-th projection."""
         favor = self._build(replace(approximation, key_list=0), num_heads, self._seed + draw)
         if approximation.is_calibrated:
             assert isinstance(favor.feature_map, SoftmaxFeatures)

@@ -70,19 +70,7 @@ def measure_errors(
     num_draws: int,
     backend: str | None,
 ) -> Errors:
-    """Errors of a setting over some draws.
-
-    Args:
-        setting: The setting.
-        samples: Sequences that nothing was calibrated on.
-        exact: Their exact attention, shape ``(B, H, L, Dv)``.
-        fits: Calibrated attention.
-        num_draws: Draws of the projection.
-        backend: Of ``favor_attention``.
-
-    Returns:
-        One error for each draw and sequence.
-    """
+    """Errors of a setting over some draws."""
     totals, heads, seconds = [], [], []
     counted = samples.counted()
     for draw in range(num_draws):
@@ -96,13 +84,7 @@ def measure_errors(
 
 
 def relative_errors(out: Tensor, exact: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``|out - exact| / |exact|`` of every sequence, ``(B,)``, and of every head, ``(B, H)``.
-
-    Args:
-        out: Shape ``(B, H, L, Dv)``.
-        exact: The same.
-        counted: Queries that count, ``(B, L)``; None for all.
-    """
+    """``|out - exact| / |exact|`` of every sequence, ``(B,)``, and of every head, ``(B, H)``."""
     out, exact = out.double(), exact.double()
     if counted is not None:
         out, exact = (x.masked_fill(~counted[:, None, :, None], 0.0) for x in (out, exact))
@@ -128,19 +110,6 @@ def measure_times(
     down for a while then does so for all. The median counts. The others are those with another
     setting beside them that had no more error and took less than half of the time when errors
     were measured. Theirs is that time, times the median of what it changed by for the former.
-
-    Args:
-        settings: What to time.
-        errors: What was measured of them.
-        samples: One sequence.
-        fits: Calibrated attention.
-        backend: Of ``favor_attention``.
-        progress: Told of every call.
-        seed: Of the orders.
-
-    Returns:
-        Seconds and whether they are from the rounds, of every setting, and the seconds of
-        ``scaled_dot_product_attention``.
     """
     candidates = [i for i in range(len(settings)) if not _is_beaten(i, errors)]
     order = random.Random(seed)

@@ -70,9 +70,6 @@ def grid(
     Left out are listed keys with trigonometric features, which cannot be exchanged for exact terms
     one by one, antithetic rows for estimators that have every row's opposite already, and
     ``heads="query"`` where no key head is shared.
-
-    Raises:
-        ValueError: An argument holds something unknown or out of range, or nothing is left.
     """
     _check_names("estimators", estimators, ESTIMATORS)
     _check_names("projections", projections, PROJECTIONS)
@@ -136,14 +133,6 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
       ``num_lists D (1 + 1 / r)`` to choose.
 
     What a backend does besides (chunks of causal sums, blocks) is in the measured time only.
-
-    Args:
-        setting: The setting.
-        samples: The sequences, whose sizes count.
-        num_lists: Lists of keys in a head.
-
-    Returns:
-        The number.
     """
     _, heads, length, head_dim = samples.query.shape
     key_heads, size, value_dim = samples.value.shape[1:]

@@ -74,11 +74,7 @@ class Collator:
 
 
 class Stream(IterableDataset[Any]):
-    """An iterable of examples, begun again when it ends.
-
-    Args:
-        examples: Anything that can be iterated over more than once; a generator only once.
-    """
+    """An iterable of examples, begun again when it ends."""
 
     def __init__(self, examples: Iterable[Any]) -> None:
         self.examples = examples

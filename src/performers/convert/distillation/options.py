@@ -30,30 +30,20 @@ class ConversionOptions:
     Attributes:
         model: Folder of a pretrained transformers model, or a ``.gguf`` file.
         data: Text or FASTA file to calibrate, train and test on.
-        window: As in `to_performer`; None: no pair is exact for being near.
-        sinks: Likewise; None: 4 for decoders, 0 for encoders.
-        key_list: Likewise.
-        num_features: Likewise.
-        estimator: Likewise.
-        layers: Likewise.
+        window, sinks, key_list, num_features, estimator, layers: As in `to_performer`; ``sinks``
+            None: 4 for decoders, 0 for encoders.
         length: Tokens in an example; None: 1,024 for decoders and 512 for encoders, or fewer if
             the model has fewer positions.
         calibration: Examples to calibrate on.
         test: Examples to test on, or their share of the file.
-        transfer_steps: As in `distill`; None: 100, and 0 for models of ``performers.models``.
-        steps: Likewise.
-        batch_size: Likewise.
-        accumulation: Likewise.
-        learning_rate: Likewise.
-        transfer_learning_rate: Likewise.
-        lora_rank: Likewise.
-        redraw_steps: Likewise.
-        loss: Likewise; None: ``"logits"``, and ``"embedding"`` for models without a head.
-        hidden_weight: Likewise.
+        transfer_steps, steps, batch_size, accumulation, learning_rate, transfer_learning_rate,
+            lora_rank, redraw_steps, loss, hidden_weight: As in `distill`; ``transfer_steps`` None:
+            100, and 0 for models of ``performers.models``; ``loss`` None: ``"logits"``, and
+            ``"embedding"`` for models without a head.
         eval_steps: Steps between measurements; None: a fifth of a stage's steps.
         save_steps: Steps between checkpoints.
         max_positions: Give a model with a learned table of positions that many.
-        seed: Of everything random.
+        seed: Random seed.
     """
 
     model: str
@@ -83,11 +73,7 @@ class ConversionOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range; the message begins with its name.
-        """
+        """Check ranges."""
         least = {
             "num_features": 1,
             "length": 3,
@@ -150,14 +136,7 @@ class ConversionRecord:
         return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
 
     def resume(self, content: Mapping[str, Any]) -> None:
-        """Take over what an earlier run found.
-
-        Args:
-            content: Its JSON.
-
-        Raises:
-            ValueError: It was asked for something else.
-        """
+        """Take over what an earlier run found."""
         missing = [item.name for item in fields(self)[:-1] if item.name not in content]
         if missing:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")

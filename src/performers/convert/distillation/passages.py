@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-__all__ = ["encode", "special_tokens", "text_windows"]
+__all__ = ["check_known", "encode", "is_gzip", "special_tokens", "text_windows"]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 # Where a piece of a file is cut, the last word's tokens may be other than those of the whole file.
@@ -28,15 +28,7 @@ def text_windows(
     residue; its sequences follow one another with the tokenizer's separator between them.
     Either may be compressed by gzip. Only as much of the file is read as the windows need.
 
-    Args:
-        tokenizer: A transformers tokenizer.
-        text: Path of a UTF-8 text or FASTA file.
-        length: Tokens in a window, special tokens included.
-        count: Number of windows.
-        skip: Number of windows to pass over first, for windows that other calls have not seen.
-
-    Returns:
-        Token ids (count, length), int64.
+    ``skip`` windows are passed over first. Returns token ids ``(count, length)``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -63,28 +55,29 @@ def text_windows(
             f"{skip + count} were asked for: pass a longer text or ask for less"
         )
     passages = ids[skip * body : needed].view(count, body)
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and (share := float((passages == unknown).double().mean())) > 0.5:
-        raise ValueError(
-            f"{path}: {share:.0%} of the tokens are unknown to the tokenizer; a model of proteins "
-            "needs a FASTA file, a model of text needs text in its language"
-        )
+    check_known(tokenizer, path, passages)
     edges = [torch.tensor(edge, dtype=torch.long).expand(count, -1) for edge in (before, after)]
     return torch.cat([edges[0], passages, edges[1]], dim=1)
 
 
+def check_known(tokenizer: Any, path: str | Path, ids: Tensor) -> None:
+    """Refuse a file of which the tokenizer knows less than half."""
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and (share := float((ids == unknown).double().mean())) > 0.5:
+        raise ValueError(
+            f"{path}: {share:.0%} of the tokens are unknown to the tokenizer; a model of proteins "
+            "needs a FASTA file, a model of text needs text in its language"
+        )
+
+
+def is_gzip(path: Path) -> bool:
+    """Whether a file is compressed by gzip."""
+    with path.open("rb") as file:
+        return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+
+
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts before and after a text.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-
-    Returns:
-        Those before, and those after.
-
-    Raises:
-        ValueError: It changes the text's own tokens when it adds them.
-    """
+    """The ids that the tokenizer puts before a text, and those that it puts after it."""
     bare = encode(tokenizer, "A")
     full = list(tokenizer("A").input_ids)
     for start in range(len(full) - len(bare) + 1):
@@ -94,15 +87,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a whole text, whatever length the model was made for.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        text: The text.
-
-    Returns:
-        The ids, without special tokens.
-    """
+    """Ids of a whole text, whatever length the model was made for."""
     return list(
         tokenizer(
             text, add_special_tokens=False, truncation=False, padding=False, verbose=False
@@ -129,9 +114,7 @@ def _token_ids(tokenizer: Any, path: Path, needed: int) -> Sequence[int]:
 
 
 def _opened(path: Path) -> TextIO:
-    with path.open("rb") as file:
-        compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-    if compressed:
+    if is_gzip(path):
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 

@@ -61,21 +61,11 @@ def run_conversion(
 ) -> tuple[LoadedModel, Any]:
     """Convert a model, distil it, and measure it before and after on text that it has not seen.
 
-    Args:
-        options: What to do.
-        folder: Where the model goes, and the checkpoints meanwhile; it exists.
-        record: Filled as the run goes; what it has already is not measured again.
-        resume: Called once the record has the run's options, to take over an earlier one's.
-        progress: Called with a piece of work, how much of how much is done, and figures.
-
-    Returns:
-        The original, and the converted model, which ``folder`` holds as well.
-
-    Raises:
-        FileNotFoundError: The model or the data are not there.
-        ImportError: A package is missing.
-        KeyboardInterrupt: A signal stopped the training, after a checkpoint.
-        ValueError: An option, the model or the data do not fit.
+    The model goes to ``folder``, which exists, and the checkpoints meanwhile. ``record`` is filled
+    as the run goes; what it has already is not measured again. ``resume`` is called once the
+    record has the options of the run, to take over those of an earlier one; ``progress`` with a
+    piece of work, how much of how much is done, and figures. A signal raises KeyboardInterrupt
+    after a checkpoint. Returns the original and the converted model.
     """
     with _quiet():
         loaded = load_model(options.model, head=None)

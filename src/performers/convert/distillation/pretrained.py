@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
+
+from performers.convert.interface.positions import learned_positions
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -25,8 +27,6 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
-# Names that transformers gives to learned tables of absolute positions, which end somewhere.
-_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 @dataclass(frozen=True)
@@ -50,27 +50,10 @@ class LoadedModel:
     @property
     def max_length(self) -> int | None:
         """The longest input: the size of a learned table of positions; None where there is none."""
-        sizes = [
-            module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Embedding) and name.split(".")[-1] in _POSITION_TABLES
-        ]
-        return min(sizes, default=None)
+        return learned_positions(self.model)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """Check token ids and a mask, and turn them into the model's keyword arguments.
-
-        Args:
-            input_ids: Token ids (B, L).
-            attention_mask: (B, L), nonzero where a token takes part.
-
-        Returns:
-            Keyword arguments for ``model(...)``, without a cache, on the model's device.
-
-        Raises:
-            ValueError: The shapes, the ids or the length do not fit the model, or a row of the mask
-                hides everything.
-        """
+        """Check token ids and a mask, and turn them into the model's keyword arguments."""
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids must be token ids of shape (batch, length), got {input_ids.dtype} "

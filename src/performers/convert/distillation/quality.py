@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from performers.convert.fitting import evaluation
+
 __all__ = ["KINDS", "Quality", "kind_of", "measure_quality"]
 
 KINDS = ("causal", "masked", "encoder")
@@ -61,17 +63,9 @@ class Quality:
 
 
 def kind_of(model: Any) -> str:
-    """What a model is for, told from its class.
+    """``"causal"`` or ``"masked"`` for a model with such a head, ``"encoder"`` for one without.
 
-    Args:
-        model: A transformers model.
-
-    Returns:
-        ``"causal"`` or ``"masked"`` for one with such a language-modelling head, ``"encoder"`` for
-        one without: what it makes of a text is then compared as an embedding.
-
-    Raises:
-        ValueError: It is an encoder-decoder model.
+    Raises ValueError for an encoder-decoder model.
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -109,14 +103,7 @@ def measure_quality(
         kind: One of ``KINDS``; None: `kind_of` the model.
         tokenizer: Of the model; for masked ones.
         mask_fraction: Share of a row's ordinary tokens that is hidden, at least one.
-        seed: Of the choice of these.
-
-    Returns:
-        The figures.
-
-    Raises:
-        ValueError: ``kind`` is unknown, nothing can be predicted, or the tokenizer has no mask
-            token.
+        seed: Random seed of the choice of these.
     """
     kind = kind or kind_of(model)
     if kind not in KINDS:
@@ -125,21 +112,14 @@ def measure_quality(
         raise ValueError(f"mask_fraction must be in (0, 1], got {mask_fraction}")
     if reference is model:
         reference = None
-    modes = [(x, x.training) for x in (model, reference) if x is not None]
-    try:
-        for one, _ in modes:
-            one.eval()
-        with torch.no_grad():
-            if kind == "encoder":
-                return _embedded(model, reference, batches)
-            if kind == "causal":
-                questions = _next_tokens(batches)
-            else:
-                questions = _hidden_tokens(batches, tokenizer, mask_fraction, seed)
-            return _predicted(model, reference, kind, questions)
-    finally:
-        for one, training in modes:
-            one.train(training)
+    with evaluation(model), evaluation(model if reference is None else reference):
+        if kind == "encoder":
+            return _embedded(model, reference, batches)
+        if kind == "causal":
+            questions = _next_tokens(batches)
+        else:
+            questions = _hidden_tokens(batches, tokenizer, mask_fraction, seed)
+        return _predicted(model, reference, kind, questions)
 
 
 @dataclass(frozen=True)

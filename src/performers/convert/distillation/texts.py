@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from performers.convert.distillation.passages import encode, special_tokens
+from performers.convert.distillation.passages import check_known, encode, is_gzip, special_tokens
 
 __all__ = ["Example", "TextExamples", "TextSplits", "split_text"]
 
 Example = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, int64 vectors; collated by ``convert.batches.Collator``."""
 
-_GZIP_MAGIC, _UTF8_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
+_UTF8_MARK = b"\xef\xbb\xbf"
 # Examples in a block of the file, and blocks whose examples are mixed with one another.
 _BLOCK, _MIXED = 32, 16
 _BYTES_PER_TOKEN = 4
@@ -79,15 +79,7 @@ def split_text(
         length: Tokens in an example, at most; special tokens included.
         calibration: Number of examples to calibrate on; may be 0.
         test: Number of examples to test on, or the share of the file's bytes, between 0 and 1.
-        seed: Of the order of training.
-
-    Returns:
-        The three parts.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A number is out of range, the file is too short or not UTF-8, or most of it is
-            unknown to the tokenizer.
+        seed: Random seed of the order of training.
     """
     if tokenizer is None:
         raise ValueError("tokenizer is None: the model's folder has no tokenizer files")
@@ -107,7 +99,7 @@ def split_text(
             f"there must be more than {calibration}, for calibration and training; pass a longer "
             "file or ask for shorter or fewer examples"
         )
-    _check_known(tokenizer, path, fitted + tested)
+    check_known(tokenizer, path, torch.cat([example["input_ids"] for example in fitted + tested]))
     return TextSplits(fitted, train, tested)
 
 
@@ -133,14 +125,7 @@ class TextExamples(IterableDataset[Example]):
         self._aside: dict[int, int] = {}
 
     def set_aside(self, count: int) -> list[Example]:
-        """Take examples, spread over the file, that training will not see.
-
-        Args:
-            count: How many.
-
-        Returns:
-            The examples; fewer where the file has fewer.
-        """
+        """Up to ``count`` examples, spread over the file, that training will not see."""
         taken: list[Example] = []
         blocks = min(count, self._count)
         chosen = [(2 * i + 1) * self._count // (2 * blocks) for i in range(blocks)]
@@ -260,10 +245,8 @@ class _File:
             return file.read(stop - start)
 
     def _open(self, path: Path) -> None:
-        with path.open("rb") as file:
-            compressed = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
         self._plain = path
-        if not compressed:
+        if not is_gzip(path):
             return
         # Lives as long as this object.
         self._folder = tempfile.TemporaryDirectory(prefix="performers-")
@@ -300,15 +283,3 @@ def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
                 "asked for to test on alone; pass a longer file or ask for shorter or fewer"
             )
         reach += reach // 2 + 1
-
-
-def _check_known(tokenizer: Any, path: str | Path, examples: list[Example]) -> None:
-    unknown = tokenizer.unk_token_id
-    if unknown is None:
-        return
-    ids = torch.cat([example["input_ids"] for example in examples])
-    if (share := float((ids == unknown).double().mean())) > 0.5:
-        raise ValueError(
-            f"{path}: {share:.0%} of the tokens are unknown to the tokenizer; a model of proteins "
-            "needs a FASTA file, a model of text needs text in its language"
-        )

@@ -20,16 +20,7 @@ LOSSES = ("logits", "hidden", "embedding", "task")
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``|output - target|^2 / |target|^2`` over the rows that count.
-
-    Args:
-        output: (B, ..., L, D).
-        target: Likewise.
-        mask: (B, L), nonzero for rows that count; None: all.
-
-    Returns:
-        A scalar.
-    """
+    """``|output - target|^2 / |target|^2`` of ``(B, ..., L, D)``, where ``mask`` (B, L) counts."""
     difference = (output.float() - target.float()).square().sum(-1)
     norm = target.float().square().sum(-1)
     if mask is not None:
@@ -63,10 +54,6 @@ class TransferTrainer(_InputsTrainer):
     of the same queries, keys and values, and the loss is the mean over layers of
     ``|linear - exact|^2 / |exact|^2``. Layers do not see each other's errors. Source: Zhang et al.
     2024 (arXiv 2410.10254), Hedgehog (arXiv 2402.04347).
-
-    Args:
-        blocks: The block of each attention module.
-        **arguments: Of ``transformers.Trainer``.
     """
 
     def __init__(self, blocks: dict[nn.Module, FavorAttention], **arguments: Any) -> None:

@@ -148,12 +148,7 @@ def distill(
 
 
 def default_collator(model: Any, loss: str = "logits") -> Collator:
-    """How examples become batches when nothing else is said.
-
-    Args:
-        model: The model; its configuration has the ids of special tokens.
-        loss: See `distill`.
-    """
+    """How examples become batches when nothing else is said."""
     config = model.config
     pad = getattr(config, "pad_token_id", None)
     mask = getattr(config, "mask_token_id", None)
@@ -289,11 +284,7 @@ def _has_logits(model: Any) -> bool:
 
 
 def check_adapters() -> None:
-    """Refuse to train adapters without the package that makes them.
-
-    Raises:
-        ImportError: peft is missing.
-    """
+    """Refuse to train adapters without the package that makes them."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError(
             "lora_rank needs peft: pip install 'performers[convert]', or train all weights with "

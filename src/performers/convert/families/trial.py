@@ -7,7 +7,6 @@ that `to_performer` refuses the model and not its first call.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from performers.convert.families.base import Site, pre_hooks
+from performers.convert.fitting import evaluation
 from performers.convert.interface.cache import check_cache
 from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
 from performers.convert.interface.hooks import find_cache
 from performers.convert.interface.implementation import intercept_attention
 from performers.convert.interface.masks import check_reading
-from performers.convert.interface.modules import AttentionModule
 
 __all__ = ["try_model"]
 
@@ -29,21 +29,13 @@ _ROWS, _LENGTH = 2, 12
 _TOLERANCE = 1e-3
 
 
-def try_model(model: Any, parts: list[AttentionModule]) -> None:
+def try_model(model: Any, parts: list[Site]) -> None:
     """Run a model with exact attention through the interface and check the calls of some modules.
 
     The model is run as it is first. Modules that it does not call on inputs that suit it are tried
     with the models within it; where no made-up inputs suit these either, nothing is checked.
-
-    Args:
-        model: A transformers model with weights in memory.
-        parts: The modules that are to become linear.
-
-    Raises:
-        ValueError: A module asks for what linear attention cannot do, or the model computes
-            something else (or nothing) when its attention goes through the interface.
     """
-    with _evaluation(model):
+    with evaluation(model), torch.random.fork_rng():
         called = _try_inputs(model, parts)
     left = [part for part in parts if part.module not in called]
     for inner in _inner_models(model) if left else ():
@@ -61,7 +53,7 @@ def _inner_models(module: nn.Module) -> Iterator[Any]:
             yield from _inner_models(child)
 
 
-def _try_inputs(model: Any, parts: list[AttentionModule]) -> set[nn.Module]:
+def _try_inputs(model: Any, parts: list[Site]) -> set[nn.Module]:
     """The modules among the parts that the model calls, each of which computes as it should."""
     for inputs in _candidates(model):
         expected = _outputs(model, inputs)
@@ -80,7 +72,7 @@ def _try_inputs(model: Any, parts: list[AttentionModule]) -> set[nn.Module]:
 
 def _compare(
     model: Any,
-    parts: list[AttentionModule],
+    parts: list[Site],
     inputs: Mapping[str, Tensor],
     expected: list[Tensor],
 ) -> set[nn.Module]:
@@ -103,7 +95,7 @@ def _compare(
 
 
 def _intercepted(
-    model: Any, parts: list[AttentionModule], inputs: Mapping[str, Tensor], called: set[nn.Module]
+    model: Any, parts: list[Site], inputs: Mapping[str, Tensor], called: set[nn.Module]
 ) -> list[Tensor]:
     running: set[nn.Module] = set()
 
@@ -111,7 +103,7 @@ def _intercepted(
         running.discard(module)
         _check_cache(module, args, kwargs)
 
-    def observer(part: AttentionModule) -> Callable[[AttentionCall], Tensor]:
+    def observer(part: Site) -> Callable[[AttentionCall], Tensor]:
         def observe(call: AttentionCall) -> Tensor:
             if part.module in running and not part.is_cross:
                 raise ValueError(
@@ -127,20 +119,13 @@ def _intercepted(
 
         return observe
 
-    handles = [
-        part.module.register_forward_pre_hook(enter, with_kwargs=True)
-        for part in parts
-        if not part.is_cross
-    ]
-    try:
-        with intercept_attention({part.module: observer(part) for part in parts}, model):
-            return _tensors(model(**inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    entered = {part.module: enter for part in parts if not part.is_cross}
+    observers = {part.module: observer(part) for part in parts}
+    with pre_hooks(entered), intercept_attention(observers, model):
+        return _tensors(model(**inputs))
 
 
-def _check_heads(part: AttentionModule, call: AttentionCall) -> None:
+def _check_heads(part: Site, call: AttentionCall) -> None:
     where = f"{part.name} ({call.name})"
     length, size = call.query.shape[2], call.key.shape[2]
     if length != size and not part.is_cross:
@@ -162,19 +147,6 @@ def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     index: Any = getattr(module, "layer_idx", None)
     if cache is not None and index is not None:
         check_cache(cache, index)
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random numbers are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:

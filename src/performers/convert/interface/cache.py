@@ -80,21 +80,12 @@ class ConvertedCacheLayer(FavorCacheLayer):
 
 
 def leave_cache_layer(module: nn.Module, layer: ConvertedCacheLayer) -> None:
-    """Leave a layer of the cache for the running call of a module.
-
-    Args:
-        module: The attention module.
-        layer: Its layer.
-    """
+    """Leave a layer of the cache for the running call of a module."""
     _running()[id(module)] = layer
 
 
 def take_cache_layer(module: nn.Module) -> ConvertedCacheLayer | None:
-    """What `leave_cache_layer` left for the running call of a module.
-
-    Args:
-        module: The attention module.
-    """
+    """What `leave_cache_layer` left for the running call of a module."""
     return _running().pop(id(module), None)
 
 
@@ -106,15 +97,7 @@ def _running() -> dict[int, ConvertedCacheLayer]:
 
 
 def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
-    """The layer of a cache that holds a state, put there if the cache is new.
-
-    Args:
-        cache: The cache that a model was given.
-        index: Of the layer.
-
-    Raises:
-        ValueError: See `check_cache`.
-    """
+    """The layer of a cache that holds a state, put there if the cache is new."""
     cache = check_cache(cache, index)
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
@@ -126,16 +109,7 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
 def check_cache(cache: Any, index: int) -> Any:
     """Check that a layer of a cache can hold a state.
 
-    Args:
-        cache: The cache that a model was given.
-        index: Of the layer.
-
-    Returns:
-        The cache, or the one of self-attention within it.
-
-    Raises:
-        ValueError: The cache holds keys and values of the past, or is of a kind that cannot hold a
-            state.
+    Returns the cache, or the one of self-attention within it.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -69,17 +69,7 @@ class AttentionCall:
 
 
 def exact_attention(call: AttentionCall) -> Tensor:
-    """Softmax attention as torch computes it, under whatever mask the model asks for.
-
-    Args:
-        call: The call.
-
-    Returns:
-        (B, H, L, Dv).
-
-    Raises:
-        ValueError: The model asks for what torch's attention would pass over in silence.
-    """
+    """Softmax attention as torch computes it, under whatever mask the model asks for."""
     for name in _UNKNOWN_TO_TORCH:
         if call.options.get(name) is not None:
             raise ValueError(
@@ -120,18 +110,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
 
 
 def linear_attention(block: FavorAttention, call: AttentionCall) -> Tensor:
-    """The call computed by a converted module's features and exact terms.
-
-    Args:
-        block: The module's block.
-        call: The call.
-
-    Returns:
-        (B, H, L, Dv).
-
-    Raises:
-        ValueError: The call asks for what linear attention cannot do.
-    """
+    """The call computed by a converted module's features and exact terms."""
     check_linear(call)
     pattern, cache, length = call.pattern, call.cache_layer, call.query.shape[2]
     key_mask = pattern.key_mask
@@ -167,14 +146,7 @@ def _continues(call: AttentionCall) -> bool:
 
 
 def check_linear(call: AttentionCall) -> None:
-    """Refuse what linear attention cannot do.
-
-    Args:
-        call: The call.
-
-    Raises:
-        ValueError: It asks for something else than softmax under a pattern that has a linear form.
-    """
+    """Refuse what linear attention cannot do."""
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
     problem = pattern.unknown
     for name, text in _OTHER_ATTENTION.items():

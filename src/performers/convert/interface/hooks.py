@@ -33,15 +33,6 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
     The attention interface is not told of the cache, so the layer is left for `take_cache_layer`.
     With another attention implementation than ``"favor"`` nothing happens.
-
-    Args:
-        module: The attention module.
-        args: Of its forward pass.
-        kwargs: Of its forward pass.
-
-    Raises:
-        ValueError: The cache cannot hold the state, see `state_layer`, or the module does not
-            know which layer is its own.
     """
     # What a call that failed has left.
     take_cache_layer(module)
@@ -60,11 +51,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_rotary_model(module: nn.Module) -> bool:
-    """True of a model that makes the angles of rotary positions, and has no other positions.
-
-    Args:
-        module: A part of a transformers model.
-    """
+    """True of a model that makes the angles of rotary positions, and has no other positions."""
     if not isinstance(module, PreTrainedModel):
         return False
     names = inspect.signature(type(module).forward).parameters
@@ -80,14 +67,6 @@ def enter_rotary_model(
 
     Exact attention depends on differences of rotary positions alone. Random features depend on the
     positions themselves, so that a row padded on the left would not equal the row alone.
-
-    Args:
-        module: A model of which `is_rotary_model` is true.
-        args: Of its forward pass.
-        kwargs: Of its forward pass.
-
-    Returns:
-        The arguments with ``position_ids``, or None to leave them as they are.
     """
     signature = inspect.signature(type(module).forward)
     call = signature.bind_partial(module, *args, **kwargs).arguments
@@ -115,12 +94,7 @@ def enter_rotary_model(
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, known by its type, or None.
-
-    Args:
-        args: Of the forward pass.
-        kwargs: Likewise.
-    """
+    """The cache among the arguments of a forward pass, known by its type, or None."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return value

@@ -46,23 +46,9 @@ def favor_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The function registered with transformers' ``AttentionInterface``.
 
-    Args:
-        module: The attention module.
-        query: (B, H, L, D).
-        key: (B, Hkv, S, D).
-        value: (B, Hkv, S, Dv).
-        attention_mask: What `pattern_mask` made; a tensor is a mask that the user passed.
-        dropout: Probability that a weight is dropped.
-        scaling: Factor of the scores; None: ``D ** -0.5``.
-        is_causal: Where there is no mask: whether attention is causal; None: as the module says.
-        **options: What else the model passes.
-
-    Returns:
-        (B, L, H, Dv), and the matrix of weights (B, H, L, S) when ``output_attentions`` asks for
-        it, else None; the exact layers of a converted model give theirs too.
-
-    Raises:
-        ValueError: The model was not converted, or the call asks for what a linear layer cannot do.
+    ``attention_mask`` is what `pattern_mask` made, or a tensor that the user passed. Returns
+    ``(B, L, H, Dv)``, and the matrix of weights ``(B, H, L, S)`` when ``output_attentions`` asks
+    for it, else None; the exact layers of a converted model give theirs too.
     """
     call = AttentionCall(
         module,
@@ -130,13 +116,6 @@ def intercept_attention(
     The model, converted or not, runs with the ``"favor"`` implementation meanwhile; modules
     without a function of their own compute what they always do. All is as before afterwards, also
     after an error.
-
-    Args:
-        modules: What to call for a module; gets the call, returns (B, H, L, Dv).
-        model: The transformers model that they belong to.
-
-    Raises:
-        ValueError: The model does not go through the attention interface.
     """
     before = _implementations(model)
     functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
@@ -158,14 +137,7 @@ def intercept_attention(
 
 
 def set_implementation(model: Any) -> None:
-    """Let a transformers model and its parts use ``"favor"``.
-
-    Args:
-        model: The model.
-
-    Raises:
-        ValueError: Its attention does not go through the attention interface.
-    """
+    """Let a transformers model and its parts use ``"favor"``."""
     before = _implementations(model)
     model.set_attn_implementation(IMPLEMENTATION)
     left = [
@@ -198,11 +170,7 @@ def _restore(implementations: list[tuple[Any, Any]]) -> None:
 
 
 def _unconverted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The function registered under the name that saved configurations carry.
-
-    Raises:
-        ValueError: Always: loading a converted model replaces the name.
-    """
+    """The function registered under the name that saved configurations carry."""
     del args, kwargs
     raise ValueError(
         f"{type(module).__name__} comes from the folder of a converted model, but its features "

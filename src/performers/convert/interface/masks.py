@@ -70,11 +70,7 @@ class AttentionPattern:
         return self
 
     def on(self, device: torch.device) -> AttentionPattern:
-        """The same for queries and keys on another device.
-
-        Args:
-            device: Theirs.
-        """
+        """The same for queries and keys on another device."""
         key_mask, sequence_ids = (
             None if mask is None else mask.to(device) for mask in (self.key_mask, self.sequence_ids)
         )
@@ -99,19 +95,9 @@ def pattern_mask(
 ) -> AttentionPattern:
     """The function registered with transformers' ``AttentionMaskInterface``.
 
-    Args:
-        batch_size: Rows.
-        q_length: Queries of this call.
-        kv_length: Keys, those of the past included.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: Of batch, head, query and key positions; True = sees.
-        attention_mask: (B, tokens so far) bool, True where a token is not padding; or a pattern
-            made earlier, which is returned as it is.
-        **keywords: Passed on to transformers' own function for the dense mask.
-
-    Returns:
-        The pattern.
+    ``attention_mask`` is ``(B, tokens so far)`` bool, True where a token is not padding; or a
+    pattern made earlier, which is returned as it is. ``keywords`` go to transformers' own function
+    for the dense mask.
     """
     if isinstance(attention_mask, AttentionPattern):
         return attention_mask
@@ -181,17 +167,7 @@ def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionP
 
 
 def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) -> None:
-    """Check a pattern against the dense mask that it stands for; quadratic.
-
-    Args:
-        pattern: Without a past.
-        length: Queries.
-        size: Keys.
-        name: The layer's name, for messages.
-
-    Raises:
-        ValueError: The mask says something else than the pattern.
-    """
+    """Check a pattern against the dense mask that it stands for; quadratic."""
     dense = pattern.dense()
     if dense is None or dense.ndim != 4:
         return

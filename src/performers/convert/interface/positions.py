@@ -16,14 +16,7 @@ _CONFIG = "max_position_embeddings"
 
 
 def learned_positions(model: nn.Module) -> int | None:
-    """The longest input that a model's learned table of positions allows.
-
-    Args:
-        model: A transformers model.
-
-    Returns:
-        Tokens; None for a model without such a table, such as one with rotary positions.
-    """
+    """The longest input that a learned table of positions allows; None for a model without one."""
     sizes = [table.num_embeddings - _first(table) for _, table in _tables(model)]
     return min(sizes, default=None)
 

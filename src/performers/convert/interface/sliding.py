@@ -19,22 +19,11 @@ def sliding_attention(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax over the keys with ``|i - j| <= window`` alone.
+    """Softmax over the keys with ``|i - j| <= window`` alone; queries that see no key get zeros.
 
     Queries are taken in blocks, each against the keys that its members reach, through
-    ``scaled_dot_product_attention``: time and memory are linear in the length.
-
-    Args:
-        query: (B, H, L, D).
-        key: (B, Hkv, L, D); Hkv divides H.
-        value: (B, Hkv, L, Dv).
-        window: Reach, at least 0.
-        is_causal: A query sees itself and what precedes it.
-        key_mask: (B, L) bool, True where a key takes part; None: all do.
-        scale: Factor of the scores; None: ``D ** -0.5``.
-
-    Returns:
-        (B, H, L, Dv). Queries that see no key get zeros.
+    ``scaled_dot_product_attention``: time and memory are linear in the length. Keys and values may
+    have fewer heads; ``key_mask`` is ``(B, L)`` bool, True where a key takes part.
     """
     batch, heads, length = query.shape[:3]
     block = max(1, min(length, max(window, 64)))

@@ -16,11 +16,7 @@ __all__ = ["exact_weights", "linear_weights", "weights_wanted"]
 
 
 def weights_wanted(options: Mapping[str, Any]) -> bool:
-    """Whether somebody asks for the matrix of weights.
-
-    Args:
-        options: What the model passed to the attention interface.
-    """
+    """Whether somebody asks for the matrix of weights."""
     if options.get("output_attentions"):
         return True
     # Most models record what their modules return, and do not hand the option down to them.
@@ -29,15 +25,7 @@ def weights_wanted(options: Mapping[str, Any]) -> bool:
 
 
 def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
-    """The matrix (B, H, L, S) that linear attention implies.
-
-    Args:
-        block: The module's block.
-        call: The call.
-
-    Raises:
-        ValueError: The call has a cache or packed sequences.
-    """
+    """The matrix (B, H, L, S) that linear attention implies."""
     if call.cache_layer is not None or call.pattern.sequence_ids is not None:
         raise ValueError(
             "output_attentions is not available with a cache or packed sequences; pass "
@@ -53,11 +41,7 @@ def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
 
 
 def exact_weights(call: AttentionCall) -> Tensor:
-    """The matrix (B, H, L, S) of an exact layer.
-
-    Args:
-        call: The call.
-    """
+    """The matrix (B, H, L, S) of an exact layer."""
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
