@@ -282,28 +282,6 @@ def test_padding_and_packing_do_not_change_the_fit(kind):
     assert_fitted_alike(fits["packed"], fits["alone"])
 
 
-@torch.no_grad()
-def test_calibration_lowers_the_error():
-    exact = masked_model("exact")
-    for layer in exact.performer.layers:
-        # Queries and keys that are not centred, as in trained models.
-        bias = layer.attention.query_key_value.bias
-        bias[:64] = torch.randn(64, generator=generator(1)).to(bias)
-    ids, calibration = tokens(8, 60, seed=4), [tokens(8, 60, seed=5)]
-    expected = exact.performer(ids).last_hidden_state
-    errors = {}
-    for estimator in ("positive", "data_aware"):
-        settings = Conversion(num_features=64, estimator=estimator, window=4)
-        found = []
-        for seed in range(5):
-            model = copy.deepcopy(exact)
-            convert(model, settings, calibration if estimator == "data_aware" else None, seed)
-            difference = model.performer(ids).last_hidden_state - expected
-            found.append(difference.norm() / expected.norm())
-        errors[estimator] = sum(found) / len(found)
-    assert errors["data_aware"] < 0.8 * errors["positive"], errors
-
-
 def assert_untouched(model):
     assert model.config.attention == "exact"
     assert [type(x) for x in mechanisms(model)] == [ExactMechanism] * 2
@@ -341,11 +319,6 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(settings, calibration, err
         convert(model, settings, calibration)
     assert_untouched(model)
     assert torch.equal(outputs(model), before)
-
-
-def test_calibration_of_no_use_is_said_to_be():
-    with pytest.warns(UserWarning, match="calibration is not used"):
-        convert(build(), FEW, [tokens(1, 5)])
 
 
 @pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "identity"])

@@ -184,7 +184,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
                 f"{done}: {damage}; restore it from a copy, or delete {done} to resume the "
                 "transfer from its last checkpoint"
             )
-        _set_parameters(blocks, load_file(done / _PARAMETERS))
+        _read_parameters(blocks, done)
         return
     frozen = [parameter for parameter in student.parameters() if parameter.requires_grad]
     learned = [parameter for block in blocks.values() for parameter in block.parameters()]
@@ -211,26 +211,17 @@ def _save_parameters(blocks: dict[nn.Module, FavorAttention], folder: Path) -> N
     for earlier in (staging, folder):
         shutil.rmtree(earlier, ignore_errors=True)
     staging.mkdir()
-    save_file(_parameters(blocks), staging / _PARAMETERS)
+    parameters = nn.ModuleList(blocks.values()).named_parameters()
+    save_file({k: x.detach().cpu().contiguous() for k, x in parameters}, staging / _PARAMETERS)
     write_manifest(staging)
     staging.rename(folder)
 
 
-def _parameters(blocks: dict[nn.Module, FavorAttention]) -> dict[str, torch.Tensor]:
-    return {
-        f"{index}.{name}": parameter.detach().cpu().contiguous()
-        for index, block in enumerate(blocks.values())
-        for name, parameter in block.named_parameters()
-    }
-
-
-def _set_parameters(
-    blocks: dict[nn.Module, FavorAttention], tensors: dict[str, torch.Tensor]
-) -> None:
+def _read_parameters(blocks: dict[nn.Module, FavorAttention], folder: Path) -> None:
+    tensors = load_file(folder / _PARAMETERS)
     with torch.no_grad():
-        for index, block in enumerate(blocks.values()):
-            for name, parameter in block.named_parameters():
-                parameter.copy_(tensors[f"{index}.{name}"])
+        for name, parameter in nn.ModuleList(blocks.values()).named_parameters():
+            parameter.copy_(tensors[name])
 
 
 @contextlib.contextmanager

@@ -6,16 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
 
 from performers.convert.interface.cache import ConvertedCacheLayer
 from performers.convert.interface.masks import AttentionPattern
-from performers.convert.interface.sliding import sliding_attention
 from performers.models.arguments import is_tracing
 from performers.nn import FavorAttention
 
-__all__ = ["AttentionCall", "check_linear", "exact_attention", "linear_attention"]
+__all__ = [
+    "AttentionCall",
+    "check_linear",
+    "exact_attention",
+    "exact_weights",
+    "linear_attention",
+    "linear_weights",
+    "sliding_attention",
+    "weights_wanted",
+]
 
 # Arguments of the attention interface that make attention something else than masked softmax.
 _OTHER_ATTENTION = {
@@ -184,3 +195,92 @@ def check_linear(call: AttentionCall) -> None:
             f"{call.name} has {length} queries and {size} keys: causal attention needs as many "
             "keys as queries, and the past in the cache that the converted model made"
         )
+
+
+def weights_wanted(options: Mapping[str, Any]) -> bool:
+    """Whether somebody asks for the matrix of weights."""
+    if options.get("output_attentions"):
+        return True
+    # Most models record what their modules return, and do not hand the option down to them.
+    collected = _active_collector.get() or {}
+    return any(name.endswith("attentions") for name in collected)
+
+
+def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
+    """The matrix (B, H, L, S) that linear attention implies."""
+    if call.cache_layer is not None or call.pattern.sequence_ids is not None:
+        raise ValueError(
+            "output_attentions is not available with a cache or packed sequences; pass "
+            "use_cache=False and one sequence in a row"
+        )
+    return block.weights(
+        call.query,
+        call.key,
+        is_causal=call.pattern.is_causal,
+        key_mask=call.pattern.key_mask,
+        scale=call.scale,
+    )
+
+
+def exact_weights(call: AttentionCall) -> Tensor:
+    """The matrix (B, H, L, S) of an exact layer."""
+    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
+    key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
+    mask = call.dense_mask()
+    if mask is None and pattern.is_causal:
+        # Aligned at the last key, where a cache brings more keys than there are queries.
+        mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(call.query.dtype)
+
+
+def sliding_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax over the keys with ``|i - j| <= window`` alone; queries that see no key get zeros.
+
+    Queries are taken in blocks, each against the keys that its members reach, through
+    ``scaled_dot_product_attention``: time and memory are linear in the length. Keys and values may
+    have fewer heads; ``key_mask`` is ``(B, L)`` bool, True where a key takes part.
+    """
+    batch, heads, length = query.shape[:3]
+    block = max(1, min(length, max(window, 64)))
+    count = -(-length // block)
+    front, back = window, 0 if is_causal else window
+    width = front + block + back
+    fill = count * block - length
+
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # (B, N, H, block, D) against (B, N, H, width, D).
+    blocks = F.pad(query, (0, 0, 0, fill)).unflatten(2, (count, block)).transpose(1, 2)
+    keys, values = (
+        F.pad(x, (0, 0, front, fill + back)).unfold(2, width, block).permute(0, 2, 1, 4, 3)
+        for x in (key, value)
+    )
+    taking = key_mask
+    if taking is None:
+        taking = torch.ones(1, length, dtype=torch.bool, device=query.device)
+    taking = F.pad(taking, (front, fill + back)).unfold(1, width, block)
+    here = torch.arange(block, device=query.device).unsqueeze(-1) + front
+    distance = torch.arange(width, device=query.device) - here
+    seen = (distance >= -window) & (distance <= back)
+    mask = (seen & taking.unsqueeze(-2)).unsqueeze(2)
+    blind = ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        blocks, keys, values, attn_mask=(mask | blind).expand(batch, -1, -1, -1, -1), scale=scale
+    )
+    out = out.masked_fill(blind, 0.0)
+    return out.transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -20,10 +20,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from performers.convert.conversion import FAVOR
 from performers.convert.interface.cache import take_cache_layer
-from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
+from performers.convert.interface.call import (
+    AttentionCall,
+    exact_attention,
+    exact_weights,
+    linear_attention,
+    linear_weights,
+    weights_wanted,
+)
 from performers.convert.interface.masks import AttentionPattern, pattern_mask
 from performers.convert.interface.modules import interface_modules
-from performers.convert.interface.weights import exact_weights, linear_weights, weights_wanted
 from performers.convert.record import SAVED_IMPLEMENTATION
 from performers.nn import FavorAttention
 
