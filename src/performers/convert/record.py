@@ -42,10 +42,10 @@ def read_record(model: Any) -> Conversion | None:
     return None if record is None or PARTS in record else Conversion.from_record(record)
 
 
-def write_record(model: Any, settings: Conversion) -> None:
-    """Keep the settings in the configuration of a model, and of the model that contains it."""
+def write_record(model: Any, conversion: Conversion) -> None:
+    """Keep a conversion in the configuration of a model, and of the model that contains it."""
     _mark(model.config)
-    setattr(model.config, RECORD, settings.record())
+    setattr(model.config, RECORD, conversion.record())
     whole = _whole(model)
     if whole is model or whole.config is model.config:
         return
@@ -53,7 +53,7 @@ def write_record(model: Any, settings: Conversion) -> None:
     _mark(whole.config)
     parts = getattr(whole.config, RECORD, None) or {}
     kept = parts.get(PARTS, {})
-    setattr(whole.config, RECORD, {PARTS: {**kept, name: settings.record()}})
+    setattr(whole.config, RECORD, {PARTS: {**kept, name: conversion.record()}})
 
 
 def _mark(config: Any) -> None:

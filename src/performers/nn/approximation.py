@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,11 +40,9 @@ class Approximation:
     sinks: int = 0
     key_list: int = 0
 
-    _OPTIONAL: ClassVar = ("num_features", "window")
-
     def __post_init__(self) -> None:
         for name in ("num_features", "window", "sinks", "key_list"):
-            value, optional = getattr(self, name), name in self._OPTIONAL
+            value, optional = getattr(self, name), name in ("num_features", "window")
             if value is None and optional:
                 continue
             number = as_integer(value)
@@ -61,7 +59,7 @@ class Approximation:
     @classmethod
     def from_record(cls: type[Self], record: dict[str, Any]) -> Self:
         """The approximation that `record` wrote."""
-        unknown = sorted(set(record) - set(cls.__dataclass_fields__))
+        unknown = sorted(set(record) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(
                 f"the model's configuration has unknown settings of its conversion, {unknown}: it "

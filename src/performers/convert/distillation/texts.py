@@ -22,7 +22,7 @@ from performers.convert.distillation.passages import check_known, encode, is_gzi
 __all__ = ["Example", "TextExamples", "TextSplits", "split_text"]
 
 Example = dict[str, Tensor]
-"""``input_ids`` and ``attention_mask``, int64 vectors; collated by ``convert.batches.Collator``."""
+"""``input_ids`` and ``attention_mask``, int64 vectors; collated by ``batches.Collator``."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 # Examples in a block of the file, and blocks whose examples are mixed with one another.

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,9 +174,9 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     }
     for block in blocks.values():
         block.learn_(block.feature_map.num_heads or 1)
-    settings = read_record(student)
-    assert settings is not None
-    write_record(student, replace(settings, learned=True))
+    conversion = read_record(student)
+    assert conversion is not None
+    write_record(student, replace(conversion, learned=True))
     done = None if run.output is None else run.output / _TRANSFERRED
     if run.resume and done is not None and done.is_dir():
         damage = find_damage(done)
@@ -224,30 +225,27 @@ def _read_parameters(blocks: dict[nn.Module, FavorAttention], folder: Path) -> N
             parameter.copy_(tensors[name])
 
 
-@contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
-    rates = [module.p for module in modules]
-    for module in modules:
-        module.p = 0.0
-    try:
-        yield
-    finally:
-        for module, rate in zip(modules, rates, strict=True):
-            module.p = rate
+def _without_dropout(model: nn.Module) -> AbstractContextManager[None]:
+    return _changed([x for x in model.modules() if isinstance(x, nn.Dropout)], "p", 0.0)
 
 
-@contextlib.contextmanager
-def _without_checkpointing(model: nn.Module) -> Iterator[None]:
+def _without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
     """Gradient checkpointing switched off in all layers of a model."""
-    layers: list[Any] = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
-    for layer in layers:
-        layer.gradient_checkpointing = False
+    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
+    return _changed(layers, "gradient_checkpointing", False)
+
+
+@contextlib.contextmanager
+def _changed(modules: list[Any], name: str, value: Any) -> Iterator[None]:
+    """An attribute of some modules changed while a context lasts."""
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
+        for module, old in zip(modules, before, strict=True):
+            setattr(module, name, old)
 
 
 @contextlib.contextmanager
