@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from performers import SoftmaxFeatures, favor_attention
 from performers.attention import KeyBuckets
 from performers.benchmark import accuracy_heads
+from performers.benchmark.accuracy_approximations import SDPA, head_approximations, setting_name
 from performers.benchmark.accuracy_heads import MEAN, heads_results, pareto_front, run_heads
 from performers.benchmark.accuracy_passages import read_pretrained
-from performers.benchmark.accuracy_variants import SDPA, ExactTerms, head_variants
 from performers.benchmark.heads import capture_heads
+from performers.nn import Approximation
 from tests.benchmark.pretrained_runs import pretrained_settings
 from tests.benchmark.runs import break_backend, pick
 
@@ -120,7 +121,9 @@ def test_exact_terms_alone_are_softmax_over_them(run, keys):
     output, exact = (
         scores.masked_fill(~mask, -math.inf).softmax(-1) @ value for mask in (near, seen)
     )
-    name = f"window {window}{', 2 sinks' if causal else ''}{', 4 keys' if keys else ''} alone"
+    name = (
+        f"window {window}{', 2 sinks' if causal else ''}{', 4 listed keys' if keys else ''} alone"
+    )
     row = pick(results, layer=2, setting=name)
     assert row["error"] == pytest.approx(float((output - exact).norm() / exact.norm()), rel=1e-4)
     mean = pick(results, layer=MEAN, setting=name)
@@ -131,7 +134,7 @@ def test_exact_terms_alone_are_softmax_over_them(run, keys):
 
 def test_every_layer_has_every_setting_and_the_mean_its_time(run):
     pretrained, results = run
-    variants = head_variants(16, (8, 16), pretrained.exact_terms)
+    variants = head_approximations(pretrained.approximation, (8, 16))
     assert [row["layer"] for row in results.rows] == [
         layer for layer in (0, 1, 2) for _ in variants
     ] + [MEAN] * (len(variants) + 1)
@@ -141,12 +144,12 @@ def test_every_layer_has_every_setting_and_the_mean_its_time(run):
     assert exact["error"] == 0
     assert exact["sdpa_ratio"] == 1
     for variant in variants:
-        which = {"setting": variant.name, "num_features": variant.num_features}
+        which = {"setting": setting_name(variant), "num_features": variant.num_features}
         errors = [pick(results, layer=layer, **which)["error"] for layer in (0, 1, 2)]
         row = pick(results, layer=MEAN, **which)
         assert row["error"] == pytest.approx(sum(errors) / 3)
         assert (row["error_low"], row["error_high"]) == (min(errors), max(errors))
-        if variant.estimator is not None:
+        if variant.num_features:
             assert row["seconds"] > 0
             assert row["sdpa_ratio"] == pytest.approx(exact["seconds"] / row["seconds"])
     timed = [row for row in results.rows if row.get("seconds")]
@@ -171,12 +174,12 @@ def test_exact_terms_lower_the_error(run):
 
 
 def test_settings_are_told_apart():
-    variants = head_variants(256, (64, 1024), ExactTerms(64, 4, 32))
-    names = [(variant.name, variant.num_features) for variant in variants]
+    variants = head_approximations(Approximation(256, window=64, sinks=4, key_list=32), (64, 1024))
+    names = [(setting_name(variant), variant.num_features) for variant in variants]
     assert len(set(names)) == len(names)
     assert ("positive", 1024) in names
     assert ("data_aware, window 64, 4 sinks", 64) in names
-    assert ("data_aware, window 32, 4 sinks, 32 keys", 1024) in names
+    assert ("data_aware, window 32, 4 sinks, 32 listed keys", 1024) in names
     assert ("data_aware, simplex, window 64, 4 sinks", 256) in names
     assert ("window 64, 4 sinks alone", 0) in names
     assert ("optimal", 64) not in names

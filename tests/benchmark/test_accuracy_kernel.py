@@ -10,7 +10,6 @@ from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
 from performers.benchmark import accuracy_errors, accuracy_kernel
 from performers.benchmark.accuracy_data import GaussianData
 from performers.benchmark.accuracy_errors import MEASURES, kernel_errors
-from performers.benchmark.accuracy_fits import adopt_fit
 from performers.benchmark.accuracy_kernel import KernelSettings, kernel_results, run_kernel
 from performers.features.theory import kernel_variance
 from tests.benchmark.runs import pick
@@ -205,7 +204,7 @@ def test_a_fit_can_be_handed_on(estimator):
     assert not torch.equal(
         other.estimate_kernel(query, key), expected.calibrate_(*samples).estimate_kernel(query, key)
     )
-    adopt_fit(other, fitted)
+    other.adopt_calibration_(fitted)
     assert torch.equal(other.estimate_kernel(query, key), expected.estimate_kernel(query, key))
 
 

@@ -1,15 +1,21 @@
 """The end of tiny models whose attention was replaced."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from performers.benchmark import accuracy_model
+from performers.benchmark.accuracy_approximations import (
+    fitted_attention,
+    model_approximations,
+    setting_name,
+)
 from performers.benchmark.accuracy_model import FINAL, propagation_results, run_propagation
 from performers.benchmark.accuracy_passages import read_pretrained
-from performers.benchmark.accuracy_variants import Variant, model_variants
+from performers.benchmark.heads import capture_heads
 from performers.benchmark.propagation import propagate
 from performers.benchmark.replacement import exact_attention
+from performers.planning.fits import Fits
 from tests.benchmark.pretrained_runs import pretrained_settings
 from tests.benchmark.runs import break_backend, pick
 
@@ -30,10 +36,10 @@ def run(request, tmp_path_factory):
 
 def test_every_setting_has_its_layers_and_its_end(run):
     pretrained, results = run
-    variants = model_variants(16, pretrained.exact_terms)
-    assert len({variant.name for variant in variants}) == len(variants) == 10
+    variants = model_approximations(pretrained.approximation)
+    assert len({setting_name(variant) for variant in variants}) == len(variants) == 10
     assert [(row["setting"], row["layer"]) for row in results.rows] == [
-        (variant.name, layer) for variant in variants for layer in (0, 1, 2, FINAL)
+        (setting_name(variant), layer) for variant in variants for layer in (0, 1, 2, FINAL)
     ]
     for row in results.rows:
         assert row["status"] == "measured"
@@ -50,26 +56,29 @@ def test_every_setting_has_its_layers_and_its_end(run):
 def test_errors_are_those_of_the_layers_own_fits(run):
     """Fits that are given to the wrong layer, or shared, would move the error."""
     pretrained, results = run
-    variant = Variant("data_aware", 16, window=8, sinks=pretrained.exact_terms.sinks)
+    variant = replace(pretrained.approximation, estimator="data_aware", key_list=0)
     fits = {
-        sample.layer: accuracy_model.LayerFits(sample, sample.layer)
-        for sample in accuracy_model.capture_heads(pretrained.loaded, pretrained.calibration)
+        sample.layer: Fits(sample, sample.layer)
+        for sample in capture_heads(pretrained.loaded, pretrained.calibration)
     }
-    functions = {layer: fit.attention(variant, "reference") for layer, fit in fits.items()}
+    functions = {
+        layer: fitted_attention(fit, variant, fit.samples.query.shape[1], "reference")
+        for layer, fit in fits.items()
+    }
 
     def attention(layer, *tensors, **options):
         return functions[layer](layer, *tensors, **options)
 
     expected = propagate(pretrained.loaded, pretrained.test, attention)
     for entry in expected.layers:
-        row = pick(results, setting=variant.name, layer=entry.layer)
+        row = pick(results, setting=setting_name(variant), layer=entry.layer)
         assert row["error"] == pytest.approx(entry.error, rel=1e-3)
 
 
 def test_exact_terms_lower_the_error(run):
     pretrained, results = run
     sinks = ", 2 sinks" if pretrained.loaded.is_causal else ""
-    near = pick(results, setting=f"data_aware, window 8{sinks}, 4 keys", layer=FINAL)
+    near = pick(results, setting=f"data_aware, window 8{sinks}, 4 listed keys", layer=FINAL)
     assert near["error"] < pick(results, setting="data_aware", layer=FINAL)["error"]
 
 

@@ -6,7 +6,7 @@ import transformers
 from transformers import LlamaForCausalLM
 
 from performers.benchmark.heads import capture_heads
-from performers.convert.pretrained import load_model
+from performers.convert.distillation.pretrained import load_model
 from tests.benchmark.tiny_models import llama_config, save, save_bert, token_ids
 
 

@@ -6,7 +6,7 @@ import transformers
 
 from performers.benchmark.propagation import propagate
 from performers.benchmark.replacement import exact_attention, replace_attention
-from performers.convert.pretrained import load_model
+from performers.convert.distillation.pretrained import load_model
 from tests.benchmark.tiny_models import (
     forward,
     llama_config,

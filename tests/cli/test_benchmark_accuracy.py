@@ -6,7 +6,7 @@ import re
 import pytest
 
 from performers.cli.benchmark_accuracy_tables import error
-from performers.convert import pretrained
+from performers.convert.distillation import pretrained
 from tests.benchmark.pretrained_runs import pretrained_settings
 from tests.benchmark.runs import break_backend, read_csv
 from tests.cli.commands import refusal, run

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from performers.cli import convert as command
-from performers.convert import conversion, distillation, load_performer, run, to_performer
-from performers.convert.pretrained import load_model
+from performers.convert import load_performer, to_performer
+from performers.convert.distillation import options, pipeline, training
+from performers.convert.distillation.pretrained import load_model
 from tests.benchmark.pretrained_runs import residues, save_llama, words
 from tests.benchmark.tiny_models import save_bert
 from tests.cli.commands import refusal
@@ -105,9 +106,9 @@ def test_the_saved_model_is_the_one_that_was_measured(causal, tmp_path, undrawn)
     run_command("convert", *causal, "--output", folder, *SMALL, "--no-speed")
     model = load_performer(folder)
     original = load_model(causal[0], head=None)
-    from performers.convert.batches import Collator
-    from performers.convert.quality import measure_quality
-    from performers.convert.texts import split_text
+    from performers.convert.distillation.batches import Collator
+    from performers.convert.distillation.quality import measure_quality
+    from performers.convert.distillation.texts import split_text
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     test = split_text(tokenizer, causal[2], 24, calibration=4, test=6).test
@@ -184,7 +185,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
     ]  # fmt: skip
     refusal("convert", *causal, "--output", tmp_path / "out", *flags)
     assert seen == [
-        conversion.ConversionOptions(
+        options.ConversionOptions(
             model=str(causal[0]), data=str(causal[2]), window=None, sinks=2, num_features=5,
             estimator="positive", layers=(0, -1), length=9, calibration=8, test=0.25,
             transfer_steps=1, steps=3, batch_size=6, accumulation=7, learning_rate=0.5,
@@ -206,7 +207,7 @@ def test_layers_and_estimator(causal, tmp_path, undrawn):
 def test_an_interrupted_training_is_resumed_to_the_same_model(causal, tmp_path, undrawn):
     arguments = ["convert", *causal, *SMALL, "--no-speed"]
     run_command(*arguments, "--output", tmp_path / "whole")
-    whole, original = read(tmp_path / "whole"), run.distill
+    whole, original = read(tmp_path / "whole"), pipeline.distill
 
     def interrupted(*given, progress, **options):
         def stop(stage, step, total, log):
@@ -218,7 +219,7 @@ def test_an_interrupted_training_is_resumed_to_the_same_model(causal, tmp_path, 
 
     folder = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run, "distill", interrupted)
+        patched.setattr(pipeline, "distill", interrupted)
         out, lines = run_command(*arguments, "--output", folder, code=130)
     assert out == ""
     assert lines[-1].startswith("performers: interrupted; what is done is in ")
@@ -241,7 +242,7 @@ def test_a_finished_run_is_not_done_again(causal, tmp_path, undrawn, monkeypatch
     run_command(*arguments, "--no-speed")
     before = read(tmp_path / "out")
     for name in ("distill", "measure_quality", "to_performer"):
-        monkeypatch.delattr(run, name)
+        monkeypatch.delattr(pipeline, name)
     out, lines = run_command(*arguments, "--resume")
     assert "4 measurements kept" in "\n".join(lines)
     after = read(tmp_path / "out")
@@ -272,8 +273,8 @@ def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
 
 def test_adapters_without_peft_are_refused_at_once(causal, tmp_path, monkeypatch):
     missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
-    monkeypatch.setattr(distillation, "importlib", missing)
-    monkeypatch.delattr(run, "measure_quality")
+    monkeypatch.setattr(training, "importlib", missing)
+    monkeypatch.delattr(pipeline, "measure_quality")
     line = refusal("convert", *causal, *SMALL, "--lora-rank", 4, "--output", tmp_path / "out")
     assert "lora_rank needs peft" in line
 

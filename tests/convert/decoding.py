@@ -1,6 +1,6 @@
 """Converted decoders and what their tests of decoding share."""
 
-from performers.convert.cache import ConvertedCacheLayer
+from performers.convert.interface.cache import ConvertedCacheLayer
 from tests.convert.architectures import DECODERS, ENCODER_DECODERS, build, converted
 
 NEW = 10

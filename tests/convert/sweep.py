@@ -227,8 +227,8 @@ def differences(
 
 def _examine(name: str, model: Any, given: dict[str, Any]) -> Row:
     from performers.convert import to_performer
-    from performers.convert.block import FavorBlock
-    from performers.convert.modules import interface_modules
+    from performers.convert.interface.modules import interface_modules
+    from performers.nn import FavorAttention
 
     modules = len(list(interface_modules(model)))
     try:
@@ -242,7 +242,7 @@ def _examine(name: str, model: Any, given: dict[str, Any]) -> Row:
         return Row(name, REFUSED, _one_line(str(error)), f"{modules} modules")
     except Exception as error:
         return Row(name, CRASH, f"conversion: {_describe(error)}", f"{modules} modules")
-    blocks = [module for module in converted.modules() if isinstance(module, FavorBlock)]
+    blocks = [module for module in converted.modules() if isinstance(module, FavorAttention)]
     called = set()
     for block in blocks:
         block.register_forward_hook(lambda block, *_: called.add(block))

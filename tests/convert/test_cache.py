@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from performers.convert.patterns import AttentionPattern
+from performers.convert.interface.masks import AttentionPattern
 from tests.convert.architectures import (
     DECODERS,
     build,

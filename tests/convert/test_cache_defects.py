@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from performers.convert.block import FavorBlock
+from performers.nn import FavorAttention
 from tests.convert.architectures import (
     generation_inputs,
     output,
@@ -113,7 +113,7 @@ def test_defect_a_step_reads_more_than_its_own_token():
     """The attention of a step gets one key, however long the past."""
     model, lengths = decoder(), []
     for module in model.modules():
-        if isinstance(module, FavorBlock):
+        if isinstance(module, FavorAttention):
             module.register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[2]))
     sequences(model, generation_inputs("llama"))
     assert lengths == [12, 12] + [1, 1] * (NEW - 1)

@@ -5,7 +5,7 @@ import torch
 from transformers import BatchEncoding
 
 from performers.convert import to_performer
-from performers.convert.calibration import call_model
+from performers.convert.families.base import call_model
 from tests.convert.architectures import (
     build,
     converted,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from performers.convert.distillation import distill
+from performers.convert.distillation.training import distill
 from tests.convert.test_distillation import examples, student_of, teacher_model
 
 OPTIONS = {"transfer_steps": 2, "steps": 5, "save_steps": 2, "log_steps": 1}

@@ -9,11 +9,11 @@ import torch
 import transformers
 
 from performers.convert import to_performer
-from performers.convert.batches import Collator
-from performers.convert.block import BLOCK
-from performers.convert.distillation import default_collator, distill
+from performers.convert.conversion import FAVOR
+from performers.convert.distillation.batches import Collator
+from performers.convert.distillation.trainers import relative_error
+from performers.convert.distillation.training import default_collator, distill
 from performers.convert.saving import load_performer
-from performers.convert.trainers import relative_error
 from performers.features import LearnedFeatures
 
 VOCABULARY, LENGTH = 40, 48
@@ -91,7 +91,7 @@ def test_transfer_lowers_the_error_and_trains_features_alone(kind):
     assert hidden_error(student, teacher) < before
     original = teacher.state_dict()
     for name, tensor in student.state_dict().items():
-        if f".{BLOCK}." not in name:
+        if f".{FAVOR}." not in name:
             assert torch.equal(tensor, original[name]), name
     assert all(parameter.requires_grad for parameter in student.parameters())
     assert student.config.performers["learned"]

@@ -8,8 +8,8 @@ from torch import nn
 
 from performers import LearnedFeatures
 from performers.convert import distill, to_performer
-from performers.convert.block import FavorBlock
 from performers.models import PerformerConfig, PerformerModel
+from performers.nn import FavorAttention
 from tests.convert.architectures import (
     ENCODERS,
     SPEECH,
@@ -28,7 +28,7 @@ FITTED = {"num_features": 16, "estimator": "data_aware", "window": 1}
 
 
 def blocks(model):
-    return [x for x in model.modules() if isinstance(x, FavorBlock)]
+    return [x for x in model.modules() if isinstance(x, FavorAttention)]
 
 
 @pytest.mark.parametrize("name", BOTH_SIDES)
@@ -154,8 +154,8 @@ def test_other_models_are_refused():
 
 def test_packed_sequences_are_refused():
     linear = converted(build("bert"), num_features=16, key_list=4)
-    positions = torch.arange(20).remainder(10).expand(2, -1)
     block = blocks(linear)[0]
     query = torch.randn(2, 4, 20, 8)
+    boundaries = torch.tensor([0, 10, 20, 30, 40], dtype=torch.int32)
     with pytest.raises(ValueError, match="takes no packed sequences"):
-        block(query, query, query, is_causal=False, sequence_ids=positions // 10)
+        block(query, query, query, cu_seqlens=boundaries)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import BertConfig, DynamicCache, LlamaConfig, MistralConfig, masking_utils
 
-from performers.convert import interface
-from performers.convert.patterns import AttentionPattern, pattern_mask
+from performers.convert.interface import implementation as interface
+from performers.convert.interface.masks import AttentionPattern, pattern_mask
 
 MAKERS = {
     "causal": (masking_utils.create_causal_mask, LlamaConfig()),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from performers import SoftmaxFeatures, redraw_features_
-from performers.convert.performer_models import convert_performer_model
-from performers.convert.settings import ConversionSettings
+from performers.convert.conversion import Conversion
+from performers.convert.families.performer_models import PerformerModels
+from performers.convert.to_performer import convert as convert_family
 from performers.models import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
@@ -33,9 +34,9 @@ KINDS = (
     PerformerForSequenceClassification,
 )
 LENGTH = 20
-EXACT = ConversionSettings(num_features=8, window=LENGTH)
-FEW = ConversionSettings(num_features=16, window=2, sinks=1)
-FITTED = ConversionSettings(num_features=16, window=2, sinks=1, estimator="data_aware")
+EXACT = Conversion(num_features=8, window=LENGTH)
+FEW = Conversion(num_features=16, window=2, sinks=1)
+FITTED = Conversion(num_features=16, window=2, sinks=1, estimator="data_aware")
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
@@ -45,7 +46,7 @@ def build(kind=PerformerForMaskedLM, *, seed=0, **options):
 
 
 def convert(model, settings=EXACT, calibration=None, seed=0):
-    return convert_performer_model(model, settings, calibration, generator(seed))
+    return convert_family(PerformerModels(model, settings), calibration, generator(seed))
 
 
 def both(model, settings=EXACT):
@@ -86,7 +87,7 @@ def test_padding(kind, padded):
 
 @pytest.mark.parametrize("kind", [PerformerForMaskedLM, PerformerForCausalLM])
 def test_packed_sequences(kind):
-    exact, ours = both(build(kind), ConversionSettings(num_features=8, window=LENGTH, layers=(1,)))
+    exact, ours = both(build(kind), Conversion(num_features=8, window=LENGTH, layers=(1,)))
     ids = tokens(2, 2 * LENGTH)
     packed = torch.arange(2 * LENGTH).div(13, rounding_mode="floor").expand(2, -1)
     torch.testing.assert_close(
@@ -137,7 +138,7 @@ def test_weights_stay_and_so_do_mode_and_dtype():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_model_loads_with_equal_outputs(tmp_path, kind):
-    settings = ConversionSettings(
+    settings = Conversion(
         num_features=16,
         window=2,
         sinks=1,
@@ -206,7 +207,7 @@ def test_redrawing_keeps_the_fit_and_training_goes_on():
 )
 def test_layers_that_are_left_out_stay_exact(layers, exact):
     model = causal_model("exact", num_hidden_layers=3, tie_word_embeddings=False, seed=3)
-    settings = ConversionSettings(num_features=16, window=2, sinks=1, layers=layers)
+    settings = Conversion(num_features=16, window=2, sinks=1, layers=layers)
     names = convert(model, settings)
     assert model.config.exact_layers == exact
     kept = exact or []
@@ -281,28 +282,6 @@ def test_padding_and_packing_do_not_change_the_fit(kind):
     assert_fitted_alike(fits["packed"], fits["alone"])
 
 
-@torch.no_grad()
-def test_calibration_lowers_the_error():
-    exact = masked_model("exact")
-    for layer in exact.performer.layers:
-        # Queries and keys that are not centred, as in trained models.
-        bias = layer.attention.query_key_value.bias
-        bias[:64] = torch.randn(64, generator=generator(1)).to(bias)
-    ids, calibration = tokens(8, 60, seed=4), [tokens(8, 60, seed=5)]
-    expected = exact.performer(ids).last_hidden_state
-    errors = {}
-    for estimator in ("positive", "data_aware"):
-        settings = ConversionSettings(num_features=64, estimator=estimator, window=4)
-        found = []
-        for seed in range(5):
-            model = copy.deepcopy(exact)
-            convert(model, settings, calibration if estimator == "data_aware" else None, seed)
-            difference = model.performer(ids).last_hidden_state - expected
-            found.append(difference.norm() / expected.norm())
-        errors[estimator] = sum(found) / len(found)
-    assert errors["data_aware"] < 0.8 * errors["positive"], errors
-
-
 def assert_untouched(model):
     assert model.config.attention == "exact"
     assert [type(x) for x in mechanisms(model)] == [ExactMechanism] * 2
@@ -316,21 +295,21 @@ def assert_untouched(model):
         (FITTED, [], ValueError, "at least one batch"),
         (FITTED, [tokens(1, 5), 3], TypeError, "tensor, a tuple .* got int"),
         (
-            ConversionSettings(estimator="optimal", window=LENGTH),
+            Conversion(estimator="optimal", window=LENGTH),
             [tokens(2, LENGTH)],
             ValueError,
             "nothing to fit in performer.layers.0.attention",
         ),
-        (ConversionSettings(layers=(5,)), None, ValueError, r"layers must be in 0..1"),
-        (ConversionSettings(num_features=0), None, ValueError, "num_features"),
+        (Conversion(layers=(5,)), None, ValueError, r"layers must be in 0..1"),
+        (Conversion(num_features=0), None, ValueError, "num_features"),
         (
-            ConversionSettings(num_features=7, estimator="hyperbolic"),
+            Conversion(num_features=7, estimator="hyperbolic"),
             None,
             ValueError,
             "num_features must be a positive even",
         ),
-        (ConversionSettings(estimator="best"), None, ValueError, "estimator must be one of"),
-        (ConversionSettings(learned=True), None, ValueError, "learned features"),
+        (Conversion(estimator="best"), None, ValueError, "estimator must be one of"),
+        (Conversion(learned=True), None, ValueError, "learned features"),
     ],
 )
 def test_what_does_not_fit_leaves_the_model_as_it_was(settings, calibration, error, words):
@@ -340,11 +319,6 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(settings, calibration, err
         convert(model, settings, calibration)
     assert_untouched(model)
     assert torch.equal(outputs(model), before)
-
-
-def test_calibration_of_no_use_is_said_to_be():
-    with pytest.warns(UserWarning, match="calibration is not used"):
-        convert(build(), FEW, [tokens(1, 5)])
 
 
 @pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "identity"])

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from performers.convert import extend_positions_, load_performer, to_performer
-from performers.convert.positions import learned_positions
+from performers.convert.interface.positions import learned_positions
 from performers.models import PerformerConfig, PerformerForMaskedLM
 
 OLD, NEW = 20, 53

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from performers.benchmark.heads import capture_heads
-from performers.convert.pretrained import load_model
+from performers.convert.distillation.pretrained import load_model
 from tests.benchmark.tiny_models import (
     VOCABULARY,
     bert_config,

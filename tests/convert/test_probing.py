@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from performers.convert import to_performer
-from performers.convert.probing import try_model
+from performers.convert.families.trial import try_model
 from tests.convert.architectures import ARCHITECTURES, PIXELS, SIZES, TEXT, build, inputs, output
 
 AUDIO = {**SIZES, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}
@@ -98,7 +98,7 @@ def test_the_trial_leaves_no_trace():
     modes = [module.training for module in model.modules()]
     given, state = inputs("llama"), torch.get_rng_state()
     expected = output(copy.deepcopy(model).eval(), given)
-    from performers.convert.modules import attention_modules
+    from performers.convert.families.transformers_models import attention_modules
 
     try_model(model, attention_modules(model))
     assert [module.training for module in model.modules()] == modes
@@ -109,8 +109,8 @@ def test_the_trial_leaves_no_trace():
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_made_up_inputs_suit_every_architecture(name, monkeypatch):
-    from performers.convert import probing
-    from performers.convert.modules import attention_modules
+    from performers.convert.families import trial as probing
+    from performers.convert.families.transformers_models import attention_modules
 
     model = build(name)
     parts = [part for part in attention_modules(model) if part.window() is None]

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 from performers.convert import to_performer
-from performers.convert.quality import Quality, kind_of, measure_quality
+from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from tests.benchmark.tiny_models import bert_config, llama_config, token_ids
 
 PAD, MASK = 0, 4

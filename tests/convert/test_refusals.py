@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from performers.convert import to_performer
-from performers.convert.interface import intercept_attention
+from performers.convert.interface.implementation import intercept_attention
 from tests.convert.architectures import (
     GROUPED,
     PIXELS,
@@ -169,7 +169,7 @@ def test_exact_layers_keep_their_prefix():
 
 
 def _attention(model):
-    from performers.convert.modules import interface_modules
+    from performers.convert.interface.modules import interface_modules
 
     return list(interface_modules(model))
 
@@ -237,7 +237,7 @@ def test_boundaries_without_positions():
 
 
 def test_a_model_that_was_never_converted():
-    from performers.convert import interface
+    from performers.convert.interface import implementation as interface
 
     model = build("bert")
     model.set_attn_implementation(interface.IMPLEMENTATION)

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from performers.convert import load_performer, to_performer
-from performers.convert.block import FavorBlock
+from performers.nn import FavorAttention
 from tests.convert import architectures
 from tests.convert.architectures import (
     build,
@@ -130,12 +130,12 @@ def test_auto_classes_pipelines_and_other_heads_open_the_converted_model(folder)
     assert torch.equal(output(base, given), output(model.bert, given))
     # A head that the folder does not have is initialised as ever.
     labels = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    assert any(isinstance(x, FavorBlock) for x in labels.modules())
+    assert any(isinstance(x, FavorAttention) for x in labels.modules())
     assert 0 < labels.classifier.weight.abs().max() < 1
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])}
     transformers.BertTokenizer(vocab=vocabulary).save_pretrained(folder)
     features = transformers.pipeline("feature-extraction", model=str(folder))
-    assert any(isinstance(x, FavorBlock) for x in features.model.modules())
+    assert any(isinstance(x, FavorAttention) for x in features.model.modules())
     assert len(features("word word")[0]) == 4
 
 
@@ -152,7 +152,7 @@ def test_a_peft_adapter_opens_its_converted_base(folder, tmp_path):
                 parameter.fill_(0.1)
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert any(isinstance(x, FavorBlock) for x in loaded.modules())
+    assert any(isinstance(x, FavorAttention) for x in loaded.modules())
     assert torch.equal(output(loaded, given), output(adapted.eval(), given))
 
 
@@ -264,7 +264,7 @@ def test_parts_of_a_composite_model(folder):
     model.save_pretrained(folder)
     for loaded in (load_performer(folder), transformers.AutoModel.from_pretrained(folder)):
         assert torch.equal(loaded(**given).logits_per_image, once)
-        assert not any(isinstance(x, FavorBlock) for x in loaded.text_model.modules())
+        assert not any(isinstance(x, FavorAttention) for x in loaded.text_model.modules())
     to_performer(model.text_model, num_features=32)
     twice = model(**given).logits_per_image
     model.save_pretrained(folder)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from performers.convert.sliding import sliding_attention
+from performers.convert.interface.call import sliding_attention
 
 
 def tensors(length, heads=4, key_heads=2, batch=2, width=8, value_width=6, dtype=torch.float64):

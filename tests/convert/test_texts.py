@@ -10,8 +10,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
-from performers.convert.pretrained import load_model
-from performers.convert.texts import split_text
+from performers.convert.distillation.pretrained import load_model
+from performers.convert.distillation.texts import split_text
 from tests.benchmark.tiny_models import VOCABULARY, save_bert
 
 WORDS = 20_000

@@ -9,8 +9,7 @@ from torch import nn
 
 from performers import PerformerAttention, favor_attention, redraw_features_
 from performers.convert import to_performer
-from performers.convert.settings import ConversionSettings
-from performers.convert.torch_modules import convert_torch_modules
+from performers.convert.conversion import Conversion
 from tests.convert.torch_models import (
     CLOSE,
     EXACT,
@@ -28,10 +27,10 @@ from tests.features.cases import generator
 from tests.features.maps import QuadratureFeatures
 
 
-class NoError(ConversionSettings):
+class NoError(Conversion):
     """Features of heads of width 2 that are exact, so that no window is needed."""
 
-    def feature_map(self, head_dim, num_heads, generator=None):
+    def features(self, head_dim, num_heads, generator=None):
         assert head_dim == 2
         return QuadratureFeatures()
 
@@ -93,7 +92,7 @@ def test_nested_tensors_are_made_for_layers_that_are_exact_only():
     assert (exact(x, src_key_padding_mask=PADDING)[PADDING] == 0).all()
     assert (ours(x, src_key_padding_mask=PADDING)[PADDING] != 0).all()
     hybrid = encoder(3).eval()
-    convert(hybrid, ConversionSettings(num_features=8, window=L, layers=(1,)))
+    convert(hybrid, Conversion(num_features=8, window=L, layers=(1,)))
     torch.testing.assert_close(
         hybrid(x, src_key_padding_mask=PADDING)[~PADDING],
         encoder(3).eval()(x, src_key_padding_mask=PADDING)[~PADDING],
@@ -103,7 +102,7 @@ def test_nested_tensors_are_made_for_layers_that_are_exact_only():
 
 @torch.no_grad()
 def test_evaluation_runs_features_and_no_fused_layer():
-    _, ours = both(encoder(1).eval(), ConversionSettings(num_features=8))
+    _, ours = both(encoder(1).eval(), Conversion(num_features=8))
     layer, x = ours.layers[0], inputs()
     attention = layer.self_attn
     attended = attention(x, x, x)[0]
@@ -230,7 +229,7 @@ def test_parameters_are_the_same_objects(kind):
 def test_gradients_reach_the_original_parameters():
     model = encoder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    convert(model, ConversionSettings(num_features=16, window=2))
+    convert(model, Conversion(num_features=16, window=2))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model(inputs())[:, :, 0].square().sum().backward()
     optimizer.step()
@@ -263,10 +262,10 @@ def test_models_without_memory_can_be_converted():
 
 
 def test_a_state_dict_goes_into_another_converted_model():
-    settings = ConversionSettings(num_features=16, window=2, sinks=1, estimator="data_aware")
+    settings = Conversion(num_features=16, window=2, sinks=1, estimator="data_aware")
     first, second = encoder(seed=0).eval(), encoder(seed=1).eval()
     convert(first, settings, [inputs()])
-    convert_torch_modules(second, settings, [inputs(seed=9)], generator(7))
+    convert(second, settings, [inputs(seed=9)], 7)
     x = inputs()
     assert (first(x) - second(x)).abs().max() > 1e-2
     second.load_state_dict(first.state_dict())
@@ -276,12 +275,12 @@ def test_a_state_dict_goes_into_another_converted_model():
 def test_layers_left_out_stay_exact():
     for layers, kept in (((0, 2), [1]), ((-1,), [0, 1]), ((1, 1), [0, 2])):
         model = encoder(3)
-        names = convert(model, ConversionSettings(num_features=8, layers=layers))
+        names = convert(model, Conversion(num_features=8, layers=layers))
         exact = [i for i in range(3) if type(model.layers[i].self_attn) is nn.MultiheadAttention]
         assert exact == kept
         assert names == [f"layers.{i}.self_attn" for i in range(3) if i not in kept]
     with pytest.raises(ValueError, match=r"layers must be in 0..2.* got \[3\]"):
-        convert(encoder(3), ConversionSettings(layers=(0, 3)))
+        convert(encoder(3), Conversion(layers=(0, 3)))
 
 
 def test_a_module_in_several_places_is_replaced_in_all():
@@ -299,7 +298,7 @@ def test_features_are_drawn_from_the_generator_one_per_head():
     found = []
     for seed in (3, 3, 4):
         model = encoder()
-        convert_torch_modules(model, ConversionSettings(num_features=8), None, generator(seed))
+        convert(model, Conversion(num_features=8), None, seed)
         found.append([layer.self_attn.feature_map.weight for layer in model.layers])
     assert found[0][0].shape == (HEADS, 8, E // HEADS)
     assert torch.equal(found[0][0], found[1][0])
@@ -313,7 +312,7 @@ def test_dropout_of_weights_is_switched_off_with_a_warning():
     model = encoder(3, dropout=0.25)
     model.layers[1].self_attn.dropout = 0.0
     with pytest.warns(UserWarning, match=r"dropout .*\(0.25\) is switched off in 2 converted"):
-        convert_torch_modules(model, EXACT)
+        to_performer(model, num_features=8, window=L)
     # Other dropout stays.
     assert model.layers[0].dropout.p == 0.25
     attention = model.layers[0].self_attn.train()
@@ -325,7 +324,7 @@ def test_dropout_of_weights_is_switched_off_with_a_warning():
 def test_a_mask_that_is_not_causal_is_refused():
     band = (torch.arange(L)[:, None] - torch.arange(L)).abs() > 2
     model = encoder().eval()
-    fitted = ConversionSettings(num_features=8, estimator="data_aware")
+    fitted = Conversion(num_features=8, estimator="data_aware")
     with pytest.raises(ValueError, match=r"layers.0.self_attn: attn_mask must be None or"):
         convert(model, fitted, [{"src": inputs(), "mask": band}])
     convert(model)
@@ -363,7 +362,7 @@ def test_what_would_be_lost_is_refused(build, words):
     with pytest.raises(ValueError, match=f"1 .*{words}"):
         convert(model)
     assert type(model[0]) is nn.MultiheadAttention
-    assert convert(model, ConversionSettings(num_features=8, layers=(0,))) == ["0"]
+    assert convert(model, Conversion(num_features=8, layers=(0,))) == ["0"]
 
 
 def test_models_with_nothing_to_convert():
@@ -385,7 +384,7 @@ def test_features_that_do_not_exist_are_refused_before_anything_changes():
     model = encoder()
     for options in ({"estimator": "best"}, {"projection": "qr"}, {"num_features": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
-            convert(model, ConversionSettings(**options))
+            convert(model, Conversion(**options))
     assert type(model.layers[0].self_attn) is nn.MultiheadAttention
 
 

@@ -5,21 +5,22 @@ import warnings
 import torch
 from torch import nn
 
-from performers.convert.settings import ConversionSettings
-from performers.convert.torch_modules import convert_torch_modules
+from performers.convert.conversion import Conversion
+from performers.convert.families.torch_modules import TorchModules
+from performers.convert.to_performer import convert as convert_family
 from tests.features.cases import generator
 
 E, HEADS, L, N = 16, 4, 12, 3
 PADDING = torch.arange(L).expand(N, -1) >= torch.tensor([[12], [9], [5]])
 # Covers the sequence: exact attention, whatever the features.
-EXACT = ConversionSettings(num_features=8, window=L)
+EXACT = Conversion(num_features=8, window=L)
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def convert(model, settings=EXACT, calibration=None):
+def convert(model, settings=EXACT, calibration=None, seed=0):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        return convert_torch_modules(model, settings, calibration, generator(0))
+        return convert_family(TorchModules(model, settings), calibration, generator(seed))
 
 
 def inputs(*shape, seed=1):

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.configuration import ATTENTIONS, COMPARATORS, POSITIONS
+from performers.models.configuration import POSITIONS
+from performers.models.registry import ATTENTIONS
 
 FAVOR = tuple(name for name in ATTENTIONS if name.startswith("favor-"))
 # One of each kind: exponential features, elementwise ones, keys and values, nothing.
 MAIN = ("favor-softmax", "favor-relu", "exact", "identity")
-FULL = ATTENTIONS
+FULL = tuple(ATTENTIONS)
 # A projection along the sequence has no causal form and cannot keep packed sequences apart.
 CAUSAL = tuple(name for name in ATTENTIONS if name != "linformer")
+COMPARATORS = ("linformer", "lsh", "local", "bigbird")
 CACHED = tuple(name for name in ATTENTIONS if name not in COMPARATORS)
 EVERY = tuple((name, causal) for causal in (False, True) for name in (CAUSAL if causal else FULL))
 POSITION_NAMES = POSITIONS

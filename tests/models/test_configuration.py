@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from performers.features import ESTIMATORS, FUNCTIONS
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.configuration import ATTENTIONS
 from performers.models.positions import rotary_angles, rotate, sinusoids
+from performers.models.registry import ATTENTIONS
 from tests.models.cases import make_config, tokens
 
 

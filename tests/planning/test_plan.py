@@ -102,7 +102,7 @@ def test_the_widest_table_fits(found):
     wide = heads.setting(
         12.345,
         98.7654,
-        estimator="trigonometric",
+        estimator="hyperbolic",
         projection="orthogonal",
         heads="query",
         num_features=16384,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from performers.planning.samples import checked_samples
-from performers.planning.settings import Options, exact_multiply_adds, grid, multiply_adds
+from performers.planning.settings import Setting, exact_multiply_adds, grid, multiply_adds
 
 from . import heads
 
@@ -101,8 +101,15 @@ def test_two_sided_estimators_need_even_numbers():
 
 
 def counted(sequences, estimator="positive", heads="key", m=32, window=None, sinks=0, listed=0):
-    options = Options(estimator, "orthogonal", heads, m, window, sinks, listed)
-    return multiply_adds(options, sequences, num_buckets=16)
+    setting = Setting(
+        num_features=m,
+        estimator=estimator,
+        heads=heads,
+        window=window,
+        sinks=sinks,
+        key_list=listed,
+    )
+    return multiply_adds(setting, sequences, num_lists=16)
 
 
 def test_multiply_adds_of_features():

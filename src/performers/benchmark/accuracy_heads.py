@@ -10,9 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from performers.benchmark.accuracy_fits import LayerFits
+from performers.benchmark.accuracy_approximations import (
+    SDPA,
+    fitted_attention,
+    head_approximations,
+    setting_columns,
+    setting_name,
+)
 from performers.benchmark.accuracy_passages import Pretrained
-from performers.benchmark.accuracy_variants import SDPA, Variant, head_variants
 from performers.benchmark.checking import (
     CHECKED_LENGTH,
     WrongResultError,
@@ -26,6 +31,8 @@ from performers.benchmark.replacement import exact_attention
 from performers.benchmark.results import Results, Row, add_ratios, outcome_columns
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.timing import CONTESTANT_ERRORS
+from performers.nn import Approximation
+from performers.planning.fits import Fits
 
 GROUP_KEYS, MEMBER_KEYS = ("layer",), ("num_features", "setting")
 MEAN = "mean"
@@ -62,13 +69,13 @@ def run_heads(
         ValueError: The model's attention cannot be captured, or a layer is not there.
     """
     settings, loaded = pretrained.settings, pretrained.loaded
-    variants = head_variants(settings.num_features, settings.feature_counts, pretrained.exact_terms)
-    members = [(variant.num_features, variant.name) for variant in variants]
+    approximations = head_approximations(pretrained.approximation, settings.feature_counts)
+    members = [(x.num_features, setting_name(x)) for x in approximations]
     with threads_of_torch(settings.threads) as threads:
         calibration = capture_heads(loaded, pretrained.calibration)
         layers = pretrained.chosen_layers([sample.layer for sample in calibration])
         fits = {
-            sample.layer: LayerFits(sample, settings.seed + sample.layer)
+            sample.layer: Fits(sample, settings.seed + sample.layer)
             for sample in calibration
             if sample.layer in layers
         }
@@ -76,11 +83,13 @@ def run_heads(
         tests = {x.layer: x for x in capture_heads(loaded, pretrained.test, layers=layers)}
         for number, layer in enumerate(layers):
             if not results.has_group((layer,), members):
-                rows = [_layer_row(pretrained, fits[layer], tests[layer], v) for v in variants]
+                rows = [
+                    _layer_row(pretrained, fits[layer], tests[layer], x) for x in approximations
+                ]
                 results.put_group((layer,), rows)
             progress(number + 1, len(layers) + 1)
         middle = layers[len(layers) // 2]
-        rows = _mean_rows(pretrained, results, variants, fits[middle], tests[middle], threads)
+        rows = _mean_rows(pretrained, results, approximations, fits[middle], tests[middle], threads)
         results.put_group((MEAN,), rows)
         progress(len(layers) + 1, len(layers) + 1)
 
@@ -97,19 +106,21 @@ def pareto_front(points: list[tuple[float, float]]) -> list[bool]:
     return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
 
 
-def _columns(layer: int | str, variant: Variant) -> Row:
-    return {"layer": layer, "setting": variant.name, **asdict(variant)}
+def _columns(layer: int | str, approximation: Approximation) -> Row:
+    return {"layer": layer, **setting_columns(approximation)}
 
 
-def _layer_row(pretrained: Pretrained, fits: LayerFits, test: HeadSample, variant: Variant) -> Row:
-    """The error of a variant on one layer, over all passages."""
-    row = {**_columns(test.layer, variant), "status": MEASURED, "reason": None, "error": None}
+def _layer_row(
+    pretrained: Pretrained, fits: Fits, test: HeadSample, approximation: Approximation
+) -> Row:
+    """The error of a approximation on one layer, over all passages."""
+    row = {**_columns(test.layer, approximation), "status": MEASURED, "reason": None, "error": None}
     backend = pretrained.settings.backend
     try:
-        if variant.estimator is not None:
-            _check(fits, test, variant, backend)
+        if approximation.num_features:
+            _check(fits, test, approximation, backend)
         error = relative_error(
-            _run(fits.attention(variant, backend), test), _run(exact_attention, test)
+            _run(_attention(fits, approximation, backend), test), _run(exact_attention, test)
         )
         if not math.isfinite(error):
             raise WrongResultError("wrong result: the output is not finite")
@@ -119,7 +130,7 @@ def _layer_row(pretrained: Pretrained, fits: LayerFits, test: HeadSample, varian
     return row
 
 
-def _check(fits: LayerFits, test: HeadSample, variant: Variant, backend: str | None) -> None:
+def _check(fits: Fits, test: HeadSample, approximation: Approximation, backend: str | None) -> None:
     """Compare the backend with the reference one on a short piece.
 
     Raises:
@@ -127,9 +138,9 @@ def _check(fits: LayerFits, test: HeadSample, variant: Variant, backend: str | N
     """
     piece = _beginning(test, CHECKED_LENGTH)
     output, expected = (
-        _run(fits.attention(variant, name), piece) for name in (backend, "reference")
+        _run(_attention(fits, approximation, name), piece) for name in (backend, "reference")
     )
-    tolerance = _SIGNED_TOLERANCE if variant.estimator == "trigonometric" else _TOLERANCE
+    tolerance = _SIGNED_TOLERANCE if approximation.estimator == "trigonometric" else _TOLERANCE
     judge("output", output, expected, tuple(expected.shape), tolerance)
 
 
@@ -141,6 +152,12 @@ def _beginning(sample: HeadSample, length: int) -> HeadSample:
     }
     mask = sample.key_mask
     return replace(sample, **parts, key_mask=None if mask is None else mask[:1, :length])
+
+
+def _attention(
+    fits: Fits, approximation: Approximation, backend: str | None
+) -> Callable[..., Tensor]:
+    return fitted_attention(fits, approximation, fits.samples.query.shape[1], backend)
 
 
 @torch.no_grad()
@@ -159,46 +176,46 @@ def _run(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
 def _mean_rows(
     pretrained: Pretrained,
     results: Results,
-    variants: tuple[Variant, ...],
-    fits: LayerFits,
+    approximations: tuple[Approximation, ...],
+    fits: Fits,
     test: HeadSample,
     threads: int,
 ) -> list[Row]:
-    """Mean errors of all variants, with the times of a call on one passage of one layer."""
+    """Mean errors of all approximations, with the times of a call on one passage of one layer."""
     settings = pretrained.settings
     sample = _beginning(test, test.query.shape[2])
-    errors = {variant: _errors(results, variant) for variant in variants}
+    errors = {approximation: _errors(results, approximation) for approximation in approximations}
 
-    def entry(variant: Variant) -> Entry:
+    def entry(approximation: Approximation) -> Entry:
         stopped = None
-        if variant.estimator is None:
+        if not approximation.num_features:
             stopped = (SKIPPED, "made of a quadratic mask here, for its error and not its time")
-        elif not errors[variant]:
+        elif not errors[approximation]:
             stopped = (FAILED, "failed on a layer")
         return Entry(
-            _label(variant),
-            lambda: partial(_run, fits.attention(variant, settings.backend), sample),
+            _label(approximation),
+            lambda: partial(_run, _attention(fits, approximation, settings.backend), sample),
             ours=True,
             stopped=stopped,
         )
 
     exact = Entry(SDPA, lambda: partial(_run, exact_attention, sample))
     outcomes = measure_group(
-        [*(entry(variant) for variant in variants), exact],
+        [*(entry(approximation) for approximation in approximations), exact],
         settings,
         threads=threads,
         seed=settings.seed,
     )
     rows: list[Row] = []
-    for variant in variants:
-        found = errors[variant]
-        columns = outcome_columns(outcomes[_label(variant)])
-        if variant.estimator is None and found:
+    for approximation in approximations:
+        found = errors[approximation]
+        columns = outcome_columns(outcomes[_label(approximation)])
+        if not approximation.num_features and found:
             # Its error is what it is here for.
             columns["status"] = MEASURED
         rows.append(
             {
-                **_columns(MEAN, variant),
+                **_columns(MEAN, approximation),
                 **columns,
                 "error": sum(found) / len(found) if found else None,
                 "error_low": min(found, default=None),
@@ -224,17 +241,18 @@ def _mean_rows(
     return rows
 
 
-def _errors(results: Results, variant: Variant) -> list[float]:
-    """The errors of a variant on all layers; none if it failed on one."""
+def _errors(results: Results, approximation: Approximation) -> list[float]:
+    """The errors of a approximation on all layers; none if it failed on one."""
     rows = [
         row
         for row in results.rows
         if row["layer"] != MEAN
-        and (row["num_features"], row["setting"]) == (variant.num_features, variant.name)
+        and (row["num_features"], row["setting"])
+        == (approximation.num_features, setting_name(approximation))
     ]
     errors = [row["error"] for row in rows if row["status"] == MEASURED]
     return errors if len(errors) == len(rows) else []
 
 
-def _label(variant: Variant) -> str:
-    return f"{variant.name}, {variant.num_features} features"
+def _label(approximation: Approximation) -> str:
+    return f"{setting_name(approximation)}, {approximation.num_features} features"

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from performers.benchmark.accuracy_approximations import SDPA
 from performers.benchmark.accuracy_figure import (
     feature_axis,
     plain_ticks,
@@ -18,7 +19,6 @@ from performers.benchmark.accuracy_figure import (
 )
 from performers.benchmark.accuracy_heads import MEAN
 from performers.benchmark.accuracy_model import FINAL
-from performers.benchmark.accuracy_variants import SDPA
 from performers.benchmark.figure import INK, MARKERS, MUTED, PALETTE
 from performers.benchmark.results import Results, Row
 

@@ -10,7 +10,6 @@ import torch
 
 from performers.benchmark.accuracy_data import GaussianData
 from performers.benchmark.accuracy_errors import MEASURES, kernel_errors
-from performers.benchmark.accuracy_fits import adopt_fit
 from performers.benchmark.groups import FAILED, MEASURED
 from performers.benchmark.machine import describe
 from performers.benchmark.results import Results, Row
@@ -171,7 +170,7 @@ def _draw(
                 query_sample, key_sample = (x[None, None] for x in samples)
                 feature_map.calibrate_(query_sample, key_sample, scale=1.0)
             else:
-                adopt_fit(feature_map, fits[estimator])
+                feature_map.adopt_calibration_(fits[estimator])
         errors[estimator, projection] = kernel_errors(feature_map, query, key, value, 1.0)
     return errors
 

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from performers.benchmark.accuracy_fits import LayerFits
+from performers.benchmark.accuracy_approximations import (
+    fitted_attention,
+    model_approximations,
+    setting_columns,
+    setting_name,
+)
 from performers.benchmark.accuracy_passages import Pretrained
-from performers.benchmark.accuracy_variants import Variant, model_variants
 from performers.benchmark.groups import MEASURED, verdict
 from performers.benchmark.heads import capture_heads
 from performers.benchmark.machine import describe
@@ -19,6 +23,8 @@ from performers.benchmark.propagation import propagate
 from performers.benchmark.results import Results, Row
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.timing import CONTESTANT_ERRORS
+from performers.nn import Approximation
+from performers.planning.fits import Fits
 
 GROUP_KEYS, MEMBER_KEYS = ("num_features", "setting"), ("layer",)
 FINAL = "final"
@@ -38,38 +44,38 @@ def run_propagation(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Replace the attention of all layers, variant by variant; results may hold some already.
+    """Replace the attention of all layers; results may hold some approximations already.
 
     Every layer is fitted to what it receives in the unchanged model.
 
     Args:
         pretrained: The model, the passages and the settings.
         results: Of ``propagation_results``.
-        progress: Called with how many variants of how many are done.
+        progress: Called with how many approximations of how many are done.
 
     Raises:
         ValueError: The model's attention cannot be captured.
     """
     settings = pretrained.settings
-    variants = model_variants(settings.num_features, pretrained.exact_terms)
+    approximations = model_approximations(pretrained.approximation)
     with threads_of_torch(settings.threads):
         fits = {
-            sample.layer: LayerFits(sample, settings.seed + sample.layer)
+            sample.layer: Fits(sample, settings.seed + sample.layer)
             for sample in capture_heads(pretrained.loaded, pretrained.calibration)
         }
-        for number, variant in enumerate(variants):
-            group = (variant.num_features, variant.name)
+        for number, approximation in enumerate(approximations):
+            group = (approximation.num_features, setting_name(approximation))
             if not results.has_group(group, [(FINAL,)]):
-                results.put_group(group, _rows(pretrained, fits, variant))
-            progress(number + 1, len(variants))
+                results.put_group(group, _rows(pretrained, fits, approximation))
+            progress(number + 1, len(approximations))
 
 
-def _rows(pretrained: Pretrained, fits: dict[int, LayerFits], variant: Variant) -> list[Row]:
+def _rows(pretrained: Pretrained, fits: dict[int, Fits], approximation: Approximation) -> list[Row]:
     """A row for each layer, and one for the end."""
-    columns: Row = {"setting": variant.name, **asdict(variant)}
+    columns = setting_columns(approximation)
     settings = pretrained.settings
     try:
-        attention = _by_layer(fits, variant, settings.backend)
+        attention = _by_layer(fits, approximation, settings.backend)
         found = propagate(pretrained.loaded, pretrained.test, attention, seed=settings.seed)
     except CONTESTANT_ERRORS as error:
         status, reason = verdict(error, ours=True)
@@ -91,10 +97,13 @@ def _rows(pretrained: Pretrained, fits: dict[int, LayerFits], variant: Variant) 
 
 
 def _by_layer(
-    fits: dict[int, LayerFits], variant: Variant, backend: str | None
+    fits: dict[int, Fits], approximation: Approximation, backend: str | None
 ) -> Callable[..., Tensor]:
     """An attention that does in each layer what was fitted to it."""
-    functions = {layer: fit.attention(variant, backend) for layer, fit in fits.items()}
+    functions = {
+        layer: fitted_attention(fit, approximation, fit.samples.query.shape[1], backend)
+        for layer, fit in fits.items()
+    }
 
     def attention(layer: int, *tensors: Tensor, **options: Any) -> Tensor:
         return functions[layer](layer, *tensors, **options)

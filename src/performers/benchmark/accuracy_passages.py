@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from performers.benchmark.accuracy_settings import PretrainedSettings
-from performers.benchmark.accuracy_variants import ExactTerms
-from performers.convert.passages import text_windows
-from performers.convert.pretrained import LoadedModel, load_model
+from performers.convert.distillation.passages import text_windows
+from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.nn import Approximation
 
 # Layers from which not all are taken by default, and the step.
 _MANY_LAYERS, _STEP = 8, 5
@@ -32,11 +32,15 @@ class Pretrained:
     test: Tensor
 
     @property
-    def exact_terms(self) -> ExactTerms:
-        """The exact terms on offer: sinks are for causal models."""
+    def approximation(self) -> Approximation:
+        """All exact terms of the settings; sinks are for causal models."""
         settings = self.settings
-        sinks = settings.sinks if self.loaded.is_causal else 0
-        return ExactTerms(settings.window, sinks, settings.keys)
+        return Approximation(
+            settings.num_features,
+            window=settings.window,
+            sinks=settings.sinks if self.loaded.is_causal else 0,
+            key_list=settings.keys,
+        )
 
     def chosen_layers(self, there: list[int]) -> list[int]:
         """The layers whose heads are measured.

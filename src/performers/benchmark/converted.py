@@ -15,7 +15,7 @@ from performers.benchmark.groups import SKIPPED, Entry, Predictor, Sampling, mea
 from performers.benchmark.results import Row, add_ratios, outcome_columns
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.workload import rising
-from performers.convert.positions import learned_positions
+from performers.convert.interface.positions import learned_positions
 
 __all__ = [
     "CONVERTED",
@@ -190,7 +190,7 @@ def probe_forward(task: Mapping[str, Any], warm_up: int) -> Callable[[], object]
         The call.
     """
     from performers.convert import extend_positions_, load_performer
-    from performers.convert.pretrained import load_model
+    from performers.convert.distillation.pretrained import load_model
 
     folder, length = task["folder"], task["length"]
     model = load_performer(folder) if task["converted"] else load_model(folder, head=None).model

@@ -15,7 +15,7 @@ from performers.benchmark.groups import Entry, Rounds, measure_group
 from performers.benchmark.results import Row, outcome_columns, ratio
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.workload import at_least, rising
-from performers.convert.positions import learned_positions
+from performers.convert.interface.positions import learned_positions
 from performers.models import PerformerCache
 from performers.models.arguments import cache_keyword
 

@@ -15,32 +15,21 @@ import torch
 from torch import Tensor
 
 from performers.benchmark.replacement import exact_attention, replace_attention
-from performers.convert.pretrained import LoadedModel
+from performers.convert.distillation.pretrained import LoadedModel
+from performers.planning.samples import Samples
 
 __all__ = ["HeadSample", "capture_heads"]
 
 
 @dataclass(frozen=True)
-class HeadSample:
-    """What one attention layer receives: after projections and rotary positions.
+class HeadSample(Samples):
+    """Inputs of one attention layer, after projections and rotary positions.
 
     Attributes:
         layer: The layer's index.
-        query: (B, H, L, D).
-        key: (B, Hkv, L, D); Hkv divides H.
-        value: (B, Hkv, L, Dv).
-        scale: The factor of the scores, ``softmax(scale * query @ key.T)``.
-        is_causal: Whether a position sees only itself and what precedes it.
-        key_mask: (B, L) bool, True where a key takes part; None: all do.
     """
 
     layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    is_causal: bool
-    key_mask: Tensor | None
 
 
 def capture_heads(
@@ -76,7 +65,7 @@ def capture_heads(
         samples[layer] = None
         if wanted is None or layer in wanted:
             query, key, value = (x.detach().contiguous() for x in (query, key, value))
-            samples[layer] = HeadSample(layer, query, key, value, **rest)
+            samples[layer] = HeadSample(query, key, value, layer=layer, **rest)
         return exact_attention(layer, query, key, value, **rest)
 
     with torch.no_grad(), replace_attention(loaded.model, keep):

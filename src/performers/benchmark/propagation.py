@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from performers.benchmark.replacement import replace_attention
-from performers.convert.pretrained import LoadedModel
+from performers.convert.distillation.pretrained import LoadedModel
 
 __all__ = ["LayerError", "Propagation", "propagate"]
 

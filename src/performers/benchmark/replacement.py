@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from performers.convert.calls import AttentionCall, check_linear
-from performers.convert.interface import intercept_attention
-from performers.convert.modules import interface_modules
+from performers.convert.interface.call import AttentionCall, check_linear
+from performers.convert.interface.implementation import intercept_attention
+from performers.convert.interface.modules import interface_modules
 
 __all__ = ["exact_attention", "replace_attention"]
 

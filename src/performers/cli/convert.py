@@ -17,9 +17,9 @@ from performers.benchmark.workload import rising
 from performers.cli.benchmark_run import integers, settings_of
 from performers.cli.console import App, ProgressBars, note, one_line_errors, output
 from performers.cli.convert_report import report_page, report_tables
-from performers.convert.conversion import ConversionOptions, ConversionRecord
-from performers.convert.positions import extend_positions_, learned_positions
-from performers.convert.run import run_conversion
+from performers.convert.distillation.options import ConversionOptions, ConversionRecord
+from performers.convert.distillation.pipeline import run_conversion
+from performers.convert.interface.positions import extend_positions_, learned_positions
 from performers.features import ESTIMATORS
 from performers.features.softmax import Estimator
 from performers.proteins.errors import Interrupted, UserError

@@ -8,7 +8,7 @@ import typer
 
 from performers.cli.console import ProgressBars, note, one_line_errors, print_metrics
 from performers.cli.inputs import BatchTokens, Seed, protein_records
-from performers.models.configuration import ATTENTIONS
+from performers.models.registry import ATTENTIONS
 from performers.proteins.corpus import Corpus, TokenShards, is_corpus
 from performers.proteins.errors import UserError
 from performers.proteins.folders import prepare_output_folder

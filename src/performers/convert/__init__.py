@@ -9,18 +9,18 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING, Any
 
-from performers.convert.positions import extend_positions_
-from performers.convert.swap import to_performer
+from performers.convert.interface.positions import extend_positions_
+from performers.convert.to_performer import to_performer
 
 if TYPE_CHECKING:
-    from performers.convert.distillation import Distillation, distill
+    from performers.convert.distillation.training import Distillation, distill
     from performers.convert.saving import load_performer
 
 __all__ = ["Distillation", "distill", "extend_positions_", "load_performer", "to_performer"]
 
 _PLACES = {
-    "Distillation": "performers.convert.distillation",
-    "distill": "performers.convert.distillation",
+    "Distillation": "performers.convert.distillation.training",
+    "distill": "performers.convert.distillation.training",
     "load_performer": "performers.convert.saving",
 }
 
@@ -47,5 +47,5 @@ if importlib.util.find_spec("transformers") is not None:
         # Torch models need no transformers; those who do not convert others lose nothing.
         logging.getLogger("performers").warning("%s", _error)
     else:
-        for _module in ("interface", "saving"):
+        for _module in ("interface.implementation", "saving"):
             importlib.import_module(f"performers.convert.{_module}")

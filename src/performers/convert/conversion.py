@@ -1,186 +1,82 @@
-"""What a run of ``performers convert`` is asked to do, and what it has found."""
+"""What a model is converted to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from performers.convert.settings import ConversionSettings
-from performers.features.softmax import Estimator
+import torch
 
-__all__ = [
-    "BASELINE",
-    "FINE_TUNED",
-    "ORIGINAL",
-    "ZERO_SHOT",
-    "ConversionOptions",
-    "ConversionRecord",
-]
+from performers.nn import Approximation, FavorAttention
+from performers.nn.approximation import as_integer
 
-ORIGINAL, BASELINE = "original", "FAVOR+ alone"
-ZERO_SHOT, FINE_TUNED = "converted", "converted, fine-tuned"
-"""What is measured; the baseline has as many features, no exact terms and no calibration."""
+__all__ = ["FAVOR", "Conversion"]
+
+FAVOR = "favor"
+"""Submodule that a converted attention module has; None there marks a layer that stays exact."""
+
+# Lists of keys in a head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
+# 0.9980 to the original's, 16 at 0.9976.
+_LISTS = 32
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConversionOptions:
-    """What a run is asked to do; each is a flag of ``performers convert``.
+@dataclass(frozen=True)
+class Conversion(Approximation):
+    """An approximation, and the layers of a model that get it.
 
     Attributes:
-        model: Folder of a pretrained transformers model, or a ``.gguf`` file.
-        data: Text or FASTA file to calibrate, train and test on.
-        window: As in `to_performer`; None: no pair is exact for being near.
-        sinks: Likewise; None: 4 for decoders, 0 for encoders.
-        key_list: Likewise.
-        num_features: Likewise.
-        estimator: Likewise.
-        layers: Likewise.
-        length: Tokens in an example; None: 1,024 for decoders and 512 for encoders, or fewer if
-            the model has fewer positions.
-        calibration: Examples to calibrate on.
-        test: Examples to test on, or their share of the file.
-        transfer_steps: As in `distill`; None: 100, and 0 for models of ``performers.models``.
-        steps: Likewise.
-        batch_size: Likewise.
-        accumulation: Likewise.
-        learning_rate: Likewise.
-        transfer_learning_rate: Likewise.
-        lora_rank: Likewise.
-        redraw_steps: Likewise.
-        loss: Likewise; None: ``"logits"``, and ``"embedding"`` for models without a head.
-        hidden_weight: Likewise.
-        eval_steps: Steps between measurements; None: a fifth of a stage's steps.
-        save_steps: Steps between checkpoints.
-        max_positions: Give a model with a learned table of positions that many.
-        seed: Of everything random.
+        layers: Indices of the attention layers that become linear, the others stay exact; None:
+            all of them.
+        cross_attention: Whether attention from a decoder to an encoder becomes linear too.
+        learned: Whether the features are trained parameters, as ``distill`` leaves them.
     """
 
-    model: str
-    data: str
-    window: int | None = 64
-    sinks: int | None = None
-    key_list: int = 0
-    num_features: int | None = None
-    estimator: Estimator = "data_aware"
     layers: tuple[int, ...] | None = None
-    length: int | None = None
-    calibration: int = 16
-    test: int | float = 32
-    transfer_steps: int | None = None
-    steps: int = 200
-    batch_size: int = 4
-    accumulation: int = 1
-    learning_rate: float = 5e-5
-    transfer_learning_rate: float = 1e-2
-    lora_rank: int | None = None
-    redraw_steps: int | None = None
-    loss: str | None = None
-    hidden_weight: float = 1.0
-    eval_steps: int | None = None
-    save_steps: int = 50
-    max_positions: int | None = None
-    seed: int = 0
+    cross_attention: bool = False
+    learned: bool = False
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        super().__post_init__()
+        if self.layers is not None:
+            layers = tuple(as_integer(x) for x in self.layers)
+            if not layers or None in layers:
+                raise ValueError(
+                    "layers must be None (all) or the indices of the layers to make linear, at "
+                    f"least one, got {self.layers}"
+                )
+            object.__setattr__(self, "layers", layers)
 
-        Raises:
-            ValueError: An option is out of range; the message begins with its name.
-        """
-        least = {
-            "num_features": 1,
-            "length": 3,
-            "calibration": 1,
-            "transfer_steps": 0,
-            "steps": 0,
-            "batch_size": 1,
-            "accumulation": 1,
-            "lora_rank": 1,
-            "redraw_steps": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "max_positions": 1,
-            "seed": 0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        for name in ("learning_rate", "transfer_learning_rate", "hidden_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        ConversionSettings(
-            window=self.window,
-            sinks=self.sinks or 0,
-            key_list=self.key_list,
-            layers=self.layers,
-            estimator=self.estimator,
-        ).feature_map(8, 1)
+    @property
+    def needs_samples(self) -> bool:
+        """Whether samples change anything: the estimator or lists are fitted to them."""
+        return self.is_calibrated or self.key_list > 0
 
-
-@dataclass
-class ConversionRecord:
-    """What a run has found so far, as plain values.
-
-    Attributes:
-        options: Of the run, with what they stand for where they were left open.
-        model: ``class``, ``kind``, ``parameters``, ``tested_examples``.
-        quality: A mapping for each of what was measured: ``model``, ``tokens`` and the figures.
-        training: ``history``, ``tokens`` and ``seconds`` of `distill`; empty without it.
-        speed: Rows of ``benchmark.converted.measure_speed``.
-        decoding: Rows of ``benchmark.converted_decode.measure_decoding``.
-        machine: What it was measured on.
-        is_saved: Whether the folder holds the model.
-        saved: Called when something was added.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    quality: list[dict[str, Any]] = field(default_factory=list)
-    training: dict[str, Any] = field(default_factory=dict)
-    speed: list[dict[str, Any]] = field(default_factory=list)
-    decoding: list[dict[str, Any]] = field(default_factory=list)
-    machine: dict[str, Any] = field(default_factory=dict)
-    is_saved: bool = False
-    saved: Callable[[ConversionRecord], None] = lambda record: None
-
-    def content(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
-
-    def resume(self, content: Mapping[str, Any]) -> None:
-        """Take over what an earlier run found.
-
-        Args:
-            content: Its JSON.
-
-        Raises:
-            ValueError: It was asked for something else.
-        """
-        missing = [item.name for item in fields(self)[:-1] if item.name not in content]
-        if missing:
-            raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
-        # A run that is older than an option had its default.
-        earlier = {
-            item.name: item.default
-            for item in fields(ConversionOptions)
-            if item.default is not MISSING
-        }
-        earlier |= content["options"]
-        changed = [
-            f"{name} was {earlier.get(name)}, now {value}"
-            for name, value in self.options.items()
-            if earlier.get(name) != value
-        ]
-        if changed:
+    def choose(self, items: Sequence[Item]) -> list[Item]:
+        """The layers of a model that become linear."""
+        if self.layers is None:
+            return list(items)
+        count = len(items)
+        outside = [x for x in self.layers if not -count <= x < count]
+        if outside:
             raise ValueError(
-                f"the run in the folder is another one: {'; '.join(changed)}; repeat its options, "
-                "or give another folder"
+                f"layers must be in 0..{count - 1}, the model's {count} attention layers, "
+                f"got {outside}"
             )
-        for item in fields(self)[:-1]:
-            setattr(self, item.name, content[item.name])
+        wanted = {x % count for x in self.layers}
+        return [item for index, item in enumerate(items) if index in wanted]
 
-    def row(self, name: str) -> dict[str, Any] | None:
-        """What was measured of a model, if it was."""
-        return next((row for row in self.quality if row["model"] == name), None)
+    def attention(
+        self,
+        head_dim: int,
+        num_heads: int,
+        *,
+        is_cross: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> FavorAttention:
+        """The attention of one layer, with features alone where it is cross-attention."""
+        favor = self.build(head_dim, num_heads, num_lists=_LISTS, generator=generator)
+        if is_cross:
+            favor.window, favor.sinks = None, 0
+        return favor

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.settings import ConversionSettings
+from performers.convert.conversion import Conversion
 
 __all__ = [
     "METHOD",
@@ -36,25 +36,16 @@ SAVED_IMPLEMENTATION = (
 )
 
 
-def read_record(model: Any) -> ConversionSettings | None:
-    """Settings that a model was converted with; None: it was not.
-
-    Args:
-        model: A transformers model.
-    """
+def read_record(model: Any) -> Conversion | None:
+    """Settings that a model was converted with; None: it was not."""
     record = getattr(getattr(model, "config", None), RECORD, None)
-    return None if record is None or PARTS in record else ConversionSettings.from_record(record)
+    return None if record is None or PARTS in record else Conversion.from_record(record)
 
 
-def write_record(model: Any, settings: ConversionSettings) -> None:
-    """Keep the settings in the configuration of a model, and of the model that contains it.
-
-    Args:
-        model: A transformers model, perhaps a part of another.
-        settings: Of its conversion.
-    """
+def write_record(model: Any, conversion: Conversion) -> None:
+    """Keep a conversion in the configuration of a model, and of the model that contains it."""
     _mark(model.config)
-    setattr(model.config, RECORD, settings.record())
+    setattr(model.config, RECORD, conversion.record())
     whole = _whole(model)
     if whole is model or whole.config is model.config:
         return
@@ -62,7 +53,7 @@ def write_record(model: Any, settings: ConversionSettings) -> None:
     _mark(whole.config)
     parts = getattr(whole.config, RECORD, None) or {}
     kept = parts.get(PARTS, {})
-    setattr(whole.config, RECORD, {PARTS: {**kept, name: settings.record()}})
+    setattr(whole.config, RECORD, {PARTS: {**kept, name: conversion.record()}})
 
 
 def _mark(config: Any) -> None:
@@ -74,9 +65,6 @@ def separate_configurations_(model: Any) -> None:
     """Give a model a configuration of its own if a model outside it has the same object.
 
     transformers models read their attention implementation from their configuration at each call.
-
-    Args:
-        model: A transformers model, perhaps a part of another.
     """
     whole = _whole(model)
     inside = set(whole.modules())

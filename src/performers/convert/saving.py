@@ -22,11 +22,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from performers.convert.block import FavorBlock
+from performers.convert.conversion import Conversion
+from performers.convert.families.transformers_models import TransformersModels
 from performers.convert.record import METHOD, PARTS, RECORD
-from performers.convert.settings import ConversionSettings
-from performers.convert.swap import convert_transformers_model
+from performers.convert.to_performer import convert
 from performers.models.manifest import check_manifest
+from performers.nn import FavorAttention
 
 __all__ = ["load_performer"]
 
@@ -131,21 +132,16 @@ class _ConvertedLoader(HfQuantizer):
             parts = record[PARTS]
             # The name in the configuration went to all parts; those that stay exact need another.
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        self._blocks: dict[str, FavorBlock] = {}
+        self._blocks: dict[str, FavorAttention] = {}
         for name, values in parts.items():
-            settings = ConversionSettings.from_record(values)
             part = model.get_submodule(name)
+            family = TransformersModels(part, Conversion.from_record(values), is_loading=True)
             # The draw is replaced by what was saved; the caller's random numbers stay as they are.
-            generator = torch.Generator().manual_seed(0)
             with torch.device("cpu"):
-                convert_transformers_model(
-                    part, settings, generator=generator, warn=False, weights_follow=True
-                )
-                for inner, block in part.named_modules():
-                    if isinstance(block, FavorBlock):
-                        if settings.learned:
-                            block.learn_(block.feature_map.form().num_heads())
-                        self._blocks[".".join(filter(None, (name, inner)))] = block
+                convert(family, generator=torch.Generator().manual_seed(0))
+            for inner, block in part.named_modules():
+                if isinstance(block, FavorAttention):
+                    self._blocks[".".join(filter(None, (name, inner)))] = block
         self._shapes = {
             name: {key: x.shape for key, x in block.state_dict().items()}
             for name, block in self._blocks.items()

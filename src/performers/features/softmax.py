@@ -224,6 +224,23 @@ class SoftmaxFeatures(FeatureMap):
         self._adopt(_FITS[self.estimator](moments))
         return self
 
+    @torch.no_grad()
+    def adopt_calibration_(self, fitted: "SoftmaxFeatures") -> "SoftmaxFeatures":
+        """Take over the fit of another map; the projection stays as it is.
+
+        Args:
+            fitted: A map of the same estimator and heads, perhaps of another projection.
+
+        Returns:
+            Self.
+        """
+        for name, tensor in fitted.named_buffers():
+            if name != "weight":
+                self.get_buffer(name).copy_(tensor)
+        self._moments = fitted._moments
+        self._changed()
+        return self
+
     def reset_parameters(self) -> None:
         """Set all buffers as at construction: freshly drawn, and fitted to nothing."""
         super().reset_parameters()

@@ -23,6 +23,7 @@ from performers.models.heads import (
     PerformerForTokenClassification,
 )
 from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
+from performers.models.registry import register_attention
 
 transformers.AutoConfig.register("performer", PerformerConfig, exist_ok=True)
 for _auto, _model in (
@@ -45,4 +46,5 @@ __all__ = [
     "PerformerForTokenClassification",
     "PerformerModel",
     "PerformerPreTrainedModel",
+    "register_attention",
 ]

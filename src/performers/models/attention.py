@@ -1,12 +1,14 @@
 """The attention mechanisms a model can be built with, behind one call."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicLayer
 
-from performers.attention import favor_attention, favor_attention_weights
-from performers.features import FeatureMap, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer
+from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
+from performers.models.cache import FavorCacheLayer, PassCacheLayer
 from performers.models.comparators import (
     BigBirdMechanism,
     HashFeatures,
@@ -14,9 +16,11 @@ from performers.models.comparators import (
     LocalMechanism,
     LshMechanism,
 )
-from performers.models.configuration import PerformerConfig, check_causal
+from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
+from performers.models.registry import ATTENTIONS, register_attention
+from performers.nn import FavorAttention
 
 __all__ = [
     "AttentionContext",
@@ -34,65 +38,28 @@ _LOCAL_WINDOW = 128
 _LINFORMER_RANK = 256
 
 
-class FavorMechanism(nn.Module):
-    """Linear attention through a feature map, and exactly within a window and to the sinks."""
+class FavorMechanism(FavorAttention):
+    """`FavorAttention` called with the context of a model's forward pass."""
 
-    def __init__(
-        self, feature_map: FeatureMap, *, window: int | None = None, sinks: int = 0
-    ) -> None:
-        super().__init__()
-        self.feature_map = feature_map
-        self.window, self.sinks = window, sinks
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None."""
         weights = self._weights(query, key, context) if context.need_weights else None
-        if context.cu_seqlens is not None:
-            batch, _, length, _ = query.shape
-            query, key, value = (
-                x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (query, key, value)
-            )
-            out = favor_attention(
-                query,
-                key,
-                value,
-                self.feature_map,
-                is_causal=context.is_causal,
-                key_mask=None if context.key_mask is None else context.key_mask.reshape(1, -1),
-                cu_seqlens=context.cu_seqlens,
-                window=self.window,
-                sinks=self.sinks,
-            )
-            return out.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1), weights
-        if context.cache is None:
-            out = favor_attention(
-                query,
-                key,
-                value,
-                self.feature_map,
-                is_causal=context.is_causal,
-                key_mask=context.key_mask,
-                window=self.window,
-                sinks=self.sinks,
-            )
-            return out, weights
-        entry = context.cache.layers[layer]
-        assert isinstance(entry, FavorCacheLayer)
-        out, state = favor_attention(
+        entry = None if context.cache is None else context.cache.layers[layer]
+        assert entry is None or isinstance(entry, FavorCacheLayer)
+        out, state = super().forward(
             query,
             key,
             value,
-            self.feature_map,
-            is_causal=True,
+            is_causal=context.is_causal,
             key_mask=context.key_mask,
-            window=self.window,
-            sinks=self.sinks,
-            state=entry.state,
-            return_state=True,
+            cu_seqlens=context.cu_seqlens,
+            state=None if entry is None else entry.state,
+            return_state=entry is not None,
         )
-        entry.set_state(state, query.shape[-2])
+        if entry is not None and state is not None:
+            entry.set_state(state, query.shape[-2])
         return out, weights
 
     def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
@@ -101,15 +68,7 @@ class FavorMechanism(nn.Module):
                 "output_attentions is not available for packed sequences with sinks; pass one "
                 "sequence in a row, or output_attentions=False"
             )
-        weights = favor_attention_weights(
-            query,
-            key,
-            self.feature_map,
-            is_causal=context.is_causal,
-            key_mask=context.key_mask,
-            window=self.window,
-            sinks=self.sinks,
-        )
+        weights = self.weights(query, key, is_causal=context.is_causal, key_mask=context.key_mask)
         if context.sequence_ids is None:
             return weights
         ids = context.sequence_ids
@@ -179,77 +138,85 @@ class IdentityMechanism(nn.Module):
 def build_mechanism(
     config: PerformerConfig, layer: int | None = None, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """The mechanism of one layer.
-
-    Args:
-        config: The model's configuration.
-        layer: Index of the layer; None: a layer that has ``config.attention``.
-        generator: Where features are drawn from; None: torch's own.
-
-    Raises:
-        ValueError: The attention has no causal form and the model is causal, or it needs features
-            and has no projection to draw them with.
-    """
+    """The mechanism of one layer."""
     attention = config.attention if layer is None else config.layer_attention(layer)
-    check_causal(attention, config.is_decoder)
-    num_heads = config.num_attention_heads if config.features_per_head else None
-    if attention == "exact":
-        return ExactMechanism()
-    if attention == "identity":
-        return IdentityMechanism()
-    if attention == "local":
-        return LocalMechanism(_LOCAL_WINDOW if config.window is None else config.window)
-    if attention == "linformer":
-        longest = config.max_position_embeddings
-        return LinformerMechanism(config.linformer_rank or min(_LINFORMER_RANK, longest), longest)
-    if attention == "bigbird":
-        return BigBirdMechanism(
-            config.bigbird_block_size, config.bigbird_global_blocks, config.bigbird_random_blocks
-        )
-    if attention == "lsh":
-        return LshMechanism(
-            HashFeatures(
-                config.head_dim,
-                config.lsh_buckets
-                or _enough_buckets(config.max_position_embeddings, config.lsh_chunk_size),
-                config.lsh_rounds,
-                num_heads=num_heads,
-                generator=generator,
-            ),
-            config.lsh_chunk_size,
-        )
-    if attention == "favor-softmax":
-        if config.projection is None:
-            raise ValueError("projection must not be None for favor-softmax")
-        return FavorMechanism(
-            SoftmaxFeatures(
-                config.head_dim,
-                config.num_features,
-                estimator=config.estimator,
-                projection=config.projection,
-                regularized=config.regularized,
-                num_heads=num_heads,
-                generator=generator,
-            ),
-            window=config.window,
-            sinks=config.sinks,
-        )
-    return FavorMechanism(
-        GeneralizedFeatures(
-            config.head_dim,
-            config.num_features,
-            fn=attention.removeprefix("favor-"),
-            epsilon=config.kernel_epsilon,
-            projection=config.projection,
-            num_heads=num_heads,
-            generator=generator,
-        )
+    entry = ATTENTIONS[attention]
+    entry.check_causal(attention, config.is_decoder)
+    return entry.build(config, generator)
+
+
+def _softmax(config: PerformerConfig, generator: torch.Generator | None) -> FavorMechanism:
+    if config.projection is None:
+        raise ValueError("projection must not be None for favor-softmax")
+    features = SoftmaxFeatures(
+        config.head_dim,
+        config.num_features,
+        estimator=config.estimator,
+        projection=config.projection,
+        regularized=config.regularized,
+        num_heads=config.projected_heads,
+        generator=generator,
+    )
+    return FavorMechanism(features, window=config.window, sinks=config.sinks)
+
+
+def _generalized(
+    fn: str, config: PerformerConfig, generator: torch.Generator | None
+) -> FavorMechanism:
+    features = GeneralizedFeatures(
+        config.head_dim,
+        config.num_features,
+        fn=fn,
+        epsilon=config.kernel_epsilon,
+        projection=config.projection,
+        num_heads=config.projected_heads,
+        generator=generator,
+    )
+    return FavorMechanism(features)
+
+
+def _linformer(config: PerformerConfig, generator: torch.Generator | None) -> LinformerMechanism:
+    longest = config.max_position_embeddings
+    return LinformerMechanism(config.linformer_rank or min(_LINFORMER_RANK, longest), longest)
+
+
+def _lsh(config: PerformerConfig, generator: torch.Generator | None) -> LshMechanism:
+    size = config.lsh_chunk_size
+    buckets = config.lsh_buckets or _enough_buckets(config.max_position_embeddings, size)
+    hashes = HashFeatures(
+        config.head_dim,
+        buckets,
+        config.lsh_rounds,
+        num_heads=config.projected_heads,
+        generator=generator,
+    )
+    return LshMechanism(hashes, size)
+
+
+def _local(config: PerformerConfig, generator: torch.Generator | None) -> LocalMechanism:
+    return LocalMechanism(_LOCAL_WINDOW if config.window is None else config.window)
+
+
+def _bigbird(config: PerformerConfig, generator: torch.Generator | None) -> BigBirdMechanism:
+    return BigBirdMechanism(
+        config.bigbird_block_size, config.bigbird_global_blocks, config.bigbird_random_blocks
     )
 
 
 def _enough_buckets(length: int, size: int) -> int:
     """The least power of two, at least 2, of buckets with ``size`` tokens or fewer each."""
     return 2 ** max(1, (-(-length // size) - 1).bit_length())
+
+
+register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
+for _name in FUNCTIONS:
+    register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
+register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
+register_attention("identity", lambda config, generator: IdentityMechanism(), cache=PassCacheLayer)
+register_attention("linformer", _linformer, not_causal="its projected keys mix all positions")
+register_attention("lsh", _lsh, shares_query=True)
+register_attention("local", _local)
+register_attention("bigbird", _bigbird)
 
 
 class ResidualLinear(nn.Linear):
@@ -263,14 +230,14 @@ class ResidualLinear(nn.Linear):
 class PerformerSelfAttention(nn.Module):
     """Projections, positions, mechanism, output projection.
 
-    Where queries are keys too (``"lsh"``), ``query_key_value`` has two parts and not three.
+    Where queries are keys, too, ``query_key_value`` has two parts and not three.
     """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
         self.num_heads = config.num_attention_heads
-        self.parts = 2 if config.layer_attention(layer) == "lsh" else 3
+        self.parts = 2 if ATTENTIONS[config.layer_attention(layer)].shares_query else 3
         self.query_key_value = nn.Linear(config.hidden_size, self.parts * config.hidden_size)
         self.mechanism = build_mechanism(config, layer)
         self.output = ResidualLinear(config.hidden_size, config.hidden_size)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from performers.attention import FavorState
+from performers.models.registry import ATTENTIONS
 
 
 class FavorCacheLayer(DynamicLayer):
@@ -89,9 +90,10 @@ class PerformerCache(Cache):
     ) -> None:
         self.attention = attention
         self.exact_layers = tuple(exact_layers or ())
-        layer = PassCacheLayer if attention == "identity" else FavorCacheLayer
-        keeps = [attention == "exact" or index in self.exact_layers for index in range(num_layers)]
-        super().__init__(layers=[DynamicLayer() if kept else layer() for kept in keeps])
+        layer = ATTENTIONS[attention].cache or FavorCacheLayer
+        kinds = [DynamicLayer if i in self.exact_layers else layer for i in range(num_layers)]
+        keeps = [kind is DynamicLayer for kind in kinds]
+        super().__init__(layers=[kind() for kind in kinds])
         self.keeps_keys = all(keeps)
         self._keeps_some = any(keeps)
         self.real_tokens: Tensor | None = None

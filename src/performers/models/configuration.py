@@ -6,20 +6,12 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from performers.features import ESTIMATORS, FUNCTIONS, PROJECTIONS
+from performers.features import ESTIMATORS, PROJECTIONS
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
+from performers.models.registry import ATTENTIONS
 
 POSITIONS = ("rotary", "sinusoidal", "learned")
-# Attentions of others, to compare with.
-COMPARATORS = ("linformer", "lsh", "local", "bigbird")
-ATTENTIONS = (
-    "favor-softmax",
-    *(f"favor-{name}" for name in FUNCTIONS),
-    "exact",
-    "identity",
-    *COMPARATORS,
-)
 
 
 class PerformerConfig(PreTrainedConfig):
@@ -139,7 +131,7 @@ class PerformerConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         for name, value, choices in (
-            ("attention", attention, ATTENTIONS),
+            ("attention", attention, tuple(ATTENTIONS)),
             ("position_embedding", position_embedding, POSITIONS),
             ("estimator", estimator, ESTIMATORS),
             ("projection", projection, (*PROJECTIONS, None)),
@@ -191,7 +183,7 @@ class PerformerConfig(PreTrainedConfig):
             )
         if projection is None and attention == "favor-softmax":
             raise ValueError("projection must not be None for favor-softmax")
-        check_causal(attention, is_decoder)
+        ATTENTIONS[attention].check_causal(attention, is_decoder)
         windowed = attention in ("favor-softmax", "local")
         if (window is not None and not windowed) or (sinks and attention != "favor-softmax"):
             raise ValueError(
@@ -254,6 +246,11 @@ class PerformerConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def projected_heads(self) -> int | None:
+        """Heads with a projection of their own, or None when all share one."""
+        return self.num_attention_heads if self.features_per_head else None
+
+    @property
     def longest_input(self) -> int | None:
         """Most tokens in a sequence: a limit of learned positions and of ``linformer``, or None."""
         limited = self.position_embedding == "learned" or self.attention == "linformer"
@@ -262,19 +259,6 @@ class PerformerConfig(PreTrainedConfig):
     def layer_attention(self, layer: int) -> str:
         """The attention of one layer: ``attention``, or ``"exact"`` in ``exact_layers``."""
         return "exact" if layer in (self.exact_layers or ()) else self.attention
-
-
-def check_causal(attention: str, is_decoder: bool) -> None:
-    """Refuse a causal model with an attention that has no causal form.
-
-    Raises:
-        ValueError: That is the case.
-    """
-    if is_decoder and attention == "linformer":
-        raise ValueError(
-            "attention='linformer' has no causal form, because its projected keys mix all "
-            "positions: use is_decoder=False, or another attention"
-        )
 
 
 def _checked_layers(

@@ -24,8 +24,9 @@ from performers.models.arguments import (
     take_loss_options,
     with_both_cache_names,
 )
-from performers.models.configuration import COMPARATORS, PerformerConfig
+from performers.models.configuration import PerformerConfig
 from performers.models.modeling import PerformerModel, PerformerPreTrainedModel
+from performers.models.registry import ATTENTIONS
 
 
 class _LanguageModel(PerformerPreTrainedModel):
@@ -138,7 +139,7 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
     ) -> Any:
         """Generate as ``transformers.GenerationMixin.generate`` does.
 
-        Attentions without a cache (``COMPARATORS``) read the whole row again for each token,
+        Attentions without a cache, such as ``lsh``, read the whole row again for each token,
         whatever ``generation_config.use_cache`` is: a copy of a model's own has True in it.
 
         Raises:
@@ -148,7 +149,7 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
         if cache is not None:
             kwargs[CACHE_KEYWORD] = cache
         attention = self.config.attention
-        if attention in COMPARATORS:
+        if ATTENTIONS[attention].cache is None:
             if kwargs.pop("use_cache", None):
                 raise ValueError(
                     f"attention={attention!r} has no cache: leave out use_cache=True, and the "

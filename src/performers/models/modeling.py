@@ -25,10 +25,11 @@ from performers.models.attention import ResidualLinear
 from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
 from performers.models.comparators import LinformerMechanism
-from performers.models.configuration import COMPARATORS, PerformerConfig
+from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.manifest import MANIFEST, check_manifest
 from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
+from performers.models.registry import ATTENTIONS
 from performers.models.reversible import run_reversible
 
 
@@ -240,7 +241,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 f"{type(past).__name__}"
             )
         config = self.config
-        if config.attention in COMPARATORS:
+        if ATTENTIONS[config.attention].cache is None:
             if config.is_decoder and (use_cache or past is not None):
                 raise ValueError(
                     f"attention={config.attention!r} has no cache: leave out use_cache=True and "

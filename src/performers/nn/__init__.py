@@ -1,5 +1,7 @@
 """Modules built on linear attention."""
 
-from performers.nn.attention import PerformerAttention
+from performers.nn.approximation import Approximation
+from performers.nn.favor import FavorAttention
+from performers.nn.multihead import PerformerAttention
 
-__all__ = ["PerformerAttention"]
+__all__ = ["Approximation", "FavorAttention", "PerformerAttention"]

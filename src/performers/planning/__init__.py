@@ -3,6 +3,6 @@
 from performers.planning.diagnosis import Diagnosis, FeatureVariance
 from performers.planning.planner import plan
 from performers.planning.result import Plan
-from performers.planning.settings import Options, Setting
+from performers.planning.settings import Setting
 
-__all__ = ["Diagnosis", "FeatureVariance", "Options", "Plan", "Setting", "plan"]
+__all__ = ["Diagnosis", "FeatureVariance", "Plan", "Setting", "plan"]

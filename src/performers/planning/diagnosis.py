@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from performers.features import SoftmaxFeatures
+from performers.features.softmax import Estimator
 from performers.features.theory import log_relative_variance
-from performers.planning.building import Workshop
 from performers.planning.exact import attention_rows
+from performers.planning.fits import Fits
 from performers.planning.samples import Samples
 
 # A kernel estimate off by less than this, where attention is, is worth having.
 WANTED_KERNEL_ERROR = 0.5
 TOP_KEYS = 16
 _QUERIES = 512
+_COMPARED: tuple[Estimator, ...] = ("positive", "data_aware")
 _PAIRS_PER_QUERY = 8
 
 
@@ -89,26 +91,14 @@ class Diagnosis:
 @torch.no_grad()
 def diagnose(
     samples: Samples,
-    workshop: Workshop,
+    fits: Fits,
     *,
     most_features: int,
     windows: Sequence[int | None],
     sinks: Sequence[int],
     seed: int,
 ) -> Diagnosis:
-    """Look at sequences that nothing was calibrated on.
-
-    Args:
-        samples: These sequences.
-        workshop: Calibrated on others.
-        most_features: The largest ``m`` on offer.
-        windows: Whose shares to report; 64 where none is given.
-        sinks: The same; 4 where none is given.
-        seed: Of the pairs.
-
-    Returns:
-        The diagnosis.
-    """
+    """Look at sequences that nothing was calibrated on."""
     widths = sorted({window for window in windows if window is not None} or {64})
     if samples.query.shape[2] != samples.key.shape[2]:
         widths = []
@@ -121,8 +111,8 @@ def diagnose(
     spectrum = torch.linalg.eigvalsh(centred.mT @ centred / centred.shape[1]).clamp_min(0)
     heads = samples.key.shape[1]
     variances = []
-    fits = [workshop.fit(name, heads, None, 0) for name in ("positive", "data_aware")]
-    for fit in fits:
+    features = [fits.features(name, heads) for name in _COMPARED]
+    for fit in features:
         even, near = (_log_variance(fit, pairs, samples.scale) for pairs in (evenly, attended))
         log10 = float(near.mean()) / math.log(10)
         variances.append(
@@ -142,7 +132,7 @@ def diagnose(
         sum_norm=float(total.square().sum(-1).mean()),
         attended_sum_norm=_sum_norm(attended.query, attended.key) * samples.scale,
         centred_sum_norm=float(centred.square().sum(-1).mean()),
-        calibrated_sum_norm=_calibrated_norm(fits[1], attended, root),
+        calibrated_sum_norm=_calibrated_norm(features[1], attended, root),
         effective_dimension=_effective_dimension(spectrum),
         variances=tuple(variances),
         window_shares=window_shares,

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from performers.attention import favor_attention
-from performers.planning.building import Workshop
 from performers.planning.exact import fused_attention
+from performers.planning.fits import Fits
 from performers.planning.progress import Progress
 from performers.planning.samples import Samples
-from performers.planning.settings import Options
+from performers.planning.settings import Setting
 
 ROUNDS = 3
 # The call that all ratios refer to is timed this often in a round.
@@ -43,54 +42,39 @@ class Errors(NamedTuple):
 
 
 def attend(
-    options: Options, samples: Samples, workshop: Workshop, draw: int, backend: str | None
+    setting: Setting, samples: Samples, fits: Fits, draw: int, backend: str | None
 ) -> Callable[[], Tensor]:
     """A call of ``favor_attention`` with everything prepared."""
-    features, buckets = workshop.features(options, draw), workshop.buckets(options)
+    favor = fits.attention(setting, setting.num_heads(samples), draw)
 
     def call() -> Tensor:
-        return favor_attention(
+        out: Tensor = favor(
             samples.query,
             samples.key,
             samples.value,
-            features,
             is_causal=samples.is_causal,
             key_mask=samples.key_mask,
             scale=samples.scale,
-            window=options.window,
-            sinks=options.sinks,
-            buckets=buckets,
             backend=backend,
-        )
+        )[0]
+        return out
 
     return call
 
 
 def measure_errors(
-    options: Options,
+    setting: Setting,
     samples: Samples,
     exact: Tensor,
-    workshop: Workshop,
+    fits: Fits,
     num_draws: int,
     backend: str | None,
 ) -> Errors:
-    """Errors of a setting over some draws.
-
-    Args:
-        options: The setting.
-        samples: Sequences that nothing was calibrated on.
-        exact: Their exact attention, shape ``(B, H, L, Dv)``.
-        workshop: Where feature maps come from.
-        num_draws: Draws of the projection.
-        backend: Of ``favor_attention``.
-
-    Returns:
-        One error for each draw and sequence.
-    """
+    """Errors of a setting over some draws."""
     totals, heads, seconds = [], [], []
     counted = samples.counted()
     for draw in range(num_draws):
-        call = attend(options, samples, workshop, draw, backend)
+        call = attend(setting, samples, fits, draw, backend)
         out, taken = _timed(call, samples.query.device)
         seconds.append(taken / len(out))
         total, each = relative_errors(out, exact, counted)
@@ -100,13 +84,7 @@ def measure_errors(
 
 
 def relative_errors(out: Tensor, exact: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``|out - exact| / |exact|`` of every sequence, ``(B,)``, and of every head, ``(B, H)``.
-
-    Args:
-        out: Shape ``(B, H, L, Dv)``.
-        exact: The same.
-        counted: Queries that count, ``(B, L)``; None for all.
-    """
+    """``|out - exact| / |exact|`` of every sequence, ``(B,)``, and of every head, ``(B, H)``."""
     out, exact = out.double(), exact.double()
     if counted is not None:
         out, exact = (x.masked_fill(~counted[:, None, :, None], 0.0) for x in (out, exact))
@@ -117,10 +95,10 @@ def relative_errors(out: Tensor, exact: Tensor, counted: Tensor | None) -> tuple
 
 
 def measure_times(
-    settings: Sequence[Options],
+    settings: Sequence[Setting],
     errors: Sequence[Errors],
     samples: Samples,
-    workshop: Workshop,
+    fits: Fits,
     backend: str | None,
     progress: Progress,
     seed: int,
@@ -132,19 +110,6 @@ def measure_times(
     down for a while then does so for all. The median counts. The others are those with another
     setting beside them that had no more error and took less than half of the time when errors
     were measured. Theirs is that time, times the median of what it changed by for the former.
-
-    Args:
-        settings: What to time.
-        errors: What was measured of them.
-        samples: One sequence.
-        workshop: Where feature maps come from.
-        backend: Of ``favor_attention``.
-        progress: Told of every call.
-        seed: Of the orders.
-
-    Returns:
-        Seconds and whether they are from the rounds, of every setting, and the seconds of
-        ``scaled_dot_product_attention``.
     """
     candidates = [i for i in range(len(settings)) if not _is_beaten(i, errors)]
     order = random.Random(seed)
@@ -158,7 +123,7 @@ def measure_times(
         for place, index in enumerate(order.sample(candidates, len(candidates))):
             if place % often == 0:
                 fused_taken.append(_timed(fused, samples.query.device)[1])
-            call = attend(settings[index], samples, workshop, 0, backend)
+            call = attend(settings[index], samples, fits, 0, backend)
             if not taken[index]:
                 # The first call allocates.
                 call()

@@ -2,26 +2,21 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from performers.attention import backends
-from performers.planning.building import NUM_BUCKETS, Workshop
 from performers.planning.diagnosis import diagnose
 from performers.planning.exact import exact_attention
+from performers.planning.fits import NUM_LISTS, Fits
 from performers.planning.measuring import Errors, measure_errors, measure_times
 from performers.planning.progress import Progress
 from performers.planning.result import Plan
 from performers.planning.samples import checked_samples
 from performers.planning.selection import choose, pareto_front
-from performers.planning.settings import (
-    Options,
-    Setting,
-    exact_multiply_adds,
-    grid,
-    multiply_adds,
-)
+from performers.planning.settings import Setting, exact_multiply_adds, grid, multiply_adds
 
 
 @torch.no_grad()
@@ -119,10 +114,10 @@ def plan(
     )
     progress = Progress(show)
     calibration, held_out = samples.split()
-    workshop = Workshop(calibration, seed)
+    fits = Fits(calibration, seed)
     found = diagnose(
         held_out,
-        workshop,
+        fits,
         most_features=max(num_features),
         windows=windows,
         sinks=sinks,
@@ -131,19 +126,15 @@ def plan(
     exact = exact_attention(held_out)
     errors = []
     progress.start("errors", len(settings))
-    for options in settings:
-        errors.append(measure_errors(options, held_out, exact, workshop, num_draws, backend))
+    for setting in settings:
+        errors.append(measure_errors(setting, held_out, exact, fits, num_draws, backend))
         progress.step()
     sequence = held_out.at_length(samples.query.shape[2] if length is None else length)
-    times, exact_seconds = measure_times(
-        settings, errors, sequence, workshop, backend, progress, seed
-    )
+    times, exact_seconds = measure_times(settings, errors, sequence, fits, backend, progress, seed)
     progress.finish()
     measured = tuple(
-        _setting(
-            options, error, *time, exact_seconds, multiply_adds(options, sequence, NUM_BUCKETS)
-        )
-        for options, error, time in zip(settings, errors, times, strict=True)
+        _measured(setting, error, *time, exact_seconds, multiply_adds(setting, sequence, NUM_LISTS))
+        for setting, error, time in zip(settings, errors, times, strict=True)
     )
     front = pareto_front([setting for setting in measured if setting.timed])
     choice = choose(front, target_error, target_time)
@@ -170,12 +161,12 @@ def plan(
     return result
 
 
-def _setting(
-    options: Options, errors: Errors, seconds: float, timed: bool, exact_seconds: float, adds: float
+def _measured(
+    setting: Setting, errors: Errors, seconds: float, timed: bool, exact_seconds: float, adds: float
 ) -> Setting:
     total = errors.total
-    return Setting(
-        **vars(options),
+    return replace(
+        setting,
         error=errors.mean,
         error_sd=float(total.std()) if len(total) > 1 else None,
         head_errors=tuple(errors.heads.mean(0).tolist()),

@@ -8,11 +8,7 @@ _INTERVAL_SECONDS = 0.2
 
 
 class Progress:
-    """Says on stderr how far things are, if that is a terminal and they take a while.
-
-    Args:
-        show: False for never.
-    """
+    """Says on stderr how far things are, if that is a terminal and they take a while."""
 
     def __init__(self, show: bool) -> None:
         self._stream = sys.stderr if show and sys.stderr and sys.stderr.isatty() else None

@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from performers.features import SoftmaxFeatures
-from performers.planning.building import fit_buckets, fit_features
 from performers.planning.diagnosis import Diagnosis
+from performers.planning.fits import Fits
 from performers.planning.samples import Samples
-from performers.planning.settings import Options, Setting
+from performers.planning.settings import Setting
 from performers.planning.table import plan_text
 
 
@@ -51,7 +51,7 @@ class Plan:
     backend: str | None
     samples: Samples = field(repr=False, compare=False)
 
-    def build(self, setting: Options | None = None) -> tuple[SoftmaxFeatures, dict[str, Any]]:
+    def build(self, setting: Setting | None = None) -> tuple[SoftmaxFeatures, dict[str, Any]]:
         """A feature map and options for ``favor_attention``, calibrated on all of the samples.
 
         Args:
@@ -69,19 +69,21 @@ class Plan:
             ``favor_attention(query, key, value, features, **options)``.
         """
         chosen = self.recommended if setting is None else setting
-        if not isinstance(chosen, Options):
+        if not isinstance(chosen, Setting):
             raise ValueError(
                 f"setting must be one of plan.settings or None, got {type(chosen).__name__}"
             )
-        options = {
+        fits = Fits(self.samples, self.seed)
+        favor = fits.attention(chosen, chosen.num_heads(self.samples))
+        assert isinstance(favor.feature_map, SoftmaxFeatures)
+        return favor.feature_map, {
             "is_causal": self.samples.is_causal,
             "scale": self.samples.scale,
             "window": chosen.window,
             "sinks": chosen.sinks,
-            "buckets": fit_buckets(chosen, self.samples, self.seed),
+            "buckets": favor.buckets,
             "backend": self.backend,
         }
-        return fit_features(chosen, self.samples, self.seed), options
 
     def table(self) -> str:
         """What printing the plan shows, with a row for every setting, fastest first."""

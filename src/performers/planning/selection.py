@@ -37,14 +37,6 @@ def choose(
       less error in less time.
     * Where nothing meets ``target_error``, the most accurate (within ``target_time``, if anything
       is); where nothing is as fast as ``target_time``, the fastest. Neither counts as met.
-
-    Args:
-        front: As `pareto_front` returns it.
-        target_error: Relative error.
-        target_time: Seconds.
-
-    Returns:
-        The choice.
     """
     if target_error is None and target_time is None:
         knee = min(front, key=lambda setting: setting.error**2 * setting.seconds)

@@ -1,5 +1,6 @@
-"""What `plan` can choose from: the options of a call, their cost, and what was measured."""
+"""What `plan` can choose from, its cost, and what was measured."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -7,6 +8,7 @@ from typing import cast
 
 from performers.features.projections import PROJECTIONS, Projection
 from performers.features.softmax import ESTIMATORS, Estimator
+from performers.nn import Approximation
 from performers.planning.samples import Samples
 
 TWO_SIDED = ("hyperbolic", "trigonometric")
@@ -14,53 +16,12 @@ _BALANCED = ("saderf", "data_aware")
 HEADS = ("key", "query")
 
 
-@dataclass(frozen=True)
-class Options:
-    """One way to call ``favor_attention``.
+@dataclass(frozen=True, kw_only=True)
+class Setting(Approximation):
+    """An approximation, and what it was measured to give; NaN before that.
 
     Attributes:
-        estimator: Of ``SoftmaxFeatures``.
-        projection: Of ``SoftmaxFeatures``.
         heads: A projection and a fit for each ``"key"`` head, or for each ``"query"`` head.
-        num_features: ``m``.
-        window: Pairs with ``|i - j| <= window`` are exact; None for none.
-        sinks: The first ``sinks`` keys are exact.
-        key_list: Keys that ``KeyBuckets`` list for a query, exact as well; 0 for none.
-    """
-
-    estimator: Estimator
-    projection: Projection
-    heads: str
-    num_features: int
-    window: int | None
-    sinks: int
-    key_list: int
-
-    def exact_terms(self) -> bool:
-        """Whether any key is met exactly."""
-        return self.window is not None or self.sinks > 0 or self.key_list > 0
-
-    def label(self) -> str:
-        """The options in words."""
-        parts = [f"{self.estimator} m={self.num_features}"]
-        if self.projection != "orthogonal":
-            parts.append(self.projection)
-        if self.heads != "key":
-            parts.append(f"a fit per {self.heads} head")
-        if self.window is not None:
-            parts.append(f"window {self.window}")
-        if self.sinks:
-            parts.append(f"{self.sinks} sinks")
-        if self.key_list:
-            parts.append(f"{self.key_list} listed keys")
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Setting(Options):
-    """Options, and what they were measured to give.
-
-    Attributes:
         error: Mean over held-out sequences and draws of the projection of
             ``|out - exact| / |exact|``, Frobenius norms over all heads and positions.
         error_sd: Standard deviation of the same; None where there is one measurement only.
@@ -74,13 +35,23 @@ class Setting(Options):
         multiply_adds: Per query and head, see ``multiply_adds``.
     """
 
-    error: float
-    error_sd: float | None
-    head_errors: tuple[float, ...]
-    seconds: float
-    timed: bool
-    ratio: float
-    multiply_adds: float
+    num_features: int
+    heads: str = "key"
+    error: float = math.nan
+    error_sd: float | None = None
+    head_errors: tuple[float, ...] = ()
+    seconds: float = math.nan
+    timed: bool = False
+    ratio: float = math.nan
+    multiply_adds: float = math.nan
+
+    def label(self) -> str:
+        """The setting in words."""
+        return super().label() + ("" if self.heads == "key" else f", a fit per {self.heads} head")
+
+    def num_heads(self, samples: Samples) -> int:
+        """Number of projections."""
+        return (samples.key if self.heads == "key" else samples.query).shape[1]
 
 
 def grid(
@@ -93,15 +64,12 @@ def grid(
     windows: Sequence[int | None],
     sinks: Sequence[int],
     key_lists: Sequence[int],
-) -> list[Options]:
+) -> list[Setting]:
     """All combinations that ``favor_attention`` accepts, fewest features first.
 
     Left out are listed keys with trigonometric features, which cannot be exchanged for exact terms
     one by one, antithetic rows for estimators that have every row's opposite already, and
     ``heads="query"`` where no key head is shared.
-
-    Raises:
-        ValueError: An argument holds something unknown or out of range, or nothing is left.
     """
     _check_names("estimators", estimators, ESTIMATORS)
     _check_names("projections", projections, PROJECTIONS)
@@ -122,8 +90,14 @@ def grid(
     if samples.query.shape[1] == samples.key.shape[1]:
         heads = ("key",)
     found = [
-        Options(
-            cast(Estimator, estimator), cast(Projection, projection), head, m, window, sink, listed
+        Setting(
+            num_features=m,
+            estimator=cast(Estimator, estimator),
+            projection=cast(Projection, projection),
+            heads=head,
+            window=window,
+            sinks=sink,
+            key_list=listed,
         )
         for m, estimator, projection, head, window, sink, listed in product(
             sorted(set(num_features)),
@@ -145,7 +119,7 @@ def grid(
     return found
 
 
-def multiply_adds(options: Options, samples: Samples, num_buckets: int) -> float:
+def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
     """Multiply-adds per query and query head that the formula of a setting needs.
 
     With ``r`` queries for every key that is turned into features (``L H / (S Hkv)``, or ``L / S``
@@ -156,36 +130,28 @@ def multiply_adds(options: Options, samples: Samples, num_buckets: int) -> float
     * balance of queries and keys (``data_aware``, ``saderf``): ``D^2 (1 + 1 / r)``;
     * window and sinks: ``n (D + Dv)``; ``n`` is the mean over queries;
     * lists: ``l (D + Dv)`` for the exact terms, ``l (m + Dv)`` to take their estimates out, and
-      ``num_buckets D (1 + 1 / r)`` to choose.
+      ``num_lists D (1 + 1 / r)`` to choose.
 
     What a backend does besides (chunks of causal sums, blocks) is in the measured time only.
-
-    Args:
-        options: The setting.
-        samples: The sequences, whose sizes count.
-        num_buckets: Of the ``KeyBuckets``.
-
-    Returns:
-        The number.
     """
     _, heads, length, head_dim = samples.query.shape
     key_heads, size, value_dim = samples.value.shape[1:]
-    shared = heads // key_heads if options.heads == "key" else 1
+    shared = heads // key_heads if setting.heads == "key" else 1
     both = 1 + size / (length * shared)
-    m = options.num_features
-    rows = m // 2 if options.estimator in TWO_SIDED else m
+    m = setting.num_features
+    rows = m // 2 if setting.estimator in TWO_SIDED else m
     total = (rows * head_dim + m * (value_dim + 1)) * both
-    if options.estimator in _BALANCED:
+    if setting.estimator in _BALANCED:
         total += head_dim**2 * both
     near = 0.0
-    if options.window is not None:
-        behind = _mean_reach(options.window, length)
+    if setting.window is not None:
+        behind = _mean_reach(setting.window, length)
         near = 1 + behind if samples.is_causal else 1 + 2 * behind
-    near = min(near + options.sinks, size)
-    listed = min(options.key_list, size)
+    near = min(near + setting.sinks, size)
+    listed = min(setting.key_list, size)
     total += (near + listed) * (head_dim + value_dim)
     if listed:
-        total += listed * (m + value_dim) + num_buckets * head_dim * both
+        total += listed * (m + value_dim) + num_lists * head_dim * both
     return total
 
 

@@ -21,16 +21,7 @@ _LEFT = 4
 
 
 def plan_text(plan: Plan, *, every: bool = False) -> str:
-    """The recommendation, the diagnosis and a table.
-
-    Args:
-        plan: What to show.
-        every: All settings; else the front and, to compare, the most accurate setting of each
-            estimator with features alone.
-
-    Returns:
-        Lines of at most 100 columns.
-    """
+    """The recommendation, the diagnosis and a table."""
     best, others = plan.recommended, _rows(plan, every)
     settings = [best, *(setting for setting in others if setting is not best)]
     rows: list[tuple[str, ...]] = [_HEADER]
@@ -107,7 +98,7 @@ def _rows(plan: Plan, every: bool) -> Sequence[Setting]:
             alone = [
                 setting
                 for setting in plan.settings
-                if setting.estimator == estimator and not setting.exact_terms()
+                if setting.estimator == estimator and not setting.has_exact_pairs
             ]
             least = min(alone, key=lambda setting: setting.error, default=None)
             if least is not None and least not in shown:

@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 from performers.models import PerformerCache, PerformerConfig, PerformerForCausalLM
 from performers.models.attention import build_mechanism
-from performers.models.configuration import COMPARATORS
 from performers.models.context import AttentionContext
 from tests.models.cases import (
+    COMPARATORS,
     EVERY,
     TOLERANCE,
     causal_model,

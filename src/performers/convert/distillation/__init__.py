@@ -1,0 +1,1 @@
+"""Training that brings a converted model back to the quality of its original."""

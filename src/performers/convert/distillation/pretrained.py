@@ -1,0 +1,235 @@
+"""Pretrained transformers models that lie in a local folder; nothing here uses the network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from performers.convert.interface.positions import learned_positions
+
+__all__ = ["LoadedModel", "load_model"]
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pretrained model and what is needed to feed it.
+
+    Attributes:
+        path: The folder or file it was read from.
+        model: A ``transformers.PreTrainedModel`` in evaluation mode, float32.
+        tokenizer: Its tokenizer, or None where the folder has none.
+        is_causal: Whether its attention is causal.
+        has_head: Whether it ends in a language-modelling head.
+    """
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    is_causal: bool
+    has_head: bool
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest input: the size of a learned table of positions; None where there is none."""
+        return learned_positions(self.model)
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
+        """Check token ids and a mask, and turn them into the model's keyword arguments."""
+        if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids must be token ids of shape (batch, length), got {input_ids.dtype} "
+                f"of shape {tuple(input_ids.shape)}"
+            )
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(
+                f"input_ids must lie in [0, {vocabulary - 1}], the model's vocabulary; got ids "
+                f"from {low} to {high}: tokenize with the model's own tokenizer"
+            )
+        length, limit = input_ids.shape[1], self.max_length
+        if limit is not None and length > limit:
+            raise ValueError(f"input_ids must have at most {limit} positions here, got {length}")
+        arguments: dict[str, Any] = {"input_ids": input_ids.to(self.model.device, torch.long)}
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
+                    f"got {tuple(attention_mask.shape)}"
+                )
+            mask = attention_mask.to(self.model.device) != 0
+            if not bool(mask.any(dim=1).all()):
+                raise ValueError("attention_mask hides every token of a row; leave that row out")
+            arguments["attention_mask"] = mask.to(torch.long)
+        if self.is_causal:
+            arguments["use_cache"] = False
+        return arguments
+
+
+def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
+    """Load a pretrained model and its tokenizer from a local folder or GGUF file.
+
+    A folder without tokenizer files may have its ``vocab.txt`` in the folder above it; a bare
+    ``vocab.txt`` is a BERT vocabulary, cased where it has tokens in upper case.
+
+    Args:
+        path: A folder as ``save_pretrained`` writes it (``config.json`` with safetensors or
+            ``pytorch_model.bin``), a ``.gguf`` file, or a folder with one.
+        head: Load the language-modelling head as well; None: if the files have one.
+
+    Returns:
+        The model in evaluation mode and float32.
+
+    Raises:
+        FileNotFoundError: The path, the configuration or the weights are missing.
+        ImportError: A GGUF file, and the package gguf is not installed.
+        ValueError: The files cannot be read as a model, or lack weights that the model needs.
+    """
+    folder, gguf = _locate(Path(path))
+    source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if gguf is not None:
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError(
+                f"{folder / gguf} is a GGUF file, which transformers reads with the package gguf; "
+                "install it with pip install gguf"
+            )
+        source["gguf_file"] = gguf
+    try:
+        with _quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, **source)
+            has_head = _has_head_class(config) if head is None else head
+            model, missing = _model(folder, config, has_head, source)
+            if head is None and has_head and missing:
+                has_head = False
+                model, missing = _model(folder, config, has_head, source)
+            tokenizer = _tokenizer(folder, config, source)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
+    if missing:
+        advice = "; it may have no language-modelling head: use head=False" if has_head else ""
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first of them "
+            f"{missing[0]}{advice}"
+        )
+    is_causal = getattr(config, "is_causal", True) and any(
+        getattr(module, "is_causal", False) for module in model.modules()
+    )
+    return LoadedModel(Path(path), model.eval(), tokenizer, bool(is_causal), has_head)
+
+
+def _locate(path: Path) -> tuple[Path, str | None]:
+    """The folder to read and the name of the GGUF file in it, if it is one."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(f"{path} is a file: expected a model folder or a .gguf file")
+        return path.parent, path.name
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such model folder or .gguf file")
+    has_config = (path / "config.json").is_file()
+    if has_config and any((path / name).is_file() for name in _WEIGHTS):
+        return path, None
+    found = sorted(entry.name for entry in path.glob("*.gguf"))
+    if len(found) > 1:
+        raise ValueError(f"{path} has {len(found)} .gguf files, {', '.join(found)}: name one")
+    if found:
+        return path, found[0]
+    wanted = f"weights ({' or '.join(_WEIGHTS[::2])})" if has_config else "config.json"
+    raise FileNotFoundError(f"{path} has no {wanted}: expected a folder saved by save_pretrained")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its report of the heads that were left out."""
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # Reading a GGUF file draws a bar that asks nobody.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _model(
+    folder: Path, config: Any, has_head: bool, source: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """The model, and the names of the weights that its files lack."""
+    model, report = _auto_class(config, has_head, folder).from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True, **source
+    )
+    if "gguf_file" in source:
+        _forget_quantization(model)
+    # Heads on top of the encoder's output change no attention.
+    return model, sorted(name for name in report["missing_keys"] if "pooler" not in name)
+
+
+def _forget_quantization(model: Any) -> None:
+    """What a GGUF file holds was decoded to float32; transformers would refuse to train it."""
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def _has_head_class(config: Any) -> bool:
+    return (
+        type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+        or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+
+
+def _auto_class(config: Any, has_head: bool, folder: Path) -> Any:
+    if not has_head:
+        return transformers.AutoModel
+    if not _has_head_class(config):
+        raise ValueError(
+            f"{folder} holds a {config.model_type}, for which transformers has no "
+            "language-modelling head: use head=False"
+        )
+    # An encoder such as BERT is in both tables; is_decoder is how its configuration tells.
+    is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    if is_masked and not getattr(config, "is_decoder", False):
+        return transformers.AutoModelForMaskedLM
+    return transformers.AutoModelForCausalLM
+
+
+def _tokenizer(folder: Path, config: Any, source: dict[str, Any]) -> Any:
+    if "gguf_file" in source or any((folder / name).is_file() for name in _TOKENIZERS):
+        return transformers.AutoTokenizer.from_pretrained(folder, **source)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return transformers.AutoTokenizer.from_pretrained(folder, **source)
+    places = [folder / "vocab.txt", folder.resolve().parent / "vocab.txt"]
+    vocabulary = next((place for place in places if place.is_file()), None)
+    if vocabulary is None or config.model_type != "bert":
+        return None
+    tokens = vocabulary.read_text(encoding="utf-8").splitlines()
+    cased = any(token != token.lower() for token in tokens if not token.startswith("["))
+    return transformers.BertTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, do_lower_case=not cased
+    )

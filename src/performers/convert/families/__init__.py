@@ -1,0 +1,1 @@
+"""Families of models that can be converted: one protocol of sites, observation, installation."""

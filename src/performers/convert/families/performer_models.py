@@ -1,0 +1,113 @@
+"""Models of ``performers.models`` with exact attention, made linear."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from performers.convert.families.base import Family, Site, pre_hooks
+from performers.models import PerformerConfig, PerformerPreTrainedModel
+from performers.models.attention import PerformerSelfAttention, build_mechanism
+from performers.nn import FavorAttention
+
+__all__ = ["PerformerModels"]
+
+
+class PerformerModels(Family[Site]):
+    """Turns a model with ``attention="exact"`` into one with ``"favor-softmax"``.
+
+    The model gets a configuration of its own that says what it has become, so that
+    ``save_pretrained`` and ``from_pretrained`` work as ever. Layers that the conversion leaves out
+    are the configuration's ``exact_layers``.
+    """
+
+    config: PerformerConfig
+
+    def sites(self) -> list[Site]:
+        """All layers; refuses a model whose attention is not exact."""
+        config = self.model.config
+        attention = config.attention
+        if attention != "exact":
+            reason = f"attention={attention!r}, which computes no attention that features could "
+            reason += "stand in for"
+            if attention.startswith("favor-"):
+                reason = f"linear attention already (attention={attention!r})"
+            raise ValueError(f"{self.kind} has {reason}: start from a model with attention='exact'")
+        if self.conversion.learned:
+            raise ValueError(
+                "learned features are not available for models of performers.models: their "
+                "configuration cannot say them"
+            )
+        return [
+            Site(name, module, False, config.head_dim, config.num_attention_heads)
+            for name, module in self.model.named_modules()
+            if isinstance(module, PerformerSelfAttention)
+        ]
+
+    def prepare(self, sites: Sequence[Site]) -> None:
+        """Make the configuration, which its constructor checks."""
+        before, conversion = self.model.config, self.conversion
+        linear = {site.module.layer for site in sites}
+        changes = {
+            "attention": "favor-softmax",
+            "num_features": conversion.num_features,
+            "estimator": conversion.estimator,
+            "projection": conversion.projection,
+            "regularized": False,
+            "window": conversion.window,
+            "sinks": conversion.sinks,
+            "features_per_head": True,
+            "exact_layers": sorted(set(range(before.num_hidden_layers)) - linear) or None,
+        }
+        PerformerConfig.from_dict({**before.to_dict(), **changes})
+        self.config = copy.deepcopy(before)
+        for name, value in changes.items():
+            setattr(self.config, name, value)
+
+    def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
+        """The mechanism of one layer."""
+        weight = site.module.query_key_value.weight
+        mechanism = build_mechanism(self.config, site.module.layer, generator)
+        assert isinstance(mechanism, FavorAttention)
+        return mechanism.to(weight.device, weight.dtype).train(site.module.training)
+
+    def observe(
+        self, favors: Mapping[Site, FavorAttention], add: Callable[..., None]
+    ) -> AbstractContextManager[None]:
+        """Report the calls of the exact mechanisms."""
+
+        def observer(site: Site) -> Callable[..., None]:
+            def observe(mechanism: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+                query, key, _, context, _ = args
+                add(
+                    site,
+                    query,
+                    key,
+                    is_causal=context.is_causal,
+                    key_mask=context.key_mask,
+                    cu_seqlens=context.cu_seqlens,
+                )
+
+            return observe
+
+        return pre_hooks({site.module.mechanism: observer(site) for site in favors})
+
+    def call(self, *args: Any, labels: Any = None, **options: Any) -> Any:
+        """Run the model on a batch of calibration."""
+        if self.model.config.is_decoder:
+            options.setdefault("use_cache", False)
+        return self.model(*args, **options)
+
+    def install(self, favors: Mapping[Site, FavorAttention]) -> None:
+        """Replace mechanisms and the configuration of the model and the models within it."""
+        for site, favor in favors.items():
+            site.module.mechanism = favor
+        before = self.model.config
+        for child in self.model.modules():
+            if isinstance(child, PerformerPreTrainedModel) and child.config is before:
+                child.config = self.config

@@ -1,0 +1,336 @@
+"""A trial run of a model before it is converted, on inputs made up from its configuration.
+
+The code of a model can do to its attention what no attribute tells: add a bias to the scores, take
+the mask apart, call an attention module with other keys than queries. The trial run finds it, so
+that `to_performer` refuses the model and not its first call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from performers.convert.families.base import Site, pre_hooks
+from performers.convert.fitting import evaluation
+from performers.convert.interface.cache import check_cache
+from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
+from performers.convert.interface.hooks import find_cache
+from performers.convert.interface.implementation import intercept_attention
+from performers.convert.interface.masks import check_reading
+
+__all__ = ["try_model"]
+
+_ROWS, _LENGTH = 2, 12
+_TOLERANCE = 1e-3
+
+
+def try_model(model: Any, parts: list[Site]) -> None:
+    """Run a model with exact attention through the interface and check the calls of some modules.
+
+    The model is run as it is first. Modules that it does not call on inputs that suit it are tried
+    with the models within it; where no made-up inputs suit these either, nothing is checked.
+    """
+    with evaluation(model), torch.random.fork_rng():
+        called = _try_inputs(model, parts)
+    left = [part for part in parts if part.module not in called]
+    for inner in _inner_models(model) if left else ():
+        inside = set(inner.modules())
+        if own := [part for part in left if part.module in inside]:
+            try_model(inner, own)
+
+
+def _inner_models(module: nn.Module) -> Iterator[Any]:
+    """The largest transformers models within a module."""
+    for child in module.children():
+        if isinstance(child, PreTrainedModel):
+            yield child
+        else:
+            yield from _inner_models(child)
+
+
+def _try_inputs(model: Any, parts: list[Site]) -> set[nn.Module]:
+    """The modules among the parts that the model calls, each of which computes as it should."""
+    for inputs in _candidates(model):
+        expected = _outputs(model, inputs)
+        if expected is None:
+            continue
+        called = _compare(model, parts, inputs, expected)
+        if "attention_mask" in inputs:
+            # Without padding transformers may leave the mask to the attention itself.
+            unmasked = {name: x for name, x in inputs.items() if name != "attention_mask"}
+            expected = _outputs(model, unmasked)
+            if expected is not None:
+                _compare(model, parts, unmasked, expected)
+        return called
+    return set()
+
+
+def _compare(
+    model: Any,
+    parts: list[Site],
+    inputs: Mapping[str, Tensor],
+    expected: list[Tensor],
+) -> set[nn.Module]:
+    kind = type(model).__name__
+    called: set[nn.Module] = set()
+    try:
+        got = _intercepted(model, parts, inputs, called)
+    except (TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
+        raise ValueError(
+            f"{kind} computes with its attention masks itself, which linear attention never "
+            f"forms ({type(error).__name__}: {error}): it cannot be converted"
+        ) from error
+    # Some models draw random numbers in evaluation too.
+    if not _close(got, expected) and _close(_outputs(model, inputs) or [], expected):
+        raise ValueError(
+            f"{kind} computes something else when its attention goes through the attention "
+            "interface of transformers: it cannot be converted"
+        )
+    return called
+
+
+def _intercepted(
+    model: Any, parts: list[Site], inputs: Mapping[str, Tensor], called: set[nn.Module]
+) -> list[Tensor]:
+    running: set[nn.Module] = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.discard(module)
+        _check_cache(module, args, kwargs)
+
+    def observer(part: Site) -> Callable[[AttentionCall], Tensor]:
+        def observe(call: AttentionCall) -> Tensor:
+            if part.module in running and not part.is_cross:
+                raise ValueError(
+                    f"{part.name} ({call.name}) attends more than once in a forward pass, for "
+                    "which a cache has one state: leave it exact with to_performer(..., layers=...)"
+                )
+            running.add(part.module)
+            called.add(part.module)
+            check_linear(call)
+            check_reading(call.pattern, call.query.shape[2], call.key.shape[2], part.name)
+            _check_heads(part, call)
+            return exact_attention(call)
+
+        return observe
+
+    entered = {part.module: enter for part in parts if not part.is_cross}
+    observers = {part.module: observer(part) for part in parts}
+    with pre_hooks(entered), intercept_attention(observers, model):
+        return _tensors(model(**inputs))
+
+
+def _check_heads(part: Site, call: AttentionCall) -> None:
+    where = f"{part.name} ({call.name})"
+    length, size = call.query.shape[2], call.key.shape[2]
+    if length != size and not part.is_cross:
+        raise ValueError(
+            f"{where} attends from {length} queries to {size} other keys, so that it is no "
+            "self-attention: leave it exact with to_performer(..., layers=...)"
+        )
+    heads, width = call.key.shape[1], call.query.shape[-1]
+    if (heads, width) != (part.key_heads, part.head_dim):
+        raise ValueError(
+            f"{where} has {heads} heads of width {width} in its keys where its attributes tell of "
+            f"{part.key_heads} of {part.head_dim}: leave it exact with to_performer(..., "
+            "layers=...)"
+        )
+
+
+def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = find_cache(args, kwargs)
+    index: Any = getattr(module, "layer_idx", None)
+    if cache is not None and index is not None:
+        check_cache(cache, index)
+
+
+def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
+    """Floating-point outputs of the model as it is; None: these are no inputs of it."""
+    try:
+        return _tensors(model(**inputs)) or None
+    # Inputs that are made up may raise anything; what it is tells nothing of the conversion.
+    except Exception:
+        return None
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = [value for name, value in output.items() if "attentions" not in name]
+    if isinstance(output, (list, tuple)):
+        return [tensor for value in output for tensor in _tensors(value)]
+    return []
+
+
+def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
+    if [x.shape for x in got] != [x.shape for x in expected]:
+        return False
+    for x, y in zip(got, expected, strict=True):
+        a, b = x.double(), y.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = (a - b).masked_fill(same, 0.0)
+        size = b.nan_to_num(0.0, 0.0, 0.0).norm()
+        # Half precision rounds by more than a wrong mask moves.
+        bound = _TOLERANCE if y.itemsize > 2 else 0.1
+        if not bool(difference.norm() <= bound * size + 1e-6):
+            return False
+    return True
+
+
+def _find(config: Any, *names: str, default: Any) -> Any:
+    """The first of some attributes that a configuration or one within it has."""
+    queue = [config]
+    while queue:
+        here = queue.pop(0)
+        for name in names:
+            if (value := getattr(here, name, None)) is not None:
+                return value
+        queue += [x for x in vars(here).values() if isinstance(x, PreTrainedConfig)]
+    return default
+
+
+def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
+    """Inputs to be tried, those with most kinds of data first."""
+    config, names = model.config, set(inspect.signature(type(model).forward).parameters)
+    reference = next(model.parameters(), torch.empty(0))
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(reference)
+
+    def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(reference.device) for name, value in inputs.items()}
+
+    ids = _token_ids(config, random)
+    text: dict[str, Tensor] = {}
+    if "input_ids" in names:
+        text["input_ids"] = ids
+        if "attention_mask" in names:
+            mask = torch.ones_like(ids)
+            mask[1, -3:] = 0
+            text["attention_mask"] = mask
+        if "bbox" in names:
+            corner = torch.randint(0, 8, (_ROWS, _LENGTH, 2), generator=random)
+            text["bbox"] = torch.cat((corner, corner + 3), -1)
+    decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
+    others = (_images, _sounds, _series)
+    for other in (x for make in others for x in make(config, names, normal)):
+        for places in _placeholders(config, text, other):
+            yield moved({**places, **other, **decoder})
+        yield moved({**text, **other, **decoder})
+        yield moved({**other, **decoder})
+        yield moved(other)
+    if text:
+        yield moved({**text, **decoder})
+        yield moved(text)
+        yield moved({"input_ids": ids})
+    width = _find(config, "hidden_size", "d_model", default=32)
+    for name in {"inputs_embeds", "hidden_states"} & names:
+        yield {name: normal(_ROWS, _LENGTH, width)}
+
+
+def _token_ids(config: Any, random: torch.Generator) -> Tensor:
+    """Tokens that are none of the special ones a configuration names."""
+    vocabulary = _find(config, "vocab_size", default=32)
+    parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
+    special = {
+        value
+        for part in parts
+        for name, value in vars(part).items()
+        if isinstance(value, int) and ("token" in name or name.endswith("_id"))
+    }
+    ordinary = [x for x in range(min(vocabulary, 1000)) if x not in special] or [0]
+    chosen = torch.randint(len(ordinary), (_ROWS, _LENGTH), generator=random)
+    return torch.tensor(ordinary)[chosen]
+
+
+def _placeholders(
+    config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """The text with as many places for images in it as the model might want."""
+    token = _find(config, "image_token_id", "image_token_index", default=None)
+    pixels = other.get("pixel_values")
+    if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:
+        return
+    vision = getattr(config, "vision_config", None) or config
+    patch = _find(vision, "patch_size", default=8)
+    cells = pixels[0].numel() // (pixels.shape[-3] if pixels.ndim > 3 else 1) // patch**2
+    resampled = _find(config, "image_seq_length", "resampler_n_latents", default=cells)
+    for count in dict.fromkeys((cells, resampled, cells + 1, cells // 4, cells // 16)):
+        ids, mask = text["input_ids"], text.get("attention_mask")
+        marks = ids.new_full((_ROWS, count), token)
+        inputs = {"input_ids": torch.cat((ids[:, :2], marks, ids[:, 2:]), 1)}
+        if mask is not None:
+            inputs["attention_mask"] = torch.cat((torch.ones_like(marks), mask), 1)
+        yield inputs
+
+
+def _images(
+    config: Any, names: set[str], normal: Callable[..., Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    if "pixel_values" not in names:
+        return
+    vision = getattr(config, "vision_config", None) or config
+    size = _find(vision, "image_size", "img_size", "input_image_size", default=32)
+    if isinstance(size, dict):
+        size = (size.get("height", 32), size.get("width", 32))
+    height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
+    channels = _find(vision, "num_channels", "in_channels", "in_chans", default=3)
+    patch = _find(vision, "patch_size", default=8)
+    if not all(isinstance(x, int) for x in (height, width, channels, patch)):
+        return
+    if {"spatial_shapes", "pixel_attention_mask"} <= names:
+        yield {
+            "pixel_values": normal(_ROWS, 16, channels * patch * patch),
+            "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
+            "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
+        }
+    yield {"pixel_values": normal(1, channels, height, width)}
+    yield {"pixel_values": normal(_ROWS, channels, height, width)}
+    for frames in (_find(config, "num_frames", default=2), 1):
+        yield {"pixel_values": normal(_ROWS, frames, channels, height, width)}
+
+
+def _sounds(
+    config: Any, names: set[str], normal: Callable[..., Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    mel = _find(
+        config,
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "n_mels",
+        "mel_dim",
+        default=80,
+    )
+    if "input_features" in names:
+        source = _find(config, "max_source_positions", default=50)
+        yield {"input_features": normal(_ROWS, mel, 2 * source)}
+        yield {"input_features": normal(_ROWS, 64, mel)}
+        yield {"input_features": normal(_ROWS, 64, 4 * mel)}
+        ones = torch.ones(_ROWS, 64, dtype=torch.int64)
+        yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
+    if "input_values" in names:
+        yield {"input_values": normal(_ROWS, 6000)}
+        yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
+
+
+def _series(
+    config: Any, names: set[str], normal: Callable[..., Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    if "past_values" not in names:
+        return
+    length = _find(config, "context_length", default=32)
+    for shape in ((_ROWS, length), (_ROWS, length, 1)):
+        inputs = {
+            "past_values": normal(*shape),
+            "past_values_padding": torch.zeros(shape, dtype=torch.int64),
+            "freq": torch.zeros(_ROWS, 1, dtype=torch.int64),
+        }
+        yield {name: value for name, value in inputs.items() if name in names}

@@ -1,0 +1,1 @@
+"""What transformers calls in a converted model: attention, masks, caches, hooks."""

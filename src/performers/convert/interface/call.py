@@ -1,0 +1,286 @@
+"""One call of a model's attention, and how exact and linear layers compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.output_capturing import _active_collector
+
+from performers.convert.interface.cache import ConvertedCacheLayer
+from performers.convert.interface.masks import AttentionPattern
+from performers.models.arguments import is_tracing
+from performers.nn import FavorAttention
+
+__all__ = [
+    "AttentionCall",
+    "check_linear",
+    "exact_attention",
+    "exact_weights",
+    "linear_attention",
+    "linear_weights",
+    "sliding_attention",
+    "weights_wanted",
+]
+
+# Arguments of the attention interface that make attention something else than masked softmax.
+_OTHER_ATTENTION = {
+    "softcap": "soft-capping of the scores",
+    "s_aux": "learned sink logits in the softmax",
+    "sinks": "learned sink logits in the softmax",
+    "position_bias": "a position bias on the scores",
+    "indices": "keys chosen by an indexer",
+    "block_indices": "blocks of keys chosen by an indexer",
+    "cache": "a paged cache (continuous batching)",
+}
+# Those of them that torch's attention, which computes exact layers, would pass over in silence.
+_UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
+
+
+@dataclass
+class AttentionCall:
+    """One call of a model's attention, after projections and rotary positions.
+
+    Attributes:
+        module: The attention module.
+        query: (B, H, L, D).
+        key: (B, Hkv, S, D); Hkv divides H.
+        value: (B, Hkv, S, Dv).
+        scale: Factor of the scores.
+        pattern: Who sees whom.
+        dropout: Probability that a weight is dropped.
+        cache_layer: The past of a linear layer, or None.
+        options: What else the model passed.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    pattern: AttentionPattern
+    dropout: float
+    cache_layer: ConvertedCacheLayer | None
+    options: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The module's class, for messages."""
+        return type(self.module).__name__
+
+    def dense_mask(self) -> Tensor | None:
+        """The mask (B or 1, 1, L, S) for torch's attention; None: none is needed."""
+        mask = self.pattern.dense()
+        return None if mask is None else mask.to(self.query.device)
+
+
+def exact_attention(call: AttentionCall) -> Tensor:
+    """Softmax attention as torch computes it, under whatever mask the model asks for."""
+    for name in _UNKNOWN_TO_TORCH:
+        if call.options.get(name) is not None:
+            raise ValueError(
+                f"{call.name} asks for {_OTHER_ATTENTION[name]}, which only the model's own "
+                "attention can do: it cannot be converted, not even in part"
+            )
+    pattern, length = call.pattern, call.query.shape[2]
+    window = pattern.window
+    if (
+        window is not None
+        and pattern.unknown is None
+        and pattern.sequence_ids is None
+        and call.key.shape[2] == length > 4 * (window + 1)
+        and not call.dropout
+        and not any(call.options.get(name) is not None for name in _OTHER_ATTENTION)
+    ):
+        return sliding_attention(
+            call.query,
+            call.key,
+            call.value,
+            window,
+            is_causal=pattern.is_causal,
+            key_mask=pattern.key_mask,
+            scale=call.scale,
+        )
+    out, _ = sdpa_attention_forward(
+        call.module,
+        call.query,
+        call.key,
+        call.value,
+        call.dense_mask(),
+        dropout=call.dropout,
+        scaling=call.scale,
+        is_causal=pattern.is_causal,
+        **call.options,
+    )
+    return out.transpose(1, 2)
+
+
+def linear_attention(block: FavorAttention, call: AttentionCall) -> Tensor:
+    """The call computed by a converted module's features and exact terms."""
+    check_linear(call)
+    pattern, cache, length = call.pattern, call.cache_layer, call.query.shape[2]
+    key_mask = pattern.key_mask
+    if cache is not None and key_mask is not None:
+        key_mask = key_mask[:, -length:]
+        if cache.state is None:
+            cache.padding = (key_mask.cumsum(-1) == 0).sum(-1)
+    out, state = block(
+        call.query,
+        call.key,
+        call.value,
+        is_causal=pattern.is_causal,
+        key_mask=key_mask,
+        cu_seqlens=pattern.cu_seqlens,
+        scale=call.scale,
+        state=None if cache is None else cache.state,
+        return_state=cache is not None,
+    )
+    if cache is not None:
+        cache.set_state(state, length)
+    return out
+
+
+def _continues(call: AttentionCall) -> bool:
+    """True if the mask or the positions of a causal call tell of tokens before it."""
+    if not call.pattern.is_causal or is_tracing():
+        return False
+    if int(call.pattern.past) > 0:
+        return True
+    positions = call.options.get("position_ids")
+    single = call.query.shape[2] == 1 == call.key.shape[2]
+    return single and isinstance(positions, Tensor) and bool((positions > 0).any())
+
+
+def check_linear(call: AttentionCall) -> None:
+    """Refuse what linear attention cannot do."""
+    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
+    problem = pattern.unknown
+    for name, text in _OTHER_ATTENTION.items():
+        if call.options.get(name) is not None:
+            problem = text
+    if problem is None and call.dropout:
+        problem = f"dropout of {call.dropout} on weights that are never formed"
+    if problem is None and pattern.window is not None and pattern.window < size - 1:
+        problem = f"a sliding window of its own ({pattern.window})"
+    if problem is None and call.cache_layer is not None:
+        if not pattern.is_causal:
+            problem = "a cache in attention that is not causal"
+        elif pattern.sequence_ids is not None:
+            problem = "a cache together with packed sequences"
+    if problem is None and call.cache_layer is None and _continues(call):
+        problem = (
+            "a step that continues earlier tokens, whose cache did not reach its attention module "
+            "under a name or type that performers knows"
+        )
+    boundaries = call.options.get("cu_seq_lens_q")
+    if (
+        problem is None
+        and pattern.sequence_ids is None
+        and boundaries is not None
+        and len(boundaries) > 2
+    ):
+        problem = "packed sequences without the position_ids that tell where each begins"
+    if problem is not None:
+        raise ValueError(
+            f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
+            "exact with to_performer(..., layers=...)"
+        )
+    if pattern.is_causal and length != size:
+        raise ValueError(
+            f"{call.name} has {length} queries and {size} keys: causal attention needs as many "
+            "keys as queries, and the past in the cache that the converted model made"
+        )
+
+
+def weights_wanted(options: Mapping[str, Any]) -> bool:
+    """Whether somebody asks for the matrix of weights."""
+    if options.get("output_attentions"):
+        return True
+    # Most models record what their modules return, and do not hand the option down to them.
+    collected = _active_collector.get() or {}
+    return any(name.endswith("attentions") for name in collected)
+
+
+def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
+    """The matrix (B, H, L, S) that linear attention implies."""
+    if call.cache_layer is not None or call.pattern.sequence_ids is not None:
+        raise ValueError(
+            "output_attentions is not available with a cache or packed sequences; pass "
+            "use_cache=False and one sequence in a row"
+        )
+    return block.weights(
+        call.query,
+        call.key,
+        is_causal=call.pattern.is_causal,
+        key_mask=call.pattern.key_mask,
+        scale=call.scale,
+    )
+
+
+def exact_weights(call: AttentionCall) -> Tensor:
+    """The matrix (B, H, L, S) of an exact layer."""
+    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
+    key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
+    mask = call.dense_mask()
+    if mask is None and pattern.is_causal:
+        # Aligned at the last key, where a cache brings more keys than there are queries.
+        mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1).to(call.query.dtype)
+
+
+def sliding_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    *,
+    is_causal: bool,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax over the keys with ``|i - j| <= window`` alone; queries that see no key get zeros.
+
+    Queries are taken in blocks, each against the keys that its members reach, through
+    ``scaled_dot_product_attention``: time and memory are linear in the length. Keys and values may
+    have fewer heads; ``key_mask`` is ``(B, L)`` bool, True where a key takes part.
+    """
+    batch, heads, length = query.shape[:3]
+    block = max(1, min(length, max(window, 64)))
+    count = -(-length // block)
+    front, back = window, 0 if is_causal else window
+    width = front + block + back
+    fill = count * block - length
+
+    groups = heads // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # (B, N, H, block, D) against (B, N, H, width, D).
+    blocks = F.pad(query, (0, 0, 0, fill)).unflatten(2, (count, block)).transpose(1, 2)
+    keys, values = (
+        F.pad(x, (0, 0, front, fill + back)).unfold(2, width, block).permute(0, 2, 1, 4, 3)
+        for x in (key, value)
+    )
+    taking = key_mask
+    if taking is None:
+        taking = torch.ones(1, length, dtype=torch.bool, device=query.device)
+    taking = F.pad(taking, (front, fill + back)).unfold(1, width, block)
+    here = torch.arange(block, device=query.device).unsqueeze(-1) + front
+    distance = torch.arange(width, device=query.device) - here
+    seen = (distance >= -window) & (distance <= back)
+    mask = (seen & taking.unsqueeze(-2)).unsqueeze(2)
+    blind = ~mask.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(
+        blocks, keys, values, attn_mask=(mask | blind).expand(batch, -1, -1, -1, -1), scale=scale
+    )
+    out = out.masked_fill(blind, 0.0)
+    return out.transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -1,0 +1,114 @@
+"""Forward pre-hooks of converted models: the cache of an attention module, positions of a model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from performers.convert.conversion import FAVOR
+from performers.convert.interface.cache import (
+    ConvertedCacheLayer,
+    leave_cache_layer,
+    state_layer,
+    take_cache_layer,
+)
+
+# A model that comes out of a pickle brings this module along, and with it the registration.
+from performers.convert.interface.implementation import IMPLEMENTATION
+from performers.models.arguments import CACHE_KEYWORDS, is_tracing
+
+__all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
+
+# Under which a cache of another kind than transformers' own would come; those are known by type.
+_NAMES = (*CACHE_KEYWORDS, "past_key_value", "layer_past")
+
+
+def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: the module's layer of the cache becomes a state.
+
+    The attention interface is not told of the cache, so the layer is left for `take_cache_layer`.
+    With another attention implementation than ``"favor"`` nothing happens.
+    """
+    # What a call that failed has left.
+    take_cache_layer(module)
+    config: Any = module.config
+    if config._attn_implementation != IMPLEMENTATION:
+        return
+    cache = find_cache(args, kwargs)
+    if cache is None:
+        return
+    index: Any = getattr(module, "layer_idx", None)
+    if index is None:
+        raise ValueError(f"{type(module).__name__} has no layer_idx: it cannot use a cache")
+    layer = state_layer(cache, index)
+    layer.expect()
+    leave_cache_layer(module, layer)
+
+
+def is_rotary_model(module: nn.Module) -> bool:
+    """True of a model that makes the angles of rotary positions, and has no other positions."""
+    if not isinstance(module, PreTrainedModel):
+        return False
+    names = inspect.signature(type(module).forward).parameters
+    if not {"attention_mask", "position_ids"} <= set(names):
+        return False
+    return any("RotaryEmbedding" in type(child).__name__ for child in module.children())
+
+
+def enter_rotary_model(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A forward pre-hook: padding before the first token of a row does not count as positions.
+
+    Exact attention depends on differences of rotary positions alone. Random features depend on the
+    positions themselves, so that a row padded on the left would not equal the row alone.
+    """
+    signature = inspect.signature(type(module).forward)
+    call = signature.bind_partial(module, *args, **kwargs).arguments
+    tokens = call.get("input_ids")
+    tokens = call.get("inputs_embeds") if tokens is None else tokens
+    if call.get("position_ids") is not None or not isinstance(tokens, Tensor):
+        return None
+    cache, length = find_cache(args, kwargs), tokens.shape[1]
+    layer = None if cache is None else _first_layer(module, cache)
+    past = 0 if layer is None else layer.get_seq_length()
+    padding = None if layer is None else layer.padding
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
+        padding = (mask.cumsum(-1) == 0).sum(-1)
+    if padding is None:
+        return None
+    if not is_tracing() and not bool((padding > 0).any()):
+        return None
+    index = torch.arange(past, past + length, device=tokens.device)
+    positions = (index - padding.to(tokens.device).unsqueeze(-1)).clamp_min(0)
+    place = list(signature.parameters).index("position_ids") - 1
+    if place < len(args):
+        return (*args[:place], positions, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "position_ids": positions}
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among the arguments of a forward pass, known by its type, or None."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Cache):
+            return value
+    for name in _NAMES:
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return None
+
+
+def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
+    """The state in a cache of the first converted layer of a model."""
+    config: Any = module.config
+    if config._attn_implementation != IMPLEMENTATION:
+        return None
+    found: list[Any] = [x for x in module.modules() if getattr(x, FAVOR, None) is not None]
+    indices = [x.layer_idx for x in found if isinstance(getattr(x, "layer_idx", None), int)]
+    return state_layer(cache, min(indices)) if indices else None

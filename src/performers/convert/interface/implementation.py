@@ -1,0 +1,190 @@
+"""The attention implementation ``"favor"`` of transformers.
+
+transformers models ask for their attention and their masks by name. Importing this module
+registers ``"favor"`` for both. A module that `to_performer` has given a `FavorAttention` is
+computed by it; a module that was left exact is computed by torch, in linear time where the model
+itself has a sliding window. Nothing that the model asks for is ignored: what
+linear attention cannot do is refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from performers.convert.conversion import FAVOR
+from performers.convert.interface.cache import take_cache_layer
+from performers.convert.interface.call import (
+    AttentionCall,
+    exact_attention,
+    exact_weights,
+    linear_attention,
+    linear_weights,
+    weights_wanted,
+)
+from performers.convert.interface.masks import AttentionPattern, pattern_mask
+from performers.convert.interface.modules import interface_modules
+from performers.convert.record import SAVED_IMPLEMENTATION
+from performers.nn import FavorAttention
+
+__all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]
+
+IMPLEMENTATION = "favor"
+_INTERCEPTED: WeakKeyDictionary[nn.Module, Callable[[AttentionCall], Tensor]] = WeakKeyDictionary()
+
+
+def favor_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionPattern | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function registered with transformers' ``AttentionInterface``.
+
+    ``attention_mask`` is what `pattern_mask` made, or a tensor that the user passed. Returns
+    ``(B, L, H, Dv)``, and the matrix of weights ``(B, H, L, S)`` when ``output_attentions`` asks
+    for it, else None; the exact layers of a converted model give theirs too.
+    """
+    call = AttentionCall(
+        module,
+        query,
+        key,
+        value,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        _pattern(module, attention_mask, is_causal, query.device),
+        dropout,
+        take_cache_layer(module),
+        options,
+    )
+    weights = None
+    if module in _INTERCEPTED:
+        if call.cache_layer is not None:
+            raise ValueError(
+                "a converted model cannot use a cache while its attention is calibrated or "
+                "trained: pass use_cache=False"
+            )
+        out = _INTERCEPTED[module](call)
+    else:
+        block = _block(call)
+        out = exact_attention(call) if block is None else linear_attention(block, call)
+        if weights_wanted(options):
+            weights = exact_weights(call) if block is None else linear_weights(block, call)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), weights
+
+
+def _pattern(
+    module: nn.Module,
+    mask: AttentionPattern | Tensor | None,
+    is_causal: bool | None,
+    device: torch.device,
+) -> AttentionPattern:
+    if isinstance(mask, AttentionPattern):
+        # The layers of a model may be spread over devices.
+        return mask.on(device)
+    if mask is None:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        return AttentionPattern(is_causal=bool(causal))
+    return AttentionPattern(
+        unknown=f"a mask of shape {tuple(mask.shape)} instead of one of shape (batch, length)",
+        make_dense=lambda: mask,
+    )
+
+
+def _block(call: AttentionCall) -> FavorAttention | None:
+    try:
+        block: FavorAttention | None = getattr(call.module, FAVOR)
+    except AttributeError:
+        raise ValueError(
+            f"{call.name} has no random features: attn_implementation='favor' is set by "
+            "performers.convert.to_performer(model), which adds them; call that on a model loaded "
+            "as usual, or performers.convert.load_performer on a saved one"
+        ) from None
+    return block
+
+
+@contextlib.contextmanager
+def intercept_attention(
+    modules: Mapping[nn.Module, Callable[[AttentionCall], Tensor]], model: Any
+) -> Iterator[None]:
+    """Inside this context, calls of some attention modules go to functions of one's own.
+
+    The model, converted or not, runs with the ``"favor"`` implementation meanwhile; modules
+    without a function of their own compute what they always do. All is as before afterwards, also
+    after an error.
+    """
+    before = _implementations(model)
+    functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
+        module: exact_attention
+        for _, module in interface_modules(model)
+        if not hasattr(module, FAVOR)
+    }
+    functions.update(modules)
+    outer = {module: _INTERCEPTED[module] for module in functions if module in _INTERCEPTED}
+    try:
+        set_implementation(model)
+        _INTERCEPTED.update(functions)
+        yield
+    finally:
+        for module in functions:
+            _INTERCEPTED.pop(module, None)
+        _INTERCEPTED.update(outer)
+        _restore(before)
+
+
+def set_implementation(model: Any) -> None:
+    """Let a transformers model and its parts use ``"favor"``."""
+    before = _implementations(model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    left = [
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+        and module.config._attn_implementation != IMPLEMENTATION
+    ]
+    if left:
+        _restore(before)
+        raise ValueError(
+            f"{', '.join(sorted(set(left)))} does not go through the attention interface of "
+            "transformers: its attention cannot be made linear"
+        )
+
+
+def _implementations(model: Any) -> list[tuple[Any, Any]]:
+    configs = {
+        id(module.config): module.config
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    }
+    return [(config, config._attn_implementation) for config in configs.values()]
+
+
+def _restore(implementations: list[tuple[Any, Any]]) -> None:
+    # In the order of the modules: a configuration hands its own down to those within it.
+    for config, implementation in implementations:
+        config._attn_implementation = implementation
+
+
+def _unconverted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The function registered under the name that saved configurations carry."""
+    del args, kwargs
+    raise ValueError(
+        f"{type(module).__name__} comes from the folder of a converted model, but its features "
+        "were not loaded: open the folder with performers.convert.load_performer"
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, favor_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, pattern_mask)
+AttentionInterface.register(SAVED_IMPLEMENTATION, _unconverted_forward)
+AttentionMaskInterface.register(SAVED_IMPLEMENTATION, pattern_mask)

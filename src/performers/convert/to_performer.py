@@ -1,0 +1,187 @@
+"""From a pretrained Transformer to a Performer, in one call."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from performers.convert.conversion import Conversion
+from performers.convert.families.base import Family
+from performers.convert.fitting import check_calibration, fit
+from performers.features.projections import Projection
+from performers.features.softmax import Estimator
+
+__all__ = ["convert", "to_performer"]
+
+_LOG = logging.getLogger("performers")
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def to_performer(
+    model: Model,
+    *,
+    num_features: int | None = None,
+    estimator: Estimator = "positive",
+    window: int | None = None,
+    sinks: int = 0,
+    key_list: int = 0,
+    calibration: Iterable[Any] | None = None,
+    layers: Iterable[int] | None = None,
+    projection: Projection = "orthogonal",
+    cross_attention: bool = False,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Make the attention of a model linear in the length of its input, in place.
+
+    Softmax attention ``softmax(scale q . k) v`` becomes an estimate by random features
+    (``favor_attention``), exact within ``window`` and for the first ``sinks`` keys. Weights stay
+    as they are. What works best on pretrained models is ``estimator="data_aware"`` with a few
+    ``calibration`` batches, a ``window`` of 32 to 128, and 4 ``sinks`` for decoders; then
+    `distill`.
+
+    Layers that attend within a sliding window of their own stay exact (they are linear already),
+    and so does attention from a decoder to an encoder unless ``cross_attention`` asks for it.
+    Dropout on attention weights, which are never formed, is switched off in the converted layers,
+    with a warning.
+
+    A transformers model is saved with ``save_pretrained`` as usual and loaded with
+    `load_performer`. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
+    ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it into a
+    model converted with the same arguments.
+
+    Args:
+        model: A transformers model whose attention goes through the attention interface, a model
+            of ``performers.models`` with exact attention, or a torch model with
+            ``nn.MultiheadAttention`` in it.
+        num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
+        estimator: As in ``SoftmaxFeatures``.
+        window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
+        sinks: The first ``sinks`` keys are exact for every query.
+        key_list: Each query also meets this many keys exactly that are listed for their content
+            (``KeyBuckets``, fitted to the queries of ``calibration`` if there are any); 0: none.
+            For encoders among transformers models: lists know no running sums.
+        calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
+            input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few
+            thousand tokens do.
+        layers: Indices of the attention layers that become linear, negative ones from the end; the
+            others stay exact. Counted are, in the order of the model, those that can become
+            linear: not those with a sliding window of their own. None: all.
+        projection: As in ``SoftmaxFeatures``.
+        cross_attention: Also convert attention from a decoder to an encoder (features alone).
+        generator: Where the projections are drawn from; None: torch's own.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: The model does what linear attention cannot do, has no attention that can be
+            converted, is converted already, or an argument is out of range; the model is then as
+            it was.
+
+    Example:
+        >>> import torch
+        >>> from performers.convert import to_performer
+        >>> encoder = torch.nn.TransformerEncoder(
+        ...     torch.nn.TransformerEncoderLayer(64, 4, dropout=0.0, batch_first=True), 2
+        ... )
+        >>> linear = to_performer(encoder, window=16)
+        >>> linear(torch.randn(1, 1000, 64)).shape
+        torch.Size([1, 1000, 64])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
+    conversion = Conversion(
+        num_features=num_features,
+        estimator=estimator,
+        projection=projection,
+        window=window,
+        sinks=sinks,
+        key_list=key_list,
+        layers=None if layers is None else tuple(layers),
+        cross_attention=cross_attention,
+    )
+    # Refuses names and numbers that do not exist before anything else happens.
+    conversion.features(8, 1)
+    names = convert(_family(model, conversion), calibration, generator)
+    _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
+    return model
+
+
+def convert(
+    family: Family[Any],
+    calibration: Iterable[Any] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[str]:
+    """Convert a model of any family."""
+    conversion = family.conversion
+    if conversion.key_list and not family.takes_lists:
+        raise ValueError(
+            f"key_list={conversion.key_list} is for encoders among transformers models, and "
+            f"{family.kind} is none: pass key_list=0, with a larger window"
+        )
+    fits = not family.is_loading and check_calibration(conversion, calibration)
+    sites = conversion.choose(family.sites())
+    for site in sites:
+        if (reason := site.refusal()) is not None:
+            raise ValueError(f"{site.name} ({type(site.module).__name__}) {reason}")
+    family.prepare(sites)
+    favors = {site: family.build(site, generator) for site in sites}
+    if fits and calibration is not None:
+        fit(family, favors, calibration)
+    if conversion.learned:
+        for site, favor in favors.items():
+            favor.learn_(site.key_heads)
+    family.install(favors)
+    dropped = [site for site in sites if site.dropout()]
+    rates = sorted({site.dropout() for site in dropped})
+    for site in dropped:
+        site.switch_dropout_off()
+    if rates and not family.is_loading:
+        warnings.warn(
+            f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
+            f"{len(dropped)} converted layers: linear attention never forms the weights",
+            stacklevel=3,
+        )
+    return [site.name for site in sites]
+
+
+def _family(model: nn.Module, conversion: Conversion) -> Family[Any]:
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        # A torch model needs nothing else.
+        pass
+    else:
+        if isinstance(model, PreTrainedModel):
+            from performers.models import PerformerConfig
+
+            if isinstance(model.config, PerformerConfig):
+                from performers.convert.families.performer_models import PerformerModels
+
+                return PerformerModels(model, conversion)
+            from performers.convert.families.transformers_models import TransformersModels
+
+            return TransformersModels(model, conversion)
+        _check_no_wrapper(model, PreTrainedModel)
+    from performers.convert.families.torch_modules import TorchModules
+
+    return TorchModules(model, conversion)
+
+
+def _check_no_wrapper(model: nn.Module, kind: type) -> None:
+    """Name the model to pass where one around it was passed."""
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
+            raise ValueError(
+                f"model is a {type(model).__name__} around a {type(module).__name__}: pass the "
+                f"transformers model itself, model{''.join(parts)}, which is converted in place"
+            )

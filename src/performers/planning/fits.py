@@ -1,0 +1,86 @@
+"""Approximations calibrated on one set of samples: what two have in common is fitted once."""
+
+import contextlib
+from dataclasses import replace
+
+import torch
+
+from performers.attention import KeyBuckets
+from performers.features import SoftmaxFeatures
+from performers.features.softmax import Estimator
+from performers.nn import Approximation, FavorAttention
+from performers.planning.samples import Samples
+
+NUM_LISTS = 16
+"""Lists of keys in a head."""
+
+
+class Fits:
+    """Attention modules calibrated on samples.
+
+    A fit depends on the estimator, the heads, the window and the sinks, neither on the number of
+    features nor on how they are drawn; lists of keys depend on the heads and their length.
+
+    Args:
+        samples: Samples to calibrate on.
+        seed: Draw ``i`` of every approximation is seeded with ``seed + i``.
+    """
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples = samples
+        self._seed = seed
+        self._features: dict[Approximation, dict[int, SoftmaxFeatures]] = {}
+        self._lists: dict[tuple[int, int], KeyBuckets] = {}
+
+    def attention(
+        self, approximation: Approximation, num_heads: int, draw: int = 0
+    ) -> FavorAttention:
+        """The calibrated attention with its ``draw``-th projection."""
+        favor = self._build(replace(approximation, key_list=0), num_heads, self._seed + draw)
+        if approximation.is_calibrated:
+            assert isinstance(favor.feature_map, SoftmaxFeatures)
+            fit = self.features(
+                approximation.estimator, num_heads, approximation.window, approximation.sinks
+            )
+            favor.feature_map.adopt_calibration_(fit)
+        if approximation.key_list:
+            key = num_heads, approximation.key_list
+            if key not in self._lists:
+                lists = self._build(approximation, num_heads, self._seed).buckets
+                assert lists is not None
+                self._lists[key] = lists.calibrate_(self.samples.query)
+            favor.buckets = self._lists[key]
+        return favor
+
+    def features(
+        self, estimator: Estimator, num_heads: int, window: int | None = None, sinks: int = 0
+    ) -> SoftmaxFeatures:
+        """One calibrated feature, from whose buffers the variance has a closed form."""
+        key = Approximation(1, estimator, window=window, sinks=sinks)
+        known = self._features.setdefault(key, {})
+        if num_heads not in known:
+            favor, samples = self._build(key, num_heads, 0), self.samples
+            # One sequence at a time: the memory of a fit does not grow with their number.
+            for row in range(samples.query.shape[0]):
+                part = slice(row, row + 1)
+                # Where all pairs are exact there is nothing to fit.
+                with contextlib.suppress(ValueError):
+                    favor.calibrate_(
+                        samples.query[part],
+                        samples.key[part],
+                        None if samples.key_mask is None else samples.key_mask[part],
+                        samples.scale,
+                        is_causal=samples.is_causal,
+                    )
+            assert isinstance(favor.feature_map, SoftmaxFeatures)
+            known[num_heads] = favor.feature_map
+        return known[num_heads]
+
+    def _build(self, approximation: Approximation, num_heads: int, seed: int) -> FavorAttention:
+        favor = approximation.build(
+            self.samples.query.shape[3],
+            num_heads,
+            num_lists=NUM_LISTS,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return favor.to(self.samples.query.device)

@@ -1,0 +1,103 @@
+"""``Approximation`` and the ``FavorAttention`` that it builds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
+from performers.features import LearnedFeatures
+from performers.nn import Approximation, FavorAttention, PerformerAttention
+from tests.features.cases import generator
+
+EVERY = Approximation(16, "data_aware", "simplex", window=2, sinks=1, key_list=4)
+
+
+def inputs(heads=4, key_heads=2, length=20):
+    random = generator(3)
+    return [
+        torch.randn(2, count, length, 8, generator=random)
+        for count in (heads, key_heads, key_heads)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("approximation", "label"),
+    [
+        (Approximation(), "positive"),
+        (EVERY, "data_aware m=16, simplex, window 2, 1 sinks, 4 listed keys"),
+        (Approximation(0, window=8, sinks=2), "window 8, 2 sinks alone"),
+    ],
+)
+def test_labels(approximation, label):
+    assert approximation.label() == label
+    assert approximation.has_exact_pairs is ("window" in label)
+
+
+def test_a_record_is_plain_and_gives_the_approximation_back():
+    record = json.loads(json.dumps(EVERY.record()))
+    assert Approximation.from_record(record) == EVERY
+    with pytest.raises(ValueError, match=r"unknown settings of its conversion, \['reach'\]"):
+        Approximation.from_record({**record, "reach": 3})
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"window": -1}, "window must be None or an integer of at least 0, got -1"),
+        ({"sinks": None}, "sinks must be an integer of at least 0, got None"),
+        ({"num_features": True}, "num_features must be None or an integer"),
+        ({"key_list": 1.5}, "key_list must be an integer"),
+        ({"estimator": "trigonometric", "key_list": 2}, "key_list needs positive features"),
+    ],
+)
+def test_refused_numbers(options, match):
+    with pytest.raises(ValueError, match=match):
+        Approximation(**options)
+    assert type(Approximation(window=np.int64(3)).window) is int
+
+
+@pytest.mark.parametrize("num_heads", [2, 4])
+def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
+    query, key, value = inputs()
+    favor = EVERY.build(8, num_heads, generator=generator(1)).calibrate_(query, key)
+    features = SoftmaxFeatures(
+        8, 16, estimator="data_aware", projection="simplex", num_heads=num_heads,
+        generator=generator(1),
+    ).calibrate_(query, key, window=2, sinks=1)  # fmt: skip
+    options = {"window": 2, "sinks": 1, "buckets": favor.buckets}
+    out, state = favor(query, key, value)
+    assert state is None
+    torch.testing.assert_close(out, favor_attention(query, key, value, features, **options))
+    torch.testing.assert_close(
+        favor.weights(query, key), favor_attention_weights(query, key, features, **options)
+    )
+    assert favor.buckets.offsets.abs().sum() > 0
+
+
+def test_packed_rows_are_sequences_alone():
+    query, key, value = inputs(length=12)
+    favor = Approximation(16, window=2, sinks=1).build(8, 2)
+    starts = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
+    out, _ = favor(query, key, value, is_causal=True, cu_seqlens=starts)
+    for row, part in ((0, slice(0, 5)), (0, slice(5, 12)), (1, slice(0, 12))):
+        alone, _ = favor(*(x[row : row + 1, :, part] for x in (query, key, value)), is_causal=True)
+        torch.testing.assert_close(out[row : row + 1, :, part], alone)
+
+
+def test_learned_features_start_from_what_they_were():
+    query, key, value = inputs()
+    favor = FavorAttention(SoftmaxFeatures(8, 16))
+    before, _ = favor(query, key, value)
+    learned = favor.learn_(2).feature_map
+    assert isinstance(learned, LearnedFeatures)
+    assert favor.learn_(2).feature_map is learned
+    torch.testing.assert_close(favor(query, key, value)[0], before)
+
+
+def test_performer_attention_is_one():
+    attention = PerformerAttention(16, 2, window=3, batch_first=True)
+    assert isinstance(attention, FavorAttention)
+    assert (attention.window, attention.sinks) == (3, 0)
+    assert "feature_map.weight" in attention.state_dict()
