@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from performers.benchmark.accuracy_settings import PretrainedSettings
 from performers.benchmark.accuracy_variants import ExactTerms
+from performers.benchmark.settings import PretrainedSettings
 from performers.convert.passages import text_windows
 from performers.convert.pretrained import LoadedModel, load_model
 

@@ -1,4 +1,4 @@
-"""What a run of ``performers convert`` is asked to do, and what it has found."""
+"""Record of a run of ``performers convert``."""
 
 from __future__ import annotations
 
@@ -6,117 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from performers.convert.settings import ConversionSettings
-from performers.features.softmax import Estimator
+from performers.app.conversion import ConversionOptions
 
 __all__ = [
     "BASELINE",
     "FINE_TUNED",
     "ORIGINAL",
     "ZERO_SHOT",
-    "ConversionOptions",
     "ConversionRecord",
 ]
 
 ORIGINAL, BASELINE = "original", "FAVOR+ alone"
 ZERO_SHOT, FINE_TUNED = "converted", "converted, fine-tuned"
 """What is measured; the baseline has as many features, no exact terms and no calibration."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionOptions:
-    """What a run is asked to do; each is a flag of ``performers convert``.
-
-    Attributes:
-        model: Folder of a pretrained transformers model, or a ``.gguf`` file.
-        data: Text or FASTA file to calibrate, train and test on.
-        window: As in `to_performer`; None: no pair is exact for being near.
-        sinks: Likewise; None: 4 for decoders, 0 for encoders.
-        key_list: Likewise.
-        num_features: Likewise.
-        estimator: Likewise.
-        layers: Likewise.
-        length: Tokens in an example; None: 1,024 for decoders and 512 for encoders, or fewer if
-            the model has fewer positions.
-        calibration: Examples to calibrate on.
-        test: Examples to test on, or their share of the file.
-        transfer_steps: As in `distill`; None: 100, and 0 for models of ``performers.models``.
-        steps: Likewise.
-        batch_size: Likewise.
-        accumulation: Likewise.
-        learning_rate: Likewise.
-        transfer_learning_rate: Likewise.
-        lora_rank: Likewise.
-        redraw_steps: Likewise.
-        loss: Likewise; None: ``"logits"``, and ``"embedding"`` for models without a head.
-        hidden_weight: Likewise.
-        eval_steps: Steps between measurements; None: a fifth of a stage's steps.
-        save_steps: Steps between checkpoints.
-        max_positions: Give a model with a learned table of positions that many.
-        seed: Of everything random.
-    """
-
-    model: str
-    data: str
-    window: int | None = 64
-    sinks: int | None = None
-    key_list: int = 0
-    num_features: int | None = None
-    estimator: Estimator = "data_aware"
-    layers: tuple[int, ...] | None = None
-    length: int | None = None
-    calibration: int = 16
-    test: int | float = 32
-    transfer_steps: int | None = None
-    steps: int = 200
-    batch_size: int = 4
-    accumulation: int = 1
-    learning_rate: float = 5e-5
-    transfer_learning_rate: float = 1e-2
-    lora_rank: int | None = None
-    redraw_steps: int | None = None
-    loss: str | None = None
-    hidden_weight: float = 1.0
-    eval_steps: int | None = None
-    save_steps: int = 50
-    max_positions: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range; the message begins with its name.
-        """
-        least = {
-            "num_features": 1,
-            "length": 3,
-            "calibration": 1,
-            "transfer_steps": 0,
-            "steps": 0,
-            "batch_size": 1,
-            "accumulation": 1,
-            "lora_rank": 1,
-            "redraw_steps": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "max_positions": 1,
-            "seed": 0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}")
-        for name in ("learning_rate", "transfer_learning_rate", "hidden_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        ConversionSettings(
-            window=self.window,
-            sinks=self.sinks or 0,
-            key_list=self.key_list,
-            layers=self.layers,
-            estimator=self.estimator,
-        ).feature_map(8, 1)
 
 
 @dataclass

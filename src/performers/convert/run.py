@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from performers.app.conversion import ConversionOptions
 from performers.convert.batches import Collator
 from performers.convert.conversion import (
     BASELINE,
     FINE_TUNED,
     ORIGINAL,
     ZERO_SHOT,
-    ConversionOptions,
     ConversionRecord,
 )
 from performers.convert.distillation import check_adapters, distill
