@@ -219,10 +219,10 @@ class KernelSettings(Options):
         rising=True,
     )
     estimators: tuple[str, ...] = option(
-        "Estimators on random data.", ESTIMATORS, choices=ESTIMATORS
+        f"On random data, of {', '.join(ESTIMATORS)}.", ESTIMATORS, choices=ESTIMATORS
     )
     projections: tuple[str, ...] = option(
-        "Projections on random data.", PROJECTIONS, choices=PROJECTIONS
+        f"On random data, of {', '.join(PROJECTIONS)}.", PROJECTIONS, choices=PROJECTIONS
     )
     draws: int = option("Draws of random data and projection.", 15, at_least=1)
     threads: int | None = option(**_THREADS)
