@@ -3,7 +3,7 @@
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from performers.benchmark.accuracy_settings import PretrainedSettings
+from performers.benchmark.settings import PretrainedSettings
 from tests.benchmark.tiny_models import AMINO_ACIDS, llama_config, save, save_bert
 
 TINY = {

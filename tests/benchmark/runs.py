@@ -6,8 +6,9 @@ import io
 from functools import partial
 from unittest import mock
 
-from performers.benchmark.attention import AttentionSettings, attention_results, run_attention
+from performers.benchmark.attention import attention_results, run_attention
 from performers.benchmark.floor import measure_floor
+from performers.benchmark.settings import AttentionSettings
 
 # The package re-exports a function of the module's name.
 registry = importlib.import_module("performers.attention.backends")

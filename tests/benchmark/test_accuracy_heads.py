@@ -279,8 +279,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     ("changes", "words"),
     [
         ({"length": 11}, r"length must exceed window \+ sinks \+ 1 = 11"),
-        ({"num_features": 15}, "num_features must be even and positive, got 15"),
-        ({"feature_counts": ()}, "feature_counts must be positive and rise"),
+        ({"num_features": 15}, "--num-features must be even and positive, got 15"),
+        ({"feature_counts": ()}, "--feature-counts must be positive and rise"),
         ({"backend": "cuda"}, "backend must be one of"),
         ({"window": 1}, "window must be at least 2"),
         ({"keys": 0}, "keys must be at least 1"),

@@ -10,7 +10,8 @@ from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
 from performers.benchmark import accuracy_errors, accuracy_kernel
 from performers.benchmark.accuracy_data import GaussianData
 from performers.benchmark.accuracy_errors import MEASURES, kernel_errors
-from performers.benchmark.accuracy_kernel import KernelSettings, kernel_results, run_kernel
+from performers.benchmark.accuracy_kernel import kernel_results, run_kernel
+from performers.benchmark.settings import KernelSettings
 from performers.features.theory import kernel_variance
 from tests.benchmark.runs import pick
 
@@ -247,11 +248,11 @@ def test_what_is_not_finite_has_failed(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kernel_length": 1}, "kernel_length must be at least 2"),
+        ({"kernel_length": 1}, "--kernel-length must be at least 2"),
         ({"draws": 0}, "draws must be at least 1"),
         ({"norms": (4, 2)}, "norms must be positive and rise"),
-        ({"anisotropic_norms": ()}, "anisotropic_norms must be positive and rise"),
-        ({"kernel_feature_counts": (8, 15)}, r"kernel_feature_counts must be even.*\[8, 15\]"),
+        ({"anisotropic_norms": ()}, "--anisotropic-norms must be positive and rise"),
+        ({"kernel_feature_counts": (8, 15)}, r"--kernel-feature-counts must be even.*\[8, 15\]"),
         ({"estimators": ("best",)}, "estimators must be one of positive, .*; got 'best'"),
         ({"projections": ("sobol",)}, "projections must be one of orthogonal"),
         (

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from performers.benchmark import attention_group, contestants
-from performers.benchmark.attention import AttentionSettings
 from performers.benchmark.results import OtherRunError, failures, measured
-from performers.benchmark.workload import DIRECTIONS, PASSES
+from performers.benchmark.settings import DIRECTIONS, PASSES, AttentionSettings
 from tests.benchmark.runs import TINY, break_backend, pick, read_csv, run_tiny
 
 NAMES = TINY["contestants"]
@@ -248,7 +247,7 @@ def test_threads_are_torchs_own_again_afterwards():
         ({"contestants": ("flash",)}, "contestants must be one of performers"),
         ({"contestants": ("fla",)}, r"contestants has none that can run here \(fla: "),
         ({"repeats": 0}, "repeats must be at least 1"),
-        ({"min_time": math.nan}, "min_time must be at least 0"),
+        ({"min_time": math.nan}, "--min-time must be at least 0"),
         ({"threads": 0}, "threads must be at least 1"),
     ],
 )

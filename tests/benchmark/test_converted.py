@@ -13,8 +13,8 @@ from performers.benchmark import converted_decode as decode
 from performers.benchmark import groups
 from performers.benchmark.converted import measure_speed
 from performers.benchmark.converted_decode import measure_decoding
-from performers.benchmark.groups import Rounds, Sampling
 from performers.benchmark.memory import Peak, memory_is_measurable
+from performers.benchmark.settings import Rounds, Sampling
 from performers.convert import extend_positions_, to_performer
 from tests.benchmark.tiny_models import bert_config, llama_config
 

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 
 from performers import backends, favor_attention
 from performers.benchmark import decode_states
-from performers.benchmark.decode import DecodeSettings, decode_results, run_decode
+from performers.benchmark.decode import decode_results, run_decode
 from performers.benchmark.decode_states import ExactDecoder, FavorDecoder, ModelDecoder
 from performers.benchmark.results import failures, measured
+from performers.benchmark.settings import DecodeSettings
 from performers.benchmark.steps import Shape
 from performers.benchmark.workload import Workload
 from tests.benchmark.runs import break_backend

@@ -5,9 +5,10 @@ import torch
 
 from performers import backends
 from performers.benchmark.memory import run_probe
-from performers.benchmark.model import ModelSettings, model_results, run_model
+from performers.benchmark.model import model_results, run_model
 from performers.benchmark.results import failures, measured
-from performers.benchmark.steps import MODEL_ATTENTIONS, SIZES, Shape, TrainingStep
+from performers.benchmark.settings import MODEL_ATTENTIONS, SIZES, ModelSettings
+from performers.benchmark.steps import Shape, TrainingStep
 from tests.benchmark.runs import break_backend
 
 TINY = {
@@ -100,7 +101,7 @@ def test_memory_of_a_step_holds_the_model_and_its_optimiser():
         ({"objective": "nsp"}, "objective must be one of"),
         ({"attentions": ("favor-cos",)}, "attentions must be one of"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
-        ({"num_features": 0}, "num_features must be at least 1"),
+        ({"num_features": 0}, "--num-features must be at least 1"),
         ({"lengths": (0, 1)}, "lengths must be positive and rise"),
     ],
 )

@@ -169,14 +169,6 @@ def test_bad_models_and_texts_are_one_line(tmp_path, undrawn, monkeypatch):
     assert "layers must be some of the model's 0 to 2, got [7]" in line
 
 
-def test_help_and_unknown_options():
-    out, _ = run(*ACCURACY, "--help")
-    for option in ("--part", "--model", "--text", "--draws", "--resume"):
-        assert option in out
-    _, lines = run(*ACCURACY, "--bogus", code=2)
-    assert "--bogus" in "\n".join(lines)
-
-
 def test_errors_have_three_digits():
     assert [error(x) for x in (None, 0, 0.12345, 12.345, 1234.5, 2e-5, 123456)] == [
         "", "0", "0.123", "12.3", "1234", "2.0e-05", "1.2e+05",

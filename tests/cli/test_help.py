@@ -5,10 +5,21 @@ from dataclasses import fields
 
 import pytest
 
-from performers.proteins.options import TrainingOptions, flag
+from performers import features
+from performers.app import options as app_options
+from performers.cli import study
+from performers.models import configuration
+from performers.proteins import options
+from performers.proteins.options import TrainingOptions
+from performers.study import presets
 from tests.cli.commands import refusal, run
+from tests.proteins.runs import finish, start
 
-COMMANDS = ["demo", "train", "evaluate", "embed", "generate", "report", "convert"]
+COMMANDS = [
+    *("train", "evaluate", "embed", "generate", "report", "demo", "probe", "convert"),
+    *("data swissprot", "data go-labels", "study proteins"),
+    *("benchmark attention", "benchmark model", "benchmark decode", "benchmark accuracy"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -17,39 +28,35 @@ def wide_terminal(monkeypatch):
 
 
 def test_help_lists_the_commands():
-    out, _ = run("--help")
-    assert all(re.search(rf"\b{command}\b", out) for command in COMMANDS)
+    for group in ("", "data", "study", "benchmark"):
+        out, _ = run(*group.split(), "--help")
+        for command in COMMANDS:
+            name, _, subcommand = command.partition(" ")
+            if not group or name == group:
+                assert re.search(rf"\b{subcommand if group else name}\b", out)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command):
-    out, _ = run(command, "--help")
+def test_every_command_has_help_and_refuses_an_unknown_option(command):
+    out, _ = run(*command.split(), "--help")
     assert "Usage:" in out
-    assert "--help" in out
+    assert "--output" in out or command == "evaluate"
+    line = refusal(*command.split(), "--bogus")
+    assert "--bogus" in line
+    assert line.endswith(f" {command} --help")
+    assert refusal(*command.split()).startswith("Missing ")
 
 
 def test_every_training_option_is_a_flag():
     out, _ = run("train", "--help")
     assert [
-        name for field in fields(TrainingOptions) if (name := flag(field.name)) not in out
+        item.name for item in fields(TrainingOptions) if TrainingOptions.flag(item.name) not in out
     ] == []
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_an_unknown_option_is_an_error(command):
-    line = refusal(command, "--bogus")
-    assert "--bogus" in line
-    assert line.endswith(f" {command} --help")
 
 
 def test_an_unknown_command_is_an_error():
     assert refusal("fly").startswith("No such command 'fly'; see ")
     assert "'brew'" in refusal("data", "brew")
-
-
-@pytest.mark.parametrize("command", ["train", "evaluate", "embed", "report", "demo", "generate"])
-def test_missing_arguments_are_named(command):
-    assert refusal(command).startswith("Missing ")
 
 
 @pytest.mark.parametrize("arguments", [[], ["data"], ["study"], ["benchmark"]], ids=str)
@@ -73,23 +80,40 @@ def test_a_group_alone_shows_its_help(arguments):
     ids=lambda option: f"{option[0]} {option[-1]}",
 )
 def test_an_integer_beyond_64_bits_is_refused(option, value):
-    line = refusal(*option, value)
-    assert f"Invalid value for '{option[-1]}': {value} is not a 64-bit integer; see " in line
+    assert refusal(*option, value) == f"{option[-1]} must be a 64-bit integer, got {value}"
 
 
 def test_so_is_one_of_a_list():
     line = refusal("benchmark", "attention", "--output", "x", "--lengths", f"128,{2**63}")
-    assert line == f"--lengths: {2**63} is not a 64-bit integer"
+    assert line == f"--lengths must be a 64-bit integer, got {2**63}"
 
 
 @pytest.mark.parametrize("command", [["benchmark", "attention"], ["study", "proteins"]])
 def test_threads_beyond_reason_are_refused(command):
-    assert "'--threads'" in refusal(*command, "--output", "x", "--threads", 10**12)
+    line = refusal(*command, "--output", "x", "--threads", 10**12)
+    assert line == f"--threads must be at least 1 and at most 1024, got {10**12}"
 
 
 def test_demo_checks_its_output_before_it_starts(tmp_path):
     (tmp_path / "x").touch()
     assert "is not empty" in refusal("demo", "--output", tmp_path)
-    _, lines = run("demo", "--output", tmp_path / "new", "--steps", 0, code=2)
-    assert "--steps" in "\n".join(lines)
+    assert "--steps" in refusal("demo", "--output", tmp_path / "new", "--steps", 0)
     assert not (tmp_path / "new").exists()
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys\n"
+        "from tests.cli.commands import run\n"
+        f"for command in {['', *COMMANDS]}: run(*command.split(), '--help')\n"
+        "print({'torch', 'transformers', 'numpy', 'matplotlib', 'Bio'} & {*sys.modules})"
+    )
+    assert finish(start("-W", "error", "-c", code)) == (0, "set()\n", "")
+
+
+def test_names_that_help_spells_are_those_of_the_packages():
+    assert options.ATTENTIONS == configuration.ATTENTIONS
+    assert app_options.ESTIMATORS == features.ESTIMATORS
+    assert app_options.PROJECTIONS == features.PROJECTIONS
+    assert set(options.ESTIMATORS) == {*features.ESTIMATORS} - {*features.CALIBRATED}
+    assert tuple(presets.PRESETS) == study.PRESETS

@@ -26,7 +26,7 @@ sys.meta_path.insert(0, Importing())
 
 def make_app():
     import typer
-    from performers.cli.console import App, one_line_errors
+    from performers.cli.commands import App
     from performers.proteins.errors import Interrupted
 
     def parsing(value):
@@ -40,12 +40,11 @@ def make_app():
 
     @app.command()
     def work(option: int = typer.Option(1, callback=parsing)):
-        with one_line_errors():
-            try:
-                Finalized()
-                {working}
-            finally:
-                {unwinding}
+        try:
+            Finalized()
+            {working}
+        finally:
+            {unwinding}
 
     return app
 

@@ -107,21 +107,20 @@ def test_a_model_folder_that_is_not_one(command, causal, fasta, tmp_path):
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("train", "train_model"),
-        ("train", "protein_records"),
-        ("evaluate", "evaluate_model"),
-        ("evaluate", "load_model"),
-        ("embed", "embed_sequences"),
-        ("generate", "generate_sequences"),
-        ("report", "report_on_model"),
+        ("train", "training.train_model"),
+        ("train", "fasta.read_fasta"),
+        ("evaluate", "evaluation.evaluate_model"),
+        ("evaluate", "model_folder.load_model"),
+        ("embed", "embedding.embed_sequences"),
+        ("generate", "generation.generate_sequences"),
+        ("report", "model_report.report_on_model"),
     ],
 )
 def test_ctrl_c_anywhere_exits_with_130(command, function, fasta, causal, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    module = "train" if command == "train" else "app"
-    monkeypatch.setattr(f"performers.cli.{module}.{function}", interrupt)
+    monkeypatch.setattr(f"performers.proteins.{function}", interrupt)
     if command == "train":
         arguments = ["train", fasta, "--output", tmp_path / "model", *flags()]
     else:
@@ -143,7 +142,7 @@ def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("performers.cli.app.write_embeddings", fail)
+    monkeypatch.setattr("performers.proteins.embedding.write_embeddings", fail)
     output = tmp_path / "x.npz"
     _, lines = run("embed", masked, fasta, "--output", output, code=2)
     assert words in lines[-1]

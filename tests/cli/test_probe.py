@@ -127,12 +127,3 @@ def test_groups_are_not_read_for_nothing(masked, labelled, tmp_path):
     )
     assert "--groups has no use with --split random" in line
     assert not (tmp_path / "new").exists()
-
-
-def test_help_and_unknown_options(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    out, _ = run("probe", "--help")
-    for option in ("--labels", "--groups", "--split", "--features", "--repeats", "--min-count"):
-        assert option in out
-    _, lines = run("probe", "--bogus", code=2)
-    assert "--bogus" in "\n".join(lines)

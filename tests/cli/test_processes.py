@@ -53,12 +53,16 @@ def test_ctrl_c_from_outside_leaves_a_run_that_resumes(tmp_path, fasta):
     assert same_weights(output, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("missing", ["typer", "transformers"])
-def test_without_its_packages_the_command_says_what_to_install(missing):
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("typer", ["--help"]), ("transformers", ["train", "x.fasta", "--output", "x"])],
+    ids=["typer", "transformers"],
+)
+def test_without_its_packages_the_command_says_what_to_install(missing, arguments):
     script = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from performers.cli import main\n"
-        "sys.argv = ['performers', '--help']\n"
+        f"sys.argv = ['performers', *{arguments}]\n"
         "main()\n"
     )
     code, out, err = finish(start("-c", script))
@@ -71,9 +75,10 @@ def test_without_its_packages_the_command_says_what_to_install(missing):
 
 _STOPPED = """
 import os, signal
-from performers.cli import main, train
+from performers.cli import main
+from performers.proteins import training
 
-train_model = train.train_model
+train_model = training.train_model
 
 def stopped(*given, progress, **options):
     def stop(step, total, log):
@@ -82,7 +87,7 @@ def stopped(*given, progress, **options):
             os.kill(os.getpid(), signal.SIGTERM)
     return train_model(*given, progress=stop, **options)
 
-train.train_model = stopped
+training.train_model = stopped
 main()
 """
 

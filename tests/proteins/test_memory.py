@@ -83,7 +83,7 @@ def test_the_machine_has_memory_and_a_container_may_have_less(monkeypatch, tmp_p
         {"hidden_size": 10**6},
         {"intermediate_size": 10**12},
         {"num_features": 10**12},
-        {"num_features": 10**30},
+        {"num_features": 2**62},
         {"position_embedding": "learned", "max_length": 10**12, "batch_tokens": 10**12},
         {"attention": "linformer", "max_length": 10**12, "batch_tokens": 10**12},
         {"attention": "lsh", "lsh_rounds": 10**12},

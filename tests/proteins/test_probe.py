@@ -9,10 +9,11 @@ import pytest
 from scipy import sparse
 
 from performers.proteins.errors import UserError
-from performers.proteins.probe import ProbeOptions, run_probe
+from performers.proteins.options import STRENGTHS, ProbeOptions
+from performers.proteins.probe import run_probe
 from performers.proteins.probe_features import kmer_frequencies
 from performers.proteins.probe_figure import probe_figure
-from performers.proteins.probe_fit import STRENGTHS, fit_probe
+from performers.proteins.probe_fit import fit_probe
 from performers.proteins.probe_splits import split_proteins
 from performers.proteins.probe_task import ProbeTask, build_task
 from tests.proteins.probe_data import motif_records

@@ -6,8 +6,8 @@ import torch
 
 from performers.proteins.embedding import embed_sequences
 from performers.proteins.errors import UserError
+from performers.proteins.options import PROBE_FEATURES
 from performers.proteins.probe_features import (
-    FEATURES,
     feature_notes,
     kmer_frequencies,
     log_lengths,
@@ -50,7 +50,7 @@ def test_features_come_in_the_order_asked_for():
     found = probe_features(
         model, tokenizer, sequences, progress=lambda name, done, total: seen.append((name, total))
     )
-    assert tuple(found) == FEATURES
+    assert tuple(found) == PROBE_FEATURES
     np.testing.assert_array_equal(
         found["embeddings"][:, :-1], embed_sequences(model, tokenizer, sequences)
     )

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from performers.cli import study
 from performers.study.presets import PRESETS
 from tests.cli.commands import run
 
@@ -17,7 +16,7 @@ def test_a_shorter_study_has_checkpoints_on_its_way(tmp_path, monkeypatch, steps
         asked.append(preset.training)
         return Path("report.html")
 
-    monkeypatch.setattr(study, "run_study", run_study)
+    monkeypatch.setattr("performers.study.study.run_study", run_study)
     run("study", "proteins", "--output", tmp_path, "--steps", steps)
     assert PRESETS["minutes"].training.save_steps == 300
     assert (asked[0].steps, asked[0].save_steps) == (steps, expected)

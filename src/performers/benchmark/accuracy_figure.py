@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from performers.benchmark.accuracy_kernel import ISOTROPIC
 from performers.benchmark.figure import INK, MARKERS, PALETTE
 from performers.benchmark.results import Results, Row
+from performers.benchmark.settings import ISOTROPIC
 from performers.features import ESTIMATORS, PROJECTIONS
 
 _PANEL = (3.5, 2.9)

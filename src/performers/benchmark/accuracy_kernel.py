@@ -3,8 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import cast
+from dataclasses import asdict
 
 import torch
 
@@ -13,101 +12,16 @@ from performers.benchmark.accuracy_errors import MEASURES, kernel_errors
 from performers.benchmark.groups import FAILED, MEASURED
 from performers.benchmark.machine import describe
 from performers.benchmark.results import Results, Row
+from performers.benchmark.settings import KernelSettings
 from performers.benchmark.threads import threads_of_torch
-from performers.benchmark.workload import at_least, rising, subset_of
-from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, SoftmaxFeatures
+from performers.features import CALIBRATED, SoftmaxFeatures
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 
 GROUP_KEYS, MEMBER_KEYS = ("data", "num_features"), ("estimator", "projection")
-ISOTROPIC, ANISOTROPIC = "isotropic", "anisotropic"
 Pair = tuple[Estimator, Projection]
-_TWO_SIDED = ("hyperbolic", "trigonometric")
 # Queries and keys, apart from those that errors are measured on, that estimators are fitted to.
 _CALIBRATION_LENGTH = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelSettings:
-    """What the kernel part of ``performers benchmark accuracy`` measures.
-
-    Attributes:
-        kernel_length: Queries and keys of the isotropic data.
-        head_dim: Length of its vectors.
-        norms: ``E |x'|^2`` of its queries and keys, scale included, rising.
-        anisotropic_length: Queries and keys of the anisotropic data.
-        anisotropic_dim: Length of its vectors.
-        anisotropic_norms: ``E |x'|^2`` of its queries and keys, rising.
-        kernel_feature_counts: Numbers of features, even and rising.
-        estimators: Of ``ESTIMATORS``.
-        projections: Of ``PROJECTIONS``.
-        draws: Of data and projection together.
-        threads: Threads of torch; its own choice when None.
-        seed: Of the draws.
-    """
-
-    kernel_length: int = 4096
-    head_dim: int = 16
-    norms: tuple[int, ...] = (1, 4)
-    anisotropic_length: int = 1024
-    anisotropic_dim: int = 64
-    anisotropic_norms: tuple[int, ...] = (2, 4, 8)
-    kernel_feature_counts: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
-    estimators: tuple[str, ...] = ESTIMATORS
-    projections: tuple[str, ...] = PROJECTIONS
-    draws: int = 15
-    threads: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        for name in ("kernel_length", "anisotropic_length"):
-            at_least(name, getattr(self, name), 2)
-        for name in ("head_dim", "anisotropic_dim", "draws"):
-            at_least(name, getattr(self, name), 1)
-        at_least("seed", self.seed, 0)
-        if self.threads is not None:
-            at_least("threads", self.threads, 1)
-        rising("norms", self.norms)
-        rising("anisotropic_norms", self.anisotropic_norms)
-        rising("kernel_feature_counts", self.kernel_feature_counts)
-        if any(count % 2 for count in self.kernel_feature_counts):
-            raise ValueError(
-                "kernel_feature_counts must be even, as the two-sided estimators take features in "
-                f"pairs, got {list(self.kernel_feature_counts)}"
-            )
-        subset_of("estimators", self.estimators, ESTIMATORS)
-        subset_of("projections", self.projections, PROJECTIONS)
-        if not self.pairs():
-            raise ValueError(
-                f"projections must have one besides antithetic for {', '.join(self.estimators)}, "
-                "which have opposite rows already"
-            )
-
-    def data(self) -> list[GaussianData]:
-        """The distributions."""
-        kinds = (
-            (ISOTROPIC, self.norms, self.kernel_length, self.head_dim),
-            (ANISOTROPIC, self.anisotropic_norms, self.anisotropic_length, self.anisotropic_dim),
-        )
-        return [
-            GaussianData(f"{kind} {norm}", length, head_dim, norm, kind == ISOTROPIC)
-            for kind, norms, length, head_dim in kinds
-            for norm in norms
-        ]
-
-    def pairs(self) -> list[Pair]:
-        """Estimators with projections, all that exist."""
-        return [
-            (cast(Estimator, estimator), cast(Projection, projection))
-            for estimator in self.estimators
-            for projection in self.projections
-            if not (estimator in _TWO_SIDED and projection == "antithetic")
-        ]
 
 
 def kernel_results(settings: KernelSettings) -> Results:

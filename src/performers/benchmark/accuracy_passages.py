@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from performers.benchmark.accuracy_settings import PretrainedSettings
+from performers.benchmark.settings import PretrainedSettings
 from performers.convert.distillation.passages import text_windows
 from performers.convert.distillation.pretrained import LoadedModel, load_model
 from performers.nn import Approximation

@@ -1,72 +1,20 @@
 """Time and memory of attention against length."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 
 from performers.benchmark.attention_group import Gate, Group
 from performers.benchmark.contestants import contestants
 from performers.benchmark.floor import measure_floor
-from performers.benchmark.groups import MEASURED, Predictor, Sampling, measure_group
+from performers.benchmark.groups import MEASURED, Predictor, measure_group
 from performers.benchmark.machine import describe
 from performers.benchmark.results import Results
+from performers.benchmark.settings import PASSES, AttentionSettings
 from performers.benchmark.threads import threads_of_torch
-from performers.benchmark.workload import (
-    DIRECTIONS,
-    PASSES,
-    Workload,
-    at_least,
-    rising,
-    subset_of,
-)
 
 GROUP_KEYS, MEMBER_KEYS = ("direction", "passes", "length"), ("contestant",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionSettings(Workload, Sampling):
-    """What ``performers benchmark attention`` measures; the rest is in the base classes.
-
-    Attributes:
-        lengths: Tokens, rising.
-        directions: Of ``DIRECTIONS``.
-        passes: Of ``PASSES``.
-        contestants: Names of ``contestants()``; all when empty.
-        max_exact_length: Longest length at which quadratic attention is measured.
-        between_matmuls: Time every call between matrix products of a model's size, and subtract
-            what these take alone.
-    """
-
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
-    directions: tuple[str, ...] = DIRECTIONS
-    passes: tuple[str, ...] = PASSES
-    contestants: tuple[str, ...] = ()
-    max_exact_length: int = 16384
-    between_matmuls: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        Workload.__post_init__(self)
-        Sampling.__post_init__(self)
-        rising("lengths", self.lengths)
-        subset_of("directions", self.directions, DIRECTIONS)
-        subset_of("passes", self.passes, PASSES)
-        at_least("max_exact_length", self.max_exact_length, 0)
-        if self.contestants:
-            known = contestants()
-            subset_of("contestants", self.contestants, tuple(known))
-            if all(known[name].absence for name in self.contestants):
-                reasons = ", ".join(f"{name}: {known[name].absence}" for name in self.contestants)
-                raise ValueError(f"contestants has none that can run here ({reasons})")
-
-    def workload(self) -> Workload:
-        """The shapes alone."""
-        return Workload(**{item.name: getattr(self, item.name) for item in fields(Workload)})
 
 
 def attention_results(settings: AttentionSettings) -> Results:

@@ -12,11 +12,12 @@ from performers.benchmark.contestants import PERFORMER_PYTORCH, SDPA, Contestant
 from performers.benchmark.floor import Floor
 from performers.benchmark.groups import SKIPPED, Entry, Outcome, Predictor, verdict
 from performers.benchmark.results import Row, add_ratios, outcome_columns
+from performers.benchmark.settings import PASSES
 from performers.benchmark.timing import CONTESTANT_ERRORS
-from performers.benchmark.workload import PASSES, Inputs, Workload
+from performers.benchmark.workload import Inputs, Workload
 
 if TYPE_CHECKING:
-    from performers.benchmark.attention import AttentionSettings
+    from performers.benchmark.settings import AttentionSettings
 
 RATIOS = {SDPA: "sdpa_ratio", PERFORMER_PYTORCH: "performer_pytorch_ratio"}
 """Columns of the results: how many times a row's time the named contestant takes."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from performers.benchmark.checking import WrongResultError
-from performers.benchmark.groups import SKIPPED, Entry, Predictor, Sampling, measure_group
+from performers.benchmark.groups import SKIPPED, Entry, Predictor, measure_group
 from performers.benchmark.results import Row, add_ratios, outcome_columns
+from performers.benchmark.settings import Sampling
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.workload import rising
 from performers.convert.interface.positions import learned_positions

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from performers.benchmark.converted import CONVERTED, ORIGINAL, keeps_logits
-from performers.benchmark.groups import Entry, Rounds, measure_group
+from performers.benchmark.groups import Entry, measure_group
 from performers.benchmark.results import Row, outcome_columns, ratio
+from performers.benchmark.settings import Rounds
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.workload import at_least, rising
 from performers.convert.interface.positions import learned_positions

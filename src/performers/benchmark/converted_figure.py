@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from performers.benchmark.converted import CONVERTED, ORIGINAL
 from performers.benchmark.figure import INK, MUTED, PALETTE
 from performers.benchmark.results import Row
-from performers.convert.distillation.options import BASELINE, ZERO_SHOT
+from performers.convert.distillation.results import BASELINE, ZERO_SHOT
 
 __all__ = ["conversion_figure"]
 

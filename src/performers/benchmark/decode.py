@@ -1,7 +1,7 @@
 """Time per token and bytes of state against the length of the context."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -14,47 +14,18 @@ from performers.benchmark.decode_states import (
     ModelDecoder,
     check_decoder,
 )
-from performers.benchmark.groups import Entry, Outcome, Rounds, measure_group, verdict
+from performers.benchmark.groups import Entry, Outcome, measure_group, verdict
 from performers.benchmark.machine import describe
 from performers.benchmark.results import Results, Row, outcome_columns, ratio
+from performers.benchmark.settings import DecodeSettings
 from performers.benchmark.steps import Shape
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.timing import CONTESTANT_ERRORS
-from performers.benchmark.workload import Workload, at_least, rising
+from performers.benchmark.workload import Workload
 
 GROUP_KEYS, MEMBER_KEYS = ("level",), ("context", "contestant")
 LAYER, MODEL = "layer", "model"
 MODEL_CONTESTANTS = ("favor-softmax", "exact")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeSettings(Workload, Rounds):
-    """What ``performers benchmark decode`` measures; the rest is in the base classes.
-
-    Attributes:
-        contexts: Tokens read before, rising.
-        tokens: Tokens stepped through in a timed call.
-        through_model: Also decode with the paper's regular model.
-    """
-
-    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 131072)
-    tokens: int = 16
-    through_model: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        Workload.__post_init__(self)
-        Rounds.__post_init__(self)
-        rising("contexts", self.contexts)
-        at_least("tokens", self.tokens, 1)
-
-    def workload(self) -> Workload:
-        """The shapes alone."""
-        return Workload(**{item.name: getattr(self, item.name) for item in fields(Workload)})
 
 
 def decode_results(settings: DecodeSettings) -> Results:

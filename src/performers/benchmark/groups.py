@@ -14,63 +14,12 @@ from performers.benchmark.memory import (
     memory_is_measurable,
     run_probe,
 )
+from performers.benchmark.settings import Rounds
 from performers.benchmark.timing import CONTESTANT_ERRORS, Timing, interleave
-from performers.benchmark.workload import at_least
 
 MEASURED, SKIPPED, FAILED, ERROR = "measured", "skipped", "failed", "error"
 STATUSES = (MEASURED, SKIPPED, OUT_OF_MEMORY, FAILED, ERROR)
 """``failed``: an error or a wrong result of ours; ``error``: of others. The rest speak plainly."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rounds:
-    """How often and how long things are timed.
-
-    Attributes:
-        repeats: Rounds.
-        min_time: Seconds each contestant is timed for at least, all rounds together.
-        max_seconds: Longest call; what is predicted to take more is skipped.
-        threads: Threads of torch; its own choice when None.
-    """
-
-    repeats: int = 9
-    min_time: float = 0.5
-    max_seconds: float = 120.0
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range; the message names it.
-        """
-        at_least("repeats", self.repeats, 1)
-        at_least("min_time", self.min_time, 0)
-        at_least("max_seconds", self.max_seconds, 0)
-        if self.threads is not None:
-            at_least("threads", self.threads, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling(Rounds):
-    """How times and memory are measured.
-
-    Attributes:
-        memory: Whether peak memory is measured.
-        memory_max_length: Longest length at which it is.
-    """
-
-    memory: bool = True
-    memory_max_length: int = 16384
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range; the message names it.
-        """
-        super().__post_init__()
-        at_least("memory_max_length", self.memory_max_length, 0)
 
 
 @dataclass(frozen=True)

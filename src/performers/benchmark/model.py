@@ -1,7 +1,7 @@
 """Time and memory of training steps of the paper's models against length."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 
 import torch
 
@@ -11,51 +11,18 @@ from performers.benchmark.groups import (
     Entry,
     Outcome,
     Predictor,
-    Sampling,
     measure_group,
     verdict,
 )
 from performers.benchmark.machine import describe
 from performers.benchmark.results import Results, Row, add_ratios, outcome_columns, ratio
-from performers.benchmark.steps import MODEL_ATTENTIONS, Shape, TrainingStep, check_model
+from performers.benchmark.settings import ModelSettings
+from performers.benchmark.steps import Shape, TrainingStep, check_model
 from performers.benchmark.threads import threads_of_torch
 from performers.benchmark.timing import CONTESTANT_ERRORS
-from performers.benchmark.workload import at_least, rising, subset_of
 
 GROUP_KEYS, MEMBER_KEYS = ("size", "objective", "length"), ("attention",)
 IDENTITY, EXACT = "identity", "exact"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(Shape, Sampling):
-    """What ``performers benchmark model`` measures; the rest is in the base classes.
-
-    Attributes:
-        lengths: Tokens, rising.
-        attentions: Of ``MODEL_ATTENTIONS``.
-        max_exact_length: Longest length at which exact attention is measured.
-    """
-
-    lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
-    attentions: tuple[str, ...] = MODEL_ATTENTIONS
-    max_exact_length: int = 16384
-    repeats: int = 5
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        Shape.__post_init__(self)
-        Sampling.__post_init__(self)
-        rising("lengths", self.lengths)
-        subset_of("attentions", self.attentions, MODEL_ATTENTIONS)
-        at_least("max_exact_length", self.max_exact_length, 0)
-
-    def shape(self) -> Shape:
-        """The model alone."""
-        return Shape(**{item.name: getattr(self, item.name) for item in fields(Shape)})
 
 
 def model_results(settings: ModelSettings) -> Results:

@@ -8,18 +8,12 @@ from torch import Tensor
 
 from performers import use_backend
 from performers.benchmark.checking import judge
-from performers.benchmark.workload import at_least, one_of
+from performers.benchmark.settings import SIZES, ShapeSettings
 
 if TYPE_CHECKING:
     from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 
 VOCABULARY = 256
-OBJECTIVES = ("clm", "mlm")
-MODEL_ATTENTIONS = ("favor-softmax", "favor-relu", "exact", "identity")
-
-SIZES = {"regular": (8, 6, 2048, 512), "small": (1, 6, 64, 64)}
-"""Heads, layers, feed-forward width and width: Choromanski et al. 2021, section 4.1."""
-
 _MASKED = 0.15
 _IGNORED = -100
 _CHECKED_LENGTH = 100
@@ -27,39 +21,8 @@ _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model and its input, all but the length and the attention.
-
-    Attributes:
-        size: A key of ``SIZES``.
-        objective: ``"clm"``, causal, or ``"mlm"``, 15% of the tokens predicted.
-        batch: Sequences in a step.
-        num_features: Random features per head; the feature map's default when None.
-        dropout: Dropout probability.
-        seed: Of weights, projections, tokens and dropout.
-    """
-
-    size: str = "regular"
-    objective: str = "clm"
-    batch: int = 1
-    num_features: int | None = None
-    dropout: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        one_of("size", self.size, tuple(SIZES))
-        one_of("objective", self.objective, OBJECTIVES)
-        at_least("batch", self.batch, 1)
-        at_least("seed", self.seed, 0)
-        if self.num_features is not None:
-            at_least("num_features", self.num_features, 1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+class Shape(ShapeSettings):
+    """A model and its input, all but the length and the attention."""
 
     def model(self, attention: str) -> "PerformerForCausalLM | PerformerForMaskedLM":
         """The model in training mode, with the same weights for the same seed and attention."""

@@ -8,16 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from performers.benchmark.settings import WorkloadSettings
 from performers.features import FeatureMap, GeneralizedFeatures, SoftmaxFeatures
-
-FEATURES = ("softmax", "relu")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-DIRECTIONS = ("bidirectional", "causal")
-PASSES = ("forward", "forward+backward")
 
 
 class Inputs(NamedTuple):
@@ -37,43 +29,14 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The shapes of an attention call, all but its length.
-
-    Attributes:
-        batch: Sequences in a call.
-        heads: Attention heads.
-        head_dim: Length of a query, key or value vector.
-        num_features: Random features per head.
-        features: ``"softmax"`` or ``"relu"``.
-        dtype: A key of ``DTYPES``.
-        seed: Of inputs and projections.
-    """
-
-    batch: int = 1
-    heads: int = 8
-    head_dim: int = 64
-    num_features: int = 256
-    features: str = "softmax"
-    dtype: str = "float32"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: An option is out of range or unknown; the message names it.
-        """
-        for name in ("batch", "heads", "head_dim", "num_features"):
-            at_least(name, getattr(self, name), 1)
-        one_of("features", self.features, FEATURES)
-        one_of("dtype", self.dtype, tuple(DTYPES))
-        at_least("seed", self.seed, 0)
+class Workload(WorkloadSettings):
+    """The shapes of an attention call, all but its length, and random inputs of them."""
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of queries, keys and values."""
-        return DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     def inputs(self, length: int, *, requires_grad: bool = False) -> Inputs:
         """Random tensors, the same for the same seed and length.
@@ -114,16 +77,6 @@ def at_least(name: str, value: float, least: float) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse an unknown choice.
-
-    Raises:
-        ValueError: It is unknown; the message gives the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
 def rising(name: str, values: tuple[int, ...]) -> None:
     """Refuse lengths that are not positive and rising.
 
@@ -132,18 +85,3 @@ def rising(name: str, values: tuple[int, ...]) -> None:
     """
     if not values or values[0] < 1 or any(b <= a for a, b in pairwise(values)):
         raise ValueError(f"{name} must be positive and rise, got {list(values)}")
-
-
-def subset_of(name: str, values: tuple[str, ...], choices: tuple[str, ...]) -> None:
-    """Refuse a list that is empty, repeats itself or holds an unknown choice.
-
-    Raises:
-        ValueError: It does; the message gives the choices.
-    """
-    for value in values:
-        one_of(name, value, choices)
-    if not values or len(set(values)) < len(values):
-        raise ValueError(
-            f"{name} must name each of {', '.join(choices)} at most once and one at least, "
-            f"got {list(values)}"
-        )

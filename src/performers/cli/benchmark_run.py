@@ -1,9 +1,7 @@
-"""What the benchmark commands share: reading options, measuring, writing, printing."""
+"""Measuring, writing and printing of the benchmark commands."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import typer
 from matplotlib.figure import Figure
@@ -12,7 +10,7 @@ from rich.table import Table
 from performers.benchmark.figure import benchmark_figure
 from performers.benchmark.results import OtherRunError, Results, failures
 from performers.cli.benchmark_tables import tables as benchmark_tables
-from performers.cli.console import INT64, ProgressBars, note, output
+from performers.cli.console import ProgressBars, note, output
 from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.figure_files import save_figure
 from performers.proteins.folders import read_json, write_atomically, write_json
@@ -20,7 +18,6 @@ from performers.proteins.folders import read_json, write_atomically, write_json
 _FAILED = 1
 # What a row calls that which it measures.
 _NAMES = ("contestant", "attention", "setting", "estimator")
-_Settings = TypeVar("_Settings")
 
 
 def measure_and_write(
@@ -80,39 +77,3 @@ def measure_and_write(
         names = sorted({row[column] for row in failed})
         note(f"performers: failed: {', '.join(names)}; {failed[0]['reason']}")
         raise typer.Exit(_FAILED)
-
-
-def settings_of(make: Callable[[], _Settings]) -> _Settings:
-    """Make settings.
-
-    Raises:
-        UserError: One of them is out of range; the message names its flag.
-    """
-    try:
-        return make()
-    except ValueError as error:
-        # The first word is the option's name in Python.
-        line = re.sub(r"^\w+", lambda name: f"--{name[0].replace('_', '-')}", str(error))
-        raise UserError(line) from error
-
-
-def integers(flag: str, text: str) -> tuple[int, ...]:
-    """Whole numbers with commas between.
-
-    Raises:
-        UserError: They are something else.
-    """
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(
-            f"{flag} must be whole numbers with commas between, got {text!r}"
-        ) from error
-    if beyond := [number for number in found if number not in INT64]:
-        raise UserError(f"{flag}: {beyond[0]} is not a 64-bit integer")
-    return found
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Names with commas between; none for an empty text."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

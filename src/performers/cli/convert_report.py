@@ -12,7 +12,7 @@ from rich.table import Table
 from performers.benchmark.converted import CONVERTED, ORIGINAL
 from performers.benchmark.groups import MEASURED
 from performers.cli.benchmark_tables import nbytes, seconds
-from performers.convert.distillation.options import BASELINE, FINE_TUNED
+from performers.convert.distillation.results import BASELINE, FINE_TUNED
 
 _Row = Mapping[str, Any]
 

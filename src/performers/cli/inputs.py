@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from performers.cli.console import note
 from performers.proteins.errors import UserError
-from performers.proteins.fasta import ProteinRecord, read_fasta
 from performers.proteins.pretrained import PRETRAINED, pretrained_folder
 
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens in a batch, padding included.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")]
-ModelAndFasta = Annotated[
-    list[Path],
-    typer.Argument(
-        metavar="[MODEL] FASTA...",
-        show_default=False,
-        help=f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then "
-        "FASTA files, plain or gzipped.",
-    ),
-]
+if TYPE_CHECKING:
+    from performers.proteins.fasta import ProteinRecord
+
+
+BATCH_TOKENS: dict[str, Any] = {
+    "help": "Tokens in a batch, padding included.",
+    "default": 8192,
+    "at_least": 1,
+}
+SEED: dict[str, Any] = {"help": "Random seed.", "default": 0, "at_least": 0, "below": 2**32}
+NEW_FOLDER: dict[str, Any] = {"help": "A new folder.", "flag": "--output"}
+MODEL_AND_FASTA: dict[str, Any] = {
+    "help": f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then "
+    "FASTA files, plain or gzipped.",
+    "flag": "[MODEL] FASTA...",
+}
+"""Options that several commands have; `model_and_fasta` reads the last."""
 
 
 def model_folder(path: Path) -> Path:
@@ -71,6 +74,8 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     Raises:
         UserError: There are none.
     """
+    from performers.proteins.fasta import read_fasta
+
     records, letters = read_fasta(paths)
     note(letters.summary())
     if not records:

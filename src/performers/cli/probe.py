@@ -3,142 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from performers.cli.console import ProgressBars, note, one_line_errors, output
-from performers.cli.inputs import ModelAndFasta, model_and_fasta, protein_records
-from performers.proteins.embedding import POOLINGS, check_pooling
-from performers.proteins.errors import UserError
-from performers.proteins.figure_files import save_figure
+from performers.app.options import Options, argument, option
+from performers.cli.console import ProgressBars, note, output
+from performers.cli.inputs import (
+    BATCH_TOKENS,
+    MODEL_AND_FASTA,
+    NEW_FOLDER,
+    model_and_fasta,
+    protein_records,
+)
 from performers.proteins.folders import prepare_output_folder, write_json
-from performers.proteins.model_folder import load_model
-from performers.proteins.probe import ProbeOptions, run_probe
-from performers.proteins.probe_features import FEATURES, feature_notes, probe_features
-from performers.proteins.probe_figure import METRICS, probe_figure
-from performers.proteins.probe_fit import require_scikit_learn
-from performers.proteins.probe_labels import read_groups, read_labels
-from performers.proteins.probe_task import build_task
-
-_DEFAULTS = ProbeOptions()
+from performers.proteins.options import POOLINGS, PROBE_FEATURES, ProbeOptions
 
 
-def probe(
-    paths: ModelAndFasta,
-    output_folder: Annotated[Path, typer.Option("--output", help="A new folder.")],
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            help="Table: name, tab, labels with commas between, and perhaps a tab and the group. "
-            "By default labels=A,B in the FASTA headers."
-        ),
-    ] = None,
-    groups: Annotated[
-        Path | None,
-        typer.Option(
-            help="Clusters of related sequences, the *_cluster.tsv of mmseqs2. By default the "
-            "groups in --labels, or family=NAME in the FASTA headers. Not with --split random."
-        ),
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="groups: none is both trained and tested on; random: relatives of the test "
-            "sequences are trained on."
-        ),
-    ] = _DEFAULTS.split,
-    features: Annotated[str, typer.Option(help="What to compare, with commas between.")] = ",".join(
-        FEATURES
-    ),
-    pooling: Annotated[
-        str, typer.Option(help="Of embeddings: mean, or mean-sd; see performers embed.")
-    ] = POOLINGS[0],
-    repeats: Annotated[int, typer.Option(help="Splits.")] = _DEFAULTS.repeats,
-    min_count: Annotated[
-        int,
-        typer.Option(
-            help="Labels with or without fewer proteins in a part of a split are dropped."
-        ),
-    ] = _DEFAULTS.min_count,
-    per_group: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Sequences used of each group; all by default. Not with --split random.",
-        ),
-    ] = None,
-    max_sequences: Annotated[
-        int, typer.Option(min=1, help="Labelled sequences used, drawn at random.")
-    ] = 20_000,
-    max_length: Annotated[
-        int | None,
-        typer.Option(min=3, help="Tokens read of each, by all features; whole by default."),
-    ] = None,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in a batch, padding included.")
-    ] = 8192,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")] = 0,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ProbeInputs(Options):
+    """Proteins, labels and features of a probe."""
+
+    paths: list[Path] = argument(**MODEL_AND_FASTA)
+    output_folder: Path = option(**NEW_FOLDER)
+    labels: Path | None = option(
+        "Table: name, tab, labels with commas between, and perhaps a tab and the group. By "
+        "default labels=A,B in the FASTA headers.",
+        None,
+    )
+    groups: Path | None = option(
+        "Clusters of related sequences, the *_cluster.tsv of mmseqs2. By default the groups in "
+        "--labels, or family=NAME in the FASTA headers. Not with --split random.",
+        None,
+    )
+    features: tuple[str, ...] = option(
+        "Features to compare, with commas between.", PROBE_FEATURES, choices=PROBE_FEATURES
+    )
+    pooling: str = option(
+        "Of embeddings: mean, or mean-sd; see performers embed.", POOLINGS[0], choices=POOLINGS
+    )
+    per_group: int | None = option(
+        "Sequences used of each group; all by default. Not with --split random.", None, at_least=1
+    )
+    max_sequences: int = option("Labelled sequences used, drawn at random.", 20_000, at_least=1)
+    max_length: int | None = option(
+        "Tokens read of each, by all features; whole by default.", None, at_least=3
+    )
+    batch_tokens: int = option(**BATCH_TOKENS)
+
+
+def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     """Predict labels of proteins from embeddings, and from what embeddings must beat."""
-    with one_line_errors("probe", "--batch-tokens, --max-length or --max-sequences"):
-        require_scikit_learn()
-        options = ProbeOptions(split=split, repeats=repeats, min_count=min_count, seed=seed)
-        chosen = [name.strip() for name in features.split(",")]
-        unknown = [name for name in chosen if name not in FEATURES]
-        if unknown:
-            raise UserError(f"--features must be some of {','.join(FEATURES)}; got {unknown[0]!r}")
-        check_pooling(pooling)
-        model, fasta = model_and_fasta(paths)
-        network, tokenizer = load_model(model)
-        records = protein_records(fasta)
-        task = build_task(
-            records,
-            labels=read_labels(labels) if labels else None,
-            groups=read_groups(groups) if groups else None,
-            grouped=split == "groups",
-            max_per_group=per_group,
-            max_sequences=max_sequences,
-            max_residues=max_length - tokenizer.num_special_tokens_to_add() if max_length else None,
-            seed=seed,
+    from performers.proteins.figure_files import save_figure
+    from performers.proteins.model_folder import load_model
+    from performers.proteins.probe import run_probe
+    from performers.proteins.probe_features import feature_notes, probe_features
+    from performers.proteins.probe_figure import probe_figure
+    from performers.proteins.probe_fit import require_scikit_learn
+    from performers.proteins.probe_labels import read_groups, read_labels
+    from performers.proteins.probe_task import build_task
+
+    require_scikit_learn()
+    model, fasta = model_and_fasta(inputs.paths)
+    network, tokenizer = load_model(model)
+    records = protein_records(fasta)
+    special = tokenizer.num_special_tokens_to_add()
+    task = build_task(
+        records,
+        labels=read_labels(inputs.labels) if inputs.labels else None,
+        groups=read_groups(inputs.groups) if inputs.groups else None,
+        grouped=options.split == "groups",
+        max_per_group=inputs.per_group,
+        max_sequences=inputs.max_sequences,
+        max_residues=inputs.max_length - special if inputs.max_length else None,
+        seed=options.seed,
+    )
+    for line in task.notes:
+        note(line)
+    folder = prepare_output_folder(inputs.output_folder)
+    with ProgressBars() as bars:
+        found = run_probe(
+            probe_features(
+                network,
+                tokenizer,
+                task.sequences,
+                features=inputs.features,
+                pooling=inputs.pooling,
+                batch_tokens=inputs.batch_tokens,
+                seed=options.seed,
+                progress=lambda name, done, total: bars.update(name, done, total, {}),
+            ),
+            task,
+            options,
+            notes=feature_notes(inputs.features, options.seed),
+            progress=bars.task("fitting"),
         )
-        for line in task.notes:
-            note(line)
-        prepare_output_folder(output_folder)
-        with ProgressBars() as bars:
-            found = run_probe(
-                probe_features(
-                    network,
-                    tokenizer,
-                    task.sequences,
-                    features=chosen,
-                    pooling=pooling,
-                    batch_tokens=batch_tokens,
-                    seed=seed,
-                    progress=lambda name, done, total: bars.update(name, done, total, {}),
-                ),
-                task,
-                options,
-                notes=feature_notes(chosen, seed),
-                progress=bars.task("fitting"),
-            )
-        found = {
-            "model": str(model),
-            "fasta": [str(path) for path in fasta],
-            "pooling": pooling,
-            **found,
-        }
-        write_json(output_folder / "probe.json", found)
-        save_figure(probe_figure(found), output_folder / "probe.png")
-        # Those of the task were said before the long part.
-        _print(found, found["notes"][len(task.notes) :])
-        output.print(f"results: {output_folder / 'probe.json'}", soft_wrap=True)
+    found = {
+        "model": str(model),
+        "fasta": [str(path) for path in fasta],
+        "pooling": inputs.pooling,
+        **found,
+    }
+    write_json(folder / "probe.json", found)
+    save_figure(probe_figure(found), folder / "probe.png")
+    # Those of the task were said before the long part.
+    _print(found, found["notes"][len(task.notes) :])
+    output.print(f"results: {folder / 'probe.json'}", soft_wrap=True)
 
 
 def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
+    from performers.proteins.probe_figure import METRICS
+
     kind = "one of" if found["multiclass"] else "any of"
     sizes = found["splits"][0]
     parts = ", ".join(
@@ -174,6 +152,8 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
 
 
 def _table(metrics: list[str], names: Iterable[str]) -> Table:
+    from performers.proteins.probe_figure import METRICS
+
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # On a narrow terminal it is the numbers that wrap.
     table.add_column(min_width=max(map(len, names)))

@@ -11,7 +11,7 @@ from performers.proteins.fasta import ProteinRecord, read_fasta
 from performers.proteins.folders import read_json, write_json
 from performers.proteins.model_folder import load_model
 from performers.proteins.model_report import Report, choose_protein, describe_model
-from performers.proteins.options import TrainingOptions
+from performers.proteins.options import DEMO_STEPS, TrainingOptions
 from performers.proteins.report import ModelReport, write_report
 from performers.proteins.training import train_model
 
@@ -21,14 +21,13 @@ MODELS = {
     "transformer": "exact",
 }
 EVALUATED = ("test", "ood")
-STEPS = 2400
 
 _ATTENTION_SEQUENCES = 100
 _ATTENTION_LENGTH = 256
 _VALIDATION_STRIDE = 6
 
 
-def demo_options(attention: str, *, steps: int = STEPS, seed: int = 0) -> TrainingOptions:
+def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> TrainingOptions:
     """What each model of the demo is trained with: the same but for the attention."""
     return TrainingOptions(
         attention=attention,
@@ -54,7 +53,7 @@ def demo_options(attention: str, *, steps: int = STEPS, seed: int = 0) -> Traini
 def run_demo(
     output: Path,
     *,
-    steps: int = STEPS,
+    steps: int = DEMO_STEPS,
     seed: int = 0,
     resume: bool = False,
     report: Report | None = None,

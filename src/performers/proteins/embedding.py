@@ -15,11 +15,9 @@ from performers.proteins.fasta import ProteinRecord
 from performers.proteins.folders import write_atomically
 from performers.proteins.model_folder import check_input_length
 from performers.proteins.objectives import CausalCollator
+from performers.proteins.options import POOLINGS
 from performers.proteins.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.tokenizer import encode_sequences, residue_ids
-
-POOLINGS = ("mean", "mean-sd")
-"""From a sequence's hidden states to one vector: their mean, or that and their spread."""
 
 
 def embed_sequences(
@@ -53,7 +51,8 @@ def embed_sequences(
     Raises:
         UserError: The pooling is unknown, or a sequence is longer than learned positions reach.
     """
-    check_pooling(pooling)
+    if pooling not in POOLINGS:
+        raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
     dataset = TokenDataset(encode_sequences(tokenizer, sequences))
     check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
@@ -81,16 +80,6 @@ def embed_sequences(
         if progress is not None:
             progress(done, len(dataset))
     return vectors
-
-
-def check_pooling(pooling: str) -> None:
-    """Refuse what is none of ``POOLINGS``.
-
-    Raises:
-        UserError: It is not.
-    """
-    if pooling not in POOLINGS:
-        raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
 
 
 def write_embeddings(

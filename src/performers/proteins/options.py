@@ -1,213 +1,244 @@
-"""What a training run is asked to do."""
+"""Options of training runs, corpora and probes, and the names that they choose from."""
 
-import re
+from __future__ import annotations
+
 from dataclasses import asdict, dataclass, fields
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
+from performers.app.options import OptionError, Options, option
 
-from performers.features.softmax import CALIBRATED, Estimator
-from performers.models import PerformerConfig
-from performers.models.attention import build_mechanism
-from performers.proteins.errors import UserError
-from performers.proteins.memory import check_training_memory
+if TYPE_CHECKING:
+    from performers.models import PerformerConfig
 
-OBJECTIVES = ("mlm", "clm")
-OPTIMIZERS = ("adamw", "muon")
-
-# Options that change how a run is watched, not what it computes.
-_WATCHING = frozenset({"log_steps", "save_steps", "eval_steps"})
-_LSH = ("lsh_chunk_size", "lsh_rounds")
-_MODEL_NAMES = re.compile(
-    r"^(attention|estimator)\b|\b(hidden_size|num_attention_heads|num_features|position_embedding)\b"
+# The names are spelt here so that the command line starts without torch; a test compares them with
+# those of `performers.models`.
+ATTENTIONS = (
+    *("favor-softmax", "favor-relu", "favor-elu+1", "favor-exp", "favor-sigmoid", "favor-gelu"),
+    *("favor-cos", "favor-tanh", "favor-abs", "favor-identity", "exact", "identity"),
+    *("linformer", "lsh", "local", "bigbird"),
 )
+ESTIMATORS = ("positive", "hyperbolic", "trigonometric")
+"""Estimators that are not calibrated on a trained model."""
+
+DEMO_STEPS = 2400
+
+UNIPROT = (
+    "https://ftp.uniprot.org/pub/databases/uniprot/current_release/knowledgebase/complete/"
+    "uniprot_sprot.fasta.gz"
+)
+
+POOLINGS = ("mean", "mean-sd")
+"""Ways from a sequence's hidden states to one vector: their mean, or that and their spread."""
+
+PROBE_FEATURES = ("embeddings", "random-weights", "composition", "dipeptides", "tripeptides")
+"""Features that a probe compares, the model's own first; see `probe_features`."""
+
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Values that C is chosen from, the inverse strength of the L2 penalty in scikit-learn's terms.
+
+Wide enough for hundreds of standardised columns, which want strong penalties, and for sparse rows
+of unit norm, which want weak ones.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """Options of ``train_model``; each is a flag of ``performers train``.
 
     The optimiser's defaults are the paper's (Choromanski et al. 2021, appendix B.2): AdamW with
     betas 0.9 and 0.98, epsilon 1e-9, weight decay 0.1, gradients clipped at 0.5.
-
-    Attributes:
-        objective: ``"mlm"`` (15% of residues masked, 80/10/10) or ``"clm"`` (next residue).
-        attention: See ``PerformerConfig.attention``.
-        hidden_size: Width of the model.
-        num_layers: Blocks.
-        num_heads: Heads.
-        intermediate_size: Width of the feed-forward blocks; four times the model's when None.
-        num_features: Random features per head; the feature map's default when None.
-        estimator: Softmax estimator.
-        window: Tokens at most this far apart attend to each other exactly (``favor-softmax``) or at
-            all (``local``, 128 when None).
-        lsh_chunk_size: How far a token sees in its bucket under ``lsh``, see ``PerformerConfig``;
-            64 when None.
-        lsh_rounds: Hashes of ``lsh``, whose buckets are united; 4 when None.
-        position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
-        dropout: Dropout probability.
-        max_length: Longest row in tokens; longer sequences are split into windows.
-        packed: Fill rows of exactly ``max_length`` with consecutive sequences, instead of batching
-            sequences of similar length.
-        across_sequences: In packed rows, attention crosses the boundaries of sequences.
-        batch_tokens: Tokens in a batch on each process, padding included.
-        accumulation: Batches per optimiser step.
-        steps: Optimiser steps.
-        learning_rate: Peak; reached after ``warmup_steps``, then falling linearly to zero.
-        warmup_steps: A twentieth of the steps when None.
-        optimizer: ``"adamw"``, or ``"muon"`` for the matrices inside the model (AdamW for the
-            rest; see ``MuonAdamW``), which takes about the same learning rate.
-        weight_decay: Of matrices and embeddings.
-        max_grad_norm: Gradients are clipped to this norm.
-        mask_probability: Share of residues that are targets under ``"mlm"``.
-        redraw_steps: Optimiser steps between fresh random features; 0 keeps the first.
-        seed: Of weights, data order, masks and redraws.
-        bf16: Mixed precision.
-        gradient_checkpointing: Recompute blocks in the backward pass.
-        reversible: Reversible residual blocks, see ``PerformerConfig.reversible``.
-        feed_forward_chunk: Tokens that feed-forward blocks work on at a time; 0 for all at once.
-        validation_fraction: Share of the sequences held out when no validation file is given.
-        log_steps: Steps between log entries.
-        eval_steps: Steps between validations; a tenth of the steps when None.
-        save_steps: Steps between checkpoints; a tenth of the steps when None.
     """
 
-    objective: str = "mlm"
-    attention: str = "favor-softmax"
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 8
-    intermediate_size: int | None = None
-    num_features: int | None = None
-    estimator: str = "positive"
-    window: int | None = None
-    lsh_chunk_size: int | None = None
-    lsh_rounds: int | None = None
-    position_embedding: str = "rotary"
-    dropout: float = 0.1
-    max_length: int = 1024
-    packed: bool = False
-    across_sequences: bool = False
-    batch_tokens: int = 8192
-    accumulation: int = 1
-    steps: int = 1000
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    warmup_steps: int | None = None
-    weight_decay: float = 0.1
-    max_grad_norm: float = 0.5
-    mask_probability: float = 0.15
-    redraw_steps: int = 1000
-    seed: int = 0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    reversible: bool = False
-    feed_forward_chunk: int = 0
-    validation_fraction: float = 0.05
-    log_steps: int = 10
-    eval_steps: int | None = None
-    save_steps: int | None = None
+    objective: str = option(
+        "mlm: predict masked residues; clm: predict the next residue.",
+        "mlm",
+        choices=("mlm", "clm"),
+    )
+    attention: str = option(
+        f"One of {', '.join(ATTENTIONS)}.",
+        "favor-softmax",
+        choices=ATTENTIONS,
+        config="attention",
+    )
+    hidden_size: int = option("Width of the model.", 256, at_least=1, config="hidden_size")
+    num_layers: int = option(
+        "Transformer blocks.", 4, flag="--layers", at_least=1, config="num_hidden_layers"
+    )
+    num_heads: int = option(
+        "Attention heads.", 8, flag="--heads", at_least=1, config="num_attention_heads"
+    )
+    intermediate_size: int | None = option(
+        "Feed-forward width; four times the model's by default.",
+        None,
+        at_least=1,
+        config="intermediate_size",
+    )
+    num_features: int | None = option(
+        "Random features per head; about d ln d by default.",
+        None,
+        at_least=1,
+        config="num_features",
+    )
+    estimator: str = option(
+        f"Softmax estimator: {', '.join(ESTIMATORS)}.",
+        "positive",
+        choices=ESTIMATORS,
+        config="estimator",
+    )
+    window: int | None = option(
+        "Tokens seen exactly to each side (favor-softmax), or at all (local; 128 by default).",
+        None,
+        at_least=0,
+        config="window",
+    )
+    lsh_chunk_size: int | None = option(
+        "Tokens seen to each side within a bucket (lsh); 64 by default.",
+        None,
+        at_least=1,
+        config="lsh_chunk_size",
+    )
+    lsh_rounds: int | None = option(
+        "Hashes whose buckets are united (lsh); 4 by default.",
+        None,
+        at_least=1,
+        config="lsh_rounds",
+    )
+    position_embedding: str = option(
+        "rotary, sinusoidal or learned.",
+        "rotary",
+        flag="--positions",
+        choices=("rotary", "sinusoidal", "learned"),
+        config="position_embedding",
+    )
+    dropout: float = option(
+        "Dropout probability.", 0.1, at_least=0, at_most=0.99, config="hidden_dropout_prob"
+    )
+    max_length: int = option(
+        "Longest row in tokens; longer sequences are split.",
+        1024,
+        at_least=3,
+        config="max_position_embeddings",
+    )
+    packed: bool = option("Fill rows of --max-length with several sequences.", False)
+    across_sequences: bool = option("In packed rows, attend across sequences.", False)
+    batch_tokens: int = option(
+        "Tokens in a batch on each process, padding included.", 8192, at_least=1
+    )
+    accumulation: int = option("Batches per optimiser step.", 1, at_least=1)
+    steps: int = option("Optimiser steps.", 1000, at_least=1)
+    optimizer: str = option(
+        "adamw, or muon for the matrices (torch 2.9 or later).", "adamw", choices=("adamw", "muon")
+    )
+    learning_rate: float = option(
+        "Peak learning rate; rises over --warmup-steps, then falls linearly to zero.",
+        1e-3,
+        at_least=0,
+    )
+    warmup_steps: int | None = option("A twentieth of the steps by default.", None, at_least=0)
+    weight_decay: float = option("Of matrices and embeddings.", 0.1, at_least=0)
+    max_grad_norm: float = option("Norm at which gradients are clipped.", 0.5, at_least=0)
+    mask_probability: float = option(
+        "Share of residues to predict (mlm).", 0.15, at_least=1e-6, at_most=1
+    )
+    redraw_steps: int = option(
+        "Steps between fresh random features; 0 keeps the first.", 1000, at_least=0
+    )
+    seed: int = option(
+        "Random seed of weights, data order, masks and features.", 0, at_least=0, below=2**32
+    )
+    bf16: bool = option("Mixed precision.", False)
+    gradient_checkpointing: bool = option("Less memory, more time.", False)
+    reversible: bool = option(
+        "Activation memory that does not grow with --layers.", False, config="reversible"
+    )
+    feed_forward_chunk: int = option(
+        "Tokens in feed-forward blocks at a time; 0 for all.",
+        0,
+        at_least=0,
+        config="chunk_size_feed_forward",
+    )
+    validation_fraction: float = option(
+        "Share of the sequences of FASTA files held out without --validation, at most 500.",
+        0.05,
+        at_least=0,
+        at_most=0.9,
+    )
+    log_steps: int = option("Steps between log entries.", 10, at_least=1, changes_result=False)
+    eval_steps: int | None = option(
+        "Steps between validations; a tenth of --steps by default.",
+        None,
+        at_least=1,
+        changes_result=False,
+    )
+    save_steps: int | None = option(
+        "Steps between checkpoints; a tenth of --steps by default.",
+        None,
+        at_least=1,
+        changes_result=False,
+    )
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check ranges, combinations of options and the memory of the model.
 
         Raises:
-            UserError: An option is out of range, or the model cannot be trained in the memory of
-                this machine; the message names the flag.
+            UserError: An option is out of range, two do not go together, or the model cannot be
+                trained in the memory of this machine; the message names the flag.
         """
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"--objective must be one of {OBJECTIVES}, got {self.objective!r}")
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"--optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
-        if self.estimator in CALIBRATED:
-            raise UserError(
-                f"--estimator {self.estimator} is fitted to the queries and keys of a trained "
-                "model; train with positive, hyperbolic or trigonometric"
-            )
-        least = {
-            "hidden_size": 1,
-            "num_layers": 1,
-            "num_heads": 1,
-            "max_length": 3,
-            "batch_tokens": 1,
-            "accumulation": 1,
-            "steps": 1,
-            "redraw_steps": 0,
-            "seed": 0,
-            "log_steps": 1,
-            "intermediate_size": 1,
-            "num_features": 1,
-            "eval_steps": 1,
-            "save_steps": 1,
-            "warmup_steps": 0,
-            "window": 0,
-            "feed_forward_chunk": 0,
-            "lsh_chunk_size": 1,
-            "lsh_rounds": 1,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"{flag(name)} must be at least {low}, got {value}")
-        for name, lowest, highest in (
-            ("dropout", 0.0, 0.99),
-            ("mask_probability", 1e-6, 1.0),
-            ("validation_fraction", 0.0, 0.9),
-        ):
-            value = getattr(self, name)
-            if not lowest <= value <= highest:
-                raise UserError(
-                    f"{flag(name)} must be between {lowest:g} and {highest:g}, got {value}"
-                )
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"{flag(name)} must be at least 0, got {getattr(self, name)}")
+        super().__post_init__()
         if self.steps * self.accumulation >= 2**63:
-            raise UserError(
+            raise OptionError(
                 f"--steps times --accumulation must be below 2^63 batches, got {self.steps} and "
                 f"{self.accumulation}"
             )
-        if self.seed >= 2**32:
-            raise UserError(f"--seed must be below 2^32, got {self.seed}")
+        if self.hidden_size % self.num_heads:
+            raise OptionError(
+                f"--hidden-size must be a multiple of --heads, got {self.hidden_size} and "
+                f"{self.num_heads}"
+            )
+        if self.position_embedding == "rotary" and self.hidden_size // self.num_heads % 2:
+            raise OptionError(
+                "--positions rotary needs an even --hidden-size / --heads, got "
+                f"{self.hidden_size} / {self.num_heads}"
+            )
+        odd = self.num_features is not None and self.num_features % 2
+        if odd and self.attention == "favor-softmax" and self.estimator != "positive":
+            raise OptionError(
+                f"--num-features must be a positive even number for --estimator {self.estimator}, "
+                f"got {self.num_features}"
+            )
         if self.batch_tokens < self.max_length:
-            raise UserError(
+            raise OptionError(
                 f"--batch-tokens ({self.batch_tokens}) must be at least --max-length "
                 f"({self.max_length})"
             )
         if self.across_sequences and not self.packed:
-            raise UserError("--across-sequences needs --packed")
+            raise OptionError("--across-sequences needs --packed")
         if self.reversible and self.gradient_checkpointing:
-            raise UserError(
+            raise OptionError(
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
                 "keep no activations anyway"
             )
         if self.window is not None and self.attention not in ("favor-softmax", "local"):
-            raise UserError(
+            raise OptionError(
                 "--window needs --attention favor-softmax or local, got --attention "
                 f"{self.attention}"
             )
-        for name in _LSH:
+        for name in ("lsh_chunk_size", "lsh_rounds"):
             if getattr(self, name) is not None and self.attention != "lsh":
-                raise UserError(
-                    f"{flag(name)} needs --attention lsh, got --attention {self.attention}"
+                raise OptionError(
+                    f"{self.flag(name)} needs --attention lsh, got --attention {self.attention}"
                 )
         if self.attention == "linformer" and self.objective == "clm":
-            raise UserError(
+            raise OptionError(
                 "--attention linformer has no causal form: use --objective mlm, or another "
                 "attention"
             )
         if self.attention == "linformer" and self.packed and not self.across_sequences:
-            raise UserError(
+            raise OptionError(
                 "--attention linformer cannot keep the sequences of a row apart: leave out "
                 "--packed, or add --across-sequences"
             )
-        try:
-            config = self._config()
-            check_training_memory(config, self.optimizer)
-            with torch.random.fork_rng(devices=[]):
-                build_mechanism(config)
-        except ValueError as error:
-            raise UserError(_MODEL_NAMES.sub(_model_flag, str(error))) from error
+        self._check_memory()
 
     def model_config(self, tokenizer: Any) -> PerformerConfig:
         """The configuration of the model to train, for a tokenizer."""
@@ -227,59 +258,121 @@ class TrainingOptions:
         Raises:
             UserError: They do not fit.
         """
-        if self.gradient_checkpointing or self.bf16:
-            return
-        # A batch ends where one more row would exceed the budget: half of it is always reached.
-        batch = min(int((1 - self.validation_fraction) * tokens), self.batch_tokens) // 2
-        check_training_memory(self._config(), self.optimizer, batch)
+        if not (self.gradient_checkpointing or self.bf16):
+            # A batch ends where one more row would exceed the budget: half of it is always reached.
+            trained = int((1 - self.validation_fraction) * tokens)
+            self._check_memory(min(trained, self.batch_tokens) // 2)
+
+    def _check_memory(self, tokens: int = 0) -> None:
+        from performers.proteins.memory import check_training_memory
+
+        check_training_memory(self._config(), self.optimizer, tokens)
 
     def _config(self, **tokens: Any) -> PerformerConfig:
-        return PerformerConfig(
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.num_layers,
-            num_attention_heads=self.num_heads,
-            intermediate_size=self.intermediate_size or 4 * self.hidden_size,
-            hidden_dropout_prob=self.dropout,
-            position_embedding=self.position_embedding,
-            max_position_embeddings=self.max_length,
-            attention=self.attention,
-            num_features=self.num_features,
-            estimator=cast(Estimator, self.estimator),
-            window=self.window,
-            reversible=self.reversible,
-            chunk_size_feed_forward=self.feed_forward_chunk,
-            is_decoder=self.objective == "clm",
-            **{name: getattr(self, name) for name in _LSH if getattr(self, name) is not None},
-            **tokens,
-        )
+        from performers.models import PerformerConfig
+
+        chosen = {
+            item.metadata["option"].config: getattr(self, item.name)
+            for item in fields(self)
+            if item.metadata["option"].config and getattr(self, item.name) is not None
+        }
+        chosen.setdefault("intermediate_size", 4 * self.hidden_size)
+        return PerformerConfig(**chosen, is_decoder=self.objective == "clm", **tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data."""
         return asdict(self)
 
     def differences(self, earlier: dict[str, Any]) -> list[str]:
-        """Which results-changing options differ from those of an earlier run, in words.
+        """Differences from the options of an earlier run, of those that change the result.
 
         An option that the earlier run does not mention is newer than it, and was at its default.
         """
-        before = {field.name: earlier.get(field.name, field.default) for field in fields(self)}
+        before = {
+            item.name: earlier.get(item.name, item.default)
+            for item in fields(self)
+            if item.metadata["option"].changes_result
+        }
         return [
-            f"{flag(name)} was {value}, now {getattr(self, name)}"
+            f"{self.flag(name)} was {value}, now {getattr(self, name)}"
             for name, value in before.items()
-            if name not in _WATCHING and getattr(self, name) != value
+            if getattr(self, name) != value
         ]
 
 
-def flag(name: str) -> str:
-    """The command-line flag of an option."""
-    renamed = {
-        "num_layers": "layers",
-        "num_heads": "heads",
-        "position_embedding": "positions",
-    }
-    return "--" + renamed.get(name, name).replace("_", "-")
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(Options):
+    """Options that decide the splits of a corpus; recorded in its manifest."""
+
+    identity: float = option("Least identity within a cluster.", 0.3, above=0, at_most=1)
+    coverage: float = option(
+        "Least coverage of both sequences within a cluster.", 0.8, above=0, at_most=1
+    )
+    validation_fraction: float = option(
+        "Share of the sequences to validate on.", 0.005, above=0, below=1
+    )
+    test_fraction: float = option("Share of the sequences to test on.", 0.01, above=0, below=1)
+    ood_fraction: float = option(
+        "Share of the sequences held out as whole clusters.", 0.01, above=0, below=1
+    )
+    sensitivity: float = option(
+        "Sensitivity of the search for relatives of clusters to hold out (mmseqs2's -s).",
+        5.7,
+        at_least=1,
+        at_most=7.5,
+    )
+    max_evalue: float = option("Up to this e-value a hit is a relative.", 1e-3, above=0)
+    min_length: int = option("Shorter sequences are left out.", 1, at_least=1)
+    seed: int = option("Random seed.", 0)
+    shard_tokens: int = option("Tokens in a file of tokens.", 1 << 25, at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: An option is out of range; the message names its flag.
+        """
+        super().__post_init__()
+        if self.validation_fraction + self.test_fraction + self.ood_fraction > 0.9:
+            raise OptionError(
+                "--validation-fraction, --test-fraction and --ood-fraction leave less than a "
+                "tenth to train on; lower them"
+            )
 
 
-def _model_flag(name: re.Match[str]) -> str:
-    """The flag of an option that the model knows by another name."""
-    return flag(name[0].replace("num_attention_heads", "num_heads"))
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(Options):
+    """Options of the fits of probes.
+
+    Attributes:
+        test: Share of the proteins to test on.
+        validation: Share of the proteins to choose the penalty on.
+        strengths: Values that C is chosen from.
+    """
+
+    split: str = option(
+        "groups: no group is both trained and tested on; random: relatives of the test sequences "
+        "are trained on.",
+        "groups",
+        choices=("groups", "random"),
+    )
+    repeats: int = option("Number of splits.", 5, at_least=1)
+    seed: int = option(
+        "Random seed; of the first split, the others follow.", 0, at_least=0, below=2**32
+    )
+    test: float = 0.2
+    validation: float = 0.1
+    min_count: int = option(
+        "Labels with or without fewer proteins in a part of a split are dropped.", 50, at_least=1
+    )
+    strengths: tuple[float, ...] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: An option is out of range; the message names its flag.
+        """
+        super().__post_init__()
+        if not self.strengths or min(self.strengths) <= 0:
+            raise OptionError(f"strengths must be values of C above 0, got {self.strengths}")

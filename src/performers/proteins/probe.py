@@ -8,7 +8,7 @@ differences between them are paired.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,56 +16,14 @@ from numpy.typing import NDArray
 
 from performers.proteins.annotations import ENZYME_CLASSES
 from performers.proteins.errors import UserError
+from performers.proteins.options import ProbeOptions
 from performers.proteins.probe_fit import (
-    STRENGTHS,
     ProbeFit,
     fit_probe,
     require_scikit_learn,
 )
 from performers.proteins.probe_splits import ProbeSplit, split_proteins
 from performers.proteins.probe_task import ProbeTask
-
-SPLITS = ("groups", "random")
-"""By group; or single proteins, which leaves relatives of the test part to train on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeOptions:
-    """How probes are fitted.
-
-    Attributes:
-        split: One of `SPLITS`.
-        repeats: Number of splits.
-        seed: Of the first split; the others follow.
-        test: Share of the proteins to test on.
-        validation: Share of the proteins to choose the penalty on.
-        min_count: Labels with fewer examples, or fewer counter-examples, in any part of any split
-            are dropped.
-        strengths: What C is chosen from.
-    """
-
-    split: str = "groups"
-    repeats: int = 5
-    seed: int = 0
-    test: float = 0.2
-    validation: float = 0.1
-    min_count: int = 50
-    strengths: tuple[float, ...] = STRENGTHS
-
-    def __post_init__(self) -> None:
-        """Checks ranges.
-
-        Raises:
-            UserError: An option is out of range.
-        """
-        if self.split not in SPLITS:
-            raise UserError(f"--split must be one of {', '.join(SPLITS)}, got {self.split!r}")
-        for name in ("repeats", "min_count"):
-            if getattr(self, name) < 1:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"{option} must be at least 1, got {getattr(self, name)}")
-        if not self.strengths or min(self.strengths) <= 0:
-            raise UserError(f"strengths must be values of C above 0, got {self.strengths}")
 
 
 def run_probe(

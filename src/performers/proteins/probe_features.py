@@ -18,10 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.embedding import embed_sequences
 from performers.proteins.errors import UserError
+from performers.proteins.options import PROBE_FEATURES
 from performers.proteins.tokenizer import AMINO_ACIDS
-
-FEATURES = ("embeddings", "random-weights", "composition", "dipeptides", "tripeptides")
-"""The features, the model's own first; see `probe_features`."""
 
 _KMERS = {"composition": 1, "dipeptides": 2, "tripeptides": 3}
 # From here on a table of counts is mostly zeros.
@@ -38,7 +36,7 @@ def probe_features(
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
     *,
-    features: Sequence[str] = FEATURES,
+    features: Sequence[str] = PROBE_FEATURES,
     pooling: str = "mean",
     batch_tokens: int = 8192,
     seed: int = 0,
@@ -69,10 +67,10 @@ def probe_features(
     Raises:
         UserError: A name is unknown, or the model gives values that are not finite.
     """
-    unknown = [name for name in features if name not in FEATURES]
+    unknown = [name for name in features if name not in PROBE_FEATURES]
     if unknown or not features:
         got = repr(unknown[0]) if unknown else "none"
-        raise UserError(f"--features must be some of {', '.join(FEATURES)}; got {got}")
+        raise UserError(f"--features must be some of {', '.join(PROBE_FEATURES)}; got {got}")
     lengths = log_lengths(sequences)
     found: dict[str, Any] = {}
     for name in features:

@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from performers.proteins.options import STRENGTHS
 from performers.proteins.probe_splits import ProbeSplit
-
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""What C is chosen from, the inverse strength of the L2 penalty in scikit-learn's terms.
-
-Wide enough for hundreds of standardised columns, which want strong penalties, and for sparse rows
-of unit norm, which want weak ones.
-"""
 
 _MAX_ITERATIONS = 300
 

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from performers.app.conversion import ConversionOptions
 from performers.convert.conversion import Conversion
 from performers.convert.distillation.batches import Collator
-from performers.convert.distillation.options import (
+from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.quality import Quality, kind_of, measure_quality
+from performers.convert.distillation.results import (
     BASELINE,
     FINE_TUNED,
     ORIGINAL,
     ZERO_SHOT,
-    ConversionOptions,
     ConversionRecord,
 )
-from performers.convert.distillation.pretrained import LoadedModel, load_model
-from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from performers.convert.distillation.texts import Example, TextSplits, split_text
 from performers.convert.distillation.training import check_adapters, distill
 from performers.convert.interface.positions import extend_positions_, learned_positions

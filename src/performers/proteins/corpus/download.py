@@ -14,10 +14,6 @@ from xml.etree import ElementTree
 
 from performers.proteins.errors import UserError
 
-UNIPROT = (
-    "https://ftp.uniprot.org/pub/databases/uniprot/current_release/knowledgebase/complete/"
-    "uniprot_sprot.fasta.gz"
-)
 _METALINK = "RELEASE.metalink"
 _CHUNK = 1 << 20
 _ATTEMPTS = 5

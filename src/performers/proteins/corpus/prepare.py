@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.shards import (
     FORMAT,
-    SHARD_TOKENS,
     SPLITS,
     VOCABULARY,
     write_shards,
@@ -28,6 +27,7 @@ from performers.proteins.corpus.splitting import (
 from performers.proteins.errors import UserError
 from performers.proteins.fasta import ProteinRecord, iter_fasta, write_fasta
 from performers.proteins.folders import read_json, write_atomically, write_json
+from performers.proteins.options import CorpusOptions
 
 Report = Callable[[str], None]
 
@@ -39,62 +39,6 @@ _ALWAYS_SMALL = 10
 _QUICK_SENSITIVITY = 1.0
 # One relative is enough to drop a cluster; the prefilter may pass on some that are none.
 _HITS_PER_QUERY = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusOptions:
-    """What decides the splits; recorded in the manifest.
-
-    Attributes:
-        identity: Least identity of a cluster's members with its representative.
-        coverage: Least part of both sequences that this is over.
-        validation_fraction: Share of the sequences, drawn by sequence.
-        test_fraction: Share of the sequences, drawn by sequence.
-        ood_fraction: Share of the sequences held out as whole clusters.
-        sensitivity: Of the search for relatives of the clusters to hold out (mmseqs2's ``-s``).
-        max_evalue: A hit with an e-value up to this is a relative.
-        min_length: Shorter sequences are left out.
-        seed: Of every draw.
-        shard_tokens: Tokens after which a shard is closed.
-    """
-
-    identity: float = 0.3
-    coverage: float = 0.8
-    validation_fraction: float = 0.005
-    test_fraction: float = 0.01
-    ood_fraction: float = 0.01
-    sensitivity: float = 5.7
-    max_evalue: float = 1e-3
-    min_length: int = 1
-    seed: int = 0
-    shard_tokens: int = SHARD_TOKENS
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UserError: An option is out of range; the message names its flag.
-        """
-        for name in ("identity", "coverage"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(
-                    f"--{name} must be above 0 and at most 1, got {getattr(self, name)}"
-                )
-        fractions = ("validation_fraction", "test_fraction", "ood_fraction")
-        for name in fractions:
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(self, name)}"
-                )
-        if sum(getattr(self, name) for name in fractions) > 0.9:
-            raise UserError(
-                "--validation-fraction, --test-fraction and --ood-fraction leave less than a "
-                "tenth to train on; lower them"
-            )
-        if not 1 <= self.sensitivity <= 7.5:
-            raise UserError(f"--sensitivity must be between 1 and 7.5, got {self.sensitivity}")
-        if self.max_evalue <= 0 or self.min_length < 1 or self.shard_tokens < 1:
-            raise UserError("--max-evalue, --min-length and --shard-tokens must be above 0")
 
 
 def prepare_corpus(

@@ -19,12 +19,12 @@ import numpy.typing as npt
 
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
+from performers.proteins.options import CorpusOptions
 from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 
 FORMAT = "performers-corpus-1"
 SPLITS = ("train", "validation", "test", "ood")
 VOCABULARY = (*SPECIAL_TOKENS, *AMINO_ACIDS, *AMBIGUOUS)
-SHARD_TOKENS = 1 << 25
 
 _BOS, _EOS = SPECIAL_TOKENS.index("<bos>"), SPECIAL_TOKENS.index("<eos>")
 _FIRST_RESIDUE = len(SPECIAL_TOKENS)
@@ -34,7 +34,7 @@ _IDS[_LETTERS] = np.arange(_FIRST_RESIDUE, len(VOCABULARY), dtype=np.uint8)
 
 
 def write_shards(
-    folder: Path, records: Iterable[tuple[str, str]], shard_tokens: int = SHARD_TOKENS
+    folder: Path, records: Iterable[tuple[str, str]], shard_tokens: int = CorpusOptions.shard_tokens
 ) -> dict[str, Any]:
     """Write (name, sequence) records as shards.
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from performers.proteins.corpus.blast import read_blast_database
-from performers.proteins.corpus.download import UNIPROT, describe_release, download
+from performers.proteins.corpus.download import describe_release, download
 from performers.proteins.errors import UserError
 from performers.proteins.fasta import iter_fasta
+from performers.proteins.options import UNIPROT
 from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
 
 UNIPROT_LICENCE = "CC BY 4.0, The UniProt Consortium (https://www.uniprot.org)"

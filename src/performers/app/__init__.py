@@ -1,0 +1,1 @@
+"""Tools that every command and the packages below it share."""

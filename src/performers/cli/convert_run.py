@@ -1,0 +1,115 @@
+"""Running, measuring and writing of ``performers convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from performers.app.conversion import ConversionOptions
+from performers.benchmark.converted import SPEED, measure_speed
+from performers.benchmark.converted_decode import measure_decoding
+from performers.benchmark.converted_figure import conversion_figure
+from performers.benchmark.machine import describe
+from performers.benchmark.settings import Sampling
+from performers.cli.console import ProgressBars, note, output
+from performers.cli.convert_report import report_page, report_tables
+from performers.convert.distillation.pipeline import run_conversion
+from performers.convert.distillation.results import ConversionRecord
+from performers.convert.interface.positions import extend_positions_, learned_positions
+from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.figure_files import save_figure
+from performers.proteins.folders import (
+    read_json,
+    write_atomically,
+    write_json,
+)
+
+_RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"
+# Positions that decoding needs beyond its contexts.
+_STEPS = 16
+
+
+def convert_and_measure(
+    options: ConversionOptions, folder: Path, resume: bool, lengths: tuple[int, ...], memory: bool
+) -> None:
+    """Convert a model into a folder, or go on with a run in it, and print the results.
+
+    Args:
+        options: Options of the conversion.
+        folder: Folder of the new model.
+        resume: Whether to go on with what the folder holds.
+        lengths: Tokens at which speed is measured; empty to leave it out.
+        memory: Whether peak memory is measured too.
+
+    Raises:
+        UserError: The model, the text or an option cannot be used.
+        Interrupted: Ctrl-C; what is done is in the folder.
+    """
+    record = ConversionRecord(saved=lambda record: _save(record, folder))
+    try:
+        with ProgressBars() as bars:
+            _run(options, folder, record, resume, bars, lengths, memory)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; what is done is in {folder}, --resume goes on from there"
+        ) from error
+    for table in report_tables(record.content()):
+        output.print(table.on_console())
+        for line in table.notes:
+            output.print(line, soft_wrap=True)
+    output.print(f"report: {folder / _PAGE}", soft_wrap=True)
+
+
+def _run(
+    options: ConversionOptions,
+    folder: Path,
+    record: ConversionRecord,
+    resume: bool,
+    bars: ProgressBars,
+    lengths: tuple[int, ...],
+    memory: bool,
+) -> None:
+    def earlier(record: ConversionRecord) -> None:
+        if resume and (folder / _RECORD).exists():
+            record.resume(read_json(folder / _RECORD))
+            note(f"{len(record.quality)} measurements kept from {folder / _RECORD}")
+        record.machine = describe(torch.get_num_threads())
+
+    loaded, converted = run_conversion(
+        options, folder, record, resume=earlier, progress=bars.update
+    )
+    measured = sorted({row["length"] for row in record.speed})
+    if lengths and measured != list(lengths):
+        for model in (loaded.model, converted):
+            if learned_positions(model) is not None:
+                extend_positions_(model, lengths[-1] + _STEPS)
+        record.speed = measure_speed(
+            loaded.model,
+            converted,
+            lengths,
+            sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=memory),
+            seed=options.seed,
+            folders=(Path(options.model), folder),
+            progress=bars.task("timing"),
+        )
+        if record.model["kind"] == "causal":
+            record.decoding = measure_decoding(
+                loaded.model,
+                converted,
+                lengths,
+                tokens=_STEPS,
+                seed=options.seed,
+                progress=bars.task("decoding"),
+            )
+        record.saved(record)
+    content: dict[str, Any] = record.content()
+    save_figure(conversion_figure(content), folder / _FIGURE)
+    write_atomically(folder / _PAGE, report_page(content).encode())
+
+
+def _save(record: ConversionRecord, folder: Path) -> None:
+    write_json(folder / _RECORD, record.content())
