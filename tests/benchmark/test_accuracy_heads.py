@@ -219,8 +219,8 @@ def test_layers_measured_before_are_kept(bert, monkeypatch):
 
 
 def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
-    def without_lists(right, problem):
-        return right(problem._replace(lists=None))
+    def without_lists(right, call):
+        return right(call.replaced(lists=None))
 
     break_backend(monkeypatch, "torch", without_lists)
     results = measure(replace(bert, settings=replace(bert.settings, layers=(0,))))
@@ -236,8 +236,8 @@ def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
 
 
 def test_outputs_that_are_not_finite_fail(bert, monkeypatch):
-    def attend(right, problem):
-        out, state = right(problem)
+    def attend(right, call):
+        out, state = right(call)
         # The check sees one passage, the measurement two.
         return (out * math.nan if out.shape[0] == 2 else out), state
 

@@ -7,16 +7,15 @@ import pytest
 import torch
 
 from performers import KeyBuckets, LearnedFeatures, SoftmaxFeatures, favor_attention
-from performers.attention.blocks import Features, divide
-from performers.attention.checking import checked_problem
-from performers.attention.listed import _dense_rows, listed_pairs
-from performers.attention.native import backend
+from performers.attention.call import AttentionCall
 from performers.attention.native.listed_operators import (
     kernel_rows,
     listed_backward,
     listed_forward,
 )
-from performers.attention.native.operators import favor_backward, favor_forward
+from performers.attention.native.operators import Inputs, favor_backward, favor_forward
+from performers.attention.torch_backend.blocks import Features, divide
+from performers.attention.torch_backend.listed import _dense_rows, listed_pairs
 from tests.attention.native.support import NATIVE, threads
 from tests.features.cases import generator
 
@@ -44,10 +43,16 @@ def problem_of(
     if features is None:
         features = SoftmaxFeatures(DIM, 32, num_heads=num_heads, generator=random)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    problem = checked_problem(
-        *leaves, features, is_causal, mask, None, None, None, False, window, sinks, buckets
+    call = AttentionCall(
+        *leaves,
+        features,
+        is_causal=is_causal,
+        key_mask=mask,
+        window=window,
+        sinks=sinks,
+        listed_keys=buckets,
     )
-    return problem, leaves
+    return call.checked(), leaves
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -55,9 +60,9 @@ def problem_of(
 def test_parts_make_up_the_whole(is_causal, window, sinks):
     """Joined by their normalisers they are the whole call, and so are their gradients."""
     results = []
-    for parts in (("whole",), ("far", "exact")):
+    for parts in (("whole",), ("feature", "exact")):
         problem, leaves = problem_of(is_causal=is_causal, window=window, sinks=sinks)
-        found = [favor_forward(*backend.operator_arguments(problem, part)) for part in parts]
+        found = [favor_forward(*Inputs.of(problem, part)) for part in parts]
         out = found[0][0]
         if len(found) > 1:
             log = torch.stack([x[-1] for x in found])
@@ -69,7 +74,7 @@ def test_parts_make_up_the_whole(is_causal, window, sinks):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("part", ["far", "exact"])
+@pytest.mark.parametrize("part", ["feature", "exact"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_gradient_of_a_normaliser(part, is_causal):
     """Of the logarithm alone, against differences along queries, keys and the projection."""
@@ -82,8 +87,8 @@ def test_the_gradient_of_a_normaliser(part, is_causal):
         upstream[..., :8] = 0
 
     def loss(query, key, weight):
-        given = problem._replace(query=query, key=key, form=problem.form._replace(weight=weight))
-        log = favor_forward(*backend.operator_arguments(given, part))[-1]
+        given = problem.replaced(query=query, key=key, form=problem.form._replace(weight=weight))
+        log = favor_forward(*Inputs.of(given, part))[-1]
         assert log.dtype == torch.float64
         return (log.where(log.isfinite(), 0.0) * upstream).sum()
 
@@ -119,8 +124,8 @@ def buckets_of(count=6, keys=20, rounds=1, refresh=40):
 
 def dense(problem, pairs):
     """What `kernel_rows` gives, by torch in float64."""
-    problem = problem._replace(dtype=torch.float64, form=problem.form.to(torch.float64))
-    features = Features(problem.form, math.sqrt(problem.scale), torch.float64)
+    problem = problem.replaced(dtype=torch.float64, form=problem.form.to(torch.float64))
+    features = Features(problem.form, math.sqrt(problem.factor), torch.float64)
     pairs = pairs._replace(
         query=pairs.query.double(), key=pairs.key.double(), value=pairs.value.double()
     )
@@ -215,7 +220,7 @@ def arguments(rounds=1):
         pairs.position,
         pairs.begin,
         pairs.hidden,
-        problem.scale,
+        problem.factor,
         24,
         problem.window,
     )
@@ -249,10 +254,10 @@ def test_every_result_is_written(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_contract_of_the_operators_for_a_part(window):
-    for part in ("far", "exact"):
+    for part in ("feature", "exact"):
         inputs = [
             x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-            for x in backend.operator_arguments(problem_of(20, groups=1, window=window)[0], part)
+            for x in Inputs.of(problem_of(20, groups=1, window=window)[0], part)
         ]
         torch.library.opcheck(favor_forward, tuple(inputs))
         inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -260,7 +265,7 @@ def test_the_contract_of_the_operators_for_a_part(window):
         grad_log = torch.randn(results[-1].shape, generator=generator(9), dtype=torch.float64)
         grad_out = torch.randn(results[0].shape, generator=generator(10))
         torch.library.opcheck(
-            favor_backward, (grad_out, None, None, grad_log, *inputs[:-1], *results[:-1])
+            favor_backward, (grad_out, None, None, grad_log, *inputs, *results, False)
         )
 
 

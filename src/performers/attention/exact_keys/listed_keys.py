@@ -7,15 +7,19 @@ direction, those that its queries are likely to attend to; every other key goes 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.features import FeatureForm
 from performers.features.draws import Drawn
 from performers.features.precision import without_autocast
 from performers.features.projections import draw_projection
+
+if TYPE_CHECKING:
+    from performers.attention.call import AttentionCall
 
 # Samples per head that the directions are fitted to, and rounds of the fit.
 _MOST_SAMPLES = 4096
@@ -229,6 +233,45 @@ class KeyBuckets(Drawn):
         return (
             f"head_dim={self.head_dim}, num_buckets={self.num_buckets}, num_keys={self.num_keys}, "
             f"num_rounds={self.num_rounds}, refresh={self.refresh}{heads}"
+        )
+
+
+def check_listed_keys(
+    buckets: KeyBuckets, call: "AttentionCall", form: FeatureForm, key_heads: int
+) -> None:
+    """Check what lists the keys of a call.
+
+    Args:
+        buckets: What the call was given.
+        call: The call.
+        form: Its features.
+        key_heads: Key heads after one is made for each head of the feature map.
+
+    Raises:
+        ValueError: They do not go with the features, the shapes, or other options.
+    """
+    if not isinstance(buckets, KeyBuckets):
+        raise ValueError(f"buckets must be KeyBuckets or None, got {type(buckets).__name__}")
+    if form.kind != "exponential" or not form.quadratic:
+        raise ValueError(
+            "buckets need positive softmax features (SoftmaxFeatures, not trigonometric): other "
+            "estimates cannot be exchanged for exp(q . k) key by key"
+        )
+    head_dim = call.query.shape[-1]
+    if buckets.head_dim != head_dim:
+        raise ValueError(
+            f"buckets have head_dim={buckets.head_dim} but query has head_dim={head_dim}"
+        )
+    if buckets.num_heads not in (None, key_heads):
+        raise ValueError(
+            f"buckets have num_heads={buckets.num_heads}; with {key_heads} key heads (of the "
+            "feature map, where it has one per query head) it must be that or None"
+        )
+    if call.cu_seqlens is not None or call.state is not None or call.return_state:
+        name = "state and return_state" if call.cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"buckets cannot be combined with {name}: their lists are made from one whole "
+            "sequence; call without buckets, or with the sequences as rows of a padded batch"
         )
 
 
