@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from performers.attention.exact_keys.listed_keys import KeyBuckets, KeyLists, check_listed_keys
+from performers.attention.exact_keys.listed_keys import KeyLists, ListedKeys, check_listed_keys
 from performers.attention.exact_keys.window_and_sinks import (
     SinkKeys,
     check_window_and_sinks,
@@ -67,7 +67,7 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     sinks: int = 0
-    listed_keys: KeyBuckets | None = None
+    listed_keys: ListedKeys | None = None
     state: FavorState | None = None
     return_state: bool = False
     form: FeatureForm = field(init=False)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from performers.attention.backends import resolve_backend
 from performers.attention.call import AttentionCall
-from performers.attention.exact_keys.listed_keys import KeyBuckets
+from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
 from performers.attention.state import FavorState
@@ -52,7 +52,7 @@ def favor_attention(  # type: ignore[misc]
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
-    buckets: KeyBuckets | None = None,
+    listed_keys: ListedKeys | None = None,
     state: FavorState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -86,8 +86,8 @@ def favor_attention(  # type: ignore[misc]
             others through features, under one normaliser; softmax features only, and as many keys
             as queries. A window that covers the sequence is exact attention. None for no window.
         sinks: Meet the first ``sinks`` keys that take part exactly; softmax features only.
-        buckets: Meet the keys that these list for a query exactly; positive softmax features only,
-            without ``cu_seqlens`` and states.
+        listed_keys: Meet the keys that these list for a query exactly; positive softmax features
+            only, without ``cu_seqlens`` and states.
         state: Past of a causal call, as returned by an earlier one.
         return_state: Also return the state after the last key (causal only).
         backend: One of ``performers.backends()``, which has to cover the call; None chooses the
@@ -118,7 +118,7 @@ def favor_attention(  # type: ignore[misc]
         scale=scale,
         window=window,
         sinks=sinks,
-        listed_keys=buckets,
+        listed_keys=listed_keys,
         state=state,
         return_state=return_state,
     ).checked()
@@ -140,7 +140,7 @@ def favor_attention_weights(
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
-    buckets: KeyBuckets | None = None,
+    listed_keys: ListedKeys | None = None,
 ) -> Tensor:
     """The attention matrix that ``favor_attention`` implies; for analysis, quadratic on purpose.
 
@@ -153,7 +153,7 @@ def favor_attention_weights(
         scale: As in ``favor_attention``.
         window: As in ``favor_attention``.
         sinks: As in ``favor_attention``.
-        buckets: As in ``favor_attention``.
+        listed_keys: As in ``favor_attention``.
 
     Returns:
         Shape ``(B, H, L, S)``. Rows sum to one; the row of a query with nothing to attend to is
@@ -172,7 +172,7 @@ def favor_attention_weights(
         scale=scale,
         window=window,
         sinks=sinks,
-        listed_keys=buckets,
+        listed_keys=listed_keys,
     ).checked()
     with without_autocast(query.device):
         weights = attention_matrix(call)

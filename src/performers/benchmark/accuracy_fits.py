@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features import CALIBRATED
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class LayerFits:
         self._sample = calibration
         self._seed = seed
         self._fitted: dict[tuple[object, ...], SoftmaxFeatures] = {}
-        self._buckets: dict[int, KeyBuckets] = {}
+        self._buckets: dict[int, ListedKeys] = {}
 
     def attention(self, variant: Variant, backend: str | None) -> Callable[..., Tensor]:
         """A variant as a function with the call of ``replacement.exact_attention``.
@@ -58,9 +58,9 @@ class LayerFits:
         Returns:
             The function; the layer's index, its first argument, is not used.
         """
-        buckets = self._key_buckets(variant.keys) if variant.keys else None
+        listed_keys = self._key_buckets(variant.keys) if variant.keys else None
         if variant.estimator is None:
-            return _only_exact(variant.window, variant.sinks, buckets)
+            return _only_exact(variant.window, variant.sinks, listed_keys)
         features = self._features(variant)
 
         def attend(
@@ -83,7 +83,7 @@ class LayerFits:
                 key_mask=key_mask,
                 window=variant.window,
                 sinks=variant.sinks,
-                buckets=buckets,
+                listed_keys=listed_keys,
                 backend=backend,
             )
 
@@ -121,13 +121,13 @@ class LayerFits:
         self._fitted[exact] = features
         return features
 
-    def _key_buckets(self, keys: int) -> KeyBuckets:
+    def _key_buckets(self, keys: int) -> ListedKeys:
         if keys not in self._buckets:
             _, heads, _, head_dim = self._sample.query.shape
-            buckets = KeyBuckets(
+            listed_keys = ListedKeys(
                 head_dim, NUM_BUCKETS, keys, num_heads=heads, generator=self._generator()
             )
-            self._buckets[keys] = buckets.calibrate_(self._sample.query)
+            self._buckets[keys] = listed_keys.calibrate_(self._sample.query)
         return self._buckets[keys]
 
     def _generator(self) -> torch.Generator:
@@ -135,7 +135,7 @@ class LayerFits:
 
 
 def _only_exact(
-    window: int | None, sinks: int, buckets: KeyBuckets | None
+    window: int | None, sinks: int, listed_keys: ListedKeys | None
 ) -> Callable[..., Tensor]:
     """Softmax over the exact terms alone; quadratic, for its error and not its time."""
 
@@ -152,8 +152,8 @@ def _only_exact(
         place = torch.arange(query.shape[2], device=query.device)
         gap = place[:, None] - place
         mask = (place < sinks) | (True if window is None else gap.abs() <= window)
-        if buckets is not None:
-            mask = mask | _listed(buckets, query, key, key_mask, is_causal)
+        if listed_keys is not None:
+            mask = mask | _listed(listed_keys, query, key, key_mask, is_causal)
         if is_causal:
             mask = mask & (gap >= 0)
         mask = mask.expand(*mask.shape[:-2], *gap.shape)
@@ -167,11 +167,11 @@ def _only_exact(
 
 
 def _listed(
-    buckets: KeyBuckets, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
+    listed_keys: ListedKeys, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """Which keys are listed for which query, shape ``(B, H, L, S)``."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    lists = buckets.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
+    lists = listed_keys.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
     counts = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.uint8, device=query.device)
     for keys, taken, of_query in zip(*lists, strict=True):
         own = of_query[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.attention import FavorState, KeyBuckets, favor_attention, favor_attention_weights
+from performers.attention import FavorState, ListedKeys, favor_attention, favor_attention_weights
 from performers.features import FeatureMap, LearnedFeatures
 
 __all__ = ["BLOCK", "FavorBlock", "boundaries"]
@@ -25,7 +25,7 @@ class FavorBlock(nn.Module):
         feature_map: The features.
         window: As in ``favor_attention``.
         sinks: As in ``favor_attention``.
-        buckets: As in ``favor_attention``.
+        listed_keys: As in ``favor_attention``.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class FavorBlock(nn.Module):
         *,
         window: int | None = None,
         sinks: int = 0,
-        buckets: KeyBuckets | None = None,
+        listed_keys: ListedKeys | None = None,
     ) -> None:
         super().__init__()
         self.feature_map = feature_map
         self.window, self.sinks = window, sinks
-        self.buckets = buckets
+        self.buckets = listed_keys
 
     def extra_repr(self) -> str:
         """The exact terms."""
@@ -91,7 +91,7 @@ class FavorBlock(nn.Module):
             "scale": scale,
             "window": self.window,
             "sinks": self.sinks,
-            "buckets": self.buckets,
+            "listed_keys": self.buckets,
             "state": state,
         }
         if not return_state:
@@ -125,7 +125,7 @@ class FavorBlock(nn.Module):
             scale=scale,
             window=self.window,
             sinks=self.sinks,
-            buckets=self.buckets,
+            listed_keys=self.buckets,
         )
 
     def _packed(

@@ -41,7 +41,7 @@ def calibrate_blocks(
             block.feature_map,
             window=block.window,
             sinks=block.sinks,
-            buckets=block.buckets,
+            listed_keys=block.buckets,
         )
         fits.append(fit)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.convert.settings import ConversionSettings
 from performers.features import SoftmaxFeatures
 
@@ -28,7 +28,7 @@ class FeatureFit:
         feature_map: The features.
         window: As in ``favor_attention``: pairs that are exact do not count.
         sinks: Likewise.
-        buckets: Lists of keys to be fitted to the queries, or None.
+        listed_keys: Lists of keys to be fitted to the queries, or None.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class FeatureFit:
         *,
         window: int | None = None,
         sinks: int = 0,
-        buckets: KeyBuckets | None = None,
+        listed_keys: ListedKeys | None = None,
     ) -> None:
         self.name = name
         self.feature_map = feature_map
         self.window, self.sinks = window, sinks
-        self.buckets = buckets
+        self.buckets = listed_keys
         self._fitted = False
 
     def add(

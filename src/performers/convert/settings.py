@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features import CALIBRATED, SoftmaxFeatures
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
@@ -162,7 +162,7 @@ class ConversionSettings:
 
     def buckets(
         self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
-    ) -> KeyBuckets | None:
+    ) -> ListedKeys | None:
         """The lists of keys of one layer, or None.
 
         Args:
@@ -172,4 +172,4 @@ class ConversionSettings:
         """
         if not self.key_list:
             return None
-        return KeyBuckets(head_dim, _LISTS, self.key_list, num_heads=num_heads, generator=generator)
+        return ListedKeys(head_dim, _LISTS, self.key_list, num_heads=num_heads, generator=generator)

@@ -64,7 +64,7 @@ def to_performer(
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
         key_list: Each query also meets this many keys exactly that are listed for their content
-            (``KeyBuckets``, fitted to the queries of ``calibration`` if there are any); 0: none.
+            (``ListedKeys``, fitted to the queries of ``calibration`` if there are any); 0: none.
             For encoders among transformers models: lists know no running sums.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
             input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few
@@ -241,8 +241,8 @@ def convert_transformers_model(
         features = settings.feature_map(part.head_dim, part.key_heads, generator)
         # Between two sequences no key is near a query, and none comes first.
         window, sinks = (None, 0) if part.is_cross else (settings.window, settings.sinks)
-        buckets = settings.buckets(part.head_dim, part.key_heads, generator)
-        block = FavorBlock(features, window=window, sinks=sinks, buckets=buckets)
+        listed_keys = settings.buckets(part.head_dim, part.key_heads, generator)
+        block = FavorBlock(features, window=window, sinks=sinks, listed_keys=listed_keys)
         blocks[part.module] = block if weights_follow else block.to(reference.device)
     separate_configurations_(model)
     if not weights_follow:

@@ -2,13 +2,13 @@
 
 import torch
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features import SoftmaxFeatures
 from performers.features.softmax import CALIBRATED, Estimator
 from performers.planning.samples import Samples
 from performers.planning.settings import Options
 
-# Of the default KeyBuckets.
+# Of the default ListedKeys.
 NUM_BUCKETS = 16
 
 
@@ -25,18 +25,18 @@ def fit_features(options: Options, samples: Samples, seed: int) -> SoftmaxFeatur
     return features
 
 
-def fit_buckets(options: Options, samples: Samples, seed: int) -> KeyBuckets | None:
+def fit_buckets(options: Options, samples: Samples, seed: int) -> ListedKeys | None:
     """The lists of keys for the options, fitted to all queries; None without."""
     if not options.key_list:
         return None
-    buckets = KeyBuckets(
+    listed_keys = ListedKeys(
         samples.query.shape[3],
         NUM_BUCKETS,
         options.key_list,
         num_heads=projected_heads(options, samples),
         generator=torch.Generator().manual_seed(seed),
     )
-    return buckets.to(samples.query.device).calibrate_(samples.query)
+    return listed_keys.to(samples.query.device).calibrate_(samples.query)
 
 
 def fit_single(
@@ -69,7 +69,7 @@ class Workshop:
         self._samples = samples
         self._seed = seed
         self._fits: dict[tuple[object, ...], SoftmaxFeatures] = {}
-        self._buckets: dict[tuple[object, ...], KeyBuckets | None] = {}
+        self._buckets: dict[tuple[object, ...], ListedKeys | None] = {}
 
     def features(self, options: Options, draw: int) -> SoftmaxFeatures:
         """The feature map of a setting with its ``draw``-th projection."""
@@ -91,7 +91,7 @@ class Workshop:
             self._fits[known] = fit_single(estimator, heads, self._samples, window, sinks)
         return self._fits[known]
 
-    def buckets(self, options: Options) -> KeyBuckets | None:
+    def buckets(self, options: Options) -> ListedKeys | None:
         """The lists of keys of a setting."""
         known = (options.heads, options.key_list)
         if known not in self._buckets:

@@ -46,7 +46,7 @@ def attend(
     options: Options, samples: Samples, workshop: Workshop, draw: int, backend: str | None
 ) -> Callable[[], Tensor]:
     """A call of ``favor_attention`` with everything prepared."""
-    features, buckets = workshop.features(options, draw), workshop.buckets(options)
+    features, listed_keys = workshop.features(options, draw), workshop.buckets(options)
 
     def call() -> Tensor:
         return favor_attention(
@@ -59,7 +59,7 @@ def attend(
             scale=samples.scale,
             window=options.window,
             sinks=options.sinks,
-            buckets=buckets,
+            listed_keys=listed_keys,
             backend=backend,
         )
 

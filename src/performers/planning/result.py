@@ -59,7 +59,7 @@ class Plan:
 
         Returns:
             The feature map, and keyword arguments ``is_causal``, ``scale``, ``window``, ``sinks``,
-            ``buckets`` and ``backend``. A ``key_mask`` belongs to a call and is not among them.
+            ``listed_keys`` and ``backend``. A ``key_mask`` belongs to a call and is not among them.
 
         Raises:
             ValueError: ``setting`` is of another type.
@@ -78,7 +78,7 @@ class Plan:
             "scale": self.samples.scale,
             "window": chosen.window,
             "sinks": chosen.sinks,
-            "buckets": fit_buckets(chosen, self.samples, self.seed),
+            "listed_keys": fit_buckets(chosen, self.samples, self.seed),
             "backend": self.backend,
         }
         return fit_features(chosen, self.samples, self.seed), options

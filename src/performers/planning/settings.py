@@ -25,7 +25,7 @@ class Options:
         num_features: ``m``.
         window: Pairs with ``|i - j| <= window`` are exact; None for none.
         sinks: The first ``sinks`` keys are exact.
-        key_list: Keys that ``KeyBuckets`` list for a query, exact as well; 0 for none.
+        key_list: Keys that ``ListedKeys`` list for a query, exact as well; 0 for none.
     """
 
     estimator: Estimator
@@ -163,7 +163,7 @@ def multiply_adds(options: Options, samples: Samples, num_buckets: int) -> float
     Args:
         options: The setting.
         samples: The sequences, whose sizes count.
-        num_buckets: Of the ``KeyBuckets``.
+        num_buckets: Of the ``ListedKeys``.
 
     Returns:
         The number.

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from performers import KeyBuckets, LearnedFeatures, SoftmaxFeatures, favor_attention
+from performers import LearnedFeatures, ListedKeys, SoftmaxFeatures, favor_attention
 from performers.attention.call import AttentionCall
 from performers.attention.native.listed_operators import (
     kernel_rows,
@@ -31,7 +31,7 @@ def problem_of(
     sinks=2,
     groups=2,
     masked=True,
-    buckets=None,
+    listed_keys=None,
     num_heads=HEADS,
     features=None,
 ):
@@ -50,7 +50,7 @@ def problem_of(
         key_mask=mask,
         window=window,
         sinks=sinks,
-        listed_keys=buckets,
+        listed_keys=listed_keys,
     )
     return call.checked(), leaves
 
@@ -111,7 +111,7 @@ def test_the_gradient_of_a_normaliser(part, is_causal):
 
 
 def buckets_of(count=6, keys=20, rounds=1, refresh=40):
-    return KeyBuckets(
+    return ListedKeys(
         DIM,
         count,
         keys,
@@ -147,7 +147,7 @@ def test_kernels_agree_with_torch(is_causal, count, keys, rounds, num_heads):
     for evaluate in (dense, kernel_rows):
         features = LearnedFeatures(drawn, num_heads=num_heads)
         problem, leaves = problem_of(
-            is_causal=is_causal, features=features, buckets=buckets_of(count, keys, rounds)
+            is_causal=is_causal, features=features, listed_keys=buckets_of(count, keys, rounds)
         )
         random, losses, values = generator(6), [], []
         for pairs in listed_pairs(problem):
@@ -172,7 +172,7 @@ def results_of(pairs_of=lambda pairs: pairs):
     """Rows and gradients of the kernels, those of trained features as well."""
     drawn = SoftmaxFeatures(DIM, 40, num_heads=HEADS, generator=generator(5))
     features = LearnedFeatures(drawn, num_heads=HEADS)
-    problem, leaves = problem_of(features=features, buckets=buckets_of(5, 150))
+    problem, leaves = problem_of(features=features, listed_keys=buckets_of(5, 150))
     pairs = pairs_of(listed_pairs(problem)[0])
     found = kernel_rows(problem, pairs)
     losses = [x.where(x.isfinite(), 0.0).sum() for x in found]
@@ -211,7 +211,7 @@ def arguments(rounds=1):
     features = LearnedFeatures(
         SoftmaxFeatures(DIM, 16, num_heads=HEADS, generator=generator(7)), num_heads=HEADS
     )
-    problem, _ = problem_of(24, features=features, buckets=buckets_of(3, 6, rounds))
+    problem, _ = problem_of(24, features=features, listed_keys=buckets_of(3, 6, rounds))
     *_, pairs = listed_pairs(problem)
     tensors = [pairs.query, pairs.key, pairs.value, problem.form.weight, problem.form.bias]
     return (
@@ -273,11 +273,11 @@ def test_the_contract_of_the_operators_for_a_part(window):
 def test_compiled(is_causal):
     query, key, value = (torch.randn(1, 2, 70, 8, generator=generator(13)) for _ in range(3))
     features = SoftmaxFeatures(8, 16, generator=generator(14))
-    buckets = KeyBuckets(8, 4, 8, refresh=32, generator=generator(15))
+    listed_keys = ListedKeys(8, 4, 8, refresh=32, generator=generator(15))
 
     def attend(query):
         return favor_attention(
-            query, key, value, features, is_causal=is_causal, window=3, buckets=buckets,
+            query, key, value, features, is_causal=is_causal, window=3, listed_keys=listed_keys,
             backend="native",
         )  # fmt: skip
 
@@ -295,11 +295,11 @@ def test_compiled(is_causal):
 def test_a_window_beyond_32_bits_is_exact_attention(name):
     query, key, value = (torch.randn(1, 2, 90, 8, generator=generator(17)) for _ in range(3))
     features = SoftmaxFeatures(8, 16, generator=generator(18))
-    buckets = KeyBuckets(8, 4, 12, generator=generator(19))
+    listed_keys = ListedKeys(8, 4, 12, generator=generator(19))
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     for window in (90, 2**31, 2**32, 2**40):
         out = favor_attention(
-            query, key, value, features, window=window, buckets=buckets, backend=name
+            query, key, value, features, window=window, listed_keys=listed_keys, backend=name
         )
         torch.testing.assert_close(out, exact, rtol=0, atol=2e-5)
 
@@ -311,9 +311,11 @@ def test_keys_of_another_sequence(sinks):
     query = torch.randn(2, 4, 30, 8, generator=random)
     key, value = (torch.randn(2, 2, 75, 8, generator=random) for _ in range(2))
     features = SoftmaxFeatures(8, 16, generator=random)
-    buckets = KeyBuckets(8, 4, 10, num_heads=2, generator=random)
+    listed_keys = ListedKeys(8, 4, 10, num_heads=2, generator=random)
     found, expected = (
-        favor_attention(query, key, value, features, sinks=sinks, buckets=buckets, backend=name)
+        favor_attention(
+            query, key, value, features, sinks=sinks, listed_keys=listed_keys, backend=name
+        )
         for name in ("native", "reference")
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
@@ -323,8 +325,8 @@ def test_no_second_derivative():
     query, key, value = (
         torch.randn(1, 1, 20, 8, generator=generator(11)).requires_grad_() for _ in range(3)
     )
-    features, buckets = SoftmaxFeatures(8, 16), KeyBuckets(8, 2, 4)
-    out = favor_attention(query, key, value, features, buckets=buckets, backend="native")
+    features, listed_keys = SoftmaxFeatures(8, 16), ListedKeys(8, 2, 4)
+    out = favor_attention(query, key, value, features, listed_keys=listed_keys, backend="native")
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         gradient.sum().backward()
@@ -337,8 +339,8 @@ def test_many_listed_keys_of_half_precision(is_causal):
         torch.randn(1, 2, 300, 16, generator=random, dtype=torch.bfloat16) for _ in range(3)
     )
     features = SoftmaxFeatures(16, 64, generator=random)
-    buckets = KeyBuckets(16, 8, 100, num_heads=2, refresh=64, generator=random)
-    options = {"is_causal": is_causal, "window": 8, "sinks": 2, "buckets": buckets}
+    listed_keys = ListedKeys(16, 8, 100, num_heads=2, refresh=64, generator=random)
+    options = {"is_causal": is_causal, "window": 8, "sinks": 2, "listed_keys": listed_keys}
     found = favor_attention(query, key, value, features, backend="native", **options)
     expected = favor_attention(
         query.float(), key.float(), value.float(), features, backend="reference", **options
@@ -352,10 +354,10 @@ def test_an_empty_row_stays_empty():
     query, key, value = (torch.randn(1, 2, 40, 8, generator=generator(10)) for _ in range(3))
     mask = torch.zeros(1, 40, dtype=torch.bool)
     features = SoftmaxFeatures(8, 16, generator=generator(11))
-    buckets = KeyBuckets(8, 4, 8, generator=generator(12))
+    listed_keys = ListedKeys(8, 4, 8, generator=generator(12))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     out = favor_attention(
-        *leaves, features, key_mask=mask, window=3, buckets=buckets, backend="native"
+        *leaves, features, key_mask=mask, window=3, listed_keys=listed_keys, backend="native"
     )
     assert bool((out == 0).all())
     assert all(bool((g == 0).all()) for g in torch.autograd.grad(out.sum(), leaves))

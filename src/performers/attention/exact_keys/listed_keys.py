@@ -40,7 +40,7 @@ class KeyLists(NamedTuple):
     of_query: Tensor
 
 
-class KeyBuckets(Drawn):
+class ListedKeys(Drawn):
     """Directions that send queries into buckets, and list keys for each.
 
     Bucket ``b`` of query ``q`` has the largest ``c_b . q - |c_b|^2 / 2``, and lists the
@@ -66,8 +66,8 @@ class KeyBuckets(Drawn):
         ValueError: An argument is out of range.
 
     Example:
-        >>> buckets = KeyBuckets(64, num_keys=64)
-        >>> buckets.centers.shape
+        >>> listed_keys = ListedKeys(64, num_keys=64)
+        >>> listed_keys.centers.shape
         torch.Size([1, 1, 16, 64])
     """
 
@@ -134,7 +134,7 @@ class KeyBuckets(Drawn):
     @torch.no_grad()
     def calibrate_(
         self, query: Tensor, *, generator: torch.Generator | None = None
-    ) -> "KeyBuckets":
+    ) -> "ListedKeys":
         """Make the directions the centres of clusters of sample queries.
 
         Calls add up, to at most 4,096 samples a head.
@@ -237,12 +237,12 @@ class KeyBuckets(Drawn):
 
 
 def check_listed_keys(
-    buckets: KeyBuckets, call: "AttentionCall", form: FeatureForm, key_heads: int
+    listed_keys: ListedKeys, call: "AttentionCall", form: FeatureForm, key_heads: int
 ) -> None:
     """Check what lists the keys of a call.
 
     Args:
-        buckets: What the call was given.
+        listed_keys: What the call was given.
         call: The call.
         form: Its features.
         key_heads: Key heads after one is made for each head of the feature map.
@@ -250,28 +250,30 @@ def check_listed_keys(
     Raises:
         ValueError: They do not go with the features, the shapes, or other options.
     """
-    if not isinstance(buckets, KeyBuckets):
-        raise ValueError(f"buckets must be KeyBuckets or None, got {type(buckets).__name__}")
+    if not isinstance(listed_keys, ListedKeys):
+        raise ValueError(
+            f"listed_keys must be ListedKeys or None, got {type(listed_keys).__name__}"
+        )
     if form.kind != "exponential" or not form.quadratic:
         raise ValueError(
-            "buckets need positive softmax features (SoftmaxFeatures, not trigonometric): other "
-            "estimates cannot be exchanged for exp(q . k) key by key"
+            "listed_keys needs positive softmax features (SoftmaxFeatures, not trigonometric): "
+            "other estimates cannot be exchanged for exp(q . k) key by key"
         )
     head_dim = call.query.shape[-1]
-    if buckets.head_dim != head_dim:
+    if listed_keys.head_dim != head_dim:
         raise ValueError(
-            f"buckets have head_dim={buckets.head_dim} but query has head_dim={head_dim}"
+            f"listed_keys has head_dim={listed_keys.head_dim} but query has head_dim={head_dim}"
         )
-    if buckets.num_heads not in (None, key_heads):
+    if listed_keys.num_heads not in (None, key_heads):
         raise ValueError(
-            f"buckets have num_heads={buckets.num_heads}; with {key_heads} key heads (of the "
-            "feature map, where it has one per query head) it must be that or None"
+            f"listed_keys has num_heads={listed_keys.num_heads}; with {key_heads} key heads (of "
+            "the feature map, where it has one per query head) it must be that or None"
         )
     if call.cu_seqlens is not None or call.state is not None or call.return_state:
         name = "state and return_state" if call.cu_seqlens is None else "cu_seqlens"
         raise ValueError(
-            f"buckets cannot be combined with {name}: their lists are made from one whole "
-            "sequence; call without buckets, or with the sequences as rows of a padded batch"
+            f"listed_keys cannot be combined with {name}: their lists are made from one whole "
+            "sequence; call without listed_keys, or with the sequences as rows of a padded batch"
         )
 
 
