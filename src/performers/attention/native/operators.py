@@ -8,7 +8,6 @@ Beside exact pairs (a window or sinks) gradients are summed in float32 and conve
 import math
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from itertools import islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -36,19 +35,19 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
     kinds = get_type_hints(function)
     results = kinds.pop("return")._fields
     flat: dict[str, Any] = {}
+    spans = []
     for parameter, kind in kinds.items():
+        start = len(flat)
         flat.update(get_type_hints(kind) if hasattr(kind, "_fields") else {parameter: kind})
+        spans.append((kind if hasattr(kind, "_fields") else None, start, len(flat)))
 
     def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
         def of_fields(*arguments: Any) -> Any:
-            rest = iter(arguments)
             return function(
-                *(
-                    kind(*islice(rest, len(kind._fields)))
-                    if hasattr(kind, "_fields")
-                    else next(rest)
-                    for kind in kinds.values()
-                )
+                *[
+                    arguments[start] if kind is None else kind(*arguments[start:stop])
+                    for kind, start, stop in spans
+                ]
             )
 
         return of_fields
