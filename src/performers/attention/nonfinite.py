@@ -56,7 +56,12 @@ def without_nonfinite(call: AttentionCall) -> tuple[AttentionCall, Touched | Non
     None where there is nothing to see.
     """
     sinks = call.sink_keys
-    inputs = (call.query, call.key, call.value, *(sinks[:2] if sinks is not None else ()))
+    inputs = (
+        call.query,
+        call.key,
+        call.value,
+        *(() if sinks is None else (sinks.key, sinks.value)),
+    )
     if _all_finite(inputs):
         return call, None
     found = touched(call)
