@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from performers.attention import (
         FavorState,
-        KeyBuckets,
+        ListedKeys,
         backends,
         favor_attention,
         favor_attention_weights,
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FavorState",
     "GeneralizedFeatures",
-    "KeyBuckets",
     "LearnedFeatures",
+    "ListedKeys",
     "PerformerAttention",
     "SoftmaxFeatures",
     "backends",

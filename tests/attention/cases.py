@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from performers import FavorState, backends, favor_attention
+from performers.attention.backends import _BACKENDS
+from performers.attention.call import AttentionCall
 from performers.features import FeatureMap
 from tests.attention import oracle
 from tests.features.cases import REPRESENTATIVE, Case, by_name, generator
@@ -23,6 +26,8 @@ def _log_biased(
 
 BACKENDS = backends()
 TESTED = tuple(name for name in BACKENDS if name != "reference")
+# Those that cover float64 and calls without rows.
+WIDE = tuple(name for name in BACKENDS if name != "native")
 
 MODES = ("bidirectional", "causal", "cross")
 FEW = [by_name(name) for name in ("positive", "hyperbolic", "trigonometric", "relu", "exp")]
@@ -34,6 +39,19 @@ FEW_EXACT = [case for case in FEW if case.softmax]
 
 VALUE_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = 1e-4
+
+
+@cache
+def covers(backend: str, case: Case, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a backend takes calls with a case's feature map."""
+    x = torch.zeros(1, 1, 1, 8, dtype=dtype)
+    call = AttentionCall(x, x, x, case.build(8, 16)).checked()
+    return _BACKENDS[backend].uncovered(call) is None
+
+
+def covered(cases: list[Case], backend: str) -> list[Case]:
+    """The cases that a backend takes."""
+    return [case for case in cases if covers(backend, case)]
 
 
 @dataclass
@@ -140,7 +158,7 @@ def stream(
             key_mask=piece_mask,
             state=state,
             return_state=True,
-            backend=backend,
+            backend=backend if query.shape[-2] else None,
             **options,
         )
         outputs.append(out)

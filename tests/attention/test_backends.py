@@ -111,3 +111,24 @@ def test_backward_outside_the_context(call, name):
     inside = torch.autograd.grad(out.sum(), fresh.inputs)
     again = torch.autograd.grad(fresh.run(name).sum(), fresh.inputs)
     assert all(torch.equal(a, b) for a, b in zip(inside, again, strict=True))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
+@pytest.mark.parametrize("by_context", [False, True])
+@pytest.mark.parametrize(
+    ("call", "what"),
+    [
+        (make_call(by_name("positive"), 10, dtype=torch.float64), "for torch.float64 inputs"),
+        (make_call(by_name("trigonometric"), 10), "for trigonometric features"),
+        (make_call(by_name("tanh"), 10), "for elementwise features of other functions than relu"),
+        (make_call(by_name("exp"), 10), "for exponential features with an epsilon"),
+        (make_call(by_name("positive"), 0), "for empty inputs"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_context):
+    message = f"'torch' {what}.*, got 'native', which does not cover it; pass backend=None"
+    context = use_backend("native") if by_context else contextlib.nullcontext()
+    with context, pytest.raises(ValueError, match=message):
+        call.run(None if by_context else "native")
+    assert torch.equal(call.run(), call.run("torch"))

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from performers import (
-    KeyBuckets,
+    ListedKeys,
     PerformerAttention,
     SoftmaxFeatures,
     favor_attention,
@@ -30,7 +30,7 @@ def features(estimator="data_aware"):
     return built.calibrate_(leaf(2).detach(), leaf(3).detach())
 
 
-def load(feature_map, buckets):
+def load(feature_map, listed_keys):
     other = SoftmaxFeatures(DIM, 16, estimator="data_aware")
     feature_map.load_state_dict(other.state_dict())
 
@@ -40,25 +40,27 @@ CHANGES = {
     "calibrate": lambda f, b: f.calibrate_(leaf(4).detach(), leaf(5).detach()),
     "reset": lambda f, b: f.reset_parameters(),
     "load": load,
-    "buckets": lambda f, b: b.calibrate_(leaf(4).detach()),
+    "listed_keys": lambda f, b: b.calibrate_(leaf(4).detach()),
 }
 
 
-def attend(x, feature_map, buckets, backend=None, **options):
-    return favor_attention(x, x, x, feature_map, buckets=buckets, backend=backend, **options)
+def attend(x, feature_map, listed_keys, backend=None, **options):
+    return favor_attention(
+        x, x, x, feature_map, listed_keys=listed_keys, backend=backend, **options
+    )
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_change_before_the_recomputation(backend, change, use_reentrant):
-    feature_map, buckets, x = features(), KeyBuckets(DIM, 4, 8), leaf()
+    feature_map, listed_keys, x = features(), ListedKeys(DIM, 4, 8), leaf()
 
     def run(x):
-        return attend(x, feature_map, buckets, backend)
+        return attend(x, feature_map, listed_keys, backend)
 
     out = checkpoint(run, x, use_reentrant=use_reentrant)
-    CHANGES[change](feature_map, buckets)
+    CHANGES[change](feature_map, listed_keys)
     with pytest.raises(RuntimeError, match=CHANGED):
         out.sum().backward()
     # The next pass is as good as any.
@@ -68,10 +70,12 @@ def test_a_change_before_the_recomputation(backend, change, use_reentrant):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plain_autograd_keeps_the_old_features(backend, change):
-    feature_map, buckets, x = features(), KeyBuckets(DIM, 4, 8), leaf()
-    expected = torch.autograd.grad(attend(x, feature_map, buckets, backend).square().sum(), x)[0]
-    loss = attend(x, feature_map, buckets, backend).square().sum()
-    CHANGES[change](feature_map, buckets)
+    feature_map, listed_keys, x = features(), ListedKeys(DIM, 4, 8), leaf()
+    expected = torch.autograd.grad(attend(x, feature_map, listed_keys, backend).square().sum(), x)[
+        0
+    ]
+    loss = attend(x, feature_map, listed_keys, backend).square().sum()
+    CHANGES[change](feature_map, listed_keys)
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
 
 

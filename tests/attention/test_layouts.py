@@ -10,6 +10,7 @@ from tests.attention.cases import (
     FEW,
     MODES,
     TESTED,
+    WIDE,
     assert_close_rows,
     check_against_oracle,
     make_call,
@@ -121,7 +122,7 @@ def test_inputs_are_left_alone(backend, mode):
 )
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WIDE)
 def test_empty_inputs(backend, case, masked, batch, length, size, mode):
     """Nothing asked gives nothing; nothing to attend to gives zeros, with gradients of zero."""
     call = make_call(case, length, mode, size=size, batch=batch).leaves()
@@ -182,7 +183,7 @@ def test_autocast(backend, case, mode, dtype):
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in call.inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WIDE)
 def test_autocast_accepts_mixed_dtypes_and_keeps_float64(backend):
     call = make_call(by_name("positive"), 20)
     with torch.autocast("cpu", dtype=torch.bfloat16):

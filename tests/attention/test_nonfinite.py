@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from performers import KeyBuckets, favor_attention, favor_attention_weights
+from performers import ListedKeys, favor_attention, favor_attention_weights
 from tests.attention.cases import BACKENDS, MODES, make_call
 from tests.features.cases import by_name, generator
 
@@ -100,7 +100,7 @@ def test_masked_keys_may_hold_anything(backend, mode, options):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_listed_keys(backend, mode, options):
     call = make_call(by_name("positive"), LENGTH, mode, **options)
-    call.options["buckets"] = KeyBuckets(16, 4, 8, refresh=16, generator=generator(1))
+    call.options["listed_keys"] = ListedKeys(16, 4, 8, refresh=16, generator=generator(1))
     check(call, backend, places=(5, 70))
 
 

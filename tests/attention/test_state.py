@@ -221,9 +221,7 @@ def test_a_state_that_has_seen_nothing(backend):
     plain, plain_state = call.run(backend, return_state=True)
     torch.testing.assert_close(resumed, plain, rtol=0, atol=2e-6)
     assert_same_state(resumed_state, plain_state)
-    empty, empty_state = make_call(by_name("positive"), 0, "causal", batch=1).run(
-        backend, return_state=True
-    )
+    empty, empty_state = make_call(by_name("positive"), 0, "causal", batch=1).run(return_state=True)
     assert empty.shape[-2] == 0
     torch.testing.assert_close(call.run(backend, state=empty_state), plain, rtol=0, atol=2e-6)
 

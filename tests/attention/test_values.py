@@ -11,6 +11,7 @@ from tests.attention.cases import (
     MODES,
     TESTED,
     VALUE_TOLERANCE,
+    WIDE,
     assert_close_gradients,
     assert_close_rows,
     check_against_oracle,
@@ -77,7 +78,7 @@ def test_against_the_reference(backend, case, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WIDE)
 def test_float64(backend, case, mode):
     call = make_call(case, 70, mode, dtype=torch.float64, seed=4)
     assert call.run(backend).dtype == torch.float64
@@ -126,7 +127,7 @@ def test_two_runs_agree_to_the_bit(backend, case, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WIDE)
 def test_gradcheck(backend, case, mode):
     call = make_call(
         case,
@@ -150,7 +151,7 @@ def test_gradcheck(backend, case, mode):
     assert torch.autograd.gradcheck(run, call.inputs, fast_mode=True)
 
 
-@pytest.mark.parametrize("backend", TESTED)
+@pytest.mark.parametrize("backend", WIDE)
 def test_gradcheck_across_a_chunk_boundary(backend):
     call = make_call(
         by_name("positive"),

@@ -43,9 +43,10 @@ quick_floor = partial(measure_floor, seconds=0.002)
 
 
 def break_backend(monkeypatch, name, change):
-    """Let ``change(right, problem)`` answer for a backend, ``right`` being the backend itself."""
+    """Let ``change(right, call)`` answer for a backend, ``right`` being the backend itself."""
     right = registry._BACKENDS[name]
-    monkeypatch.setitem(registry._BACKENDS, name, lambda problem: change(right, problem))
+    wrong = right._replace(attend=lambda call: change(right.attend, call))
+    monkeypatch.setitem(registry._BACKENDS, name, wrong)
 
 
 def read_csv(text):

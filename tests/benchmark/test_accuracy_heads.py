@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from performers import SoftmaxFeatures, favor_attention
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.benchmark import accuracy_heads
 from performers.benchmark.accuracy_approximations import SDPA, head_approximations, setting_name
 from performers.benchmark.accuracy_heads import MEAN, heads_results, pareto_front, run_heads
@@ -55,13 +55,13 @@ def by_hand(pretrained, layer, estimator, num_features, window, keys):
         8, num_features, estimator=estimator, num_heads=heads, generator=seeded()
     )
     features.calibrate_(fitted.query, fitted.key, scale=fitted.scale, **options)
-    buckets = None
+    listed_keys = None
     if keys:
-        buckets = KeyBuckets(8, 16, keys, num_heads=heads, generator=seeded())
-        buckets.calibrate_(fitted.query)
+        listed_keys = ListedKeys(8, 16, keys, num_heads=heads, generator=seeded())
+        listed_keys.calibrate_(fitted.query)
     output = favor_attention(
         test.query, test.key, test.value, features,
-        scale=test.scale, buckets=buckets, backend="reference", **options,
+        scale=test.scale, listed_keys=listed_keys, backend="reference", **options,
     )  # fmt: skip
     exact = F.scaled_dot_product_attention(
         test.query, test.key, test.value, is_causal=causal, scale=test.scale, enable_gqa=True
@@ -109,10 +109,10 @@ def test_exact_terms_alone_are_softmax_over_them(run, keys):
     if keys and not causal:
         # Causal lists hold keys of 128 positions before at the least, and there are 32.
         generator = torch.Generator().manual_seed(2)
-        buckets = KeyBuckets(8, 16, keys, num_heads=heads, generator=generator)
-        buckets.calibrate_(fitted.query)
+        listed_keys = ListedKeys(8, 16, keys, num_heads=heads, generator=generator)
+        listed_keys.calibrate_(fitted.query)
         for head in range(heads):
-            centers, offsets = buckets.centers[0, head], buckets.offsets[0, head]
+            centers, offsets = listed_keys.centers[0, head], listed_keys.offsets[0, head]
             for passage in range(2):
                 lists = (centers @ key[passage, head].mT).topk(keys, dim=-1).indices
                 own = (test.query[passage, head] @ centers.mT + offsets).argmax(-1)
@@ -222,8 +222,8 @@ def test_layers_measured_before_are_kept(bert, monkeypatch):
 
 
 def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
-    def without_lists(right, problem):
-        return right(problem._replace(lists=None))
+    def without_lists(right, call):
+        return right(call.replaced(lists=None))
 
     break_backend(monkeypatch, "torch", without_lists)
     results = measure(replace(bert, settings=replace(bert.settings, layers=(0,))))
@@ -239,8 +239,8 @@ def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
 
 
 def test_outputs_that_are_not_finite_fail(bert, monkeypatch):
-    def attend(right, problem):
-        out, state = right(problem)
+    def attend(right, call):
+        out, state = right(call)
         # The check sees one passage, the measurement two.
         return (out * math.nan if out.shape[0] == 2 else out), state
 

@@ -93,7 +93,7 @@ def test_settings_measured_before_are_kept_and_failures_are_rows(tmp_path, monke
     pretrained = read_pretrained(pretrained_settings(tmp_path, "bert"))
     first = measure(pretrained)
 
-    def attend(right, problem):
+    def attend(right, call):
         raise RuntimeError("broken")
 
     break_backend(monkeypatch, "torch", attend)

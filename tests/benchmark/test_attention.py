@@ -74,10 +74,10 @@ def test_json_and_csv_agree(results):
 
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan", "error"])
 def test_a_wrong_backend_is_not_timed(monkeypatch, wrong):
-    def attend(right, problem):
+    def attend(right, call):
         if wrong == "error":
             raise ValueError("no such luck")
-        out, state = right(problem)
+        out, state = right(call)
         if wrong == "gradient":
             return out.detach() + 0 * out + 0.5 * (out - out.detach()), state
         return out * {"value": 1.001, "nan": math.nan}[wrong], state
@@ -100,9 +100,9 @@ def test_a_wrong_backend_is_not_timed(monkeypatch, wrong):
 
 
 def test_results_that_stop_being_finite_at_a_longer_length_are_refused(monkeypatch):
-    def attend(right, problem):
-        out, state = right(problem)
-        return out * (math.nan if problem.key.shape[2] == 32 else 1.0), state
+    def attend(right, call):
+        out, state = right(call)
+        return out * (math.nan if call.key.shape[2] == 32 else 1.0), state
 
     break_backend(monkeypatch, "torch", attend)
     found = run_tiny(directions=("causal",), passes=("forward",))

@@ -126,8 +126,8 @@ def test_through_a_model(monkeypatch):
 
 
 def test_a_backend_that_forgets_is_not_timed(monkeypatch):
-    def attend(right, problem):
-        return right(problem._replace(state=None))
+    def attend(right, call):
+        return right(call.replaced(state=None))
 
     break_backend(monkeypatch, "torch", attend)
     results = run_small(contexts=(16,))

@@ -67,8 +67,8 @@ def test_masked_labels_are_a_few_of_the_tokens():
 
 
 def test_a_model_on_a_wrong_backend_is_not_timed(monkeypatch):
-    def attend(right, problem):
-        out, state = right(problem)
+    def attend(right, call):
+        out, state = right(call)
         return out * 1.1, state
 
     break_backend(monkeypatch, backends()[0], attend)

@@ -12,7 +12,7 @@ from torch import nn
 import performers.attention
 import performers.features
 import performers.nn
-from performers import GeneralizedFeatures, KeyBuckets, PerformerAttention, SoftmaxFeatures
+from performers import GeneralizedFeatures, ListedKeys, PerformerAttention, SoftmaxFeatures
 from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap, LearnedFeatures
 from performers.features.draws import Drawn
 from tests.features.cases import CASES, generator
@@ -24,7 +24,7 @@ BUILDERS |= {
     "learned-learned": lambda: LearnedFeatures(
         LearnedFeatures(SoftmaxFeatures(8, 16, estimator="data_aware"))
     ),
-    "buckets": lambda: KeyBuckets(8, num_rounds=2, num_heads=2),
+    "listed_keys": lambda: ListedKeys(8, num_rounds=2, num_heads=2),
     "attention": lambda: PerformerAttention(16, 2),
     "attention-bias": lambda: PerformerAttention(16, 2, add_bias_kv=True, kdim=8),
     "attention-fitted": lambda: PerformerAttention(
@@ -84,7 +84,7 @@ UNFITTED |= {
 UNFITTED |= {
     "relu": lambda: GeneralizedFeatures(8, 16),
     "deterministic": lambda: GeneralizedFeatures(8, projection=None),
-    "buckets": BUILDERS["buckets"],
+    "listed_keys": BUILDERS["listed_keys"],
     "learned": lambda: LearnedFeatures(SoftmaxFeatures(8, 16, estimator="data_aware")),
     "learned-heads": BUILDERS["learned-heads"],
     "learned-learned": BUILDERS["learned-learned"],
@@ -121,13 +121,13 @@ def test_a_fit_is_forgotten(estimator):
 
 def test_samples_of_buckets_are_forgotten():
     first, second = (torch.randn(1, 1, 50, 4, generator=generator(i)) for i in range(2))
-    buckets, other = KeyBuckets(4, 4), KeyBuckets(4, 4)
-    saved = copy.deepcopy(buckets.state_dict())
-    for forget in (buckets.reset_parameters, lambda: buckets.load_state_dict(saved)):
-        buckets.calibrate_(first + 5)
+    listed_keys, other = ListedKeys(4, 4), ListedKeys(4, 4)
+    saved = copy.deepcopy(listed_keys.state_dict())
+    for forget in (listed_keys.reset_parameters, lambda: listed_keys.load_state_dict(saved)):
+        listed_keys.calibrate_(first + 5)
         forget()
-        buckets.calibrate_(second)
-        assert torch.equal(buckets.centers, other.calibrate_(second).centers)
+        listed_keys.calibrate_(second)
+        assert torch.equal(listed_keys.centers, other.calibrate_(second).centers)
         other.reset_parameters()
 
 

@@ -66,7 +66,7 @@ def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
         8, 16, estimator="data_aware", projection="simplex", num_heads=num_heads,
         generator=generator(1),
     ).calibrate_(query, key, window=2, sinks=1)  # fmt: skip
-    options = {"window": 2, "sinks": 1, "buckets": favor.buckets}
+    options = {"window": 2, "sinks": 1, "listed_keys": favor.buckets}
     out, state = favor(query, key, value)
     assert state is None
     torch.testing.assert_close(out, favor_attention(query, key, value, features, **options))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from performers import KeyBuckets, PerformerAttention, SoftmaxFeatures, favor_attention
+from performers import ListedKeys, PerformerAttention, SoftmaxFeatures, favor_attention
 from performers.features import LearnedFeatures
 
 
@@ -132,10 +132,10 @@ def test_offloading(name, is_causal):
 
 
 def test_offloaded_buckets():
-    buckets, features, x = KeyBuckets(8, 4, 4), SoftmaxFeatures(8, 16), torch.randn(1, 2, 20, 8)
-    expected = favor_attention(x, x, x, features, buckets=buckets)
-    offload(buckets)
-    assert torch.equal(favor_attention(x, x, x, features, buckets=buckets), expected)
+    listed_keys, features, x = ListedKeys(8, 4, 4), SoftmaxFeatures(8, 16), torch.randn(1, 2, 20, 8)
+    expected = favor_attention(x, x, x, features, listed_keys=listed_keys)
+    offload(listed_keys)
+    assert torch.equal(favor_attention(x, x, x, features, listed_keys=listed_keys), expected)
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -63,7 +63,7 @@ def test_every_setting_can_be_built(found):
     for setting in found.settings:
         features, options = found.build(setting)
         assert options["is_causal"] is True
-        assert (options["buckets"] is None) == (setting.key_list == 0)
+        assert (options["listed_keys"] is None) == (setting.key_list == 0)
         out = performers.favor_attention(*samples, features, **options)
         assert float(heads.relative(out, target).max()) < 3
 
@@ -233,7 +233,7 @@ def test_cross_attention():
     assert found.length == 24
 
 
-# Rounded to eight bits, some queries go into other buckets.
+# Rounded to eight bits, some queries go into other listed_keys.
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 0.01), (torch.bfloat16, 0.4)])
 def test_dtypes(dtype, within):
     samples = heads.structured(batch=2, length=40)

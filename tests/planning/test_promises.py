@@ -63,10 +63,12 @@ def by_hand(samples, setting, found, *, draws, key_mask=None):
             window=setting.window,
             sinks=setting.sinks,
         )
-        buckets = None
+        listed_keys = None
         if setting.key_list:
-            buckets = performers.KeyBuckets(query.shape[3], 16, setting.key_list, num_heads=count)
-            buckets.calibrate_(query[:half])
+            listed_keys = performers.ListedKeys(
+                query.shape[3], 16, setting.key_list, num_heads=count
+            )
+            listed_keys.calibrate_(query[:half])
         out = performers.favor_attention(
             query[half:],
             key[half:],
@@ -76,7 +78,7 @@ def by_hand(samples, setting, found, *, draws, key_mask=None):
             key_mask=None if mask is None else mask[half:],
             window=setting.window,
             sinks=setting.sinks,
-            buckets=buckets,
+            listed_keys=listed_keys,
             backend="torch",
         )
         counted = 1.0 if mask is None else mask[half:, None, :, None]
@@ -125,16 +127,16 @@ def test_without_values_the_error_is_that_of_the_attention_matrix():
             num_heads=count,
             generator=torch.Generator().manual_seed(0),
         ).calibrate_(query[:1], key[:1], window=setting.window, sinks=setting.sinks)
-        buckets = None
+        listed_keys = None
         if setting.key_list:
-            buckets = performers.KeyBuckets(16, 16, 16, num_heads=count).calibrate_(query[:1])
+            listed_keys = performers.ListedKeys(16, 16, 16, num_heads=count).calibrate_(query[:1])
         matrix = performers.favor_attention_weights(
             query[1:],
             key[1:],
             features,
             window=setting.window,
             sinks=setting.sinks,
-            buckets=buckets,
+            listed_keys=listed_keys,
         )
         assert setting.error == pytest.approx(float(heads.relative(matrix, target)), rel=0.15)
 
@@ -173,7 +175,7 @@ def test_built_features_are_calibrated_on_all_rows():
         if setting.estimator == "data_aware" and setting.window == 8 and setting.key_list
     )
     features, options = found.build(chosen)
-    buckets = options.pop("buckets")
+    listed_keys = options.pop("listed_keys")
     assert options == {
         "is_causal": False,
         "scale": 0.3,
@@ -190,8 +192,8 @@ def test_built_features_are_calibrated_on_all_rows():
     ).calibrate_(samples[0], samples[1], scale=0.3, window=8, sinks=chosen.sinks)
     for name, tensor in same.state_dict().items():
         torch.testing.assert_close(features.state_dict()[name], tensor)
-    fitted = performers.KeyBuckets(16, 16, 16, num_heads=2).calibrate_(samples[0])
-    torch.testing.assert_close(buckets.centers, fitted.centers)
+    fitted = performers.ListedKeys(16, 16, 16, num_heads=2).calibrate_(samples[0])
+    torch.testing.assert_close(listed_keys.centers, fitted.centers)
 
 
 def test_a_plan_is_the_same_twice_up_to_times():

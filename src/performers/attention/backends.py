@@ -3,23 +3,35 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from performers.attention import chunked, reference
+from performers.attention import reference
+from performers.attention.call import AttentionCall
 from performers.attention.native import backend as native
 from performers.attention.native import library
-from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
-from performers.features.draws import is_traced
+from performers.attention.torch_backend import backend as torch_backend
 
-Backend = Callable[[AttentionProblem], tuple[Tensor, FavorState | None]]
 
-_BACKENDS: dict[str, Backend] = {
-    "native": native.attend,
-    "torch": chunked.attend,
-    "reference": reference.attend,
+class Backend(NamedTuple):
+    """An implementation of attention.
+
+    Attributes:
+        attend: From a checked call to the output ``(batch, key_heads, groups, L, value_dim)`` in
+            the call's dtype, and the sums that a later call continues from, when asked for.
+        uncovered: What keeps it from computing a call, as "for float64 inputs"; None when it can.
+    """
+
+    attend: Callable[[AttentionCall], tuple[Tensor, FavorState | None]]
+    uncovered: Callable[[AttentionCall], str | None] = lambda call: None
+
+
+_BACKENDS = {
+    "native": Backend(native.attend, native.uncovered),
+    "torch": Backend(torch_backend.attend),
+    "reference": Backend(reference.attend),
 }
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
@@ -27,7 +39,7 @@ _forced = threading.local()
 
 def backends() -> tuple[str, ...]:
     """The backends usable here, best first."""
-    return tuple(name for name in _BACKENDS if name != "native" or library.available())
+    return tuple(filter(_is_usable, _BACKENDS))
 
 
 @contextmanager
@@ -35,7 +47,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Use one backend for every call inside the ``with`` block that does not name its own.
 
     Args:
-        name: One of ``backends()``.
+        name: One of ``backends()``. Calls that it does not cover raise ``ValueError``.
 
     Raises:
         ValueError: The backend is unknown or not usable here.
@@ -44,7 +56,7 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("reference"):
         ...     pass
     """
-    resolve_backend(name)
+    _check_name(name)
     outer = getattr(_forced, "name", None)
     _forced.name = name
     try:
@@ -53,37 +65,41 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.name = outer
 
 
-def resolve_backend(name: str | None) -> Backend:
-    """The function of a named backend; of the innermost ``use_backend``, or the best, for None.
+def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
+    """The backend of a name; that of the innermost ``use_backend``, or the best, for None.
 
-    The best is ``native`` where its library is available, and ``torch`` elsewhere and during an
-    ONNX export: the operators of ``native`` can be compiled, and exported by ``torch.export``, but
-    have no translation to ONNX.
+    The best is the first of ``backends()`` that covers the call.
 
     Raises:
-        ValueError: The backend is unknown or not usable here.
+        ValueError: The backend is unknown, not usable here, or does not cover the call.
     """
     if name is None:
         name = getattr(_forced, "name", None)
     if name is None:
-        return _BACKENDS["native" if library.available() and not _exports_onnx() else "torch"]
+        return _BACKENDS[_best(call)]
+    _check_name(name)
+    backend = _BACKENDS[name]
+    uncovered = backend.uncovered(call)
+    if uncovered is not None:
+        best = _best(call)
+        raise ValueError(
+            f"backend must be {best!r} {uncovered}, got {name!r}, which does not cover it; "
+            f'pass backend=None or "{best}", outside performers.use_backend("{name}")'
+        )
+    return backend
+
+
+def _best(call: AttentionCall) -> str:
+    for name, backend in _BACKENDS.items():
+        if _is_usable(name) and backend.uncovered(call) is None:
+            return name
+    raise AssertionError("the reference backend covers every call")
+
+
+def _is_usable(name: str) -> bool:
+    return name != "native" or library.available()
+
+
+def _check_name(name: str) -> None:
     if name not in backends():
         raise ValueError(f"backend must be one of {backends()} here, got {name!r}")
-    if name == "native" and _exports_onnx():
-        raise ValueError(
-            "backend must be 'torch' during an ONNX export, got 'native', whose operators have no "
-            'translation to ONNX; pass backend=None or "torch", and export outside '
-            'performers.use_backend("native")'
-        )
-    return _BACKENDS[name]
-
-
-def _exports_onnx() -> bool:
-    """Return True inside ``torch.onnx.export``."""
-    # The first two are cheap; the last one imports modules when it is first called.
-    return (torch.compiler.is_exporting() or is_traced()) and torch.onnx.is_in_onnx_export()
-
-
-# torch.compile reads is_in_onnx_export() as False, though the exporter may call torch.compile. This
-# is what torch.compiler.assume_constant_result does, which would import the compiler.
-_exports_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]

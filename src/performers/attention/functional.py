@@ -1,14 +1,14 @@
-"""The public door: arguments are checked here, once, and nowhere below."""
+"""``favor_attention`` and ``favor_attention_weights``."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from performers.attention.backends import resolve_backend
-from performers.attention.buckets import KeyBuckets
-from performers.attention.checking import checked_problem
-from performers.attention.exact_terms import complete_state
+from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.listed_keys import ListedKeys
+from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
 from performers.attention.state import FavorState
 from performers.features import FeatureMap
@@ -22,16 +22,8 @@ def favor_attention(
     value: Tensor,
     feature_map: FeatureMap,
     *,
-    is_causal: bool = ...,
-    key_mask: Tensor | None = ...,
-    cu_seqlens: Tensor | None = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    sinks: int = ...,
-    buckets: KeyBuckets | None = ...,
-    state: FavorState | None = ...,
     return_state: Literal[False] = ...,
-    backend: str | None = ...,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -42,20 +34,13 @@ def favor_attention(
     value: Tensor,
     feature_map: FeatureMap,
     *,
-    is_causal: bool = ...,
-    key_mask: Tensor | None = ...,
-    cu_seqlens: Tensor | None = ...,
-    scale: float | None = ...,
-    window: int | None = ...,
-    sinks: int = ...,
-    buckets: KeyBuckets | None = ...,
-    state: FavorState | None = ...,
     return_state: Literal[True],
-    backend: str | None = ...,
+    **options: Any,
 ) -> tuple[Tensor, FavorState]: ...
 
 
-def favor_attention(
+# The overloads tell apart the results only; their options are those that follow.
+def favor_attention(  # type: ignore[misc]
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,7 +52,7 @@ def favor_attention(
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
-    buckets: KeyBuckets | None = None,
+    listed_keys: ListedKeys | None = None,
     state: FavorState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -101,11 +86,12 @@ def favor_attention(
             others through features, under one normaliser; softmax features only, and as many keys
             as queries. A window that covers the sequence is exact attention. None for no window.
         sinks: Meet the first ``sinks`` keys that take part exactly; softmax features only.
-        buckets: Meet the keys that these list for a query exactly; positive softmax features only,
-            without ``cu_seqlens`` and states.
+        listed_keys: Meet the keys that these list for a query exactly; positive softmax features
+            only, without ``cu_seqlens`` and states.
         state: Past of a causal call, as returned by an earlier one.
         return_state: Also return the state after the last key (causal only).
-        backend: One of ``performers.backends()``; None chooses.
+        backend: One of ``performers.backends()``, which has to cover the call; None chooses the
+            best that does.
 
     Returns:
         Output of shape ``(B, H, L, Dv)`` in the input's dtype (under autocast, in autocast's), or
@@ -121,27 +107,27 @@ def favor_attention(
         >>> performers.favor_attention(q, k, v, features, is_causal=True).shape
         torch.Size([1, 8, 1000, 64])
     """
-    problem = checked_problem(
+    call = AttentionCall(
         query,
         key,
         value,
         feature_map,
-        is_causal,
-        key_mask,
-        cu_seqlens,
-        scale,
-        state,
-        return_state,
-        window,
-        sinks,
-        buckets,
-    )
-    out, sums = resolve_backend(backend)(problem)
+        is_causal=is_causal,
+        key_mask=key_mask,
+        cu_seqlens=cu_seqlens,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        listed_keys=listed_keys,
+        state=state,
+        return_state=return_state,
+    ).checked()
+    out, sums = resolve_backend(backend, call).attend(call)
     out = out.flatten(1, 2).to(_output_dtype(query, key, value))
     if not return_state:
         return out
     assert sums is not None
-    return out, complete_state(problem, sums)
+    return out, complete_state(call, sums)
 
 
 def favor_attention_weights(
@@ -154,7 +140,7 @@ def favor_attention_weights(
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
-    buckets: KeyBuckets | None = None,
+    listed_keys: ListedKeys | None = None,
 ) -> Tensor:
     """The attention matrix that ``favor_attention`` implies; for analysis, quadratic on purpose.
 
@@ -167,7 +153,7 @@ def favor_attention_weights(
         scale: As in ``favor_attention``.
         window: As in ``favor_attention``.
         sinks: As in ``favor_attention``.
-        buckets: As in ``favor_attention``.
+        listed_keys: As in ``favor_attention``.
 
     Returns:
         Shape ``(B, H, L, S)``. Rows sum to one; the row of a query with nothing to attend to is
@@ -176,23 +162,20 @@ def favor_attention_weights(
     Raises:
         ValueError: An argument does not fit.
     """
-    problem = checked_problem(
+    call = AttentionCall(
         query,
         key,
         key,
         feature_map,
-        is_causal,
-        key_mask,
-        None,
-        scale,
-        None,
-        False,
-        window,
-        sinks,
-        buckets,
-    )
+        is_causal=is_causal,
+        key_mask=key_mask,
+        scale=scale,
+        window=window,
+        sinks=sinks,
+        listed_keys=listed_keys,
+    ).checked()
     with without_autocast(query.device):
-        weights = attention_matrix(problem)
+        weights = attention_matrix(call)
     return weights.flatten(1, 2).to(_output_dtype(query, key))
 
 

@@ -7,16 +7,19 @@ values, and the rows that see one are marked.
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.attention.problem import AttentionProblem
+from performers.attention.call import AttentionCall
 from performers.attention.state import FavorState
 from performers.features.draws import is_traced, is_transformed
 from performers.features.form import replaced
+
+if TYPE_CHECKING:
+    from performers.attention.native.operators import Inputs
 
 
 class Touched(NamedTuple):
@@ -47,42 +50,27 @@ class Touched(NamedTuple):
         return out, FavorState(key_value, key_sum, state.log_scale)
 
 
-def without_nonfinite(problem: AttentionProblem) -> tuple[AttentionProblem, Touched | None]:
+def without_nonfinite(call: AttentionCall) -> tuple[AttentionCall, Touched | None]:
     """The call with zeros for keys and values that hold NaN or infinity, and what sees them.
 
     None where there is nothing to see.
     """
-    sinks = problem.sinks
+    sinks = call.sink_keys
     inputs = (
-        problem.query,
-        problem.key,
-        problem.value,
-        *((sinks.key, sinks.value) if sinks is not None else ()),
+        call.query,
+        call.key,
+        call.value,
+        *(() if sinks is None else (sinks.key, sinks.value)),
     )
     if _all_finite(inputs):
-        return problem, None
-    found = touched(
-        problem.query,
-        problem.key,
-        problem.value,
-        problem.key_mask,
-        problem.segments,
-        None if sinks is None else sinks.key,
-        None if sinks is None else sinks.value,
-        None if sinks is None else sinks.first,
-        is_causal=problem.is_causal,
-        window=problem.window,
-        offset=problem.offset,
-    )
+        return call, None
+    found = touched(call)
     if sinks is not None and found.sink is not None:
         sinks = replaced(
             sinks, key=zeroed(sinks.key, found.sink), value=zeroed(sinks.value, found.sink)
         )
-    finite = replaced(
-        problem,
-        key=zeroed(problem.key, found.key),
-        value=zeroed(problem.value, found.key),
-        sinks=sinks,
+    finite = call.replaced(
+        key=zeroed(call.key, found.key), value=zeroed(call.value, found.key), sink_keys=sinks
     )
     return finite, found
 
@@ -92,25 +80,13 @@ def zeroed(x: Tensor, where: Tensor) -> Tensor:
     return x.masked_fill(where.unsqueeze(-1), 0.0)
 
 
-def touched(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    segments: Tensor | None,
-    sink_key: Tensor | None,
-    sink_value: Tensor | None,
-    sink_first: Tensor | None,
-    *,
-    is_causal: bool,
-    window: int | None,
-    offset: int,
-) -> Touched:
-    """Find NaN and infinity, and the rows that see them; arguments as in ``AttentionProblem``."""
+def touched(call: "AttentionCall | Inputs") -> Touched:
+    """Find NaN and infinity, and the rows that see them."""
+    query, key, sinks, segments = call.query, call.key, call.sink_keys, call.segments
     length, size = query.shape[-2], key.shape[-2]
-    bad = _holds_some(key) | _holds_some(value)
-    if key_mask is not None:
-        bad = bad & key_mask.unsqueeze(1)
+    bad = _holds_some(key) | _holds_some(call.value)
+    if call.key_mask is not None:
+        bad = bad & call.key_mask.unsqueeze(1)
     # Of the keys before each position, and up to where the keys that a row sees begin and end.
     count = F.pad(bad.cumsum(-1), (1, 0))
     before, until = count[..., :1], count[..., -1:]
@@ -118,19 +94,19 @@ def touched(
     if segments is not None:
         before = count[..., torch.searchsorted(segments, segments)]
         until = count[..., torch.searchsorted(segments, segments, right=True)]
-    if is_causal:
-        until = count[..., places + offset + 1]
+    if call.is_causal:
+        until = count[..., places + call.offset + 1]
     rows = (until > before).unsqueeze(2) | _holds_some(query)
     sink = None
-    if sink_key is not None and sink_value is not None and sink_first is not None:
-        sink = _holds_some(sink_key) | _holds_some(sink_value)
+    if sinks is not None:
+        sink = _holds_some(sinks.key) | _holds_some(sinks.value)
         # Each query and the sinks of its sequence, shape (batch, key_heads, L, sinks).
         if segments is None:
-            first, held = sink_first[:, None, None], sink.unsqueeze(2)
+            first, held = sinks.first[:, None, None], sink.unsqueeze(2)
         else:
-            first, held = sink_first[segments], sink[segments].movedim(0, 1).unsqueeze(0)
+            first, held = sinks.first[segments], sink[segments].movedim(0, 1).unsqueeze(0)
         rows = rows | ((places.unsqueeze(-1) >= first) & held).any(-1).unsqueeze(2)
-    return Touched(bad, sink, rows, bad[..., : max(0, size - (window or 0))].any(-1))
+    return Touched(bad, sink, rows, bad[..., : max(0, size - (call.window or 0))].any(-1))
 
 
 def _all_finite(tensors: tuple[Tensor, ...]) -> bool:

@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from performers.attention.call import AttentionCall
 from performers.attention.nonfinite import without_nonfinite
-from performers.attention.problem import AttentionProblem
 from performers.attention.state import FavorState
 
 # Below this sum a row may have lost keys to underflow, even in float64.
@@ -24,44 +24,44 @@ _SMALLEST_SAFE_SUM = 1e-200
 Parts = tuple[Tensor | None, Tensor | None]
 
 
-def attend(problem: AttentionProblem) -> tuple[Tensor, FavorState | None]:
+def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     """Attention and, when asked for, the state after the last key.
 
     Args:
-        problem: The checked call.
+        call: The checked call.
 
     Returns:
-        Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``problem.dtype``, and the
+        Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``call.dtype``, and the
         state or None.
     """
-    problem, touched = without_nonfinite(problem)
-    value = _masked(problem.value.double(), problem)
-    kernel, past_features = _whole_kernel(problem)
-    numerator = kernel @ _with_sinks(value, problem, "value").unsqueeze(2)
+    call, touched = without_nonfinite(call)
+    value = _masked(call.value.double(), call)
+    kernel, past_features = _whole_kernel(call)
+    numerator = kernel @ _with_sinks(value, call, "value").unsqueeze(2)
     total = kernel.sum(-1, keepdim=True)
     if past_features is not None:
-        assert problem.state is not None
-        numerator = numerator + past_features @ problem.state.key_value.double().unsqueeze(2)
-        total = total + _past_sum(past_features, problem.state)
+        assert call.state is not None
+        numerator = numerator + past_features @ call.state.key_value.double().unsqueeze(2)
+        total = total + _past_sum(past_features, call.state)
     out = numerator / total.where(total != 0, 1.0)
-    out = out.to(problem.dtype)
-    state = _final_state(problem, value) if problem.return_state else None
+    out = out.to(call.dtype)
+    state = _final_state(call, value) if call.return_state else None
     return (out, state) if touched is None else touched.marked(out, state)
 
 
-def attention_matrix(problem: AttentionProblem) -> Tensor:
+def attention_matrix(call: AttentionCall) -> Tensor:
     """The row-normalised matrix, shape ``(batch, key_heads, groups, L, S)``, float64.
 
     For calls without packed sequences.
     """
-    problem, touched = without_nonfinite(problem)
-    kernel, _ = _whole_kernel(problem)
-    size = problem.key.shape[2]
+    call, touched = without_nonfinite(call)
+    kernel, _ = _whole_kernel(call)
+    size = call.key.shape[2]
     if size == 0:
         return kernel[..., :0]
-    if problem.sinks is not None:
+    if call.sink_keys is not None:
         # Back to where the sinks stand among the keys.
-        index = problem.sinks.place[:, None, None, None, :]
+        index = call.sink_keys.place[:, None, None, None, :]
         columns = kernel[..., size:].where(index >= 0, 0.0)
         places = index.clamp_min(0).expand_as(columns)
         kernel = kernel[..., :size].scatter_add(-1, places, columns)
@@ -70,28 +70,28 @@ def attention_matrix(problem: AttentionProblem) -> Tensor:
     return weights if touched is None else touched.marked(weights, None)[0]
 
 
-def _whole_kernel(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
+def _whole_kernel(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """The matrix of keys and sinks, and query features for the past's sums."""
-    if not problem.has_exact_terms():
-        kernel, past_features, _ = _kernel(problem, _allowed(problem))
+    if not call.has_exact_pairs():
+        kernel, past_features, _ = _kernel(call, _allowed(call))
         return kernel, past_features
-    allowed, near = _allowed(problem), _near(problem)
-    kernel, past_features, log_scale = _kernel(problem, allowed & ~near)
-    query = problem.query.double()
-    half_norm = query.square().sum(-1, keepdim=True) * problem.scale / 2
-    sign = 1 if problem.form.kind == "trigonometric" else -1
-    log_scale = log_scale + sign * half_norm + math.log(problem.form.normalizer)
-    key = _masked(problem.key.double(), problem)
-    logs = problem.scale * query @ key.unsqueeze(2).mT
+    allowed, near = _allowed(call), _near(call)
+    kernel, past_features, log_scale = _kernel(call, allowed & ~near)
+    query = call.query.double()
+    half_norm = query.square().sum(-1, keepdim=True) * call.factor / 2
+    sign = 1 if call.form.kind == "trigonometric" else -1
+    log_scale = log_scale + sign * half_norm + math.log(call.form.normalizer)
+    key = _masked(call.key.double(), call)
+    logs = call.factor * query @ key.unsqueeze(2).mT
     logs = logs.masked_fill(~(allowed & near), -math.inf)
-    if problem.sinks is not None:
-        sink_logs, seen = _sink_logs(problem, query)
+    if call.sink_keys is not None:
+        sink_logs, seen = _sink_logs(call, query)
         logs = torch.cat((logs, sink_logs.masked_fill(~seen, -math.inf)), dim=-1)
         kernel = torch.cat((kernel, torch.zeros_like(sink_logs)), dim=-1)
     total = kernel.detach().abs().sum(-1, keepdim=True)
     if past_features is not None:
-        assert problem.state is not None
-        total = total + _past_sum(past_features, problem.state).detach().abs()
+        assert call.state is not None
+        total = total + _past_sum(past_features, call.state).detach().abs()
     far_log = (log_scale.detach() + total.log()).where(total > 0, -math.inf)
     peak = _finite(torch.maximum(far_log, _peak(logs)))
     # A row without far keys has a scale that means nothing.
@@ -100,16 +100,16 @@ def _whole_kernel(problem: AttentionProblem) -> tuple[Tensor, Tensor | None]:
     return kernel * share + (logs - peak).exp(), past_features
 
 
-def _near(problem: AttentionProblem) -> Tensor:
+def _near(call: AttentionCall) -> Tensor:
     """Which pairs are exact, shape ``(L, S)`` or ``(batch, key_heads, groups, L, S)``."""
-    length, size = problem.query.shape[-2], problem.key.shape[-2]
-    device = problem.query.device
+    length, size = call.query.shape[-2], call.key.shape[-2]
+    device = call.query.device
     near = torch.zeros(length, size, dtype=torch.bool, device=device)
-    if problem.window is not None:
-        here = torch.arange(length, device=device)[:, None] + problem.offset
-        near = (here - torch.arange(size, device=device)).abs() <= problem.window
-    if problem.lists is not None:
-        for key, taken, of_query in zip(*problem.lists, strict=True):
+    if call.window is not None:
+        here = torch.arange(length, device=device)[:, None] + call.offset
+        near = (here - torch.arange(size, device=device)).abs() <= call.window
+    if call.lists is not None:
+        for key, taken, of_query in zip(*call.lists, strict=True):
             # One column more than there are keys takes the places that are not taken.
             member = near.new_zeros(*key.shape[:3], size + 1)
             member = member.scatter(3, key.where(taken, size), True)[..., :size]
@@ -118,38 +118,38 @@ def _near(problem: AttentionProblem) -> Tensor:
     return near
 
 
-def _sink_logs(problem: AttentionProblem, query: Tensor) -> tuple[Tensor, Tensor]:
+def _sink_logs(call: AttentionCall, query: Tensor) -> tuple[Tensor, Tensor]:
     """Logits ``(batch, key_heads, groups, L, columns)`` of all sinks, and which are seen."""
-    assert problem.sinks is not None
-    first = problem.sinks.first
-    key = _with_sinks(None, problem, "key")
+    assert call.sink_keys is not None
+    first = call.sink_keys.first
+    key = _with_sinks(None, call, "key")
     rows = torch.arange(query.shape[-2], device=query.device)[:, None]
-    if problem.segments is None:
+    if call.segments is None:
         seen = (rows >= first[:, None])[:, None, None]
     else:
         sequences = torch.arange(len(first), device=query.device).repeat_interleave(first.shape[1])
-        seen = (rows >= first.flatten()) & (problem.segments[:, None] == sequences)
-    return problem.scale * query @ key.unsqueeze(2).mT, seen
+        seen = (rows >= first.flatten()) & (call.segments[:, None] == sequences)
+    return call.factor * query @ key.unsqueeze(2).mT, seen
 
 
-def _with_sinks(x: Tensor | None, problem: AttentionProblem, field: str) -> Tensor:
+def _with_sinks(x: Tensor | None, call: AttentionCall, field: str) -> Tensor:
     """Keys or values followed by the sinks': ``(batch, key_heads, S + columns, D)``."""
-    if problem.sinks is None:
+    if call.sink_keys is None:
         assert x is not None
         return x
-    sinks: Tensor = getattr(problem.sinks, field).double()
-    if problem.segments is not None:
+    sinks: Tensor = getattr(call.sink_keys, field).double()
+    if call.segments is not None:
         sinks = sinks.movedim(0, 1).flatten(1, 2).unsqueeze(0)
     return sinks if x is None else torch.cat((x, sinks), dim=2)
 
 
-def _kernel(problem: AttentionProblem, allowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _kernel(call: AttentionCall, allowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """The kernel matrix, zero where not allowed, query features for the past's sums, log scales.
 
     Both stand divided by ``e^`` the last, ``(batch, key_heads, groups, L, 1)``.
     """
-    (query_base, query_exponent), (key_base, key_exponent) = _features(problem)
-    past = problem.state
+    (query_base, query_exponent), (key_base, key_exponent) = _features(call)
+    past = call.state
     if key_exponent is None:
         assert query_base is not None
         assert key_base is not None
@@ -220,36 +220,36 @@ def _exponential_kernel(
     return kernel, past_features, log_scale
 
 
-def _features(problem: AttentionProblem) -> tuple[Parts, Parts]:
-    form = problem.form.to(torch.float64)
-    root = math.sqrt(problem.scale)
-    groups, length = problem.query.shape[2:4]
-    query = problem.query.double().flatten(2, 3) * root
+def _features(call: AttentionCall) -> tuple[Parts, Parts]:
+    form = call.form.to(torch.float64)
+    root = math.sqrt(call.factor)
+    groups, length = call.query.shape[2:4]
+    query = call.query.double().flatten(2, 3) * root
     base, exponent = form.decompose(query, is_query=True)
     base = None if base is None else base.unflatten(2, (groups, length))
     exponent = None if exponent is None else exponent.unflatten(2, (groups, length))
-    key = _masked(problem.key.double(), problem) * root
+    key = _masked(call.key.double(), call) * root
     return (base, exponent), form.decompose(key, is_query=False)
 
 
-def _masked(x: Tensor, problem: AttentionProblem) -> Tensor:
+def _masked(x: Tensor, call: AttentionCall) -> Tensor:
     """Keys or values with zeros in place of those that take no part, whatever they hold."""
-    if problem.key_mask is None:
+    if call.key_mask is None:
         return x
-    return x.where(problem.key_mask[:, None, :, None], 0.0)
+    return x.where(call.key_mask[:, None, :, None], 0.0)
 
 
-def _allowed(problem: AttentionProblem) -> Tensor:
+def _allowed(call: AttentionCall) -> Tensor:
     """Which query sees which key, shape ``(batch or 1, 1, 1, L, S)``."""
-    length, size = problem.query.shape[-2], problem.key.shape[-2]
-    allowed = torch.ones(length, size, dtype=torch.bool, device=problem.query.device)
-    if problem.is_causal:
-        allowed = allowed.tril(problem.offset)
-    if problem.segments is not None:
-        allowed = allowed & (problem.segments[:, None] == problem.segments)
+    length, size = call.query.shape[-2], call.key.shape[-2]
+    allowed = torch.ones(length, size, dtype=torch.bool, device=call.query.device)
+    if call.is_causal:
+        allowed = allowed.tril(call.offset)
+    if call.segments is not None:
+        allowed = allowed & (call.segments[:, None] == call.segments)
     allowed = allowed[None, None, None]
-    if problem.key_mask is not None:
-        allowed = allowed & problem.key_mask[:, None, None, None, :]
+    if call.key_mask is not None:
+        allowed = allowed & call.key_mask[:, None, None, None, :]
     return allowed
 
 
@@ -270,15 +270,15 @@ def _finite(scale: Tensor) -> Tensor:
     return scale.where(scale > -math.inf, 0.0)
 
 
-def _final_state(problem: AttentionProblem, value: Tensor) -> FavorState:
-    _, (base, exponent) = _features(problem)
-    past = problem.state
+def _final_state(call: AttentionCall, value: Tensor) -> FavorState:
+    _, (base, exponent) = _features(call)
+    past = call.state
     # The last keys stay as they are.
-    batch, heads, size = problem.key.shape[:3]
-    kept = max(0, size - (problem.window or 0))
+    batch, heads, size = call.key.shape[:3]
+    kept = max(0, size - (call.window or 0))
     value = value[:, :, :kept]
-    mask = None if problem.key_mask is None else problem.key_mask[:, :kept]
-    shape = (batch, heads, kept, problem.form.num_features)
+    mask = None if call.key_mask is None else call.key_mask[:, :kept]
+    shape = (batch, heads, kept, call.form.num_features)
     if exponent is None:
         assert base is not None
         features = base[:, :, :kept]
@@ -300,4 +300,4 @@ def _final_state(problem: AttentionProblem, value: Tensor) -> FavorState:
     if past is not None:
         key_value = key_value + past.key_value.double() * decay.unsqueeze(-1)
         key_sum = key_sum + past.key_sum.double() * decay
-    return FavorState(*(x.to(problem.dtype) for x in (key_value, key_sum, log_scale)))
+    return FavorState(*(x.to(call.dtype) for x in (key_value, key_sum, log_scale)))

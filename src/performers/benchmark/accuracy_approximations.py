@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 from performers.nn import Approximation
@@ -135,7 +135,7 @@ def fitted_attention(
 
 
 def _only_exact(
-    window: int | None, sinks: int, buckets: KeyBuckets | None
+    window: int | None, sinks: int, listed_keys: ListedKeys | None
 ) -> Callable[..., Tensor]:
     """Softmax over the exact terms alone; quadratic, for its error and not its time."""
 
@@ -152,8 +152,8 @@ def _only_exact(
         place = torch.arange(query.shape[2], device=query.device)
         gap = place[:, None] - place
         mask = (place < sinks) | (True if window is None else gap.abs() <= window)
-        if buckets is not None:
-            mask = mask | _listed(buckets, query, key, key_mask, is_causal)
+        if listed_keys is not None:
+            mask = mask | _listed(listed_keys, query, key, key_mask, is_causal)
         if is_causal:
             mask = mask & (gap >= 0)
         mask = mask.expand(*mask.shape[:-2], *gap.shape)
@@ -167,11 +167,11 @@ def _only_exact(
 
 
 def _listed(
-    buckets: KeyBuckets, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
+    listed_keys: ListedKeys, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     """Which keys are listed for which query, shape ``(B, H, L, S)``."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    lists = buckets.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
+    lists = listed_keys.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
     counts = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.uint8, device=query.device)
     for keys, taken, of_query in zip(*lists, strict=True):
         own = of_query[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1])

@@ -63,7 +63,7 @@ def to_performer(
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
         key_list: Each query also meets this many keys exactly that are listed for their content
-            (``KeyBuckets``, fitted to the queries of ``calibration`` if there are any); 0: none.
+            (``ListedKeys``, fitted to the queries of ``calibration`` if there are any); 0: none.
             For encoders among transformers models: lists know no running sums.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
             input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few

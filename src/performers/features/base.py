@@ -254,6 +254,36 @@ class FeatureMap(Drawn):
         )
 
 
+def form_of_heads(feature_map: FeatureMap, query: Tensor, key: Tensor) -> FeatureForm:
+    """The form of a feature map, for queries and keys ``(batch, heads, length, head_dim)``.
+
+    Raises:
+        ValueError: The map is none, or one for other heads, or on another device.
+    """
+    heads, head_dim, key_heads = query.shape[1], query.shape[3], key.shape[1]
+    if not isinstance(feature_map, FeatureMap):
+        raise ValueError(
+            "feature_map must be a FeatureMap such as SoftmaxFeatures, "
+            f"got {type(feature_map).__name__}"
+        )
+    if feature_map.head_dim != head_dim:
+        raise ValueError(
+            f"feature_map has head_dim={feature_map.head_dim} but query has head_dim={head_dim}"
+        )
+    form: FeatureForm = feature_map()
+    if form.weight is not None and form.weight.device != query.device:
+        raise ValueError(
+            f"feature_map is on {form.weight.device} but query is on {query.device}; move it with "
+            "feature_map.to(query.device)"
+        )
+    if feature_map.num_heads not in (None, key_heads, heads):
+        raise ValueError(
+            f"feature_map has num_heads={feature_map.num_heads}; with {heads} query heads and "
+            f"{key_heads} key heads it must be one of these or None"
+        )
+    return form
+
+
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The factor on ``q . k``: ``1 / sqrt(head_dim)`` when None.
 

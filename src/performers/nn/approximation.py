@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features import CALIBRATED, SoftmaxFeatures
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
@@ -120,12 +120,12 @@ class Approximation:
     ) -> FavorAttention:
         """The attention of one layer, not calibrated."""
         features = self.features(head_dim, num_heads, generator)
-        buckets = None
+        listed_keys = None
         if self.key_list:
-            buckets = KeyBuckets(
+            listed_keys = ListedKeys(
                 head_dim, num_lists, self.key_list, num_heads=num_heads, generator=generator
             )
-        return FavorAttention(features, window=self.window, sinks=self.sinks, buckets=buckets)
+        return FavorAttention(features, window=self.window, sinks=self.sinks, listed_keys=listed_keys)
 
 
 def as_integer(value: Any) -> int | None:

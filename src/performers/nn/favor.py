@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from performers.attention import FavorState, KeyBuckets, favor_attention, favor_attention_weights
+from performers.attention import FavorState, ListedKeys, favor_attention, favor_attention_weights
 from performers.features import FeatureMap, LearnedFeatures
 
 
@@ -19,7 +19,7 @@ class FavorAttention(nn.Module):
         feature_map: The features.
         window: As in ``favor_attention``.
         sinks: As in ``favor_attention``.
-        buckets: As in ``favor_attention``.
+        listed_keys: As in ``favor_attention``.
     """
 
     def __init__(
@@ -28,13 +28,13 @@ class FavorAttention(nn.Module):
         *,
         window: int | None = None,
         sinks: int = 0,
-        buckets: KeyBuckets | None = None,
+        listed_keys: ListedKeys | None = None,
     ) -> None:
         # Not super(): PerformerAttention is an nn.MultiheadAttention, too.
         nn.Module.__init__(self)
         self.feature_map = feature_map
         self.window, self.sinks = window, sinks
-        self.buckets = buckets
+        self.buckets = listed_keys
 
     def extra_repr(self) -> str:
         """The exact terms."""
@@ -91,7 +91,7 @@ class FavorAttention(nn.Module):
             "scale": scale,
             "window": self.window,
             "sinks": self.sinks,
-            "buckets": self.buckets,
+            "listed_keys": self.buckets,
             "state": state,
             "return_state": return_state,
             "backend": backend,
@@ -129,7 +129,7 @@ class FavorAttention(nn.Module):
             scale=scale,
             window=self.window,
             sinks=self.sinks,
-            buckets=self.buckets,
+            listed_keys=self.buckets,
         )
 
     def calibrate_(

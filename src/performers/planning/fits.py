@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from performers.attention import KeyBuckets
+from performers.attention import ListedKeys
 from performers.features import SoftmaxFeatures
 from performers.features.softmax import Estimator
 from performers.nn import Approximation, FavorAttention
@@ -30,7 +30,7 @@ class Fits:
         self.samples = samples
         self._seed = seed
         self._features: dict[Approximation, dict[int, SoftmaxFeatures]] = {}
-        self._lists: dict[tuple[int, int], KeyBuckets] = {}
+        self._lists: dict[tuple[int, int], ListedKeys] = {}
 
     def attention(
         self, approximation: Approximation, num_heads: int, draw: int = 0

@@ -77,7 +77,7 @@ def plan(
             heads are shared, the latter is more accurate and takes longer.
         windows: Exact windows; None for none.
         sinks: Numbers of first keys that are exact.
-        key_lists: Numbers of keys that ``KeyBuckets`` list for a query; 0 for none.
+        key_lists: Numbers of keys that ``ListedKeys`` list for a query; 0 for none.
         num_draws: Draws of the projection.
         seed: Of draws, pairs and orders.
         backend: As in ``favor_attention``.

@@ -59,7 +59,7 @@ class Plan:
 
         Returns:
             The feature map, and keyword arguments ``is_causal``, ``scale``, ``window``, ``sinks``,
-            ``buckets`` and ``backend``. A ``key_mask`` belongs to a call and is not among them.
+            ``listed_keys`` and ``backend``. A ``key_mask`` belongs to a call and is not among them.
 
         Raises:
             ValueError: ``setting`` is of another type.
@@ -81,7 +81,7 @@ class Plan:
             "scale": self.samples.scale,
             "window": chosen.window,
             "sinks": chosen.sinks,
-            "buckets": favor.buckets,
+            "listed_keys": favor.buckets,
             "backend": self.backend,
         }
 

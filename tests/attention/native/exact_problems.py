@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.native import backend
-from performers.attention.problem import AttentionProblem, SinkKeys
 from performers.attention.state import FavorState
 from performers.features import FeatureForm
 from tests.features.cases import generator
@@ -77,33 +78,31 @@ class Exact:
             state=state,
         )
 
-    def problem(self) -> AttentionProblem:
+    def problem(self) -> AttentionCall:
         """What the backend is given."""
         sinks = None
         if self.sink_key is not None:
             sinks = SinkKeys(
                 self.sink_key, self.sink_value, self.first, torch.full_like(self.first, -1)
             )
-        return AttentionProblem(
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            form=FeatureForm(
-                "exponential",
-                self.weight,
-                self.bias,
-                self.weight.shape[-2],
-                1 / self.weight.shape[-2],
-            ),
-            scale=self.query.shape[-1] ** -0.5,
+        rows = self.weight.shape[-2]
+        return AttentionCall(
+            self.query,
+            self.key,
+            self.value,
+            None,
             is_causal=self.causal,
             key_mask=self.mask,
-            segments=self.segments,
+            window=self.window,
             state=self.state,
             return_state=self.return_state,
-            window=self.window,
+        ).replaced(
+            form=FeatureForm("exponential", self.weight, self.bias, rows, 1 / rows),
+            factor=self.query.shape[-1] ** -0.5,
+            segments=self.segments,
             offset=self.offset,
-            sinks=sinks,
+            sink_keys=sinks,
+            lists=None,
             dtype=torch.float32,
         )
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from performers.attention.native import backend
-from performers.attention.native.operators import favor_backward, favor_forward
+from performers.attention.native.operators import Inputs, favor_backward, favor_forward
 from performers.attention.state import FavorState
 from tests.attention.native.exact_problems import Exact, dense, make
 from tests.attention.native.support import NATIVE, threads
@@ -355,7 +354,7 @@ def operator_arguments(name, state=False):
     if state:
         call = resumed(12, options["window"], options.get("sinks", 0))
     call = replace(call, return_state=state).to(torch.float32)
-    return backend.operator_arguments(call.problem())
+    return Inputs.of(call.problem())
 
 
 @pytest.mark.parametrize(
@@ -366,11 +365,11 @@ def test_the_contract_of_operators(name, state):
     torch.library.opcheck(favor_forward, given)
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     results = favor_forward(*given)
-    *inputs, return_state = given
+    return_state = given[-1]
     random = generator(1)
     grads = [torch.randn(x.shape, generator=random) for x in (results[0], *results[3:5])]
     final = grads[1:] if return_state else (None, None)
-    torch.library.opcheck(favor_backward, (grads[0], *final, None, *inputs, *results[:-1]))
+    torch.library.opcheck(favor_backward, (grads[0], *final, None, *given, *results, False))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -389,15 +388,3 @@ def test_every_result_is_written(name, monkeypatch):
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert all(g.isfinite().all() for g in found)
-
-
-def test_only_softmax_features_have_exact_pairs():
-    """Others are left to the ``torch`` backend, which says so."""
-    call = make(10, 3)
-    problem = call.problem()
-    assert backend.covers(problem)
-    for form in (
-        problem.form._replace(quadratic=False),
-        problem.form._replace(kind="elementwise", function=torch.relu),
-    ):
-        assert not backend.covers(problem._replace(form=form))

@@ -17,12 +17,12 @@ pytestmark = NATIVE
 def test_forward_mode_derivatives_are_not_dropped():
     call = make_call(by_name("positive"), 9)
     tangents = {}
-    for backend in ("native", "torch"):
+    for backend in (None, "torch"):
         with forward_ad.dual_level():
             query = forward_ad.make_dual(call.query, torch.ones_like(call.query))
             out = favor_attention(query, call.key, call.value, call.feature_map, backend=backend)
             tangents[backend] = forward_ad.unpack_dual(out).tangent
-    torch.testing.assert_close(tangents["native"], tangents["torch"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(tangents[None], tangents["torch"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["key_value", "key_sum", "log_scale"])

@@ -6,17 +6,16 @@ from functools import partial
 import pytest
 import torch
 
-from performers import KeyBuckets, LearnedFeatures, SoftmaxFeatures, favor_attention
-from performers.attention.blocks import Features, divide
-from performers.attention.checking import checked_problem
-from performers.attention.listed import _dense_rows, listed_pairs
-from performers.attention.native import backend
+from performers import LearnedFeatures, ListedKeys, SoftmaxFeatures, favor_attention
+from performers.attention.call import AttentionCall
 from performers.attention.native.listed_operators import (
     kernel_rows,
     listed_backward,
     listed_forward,
 )
-from performers.attention.native.operators import favor_backward, favor_forward
+from performers.attention.native.operators import Inputs, favor_backward, favor_forward
+from performers.attention.torch_backend.blocks import Features, divide
+from performers.attention.torch_backend.listed import _dense_rows, listed_pairs
 from tests.attention.native.support import NATIVE, threads
 from tests.features.cases import generator
 
@@ -32,7 +31,7 @@ def problem_of(
     sinks=2,
     groups=2,
     masked=True,
-    buckets=None,
+    listed_keys=None,
     num_heads=HEADS,
     features=None,
 ):
@@ -44,10 +43,16 @@ def problem_of(
     if features is None:
         features = SoftmaxFeatures(DIM, 32, num_heads=num_heads, generator=random)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    problem = checked_problem(
-        *leaves, features, is_causal, mask, None, None, None, False, window, sinks, buckets
+    call = AttentionCall(
+        *leaves,
+        features,
+        is_causal=is_causal,
+        key_mask=mask,
+        window=window,
+        sinks=sinks,
+        listed_keys=listed_keys,
     )
-    return problem, leaves
+    return call.checked(), leaves
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -55,9 +60,9 @@ def problem_of(
 def test_parts_make_up_the_whole(is_causal, window, sinks):
     """Joined by their normalisers they are the whole call, and so are their gradients."""
     results = []
-    for parts in (("whole",), ("far", "exact")):
+    for parts in (("whole",), ("feature", "exact")):
         problem, leaves = problem_of(is_causal=is_causal, window=window, sinks=sinks)
-        found = [favor_forward(*backend.operator_arguments(problem, part)) for part in parts]
+        found = [favor_forward(*Inputs.of(problem, part)) for part in parts]
         out = found[0][0]
         if len(found) > 1:
             log = torch.stack([x[-1] for x in found])
@@ -69,7 +74,7 @@ def test_parts_make_up_the_whole(is_causal, window, sinks):
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("part", ["far", "exact"])
+@pytest.mark.parametrize("part", ["feature", "exact"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_gradient_of_a_normaliser(part, is_causal):
     """Of the logarithm alone, against differences along queries, keys and the projection."""
@@ -82,8 +87,8 @@ def test_the_gradient_of_a_normaliser(part, is_causal):
         upstream[..., :8] = 0
 
     def loss(query, key, weight):
-        given = problem._replace(query=query, key=key, form=problem.form._replace(weight=weight))
-        log = favor_forward(*backend.operator_arguments(given, part))[-1]
+        given = problem.replaced(query=query, key=key, form=problem.form._replace(weight=weight))
+        log = favor_forward(*Inputs.of(given, part))[-1]
         assert log.dtype == torch.float64
         return (log.where(log.isfinite(), 0.0) * upstream).sum()
 
@@ -106,7 +111,7 @@ def test_the_gradient_of_a_normaliser(part, is_causal):
 
 
 def buckets_of(count=6, keys=20, rounds=1, refresh=40):
-    return KeyBuckets(
+    return ListedKeys(
         DIM,
         count,
         keys,
@@ -119,8 +124,8 @@ def buckets_of(count=6, keys=20, rounds=1, refresh=40):
 
 def dense(problem, pairs):
     """What `kernel_rows` gives, by torch in float64."""
-    problem = problem._replace(dtype=torch.float64, form=problem.form.to(torch.float64))
-    features = Features(problem.form, math.sqrt(problem.scale), torch.float64)
+    problem = problem.replaced(dtype=torch.float64, form=problem.form.to(torch.float64))
+    features = Features(problem.form, math.sqrt(problem.factor), torch.float64)
     pairs = pairs._replace(
         query=pairs.query.double(), key=pairs.key.double(), value=pairs.value.double()
     )
@@ -142,7 +147,7 @@ def test_kernels_agree_with_torch(is_causal, count, keys, rounds, num_heads):
     for evaluate in (dense, kernel_rows):
         features = LearnedFeatures(drawn, num_heads=num_heads)
         problem, leaves = problem_of(
-            is_causal=is_causal, features=features, buckets=buckets_of(count, keys, rounds)
+            is_causal=is_causal, features=features, listed_keys=buckets_of(count, keys, rounds)
         )
         random, losses, values = generator(6), [], []
         for pairs in listed_pairs(problem):
@@ -167,7 +172,7 @@ def results_of(pairs_of=lambda pairs: pairs):
     """Rows and gradients of the kernels, those of trained features as well."""
     drawn = SoftmaxFeatures(DIM, 40, num_heads=HEADS, generator=generator(5))
     features = LearnedFeatures(drawn, num_heads=HEADS)
-    problem, leaves = problem_of(features=features, buckets=buckets_of(5, 150))
+    problem, leaves = problem_of(features=features, listed_keys=buckets_of(5, 150))
     pairs = pairs_of(listed_pairs(problem)[0])
     found = kernel_rows(problem, pairs)
     losses = [x.where(x.isfinite(), 0.0).sum() for x in found]
@@ -206,7 +211,7 @@ def arguments(rounds=1):
     features = LearnedFeatures(
         SoftmaxFeatures(DIM, 16, num_heads=HEADS, generator=generator(7)), num_heads=HEADS
     )
-    problem, _ = problem_of(24, features=features, buckets=buckets_of(3, 6, rounds))
+    problem, _ = problem_of(24, features=features, listed_keys=buckets_of(3, 6, rounds))
     *_, pairs = listed_pairs(problem)
     tensors = [pairs.query, pairs.key, pairs.value, problem.form.weight, problem.form.bias]
     return (
@@ -215,7 +220,7 @@ def arguments(rounds=1):
         pairs.position,
         pairs.begin,
         pairs.hidden,
-        problem.scale,
+        problem.factor,
         24,
         problem.window,
     )
@@ -249,10 +254,10 @@ def test_every_result_is_written(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_contract_of_the_operators_for_a_part(window):
-    for part in ("far", "exact"):
+    for part in ("feature", "exact"):
         inputs = [
             x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
-            for x in backend.operator_arguments(problem_of(20, groups=1, window=window)[0], part)
+            for x in Inputs.of(problem_of(20, groups=1, window=window)[0], part)
         ]
         torch.library.opcheck(favor_forward, tuple(inputs))
         inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
@@ -260,7 +265,7 @@ def test_the_contract_of_the_operators_for_a_part(window):
         grad_log = torch.randn(results[-1].shape, generator=generator(9), dtype=torch.float64)
         grad_out = torch.randn(results[0].shape, generator=generator(10))
         torch.library.opcheck(
-            favor_backward, (grad_out, None, None, grad_log, *inputs[:-1], *results[:-1])
+            favor_backward, (grad_out, None, None, grad_log, *inputs, *results, False)
         )
 
 
@@ -268,11 +273,11 @@ def test_the_contract_of_the_operators_for_a_part(window):
 def test_compiled(is_causal):
     query, key, value = (torch.randn(1, 2, 70, 8, generator=generator(13)) for _ in range(3))
     features = SoftmaxFeatures(8, 16, generator=generator(14))
-    buckets = KeyBuckets(8, 4, 8, refresh=32, generator=generator(15))
+    listed_keys = ListedKeys(8, 4, 8, refresh=32, generator=generator(15))
 
     def attend(query):
         return favor_attention(
-            query, key, value, features, is_causal=is_causal, window=3, buckets=buckets,
+            query, key, value, features, is_causal=is_causal, window=3, listed_keys=listed_keys,
             backend="native",
         )  # fmt: skip
 
@@ -290,11 +295,11 @@ def test_compiled(is_causal):
 def test_a_window_beyond_32_bits_is_exact_attention(name):
     query, key, value = (torch.randn(1, 2, 90, 8, generator=generator(17)) for _ in range(3))
     features = SoftmaxFeatures(8, 16, generator=generator(18))
-    buckets = KeyBuckets(8, 4, 12, generator=generator(19))
+    listed_keys = ListedKeys(8, 4, 12, generator=generator(19))
     exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     for window in (90, 2**31, 2**32, 2**40):
         out = favor_attention(
-            query, key, value, features, window=window, buckets=buckets, backend=name
+            query, key, value, features, window=window, listed_keys=listed_keys, backend=name
         )
         torch.testing.assert_close(out, exact, rtol=0, atol=2e-5)
 
@@ -306,9 +311,11 @@ def test_keys_of_another_sequence(sinks):
     query = torch.randn(2, 4, 30, 8, generator=random)
     key, value = (torch.randn(2, 2, 75, 8, generator=random) for _ in range(2))
     features = SoftmaxFeatures(8, 16, generator=random)
-    buckets = KeyBuckets(8, 4, 10, num_heads=2, generator=random)
+    listed_keys = ListedKeys(8, 4, 10, num_heads=2, generator=random)
     found, expected = (
-        favor_attention(query, key, value, features, sinks=sinks, buckets=buckets, backend=name)
+        favor_attention(
+            query, key, value, features, sinks=sinks, listed_keys=listed_keys, backend=name
+        )
         for name in ("native", "reference")
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
@@ -318,8 +325,8 @@ def test_no_second_derivative():
     query, key, value = (
         torch.randn(1, 1, 20, 8, generator=generator(11)).requires_grad_() for _ in range(3)
     )
-    features, buckets = SoftmaxFeatures(8, 16), KeyBuckets(8, 2, 4)
-    out = favor_attention(query, key, value, features, buckets=buckets, backend="native")
+    features, listed_keys = SoftmaxFeatures(8, 16), ListedKeys(8, 2, 4)
+    out = favor_attention(query, key, value, features, listed_keys=listed_keys, backend="native")
     (gradient,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         gradient.sum().backward()
@@ -332,8 +339,8 @@ def test_many_listed_keys_of_half_precision(is_causal):
         torch.randn(1, 2, 300, 16, generator=random, dtype=torch.bfloat16) for _ in range(3)
     )
     features = SoftmaxFeatures(16, 64, generator=random)
-    buckets = KeyBuckets(16, 8, 100, num_heads=2, refresh=64, generator=random)
-    options = {"is_causal": is_causal, "window": 8, "sinks": 2, "buckets": buckets}
+    listed_keys = ListedKeys(16, 8, 100, num_heads=2, refresh=64, generator=random)
+    options = {"is_causal": is_causal, "window": 8, "sinks": 2, "listed_keys": listed_keys}
     found = favor_attention(query, key, value, features, backend="native", **options)
     expected = favor_attention(
         query.float(), key.float(), value.float(), features, backend="reference", **options
@@ -347,10 +354,10 @@ def test_an_empty_row_stays_empty():
     query, key, value = (torch.randn(1, 2, 40, 8, generator=generator(10)) for _ in range(3))
     mask = torch.zeros(1, 40, dtype=torch.bool)
     features = SoftmaxFeatures(8, 16, generator=generator(11))
-    buckets = KeyBuckets(8, 4, 8, generator=generator(12))
+    listed_keys = ListedKeys(8, 4, 8, generator=generator(12))
     leaves = [x.requires_grad_() for x in (query, key, value)]
     out = favor_attention(
-        *leaves, features, key_mask=mask, window=3, buckets=buckets, backend="native"
+        *leaves, features, key_mask=mask, window=3, listed_keys=listed_keys, backend="native"
     )
     assert bool((out == 0).all())
     assert all(bool((g == 0).all()) for g in torch.autograd.grad(out.sum(), leaves))

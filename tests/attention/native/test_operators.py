@@ -84,11 +84,11 @@ def test_forward(name):
 def test_backward(name):
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments(**CALLS[name])]
     results = favor_forward(*given)
-    *inputs, return_state = given
+    return_state = given[-1]
     random = generator(1)
     grad_out, *grads = (torch.randn(x.shape, generator=random) for x in (results[0], *results[3:5]))
     final = grads if return_state else (None, None)
-    torch.library.opcheck(favor_backward, (grad_out, *final, None, *inputs, *results[:-1]))
+    torch.library.opcheck(favor_backward, (grad_out, *final, None, *given, *results, False))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from performers.attention import chunked, favor_attention
+from performers.attention import favor_attention
 from performers.attention.native import backend
+from performers.attention.torch_backend import backend as torch_backend
 from performers.features import FeatureForm, LearnedFeatures, SoftmaxFeatures
 from tests.attention.native.exact_problems import make
 from tests.attention.native.support import NATIVE, threads
@@ -38,7 +39,7 @@ def run(function, call, kind, dtype, wanted=None):
         epsilon=0.0 if kind == "softmax" else 1e-3,
         function=None if kind == "softmax" else torch.relu,
     )
-    out, state = function(call.problem()._replace(form=form, dtype=dtype))
+    out, state = function(call.problem().replaced(form=form, dtype=dtype))
     weight = torch.randn(out.shape, generator=generator(3)).to(out.dtype)
     loss = (out * weight).sum()
     if state is not None:
@@ -62,7 +63,7 @@ def test_against_the_torch_backend(kind, causal, layout):
             length = 200
         call = make(length, None, causal=causal, trained=True, **options)
         call.return_state = causal and call.segments is None
-        expected = run(chunked.attend, call, kind, torch.float64)
+        expected = run(torch_backend.attend, call, kind, torch.float64)
         got = run(backend.attend, call, kind, torch.float32)
         assert (got[0] - expected[0]).abs().max() <= 1e-5
         assert_close(got[1], expected[1])
@@ -73,7 +74,7 @@ def test_against_the_torch_backend(kind, causal, layout):
 def test_heads_cut_among_threads(kind, causal):
     """However many threads; the same number gives the same bits."""
     call = make(1500, None, causal=causal, batch=1, key_heads=1, trained=True, num_features=8)
-    expected = run(chunked.attend, call, kind, torch.float64)[1]
+    expected = run(torch_backend.attend, call, kind, torch.float64)[1]
     for count in (1, 2, 4):
         with threads(count):
             _, got = run(backend.attend, call, kind, torch.float32)
@@ -104,7 +105,7 @@ def test_rows_summed_at_a_scale_of_their_own():
     along = torch.randn(call.key.shape[-1], generator=generator(9))
     call.key = call.key / 2 + 60 * along / along.norm()
     call.key[..., 63::64, :] *= 0.1 / 60
-    expected = run(chunked.attend, call, "softmax", torch.float64)[1]
+    expected = run(torch_backend.attend, call, "softmax", torch.float64)[1]
     got = run(backend.attend, call, "softmax", torch.float32)[1]
     assert_close(got, expected, 2e-3)
 

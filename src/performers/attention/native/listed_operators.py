@@ -1,139 +1,157 @@
 """Listed keys: ``performers::listed_forward`` and ``performers::listed_backward``."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from performers.attention.listed import ListedPairs
+from performers.attention.call import AttentionCall
 from performers.attention.native.interface import ListedCall, contiguous
-from performers.attention.native.operators import kernel_form, refuse_second_derivative
-from performers.attention.problem import AttentionProblem
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor row, "
-    "Tensor position, Tensor list_begin, Tensor? hidden, float scale, int length, int? window"
+from performers.attention.native.operators import (
+    gradients_of,
+    kernel_weights,
+    operator,
+    refuse_second_derivative,
 )
-_RESULTS = ("estimate", "estimate_log", "exact", "exact_log")
-_TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
-_GRADS = ", ".join(f"Tensor grad_{name}" for name in _RESULTS)
-_TENSORS, _NUMBERS = 9, 3
-_Results = tuple[Tensor, Tensor, Tensor, Tensor]
-_Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+from performers.attention.torch_backend.listed import ListedPairs
 
 
-def kernel_rows(
-    problem: AttentionProblem, pairs: ListedPairs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Estimates of the pairs and their exact weights, each as rows with a normaliser of their own.
+class ListedInputs(NamedTuple):
+    """The arguments of the forward operator, tensors first; see ``performers_listed_call``."""
 
-    Args:
-        problem: The call.
-        pairs: One round of its pairs.
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    row: Tensor
+    position: Tensor
+    list_begin: Tensor
+    hidden: Tensor | None
+    scale: float
+    length: int
+    window: int | None
 
-    Returns:
-        For the estimates, without the factor ``normalizer exp(-scale |q|^2 / 2)``: normalised rows
-        ``(B, H, queries, Dv)`` and the logarithms of their normalisers ``(B, H, queries)``,
-        float64, minus infinity for rows without a pair; the same for the exact weights.
+
+class ListedResults(NamedTuple):
+    """Estimates of pairs and their exact weights, each as rows with a normaliser of their own.
+
+    Rows are normalised, ``(B, H, queries, Dv)``; the logarithms of their normalisers,
+    ``(B, H, queries)``, are float64, minus infinity for rows without a pair. Estimates lack the
+    factor ``normalizer exp(-scale |q|^2 / 2)``.
     """
-    form = kernel_form(problem)
-    rows: tuple[Tensor, Tensor, Tensor, Tensor] = listed_forward(
-        *(x.to(problem.dtype) for x in (pairs.query, pairs.key, pairs.value)),
-        form.weight,
-        form.bias,
+
+    estimate: Tensor
+    estimate_log: Tensor
+    exact: Tensor
+    exact_log: Tensor
+
+
+class ListedUpstream(NamedTuple):
+    """Gradients of the results of the forward operator."""
+
+    grad_estimate: Tensor
+    grad_estimate_log: Tensor
+    grad_exact: Tensor
+    grad_exact_log: Tensor
+
+
+class ListedGradients(NamedTuple):
+    """Results of the backward operator."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+_TENSORS = ListedInputs._fields.index("scale")
+
+
+def kernel_rows(call: AttentionCall, pairs: ListedPairs) -> ListedResults:
+    """Estimates and exact weights of one round of a call's listed pairs."""
+    weight, bias = kernel_weights(call)
+    query, key, value = (x.to(call.dtype) for x in (pairs.query, pairs.key, pairs.value))
+    inputs = ListedInputs(
+        query,
+        key,
+        value,
+        weight,
+        bias,
         pairs.row,
         pairs.position,
         pairs.begin,
         pairs.hidden,
-        problem.scale,
-        problem.query.shape[-2],
-        problem.window,
+        call.factor,
+        call.query.shape[-2],
+        call.window,
     )
-    return rows
+    return ListedResults(*listed_forward(*inputs))
 
 
 def _call(
-    inputs: tuple[Any, ...], grads: tuple[Tensor, ...] = ()
+    inputs: ListedInputs, upstream: ListedUpstream | None = None
 ) -> tuple[ListedCall, list[Tensor | None]]:
     """A call with its inputs set, and the tensors that its pointers rely on."""
-    *tensors, scale, length, window = inputs
-    held = contiguous((*tensors, *grads))
-    query, _, value, weight = tensors[:4]
     call = ListedCall()
-    call.batch, call.key_heads, call.queries, call.head_dim = query.shape
-    call.blocks, call.rows = tensors[5].shape[2:]
-    call.length, call.window = length, -1 if window is None else window
-    call.lists, call.list_keys, call.value_dim = value.shape[2:]
-    call.weight_heads, call.features, _ = weight.shape
-    call.threads, call.scale = torch.get_num_threads(), scale
-    names = ("query", "key", "value", "weight", "bias", "row", "position", "list_begin", "hidden")
-    grad_names = tuple(f"grad_{name}" for name in _RESULTS)
-    call.pointers(**dict(zip((*names, *grad_names[: len(grads)]), held, strict=True)))
+    call.batch, call.key_heads, call.queries, call.head_dim = inputs.query.shape
+    call.blocks, call.rows = inputs.row.shape[2:]
+    call.length, call.window = inputs.length, -1 if inputs.window is None else inputs.window
+    call.lists, call.list_keys, call.value_dim = inputs.value.shape[2:]
+    call.weight_heads, call.features, _ = inputs.weight.shape
+    call.threads, call.scale = torch.get_num_threads(), inputs.scale
+    tensors = [getattr(inputs, name) for name in ListedInputs._fields[:_TENSORS]]
+    held = contiguous(tensors)
+    call.pointers(**dict(zip(ListedInputs._fields, held, strict=False)))
+    if upstream is not None:
+        floats = contiguous([x.float() for x in upstream])
+        call.pointers(**dict(zip(ListedUpstream._fields, floats, strict=True)))
+        held += floats
     return call, held
 
 
-def _new_results(query: Tensor, value: Tensor) -> _Results:
+def _new_results(inputs: ListedInputs) -> ListedResults:
+    query, width = inputs.query, inputs.value.shape[-1]
     rows = query.shape[:-1]
-    return (
-        query.new_empty((*rows, value.shape[-1])),
+    return ListedResults(
+        query.new_empty((*rows, width)),
         query.new_empty(rows, dtype=torch.float64),
-        query.new_empty((*rows, value.shape[-1])),
+        query.new_empty((*rows, width)),
         query.new_empty(rows, dtype=torch.float64),
     )
 
 
-@torch.library.custom_op(
-    "performers::listed_forward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_INPUTS}) -> ({_TYPED_RESULTS})",
-)
-def listed_forward(*inputs: Any) -> _Results:
-    """Estimates and exact weights of ``ListedPairs``; see ``performers_listed_call``."""
+def _forward(inputs: ListedInputs) -> ListedResults:
     call, held = _call(inputs)
-    results = _new_results(inputs[0], inputs[2])
-    call.pointers(**dict(zip(_RESULTS, results, strict=True)))
+    results = _new_results(inputs)
+    call.pointers(**results._asdict())
     call.run("listed_forward")
     del held
     return results
 
 
-@listed_forward.register_fake
-def _(*inputs: Any) -> _Results:
-    return _new_results(inputs[0], inputs[2])
-
-
-@torch.library.custom_op(
-    "performers::listed_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"({_GRADS}, {_INPUTS}, {_TYPED_RESULTS}, bool trained) -> (Tensor grad_query, "
-    "Tensor grad_key, Tensor grad_value, Tensor grad_weight, Tensor grad_bias)",
-)
-def listed_backward(*arguments: Any) -> _Gradients:
+def _backward(
+    upstream: ListedUpstream, inputs: ListedInputs, results: ListedResults, trained: bool
+) -> ListedGradients:
     """Gradients of queries, keys and values, of weight and bias if they are ``trained``."""
-    grads = tuple(x.float() for x in arguments[:4])
-    inputs = arguments[4 : 4 + _TENSORS + _NUMBERS]
-    results, trained = contiguous(arguments[4 + _TENSORS + _NUMBERS : -1]), arguments[-1]
-    call, held = _call(inputs, grads)
-    call.pointers(**dict(zip(_RESULTS, results, strict=True)))
-    gradients = _new_gradients(inputs, trained)
-    names = ("grad_query", "grad_key", "grad_value", "grad_weight", "grad_bias")
-    call.pointers(**dict(zip(names[: 5 if trained else 3], gradients, strict=False)))
+    call, held = _call(inputs, upstream)
+    kept = contiguous(results)
+    call.pointers(**dict(zip(ListedResults._fields, kept, strict=True)))
+    gradients = _new_gradients(upstream, inputs, results, trained)
+    for name in ListedGradients._fields[: 5 if trained else 3]:
+        call.pointers(**{f"grad_{name}": getattr(gradients, name)})
     call.run("listed_backward")
-    del held, results
+    del held, kept
     return gradients
 
 
-@listed_backward.register_fake
-def _(*arguments: Any) -> _Gradients:
-    return _new_gradients(arguments[4 : 4 + _TENSORS + _NUMBERS], arguments[-1])
-
-
-def _new_gradients(inputs: tuple[Any, ...], trained: bool) -> _Gradients:
+def _new_gradients(
+    upstream: ListedUpstream, inputs: ListedInputs, results: ListedResults, trained: bool
+) -> ListedGradients:
     query, key, value, weight = inputs[:4]
     # Keys of lists without a query have no gradient.
-    return (
+    return ListedGradients(
         query.new_empty(query.shape),
         key.new_zeros(key.shape),
         value.new_zeros(value.shape),
@@ -142,20 +160,25 @@ def _new_gradients(inputs: tuple[Any, ...], trained: bool) -> _Gradients:
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:_TENSORS], *output)
     ctx.numbers = inputs[_TENSORS:]
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    trained = ctx.needs_input_grad[3:5]
+    wanted = dict(zip(ListedInputs._fields, ctx.needs_input_grad, strict=True))
     gradients = listed_backward(
-        *grads, *saved[:_TENSORS], *ctx.numbers, *saved[_TENSORS:], any(trained)
+        *grads,
+        *saved[:_TENSORS],
+        *ctx.numbers,
+        *saved[_TENSORS:],
+        wanted["weight"] or wanted["bias"],
     )
-    weights = [x if wanted else None for x, wanted in zip(gradients[3:], trained, strict=True)]
-    return (*gradients[:3], *weights, *(None,) * (_TENSORS - 5 + _NUMBERS))
+    return gradients_of(ListedInputs._fields, wanted, ListedGradients(*gradients))
 
 
-listed_forward.register_autograd(_backward, setup_context=_setup_context)
+listed_forward = operator("performers::listed_forward", _forward, _new_results)
+listed_backward = operator("performers::listed_backward", _backward, _new_gradients)
+listed_forward.register_autograd(_derivative, setup_context=_setup_context)
 listed_backward.register_autograd(refuse_second_derivative)

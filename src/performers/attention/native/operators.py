@@ -6,56 +6,83 @@ Beside exact pairs (a window or sinks) gradients are summed in float32 and conve
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.native.interface import KINDS, PARTS, Call, contiguous
 from performers.attention.nonfinite import Touched, touched, zeroed
-from performers.attention.problem import AttentionProblem
-from performers.features import FeatureForm
-from performers.features.form import replaced
-
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor weight, Tensor? bias, Tensor? key_mask, "
-    "Tensor? segments, Tensor? past_key_value, Tensor? past_key_sum, Tensor? past_log_scale, "
-    "Tensor? sink_key, Tensor? sink_value, Tensor? sink_first, str kind, bool quadratic, "
-    "float epsilon, float normalizer, float scale, bool is_causal, int? window, int offset, "
-    "str part"
-)
-_RESULTS = ("out", "row_scale", "row_inverse", "key_value", "key_sum", "log_scale")
-_TYPED_RESULTS = ", ".join(f"Tensor {name}" for name in _RESULTS)
-_FORWARD = f"({_INPUTS}, bool return_state) -> ({_TYPED_RESULTS}, Tensor log_normaliser)"
-_BACKWARD = (
-    "(Tensor grad_out, Tensor? grad_key_value, Tensor? grad_key_sum, Tensor? grad_log_normaliser, "
-    f"{_INPUTS}, {_TYPED_RESULTS}, "
-    "bool trained=False) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-    "Tensor grad_past_key_value, Tensor grad_past_key_sum, Tensor grad_sink_key, "
-    "Tensor grad_sink_value, Tensor grad_weight, Tensor grad_bias)"
-)
-_Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-_Gradients = tuple[Tensor, ...]
 
 
-def kernel_form(problem: AttentionProblem) -> FeatureForm:
-    """The feature map of a call as kernels read it: a projection, and a bias as often as that.
+def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """A torch operator of a function of named tuples.
+
+    The arguments of an operator are flat, and torch 2.7 compiles no named tuple as one of them: the
+    operator has the fields of all of them, one after the other, and ``torch.library`` infers its
+    schema from their types.
 
     Args:
-        problem: The call.
+        name: The operator's name.
+        function: The implementation on the CPU; its parameters are named tuples, numbers or
+            booleans, and it returns a named tuple of tensors.
+        fake: The same with results of the right shapes only.
     """
-    form = problem.form.to(problem.dtype)
+    kinds = get_type_hints(function)
+    results = kinds.pop("return")._fields
+    flat: dict[str, Any] = {}
+    spans = []
+    for parameter, kind in kinds.items():
+        start = len(flat)
+        flat.update(get_type_hints(kind) if hasattr(kind, "_fields") else {parameter: kind})
+        spans.append((kind if hasattr(kind, "_fields") else None, start, len(flat)))
+
+    def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of_fields(*arguments: Any) -> Any:
+            return function(
+                *[
+                    arguments[start] if kind is None else kind(*arguments[start:stop])
+                    for kind, start, stop in spans
+                ]
+            )
+
+        return of_fields
+
+    implementation = grouped(function)
+    implementation.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+            for n, kind in flat.items()
+        ],
+        return_annotation=tuple[(Tensor,) * len(results)],  # type: ignore[misc]
+    )
+    made = torch.library.custom_op(name, implementation, mutates_args=(), device_types="cpu")
+    made.register_fake(grouped(fake))
+    return made
+
+
+def kernel_weights(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Projection and bias of the feature map as kernels read them, one bias for each projection."""
+    form = call.form.to(call.dtype)
     weight, bias = form.weight, form.bias
     if weight is None:
-        size = problem.key.shape[-1]
-        weight = torch.eye(size, dtype=problem.dtype, device=problem.key.device).unsqueeze(0)
+        size = call.key.shape[-1]
+        weight = torch.eye(size, dtype=call.dtype, device=call.key.device).unsqueeze(0)
     if bias is not None and bias.shape[0] != weight.shape[0]:
         bias = bias.expand(weight.shape[0], -1)
-    return replaced(form, weight=weight, bias=bias)
+    return weight, bias
 
 
-class _Inputs(NamedTuple):
-    """What both operators are given, in the order of their schemas."""
+class Inputs(NamedTuple):
+    """The arguments of the forward operator, which are among those of the backward operator.
+
+    Tensors come first. ``part`` says which pairs are summed: "whole" for all, "feature" for those
+    through features (a listed key is one of them), "exact" for the window and the sinks.
+    """
 
     query: Tensor
     key: Tensor
@@ -79,17 +106,90 @@ class _Inputs(NamedTuple):
     window: int | None
     offset: int
     part: str
+    return_state: bool
+
+    @classmethod
+    def of(cls, call: AttentionCall, part: str = "whole") -> "Inputs":
+        """The arguments for a call that the kernels cover."""
+        form, state, sinks = call.form, call.state, call.sink_keys
+        weight, bias = kernel_weights(call)
+        exponential = form.kind == "exponential"
+        derived: dict[str, Any] = {
+            "weight": weight,
+            "bias": bias,
+            "past_key_value": None if state is None else state.key_value,
+            "past_key_sum": None if state is None else state.key_sum,
+            "past_log_scale": None if state is None else state.log_scale.detach(),
+            "sink_key": None if sinks is None else sinks.key,
+            "sink_value": None if sinks is None else sinks.value,
+            "sink_first": None if sinks is None else sinks.first,
+            "kind": "exponential" if exponential else "rectified",
+            "quadratic": exponential and form.quadratic,
+            "epsilon": form.epsilon,
+            "normalizer": form.normalizer,
+            "scale": call.factor,
+            "part": part,
+        }
+        given = [derived[n] if n in derived else getattr(call, n) for n in cls._fields]
+        return cls(*given)
+
+    @property
+    def sink_keys(self) -> SinkKeys | None:
+        """The sinks, as a call has them."""
+        if self.sink_key is None or self.sink_value is None or self.sink_first is None:
+            return None
+        return SinkKeys(self.sink_key, self.sink_value, self.sink_first, self.sink_first)
 
     def has_exact_pairs(self) -> bool:
         """Whether some pairs are exact, so that several passes share a gradient."""
         return self.window is not None or self.sink_key is not None
 
 
-_TENSORS = 13
-_POINTERS = slice(3, 10)  # what the kernels read contiguously
+class Results(NamedTuple):
+    """The results of the forward operator; all but the last are arguments of the backward one.
+
+    Of a ``part`` of the pairs, ``log_normaliser`` is the natural logarithm of each row's
+    normaliser, minus infinity for a row without keys: with it parts of a row can be joined. It has
+    a gradient. ``csrc/performers_native.h`` describes the others.
+    """
+
+    out: Tensor
+    row_scale: Tensor
+    row_inverse: Tensor
+    key_value: Tensor
+    key_sum: Tensor
+    log_scale: Tensor
+    log_normaliser: Tensor
 
 
-def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
+class Upstream(NamedTuple):
+    """Gradients of the results of the forward operator, for the backward operator."""
+
+    grad_out: Tensor
+    grad_key_value: Tensor | None
+    grad_key_sum: Tensor | None
+    grad_log_normaliser: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Results of the backward operator; empty for what there is no gradient of."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    past_key_value: Tensor
+    past_key_sum: Tensor
+    sink_key: Tensor
+    sink_value: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+_TENSORS = Inputs._fields.index("kind")
+_POINTERS = (*Inputs._fields[3:10], "sink_first")  # what the kernels read contiguously
+
+
+def _call(inputs: Inputs) -> tuple[Call, list[Tensor | None]]:
     """A call with its inputs set, and the tensors that its pointers rely on."""
     call = Call()
     weight = inputs.weight
@@ -99,16 +199,15 @@ def _call(inputs: _Inputs) -> tuple[Call, list[Tensor | None]]:
     call.window = -1 if inputs.window is None else inputs.window
     call.offset, call.normalizer = inputs.offset, inputs.normalizer
     call.part = PARTS[inputs.part]
-    names = (*_Inputs._fields[_POINTERS], "sink_first")
-    held = contiguous([getattr(inputs, name) for name in names])
-    call.pointers(**dict(zip(names, held, strict=True)))
+    held = contiguous([getattr(inputs, name) for name in _POINTERS])
+    call.pointers(**dict(zip(_POINTERS, held, strict=True)))
     if inputs.sink_key is not None and inputs.sink_value is not None:
         call.sinks = inputs.sink_key.shape[2]
         call.arrays(sink_key=inputs.sink_key, sink_value=inputs.sink_value)
     return call, held
 
 
-def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
+def _new_results(inputs: Inputs) -> Results:
     """Empty results: the output in the memory order of the query, rows, sums where there are any.
 
     A model passes views in which a position's heads lie together; an output of the same order
@@ -123,9 +222,9 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
     else:
         out = value.new_empty((batch, key_heads, groups, length, width), dtype=torch.float32)
     whole = inputs.segments is None and inputs.window is None
-    keeps_sums = return_state if inputs.is_causal else whole and inputs.part != "exact"
+    keeps_sums = inputs.return_state if inputs.is_causal else whole and inputs.part != "exact"
     sums = (batch, key_heads, features) if keeps_sums else (0, 0, 0)
-    return (
+    return Results(
         out,
         out.new_empty((batch, key_heads, groups, length)),
         out.new_empty((batch, key_heads, groups, length)),
@@ -136,18 +235,8 @@ def _new_results(inputs: _Inputs, return_state: bool) -> _Results:
     )
 
 
-@torch.library.custom_op(
-    "performers::favor_forward", mutates_args=(), device_types="cpu", schema=_FORWARD
-)
-def favor_forward(*arguments: Any) -> _Results:
-    """Attention of ``AttentionProblem``'s tensors; see ``performers_call`` for the results.
-
-    Of a ``part`` of the pairs ("far", "exact"), the last result is the natural logarithm of each
-    row's normaliser, minus infinity for a row without keys: with it parts of a row can be joined.
-    It has a gradient.
-    """
-    inputs = _Inputs(*arguments[:-1])
-    results = _new_results(inputs, return_state=arguments[-1])
+def _forward(inputs: Inputs) -> Results:
+    results = _new_results(inputs)
     if not _run_forward(inputs, results):
         inputs, found = _without_nonfinite(inputs)
         _run_forward(inputs, results)
@@ -155,7 +244,7 @@ def favor_forward(*arguments: Any) -> _Results:
     return results
 
 
-def _run_forward(inputs: _Inputs, results: _Results) -> bool:
+def _run_forward(inputs: Inputs, results: Results) -> bool:
     """Fill the results; returns False where NaN or infinity was met and they mean nothing."""
     call, held = _call(inputs)
     out, row_scale, row_inverse, *sums, log_normaliser = results
@@ -173,21 +262,9 @@ def _run_forward(inputs: _Inputs, results: _Results) -> bool:
     return finite
 
 
-def _without_nonfinite(inputs: _Inputs) -> tuple[_Inputs, Touched]:
+def _without_nonfinite(inputs: Inputs) -> tuple[Inputs, Touched]:
     """Inputs with zeros for keys and values that hold NaN or infinity, and what sees them."""
-    found = touched(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.key_mask,
-        inputs.segments,
-        inputs.sink_key,
-        inputs.sink_value,
-        inputs.sink_first,
-        is_causal=inputs.is_causal,
-        window=inputs.window,
-        offset=inputs.offset,
-    )
+    found = touched(inputs)
     inputs = inputs._replace(
         query=inputs.query.nan_to_num(0.0, 0.0, 0.0),
         key=zeroed(inputs.key, found.key),
@@ -199,7 +276,7 @@ def _without_nonfinite(inputs: _Inputs) -> tuple[_Inputs, Touched]:
     return inputs._replace(sink_key=sink_key, sink_value=sink_value), found
 
 
-def _mark(found: Touched, results: _Results) -> None:
+def _mark(found: Touched, results: Results) -> None:
     """Put NaN into results that see some."""
     out, _, row_inverse, key_value, key_sum, _, log_normaliser = results
     for where, marked in (
@@ -211,34 +288,30 @@ def _mark(found: Touched, results: _Results) -> None:
                 x.masked_fill_(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), math.nan)
 
 
-@favor_forward.register_fake
-def _(*arguments: Any) -> _Results:
-    return _new_results(_Inputs(*arguments[:-1]), return_state=arguments[-1])
-
-
-def _new_gradients(inputs: _Inputs, trained: bool) -> _Gradients:
+def _new_gradients(inputs: Inputs, trained: bool) -> Gradients:
     past = inputs.query.new_empty((0, 0, 0, 0), dtype=torch.float32)
     if inputs.past_key_value is not None:
         past = inputs.past_key_value.new_empty(inputs.past_key_value.shape)
-    sinks = [
+    sink_key, sink_value = (
         past.new_empty((0,)) if tensor is None else torch.empty_like(tensor)
         for tensor in (inputs.sink_key, inputs.sink_value)
-    ]
-    return (
+    )
+    return Gradients(
         torch.empty_like(inputs.query),
         torch.empty_like(inputs.key),
         torch.empty_like(inputs.value),
         past,
         past.new_empty(past.shape[:-1]),
-        *sinks,
+        sink_key,
+        sink_value,
         past.new_empty(inputs.weight.shape if trained else (0,)),
         past.new_empty(inputs.weight.shape[:-1] if trained else (0,)),
     )
 
 
-def _sum_gradients(call: Call, inputs: _Inputs, gradients: _Gradients) -> None:
+def _sum_gradients(call: Call, inputs: Inputs, gradients: Gradients) -> None:
     """The backward pass where several passes add to one gradient: in float32, then converted."""
-    wanted = (*gradients[:3], *gradients[5:7])
+    wanted = (*gradients[:3], gradients.sink_key, gradients.sink_value)
     summed = [
         x.zero_() if x.dtype == torch.float32 and x.is_contiguous() else _zeros(x) for x in wanted
     ]
@@ -255,101 +328,83 @@ def _zeros(x: Tensor) -> Tensor:
     return torch.zeros(x.shape, dtype=torch.float32, device=x.device)
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[_Inputs, tuple[Tensor, ...], bool]:
-    """What follows the gradients among the arguments of the backward operator."""
-    inputs, results = len(_Inputs._fields), len(_RESULTS)
-    trained = arguments[inputs + results :]
-    return (
-        _Inputs(*arguments[:inputs]),
-        arguments[inputs : inputs + results],
-        bool(trained and trained[0]),
-    )
-
-
-@torch.library.custom_op(
-    "performers::favor_backward", mutates_args=(), device_types="cpu", schema=_BACKWARD
-)
-def favor_backward(
-    grad_out: Tensor,
-    grad_key_value: Tensor | None,
-    grad_key_sum: Tensor | None,
-    grad_log_normaliser: Tensor | None,
-    *arguments: Any,
-) -> _Gradients:
-    """Gradients of all inputs that can have one, weight and bias if they are ``trained``.
-
-    The inputs of the forward operator come next, then its results, then ``trained``.
-    """
-    inputs, (out, *results), trained = _split(arguments)
-    if bool(results[1].isnan().any()):
+def _backward(upstream: Upstream, inputs: Inputs, results: Results, trained: bool) -> Gradients:
+    """Gradients of all inputs that can have one, weight and bias if they are ``trained``."""
+    if bool(results.row_inverse.isnan().any()):
         # The kernels multiply what a row does not see by zero, which NaN outlives.
         inputs, _ = _without_nonfinite(inputs)
     call, held = _call(inputs)
-    call.arrays(out=out, grad_out=grad_out)
-    has_sums = not inputs.is_causal and results[-1].numel()
-    rows = contiguous(results if has_sums else [*results[:2], None, None, None])
-    call.pointers(**dict(zip(_RESULTS[1:], rows, strict=True)))
-    if grad_log_normaliser is not None:
-        grad_log_normaliser = grad_log_normaliser.float()
-    final = contiguous((grad_key_value, grad_key_sum, grad_log_normaliser))
-    call.pointers(grad_key_value=final[0], grad_key_sum=final[1], grad_log_normaliser=final[2])
+    call.arrays(out=results.out, grad_out=upstream.grad_out)
+    names = Results._fields[1:-1] if _has_sums(inputs, results) else Results._fields[1:3]
+    rows = contiguous([getattr(results, name) for name in names])
+    call.pointers(**dict(zip(names, rows, strict=True)))
+    log_normaliser = upstream.grad_log_normaliser
+    final = contiguous(
+        [
+            upstream.grad_key_value,
+            upstream.grad_key_sum,
+            None if log_normaliser is None else log_normaliser.float(),
+        ]
+    )
+    call.pointers(**dict(zip(Upstream._fields[1:], final, strict=True)))
     gradients = _new_gradients(inputs, trained)
     if trained:
-        call.pointers(grad_weight=gradients[7], grad_bias=gradients[8])
+        call.pointers(grad_weight=gradients.weight, grad_bias=gradients.bias)
     if inputs.past_key_value is not None:
-        call.pointers(grad_past_key_value=gradients[3], grad_past_key_sum=gradients[4])
+        call.pointers(
+            grad_past_key_value=gradients.past_key_value, grad_past_key_sum=gradients.past_key_sum
+        )
     if inputs.has_exact_pairs():
         _sum_gradients(call, inputs, gradients)
     else:
-        call.arrays(grad_query=gradients[0])
-        call.arrays(grad_key=gradients[1], grad_value=gradients[2])
+        call.arrays(grad_query=gradients.query)
+        call.arrays(grad_key=gradients.key, grad_value=gradients.value)
         call.run("backward")
     del held, rows, final
     return gradients
 
 
-@favor_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_key_value: Tensor | None,
-    grad_key_sum: Tensor | None,
-    grad_log_normaliser: Tensor | None,
-    *arguments: Any,
-) -> _Gradients:
-    inputs, _, trained = _split(arguments)
+def _has_sums(inputs: Inputs, results: Results) -> bool:
+    return not inputs.is_causal and results.log_scale.numel() > 0
+
+
+def _fake_backward(
+    upstream: Upstream, inputs: Inputs, results: Results, trained: bool
+) -> Gradients:
     return _new_gradients(inputs, trained)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output[:-1])
-    ctx.constants = inputs[_TENSORS:-1]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.constants = inputs[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # Once: under torch.utils.checkpoint a second look is an error.
     saved = ctx.saved_tensors
-    inputs, results = _Inputs(*saved[:_TENSORS], *ctx.constants), saved[_TENSORS:]
-    out = results[0]
-    grad_out, _, _, grad_key_value, grad_key_sum, _, grad_log_normaliser = grads
+    inputs, results = Inputs(*saved[:_TENSORS], *ctx.constants), Results(*saved[_TENSORS:])
+    given = dict(zip(Results._fields, grads, strict=True))
+    grad_out, out = given["out"], results.out
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-    if not inputs.is_causal:
-        grad_key_value = grad_key_sum = None
-    trained = ctx.needs_input_grad[3:5]
-    gradients = favor_backward(
+    upstream = Upstream(
         grad_out,
-        grad_key_value,
-        grad_key_sum,
-        grad_log_normaliser if inputs.part != "whole" else None,
-        *inputs,
-        *results,
-        any(trained),
+        given["key_value"] if inputs.is_causal else None,
+        given["key_sum"] if inputs.is_causal else None,
+        given["log_normaliser"] if inputs.part != "whole" else None,
     )
-    weights = [x if wanted else None for x, wanted in zip(gradients[7:], trained, strict=True)]
-    past = gradients[3:5] if inputs.past_key_value is not None else (None, None)
-    sinks = gradients[5:7] if inputs.sink_key is not None else (None, None)
-    return (*gradients[:3], *weights, None, None, *past, None, *sinks, *(None,) * 11)
+    wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
+    trained = wanted["weight"] or wanted["bias"]
+    gradients = Gradients(*favor_backward(*upstream, *inputs, *results, trained))
+    return gradients_of(Inputs._fields, wanted, gradients)
+
+
+def gradients_of(
+    names: tuple[str, ...], wanted: dict[str, bool], gradients: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each input, None where none is wanted."""
+    return tuple(getattr(gradients, name) if wanted[name] else None for name in names)
 
 
 def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
@@ -360,5 +415,7 @@ def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-favor_forward.register_autograd(_backward, setup_context=_setup_context)
+favor_forward = operator("performers::favor_forward", _forward, _new_results)
+favor_backward = operator("performers::favor_backward", _backward, _fake_backward)
+favor_forward.register_autograd(_derivative, setup_context=_setup_context)
 favor_backward.register_autograd(refuse_second_derivative)

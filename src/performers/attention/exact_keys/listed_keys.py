@@ -7,15 +7,19 @@ direction, those that its queries are likely to attend to; every other key goes 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.features import FeatureForm
 from performers.features.draws import Drawn
 from performers.features.precision import without_autocast
 from performers.features.projections import draw_projection
+
+if TYPE_CHECKING:
+    from performers.attention.call import AttentionCall
 
 # Samples per head that the directions are fitted to, and rounds of the fit.
 _MOST_SAMPLES = 4096
@@ -36,7 +40,7 @@ class KeyLists(NamedTuple):
     of_query: Tensor
 
 
-class KeyBuckets(Drawn):
+class ListedKeys(Drawn):
     """Directions that send queries into buckets, and list keys for each.
 
     Bucket ``b`` of query ``q`` has the largest ``c_b . q - |c_b|^2 / 2``, and lists the
@@ -62,8 +66,8 @@ class KeyBuckets(Drawn):
         ValueError: An argument is out of range.
 
     Example:
-        >>> buckets = KeyBuckets(64, num_keys=64)
-        >>> buckets.centers.shape
+        >>> listed_keys = ListedKeys(64, num_keys=64)
+        >>> listed_keys.centers.shape
         torch.Size([1, 1, 16, 64])
     """
 
@@ -130,7 +134,7 @@ class KeyBuckets(Drawn):
     @torch.no_grad()
     def calibrate_(
         self, query: Tensor, *, generator: torch.Generator | None = None
-    ) -> "KeyBuckets":
+    ) -> "ListedKeys":
         """Make the directions the centres of clusters of sample queries.
 
         Calls add up, to at most 4,096 samples a head.
@@ -229,6 +233,47 @@ class KeyBuckets(Drawn):
         return (
             f"head_dim={self.head_dim}, num_buckets={self.num_buckets}, num_keys={self.num_keys}, "
             f"num_rounds={self.num_rounds}, refresh={self.refresh}{heads}"
+        )
+
+
+def check_listed_keys(
+    listed_keys: ListedKeys, call: "AttentionCall", form: FeatureForm, key_heads: int
+) -> None:
+    """Check what lists the keys of a call.
+
+    Args:
+        listed_keys: What the call was given.
+        call: The call.
+        form: Its features.
+        key_heads: Key heads after one is made for each head of the feature map.
+
+    Raises:
+        ValueError: They do not go with the features, the shapes, or other options.
+    """
+    if not isinstance(listed_keys, ListedKeys):
+        raise ValueError(
+            f"listed_keys must be ListedKeys or None, got {type(listed_keys).__name__}"
+        )
+    if form.kind != "exponential" or not form.quadratic:
+        raise ValueError(
+            "listed_keys needs positive softmax features (SoftmaxFeatures, not trigonometric): "
+            "other estimates cannot be exchanged for exp(q . k) key by key"
+        )
+    head_dim = call.query.shape[-1]
+    if listed_keys.head_dim != head_dim:
+        raise ValueError(
+            f"listed_keys has head_dim={listed_keys.head_dim} but query has head_dim={head_dim}"
+        )
+    if listed_keys.num_heads not in (None, key_heads):
+        raise ValueError(
+            f"listed_keys has num_heads={listed_keys.num_heads}; with {key_heads} key heads (of "
+            "the feature map, where it has one per query head) it must be that or None"
+        )
+    if call.cu_seqlens is not None or call.state is not None or call.return_state:
+        name = "state and return_state" if call.cu_seqlens is None else "cu_seqlens"
+        raise ValueError(
+            f"listed_keys cannot be combined with {name}: their lists are made from one whole "
+            "sequence; call without listed_keys, or with the sequences as rows of a padded batch"
         )
 
 

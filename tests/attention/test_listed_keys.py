@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from performers import (
-    KeyBuckets,
     LearnedFeatures,
+    ListedKeys,
     SoftmaxFeatures,
     favor_attention,
     favor_attention_weights,
@@ -32,27 +32,27 @@ def features(seed=1, num_heads=None):
     return SoftmaxFeatures(DIM, 64, num_heads=num_heads, generator=generator(seed))
 
 
-def listed_pairs(buckets, query, key, *, is_causal, key_mask=None, sinks=0):
+def listed_pairs(listed_keys, query, key, *, is_causal, key_mask=None, sinks=0):
     """Bool ``(B, H, L, S)``, written from the definition, one query at a time."""
     length, size = query.shape[2], key.shape[2]
     taking = torch.ones(BATCH, size, dtype=torch.bool) if key_mask is None else key_mask.clone()
     taking &= taking.long().cumsum(1) > sinks
     groups = HEADS // KEY_HEADS
     member = torch.zeros(BATCH, HEADS, length, size, dtype=torch.bool)
-    for index in range(buckets.num_rounds):
+    for index in range(listed_keys.num_rounds):
         for batch in range(BATCH):
             for head in range(HEADS):
                 key_head = head // groups
-                which = 0 if buckets.num_heads is None else key_head
-                centers = buckets.centers[index, which]
-                offsets = buckets.offsets[index, which]
+                which = 0 if listed_keys.num_heads is None else key_head
+                centers = listed_keys.centers[index, which]
+                offsets = listed_keys.offsets[index, which]
                 for i in range(length):
                     chosen = (centers @ query[batch, head, i] + offsets).argmax()
-                    end = i // buckets.refresh * buckets.refresh if is_causal else size
+                    end = i // listed_keys.refresh * listed_keys.refresh if is_causal else size
                     strength = key[batch, key_head] @ centers[chosen]
                     strength[~taking[batch]] = -math.inf
                     strength[end:] = -math.inf
-                    count = min(buckets.num_keys // buckets.num_rounds, size)
+                    count = min(listed_keys.num_keys // listed_keys.num_rounds, size)
                     best = strength.topk(count)
                     member[batch, head, i, best.indices[best.values > -math.inf]] = True
     return member
@@ -76,12 +76,12 @@ def dense(feature_map, query, key, value, exact, seen):
 def test_listed_keys_are_exact(backend, rounds, is_causal, window, sinks, masked):
     length = 90
     query, key, value = inputs(length)
-    buckets = KeyBuckets(
+    listed_keys = ListedKeys(
         DIM, 6, 12, num_rounds=rounds, refresh=16, num_heads=KEY_HEADS, generator=generator(2)
     )
     mask = torch.rand(BATCH, length, generator=generator(3)) < 0.7 if masked else None
     taking = torch.ones(BATCH, length, dtype=torch.bool) if mask is None else mask
-    exact = listed_pairs(buckets, query, key, is_causal=is_causal, key_mask=mask, sinks=sinks)
+    exact = listed_pairs(listed_keys, query, key, is_causal=is_causal, key_mask=mask, sinks=sinks)
     if window is not None:
         position = torch.arange(length)
         exact |= (position[:, None] - position).abs() <= window
@@ -94,7 +94,7 @@ def test_listed_keys_are_exact(backend, rounds, is_causal, window, sinks, masked
         "key_mask": mask,
         "window": window,
         "sinks": sinks,
-        "buckets": buckets,
+        "listed_keys": listed_keys,
     }
     expected = dense(feature_map, query, key, value, exact, seen)
     out = favor_attention(query, key, value, feature_map, backend=backend, **options)
@@ -108,7 +108,7 @@ def test_listed_keys_are_exact(backend, rounds, is_causal, window, sinks, masked
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("window", "sinks"), [(3, 0), (None, 0), (4, 2), (None, 3)])
 def test_gradients_equal_those_of_the_reference(backend, is_causal, window, sinks):
-    buckets = KeyBuckets(DIM, 6, 12, num_rounds=2, refresh=32, generator=generator(4))
+    listed_keys = ListedKeys(DIM, 6, 12, num_rounds=2, refresh=32, generator=generator(4))
     # Of queries, keys and values, and of the trained features.
     feature_map = LearnedFeatures(features(num_heads=KEY_HEADS), num_heads=KEY_HEADS)
     gradients = []
@@ -120,7 +120,7 @@ def test_gradients_equal_those_of_the_reference(backend, is_causal, window, sink
             is_causal=is_causal,
             window=window,
             sinks=sinks,
-            buckets=buckets,
+            listed_keys=listed_keys,
             backend=name,
         )
         upstream = torch.randn(out.shape, generator=generator(6))
@@ -133,8 +133,8 @@ def test_gradients_equal_those_of_the_reference(backend, is_causal, window, sink
 @pytest.mark.parametrize("window", [None, 4])
 def test_lists_that_hold_every_key_give_exact_attention(window):
     query, key, value = inputs(60)
-    buckets = KeyBuckets(DIM, 4, 200, generator=generator(7))
-    out = favor_attention(query, key, value, features(), window=window, buckets=buckets)
+    listed_keys = ListedKeys(DIM, 4, 200, generator=generator(7))
+    out = favor_attention(query, key, value, features(), window=window, listed_keys=listed_keys)
     groups = HEADS // KEY_HEADS
     exact = F.scaled_dot_product_attention(
         query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -145,8 +145,8 @@ def test_lists_that_hold_every_key_give_exact_attention(window):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_later_tokens_change_no_earlier_row(backend):
     query, key, value = inputs(200)
-    buckets = KeyBuckets(DIM, 6, 12, refresh=32, generator=generator(8))
-    options = {"is_causal": True, "window": 4, "buckets": buckets, "backend": backend}
+    listed_keys = ListedKeys(DIM, 6, 12, refresh=32, generator=generator(8))
+    options = {"is_causal": True, "window": 4, "listed_keys": listed_keys, "backend": backend}
     before = favor_attention(query, key, value, features(), **options)
     for position in (33, 64, 150):
         changed = [x.clone() for x in (query, key, value)]
@@ -171,11 +171,11 @@ def test_calibrated_buckets_find_more_of_the_attention():
     attention = (query @ keys.mT / math.sqrt(DIM)).softmax(-1)
     exact = attention @ value.repeat_interleave(groups, 1)
 
-    def error(buckets):
-        out = favor_attention(query, key, value, features(), buckets=buckets)
+    def error(listed_keys):
+        out = favor_attention(query, key, value, features(), listed_keys=listed_keys)
         return ((out - exact).norm() / exact.norm()).item()
 
-    random_axes = KeyBuckets(DIM, 12, 24, generator=generator(10))
+    random_axes = ListedKeys(DIM, 12, 24, generator=generator(10))
     calibrated = copy.deepcopy(random_axes).calibrate_(query[:1])
     calibrated.calibrate_(query[1:])
     assert error(calibrated) < 0.5 * error(random_axes) < error(None)
@@ -183,19 +183,19 @@ def test_calibrated_buckets_find_more_of_the_attention():
 
 def test_calibration_and_state_dict():
     query, _, _ = inputs(100)
-    buckets = KeyBuckets(DIM, 8, 16, num_heads=KEY_HEADS).calibrate_(query)
-    again = KeyBuckets(DIM, 8, 16, num_heads=KEY_HEADS).calibrate_(query)
-    assert torch.equal(buckets.centers, again.centers)
-    loaded = KeyBuckets(DIM, 8, 16, num_heads=KEY_HEADS)
-    loaded.load_state_dict(buckets.state_dict())
-    assert torch.equal(loaded.centers, buckets.centers)
-    assert torch.equal(loaded.offsets, buckets.offsets)
-    few = KeyBuckets(DIM, 8, 16).calibrate_(query[:1, :1, :3])
+    listed_keys = ListedKeys(DIM, 8, 16, num_heads=KEY_HEADS).calibrate_(query)
+    again = ListedKeys(DIM, 8, 16, num_heads=KEY_HEADS).calibrate_(query)
+    assert torch.equal(listed_keys.centers, again.centers)
+    loaded = ListedKeys(DIM, 8, 16, num_heads=KEY_HEADS)
+    loaded.load_state_dict(listed_keys.state_dict())
+    assert torch.equal(loaded.centers, listed_keys.centers)
+    assert torch.equal(loaded.offsets, listed_keys.offsets)
+    few = ListedKeys(DIM, 8, 16).calibrate_(query[:1, :1, :3])
     assert torch.isfinite(few.centers).all()
 
 
 def test_angular_buckets_are_opposite_rows_of_a_rotation():
-    centers = KeyBuckets(DIM, 8, generator=generator(11)).centers[0, 0]
+    centers = ListedKeys(DIM, 8, generator=generator(11)).centers[0, 0]
     torch.testing.assert_close(centers[:4] @ centers[:4].mT, torch.eye(4), rtol=0, atol=1e-6)
     assert torch.equal(centers[4:], -centers[:4])
 
@@ -212,20 +212,20 @@ def test_angular_buckets_are_opposite_rows_of_a_rotation():
 )
 def test_bad_sizes_are_refused(arguments, name):
     with pytest.raises(ValueError, match=name):
-        KeyBuckets(DIM, **arguments)
+        ListedKeys(DIM, **arguments)
 
 
 def test_calls_that_cannot_be_are_refused():
     query, key, value = inputs(30)
-    buckets = KeyBuckets(DIM, 4, 8)
+    listed_keys = ListedKeys(DIM, 4, 8)
 
-    def call(feature_map=None, buckets=buckets, batch=slice(None), **options):
+    def call(feature_map=None, listed_keys=listed_keys, batch=slice(None), **options):
         return favor_attention(
             query[batch],
             key[batch],
             value[batch],
             features() if feature_map is None else feature_map,
-            buckets=buckets,
+            listed_keys=listed_keys,
             **options,
         )
 
@@ -236,12 +236,12 @@ def test_calls_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="positive softmax features"):
         call(SoftmaxFeatures(DIM, 32, estimator="trigonometric"))
     with pytest.raises(ValueError, match="head_dim"):
-        call(buckets=KeyBuckets(DIM + 1))
+        call(listed_keys=ListedKeys(DIM + 1))
     with pytest.raises(ValueError, match="num_heads"):
-        call(buckets=KeyBuckets(DIM, num_heads=3))
-    with pytest.raises(ValueError, match="KeyBuckets"):
-        call(buckets=8)
+        call(listed_keys=ListedKeys(DIM, num_heads=3))
+    with pytest.raises(ValueError, match="ListedKeys"):
+        call(listed_keys=8)
     with pytest.raises(ValueError, match="finite"):
-        buckets.calibrate_(torch.full((1, 1, 4, DIM), math.nan))
+        listed_keys.calibrate_(torch.full((1, 1, 4, DIM), math.nan))
     with pytest.raises(ValueError, match="shape"):
-        buckets.calibrate_(torch.zeros(1, 1, 4, DIM + 1))
+        listed_keys.calibrate_(torch.zeros(1, 1, 4, DIM + 1))

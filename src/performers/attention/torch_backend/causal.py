@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from performers.attention.blocks import (
+from performers.attention.call import AttentionCall
+from performers.attention.torch_backend.blocks import (
     CHUNK,
     Features,
     Rows,
@@ -25,11 +26,10 @@ from performers.attention.blocks import (
     query_features,
     times,
 )
-from performers.attention.problem import AttentionProblem
 
 
 def causal_rows(
-    problem: AttentionProblem,
+    call: AttentionCall,
     features: Features,
     sums: Sums,
     *,
@@ -41,8 +41,8 @@ def causal_rows(
     Returns:
         The output when ``divided``, else the fields of ``Rows``; and the sums after the last key.
     """
-    query, key, value = problem.query, problem.key, problem.value
-    mask, segments = problem.key_mask, problem.segments
+    query, key, value = call.query, call.key, call.value
+    mask, segments = call.key_mask, call.segments
     length = query.shape[-2]
 
     def block_step(

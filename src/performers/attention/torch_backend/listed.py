@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.attention.blocks import (
+from performers.attention.call import AttentionCall
+from performers.attention.torch_backend.blocks import (
     Features,
     Rows,
     block_sizes,
@@ -26,7 +27,6 @@ from performers.attention.blocks import (
     masked,
     merge,
 )
-from performers.attention.problem import AttentionProblem
 
 _BLOCK_ELEMENTS = 1 << 21
 _ROWS = (8, 64)
@@ -72,21 +72,21 @@ class ListedPairs(NamedTuple):
         return pairs if self.hidden is None else pairs & ~self.hidden.mT
 
 
-def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tuple[Rows, Rows]:
+def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[Rows, Rows]:
     """Take the pairs in the lists out of the rows through features, and add them up exactly.
 
     Args:
-        problem: The call; its ``lists`` say which pairs.
+        call: The call; its ``lists`` say which pairs.
         features: Its feature map.
-        far: Sums of ``phi(q) . phi(k)`` over all keys that are neither in the window nor sinks.
+        rows: Sums of ``phi(q) . phi(k)`` over all keys that are neither in the window nor sinks.
 
     Returns:
         The same sums without the listed keys, and sums of ``exp(scale q . k)`` over these.
     """
-    rest = Rows(*(x.flatten(2, 3) for x in far))
+    rest = Rows(*(x.flatten(2, 3) for x in rows))
     exact = None
-    for pairs in listed_pairs(problem):
-        estimated, more = _dense_rows(problem, features, pairs)
+    for pairs in listed_pairs(call):
+        estimated, more = _dense_rows(call, features, pairs)
         share = (estimated.log_scale - rest.log_scale).masked_fill(
             estimated.denominator == 0, -math.inf
         )
@@ -97,28 +97,30 @@ def split_listed(problem: AttentionProblem, features: Features, far: Rows) -> tu
         )
         exact = more if exact is None else merge(exact, more, scaled=True)
     assert exact is not None
-    whole = far.denominator.flatten(2, 3).detach()
+    whole = rows.denominator.flatten(2, 3).detach()
     # Written so that NaN stays.
     known = ~(rest.denominator.detach() <= LEAST_REST * whole)
-    rest = Rows(rest.numerator.where(known, 0.0), rest.denominator.where(known, 0.0), far.log_scale)
-    shape = problem.query.shape[2:4]
     rest = Rows(
-        rest.numerator.unflatten(2, shape), rest.denominator.unflatten(2, shape), far.log_scale
+        rest.numerator.where(known, 0.0), rest.denominator.where(known, 0.0), rows.log_scale
+    )
+    shape = call.query.shape[2:4]
+    rest = Rows(
+        rest.numerator.unflatten(2, shape), rest.denominator.unflatten(2, shape), rows.log_scale
     )
     return rest, Rows(*(x.unflatten(2, shape) for x in exact))
 
 
-def listed_pairs(problem: AttentionProblem) -> list[ListedPairs]:
+def listed_pairs(call: AttentionCall) -> list[ListedPairs]:
     """The pairs of each round of lists; none is in two rounds."""
-    assert problem.lists is not None
-    lists = problem.lists
+    assert call.lists is not None
+    lists = call.lists
     rounds = []
     for index in range(len(lists.key)):
         key, value = (
-            _gather(masked(x, problem.key_mask), lists.key[index].flatten(2)).unflatten(
+            _gather(masked(x, call.key_mask), lists.key[index].flatten(2)).unflatten(
                 2, lists.key.shape[-2:]
             )
-            for x in (problem.key, problem.value)
+            for x in (call.key, call.value)
         )
         of_query = lists.of_query[index].flatten(2)
         row, place, of_block, begin = _blocks(of_query, lists.key.shape[-2])
@@ -132,7 +134,7 @@ def listed_pairs(problem: AttentionProblem) -> list[ListedPairs]:
             again = (_of_lists(lists.key[index], of_block)[..., None, None] == known).any(-1)
             hidden = again if hidden is None else hidden | again
         pairs = ListedPairs(
-            problem.query.flatten(2, 3),
+            call.query.flatten(2, 3),
             key,
             value,
             row,
@@ -146,9 +148,7 @@ def listed_pairs(problem: AttentionProblem) -> list[ListedPairs]:
     return rounds
 
 
-def _dense_rows(
-    problem: AttentionProblem, features: Features, pairs: ListedPairs
-) -> tuple[Rows, Rows]:
+def _dense_rows(call: AttentionCall, features: Features, pairs: ListedPairs) -> tuple[Rows, Rows]:
     """Sums of the estimates of pairs, and of their exact weights: ``(B, H, queries, ...)``.
 
     Blocks against their lists with ordinary torch operations, some at a time.
@@ -159,10 +159,10 @@ def _dense_rows(
         _of_lists(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
         for x in (pairs.key, pairs.value)
     )
-    met = pairs.met(problem.query.shape[-2], problem.window)
+    met = pairs.met(call.query.shape[-2], call.window)
 
     def step(query: Tensor, key: Tensor, value: Tensor, met: Tensor) -> tuple[Tensor, ...]:
-        return _block(problem, features, query, key, value, met)
+        return _block(call, features, query, key, value, met)
 
     per_block = query.shape[0] * query.shape[1] * (query.shape[3] + key.shape[3])
     per_block *= features.form.num_features
@@ -180,7 +180,7 @@ def _dense_rows(
 
 
 def _block(
-    problem: AttentionProblem,
+    call: AttentionCall,
     features: Features,
     query: Tensor,
     key: Tensor,
@@ -203,7 +203,7 @@ def _block(
     log_scale = left.detach().amax(-1, keepdim=True)
     estimates = (left - log_scale).exp() @ (key_exponent - key_scale).exp().mT
     estimates = estimates.masked_fill(~pairs, 0.0)
-    logits = (query @ key.mT * problem.scale).masked_fill(~pairs, -math.inf)
+    logits = (query @ key.mT * call.factor).masked_fill(~pairs, -math.inf)
     top = finite(logits.detach().amax(-1, keepdim=True))
     exact = (logits - top).exp()
     return (

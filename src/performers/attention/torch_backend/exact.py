@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.attention.blocks import (
+from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import SinkKeys
+from performers.attention.torch_backend.blocks import (
     CHUNK,
     Rows,
     block_sizes,
@@ -25,7 +27,6 @@ from performers.attention.blocks import (
     finite,
     masked,
 )
-from performers.attention.problem import AttentionProblem, SinkKeys
 
 # Pairs held at a time (elements over batch, heads and rows).
 _BLOCK_PAIRS = 1 << 21
@@ -45,30 +46,30 @@ class _Band(NamedTuple):
     seen: Tensor
 
 
-def near_rows(problem: AttentionProblem) -> Rows:
+def exact_rows(call: AttentionCall) -> Rows:
     """Every query against the keys that it meets exactly.
 
     Returns:
         ``e^log_scale (numerator, denominator)`` of sums of ``exp(scale q . k)``.
     """
-    chunk = max(1, min(CHUNK, problem.query.shape[-2]))
-    length = problem.query.shape[-2]
+    chunk = max(1, min(CHUNK, call.query.shape[-2]))
+    length = call.query.shape[-2]
     # Chunks of one size; queries that fill up the last one are cut off again.
     count = -(-length // chunk)
-    query = F.pad(problem.query, (0, 0, 0, count * chunk - length)).unflatten(3, (count, chunk))
+    query = F.pad(call.query, (0, 0, 0, count * chunk - length)).unflatten(3, (count, chunk))
     positions = torch.arange(count * chunk, device=query.device).view(count, chunk)
-    band = None if problem.window is None else _band(problem, positions)
+    band = None if call.window is None else _band(call, positions)
     met = 0 if band is None else band.key.shape[3]
-    if problem.sinks is not None:
+    if call.sink_keys is not None:
         # In packed rows every query has a copy of its sequence's sinks.
-        copies = problem.key.shape[-1] if problem.segments is not None else 1
-        met += problem.sinks.key.shape[2] * copies
-    pairs = math.prod(problem.query.shape[:3]) * chunk * met
+        copies = call.key.shape[-1] if call.segments is not None else 1
+        met += call.sink_keys.key.shape[2] * copies
+    pairs = math.prod(call.query.shape[:3]) * chunk * met
     sizes = block_sizes(count, max(1, _BLOCK_PAIRS // max(1, pairs)))
     run = direct if len(sizes) == 1 else checkpointed
     own = None
-    if problem.segments is not None:
-        own = F.pad(problem.segments, (0, count * chunk - length)).view(count, chunk)
+    if call.segments is not None:
+        own = F.pad(call.segments, (0, count * chunk - length)).view(count, chunk)
 
     def step(
         query: Tensor,
@@ -78,7 +79,7 @@ def near_rows(problem: AttentionProblem) -> Rows:
         value: Tensor | None,
         seen: Tensor | None,
     ) -> Rows:
-        return _block(problem, query, positions, own, key, value, seen)
+        return _block(call, query, positions, own, key, value, seen)
 
     parts = [
         run(step, *block)
@@ -96,19 +97,19 @@ def near_rows(problem: AttentionProblem) -> Rows:
     return Rows(*(x.flatten(3, 4)[..., :length, :] for x in joined))
 
 
-def _band(problem: AttentionProblem, positions: Tensor) -> _Band:
+def _band(call: AttentionCall, positions: Tensor) -> _Band:
     """The keys between the first that a chunk's first query meets and its last query's last."""
-    assert problem.window is not None
-    size, chunk = problem.key.shape[2], positions.shape[1]
-    window = min(problem.window, size)
-    ahead = 0 if problem.is_causal else window
+    assert call.window is not None
+    size, chunk = call.key.shape[2], positions.shape[1]
+    window = min(call.window, size)
+    ahead = 0 if call.is_causal else window
     count, width = positions.shape[0], chunk + window + ahead
-    front = window - problem.offset
-    taking = problem.key_mask
+    front = window - call.offset
+    taking = call.key_mask
     if taking is None:
         taking = torch.ones(1, size, dtype=torch.bool, device=positions.device)
-    key = masked(problem.key, problem.key_mask)
-    value = masked(problem.value, problem.key_mask)
+    key = masked(call.key, call.key_mask)
+    value = masked(call.value, call.key_mask)
     if width >= size:
         # One band for all chunks: every key.
         places = torch.arange(size, device=positions.device).expand(count, size)
@@ -119,13 +120,13 @@ def _band(problem: AttentionProblem, positions: Tensor) -> _Band:
         key, value = (_windows(x, front, back, width, chunk) for x in (key, value))
         taking = F.pad(taking, (front, back)).unfold(1, width, chunk)
         places = positions[:, :1] - front + torch.arange(width, device=positions.device)
-    here = positions.unsqueeze(-1) + problem.offset
+    here = positions.unsqueeze(-1) + call.offset
     distance = places.unsqueeze(1) - here
     near = (distance <= ahead) & (distance >= -window)
-    if problem.segments is not None:
+    if call.segments is not None:
         known = places.clamp(0, size - 1)
-        own = problem.segments[positions.clamp_max(size - 1)]
-        near = near & (problem.segments[known].unsqueeze(1) == own.unsqueeze(-1))
+        own = call.segments[positions.clamp_max(size - 1)]
+        near = near & (call.segments[known].unsqueeze(1) == own.unsqueeze(-1))
     return _Band(key, value, near & taking.unsqueeze(2))
 
 
@@ -136,7 +137,7 @@ def _windows(x: Tensor, front: int, back: int, width: int, chunk: int) -> Tensor
 
 
 def _block(
-    problem: AttentionProblem,
+    call: AttentionCall,
     query: Tensor,
     positions: Tensor,
     own: Tensor | None,
@@ -145,16 +146,16 @@ def _block(
     seen: Tensor | None,
 ) -> Rows:
     """Some chunks: ``(B, H, G, N, C, D)`` against bands ``(B, H, N, W, D)`` and sinks."""
-    query = query.to(problem.dtype) * problem.scale
+    query = query.to(call.dtype) * call.factor
     logits, values = [], []
     if key is not None and value is not None and seen is not None:
-        pairs = torch.einsum("bhgncd,bhnwd->bhgncw", query, key.to(problem.dtype))
+        pairs = torch.einsum("bhgncd,bhnwd->bhgncw", query, key.to(call.dtype))
         logits.append(pairs.masked_fill(~seen[:, None, None], -math.inf))
-        values.append(("bhgncw,bhnwv->bhgncv", value.to(problem.dtype)))
-    if problem.sinks is not None:
-        pairs, subscripts, value = _sink_pairs(problem.sinks, query, positions, own)
+        values.append(("bhgncw,bhnwv->bhgncv", value.to(call.dtype)))
+    if call.sink_keys is not None:
+        pairs, subscripts, value = _sink_pairs(call.sink_keys, query, positions, own)
         logits.append(pairs)
-        values.append((subscripts, value.to(problem.dtype)))
+        values.append((subscripts, value.to(call.dtype)))
     joined = logits[0] if len(logits) == 1 else torch.cat(logits, dim=-1)
     peak = finite(joined.detach().amax(-1, keepdim=True))
     weights = (joined - peak).exp()

@@ -1,0 +1,246 @@
+"""One attention call: every argument declared once, checked, and brought to one layout."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performers.attention.exact_keys.listed_keys import KeyLists, ListedKeys, check_listed_keys
+from performers.attention.exact_keys.window_and_sinks import (
+    SinkKeys,
+    check_window_and_sinks,
+    find_sinks,
+    join_recent,
+)
+from performers.attention.state import FavorState, checked_state
+from performers.features import FeatureForm, FeatureMap
+from performers.features.base import form_of_heads, resolve_scale
+from performers.features.draws import with_same_draws
+from performers.features.precision import autocast_dtype, without_autocast
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """The arguments of ``favor_attention``, and what ``checked`` makes of them for backends.
+
+    In a checked call, query ``i`` stands at the position of key ``i + offset``. It meets exactly,
+    that is with ``exp(factor q . k)``, the sinks it sees, the keys ``j`` of its own sequence with
+    ``|i + offset - j| <= window``, and those in its list; all others it meets through features.
+
+    Attributes:
+        query: Shape ``(B, H, L, D)``; checked, ``(batch, key_heads, groups, L, head_dim)``: the
+            query heads that share a key head stand together.
+        key: Shape ``(batch, key_heads, S, head_dim)``; checked, the first ``offset`` are those that
+            a state held besides its sums, and there is a head for each projection.
+        value: Shape ``(batch, key_heads, S, value_dim)``.
+        feature_map: The features.
+        is_causal: Whether query ``i`` sees only the keys up to ``i + offset``; then
+            ``S == L + offset``.
+        key_mask: Shape ``(batch, S)``, True where a key takes part (and, checked, is no sink), or
+            None.
+        cu_seqlens: Where packed sequences begin and end, shape ``(N + 1,)``, or None.
+        scale: The factor on ``q . k``, or None for ``1 / sqrt(D)``.
+        window: The reach of exact pairs, or None for no exact pairs.
+        sinks: How many first keys are exact.
+        listed_keys: What chooses further exact keys by content, or None.
+        state: The sums over the keys before the first of ``key``, for a causal call, or None.
+        return_state: Whether the sums that a later call continues from are wanted: those over all
+            keys but the last ``window``.
+        form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
+        factor: The factor on ``q . k``.
+        segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.
+        offset: Keys before the position of the first query: ``window`` with a state, else 0.
+        sink_keys: The sinks of each sequence, or None.
+        lists: The listed keys of each query, or None. They are among the keys of ``key_mask``;
+            pairs within the window do not count twice.
+        dtype: The dtype to compute in: float32, or float64 for float64 inputs.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    feature_map: FeatureMap
+    is_causal: bool = False
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    scale: float | None = None
+    window: int | None = None
+    sinks: int = 0
+    listed_keys: ListedKeys | None = None
+    state: FavorState | None = None
+    return_state: bool = False
+    form: FeatureForm = field(init=False)
+    factor: float = field(init=False)
+    segments: Tensor | None = field(init=False)
+    offset: int = field(init=False)
+    sink_keys: SinkKeys | None = field(init=False)
+    lists: KeyLists | None = field(init=False)
+    dtype: torch.dtype = field(init=False)
+
+    def replaced(self, **changes: Any) -> "AttentionCall":
+        """The same checked call with other values of some attributes."""
+        # What the compiler of torch 2.7 knows of copying a frozen dataclass.
+        call = object.__new__(type(self))
+        put = object.__setattr__
+        for name in _NAMES:
+            put(call, name, changes[name] if name in changes else getattr(self, name))
+        return call
+
+    def has_exact_pairs(self) -> bool:
+        """Whether some keys are met exactly."""
+        return not (self.window is None and self.sink_keys is None and self.lists is None)
+
+    def checked(self) -> "AttentionCall":
+        """The call as backends receive it.
+
+        Raises:
+            ValueError: An argument does not fit.
+        """
+        self._check_tensors()
+        form = form_of_heads(self.feature_map, self.query, self.key)
+        query, key, value = self.query, self.key, self.value
+        heads = query.shape[1]
+        if form.num_heads() == heads != key.shape[1]:
+            # Every query head has features of its own, so no key features are shared.
+            key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        check_window_and_sinks(self, form)
+        if self.listed_keys is None:
+            query, key, value = with_same_draws((query, key, value), self.feature_map)
+        else:
+            check_listed_keys(self.listed_keys, self, form, key.shape[1])
+            query, key, value = with_same_draws(
+                (query, key, value), self.feature_map, self.listed_keys
+            )
+        dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
+        dtype = torch.promote_types(dtype, torch.float32)
+        query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+        state = self.state
+        if (state is not None or self.return_state) and self.cu_seqlens is not None:
+            name = "return_state" if state is None else "state"
+            raise ValueError(f"{name} cannot be combined with cu_seqlens: a state has one past")
+        if state is not None:
+            state = checked_state(state, self, key, value, form.num_features, dtype)
+        key_mask = self._checked_mask()
+        segments = self._segments()
+        given_query, given_key = query, key
+        if form.query_transform is not None:
+            query, key = _transformed(form, query, key, dtype)
+        call = self.replaced(
+            query=query,
+            key=key,
+            value=value,
+            key_mask=key_mask,
+            state=state,
+            form=form,
+            factor=resolve_scale(self.scale, query.shape[-1]),
+            segments=segments,
+            offset=0,
+            sink_keys=None,
+            lists=None,
+            dtype=dtype,
+        )
+        if self.sinks:
+            call = find_sinks(call)
+        if self.listed_keys is not None:
+            # Lists are made from queries and keys as they are given, not as a map balances them.
+            lists = self.listed_keys(
+                given_query, given_key, call.key_mask, is_causal=self.is_causal
+            )
+            call = call.replaced(lists=lists)
+        return join_recent(call) if self.window and state is not None else call
+
+    def _check_tensors(self) -> None:
+        query, key, value = self.query, self.key, self.value
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.ndim != 4:
+                raise ValueError(
+                    f"{name} must have 4 dimensions (batch, heads, length, head_dim), "
+                    f"got shape {tuple(tensor.shape)}"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+            if tensor.device != query.device:
+                raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}")
+        batch, heads, length, head_dim = query.shape
+        key_heads, size = key.shape[1:3]
+        if key.shape[0] != batch or key.shape[3] != head_dim:
+            raise ValueError(
+                f"key must have shape ({batch}, Hkv, S, {head_dim}) to go with query "
+                f"{tuple(query.shape)}, got {tuple(key.shape)}"
+            )
+        if value.shape[:3] != key.shape[:3]:
+            raise ValueError(
+                f"value must have shape ({batch}, {key_heads}, {size}, Dv) to go with key "
+                f"{tuple(key.shape)}, got {tuple(value.shape)}"
+            )
+        if key_heads == 0 or heads % key_heads:
+            raise ValueError(
+                f"the number of query heads ({heads}) must be a multiple of the number of key "
+                f"heads ({key_heads})"
+            )
+        if autocast_dtype(query.device) is None and not (query.dtype == key.dtype == value.dtype):
+            raise ValueError(
+                "query, key and value must have one dtype (outside autocast), got "
+                f"{query.dtype}, {key.dtype} and {value.dtype}"
+            )
+        if self.is_causal and length != size:
+            raise ValueError(
+                f"is_causal needs as many keys as queries, got {size} and {length}; pass the past "
+                "through state"
+            )
+        if (self.state is not None or self.return_state) and not self.is_causal:
+            raise ValueError("state and return_state need is_causal=True")
+
+    def _checked_mask(self) -> Tensor | None:
+        mask = self.key_mask
+        if mask is None:
+            return None
+        shape = (self.key.shape[0], self.key.shape[2])
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"key_mask must be a bool tensor of shape {shape}, True = takes part, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        return mask.to(self.query.device)
+
+    def _segments(self) -> Tensor | None:
+        """The index of the packed sequence that each position belongs to."""
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is None:
+            return None
+        batch, _, length, _ = self.query.shape
+        size = self.key.shape[2]
+        if batch != 1 or length != size:
+            raise ValueError(
+                "cu_seqlens needs batch size 1 and as many keys as queries, got batch size "
+                f"{batch}, {length} queries and {size} keys"
+            )
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                "cu_seqlens must be a one-dimensional int32 tensor (N + 1,), got "
+                f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+            )
+        if not torch.compiler.is_compiling():
+            ends = cu_seqlens.tolist()
+            if not ends or ends[0] != 0 or ends[-1] != length or ends != sorted(ends):
+                shown = str(ends) if len(ends) <= 8 else f"{ends[:4]} ... {ends[-2:]}"
+                raise ValueError(f"cu_seqlens must rise from 0 to the length {length}, got {shown}")
+        device = self.query.device
+        stops = cu_seqlens[1:].to(device=device, dtype=torch.int64)
+        return torch.bucketize(torch.arange(length, device=device), stops, right=True)
+
+
+_NAMES = tuple(attribute.name for attribute in fields(AttentionCall))
+
+
+def _transformed(
+    form: FeatureForm, query: Tensor, key: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Queries ``(B, Hkv, G, L, D)`` and keys, balanced as the feature map asks."""
+    form = form.to(dtype)
+    with without_autocast(query.device):
+        balanced = form.transformed(query.to(dtype).flatten(2, 3), is_query=True)
+        return balanced.unflatten(2, query.shape[2:4]), form.transformed(
+            key.to(dtype), is_query=False
+        )

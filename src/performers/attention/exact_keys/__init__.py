@@ -1,0 +1,1 @@
+"""The keys that a query meets exactly."""

@@ -1,0 +1,1 @@
+"""Attention with ordinary torch operations, linear in time and memory."""
