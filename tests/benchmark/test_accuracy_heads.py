@@ -174,7 +174,9 @@ def test_exact_terms_lower_the_error(run):
 
 
 def test_settings_are_told_apart():
-    variants = head_approximations(Approximation(256, window=64, sinks=4, key_list=32), (64, 1024))
+    variants = head_approximations(
+        Approximation(256, window=64, sinks=4, listed_keys=32), (64, 1024)
+    )
     names = [(setting_name(variant), variant.num_features) for variant in variants]
     assert len(set(names)) == len(names)
     assert ("positive", 1024) in names

@@ -56,7 +56,7 @@ def test_every_setting_has_its_layers_and_its_end(run):
 def test_errors_are_those_of_the_layers_own_fits(run):
     """Fits that are given to the wrong layer, or shared, would move the error."""
     pretrained, results = run
-    variant = replace(pretrained.approximation, estimator="data_aware", key_list=0)
+    variant = replace(pretrained.approximation, estimator="data_aware", listed_keys=0)
     fits = {
         sample.layer: Fits(sample, sample.layer)
         for sample in capture_heads(pretrained.loaded, pretrained.calibration)

@@ -97,7 +97,7 @@ def test_a_decoder_is_converted_measured_and_saved(causal, tmp_path):
     assert "2 steps of attention transfer and 4 steps of fine-tuning" in out
     assert out.splitlines()[-1] == f"report: {folder / 'conversion.md'}"
     page = (folder / "conversion.md").read_text()
-    assert "window 4, sinks 4, key_list 0, num_features 8, estimator data_aware" in page
+    assert "window 4, sinks 4, listed_keys 0, num_features 8, estimator data_aware" in page
     assert "![" in page
     assert any(line.startswith("training, model: 4 of 4") for line in lines)
     assert not any("Writing" in line or "Warning" in line for line in lines)
@@ -183,7 +183,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
         "--batch-size", 6, "--accumulation", 7, "--learning-rate", 0.5,
         "--transfer-learning-rate", 0.25, "--lora-rank", 4, "--loss", "hidden",
         "--calibration", 8, "--test", "0.25", "--eval-steps", 10, "--save-steps", 11,
-        "--max-positions", 12, "--seed", 13, "--key-list", 14, "--hidden-weight", 0.75,
+        "--max-positions", 12, "--seed", 13, "--listed-keys", 14, "--hidden-weight", 0.75,
     ]  # fmt: skip
     refusal("convert", *causal, "--output", tmp_path / "out", *flags)
     assert seen == [
@@ -192,7 +192,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
             estimator="positive", layers=(0, -1), length=9, calibration=8, test=0.25,
             transfer_steps=1, steps=3, batch_size=6, accumulation=7, learning_rate=0.5,
             transfer_learning_rate=0.25, lora_rank=4, loss="hidden", eval_steps=10,
-            save_steps=11, max_positions=12, seed=13, key_list=14, hidden_weight=0.75,
+            save_steps=11, max_positions=12, seed=13, listed_keys=14, hidden_weight=0.75,
         )
     ]  # fmt: skip
 
@@ -257,20 +257,20 @@ def test_a_run_older_than_an_option_goes_on_with_its_default(causal, tmp_path, u
     arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
     run_command(*arguments)
     record = read(tmp_path / "out")
-    assert record["options"].pop("key_list") == 0
+    assert record["options"].pop("listed_keys") == 0
     (tmp_path / "out" / "conversion.json").write_text(json.dumps(record))
     _, lines = run_command(*arguments, "--resume")
     assert "4 measurements kept" in "\n".join(lines)
 
 
 def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
-    arguments = ["convert", *masked, *SMALL, "--no-speed", "--key-list", 6]
+    arguments = ["convert", *masked, *SMALL, "--no-speed", "--listed-keys", 6]
     run_command(*arguments, "--output", tmp_path / "out")
-    assert read(tmp_path / "out")["options"]["key_list"] == 6
+    assert read(tmp_path / "out")["options"]["listed_keys"] == 6
     converted = load_performer(tmp_path / "out")
-    assert converted.config.performers["key_list"] == 6
-    line = refusal("convert", *causal, *SMALL, "--key-list", 6, "--output", tmp_path / "other")
-    assert "key_list=6 is for encoders among transformers models" in line
+    assert converted.config.performers["listed_keys"] == 6
+    line = refusal("convert", *causal, *SMALL, "--listed-keys", 6, "--output", tmp_path / "other")
+    assert "listed_keys=6 is for encoders among transformers models" in line
 
 
 def test_adapters_without_peft_are_refused_at_once(causal, tmp_path, monkeypatch):

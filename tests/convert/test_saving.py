@@ -32,7 +32,7 @@ CASES = {
     "calibrated": ("gpt2", {"num_features": 16, "estimator": "data_aware", "window": 2}, {}),
     "listed keys": (
         "bert",
-        {"num_features": 16, "estimator": "data_aware", "window": 1, "key_list": 4},
+        {"num_features": 16, "estimator": "data_aware", "window": 1, "listed_keys": 4},
         {},
     ),
     "hybrid": ("gemma3", {"num_features": 16, "layers": [-1]}, {}),

@@ -11,7 +11,7 @@ from performers.features import LearnedFeatures
 from performers.nn import Approximation, FavorAttention, PerformerAttention
 from tests.features.cases import generator
 
-EVERY = Approximation(16, "data_aware", "simplex", window=2, sinks=1, key_list=4)
+EVERY = Approximation(16, "data_aware", "simplex", window=2, sinks=1, listed_keys=4)
 
 
 def inputs(heads=4, key_heads=2, length=20):
@@ -48,8 +48,8 @@ def test_a_record_is_plain_and_gives_the_approximation_back():
         ({"window": -1}, "window must be None or an integer of at least 0, got -1"),
         ({"sinks": None}, "sinks must be an integer of at least 0, got None"),
         ({"num_features": True}, "num_features must be None or an integer"),
-        ({"key_list": 1.5}, "key_list must be an integer"),
-        ({"estimator": "trigonometric", "key_list": 2}, "key_list needs positive features"),
+        ({"listed_keys": 1.5}, "listed_keys must be an integer"),
+        ({"estimator": "trigonometric", "listed_keys": 2}, "listed_keys needs positive features"),
     ],
 )
 def test_refused_numbers(options, match):

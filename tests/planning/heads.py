@@ -50,7 +50,7 @@ def setting(error, seconds, **options):
         "num_features": 64,
         "window": None,
         "sinks": 0,
-        "key_list": 0,
+        "listed_keys": 0,
         "error_sd": None,
         "head_errors": (error,),
         "timed": True,

@@ -12,7 +12,7 @@ from . import heads
 ALONE = {
     "windows": (None,),
     "sinks": (0,),
-    "key_lists": (0,),
+    "listed_keys": (0,),
     "num_draws": 1,
     "backend": "torch",
     "show": False,
@@ -86,7 +86,7 @@ def test_shares_of_attention(is_causal, masked):
         estimators=("positive",),
         windows=(None, 4, 16),
         sinks=(0, 1, 5),
-        key_lists=(0,),
+        listed_keys=(0,),
         num_draws=1,
         backend="torch",
         show=False,

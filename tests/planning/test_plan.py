@@ -19,7 +19,7 @@ GRID = {
     "num_features": (16, 64),
     "windows": (None, 8),
     "sinks": (0, 1),
-    "key_lists": (0, 16),
+    "listed_keys": (0, 16),
     "num_draws": 1,
     "backend": "torch",
 }
@@ -63,7 +63,7 @@ def test_every_setting_can_be_built(found):
     for setting in found.settings:
         features, options = found.build(setting)
         assert options["is_causal"] is True
-        assert (options["listed_keys"] is None) == (setting.key_list == 0)
+        assert (options["listed_keys"] is None) == (setting.listed_keys == 0)
         out = performers.favor_attention(*samples, features, **options)
         assert float(heads.relative(out, target).max()) < 3
 
@@ -108,7 +108,7 @@ def test_the_widest_table_fits(found):
         num_features=16384,
         window=16384,
         sinks=1000,
-        key_list=1024,
+        listed_keys=1024,
         error_sd=10.123,
         ratio=9876.5,
         multiply_adds=123_456_789.0,
@@ -146,7 +146,7 @@ def test_where_exact_attention_is_faster_the_plan_says_so(found):
 
 def test_show(capsys):
     samples = heads.structured(batch=2, length=24)
-    grid = {**GRID, "num_features": (16,), "windows": (None,), "key_lists": (0,)}
+    grid = {**GRID, "num_features": (16,), "windows": (None,), "listed_keys": (0,)}
     shown = performers.plan(*samples, **grid)
     captured = capsys.readouterr()
     assert captured.out == f"{shown}\n"
@@ -162,7 +162,7 @@ class Terminal(io.StringIO):
 
 def test_progress_is_for_terminals_and_leaves_nothing_behind(monkeypatch):
     samples = heads.structured(batch=2, length=24)
-    grid = {**GRID, "num_features": (16,), "windows": (None,), "key_lists": (0,)}
+    grid = {**GRID, "num_features": (16,), "windows": (None,), "listed_keys": (0,)}
     monkeypatch.setattr("performers.planning.progress._PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr("performers.planning.progress._INTERVAL_SECONDS", -1.0)
     for show in (False, True):
@@ -254,11 +254,11 @@ def test_more_sinks_and_lists_than_keys():
         num_features=(16,),
         windows=(None, 3),
         sinks=(0, 4, 100),
-        key_lists=(0, 64),
+        listed_keys=(0, 64),
         num_draws=1,
         backend="torch",
         show=False,
     )
     for setting in found.settings:
-        if setting.sinks == 100 or setting.key_list:
+        if setting.sinks == 100 or setting.listed_keys:
             assert setting.error < 1e-4

@@ -14,7 +14,7 @@ GRID = {
     "num_features": (32, 128),
     "windows": (None, 8),
     "sinks": (0, 1),
-    "key_lists": (0, 16),
+    "listed_keys": (0, 16),
     "backend": "torch",
     "show": False,
 }
@@ -64,9 +64,9 @@ def by_hand(samples, setting, found, *, draws, key_mask=None):
             sinks=setting.sinks,
         )
         listed_keys = None
-        if setting.key_list:
+        if setting.listed_keys:
             listed_keys = performers.ListedKeys(
-                query.shape[3], 16, setting.key_list, num_heads=count
+                query.shape[3], 16, setting.listed_keys, num_heads=count
             )
             listed_keys.calibrate_(query[:half])
         out = performers.favor_attention(
@@ -128,7 +128,7 @@ def test_without_values_the_error_is_that_of_the_attention_matrix():
             generator=torch.Generator().manual_seed(0),
         ).calibrate_(query[:1], key[:1], window=setting.window, sinks=setting.sinks)
         listed_keys = None
-        if setting.key_list:
+        if setting.listed_keys:
             listed_keys = performers.ListedKeys(16, 16, 16, num_heads=count).calibrate_(query[:1])
         matrix = performers.favor_attention_weights(
             query[1:],
@@ -172,7 +172,7 @@ def test_built_features_are_calibrated_on_all_rows():
     chosen = next(
         setting
         for setting in found.settings
-        if setting.estimator == "data_aware" and setting.window == 8 and setting.key_list
+        if setting.estimator == "data_aware" and setting.window == 8 and setting.listed_keys
     )
     features, options = found.build(chosen)
     listed_keys = options.pop("listed_keys")

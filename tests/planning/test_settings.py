@@ -15,7 +15,7 @@ OPTIONS = {
     "heads": ("key",),
     "windows": (None,),
     "sinks": (0,),
-    "key_lists": (0,),
+    "listed_keys": (0,),
 }
 
 
@@ -35,7 +35,7 @@ def test_the_grid_is_the_product_fewest_features_first():
         heads=("key", "query"),
         windows=(None, 4, 4),
         sinks=(0, 1),
-        key_lists=(0, 8),
+        listed_keys=(0, 8),
     )
     assert len(found) == len(set(found)) == 128
     assert [options.num_features for options in found] == [8] * 64 + [32] * 64
@@ -49,10 +49,10 @@ def test_what_cannot_be_combined_is_left_out():
             "estimators": ("trigonometric", "hyperbolic", "positive"),
             "projections": ("orthogonal", "antithetic"),
             "heads": ("query", "key"),
-            "key_lists": (0, 8),
+            "listed_keys": (0, 8),
         },
     )
-    assert {(o.estimator, o.projection, o.heads, o.key_list) for o in found} == {
+    assert {(o.estimator, o.projection, o.heads, o.listed_keys) for o in found} == {
         ("trigonometric", "orthogonal", "key", 0),
         ("hyperbolic", "orthogonal", "key", 0),
         ("hyperbolic", "orthogonal", "key", 8),
@@ -86,8 +86,8 @@ def test_what_cannot_be_combined_is_left_out():
         ("windows", ("wide",)),
         ("sinks", (-1,)),
         ("sinks", (None,)),
-        ("key_lists", (-64,)),
-        ("key_lists", 64),
+        ("listed_keys", (-64,)),
+        ("listed_keys", 64),
     ],
 )
 def test_unknown_options(name, given):
@@ -107,7 +107,7 @@ def counted(sequences, estimator="positive", heads="key", m=32, window=None, sin
         heads=heads,
         window=window,
         sinks=sinks,
-        key_list=listed,
+        listed_keys=listed,
     )
     return multiply_adds(setting, sequences, num_lists=16)
 

@@ -19,7 +19,7 @@ class ConversionOptions(Options):
     sinks: int | None = option(
         "First keys that are exact; 4 for decoders, else 0.", None, at_least=0
     )
-    key_list: int = option(
+    listed_keys: int = option(
         "Keys a query meets exactly for their content; encoders only.", 0, at_least=0
     )
     num_features: int | None = option(
@@ -82,8 +82,8 @@ class ConversionOptions(Options):
         super().__post_init__()
         if self.window == 0:
             object.__setattr__(self, "window", None)
-        if self.key_list and self.estimator == "trigonometric":
+        if self.listed_keys and self.estimator == "trigonometric":
             raise OptionError(
-                "--key-list needs positive features, whose estimates can be taken out of a sum; "
+                "--listed-keys needs positive features, whose estimates can be taken out of a sum; "
                 "got --estimator trigonometric"
             )

@@ -44,7 +44,7 @@ def head_approximations(base: Approximation, counts: tuple[int, ...]) -> tuple[A
     """
     assert base.num_features is not None
     every = tuple(sorted({base.num_features, *counts}))
-    unlisted = replace(base, key_list=0)
+    unlisted = replace(base, listed_keys=0)
     found: list[Approximation] = []
     for terms in (replace(unlisted, window=None, sinks=0), unlisted):
         for name in _ESTIMATORS:
@@ -69,7 +69,7 @@ def model_approximations(base: Approximation) -> tuple[Approximation, ...]:
     Returns:
         The approximations, no two the same.
     """
-    unlisted = replace(base, key_list=0)
+    unlisted = replace(base, listed_keys=0)
     found = [
         replace(terms, estimator=name)
         for terms in (replace(unlisted, window=None, sinks=0), unlisted, _halved(base), base)
@@ -86,7 +86,7 @@ def _halved(base: Approximation) -> Approximation:
 def _without_features(base: Approximation) -> list[Approximation]:
     """Exact terms alone."""
     alone = replace(base, num_features=0)
-    return [replace(alone, key_list=0), _halved(alone)]
+    return [replace(alone, listed_keys=0), _halved(alone)]
 
 
 def setting_name(approximation: Approximation) -> str:
@@ -103,7 +103,7 @@ def setting_columns(approximation: Approximation) -> Row:
         "projection": approximation.projection,
         "window": approximation.window,
         "sinks": approximation.sinks,
-        "keys": approximation.key_list,
+        "keys": approximation.listed_keys,
     }
 
 

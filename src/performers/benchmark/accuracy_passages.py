@@ -39,7 +39,7 @@ class Pretrained:
             settings.num_features,
             window=settings.window,
             sinks=settings.sinks if self.loaded.is_causal else 0,
-            key_list=settings.keys,
+            listed_keys=settings.keys,
         )
 
     def chosen_layers(self, there: list[int]) -> list[int]:

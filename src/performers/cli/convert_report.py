@@ -23,7 +23,16 @@ _QUALITY: dict[str, tuple[str, Callable[[float], str]]] = {
     "cosine": ("cosine", lambda x: f"{x:.4f}"),
     "retrieval": ("same nearest", lambda x: f"{100 * x:.1f}%"),
 }
-_SETTINGS = ("window", "sinks", "key_list", "num_features", "estimator", "layers", "length", "seed")
+_SETTINGS = (
+    "window",
+    "sinks",
+    "listed_keys",
+    "num_features",
+    "estimator",
+    "layers",
+    "length",
+    "seed",
+)
 _STAGES = {"transfer": "attention transfer", "model": "fine-tuning"}
 
 

@@ -51,7 +51,7 @@ class Conversion(Approximation):
     @property
     def needs_samples(self) -> bool:
         """Whether samples change anything: the estimator or lists are fitted to them."""
-        return self.is_calibrated or self.key_list > 0
+        return self.is_calibrated or self.listed_keys > 0
 
     def choose(self, items: Sequence[Item]) -> list[Item]:
         """The layers of a model that become linear."""

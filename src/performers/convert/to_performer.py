@@ -29,7 +29,7 @@ def to_performer(
     estimator: Estimator = "positive",
     window: int | None = None,
     sinks: int = 0,
-    key_list: int = 0,
+    listed_keys: int = 0,
     calibration: Iterable[Any] | None = None,
     layers: Iterable[int] | None = None,
     projection: Projection = "orthogonal",
@@ -62,7 +62,7 @@ def to_performer(
         estimator: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
-        key_list: Each query also meets this many keys exactly that are listed for their content
+        listed_keys: Each query also meets this many keys exactly that are listed for their content
             (``ListedKeys``, fitted to the queries of ``calibration`` if there are any); 0: none.
             For encoders among transformers models: lists know no running sums.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
@@ -102,7 +102,7 @@ def to_performer(
         projection=projection,
         window=window,
         sinks=sinks,
-        key_list=key_list,
+        listed_keys=listed_keys,
         layers=None if layers is None else tuple(layers),
         cross_attention=cross_attention,
     )
@@ -120,10 +120,10 @@ def convert(
 ) -> list[str]:
     """Convert a model of any family."""
     conversion = family.conversion
-    if conversion.key_list and not family.takes_lists:
+    if conversion.listed_keys and not family.takes_lists:
         raise ValueError(
-            f"key_list={conversion.key_list} is for encoders among transformers models, and "
-            f"{family.kind} is none: pass key_list=0, with a larger window"
+            f"listed_keys={conversion.listed_keys} is for encoders among transformers models, and "
+            f"{family.kind} is none: pass listed_keys=0, with a larger window"
         )
     fits = not family.is_loading and check_calibration(conversion, calibration)
     sites = conversion.choose(family.sites())

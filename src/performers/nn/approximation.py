@@ -27,7 +27,7 @@ class Approximation:
         projection: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
-        key_list: Keys that each query meets exactly because of their content, at most; 0: none.
+        listed_keys: Keys that each query meets exactly because of their content, at most; 0: none.
 
     Raises:
         ValueError: A number is out of range, or listed keys go with trigonometric features.
@@ -38,10 +38,10 @@ class Approximation:
     projection: Projection = "orthogonal"
     window: int | None = None
     sinks: int = 0
-    key_list: int = 0
+    listed_keys: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_features", "window", "sinks", "key_list"):
+        for name in ("num_features", "window", "sinks", "listed_keys"):
             value, optional = getattr(self, name), name in ("num_features", "window")
             if value is None and optional:
                 continue
@@ -50,15 +50,18 @@ class Approximation:
                 expected = "None or an integer" if optional else "an integer"
                 raise ValueError(f"{name} must be {expected} of at least 0, got {value!r}")
             object.__setattr__(self, name, number)
-        if self.key_list and self.estimator == "trigonometric":
+        if self.listed_keys and self.estimator == "trigonometric":
             raise ValueError(
-                "key_list needs positive features, whose estimates can be taken out of a sum; "
+                "listed_keys needs positive features, whose estimates can be taken out of a sum; "
                 "got estimator='trigonometric'"
             )
 
     @classmethod
     def from_record(cls: type[Self], record: dict[str, Any]) -> Self:
         """The approximation that `record` wrote."""
+        if "key_list" in record:
+            # The name in folders of earlier versions.
+            record = {("listed_keys" if k == "key_list" else k): v for k, v in record.items()}
         unknown = sorted(set(record) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(
@@ -83,14 +86,14 @@ class Approximation:
             parts.append(f"window {self.window}")
         if self.sinks:
             parts.append(f"{self.sinks} sinks")
-        if self.key_list:
-            parts.append(f"{self.key_list} listed keys")
+        if self.listed_keys:
+            parts.append(f"{self.listed_keys} listed keys")
         return ", ".join(parts) + (" alone" if self.num_features == 0 else "")
 
     @property
     def has_exact_pairs(self) -> bool:
         """Whether any key is met exactly."""
-        return self.window is not None or self.sinks > 0 or self.key_list > 0
+        return self.window is not None or self.sinks > 0 or self.listed_keys > 0
 
     @property
     def is_calibrated(self) -> bool:
@@ -121,11 +124,13 @@ class Approximation:
         """The attention of one layer, not calibrated."""
         features = self.features(head_dim, num_heads, generator)
         listed_keys = None
-        if self.key_list:
+        if self.listed_keys:
             listed_keys = ListedKeys(
-                head_dim, num_lists, self.key_list, num_heads=num_heads, generator=generator
+                head_dim, num_lists, self.listed_keys, num_heads=num_heads, generator=generator
             )
-        return FavorAttention(features, window=self.window, sinks=self.sinks, listed_keys=listed_keys)
+        return FavorAttention(
+            features, window=self.window, sinks=self.sinks, listed_keys=listed_keys
+        )
 
 
 def as_integer(value: Any) -> int | None:

@@ -78,9 +78,9 @@ class FavorAttention(nn.Module):
         if cu_seqlens is not None:
             if self.buckets is not None:
                 raise ValueError(
-                    "a model converted with key_list takes no packed sequences (position_ids that "
-                    "begin again): its lists are made from one whole sequence; pass a padded batch "
-                    "with an attention_mask"
+                    "a model converted with listed_keys takes no packed sequences (position_ids "
+                    "that begin again): its lists are made from one whole sequence; pass a padded "
+                    "batch with an attention_mask"
                 )
             query, key, value = (end_to_end(x) for x in (query, key, value))
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)

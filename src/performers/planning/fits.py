@@ -36,15 +36,15 @@ class Fits:
         self, approximation: Approximation, num_heads: int, draw: int = 0
     ) -> FavorAttention:
         """The calibrated attention with its ``draw``-th projection."""
-        favor = self._build(replace(approximation, key_list=0), num_heads, self._seed + draw)
+        favor = self._build(replace(approximation, listed_keys=0), num_heads, self._seed + draw)
         if approximation.is_calibrated:
             assert isinstance(favor.feature_map, SoftmaxFeatures)
             fit = self.features(
                 approximation.estimator, num_heads, approximation.window, approximation.sinks
             )
             favor.feature_map.adopt_calibration_(fit)
-        if approximation.key_list:
-            key = num_heads, approximation.key_list
+        if approximation.listed_keys:
+            key = num_heads, approximation.listed_keys
             if key not in self._lists:
                 lists = self._build(approximation, num_heads, self._seed).buckets
                 assert lists is not None

@@ -37,7 +37,7 @@ def plan(
     heads: Sequence[str] = ("key",),
     windows: Sequence[int | None] = (None, 32, 64, 128),
     sinks: Sequence[int] = (0, 4),
-    key_lists: Sequence[int] = (0, 64),
+    listed_keys: Sequence[int] = (0, 64),
     num_draws: int = 2,
     seed: int = 0,
     backend: str | None = None,
@@ -77,7 +77,7 @@ def plan(
             heads are shared, the latter is more accurate and takes longer.
         windows: Exact windows; None for none.
         sinks: Numbers of first keys that are exact.
-        key_lists: Numbers of keys that ``ListedKeys`` list for a query; 0 for none.
+        listed_keys: Numbers of keys that ``ListedKeys`` list for a query; 0 for none.
         num_draws: Draws of the projection.
         seed: Of draws, pairs and orders.
         backend: As in ``favor_attention``.
@@ -110,7 +110,7 @@ def plan(
         heads=heads,
         windows=windows,
         sinks=sinks,
-        key_lists=key_lists,
+        listed_keys=listed_keys,
     )
     progress = Progress(show)
     calibration, held_out = samples.split()

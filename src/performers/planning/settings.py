@@ -63,7 +63,7 @@ def grid(
     heads: Sequence[str],
     windows: Sequence[int | None],
     sinks: Sequence[int],
-    key_lists: Sequence[int],
+    listed_keys: Sequence[int],
 ) -> list[Setting]:
     """All combinations that ``favor_attention`` accepts, fewest features first.
 
@@ -77,7 +77,7 @@ def grid(
     _check_counts("num_features", num_features, 1)
     _check_counts("windows", windows, 0, none=True)
     _check_counts("sinks", sinks, 0)
-    _check_counts("key_lists", key_lists, 0)
+    _check_counts("listed_keys", listed_keys, 0)
     length, size = samples.query.shape[2], samples.key.shape[2]
     if length != size and any(window is not None for window in windows):
         raise ValueError(
@@ -97,7 +97,7 @@ def grid(
             heads=head,
             window=window,
             sinks=sink,
-            key_list=listed,
+            listed_keys=listed,
         )
         for m, estimator, projection, head, window, sink, listed in product(
             sorted(set(num_features)),
@@ -106,15 +106,15 @@ def grid(
             dict.fromkeys(heads),
             dict.fromkeys(windows),
             dict.fromkeys(sinks),
-            dict.fromkeys(key_lists),
+            dict.fromkeys(listed_keys),
         )
         if not (estimator == "trigonometric" and listed)
         and not (estimator in TWO_SIDED and projection == "antithetic")
     ]
     if not found:
         raise ValueError(
-            "estimators, projections and key_lists leave no combination that favor_attention "
-            f"accepts, got {tuple(estimators)}, {tuple(projections)} and {tuple(key_lists)}"
+            "estimators, projections and listed_keys leave no combination that favor_attention "
+            f"accepts, got {tuple(estimators)}, {tuple(projections)} and {tuple(listed_keys)}"
         )
     return found
 
@@ -148,7 +148,7 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
         behind = _mean_reach(setting.window, length)
         near = 1 + behind if samples.is_causal else 1 + 2 * behind
     near = min(near + setting.sinks, size)
-    listed = min(setting.key_list, size)
+    listed = min(setting.listed_keys, size)
     total += (near + listed) * (head_dim + value_dim)
     if listed:
         total += listed * (m + value_dim) + num_lists * head_dim * both

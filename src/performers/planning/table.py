@@ -115,7 +115,7 @@ def _cells(setting: Setting) -> tuple[str, ...]:
         str(setting.num_features),
         "-" if setting.window is None else str(setting.window),
         str(setting.sinks or "-"),
-        str(setting.key_list or "-"),
+        str(setting.listed_keys or "-"),
         f"{setting.error:.3f}{spread}",
         number(1e3 * setting.seconds),
         number(setting.ratio),

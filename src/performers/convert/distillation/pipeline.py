@@ -101,9 +101,9 @@ class _Work:
         self.kind = kind_of(self.original)
         if options.lora_rank is not None:
             check_adapters()
-        if options.key_list and (self.kind == "causal" or self._is_ours()):
+        if options.listed_keys and (self.kind == "causal" or self._is_ours()):
             raise ValueError(
-                f"key_list={options.key_list} is for encoders among transformers models, and "
+                f"listed_keys={options.listed_keys} is for encoders among transformers models, and "
                 f"{options.model} is none; leave it out, and give a larger window"
             )
         self.length = self._length()
@@ -199,14 +199,14 @@ class _Work:
     def _student(self) -> Any:
         options = self.options
         model = copy.deepcopy(self.original)
-        settings = Conversion(estimator=options.estimator, key_list=options.key_list)
+        settings = Conversion(estimator=options.estimator, listed_keys=options.listed_keys)
         return to_performer(
             model,
             num_features=options.num_features,
             estimator=options.estimator,
             window=options.window,
             sinks=self.sinks,
-            key_list=options.key_list,
+            listed_keys=options.listed_keys,
             layers=options.layers,
             calibration=(
                 self._batches(self.texts.calibration, "calibrating")

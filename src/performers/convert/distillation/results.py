@@ -63,6 +63,8 @@ class ConversionRecord:
             if item.default is not MISSING
         }
         earlier |= content["options"]
+        # The name of the option in earlier runs.
+        earlier["listed_keys"] = earlier.pop("key_list", earlier["listed_keys"])
         changed = [
             f"{name} was {earlier.get(name)}, now {value}"
             for name, value in self.options.items()

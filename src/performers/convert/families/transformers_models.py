@@ -130,12 +130,12 @@ class TransformersModels(Family[AttentionModule]):
 
     def prepare(self, sites: Sequence[AttentionModule]) -> None:
         """Check lists of keys and weights, and try the model."""
-        listed = self.conversion.key_list
+        listed = self.conversion.listed_keys
         causal = [x.name for x in sites if x.is_cross or getattr(x.module, "is_causal", False)]
         if listed and causal:
             raise ValueError(
-                f"key_list={listed} is for self-attention to both sides, and {causal[0]} is "
-                "not: a decoder's running sums hold no lists; pass key_list=0 with a larger "
+                f"listed_keys={listed} is for self-attention to both sides, and {causal[0]} is "
+                "not: a decoder's running sums hold no lists; pass listed_keys=0 with a larger "
                 "window, or name the encoder's layers with layers="
             )
         if not self.is_loading:

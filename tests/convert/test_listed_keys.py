@@ -35,7 +35,7 @@ def blocks(model):
 def test_lists_of_every_key_give_the_original(name):
     model, given = build(name), inputs(name)
     expected = output(model, given)
-    got = output(converted(model, num_features=16, key_list=1000), given)
+    got = output(converted(model, num_features=16, listed_keys=1000), given)
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -43,7 +43,7 @@ def test_lists_of_every_key_give_the_original(name):
 def test_padding_is_not_listed(side):
     model, given = build("bert"), inputs("bert")
     mask = padding_mask(2, 20, side)
-    linear = converted(model, num_features=16, window=1, key_list=6)
+    linear = converted(model, num_features=16, window=1, listed_keys=6)
     outputs = [
         output(linear, {**given, "input_ids": torch.where(mask.bool(), given["input_ids"], x)},
                attention_mask=mask)[mask.bool()]
@@ -57,15 +57,15 @@ def test_longer_lists_come_closer_to_the_original():
     expected = output(model, given)
     errors = []
     for count in (0, 12, 40):
-        linear = converted(model, **FITTED, key_list=count, calibration=[given])
+        linear = converted(model, **FITTED, listed_keys=count, calibration=[given])
         errors.append(float((output(linear, given) - expected).square().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
 def test_lists_are_fitted_to_the_queries_of_the_calibration():
     model, given = build("bert"), inputs("bert", rows=4, length=60)
-    drawn = converted(model, num_features=16, key_list=6)
-    fitted = converted(model, **FITTED, key_list=6, calibration=[given])
+    drawn = converted(model, num_features=16, listed_keys=6)
+    fitted = converted(model, **FITTED, listed_keys=6, calibration=[given])
     padded = {**inputs("bert", rows=4, length=60)}
     padded["attention_mask"] = torch.ones(4, 60, dtype=torch.long)
     padded["attention_mask"][:, 50:] = 0
@@ -76,7 +76,7 @@ def test_lists_are_fitted_to_the_queries_of_the_calibration():
     other = {**padded, "input_ids": padded["input_ids"].clone()}
     other["input_ids"][:, 50:] = 3
     first, second = (
-        converted(model, **FITTED, key_list=6, calibration=[x]) for x in (padded, other)
+        converted(model, **FITTED, listed_keys=6, calibration=[x]) for x in (padded, other)
     )
     for x, y in zip(blocks(first), blocks(second), strict=True):
         torch.testing.assert_close(x.buckets.centers, y.buckets.centers)
@@ -84,8 +84,8 @@ def test_lists_are_fitted_to_the_queries_of_the_calibration():
 
 def test_lists_are_fitted_beside_features_that_are_not():
     given = inputs("bert", rows=4, length=60)
-    drawn = converted(build("bert"), num_features=16, key_list=6)
-    fitted = converted(build("bert"), num_features=16, key_list=6, calibration=[given])
+    drawn = converted(build("bert"), num_features=16, listed_keys=6)
+    fitted = converted(build("bert"), num_features=16, listed_keys=6, calibration=[given])
     for x, y in zip(blocks(drawn), blocks(fitted), strict=True):
         assert torch.equal(x.feature_map.weight, y.feature_map.weight)
         assert not torch.allclose(x.buckets.centers, y.buckets.centers)
@@ -93,7 +93,7 @@ def test_lists_are_fitted_beside_features_that_are_not():
 
 def test_attention_maps_have_the_listed_pairs():
     model, given = build("bert"), inputs("bert")
-    linear = converted(model, num_features=16, key_list=1000)
+    linear = converted(model, num_features=16, listed_keys=1000)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected, got = (x(**given, output_attentions=True).attentions for x in (model, linear))
@@ -104,7 +104,7 @@ def test_attention_maps_have_the_listed_pairs():
 def test_distillation_keeps_the_lists():
     teacher = build("bert")
     given = inputs("bert", rows=4, length=40)
-    student = converted(copy.deepcopy(teacher), **FITTED, key_list=6, calibration=[given])
+    student = converted(copy.deepcopy(teacher), **FITTED, listed_keys=6, calibration=[given])
     data = [{"input_ids": x} for x in token_ids(6, 40)]
     result = distill(student, teacher, data, transfer_steps=3, steps=3, batch_size=2)
     assert result.finished
@@ -119,11 +119,15 @@ def test_distillation_keeps_the_lists():
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("gpt2", {"key_list": 4}, "a decoder's running sums hold no lists"),
-        ("bart", {"key_list": 4}, "a decoder's running sums hold no lists"),
-        ("bert", {"key_list": -1}, "key_list must be an integer of at least 0, got -1"),
-        ("bert", {"key_list": 2.0}, "key_list must be an integer"),
-        ("bert", {"key_list": 4, "estimator": "trigonometric"}, "key_list needs positive features"),
+        ("gpt2", {"listed_keys": 4}, "a decoder's running sums hold no lists"),
+        ("bart", {"listed_keys": 4}, "a decoder's running sums hold no lists"),
+        ("bert", {"listed_keys": -1}, "listed_keys must be an integer of at least 0, got -1"),
+        ("bert", {"listed_keys": 2.0}, "listed_keys must be an integer"),
+        (
+            "bert",
+            {"listed_keys": 4, "estimator": "trigonometric"},
+            "listed_keys needs positive features",
+        ),
     ],
 )
 def test_what_cannot_have_lists_is_refused(name, options, sentence):
@@ -137,7 +141,7 @@ def test_what_cannot_have_lists_is_refused(name, options, sentence):
 def test_the_encoder_of_an_encoder_decoder_can_have_lists():
     model = build("bart")
     encoder_layers = len(model.model.encoder.layers)
-    linear = converted(model, num_features=16, key_list=4, layers=range(encoder_layers))
+    linear = converted(model, num_features=16, listed_keys=4, layers=range(encoder_layers))
     assert len(blocks(linear)) == encoder_layers
 
 
@@ -148,12 +152,12 @@ def test_other_models_are_refused():
     )  # fmt: skip
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, batch_first=True), 1)
     for model in (PerformerModel(config), encoder):
-        with pytest.raises(ValueError, match="key_list=4 is for encoders among transformers"):
-            to_performer(model, key_list=4)
+        with pytest.raises(ValueError, match="listed_keys=4 is for encoders among transformers"):
+            to_performer(model, listed_keys=4)
 
 
 def test_packed_sequences_are_refused():
-    linear = converted(build("bert"), num_features=16, key_list=4)
+    linear = converted(build("bert"), num_features=16, listed_keys=4)
     block = blocks(linear)[0]
     query = torch.randn(2, 4, 20, 8)
     boundaries = torch.tensor([0, 10, 20, 30, 40], dtype=torch.int32)
