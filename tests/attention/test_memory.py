@@ -92,6 +92,7 @@ def test_what_autograd_saves_is_linear(backend, mode):
     assert saved[1] <= 3.5 * max(saved[0], 3 * HEADS * HEAD_DIM * SHORT)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 @pytest.mark.parametrize("backend", TESTED)
 def test_inference_holds_one_block(backend, mode):

@@ -9,6 +9,7 @@ from tests.attention.cases import TESTED, assert_close_rows, make_call, stream
 from tests.features.cases import by_name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", [by_name("positive"), by_name("relu")], ids=str)
 @pytest.mark.parametrize("backend", TESTED)
 def test_five_thousand_single_steps_stay_accurate(backend, case):

@@ -51,6 +51,7 @@ def test_awkward_lengths(backend, mode, length, window):
         check_values(make_call(case, length, mode, seed=length, window=window), backend)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("window", [0, 20, 100])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", TESTED)

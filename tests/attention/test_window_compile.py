@@ -51,6 +51,7 @@ def test_packed(backend, mode):
     assert_compiled_equals_eager(call, "aot_eager", backend)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options", [{"window": 5, "sinks": 2}, {"window": 70}, {"sinks": 66}], ids=str
 )
@@ -98,6 +99,7 @@ def run_at_lengths(call, backend, lengths, stance):
         torch.testing.assert_close(out, run(*rows), rtol=0, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", TESTED)
 def test_sinks_compile_once_for_all_lengths(backend):
     call = make_call(by_name("positive"), 260, batch=1, sinks=2)

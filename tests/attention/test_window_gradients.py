@@ -51,6 +51,7 @@ def test_windows_and_lengths(backend, mode, window, sinks):
         check_against_oracle(call, backend)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", TESTED)
 def test_more_than_one_block(backend, mode):

@@ -28,6 +28,7 @@ def call_of(mode, length, window, packed=False):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mode", "packed"), MODES)
 @pytest.mark.parametrize("backend", TESTED)
 def test_forward_and_backward(backend, mode, packed):
@@ -41,6 +42,7 @@ def test_forward_and_backward(backend, mode, packed):
     assert long < 2.2 * short, peaks
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mode", "packed"), MODES)
 @pytest.mark.parametrize("backend", TESTED)
 def test_inference(backend, mode, packed):

@@ -151,6 +151,7 @@ def longer():
     return pair(transformers.BertForMaskedLM, config)
 
 
+@pytest.mark.exhaustive
 def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch):
     """Where it is measured, both models are given as many positions as are asked for."""
     tasks = []

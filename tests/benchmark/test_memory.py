@@ -54,6 +54,7 @@ def test_a_probe_sees_the_output_of_the_call_and_nothing_else():
     assert 0.9 * output <= run_probe(TASK, threads=1).nbytes < 1.2 * output
 
 
+@pytest.mark.exhaustive
 def test_a_failing_probe_says_why():
     with pytest.raises(ProbeError, match="exit code 1: KeyError: 'nobody'"):
         run_probe({**TASK, "contestant": "nobody"}, threads=1)

@@ -86,6 +86,7 @@ def test_exact_attention_stops_where_it_is_told():
     assert list(statuses.values()).count("measured") == 7
 
 
+@pytest.mark.exhaustive
 def test_memory_of_a_step_holds_the_model_and_its_optimiser():
     parameters = sum(p.numel() for p in Shape(size="small").model("identity").parameters())
     model = {"size": "small", "objective": "clm"}

@@ -147,6 +147,7 @@ def test_it_needs_no_package_that_reads_proteins():
     assert "performers benchmark" in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("module", "arguments", "extra"),
     [

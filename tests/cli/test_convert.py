@@ -103,6 +103,7 @@ def test_a_decoder_is_converted_measured_and_saved(causal, tmp_path):
     assert not any("Writing" in line or "Warning" in line for line in lines)
 
 
+@pytest.mark.exhaustive
 def test_the_saved_model_is_the_one_that_was_measured(causal, tmp_path, undrawn):
     folder = tmp_path / "out"
     run_command("convert", *causal, "--output", folder, *SMALL, "--no-speed")
@@ -123,6 +124,7 @@ def test_the_saved_model_is_the_one_that_was_measured(causal, tmp_path, undrawn)
     assert (folder / "conversion.png").read_text() == "1 panels"
 
 
+@pytest.mark.exhaustive
 def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
     """BERT's 40 positions are fewer than the lengths at which speed is measured."""
     folder = tmp_path / "out"
@@ -142,6 +144,7 @@ def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
     assert (folder / "conversion.png").read_text() == "2 panels"
 
 
+@pytest.mark.exhaustive
 def test_an_encoder_without_head_is_compared_by_its_embeddings(masked, tmp_path, undrawn):
     transformers.BertModel.from_pretrained(masked[0]).save_pretrained(masked[0])
     folder = tmp_path / "out"
@@ -239,6 +242,7 @@ def test_an_interrupted_training_is_resumed_to_the_same_model(causal, tmp_path, 
     ]
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_is_not_done_again(causal, tmp_path, undrawn, monkeypatch):
     arguments = ["convert", *causal, *SMALL, "--output", tmp_path / "out"]
     run_command(*arguments, "--no-speed")
@@ -253,6 +257,7 @@ def test_a_finished_run_is_not_done_again(causal, tmp_path, undrawn, monkeypatch
     assert "Forward pass" in out
 
 
+@pytest.mark.exhaustive
 def test_a_run_older_than_an_option_goes_on_with_its_default(causal, tmp_path, undrawn):
     arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
     run_command(*arguments)

@@ -8,7 +8,7 @@ import pytest
 from performers import features
 from performers.app import options as app_options
 from performers.cli import study
-from performers.models import configuration
+from performers.models import registry
 from performers.proteins import options
 from performers.proteins.options import TrainingOptions
 from performers.study import presets
@@ -112,7 +112,7 @@ def test_help_needs_no_torch():
 
 
 def test_names_that_help_spells_are_those_of_the_packages():
-    assert options.ATTENTIONS == configuration.ATTENTIONS
+    assert tuple(registry.ATTENTIONS) == options.ATTENTIONS
     assert app_options.ESTIMATORS == features.ESTIMATORS
     assert app_options.PROJECTIONS == features.PROJECTIONS
     assert set(options.ESTIMATORS) == {*features.ESTIMATORS} - {*features.CALIBRATED}

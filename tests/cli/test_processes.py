@@ -26,6 +26,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_ctrl_c_from_outside_leaves_a_run_that_resumes(tmp_path, fasta):
     arguments = [fasta, *flags(steps=80, save_steps=5, redraw_steps=7, dropout=0.2)]
     output = tmp_path / "model"
@@ -53,6 +54,7 @@ def test_ctrl_c_from_outside_leaves_a_run_that_resumes(tmp_path, fasta):
     assert same_weights(output, tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("missing", "arguments"),
     [("typer", ["--help"]), ("transformers", ["train", "x.fasta", "--output", "x"])],
@@ -92,6 +94,7 @@ main()
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_train_one_model_and_stop_and_resume_together(tmp_path, fasta):
     """Two processes take the batches that one takes in two accumulated halves of a step."""
     script, one, two = tmp_path / "stopped.py", tmp_path / "one", tmp_path / "two"

@@ -89,6 +89,7 @@ def test_left_padding_of_a_decoder_makes_no_difference(name):
     torch.testing.assert_close(padded[1:, 7:], alone, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["bert", "llama", "whisper"])
 def test_features_alone_approach_the_original(name):
     model, given = sharpen(build(name), deviation=0.05), inputs(name)
@@ -139,6 +140,7 @@ def test_autocast():
     assert (got.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("layers", [[0], [-1], [0, 1]])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_layers_says_which_become_linear(name, layers):

@@ -38,6 +38,7 @@ def assert_other_features(first, second):
     assert any(y is None or not torch.allclose(x, y, atol=1e-2) for x, y in pairs)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["bert", "llama", "gemma3", "vit", "bart", "whisper"])
 def test_batches_add_up(name):
     model, whole = build(name), inputs(name, rows=6, length=24)
@@ -48,6 +49,7 @@ def test_batches_add_up(name):
     assert_other_features(streamed, converted(model, num_features=32, window=2))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])
 def test_padding_is_not_part_of_the_statistics(name, side):
@@ -76,6 +78,7 @@ def test_calibration_sees_the_exact_model():
         torch.testing.assert_close(buffers(every)[name], tensor)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_calibration_lowers_the_error_of_the_output(name):
     model = sharpen(build(name), deviation=0.15)

@@ -62,6 +62,7 @@ def assert_same_run(found, whole):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
@@ -87,6 +88,7 @@ def test_a_run_without_an_undamaged_checkpoint_is_refused(folder):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.exhaustive
 def test_what_the_transfer_learnt_is_checked_and_made_again(folder, whole):
     learnt = folder / "transferred"
     change(learnt / "parameters.safetensors")

@@ -114,6 +114,7 @@ def test_transfer_begins_at_the_calibrated_features():
     assert isinstance(block.feature_map, LearnedFeatures)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("kind", "loss"), [("llama", "logits"), ("bert", "hidden"), ("bert", "embedding")]
 )

@@ -43,6 +43,7 @@ def test_sampling_with_and_without_a_cache(name):
     assert torch.equal(*runs)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "bart", "whisper"])
 def test_beams_with_and_without_a_cache(name, count):

@@ -52,6 +52,7 @@ def test_padding_is_not_listed(side):
     torch.testing.assert_close(*outputs, atol=0, rtol=0)
 
 
+@pytest.mark.exhaustive
 def test_longer_lists_come_closer_to_the_original():
     model, given = build("bert"), inputs("bert", rows=4, length=60)
     expected = output(model, given)
@@ -101,6 +102,7 @@ def test_attention_maps_have_the_listed_pairs():
         torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_distillation_keeps_the_lists():
     teacher = build("bert")
     given = inputs("bert", rows=4, length=40)

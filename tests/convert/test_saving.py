@@ -98,6 +98,7 @@ def test_a_fresh_process_computes_the_same_to_the_bit(tmp_path):
     assert "favor" not in result.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_pickled_model_runs_in_a_process_that_imports_torch_alone(tmp_path):
     model, given = case("exact terms")
     given["attention_mask"] = padding_mask(2, 20, "left")
@@ -471,6 +472,7 @@ def test_generation_settings_survive(folder):
     assert torch.equal(load_performer(folder).generate(**given, **options), expected)
 
 
+@pytest.mark.exhaustive
 def test_trainer_takes_a_loaded_model_and_goes_on_from_its_checkpoints(folder, tmp_path):
     model, _ = saved("exact terms", folder)
     loaded = type(model).from_pretrained(folder)

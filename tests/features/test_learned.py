@@ -93,6 +93,7 @@ def test_the_source_is_left_alone():
     assert all(torch.equal(before[name], x) for name, x in features.state_dict().items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     [{}, {"is_causal": True}, {"window": 1}, {"window": 1, "sinks": 1, "is_causal": True}],

@@ -102,6 +102,7 @@ def test_the_bias_of_smreg_vanishes_as_one_over_the_dimension():
         assert lack == pytest.approx(sum_norm**2 / 4, rel=0.01)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("projection", ["gaussian", "orthogonal", "simplex", "hadamard"])
 @pytest.mark.parametrize("head_dim", [4, 16, 64])
 def test_the_measured_bias_of_smreg(head_dim, projection):

@@ -185,6 +185,7 @@ except ImportError as error:
 """
 
 
+@pytest.mark.exhaustive
 def test_without_transformers_the_message_names_the_extra():
     result = subprocess.run(
         [sys.executable, "-c", BLOCKED],

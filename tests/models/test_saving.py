@@ -167,6 +167,7 @@ print("all equal")
 """
 
 
+@pytest.mark.exhaustive
 def test_a_fresh_process_loads_the_same_models(tmp_path):
     for model_class in CLASSES:
         model = build(model_class)

@@ -20,6 +20,7 @@ GRID = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_errors_on_unseen_sequences_are_as_promised(is_causal):
     kind = {"heads": 4, "length": 128}

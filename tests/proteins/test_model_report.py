@@ -86,6 +86,7 @@ def test_the_page_loads_nothing_and_escapes_names(folder, tmp_path):
     }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("attention", ["favor-relu", "exact", "identity"])
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 def test_every_kind_of_model_has_a_report(tmp_path, attention, objective):

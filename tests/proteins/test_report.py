@@ -251,6 +251,7 @@ def test_models_are_put_side_by_side(tmp_path: Path) -> None:
             assert f"{site.enrichment:.2f}× ({site.head})" in text
 
 
+@pytest.mark.exhaustive
 def test_known_sites_are_marked_and_tabled(tmp_path: Path) -> None:
     plain, marked, beyond = (_analysis(sites=sites) for sites in ((), (3, 7), (3, 41, 50)))
     pages = [

@@ -141,6 +141,7 @@ def test_a_second_signal_interrupts_at_once(tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.exhaustive
 def test_a_run_stopped_again_and_again(tmp_path, whole):
     for step in (1, 3, 5):
         interrupt(tmp_path, step, resume=step > 1)
@@ -150,6 +151,7 @@ def test_a_run_stopped_again_and_again(tmp_path, whole):
     assert result["seconds"] > 0
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "options",
     [
@@ -166,6 +168,7 @@ def test_every_kind_of_run_resumes(tmp_path, options):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("content", [None, '{"global_step": 6', '{"global_step": 3}'])
 def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, whole, content):
     folder = tmp_path / "run"

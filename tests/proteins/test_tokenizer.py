@@ -144,6 +144,7 @@ def test_too_large_a_vocabulary_is_refused(tokenizer):
         encode_sequences(tokenizer, ["MK"])
 
 
+@pytest.mark.exhaustive
 def test_a_saved_tokenizer_loads_in_a_fresh_process_without_this_package(tokenizer, tmp_path):
     # A model folder with a type that transformers alone does not know, saved after a call whose
     # settings the backend keeps.

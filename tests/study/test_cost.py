@@ -49,6 +49,7 @@ def test_the_row_is_the_one_given(answers):
     assert given[0]["row"] == ROW.tolist()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_row_is_measured(backward):
     found = measure_cost(TRAINING, ROW, backward=backward, repeats=1, threads=1)

@@ -45,6 +45,7 @@ def in_model_order(x):
     return x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("how", ["every size", "marked"])
 @pytest.mark.parametrize("mode", ["bidirectional", "causal"])
 def test_one_graph_for_all_lengths(mode, how):

@@ -32,9 +32,6 @@ ELSEWHERE = (
 CORE = (
     "native/test_gradients.py",
     "native/test_listed.py",
-    "native/test_threads.py",
-    "test_values.py",
-    "test_window.py",
     "test_window_gradients.py",
     "test_nonfinite.py",
 )
@@ -61,7 +58,7 @@ def run_battery(isa, paths, least):
 
 @pytest.mark.parametrize("isa", OTHERS)
 def test_the_core_of_the_battery(isa):
-    run_battery(isa, CORE, 500)
+    run_battery(isa, CORE, 200)
 
 
 @pytest.mark.slow

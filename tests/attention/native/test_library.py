@@ -124,6 +124,7 @@ def test_threads_say_it_once(installation):
     assert result.stderr.count("native backend is not available") == 1
 
 
+@pytest.mark.exhaustive
 def test_the_first_call_may_be_compiled(installation):
     """Looking for the library is nothing that a trace would have to follow."""
     result = installation.run(
@@ -183,6 +184,7 @@ OTHER_LIBRARIES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("source", OTHER_LIBRARIES, ids=["another version", "another library"])
 def test_a_library_of_other_sources(installation, tmp_path, source):
     message = OTHER_LIBRARIES[source]
@@ -211,6 +213,7 @@ def test_the_library_is_used_where_it_is(installation):
     assert result.stderr == ""
 
 
+@pytest.mark.exhaustive
 @BUILT
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_instruction_set_can_be_chosen(isa):

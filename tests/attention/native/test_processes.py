@@ -78,6 +78,7 @@ def test_a_data_loader_worker():
         assert torch.equal(out, expected[i % 2])
 
 
+@pytest.mark.exhaustive
 def test_a_spawned_child():
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -130,6 +131,7 @@ print(len(before), count() - started)
 """
 
 
+@pytest.mark.exhaustive
 @LINUX
 def test_no_second_openmp_runtime_and_no_second_pool():
     """Two runtimes' threads would spin against each other after every call.

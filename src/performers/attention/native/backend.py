@@ -12,6 +12,7 @@ from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.native.listed_operators import kernel_rows
 from performers.attention.native.operators import Inputs, favor_forward
 from performers.attention.state import FavorState
+from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
 from performers.features.draws import is_traced, is_transformed
 
@@ -28,6 +29,9 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
         Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``call.dtype``, and the
         state or None.
     """
+    if 0 in call.query.shape or 0 in call.value.shape:
+        # Nothing is summed: zeros of the right shapes, and their graph.
+        return torch_backend.attend(call)
     if call.lists is not None:
         return _attend_with_lists(call), None
     out, _, _, *sums, _ = favor_forward(*Inputs.of(call))
@@ -126,8 +130,6 @@ def uncovered(call: AttentionCall) -> str | None:
             return "for exponential features with an epsilon or without a projection"
     elif form.function not in _RECTIFIERS:
         return "for elementwise features of other functions than relu"
-    if 0 in call.query.shape or 0 in call.value.shape:
-        return "for empty inputs"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
     if is_transformed():
         return "inside transforms of torch.func and forward-mode differentiation"
