@@ -12,7 +12,7 @@ import itertools
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -21,19 +21,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: idle threads of one worker leave the cores to the other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Files whose tests share what takes minutes to make: one worker runs them all.
-_TOGETHER = ("tests/study/test_study.py",)
+# Tests that share nothing made for a file: a function of theirs can go to either worker.
+_APART = ("tests/attention/", "tests/features/", "tests/models/")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hand out one function with all its parameters at a time, the largest first."""
+    """Hand out one file, or one function with all its parameters, at a time, the largest first."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::", 1)[0]
-            return file if file in _TOGETHER else nodeid.split("[", 1)[0]
+            return nodeid.split("[" if nodeid.startswith(_APART) else "::", 1)[0]
 
     return Scheduling(config, log)
 
@@ -61,7 +60,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep what was collected out of later garbage collections, of which it is most."""
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
+
+
+def _freeze() -> None:
+    """Keep what is alive, most of it made by imports, out of later garbage collections."""
     gc.collect()
     gc.freeze()
 
