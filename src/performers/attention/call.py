@@ -10,8 +10,8 @@ from performers.attention.exact_keys.listed_keys import KeyLists, ListedKeys, ch
 from performers.attention.exact_keys.window_and_sinks import (
     SinkKeys,
     check_window_and_sinks,
-    find_sinks,
-    join_recent,
+    find_sinks_,
+    join_recent_,
 )
 from performers.attention.state import FavorState, checked_state
 from performers.features import FeatureForm, FeatureMap
@@ -20,7 +20,7 @@ from performers.features.draws import with_same_draws
 from performers.features.precision import autocast_dtype, without_autocast
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
     """The arguments of ``favor_attention``, and what ``checked`` makes of them for backends.
 
@@ -80,11 +80,10 @@ class AttentionCall:
 
     def replaced(self, **changes: Any) -> "AttentionCall":
         """The same checked call with other values of some attributes."""
-        # What the compiler of torch 2.7 knows of copying a frozen dataclass.
+        # What the compiler of torch 2.7 knows of copying a dataclass.
         call = object.__new__(type(self))
-        put = object.__setattr__
         for name in _NAMES:
-            put(call, name, changes[name] if name in changes else getattr(self, name))
+            setattr(call, name, changes[name] if name in changes else getattr(self, name))
         return call
 
     def has_exact_pairs(self) -> bool:
@@ -92,7 +91,7 @@ class AttentionCall:
         return not (self.window is None and self.sink_keys is None and self.lists is None)
 
     def checked(self) -> "AttentionCall":
-        """The call as backends receive it.
+        """Check the arguments, bring them to the layout of backends, and return the call itself.
 
         Raises:
             ValueError: An argument does not fit.
@@ -126,29 +125,20 @@ class AttentionCall:
         given_query, given_key = query, key
         if form.query_transform is not None:
             query, key = _transformed(form, query, key, dtype)
-        call = self.replaced(
-            query=query,
-            key=key,
-            value=value,
-            key_mask=key_mask,
-            state=state,
-            form=form,
-            factor=resolve_scale(self.scale, query.shape[-1]),
-            segments=segments,
-            offset=0,
-            sink_keys=None,
-            lists=None,
-            dtype=dtype,
-        )
+        self.query, self.key, self.value, self.key_mask = query, key, value, key_mask
+        self.state, self.form, self.segments, self.dtype = state, form, segments, dtype
+        self.factor = resolve_scale(self.scale, query.shape[-1])
+        self.offset, self.sink_keys, self.lists = 0, None, None
         if self.sinks:
-            call = find_sinks(call)
+            find_sinks_(self)
         if self.listed_keys is not None:
             # Lists are made from queries and keys as they are given, not as a map balances them.
-            lists = self.listed_keys(
-                given_query, given_key, call.key_mask, is_causal=self.is_causal
+            self.lists = self.listed_keys(
+                given_query, given_key, self.key_mask, is_causal=self.is_causal
             )
-            call = call.replaced(lists=lists)
-        return join_recent(call) if self.window and state is not None else call
+        if self.window and state is not None:
+            join_recent_(self)
+        return self
 
     def _check_tensors(self) -> None:
         query, key, value = self.query, self.key, self.value

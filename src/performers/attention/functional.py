@@ -1,6 +1,6 @@
 """``favor_attention`` and ``favor_attention_weights``."""
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,22 @@ from performers.attention.state import FavorState
 from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class AttentionOptions(TypedDict, total=False):
+        """Options of ``favor_attention`` that do not change the type of its result."""
+
+        is_causal: bool
+        key_mask: Tensor | None
+        cu_seqlens: Tensor | None
+        scale: float | None
+        window: int | None
+        sinks: int
+        listed_keys: ListedKeys | None
+        state: FavorState | None
+        backend: str | None
+
 
 @overload
 def favor_attention(
@@ -23,7 +39,7 @@ def favor_attention(
     feature_map: FeatureMap,
     *,
     return_state: Literal[False] = ...,
-    **options: Any,
+    **options: "Unpack[AttentionOptions]",
 ) -> Tensor: ...
 
 
@@ -35,12 +51,11 @@ def favor_attention(
     feature_map: FeatureMap,
     *,
     return_state: Literal[True],
-    **options: Any,
+    **options: "Unpack[AttentionOptions]",
 ) -> tuple[Tensor, FavorState]: ...
 
 
-# The overloads tell apart the results only; their options are those that follow.
-def favor_attention(  # type: ignore[misc]
+def favor_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -70,8 +70,8 @@ def check_window_and_sinks(call: "AttentionCall", form: FeatureForm) -> None:
         )
 
 
-def find_sinks(call: "AttentionCall") -> "AttentionCall":
-    """The call with the first ``sinks`` keys that take part, of every sequence, set apart."""
+def find_sinks_(call: "AttentionCall") -> None:
+    """Set the first ``sinks`` keys that take part, of every sequence, apart from the others."""
     sinks, key, value, segments, state = (
         call.sinks,
         call.key,
@@ -114,9 +114,8 @@ def find_sinks(call: "AttentionCall") -> "AttentionCall":
         sink_key = state.sink_key.to(key.dtype).where(held, sink_key)
         sink_value = state.sink_value.to(value.dtype).where(held, sink_value)
         first = first.masked_fill(state.sink_mask, 0)
-    return call.replaced(
-        sink_keys=SinkKeys(sink_key, sink_value, first, index), key_mask=taking & ~is_sink
-    )
+    call.sink_keys = SinkKeys(sink_key, sink_value, first, index)
+    call.key_mask = taking & ~is_sink
 
 
 def _gather(x: Tensor, index: Tensor, packed: bool) -> Tensor:
@@ -132,8 +131,8 @@ def _gather(x: Tensor, index: Tensor, packed: bool) -> Tensor:
     return rows.where(known, 0.0)
 
 
-def join_recent(call: "AttentionCall") -> "AttentionCall":
-    """The call with the keys that its state kept in front of those it brings."""
+def join_recent_(call: "AttentionCall") -> None:
+    """Put the keys that the state kept in front of those of the call."""
     state, mask = call.state, call.key_mask
     assert state is not None
     assert state.recent_key is not None
@@ -141,12 +140,11 @@ def join_recent(call: "AttentionCall") -> "AttentionCall":
     assert state.recent_mask is not None
     if mask is None:
         mask = every_key(call.key)
-    return call.replaced(
-        key=torch.cat((state.recent_key.to(call.key.dtype), call.key), dim=2),
-        value=torch.cat((state.recent_value.to(call.value.dtype), call.value), dim=2),
-        key_mask=torch.cat((state.recent_mask, mask), dim=1),
-        offset=call.window,
-    )
+    assert call.window is not None
+    call.key = torch.cat((state.recent_key.to(call.key.dtype), call.key), dim=2)
+    call.value = torch.cat((state.recent_value.to(call.value.dtype), call.value), dim=2)
+    call.key_mask = torch.cat((state.recent_mask, mask), dim=1)
+    call.offset = call.window
 
 
 def complete_state(call: "AttentionCall", sums: FavorState) -> FavorState:
