@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from performers.attention import (
         FavorState,
+        KeyBuckets,
         ListedKeys,
         backends,
         favor_attention,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FavorState",
     "GeneralizedFeatures",
+    "KeyBuckets",
     "LearnedFeatures",
     "ListedKeys",
     "PerformerAttention",

@@ -1,12 +1,13 @@
 """From queries, keys, values and a feature map to outputs."""
 
 from performers.attention.backends import backends, use_backend
-from performers.attention.exact_keys.listed_keys import ListedKeys
+from performers.attention.exact_keys.listed_keys import KeyBuckets, ListedKeys
 from performers.attention.functional import favor_attention, favor_attention_weights
 from performers.attention.state import FavorState
 
 __all__ = [
     "FavorState",
+    "KeyBuckets",
     "ListedKeys",
     "backends",
     "favor_attention",

@@ -277,6 +277,10 @@ def check_listed_keys(
         )
 
 
+KeyBuckets = ListedKeys
+"""The earlier name of ``ListedKeys``, for programs that use it."""
+
+
 def _cluster(samples: Tensor, count: int, random: torch.Generator) -> Tensor:
     """K-means centres ``(heads, count, d)`` of ``(heads, n, d)``; some coincide if samples do."""
     start = torch.randperm(samples.shape[1], generator=random)[:count]
