@@ -87,7 +87,7 @@ class AttentionCall:
         return call
 
     def has_exact_pairs(self) -> bool:
-        """Whether some keys are met exactly."""
+        """Return True if some keys are met exactly."""
         return not (self.window is None and self.sink_keys is None and self.lists is None)
 
     def checked(self) -> "AttentionCall":

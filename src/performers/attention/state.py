@@ -76,7 +76,7 @@ class FavorState:
         return self._mapped(lambda tensor: tensor.to(device))
 
     def exact_keys(self) -> tuple[Tensor | None, ...]:
-        """What is kept besides the sums."""
+        """Fields besides the sums."""
         recent = (self.recent_key, self.recent_value, self.recent_mask)
         return (*recent, self.sink_key, self.sink_value, self.sink_mask)
 

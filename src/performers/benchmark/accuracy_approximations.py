@@ -169,7 +169,7 @@ def _only_exact(
 def _listed(
     listed_keys: ListedKeys, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
-    """Which keys are listed for which query, shape ``(B, H, L, S)``."""
+    """Mask of the keys that are listed for each query, shape ``(B, H, L, S)``."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     lists = listed_keys.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
     counts = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.uint8, device=query.device)

@@ -67,7 +67,7 @@ _SEED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds(Options):
-    """How often and how long things are timed."""
+    """Repetitions and duration of timings."""
 
     repeats: int = option(default=9, **_REPEATS)
     min_time: float = option(default=0.5, **_MIN_TIME)
@@ -77,7 +77,7 @@ class Rounds(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Rounds):
-    """How times and memory are measured."""
+    """Repetitions and duration of timings, and measurement of memory."""
 
     max_seconds: float = option(
         "Calls predicted to take longer are skipped, and shown as skipped.",

@@ -248,7 +248,7 @@ def check_listed_keys(
         key_heads: Key heads after one is made for each head of the feature map.
 
     Raises:
-        ValueError: They do not go with the features, the shapes, or other options.
+        ValueError: ``listed_keys`` does not fit the features, the shapes or another option.
     """
     if not isinstance(listed_keys, ListedKeys):
         raise ValueError(

@@ -114,7 +114,7 @@ def _unseen_sink(call: AttentionCall) -> SinkKeys:
 
 
 def uncovered(call: AttentionCall) -> str | None:
-    """What keeps the kernels from computing a call; None when they can.
+    """Reason why the kernels cannot compute a call, or None.
 
     They take float32, bfloat16 and float16 on the CPU, with exponential or ReLU features.
     """
@@ -137,7 +137,7 @@ def uncovered(call: AttentionCall) -> str | None:
 
 
 def _exports_onnx() -> bool:
-    """Whether ``torch.onnx.export`` is at work: operators have no translation to ONNX."""
+    """Return True inside ``torch.onnx.export``, for which operators have no translation."""
     # The first two are cheap; the last one imports modules when it is first called.
     return (torch.compiler.is_exporting() or is_traced()) and torch.onnx.is_in_onnx_export()
 
