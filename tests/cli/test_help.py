@@ -18,7 +18,7 @@ from tests.proteins.runs import finish, start
 COMMANDS = [
     *("train", "evaluate", "embed", "generate", "report", "demo", "probe", "convert"),
     *("data swissprot", "data go-labels", "study proteins"),
-    *("benchmark attention", "benchmark model", "benchmark decode", "benchmark accuracy"),
+    *("benchmark attention", "benchmark model", "benchmark decode"),
 ]
 
 

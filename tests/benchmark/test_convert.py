@@ -3,17 +3,17 @@
 import copy
 import json
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 import transformers
 
-from performers.benchmark import converted as forward
-from performers.benchmark import converted_decode as decode
-from performers.benchmark import groups
-from performers.benchmark.converted import measure_speed
-from performers.benchmark.converted_decode import measure_decoding
-from performers.benchmark.memory import Peak, memory_is_measurable
+from performers.benchmark import measure
+from performers.benchmark.cases import convert, decode
+from performers.benchmark.cases.convert import measure_decoding, measure_speed
+from performers.benchmark.cases.decode import ModelDecoder
+from performers.benchmark.memory import memory_is_measurable
 from performers.benchmark.settings import Rounds, Sampling
 from performers.convert import extend_positions_, to_performer
 from tests.benchmark.tiny_models import bert_config, llama_config
@@ -51,7 +51,7 @@ def berts():
 def seen(monkeypatch):
     """The lengths that each model is run on."""
     calls = Counter()
-    before = forward.forward_call
+    before = convert.forward_call
 
     def counted(model, tokens):
         call = before(model, tokens)
@@ -63,7 +63,7 @@ def seen(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(forward, "forward_call", counted)
+    monkeypatch.setattr(convert, "forward_call", counted)
     return calls
 
 
@@ -90,8 +90,8 @@ def test_both_models_run_equally_often_on_the_same_lengths(berts, seen):
 def test_a_causal_model_computes_the_logits_of_the_last_token(llamas, monkeypatch):
     shapes = []
     for model in llamas:
-        tokens = forward._tokens(model, 2, 12, 0)
-        output = forward.forward_call(model, tokens)()
+        tokens = convert._tokens(model, 2, 12, 0)
+        output = convert.forward_call(model, tokens)()
         shapes.append(output.shape)
         with torch.no_grad():
             full = model(input_ids=tokens).logits
@@ -100,7 +100,7 @@ def test_a_causal_model_computes_the_logits_of_the_last_token(llamas, monkeypatc
 
 
 def test_no_token_is_padding(berts):
-    tokens = forward._tokens(berts[0], 4, 500, 0)
+    tokens = convert._tokens(berts[0], 4, 500, 0)
     assert int((tokens == berts[0].config.pad_token_id).sum()) == 0
     assert 0 <= int(tokens.min()) < int(tokens.max()) < 25
 
@@ -156,24 +156,25 @@ def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch)
     """Where it is measured, both models are given as many positions as are asked for."""
     tasks = []
 
-    def probe(task, *, threads):
-        tasks.append(task)
-        return Peak(1000 * len(tasks), "VmHWM")
+    def run_apart(function, *, threads):
+        tasks.append(function)
+        return [1000 * len(tasks), "VmHWM"]
 
-    monkeypatch.setattr(groups, "run_probe", probe)
-    monkeypatch.setattr(groups, "memory_is_measurable", lambda: True)
+    monkeypatch.setattr(measure, "run_apart", run_apart)
+    monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
     sampling = Sampling(repeats=1, min_time=0.0, memory_max_length=500)
     rows = measure_speed(*longer, (50, 600), sampling=sampling, folders=folders, seed=3)
     assert [row["peak_bytes"] for row in rows] == [1000, 2000, None, None]
-    assert [task["kind"] for task in tasks] == ["forward"] * 2
     for task, model in zip(tasks, berts, strict=True):
-        assert forward.probe_forward(task, 8)().shape == (1, 50, 25)
-        output = forward.probe_forward(task | {"length": 40}, 8)()
-        expected = forward.forward_call(model, forward._tokens(model, 1, 40, 3))()
-        torch.testing.assert_close(output, expected)
-    measure_speed(*longer, (50,), sampling=QUICK, folders=folders)
+        peaks = []
+        monkeypatch.setattr(convert, "peak_of", lambda call, peaks=peaks: peaks.append(call()))
+        task()
+        assert peaks[0].shape == (1, 50, 25)
+        partial(task, length=40)()
+        tokens = convert._tokens(model, 1, 40, 3)
+        torch.testing.assert_close(peaks[1], convert.forward_call(model, tokens)())
     measure_speed(*longer, (50,), sampling=sampling)
-    assert len(tasks) == 2, "without memory or folders nothing is measured"
+    assert len(tasks) == 2, "without folders nothing is measured"
 
 
 @pytest.mark.slow
@@ -207,32 +208,23 @@ def test_decoding_weighs_the_cache_and_times_the_steps(llamas):
     json.dumps(rows)
 
 
-def decoders(model, pretend):
-    """Decoders of a model after both contexts, and all tokens that it read."""
-    reader = decode._Reader(model, 2, 0)
-    read = []
-    before = reader._tokens
-
-    def kept(length):
-        tokens = before(length)
-        read.append(tokens)
-        return tokens
-
-    reader._tokens = kept
-    made = []
+def decoders(model):
+    """Decoders of a model after both contexts, with all tokens that each has read."""
+    reader, read = ModelDecoder(model, 2, 0), []
+    draw = reader._draw
+    reader._draw = lambda length: read.append(draw(length)) or read[-1]
     for context in CONTEXTS:
-        made.append(reader.read(context, pretend=pretend))
-        # The token that a decoder steps with is none of the context.
-        made[-1].tokens = torch.cat([*read[:-1], read[-1]], dim=1)
-        del read[-1]
-    return made
+        reader.extend(context)
+        decoder = reader.fork()
+        decoder.tokens = torch.cat([*read, decoder._token], dim=1)
+        yield decoder
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_step_is_the_next_row_of_the_whole_sequence(llamas, index, monkeypatch):
-    monkeypatch.setattr(decode, "_PREFILL", 50)
+    monkeypatch.setattr(decode, "_MODEL_PREFILL", 50)
     model = llamas[index]
-    for decoder, context in zip(decoders(model, False), CONTEXTS, strict=True):
+    for decoder, context in zip(decoders(model), CONTEXTS, strict=True):
         assert decoder.tokens.shape == (2, context + 1)
         with torch.no_grad():
             expected = model(input_ids=decoder.tokens, use_cache=False).logits[:, -1:]
@@ -240,24 +232,26 @@ def test_a_step_is_the_next_row_of_the_whole_sequence(llamas, index, monkeypatch
 
 
 def test_steps_of_exact_attention_are_taken_back(llamas):
-    decoder = decoders(llamas[0], False)[0]
+    decoder = next(decoders(llamas[0]))
     size, first = decoder.nbytes, decoder.step()
     decoder.step()
     assert decoder.nbytes > size
-    decoder.back()
+    decoder.begin(1)
     assert decoder.nbytes == size
     torch.testing.assert_close(decoder.step(), first)
 
 
 def test_the_original_repeats_the_keys_that_it_has_read(llamas, monkeypatch):
     monkeypatch.setattr(decode, "_REALLY_READ", 7)
-    reader = decode._Reader(llamas[0], 1, 0)
-    decoder = reader.read(80, pretend=True)
+    decoder = ModelDecoder(llamas[0], 1, 0, repeat=True)
+    decoder.extend(80)
+    size = decoder.nbytes
     for layer in decoder._cache.layers:
         assert layer.keys.shape[2] == 80
         for position in range(80):
             assert torch.equal(layer.keys[:, :, position], layer.keys[:, :, position % 7])
-    assert reader.read(160, pretend=True).nbytes == 2 * decoder.nbytes
+    decoder.extend(160)
+    assert decoder.nbytes == 2 * size
 
 
 def test_a_hybrid_keeps_keys_where_it_is_exact():

@@ -1,0 +1,1 @@
+"""How far attention through random features is from exact attention."""
