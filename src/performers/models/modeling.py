@@ -24,7 +24,6 @@ from performers.models.arguments import (
 from performers.models.attention import ResidualLinear
 from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
-from performers.models.comparators import LinformerMechanism
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.manifest import MANIFEST, check_manifest
@@ -96,11 +95,11 @@ class PerformerPreTrainedModel(PreTrainedModel):
                 # A fit that is not in the file has memory as it came.
                 module.reset_calibration_()
             return
-        if isinstance(module, LinformerMechanism):
-            if not getattr(module.key_projection, "_is_hf_initialized", False):
-                module.reset_parameters()
-            return
         super()._init_weights(module)
+        if _draws_its_parameters(module) and not all(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+        ):
+            module.reset_parameters()
         if isinstance(module, ResidualLinear) and not getattr(
             module.weight, "_is_hf_initialized", False
         ):
@@ -342,6 +341,12 @@ class PerformerModel(PerformerPreTrainedModel):
             waves = sinusoids(position_ids, self.config.hidden_size) * self.config.initializer_range
             return hidden_states + waves.to(hidden_states.dtype)
         return hidden_states
+
+
+def _draws_its_parameters(module: nn.Module) -> bool:
+    """Of a class, other than torch's own, that says how its parameters are drawn."""
+    kind = type(module)
+    return "reset_parameters" in vars(kind) and not kind.__module__.startswith("torch.")
 
 
 def _boundaries(starts: Tensor) -> Tensor:
