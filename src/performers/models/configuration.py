@@ -171,8 +171,8 @@ class PerformerConfig(PreTrainedConfig):
         """
         if self.attention not in ATTENTIONS:
             raise ValueError(
-                f"attention must be one of {tuple(ATTENTIONS)}, got {self.attention!r}; a mechanism "
-                "of another package is registered by importing the package (register_attention)"
+                f"attention must be one of {tuple(ATTENTIONS)}, got {self.attention!r}; import the "
+                "package that registers it, if it is one of another package (register_attention)"
             )
         for name, choices in (
             ("position_embedding", POSITIONS),
