@@ -141,7 +141,9 @@ def build_mechanism(
     """The mechanism of one layer."""
     attention = config.attention if layer is None else config.layer_attention(layer)
     entry = ATTENTIONS[attention]
-    entry.check_causal(attention, config.is_decoder)
+    entry.check_causal(config.is_decoder)
+    if attention == config.attention:
+        entry.complete_options(config.attention_options)
     return entry.build(config, generator)
 
 
@@ -213,7 +215,12 @@ for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
 register_attention("identity", lambda config, generator: IdentityMechanism(), cache=PassCacheLayer)
-register_attention("linformer", _linformer, not_causal="its projected keys mix all positions")
+register_attention(
+    "linformer",
+    _linformer,
+    fixed_length=True,
+    not_causal="its projected keys mix all positions",
+)
 register_attention("lsh", _lsh, shares_query=True)
 register_attention("local", _local)
 register_attention("bigbird", _bigbird)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from performers.features import FeatureMap, SoftmaxFeatures
 from performers.models.arguments import (
@@ -24,7 +25,6 @@ from performers.models.arguments import (
 from performers.models.attention import ResidualLinear
 from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
-from performers.models.comparators import LinformerMechanism
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.manifest import MANIFEST, check_manifest
@@ -45,6 +45,7 @@ class PerformerPreTrainedModel(PreTrainedModel):
     config_class = PerformerConfig
     base_model_prefix = "performer"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "embeddings"
     _no_split_modules: ClassVar[list[str]] = ["PerformerBlock"]
     # Assisted decoding needs to take tokens back, which a sum over the past cannot.
     _is_stateful = True
@@ -79,10 +80,6 @@ class PerformerPreTrainedModel(PreTrainedModel):
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _finish(self, output: Any, return_dict: bool | None) -> Any:
-        return_dict = _default(return_dict, getattr(self.config, "return_dict", True))
-        return output if return_dict else output.to_tuple()
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, FeatureMap):
@@ -96,11 +93,11 @@ class PerformerPreTrainedModel(PreTrainedModel):
                 # A fit that is not in the file has memory as it came.
                 module.reset_calibration_()
             return
-        if isinstance(module, LinformerMechanism):
-            if not getattr(module.key_projection, "_is_hf_initialized", False):
-                module.reset_parameters()
-            return
         super()._init_weights(module)
+        if _draws_its_parameters(module) and not all(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in module.parameters()
+        ):
+            module.reset_parameters()
         if isinstance(module, ResidualLinear) and not getattr(
             module.weight, "_is_hf_initialized", False
         ):
@@ -128,14 +125,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embeddings = value
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,11 +137,10 @@ class PerformerModel(PerformerPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         cache: PerformerCache | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> PerformerModelOutput | tuple[Any, ...]:
+    ) -> PerformerModelOutput:
         """Run the blocks.
 
         Args:
@@ -171,11 +160,11 @@ class PerformerModel(PerformerPreTrainedModel):
             output_hidden_states: Return the hidden states before each block and after the last;
                 of reversible blocks the mean of both streams. These keep all activations in
                 training if this or ``output_attentions`` is asked for.
-            return_dict: Return a ``ModelOutput`` rather than a tuple.
             cache: ``past_key_values`` under the name that transformers has given it since 5.24.
             cache_position: Position of the first token after those of the cache; only checked.
             **kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``seq_idx``, ``max_length_q`` and
-                ``max_length_k`` of transformers' padding-free collators, see ``sequence_ids``.
+                ``max_length_k`` of transformers' padding-free collators, see ``sequence_ids``;
+                ``return_dict=False`` for a tuple in place of a ``ModelOutput``.
 
         Returns:
             Final hidden states ``(B, L, hidden_size)`` and what was asked for.
@@ -224,13 +213,12 @@ class PerformerModel(PerformerPreTrainedModel):
         )
         hidden_states = self.final_norm(hidden_states)
         all_hidden_states.append(hidden_states)
-        output = PerformerModelOutput(
+        return PerformerModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             **{CACHE_KEYWORD: cache},
         )
-        return self._finish(output, return_dict)
 
     def _cache(
         self, past: PerformerCache | None, use_cache: bool | None, *, packed: bool
@@ -342,6 +330,12 @@ class PerformerModel(PerformerPreTrainedModel):
             waves = sinusoids(position_ids, self.config.hidden_size) * self.config.initializer_range
             return hidden_states + waves.to(hidden_states.dtype)
         return hidden_states
+
+
+def _draws_its_parameters(module: nn.Module) -> bool:
+    """Of a class, other than torch's own, that says how its parameters are drawn."""
+    kind = type(module)
+    return "reset_parameters" in vars(kind) and not kind.__module__.startswith("torch.")
 
 
 def _boundaries(starts: Tensor) -> Tensor:
