@@ -3,31 +3,21 @@
 import torch
 from torch import Tensor
 
+from performers.features import FUNCTIONS
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.configuration import POSITIONS
-from performers.models.registry import ATTENTIONS
 
-FAVOR = tuple(name for name in ATTENTIONS if name.startswith("favor-"))
+FAVOR = ("favor-softmax", *(f"favor-{name}" for name in FUNCTIONS))
 # One of each kind: exponential features, elementwise ones, keys and values, nothing.
 MAIN = ("favor-softmax", "favor-relu", "exact", "identity")
-FULL = tuple(ATTENTIONS)
-# A projection along the sequence has no causal form and cannot keep packed sequences apart.
-CAUSAL = tuple(name for name in ATTENTIONS if name != "linformer")
-COMPARATORS = ("linformer", "lsh", "local", "bigbird")
-CACHED = tuple(name for name in ATTENTIONS if name not in COMPARATORS)
-EVERY = tuple((name, causal) for causal in (False, True) for name in (CAUSAL if causal else FULL))
+# Not the registry, which studies add to.
+FULL = (*FAVOR, "exact", "identity")
+CAUSAL = CACHED = FULL
+EVERY = tuple((name, causal) for causal in (False, True) for name in FULL)
 POSITION_NAMES = POSITIONS
 
 VOCABULARY = 31
 PAD = 0
-
-# Sizes at which attention to a part of a short row is not attention to all of it.
-SMALL: dict[str, dict[str, object]] = {
-    "linformer": {"linformer_rank": 8},
-    "lsh": {"lsh_buckets": 4, "lsh_chunk_size": 3, "lsh_rounds": 3},
-    "local": {"window": 3},
-    "bigbird": {"bigbird_block_size": 2, "bigbird_global_blocks": 1, "bigbird_random_blocks": 1},
-}
 
 # Two ways to the same numbers in float64. Maps of both signs have normalisers near zero, which
 # make more of rounding.
@@ -47,7 +37,6 @@ def make_config(attention: str = "favor-softmax", **options: object) -> Performe
         # Large enough for attention to depart from uniform.
         "initializer_range": 0.2,
         "attention": attention,
-        **SMALL.get(attention, {}),
     }
     return PerformerConfig(**{**settings, **options})
 

@@ -150,8 +150,7 @@ def test_attention_matrices(attention, is_causal):
     for (value, (out, _)), weights in zip(results[: len(layers)], shown.attentions, strict=True):
         assert weights.shape == (2, 2, 9, 9)
         rows = weights.transpose(1, 2)[real]
-        if attention != "linformer":
-            torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), **TOLERANCE)
+        torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]), **TOLERANCE)
         if attention != "identity":
             assert (weights.permute(0, 3, 1, 2)[~real] == 0).all()
         if is_causal:

@@ -134,7 +134,7 @@ def test_options_that_are_refused(registered, attention, options, words):
     ],
 )
 def test_fields_of_earlier_versions_are_options(registered, tmp_path, attention, former, options):
-    del ATTENTIONS["lsh"]
+    ATTENTIONS.pop("lsh", None)
     registered("lsh", build_scaled, options=HashOptions)
     small().save_pretrained(tmp_path)
     file = tmp_path / "config.json"

@@ -9,7 +9,6 @@ from performers.models import (
     PerformerForMaskedLM,
     PerformerForSequenceClassification,
 )
-from performers.models.comparators import HashFeatures
 from tests.models.cases import (
     CACHED,
     EVERY,
@@ -98,8 +97,6 @@ def assert_equal_ways(found, **tolerance):
 @pytest.mark.parametrize(("attention", "is_causal"), EVERY)
 def test_gradients_are_those_of_autograd(attention, is_causal, kind):
     """In float64, through six layers with dropout (two for kernels of both signs)."""
-    if (attention, kind) == ("linformer", "packed"):
-        kind = "plain"
     model = make_model(
         attention,
         is_causal,
@@ -183,29 +180,6 @@ def test_random_numbers_of_an_accelerator_are_replayed():
     assert_equal_ways(both_ways(model, tokens(2, 12).cuda()), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("buckets", [8, 2**17])
-def test_buckets_are_those_of_the_forward_pass(buckets, monkeypatch):
-    """Rounding may put any token into another bucket; here it puts all of them there."""
-    model = masked_model(
-        "lsh", reversible=True, num_hidden_layers=4, lsh_buckets=buckets, lsh_chunk_size=4
-    )
-    if buckets > 2**15:
-        # Two buckets, whose numbers are the same in 16 bits.
-        once = HashFeatures.hash
-        monkeypatch.setattr(HashFeatures, "hash", lambda self, x: once(self, x) // 2**16 * 2**16)
-    ids = tokens(2, 40)
-    model(ids, labels=ids, output_hidden_states=True).loss.backward()
-    expected = gradients(model)
-    loss = model(ids, labels=ids).loss
-    whole = HashFeatures.hash
-    monkeypatch.setattr(HashFeatures, "hash", lambda self, x: whole(self, x).roll(7, dims=-1))
-    # Twice: what was kept is kept for as long as the graph.
-    for again in (True, False):
-        loss.backward(retain_graph=again)
-        for name, gradient in gradients(model).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-9, msg=name)
-
-
 def test_a_module_in_training_inside_a_model_in_evaluation():
     """Dropout as it is used for estimates of uncertainty."""
     model = masked_model(reversible=True, hidden_dropout_prob=0.3).eval()
@@ -285,7 +259,7 @@ def test_weights_that_change_before_the_backward_pass(attention, trained):
         loss.backward()
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "lsh"])
+@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu"])
 def test_features_that_are_redrawn_before_the_backward_pass(attention):
     model = masked_model(attention, reversible=True)
     ids = tokens(2, 9)
@@ -380,14 +354,12 @@ def bytes_held(layers, *, reversible, attention):
     return kept, held.peak - weights
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact", "lsh"])
+@pytest.mark.parametrize("attention", ["favor-softmax", "exact"])
 def test_depth_costs_no_activation_memory(attention):
     shallow, deep = (bytes_held(n, reversible=True, attention=attention) for n in (2, 12))
     ordinary = [bytes_held(n, reversible=False, attention=attention) for n in (2, 12)]
-    # Only states of the random number generators, 5 kB a branch, are kept for each block, and the
-    # buckets of 4 rows, 2 heads and 3 rounds in 2 bytes each.
-    buckets = 4 * 2 * 3 * 256 * 2 if attention == "lsh" else 0
-    assert deep[0] - shallow[0] < 1.1 * (20 * torch.get_rng_state().nbytes + 10 * buckets)
+    # Only states of the random number generators, 5 kB a branch, are kept for each block.
+    assert deep[0] - shallow[0] < 1.1 * 20 * torch.get_rng_state().nbytes
     assert ordinary[1][0] > 4.5 * ordinary[0][0]
     assert ordinary[1][0] > 10 * deep[0]
     assert deep[1] < 1.3 * shallow[1]
@@ -466,7 +438,7 @@ def test_gradients_through_a_cache():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact", "lsh"])
+@pytest.mark.parametrize("attention", ["favor-softmax", "exact"])
 def test_generation(attention):
     model = causal_model(attention, reversible=True, tie_word_embeddings=False, seed=3)
     ids = tokens(2, 9)

@@ -1,0 +1,1 @@
+"""Which attention suits proteins: models with different attentions, trained alike and compared."""
