@@ -8,22 +8,12 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer, PassCacheLayer
+from performers.models.cache import FavorCacheLayer
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
 from performers.models.registry import ATTENTIONS, register_attention
 from performers.nn import FavorAttention
-
-__all__ = [
-    "AttentionContext",
-    "ExactMechanism",
-    "FavorMechanism",
-    "IdentityMechanism",
-    "PerformerSelfAttention",
-    "ResidualLinear",
-    "build_mechanism",
-]
 
 
 class FavorMechanism(FavorAttention):
@@ -107,7 +97,7 @@ class ExactMechanism(nn.Module):
 
 
 class IdentityMechanism(nn.Module):
-    """Returns the values: a model with no attention at all."""
+    """Returns the values: a model without attention."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -169,21 +159,17 @@ register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
 for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
-register_attention("identity", lambda config, generator: IdentityMechanism(), cache=PassCacheLayer)
+register_attention("identity", lambda config, generator: IdentityMechanism(), cache=FavorCacheLayer)
 
 
 class ResidualLinear(nn.Linear):
-    """The last layer of a residual branch.
-
-    It starts with smaller weights than the others, so that the sum over all branches stays
-    bounded.
-    """
+    """Last layer of a residual branch, with smaller initial weights: the sum stays bounded."""
 
 
 class PerformerSelfAttention(nn.Module):
     """Projections, positions, mechanism, output projection.
 
-    Where queries are keys, too, ``query_key_value`` has two parts and not three.
+    ``query_key_value`` has two parts, and not three, where queries serve as keys.
     """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:

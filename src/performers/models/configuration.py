@@ -49,8 +49,8 @@ class PerformerConfig(PreTrainedConfig):
     Args:
         vocab_size: Tokens in the vocabulary.
         hidden_size: Width of the model.
-        num_hidden_layers: Blocks.
-        num_attention_heads: Heads; divides ``hidden_size``.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; divides ``hidden_size``.
         intermediate_size: Width inside the feed-forward blocks.
         hidden_act: Activation of the feed-forward blocks, by its transformers name.
         hidden_dropout_prob: Dropout on embeddings and on each block's two outputs.
@@ -62,12 +62,12 @@ class PerformerConfig(PreTrainedConfig):
             ``"exact"`` for softmax attention; ``"identity"`` for attention that returns its
             values, the most that any attention could save; or one that was added with
             ``register_attention``.
-        attention_options: Options of an attention that was registered with some, see
-            ``register_attention``; those left out have their defaults.
+        attention_options: Options of a registered mechanism, see ``register_attention``; missing
+            ones have their defaults.
         num_features: Random features per head; None takes the feature map's default.
         estimator: Softmax estimator, see ``SoftmaxFeatures``.
-        projection: How features are drawn, see ``draw_projection``; None for generalized kernels
-            without a projection.
+        projection: Distribution of the projection, see ``draw_projection``; None for generalized
+            kernels without one.
         regularized: Fixed row lengths for softmax features (SMREG).
         window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly.
             None is features alone.
@@ -78,13 +78,13 @@ class PerformerConfig(PreTrainedConfig):
         features_per_head: Draw a projection per head rather than one per layer.
         reversible: Residual blocks in two streams, ``y1 = x1 + attention(norm(x2))`` and
             ``y2 = x2 + mlp(norm(y1))``, from two copies of the embeddings to the mean of both
-            (Gomez et al. 2017; Kitaev et al. 2020): activations are computed again in the backward
-            pass from those of the last block, so that depth costs no activation memory, except
-            for discrete choices that an attention keeps. The weights are those of an ordinary
-            model, the function is another. Hooks on blocks are refused, see ``run_reversible``.
-        chunk_size_feed_forward: Tokens that feed-forward blocks work on at a time, whose inner
-            activations are computed again in the backward pass; 0 for all at once.
-        layer_norm_eps: Of the layer norms.
+            (Gomez et al. 2017; Kitaev et al. 2020). The backward pass recomputes activations from
+            those of the last block, so that depth costs no activation memory. The weights are those
+            of an ordinary model, the function is another. Hooks on blocks are refused, see
+            ``run_reversible``.
+        chunk_size_feed_forward: Number of tokens that feed-forward blocks process at a time, with
+            inner activations recomputed in the backward pass; 0 for all at once.
+        layer_norm_eps: Epsilon of the layer norms.
         initializer_range: Standard deviation of initial weights.
         is_decoder: Attention is causal.
         use_cache: Causal models return their recurrent state; attentions to compare with have
@@ -136,7 +136,7 @@ class PerformerConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check all options; ``kwargs`` are those that are common to transformers configurations.
+        """Check all options; ``kwargs`` are those common to transformers configurations.
 
         Raises:
             ValueError: An option is unknown or out of range.
@@ -194,7 +194,7 @@ class PerformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check_exact_layers(self) -> None:
-        """Put the layers in order, as a list that JSON can hold; None for none."""
+        """Check ``exact_layers`` and make them a sorted list, or None."""
         layers = list(self.exact_layers or ())
         self.exact_layers = sorted(set(layers)) or None
         if layers and not self.attention.startswith("favor-"):
@@ -211,18 +211,18 @@ class PerformerConfig(PreTrainedConfig):
             )
 
     def _take_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Options of the attention that earlier versions saved as fields of their own."""
-        found = {}
+        """Options of the attention that earlier versions saved as fields."""
+        options = {}
         for attention, names in _FORMER_FIELDS.items():
             for former, option in names.items():
                 value = kwargs.pop(former, getattr(self, former, None))
                 if attention == self.attention and value is not None:
-                    found[option] = value
+                    options[option] = value
         if ATTENTIONS[self.attention].options is None:
             return {}
-        if "window" in found:
+        if "window" in options:
             self.window = None
-        return found
+        return options
 
     @property
     def head_dim(self) -> int:
@@ -231,12 +231,12 @@ class PerformerConfig(PreTrainedConfig):
 
     @property
     def projected_heads(self) -> int | None:
-        """Heads with a projection of their own, or None when all share one."""
+        """Number of projections if each head has one, or None if all heads share one."""
         return self.num_attention_heads if self.features_per_head else None
 
     @property
     def longest_input(self) -> int | None:
-        """Most tokens in a sequence, which learned positions and some mechanisms limit, or None."""
+        """Length limit of learned positions and of some mechanisms, or None."""
         limited = self.position_embedding == "learned" or ATTENTIONS[self.attention].fixed_length
         return self.max_position_embeddings if limited else None
 

@@ -322,7 +322,7 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
 
 
 def _run_rows(
-    model: nn.Module,
+    model: Any,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,

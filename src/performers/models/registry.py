@@ -37,7 +37,7 @@ class AttentionEntry:
             )
 
     def complete_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options with the defaults of those that are not given.
+        """Options, with defaults for missing ones.
 
         Raises:
             ValueError: An option is unknown or out of range.
@@ -47,7 +47,7 @@ class AttentionEntry:
         if unknown:
             raise ValueError(
                 f"attention_options of attention={self.name!r} are {', '.join(known) or 'none'}, "
-                f"got {', '.join(unknown)}: leave out those that are not its own"
+                f"got {', '.join(unknown)}: leave out the others"
             )
         if self.options is None:
             return {}
@@ -76,23 +76,24 @@ def register_attention(
     The mechanism is a module that is called with queries, keys and values of shape
     ``(B, H, L, head_dim)``, an ``AttentionContext`` and the index of its layer, and returns the
     output, shaped like the values, and the attention matrix ``(B, H, L, S)`` or None. Parameters
-    of its own are drawn by its ``reset_parameters()``, also where a saved model lacks them.
+    of a mechanism are initialised by its ``reset_parameters()``, also where a saved model lacks
+    them.
 
     Args:
         name: The value of ``PerformerConfig.attention`` that selects it.
-        build: From a configuration and a generator (None: torch's own) to the mechanism of one
-            layer; reads its options from ``config.attention_options``.
+        build: Function of a configuration and a generator (None: the default one) that returns the
+            mechanism of one layer; its options are ``config.attention_options``.
         options: Dataclass of the options that ``PerformerConfig.attention_options`` may have, each
             with a default that JSON can hold; it raises ValueError for values out of range. None:
             there are no options.
-        cache: Class of the cache layers that hold its past in generation; None: it has no cache,
-            and ``generate`` reads the whole row again for each token.
-        shares_query: Queries are the keys, too: projections have two parts and not three.
-        fixed_length: ``max_position_embeddings`` is a limit to the length of a sequence.
-        not_causal: Reason why it has no causal form, in words; None: it has one.
+        cache: Class of the cache layers in generation; None: there is no cache, and ``generate``
+            reads the whole row again for each token.
+        shares_query: Queries serve as keys: projections have two parts and not three.
+        fixed_length: ``max_position_embeddings`` limits the length of a sequence.
+        not_causal: Reason why there is no causal form; None: there is one.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is registered already.
 
     Example:
         >>> from dataclasses import dataclass

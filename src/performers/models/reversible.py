@@ -183,10 +183,10 @@ class _BranchCall:
         if not out.requires_grad:
             return out, None, [None] * len(trained)
         with _without_hooks(trained):
-            change, *found = torch.autograd.grad(
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
                 out, (x, *trained), gradient.to(out.dtype), allow_unused=True
             )
-        return out.detach(), change, found
+        return out.detach(), found[0], list(found[1:])
 
 
 @contextmanager
