@@ -20,7 +20,7 @@ from studies.comparators.linformer import LinformerMechanism
 from studies.comparators.local import LocalMechanism
 from studies.comparators.lsh import HashFeatures, LshMechanism
 
-COMPARATORS = ("linformer", "lsh", "local", "bigbird")
+COMPARATORS = ("lsh", "linformer", "local", "bigbird")
 
 # What no options stand for is resolved when a mechanism is built: a choice that is kept would stay
 # when the longest input changes.

@@ -1,4 +1,4 @@
-"""``performers study``: whole comparisons."""
+"""``python -m studies.proteins``: models with different attentions, trained alike and compared."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ from pathlib import Path
 
 from performers.app.options import OptionError, Options, option
 from performers.cli.commands import App
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import ProgressBars, output
+from performers.cli.interrupts import end_at_once
 from performers.proteins.folders import prepare_output_folder
 
 PRESETS = ("minutes", "hours", "cluster")
 
-app = App(no_args_is_help=True, help="Compare attentions, from data to a page.")
-
-
-@app.callback()
-def main() -> None:
-    """Compare attentions, from data to a page."""
+app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(Options):
-    """Options of ``performers study proteins``."""
+    """Options of the study."""
 
     output_folder: Path = option("Folder of the study.", flag="--output")
     preset: str = option(f"Its size: {', '.join(PRESETS)}.", "minutes", choices=PRESETS)
@@ -37,7 +33,7 @@ class StudyOptions(Options):
         "Only these of the comparison (repeatable).", None, flag="--attention"
     )
     threads: int | None = option(
-        "Threads of torch; its own choice by default.", None, at_least=1, at_most=1024
+        "Threads of torch; torch's default otherwise.", None, at_least=1, at_most=1024
     )
     resume: bool = option("Continue the study in --output.", False)
 
@@ -53,7 +49,7 @@ def proteins(options: StudyOptions) -> None:
 
     from studies.proteins import presets
     from studies.proteins.data import corpus_data, embedded_data
-    from studies.proteins.study import run_study
+    from studies.proteins.runs import run_study
 
     chosen = presets.PRESETS[options.preset]
     if options.steps is not None:
@@ -69,17 +65,17 @@ def proteins(options: StudyOptions) -> None:
         chosen = replace(chosen, training=training)
     if options.seeds is not None:
         chosen = replace(chosen, seeds=tuple(range(options.seeds)))
-    if options.attentions:
-        unknown = set(options.attentions) - {*chosen.masked, *chosen.causal}
+    if wanted := options.attentions:
+        unknown = set(wanted) - {*chosen.masked, *chosen.causal}
         if unknown:
             raise OptionError(
                 f"--attention must be of {', '.join(chosen.masked)}, got {sorted(unknown)[0]!r}"
             )
-        chosen = replace(
-            chosen,
-            masked=tuple(name for name in chosen.masked if name in options.attentions),
-            causal=tuple(name for name in chosen.causal if name in options.attentions),
+        masked, causal = (
+            tuple(name for name in names if name in wanted)
+            for names in (chosen.masked, chosen.causal)
         )
+        chosen = replace(chosen, masked=masked, causal=causal)
     if options.data is None and options.preset != "minutes":
         raise OptionError(
             f"--preset {options.preset} needs --data, a folder of performers data swissprot; only "
@@ -89,10 +85,14 @@ def proteins(options: StudyOptions) -> None:
         torch.set_num_threads(options.threads)
     folder = prepare_output_folder(options.output_folder, resume=options.resume)
     if options.data is None:
-        proteins = embedded_data(chosen.scored)
+        data = embedded_data(chosen.scored)
     else:
-        proteins = corpus_data(options.data, chosen.scored)
+        data = corpus_data(options.data, chosen.scored)
     with ProgressBars() as bars:
-        page = run_study(folder, proteins, chosen, name=options.preset, report=bars.update)
-    note(f"tables: {folder / 'tables.md'}")
+        page = run_study(folder, data, chosen, name=options.preset, report=bars.update)
     output.print(f"report: {page}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    end_at_once()
+    app()

@@ -7,9 +7,10 @@ from typing import Any
 
 from performers.features import FUNCTIONS
 from performers.proteins.options import TrainingOptions
+from studies.comparators import COMPARATORS
 
 PERFORMERS = ("favor-relu", "favor-softmax")
-MASKED = ("exact", *PERFORMERS, "lsh", "linformer", "local", "bigbird", "identity")
+MASKED = ("exact", *PERFORMERS, *COMPARATORS, "identity")
 CAUSAL = tuple(attention for attention in MASKED if attention != "linformer")
 KERNELS = tuple(f"favor-{name}" for name in FUNCTIONS if name != "relu")
 
@@ -27,8 +28,8 @@ class StudyPreset:
         kernels: Attentions of the ablation, beside ``favor-relu`` of the comparison.
         kernel_seeds: Its seeds.
         window: Window of ``local``, in tokens.
-        lsh_chunk_size: See ``PerformerConfig``.
-        lsh_rounds: Likewise.
+        lsh_chunk_size: See ``LshOptions.chunk_size``.
+        lsh_rounds: See ``LshOptions.rounds``.
         scored: Sequences scored of each split.
         long: Options of the run on concatenated proteins; None leaves it out.
         context_lengths: Tokens of the forward passes; empty leaves them out.

@@ -1,4 +1,4 @@
-"""From results to tables: mean and standard deviation over seeds."""
+"""Means over seeds, and verdicts on the paper's claims."""
 
 from __future__ import annotations
 
@@ -13,24 +13,19 @@ METRICS = ("accuracy", "perplexity")
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds.
+    """A number by seed."""
 
-    Attributes:
-        mean: Their mean.
-        sd: Their sample standard deviation; None for a single seed.
-        values: The numbers, by seed.
-    """
-
-    mean: float
-    sd: float | None
     values: dict[int, float]
 
-    @classmethod
-    def of(cls, values: Mapping[int, float]) -> Spread:
-        """Mean and standard deviation of {seed: value}."""
-        numbers = [values[seed] for seed in sorted(values)]
-        sd = statistics.stdev(numbers) if len(numbers) > 1 else None
-        return cls(statistics.fmean(numbers), sd, dict(sorted(values.items())))
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def sd(self) -> float | None:
+        """The sample standard deviation over seeds; None for a single one."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     def text(self, digits: int = 2, factor: float = 1.0) -> str:
         """``mean ± sd``."""
@@ -45,10 +40,10 @@ class Row:
     Attributes:
         objective: ``"mlm"`` or ``"clm"``.
         attention: Its name.
-        scores: (split, metric) to the spread over seeds.
-        baseline: (split, metric) of the unigram baseline on the same residues.
-        seconds: Of training.
-        parameters: Of the model.
+        scores: Spread over seeds by (split, metric).
+        baseline: The unigram baseline on the same residues by (split, metric).
+        seconds: Seconds of training.
+        parameters: Parameters of the model.
     """
 
     objective: str
@@ -58,112 +53,77 @@ class Row:
     seconds: Spread
     parameters: int
 
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The seeds it was run with."""
-        return tuple(self.seconds.values)
-
 
 def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -> list[Row]:
-    """A row for every objective and attention that has results.
+    """A row for every objective and attention that has results, masked before causal.
 
     Args:
-        results: Of ``comparison.results``.
-        attentions: Which ones, in the order of the rows.
-
-    Returns:
-        The rows, masked before causal.
+        results: Contents of ``result.json``.
+        attentions: Attentions in the order of the rows.
     """
     grouped: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for result in results:
         grouped[result["objective"], result["attention"]][result["seed"]] = result
     rows = []
-    for objective in ("mlm", "clm"):
-        for attention in attentions:
-            found = grouped.get((objective, attention))
-            if not found:
-                continue
-            first = found[min(found)]
-            cells = [(split, metric) for split in first["scores"] for metric in METRICS]
-            rows.append(
-                Row(
-                    objective,
-                    attention,
-                    {
-                        (split, metric): Spread.of(
-                            {seed: run["scores"][split][metric] for seed, run in found.items()}
-                        )
-                        for split, metric in cells
-                    },
-                    {
-                        (split, metric): first["scores"][split][f"baseline_{metric}"]
-                        for split, metric in cells
-                    },
-                    Spread.of({seed: run["seconds"] for seed, run in found.items()}),
-                    first["parameters"],
-                )
-            )
+    for key in ((x, y) for x in ("mlm", "clm") for y in attentions):
+        if not (found := dict(sorted(grouped.get(key, {}).items()))):
+            continue
+        first = next(iter(found.values()))
+        cells = [(split, metric) for split in first["scores"] for metric in METRICS]
+        scores = {
+            (split, metric): Spread({s: run["scores"][split][metric] for s, run in found.items()})
+            for split, metric in cells
+        }
+        baseline = {
+            (split, metric): first["scores"][split][f"baseline_{metric}"] for split, metric in cells
+        }
+        seconds = Spread({seed: run["seconds"] for seed, run in found.items()})
+        rows.append(Row(*key, scores, baseline, seconds, first["parameters"]))
     return rows
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper, and whether these runs bear it out.
+    """A claim of the paper, and the difference that bears it out or not.
 
     Attributes:
         text: The claim.
-        difference: Mean over seeds of the difference that should be at least ``least``, in
-            percentage points of accuracy.
-        sd: Its standard deviation over seeds; None for a single seed.
+        difference: Difference by seed that should be at least ``least``, percentage points of
+            accuracy.
         least: See ``difference``.
-        seeds: Seeds that both sides were run with.
-        strict: Whether it should be more than ``least``: who is ahead is ahead by something.
+        strict: Whether it should be more than ``least``.
     """
 
     text: str
-    difference: float
-    sd: float | None
+    difference: Spread
     least: float
-    seeds: int
-    strict: bool = False
-
-    @property
-    def holds(self) -> bool:
-        """Whether the mean difference is large enough."""
-        if self.strict:
-            return self.difference > self.least
-        return self.difference >= self.least
+    strict: bool
 
     @property
     def verdict(self) -> str:
-        """In words; a difference within one standard deviation of ``least`` decides nothing."""
-        if self.sd is not None and abs(self.difference - self.least) < self.sd:
+        """A word; a difference within one standard deviation of ``least`` decides nothing."""
+        over = self.difference.mean - self.least
+        if self.difference.sd is not None and abs(over) < self.difference.sd:
             return "undecided"
-        return "holds" if self.holds else "does not hold"
+        return "holds" if (over > 0 if self.strict else over >= 0) else "does not hold"
 
 
-# Text, the one above, the one below, on which split, and whether a tie is not enough.
+# Text, the attention ahead, the one behind, the split, the least difference, and whether a tie is
+# not enough.
 _CLAIMS = (
-    (
-        "Performer-ReLU at least as accurate as the Transformer, test",
-        "favor-relu",
-        "exact",
-        "test",
-        False,
-    ),
-    ("Reformer below the Transformer, test", "exact", "lsh", "test", True),
-    ("Linformer below the Transformer, test", "exact", "linformer", "test", True),
-    ("Reformer below Performer-ReLU, test", "favor-relu", "lsh", "test", True),
-    ("Linformer below Performer-ReLU, test", "favor-relu", "linformer", "test", True),
-    ("Transformer ahead of Performer-ReLU out of distribution", "exact", "favor-relu", "ood", True),
-    (
-        "Transformer ahead of Performer-softmax out of distribution",
-        "exact",
-        "favor-softmax",
-        "ood",
-        True,
-    ),
-)
+    ("Performer-ReLU at least as accurate as the Transformer, test",
+     "favor-relu", "exact", "test", 0.0, False),
+    ("Reformer below the Transformer, test", "exact", "lsh", "test", 0.0, True),
+    ("Linformer below the Transformer, test", "exact", "linformer", "test", 0.0, True),
+    ("Reformer below Performer-ReLU, test", "favor-relu", "lsh", "test", 0.0, True),
+    ("Linformer below Performer-ReLU, test", "favor-relu", "linformer", "test", 0.0, True),
+    ("Transformer ahead of Performer-ReLU out of distribution",
+     "exact", "favor-relu", "ood", 0.0, True),
+    ("Transformer ahead of Performer-softmax out of distribution",
+     "exact", "favor-softmax", "ood", 0.0, True),
+    ("Performer-softmax within half a point of the Transformer, test",
+     "favor-softmax", "exact", "test", -0.5, False),
+)  # fmt: skip
 
 
 def claims(rows: Iterable[Row]) -> list[Claim]:
@@ -171,32 +131,13 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
     by_name = {(row.objective, row.attention): row for row in rows}
     found = []
     for objective, word in (("mlm", "masked"), ("clm", "causal")):
-        for text, above, below, split, strict in _CLAIMS:
-            claim = _claim(by_name, objective, f"{word}: {text}", above, below, split, 0.0, strict)
-            found.append(claim)
-        text = f"{word}: Performer-softmax within half a point of the Transformer, test"
-        found.append(
-            _claim(by_name, objective, text, "favor-softmax", "exact", "test", -0.5, False)
-        )
-    return [claim for claim in found if claim is not None]
-
-
-def _claim(
-    rows: Mapping[tuple[str, str], Row],
-    objective: str,
-    text: str,
-    above: str,
-    below: str,
-    split: str,
-    least: float,
-    strict: bool,
-) -> Claim | None:
-    high, low = rows.get((objective, above)), rows.get((objective, below))
-    if high is None or low is None:
-        return None
-    one, other = (row.scores[split, "accuracy"].values for row in (high, low))
-    both = sorted(one.keys() & other.keys())
-    if not both:
-        return None
-    spread = Spread.of({seed: 100 * (one[seed] - other[seed]) for seed in both})
-    return Claim(text, spread.mean, spread.sd, least, len(both), strict)
+        for text, above, below, split, least, strict in _CLAIMS:
+            high, low = by_name.get((objective, above)), by_name.get((objective, below))
+            if high is None or low is None:
+                continue
+            one, other = (row.scores[split, "accuracy"].values for row in (high, low))
+            both = sorted(one.keys() & other.keys())
+            if both:
+                difference = Spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
+                found.append(Claim(f"{word}: {text}", difference, least, strict))
+    return found

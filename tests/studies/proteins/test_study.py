@@ -8,10 +8,10 @@ import pytest
 
 from performers.proteins import training
 from performers.proteins.errors import Diverged, UserError
-from studies.proteins import comparison, study
-from studies.proteins.comparison import planned_runs
+from studies.pages import Table
+from studies.proteins import runs
 from studies.proteins.presets import KERNELS, PRESETS
-from studies.proteins.study import run_study
+from studies.proteins.runs import planned_runs, run_study
 from tests.studies.proteins.tiny import PRESET, data
 
 pytestmark = pytest.mark.exhaustive
@@ -37,7 +37,7 @@ def test_every_run_is_there(finished):
 
 
 def test_tables_hold_the_results(finished):
-    text = (finished / "tables.md").read_text()
+    text = (finished / "report.md").read_text()
     both = [scores(finished)[f"mlm-exact-seed{seed}"]["test"]["accuracy"] for seed in (0, 1)]
     mean = 100 * sum(both) / 2
     assert re.search(rf"\| masked \| Transformer \| {mean:.2f} ± ", text)
@@ -46,12 +46,17 @@ def test_tables_hold_the_results(finished):
     assert "within half a point" in text or "at least as accurate" in text
 
 
-def test_page_is_one_file(finished):
-    page = (finished / "report.html").read_text()
-    assert "5 of 10" not in page
+def test_the_page_shows_what_results_hold(finished):
+    page = (finished / "report.md").read_text()
+    tables = json.loads((finished / "results.json").read_text())["tables"]
+    assert list(tables) == [
+        *("accuracy", "claims", "kernels", "concatenated", "contexts", "similarity", "pairs"),
+    ]
+    assert all(Table(**table).markdown() in page for table in tables.values())
     assert "10 of 10 runs" in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("data:image/png") >= 5
+    pictures = re.findall(r"\]\((.+?)\)", page)
+    assert len(pictures) >= 5
+    assert all((finished / path).exists() for path in pictures)
 
 
 def test_concatenated_transformers_have_the_performers_time(finished):
@@ -83,7 +88,7 @@ class Killed(BaseException):
 def test_stopped_anywhere_it_ends_the_same(finished, tmp_path, monkeypatch):
     short = replace(PRESET, long=None, context_lengths=(), learnt=0)
     first, second = (run.name for run in planned_runs(short)[:2])
-    trained = comparison.train_model
+    trained = runs.train_model
     resumed = []
 
     def train(*arguments, **options):
@@ -108,18 +113,18 @@ def test_stopped_anywhere_it_ends_the_same(finished, tmp_path, monkeypatch):
             raise Killed
         write(path, content)
 
-    monkeypatch.setattr(comparison, "train_model", train)
+    monkeypatch.setattr(runs, "train_model", train)
     killed(kill_at_the_third_step)
     checkpoints = tmp_path / "runs" / first / "checkpoints"
     assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "evaluate_model", kill)
+        patched.setattr(runs, "evaluate_model", kill)
         killed()
     assert not (tmp_path / "runs" / first / "result.json").exists()
     with monkeypatch.context() as patched:
         patched.setattr(training, "write_json", kill_before_the_result)
         killed()
-    assert "1 of 10 runs" in (tmp_path / "report.html").read_text()
+    assert "1 of 10 runs" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "runs" / second / "config.json").exists()
     run_study(tmp_path, data(), short, name="tiny")
     begun = [(run.name, False) for run in planned_runs(short)]
@@ -132,7 +137,7 @@ def test_a_training_that_diverges_is_noted_and_the_study_goes_on(tmp_path, monke
     short = replace(
         PRESET, seeds=(0,), causal=(), kernels=(), long=None, context_lengths=(), learnt=0
     )
-    trained = comparison.train_model
+    trained = runs.train_model
     tried = []
 
     def train(sequences, folder, options, **more):
@@ -141,9 +146,9 @@ def test_a_training_that_diverges_is_noted_and_the_study_goes_on(tmp_path, monke
             raise Diverged("the loss became nan at step 3; lower --learning-rate")
         return trained(sequences, folder, options, **more)
 
-    monkeypatch.setattr(comparison, "train_model", train)
+    monkeypatch.setattr(runs, "train_model", train)
     run_study(tmp_path, data(), short, name="tiny")
-    text = (tmp_path / "tables.md").read_text()
+    text = (tmp_path / "report.md").read_text()
     assert "Performer-relu, masked, seed 0: no result; the loss became nan at step 3." in (
         text.replace("Performer-ReLU", "Performer-relu")
     )
@@ -171,9 +176,9 @@ def test_other_processes_wait_for_the_scores(tmp_path, monkeypatch):
             (tmp_path / "result.json").touch()
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(comparison.time, "sleep", sleep)
-    monkeypatch.setattr(comparison, "train_model", lambda *_, **__: {})
-    comparison.execute(planned_runs(PRESET)[0], data(), tmp_path)
+    monkeypatch.setattr(runs.time, "sleep", sleep)
+    monkeypatch.setattr(runs, "train_model", lambda *_, **__: {})
+    runs.execute(planned_runs(PRESET)[0], data(), tmp_path)
     assert len(waits) == 3
 
 
@@ -184,32 +189,29 @@ def test_other_settings_are_refused(finished):
 
 def test_a_study_older_than_an_option_goes_on(finished):
     file = finished / "study.json"
-    settings = json.loads(file.read_text())
-    older = json.loads(file.read_text())
+    settings = file.read_text()
+    older = json.loads(settings)
     for key in ("training", "long"):
         del older[key]["optimizer"]
     file.write_text(json.dumps(older))
-    try:
-        study._check_same(file, settings)
-        settings["training"]["optimizer"] = "muon"
-        with pytest.raises(UserError, match=r"other settings \(training\)"):
-            study._check_same(file, settings)
-    finally:
-        settings["training"]["optimizer"] = "adamw"
-        file.write_text(json.dumps(settings))
+    runs._check_same(file, PRESET, data(), "tiny")
+    changed = replace(PRESET, training=replace(PRESET.training, optimizer="muon"))
+    with pytest.raises(UserError, match=r"other settings \(training\)"):
+        runs._check_same(file, changed, data(), "tiny")
+    file.write_text(settings)
 
 
 def test_all_seeds_of_one_come_before_the_next():
-    runs = planned_runs(PRESET)
-    assert [run.options.seed for run in runs] == [0] * 6 + [1] * 5
-    assert [run.experiment for run in runs].count("kernels") == 1
+    planned = planned_runs(PRESET)
+    assert [run.options.seed for run in planned] == [0] * 6 + [1] * 5
+    assert [run.experiment for run in planned].count("kernels") == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_compare_like_with_like(name):
     preset = PRESETS[name]
     for run in planned_runs(preset):
-        own = {"attention", "objective", "seed", "window", "lsh_chunk_size", "lsh_rounds"}
+        own = {"attention", "objective", "seed", "attention_options"}
         for key, value in preset.training.to_dict().items():
             assert key in own or getattr(run.options, key) == value
     assert len(preset.seeds) == 3

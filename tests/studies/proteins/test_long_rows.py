@@ -8,16 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from performers.benchmark.memory import OutOfMemoryError, ProbeError
 from performers.proteins import training
 from performers.proteins.errors import UserError
 from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
-from studies.proteins import comparison, long_context
-from studies.proteins.cost import Cost
-from studies.proteins.long_context import measure_contexts, run_concatenated
+from studies.proteins import long_rows, runs
+from studies.proteins.long_rows import measure_contexts, measure_cost, run_concatenated
 from tests.proteins.runs import SOURCE, finish, start
 from tests.studies.proteins.tiny import PRESET, TRAINING, data
 
-FAILED = Cost(None, None, "out of memory")
+
+def cost_of(seconds, nbytes, failure=""):
+    return {"seconds": seconds, "peak_bytes": nbytes, "failure": failure}
+
+
+FAILED = cost_of(None, None, "out of memory")
 ROTARY = replace(TRAINING, position_embedding="rotary")
 
 
@@ -29,9 +34,9 @@ def costs(monkeypatch):
     def cost(options, row, *, backward):
         key = (options.attention, options.num_layers if backward else len(row))
         asked.append(key)
-        return given.get(key, Cost(1.0, 1000))
+        return given.get(key, cost_of(1.0, 1000))
 
-    monkeypatch.setattr(long_context, "measure_cost", cost)
+    monkeypatch.setattr(long_rows, "measure_cost", cost)
     return given, asked
 
 
@@ -63,12 +68,12 @@ def concatenated(folder):
 
 def test_a_plan_is_completed_and_what_it_measured_stands(tmp_path, costs):
     given, asked = costs
-    given.update({("favor-relu", 2): Cost(2.0, 1), ("exact", 2): FAILED, ("exact", 1): FAILED})
+    given.update({("favor-relu", 2): cost_of(2.0, 1), ("exact", 2): FAILED, ("exact", 1): FAILED})
     plan = concatenated(tmp_path)
     assert asked == [("favor-relu", 2), ("exact", 2), ("exact", 1)]
     assert [entry["options"] is None for entry in plan.values()] == [False, True, True]
     before = (tmp_path / "performer" / "result.json").read_text()
-    given.update({("favor-relu", 2): Cost(9.0, 1), ("exact", 2): Cost(1.0, 1)})
+    given.update({("favor-relu", 2): cost_of(9.0, 1), ("exact", 2): cost_of(1.0, 1)})
     asked.clear()
     plan = concatenated(tmp_path)
     assert asked == [("exact", 2)]
@@ -86,7 +91,7 @@ def test_a_plan_stopped_while_it_is_completed_forgets_nothing(tmp_path, costs, m
     given["exact", 2] = FAILED
     concatenated(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(long_context, "write_json", None)
+        patched.setattr(long_rows, "write_json", None)
         with pytest.raises(TypeError):
             concatenated(tmp_path)
     given.clear()
@@ -98,7 +103,7 @@ def test_a_plan_stopped_while_it_is_completed_forgets_nothing(tmp_path, costs, m
 
 def test_without_the_performers_time_there_is_advice_and_no_plan(tmp_path, costs):
     given, asked = costs
-    given["favor-relu", 2] = Cost(None, None, "no result after 1800 s")
+    given["favor-relu", 2] = cost_of(None, None, "no result after 1800 s")
     with pytest.raises(UserError, match=r"256 tokens .*no result after 1800 s.* --resume"):
         concatenated(tmp_path)
     assert asked == [("favor-relu", 2)], "at once"
@@ -136,7 +141,7 @@ def test_other_processes_wait_for_each_models_scores(tmp_path, costs, monkeypatc
             results[len(waits) // 2 - 1].touch()
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(comparison.time, "sleep", sleep)
+    monkeypatch.setattr(runs.time, "sleep", sleep)
     concatenated(tmp_path)
     assert len(waits) == 4
 
@@ -155,9 +160,9 @@ def test_rows_are_proteins_of_the_study_one_after_another(tmp_path, monkeypatch)
 
     def cost(options, row, *, backward):
         measured.append(row.tolist())
-        return Cost(1.0, 1)
+        return cost_of(1.0, 1)
 
-    monkeypatch.setattr(long_context, "measure_cost", cost)
+    monkeypatch.setattr(long_rows, "measure_cost", cost)
     measure_contexts(ROTARY, (128,), 0, study, tmp_path)
     assert measured == [row[:128].tolist()] * 3
 
@@ -166,12 +171,12 @@ _TWO = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from studies.proteins import long_context
-from studies.proteins.cost import Cost
-from studies.proteins.study import run_study
+from studies.proteins import long_rows
+from studies.proteins.runs import run_study
 from tests.studies.proteins.tiny import PRESET, data
 
-long_context.measure_cost = lambda *_, **__: Cost(1.0, 1)
+cost = {"seconds": 1.0, "peak_bytes": 1, "failure": ""}
+long_rows.measure_cost = lambda *_, **__: cost
 small = replace(
     PRESET, seeds=(0,), masked=("exact",), causal=(), kernels=(), context_lengths=(), learnt=0
 )
@@ -185,13 +190,43 @@ def test_two_processes_make_one_study_and_complete_a_plan(tmp_path):
     script.write_text(_TWO)
     plan = folder / "concatenated" / "plan.json"
     plan.parent.mkdir(parents=True)
-    failed = {"options": None, "cost": vars(FAILED)}
+    failed = {"options": None, "cost": FAILED}
     plan.write_text(json.dumps({"performer": failed, "transformer": failed}))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    path = os.pathsep.join([str(SOURCE), str(Path(__file__).parents[2])])
+    path = os.pathsep.join([str(SOURCE), str(Path(__file__).parents[3])])
     code, _, err = finish(start(*launcher, script, folder, PYTHONPATH=path), seconds=300)
     assert code == 0, err
     done = {path.parent.name for path in folder.glob("*/*/result.json")}
     assert done == {"mlm-exact-seed0", "performer", "transformer"}
     records = [json.loads(path.read_text()) for path in folder.glob("*/*/training.json")]
     assert [record["processes"] for record in records] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (OutOfMemoryError("killed (out of memory?)"), "killed (out of memory?)"),
+        (OutOfMemoryError("RuntimeError: can't allocate memory"), "out of memory"),
+        (ProbeError("exit code 1: ValueError: no"), "exit code 1: ValueError: no"),
+    ],
+)
+def test_a_cost_that_cannot_be_measured_says_why(error, failure, monkeypatch):
+    asked = []
+
+    def run_apart(task, **options):
+        asked.append(task.keywords)
+        raise error
+
+    monkeypatch.setattr(long_rows, "run_apart", run_apart)
+    row = np.arange(5, 25, dtype=np.int16)
+    assert measure_cost(TRAINING, row, backward=True) == cost_of(None, None, failure)
+    assert asked[0]["row"] == row.tolist()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_row_is_measured(backward):
+    row = np.arange(5, 25, dtype=np.int16)
+    found = measure_cost(TRAINING, row, backward=backward, repeats=1)
+    assert found["failure"] == ""
+    assert found["seconds"] > 0
