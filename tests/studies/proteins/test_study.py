@@ -98,7 +98,7 @@ def test_stopped_anywhere_it_ends_the_same(finished, tmp_path, monkeypatch):
     def kill(*arguments, **options):
         raise Killed
 
-    def killed(report=None):
+    def killed(report=lambda *work: None):
         with pytest.raises(Killed):
             run_study(tmp_path, data(), short, name="tiny", report=report)
 
