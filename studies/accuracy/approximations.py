@@ -32,10 +32,6 @@ def head_approximations(base: Approximation, counts: tuple[int, ...]) -> tuple[A
     positive and data-aware ones with each of ``counts``. With half the window and listed keys: the
     latter two with each of ``counts``; with the whole window and listed keys, and for every
     projection: as many as ``base``. And exact terms without features.
-
-    Args:
-        base: All exact terms, and the number of features of the comparisons between estimators.
-        counts: Numbers of features of the main ones.
     """
     assert base.num_features is not None
     every = tuple(sorted({base.num_features, *counts}))

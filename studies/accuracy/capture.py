@@ -47,15 +47,6 @@ def capture_heads(
 ) -> list[HeadSample]:
     """Run a model once and keep the inputs of its attention layers.
 
-    Args:
-        loaded: The model.
-        input_ids: Token ids (B, L).
-        attention_mask: (B, L), nonzero where a token takes part; None: all do.
-        layers: Indices of the layers to keep; None: all.
-
-    Returns:
-        One sample a layer, in the order of the layers, contiguous and without gradients.
-
     Raises:
         ValueError: The inputs do not fit the model, a layer is not there, or the model's attention
             is not softmax attention under a causal or key-padding mask.

@@ -89,13 +89,6 @@ def kernel_errors(
 
     Memory is that of the features and of a block of 256 rows of the matrices, whatever the number
     of rows. Features are not stabilised: where an exponent passes 88, errors are not finite.
-
-    Args:
-        feature_map: Feature map with one projection for all heads.
-        query: Shape ``(L, head_dim)``.
-        key: Shape ``(S, head_dim)``.
-        value: Shape ``(S, value_dim)``.
-        scale: Scale of the scores.
     """
     length, size = query.shape[0], key.shape[0]
     query_features = feature_map(query[None], scale, is_query=True)[0]
@@ -146,11 +139,6 @@ def run_kernel(
 
     Every draw has data of its own, the same for all estimators, projections and numbers of
     features; estimators that are calibrated are fitted to other data of the same distribution.
-
-    Args:
-        options: Options.
-        results: Of ``Results.empty``.
-        progress: Called with how many draws of how many are done.
     """
     pairs = options.pairs()
     cases = [{"estimator": estimator, "projection": projection} for estimator, projection in pairs]

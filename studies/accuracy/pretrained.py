@@ -137,11 +137,6 @@ def run_heads(
 
     Results may hold some layers already; times are then taken again.
 
-    Args:
-        pretrained: The model, the passages and the options.
-        results: Of ``Results.empty``.
-        progress: Called with how many layers of how many are done, the times being one more.
-
     Raises:
         ValueError: The model's attention cannot be captured, or a layer is not there.
     """
@@ -284,11 +279,6 @@ def run_models(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Replace the attention of all layers; results may hold some approximations already.
-
-    Args:
-        pretrained: The model, the passages and the options.
-        results: Of ``Results.empty``.
-        progress: Called with how many approximations of how many are done.
 
     Raises:
         ValueError: The model's attention cannot be captured.

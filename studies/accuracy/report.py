@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import LogFormatter, NullLocator
 from rich.table import Table
 
 from performers.benchmark.case import MEASURED, Row, select
@@ -42,8 +43,6 @@ _PANELS: list[tuple[str, list[tuple[str, str]], int | None]] = [
 ]
 # Zeros in place of the output have an error of 1; settings far worse would stretch the axis.
 _WORST = 2.0
-# Ratios of the ends of an axis: what has powers of ten for labels, what has labels between them.
-_WIDE, _SHORT = 1e5, 30
 
 
 def kernel_tables(results: Results) -> list[Table]:
@@ -191,7 +190,7 @@ def _draw_kernel(
             axes.plot(counts, mean, label=label, **look(number))
             axes.fill_between(counts, low, high, color=look(number)["color"], alpha=0.12)
     axes.set_yscale("log")
-    plain_ticks(axes)
+    plain_ticks(axes.yaxis)
     feature_axis(axes, _distinct(rows, "num_features"))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=6.5, frameon=False)
@@ -251,7 +250,7 @@ def _draw_settings(axes: Axes, names: Sequence[str], rows: Iterable[Row], across
         if points:
             axes.plot(*zip(*points, strict=True), label=name, **look(number))
     axes.set_yscale("log")
-    plain_ticks(axes)
+    plain_ticks(axes.yaxis)
 
 
 def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
@@ -274,12 +273,10 @@ def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
         axes.step(*zip(*front, strict=True), where="post", color=INK, linewidth=0.9, zorder=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        plain_ticks(axes)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(FuncFormatter(two_and_five))
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
     axes.set_xlabel("milliseconds a call", fontsize=8, color=INK)
     style(axes, "error against time; the line: none is faster and better")
-    axes.tick_params(which="minor", labelsize=7.5)
 
 
 def feature_axis(axes: Axes, counts: Sequence[int]) -> None:
@@ -290,20 +287,11 @@ def feature_axis(axes: Axes, counts: Sequence[int]) -> None:
     axes.set_xlabel("random features", fontsize=8, color=INK)
 
 
-def plain_ticks(axes: Axes) -> None:
-    """Label a logarithmic vertical axis with plain numbers, at 2 and 5 too where it is short."""
-    low, high = axes.get_ylim()
-    if high > _WIDE * low:
-        return
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    short = high < _SHORT * low
-    axes.yaxis.set_minor_formatter(FuncFormatter(two_and_five) if short else NullFormatter())
-    axes.tick_params(axis="y", which="minor", labelsize=7.5)
-
-
-def two_and_five(value: float, _: object = None) -> str:
-    """The label of a minor tick of a logarithmic axis: 2 and 5 times a power of ten have one."""
-    return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers, also between powers of ten where it is short."""
+    axis.set_major_formatter(LogFormatter())
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_tick_params(which="minor", labelsize=7.5)
 
 
 def _legend(figure: Figure, axes: Axes, columns: int) -> None:

@@ -40,14 +40,7 @@ class StudyData:
     identity: dict[str, Any]
 
     def row(self, tokens: int) -> npt.NDArray[np.int16]:
-        """Training proteins one after another, always the same, over again if they are too few.
-
-        Args:
-            tokens: Length of the row; the last protein is cut.
-
-        Returns:
-            Token ids, of shape (tokens,).
-        """
+        """Training proteins one after another, always the same, over again if they are too few."""
         train = self.train
         sequence = train.sequence if isinstance(train, TokenShards) else train.__getitem__
         chosen: list[str] = []
@@ -63,12 +56,7 @@ class StudyData:
 
 
 def embedded_data(scored: int, seed: int = 0) -> StudyData:
-    """The proteins that ship with the library: 15 families, and 5 held out.
-
-    Args:
-        scored: Sequences of each scored split, at most; drawn with the seed.
-        seed: Of the draws.
-    """
+    """The proteins that ship with the library: 15 families, and 5 held out."""
     records = {
         name: read_fasta(embedded_fasta(name))[0]
         for name in ("train", "validation", *SCORED_SPLITS)
@@ -84,11 +72,6 @@ def embedded_data(scored: int, seed: int = 0) -> StudyData:
 
 def corpus_data(folder: Path, scored: int, seed: int = 0) -> StudyData:
     """The splits of a folder that ``performers data`` wrote.
-
-    Args:
-        folder: The folder.
-        scored: Sequences of each scored split, at most; drawn with the seed.
-        seed: Of the draws.
 
     Raises:
         UserError: It is not a corpus.

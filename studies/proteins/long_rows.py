@@ -46,12 +46,6 @@ def run_concatenated(
     step (at least one). The Performer is trained for ``options.steps``, both Transformers for the
     steps that take as long, and all are scored on rows of concatenated test proteins.
 
-    Args:
-        options: Options of the Performer; ``packed`` and ``across_sequences``.
-        data: Sequences to train on and to score.
-        folder: Where to; finished parts in it are kept, failed measurements are repeated.
-        report: See ``Report``.
-
     Raises:
         UserError: A step of the Performer cannot be timed.
     """
@@ -159,17 +153,7 @@ def measure_contexts(
     folder: Path,
     report: Report = lambda *work: None,
 ) -> None:
-    """Time and memory of a forward pass over proteins one after another, against length.
-
-    Args:
-        options: Options of the model; run as ``favor-relu``, ``favor-softmax``, ``exact`` and
-            ``identity``.
-        lengths: Tokens.
-        longest_exact: Longest at which exact attention is measured.
-        data: Its training proteins are concatenated; see ``StudyData.row``.
-        folder: Folder of ``contexts.json``, whose rows are kept; what failed is tried again.
-        report: See ``Report``.
-    """
+    """Time and memory of a forward pass over proteins one after another, against length."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "contexts.json"
     earlier = read_json(file)["rows"] if file.exists() else []

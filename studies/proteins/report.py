@@ -46,14 +46,7 @@ def label(attention: str) -> str:
 
 
 def write_report(output: Path) -> Path:
-    """Write ``results.json``, ``figures/`` and ``report.md`` from the files of a study.
-
-    Args:
-        output: The folder of the study.
-
-    Returns:
-        The path of ``report.md``.
-    """
+    """Write ``results.json``, ``figures/`` and ``report.md`` from the files of a study."""
     content = gather(output)
     settings, ended = content["settings"], content["runs"]
     done = [run for run in ended if "failure" not in run]

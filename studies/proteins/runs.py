@@ -80,16 +80,6 @@ def run_study(
     ``learnt/``, and, anew after every run, ``results.json``, ``report.md`` and ``figures/``. Killed
     at any point, it goes on from the last checkpoint when called again.
 
-    Args:
-        output: The folder.
-        data: Sequences to train on and to score.
-        preset: The size of the study.
-        name: Name of the preset.
-        report: See ``Report``.
-
-    Returns:
-        The path of ``report.md``.
-
     Raises:
         UserError: The folder holds another study, or the Performer's step on long rows cannot be
             timed.
@@ -126,12 +116,6 @@ def execute(run: Run, data: StudyData, folder: Path, report: Report = lambda *wo
     """Train and score one model, or the rest of it; a training that diverges is noted.
 
     Under several processes all train together and the first scores.
-
-    Args:
-        run: The run.
-        data: Sequences to train on and to score.
-        folder: Its folder, which receives the model and ``result.json``.
-        report: See ``Report``.
 
     Raises:
         UserError: The folder holds another run.

@@ -88,12 +88,7 @@ def check_finite(part: str, actual: Tensor) -> None:
 def first_checked(
     call: Callable[[], Sequence[Tensor | None]], parts: Sequence[str]
 ) -> Callable[[], None]:
-    """A call that checks, the first time only, that its results are finite.
-
-    Args:
-        call: Returns tensors.
-        parts: Their names in messages.
-    """
+    """A call that checks, the first time only, that its results are finite."""
     checked = False
 
     def run() -> None:

@@ -105,9 +105,6 @@ class Results:
     def resume(self, content: Mapping[str, Any]) -> None:
         """Take over the rows of an earlier run.
 
-        Args:
-            content: JSON of the earlier run.
-
         Raises:
             OtherRunError: The earlier run differs in settings, version or machine.
         """
@@ -190,14 +187,7 @@ def run(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Measure a benchmark, group by group, into results that may hold some groups already.
-
-    Args:
-        benchmark: The benchmark.
-        settings: Its settings.
-        results: Of ``Results.empty``.
-        progress: Called with how many cases of how many are done.
-    """
+    """Measure a benchmark, group by group, into results that may hold some groups already."""
     with threads_of_torch(settings.threads) as threads:
         groups = benchmark.groups(settings, results.notes)
         done, total = 0, sum(len(group.cases) for group in groups)
@@ -295,12 +285,7 @@ def _stop(row: Row, status: str, reason: str) -> None:
 
 
 def verdict(error: Exception, ours: bool) -> tuple[str, str]:
-    """Status and reason of a case that raised.
-
-    Args:
-        error: The error.
-        ours: Whether the case is of this package.
-    """
+    """Status and reason of a case that raised."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY, str(error)
     if isinstance(error, WrongResultError | ProbeError):

@@ -32,10 +32,6 @@ _QUALITY = {
 def benchmark_figure(benchmark: Benchmark, rows: Sequence[Row]) -> Figure:
     """Draw the rows of a benchmark.
 
-    Args:
-        benchmark: The benchmark.
-        rows: Its rows so far.
-
     Returns:
         A figure: a panel for each title and kind of time and memory, a line for each contestant;
         the dashed line X is attention that returns its values.

@@ -240,18 +240,6 @@ def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
             assert row["error"] is not None
 
 
-def test_outputs_that_are_not_finite_fail(bert, monkeypatch):
-    def attend(right, call):
-        out, state = right(call)
-        # The check sees one passage, the measurement two.
-        return (out * math.nan if out.shape[0] == 2 else out), state
-
-    break_backend(monkeypatch, "torch", attend)
-    results = measure(replace(bert, options=replace(bert.options, layers=(0,))))
-    row = pick(results, layer=0, setting="positive", num_features=8)
-    assert (row["status"], row["reason"]) == ("failed", "wrong result: the output is not finite")
-
-
 def test_passages_for_fitting_are_not_those_of_the_test(tmp_path):
     settings = pretrained_options(tmp_path, "llama", calibration=None, passages=2)
     pretrained = read_pretrained(settings)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
+from performers import SoftmaxFeatures
 from performers.benchmark.measure import Results
 from performers.features.theory import kernel_variance
 from studies.accuracy import kernel
@@ -75,24 +75,6 @@ def test_errors_are_those_of_the_definition(block, monkeypatch):
     )
 
 
-def test_errors_are_those_of_attention():
-    query, key, value = problem()
-    features = SoftmaxFeatures(6, 32, estimator="data_aware", generator=generator())
-    features.calibrate_(query[None, None], key[None, None])
-    found = kernel_errors(features, query, key, value, 6**-0.5)
-    q, k, v = (x[None, None] for x in (query, key, value))
-    exact = (6**-0.5 * query @ key.mT).softmax(-1)
-    weights = favor_attention_weights(q, k, features)[0, 0]
-    output = favor_attention(q, k, v, features, backend="torch")[0, 0]
-    assert found["matrix_error"] == pytest.approx(
-        float((weights - exact).norm() / exact.norm()), rel=1e-4
-    )
-    expected = exact @ value
-    assert found["output_error"] == pytest.approx(
-        float((output - expected).norm() / expected.norm()), rel=1e-4
-    )
-
-
 def test_errors_far_beyond_the_truth_are_still_numbers():
     """The square of a relative error of 1e20 does not fit into float32."""
     query, _, value = (2 * x for x in problem(20, 20, 16))
@@ -146,26 +128,6 @@ def test_rows_name_every_pair_that_there_is(tiny):
             assert low <= row[name] <= high
     assert (tiny.rows[0]["length"], tiny.rows[-1]["head_dim"]) == (40, 8)
     assert tiny.steps == [(done, 12) for done in range(1, 13)]
-
-
-def test_the_seed_decides_and_data_do_not_depend_on_the_number_of_features(tiny, monkeypatch):
-    small = replace(
-        TINY, anisotropic_norms=(3,), estimators=("positive",), projections=("gaussian",)
-    )
-    assert measure(small).rows == measure(small).rows
-    assert measure(replace(small, seed=1)).rows != measure(small).rows
-    seen = []
-
-    def keep(features, query, *rest):
-        seen.append(query.clone())
-        return kernel_errors(features, query, *rest)
-
-    monkeypatch.setattr(kernel, "kernel_errors", keep)
-    measure(small)
-    assert len(seen) == 12
-    for draw in range(3):
-        assert torch.equal(seen[draw], seen[draw + 3])
-    assert not torch.equal(seen[0], seen[1])
 
 
 def test_more_features_orthogonal_rows_and_calibration_all_help():

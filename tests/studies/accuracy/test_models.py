@@ -10,7 +10,7 @@ from studies.accuracy.approximations import (
     model_approximations,
     setting_columns,
 )
-from studies.accuracy.capture import exact_attention, propagate
+from studies.accuracy.capture import propagate
 from studies.accuracy.pretrained import FINAL, read_pretrained, run_models
 from tests.benchmark.runs import break_backend, pick
 from tests.studies.accuracy import runs
@@ -74,13 +74,6 @@ def test_exact_terms_lower_the_error(run):
     sinks = ", 2 sinks" if pretrained.loaded.is_causal else ""
     near = pick(results, setting=f"data_aware, window 8{sinks}, 4 listed keys", layer=FINAL)
     assert near["error"] < pick(results, setting="data_aware", layer=FINAL)["error"]
-
-
-def test_attention_of_another_kind_is_told_from_the_right_one(run):
-    """The measure itself: no error where nothing is replaced."""
-    pretrained, _ = run
-    found = propagate(pretrained.loaded, pretrained.test, exact_attention)
-    assert found.errors[-1] < 1e-5
 
 
 def test_settings_measured_before_are_kept_and_failures_are_rows(tmp_path, monkeypatch):

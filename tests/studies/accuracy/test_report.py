@@ -10,7 +10,6 @@ from studies.accuracy.report import (
     heads_figure,
     kernel_figure,
     models_figure,
-    two_and_five,
 )
 
 
@@ -119,10 +118,6 @@ def test_runs_that_were_cut_short_can_be_drawn(tmp_path):
     ):
         figure_of(draw, rows).savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 0
-
-
-def test_labels_between_powers_of_ten():
-    assert [two_and_five(x) for x in (0.02, 0.03, 0.5, 2.0, 9.0)] == ["0.02", "", "0.5", "2", ""]
 
 
 def test_errors_have_three_digits():

@@ -48,11 +48,6 @@ class Floor(NamedTuple):
 def measure_floor(dtype: torch.dtype, threads: int, *, seconds: float = _SECONDS_A_SHAPE) -> Floor:
     """Measure products on operands that stay in cache.
 
-    Args:
-        dtype: Of the operands.
-        threads: How many blocks to give out at once.
-        seconds: Time spent on each shape.
-
     Returns:
         The rates, each the best of many calls: a floor is what the machine can do.
     """

@@ -27,14 +27,7 @@ def dtype_of(workload: Workload) -> torch.dtype:
 def make_inputs(
     workload: Workload, length: int, *, requires_grad: bool = False, offset: int = 0
 ) -> Inputs:
-    """Random tensors, the same for the same seed, offset and length.
-
-    Args:
-        workload: Shapes.
-        length: Tokens in a sequence.
-        requires_grad: Whether query, key and value require gradients.
-        offset: Added to the seed.
-    """
+    """Random tensors, the same for the same seed, offset and length."""
     generator = torch.Generator().manual_seed(workload.seed + offset)
     shape = (workload.batch, workload.heads, length, workload.head_dim)
 

@@ -62,13 +62,7 @@ def make_tokens(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
 
 
 class TrainingStep:
-    """Forward, loss, backward and an Adam step of one model, on the same batch every time.
-
-    Args:
-        shape: The model.
-        attention: See ``PerformerConfig.attention``.
-        length: Tokens in a sequence.
-    """
+    """Forward, loss, backward and an Adam step of one model, on the same batch every time."""
 
     def __init__(self, shape: Shape, attention: str, length: int) -> None:
         self._model = make_model(shape, attention)
