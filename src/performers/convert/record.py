@@ -16,17 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.conversion import Conversion
-
-__all__ = [
-    "METHOD",
-    "PARTS",
-    "RECORD",
-    "SAVED_IMPLEMENTATION",
-    "read_record",
-    "separate_configurations_",
-    "write_record",
-]
+from performers.convert.options import Conversion
 
 RECORD = "performers"
 PARTS = "parts"

@@ -22,14 +22,12 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from performers.convert.conversion import Conversion
 from performers.convert.families.transformers_models import TransformersModels
+from performers.convert.options import Conversion
 from performers.convert.record import METHOD, PARTS, RECORD
 from performers.convert.to_performer import convert
 from performers.models.manifest import check_manifest
 from performers.nn import FavorAttention
-
-__all__ = ["load_performer"]
 
 
 def load_performer(path: str | Path, *, model_class: Any = None, **options: Any) -> Any:

@@ -96,6 +96,19 @@ class Approximation:
         """Whether the estimator is fitted to sample queries and keys."""
         return self.estimator in CALIBRATED
 
+    def features(
+        self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
+    ) -> SoftmaxFeatures:
+        """Build the feature map of one layer, with a projection per head."""
+        return SoftmaxFeatures(
+            head_dim,
+            self.num_features,
+            estimator=self.estimator,
+            projection=self.projection,
+            num_heads=num_heads,
+            generator=generator,
+        )
+
     def build(
         self,
         head_dim: int,
@@ -104,15 +117,8 @@ class Approximation:
         num_lists: int = 16,
         generator: torch.Generator | None = None,
     ) -> FavorAttention:
-        """Build the attention of one layer, with a projection per head, not calibrated."""
-        features = SoftmaxFeatures(
-            head_dim,
-            self.num_features,
-            estimator=self.estimator,
-            projection=self.projection,
-            num_heads=num_heads,
-            generator=generator,
-        )
+        """Build the attention of one layer, not calibrated."""
+        features = self.features(head_dim, num_heads, generator)
         listed_keys = None
         if self.listed_keys:
             listed_keys = ListedKeys(

@@ -104,7 +104,7 @@ class FavorAttention(nn.Module):
         Raises:
             ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
         """
-        exact = {"window": self.window, "sinks": self.sinks}
+        exact: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
         self.feature_map.calibrate_(query, key, key_mask, scale, is_causal=is_causal, **exact)
         if self.buckets is not None:
             self.buckets.calibrate_(query)

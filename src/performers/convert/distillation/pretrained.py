@@ -1,4 +1,4 @@
-"""Pretrained transformers models that lie in a local folder; nothing here uses the network."""
+"""Pretrained transformers models in local folders, read without the network."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from transformers.utils import logging as transformers_logging
 
 from performers.convert.interface.positions import learned_positions
 
-__all__ = ["LoadedModel", "load_model"]
-
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,14 +29,14 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "sp
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model and what is needed to feed it.
+    """A pretrained model and its tokenizer.
 
     Attributes:
-        path: The folder or file it was read from.
+        path: The folder or file.
         model: A ``transformers.PreTrainedModel`` in evaluation mode, float32.
-        tokenizer: Its tokenizer, or None where the folder has none.
-        is_causal: Whether its attention is causal.
-        has_head: Whether it ends in a language-modelling head.
+        tokenizer: The tokenizer, or None if the folder has none.
+        is_causal: Whether attention is causal.
+        has_head: Whether there is a language-modelling head.
     """
 
     path: Path
@@ -49,11 +47,11 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int | None:
-        """The longest input: the size of a learned table of positions; None where there is none."""
+        """Maximum input length of a learned table of positions; None without one."""
         return learned_positions(self.model)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """Check token ids and a mask, and turn them into the model's keyword arguments."""
+        """Check token ids and a mask, and return the keyword arguments of the model."""
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids must be token ids of shape (batch, length), got {input_ids.dtype} "
@@ -68,7 +66,7 @@ class LoadedModel:
             )
         length, limit = input_ids.shape[1], self.max_length
         if limit is not None and length > limit:
-            raise ValueError(f"input_ids must have at most {limit} positions here, got {length}")
+            raise ValueError(f"input_ids must have at most {limit} positions, got {length}")
         arguments: dict[str, Any] = {"input_ids": input_ids.to(self.model.device, torch.long)}
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
@@ -89,20 +87,17 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     """Load a pretrained model and its tokenizer from a local folder or GGUF file.
 
     A folder without tokenizer files may have its ``vocab.txt`` in the folder above it; a bare
-    ``vocab.txt`` is a BERT vocabulary, cased where it has tokens in upper case.
+    ``vocab.txt`` is a BERT vocabulary, cased if it has tokens in upper case.
 
     Args:
         path: A folder as ``save_pretrained`` writes it (``config.json`` with safetensors or
             ``pytorch_model.bin``), a ``.gguf`` file, or a folder with one.
-        head: Load the language-modelling head as well; None: if the files have one.
-
-    Returns:
-        The model in evaluation mode and float32.
+        head: Whether to load the language-modelling head; None: if the files have one.
 
     Raises:
         FileNotFoundError: The path, the configuration or the weights are missing.
         ImportError: A GGUF file, and the package gguf is not installed.
-        ValueError: The files cannot be read as a model, or lack weights that the model needs.
+        ValueError: The files cannot be read as a model, or lack some of its weights.
     """
     folder, gguf = _locate(Path(path))
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -137,7 +132,7 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
-    """The folder to read and the name of the GGUF file in it, if it is one."""
+    """The folder to read, and the name of the GGUF file in it or None."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"{path} is a file: expected a model folder or a .gguf file")
@@ -158,15 +153,13 @@ def _locate(path: Path) -> tuple[Path, str | None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its report of the heads that were left out."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
+    """Silence the progress bars of transformers and its report of unused heads."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        # Reading a GGUF file draws a bar that asks nobody.
+        # The bar of a GGUF file ignores these settings.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
@@ -183,18 +176,13 @@ def _model(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
     if "gguf_file" in source:
-        _forget_quantization(model)
+        # The weights are float32 now; transformers would refuse to train quantized ones.
+        for name in {"is_quantized", "quantization_method", "hf_quantizer"} & vars(model).keys():
+            delattr(model, name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     # Heads on top of the encoder's output change no attention.
     return model, sorted(name for name in report["missing_keys"] if "pooler" not in name)
-
-
-def _forget_quantization(model: Any) -> None:
-    """What a GGUF file holds was decoded to float32; transformers would refuse to train it."""
-    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
-        if name in vars(model):
-            delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _has_head_class(config: Any) -> bool:
@@ -212,7 +200,7 @@ def _auto_class(config: Any, has_head: bool, folder: Path) -> Any:
             f"{folder} holds a {config.model_type}, for which transformers has no "
             "language-modelling head: use head=False"
         )
-    # An encoder such as BERT is in both tables; is_decoder is how its configuration tells.
+    # Encoders such as BERT are in both tables and told apart by is_decoder.
     is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if is_masked and not getattr(config, "is_decoder", False):
         return transformers.AutoModelForMaskedLM
@@ -220,9 +208,10 @@ def _auto_class(config: Any, has_head: bool, folder: Path) -> Any:
 
 
 def _tokenizer(folder: Path, config: Any, source: dict[str, Any]) -> Any:
-    if "gguf_file" in source or any((folder / name).is_file() for name in _TOKENIZERS):
-        return transformers.AutoTokenizer.from_pretrained(folder, **source)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    if "gguf_file" in source or any(map(has, _TOKENIZERS)) or has("vocab.json", "merges.txt"):
         return transformers.AutoTokenizer.from_pretrained(folder, **source)
     places = [folder / "vocab.txt", folder.resolve().parent / "vocab.txt"]
     vocabulary = next((place for place in places if place.is_file()), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -12,10 +12,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from performers.convert.conversion import Conversion
+from performers.convert.options import Conversion
 from performers.nn import FavorAttention
-
-__all__ = ["Family", "Site", "call_model", "pre_hooks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +23,9 @@ class Site:
     Attributes:
         name: Name of its module in the model.
         module: The module.
-        is_cross: Attention from a decoder to an encoder.
+        is_cross: Whether it attends from a decoder to an encoder.
         head_dim: Width of queries and keys.
-        key_heads: Heads of the keys.
+        key_heads: Number of heads of the keys.
     """
 
     name: str
@@ -41,23 +39,23 @@ class Site:
         return None
 
     def dropout(self) -> float:
-        """The probability that a weight is dropped in training."""
+        """Dropout probability of the attention weights in training."""
         return 0.0
 
     def switch_dropout_off(self) -> None:
-        """Set the dropout of the weights to 0."""
+        """Set the dropout of the attention weights to 0."""
 
 
 AnySite = TypeVar("AnySite", bound=Site)
 
 
 class Family(ABC, Generic[AnySite]):
-    """A way to convert models of one kind, for `performers.convert.to_performer.convert`.
+    """The parts of a conversion that depend on the kind of model.
 
     Args:
-        model: The model, which stays as it is until `install`.
-        conversion: The conversion.
-        is_loading: Weights and fits are read from files afterwards.
+        model: The model, unchanged until `install`.
+        conversion: The settings.
+        is_loading: Whether weights and fits are read from files afterwards.
     """
 
     takes_lists = False
@@ -68,34 +66,35 @@ class Family(ABC, Generic[AnySite]):
 
     @property
     def kind(self) -> str:
-        """The model's class, for messages."""
+        """Class of the model, for messages."""
         return type(self.model).__name__
 
     @abstractmethod
     def sites(self) -> list[AnySite]:
-        """The layers that ``layers`` counts, in order.
+        """List the layers that ``layers`` counts, in order.
 
         Raises:
             ValueError: There are none, or the model is converted already.
         """
 
-    def prepare(self, sites: Sequence[AnySite]) -> None:
-        """Check the model before anything is built."""
+    def prepare(self, sites: Sequence[AnySite]) -> Collection[AnySite]:
+        """Check the model before anything is built; returns the sites that it is sure to call."""
+        return ()
 
     @abstractmethod
     def build(self, site: AnySite, generator: torch.Generator | None) -> FavorAttention:
-        """The attention of one layer, on its device."""
+        """Build the attention of one layer, on its device."""
 
     @abstractmethod
     def observe(
         self, favors: Mapping[AnySite, FavorAttention], add: Callable[..., None]
     ) -> AbstractContextManager[None]:
-        """A context in which the exact model reports the attention calls of its layers.
+        """Return a context in which the exact model reports the attention calls of its layers.
 
         Args:
-            favors: Built for the layers.
+            favors: Attention modules built for the layers.
             add: Called with the site, the query ``(B, H, L, D)``, the key ``(B, Hkv, S, D)`` and
-                options of `performers.convert.fitting.calibrate`.
+                ``is_causal``, ``key_mask``, ``cu_seqlens`` and ``scale`` of `FavorAttention`.
         """
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +109,7 @@ class Family(ABC, Generic[AnySite]):
 def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a transformers model for its attention alone.
 
-    Without a cache, and without labels unless it makes its decoder's inputs of them.
+    Without a cache, and without labels unless it makes the inputs of its decoder from them.
     """
     inputs = dict(kwargs)
     if not getattr(model.config, "is_encoder_decoder", False):
@@ -123,12 +122,8 @@ def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def pre_hooks(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Forward pre-hooks, called with keyword arguments too, while a context lasts."""
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()
-    ]
-    try:
+    """Register forward pre-hooks, called with keyword arguments too, while a context lasts."""
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""A converted decoder's past: constant in size, inside transformers' own cache object."""
+"""The past of a converted decoder: constant in size, inside the cache of transformers."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from performers.models.cache import FavorCacheLayer
 
-__all__ = [
-    "ConvertedCacheLayer",
-    "check_cache",
-    "leave_cache_layer",
-    "state_layer",
-    "take_cache_layer",
-]
 
-# A forward pass of one thread: the cache layer of the attention module that is running.
-_RUNNING = threading.local()
+class _Running(threading.local):
+    """Cache layers of the attention modules that a thread is running, by the module's id."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, ConvertedCacheLayer] = {}
+
+
+_RUNNING = _Running()
 
 
 class ConvertedCacheLayer(FavorCacheLayer):
-    """The state of one linear layer where transformers would keep keys and values.
+    """The state of one linear layer in place of its keys and values.
 
     Holds the sums, the first ``sinks`` and the last ``window`` keys and values.
 
     Attributes:
-        padding: Padding before the first token of each row, (B,), where positions do not count it.
+        padding: Number of padding tokens before the first token of each row, (B,); None: unknown.
     """
 
     def __init__(self) -> None:
@@ -37,16 +36,16 @@ class ConvertedCacheLayer(FavorCacheLayer):
         self._expected = False
 
     def expect(self) -> None:
-        """The coming call of `update` is that of linear attention."""
+        """Announce a call of `update` by linear attention."""
         self._expected = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of this call as they are; attention adds them to the state.
+        """Return the keys and values of this call, which attention adds to the state.
 
         Raises:
-            RuntimeError: Another kind of attention asks for keys and values of the past.
+            RuntimeError: Another kind of attention calls it.
         """
         if not self._expected:
             raise RuntimeError(
@@ -57,12 +56,12 @@ class ConvertedCacheLayer(FavorCacheLayer):
         return key_states, value_states
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the layer."""
         super().reset()
         self.padding = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes row ``beam_idx[i]``."""
+        """Replace row ``i`` by row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
@@ -75,29 +74,22 @@ class ConvertedCacheLayer(FavorCacheLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Size of the state in bytes."""
         return 0 if self.state is None else self.state.nbytes
 
 
 def leave_cache_layer(module: nn.Module, layer: ConvertedCacheLayer) -> None:
-    """Leave a layer of the cache for the running call of a module."""
-    _running()[id(module)] = layer
+    """Store a cache layer for the running call of a module."""
+    _RUNNING.layers[id(module)] = layer
 
 
 def take_cache_layer(module: nn.Module) -> ConvertedCacheLayer | None:
-    """What `leave_cache_layer` left for the running call of a module."""
-    return _running().pop(id(module), None)
-
-
-def _running() -> dict[int, ConvertedCacheLayer]:
-    if not hasattr(_RUNNING, "layers"):
-        _RUNNING.layers = {}
-    found: dict[int, ConvertedCacheLayer] = _RUNNING.layers
-    return found
+    """Remove and return the cache layer of the running call of a module."""
+    return _RUNNING.layers.pop(id(module), None)
 
 
 def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
-    """The layer of a cache that holds a state, put there if the cache is new."""
+    """Return the layer of a cache that holds a state, created in a new cache."""
     cache = check_cache(cache, index)
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
@@ -107,18 +99,15 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
 
 
 def check_cache(cache: Any, index: int) -> Any:
-    """Check that a layer of a cache can hold a state.
-
-    Returns the cache, or the one of self-attention within it.
-    """
+    """Check that a layer of a cache can hold a state; returns the cache of self-attention."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache)}")
     if cache.offloading:
         raise ValueError(
-            "past_key_values moves keys and values away (offloading), which a state of constant "
-            "size does not need: leave cache_implementation at its default"
+            "past_key_values moves keys and values to another device (offloading), which a state "
+            "of constant size does not need: leave cache_implementation at its default"
         )
     layer = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
     if isinstance(layer, ConvertedCacheLayer):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from performers.convert.conversion import FAVOR
 from performers.convert.interface.cache import (
     ConvertedCacheLayer,
     leave_cache_layer,
@@ -18,23 +17,22 @@ from performers.convert.interface.cache import (
     take_cache_layer,
 )
 
-# A model that comes out of a pickle brings this module along, and with it the registration.
+# Unpickling a model imports this module, and with it the registration.
 from performers.convert.interface.implementation import IMPLEMENTATION
+from performers.convert.options import FAVOR
 from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
-__all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
-
-# Under which a cache of another kind than transformers' own would come; those are known by type.
+# Arguments with a cache that is no transformers Cache; those are recognised by their type.
 _NAMES = (*CACHE_KEYWORDS, "past_key_value", "layer_past")
 
 
 def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: the module's layer of the cache becomes a state.
+    """Turn the module's layer of the cache into a state; a forward pre-hook.
 
-    The attention interface is not told of the cache, so the layer is left for `take_cache_layer`.
-    With another attention implementation than ``"favor"`` nothing happens.
+    The attention interface does not receive the cache, so the layer is stored for
+    `take_cache_layer`. Other attention implementations than ``"favor"`` are unaffected.
     """
-    # What a call that failed has left.
+    # Clear what a failed call has left.
     take_cache_layer(module)
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
@@ -51,7 +49,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_rotary_model(module: nn.Module) -> bool:
-    """True of a model that makes the angles of rotary positions, and has no other positions."""
+    """Whether a model computes the angles of rotary positions from ``position_ids``."""
     if not isinstance(module, PreTrainedModel):
         return False
     names = inspect.signature(type(module).forward).parameters
@@ -63,7 +61,7 @@ def is_rotary_model(module: nn.Module) -> bool:
 def enter_rotary_model(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A forward pre-hook: padding before the first token of a row does not count as positions.
+    """Start the positions of each row at its first token that is not padding; a forward pre-hook.
 
     Exact attention depends on differences of rotary positions alone. Random features depend on the
     positions themselves, so that a row padded on the left would not equal the row alone.
@@ -94,7 +92,7 @@ def enter_rotary_model(
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, known by its type, or None."""
+    """Find the cache among the arguments of a forward pass, or None."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return value
@@ -105,7 +103,7 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
-    """The state in a cache of the first converted layer of a model."""
+    """State of the first converted layer of a model in a cache."""
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
         return None
