@@ -38,7 +38,7 @@ def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None)
     return conversion.needs_samples
 
 
-def fit(family: Family[Any], favors: Mapping[Any, FavorAttention], batches: Iterable[Any]) -> None:
+def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable[Any]) -> None:
     """Run an exact model and calibrate attention modules on the calls of its layers.
 
     Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact

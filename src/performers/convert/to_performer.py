@@ -113,7 +113,7 @@ def to_performer(
 
 
 def convert(
-    family: Family[Any],
+    family: Family,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
@@ -138,27 +138,30 @@ def convert(
         for site, favor in favors.items():
             favor.learn_(site.key_heads)
     family.install(favors)
-    dropped = {site: rate for site in sites if (rate := site.dropout())}
-    for site in dropped:
-        site.switch_dropout_off()
+    rates = [rate for site in sites if (rate := site.remove_dropout())]
     if not family.is_loading:
-        _expect_calls(family.model, {x.name: favors[x] for x in sites if x not in called})
-        if dropped:
-            rates = ", ".join(map(str, sorted(set(dropped.values()))))
+        if unseen := {site.name: favors[site] for site in sites if site not in called}:
+            _ExpectedCalls(family.model, unseen)
+        if rates:
+            values = ", ".join(map(str, sorted(set(rates))))
             warnings.warn(
-                f"the dropout of attention weights ({rates}) is switched off in "
-                f"{len(dropped)} converted layers: linear attention never forms the weights",
+                f"the dropout of attention weights ({values}) is switched off in "
+                f"{len(rates)} converted layers: linear attention never forms the weights",
                 stacklevel=3,
             )
     return [site.name for site in sites]
 
 
 class _ExpectedCalls:
-    """Names of modules that the first forward pass of a model has not called yet, and its hooks."""
+    """A warning after the first forward pass of a model that has not called some modules."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.names = dict.fromkeys(names)
-        self.handles: list[RemovableHandle] = []
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.names = dict.fromkeys(modules)
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(functools.partial(self.called, name))
+            for name, module in modules.items()
+        ]
+        self.handles.append(model.register_forward_hook(self.done))
 
     def called(self, name: str, *args: Any) -> None:
         self.names.pop(name, None)
@@ -177,19 +180,7 @@ class _ExpectedCalls:
             )
 
 
-def _expect_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Warn after the first forward pass of a model if it has not called some modules."""
-    if not modules:
-        return
-    expected = _ExpectedCalls(modules)
-    expected.handles = [
-        module.register_forward_pre_hook(functools.partial(expected.called, name))
-        for name, module in modules.items()
-    ]
-    expected.handles.append(model.register_forward_hook(expected.done))
-
-
-def _family(model: nn.Module, conversion: Conversion) -> Family[Any]:
+def _family(model: nn.Module, conversion: Conversion) -> Family:
     try:
         from transformers import PreTrainedModel
     except ImportError:

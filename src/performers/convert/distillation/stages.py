@@ -48,22 +48,14 @@ class Distillation:
 class DistillationRun:
     """A run of two stages.
 
-    Attributes:
-        student: The converted model.
-        data: Dataset of both stages.
-        collator: From examples to a batch.
-        output: Folder of the checkpoints and the record, or None.
-        arguments: Arguments of ``transformers.TrainingArguments`` for both stages.
-        eval_steps: Steps between evaluations; None: only at the end of a stage.
-        evaluate: Called with the model in evaluation mode, or None.
-        progress: Called with the stage, the step, the steps in all and the latest log entry.
-        resume: Whether to continue what ``output`` holds.
+    Attributes are the arguments of `distill`, and ``arguments`` those of
+    ``transformers.TrainingArguments`` that both stages share.
     """
 
     student: Any
     data: Any
     collator: Callable[[list[Any]], dict[str, Any]]
-    output: Path | None
+    output_dir: Path | None
     arguments: dict[str, Any]
     eval_steps: int | None
     evaluate: Callable[[Any], dict[str, float]] | None
@@ -72,8 +64,9 @@ class DistillationRun:
     result: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
-        if self.resume and self.output is not None and (self.output / _RECORD).is_file():
-            values = json.loads((self.output / _RECORD).read_text(encoding="utf-8"))
+        record = None if self.output_dir is None else self.output_dir / _RECORD
+        if self.resume and record is not None and record.is_file():
+            values = json.loads(record.read_text(encoding="utf-8"))
             self.result = Distillation(**{**values, "finished": True})
         self._started = time.monotonic() - self.result.seconds
 
@@ -88,18 +81,11 @@ class DistillationRun:
         redraw_steps: int | None = None,
         **arguments: Any,
     ) -> None:
-        """Train one stage.
+        """Train the student, with adapters or without, in one stage, or resume the stage.
 
-        Args:
-            trainer_class: A `CheckpointTrainer` with ``tokens``.
-            model: The student, or the student with adapters.
-            stage: Name of the stage.
-            steps: Steps of the stage, those before a ``resume`` included.
-            learning_rate: Peak learning rate.
-            redraw_steps: Steps between redraws of features; None: never.
-            **arguments: More arguments of the trainer.
+        ``arguments`` are those of the trainer.
         """
-        folder = None if self.output is None else self.output / stage
+        folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
             "save_strategy": "no" if folder is None else "steps",
@@ -136,12 +122,13 @@ class DistillationRun:
         )
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
-        checkpoint = None
+        checkpoint, done = None, 0
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.resume and folder is not None and folder.is_dir():
             processes = trainer.args.world_size
             checkpoint = newest_checkpoint(folder, processes=processes, sharded=sharded)
-        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
+        if checkpoint is not None:
+            done = int(checkpoint.name.removeprefix("checkpoint-"))
         # Entries after the checkpoint are made again.
         self.result.history = [
             entry
@@ -172,13 +159,13 @@ class DistillationRun:
     def write(self) -> None:
         """Update the seconds of the results, and write them to ``output``."""
         self.result.seconds = time.monotonic() - self._started
-        if self.output is None or int(os.environ.get("RANK", "0")):
+        if self.output_dir is None or int(os.environ.get("RANK", "0")):
             return
-        self.output.mkdir(parents=True, exist_ok=True)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         values = {**asdict(self.result), "seconds": round(self.result.seconds, 2)}
-        part = self.output / f"{_RECORD}.part"
+        part = self.output_dir / f"{_RECORD}.part"
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        part.replace(self.output / _RECORD)
+        part.replace(self.output_dir / _RECORD)
 
 
 class _History(transformers.TrainerCallback):

@@ -126,7 +126,7 @@ def distill(
         student=student,
         data=data,
         collator=collator or default_collator(student, kind),
-        output=None if output_dir is None else Path(output_dir),
+        output_dir=None if output_dir is None else Path(output_dir),
         arguments={
             "save_steps": save_steps,
             "logging_steps": log_steps,
@@ -143,8 +143,7 @@ def distill(
         resume=resume,
     )
     if transfer_steps:
-        with _without_dropout(student), _without_checkpointing(student):
-            _transfer(run, transfer_steps, transfer_learning_rate)
+        _transfer(run, transfer_steps, transfer_learning_rate)
     if steps and run.result.finished:
         # Dropout belongs to the task alone: the original is imitated without it.
         undropped = contextlib.nullcontext() if kind == "task" else _without_dropout(student)
@@ -230,7 +229,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     assert conversion is not None
     write_record(student, replace(conversion, learned=True))
     features = nn.ModuleList(blocks.values())
-    done = None if run.output is None else run.output / _TRANSFERRED
+    done = None if run.output_dir is None else run.output_dir / _TRANSFERRED
     if run.resume and done is not None and done.is_dir():
         if (damage := find_damage(done)) is not None:
             raise ValueError(
@@ -243,7 +242,12 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
                 parameter.copy_(tensors[name])
         return
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    with _changed(trainable, "requires_grad", False):
+    checkpointed = [x for x in student.modules() if getattr(x, "gradient_checkpointing", False)]
+    with (
+        _without_dropout(student),
+        _changed(checkpointed, "gradient_checkpointing", False),
+        _changed(trainable, "requires_grad", False),
+    ):
         features.requires_grad_(True)
         run.train(TransferTrainer, student, "transfer", steps, learning_rate, blocks=blocks)
     if done is not None and run.result.finished and int(os.environ.get("RANK", "0")) == 0:
@@ -260,11 +264,6 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
 
 def _without_dropout(model: nn.Module) -> AbstractContextManager[None]:
     return _changed([x for x in model.modules() if isinstance(x, nn.Dropout)], "p", 0.0)
-
-
-def _without_checkpointing(model: nn.Module) -> AbstractContextManager[None]:
-    layers = [x for x in model.modules() if getattr(x, "gradient_checkpointing", False)]
-    return _changed(layers, "gradient_checkpointing", False)
 
 
 @contextlib.contextmanager

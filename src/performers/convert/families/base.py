@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,18 +38,12 @@ class Site:
         """Reason why the layer cannot become linear, and the remedy; None: it can."""
         return None
 
-    def dropout(self) -> float:
-        """Dropout probability of the attention weights in training."""
+    def remove_dropout(self) -> float:
+        """Set the dropout of the attention weights to 0; returns its probability before."""
         return 0.0
 
-    def switch_dropout_off(self) -> None:
-        """Set the dropout of the attention weights to 0."""
 
-
-AnySite = TypeVar("AnySite", bound=Site)
-
-
-class Family(ABC, Generic[AnySite]):
+class Family(ABC):
     """The parts of a conversion that depend on the kind of model.
 
     Args:
@@ -70,24 +64,24 @@ class Family(ABC, Generic[AnySite]):
         return type(self.model).__name__
 
     @abstractmethod
-    def sites(self) -> list[AnySite]:
+    def sites(self) -> Sequence[Site]:
         """List the layers that ``layers`` counts, in order.
 
         Raises:
             ValueError: There are none, or the model is converted already.
         """
 
-    def prepare(self, sites: Sequence[AnySite]) -> Collection[AnySite]:
+    def prepare(self, sites: Sequence[Site]) -> Collection[Site]:
         """Check the model before anything is built; returns the sites that it is sure to call."""
         return ()
 
     @abstractmethod
-    def build(self, site: AnySite, generator: torch.Generator | None) -> FavorAttention:
+    def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
         """Build the attention of one layer, on its device."""
 
     @abstractmethod
     def observe(
-        self, favors: Mapping[AnySite, FavorAttention], add: Callable[..., None]
+        self, favors: Mapping[Site, FavorAttention], add: Callable[..., None]
     ) -> AbstractContextManager[None]:
         """Return a context in which the exact model reports the attention calls of its layers.
 
@@ -102,7 +96,7 @@ class Family(ABC, Generic[AnySite]):
         return call_model(self.model, *args, **kwargs)
 
     @abstractmethod
-    def install(self, favors: Mapping[AnySite, FavorAttention]) -> None:
+    def install(self, favors: Mapping[Site, FavorAttention]) -> None:
         """Put attention modules into the model."""
 
 

@@ -17,7 +17,7 @@ from performers.models.attention import PerformerSelfAttention, build_mechanism
 from performers.nn import FavorAttention
 
 
-class PerformerModels(Family[Site]):
+class PerformerModels(Family):
     """Conversion of a model with ``attention="exact"`` to one with ``"favor-softmax"``.
 
     The model gets a configuration of its own with the new attention, so that ``save_pretrained``

@@ -50,12 +50,12 @@ class TorchSite(Site):
             "name the others with layers"
         )
 
-    def dropout(self) -> float:
-        """Dropout probability of the attention weights in training."""
+    def remove_dropout(self) -> float:
+        """Return the dropout probability, which the replacement does not have."""
         return self.module.dropout
 
 
-class TorchModules(Family[TorchSite]):
+class TorchModules(Family):
     """Conversion by a ``PerformerAttention`` in place of each ``nn.MultiheadAttention``.
 
     The parameters stay the same objects, so optimizers and tied weights keep working. A module
@@ -100,7 +100,7 @@ class TorchModules(Family[TorchSite]):
             raise ValueError(f"{self.kind} has nothing to convert: it {reason}")
         return sites
 
-    def build(self, site: TorchSite, generator: torch.Generator | None) -> PerformerAttention:
+    def build(self, site: Site, generator: torch.Generator | None) -> PerformerAttention:
         """Build the replacement of a module around its parameters."""
         module = site.module
         weight = module.out_proj.weight
@@ -137,11 +137,11 @@ class TorchModules(Family[TorchSite]):
 
     @contextmanager
     def observe(
-        self, favors: Mapping[TorchSite, FavorAttention], add: Callable[..., None]
+        self, favors: Mapping[Site, FavorAttention], add: Callable[..., None]
     ) -> Iterator[None]:
         """Report the calls of the modules."""
 
-        def report(site: TorchSite, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        def report(site: Site, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             favor = favors[site]
             assert isinstance(favor, PerformerAttention)
             bound = _CALL.bind(module, *args, **kwargs)
@@ -166,7 +166,7 @@ class TorchModules(Family[TorchSite]):
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    def _check_cross(self, site: TorchSite, favor: FavorAttention, length: int, size: int) -> None:
+    def _check_cross(self, site: Site, favor: FavorAttention, length: int, size: int) -> None:
         """Refuse calls that are not self-attention."""
         exact_terms = favor.window is not None or favor.sinks > 0
         if self.conversion.cross_attention and not exact_terms:
@@ -183,7 +183,7 @@ class TorchModules(Family[TorchSite]):
         """Run the model on a batch of calibration."""
         return self.model(*args, **kwargs)
 
-    def install(self, favors: Mapping[TorchSite, FavorAttention]) -> None:
+    def install(self, favors: Mapping[Site, FavorAttention]) -> None:
         """Replace the modules under all their names."""
         ours = {site.module: favor for site, favor in favors.items()}
         for parent in list(self.model.modules()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -83,27 +83,20 @@ class AttentionModule(Site):
             "converted with layers=, or use another model"
         )
 
-    def dropout(self) -> float:
-        """Dropout probability of the attention weights in training."""
-        rates = (x.p if isinstance(x, nn.Dropout) else x for _, x in self._dropouts())
-        return max(rates, default=0.0)
-
-    def switch_dropout_off(self) -> None:
-        """Set the dropout of the attention weights to 0."""
-        for name, value in self._dropouts():
-            if isinstance(value, nn.Dropout):
-                value.p = 0.0
-            else:
-                setattr(self.module, name, 0.0)
-
-    def _dropouts(self) -> Iterator[tuple[str, Any]]:
+    def remove_dropout(self) -> float:
+        """Set the dropout of the attention weights to 0; returns its probability before."""
+        rate = 0.0
         for name in _DROPOUTS:
             value = getattr(self.module, name, None)
-            if isinstance(value, (nn.Dropout, float)):
-                yield name, value
+            if isinstance(value, nn.Dropout):
+                rate, value.p = max(rate, value.p), 0.0
+            elif isinstance(value, float):
+                rate = max(rate, value)
+                setattr(self.module, name, 0.0)
+        return rate
 
 
-class TransformersModels(Family[AttentionModule]):
+class TransformersModels(Family):
     """Conversion by a `FavorAttention` in each attention module and a record in the configuration.
 
     Modules with a sliding window are left out: they are linear already.
@@ -127,7 +120,7 @@ class TransformersModels(Family[AttentionModule]):
             )
         return sites
 
-    def prepare(self, sites: Sequence[AttentionModule]) -> Collection[AttentionModule]:
+    def prepare(self, sites: Sequence[Site]) -> Collection[Site]:
         """Check lists of keys and weights, and run the model on made-up inputs."""
         listed = self.conversion.listed_keys
         causal = [x.name for x in sites if x.is_cross or getattr(x.module, "is_causal", False)]
@@ -147,7 +140,7 @@ class TransformersModels(Family[AttentionModule]):
         separate_configurations_(self.model)
         return () if self.is_loading else try_model(self.model, sites)
 
-    def build(self, site: AttentionModule, generator: torch.Generator | None) -> FavorAttention:
+    def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
         """Build the submodule of an attention module."""
         favor = self.conversion.attention(
             site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
@@ -155,11 +148,11 @@ class TransformersModels(Family[AttentionModule]):
         return favor if self.is_loading else favor.to(_device(site))
 
     def observe(
-        self, favors: Mapping[AttentionModule, FavorAttention], add: Callable[..., None]
+        self, favors: Mapping[Site, FavorAttention], add: Callable[..., None]
     ) -> AbstractContextManager[None]:
         """Report the calls of the attention interface."""
 
-        def attend(site: AttentionModule, call: AttentionCall) -> Tensor:
+        def attend(site: Site, call: AttentionCall) -> Tensor:
             check_linear(call)
             boundaries = call.pattern.cu_seqlens
             add(site, call.query, call.key, cu_seqlens=boundaries, **call.favor_options())
@@ -168,7 +161,7 @@ class TransformersModels(Family[AttentionModule]):
         functions = {site.module: functools.partial(attend, site) for site in favors}
         return intercept_attention(functions, self.model)
 
-    def install(self, favors: Mapping[AttentionModule, FavorAttention]) -> None:
+    def install(self, favors: Mapping[Site, FavorAttention]) -> None:
         """Set the attention implementation, the submodules, the hooks and the record."""
         model = self.model
         set_implementation(model)

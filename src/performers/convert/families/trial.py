@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.families.base import AnySite, Site, pre_hooks
+from performers.convert.families.base import Site, pre_hooks
 from performers.convert.fitting import evaluation
 from performers.convert.interface.cache import check_cache
 from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
@@ -28,7 +28,7 @@ _ROWS, _LENGTH = 2, 12
 _TOLERANCE = 1e-3
 
 
-def try_model(model: Any, sites: Sequence[AnySite]) -> set[AnySite]:
+def try_model(model: Any, sites: Sequence[Site]) -> set[Site]:
     """Run a model with exact attention through the interface and check the calls of its layers.
 
     The outputs must equal those of the unchanged model. Layers that the model does not call on the
@@ -57,7 +57,7 @@ def _inner_models(module: nn.Module) -> Iterator[Any]:
             yield from _inner_models(child)
 
 
-def _try_inputs(model: Any, sites: Sequence[AnySite]) -> set[AnySite]:
+def _try_inputs(model: Any, sites: Sequence[Site]) -> set[Site]:
     """Check a model on the first inputs that it accepts; returns the sites that it calls."""
     for inputs in _candidates(model):
         expected = _outputs(model, inputs)
@@ -75,11 +75,11 @@ def _try_inputs(model: Any, sites: Sequence[AnySite]) -> set[AnySite]:
 
 
 def _compare(
-    model: Any, sites: Sequence[AnySite], inputs: Mapping[str, Tensor], expected: list[Tensor]
-) -> set[AnySite]:
+    model: Any, sites: Sequence[Site], inputs: Mapping[str, Tensor], expected: list[Tensor]
+) -> set[Site]:
     kind = type(model).__name__
     running: set[nn.Module] = set()
-    called: set[AnySite] = set()
+    called: set[Site] = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.discard(module)
@@ -87,7 +87,7 @@ def _compare(
         if cache is not None and isinstance(index, int):
             check_cache(cache, index)
 
-    def observe(site: AnySite, call: AttentionCall) -> Tensor:
+    def observe(site: Site, call: AttentionCall) -> Tensor:
         if site.module in running and not site.is_cross:
             raise ValueError(
                 f"{site.name} ({call.name}) attends more than once in a forward pass, for "

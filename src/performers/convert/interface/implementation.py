@@ -105,7 +105,6 @@ def intercept_attention(
     The model, converted or not, runs with the ``"favor"`` implementation meanwhile; its other
     modules compute their attention as before.
     """
-    before = _implementations(model)
     functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
         module: exact_attention
         for _, module in interface_modules(model)
@@ -113,8 +112,8 @@ def intercept_attention(
     }
     functions.update(modules)
     outer = {module: _INTERCEPTED[module] for module in functions if module in _INTERCEPTED}
+    before = set_implementation(model)
     try:
-        set_implementation(model)
         _INTERCEPTED.update(functions)
         yield
     finally:
@@ -124,31 +123,27 @@ def intercept_attention(
         _restore(before)
 
 
-def set_implementation(model: Any) -> None:
-    """Set the implementation of a transformers model and its parts to ``"favor"``."""
-    before = _implementations(model)
-    model.set_attn_implementation(IMPLEMENTATION)
-    left = [
-        type(module).__name__
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        and module.config._attn_implementation != IMPLEMENTATION
-    ]
-    if left:
+def set_implementation(model: Any) -> list[tuple[Any, Any]]:
+    """Set the implementation of a transformers model and its parts to ``"favor"``.
+
+    Returns:
+        The configurations of the model and its parts, with their implementations before.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        left = {type(x).__name__ for x in parts if x.config._attn_implementation != IMPLEMENTATION}
+        if left:
+            raise ValueError(
+                f"{', '.join(sorted(left))} does not go through the attention interface of "
+                "transformers: its attention cannot be made linear"
+            )
+    except Exception:
         _restore(before)
-        raise ValueError(
-            f"{', '.join(sorted(set(left)))} does not go through the attention interface of "
-            "transformers: its attention cannot be made linear"
-        )
-
-
-def _implementations(model: Any) -> list[tuple[Any, Any]]:
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-    }
-    return [(config, config._attn_implementation) for config in configs.values()]
+        raise
+    return before
 
 
 def _restore(implementations: list[tuple[Any, Any]]) -> None:
