@@ -42,16 +42,30 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
     """Run an exact model and calibrate attention modules on the calls of its layers.
 
     Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact
-    model, independent of the conversion of earlier layers. A batch is a tensor, a tuple or list of
-    positional arguments, or a mapping of keyword arguments; its tensors are moved to the device of
-    the model.
+    model, independent of the conversion of earlier layers. Padding before the first and after the
+    last key of a row is left out, and so are the queries of the same tokens in self-attention.
+
+    A batch is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
+    its tensors are moved to the device of the model.
     """
     fitted = set()
 
-    def add(site: Site, query: Tensor, key: Tensor, **options: Any) -> None:
+    def add(
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        *,
+        is_causal: bool,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        favor = favors[site]
         try:
-            if _calibrate(favors[site], query, key, **options):
-                fitted.add(site)
+            for queries, keys, mask in _sequences(query, key, key_mask, cu_seqlens):
+                if _leaves_pairs(favor, queries.shape[2], keys, mask, is_causal):
+                    favor.calibrate_(queries, keys, mask, scale, is_causal=is_causal)
+                    fitted.add(site)
         except ValueError as error:
             raise ValueError(f"calibration of {site.name}: {error}") from error
 
@@ -84,29 +98,6 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
                 f"window={favor.window} and sinks={favor.sinks} cover all of the samples; pass "
                 "longer samples, a smaller window, or estimator='positive'"
             )
-
-
-def _calibrate(
-    favor: FavorAttention,
-    query: Tensor,
-    key: Tensor,
-    *,
-    is_causal: bool,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-) -> bool:
-    """Add the pairs of one call to the fit of a module; returns whether some are not exact.
-
-    Padding before the first and after the last key of a row is left out, and so are the queries of
-    the same tokens in self-attention.
-    """
-    counted = False
-    for part_query, part_key, part_mask in _sequences(query, key, key_mask, cu_seqlens):
-        if _leaves_pairs(favor, part_query.shape[2], part_key, part_mask, is_causal):
-            favor.calibrate_(part_query, part_key, part_mask, scale, is_causal=is_causal)
-            counted = True
-    return counted
 
 
 def _leaves_pairs(

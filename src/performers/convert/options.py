@@ -1,7 +1,5 @@
 """The settings of a conversion."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar

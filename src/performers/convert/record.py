@@ -7,8 +7,6 @@ converted parts, those of each part). ``quantization_config`` makes ``from_pretr
 if that registration is missing.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 from typing import Any

@@ -5,8 +5,6 @@ the construction of a model and the reading of its weights. ``from_pretrained`` 
 ``pipeline``, sentence-transformers and peft then open a converted folder as a converted model.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Conversion of a pretrained Transformer to a Performer, in one call."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import warnings

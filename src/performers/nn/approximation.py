@@ -1,7 +1,5 @@
 """The approximation of softmax attention in one layer."""
 
-from __future__ import annotations
-
 import operator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Batches for distillation: padded, and with masked tokens for masked language models."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

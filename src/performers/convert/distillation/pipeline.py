@@ -1,7 +1,5 @@
 """Conversion, distillation and measurement of a pretrained model, for ``performers convert``."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

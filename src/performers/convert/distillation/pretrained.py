@@ -1,7 +1,5 @@
 """Pretrained transformers models in local folders, read without the network."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
@@ -111,16 +109,21 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(folder, **source)
-            has_head = _has_head_class(config) if head is None else head
-            model, missing = _model(folder, config, has_head, source)
-            if head is None and has_head and missing:
-                has_head = False
-                model, missing = _model(folder, config, has_head, source)
+            head_class = None if head is False else _head_class(config)
+            if head and head_class is None:
+                raise ValueError(
+                    f"{folder} holds a {config.model_type}, for which transformers has no "
+                    "language-modelling head: use head=False"
+                )
+            model, missing = _model(folder, config, head_class, source)
+            if head is None and head_class is not None and missing:
+                head_class = None
+                model, missing = _model(folder, config, head_class, source)
             tokenizer = _tokenizer(folder, config, source)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
     if missing:
-        advice = "; it may have no language-modelling head: use head=False" if has_head else ""
+        advice = "; it may have no language-modelling head: use head=False" if head_class else ""
         raise ValueError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first of them "
             f"{missing[0]}{advice}"
@@ -128,6 +131,7 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     is_causal = getattr(config, "is_causal", True) and any(
         getattr(module, "is_causal", False) for module in model.modules()
     )
+    has_head = head_class is not None
     return LoadedModel(Path(path), model.eval(), tokenizer, bool(is_causal), has_head)
 
 
@@ -169,10 +173,10 @@ def _quiet() -> Iterator[None]:
 
 
 def _model(
-    folder: Path, config: Any, has_head: bool, source: dict[str, Any]
+    folder: Path, config: Any, head_class: Any, source: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """The model, and the names of the weights that its files lack."""
-    model, report = _auto_class(config, has_head, folder).from_pretrained(
+    model, report = (head_class or transformers.AutoModel).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
     if "gguf_file" in source:
@@ -185,26 +189,15 @@ def _model(
     return model, sorted(name for name in report["missing_keys"] if "pooler" not in name)
 
 
-def _has_head_class(config: Any) -> bool:
-    return (
-        type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-        or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-
-
-def _auto_class(config: Any, has_head: bool, folder: Path) -> Any:
-    if not has_head:
-        return transformers.AutoModel
-    if not _has_head_class(config):
-        raise ValueError(
-            f"{folder} holds a {config.model_type}, for which transformers has no "
-            "language-modelling head: use head=False"
-        )
+def _head_class(config: Any) -> Any:
+    """Class of the model with a language-modelling head, or None."""
     # Encoders such as BERT are in both tables and told apart by is_decoder.
     is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if is_masked and not getattr(config, "is_decoder", False):
         return transformers.AutoModelForMaskedLM
-    return transformers.AutoModelForCausalLM
+    if is_masked or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return None
 
 
 def _tokenizer(folder: Path, config: Any, source: dict[str, Any]) -> Any:

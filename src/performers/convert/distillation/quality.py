@@ -1,7 +1,5 @@
 """Quality of a converted model: predictions and embeddings, compared with the original."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -177,30 +175,26 @@ def _predicted(model: Any, reference: Any, kind: str, tasks: Iterable[_Task]) ->
 
 
 def _embedded(model: Any, reference: Any, batches: Iterable[Mapping[str, Tensor]]) -> Quality:
-    rows: list[tuple[Tensor, ...]] = []
+    models = (model,) if reference is None else (model, reference)
+    parts: list[list[Tensor]] = [[] for _ in models]
     tokens = 0
     for batch in batches:
         mask = _ids_and_mask(batch)[1]
         tokens += int(mask.sum())
-        models = (model,) if reference is None else (model, reference)
-        rows.append(tuple(_embeddings(each, batch, mask) for each in models))
-    if not rows:
+        for each, embeddings in zip(models, parts, strict=True):
+            states = _run(each.base_model, batch).last_hidden_state.cpu().double()
+            # Padded states may hold anything, NaN included.
+            sums = states.masked_fill(~mask[..., None], 0.0).sum(dim=1)
+            counts = mask.sum(dim=1, keepdim=True).clamp_min(1)
+            embeddings.append(F.normalize(sums / counts, dim=-1))
+    if not parts[0]:
         raise ValueError("batches must have at least one batch, got none")
-    embeddings = [torch.cat(parts) for parts in zip(*rows, strict=True)]
-    own, theirs = embeddings[0], embeddings[-1]
+    own, theirs = torch.cat(parts[0]), torch.cat(parts[-1])
     retrieval = None
     if len(own) >= _RETRIEVAL_PASSAGES:
         retrieval = float((_nearest(own) == _nearest(theirs)).double().mean())
     cosine = float((own * theirs).sum(dim=1).mean())
     return Quality("encoder", tokens, cosine=cosine, retrieval=retrieval)
-
-
-def _embeddings(model: Any, batch: Mapping[str, Tensor], mask: Tensor) -> Tensor:
-    """Normalized means of the last hidden states over tokens that are not padding, (B, D)."""
-    states = _run(model.base_model, batch).last_hidden_state.cpu().double()
-    # Padded states may hold anything, NaN included.
-    states = states.masked_fill(~mask[..., None], 0.0)
-    return F.normalize(states.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp_min(1), dim=-1)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:

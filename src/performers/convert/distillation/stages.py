@@ -1,7 +1,5 @@
 """Stages of distillation, with checkpoints and a history."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -104,19 +104,9 @@ def text_windows(
 ) -> Tensor:
     """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
 
-    Each window is a passage between the special tokens that the tokenizer puts around a text. The
-    sequences of a FASTA file follow one another with the tokenizer's separator between them. Files
-    are as for `split_text`.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        text: Path of the file.
-        length: Number of tokens in a window, special tokens included.
-        count: Number of windows.
-        skip: Number of windows before the first.
-
-    Returns:
-        Token ids ``(count, length)``.
+    Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
+    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Returns
+    token ids ``(count, length)``.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -150,13 +140,7 @@ class TextExamples(IterableDataset[Example]):
 
     Blocks of the file come in random order, and the examples of `_MIXED` blocks are mixed. The
     order depends on the seed alone, so that a run resumes by skipping examples. Workers of a
-    ``DataLoader`` share the examples between them.
-
-    Args:
-        file: The file.
-        stop: End of the part, in bytes.
-        seed: Random seed of the orders.
-        passes: Number of passes; None: without end.
+    ``DataLoader`` share the examples between them. Without ``passes`` the stream has no end.
     """
 
     def __init__(self, file: _File, stop: int, *, seed: int = 0, passes: int | None = None) -> None:
@@ -240,7 +224,10 @@ class _File:
         if offset >= self.size:
             return self.size
         if self.is_fasta:
-            return self._find(b"\n>", offset - 1)
+            for start in range(offset - 1, self.size, _PIECE - 1):
+                if (place := self._bytes(start, start + _PIECE).find(b"\n>")) >= 0:
+                    return start + place + 1
+            return self.size
         following = self._bytes(offset, offset + _LONGEST_WORD)
         # Tokenizers that keep spaces keep them before the word.
         if (space := _SPACE.search(following)) is not None:
@@ -308,14 +295,6 @@ class _File:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not a UTF-8 text file: {error}") from error
         return text.replace("\r\n", "\n").replace("\r", "\n")
-
-    def _find(self, mark: bytes, start: int) -> int:
-        while start < self.size:
-            piece = self._bytes(start, start + _PIECE)
-            if (place := piece.find(mark)) >= 0:
-                return start + place + 1
-            start += _PIECE - 1
-        return self.size
 
     def _bytes(self, start: int, stop: int) -> bytes:
         # Opened for each piece: forked workers would share a position in the file.

@@ -1,7 +1,5 @@
 """The losses of distillation, as trainers of transformers."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -89,13 +87,7 @@ class DistillationTrainer(_LossTrainer):
     * ``"hidden"``: ``|student - teacher|^2 / |teacher|^2`` of hidden states, mean over layers.
     * ``"embedding"``: the same of the last hidden states' mean over tokens, the usual embedding of
       a sentence, plus ``hidden_weight`` times that of all hidden states.
-    * ``"task"``: the loss that the model computes from ``labels``.
-
-    Args:
-        teacher: The original model, or None for the task's loss.
-        loss: One of the four.
-        hidden_weight: Weight of the hidden states' error.
-        **arguments: Arguments of ``transformers.Trainer``.
+    * ``"task"``: the loss that the model computes from ``labels``, without a teacher.
     """
 
     def __init__(

@@ -1,7 +1,5 @@
 """Training that restores the quality of the original in a converted model."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -116,10 +114,28 @@ def distill(
             f"data has {size} examples, fewer than a batch (batch_size={batch_size}): pass more, "
             f"or batch_size={max(1, size)}"
         )
-    _check_models(student, teacher, transfer_steps, steps, loss)
+    if loss is not None and loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if teacher is None and steps and loss != "task":
+        raise ValueError(
+            "teacher is None: pass the original model to learn from, or loss='task' and examples "
+            "with labels"
+        )
+    if teacher is student:
+        raise ValueError(
+            "teacher and student are the same object, and to_performer works in place: load the "
+            "original once more, or copy.deepcopy it before converting"
+        )
+    if transfer_steps and read_record(student) is None:
+        raise ValueError(
+            f"{type(student).__name__} is no converted transformers model: call to_performer on "
+            "it first, or pass transfer_steps=0"
+        )
     if lora_rank is not None:
         check_adapters()
-    kind = loss or ("logits" if _has_logits(student) else "hidden")
+    names = ("ForMaskedLM", "ForCausalLM", "LMHead")
+    has_logits = any(name in type(student).__name__ for name in names)
+    kind = loss or ("logits" if has_logits else "hidden")
     if not (hasattr(data, "__getitem__") or isinstance(data, Dataset)):
         data = Stream(data)
     run = DistillationRun(
@@ -164,28 +180,6 @@ def distill(
     return run.result
 
 
-def _check_models(
-    student: Any, teacher: Any, transfer_steps: int, steps: int, loss: str | None
-) -> None:
-    if loss is not None and loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    if teacher is None and steps and loss != "task":
-        raise ValueError(
-            "teacher is None: pass the original model to learn from, or loss='task' and examples "
-            "with labels"
-        )
-    if teacher is student:
-        raise ValueError(
-            "teacher and student are the same object, and to_performer works in place: load the "
-            "original once more, or copy.deepcopy it before converting"
-        )
-    if transfer_steps and read_record(student) is None:
-        raise ValueError(
-            f"{type(student).__name__} is no converted transformers model: call to_performer on "
-            "it first, or pass transfer_steps=0"
-        )
-
-
 def check_adapters() -> None:
     """Check that the package of the adapters is installed."""
     if importlib.util.find_spec("peft") is None:
@@ -193,11 +187,6 @@ def check_adapters() -> None:
             "lora_rank needs peft: pip install 'performers[convert]', or train all weights with "
             "lora_rank=None"
         )
-
-
-def _has_logits(model: Any) -> bool:
-    name = type(model).__name__
-    return "ForMaskedLM" in name or "ForCausalLM" in name or "LMHead" in name
 
 
 def default_collator(model: Any, loss: str = "logits") -> Collator:

@@ -1,7 +1,5 @@
 """The protocol of model families: sites, observation, installation."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,14 +16,9 @@ from performers.nn import FavorAttention
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """An attention layer that can become linear.
+    """An attention layer that can become linear: a module, its name in the model and its sizes.
 
-    Attributes:
-        name: Name of its module in the model.
-        module: The module.
-        is_cross: Whether it attends from a decoder to an encoder.
-        head_dim: Width of queries and keys.
-        key_heads: Number of heads of the keys.
+    ``is_cross`` marks attention from a decoder to an encoder.
     """
 
     name: str

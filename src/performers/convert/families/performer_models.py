@@ -1,7 +1,5 @@
 """Models of ``performers.models`` with exact attention."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Models built on ``nn.MultiheadAttention`` and torch's Transformer layers."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -147,10 +145,15 @@ class TorchModules(Family):
             bound = _CALL.bind(module, *args, **kwargs)
             bound.apply_defaults()
             call = bound.arguments
-            query, key = call["query"], call["key"]
-            axis = 1 if query.ndim == 3 and favor.batch_first else 0
-            if query.shape[axis] != key.shape[axis]:
-                self._check_cross(site, favor, query.shape[axis], key.shape[axis])
+            axis = 1 if call["query"].ndim == 3 and favor.batch_first else 0
+            length, size = call["query"].shape[axis], call["key"].shape[axis]
+            exact_terms = favor.window is not None or favor.sinks > 0
+            if length != size and (exact_terms or not self.conversion.cross_attention):
+                remedy = "" if exact_terms else ", or pass cross_attention=True"
+                raise ValueError(
+                    f"{site.name} attends from {length} tokens to {size} others, so that it is no "
+                    f"self-attention; leave it exact: name the others with layers{remedy}"
+                )
             try:
                 heads = favor.head_inputs(**{name: call[name] for name in _INPUTS})
             except ValueError as error:
@@ -165,19 +168,6 @@ class TorchModules(Family):
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-
-    def _check_cross(self, site: Site, favor: FavorAttention, length: int, size: int) -> None:
-        """Refuse calls that are not self-attention."""
-        exact_terms = favor.window is not None or favor.sinks > 0
-        if self.conversion.cross_attention and not exact_terms:
-            return
-        remedy = "leave it exact: name the others with layers"
-        if not exact_terms:
-            remedy += ", or pass cross_attention=True"
-        raise ValueError(
-            f"{site.name} attends from {length} tokens to {size} others, so that it is no "
-            f"self-attention; {remedy}"
-        )
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a batch of calibration."""

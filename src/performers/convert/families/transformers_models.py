@@ -1,7 +1,5 @@
 """transformers models whose attention goes through the attention interface."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -5,8 +5,6 @@ the mask apart, call an attention module with other keys than queries. The trial
 `to_performer` refuses the model before anything changes.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -205,8 +203,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
             corner = torch.randint(0, 8, (_ROWS, _LENGTH, 2), generator=random)
             text["bbox"] = torch.cat((corner, corner + 3), -1)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
-    others = (_images, _sounds, _series)
-    for other in (x for make in others for x in make(config, names, normal)):
+    for other in _other_data(config, names, normal):
         for placed in _placeholders(config, text, other):
             yield moved({**placed, **other, **decoder})
         for inputs in ({**text, **other, **decoder}, {**other, **decoder}, other):
@@ -255,11 +252,10 @@ def _placeholders(
         yield inputs
 
 
-def _images(
+def _other_data(
     config: Any, names: set[str], normal: Callable[..., Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    if "pixel_values" not in names:
-        return
+    """Images, sounds and time series."""
     vision = getattr(config, "vision_config", None) or config
     size = _find(vision, "image_size", "img_size", "input_image_size", default=32)
     if isinstance(size, dict):
@@ -267,47 +263,33 @@ def _images(
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
     channels = _find(vision, "num_channels", "in_channels", "in_chans", default=3)
     patch = _find(vision, "patch_size", default=8)
-    if not all(isinstance(x, int) for x in (height, width, channels, patch)):
-        return
-    if {"spatial_shapes", "pixel_attention_mask"} <= names:
-        yield {
-            "pixel_values": normal(_ROWS, 16, channels * patch * patch),
-            "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
-            "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
-        }
-    yield {"pixel_values": normal(1, channels, height, width)}
-    yield {"pixel_values": normal(_ROWS, channels, height, width)}
-    for frames in (_find(config, "num_frames", default=2), 1):
-        yield {"pixel_values": normal(_ROWS, frames, channels, height, width)}
-
-
-def _sounds(
-    config: Any, names: set[str], normal: Callable[..., Tensor]
-) -> Iterator[dict[str, Tensor]]:
+    numbers = all(isinstance(x, int) for x in (height, width, channels, patch))
+    if "pixel_values" in names and numbers:
+        if {"spatial_shapes", "pixel_attention_mask"} <= names:
+            yield {
+                "pixel_values": normal(_ROWS, 16, channels * patch * patch),
+                "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
+                "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
+            }
+        frames = _find(config, "num_frames", default=2)
+        for shape in ((1,), (_ROWS,), (_ROWS, frames), (_ROWS, 1)):
+            yield {"pixel_values": normal(*shape, channels, height, width)}
     widths = "num_mel_bins input_feat_per_channel feature_projection_input_dim n_mels mel_dim"
     mel = _find(config, *widths.split(), default=80)
     if "input_features" in names:
         source = _find(config, "max_source_positions", default=50)
-        yield {"input_features": normal(_ROWS, mel, 2 * source)}
-        yield {"input_features": normal(_ROWS, 64, mel)}
-        yield {"input_features": normal(_ROWS, 64, 4 * mel)}
+        for shape in ((mel, 2 * source), (64, mel), (64, 4 * mel)):
+            yield {"input_features": normal(_ROWS, *shape)}
         ones = torch.ones(_ROWS, 64, dtype=torch.int64)
         yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
     if "input_values" in names:
         yield {"input_values": normal(_ROWS, 6000)}
         yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
-
-
-def _series(
-    config: Any, names: set[str], normal: Callable[..., Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    if "past_values" not in names:
-        return
     length = _find(config, "context_length", default=32)
-    for shape in ((_ROWS, length), (_ROWS, length, 1)):
+    for axes in ((length,), (length, 1)) if "past_values" in names else ():
         inputs = {
-            "past_values": normal(*shape),
-            "past_values_padding": torch.zeros(shape, dtype=torch.int64),
+            "past_values": normal(_ROWS, *axes),
+            "past_values_padding": torch.zeros(_ROWS, *axes, dtype=torch.int64),
             "freq": torch.zeros(_ROWS, 1, dtype=torch.int64),
         }
         yield {name: value for name, value in inputs.items() if name in names}

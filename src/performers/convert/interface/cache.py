@@ -1,24 +1,21 @@
 """The past of a converted decoder: constant in size, inside the cache of transformers."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from performers.models.cache import FavorCacheLayer
 
 
 class _Running(threading.local):
-    """Cache layers of the attention modules that a thread is running, by the module's id."""
-
     def __init__(self) -> None:
         self.layers: dict[int, ConvertedCacheLayer] = {}
 
 
-_RUNNING = _Running()
+RUNNING = _Running()
+"""Cache layers of the attention modules that a thread is running, by the module's id."""
 
 
 class ConvertedCacheLayer(FavorCacheLayer):
@@ -28,16 +25,13 @@ class ConvertedCacheLayer(FavorCacheLayer):
 
     Attributes:
         padding: Number of padding tokens before the first token of each row, (B,); None: unknown.
+        is_expected: Whether the next call of `update` is by linear attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.padding: Tensor | None = None
-        self._expected = False
-
-    def expect(self) -> None:
-        """Announce a call of `update` by linear attention."""
-        self._expected = True
+        self.is_expected = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -47,12 +41,12 @@ class ConvertedCacheLayer(FavorCacheLayer):
         Raises:
             RuntimeError: Another kind of attention calls it.
         """
-        if not self._expected:
+        if not self.is_expected:
             raise RuntimeError(
                 "past_key_values holds the state of linear attention, which no other attention "
                 "can continue: start with a new cache after set_attn_implementation"
             )
-        self._expected = False
+        self.is_expected = False
         return key_states, value_states
 
     def reset(self) -> None:
@@ -76,16 +70,6 @@ class ConvertedCacheLayer(FavorCacheLayer):
     def nbytes(self) -> int:
         """Size of the state in bytes."""
         return 0 if self.state is None else self.state.nbytes
-
-
-def leave_cache_layer(module: nn.Module, layer: ConvertedCacheLayer) -> None:
-    """Store a cache layer for the running call of a module."""
-    _RUNNING.layers[id(module)] = layer
-
-
-def take_cache_layer(module: nn.Module) -> ConvertedCacheLayer | None:
-    """Remove and return the cache layer of the running call of a module."""
-    return _RUNNING.layers.pop(id(module), None)
 
 
 def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:

@@ -1,7 +1,5 @@
 """Attention calls of a transformers model, computed by exact and linear layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +68,6 @@ class AttentionCall:
             "scale": self.scale,
         }
 
-    def dense_mask(self) -> Tensor | None:
-        """Make the mask (B or 1, 1, L, S) for torch's attention; None: none is needed."""
-        mask = self.pattern.dense()
-        return None if mask is None else mask.to(self.query.device)
-
 
 def exact_attention(call: AttentionCall) -> Tensor:
     """Compute softmax attention by torch, under any mask."""
@@ -100,7 +93,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
         call.query,
         call.key,
         call.value,
-        call.dense_mask(),
+        call.pattern.dense(call.query.device),
         dropout=call.dropout,
         scaling=call.scale,
         is_causal=pattern.is_causal,
@@ -202,7 +195,7 @@ def exact_weights(call: AttentionCall) -> Tensor:
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
-    mask = call.dense_mask()
+    mask = call.pattern.dense(call.query.device)
     if mask is None and pattern.is_causal:
         # Aligned at the last key: a cache has more keys than there are queries.
         mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)

@@ -6,8 +6,6 @@ it; a module that stays exact is computed by torch, in linear time where the mod
 window. Requests that linear attention cannot fulfil raise an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +16,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from performers.convert.interface.cache import take_cache_layer
+from performers.convert.interface.cache import RUNNING
 from performers.convert.interface.call import (
     AttentionCall,
     exact_attention,
@@ -30,7 +28,6 @@ from performers.convert.interface.call import (
 from performers.convert.interface.masks import AttentionPattern, pattern_mask
 from performers.convert.options import FAVOR
 from performers.convert.record import SAVED_IMPLEMENTATION
-from performers.nn import FavorAttention
 
 IMPLEMENTATION = "favor"
 _INTERCEPTED: WeakKeyDictionary[nn.Module, Callable[[AttentionCall], Tensor]] = WeakKeyDictionary()
@@ -66,7 +63,7 @@ def favor_attention_forward(
             make_dense=lambda: attention_mask,
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    cache_layer = take_cache_layer(module)
+    cache_layer = RUNNING.layers.pop(id(module), None)
     call = AttentionCall(module, query, key, value, scale, pattern, dropout, cache_layer, options)
     weights = None
     if module in _INTERCEPTED:
@@ -77,23 +74,17 @@ def favor_attention_forward(
             )
         out = _INTERCEPTED[module](call)
     else:
-        block = _block(call)
+        if not hasattr(module, FAVOR):
+            raise ValueError(
+                f"{call.name} has no random features: attn_implementation='favor' is set by "
+                "performers.convert.to_performer(model), which adds them; call that on a model "
+                "loaded as usual, or performers.convert.load_performer on a saved one"
+            )
+        block: Any = getattr(module, FAVOR)
         out = exact_attention(call) if block is None else linear_attention(block, call)
         if weights_wanted(options):
             weights = exact_weights(call) if block is None else linear_weights(block, call)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights
-
-
-def _block(call: AttentionCall) -> FavorAttention | None:
-    try:
-        block: FavorAttention | None = getattr(call.module, FAVOR)
-    except AttributeError:
-        raise ValueError(
-            f"{call.name} has no random features: attn_implementation='favor' is set by "
-            "performers.convert.to_performer(model), which adds them; call that on a model loaded "
-            "as usual, or performers.convert.load_performer on a saved one"
-        ) from None
-    return block
 
 
 @contextlib.contextmanager

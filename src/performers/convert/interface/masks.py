@@ -71,11 +71,12 @@ class AttentionPattern:
         key_mask, ids = (None if x is None else x.to(device) for x in masks)
         return replace(self, key_mask=key_mask, sequence_ids=ids)
 
-    def dense(self) -> Tensor | None:
+    def dense(self, device: torch.device | None = None) -> Tensor | None:
         """Make the mask (B or 1, 1, L, S) for torch's attention, once; None: none is needed."""
         if not self._dense:
             self._dense.append(None if self.make_dense is None else self.make_dense())
-        return self._dense[0]
+        mask = self._dense[0]
+        return mask if mask is None else mask.to(device)
 
 
 def pattern_mask(

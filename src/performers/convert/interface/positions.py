@@ -1,7 +1,5 @@
 """Extension of learned position embeddings."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 import torch
