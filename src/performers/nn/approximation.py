@@ -21,8 +21,7 @@ class Approximation:
 
     Attributes:
         num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
-        estimator: As in ``SoftmaxFeatures``.
-        projection: As in ``SoftmaxFeatures``.
+        estimator: Estimator of ``SoftmaxFeatures``, as ``projection`` is its projection.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
         listed_keys: Maximum number of keys per query that are exact by their content; 0: none.
@@ -39,10 +38,8 @@ class Approximation:
     listed_keys: int = 0
 
     def __post_init__(self) -> None:
-        for name, optional in (
-            ("num_features", True), ("window", True), ("sinks", False), ("listed_keys", False)
-        ):  # fmt: skip
-            value = getattr(self, name)
+        for name in ("num_features", "window", "sinks", "listed_keys"):
+            value, optional = getattr(self, name), name in ("num_features", "window")
             if value is None and optional:
                 continue
             number = as_integer(value)

@@ -13,13 +13,7 @@ from performers.features import FeatureMap, LearnedFeatures
 class FavorAttention(nn.Module):
     """Attention through random features, exact within a window, at sinks and at listed keys.
 
-    Queries, keys and values are projected by the caller.
-
-    Args:
-        feature_map: Feature map of the layer.
-        window: As in ``favor_attention``.
-        sinks: As in ``favor_attention``.
-        listed_keys: As in ``favor_attention``.
+    Queries, keys and values are projected by the caller. Arguments are as in ``favor_attention``.
     """
 
     def __init__(

@@ -13,13 +13,9 @@ from performers.nn.favor import FavorAttention
 class HeadInputs(NamedTuple):
     """Inputs of one call, split into heads: ``(N, heads, length, head_dim)``.
 
-    Attributes:
-        query: Queries.
-        key: Keys; if attention is not causal, those of ``add_bias_kv`` and ``add_zero_attn`` last.
-        value: Values, likewise.
-        options: ``is_causal`` and ``key_mask`` of ``favor_attention``.
-        past: Keys and values of ``add_bias_kv`` and ``add_zero_attn`` in causal attention, where
-            they precede the sequence; None: there are none.
+    Keys and values of ``add_bias_kv`` and ``add_zero_attn`` come last in ``key`` and ``value``; in
+    causal attention they precede the sequence, as its ``past``. ``options`` are ``is_causal`` and
+    ``key_mask`` of ``favor_attention``.
     """
 
     query: Tensor
@@ -42,7 +38,7 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
     inherits nothing else. ``nn.TransformerEncoder`` copies its layer, random features included:
     ``redraw_features_(encoder)`` draws new ones for each copy.
 
-    Arguments that are not described here are those of ``nn.MultiheadAttention``.
+    Other arguments are those of ``nn.MultiheadAttention``.
 
     Args:
         dropout: Must be 0.
@@ -50,9 +46,6 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
             ``SoftmaxFeatures(head_dim)``.
         window: As in ``favor_attention``; for self-attention.
         sinks: As in ``favor_attention``.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> attention = PerformerAttention(64, 4, batch_first=True)
@@ -238,8 +231,7 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
             key, value = (torch.cat(x, dim=2) for x in zip((key, value), extra, strict=True))
             mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
             extra = None
-        options = {"is_causal": is_causal, "key_mask": mask}
-        return HeadInputs(query, key, value, options, extra)
+        return HeadInputs(query, key, value, {"is_causal": is_causal, "key_mask": mask}, extra)
 
     def _projection_weights(self) -> tuple[Tensor, ...]:
         if self._same_widths:

@@ -42,8 +42,8 @@ class Distillation:
     finished: bool = True
 
 
-@dataclass
-class DistillationRun:
+@dataclass(eq=False)
+class DistillationRun(transformers.TrainerCallback):
     """A run of two stages.
 
     Attributes are the arguments of `distill`, and ``arguments`` those of
@@ -83,6 +83,7 @@ class DistillationRun:
 
         ``arguments`` are those of the trainer.
         """
+        self._stage = stage
         folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
@@ -105,7 +106,7 @@ class DistillationRun:
             for name in ("gradient_checkpointing", "activation_checkpointing"):
                 settings.pop(name, None)
         stop = StopCallback()
-        callbacks: list[Any] = [IntervalsCallback(), stop, _History(self, stage)]
+        callbacks: list[Any] = [IntervalsCallback(), stop, self]
         if redraw_steps:
             callbacks.append(RedrawCallback(model, redraw_steps, settings["seed"]))
         if (report := self.progress) is not None:
@@ -149,11 +150,6 @@ class DistillationRun:
         self.result.finished = not stop.requested
         self.write()
 
-    def keep(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Add an entry to the history."""
-        self.result.history.append({"stage": stage, "step": step, **values})
-        self.write()
-
     def write(self) -> None:
         """Update the seconds of the results, and write them to ``output``."""
         self.result.seconds = time.monotonic() - self._started
@@ -165,23 +161,19 @@ class DistillationRun:
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(self.output_dir / _RECORD)
 
-
-class _History(transformers.TrainerCallback):
-    """Adds losses and evaluations to the history of a run."""
-
-    def __init__(self, run: DistillationRun, stage: str) -> None:
-        self.run, self.stage = run, stage
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add a loss."""
+        """Add a loss to the history."""
         if logs and "loss" in logs:
-            self.run.keep(self.stage, state.global_step, {"loss": float(logs["loss"])})
+            self._keep(state.global_step, {"loss": float(logs["loss"])})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when due."""
-        every, last = self.run.eval_steps or state.max_steps, state.global_step == state.max_steps
-        if self.run.evaluate is None or (state.global_step % every and not last):
-            return
-        with evaluation(self.run.student):
-            values = self.run.evaluate(self.run.student)
-        self.run.keep(self.stage, state.global_step, values)
+        every, last = self.eval_steps or state.max_steps, state.global_step == state.max_steps
+        if self.evaluate is not None and (last or state.global_step % every == 0):
+            with evaluation(self.student):
+                values = self.evaluate(self.student)
+            self._keep(state.global_step, values)
+
+    def _keep(self, step: int, values: dict[str, float]) -> None:
+        self.result.history.append({"stage": self._stage, "step": step, **values})
+        self.write()
