@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None) -> bool:
-    """Whether attention modules are to be calibrated."""
+    """Check that an estimator gets the samples it needs; returns True if they are used."""
     estimator = conversion.estimator
     if calibration is None:
         if conversion.is_calibrated and not conversion.learned:
@@ -103,7 +103,7 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
 def _leaves_pairs(
     favor: FavorAttention, length: int, key: Tensor, mask: Tensor | None, is_causal: bool
 ) -> bool:
-    """Whether a query meets a key through features."""
+    """Return True if some pair is not exact."""
     size = key.shape[2]
     if mask is None:
         mask = torch.ones(1, size, dtype=torch.bool, device=key.device)

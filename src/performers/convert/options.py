@@ -1,4 +1,4 @@
-"""The settings of a conversion."""
+"""Settings of a conversion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Conversion(Approximation):
 
     @property
     def needs_samples(self) -> bool:
-        """Whether the estimator or lists of keys are fitted to samples."""
+        """True if the estimator or lists of keys are fitted to samples."""
         return self.is_calibrated or self.listed_keys > 0
 
     def choose(self, items: Sequence[Item]) -> list[Item]:

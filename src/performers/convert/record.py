@@ -75,6 +75,6 @@ def _models() -> list[Any]:
 
 
 def _whole(model: nn.Module) -> Any:
-    """The largest transformers model that contains a model; the model itself if none does."""
+    """Find the largest transformers model that contains a model, or return the model."""
     holders = [x for x in _models() if any(module is model for module in x.modules())]
     return max(holders, key=lambda x: sum(1 for _ in x.modules()), default=model)

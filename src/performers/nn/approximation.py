@@ -1,4 +1,4 @@
-"""The approximation of softmax attention in one layer."""
+"""Approximation of softmax attention in one layer."""
 
 import operator
 from dataclasses import asdict, dataclass, fields
@@ -83,12 +83,12 @@ class Approximation:
 
     @property
     def has_exact_pairs(self) -> bool:
-        """Whether some pairs are exact."""
+        """True if some pairs are exact."""
         return self.window is not None or self.sinks > 0 or self.listed_keys > 0
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the estimator is fitted to sample queries and keys."""
+        """True if the estimator is fitted to sample queries and keys."""
         return self.estimator in CALIBRATED
 
     def features(

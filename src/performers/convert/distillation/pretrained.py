@@ -136,7 +136,7 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
-    """The folder to read, and the name of the GGUF file in it or None."""
+    """Find the folder to read, and the name of the GGUF file in it or None."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"{path} is a file: expected a model folder or a .gguf file")
@@ -175,7 +175,7 @@ def _quiet() -> Iterator[None]:
 def _model(
     folder: Path, config: Any, head_class: Any, source: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """The model, and the names of the weights that its files lack."""
+    """Load the model; returns it with the names of the weights that its files lack."""
     model, report = (head_class or transformers.AutoModel).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )

@@ -218,7 +218,7 @@ class _File:
         self.is_fasta = head[self.start : self.start + 1] == b">"
 
     def boundary(self, offset: int) -> int:
-        """The first place at or after a byte where the file can be cut."""
+        """Find the first place at or after a byte where the file can be cut."""
         if offset <= self.start:
             return self.start
         if offset >= self.size:

@@ -1,4 +1,4 @@
-"""The losses of distillation, as trainers of transformers."""
+"""Losses of distillation, as trainers of transformers."""
 
 import functools
 from typing import Any
@@ -136,7 +136,7 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
 
 
 def _pooled(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over tokens that are not padding, (B, 1, D)."""
+    """Mean over tokens that are not padding, (B, 1, D)."""
     if mask is None or mask.shape[1] != states.shape[1]:
         return states.float().mean(1, keepdim=True)
     weight = mask.to(torch.float32).unsqueeze(-1)

@@ -240,7 +240,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
         features.requires_grad_(True)
         run.train(TransferTrainer, student, "transfer", steps, learning_rate, blocks=blocks)
     if done is not None and run.result.finished and int(os.environ.get("RANK", "0")) == 0:
-        # Written beside its place and moved there, whole or not at all.
+        # Written to a temporary folder and renamed, whole or not at all.
         staging = done.with_name(f".{done.name}")
         for earlier in (staging, done):
             shutil.rmtree(earlier, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The protocol of model families: sites, observation, installation."""
+"""Protocol of model families: sites, observation, installation."""
 
 import contextlib
 from abc import ABC, abstractmethod
@@ -37,7 +37,7 @@ class Site:
 
 
 class Family(ABC):
-    """The parts of a conversion that depend on the kind of model.
+    """Conversion steps that depend on the kind of model.
 
     Args:
         model: The model, unchanged until `install`.
@@ -46,7 +46,7 @@ class Family(ABC):
     """
 
     takes_lists = False
-    """Whether attention with listed keys can be installed."""
+    """True if attention with listed keys can be installed."""
 
     def __init__(self, model: Any, conversion: Conversion, *, is_loading: bool = False) -> None:
         self.model, self.conversion, self.is_loading = model, conversion, is_loading

@@ -47,7 +47,7 @@ def try_model(model: Any, sites: Sequence[Site]) -> set[Site]:
 
 
 def _inner_models(module: nn.Module) -> Iterator[Any]:
-    """The largest transformers models within a module."""
+    """Find the largest transformers models within a module."""
     for child in module.children():
         if isinstance(child, PreTrainedModel):
             yield child
@@ -169,7 +169,7 @@ def _close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def _find(config: Any, *names: str, default: Any) -> Any:
-    """The first of some attributes in a configuration or those within it, breadth first."""
+    """Find the first of some attributes in a configuration or those within it."""
     queue = [config]
     for part in queue:
         for name in names:
@@ -234,7 +234,7 @@ def _token_ids(config: Any, random: torch.Generator) -> Tensor:
 def _placeholders(
     config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """The text with as many placeholders of an image as the model may expect."""
+    """Insert as many placeholders of an image into the text as the model may expect."""
     token = _find(config, "image_token_id", "image_token_index", default=None)
     pixels = other.get("pixel_values")
     if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:

@@ -1,4 +1,4 @@
-"""The past of a converted decoder: constant in size, inside the cache of transformers."""
+"""State of a converted decoder in the cache of transformers, constant in size."""
 
 import threading
 from typing import Any
@@ -19,7 +19,7 @@ RUNNING = _Running()
 
 
 class ConvertedCacheLayer(FavorCacheLayer):
-    """The state of one linear layer in place of its keys and values.
+    """State of one linear layer in place of its keys and values.
 
     Holds the sums, the first ``sinks`` and the last ``window`` keys and values.
 

@@ -161,7 +161,7 @@ def _problem(call: AttentionCall) -> str | None:
 
 
 def _continues(call: AttentionCall) -> bool:
-    """Whether the mask or the positions of a causal call imply earlier tokens."""
+    """Return True if the mask or the positions of a causal call imply earlier tokens."""
     if not call.pattern.is_causal or is_tracing():
         return False
     if int(call.pattern.past) > 0:
@@ -172,7 +172,7 @@ def _continues(call: AttentionCall) -> bool:
 
 
 def weights_wanted(options: Mapping[str, Any]) -> bool:
-    """Whether the matrix of weights is to be returned."""
+    """Return True if the matrix of weights is requested."""
     if options.get("output_attentions"):
         return True
     # Most models record the outputs of their modules and do not pass the option down.

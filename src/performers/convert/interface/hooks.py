@@ -41,7 +41,7 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def is_rotary_model(module: nn.Module) -> bool:
-    """Whether a model computes the angles of rotary positions from ``position_ids``."""
+    """Return True if a model computes rotary positions from ``position_ids``."""
     if not isinstance(module, PreTrainedModel):
         return False
     names = inspect.signature(type(module).forward).parameters
