@@ -16,12 +16,8 @@ _IGNORED = -100
 class Collator:
     """Examples of different lengths as one batch.
 
-    Attributes:
-        pad_token_id: Padding of ``input_ids``.
-        mask_token_id: Replaces masked tokens; None: no token is masked.
-        special_token_ids: Tokens that are never masked.
-        mask_probability: Probability that another token is masked; ``labels`` are these tokens.
-        causal_labels: Whether ``labels`` are the tokens themselves, as causal models expect.
+    With ``mask_token_id``, tokens other than the special ones are masked with ``mask_probability``
+    and become the ``labels``. With ``causal_labels`` these are the tokens themselves.
     """
 
     pad_token_id: int = 0

@@ -1,6 +1,5 @@
 """Conversion, distillation and measurement of a pretrained model, for ``performers convert``."""
 
-import contextlib
 import copy
 import gc
 import hashlib
@@ -14,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from performers.app.conversion import ConversionOptions
 from performers.convert.distillation.batches import Collator
-from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.pretrained import (
+    LoadedModel,
+    load_model,
+    without_progress_bars,
+)
 from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from performers.convert.distillation.results import (
     BASELINE,
@@ -62,21 +64,18 @@ def run_conversion(
 ) -> tuple[LoadedModel, Any]:
     """Convert a model, distil it, and measure it before and after on held-out text.
 
-    Args:
-        options: Options of the run.
-        folder: Existing folder of the new model and, until it is done, of the checkpoints.
-        record: Results so far, extended by the run; what it has is not measured again.
-        resume: Called once the record has the options of the run, to add earlier results to it.
-        progress: Called with a piece of work, the amounts done and in all, and figures.
-
-    Returns:
-        The original and the converted model.
+    ``folder`` gets the new model and, until it is done, the checkpoints; ``record`` the results
+    that it does not have. ``resume`` is called once the record has the options of the run, to add
+    earlier results. ``progress`` is called with a piece of work, the amounts done and in all, and
+    figures. Returns the original and the converted model.
 
     Raises:
         KeyboardInterrupt: A signal stopped the training, after a checkpoint.
         ValueError: The model, the text or an option cannot be used.
     """
-    with _quiet():
+    with without_progress_bars(), warnings.catch_warnings():
+        # No run uses the dropout of attention weights.
+        warnings.filterwarnings("ignore", "the dropout of attention weights")
         loaded = load_model(options.model, head=None)
         if read_record(loaded.model) is not None:
             raise ValueError(
@@ -272,17 +271,3 @@ def _digest(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the bars of saving and the warning about dropout, which no run uses."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the dropout of attention weights")
-            yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()

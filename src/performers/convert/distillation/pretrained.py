@@ -27,14 +27,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "sp
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model and its tokenizer.
+    """A pretrained model in evaluation mode and float32, and its tokenizer or None.
 
-    Attributes:
-        path: The folder or file.
-        model: A ``transformers.PreTrainedModel`` in evaluation mode, float32.
-        tokenizer: The tokenizer, or None if the folder has none.
-        is_causal: Whether attention is causal.
-        has_head: Whether there is a language-modelling head.
+    ``has_head`` is True if there is a language-modelling head.
     """
 
     path: Path
@@ -64,7 +59,7 @@ class LoadedModel:
             )
         length, limit = input_ids.shape[1], self.max_length
         if limit is not None and length > limit:
-            raise ValueError(f"input_ids must have at most {limit} positions, got {length}")
+            raise ValueError(f"input_ids must have at most {limit} positions here, got {length}")
         arguments: dict[str, Any] = {"input_ids": input_ids.to(self.model.device, torch.long)}
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
@@ -88,8 +83,8 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     ``vocab.txt`` is a BERT vocabulary, cased if it has tokens in upper case.
 
     Args:
-        path: A folder as ``save_pretrained`` writes it (``config.json`` with safetensors or
-            ``pytorch_model.bin``), a ``.gguf`` file, or a folder with one.
+        path: A folder with ``config.json`` and safetensors or ``pytorch_model.bin``, a ``.gguf``
+            file, or a folder with one.
         head: Whether to load the language-modelling head; None: if the files have one.
 
     Raises:
@@ -156,20 +151,28 @@ def _locate(path: Path) -> tuple[Path, str | None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars of transformers and its report of unused heads."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+def without_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of transformers while a context lasts."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        # The bar of a GGUF file ignores these settings.
-        with contextlib.redirect_stderr(io.StringIO()):
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars, and the report of transformers on unused heads."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        # The bar of a GGUF file ignores the settings of transformers.
+        with without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _model(

@@ -95,8 +95,8 @@ def measure_quality(
         batches: Mappings with ``input_ids`` (B, L), and ``attention_mask`` if there is padding.
         kind: One of ``KINDS``; None: `kind_of` the model.
         tokenizer: Tokenizer of a masked model.
-        mask_fraction: Share of the ordinary tokens of a row that is masked, at least one.
-        seed: Random seed of their choice.
+        mask_fraction: Share of the ordinary tokens of a row that is masked.
+        seed: Random seed of the masked tokens.
     """
     kind = kind or kind_of(model)
     if kind not in KINDS:

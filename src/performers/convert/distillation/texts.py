@@ -38,12 +38,10 @@ _PASSES = 1 << 24
 
 @dataclass(frozen=True)
 class TextSplits:
-    """Three parts of a file that share no token.
+    """Examples from parts of a file that share no token.
 
-    Attributes:
-        calibration: Examples to fit features to, spread over the training part.
-        train: A stream of the other examples there, without end.
-        test: Examples from the end of the file.
+    Those of ``calibration`` are spread over the part of ``train``, an endless stream; those of
+    ``test`` are the end of the file.
     """
 
     calibration: list[Example]
@@ -68,16 +66,10 @@ def split_text(
     is then decompressed to a temporary file. The file is read a block at a time, and only the
     token ids of calibration and test are kept.
 
-    The test part is the end of the file. Sequences of a FASTA file are not compared: relatives of
-    test sequences may be in the training part unless the file keeps them apart.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        path: Path of the file.
-        length: Maximum number of tokens in an example, special tokens included.
-        calibration: Number of examples for calibration; may be 0.
-        test: Number of examples for testing, or their share of the file, between 0 and 1.
-        seed: Random seed of the order of training.
+    ``length`` includes special tokens. ``test`` is the number of test examples, or their share of
+    the file between 0 and 1; ``seed`` sets the order of training. Sequences of a FASTA file are not
+    compared: relatives of test sequences may be in the training part unless the file keeps them
+    apart.
     """
     if calibration < 0:
         raise ValueError(f"calibration must be at least 0, got {calibration}")

@@ -37,12 +37,9 @@ class Site:
 
 
 class Family(ABC):
-    """Conversion steps that depend on the kind of model.
+    """Conversion steps that depend on the kind of model, which is unchanged until `install`.
 
-    Args:
-        model: The model, unchanged until `install`.
-        conversion: The settings.
-        is_loading: Whether weights and fits are read from files afterwards.
+    With ``is_loading``, weights and fits are read from files afterwards.
     """
 
     takes_lists = False
@@ -78,10 +75,8 @@ class Family(ABC):
     ) -> AbstractContextManager[None]:
         """Return a context in which the exact model reports the attention calls of its layers.
 
-        Args:
-            favors: Attention modules built for the layers.
-            add: Called with the site, the query ``(B, H, L, D)``, the key ``(B, Hkv, S, D)`` and
-                ``is_causal``, ``key_mask``, ``cu_seqlens`` and ``scale`` of `FavorAttention`.
+        ``add`` is called with the site, the query ``(B, H, L, D)``, the key ``(B, Hkv, S, D)`` and
+        ``is_causal``, ``key_mask``, ``cu_seqlens`` and ``scale`` of `FavorAttention`.
         """
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

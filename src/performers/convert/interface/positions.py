@@ -29,11 +29,8 @@ def extend_positions_(model: Model, length: int) -> Model:
     A model with rotary or relative positions needs no table and is not changed.
 
     Args:
-        model: A transformers model, converted or not.
+        model: A transformers model, converted or not; it is returned.
         length: Maximum number of tokens of an input.
-
-    Returns:
-        The model.
 
     Raises:
         ValueError: ``length`` is below 1, or the positions are those of an image, sinusoidal, or
