@@ -123,7 +123,13 @@ def convert(
             f"{family.kind} is none: pass listed_keys=0, with a larger window"
         )
     fits = not family.is_loading and check_calibration(conversion, calibration)
-    sites = conversion.choose(family.sites())
+    sites = [x for x in family.sites() if conversion.cross_attention or not x.is_cross]
+    if not sites:
+        raise ValueError(
+            f"{family.kind} has nothing to convert: it attends from a decoder to an encoder only "
+            "(cross_attention=True converts it)"
+        )
+    sites = conversion.choose(sites)
     for site in sites:
         if (reason := site.refusal()) is not None:
             raise ValueError(f"{site.name} ({type(site.module).__name__}) {reason}")

@@ -55,7 +55,7 @@ class Family(ABC):
 
     @abstractmethod
     def sites(self) -> Sequence[Site]:
-        """List the layers that ``layers`` counts, in order.
+        """List the layers that can become linear, in the order of the model.
 
         Raises:
             ValueError: There are none, or the model is converted already.

@@ -80,20 +80,15 @@ class TorchModules(Family):
             for child in model.modules()
             if isinstance(child, nn.TransformerDecoderLayer)
         }
-        found = [
+        sites = [
             TorchSite(name, module, module in cross, module.head_dim, module.num_heads)
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
             and not isinstance(module, PerformerAttention)
         ]
-        sites = [x for x in found if self.conversion.cross_attention or not x.is_cross]
         if not sites:
             reason = "has no nn.MultiheadAttention"
-            if found:
-                reason = (
-                    "attends from a decoder to an encoder only (cross_attention=True converts it)"
-                )
-            elif any(isinstance(x, PerformerAttention) for x in model.modules()):
+            if any(isinstance(x, PerformerAttention) for x in model.modules()):
                 reason = "is converted already: start from the original model"
             raise ValueError(f"{self.kind} has nothing to convert: it {reason}")
         return sites

@@ -106,11 +106,7 @@ class TransformersModels(Family):
         """List the modules that can become linear, in the order of ``named_modules``."""
         if any(hasattr(module, FAVOR) for module in self.model.modules()):
             raise ValueError(f"{self.kind} is converted already: start from the original model")
-        sites = [
-            x
-            for x in attention_modules(self.model)
-            if (self.conversion.cross_attention or not x.is_cross) and x.window() is None
-        ]
+        sites = [site for site in attention_modules(self.model) if site.window() is None]
         if not sites:
             raise ValueError(
                 f"{self.kind} has no attention to convert: none of its modules calls transformers' "
