@@ -36,9 +36,12 @@ class PairMoments:
     @classmethod
     def empty(cls, heads: int, head_dim: int) -> "PairMoments":
         """No pairs."""
-        vector, matrix = (heads, head_dim), (heads, head_dim, head_dim)
-        shapes = ((heads,), vector, vector, matrix, matrix, matrix)
-        return cls(*(torch.zeros(x, dtype=torch.float64, device="cpu") for x in shapes))
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(heads, *shape, dtype=torch.float64, device="cpu")
+
+        d = head_dim
+        return cls(zeros(), zeros(d), zeros(d), zeros(d, d), zeros(d, d), zeros(d, d))
 
     @torch.no_grad()
     def add(self, query: Tensor, key: Tensor, weights: Tensor) -> None:

@@ -25,8 +25,8 @@ Estimator = Literal[
 ]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
 CALIBRATED = tuple(FITS)
-_TWO_SIDED = ("hyperbolic", "trigonometric")
-_BALANCED = ("saderf", "data_aware")
+TWO_SIDED = ("hyperbolic", "trigonometric")
+BALANCED = ("saderf", "data_aware")
 
 
 class SoftmaxFeatures(FeatureMap):
@@ -103,7 +103,7 @@ class SoftmaxFeatures(FeatureMap):
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
         if num_features is None:
             num_features = default_num_features(head_dim)
-        two_sided = estimator in _TWO_SIDED
+        two_sided = estimator in TWO_SIDED
         if num_features < 1 or (two_sided and num_features % 2):
             wanted = "a positive even number" if two_sided else "at least 1"
             raise ValueError(
@@ -270,7 +270,7 @@ class SoftmaxFeatures(FeatureMap):
         elif self.estimator in CALIBRATED:
             with without_autocast(weight.device):
                 weight, bias = proposed_rows(weight, self.center, self.transform, self.log_volume)
-        if self.estimator in _BALANCED:
+        if self.estimator in BALANCED:
             query_transform, key_transform = self.query_transform, self.key_transform
         return FeatureForm(
             "exponential",
