@@ -40,19 +40,14 @@ REFUSED = [
     ({"query": QUERY[:0], "key": KEY[:0], "value": VALUE[:0]}, "query must not be empty"),
     ({"key": KEY[:, :, :0], "value": VALUE[:, :, :0]}, "key must not be empty"),
     ({"key": KEY[..., :4]}, "key must have shape (3, Hkv, S, 8)"),
-    ({"key": KEY[:2]}, "key must have shape (3, Hkv, S, 8)"),
-    ({"query": QUERY[:, :3]}, "query heads (3) must be a multiple"),
-    ({"value": VALUE[:, :, :5]}, "value must have shape (3, 2, 20, Dv)"),
     ({**SHORT, "is_causal": True}, "is_causal needs"),
     (SHORT, "windows must be (None,)"),
-    ({"value": VALUE.double()}, "one dtype"),
     ({"query": changed(QUERY, NAN, 0, 0, 3)}, "query must be finite"),
     ({"key": changed(KEY, float("inf"), 2, 1, 3)}, "key must be finite"),
     ({"value": changed(VALUE, NAN, 1, 1, 3)}, "value must be finite"),
     ({"value": 0 * VALUE}, "value must not be zero"),
     ({"value": changed(VALUE, 0.0, 2)}, "value must not be zero"),
     ({"key_mask": mask()[:, :5]}, "key_mask must be a bool tensor of shape (3, 20)"),
-    ({"key_mask": mask().float()}, "key_mask must be a bool tensor"),
     ({"key_mask": mask(1)}, "key_mask must leave at least one key in every row"),
     ({**ONE, "key_mask": torch.arange(20)[None] < 10}, "both halves of the one row"),
     (
@@ -60,7 +55,6 @@ REFUSED = [
         "query and key must have at least 2 positions",
     ),
     ({"scale": -1.0}, "scale must be"),
-    ({"scale": NAN}, "scale must be"),
     ({"target_error": 0.0}, "target_error must be a positive number"),
     ({"target_error": NAN}, "target_error must be a positive number"),
     ({"target_error": "small"}, "target_error must be a positive number"),
@@ -104,18 +98,12 @@ def test_a_setting_of_another_type():
 
 def test_masked_keys_and_values_may_hold_anything():
     rows = torch.arange(20) < torch.tensor([20, 14, 11]).unsqueeze(1)
-    plans = [
-        performers.plan(
-            QUERY,
-            *(x.masked_fill(~rows[:, None, :, None], junk) for x in (KEY, VALUE)),
-            key_mask=rows,
-            **SMALL,
-        )
-        for junk in (NAN, 0.0)
-    ]
-    first, second = ([s.error for s in plan.settings] for plan in plans)
-    assert first == second
-    assert plans[0].diagnosis == plans[1].diagnosis
+    junk = [x.masked_fill(~rows[:, None, :, None], NAN) for x in (KEY, VALUE)]
+    first, second = (
+        performers.plan(QUERY, *x, key_mask=rows, **SMALL) for x in (junk, (KEY, VALUE))
+    )
+    assert [s.error for s in first.settings] == [s.error for s in second.settings]
+    assert first.diagnosis == second.diagnosis
 
 
 def samples(tensors=None, *, is_causal=False, key_mask=None, **kind):
