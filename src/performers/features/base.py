@@ -142,7 +142,6 @@ class FeatureMap(VersionedModule):
             ValueError: An argument does not fit or is not finite, or no call so far has left a
                 pair.
         """
-        del query, key, key_mask, scale, is_causal, window, sinks
         return self
 
     def form(self) -> FeatureForm:

@@ -78,7 +78,6 @@ class LearnedFeatures(FeatureMap):
     @torch.no_grad()
     def redraw_(self, generator: torch.Generator | None = None) -> "LearnedFeatures":
         """A no-op: a trained projection is not redrawn."""
-        del generator
         return self
 
     @torch.no_grad()

@@ -124,8 +124,11 @@ def add_attention_pairs(
                     f"key_mask must leave at least one key in every row, but row {row} hides all "
                     "of them; leave that row out"
                 )
-        _check_finite(query[row], "query")
-        _check_finite(key[row, :, allowed], "key")
+        for name, x in (("query", query[row]), ("key", key[row, :, allowed])):
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"{name} must be finite for calibration, but holds NaN or infinity"
+                )
         keys = key[row].where(allowed[:, None], 0.0).to(dtype)
         beyond_sinks = allowed & (allowed.cumsum(0) > sinks)
         for part in positions.split(_QUERY_BLOCK):
@@ -143,8 +146,3 @@ def add_attention_pairs(
             else:
                 weights = estimated.expand(*queries.shape[:2], -1, -1)
             moments.add(queries, keys, weights)
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} must be finite for calibration, but holds NaN or infinity")

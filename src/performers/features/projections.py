@@ -108,15 +108,12 @@ def simplex_directions(num_rows: int, head_dim: int, normal: Normal) -> Tensor:
     block has ``head_dim`` vertices. ``head_dim + 1`` would fit, but lower the error by less than
     1 % (64 rows of length 16, or 256 of 64), since a shorter block remains.
     """
-    blocks = orthogonal_directions(num_rows, head_dim, normal).split(head_dim)
-    return torch.cat([_simplex(block) for block in blocks])
-
-
-def _simplex(orthonormal: Tensor) -> Tensor:
-    rows = orthonormal.shape[0]
-    if rows == 1:
-        return orthonormal
-    return (orthonormal - orthonormal.mean(0)) * math.sqrt(rows / (rows - 1))
+    blocks = list(orthogonal_directions(num_rows, head_dim, normal).split(head_dim))
+    for index, block in enumerate(blocks):
+        rows = len(block)
+        if rows > 1:
+            blocks[index] = (block - block.mean(0)) * math.sqrt(rows / (rows - 1))
+    return torch.cat(blocks)
 
 
 def hadamard_directions(num_rows: int, dim: int, normal: Normal) -> Tensor:

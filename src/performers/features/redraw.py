@@ -40,9 +40,8 @@ def redraw_features_(module: nn.Module, generator: torch.Generator | None = None
 class FeatureRedrawer:
     """Redraws a model's features every ``interval`` training steps.
 
-    The projection after step ``n`` is a function of ``seed`` and ``n`` alone: a run that resumes
-    from a checkpoint at any step, or that runs in several processes, draws the same ones. Call
-    ``step()`` once per optimizer step.
+    The projection after step ``n`` is a function of ``seed`` and ``n`` alone: resumed runs and
+    several processes draw the same ones. Call ``step()`` once per optimizer step.
 
     Args:
         module: The model.
