@@ -126,16 +126,6 @@ def test_only_data_aware_weights_pairs_by_attention(estimator):
                 torch.testing.assert_close(feature_map.get_buffer(name), x.contiguous())
 
 
-def test_sinks_count_only_through_the_attention_that_they_take(estimator):
-    query, key = sample(HEAD_DIM)
-    wild = key.clone()
-    wild[:, :, 0] *= 50
-    first, second = (fitted(query, k, estimator, sinks=1) for k in (key, wild))
-    same = torch.allclose(first.transform, second.transform, atol=1e-6)
-    assert same == (estimator != "data_aware")
-    assert not torch.allclose(fitted(query, wild, estimator).transform, first.transform)
-
-
 def test_the_scale_is_part_of_the_vectors(estimator):
     query, key = sample(HEAD_DIM)
     for scale, factor in ((None, HEAD_DIM**-0.25), (0.49, 0.7), (4.0, 2.0)):

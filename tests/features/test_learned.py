@@ -87,22 +87,6 @@ def test_gradients_reach_weight_and_bias(num_heads, options):
     assert all(x.grad.abs().max() > 1e-4 for x in leaves)
 
 
-def test_training_brings_the_kernel_closer():
-    """A few steps on the output of attention, from 16 features."""
-    learned = LearnedFeatures(source("positive", 16))
-    query, key, value = inputs(heads=1, length=24)
-    exact = nn.functional.scaled_dot_product_attention(query, key, value)
-    optimizer = torch.optim.Adam(learned.parameters(), 0.02)
-    losses = []
-    for _ in range(30):
-        out = favor_attention(query, key, value, learned, backend="torch")
-        losses.append((out - exact).square().mean())
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.5 * losses[0]
-
-
 def test_redrawing_and_calibration_change_nothing():
     model = nn.ModuleList([LearnedFeatures(source()), source("positive")])
     before = copy.deepcopy(model.state_dict())

@@ -27,12 +27,6 @@ class LearnedFeatures(FeatureMap):
 
     Raises:
         ValueError: ``features`` is of another kind, or has another number of heads.
-
-    Example:
-        >>> from performers.features import SoftmaxFeatures
-        >>> learned = LearnedFeatures(SoftmaxFeatures(64, 128), num_heads=8)
-        >>> learned.weight.shape
-        torch.Size([8, 128, 64])
     """
 
     weight: Tensor

@@ -4,19 +4,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-# torch.compile (2.6) cannot trace torch.amp.is_autocast_available.
-_WITHOUT_AUTOCAST = ("meta",)
-
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Context without autocast on a device; a no-op where autocast does not exist."""
-    if device.type in _WITHOUT_AUTOCAST:
+    # torch.compile (2.6) cannot trace torch.amp.is_autocast_available.
+    if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of autocast on a device, or None when it is off."""
-    if device.type in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)

@@ -65,10 +65,6 @@ def guard_recomputation(
     Only a recomputation can see other features: a kept graph has copies of them. Nothing is checked
     under ``torch.compile``.
 
-    Args:
-        tensors: Inputs of a computation.
-        modules: Modules whose features it uses.
-
     Raises:
         RuntimeError: This is a recomputation, and a module has changed since its last forward pass.
     """

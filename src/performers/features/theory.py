@@ -59,13 +59,9 @@ def log_relative_variance(
         gap = (query - key).square().sum(-1)
         log_relative = gap + 2 * (-torch.expm1(-gap)).log()
     elif feature_map.estimator in CALIBRATED:
-        total = query + key
-        if feature_map.num_heads is None:
-            total = total.unsqueeze(-3)
-        second = log_second_moment(total, feature_map.proposal())
-        if feature_map.num_heads is None:
-            second = second.squeeze(-2)
-        log_relative = _log_expm1(second)
+        total, shared = query + key, feature_map.num_heads is None
+        second = log_second_moment(total.unsqueeze(-3) if shared else total, feature_map.proposal())
+        log_relative = _log_expm1(second.squeeze(-2) if shared else second)
     else:
         norm = (query + key).square().sum(-1)
         log_relative = _log_expm1(norm)
