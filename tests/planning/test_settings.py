@@ -44,10 +44,7 @@ REFUSED = [
     (SHORT, "windows must be (None,)"),
     ({"query": changed(QUERY, NAN, 0, 0, 3)}, "query must be finite"),
     ({"key": changed(KEY, float("inf"), 2, 1, 3)}, "key must be finite"),
-    ({"value": changed(VALUE, NAN, 1, 1, 3)}, "value must be finite"),
-    ({"value": 0 * VALUE}, "value must not be zero"),
     ({"value": changed(VALUE, 0.0, 2)}, "value must not be zero"),
-    ({"key_mask": mask()[:, :5]}, "key_mask must be a bool tensor of shape (3, 20)"),
     ({"key_mask": mask(1)}, "key_mask must leave at least one key in every row"),
     ({**ONE, "key_mask": torch.arange(20)[None] < 10}, "both halves of the one row"),
     (
@@ -56,10 +53,8 @@ REFUSED = [
     ),
     ({"scale": -1.0}, "scale must be"),
     ({"target_error": 0.0}, "target_error must be a positive number"),
-    ({"target_error": NAN}, "target_error must be a positive number"),
     ({"target_error": "small"}, "target_error must be a positive number"),
     ({"target_time": -1.0}, "target_time must be a positive number"),
-    ({"length": 0}, "length must be an integer of at least 1"),
     ({"length": 1.5}, "length must be an integer of at least 1"),
     ({"num_draws": 0}, "num_draws must be an integer of at least 1"),
     ({"seed": None}, "seed must be an integer of at least 0"),
@@ -116,10 +111,9 @@ def cut(batch=1, length=20, size=20):
 
 
 def test_half_of_the_rows_calibrate():
-    for batch, calibrate in ((2, 1), (3, 2)):
-        calibration, held_out = samples(cut(batch)).split()
-        assert torch.equal(calibration.query, QUERY[:calibrate])
-        assert torch.equal(held_out.value, VALUE[calibrate:batch])
+    calibration, held_out = samples(cut(3)).split()
+    assert torch.equal(calibration.query, QUERY[:2])
+    assert torch.equal(held_out.value, VALUE[2:])
     rows = torch.rand(1, 20, generator=torch.Generator().manual_seed(0)) < 0.7
     second, first = samples(cut(1, 19, 20), key_mask=rows).split()
     for half, queries, keys in (
@@ -143,15 +137,8 @@ def test_samples_are_cut_or_repeated_to_a_length():
 
 
 def combined(sequences, **options):
-    defaults = {
-        "num_features": (8,),
-        "estimators": ("positive",),
-        "projections": ("orthogonal",),
-        "heads": ("key",),
-        "windows": (None,),
-        "sinks": (0,),
-        "listed_keys": (0,),
-    }
+    defaults = {"num_features": (8,), "estimators": ("positive",), "projections": ("orthogonal",)}
+    defaults |= {"heads": ("key",), "windows": (None,), "sinks": (0,), "listed_keys": (0,)}
     return grid(sequences, {**defaults, **options})
 
 
@@ -178,12 +165,13 @@ def test_combinations_that_are_left_out():
         heads=("query", "key"),
         listed_keys=(0, 8),
     )
-    assert {(x.estimator, x.projection, x.heads, x.listed_keys) for x in settings} == {
-        ("trigonometric", "orthogonal", "key", 0),
-        *(("hyperbolic", "orthogonal", "key", listed) for listed in (0, 8)),
-        *(("positive", "orthogonal", "key", listed) for listed in (0, 8)),
-        *(("positive", "antithetic", "key", listed) for listed in (0, 8)),
-    }
+    assert {x.heads for x in settings} == {"key"}
+    assert sorted((x.estimator, x.projection, x.listed_keys) for x in settings) == [
+        *(("hyperbolic", "orthogonal", listed) for listed in (0, 8)),
+        *(("positive", "antithetic", listed) for listed in (0, 8)),
+        *(("positive", "orthogonal", listed) for listed in (0, 8)),
+        ("trigonometric", "orthogonal", 0),
+    ]
 
 
 def counted(sequences, **options):
@@ -230,12 +218,10 @@ def test_the_front():
         (None, None, BALANCED, True),
         (0.8, None, FAST, True),
         (0.3, None, BALANCED, True),
-        (0.15, None, ACCURATE, True),
         (0.05, None, ACCURATE, False),
         (None, 1.0, ACCURATE, True),
         (None, 5e-3, BALANCED, True),
         (None, 0.5e-3, FAST, False),
-        (0.3, 5e-3, BALANCED, True),
         (0.15, 5e-3, BALANCED, False),
         (0.9, 0.5e-3, FAST, False),
     ],
@@ -244,10 +230,3 @@ def test_targets(error, seconds, expected, met):
     *choice, reason = choose(FRONT, error, seconds)
     assert choice == [expected, met]
     assert ("NOTHING" in reason) is not met
-
-
-def test_without_targets_the_inverse_efficiency_is_least():
-    """Four times the time for half the error is what features alone give at best."""
-    base, worse, better = setting(0.4, 1e-3), setting(0.21, 4e-3), setting(0.19, 4e-3)
-    assert choose([base, worse], None, None)[0] == base
-    assert choose([base, better], None, None)[0] == better

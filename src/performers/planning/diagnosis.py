@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from performers.features import SoftmaxFeatures
 from performers.features.softmax import Estimator
 from performers.features.theory import log_relative_variance
 from performers.planning.fits import Fits
@@ -27,7 +26,7 @@ _COMPARED: tuple[Estimator, ...] = ("positive", "data_aware")
 _PAIRS_PER_QUERY = 8
 
 _Pairs = tuple[Tensor, Tensor]
-"""Queries and keys that belong together, each ``(Hkv, pairs, D)``."""
+"""Queries and keys, each ``(Hkv, pairs, D)``, float64, multiplied by ``sqrt(scale)``."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +108,23 @@ def diagnose(
     evenly, attended, shares = _draw_pairs(
         samples, widths, numbers, torch.Generator().manual_seed(seed)
     )
-    root = math.sqrt(samples.scale)
-    total = (evenly[0] + evenly[1]).double() * root
+    total = evenly[0] + evenly[1]
     centred = total - total.mean(1, keepdim=True)
     spectrum = torch.linalg.eigvalsh(centred.mT @ centred / centred.shape[1]).clamp_min(0)
     square, squares = spectrum.sum(-1).square(), spectrum.square().sum(-1)
     features = [fits.features(name, samples.key.shape[1]) for name in _COMPARED]
     variances = []
     for fit in features:
-        even, near = (_log_variance(fit, pairs, samples.scale) for pairs in (evenly, attended))
-        log10 = float(near.mean()) / math.log(10)
+        # Without the -inf of q + k = 0.
+        even_logs, attended_logs = (
+            log_relative_variance(fit, *pairs, 1.0).clamp_min(math.log(2**-52))
+            for pairs in (evenly, attended)
+        )
+        log10 = float(attended_logs.mean()) / math.log(10)
         variances.append(
             FeatureVariance(
                 fit.estimator,
-                float(even.median()) / math.log(10),
+                float(even_logs.median()) / math.log(10),
                 log10,
                 log10 - 2 * math.log10(WANTED_KERNEL_ERROR),
             )
@@ -130,15 +132,13 @@ def diagnose(
     best = min(variances, key=lambda variance: variance.log10_attended)
     suffice = best.kernel_error(most_features) <= WANTED_KERNEL_ERROR
     form = features[1].form().to(torch.float64)
-    query, key = (
-        form.transformed(x.double() * root, is_query=is_query)
-        for x, is_query in zip(attended, (True, False), strict=True)
-    )
+    query = form.transformed(attended[0], is_query=True)
+    key = form.transformed(attended[1], is_query=False) - features[1].center.double().unsqueeze(1)
     window_shares = dict(zip(widths, shares[2:], strict=False))
     sink_shares = dict(zip(numbers, shares[2 + len(widths) :], strict=True))
-    held = [f"{share:.0%} is within {window} positions" for window, share in window_shares.items()]
-    held += [f"{share:.0%} on the first {count} keys" for count, share in sink_shares.items()]
-    held.append(f"{shares[1]:.0%} on the {TOP_KEYS} largest keys of each query")
+    parts = [f"{share:.0%} is within {window} positions" for window, share in window_shares.items()]
+    parts += [f"{share:.0%} on the first {count} keys" for count, share in sink_shares.items()]
+    parts.append(f"{shares[1]:.0%} on the {TOP_KEYS} largest keys of each query")
     powers = " and ".join(
         f"e^{x.log10_attended * math.log(10):.1f} ({x.estimator})" for x in variances
     )
@@ -149,10 +149,10 @@ def diagnose(
     return Diagnosis(
         query_norm=_mean_norm(samples.query, samples.query_mask) * samples.scale,
         key_norm=_mean_norm(samples.key, samples.key_mask) * samples.scale,
-        sum_norm=float(total.square().sum(-1).mean()),
-        attended_sum_norm=_sum_norm(*attended) * samples.scale,
-        centred_sum_norm=float(centred.square().sum(-1).mean()),
-        calibrated_sum_norm=_sum_norm(query, key - features[1].center.double().unsqueeze(1)),
+        sum_norm=_mean_norm(total),
+        attended_sum_norm=_mean_norm(attended[0] + attended[1]),
+        centred_sum_norm=_mean_norm(centred),
+        calibrated_sum_norm=_mean_norm(query + key),
         effective_dimension=float((square / squares).where(squares > 0, 1.0).mean()),
         variances=tuple(variances),
         window_shares=window_shares,
@@ -163,7 +163,7 @@ def diagnose(
             f"Features alone {'can' if suffice else 'cannot'} do it: where attention is, one "
             f"feature has a relative variance of {powers}, so that {most_features} leave the "
             f"kernel off by {left} times its size (for {WANTED_KERNEL_ERROR} it takes {needed} "
-            f"features). Of the attention, {', '.join(held)}"
+            f"features). Of the attention, {', '.join(parts)}"
             f"{'' if suffice else ': meet such keys exactly'}."
         ),
     )
@@ -214,23 +214,17 @@ def _draw_pairs(
                 )
                 places = places.to(device).view(len(key), -1, 1).expand(-1, -1, head_dim)
                 pairs.append((queries.flatten(1, 2), key.gather(1, places)))
+    root = math.sqrt(samples.scale)
     evenly, attended = (
-        (torch.cat([query for query, _ in pairs], 1), torch.cat([key for _, key in pairs], 1))
+        (
+            torch.cat([query for query, _ in pairs], 1).double() * root,
+            torch.cat([key for _, key in pairs], 1).double() * root,
+        )
         for pairs in drawn
     )
     return evenly, attended, (sums / sums[0]).tolist()
 
 
-def _log_variance(fit: SoftmaxFeatures, pairs: _Pairs, scale: float) -> Tensor:
-    """Natural logarithms for one feature, ``(Hkv, pairs)``, without the -inf of ``q + k = 0``."""
-    logs = log_relative_variance(fit, *pairs, scale)
-    return logs.clamp_min(math.log(torch.finfo(logs.dtype).eps))
-
-
-def _mean_norm(x: Tensor, mask: Tensor | None) -> float:
+def _mean_norm(x: Tensor, mask: Tensor | None = None) -> float:
     norms = x.double().square().sum(-1).mean(1)
     return float((norms if mask is None else norms[mask]).mean())
-
-
-def _sum_norm(query: Tensor, key: Tensor) -> float:
-    return float((query.double() + key.double()).square().sum(-1).mean())

@@ -246,7 +246,7 @@ def plan(
         held_out=(held_out.query.shape[0], held_out.query.shape[2]),
         target_error=target_error,
         target_time=target_time,
-        seed=seed,
+        seed=int(seed),
         backend=backend,
         samples=samples,
     )
@@ -256,10 +256,7 @@ def plan(
 
 
 def pareto_front(items: Sequence[T], costs: Callable[[T], tuple[float, float]]) -> list[T]:
-    """Items that no other one equals in both costs and betters in one, by the first cost.
-
-    Of items with the same costs, the first.
-    """
+    """Items that no other one equals in both costs and betters in one, by the first cost."""
     front: list[T] = []
     for item in sorted(items, key=costs):
         if not front or costs(item)[1] < costs(front[-1])[1]:
