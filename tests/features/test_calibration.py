@@ -16,6 +16,7 @@ from tests.features.cases import generator, sample
 
 HEAD_DIM = 6
 FIT = ("center", "transform", "query_transform", "key_transform", "log_volume")
+META = torch.device("meta")
 EYE = torch.eye(HEAD_DIM, dtype=torch.float64)[None]
 pytestmark = pytest.mark.parametrize("estimator", CALIBRATED)
 
@@ -148,18 +149,18 @@ def test_a_vector_added_to_all_keys(estimator):
         assert second > first + 1
 
 
-def test_calibration_in_other_contexts(estimator):
-    query, key = sample(HEAD_DIM)
-    plain = fitted(query, key, estimator)
-    with_graph = fitted(query.requires_grad_(), key.requires_grad_(), estimator)
-    assert not any(x.requires_grad for x in with_graph.buffers())
-    meta = build(estimator)
-    with torch.device("meta"):
-        meta.calibrate_(query, key, scale=1.0)
-    with torch.inference_mode():
-        inference = fitted(*sample(HEAD_DIM), estimator)
-    for other in (with_graph, meta, inference):
-        assert_same_fit(other, plain, tolerance=0)
+@pytest.mark.parametrize(
+    "context",
+    [torch.enable_grad, torch.inference_mode, lambda: torch.autocast("cpu"), lambda: META],
+    ids=["grad", "inference", "autocast", "device"],
+)
+def test_calibration_in_other_contexts(estimator, context):
+    query, key = (x.float().requires_grad_() for x in sample(HEAD_DIM))
+    feature_map, plain = build(estimator), fitted(query, key, estimator)
+    with context():
+        feature_map.calibrate_(query, key, scale=1.0)
+    assert not any(x.requires_grad for x in feature_map.buffers())
+    assert_same_fit(feature_map, plain, tolerance=0)
 
 
 def test_redrawing_keeps_the_fit(estimator):

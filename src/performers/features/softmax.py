@@ -150,7 +150,7 @@ class SoftmaxFeatures(FeatureMap):
         window: int | None = None,
         sinks: int = 0,
     ) -> "SoftmaxFeatures":
-        """Fit the estimator to sample queries and keys; a no-op for those that are not fitted.
+        """Fit the estimator to sample queries and keys; a no-op for the others.
 
         See ``FeatureMap.calibrate_`` for the arguments. Calls add up until ``reset_calibration_``
         or the loading of a ``state_dict``. The projection stays, and ``redraw_`` keeps the fit.
@@ -181,16 +181,17 @@ class SoftmaxFeatures(FeatureMap):
             self.num_heads or 1, self.head_dim
         )
         root = math.sqrt(resolve_scale(scale, self.head_dim))
-        add_attention_pairs(
-            moments,
-            query * root,
-            key * root,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            window=window,
-            sinks=sinks,
-            attention_weighted=self.estimator == "data_aware",
-        )
+        with without_autocast(query.device):
+            add_attention_pairs(
+                moments,
+                query * root,
+                key * root,
+                key_mask=key_mask,
+                is_causal=is_causal,
+                window=window,
+                sinks=sinks,
+                attention_weighted=self.estimator == "data_aware",
+            )
         if not bool((moments.weight > 0).any()):
             raise ValueError(
                 "query and key leave no pair to estimate: with these window, sinks and key_mask "

@@ -24,8 +24,7 @@ def log_relative_variance(
     * the calibrated ones: ``log((e^S - 1) / m)``, ``S`` the ``log_second_moment`` of
       ``features/proposal.py`` at the pair's transformed vectors.
 
-    The logarithm does not overflow however long the vectors are. Sources: Choromanski et al. 2021
-    (arXiv 2009.14794), Lemma 2; ``features/proposal.py``.
+    The logarithm does not overflow. Source: Choromanski et al. 2021 (arXiv 2009.14794), Lemma 2.
 
     Args:
         feature_map: Softmax features, not regularized, with their present calibration. The rows
