@@ -28,7 +28,7 @@ class FeatureMap(VersionedModule):
     Attributes:
         head_dim: Length of a query or key vector.
         num_features: Length of ``phi(x)``.
-        num_heads: Heads with a projection of their own, or None when all heads share one.
+        num_heads: Number of projections, one per head, or None when all heads share one.
     """
 
     weight: Tensor | None

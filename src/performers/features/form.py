@@ -61,7 +61,7 @@ class FeatureForm(NamedTuple):
         return 1 if self.weight is None else self.weight.shape[0]
 
     def estimates_softmax(self) -> bool:
-        """Whether inner products of features estimate ``exp(q . k)``."""
+        """Return True if inner products of features estimate ``exp(q . k)``."""
         return self.kind == "trigonometric" or (self.kind == "exponential" and self.quadratic)
 
     def to(self, dtype: torch.dtype) -> "FeatureForm":

@@ -1,9 +1,9 @@
 """Random projections: the rows ``w`` of ``W`` in ``exp(w . x - |x|^2 / 2)``.
 
-Each row is N(0, I) on its own, which makes the estimate unbiased. How rows depend on one another
-sets its variance: orthogonal rows (Choromanski et al. 2021, section 2.4) and rows at the vertices
-of a simplex (Reid et al. 2023) lower that of the positive estimator in every dimension, and so do
-rows in opposite pairs, the coupling that the hyperbolic estimator has built in.
+Each row is N(0, I), which makes the estimate unbiased. The coupling of the rows sets its variance:
+orthogonal rows (Choromanski et al. 2021, section 2.4) and rows at the vertices of a simplex (Reid
+et al. 2023) lower that of the positive estimator in every dimension, and so do rows in opposite
+pairs, the coupling of the hyperbolic estimator.
 """
 
 import math

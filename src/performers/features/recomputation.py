@@ -87,12 +87,12 @@ def guard_recomputation(
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` is recording."""
+    """Return True if ``torch.jit.trace`` is recording."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
+    """Return True in a transform of ``torch.func`` or forward-mode differentiation."""
     # There is no public query.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

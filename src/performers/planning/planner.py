@@ -152,8 +152,8 @@ def plan(
         target_error: Recommend the fastest setting with an error of at most this.
         target_time: Recommend the most accurate setting that takes at most this, in seconds for
             one sequence of ``length``. With both, the fastest that meets both.
-        length: Positions of the sequence that is timed, the first one held out, cut or repeated;
-            that of the samples when None. Errors are those at the samples' own length.
+        length: Positions of the sequence that is timed, the first held-out one, cut or repeated;
+            that of the samples when None. Errors are measured at the samples' length.
         num_features: Values of ``m``.
         estimators: Of ``SoftmaxFeatures``.
         projections: Of ``SoftmaxFeatures``.

@@ -38,7 +38,7 @@ class Samples:
 
     @property
     def query_mask(self) -> Tensor | None:
-        """Queries ``(B, L)`` that are not padding; known only where L equals S."""
+        """Queries ``(B, L)`` that are not padding; None where L and S differ, or without a mask."""
         return None if self.query.shape[2] != self.key.shape[2] else self.key_mask
 
     def split(self) -> tuple["Samples", "Samples"]:
