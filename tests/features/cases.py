@@ -17,9 +17,8 @@ from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap,
 LogPhi = Callable[..., tuple[Tensor, Tensor]]
 """``(feature_map, x, *, is_query=False)`` to ``log`` and ``base`` with ``phi = base * exp(log)``.
 
-``x`` is float64, already multiplied by ``sqrt(scale)``, shape ``(batch, heads, T, head_dim)``;
-both results have shape ``(batch, heads, T, num_features)``. Constants common to all features are
-included, so that ``sum phi(q) phi(k)`` is the kernel estimate.
+``x`` is float64, multiplied by ``sqrt(scale)``, shape ``(batch, heads, T, head_dim)``; both results
+have shape ``(batch, heads, T, num_features)``, and ``sum phi(q) phi(k)`` is the kernel estimate.
 """
 
 
