@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 
 from performers.convert.distillation.pretrained import LoadedModel
 from performers.convert.interface.call import AttentionCall, check_linear
-from performers.convert.interface.implementation import intercept_attention
-from performers.convert.interface.modules import interface_modules
+from performers.convert.interface.implementation import intercept_attention, interface_modules
 from performers.planning.samples import Samples
 
 __all__ = ["HeadSample", "capture_heads", "exact_attention", "propagate", "replace_attention"]

@@ -22,8 +22,8 @@ from performers.benchmark.gate import (
 )
 from performers.benchmark.measure import Results, measure_group, verdict
 from performers.benchmark.timing import threads_of_torch
-from performers.convert.distillation.passages import text_windows
 from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.texts import text_windows
 from performers.nn import Approximation
 from performers.planning.fits import Fits
 from studies.accuracy.approximations import (

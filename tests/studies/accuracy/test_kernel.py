@@ -8,11 +8,11 @@ import torch
 
 from performers import SoftmaxFeatures
 from performers.benchmark.measure import Results
-from performers.features.theory import kernel_variance
 from studies.accuracy import kernel
 from studies.accuracy.kernel import MEASURES, GaussianData, kernel_errors, run_kernel
 from studies.accuracy.options import KernelOptions
 from tests.benchmark.runs import pick
+from tests.features.theory import kernel_variance
 
 TINY = KernelOptions(
     kernel_length=40,
