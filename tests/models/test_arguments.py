@@ -1,34 +1,38 @@
-"""Arguments of forward calls: the cache under both its names, packing, and nothing swallowed."""
+"""Arguments of forward calls: the cache under both its names, packing, and what is refused."""
 
 import inspect
-import logging
-import warnings
 
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 
 from performers.models import (
     PerformerForQuestionAnswering,
     PerformerForSequenceClassification,
+    PerformerModel,
 )
 from performers.models.arguments import CACHE_KEYWORD, CACHE_KEYWORDS, cache_keyword
-from tests.models.cases import TOLERANCE, causal_model, make_config, masked_model, tokens
+from tests.models.cases import TOLERANCE, build, causal_model, masked_model, tokens
 
 
-def packed_batch(*lengths: int):
+def flattened(*lengths):
+    """A batch of transformers' padding-free collator, and its sequences."""
     rows = [{"input_ids": tokens(1, n)[0].tolist()} for n in lengths]
     collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collate(rows)
     batch.pop("labels")
-    return batch, rows
+    batch["seq_idx"] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    return batch, [torch.tensor([row["input_ids"]]) for row in rows]
+
+
+def past(name="favor-softmax", rows=1, length=3, **options):
+    return causal_model(name, **options)(tokens(rows, length), use_cache=True).past_key_values
 
 
 def test_the_name_of_the_cache_is_that_of_the_installed_transformers():
-    parameters = inspect.signature(
-        transformers.GenerationMixin.prepare_inputs_for_generation
-    ).parameters
-    assert CACHE_KEYWORD in parameters
+    generate = transformers.GenerationMixin.prepare_inputs_for_generation
+    assert CACHE_KEYWORD in inspect.signature(generate).parameters
     with pytest.raises(ValueError, match="takes its cache under none of the names"):
         cache_keyword(lambda input_ids, memory: None)
 
@@ -42,39 +46,36 @@ def test_the_cache_has_either_name(name):
     torch.testing.assert_close(rest.logits, model(ids).logits[:, 5:], **TOLERANCE)
     base = model.performer(ids, use_cache=True)
     assert base.cache is base.past_key_values is not None
-
-
-@pytest.mark.parametrize("name", CACHE_KEYWORDS)
-def test_generation_goes_on_from_a_cache_of_either_name(name):
-    model, ids = causal_model(), tokens(1, 9)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cache = model(ids[:, :6], use_cache=True).cache
     got = model.generate(ids, **options, **{name: cache})
     assert torch.equal(got, model.generate(ids, use_cache=False, **options))
 
 
-def test_both_names_at_once_are_refused():
-    model, ids = causal_model(), tokens(1, 4)
-    cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="cache and past_key_values name the same argument"):
-        model(ids, cache=cache, past_key_values=cache)
+@pytest.mark.parametrize("make", [causal_model, masked_model])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("position_ids",),
+        ("cu_seq_lens_q", "cu_seq_lens_k"),
+        ("position_ids", "seq_idx"),
+        ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"),
+    ],
+)
+def test_padding_free_batches_keep_sequences_apart(make, names):
+    model = make()
+    batch, rows = flattened(7, 1, 5)
+    got = model(batch["input_ids"], **{name: batch[name] for name in names}).logits
+    torch.testing.assert_close(got, torch.cat([model(x).logits for x in rows], 1), **TOLERANCE)
 
 
-def test_no_deprecation_of_transformers_reaches_a_user(caplog):
-    """Python warnings and log entries alike, whichever name is used."""
-    model, ids = causal_model(), tokens(1, 6)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            out = model(ids, use_cache=True)
-            model(ids[:, :1], past_key_values=out.past_key_values)
-            cache = model(ids[:, :4], use_cache=True).cache
-            model.generate(ids, max_new_tokens=2, past_key_values=cache, eos_token_id=None)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "deprecated" not in caplog.text
+def test_positions_with_gaps_are_those_of_one_sequence():
+    model, ids = masked_model(), tokens(1, 6)
+    options = {"position_ids": torch.tensor([[0, 1, 2, 7, 8, 20]])}
+    want = model(ids, **options, attention_mask=torch.ones(1, 6)).logits
+    torch.testing.assert_close(model(ids, **options).logits, want, **TOLERANCE)
+    # Beside a mask they may be of any kind.
+    model(ids, position_ids=torch.tensor([[0, 1, 2, 1, 2, 3]]), attention_mask=torch.ones(1, 6))
 
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "token_type_ids", "state"])
@@ -85,74 +86,162 @@ def test_unknown_arguments_are_refused(make, name):
     make()(tokens(1, 4), **{name: None})
 
 
-def test_a_single_token_beyond_the_start_needs_its_past():
-    model = causal_model()
-    with pytest.raises(ValueError, match=f"no cache of the tokens before it: pass {CACHE_KEYWORD}"):
-        model(tokens(1, 1), position_ids=torch.tensor([[7]]))
-    model(tokens(1, 1), position_ids=torch.tensor([[0]]))
+def embedded(model, *shape):
+    return torch.zeros(*shape, model.config.hidden_size, dtype=torch.float64)
 
 
-def test_a_cache_position_that_the_cache_does_not_have_is_refused():
-    model, ids = causal_model(), tokens(1, 6)
-    cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="cache_position begins at 9, but the cache holds 6"):
-        model(ids, cache=cache, cache_position=torch.arange(9, 15))
+# The model, the arguments of a call (or a function of the model), and the words of the error.
+REFUSED = {
+    "both names of the cache": (
+        causal_model,
+        lambda model: {"input_ids": tokens(1, 3), "cache": past(), "past_key_values": past()},
+        "cache and past_key_values name the same argument",
+    ),
+    "ids and embeddings": (
+        masked_model,
+        lambda model: {"input_ids": tokens(1, 3), "inputs_embeds": embedded(model, 1, 3)},
+        "exactly one of input_ids and inputs_embeds",
+    ),
+    "neither": (masked_model, {}, "exactly one of input_ids and inputs_embeds"),
+    "a step without its past": (
+        causal_model,
+        {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
+        f"no cache of the tokens before it: pass {CACHE_KEYWORD}",
+    ),
+    "a position that the cache does not have": (
+        causal_model,
+        lambda model: {
+            "input_ids": tokens(1, 6),
+            "cache": past(),
+            "cache_position": torch.arange(9, 15),
+        },
+        "cache_position begins at 9, but the cache holds 3",
+    ),
+    "a cache of another class": (
+        causal_model,
+        {"input_ids": tokens(1, 3), "past_key_values": DynamicCache()},
+        "past_key_values must be the PerformerCache",
+    ),
+    "a cache of pairs": (
+        causal_model,
+        {"input_ids": tokens(1, 3), "past_key_values": ((torch.zeros(1), torch.zeros(1)),)},
+        "past_key_values must be the PerformerCache",
+    ),
+    **{
+        f"the cache of another model, {other}": (
+            causal_model,
+            lambda model, other=other: {"input_ids": tokens(1, 3), "past_key_values": past(other)},
+            "past_key_values is the cache of a model with.*exact_layers=.* but this one has "
+            r"'favor-softmax', 2 and \(\)",
+        )
+        for other in ("favor-relu", "exact", "hybrid", "hybrid, outer")
+    },
+    **{
+        f"the cache of {rows} row(s)": (
+            causal_model,
+            lambda model, rows=rows: {
+                "input_ids": tokens(3, 3),
+                "past_key_values": past(rows=rows),
+            },
+            rf"past_key_values holds {rows} row\(s\) but the input has 3",
+        )
+        for rows in (1, 2)
+    },
+    "a cache without causality": (
+        lambda: build(PerformerModel),
+        lambda model: {"input_ids": tokens(1, 3), "past_key_values": past()},
+        "past_key_values needs a causal model",
+    ),
+    "a cache of packed sequences": (
+        causal_model,
+        lambda model: {
+            "input_ids": tokens(1, 6),
+            "sequence_ids": torch.zeros(1, 6),
+            "past_key_values": past(),
+        },
+        "packed sequences.*cannot be combined with past_key_values",
+    ),
+    **{
+        f"a mask of shape {shape}": (
+            masked_model,
+            {"input_ids": tokens(2, 6), "attention_mask": torch.ones(shape)},
+            r"attention_mask must have shape \(2, 6\), got",
+        )
+        for shape in ((2, 5), (1, 6), (2, 7), (2, 1, 6, 6))
+    },
+    "a mask of a part of the past": (
+        causal_model,
+        lambda model: {
+            "input_ids": tokens(2, 3),
+            "past_key_values": past(rows=2, length=5),
+            "attention_mask": torch.ones(2, 5),
+        },
+        r"shape \(2, 3\) or \(2, 8\), got \(2, 5\)",
+    ),
+    **{
+        f"a mask of {values}": (
+            masked_model,
+            {"input_ids": tokens(1, 2), "attention_mask": torch.tensor([values])},
+            "attention_mask must be bool or hold 0",
+        )
+        for values in ((0.0, -1e4), (1, 2))
+    },
+    "sequence_ids of another shape": (
+        masked_model,
+        {"input_ids": tokens(2, 6), "sequence_ids": torch.zeros(1, 6)},
+        r"sequence_ids must have shape \(2, 6\), got \(1, 6\)",
+    ),
+    "offsets of another row": (
+        masked_model,
+        {"input_ids": tokens(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+        r"cu_seq_lens_q must run from 0 to the length of a single row \(6\), got \(3,\) offsets",
+    ),
+    "boundaries that contradict each other": (
+        causal_model,
+        lambda model: (
+            flattened(6, 4)[0] | {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
+        ),
+        "tell different boundaries",
+    ),
+    "positions that fall to another place than 0": (
+        masked_model,
+        {"input_ids": tokens(1, 6), "position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])},
+        "do not tell where packed sequences begin",
+    ),
+    "packed rows with sinks and matrices": (
+        lambda: masked_model("window and sinks"),
+        {
+            "input_ids": tokens(1, 6),
+            "sequence_ids": torch.tensor([[0] * 3 + [1] * 3]),
+            "output_attentions": True,
+        },
+        "output_attentions is not available for packed sequences with sinks",
+    ),
+    **{
+        f"packed rows of {head.__name__}": (
+            lambda head=head: build(head),
+            lambda model: flattened(5, 4)[0],
+            "answers once for each row",
+        )
+        for head in (PerformerForSequenceClassification, PerformerForQuestionAnswering)
+    },
+    "one end of an answer": (
+        lambda: build(PerformerForQuestionAnswering),
+        {"input_ids": tokens(2, 9), "start_positions": torch.tensor([1, 2])},
+        "pass both start_positions and end_positions",
+    ),
+}
 
 
-@pytest.mark.parametrize("values", [(0.0, -1e4), (1, 2)])
-def test_masks_of_another_kind_are_refused(values):
-    mask = torch.tensor([[values[0], values[0], values[1], values[1]]])
-    with pytest.raises(ValueError, match="attention_mask must be bool or hold 0"):
-        masked_model()(tokens(1, 4), attention_mask=mask)
-
-
-@pytest.mark.parametrize("make", [causal_model, masked_model])
-@pytest.mark.parametrize(
-    "said", [("position_ids",), ("cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids", "seq_idx")]
-)
-def test_padding_free_batches_keep_sequences_apart(make, said):
+@pytest.mark.parametrize("case", REFUSED)
+def test_calls_that_are_refused(case):
+    make, arguments, words = REFUSED[case]
     model = make()
-    batch, rows = packed_batch(7, 1, 5)
-    batch["seq_idx"] = torch.tensor([[0] * 7 + [1] + [2] * 5])
-    got = model(batch["input_ids"], **{name: batch[name] for name in said}).logits
-    want = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
-    torch.testing.assert_close(got, torch.cat(want, 1), **TOLERANCE)
+    arguments = arguments(model) if callable(arguments) else arguments
+    with pytest.raises(ValueError, match=words):
+        model(**arguments)
 
 
-def test_the_whole_batch_of_the_collator_is_understood():
-    model = causal_model()
-    batch, rows = packed_batch(6, 4)
-    want = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
-    torch.testing.assert_close(model(**batch).logits, torch.cat(want, 1), **TOLERANCE)
-
-
-def test_contradicting_boundaries_are_refused():
-    batch, _ = packed_batch(6, 4)
-    batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
-    with pytest.raises(ValueError, match="tell different boundaries"):
-        causal_model()(**batch)
-
-
-def test_positions_that_fall_to_another_place_than_zero_are_refused():
-    positions = torch.tensor([[0, 1, 2, 1, 2, 3]])
-    with pytest.raises(ValueError, match="do not tell where packed sequences begin"):
-        masked_model()(tokens(1, 6), position_ids=positions)
-    masked_model()(tokens(1, 6), position_ids=positions, attention_mask=torch.ones(1, 6))
-
-
-def test_positions_with_gaps_are_those_of_one_sequence():
-    model, ids = masked_model(), tokens(1, 6)
-    positions = torch.tensor([[0, 1, 2, 7, 8, 20]])
-    mask = torch.ones(1, 6)
-    got = model(ids, position_ids=positions).logits
-    want = model(ids, position_ids=positions, attention_mask=mask).logits
-    torch.testing.assert_close(got, want, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "head", [PerformerForSequenceClassification, PerformerForQuestionAnswering]
-)
-def test_one_answer_a_row_goes_with_one_sequence_a_row(head):
-    batch, _ = packed_batch(5, 4)
-    with pytest.raises(ValueError, match="answers once for each row"):
-        head(make_config()).eval()(**batch)
+def test_a_step_at_the_start_needs_no_past():
+    causal_model()(tokens(1, 1), position_ids=torch.tensor([[0]]))
+    causal_model()(tokens(1, 1), cache_position=torch.tensor([0]))
