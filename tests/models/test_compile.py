@@ -7,10 +7,12 @@ from performers.models import PerformerForMaskedLM
 from tests.models.cases import (
     MAIN,
     TOLERANCE,
+    assert_same,
+    build,
     gradients,
-    make_config,
     masked_model,
     right_padded,
+    rows_of,
     tokens,
 )
 
@@ -22,30 +24,31 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("attention", MAIN)
-def test_compiled_without_graph_breaks(attention):
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    "chunk", [0, pytest.param(6, marks=pytest.mark.exhaustive)], ids=["whole", "chunks"]
+)
+@pytest.mark.parametrize("name", MAIN)
+def test_compiled_without_graph_breaks(name, chunk):
     """Values and gradients of a masked language model, in float32 as it is used."""
-    torch.manual_seed(0)
-    model = PerformerForMaskedLM(make_config(attention))
+    model = build(PerformerForMaskedLM, name, chunk_size_feed_forward=chunk).train()
     ids = tokens(2, 20)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager = model(ids, labels=ids)
     eager.loss.backward()
     expected = gradients(model)
-    output = compiled(ids, labels=ids)
+    output = compiled(model)(ids, labels=ids)
     output.loss.backward()
     torch.testing.assert_close(output.logits, eager.logits, rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert_same(gradients(model), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
-def test_compiled_with_a_mask(attention):
-    model = masked_model(attention)
-    ids, mask = right_padded([row[:n] for row, n in zip(tokens(2, 20), (20, 13), strict=True)])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    logits = compiled(ids, attention_mask=mask).logits
-    real = mask.bool()
-    torch.testing.assert_close(
-        logits[real], model(ids, attention_mask=mask).logits[real], **TOLERANCE
-    )
+@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu", "exact"])
+def test_compiled_with_a_mask(name):
+    model = masked_model(name)
+    ids, mask = right_padded(rows_of(20, 13))
+    logits = compiled(model)(ids, attention_mask=mask).logits
+    expected, real = model(ids, attention_mask=mask).logits, mask.bool()
+    torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
