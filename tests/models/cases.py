@@ -1,6 +1,7 @@
 """Small models of every kind, and the inputs they are put through."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -165,17 +166,8 @@ def rows_of(*lengths: int) -> list[Tensor]:
     return [tokens(1, length, seed=length)[0] for length in lengths]
 
 
-def left_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one batch padded on the left, and its mask."""
-    return _padded(rows, left=True)
-
-
-def right_padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one batch padded on the right, and its mask."""
-    return _padded(rows, left=False)
-
-
-def _padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+def padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one batch, and its mask."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), PAD)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
@@ -184,6 +176,9 @@ def _padded(rows: list[Tensor], *, left: bool) -> tuple[Tensor, Tensor]:
         ids[index, place] = row
         mask[index, place] = 1
     return ids, mask
+
+
+left_padded, right_padded = partial(padded, left=True), partial(padded, left=False)
 
 
 def read(model: Any, ids: Tensor, mask: Tensor | None, cuts: tuple[int, ...], **options: Any):

@@ -10,7 +10,6 @@ from transformers import DynamicCache
 from performers.models import (
     PerformerForQuestionAnswering,
     PerformerForSequenceClassification,
-    PerformerModel,
 )
 from performers.models.arguments import CACHE_KEYWORD, CACHE_KEYWORDS, cache_keyword
 from tests.models.cases import TOLERANCE, build, causal_model, masked_model, tokens
@@ -86,160 +85,117 @@ def test_unknown_arguments_are_refused(make, name):
     make()(tokens(1, 4), **{name: None})
 
 
-def embedded(model, *shape):
-    return torch.zeros(*shape, model.config.hidden_size, dtype=torch.float64)
+def packed_batch(**changes):
+    return flattened(3, 3)[0] | changes
 
 
-# The model, the arguments of a call (or a function of the model), and the words of the error.
-REFUSED = {
-    "both names of the cache": (
-        causal_model,
-        lambda model: {"input_ids": tokens(1, 3), "cache": past(), "past_key_values": past()},
+# Arguments of a call on two rows of six tokens, made when the test runs, and words of the error.
+CAUSAL = [
+    (
+        lambda: {"cache": past(), "past_key_values": past()},
         "cache and past_key_values name the same argument",
     ),
-    "ids and embeddings": (
-        masked_model,
-        lambda model: {"input_ids": tokens(1, 3), "inputs_embeds": embedded(model, 1, 3)},
-        "exactly one of input_ids and inputs_embeds",
-    ),
-    "neither": (masked_model, {}, "exactly one of input_ids and inputs_embeds"),
-    "a step without its past": (
-        causal_model,
-        {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
+    (
+        lambda: {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
         f"no cache of the tokens before it: pass {CACHE_KEYWORD}",
     ),
-    "a position that the cache does not have": (
-        causal_model,
-        lambda model: {
-            "input_ids": tokens(1, 6),
-            "cache": past(),
-            "cache_position": torch.arange(9, 15),
-        },
+    (
+        lambda: {"cache": past(rows=2), "cache_position": torch.arange(9, 15)},
         "cache_position begins at 9, but the cache holds 3",
     ),
-    "a cache of another class": (
-        causal_model,
-        {"input_ids": tokens(1, 3), "past_key_values": DynamicCache()},
-        "past_key_values must be the PerformerCache",
+    *(
+        (lambda cache=cache: {"past_key_values": cache}, "must be the PerformerCache")
+        for cache in (DynamicCache(), ((torch.zeros(1), torch.zeros(1)),))
     ),
-    "a cache of pairs": (
-        causal_model,
-        {"input_ids": tokens(1, 3), "past_key_values": ((torch.zeros(1), torch.zeros(1)),)},
-        "past_key_values must be the PerformerCache",
-    ),
-    **{
-        f"the cache of another model, {other}": (
-            causal_model,
-            lambda model, other=other: {"input_ids": tokens(1, 3), "past_key_values": past(other)},
-            "past_key_values is the cache of a model with.*exact_layers=.* but this one has "
-            r"'favor-softmax', 2 and \(\)",
+    *(
+        (
+            lambda other=other: {"past_key_values": past(other, rows=2)},
+            "is the cache of a model with attention=.*, . layers and exact_layers=.*, but this one "
+            r"has 'favor-softmax', 2 and \(\)",
         )
         for other in ("favor-relu", "exact", "hybrid", "hybrid, outer")
-    },
-    **{
-        f"the cache of {rows} row(s)": (
-            causal_model,
-            lambda model, rows=rows: {
-                "input_ids": tokens(3, 3),
-                "past_key_values": past(rows=rows),
-            },
-            rf"past_key_values holds {rows} row\(s\) but the input has 3",
-        )
-        for rows in (1, 2)
-    },
-    "a cache without causality": (
-        lambda: build(PerformerModel),
-        lambda model: {"input_ids": tokens(1, 3), "past_key_values": past()},
-        "past_key_values needs a causal model",
     ),
-    "a cache of packed sequences": (
-        causal_model,
-        lambda model: {
-            "input_ids": tokens(1, 6),
-            "sequence_ids": torch.zeros(1, 6),
-            "past_key_values": past(),
-        },
+    *(
+        (
+            lambda rows=rows: {"past_key_values": past(rows=rows)},
+            rf"past_key_values holds {rows} row\(s\) but the input has 2",
+        )
+        for rows in (1, 3)
+    ),
+    (
+        lambda: {"sequence_ids": torch.zeros(2, 6), "past_key_values": past(rows=2)},
         "packed sequences.*cannot be combined with past_key_values",
     ),
-    **{
-        f"a mask of shape {shape}": (
-            masked_model,
-            {"input_ids": tokens(2, 6), "attention_mask": torch.ones(shape)},
+    (
+        lambda: {"past_key_values": past(rows=2), "attention_mask": torch.ones(2, 5)},
+        r"shape \(2, 6\) or \(2, 9\), got \(2, 5\)",
+    ),
+    (
+        lambda: packed_batch(position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]])),
+        "tell different boundaries",
+    ),
+]
+MASKED = [
+    (lambda: {"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs"),
+    (lambda: {"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+    (lambda: {"past_key_values": past(rows=2)}, "past_key_values needs a causal model"),
+    *(
+        (
+            lambda shape=shape: {"attention_mask": torch.ones(shape)},
             r"attention_mask must have shape \(2, 6\), got",
         )
         for shape in ((2, 5), (1, 6), (2, 7), (2, 1, 6, 6))
-    },
-    "a mask of a part of the past": (
-        causal_model,
-        lambda model: {
-            "input_ids": tokens(2, 3),
-            "past_key_values": past(rows=2, length=5),
-            "attention_mask": torch.ones(2, 5),
-        },
-        r"shape \(2, 3\) or \(2, 8\), got \(2, 5\)",
     ),
-    **{
-        f"a mask of {values}": (
-            masked_model,
-            {"input_ids": tokens(1, 2), "attention_mask": torch.tensor([values])},
+    *(
+        (
+            lambda values=values: {"attention_mask": torch.tensor([values] * 2)},
             "attention_mask must be bool or hold 0",
         )
-        for values in ((0.0, -1e4), (1, 2))
-    },
-    "sequence_ids of another shape": (
-        masked_model,
-        {"input_ids": tokens(2, 6), "sequence_ids": torch.zeros(1, 6)},
+        for values in ((0.0, -1e4) * 3, (1, 2) * 3)
+    ),
+    (
+        lambda: {"sequence_ids": torch.zeros(1, 6)},
         r"sequence_ids must have shape \(2, 6\), got \(1, 6\)",
     ),
-    "offsets of another row": (
-        masked_model,
-        {"input_ids": tokens(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+    (
+        lambda: {"input_ids": tokens(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
         r"cu_seq_lens_q must run from 0 to the length of a single row \(6\), got \(3,\) offsets",
     ),
-    "boundaries that contradict each other": (
-        causal_model,
-        lambda model: (
-            flattened(6, 4)[0] | {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])}
-        ),
-        "tell different boundaries",
-    ),
-    "positions that fall to another place than 0": (
-        masked_model,
-        {"input_ids": tokens(1, 6), "position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])},
+    (
+        lambda: {"position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])},
         "do not tell where packed sequences begin",
     ),
-    "packed rows with sinks and matrices": (
+]
+OTHERS = [
+    (
         lambda: masked_model("window and sinks"),
-        {
-            "input_ids": tokens(1, 6),
-            "sequence_ids": torch.tensor([[0] * 3 + [1] * 3]),
-            "output_attentions": True,
-        },
+        lambda: packed_batch(output_attentions=True),
         "output_attentions is not available for packed sequences with sinks",
     ),
-    **{
-        f"packed rows of {head.__name__}": (
-            lambda head=head: build(head),
-            lambda model: flattened(5, 4)[0],
-            "answers once for each row",
-        )
+    *(
+        (lambda head=head: build(head), packed_batch, "answers once for each row")
         for head in (PerformerForSequenceClassification, PerformerForQuestionAnswering)
-    },
-    "one end of an answer": (
+    ),
+    (
         lambda: build(PerformerForQuestionAnswering),
-        {"input_ids": tokens(2, 9), "start_positions": torch.tensor([1, 2])},
+        lambda: {"start_positions": torch.tensor([1, 2])},
         "pass both start_positions and end_positions",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_calls_that_are_refused(case):
-    make, arguments, words = REFUSED[case]
-    model = make()
-    arguments = arguments(model) if callable(arguments) else arguments
+@pytest.mark.parametrize(
+    ("make", "arguments", "words"),
+    [
+        *((causal_model, *case) for case in CAUSAL),
+        # The base model has a cache among its arguments, too.
+        *((lambda: masked_model().performer, *case) for case in MASKED),
+        *OTHERS,
+    ],
+)
+def test_calls_that_are_refused(make, arguments, words):
     with pytest.raises(ValueError, match=words):
-        model(**arguments)
+        make()(**{"input_ids": tokens(2, 6), **arguments()})
 
 
 def test_a_step_at_the_start_needs_no_past():

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from performers.features import ESTIMATORS, FUNCTIONS
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
-from performers.models.positions import rotary_angles, rotate, sinusoids
+from performers.models.positions import sinusoids
 from performers.models.registry import ATTENTIONS
 from tests.models.cases import COMPARATORS, causal_model, make_config, masked_model, tokens
 
@@ -48,17 +48,22 @@ def test_every_kernel_is_an_attention():
         ({"projection": "qr"}, ("projection", "'qr'", "orthogonal")),
         ({"projection": None}, ("projection", "favor-softmax")),
         ({"num_attention_heads": 3}, ("hidden_size", "num_attention_heads", "32", "3")),
-        ({"num_attention_heads": 0}, ("num_attention_heads", "0")),
         ({"num_attention_heads": 32}, ("head_dim", "num_attention_heads", "rotary", "1")),
         ({"hidden_act": "gleu"}, ("hidden_act", "'gleu'", "gelu")),
         ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
         ({"hidden_dropout_prob": -0.1}, ("hidden_dropout_prob", "-0.1")),
-        ({"vocab_size": 0}, ("vocab_size", "0")),
-        ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
-        ({"intermediate_size": 0}, ("intermediate_size", "0")),
-        ({"hidden_size": 0}, ("hidden_size", "0")),
-        ({"max_position_embeddings": 0}, ("max_position_embeddings", "0")),
-        ({"num_features": 0}, ("num_features", "0")),
+        *(
+            ({name: 0}, (name, "0"))
+            for name in (
+                *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+                *("intermediate_size", "max_position_embeddings", "num_features"),
+            )
+        ),
+        ({"estimator": "hyperbolic", "num_features": 33}, ("num_features", "even", "33")),
+        (
+            {"attention": "favor-relu", "projection": None, "num_features": 99},
+            ("num_features", "99", "projection"),
+        ),
         ({"pad_token_id": 31}, ("pad_token_id", "31", "vocab_size")),
         ({"pad_token_id": -1}, ("pad_token_id", "-1")),
         ({"chunk_size_feed_forward": -1}, ("chunk_size_feed_forward must be at least 0", "-1")),
@@ -80,16 +85,9 @@ def test_every_kernel_is_an_attention():
 )
 def test_options_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words[0]) as error:
-        make_config(**options)
+        PerformerForMaskedLM(make_config(**options))
     for word in words:
         assert word in str(error.value)
-
-
-def test_features_that_are_refused():
-    with pytest.raises(ValueError, match=r"num_features .*even.* 33"):
-        PerformerForMaskedLM(make_config(estimator="hyperbolic", num_features=33))
-    with pytest.raises(ValueError, match="num_features"):
-        PerformerForMaskedLM(make_config("favor-relu", projection=None, num_features=99))
 
 
 def test_the_configuration_loads_from_its_file(tmp_path):
@@ -156,22 +154,6 @@ def test_learned_positions_end_with_their_table():
 def test_other_positions_do_not_end(name):
     model = masked_model(position_embedding=name, max_position_embeddings=12)
     assert torch.isfinite(model(tokens(1, 500)).logits).all()
-
-
-def test_rotary_scores_depend_on_distances():
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def score(left, right):
-        first, second = (
-            rotate(x, rotary_angles(torch.tensor([[position]]), 8, 10000.0))
-            for x, position in ((query, left), (key, right))
-        )
-        return (first * second).sum()
-
-    torch.testing.assert_close(score(3, 1), score(103, 101), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(score(7, 7), (query * key).sum())
-    assert (score(3, 1) - score(3, 2)).abs() > 1e-3
 
 
 def test_sinusoids_are_those_of_the_paper():

@@ -14,12 +14,13 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from tests.models.cases import FULL, MAIN, make_config, tokens
+from performers.models.registry import ATTENTIONS
+from tests.models.cases import MAIN, make_config, tokens
 
 rank, file = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-for model_class, attentions in ((PerformerForMaskedLM, FULL), (PerformerForCausalLM, MAIN)):
+for model_class, attentions in ((PerformerForMaskedLM, ATTENTIONS), (PerformerForCausalLM, MAIN)):
     for attention in attentions:
         # Different weights and features in each process, which DDP makes those of the first.
         torch.manual_seed(rank)

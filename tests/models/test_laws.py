@@ -25,20 +25,19 @@ from tests.models.cases import (
     left_padded,
     make_model,
     masked_model,
+    padded,
     read,
-    right_padded,
     rows_of,
     tokens,
 )
 
-SIDES = pytest.mark.parametrize("pad", [left_padded, right_padded])
 # Pieces of 13 tokens.
 CUTS = ((13,), (7, 6), (3, 1, 9), (1,) * 13)
 
 
-def padded(pad, rows):
+def batched(rows, left):
     """Rows as a batch: the arguments of a call, and the place of each sequence."""
-    ids, mask = pad(rows)
+    ids, mask = padded(rows, left=left)
     return {"input_ids": ids, "attention_mask": mask}, [(i, x.bool()) for i, x in enumerate(mask)]
 
 
@@ -60,8 +59,8 @@ def packed(rows, names=(7, 2, 7), tail=2):
 
 
 ARRANGEMENTS = {
-    "left": lambda rows: padded(left_padded, rows),
-    "right": lambda rows: padded(right_padded, rows),
+    "left": lambda rows: batched(rows, left=True),
+    "right": lambda rows: batched(rows, left=False),
     "packed": packed,
 }
 ARRANGED = pytest.mark.parametrize("arrangement", ARRANGEMENTS)
@@ -217,13 +216,13 @@ def test_masks_of_ones_and_masks_with_holes(name):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
-@SIDES
+@pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("is_decoder", [False, True])
 @pytest.mark.parametrize("name", MAIN)
-def test_pooled_outputs_ignore_padding(name, is_decoder, pad):
+def test_pooled_outputs_ignore_padding(name, is_decoder, left):
     model = build(PerformerForSequenceClassification, name, is_decoder=is_decoder).double()
     rows = rows_of(12, 5)
-    inputs, _ = padded(pad, rows)
+    inputs, _ = batched(rows, left)
     for logits, row in zip(model(**inputs).logits, rows, strict=True):
         torch.testing.assert_close(logits, model(row[None]).logits[0], **TOLERANCE)
 

@@ -11,7 +11,6 @@ from performers.models.positions import rotate
 from tests.models.cases import (
     CAUSAL,
     EVERY,
-    KINDS,
     MAIN,
     POSITION_NAMES,
     VOCABULARY,
@@ -77,7 +76,7 @@ def test_rotation_keeps_lengths_and_double_precision():
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", [*MAIN, "reversible"])
 def test_hidden_states(name):
     model, ids = masked_model(name), tokens(2, 7)
     output = model(ids, output_hidden_states=True)
@@ -89,12 +88,6 @@ def test_hidden_states(name):
     assert plain.hidden_states is plain.attentions is None
 
 
-def test_identity_layers_attend_to_themselves():
-    output = masked_model("identity")(tokens(2, 5), output_attentions=True)
-    for weights in output.attentions:
-        assert (weights == torch.eye(5, dtype=weights.dtype)).all()
-
-
 @pytest.mark.parametrize(("name", "is_causal"), EVERY)
 def test_the_first_loss_is_that_of_guessing(name, is_causal):
     """With the ordinary initial weights; one drawn model in float32."""
@@ -104,13 +97,6 @@ def test_the_first_loss_is_that_of_guessing(name, is_causal):
     loss = model(tokens(8, 40), labels=tokens(8, 40, seed=1)).loss
     assert loss.dtype == torch.float32
     assert abs(loss.item() - math.log(VOCABULARY)) < 0.1
-
-
-@KINDS
-def test_embeddings_in_place_of_ids(is_causal):
-    model, ids = make_model("favor-softmax", is_causal), tokens(2, 9)
-    embedded = model.get_input_embeddings()(ids)
-    torch.testing.assert_close(model(inputs_embeds=embedded).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
