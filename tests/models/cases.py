@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -84,27 +84,29 @@ CACHED = [
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-8}
 
 
-class Head(NamedTuple):
-    """A model class, the Auto class that opens it, and its outputs beside the common ones."""
+HEADS = (
+    PerformerModel,
+    PerformerForMaskedLM,
+    PerformerForCausalLM,
+    PerformerForSequenceClassification,
+    PerformerForTokenClassification,
+    PerformerForQuestionAnswering,
+)
 
-    auto: Any
-    names: tuple[str, ...]
+
+def auto_class(head: type) -> Any:
+    """The class of transformers that opens a head."""
+    name = head.__name__.replace("PerformerFor", "PerformerModelFor")
+    return getattr(transformers, name.replace("Performer", "Auto"))
 
 
-HEADS = {
-    PerformerModel: Head(transformers.AutoModel, ("last_hidden_state",)),
-    PerformerForMaskedLM: Head(transformers.AutoModelForMaskedLM, ("logits",)),
-    PerformerForCausalLM: Head(transformers.AutoModelForCausalLM, ("logits",)),
-    PerformerForSequenceClassification: Head(
-        transformers.AutoModelForSequenceClassification, ("logits",)
-    ),
-    PerformerForTokenClassification: Head(
-        transformers.AutoModelForTokenClassification, ("logits",)
-    ),
-    PerformerForQuestionAnswering: Head(
-        transformers.AutoModelForQuestionAnswering, ("start_logits", "end_logits")
-    ),
-}
+def output_names(head: type) -> tuple[str, ...]:
+    """Outputs of a head beside those that all have."""
+    others = {
+        PerformerModel: ("last_hidden_state",),
+        PerformerForQuestionAnswering: ("start_logits", "end_logits"),
+    }
+    return others.get(head, ("logits",))
 
 
 def targets(head: type, ids: Tensor) -> dict[str, Tensor]:

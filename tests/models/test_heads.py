@@ -24,6 +24,7 @@ from tests.models.cases import (
     causal_model,
     make_config,
     masked_model,
+    output_names,
     right_padded,
     targets,
     tokens,
@@ -37,7 +38,7 @@ def test_dictionaries_and_tuples(head):
     model, ids = build(head), tokens(2, 7)
     options = {"output_attentions": True, "output_hidden_states": True, **targets(head, ids)}
     output = model(ids, **options)
-    names = list(HEADS[head].names)
+    names = list(output_names(head))
     if head is not PerformerModel:
         names = ["loss", *names]
     if head is PerformerForCausalLM:
@@ -101,7 +102,7 @@ def test_training_with_evaluation_and_the_best_model(head, tmp_path):
     with torch.no_grad():
         want = model(ids[:3])
     scores = scores if isinstance(scores, tuple) else (scores,)
-    for got, name in zip(scores, HEADS[head].names, strict=True):
+    for got, name in zip(scores, output_names(head), strict=True):
         torch.testing.assert_close(torch.as_tensor(got), want[name], rtol=1e-4, atol=1e-5)
 
 

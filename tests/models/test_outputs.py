@@ -1,4 +1,4 @@
-"""What a forward call returns, for every mechanism and kind of position."""
+"""Outputs of forward calls, eager and compiled, for every mechanism and kind of position."""
 
 import math
 
@@ -13,9 +13,11 @@ from tests.models.cases import (
     EVERY,
     MAIN,
     POSITION_NAMES,
+    TOLERANCE,
     VOCABULARY,
     assert_same,
     build,
+    gradients,
     make_model,
     masked_model,
     right_padded,
@@ -136,3 +138,42 @@ def test_initial_weights_have_their_scales():
     reference = SoftmaxFeatures(model.config.head_dim, 4096)
     drawn = layer.attention.mechanism.feature_map.weight
     assert abs(drawn.norm(dim=-1).mean() / reference.weight.norm(dim=-1).mean() - 1) < 0.1
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model):
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    "chunk", [0, pytest.param(6, marks=pytest.mark.exhaustive)], ids=["whole", "chunks"]
+)
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", MAIN)
+def test_compiled_without_graph_breaks(name, chunk):
+    """Values and gradients of a masked language model, in float32 as it is used."""
+    model = build(PerformerForMaskedLM, name, chunk_size_feed_forward=chunk).train()
+    ids = tokens(2, 20)
+    eager = model(ids, labels=ids)
+    eager.loss.backward()
+    expected = gradients(model)
+    output = compiled(model)(ids, labels=ids)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, eager.logits, rtol=1e-5, atol=1e-5)
+    assert_same(gradients(model), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu", "exact"])
+def test_compiled_with_a_mask(name):
+    model = masked_model(name)
+    ids, mask = right_padded(rows_of(20, 13))
+    logits = compiled(model)(ids, attention_mask=mask).logits
+    expected, real = model(ids, attention_mask=mask).logits, mask.bool()
+    torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)

@@ -20,14 +20,14 @@ from performers.models import (
     PerformerModel,
 )
 from performers.models.registry import ATTENTIONS
-from tests.models.cases import HEADS, assert_same, build, tokens
+from tests.models.cases import HEADS, assert_same, auto_class, build, output_names, tokens
 
 LANGUAGE_MODELS = (PerformerForMaskedLM, PerformerForCausalLM)
 
 
 def outputs(model):
     output = model(tokens(2, 9), return_dict=True)
-    return {name: output[name] for name in HEADS[type(model)].names}
+    return {name: output[name] for name in output_names(type(model))}
 
 
 def features(model):
@@ -45,7 +45,7 @@ def test_a_saved_model_loads_exactly(tmp_path, head):
     names = {path.name for path in tmp_path.iterdir()}
     assert "model.safetensors" in names
     assert names <= {"model.safetensors", "config.json", "generation_config.json"}
-    for door in (head, HEADS[head].auto):
+    for door in (head, auto_class(head)):
         loaded = door.from_pretrained(tmp_path)
         assert type(loaded) is head
         assert_same(loaded.state_dict(), model.state_dict())
@@ -139,7 +139,7 @@ def test_a_fresh_process_loads_the_same_models(tmp_path):
             {name: value.detach() for name, value in expected.items()},
             tmp_path / f"{head.__name__}.pt",
         )
-    lines = [f"{head.__name__}:{HEADS[head].auto.__name__}" for head in HEADS]
+    lines = [f"{head.__name__}:{auto_class(head).__name__}" for head in HEADS]
     result = subprocess.run(
         [sys.executable, "-c", FRESH, str(tmp_path), *lines],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
