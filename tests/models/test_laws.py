@@ -84,6 +84,10 @@ def test_sequences_together_equal_sequences_alone(name, is_causal, positions, ar
     assert torch.isfinite(together).all()
     for place, row in zip(places, rows, strict=True):
         torch.testing.assert_close(together[place], model(row[None]).logits[0], **TOLERANCE)
+    # A row of a batch by itself keeps its padding.
+    row, place = places[1]
+    alone = model(**{key: value[row : row + 1] for key, value in inputs.items()}).logits
+    torch.testing.assert_close(alone[0, place], together[row, place], **TOLERANCE)
 
 
 @ARRANGED
