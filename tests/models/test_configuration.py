@@ -74,7 +74,7 @@ def test_every_kernel_is_an_attention():
         ),
         *(
             ({"exact_layers": layers}, ("exact_layers must be indices", "0..1, got"))
-            for layers in ([2], [-1], [0.0], ["0"], [True])
+            for layers in ([2], [-1], [0.0], ["0", 1], [True])
         ),
         *(
             ({"attention": name, "exact_layers": [0]}, ("exact_layers needs a favor", name))
