@@ -52,6 +52,11 @@ class HashOptions:
     rounds: int = 4
 
 
+@dataclass
+class WindowOptions:
+    window: int = 128
+
+
 def build_scaled(config, generator):
     return Scaled(config.num_attention_heads, config.attention_options["scale"])
 
@@ -127,18 +132,21 @@ def test_options_that_are_refused(registered, attention, options, words):
         ("lsh", {"lsh_rounds": 3}, {"buckets": None, "chunk_size": 64, "rounds": 3}),
         (
             "lsh",
-            {"lsh_rounds": 3, "attention_options": {"rounds": 5, "buckets": 2}},
-            {"buckets": 2, "chunk_size": 64, "rounds": 5},
+            {"lsh_rounds": 3, "lsh_buckets": 8, "attention_options": {"rounds": 5}},
+            {"buckets": 8, "chunk_size": 64, "rounds": 5},
         ),
+        ("local", {"window": 7}, {"window": 7}),
+        ("local", {"window": None}, {"window": 128}),
         ("favor-softmax", {"lsh_rounds": 3, "linformer_rank": None, "window": 7}, {}),
     ],
 )
 def test_fields_of_earlier_versions_are_options(registered, tmp_path, attention, former, options):
-    ATTENTIONS.pop("lsh", None)
-    registered("lsh", build_scaled, options=HashOptions)
+    for name, kind in (("lsh", HashOptions), ("local", WindowOptions)):
+        ATTENTIONS.pop(name, None)
+        registered(name, build_scaled, options=kind)
     small().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "attention": attention, **former}))
     config = PerformerConfig.from_pretrained(tmp_path)
     assert config.attention_options == options
-    assert config.window == former.get("window")
+    assert config.window == (former.get("window") if attention == "favor-softmax" else None)

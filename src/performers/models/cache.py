@@ -170,9 +170,12 @@ class PerformerCache(Cache):
         Raises:
             ValueError: A layer has a state, which cannot be cropped.
         """
+        # Early releases of transformers 5 take 0 for the length to keep.
+        if not tokens_to_remove:
+            return
+        # Refused before any layer is cropped.
         for layer in self.layers:
             if isinstance(layer, FavorCacheLayer):
-                # Before a layer that can be cropped is.
                 layer.crop(tokens_to_remove)
         before = self.get_seq_length()
         super().crop(tokens_to_remove)

@@ -195,20 +195,19 @@ class PerformerConfig(PreTrainedConfig):
 
     def _check_exact_layers(self) -> None:
         """Check ``exact_layers`` and make them a sorted list, or None."""
-        layers = list(self.exact_layers or ())
-        self.exact_layers = sorted(set(layers)) or None
+        layers, count = list(self.exact_layers or ()), self.num_hidden_layers
         if layers and not self.attention.startswith("favor-"):
             raise ValueError(
                 "exact_layers needs a favor attention that the other layers have, got "
                 f"{self.attention!r} with exact_layers={layers}"
             )
         # Not isinstance: True would be layer 1.
-        count = self.num_hidden_layers
         if any(type(layer) is not int or not 0 <= layer < count for layer in layers):
             raise ValueError(
                 f"exact_layers must be indices of the model's {count} layers, 0..{count - 1}, got "
                 f"{layers}"
             )
+        self.exact_layers = sorted(set(layers)) or None
 
     def _take_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Options of the attention that earlier versions saved as fields."""

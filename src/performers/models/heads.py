@@ -362,14 +362,9 @@ def _run_rows(
 
 
 def mean_pool(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens that take part.
+    """Mean of ``(B, L, width)`` over the tokens with a nonzero mask ``(B, L)``; None = all.
 
-    Args:
-        hidden_states: Shape ``(B, L, width)``.
-        mask: Shape ``(B, L)``, nonzero = takes part; None = all.
-
-    Returns:
-        Shape ``(B, width)``; zeros for a row without tokens.
+    A row without tokens gives zeros.
     """
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     if mask is None:

@@ -23,7 +23,7 @@ SMALL = {
 def make_config(attention, options=None, **rest):
     """A configuration of a small model with options of its attention."""
     options = {**SMALL.get(attention, {}), **(options or {})}
-    return cases.make_config(attention, attention_options=options, **rest)
+    return cases.make_config(attention=attention, attention_options=options, **rest)
 
 
 def make_model(attention, is_causal=False, *, options=None, seed=0, **rest):

@@ -20,7 +20,7 @@ from performers.proteins.errors import UserError
 from performers.proteins.model_folder import check_input_length
 from studies.comparators import COMPARATORS, HashFeatures
 from tests.models.cases import TOLERANCE, gradients, right_padded, tokens
-from tests.models.test_packing import packed
+from tests.models.test_laws import packed
 from tests.studies.comparators.oracle import CAUSAL, EVERY, make_config, make_model
 
 KINDS = pytest.mark.parametrize(("attention", "is_causal"), EVERY)
@@ -98,10 +98,10 @@ def test_gradients_of_padded_rows(attention, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_packed_sequences_equal_sequences_alone(attention, is_causal):
     model = make_model(attention, is_causal)
-    ids, mask, sequence_ids, places = packed()
-    together = model(ids, attention_mask=mask, sequence_ids=sequence_ids).logits
+    call, places = packed([tokens(1, length, seed=length)[0] for length in (4, 1, 6, 9)])
+    together = model(**call).logits
     for place in places:
-        alone = model(ids[place][None]).logits[0]
+        alone = model(call["input_ids"][place][None]).logits[0]
         torch.testing.assert_close(together[place], alone, **TOLERANCE)
 
 
