@@ -1,1 +1,1 @@
-"""How far attention through random features is from exact attention."""
+"""Distance of attention through random features from exact attention."""

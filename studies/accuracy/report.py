@@ -94,7 +94,7 @@ def heads_tables(results: Results) -> list[Table]:
 
 
 def models_tables(results: Results) -> list[Table]:
-    """What the model ends with under each setting."""
+    """Final hidden states and perplexity under each setting."""
     rows = select(results.rows, {"layer": FINAL})
     table = _columns(
         "the end of the model",
@@ -134,7 +134,7 @@ def _columns(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str
 
 
 def _reasons(rows: Iterable[Row]) -> str | None:
-    """Why settings failed, one reason each."""
+    """Reasons of failed settings, one each."""
     reasons: dict[str, str] = {}
     for row in rows:
         if row["status"] != MEASURED:

@@ -11,7 +11,7 @@ from studies.comparators.blocks import attend, dense_weights, visible_pairs
 
 
 class BlockLayout(NamedTuple):
-    """Where tokens stand when each sequence begins a block of its own.
+    """Places of tokens when each sequence begins a block of its own.
 
     Masked tokens are left out. ``T`` blocks hold ``N`` sequences with ``M`` tokens in all.
 
@@ -19,7 +19,7 @@ class BlockLayout(NamedTuple):
         tokens: The tokens among all ``B * L``, in order, ``(M,)``.
         slots: Where each stands among the ``T * size`` slots, ``(M,)``.
         sources: The token in each slot, 0 where there is none, ``(T * size,)``.
-        filled: Which slots have one, ``(T, size)``.
+        filled: True for slots that have one, ``(T, size)``.
         sequence: The sequence of each block, ``(T,)``.
         number: The place of each block in its sequence, ``(T,)``.
         total: Blocks in the sequence of each block, ``(T,)``.
@@ -108,7 +108,7 @@ class BigBirdMechanism(nn.Module):
         valid: Tensor,
         is_causal: bool,
     ) -> Tensor:
-        """What each block finds in the blocks it sees, ``(T, H, size, head_dim)``."""
+        """Attention of each block to the blocks it sees, ``(T, H, size, head_dim)``."""
         blocks, heads, size, _ = queries.shape
         head = torch.arange(heads, device=chosen.device)[:, None]
         rows = (chosen * heads + head).flatten()
@@ -129,7 +129,7 @@ class BigBirdMechanism(nn.Module):
     def _global(
         self, queries: Tensor, keys: Tensor, values: Tensor, layout: BlockLayout
     ) -> tuple[Tensor, Tensor]:
-        """What the global blocks find in their whole sequence, and which blocks they are.
+        """Attention of the global blocks to their whole sequence, and the indices of these blocks.
 
         Each block's share is computed on its own; shares of a sequence are added up.
         """
@@ -242,7 +242,7 @@ def chosen_blocks(
     bidirectional form, of blocks in the sequence: the same in every call.
 
     Args:
-        layout: Of ``T`` blocks.
+        layout: Layout of ``T`` blocks.
         num_heads: Heads, which differ in their random blocks.
         num_global: First blocks that all see.
         num_random: Random blocks.

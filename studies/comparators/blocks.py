@@ -13,7 +13,7 @@ def split_blocks(x: Tensor, size: int, fill: float = 0) -> Tensor:
     Args:
         x: Shape ``(..., L, width)``.
         size: Tokens in a block.
-        fill: What the last block is filled up with.
+        fill: Value that fills up the last block.
 
     Returns:
         Shape ``(..., ceil(L / size), size, width)``.
@@ -31,7 +31,7 @@ def with_neighbours(blocks: Tensor, before: int, after: int, fill: float = 0) ->
         blocks: Shape ``(..., N, size, width)``.
         before: Blocks in front of each one.
         after: Blocks behind it.
-        fill: What there is beyond the ends.
+        fill: Value beyond the ends.
 
     Returns:
         Shape ``(..., N, (before + 1 + after) * size, width)``.
@@ -77,7 +77,7 @@ def dense_weights(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
 
 
 def visible_pairs(context: AttentionContext, length: int, device: torch.device) -> Tensor:
-    """Which keys full attention would let each query see, ``(B or 1, 1, L, L)``."""
+    """Mask of the keys that full attention lets each query see, ``(B or 1, 1, L, L)``."""
     pairs = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
     if context.is_causal:
         pairs = pairs.tril()

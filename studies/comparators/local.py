@@ -23,7 +23,7 @@ class LocalMechanism(nn.Module):
     next to them, and a mask cuts out the window. Distances are those of places in the row.
 
     Args:
-        window: How far a token sees, to each side.
+        window: Tokens seen to each side.
     """
 
     def __init__(self, window: int) -> None:
@@ -65,7 +65,7 @@ class LocalMechanism(nn.Module):
         after: int,
         device: torch.device,
     ) -> Tensor:
-        """Which keys of its neighbourhood each token of a block sees, ``(B * N, 1, size, S)``."""
+        """Mask of the neighbouring keys that each token sees, ``(B * N, 1, size, S)``."""
         own = torch.arange(size, device=device)
         there = torch.arange(-before * size, (1 + after) * size, device=device)
         distance = there - own[:, None]

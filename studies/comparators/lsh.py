@@ -152,7 +152,7 @@ class LshMechanism(nn.Module):
 
     Args:
         feature_map: Puts vectors into buckets.
-        chunk_size: How far a token sees among the sorted tokens, to each side.
+        chunk_size: Sorted tokens seen to each side.
     """
 
     def __init__(self, feature_map: HashFeatures, chunk_size: int) -> None:
@@ -166,10 +166,10 @@ class LshMechanism(nn.Module):
         """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None.
 
         Args:
-            query: What makes the keys too.
+            query: Queries, which make the keys too.
             key: Not used.
-            value: What is averaged.
-            context: Of the call.
+            value: Values.
+            context: Context of the call.
             layer: Not used.
         """
         del key
@@ -255,13 +255,13 @@ def _attend_sorted(
 
     Args:
         queries: Shape ``(B, H, L, head_dim)``.
-        keys: Likewise.
-        values: Likewise.
-        order: Of this round, ``(B, H, L)``.
-        places: Of all rounds, ``(B, H, rounds, L)``.
-        number: Of this round.
+        keys: Same shape.
+        values: Same shape.
+        order: Order of this round, ``(B, H, L)``.
+        places: Places in all rounds, ``(B, H, rounds, L)``.
+        number: Index of this round.
         reach: See ``LshMechanism._sort``.
-        context: Of the call.
+        context: Context of the call.
 
     Returns:
         Sums of exponentials of scores times values ``(B, H, L, head_dim)``, of exponentials alone

@@ -1,1 +1,1 @@
-"""Which attention suits proteins: models with different attentions, trained alike and compared."""
+"""Protein models with different attentions, trained alike and compared."""

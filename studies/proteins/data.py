@@ -1,4 +1,4 @@
-"""What a study trains on and scores: the embedded proteins, or a corpus."""
+"""Data of a study: the embedded proteins, or a corpus."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class StudyData:
     """Sequences of a study.
 
     Attributes:
-        name: What tables call it.
-        train: To train on.
-        validation: To validate on.
+        name: Name in tables.
+        train: Training sequences.
+        validation: Validation sequences.
         scored: Split to the records it is scored on: ``test``, drawn by sequence, and ``ood``,
             families or clusters held out whole.
-        identity: What tells this data from other data.
+        identity: Values that differ between data sets.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""How large a protein study is: its models, its runs, its lengths."""
+"""Sizes of a protein study: its models, its runs, its lengths."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StudyPreset:
     learnt: int = 200
 
     def options(self, objective: str, attention: str, seed: int) -> TrainingOptions:
-        """What one run of the comparison is trained with."""
+        """Training options of one run of the comparison."""
         own: dict[str, Any] = {}
         if attention == "local":
             own = {"attention_options": {"window": self.window}}

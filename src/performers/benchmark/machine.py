@@ -1,4 +1,4 @@
-"""What a measurement was made on, to be written beside it."""
+"""Describes the machine and the software of a measurement."""
 
 import os
 import platform

@@ -30,7 +30,7 @@ class Timing(NamedTuple):
         first_quartile: A quarter of the rounds were faster.
         third_quartile: A quarter of the rounds were slower.
         fastest: The fastest round.
-        rounds: How many there were.
+        rounds: Number of rounds.
         calls: Calls in a round.
     """
 

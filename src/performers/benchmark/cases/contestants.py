@@ -172,7 +172,7 @@ def _fla(workload: Workload, is_causal: bool) -> Attention:
 
 
 def absence(module: str) -> str | None:
-    """Why a library cannot be used, or None, without importing it."""
+    """The reason why a library cannot be used, or None, without importing it."""
     return None if importlib.util.find_spec(module) else NOT_INSTALLED
 
 

@@ -41,7 +41,7 @@ class Floor(NamedTuple):
     rates: dict[str, float]
 
     def seconds(self, flops: int) -> float:
-        """How long that many operations take at the best rate."""
+        """Seconds of that many operations at the best rate."""
         return flops / self.flops_per_second
 
 
