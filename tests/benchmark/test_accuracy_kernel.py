@@ -12,8 +12,8 @@ from performers.benchmark.accuracy_data import GaussianData
 from performers.benchmark.accuracy_errors import MEASURES, kernel_errors
 from performers.benchmark.accuracy_kernel import kernel_results, run_kernel
 from performers.benchmark.settings import KernelSettings
-from performers.features.theory import kernel_variance
 from tests.benchmark.runs import pick
+from tests.features.theory import kernel_variance
 
 TINY = KernelSettings(
     kernel_length=40,

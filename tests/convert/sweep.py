@@ -227,7 +227,7 @@ def differences(
 
 def _examine(name: str, model: Any, given: dict[str, Any]) -> Row:
     from performers.convert import to_performer
-    from performers.convert.interface.modules import interface_modules
+    from performers.convert.interface.implementation import interface_modules
     from performers.nn import FavorAttention
 
     modules = len(list(interface_modules(model)))

@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from performers.convert import to_performer
-from performers.convert.conversion import FAVOR
 from performers.convert.distillation.batches import Collator
 from performers.convert.distillation.trainers import relative_error
 from performers.convert.distillation.training import default_collator, distill
+from performers.convert.options import FAVOR
 from performers.convert.saving import load_performer
 from performers.features import LearnedFeatures
 

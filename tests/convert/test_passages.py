@@ -7,8 +7,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from performers.convert.distillation.passages import text_windows
 from performers.convert.distillation.pretrained import load_model
+from performers.convert.distillation.texts import text_windows
 from tests.benchmark.tiny_models import AMINO_ACIDS, VOCABULARY, save_bert
 
 

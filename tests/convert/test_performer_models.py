@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from performers import SoftmaxFeatures, redraw_features_
-from performers.convert.conversion import Conversion
 from performers.convert.families.performer_models import PerformerModels
+from performers.convert.options import Conversion
 from performers.convert.to_performer import convert as convert_family
 from performers.models import (
     PerformerForCausalLM,

@@ -169,7 +169,7 @@ def test_exact_layers_keep_their_prefix():
 
 
 def _attention(model):
-    from performers.convert.interface.modules import interface_modules
+    from performers.convert.interface.implementation import interface_modules
 
     return list(interface_modules(model))
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from performers import SoftmaxFeatures
 from performers.convert import to_performer
-from performers.convert.conversion import Conversion
+from performers.convert.options import Conversion
 from performers.features import LearnedFeatures
 from tests.convert.torch_models import (
     CLOSE,

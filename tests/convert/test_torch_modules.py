@@ -9,7 +9,7 @@ from torch import nn
 
 from performers import PerformerAttention, favor_attention, redraw_features_
 from performers.convert import to_performer
-from performers.convert.conversion import Conversion
+from performers.convert.options import Conversion
 from tests.convert.torch_models import (
     CLOSE,
     EXACT,

@@ -5,8 +5,8 @@ import warnings
 import torch
 from torch import nn
 
-from performers.convert.conversion import Conversion
 from performers.convert.families.torch_modules import TorchModules
+from performers.convert.options import Conversion
 from performers.convert.to_performer import convert as convert_family
 from tests.features.cases import generator
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from performers.benchmark.settings import PretrainedSettings
-from performers.convert.distillation.passages import text_windows
 from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.texts import text_windows
 from performers.nn import Approximation
 
 # Layers from which not all are taken by default, and the step.

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from performers.convert.interface.call import AttentionCall, check_linear
-from performers.convert.interface.implementation import intercept_attention
-from performers.convert.interface.modules import interface_modules
+from performers.convert.interface.implementation import intercept_attention, interface_modules
 
 __all__ = ["exact_attention", "replace_attention"]
 

@@ -1,6 +1,4 @@
-"""What a model is converted to."""
-
-from __future__ import annotations
+"""Settings of a conversion."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +9,10 @@ import torch
 from performers.nn import Approximation, FavorAttention
 from performers.nn.approximation import as_integer
 
-__all__ = ["FAVOR", "Conversion"]
-
 FAVOR = "favor"
-"""Submodule that a converted attention module has; None there marks a layer that stays exact."""
+"""Submodule of a converted attention module; None marks a layer that stays exact."""
 
-# Lists of keys in a head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
+# Lists of keys per head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
 # 0.9980 to the original's, 16 at 0.9976.
 _LISTS = 32
 Item = TypeVar("Item")
@@ -24,11 +20,10 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Conversion(Approximation):
-    """An approximation, and the layers of a model that get it.
+    """An approximation, and the layers of a model that it is for.
 
     Attributes:
-        layers: Indices of the attention layers that become linear, the others stay exact; None:
-            all of them.
+        layers: Indices of the attention layers that become linear; None: all.
         cross_attention: Whether attention from a decoder to an encoder becomes linear too.
         learned: Whether the features are trained parameters, as ``distill`` leaves them.
     """
@@ -40,7 +35,7 @@ class Conversion(Approximation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            layers = tuple(as_integer(x) for x in self.layers)
+            layers = tuple(map(as_integer, self.layers))
             if not layers or None in layers:
                 raise ValueError(
                     "layers must be None (all) or the indices of the layers to make linear, at "
@@ -50,32 +45,24 @@ class Conversion(Approximation):
 
     @property
     def needs_samples(self) -> bool:
-        """Whether samples change anything: the estimator or lists are fitted to them."""
+        """True if the estimator or lists of keys are fitted to samples."""
         return self.is_calibrated or self.listed_keys > 0
 
     def choose(self, items: Sequence[Item]) -> list[Item]:
-        """The layers of a model that become linear."""
-        if self.layers is None:
-            return list(items)
+        """Select the layers of a model that become linear."""
         count = len(items)
-        outside = [x for x in self.layers if not -count <= x < count]
-        if outside:
+        if outside := [x for x in self.layers or () if not -count <= x < count]:
             raise ValueError(
                 f"layers must be in 0..{count - 1}, the model's {count} attention layers, "
                 f"got {outside}"
             )
-        wanted = {x % count for x in self.layers}
-        return [item for index, item in enumerate(items) if index in wanted]
+        chosen = range(count) if self.layers is None else {x % count for x in self.layers}
+        return [item for index, item in enumerate(items) if index in chosen]
 
     def attention(
-        self,
-        head_dim: int,
-        num_heads: int,
-        *,
-        is_cross: bool = False,
-        generator: torch.Generator | None = None,
+        self, head_dim: int, num_heads: int, *, is_cross: bool, generator: torch.Generator | None
     ) -> FavorAttention:
-        """The attention of one layer, with features alone where it is cross-attention."""
+        """Build the attention of one layer, with features alone where it is cross-attention."""
         favor = self.build(head_dim, num_heads, num_lists=_LISTS, generator=generator)
         if is_cross:
             favor.window, favor.sinks = None, 0
