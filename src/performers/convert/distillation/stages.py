@@ -12,14 +12,14 @@ from typing import Any
 import transformers
 
 from performers.convert.fitting import evaluation
-from performers.models.callbacks import (
+from performers.training.callbacks import (
     IntervalsCallback,
     ProgressCallback,
     RedrawCallback,
     StopCallback,
     stop_on_signals,
 )
-from performers.models.checkpoints import newest_checkpoint
+from performers.training.checkpoints import newest_checkpoint
 
 _RECORD = "distillation.json"
 

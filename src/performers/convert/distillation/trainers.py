@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
 from performers.convert.interface.implementation import intercept_attention
-from performers.models.checkpoints import CheckpointTrainer
 from performers.nn import FavorAttention
+from performers.training.checkpoints import CheckpointTrainer
 
 LOSSES = ("logits", "hidden", "embedding", "task")
 
