@@ -107,7 +107,7 @@ def to_performer(
         cross_attention=cross_attention,
     )
     # Refuses names and numbers that do not exist before anything else happens.
-    conversion.features(8, 1)
+    conversion.features(8, 1, torch.Generator())
     names = convert(_family(model, conversion), calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
