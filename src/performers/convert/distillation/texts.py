@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -248,9 +249,9 @@ class _File:
         self._plain = path
         if not is_gzip(path):
             return
-        # Lives as long as this object.
-        self._folder = tempfile.TemporaryDirectory(prefix="performers-")
-        self._plain = Path(self._folder.name) / "plain"
+        folder = tempfile.mkdtemp(prefix="performers-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._plain = Path(folder) / "plain"
         try:
             with gzip.open(path) as packed, self._plain.open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
