@@ -1,39 +1,33 @@
 """Figures of quality against what a loop over tokens computes."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
-from performers.convert import to_performer
-from performers.convert.distillation.quality import Quality, kind_of, measure_quality
-from tests.benchmark.tiny_models import bert_config, llama_config, token_ids
+from performers.convert.distillation.quality import kind_of, measure_quality
+from tests.convert.models import build, converted, token_ids
 
 PAD, MASK = 0, 4
 TOKENIZER = SimpleNamespace(mask_token_id=MASK, all_special_ids=[0, 1, 2, 3, 4])
 
 
-def model_of(model_class, config, seed):
-    torch.manual_seed(seed)
-    return model_class(config).eval()
-
-
 @pytest.fixture(scope="module")
 def llamas():
-    return [model_of(transformers.LlamaForCausalLM, llama_config(), seed) for seed in (0, 1)]
+    return [build("llama", seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def berts():
-    return [model_of(transformers.BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
+    return [build("bert", seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def encoders():
-    return [model_of(transformers.BertModel, bert_config(), seed) for seed in (0, 1)]
+    return [build("electra", seed) for seed in (0, 1)]
 
 
 def batches(lengths=((9, 9), (12, 5, 2)), side="right"):
@@ -88,7 +82,7 @@ def test_causal(llamas, side):
 
 
 def test_masked(berts):
-    """Every ordinary token hidden: what is hidden needs no guess then."""
+    """With every ordinary token hidden."""
     model, reference = berts
     given = batches()
     given[0]["input_ids"][:, 0], given[0]["input_ids"][:, -1] = 2, 3
@@ -107,12 +101,12 @@ def test_masked(berts):
 
 def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
     asked = []
-    for model in berts:
+    for model, seed in ((berts[0], 3), (berts[1], 3), (berts[0], 4)):
         given = batches(((40, 40), (30, 3)))
         hook = model.register_forward_pre_hook(
             lambda module, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True
         )
-        quality = measure_quality(model, None, given, "masked", TOKENIZER, seed=3)
+        quality = measure_quality(model, None, given, "masked", TOKENIZER, seed=seed)
         hook.remove()
         # 15% of 40, 40 and 30, and at least one of 3.
         assert quality.tokens == 6 + 6 + round(0.15 * 30) + 1
@@ -121,15 +115,8 @@ def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
             changed = seen != batch["input_ids"]
             assert set(seen[changed].tolist()) == {MASK}
             assert not changed[batch["attention_mask"] == 0].any()
-    assert all(torch.equal(x, y) for x, y in zip(asked[:2], asked[2:], strict=True))
-    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
-    other = []
-    hook = berts[0].register_forward_pre_hook(
-        lambda module, args, kwargs: other.append(kwargs["input_ids"]), with_kwargs=True
-    )
-    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
-    hook.remove()
-    assert not torch.equal(other[0], asked[0]), "another seed hides others"
+    assert all(torch.equal(x, y) for x, y in zip(asked[:2], asked[2:4], strict=True))
+    assert not torch.equal(asked[4], asked[0]), "another seed hides others"
 
 
 def embedding(model, ids):
@@ -157,32 +144,22 @@ def test_encoder(encoders):
     assert quality.retrieval == pytest.approx(sum(same) / 8)
     assert 0 < quality.retrieval < 1, "the case tells the two apart"
     assert set(quality.figures()) == {"cosine", "retrieval"}
-
-
-def test_few_passages_have_no_retrieval(encoders):
-    quality = measure_quality(encoders[0], encoders[1], batches(((9, 9),)))
-    assert quality.retrieval is None
-    assert "retrieval" not in quality.figures()
+    # Two passages have no other to be nearest.
+    few = measure_quality(model, reference, batches(((9, 9),)))
+    assert few.retrieval is None
+    assert set(few.figures()) == {"cosine"}
 
 
 def test_a_model_beside_itself_has_lost_nothing(llamas, encoders):
-    quality = measure_quality(llamas[0], llamas[0], batches())
-    assert quality.divergence is None
-    twin = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    assert measure_quality(llamas[0], twin, batches()).divergence == pytest.approx(0, abs=1e-9)
-    quality = measure_quality(encoders[0], encoders[0], batches())
-    assert (quality.cosine, quality.retrieval) == (pytest.approx(1.0), 1.0)
-
-
-def test_a_converted_model_is_measured_like_an_exact_one():
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    exact = measure_quality(model, None, batches())
-    converted = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0), window=20)
-    beside = measure_quality(converted, model, batches())
+    model = llamas[0]
+    exact = measure_quality(model, model, batches())
+    assert exact.divergence is None
+    beside = measure_quality(converted(model, window=20), model, batches())
     assert beside.perplexity == pytest.approx(exact.perplexity, rel=1e-4)
     assert beside.divergence == pytest.approx(0, abs=1e-6)
-    apart = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0))
-    assert measure_quality(apart, model, batches()).divergence > 1e-3
+    assert measure_quality(converted(model), model, batches()).divergence > 1e-3
+    quality = measure_quality(encoders[0], encoders[0], batches())
+    assert (quality.cosine, quality.retrieval) == (pytest.approx(1.0), 1.0)
 
 
 def test_padding_may_hold_anything(encoders):
@@ -207,53 +184,46 @@ def test_padding_may_hold_anything(encoders):
     assert quality.cosine == pytest.approx(1.0)
 
 
-def test_modes_are_left_as_they_were(llamas):
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0).train()
-    measure_quality(model, llamas[1], batches())
+def test_a_hopeless_perplexity_is_infinite_and_modes_stay(llamas):
+    model = copy.deepcopy(llamas[0]).train()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    quality = measure_quality(model, llamas[1], batches())
+    assert quality.perplexity == math.inf
+    assert quality.figures()["perplexity"] == math.inf
     assert model.training
     assert not llamas[1].training
 
 
-def test_a_hopeless_perplexity_is_infinite(llamas):
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e6)
-    assert measure_quality(model, None, batches()).perplexity == math.inf
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "causal"),
+        ("gpt2", "causal"),
+        ("performer_causal", "causal"),
+        ("bert", "masked"),
+        ("performer_masked", "masked"),
+        ("electra", "encoder"),
+        ("performer", "encoder"),
+    ],
+)
+def test_kinds_are_told_by_the_class(name, kind):
+    assert kind_of(build(name)) == kind
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        kind_of(build("bart"))
 
 
-def test_kinds_are_told_by_the_class(llamas, berts, encoders):
-    assert [kind_of(x[0]) for x in (llamas, berts, encoders)] == ["causal", "masked", "encoder"]
-    from performers.models import PerformerConfig, PerformerForMaskedLM, PerformerModel
-
-    config = PerformerConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    assert kind_of(PerformerForMaskedLM(config)) == "masked"
-    assert kind_of(PerformerModel(config)) == "encoder"
-    gpt = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
-    assert kind_of(transformers.GPT2LMHeadModel(gpt)) == "causal"
-    t5 = transformers.T5Config(
-        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        kind_of(transformers.T5ForConditionalGeneration(t5))
-
-
-def test_what_cannot_be_measured(llamas, berts):
-    with pytest.raises(ValueError, match="kind must be one of causal, masked, encoder, got 'x'"):
-        measure_quality(llamas[0], None, batches(), "x")
-    with pytest.raises(ValueError, match="tokenizer must have a mask token"):
-        measure_quality(berts[0], None, batches())
-    with pytest.raises(ValueError, match=r"mask_fraction must be in \(0, 1\], got 0"):
-        measure_quality(berts[0], None, batches(), tokenizer=TOKENIZER, mask_fraction=0)
-    with pytest.raises(ValueError, match="batches have nothing to predict"):
-        measure_quality(llamas[0], None, batches(((1, 1),)))
-    with pytest.raises(ValueError, match="at least one batch, got none"):
-        measure_quality(llamas[0], None, [], "encoder")
-
-
-def test_figures_are_those_of_the_kind():
-    assert Quality("causal", 5, perplexity=2.0, accuracy=0.0).figures() == {
-        "perplexity": 2.0,
-        "accuracy": 0.0,
-    }
+@pytest.mark.parametrize(
+    ("model", "given", "options", "words"),
+    [
+        ("llamas", None, {"kind": "x"}, "kind must be one of causal, masked, encoder, got 'x'"),
+        ("berts", None, {}, "tokenizer must have a mask token"),
+        ("berts", None, {"tokenizer": TOKENIZER, "mask_fraction": 0}, r"in \(0, 1\], got 0"),
+        ("llamas", ((1, 1),), {}, "batches have nothing to predict"),
+        ("llamas", (), {"kind": "encoder"}, "at least one batch, got none"),
+    ],
+)
+def test_what_cannot_be_measured(model, given, options, words, request):
+    model = request.getfixturevalue(model)[0]
+    with pytest.raises(ValueError, match=words):
+        measure_quality(model, None, batches() if given is None else batches(given), **options)
