@@ -280,22 +280,15 @@ def test_states_are_float32_in_half_precision(dtype):
     assert all(x.isfinite().all() for x in result.logits)
 
 
-def test_features_are_not_redrawn_at_inference():
-    model, given = decoder(), generation_inputs("llama")
-    before = {key: x.clone() for key, x in model.named_buffers()}
-    first = generate(model, given)
-    set_seed(99)
-    assert torch.equal(generate(model, given), first)
-    assert all(torch.equal(x, before[key]) for key, x in model.named_buffers())
-
-
 def test_a_step_reads_its_own_token_alone():
-    """The attention of a step gets one key, however long the past."""
+    """The attention of a step gets one key, however long the past; nothing is redrawn."""
     model, lengths = decoder(), []
+    before = {key: x.clone() for key, x in model.named_buffers()}
     for favor in favors(model):
         favor.register_forward_pre_hook(lambda _, args: lengths.append(args[1].shape[2]))
     generate(model, generation_inputs("llama"))
     assert lengths == [12, 12] + [1, 1] * (NEW - 1)
+    assert all(torch.equal(x, before[key]) for key, x in model.named_buffers())
 
 
 # ------------------------------------------------------------------------------------- refusals
@@ -315,46 +308,34 @@ def stripped(model):
     return cache
 
 
+def fixed(model):
+    return StaticCache(config=model.config, max_cache_len=16)
+
+
+def of_another(model):
+    return step(build("llama"), token_ids(2, 6))[1]
+
+
+def of_rows(rows):
+    return lambda model: step(model, token_ids(rows, 8))[1]
+
+
+LATE = {"position_ids": torch.tensor([[8]] * 2), "use_cache": False}
+SHORT = {"attention_mask": torch.ones(2, 3), "input_ids": token_ids(2, 3)}
 # Cache made for a model, layers, arguments of the call that continues it, words of the refusal.
-CACHES = {
-    "fixed length": (
-        lambda model: StaticCache(config=model.config, max_cache_len=16),
-        None,
-        {},
-        "StaticLayer",
-    ),
-    "offloading": (offloading, None, {}, "offloading"),
-    "of another model": (
-        lambda model: step(build("llama"), token_ids(2, 6))[1],
-        None,
-        {},
-        "holds 6 keys and values that another model computed",
-    ),
-    "another number of rows": (
-        lambda model: step(model, token_ids(3, 6))[1],
-        None,
-        {},
-        "state must have",
-    ),
-    "no cache": (
-        lambda model: None,
-        None,
-        {"position_ids": torch.tensor([[8]] * 2), "use_cache": False},
-        "a step that continues earlier tokens",
-    ),
-    "lost hooks": (stripped, None, {}, "continues earlier tokens|start with a"),
-    "a short mask": (
-        lambda model: step(model, token_ids(2, 8))[1],
-        [0],
-        {"attention_mask": torch.ones(2, 3), "input_ids": token_ids(2, 3)},
-        "one for each of the 11 tokens so far",
-    ),
-}
+CACHES = [
+    (fixed, None, {}, "StaticLayer"),
+    (offloading, None, {}, "offloading"),
+    (of_another, None, {}, "holds 6 keys and values that another model computed"),
+    (of_rows(3), None, {}, "state must have"),
+    (lambda model: None, None, LATE, "a step that continues earlier tokens"),
+    (stripped, None, {}, "continues earlier tokens|start with a"),
+    (of_rows(2), [0], SHORT, "one for each of the 11 tokens so far"),
+]
 
 
-@pytest.mark.parametrize("name", CACHES)
-def test_caches_that_are_refused(name):
-    make, layers, options, words = CACHES[name]
+@pytest.mark.parametrize(("make", "layers", "options", "words"), CACHES)
+def test_caches_that_are_refused(make, layers, options, words):
     model = decoder(layers=layers)
     given = {"input_ids": token_ids(2, 1), CACHE_KEYWORD: make(model), **options}
     with pytest.raises((ValueError, RuntimeError), match=words):
@@ -369,17 +350,19 @@ def test_a_past_of_linear_attention_is_refused_by_exact_attention():
         step(model, ids, cache)
 
 
+BACK = "not supported with stateful models"
+STATIC = {"cache_implementation": "static"}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("llama", {"assistant_model": "llama"}, "not supported with stateful models"),
-        ("llama", {"prompt_lookup_num_tokens": 2}, "not supported with stateful models"),
-        ("llama", {"cache_implementation": "static"}, "leave cache_implementation at its default"),
-        ("whisper", {"cache_implementation": "static"}, "leave cache_implementation at its"),
+        ("llama", {"assistant_model": build("llama", seed=1)}, BACK),
+        ("llama", {"prompt_lookup_num_tokens": 2}, BACK),
+        ("llama", STATIC, "leave cache_implementation at its default"),
+        ("whisper", STATIC, "leave cache_implementation at its default"),
     ],
 )
 def test_decoding_that_takes_tokens_back_is_refused(name, options, words):
-    if "assistant_model" in options:
-        options = {"assistant_model": build("llama", seed=1)}
     with pytest.raises(ValueError, match=words):
         generate(decoder(name), generation_inputs(name, rows=1), **options)

@@ -1,5 +1,7 @@
 """Models and calls that linear attention cannot compute are refused: the reason and a remedy."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -50,6 +52,10 @@ def beside(attention):
     return nn.ModuleList([nn.MultiheadAttention(32, 4), attention])
 
 
+def extra_key(option):
+    return nn.MultiheadAttention(32, 4, **{option: True})
+
+
 def parametrized():
     return nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(32, 4), "in_proj_weight")
 
@@ -98,110 +104,71 @@ GEMMA3N = {
 }
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2]}
 SWIN["window_size"] = 4
-RELATIVE = {"position_embeddings_type": "relative"}
 NOT_CALLED = "none of its modules calls"
 # transformers 5.10 computes some biases beside the interface.
 BIAS = f"position bias|{NOT_CALLED}"
 OWN_MASK = "computes with its attention masks itself"
+of = functools.partial(functools.partial, small)
+EXACT = "start from a model with attention='exact'"
 # Model, options of the conversion, words of the refusal.
-CONVERSIONS = {
-    # What other attention computes.
-    "soft-capping": (lambda: small("Gemma2ForCausalLM"), {}, "soft-caps its scores"),
-    "position bias": (lambda: small("T5ForConditionalGeneration"), {}, BIAS),
-    "relative keys": (lambda: small("Wav2Vec2ConformerModel", **RELATIVE), {}, BIAS),
-    "learned sinks": (lambda: small("GptOssForCausalLM"), {}, "learned sink logits"),
-    "shared keys": (lambda: small("Gemma3nForCausalLM", **GEMMA3N), {}, "its keys and values"),
-    "borrowed keys": (
-        lambda: small("Gemma3nForCausalLM", **GEMMA3N),
-        {"layers": [1]},
-        "takes its keys and values from another layer",
-    ),
-    "deberta": (lambda: small("DebertaV2ForMaskedLM", relative_attention=True), {}, NOT_CALLED),
-    "bloom": (lambda: small("BloomForCausalLM"), {}, NOT_CALLED),
-    "xlnet": (lambda: small("XLNetLMHeadModel"), {}, NOT_CALLED),
-    "relative positions": (
-        lambda: small("BeitModel", use_relative_position_bias=True),
-        {},
-        OWN_MASK,
-    ),
-    "a mask that other parts add to scores": (lambda: small("GitModel"), {}, OWN_MASK),
-    "windows of an image": (lambda: small("SwinModel", **SWIN), {}, "a mask of shape"),
-    "a mask of its own": (lambda: small("LayoutLMModel"), {}, "a mask of shape"),
-    "fewer keys than queries": (lambda: small("SegformerModel"), {}, "is no self-attention"),
-    "a prefix that is not causal": (
-        lambda: small("PaliGemmaForConditionalGeneration"),
-        {},
-        "GemmaModel computes something else|PaliGemma.* computes something else",
-    ),
-    "another implementation": (asking_for_the_implementation, {}, "computes something else"),
-    "windows alone": (lambda: build("mistral", sliding_window=6), {}, "sliding window already"),
-    "weights not in memory": (meta, {}, "no weights in memory"),
-    "a part beside the interface": (mixed, {}, "BertLMHeadModel does not go through the attention"),
+CONVERSIONS = [
+    # Attention that is not masked softmax over the same tokens.
+    (of("Gemma2ForCausalLM"), {}, "soft-caps its scores"),
+    (of("T5ForConditionalGeneration"), {}, BIAS),
+    (of("Wav2Vec2ConformerModel", position_embeddings_type="relative"), {}, BIAS),
+    (of("GptOssForCausalLM"), {}, "learned sink logits"),
+    (of("Gemma3nForCausalLM", **GEMMA3N), {}, "its keys and values"),
+    (of("Gemma3nForCausalLM", **GEMMA3N), {"layers": [1]}, "keys and values from another layer"),
+    (of("DebertaV2ForMaskedLM", relative_attention=True), {}, NOT_CALLED),
+    (of("BloomForCausalLM"), {}, NOT_CALLED),
+    (of("XLNetLMHeadModel"), {}, NOT_CALLED),
+    (of("BeitModel", use_relative_position_bias=True), {}, OWN_MASK),
+    (of("GitModel"), {}, OWN_MASK),
+    (of("SwinModel", **SWIN), {}, "a mask of shape"),
+    (of("LayoutLMModel"), {}, "a mask of shape"),
+    (of("SegformerModel"), {}, "is no self-attention"),
+    (of("PaliGemmaForConditionalGeneration"), {}, "Gemma.* computes something else"),
+    (asking_for_the_implementation, {}, "computes something else"),
+    (lambda: build("mistral", sliding_window=6), {}, "sliding window already"),
+    (meta, {}, "no weights in memory"),
+    (mixed, {}, "BertLMHeadModel does not go through the attention"),
     # What would be lost, or is not there.
-    "own forward": (lambda: beside(OwnForward(32, 4)), {}, "1 .*forward of its own"),
-    "parametrized": (lambda: beside(parametrized()), {}, "1 .*parametrized weights"),
-    "hooks": (lambda: beside(hooked()), {}, "1 .*hooks"),
-    "bias_k": (
-        lambda: beside(nn.MultiheadAttention(32, 4, add_bias_kv=True)),
-        {"window": 3},
-        "1: window and sinks .* add_bias_kv",
-    ),
-    "zero_attn": (
-        lambda: beside(nn.MultiheadAttention(32, 4, add_zero_attn=True)),
-        {"sinks": 3},
-        "1: window and sinks .* add_zero_attn",
-    ),
-    "itself": (lambda: nn.MultiheadAttention(8, 2), {}, "replaced in place: pass the module that"),
-    "nothing": (lambda: nn.Linear(2, 2), {}, "Linear has nothing to convert: it has no nn.Multi"),
-    "a wrapper": (
-        lambda: nn.Sequential(build("bert")),
-        {},
-        r"a Sequential around a BertForMaskedLM: .* model\[0\]",
-    ),
-    "cross-attention": (decoder_of_converted, {}, "cross_attention=True"),
-    "converted": (lambda: converted(build("bert")), {}, "converted already"),
-    "converted torch": (lambda: converted(torch_model()), {}, "is converted already"),
-    "converted performer": (lambda: converted(performer()), {}, "linear attention already"),
-    **{
-        attention: (
-            lambda attention=attention: performer(attention=attention),
-            {},
-            f"{words}.*start from a model with attention='exact'",
-        )
-        for attention, words in (
-            ("favor-softmax", "linear attention already"),
-            ("favor-relu", "linear attention already"),
-            ("identity", "computes no attention"),
-        )
-    },
-    # Arguments out of range.
-    **{
-        f"{family} {options}": (lambda family=family: build(family), options, words)
-        for family in ("bert", "performer_masked", "torch_encoder")
-        for options, words in (
-            ({"window": -1}, "window must be"),
-            ({"window": 2.5}, "window must be"),
-            ({"sinks": -1}, "sinks must be"),
-            ({"layers": []}, "at least one"),
-            ({"layers": [2]}, r"layers must be in 0\.\.1.* got \[2\]"),
-            ({"layers": [-3]}, r"layers must be in 0\.\.1"),
-            ({"layers": ["0"]}, "layers must be"),
-            ({"estimator": "sharp"}, "estimator must be one of"),
-            ({"projection": "sharp"}, "projection"),
-            ({"num_features": 0}, "num_features"),
-            (
-                {"num_features": 7, "estimator": "hyperbolic"},
-                "num_features must be a positive even",
-            ),
-            ({"estimator": "data_aware"}, "pass calibration"),
-        )
-    },
-}
+    (lambda: beside(OwnForward(32, 4)), {}, "1 .*forward of its own"),
+    (lambda: beside(parametrized()), {}, "1 .*parametrized weights"),
+    (lambda: beside(hooked()), {}, "1 .*hooks"),
+    (lambda: beside(extra_key("add_bias_kv")), {"window": 3}, "1: window and .* add_bias_kv"),
+    (lambda: beside(extra_key("add_zero_attn")), {"sinks": 3}, "1: window and .* add_zero_attn"),
+    (lambda: nn.MultiheadAttention(8, 2), {}, "replaced in place: pass the module that"),
+    (lambda: nn.Linear(2, 2), {}, "Linear has nothing to convert: it has no nn.Multi"),
+    (lambda: nn.Sequential(build("bert")), {}, r"Sequential around a Bert.* model\[0\]"),
+    (decoder_of_converted, {}, "cross_attention=True"),
+    (lambda: converted(build("bert")), {}, "converted already"),
+    (lambda: converted(torch_model()), {}, "is converted already"),
+    (lambda: converted(performer()), {}, "linear attention already"),
+    (lambda: performer(attention="favor-softmax"), {}, f"linear attention already.*{EXACT}"),
+    (lambda: performer(attention="favor-relu"), {}, f"linear attention already.*{EXACT}"),
+    (lambda: performer(attention="identity"), {}, f"computes no attention.*{EXACT}"),
+]
+ARGUMENTS = [
+    ({"window": -1}, "window must be"),
+    ({"window": 2.5}, "window must be"),
+    ({"sinks": -1}, "sinks must be"),
+    ({"layers": []}, "at least one"),
+    ({"layers": [2]}, r"layers must be in 0\.\.1.* got \[2\]"),
+    ({"layers": [-3]}, r"layers must be in 0\.\.1"),
+    ({"layers": ["0"]}, "layers must be"),
+    ({"estimator": "sharp"}, "estimator must be one of"),
+    ({"projection": "sharp"}, "projection"),
+    ({"num_features": 0}, "num_features"),
+    ({"num_features": 7, "estimator": "hyperbolic"}, "num_features must be a positive even"),
+    ({"estimator": "data_aware"}, "pass calibration"),
+]
+FAMILIES = ("bert", "performer_masked", "torch_encoder")
+CONVERSIONS += [(functools.partial(build, x), *case) for x in FAMILIES for case in ARGUMENTS]
 
 
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_conversions(name):
-    make, options, words = CONVERSIONS[name]
+@pytest.mark.parametrize(("make", "options", "words"), CONVERSIONS)
+def test_conversions(make, options, words):
     model = make()
     before = snapshot(model)
     with pytest.raises(ValueError, match=words):
@@ -226,44 +193,29 @@ PACKED = {"cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES}
 TRIANGLE = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
 BLOCKS = torch.block_diag(torch.ones(9, 9), torch.ones(11, 11)).bool().expand(2, 1, 20, 20)
 BAND = (torch.arange(20)[:, None] - torch.arange(20)).abs() > 2
-LINEAR = "linear attention cannot do"
+MAPS = {"output_attentions": True, "use_cache": True}
 # Model, layers, arguments of the call, words of the refusal.
-CALLS = {
-    "a mask of one's own": ("llama", None, (ROWS, {"attention_mask": TRIANGLE}), r"\(2, 1, 20, 20"),
-    "blocks": ("bert", None, (ROWS, {"attention_mask": BLOCKS}), "mask of shape"),
-    "a band": (
-        "torch_encoder",
-        None,
-        (torch.randn(2, 20, 32), {"mask": BAND}),
-        "None or the causal",
-    ),
-    "boundaries": ("llama", None, (ROW, PACKED), "position_ids that tell where each begins"),
-    "maps with a cache": (
-        "llama",
-        None,
-        (ROW, {"output_attentions": True, "use_cache": True}),
-        "use_cache=False",
-    ),
-    **{
-        name: ("llama", None, (ROW, {name: torch.ones(1)}), LINEAR)
-        for name in ("softcap", "s_aux", "sinks", "position_bias", "indices")
-    },
-    **{
-        f"{name} in part": ("llama", [1], (ROW, {name: torch.ones(1)}), "not even in part")
-        for name in ("s_aux", "sinks", "indices")
-    },
-}
+CALLS = [
+    ("llama", None, ROWS, {"attention_mask": TRIANGLE}, r"\(2, 1, 20, 20"),
+    ("bert", None, ROWS, {"attention_mask": BLOCKS}, "mask of shape"),
+    ("torch_encoder", None, torch.ones(2, 20, 32), {"mask": BAND}, "None or the causal mask"),
+    ("llama", None, ROW, PACKED, "position_ids that tell where each begins"),
+    ("llama", None, ROW, MAPS, "use_cache=False"),
+]
+for each in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
+    CALLS.append(("llama", None, ROW, {each: torch.ones(1)}, "linear attention cannot do"))
+for each in ("s_aux", "sinks", "indices"):
+    CALLS.append(("llama", [1], ROW, {each: torch.ones(1)}, "not even in part"))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_calls(name):
-    model_name, layers, (x, options), words = CALLS[name]
-    model = converted(build(model_name), num_features=16, layers=layers)
-    expected = output(model, inputs(model_name))
+@pytest.mark.parametrize(("name", "layers", "x", "options", "words"), CALLS)
+def test_calls(name, layers, x, options, words):
+    model = converted(build(name), num_features=16, layers=layers)
+    expected = output(model, inputs(name))
     with pytest.raises(ValueError, match=words):
         model(x, **options)
     # Nothing of the failed call is left behind.
-    assert torch.equal(output(model, inputs(model_name)), expected)
+    assert torch.equal(output(model, inputs(name)), expected)
 
 
 def test_exact_layers_take_any_mask():
