@@ -202,43 +202,35 @@ SENTENCE = b"it is a truth universally acknowledged "
 SHORT = " ".join(map(str, range(3, 300))).encode()
 LONG = b"3 4 5 " * 20_000
 
+SPECIAL = "length must exceed the 2 special tokens"
 # Content of the file, options, the error's words; of both readers and of each.
-BOTH = {
-    "no file": (None, {}, r"text\.txt: no such text file"),
-    "no tokenizer": (SHORT, {"tokenizer": None}, "tokenizer is None"),
-    "too short": (SHORT, {"length": 2}, "length must exceed the 2 special tokens"),
-    "unknown words": (SENTENCE * 200, {}, r"\d+% of the tokens are unknown"),
-    "another encoding": (b"3 4 \xff\xfe 5 " * 200, {}, r"text\.txt is not a UTF-8 text file"),
-    "damaged": (gzip.compress(LONG)[:-30], {"length": 70_000}, "is a damaged gzip file"),
-}
-SPLIT = {
-    **{
-        f"test {x}": (SHORT, {"test": x}, "test must be a number of examples")
-        for x in (0, -1, 0.0, -0.5)
-    },
-    "calibration": (SHORT, {"calibration": -1}, "calibration must be at least 0, got -1"),
-    "little": (SHORT, {"test": 40}, "too little text: 21 examples, and 40 were asked for"),
-    "no training": (
-        SHORT,
-        {"test": 10, "calibration": 15},
-        "besides 10 test examples of 16 tokens",
-    ),
-    "a small share": (SHORT, {"test": 0.01}, r"no test example in its last 1\.0%"),
-}
-WINDOWS = {
-    "little": (SHORT, {"count": 22}, "text.txt has 297 tokens, enough for 21 windows of 16; 22"),
-    "nothing": (b"", {}, "has 0 tokens"),
-    "count": (SHORT, {"count": 0}, "length must exceed the 2 special tokens"),
-    "skip": (SHORT, {"skip": -1}, "length must exceed the 2 special tokens"),
-}
-READERS = {split_text: BOTH | SPLIT, text_windows: BOTH | WINDOWS}
+BOTH = [
+    (None, {}, r"text\.txt: no such text file"),
+    (SHORT, {"tokenizer": None}, "tokenizer is None"),
+    (SHORT, {"length": 2}, SPECIAL),
+    (SENTENCE * 200, {}, r"\d+% of the tokens are unknown"),
+    (b"3 4 \xff\xfe 5 " * 200, {}, r"text\.txt is not a UTF-8 text file"),
+    (gzip.compress(LONG)[:-30], {"length": 70_000}, "is a damaged gzip file"),
+]
+SPLIT = [(SHORT, {"test": x}, "test must be a number of examples") for x in (0, -1, 0.0, -0.5)]
+SPLIT += [
+    (SHORT, {"calibration": -1}, "calibration must be at least 0, got -1"),
+    (SHORT, {"test": 40}, "too little text: 21 examples, and 40 were asked for"),
+    (SHORT, {"test": 10, "calibration": 15}, "besides 10 test examples of 16 tokens"),
+    (SHORT, {"test": 0.01}, r"no test example in its last 1\.0%"),
+]
+WINDOWS = [
+    (SHORT, {"count": 22}, "text.txt has 297 tokens, enough for 21 windows of 16; 22"),
+    (b"", {}, "has 0 tokens"),
+    (SHORT, {"count": 0}, SPECIAL),
+    (SHORT, {"skip": -1}, SPECIAL),
+]
+CASES = [(split_text, *case) for case in BOTH + SPLIT]
+CASES += [(text_windows, *case) for case in BOTH + WINDOWS]
 
 
-@pytest.mark.parametrize(
-    ("reader", "case"), [(reader, case) for reader, cases in READERS.items() for case in cases]
-)
-def test_what_will_not_do(reader, case, numbers, text):
-    content, options, words = READERS[reader][case]
+@pytest.mark.parametrize(("reader", "content", "options", "words"), CASES)
+def test_what_will_not_do(reader, content, options, words, numbers, text):
     if content is not None:
         text.write_bytes(content)
     defaults = {"count": 1} if reader is text_windows else {"test": 2, "calibration": 2}
