@@ -226,7 +226,12 @@ def test_rows_of_the_cache_can_be_repeated_selected_and_reordered(change, rows, 
     model, ids = decoder(kind=kind), token_ids(3, 12)
     following = token_ids(6, 4, seed=1)[: len(rows)]
     mask = padding_mask(3, 12, "left", 5)
-    _, cache = step(model, ids, attention_mask=mask)
+    first, cache = step(model, ids, attention_mask=mask)
+    # A reset cache is empty.
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again, cache = step(model, ids, cache, attention_mask=mask)
+    assert torch.equal(again, first)
     change(cache)
     got, _ = step(model, following, cache)
     for place, row in enumerate(rows):
@@ -259,14 +264,6 @@ def test_padding_within_a_continued_call_is_skipped():
     full = logits(model, ids, attention_mask=mask)
     torch.testing.assert_close(got[:, 3:], full[:, 11:], **CLOSE)
     assert not torch.allclose(full[1, 11:], logits(model, ids)[1, 11:], atol=1e-3)
-
-
-def test_a_reset_cache_is_empty():
-    model, ids = decoder(), token_ids(2, 9)
-    first, cache = step(model, ids, DynamicCache(config=model.config))
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(step(model, ids, cache)[0], first)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -34,9 +34,8 @@ def teacher_of(kind="llama"):
 
 
 def examples(count=24, length=LENGTH):
-    return [
-        {"input_ids": row[: length - i % 5]} for i, row in enumerate(token_ids(count, length, 2))
-    ]
+    rows = enumerate(token_ids(count, length, 2))
+    return [{"input_ids": row[: length - i % 5]} for i, row in rows]
 
 
 def student_of(teacher, **options):
@@ -50,20 +49,22 @@ def student_of(teacher, **options):
 def hidden_error(student, teacher):
     ids = token_ids(6, LENGTH, seed=5)
     with torch.no_grad():
-        states = [
+        ours, theirs = (
             x(input_ids=ids, output_hidden_states=True).hidden_states[-1]
             for x in (student, teacher)
-        ]
-    return float((states[0] - states[1]).square().sum() / states[1].square().sum())
+        )
+    return float((ours - theirs).square().sum() / theirs.square().sum())
 
 
 def recorded(model):
     """The arguments of a model's calls in training."""
     calls = []
-    model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(kwargs) if module.training else None,
-        with_kwargs=True,
-    )
+
+    def record(module, args, kwargs):
+        if module.training:
+            calls.append(kwargs)
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
     return calls
 
 
@@ -111,18 +112,9 @@ def test_the_whole_model_comes_closer_to_its_original(kind, loss):
         seen.append(model.training)
         return {"error": hidden_error(model, teacher)}
 
-    result = distill(
-        student,
-        teacher,
-        examples(),
-        transfer_steps=0,
-        steps=40,
-        learning_rate=2e-3,
-        loss=loss,
-        eval_steps=20,
-        evaluate=evaluate,
-        log_steps=20,
-    )
+    options = {"transfer_steps": 0, "steps": 40, "learning_rate": 2e-3, "loss": loss}
+    options |= {"eval_steps": 20, "evaluate": evaluate, "log_steps": 20}
+    result = distill(student, teacher, examples(), **options)
     assert len([entry for entry in result.history if "error" in entry]) == 2
     assert seen == [False, False]
     assert hidden_error(student, teacher) < 0.8 * before
@@ -169,22 +161,14 @@ def test_adapters_are_merged_into_the_same_object():
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_streams_and_redrawn_features():
-    teacher = teacher_of()
-    student = student_of(teacher, estimator="positive")
-    weight = favors(student)[0].feature_map.weight.clone()
-    stream = (example for example in examples(100))
-    distill(student, teacher, stream, transfer_steps=0, steps=4, redraw_steps=2)
-    assert not torch.equal(favors(student)[0].feature_map.weight, weight)
-
-
-def test_images_are_stacked():
-    teacher = build("vit")
-    student = to_performer(build("vit"), num_features=16)
-    calls, pixels = recorded(student), inputs("vit", rows=4)["pixel_values"]
-    data = [{"pixel_values": x} for x in pixels]
-    assert distill(student, teacher, data, transfer_steps=0, steps=2, loss="hidden").finished
+def test_streams_of_images_and_redrawn_features():
+    teacher, student = build("vit"), to_performer(build("vit"), num_features=16)
+    calls, weight = recorded(student), favors(student)[0].feature_map.weight.clone()
+    stream = ({"pixel_values": x} for x in inputs("vit", rows=40)["pixel_values"])
+    options = {"transfer_steps": 0, "steps": 4, "redraw_steps": 2, "loss": "hidden"}
+    assert distill(student, teacher, stream, **options).finished
     assert calls[0]["pixel_values"].shape == (4, 3, 32, 32)
+    assert not torch.equal(favors(student)[0].feature_map.weight, weight)
 
 
 @pytest.mark.parametrize(

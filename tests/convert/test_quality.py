@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from performers.convert.distillation.quality import kind_of, measure_quality
@@ -58,45 +59,36 @@ def log_probabilities(model, ids):
         return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_causal(llamas, side):
-    """Rotary positions are relative, so that padding on the left changes nothing either."""
-    model, reference = llamas
+@pytest.mark.parametrize(
+    ("models", "kind", "side"),
+    [("llamas", "causal", "right"), ("llamas", "causal", "left"), ("berts", "masked", "right")],
+)
+def test_predictions(models, kind, side, request):
+    """Of the next token; of hidden tokens, with every ordinary token hidden.
+
+    Rotary positions are relative, so that padding on the left changes nothing either.
+    """
+    model, reference = request.getfixturevalue(models)
     given = batches(side=side)
-    quality = measure_quality(model, reference, iter(given))
-    losses, right, divergences = [], [], []
-    for ids in rows_of(given):
-        own, theirs = log_probabilities(model, ids), log_probabilities(reference, ids)
-        for place in range(len(ids) - 1):
-            target = ids[place + 1]
-            losses.append(-own[place, target].item())
-            right.append(own[place].argmax().item() == target.item())
-            ratio = theirs[place] - own[place]
-            divergences.append((theirs[place].exp() * ratio).sum().item())
-    assert quality.kind == "causal"
-    assert quality.tokens == len(losses) == 8 + 8 + 11 + 4 + 1
-    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert quality.accuracy == pytest.approx(sum(right) / len(right))
-    assert quality.divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
-    assert set(quality.figures()) == {"perplexity", "accuracy", "divergence"}
-
-
-def test_masked(berts):
-    """With every ordinary token hidden."""
-    model, reference = berts
-    given = batches()
     given[0]["input_ids"][:, 0], given[0]["input_ids"][:, -1] = 2, 3
-    quality = measure_quality(model, reference, given, "masked", TOKENIZER, mask_fraction=1.0)
-    losses, right = [], []
+    quality = measure_quality(model, reference, iter(given), kind, TOKENIZER, mask_fraction=1.0)
+    own, theirs, targets = [], [], []
     for ids in rows_of(given):
-        own = log_probabilities(model, torch.where(ids > 4, MASK, ids))
-        for place in torch.nonzero(ids > 4)[:, 0]:
-            losses.append(-own[place, ids[place]].item())
-            right.append(own[place].argmax().item() == ids[place].item())
-    assert quality.tokens == len(losses) == 7 + 7 + 12 + 5 + 2
-    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert quality.accuracy == pytest.approx(sum(right) / len(right))
-    assert quality.divergence > 0
+        places, asked, target = torch.arange(len(ids) - 1), ids, ids[1:]
+        if kind == "masked":
+            places, asked = torch.nonzero(ids > 4)[:, 0], torch.where(ids > 4, MASK, ids)
+            target = ids[places]
+        own.append(log_probabilities(model, asked)[places])
+        theirs.append(log_probabilities(reference, asked)[places])
+        targets.append(target)
+    own, theirs, targets = map(torch.cat, (own, theirs, targets))
+    assert quality.kind == kind
+    assert quality.tokens == len(targets) > 30
+    assert quality.perplexity == pytest.approx(float(F.nll_loss(own, targets).exp()), rel=1e-5)
+    assert quality.accuracy == pytest.approx(float((own.argmax(-1) == targets).double().mean()))
+    divergence = float((theirs.exp() * (theirs - own)).sum(-1).mean())
+    assert quality.divergence == pytest.approx(divergence, rel=1e-5)
+    assert set(quality.figures()) == {"perplexity", "accuracy", "divergence"}
 
 
 def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
@@ -119,30 +111,24 @@ def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
     assert not torch.equal(asked[4], asked[0]), "another seed hides others"
 
 
-def embedding(model, ids):
+def embeddings(model, given):
     with torch.no_grad():
-        return model(input_ids=ids[None]).last_hidden_state[0].double().mean(0)
+        states = [model(input_ids=ids[None]).last_hidden_state[0] for ids in rows_of(given)]
+    return F.normalize(torch.stack([x.double().mean(0) for x in states]), dim=-1)
 
 
 def test_encoder(encoders):
     model, reference = encoders
     given = batches(((9, 9), (12, 5, 2), (7, 7, 7)))
     quality = measure_quality(model, reference, given)
-    own, theirs = ([embedding(x, ids) for ids in rows_of(given)] for x in encoders)
-    cosines = [
-        torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(own, theirs, strict=True)
-    ]
+    own, theirs = (embeddings(x, given) for x in encoders)
     assert quality.kind == "encoder"
     assert quality.tokens == 9 + 9 + 12 + 5 + 2 + 21
-    assert quality.cosine == pytest.approx(sum(cosines) / 8, rel=1e-5)
-
-    def nearest(vectors, query):
-        others = [index for index in range(8) if index != query]
-        return max(others, key=lambda x: torch.cosine_similarity(vectors[query], vectors[x], dim=0))
-
-    same = [nearest(own, query) == nearest(theirs, query) for query in range(8)]
-    assert quality.retrieval == pytest.approx(sum(same) / 8)
-    assert 0 < quality.retrieval < 1, "the case tells the two apart"
+    assert quality.cosine == pytest.approx(float((own * theirs).sum(-1).mean()), rel=1e-5)
+    nearest = [(x @ x.T).fill_diagonal_(-2).argmax(-1) for x in (own, theirs)]
+    same = float((nearest[0] == nearest[1]).double().mean())
+    assert quality.retrieval == pytest.approx(same)
+    assert 0 < same < 1, "the case tells the two apart"
     assert set(quality.figures()) == {"cosine", "retrieval"}
     # Two passages have no other to be nearest.
     few = measure_quality(model, reference, batches(((9, 9),)))
