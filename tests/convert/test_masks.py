@@ -200,8 +200,8 @@ def local(window, length, kind="sliding", mask=None):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kind", ["sliding", "bidirectional sliding"])
-@pytest.mark.parametrize("window", [1, 5, 48, 64, 70])
-@pytest.mark.parametrize("length", [1, 7, 63, 64, 65, 200, 300])
+@pytest.mark.parametrize("window", [1, 5, 48, 70])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
 def test_local_attention_is_that_of_a_dense_mask(length, window, kind, masked):
     given, mask = tensors(length), None
     # Shorter ones go to torch with a dense mask.

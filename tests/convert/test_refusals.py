@@ -17,6 +17,7 @@ from tests.convert.models import (
     inputs,
     output,
     performer,
+    sharpen,
     small,
     token_ids,
     torch_model,
@@ -224,6 +225,26 @@ def test_exact_layers_take_any_mask():
     linear.set_attn_implementation("sdpa")
     given = {**inputs("bert"), "attention_mask": BLOCKS}
     assert torch.equal(output(linear, given), output(model, given))
+
+
+def test_exact_layers_keep_a_prefix_that_is_not_causal():
+    """The part that becomes linear is tried by itself where no inputs suit the whole model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["intermediate_size"] = 48
+    text = {"model_type": "gemma", "vocab_size": 60, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
+    parts = {"text_config": text | sizes, "vision_config": vision | sizes}
+    config = transformers.PaliGemmaConfig(**parts, image_token_index=59, projection_dim=32)
+    model = sharpen(transformers.PaliGemmaForConditionalGeneration(config).eval())
+    ids = torch.cat((torch.full((2, 16), 59), token_ids(2, 8).clamp_max(58)), 1)
+    given = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+    given["pixel_values"] = torch.randn(2, 3, 32, 32)
+    names = [type(x).__name__ for x in model.modules()]
+    order = [x for x in names if x in ("GemmaAttention", "SiglipAttention")]
+    layers = [index for index, x in enumerate(order) if x == "SiglipAttention"]
+    linear = converted(model, window=64, layers=layers)
+    assert len(favors(linear)) == 2
+    torch.testing.assert_close(output(linear, given), output(model, given), **CLOSE)
 
 
 def test_boundaries_with_positions():
