@@ -104,7 +104,8 @@ def test_transfer_begins_at_the_calibrated_features():
     ("kind", "loss"), [("llama", "logits"), ("electra", "hidden"), ("electra", "embedding")]
 )
 def test_the_whole_model_comes_closer_to_its_original(kind, loss):
-    teacher, seen = teacher_of(kind), []
+    # Electra at its sharpest: otherwise there is little to gain.
+    teacher, seen = teacher_of(kind) if kind == "llama" else build(kind), []
     student = student_of(teacher)
     before = hidden_error(student, teacher)
 
