@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,33 @@ from performers.features import FeatureForm, FeatureMap
 from performers.features.base import form_of_heads, resolve_scale
 from performers.features.draws import with_same_draws
 from performers.features.precision import autocast_dtype, without_autocast
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class MaskOptions(TypedDict, total=False):
+        """Options of a layer's attention and of its matrix."""
+
+        is_causal: bool
+        key_mask: Tensor | None
+        scale: float | None
+
+    class PairOptions(MaskOptions, total=False):
+        """Options of ``favor_attention_weights``."""
+
+        window: int | None
+        sinks: int
+        listed_keys: ListedKeys | None
+
+    class SequenceOptions(MaskOptions, total=False):
+        """Options of a layer's attention."""
+
+        cu_seqlens: Tensor | None
+        state: FavorState | None
+        backend: str | None
+
+    class AttentionOptions(PairOptions, SequenceOptions, total=False):
+        """Options of ``favor_attention`` that do not change the type of its result."""
 
 
 class Columns(NamedTuple):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.native.listed_operators import kernel_rows
-from performers.attention.native.operators import Inputs, favor_forward
+from performers.attention.native.operators import favor_forward
+from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
