@@ -1,6 +1,7 @@
 """``performers::favor_forward`` and ``favor_backward``: the kernels as torch operators.
 
-Beside exact pairs (a window or sinks) gradients are summed in float32 and converted at the end.
+Beside exact pairs (a window, sinks, listed keys) gradients are summed in float32 and converted at
+the end.
 """
 
 import math
@@ -146,7 +147,7 @@ def _backward(upstream: Upstream, inputs: Inputs, results: Results, trained: boo
         log_normaliser = log_normaliser.float()
     call.reads(Upstream._fields[1:], (*upstream[1:-1], log_normaliser))
     gradients = written = _new_gradients(inputs, trained)
-    if inputs.window is not None or inputs.sink_key is not None:
+    if inputs.window is not None or inputs.sink_key is not None or inputs.part != "whole":
         summed = {name: getattr(gradients, name) for name in _SUMMED}
         for name, x in summed.items():
             plain = x.dtype == torch.float32 and x.is_contiguous()
