@@ -104,7 +104,7 @@ def to_performer(
         cross_attention=cross_attention,
     )
     # Refuse unknown estimators and projections before the model is inspected.
-    conversion.features(8, 1)
+    conversion.features(8, 1, torch.Generator())
     names = convert(_family(model, conversion), calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model

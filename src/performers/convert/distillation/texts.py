@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -295,9 +296,9 @@ class _File:
             return file.read(stop - start)
 
     def _decompress(self) -> None:
-        # Lives as long as this object.
-        self._folder = tempfile.TemporaryDirectory(prefix="performers-")
-        self._plain = Path(self._folder.name) / "plain"
+        folder = tempfile.mkdtemp(prefix="performers-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._plain = Path(folder) / "plain"
         try:
             with gzip.open(self.path) as packed, self._plain.open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
