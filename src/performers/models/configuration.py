@@ -46,7 +46,9 @@ class PerformerConfig(PreTrainedConfig):
     The defaults are the paper's regular model (Choromanski et al. 2021, section 4.1) with a
     protein vocabulary.
 
-    Args:
+    Other options are those of all transformers configurations.
+
+    Attributes:
         vocab_size: Tokens in the vocabulary.
         hidden_size: Width of the model.
         num_hidden_layers: Number of blocks.
@@ -93,7 +95,6 @@ class PerformerConfig(PreTrainedConfig):
         pad_token_id: Padding token.
         bos_token_id: First token of a sequence.
         eos_token_id: Last token of a sequence.
-        **kwargs: Options common to all transformers configurations.
 
     Raises:
         ValueError: An option is unknown or out of range.
