@@ -44,7 +44,7 @@ def convert_and_measure(
 
     Raises:
         UserError: The model, the text or an option cannot be used.
-        Interrupted: Ctrl-C; what is done is in the folder.
+        Interrupted: The user pressed Ctrl-C; finished stages are in the folder.
     """
     record = ConversionRecord(saved=lambda record: _save(record, folder))
     try:
