@@ -180,3 +180,12 @@ def test_estimates_of_half_precision_inputs_are_summed_in_float32():
     exact = feature_map.double().estimate_kernel(query.double(), key.double())
     assert estimate.dtype == torch.bfloat16
     torch.testing.assert_close(estimate.double(), exact, rtol=2**-8, atol=0)
+
+
+def test_estimates_ignore_autocast():
+    feature_map = SoftmaxFeatures(16, 64, generator=generator(17))
+    query, key = (torch.randn(20, 16, generator=generator(s)) for s in (18, 19))
+    with torch.autocast("cpu", torch.bfloat16):
+        estimate, phi = feature_map.estimate_kernel(query, key), feature_map(query)
+    assert torch.equal(estimate, feature_map.estimate_kernel(query, key))
+    assert torch.equal(phi, feature_map(query))

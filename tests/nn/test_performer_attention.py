@@ -201,3 +201,16 @@ def test_empty_lengths(sizes):
     out, _ = attention(query, key, key)
     assert out.shape == (N, sizes[0], E)
     assert torch.isfinite(out).all()
+
+
+def test_a_feature_map_of_the_caller_is_not_redrawn():
+    features = SoftmaxFeatures(6, 32)
+    before = features.weight.clone()
+    assert torch.equal(module(feature_map=features).feature_map.weight, before)
+
+
+def test_materialised_meta_modules_get_features():
+    attention = PerformerAttention(E, HEADS, device="meta").to_empty(device="cpu")
+    attention.feature_map.weight.fill_(torch.nan)
+    attention.reset_parameters()
+    assert attention.feature_map.weight.isfinite().all()
