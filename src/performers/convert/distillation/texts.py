@@ -101,13 +101,8 @@ def text_windows(
     """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
 
     Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
-    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Returns
-    token ids ``(count, length)``.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A number is out of range, the file is too short or not UTF-8, or most of it is
-            unknown to the tokenizer.
+    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Only
+    the bytes that this takes are read. Returns token ids ``(count, length)``.
     """
     file = _File(tokenizer, Path(text), length)
     if count < 1 or skip < 0:

@@ -36,11 +36,7 @@ class ConvertedCacheLayer(FavorCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of this call, which attention adds to the state.
-
-        Raises:
-            RuntimeError: Another kind of attention calls it.
-        """
+        """Return the keys and values of this call, which attention adds to the state."""
         if not self.is_expected:
             raise RuntimeError(
                 "past_key_values holds the state of linear attention, which no other attention "
