@@ -240,7 +240,8 @@ class _File:
         """Examples between two boundaries, without the incomplete window at the end."""
         text = self._decode(self._bytes(start, stop))
         if self.is_fasta:
-            rows = [self._encode(x[: self.body])[: self.body] for x in self._sequences(text)]
+            words = (" ".join(x[: self.body]) for x in self._sequences(text))
+            rows = [self._encode(x)[: self.body] for x in words]
         else:
             ids = self._encode(text)
             ends = range(self.body, len(ids) + 1, self.body)
@@ -253,8 +254,9 @@ class _File:
         data = self._bytes(self.start, self.start + size)
         ends = len(data) < size
         if not ends:
-            # Before a space, if there is one, which may belong to the word that follows.
-            data = data[: max(data.rfind(b" "), data.rfind(b"\n"), 0) or size]
+            # Not within a word, unless it is long; a space may belong to the word that follows.
+            space = max(data.rfind(x, -_LONGEST_WORD) for x in (b" ", b"\n"))
+            data = data[:space] if space > 0 else data
         text = self._decode(data, is_whole=ends)
         if self.is_fasta:
             separator = self._tokenizer.sep_token or self._tokenizer.eos_token or ""
@@ -280,12 +282,11 @@ class _File:
             "tokenizer changes a text's tokens when it adds special tokens; unsupported"
         )
 
-    def _encode(self, text: str | list[str]) -> list[int]:
-        """Ids of a text, or of words, without a limit on their number."""
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text, without a limit on their number."""
         if not text:
             return []
         options = {"add_special_tokens": False, "truncation": False, "padding": False}
-        text = text if isinstance(text, str) else " ".join(text)
         return list(self._tokenizer(text, verbose=False, **options).input_ids)
 
     def _sequences(self, text: str) -> list[list[str]]:

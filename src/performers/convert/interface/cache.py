@@ -56,12 +56,6 @@ class ConvertedCacheLayer(FavorCacheLayer):
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        if self.padding is not None:
-            self.padding = self.padding.repeat_interleave(repeats)
-
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes."""
