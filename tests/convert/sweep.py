@@ -176,8 +176,10 @@ def difference(expected: Tensor, actual: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     if expected.shape != actual.shape or not torch.equal(expected.isfinite(), actual.isfinite()):
         return float("inf")
-    if expected.numel() == 0:
+    if expected.numel() == 0 or torch.equal(expected, actual):
         return 0.0
+    if not expected.is_floating_point():
+        return float("inf")
     expected, actual = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (expected, actual))
     return float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-6))
 
