@@ -60,19 +60,18 @@ class Inputs:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn((self.rows, *shape), generator=self.generator)
 
-    def side(self) -> tuple[int, int]:
+    def image(self) -> tuple[int, int, int, int, int]:
+        """Channels, height, width, and the side of a patch and its frames, of a model's images."""
         vision = getattr(self.config, "vision_config", None) or self.config
         size = find(vision, "image_size", "img_size", "input_image_size", default=32)
         if isinstance(size, dict):
             size = (size.get("height", 32), size.get("width", 32))
-        if isinstance(size, (list, tuple)):
-            return int(size[0]), int(size[-1])
-        return int(size), int(size)
-
-    def channels(self) -> int:
-        vision = getattr(self.config, "vision_config", None) or self.config
-        count = find(vision, "num_channels", "in_channels", "in_chans", default=3)
-        return count if isinstance(count, int) else 3
+        height, *_, width = size if isinstance(size, (list, tuple)) else (size, size)
+        channels = find(vision, "num_channels", "in_channels", "in_chans", default=3)
+        patch = find(self.config, "patch_size", default=8)
+        patch = patch if isinstance(patch, int) else patch[0]
+        time = find(self.config, "temporal_patch_size", default=1)
+        return channels if isinstance(channels, int) else 3, int(height), int(width), patch, time
 
     def text(self) -> dict[str, Tensor]:
         if "input_ids" not in self.names:
@@ -89,59 +88,39 @@ class Inputs:
         return {}
 
     def images(self) -> Iterator[dict[str, Tensor]]:
+        channels, height, width, patch, time = self.image()
+        # Towers that take patches and the shape of their grid, under two names.
+        for grid in sorted({"image_grid_thw", "grid_thw"} & self.names):
+            for name in {"pixel_values", "hidden_states"} & self.names:
+                flat = self.normal(16, channels * time * patch * patch).flatten(0, 1)
+                yield {name: flat, grid: torch.tensor([[1, 4, 4]] * self.rows)}
+        frames = find(self.config, "num_frames", "frames_per_clip", default=4)
+        if "pixel_values_videos" in self.names:
+            yield {"pixel_values_videos": self.normal(frames, channels, height, width)}
         if "pixel_values" not in self.names:
             return
-        height, width = self.side()
-        channels = self.channels()
-        patch = find(self.config, "patch_size", default=8)
-        patch = patch if isinstance(patch, int) else patch[0]
-        time = find(self.config, "temporal_patch_size", default=1)
-        grids = {"image_grid_thw", "grid_thw"} & self.names
-        if grids:
-            grid = torch.tensor([[1, 4, 4]] * self.rows)
-            flat = self.normal(16, channels * time * patch * patch).flatten(0, 1)
-            yield {"pixel_values": flat, next(iter(grids)): grid}
-        pixels = {"pixel_values": self.normal(channels, height, width)}
+        single = {"pixel_values": self.normal(1, channels, height, width)}
         if "image_attention_mask" in self.names:
-            yield {"pixel_values": self.normal(1, channels, height, width)}
+            yield single
+        patches = {"pixel_values": self.normal(16, channels * patch * patch)}
         if "pixel_position_ids" in self.names:
             places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
-            yield {
-                "pixel_values": self.normal(16, channels * patch * patch),
-                "pixel_position_ids": places.expand(self.rows, 16, 2),
-            }
+            yield {**patches, "pixel_position_ids": places.expand(self.rows, 16, 2)}
         if "target_sizes" in self.names:
             yield {"pixel_values": self.normal(channels, patch, 16 * patch)}
+        pixels = {"pixel_values": self.normal(channels, height, width)}
         if "image_sizes" in self.names:
             yield {**pixels, "image_sizes": torch.tensor([[height, width]] * self.rows)}
         yield pixels
         frames = find(self.config, "num_frames", default=2)
         yield {"pixel_values": self.normal(frames, channels, height, width)}
-        yield {"pixel_values": self.normal(1, channels, height, width)}
+        yield single
         if {"spatial_shapes", "pixel_attention_mask"} <= self.names:
             yield {
-                "pixel_values": self.normal(16, channels * patch * patch),
+                **patches,
                 "spatial_shapes": torch.tensor([[4, 4]] * self.rows),
                 "pixel_attention_mask": torch.ones(self.rows, 16, dtype=torch.int64),
             }
-
-    def patches(self) -> Iterator[dict[str, Tensor]]:
-        """Towers that take patches and the shape of their grid."""
-        if "grid_thw" not in self.names:
-            return
-        name = "hidden_states" if "hidden_states" in self.names else "pixel_values"
-        patch = find(self.config, "patch_size", default=8)
-        time = find(self.config, "temporal_patch_size", default=1)
-        grid = torch.tensor([[1, 4, 4]] * self.rows)
-        flat = self.normal(16, self.channels() * time * patch * patch).flatten(0, 1)
-        yield {name: flat, "grid_thw": grid}
-
-    def videos(self) -> Iterator[dict[str, Tensor]]:
-        if "pixel_values_videos" not in self.names:
-            return
-        frames = find(self.config, "num_frames", "frames_per_clip", default=4)
-        height, width = self.side()
-        yield {"pixel_values_videos": self.normal(frames, self.channels(), height, width)}
 
     def audio(self) -> Iterator[dict[str, Tensor]]:
         if "input_features" in self.names:
@@ -187,7 +166,6 @@ class Inputs:
 
     def completed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same with arguments that only a few models have."""
-        size = {name: find(self.config, name, default=32) for name in ("hidden_size", "d_model")}
         more: dict[str, Callable[[], Tensor]] = {
             "qformer_input_ids": lambda: self.tokens(8),
             "task_inputs": lambda: self.tokens(find(self.config, "task_seq_len", default=77)),
@@ -195,10 +173,8 @@ class Inputs:
             "target_sizes": lambda: torch.tensor([[4, 4]] * self.rows),
             "visual_feats": lambda: self.normal(4, self.config.visual_feat_dim),
             "visual_pos": lambda: self.normal(4, self.config.visual_pos_dim),
-            "image_attention_mask": lambda: torch.ones(
-                self.rows, self.length, 1, dtype=torch.int64
-            ),
-            "query_embeds": lambda: self.normal(8, size["hidden_size"]),
+            "image_attention_mask": lambda: torch.ones(self.rows, self.length, 1).long(),
+            "query_embeds": lambda: self.normal(8, find(self.config, "hidden_size", default=32)),
             "past_values_padding": lambda: torch.zeros(given["past_values"].shape),
             "freq": lambda: torch.zeros(self.rows, 1, dtype=torch.int64),
         }
@@ -219,7 +195,7 @@ class Inputs:
 
     def _candidates(self) -> Iterator[dict[str, Tensor]]:
         text, decoder = self.text(), self.decoder()
-        kinds = (self.images, self.patches, self.videos, self.audio, self.series)
+        kinds = (self.images, self.audio, self.series)
         for other in (other for kind in kinds for other in kind()):
             if text:
                 yield {**text, **other, **decoder}
@@ -252,10 +228,7 @@ class Inputs:
             yield {name: self.normal(size, width) for name, size in names.items()}
         if {"input_features", "input_values"} <= set(self.required):
             mel = find(self.config, "num_mel_bins", default=80)
-            yield {
-                "input_features": self.normal(64, mel),
-                "input_values": self.normal(1, 6400),
-            }
+            yield {"input_features": self.normal(64, mel), "input_values": self.normal(1, 6400)}
 
 
 def with_placeholders(config: Any, given: dict[str, Any], count: int) -> dict[str, Any]:

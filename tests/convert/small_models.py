@@ -87,10 +87,6 @@ _WIDTH = (
     r"|ffn"
 )
 _LONG = re.compile(r"intermediate|ffn|inner|d_ff|mlp_dim|hidden_dim$|units")
-_FLAG = re.compile(
-    r"relative|position|causal|bidirection|sink|alibi|sliding|parallel|multi_query|cross|upcast"
-    r"|is_decoder|attn|qk_|rotary|k_eq_v|gate"
-)
 _LEFT_ALONE = ("id2label", "label2id", "per_layer_config", "transformers_version")
 _WITHOUT_DEFAULT = {
     "head_dim": 8,
@@ -168,31 +164,6 @@ def _window(sizes: Sizes, name: str, value: int) -> int:
         return value
     # Of patches, not of pixels, unless it is large.
     return min(value, 32 if name == "window_size" and value > 16 else 8)
-
-
-def small_config(
-    config_class: type[PreTrainedConfig], sizes: Sizes, flags: Mapping[str, Any]
-) -> PreTrainedConfig:
-    """A small configuration of a class, with other values of fields, also those nested in it."""
-    return _Shrinking(sizes, flags).config(config_class())
-
-
-def attention_flags(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
-    """Other values of a configuration's fields that change its attention, one field at a time."""
-    found: dict[str, dict[str, Any]] = {}
-    parts = [config_class()]
-    while parts:
-        part = parts.pop()
-        for field in dataclasses.fields(part):
-            value = _read(part, field.name)
-            if isinstance(value, PreTrainedConfig):
-                parts.append(value)
-            elif isinstance(value, bool) and _FLAG.search(field.name):
-                found[field.name] = {field.name: not value}
-        if hasattr(part, "position_embedding_type"):
-            for kind in ("relative_key", "relative_key_query", "relative", "rotary"):
-                found[kind] = {"position_embedding_type": kind}
-    return list(found.values())
 
 
 class _Shrinking:
@@ -383,7 +354,7 @@ def small_model(
     Raises:
         ValueError: It has too many parameters.
     """
-    config = small_config(kind.config_class, sizes, flags or {})
+    config = _Shrinking(sizes, flags or {}).config(kind.config_class())
     with torch.device("meta"):
         count = sum(p.numel() for p in kind(config).parameters())
     if count > MAX_PARAMETERS:

@@ -20,7 +20,9 @@ import resource
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from performers.convert.interface.implementation import interface_modules
 from performers.nn import FavorAttention
 from tests.convert import small_models
 from tests.convert.small_inputs import ROWS, Inputs, with_placeholders
-from tests.convert.small_models import SIZES, attention_flags, model_classes
+from tests.convert.small_models import SIZES, model_classes
 
 EQUAL, REFUSED, LATE = "equal", "refused", "late refusal"
 WRONG, CRASH, UNBUILT = "wrong", "crash", "not buildable"
@@ -75,19 +77,18 @@ class NotBuildable(Exception):
     """No small model of a class runs on the inputs that are tried."""
 
 
-def examine(name: str, model_type: str, flags: Mapping[str, Any] | None = None) -> Row:
+def examine(name: str, model_type: str) -> Row:
     """Convert a small model of a class and compare it with the original."""
     start = time.perf_counter()
     try:
-        row = _examine(*_original(small_models.model_class(name, model_type), flags))
+        row = _examine(name, *_original(small_models.model_class(name, model_type)))
     except NotBuildable as error:
-        row = Row("", UNBUILT, str(error))
-    row.name = " ".join((name, *(f"{key}={value}" for key, value in (flags or {}).items())))
+        row = Row(name, UNBUILT, str(error))
     row.seconds = time.perf_counter() - start
     return row
 
 
-def _original(kind: Any, flags: Mapping[str, Any] | None = None) -> tuple[Any, Given]:
+def _original(kind: Any) -> tuple[Any, Given]:
     """A model of a class, and inputs on which it runs the same twice."""
     reasons: dict[str, None] = {}
     start = time.perf_counter()
@@ -97,7 +98,7 @@ def _original(kind: Any, flags: Mapping[str, Any] | None = None) -> tuple[Any, G
             break
         for sharp in (True, False):
             try:
-                model = small_models.small_model(kind, sizes, sharp=sharp, flags=flags)
+                model = small_models.small_model(kind, sizes, sharp=sharp)
             except Exception as error:
                 reasons[f"construction: {_describe(error)}"] = None
                 break
@@ -166,9 +167,6 @@ def tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, collections.abc.Mapping):
         for key in value:
             yield from tensors(value[key], f"{place}.{key}" if place else str(key))
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from tensors(getattr(value, field.name), f"{place}.{field.name}")
     elif isinstance(value, (list, tuple)):
         for index, each in enumerate(value):
             yield from tensors(each, f"{place}[{index}]")
@@ -176,18 +174,14 @@ def tensors(value: Any, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def difference(expected: Tensor, actual: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
-    if expected.shape != actual.shape:
+    if expected.shape != actual.shape or not torch.equal(expected.isfinite(), actual.isfinite()):
         return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, actual) else float("inf")
-    finite = expected.isfinite()
-    if not torch.equal(finite, actual.isfinite()):
-        return float("inf")
-    expected, actual = expected[finite].double(), actual[finite].double()
-    if expected.numel() == 0:
+    if expected.numel() == 0 or torch.equal(expected, actual):
         return 0.0
-    scale = expected.abs().max().clamp_min(1e-6)
-    return float((expected - actual).abs().max() / scale)
+    if not expected.is_floating_point():
+        return float("inf")
+    expected, actual = (x.double().nan_to_num(0.0, 0.0, 0.0) for x in (expected, actual))
+    return float((expected - actual).abs().max() / expected.abs().max().clamp_min(1e-6))
 
 
 def differences(expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> dict[str, float]:
@@ -201,16 +195,16 @@ def differences(expected: Outputs, actual: Outputs, tolerance: float = 0.0) -> d
     return {place: gap for place, gap in gaps.items() if gap > tolerance}
 
 
-def _examine(model: Any, given: Given) -> Row:
+def _examine(name: str, model: Any, given: Given) -> Row:
     modules = f"{len(list(interface_modules(model)))} modules"
     options = {"window": WINDOW, "num_features": 8}
     generator = torch.Generator().manual_seed(0)
     try:
         converted = to_performer(copy.deepcopy(model), **options, generator=generator)
     except ValueError as error:
-        return Row("", REFUSED, _one_line(str(error)), modules)
+        return Row(name, REFUSED, _one_line(str(error)), modules)
     except Exception as error:
-        return Row("", CRASH, f"conversion: {_describe(error)}", modules)
+        return Row(name, CRASH, f"conversion: {_describe(error)}", modules)
     blocks = [module for module in converted.modules() if isinstance(module, FavorAttention)]
     called = set()
     for block in blocks:
@@ -223,7 +217,7 @@ def _examine(model: Any, given: Given) -> Row:
             notes.append(f"{label}: {status}: {note}" if status else f"{label}: {note}")
         worst = max(worst, status or EQUAL, key=(EQUAL, *BROKEN).index)
     attention = f"{modules}, {len(blocks)} converted, {len(called)} called; {'+'.join(given)}"
-    return Row("", worst, "; ".join(notes), attention)
+    return Row(name, worst, "; ".join(notes), attention)
 
 
 Outcome = tuple[str, str]
@@ -350,55 +344,47 @@ class Examiner:
 
     def __init__(self) -> None:
         self.seconds = SECONDS
-        self._process: Any = None
-        self._pipe: Any = None
+        self._pool: Any = None
 
     def __enter__(self) -> Examiner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-        self._process = None
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
+            self._pool.shutdown()
+        self._pool = None
 
-    def examine(self, name: str, model_type: str, flags: Mapping[str, Any] | None = None) -> Row:
+    def examine(self, name: str, model_type: str) -> Row:
         """The outcome for a class, see `examine`; one that takes too long is not buildable."""
-        if self._process is None:
+        if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-            theirs.close()
-        self._pipe.send((name, model_type, flags))
-        if not self._pipe.poll(self.seconds):
-            self.__exit__()
-            return Row(name, UNBUILT, f"takes more than {self.seconds:.0f} s", seconds=self.seconds)
+            self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
         try:
-            return self._pipe.recv()
-        except EOFError:
-            self._process.join(10)
-            code = self._process.exitcode
-            self.__exit__()
-            return Row(name, CRASH, f"the process ended with exit code {code}")
+            return self._pool.submit(_examine_quietly, name, model_type).result(self.seconds)
+        except TimeoutError:
+            row = Row(name, UNBUILT, f"takes more than {self.seconds:.0f} s", seconds=self.seconds)
+        except BrokenProcessPool as error:
+            row = Row(name, CRASH, _one_line(str(error)))
+        self.__exit__()
+        return row
 
 
-def _serve(pipe: Any) -> None:
+def _prepare() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    with contextlib.suppress(EOFError):
-        while True:
-            request = pipe.recv()
-            quiet = io.StringIO()
-            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                try:
-                    row = examine(*request)
-                except Exception as error:
-                    row = Row(request[0], UNBUILT, f"examination: {_describe(error)}")
-            pipe.send(row)
+
+
+def _examine_quietly(name: str, model_type: str) -> Row:
+    quiet = io.StringIO()
+    with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        try:
+            return examine(name, model_type)
+        except Exception as error:
+            return Row(name, UNBUILT, f"examination: {_describe(error)}")
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
@@ -451,19 +437,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="The table (TSV).")
     parser.add_argument("--page", type=Path, help="The table as a page.")
-    parser.add_argument("--mappings", default=MAPPINGS, help="Auto mappings.")
     parser.add_argument("--classes", default="", help="Pattern for names of classes.")
-    text = "The classes with one flag of their attention changed each time."
-    parser.add_argument("--flags", action="store_true", help=text)
     options = parser.parse_args()
     rows = []
     with Examiner() as examiner:
-        for name, model_type in model_classes(options.mappings).items():
+        for name, model_type in model_classes(MAPPINGS).items():
             if re.search(options.classes, name):
-                configuration = transformers.CONFIG_MAPPING[model_type]
-                for flags in attention_flags(configuration) if options.flags else ({},):
-                    rows.append(examiner.examine(name, model_type, flags))
-                    write_table(options.output, rows)
+                rows.append(examiner.examine(name, model_type))
+                write_table(options.output, rows)
     if options.page:
         options.page.write_text(page(rows))
     print(counts(rows))

@@ -218,20 +218,20 @@ def test_local_attention_is_that_of_a_dense_mask(length, window, kind, masked):
         torch.testing.assert_close(gradient, want)
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 4), (6, 2), (6, 1)])
-def test_local_attention_of_grouped_heads(heads, key_heads):
-    given, pattern = tensors(100, heads, key_heads), local(9, 100)
-    expected = dense(given, described(pattern, 100), scale=0.7)
-    torch.testing.assert_close(exact(given, pattern, scale=0.7), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_local_attention_in_other_precisions(dtype):
-    given, pattern = tensors(100, dtype=dtype), local(9, 100)
-    out = exact(given, pattern)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "dtype", "tolerance"),
+    [
+        (1, 1, torch.float64, 1e-10),
+        (4, 4, torch.float32, 1e-5),
+        (6, 2, torch.float64, 1e-10),
+        (6, 1, torch.bfloat16, 0.05),
+    ],
+)
+def test_local_attention_of_grouped_heads_in_other_precisions(heads, key_heads, dtype, tolerance):
+    given, pattern = tensors(100, heads, key_heads, dtype), local(9, 100)
+    out = exact(given, pattern, scale=0.7)
     assert out.dtype == dtype
-    expected = dense([x.double() for x in given], described(pattern, 100))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    expected = dense([x.double() for x in given], described(pattern, 100), scale=0.7)
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -61,6 +61,22 @@ def test_models_are_loaded_without_and_with_a_head(name, base, head, is_causal, 
             assert torch.equal(weight, weights[name])
 
 
+def test_inputs_are_checked(bert, llama):
+    ids, loaded = token_ids(2, 7), load_model(bert)
+    mask = torch.ones_like(ids)
+    assert set(loaded.inputs(ids, mask)) == {"input_ids", "attention_mask"}
+    assert load_model(llama).inputs(ids)["use_cache"] is False
+    for arguments, words in (
+        ((ids[0],), "token ids of shape"),
+        ((ids + 100,), "must lie in"),
+        ((token_ids(1, 41),), "at most 40 positions"),
+        ((ids, mask[:1]), "the shape of input_ids"),
+        ((ids, 0 * mask), "hides every token"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loaded.inputs(*arguments)
+
+
 def test_a_head_is_read_where_there_is_one(bert, tmp_path):
     assert type(load_model(bert, head=None).model) is BertForMaskedLM
     base = load_model(save(BertModel, bert_config(), tmp_path / "base"), head=None)

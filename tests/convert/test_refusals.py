@@ -219,14 +219,6 @@ def test_calls(name, layers, x, options, words):
     assert torch.equal(output(model, inputs(name)), expected)
 
 
-def test_exact_layers_take_any_mask():
-    model = build("bert")
-    linear = converted(model, num_features=16)
-    linear.set_attn_implementation("sdpa")
-    given = {**inputs("bert"), "attention_mask": BLOCKS}
-    assert torch.equal(output(linear, given), output(model, given))
-
-
 def test_exact_layers_keep_a_prefix_that_is_not_causal():
     """The part that becomes linear is tried by itself where no inputs suit the whole model."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

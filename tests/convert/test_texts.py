@@ -228,6 +228,12 @@ CASES = [(split_text, *case) for case in BOTH + SPLIT]
 CASES += [(text_windows, *case) for case in BOTH + WINDOWS]
 
 
+def test_windows_of_a_compressed_file_need_its_beginning_alone(numbers, text):
+    text.write_bytes(gzip.compress(LONG * 20)[:-30])
+    windows = text_windows(numbers, text, 17, 2)
+    assert windows[:, 1:-1].flatten().tolist() == [3, 4, 5] * 10
+
+
 @pytest.mark.parametrize(("reader", "content", "options", "words"), CASES)
 def test_what_will_not_do(reader, content, options, words, numbers, text):
     if content is not None:

@@ -10,7 +10,6 @@ from torch import nn
 from performers import PerformerAttention, favor_attention
 from performers.convert import to_performer
 from tests.convert.models import CLOSE, HEADS, WIDTH, Wrapped, converted, favors, torch_model
-from tests.features.maps import QuadratureFeatures
 
 N, L = 3, 12
 PADDING = torch.arange(L).expand(N, -1) >= torch.tensor([[12], [9], [5]])
@@ -105,14 +104,6 @@ def test_attention_inside_a_module(masked, options):
 def test_inputs_without_a_batch():
     model, x = Wrapped(), draw(L, WIDTH)
     torch.testing.assert_close(converted(model, **EXACT)(x), model(x), **CLOSE)
-
-
-@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
-def test_keys_without_a_position_have_features_alone(option):
-    model, x = Wrapped(16, 8, **{option: True}), draw(N, L, 16)
-    ours = converted(model, num_features=8)
-    ours.attention.feature_map = QuadratureFeatures()
-    torch.testing.assert_close(ours(x), model(x), rtol=0, atol=1e-4)
 
 
 def test_a_module_in_several_places_is_replaced_in_all():

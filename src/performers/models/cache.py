@@ -50,7 +50,7 @@ class FavorCacheLayer(DynamicLayer):
         """Repeat every row."""
         if self.state is not None:
             rows = torch.arange(self.state.key_sum.shape[0]).repeat_interleave(repeats)
-            self.state.reorder_(rows)
+            self.reorder_cache(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select rows."""

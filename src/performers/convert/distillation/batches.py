@@ -9,21 +9,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
-_IGNORED = -100
+_IGNORED, _MASKED = -100, 0.15
 
 
 @dataclass
 class Collator:
     """Examples of different lengths as one batch.
 
-    With ``mask_token_id``, tokens other than the special ones are masked with ``mask_probability``
-    and become the ``labels``. With ``causal_labels`` these are the tokens themselves.
+    With ``mask_token_id``, 15% of the tokens other than the special ones are masked and become the
+    ``labels``. With ``causal_labels`` these are the tokens themselves.
     """
 
     pad_token_id: int = 0
     mask_token_id: int | None = None
     special_token_ids: tuple[int, ...] = ()
-    mask_probability: float = 0.15
     causal_labels: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -48,7 +47,7 @@ class Collator:
             batch["labels"] = ids.masked_fill(mask == 0, _IGNORED)
         if self.mask_token_id is not None:
             ordinary = (mask != 0) & ~torch.isin(ids, torch.tensor(self.special_token_ids))
-            masked = ordinary & (torch.rand(ids.shape) < self.mask_probability)
+            masked = ordinary & (torch.rand(ids.shape) < _MASKED)
             batch["labels"] = ids.masked_fill(~masked, _IGNORED)
             batch["input_ids"] = ids.masked_fill(masked, self.mask_token_id)
         return batch

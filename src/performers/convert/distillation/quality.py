@@ -50,16 +50,12 @@ class Quality:
 
     def figures(self) -> dict[str, float]:
         """Figures that apply to the kind of model, by name."""
-        values = {k: v for k, v in asdict(self).items() if k not in ("kind", "tokens")}
-        return {name: value for name, value in values.items() if value is not None}
+        values = list(asdict(self).items())[2:]
+        return {name: value for name, value in values if value is not None}
 
 
 def kind_of(model: Any) -> str:
-    """Tell ``"causal"`` and ``"masked"`` by the head of a model; ``"encoder"`` has none.
-
-    Raises:
-        ValueError: The model is an encoder-decoder.
-    """
+    """Tell ``"causal"`` and ``"masked"`` by the head of a model; ``"encoder"`` has none."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(

@@ -41,17 +41,17 @@ class ConversionRecord:
 
     def content(self) -> dict[str, Any]:
         """Results as a JSON object."""
-        return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
+        return {name: value for name, value in vars(self).items() if name != "saved"}
 
     def resume(self, content: Mapping[str, Any]) -> None:
         """Adopt the results of an earlier run with the same options."""
-        missing = [item.name for item in fields(self)[:-1] if item.name not in content]
-        if missing:
+        if missing := [name for name in self.content() if name not in content]:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
         # Runs of versions without an option used its default.
-        defaults = {item.name: item.default for item in fields(ConversionOptions)}
-        earlier = {name: x for name, x in defaults.items() if x is not MISSING}
-        earlier |= content["options"]
+        defaults = {
+            x.name: x.default for x in fields(ConversionOptions) if x.default is not MISSING
+        }
+        earlier = defaults | content["options"]
         # key_list is the name of the option in earlier versions.
         earlier["listed_keys"] = earlier.pop("key_list", earlier["listed_keys"])
         changed = [
@@ -64,8 +64,7 @@ class ConversionRecord:
                 f"the run in the folder is another one: {'; '.join(changed)}; repeat its options, "
                 "or give another folder"
             )
-        for item in fields(self)[:-1]:
-            setattr(self, item.name, content[item.name])
+        vars(self).update({name: content[name] for name in self.content()})
 
     def row(self, name: str) -> dict[str, Any] | None:
         """Row of a measured model, or None."""

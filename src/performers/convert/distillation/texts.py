@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import gzip
 import re
 import shutil
@@ -12,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -63,9 +65,9 @@ def split_text(
 
     A text becomes windows of ``length`` tokens, each between the special tokens that the tokenizer
     puts around a text. A FASTA file (its first character is ``>``) becomes one example per
-    sequence, with a word for each residue, cut at ``length``. Either may be compressed by gzip; it
-    is then decompressed to a temporary file. The file is read a block at a time, and only the
-    token ids of calibration and test are kept.
+    sequence, with a word for each residue, cut at ``length``. A file compressed by gzip is
+    decompressed to a temporary one. The file is read a block at a time, and only the token ids of
+    calibration and test are kept.
 
     ``length`` includes special tokens. ``test`` is the number of test examples, or their share of
     the file between 0 and 1; ``seed`` sets the order of training. Sequences of a FASTA file are not
@@ -79,6 +81,7 @@ def split_text(
             f"test must be a number of examples, at least 1, or a share between 0 and 1, got {test}"
         )
     file = _File(tokenizer, Path(path), length)
+    file.decompress()
     begin, tested = _tail(file, test)
     train = TextExamples(file, begin, seed=seed)
     fitted = train.set_aside(calibration)
@@ -98,13 +101,8 @@ def text_windows(
     """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
 
     Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
-    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Returns
-    token ids ``(count, length)``.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A number is out of range, the file is too short or not UTF-8, or most of it is
-            unknown to the tokenizer.
+    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Only
+    the bytes that this takes are read. Returns token ids ``(count, length)``.
     """
     file = _File(tokenizer, Path(text), length)
     if count < 1 or skip < 0:
@@ -112,12 +110,11 @@ def text_windows(
             f"length must exceed the {len(file.before) + len(file.after)} special tokens, count be "
             f"at least 1 and skip at least 0, got length={length}, count={count}, skip={skip}"
         )
-    needed, reach, stop = (skip + count) * file.body, 8 * _MARGIN, -1
+    needed, size, ends = (skip + count) * file.body, 8 * _MARGIN, False
     ids: list[int] = []
-    while stop < file.size and len(ids) < needed + _MARGIN:
-        reach = 2 * max(reach, 4 * needed)
-        stop = file.boundary(reach)
-        ids = file.passage(stop)
+    while not ends and len(ids) < needed + _MARGIN:
+        size = 2 * max(size, 4 * needed)
+        ids, ends = file.beginning(size)
     if len(ids) < needed:
         raise ValueError(
             f"{text} has {len(ids)} tokens, enough for {len(ids) // file.body} windows of "
@@ -196,19 +193,29 @@ class _File:
             raise ValueError("tokenizer is None: the model's folder has no tokenizer files")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text file")
-        self.path, self._tokenizer = path, tokenizer
+        self.path, self._source, self._tokenizer = path, path, tokenizer
         self.before, self.after = self._special_tokens()
         special = len(self.before) + len(self.after)
         self.body = length - special
         if self.body < 1:
             raise ValueError(f"length must exceed the {special} special tokens, got {length}")
-        self._plain = path
+        self._open: Any = open
         if self._bytes(0, len(_GZIP_MARK)) == _GZIP_MARK:
-            self._decompress()
-        self.size = self._plain.stat().st_size
+            self._open = gzip.open
         head = self._bytes(0, len(_UTF8_MARK) + 1)
         self.start = len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
         self.is_fasta = head[self.start : self.start + 1] == b">"
+
+    def decompress(self) -> None:
+        """Replace a compressed file by a temporary copy, which is deleted with this object."""
+        if self._open is gzip.open:
+            folder = tempfile.mkdtemp(prefix="performers-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            plain = Path(folder) / "plain"
+            with self._opened() as packed, plain.open("wb") as copy:
+                shutil.copyfileobj(packed, copy)
+            self._source, self._open = plain, open
+        self.size = self._source.stat().st_size
 
     def boundary(self, offset: int) -> int:
         """Find the first place at or after a byte where the file can be cut."""
@@ -231,22 +238,30 @@ class _File:
 
     def examples(self, start: int, stop: int) -> list[Example]:
         """Examples between two boundaries, without the incomplete window at the end."""
+        text = self._decode(self._bytes(start, stop))
         if self.is_fasta:
-            rows = [self._encode(x[: self.body])[: self.body] for x in self._sequences(start, stop)]
+            words = (" ".join(x[: self.body]) for x in self._sequences(text))
+            rows = [self._encode(x)[: self.body] for x in words]
         else:
-            ids = self._encode(self._text(start, stop))
+            ids = self._encode(text)
             ends = range(self.body, len(ids) + 1, self.body)
             rows = [ids[end - self.body : end] for end in ends]
         examples = [torch.tensor([*self.before, *row, *self.after]) for row in rows]
         return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in examples]
 
-    def passage(self, stop: int) -> list[int]:
-        """Token ids of the file up to a boundary, with separators between sequences."""
-        if not self.is_fasta:
-            return self._encode(self._text(self.start, stop))
-        separator = self._tokenizer.sep_token or self._tokenizer.eos_token or ""
-        sequences = (" ".join(x) for x in self._sequences(self.start, stop))
-        return self._encode(f" {separator} ".join(sequences))
+    def beginning(self, size: int) -> tuple[list[int], bool]:
+        """Token ids of the first bytes, separators between sequences, and whether they are all."""
+        data = self._bytes(self.start, self.start + size)
+        ends = len(data) < size
+        if not ends:
+            # Not within a word, unless it is long; a space may belong to the word that follows.
+            space = max(data.rfind(x, -_LONGEST_WORD) for x in (b" ", b"\n"))
+            data = data[:space] if space > 0 else data
+        text = self._decode(data, is_whole=ends)
+        if self.is_fasta:
+            separator = self._tokenizer.sep_token or self._tokenizer.eos_token or ""
+            text = f" {separator} ".join(" ".join(x) for x in self._sequences(text))
+        return self._encode(text), ends
 
     def check_known(self, ids: Tensor) -> None:
         """Refuse a file with a majority of tokens that are unknown to the tokenizer."""
@@ -267,41 +282,37 @@ class _File:
             "tokenizer changes a text's tokens when it adds special tokens; unsupported"
         )
 
-    def _encode(self, text: str | list[str]) -> list[int]:
-        """Ids of a text, or of words, without a limit on their number."""
+    def _encode(self, text: str) -> list[int]:
+        """Ids of a text, without a limit on their number."""
         if not text:
             return []
         options = {"add_special_tokens": False, "truncation": False, "padding": False}
-        text = text if isinstance(text, str) else " ".join(text)
         return list(self._tokenizer(text, verbose=False, **options).input_ids)
 
-    def _sequences(self, start: int, stop: int) -> list[list[str]]:
-        """Residues of the sequences between two boundaries, empty ones left out."""
-        records = f"\n{self._text(start, stop)}".split("\n>")
-        lines = (record.split("\n")[1:] for record in records)
+    def _sequences(self, text: str) -> list[list[str]]:
+        """Residues of the sequences of a text, empty ones left out."""
+        lines = (record.split("\n")[1:] for record in f"\n{text}".split("\n>"))
         sequences = ([x for x in "".join(each).upper() if x.isalpha()] for each in lines)
         return [residues for residues in sequences if residues]
 
-    def _text(self, start: int, stop: int) -> str:
+    def _decode(self, data: bytes, *, is_whole: bool = True) -> str:
         try:
-            text = self._bytes(start, stop).decode()
+            text, _ = codecs.utf_8_decode(data, "strict", is_whole)
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not a UTF-8 text file: {error}") from error
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def _bytes(self, start: int, stop: int) -> bytes:
         # Opened for each piece: forked workers would share a position in the file.
-        with self._plain.open("rb") as file:
+        with self._opened() as file:
             file.seek(start)
             return file.read(stop - start)
 
-    def _decompress(self) -> None:
-        folder = tempfile.mkdtemp(prefix="performers-")
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._plain = Path(folder) / "plain"
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
         try:
-            with gzip.open(self.path) as packed, self._plain.open("wb") as plain:
-                shutil.copyfileobj(packed, plain)
+            with self._open(self._source, "rb") as file:
+                yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{self.path} is a damaged gzip file: {error}") from error
 

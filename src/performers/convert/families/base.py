@@ -55,11 +55,7 @@ class Family(ABC):
 
     @abstractmethod
     def sites(self) -> Sequence[Site]:
-        """List the layers that can become linear, in the order of the model.
-
-        Raises:
-            ValueError: There are none, or the model is converted already.
-        """
+        """List the layers that can become linear, at least one, in the order of the model."""
 
     def prepare(self, sites: Sequence[Site]) -> Collection[Site]:
         """Check the model before anything is built; returns the sites that it is sure to call."""

@@ -31,10 +31,7 @@ def try_model(model: Any, sites: Sequence[Site]) -> set[Site]:
 
     The outputs must equal those of the unchanged model. Layers that the model does not call on the
     inputs that suit it are tried with the models within it; those that no inputs reach remain
-    unchecked.
-
-    Returns:
-        The layers that were called.
+    unchecked. Returns the layers that were called.
     """
     with evaluation(model), torch.random.fork_rng():
         called = _try_inputs(model, sites)

@@ -36,11 +36,7 @@ class ConvertedCacheLayer(FavorCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of this call, which attention adds to the state.
-
-        Raises:
-            RuntimeError: Another kind of attention calls it.
-        """
+        """Return the keys and values of this call, which attention adds to the state."""
         if not self.is_expected:
             raise RuntimeError(
                 "past_key_values holds the state of linear attention, which no other attention "
@@ -59,12 +55,6 @@ class ConvertedCacheLayer(FavorCacheLayer):
         super().reorder_cache(beam_idx)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
-        super().batch_repeat_interleave(repeats)
-        if self.padding is not None:
-            self.padding = self.padding.repeat_interleave(repeats)
 
     @property
     def nbytes(self) -> int:

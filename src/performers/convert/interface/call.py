@@ -33,16 +33,9 @@ _UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
 class AttentionCall:
     """One call of a model's attention, after projections and rotary positions.
 
-    Attributes:
-        module: The attention module.
-        query: (B, H, L, D).
-        key: (B, Hkv, S, D); Hkv divides H.
-        value: (B, Hkv, S, Dv).
-        scale: Factor of the scores.
-        pattern: The mask.
-        dropout: Dropout probability of the weights.
-        cache_layer: The past of a linear layer, or None.
-        options: Other arguments of the model.
+    ``query`` is ``(B, H, L, D)``, ``key`` ``(B, Hkv, S, D)`` and ``value`` ``(B, Hkv, S, Dv)``;
+    Hkv divides H. ``cache_layer`` is the past of a linear layer, ``options`` are other arguments of
+    the model.
     """
 
     module: nn.Module
@@ -93,7 +86,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
         call.query,
         call.key,
         call.value,
-        call.pattern.dense(call.query.device),
+        pattern.dense(call.query.device),
         dropout=call.dropout,
         scaling=call.scale,
         is_causal=pattern.is_causal,
@@ -195,7 +188,7 @@ def exact_weights(call: AttentionCall) -> Tensor:
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
-    mask = call.pattern.dense(call.query.device)
+    mask = pattern.dense(call.query.device)
     if mask is None and pattern.is_causal:
         # Aligned at the last key: a cache has more keys than there are queries.
         mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)

@@ -115,10 +115,9 @@ def intercept_attention(
 
 
 def set_implementation(model: Any) -> list[tuple[Any, Any]]:
-    """Set the implementation of a transformers model and its parts to ``"favor"``.
+    """Set the implementation of a model and its parts to ``"favor"``.
 
-    Returns:
-        The configurations of the model and its parts, with their implementations before.
+    Returns their configurations, with the implementations before.
     """
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     configs = {id(part.config): part.config for part in parts}.values()
