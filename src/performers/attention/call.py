@@ -319,9 +319,17 @@ class AttentionCall:
                     f"state is on {tensor.device} but query is on {key.device}; move it with "
                     "state.to(query.device)"
                 )
-        sums = (x.to(dtype) for x in (state.key_value, state.key_sum, state.log_scale))
-        recent = state.recent_key, state.recent_value, state.recent_mask
-        return FavorState(*sums, *recent, state.sink_key, state.sink_value, state.sink_mask)
+        return FavorState(
+            state.key_value.to(dtype),
+            state.key_sum.to(dtype),
+            state.log_scale.to(dtype),
+            state.recent_key,
+            state.recent_value,
+            state.recent_mask,
+            state.sink_key,
+            state.sink_value,
+            state.sink_mask,
+        )
 
     def _checked_mask(self) -> Tensor | None:
         mask = self.key_mask

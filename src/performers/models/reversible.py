@@ -201,8 +201,8 @@ class _Calls:
         self.blocks, self.context = blocks, context
         self.of_blocks = [
             (
-                _BranchCall(lambda x, context, block=block: block.attend(x.to(dtype), context)[0]),
-                _BranchCall(lambda x, context, block=block: block.feed_forward(x.to(dtype))),
+                _BranchCall(partial(_attend, block, dtype)),
+                _BranchCall(partial(_feed_forward, block, dtype)),
             )
             for block in blocks
         ]
@@ -226,6 +226,14 @@ class _Calls:
                 "reversible blocks, which compute activations again and would now do so in "
                 "another mode: call backward() first"
             )
+
+
+def _attend(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
+    return block.attend(x.to(dtype), context)[0]
+
+
+def _feed_forward(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
+    return block.feed_forward(x.to(dtype))
 
 
 def _tensors(blocks: Iterable[Any]) -> list[Tensor]:
