@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 5
+#define PERFORMERS_ABI_VERSION 6
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -83,29 +83,21 @@ typedef struct {
     float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
 } performers_call;
 
-// Queries in blocks, and the list of keys that each block meets. All arrays are contiguous, float32
-// unless said otherwise. The blocks of a list follow each other; every query is in one block.
+// Queries in blocks, and the list of keys that each block meets. The blocks of a list follow each
+// other; every query is in one block.
 typedef struct {
-    int64_t batch, key_heads;
-    int64_t queries, length;   // of a head, groups times length; query i is at position i % length
-    int64_t blocks, rows;      // blocks of a head, and places in each, at most 64
-    int64_t lists, list_keys;  // lists of a head, and keys in each
-    int64_t window;            // only keys farther than this from a query meet it, or -1 for all
-    int64_t head_dim, value_dim, features;
-    int64_t weight_heads;  // 1 or key_heads
-    int64_t threads;
-    double scale;
-
-    const float *query;       // (batch, key_heads, queries, head_dim)
-    const float *key;         // (batch, key_heads, lists, list_keys, head_dim)
-    const float *value;       // likewise, value_dim
-    const float *weight;      // (weight_heads, features, head_dim), of exponential features
-    const float *bias;        // (weight_heads, features) or null
-    const int64_t *row;       // (batch, key_heads, blocks, rows): the query in each place, or -1
-    const int64_t *position;  // (batch, key_heads, lists, list_keys): of each key, or -1 for none
+    // Sizes, projection and gradients, of exponential features: `size` keys in a list; query, key and
+    // value are (batch, key head, -, groups * length, column) and, twice, (batch, key head, list, key,
+    // column), and query i is at position i % length. Only keys farther than `window` from a query
+    // meet it. Gradients of keys of lists without a block are left alone.
+    performers_call call;
+    int64_t blocks, rows;       // blocks of a head, and places in each, at most 64
+    int64_t lists;              // of a head
+    const int64_t *row;         // (batch, key_heads, blocks, rows): the query in each place, or -1
+    const int64_t *position;    // (batch, key_heads, lists, size): of each key, or -1 for none
     const int64_t *list_begin;  // (batch, key_heads, lists + 1): the first block of each list
-    const uint8_t *hidden;    // (batch, key_heads, blocks, list_keys, rows), nonzero for pairs that
-                              // do not meet all the same, or null
+    const uint8_t *hidden;      // (batch, key_heads, blocks, size, rows), nonzero for pairs that do
+                                // not meet all the same, or null
 
     // Of the estimates without the factor exp(-scale |q|^2 / 2) and the normalizer, and of the exact
     // weights: normalised rows (batch, key_heads, queries, value_dim), and the natural logarithms of
@@ -113,11 +105,7 @@ typedef struct {
     // are compared by them.
     float *estimate, *exact;
     double *estimate_log, *exact_log;
-
-    // The backward pass; keys of lists without a block are left alone.
     const float *grad_estimate, *grad_estimate_log, *grad_exact, *grad_exact_log;
-    float *grad_query, *grad_key, *grad_value;
-    float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
 } performers_listed_call;
 
 // 0, or 1 when memory ran out, or 2 when no instruction set can be chosen (performers_error), or 3

@@ -141,7 +141,7 @@ def _listed(
 ) -> Tensor:
     """Mask of the keys that are listed for each query, shape ``(B, H, L, S)``."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    lists = listed_keys.lists(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
+    lists = listed_keys(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
     counts = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.uint8, device=query.device)
     for keys, taken, of_query in zip(*lists, strict=True):
         own = of_query[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1])

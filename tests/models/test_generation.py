@@ -1,8 +1,6 @@
 """``generate()``: with the cache as without it, alone as in a batch, at a constant cost."""
 
 import logging
-import statistics
-import time
 import warnings
 
 import pytest
@@ -122,16 +120,6 @@ def test_generation_is_continued_over_several_calls(name):
 
 
 @pytest.mark.parametrize("name", MAIN)
-def test_a_second_turn_is_read_into_the_cache(name):
-    """Several new prompt tokens after a generated answer."""
-    model = generator_model(name)
-    first = generate(model, tokens(2, 6), return_dict_in_generate=True)
-    row = torch.cat((first.sequences, tokens(2, 5, seed=9)), dim=1)
-    answer = generate(model, row, past_key_values=first.past_key_values)
-    assert (answer == generate(model, row)).all()
-
-
-@pytest.mark.parametrize("name", MAIN)
 def test_rows_that_end_early_do_not_disturb_the_others(name):
     model = generator_model(name)
     ids = tokens(3, 6)
@@ -184,21 +172,6 @@ def test_generation_in_bfloat16_stays_finite(name):
     assert error < 0.05
 
 
-def test_a_long_state_stays_in_full_precision():
-    """The state of half-precision models is float32 and counts on after thousands of tokens."""
-    model = build(PerformerForCausalLM).to(torch.bfloat16)
-    with torch.no_grad():
-        cache = model(tokens(1, 5000), use_cache=True).past_key_values
-        before = [layer.state.clone() for layer in cache.layers]
-        for _ in range(20):
-            model(tokens(1, 1), past_key_values=cache)
-    for layer, old in zip(cache.layers, before, strict=True):
-        assert layer.state.key_sum.dtype == layer.state.key_value.dtype == torch.float32
-        assert torch.isfinite(layer.state.key_value).all()
-        grown = layer.state.key_sum * (layer.state.log_scale - old.log_scale).exp()
-        assert (grown > old.key_sum).float().mean() > 0.9
-
-
 @pytest.mark.parametrize("name", MAIN)
 def test_assisted_decoding_is_refused(name):
     model = generator_model(name)
@@ -225,18 +198,13 @@ def test_no_deprecation_of_transformers_reaches_a_user(caplog):
     assert "deprecated" not in caplog.text
 
 
-def model_and_cache(length, name="favor-softmax", **options):
-    model = build(PerformerForCausalLM, name, max_position_embeddings=4096, **options)
-    with torch.no_grad():
-        cache = model(tokens(1, length), use_cache=True, logits_to_keep=1).past_key_values
-    return model, cache
-
-
 def step_flops(length, name, **options):
-    model, cache = model_and_cache(length, name)
+    model = build(PerformerForCausalLM, name, max_position_embeddings=4096)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cache = model(tokens(1, length), use_cache=True, logits_to_keep=1).past_key_values
+        before = counter.get_total_flops()
         model(tokens(1, 1), past_key_values=cache, **options)
-    return counter.get_total_flops(), cache.nbytes
+    return counter.get_total_flops() - before, cache.nbytes
 
 
 @pytest.mark.parametrize("name", [x for x in CACHED if x != "exact" and "hybrid" not in str(x)])
@@ -265,24 +233,3 @@ def test_each_generated_token_is_one_row_of_work(name):
     )
     model.generate(tokens(1, 40), max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert lengths == [40, 1, 1, 1, 1, 1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu"])
-def test_time_of_a_token_at_8192_tokens_is_that_at_256(name):
-    """Within 1.2 times; medians of interleaved steps, the best of three attempts."""
-    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
-    pairs = [model_and_cache(n, name, **sizes, num_hidden_layers=6) for n in (256, 8192)]
-    ratios = []
-    for _ in range(3):
-        times: list[list[float]] = [[], []]
-        for _ in range(150):
-            for index, (model, cache) in enumerate(pairs):
-                start = time.perf_counter()
-                with torch.no_grad():
-                    model(tokens(1, 1), past_key_values=cache)
-                times[index].append(time.perf_counter() - start)
-        short, long = (statistics.median(values[20:]) for values in times)
-        ratios.append(long / short)
-    assert min(ratios) < 1.2, ratios
-    assert min(ratios) > 0.5, ratios

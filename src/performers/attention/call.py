@@ -15,7 +15,7 @@ from performers.attention.exact_keys.window_and_sinks import (
     find_sinks_,
     join_recent_,
 )
-from performers.attention.state import FavorState, checked_state
+from performers.attention.state import FavorState
 from performers.features import FeatureForm, FeatureMap
 from performers.features.base import form_of_heads, resolve_scale
 from performers.features.precision import autocast_dtype, without_autocast
@@ -218,7 +218,7 @@ class AttentionCall:
             name = "return_state" if state is None else "state"
             raise ValueError(f"{name} cannot be combined with cu_seqlens: a state has one past")
         if state is not None:
-            state = checked_state(state, self, key, value, form.num_features, dtype)
+            state = self._checked_state(state, key, value, form.num_features, dtype)
         key_mask = self._checked_mask()
         segments = self._segments()
         given_query, given_key = query, key
@@ -280,6 +280,56 @@ class AttentionCall:
             )
         if (self.state is not None or self.return_state) and not self.is_causal:
             raise ValueError("state and return_state need is_causal=True")
+
+    def _checked_state(
+        self, state: FavorState, key: Tensor, value: Tensor, num_features: int, dtype: torch.dtype
+    ) -> FavorState:
+        """The past, with sums in ``dtype``, for keys and values of the feature map's heads."""
+        rows = (*key.shape[:2], num_features)
+        expected: list[tuple[str, tuple[int, ...], str]] = [
+            ("key_value", (*rows, value.shape[-1]), "batch, heads, num_features, Dv"),
+            ("key_sum", rows, "batch, heads, num_features"),
+            ("log_scale", rows, "batch, heads, num_features"),
+        ]
+        for name, kind, count in (("window", "recent", self.window), ("sinks", "sink", self.sinks)):
+            mask = getattr(state, f"{kind}_mask")
+            before = None if mask is None else mask.shape[-1]
+            now = count or None if name == "sinks" else count
+            if before != now:
+                raise ValueError(
+                    f"state was made with {name}={before}, but the call has {name}={now}: continue "
+                    f"with the {name} that the sequence began with"
+                )
+            if now is not None:
+                rows = (*key.shape[:2], now)
+                expected += [
+                    (f"{kind}_key", (*rows, key.shape[-1]), f"batch, heads, {name}, D"),
+                    (f"{kind}_value", (*rows, value.shape[-1]), f"batch, heads, {name}, Dv"),
+                    (f"{kind}_mask", (key.shape[0], now), f"batch, {name}"),
+                ]
+        for name, shape, layout in expected:
+            tensor = getattr(state, name)
+            if tensor is None or tensor.shape != shape:
+                raise ValueError(
+                    f"state must have {name} of shape {shape} ({layout}), got "
+                    f"{None if tensor is None else tuple(tensor.shape)}"
+                )
+            if tensor.device != key.device:
+                raise ValueError(
+                    f"state is on {tensor.device} but query is on {key.device}; move it with "
+                    "state.to(query.device)"
+                )
+        return FavorState(
+            state.key_value.to(dtype),
+            state.key_sum.to(dtype),
+            state.log_scale.to(dtype),
+            state.recent_key,
+            state.recent_value,
+            state.recent_mask,
+            state.sink_key,
+            state.sink_value,
+            state.sink_mask,
+        )
 
     def _checked_mask(self) -> Tensor | None:
         mask = self.key_mask

@@ -329,11 +329,7 @@ def _run_rows(
     inputs_embeds: Tensor | None,
     kwargs: dict[str, Any],
 ) -> Any:
-    """Output of the base model of a head that answers once for each row.
-
-    Raises:
-        ValueError: Rows are packed.
-    """
+    """Output of the base model of a head that answers once for each row; refuses packed rows."""
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     if inputs is not None:
         starts = sequence_starts(

@@ -335,11 +335,7 @@ def _loaded(tensors: Iterable[Any]) -> bool:
 
 
 def _bool_mask(mask: Tensor) -> Tensor:
-    """A mask of zeros and ones as bool.
-
-    Raises:
-        ValueError: The mask has other values, as additive masks do.
-    """
+    """A mask of zeros and ones as bool; additive masks are refused."""
     if mask.dtype == torch.bool:
         return mask
     if not is_tracing() and not bool(((mask == 0) | (mask == 1)).all()):
@@ -352,11 +348,7 @@ def _bool_mask(mask: Tensor) -> Tensor:
 
 
 def _check_first(length: int, position_ids: Tensor | None) -> None:
-    """Check that a first call is not a step of generation that lacks its past.
-
-    Raises:
-        ValueError: The call has a single token, at a position beyond 0.
-    """
+    """Check that a first call is not a step of generation that lacks its past."""
     if length != 1 or position_ids is None or is_tracing():
         return
     if bool((position_ids > 0).any()):

@@ -87,11 +87,7 @@ def _mean(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_hooks(blocks: Sequence[Any]) -> None:
-    """Check that calling the branches of a block in its place leaves nothing out.
-
-    Raises:
-        ValueError: A block has hooks, or weights that only its hooks could gather.
-    """
+    """Check that calling the branches of a block in its place leaves nothing out."""
     for number, block in enumerate(blocks):
         hooked = (
             block._forward_pre_hooks
@@ -144,7 +140,6 @@ class _BranchCall:
         self.branch = branch
 
     def compute(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Compute the branch for the first time."""
         # In evaluation too: a module inside may be in training.
         self.random = _RandomState(x)
         device = x.device.type
@@ -166,15 +161,9 @@ class _BranchCall:
     def repeat(
         self, x: Tensor, gradient: Tensor, trained: list[nn.Parameter]
     ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """Compute the branch again, and gradients.
+        """Output without history, and the gradients of ``x`` and of the parameters of the block.
 
-        Args:
-            x: Input.
-            gradient: Gradient of the output.
-            trained: Parameters of the block.
-
-        Returns:
-            The output without history, and the gradients of ``x`` and of the parameters.
+        ``gradient`` is that of the output.
         """
         self.random.restore()
         x = x.detach().requires_grad_()
@@ -225,9 +214,6 @@ class _Calls:
         """Check that repeated calls are those of the forward pass.
 
         Autograd detects changes in place when it unpacks the saved tensors.
-
-        Raises:
-            RuntimeError: Tensors were replaced, or ``train()`` or ``eval()`` was called.
         """
         if [*map(id, self.tensors)] != [*map(id, _tensors(self.blocks))]:
             raise RuntimeError(

@@ -173,14 +173,8 @@ class ListedKeys(VersionedModule):
         self._changed()
         return self
 
-    def forward(
-        self, query: Tensor, key: Tensor, key_mask: Tensor | None, *, is_causal: bool
-    ) -> KeyLists:
-        """The same as ``lists``, with the module's hooks (offloading, FSDP)."""
-        return self.lists(query, key, key_mask, is_causal=is_causal)
-
     @torch.no_grad()
-    def lists(
+    def forward(
         self, query: Tensor, key: Tensor, key_mask: Tensor | None, *, is_causal: bool
     ) -> KeyLists:
         """The exact keys of each query.
@@ -239,13 +233,7 @@ class ListedKeys(VersionedModule):
 def check_listed_keys(
     listed_keys: ListedKeys, call: "AttentionCall", form: FeatureForm, key_heads: int
 ) -> None:
-    """Check what lists the keys of a call.
-
-    Args:
-        listed_keys: What the call was given.
-        call: The call.
-        form: Its features.
-        key_heads: Key heads after one is made for each head of the feature map.
+    """Check what lists the keys of a call, which has ``key_heads`` after sharing heads.
 
     Raises:
         ValueError: ``listed_keys`` does not fit the features, the shapes or another option.

@@ -2,6 +2,7 @@
 
 import ctypes
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,50 @@ class _Array(ctypes.Structure):
     )
 
 
-class _Structure(ctypes.Structure):
-    """What the structures have in common."""
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Call(ctypes.Structure):
+    """``performers_call``: one attention call, its results and its gradients."""
+
+    _fields_ = (
+        *_fields(ctypes.c_int64, "batch key_heads groups length size head_dim value_dim features"),
+        *_fields(ctypes.c_int64, "weight_heads kind quadratic causal threads offset window sinks"),
+        *_fields(ctypes.c_int64, "part"),
+        *_fields(ctypes.c_double, "scale epsilon normalizer"),
+        *_fields(_Array, "query key value"),
+        *_fields(ctypes.c_void_p, "weight bias key_mask segments"),
+        *_fields(_Array, "sink_key sink_value"),
+        *_fields(ctypes.c_void_p, "sink_first past_key_value past_key_sum past_log_scale"),
+        *_fields(_Array, "out"),
+        *_fields(ctypes.c_void_p, "row_scale row_inverse key_value key_sum log_scale"),
+        *_fields(_Array, "grad_out"),
+        *_fields(ctypes.c_void_p, "grad_log_normaliser grad_key_value grad_key_sum"),
+        *_fields(_Array, "grad_query grad_key grad_value"),
+        *_fields(ctypes.c_void_p, "grad_past_key_value grad_past_key_sum"),
+        *_fields(ctypes.c_void_p, "grad_sink_key grad_sink_value grad_weight grad_bias"),
+    )
+
+    @classmethod
+    def sized(
+        cls, *, heads: int, length: int, head_dim: int, value_dim: int, features: int
+    ) -> "Call":
+        """A call with sizes only, as ``performers_products`` reads it: one batch, no groups."""
+        call = cls()
+        call.batch, call.key_heads, call.groups, call.weight_heads = 1, heads, 1, 1
+        call.length = call.size = length
+        call.head_dim, call.value_dim, call.features = head_dim, value_dim, features
+        call.threads, call.window = torch.get_num_threads(), -1
+        return call
+
+    def arrays(self, **tensors: Tensor) -> None:
+        """Set strided arrays; one of four dimensions has no groups."""
+        for name, tensor in tensors.items():
+            array = getattr(self, name)
+            array.data, array.type = tensor.data_ptr(), _TYPES[tensor.dtype]
+            strides = tensor.stride()
+            array.strides[:] = strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
 
     def pointers(self, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
         """Set contiguous tensors; None and an empty tensor are null pointers."""
@@ -57,67 +100,12 @@ class _Structure(ctypes.Structure):
         return bool(code == 0)
 
 
-class ListedCall(_Structure):
+class ListedCall(Call):
     """``performers_listed_call``: queries in blocks, and the list of keys that each block meets."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "queries", "length")),
-        *((name, ctypes.c_int64) for name in ("blocks", "rows", "lists", "list_keys", "window")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
-        *((name, ctypes.c_int64) for name in ("weight_heads", "threads")),
-        ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("row", "position", "list_begin", "hidden")),
-        *((name, ctypes.c_void_p) for name in ("estimate", "exact", "estimate_log", "exact_log")),
-        *((name, ctypes.c_void_p) for name in ("grad_estimate", "grad_estimate_log")),
-        *((name, ctypes.c_void_p) for name in ("grad_exact", "grad_exact_log")),
-        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
-        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias")),
+        *_fields(ctypes.c_int64, "blocks rows lists"),
+        *_fields(ctypes.c_void_p, "row position list_begin hidden"),
+        *_fields(ctypes.c_void_p, "estimate exact estimate_log exact_log"),
+        *_fields(ctypes.c_void_p, "grad_estimate grad_estimate_log grad_exact grad_exact_log"),
     )
-
-
-class Call(_Structure):
-    """``performers_call``: one attention call, its results and its gradients."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "key_heads", "groups", "length", "size")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "value_dim", "features")),
-        *((name, ctypes.c_int64) for name in ("weight_heads", "kind", "quadratic", "causal")),
-        *((name, ctypes.c_int64) for name in ("threads", "offset", "window", "sinks", "part")),
-        *((name, ctypes.c_double) for name in ("scale", "epsilon", "normalizer")),
-        *((name, _Array) for name in ("query", "key", "value")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "key_mask", "segments")),
-        *((name, _Array) for name in ("sink_key", "sink_value")),
-        ("sink_first", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("past_key_value", "past_key_sum", "past_log_scale")),
-        ("out", _Array),
-        *((name, ctypes.c_void_p) for name in ("row_scale", "row_inverse")),
-        *((name, ctypes.c_void_p) for name in ("key_value", "key_sum", "log_scale")),
-        ("grad_out", _Array),
-        ("grad_log_normaliser", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in ("grad_key_value", "grad_key_sum")),
-        *((name, _Array) for name in ("grad_query", "grad_key", "grad_value")),
-        *((name, ctypes.c_void_p) for name in ("grad_past_key_value", "grad_past_key_sum")),
-        *((name, ctypes.c_void_p) for name in ("grad_sink_key", "grad_sink_value")),
-        *((name, ctypes.c_void_p) for name in ("grad_weight", "grad_bias")),
-    )
-
-    @classmethod
-    def sized(
-        cls, *, heads: int, length: int, head_dim: int, value_dim: int, features: int
-    ) -> "Call":
-        """A call with sizes only, as ``performers_products`` reads it: one batch, no groups."""
-        call = cls()
-        call.batch, call.key_heads, call.groups, call.weight_heads = 1, heads, 1, 1
-        call.length = call.size = length
-        call.head_dim, call.value_dim, call.features = head_dim, value_dim, features
-        call.threads, call.window = torch.get_num_threads(), -1
-        return call
-
-    def arrays(self, **tensors: Tensor) -> None:
-        """Set strided arrays; one of four dimensions has no groups."""
-        for name, tensor in tensors.items():
-            array = getattr(self, name)
-            array.data, array.type = tensor.data_ptr(), _TYPES[tensor.dtype]
-            strides = tensor.stride()
-            array.strides[:] = strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])

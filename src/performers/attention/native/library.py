@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 # PERFORMERS_ABI_VERSION in csrc/performers_native.h: the functions and the structures they take.
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _PATH_VARIABLE = "PERFORMERS_NATIVE_LIBRARY"
 _ISA_VARIABLE = "PERFORMERS_NATIVE_ISA"
@@ -135,20 +135,12 @@ def load() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use, such as ``"avx512"``.
-
-    Raises:
-        RuntimeError: The library cannot be used.
-    """
+    """The instruction set in use, such as ``"avx512"``."""
     return load().performers_isa().decode()
 
 
 def available_isas() -> tuple[str, ...]:
-    """The instruction sets of the library that this processor runs, best first.
-
-    Raises:
-        RuntimeError: The library cannot be used.
-    """
+    """The instruction sets of the library that this processor runs, best first."""
     return tuple(load().performers_available_isas().decode().split())
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.call import AttentionCall
-from performers.attention.native.interface import ListedCall
+from performers.attention.native.interface import KINDS, ListedCall
 from performers.attention.operators import define, kernel_weights
 from performers.attention.torch_backend.listed import ListedPairs
 
@@ -83,13 +83,17 @@ def kernel_rows(call: AttentionCall, pairs: ListedPairs) -> ListedResults:
 def _call(inputs: ListedInputs) -> ListedCall:
     """A call with its inputs set."""
     call = ListedCall()
-    call.batch, call.key_heads, call.queries, call.head_dim = inputs.query.shape
-    call.blocks, call.rows = inputs.row.shape[2:]
-    call.length, call.window = inputs.length, -1 if inputs.window is None else inputs.window
-    call.lists, call.list_keys, call.value_dim = inputs.value.shape[2:]
+    query, key, value = inputs[:3]
+    call.batch, call.key_heads, queries, call.head_dim = query.shape
+    call.groups, call.length = queries // inputs.length, inputs.length
+    call.lists, call.size, call.value_dim = value.shape[2:]
     call.weight_heads, call.features, _ = inputs.weight.shape
+    call.blocks, call.rows = inputs.row.shape[2:]
+    call.kind, call.quadratic, call.normalizer = KINDS["exponential"], True, 1.0
+    call.window = -1 if inputs.window is None else inputs.window
     call.threads, call.scale = torch.get_num_threads(), inputs.scale
-    call.reads(ListedInputs._fields[:9], inputs[:9])
+    call.arrays(query=query, key=key, value=value)
+    call.reads(ListedInputs._fields[3:9], inputs[3:9])
     return call
 
 
@@ -118,7 +122,9 @@ def _backward(
     call, gradients = _call(inputs), _new_gradients(inputs, trained)
     call.reads(ListedUpstream._fields, [x.float() for x in upstream])
     call.reads(ListedResults._fields, results)
-    call.pointers([f"grad_{name}" for name in ListedGradients._fields], gradients)
+    query, key, value, *others = gradients
+    call.arrays(grad_query=query, grad_key=key, grad_value=value)
+    call.pointers(["grad_weight", "grad_bias"], others)
     call.run("listed_backward")
     return gradients
 

@@ -82,16 +82,8 @@ def _causal_block(
 ) -> tuple[Rows, Sums]:
     """One block: all chunks at once, but for the running sums between them.
 
-    Args:
-        features: The feature map.
-        query: Shape ``(B, H, G, T, D)``, T a multiple of the chunk or shorter than one.
-        key: Shape ``(B, H, T, D)``.
-        value: Shape ``(B, H, T, Dv)``.
-        mask: Shape ``(B, T)`` or None.
-        segments: Shape ``(T,)`` or None: positions of different segments do not see each other.
-        before: The segment of the position before each, shape ``(T,)`` or None.
-        sums: Sums over the keys before the block.
-        strict: Leave out the key at a query's own position.
+    Queries are ``(B, H, G, T, D)``, T a multiple of the chunk or shorter than one; ``before`` is
+    the segment of the position before each, ``sums`` are those over the keys before the block.
     """
     groups, length = query.shape[2:4]
     chunk = min(CHUNK, length)
