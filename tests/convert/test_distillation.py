@@ -1,7 +1,9 @@
 """Distillation: what is trained, what is kept, what resumes, and from which checkpoints."""
 
 import copy
+import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -206,11 +208,12 @@ def test_arguments_out_of_range(options, message):
 
 
 def run(folder, *, stop=None, **given):
-    """A run that ends at step 5 of the model's 6 in the way that ``stop`` says."""
+    """A run of which ``stop`` is called once, after step 4 of the model's 6 has been saved."""
+    stops = [] if stop is None else [stop]
 
     def progress(stage, step, steps, entry):
-        if stop is not None and stage == "model" and step == 5:
-            stop()
+        if stage == "model" and step == 5 and stops:
+            stops.pop()()
 
     student = student_of(teacher_of(), num_features=8)
     options = {"transfer_steps": 2, "steps": 6, "save_steps": 2, "log_steps": 1, **given}
@@ -264,6 +267,31 @@ def test_a_run_without_an_undamaged_checkpoint_is_refused(folder):
         run(folder, resume=True)
     assert str(e.value).count("scheduler.pt does not match") == 2
     assert "\n" not in str(e.value)
+
+
+def test_an_interrupted_run_resumes_to_the_same_run(tmp_path, whole):
+    handler = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        # Step 6 would be the last, and ends the run whatever was asked for.
+        _, stopped = run(tmp_path, steps=7, stop=lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not stopped.finished
+    found = run(tmp_path, steps=7, resume=True)
+    assert_same_run(found, run(tmp_path / "whole", steps=7))
+    written = json.loads((tmp_path / "distillation.json").read_text())
+    assert written["history"] == found[1].history
+    assert sum(written["stage_tokens"].values()) == written["tokens"]
+
+
+def test_the_checkpoint_before_stands_in(folder, whole, caplog):
+    change(folder / "model" / "checkpoint-4" / "model.safetensors")
+    found = run(folder, resume=True)
+    [message] = caplog.messages
+    assert "cannot use checkpoint-4 (model.safetensors does not match" in message
+    assert message.endswith("resuming from checkpoint-2")
+    assert_same_run(found, whole)
 
 
 @pytest.mark.exhaustive

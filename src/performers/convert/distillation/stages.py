@@ -62,9 +62,12 @@ class DistillationRun(transformers.TrainerCallback):
     result: Distillation = field(default_factory=Distillation)
 
     def __post_init__(self) -> None:
+        self._tokens: dict[str, int] = {}
         record = None if self.output_dir is None else self.output_dir / _RECORD
         if self.resume and record is not None and record.is_file():
             values = json.loads(record.read_text(encoding="utf-8"))
+            # Tokens of each stage; checkpoints of records without them know of none.
+            self._tokens = values.pop("stage_tokens", {"earlier": values["tokens"]})
             self.result = Distillation(**{**values, "finished": True})
         self._started = time.monotonic() - self.result.seconds
 
@@ -146,7 +149,7 @@ class DistillationRun(transformers.TrainerCallback):
                         f"data ended after {trainer.state.global_step} of {steps} steps of stage "
                         f"{stage!r}: pass a list, or an iterable that can be iterated again"
                     )
-        self.result.tokens += trainer.tokens
+                self._count(stage, trainer.state)
         self.result.finished = not stop.requested
         self.write()
 
@@ -156,10 +159,18 @@ class DistillationRun(transformers.TrainerCallback):
         if self.output_dir is None or int(os.environ.get("RANK", "0")):
             return
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        values = {**asdict(self.result), "seconds": round(self.result.seconds, 2)}
+        values = asdict(self.result) | {
+            "seconds": round(self.result.seconds, 2),
+            "stage_tokens": self._tokens,
+        }
         part = self.output_dir / f"{_RECORD}.part"
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(self.output_dir / _RECORD)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the tokens up to a checkpoint."""
+        self._count(self._stage, state)
+        self.write()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add a loss to the history."""
@@ -173,6 +184,10 @@ class DistillationRun(transformers.TrainerCallback):
             with evaluation(self.student):
                 values = self.evaluate(self.student)
             self._keep(state.global_step, values)
+
+    def _count(self, stage: str, state: Any) -> None:
+        self._tokens[stage] = state.num_input_tokens_seen
+        self.result.tokens = sum(self._tokens.values())
 
     def _keep(self, step: int, values: dict[str, float]) -> None:
         self.result.history.append({"stage": self._stage, "step": step, **values})

@@ -18,11 +18,9 @@ LOSSES = ("logits", "hidden", "embedding", "task")
 class _LossTrainer(CheckpointTrainer):
     """A trainer whose model gets neither labels nor a cache, and that counts tokens.
 
-    Attributes:
-        tokens: Number of tokens seen (rows, where inputs have no mask).
+    ``state.num_input_tokens_seen``, which checkpoints hold, is the number of tokens (rows, where
+    inputs have no mask).
     """
-
-    tokens = 0
 
     def compute_loss(
         self,
@@ -34,7 +32,8 @@ class _LossTrainer(CheckpointTrainer):
         """Compute the loss of a batch."""
         mask = inputs.get("attention_mask")
         arguments = {name: value for name, value in inputs.items() if name != "labels"}
-        self.tokens += len(next(iter(arguments.values()))) if mask is None else int(mask.sum())
+        tokens = len(next(iter(arguments.values()))) if mask is None else int(mask.sum())
+        self.state.num_input_tokens_seen += tokens
         if getattr(self.accelerator.unwrap_model(model).config, "use_cache", None):
             arguments["use_cache"] = False
         loss, outputs = self.loss_and_outputs(model, arguments, inputs)
