@@ -13,6 +13,7 @@ from performers.attention.native import backend as native
 from performers.attention.native import library
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
+from performers.attention.triton import backend as triton
 
 
 class Backend(NamedTuple):
@@ -20,7 +21,8 @@ class Backend(NamedTuple):
 
     Attributes:
         attend: From a checked call to the output ``(batch, key_heads, groups, L, value_dim)`` in
-            the call's dtype, and the sums that a later call continues from, when asked for.
+            the call's dtype or that of its inputs, and the sums that a later call continues from,
+            when asked for.
         uncovered: What keeps it from computing a call, as "for float64 inputs"; None when it can.
     """
 
@@ -30,9 +32,11 @@ class Backend(NamedTuple):
 
 _BACKENDS = {
     "native": Backend(native.attend, native.uncovered),
+    "triton": Backend(triton.attend, triton.uncovered),
     "torch": Backend(torch_backend.attend),
     "reference": Backend(reference.attend),
 }
+_USABLE = {"native": library.available, "triton": triton.available}
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
@@ -97,7 +101,8 @@ def _best(call: AttentionCall) -> str:
 
 
 def _is_usable(name: str) -> bool:
-    return name != "native" or library.available()
+    usable = _USABLE.get(name)
+    return usable is None or usable()
 
 
 def _check_name(name: str) -> None:

@@ -19,7 +19,12 @@ from performers.attention.native.interface import KINDS, PARTS, Call, contiguous
 from performers.attention.nonfinite import Touched, touched, zeroed
 
 
-def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def operator(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    device_types: str | None = "cpu",
+) -> Any:
     """A torch operator of a function of named tuples.
 
     The arguments of an operator are flat, and torch 2.7 compiles no named tuple as one of them: the
@@ -28,9 +33,10 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
     Args:
         name: The operator's name.
-        function: The implementation on the CPU; its parameters are named tuples, numbers or
+        function: The implementation; its parameters are named tuples, numbers or
             booleans, and it returns a named tuple of tensors.
         fake: The same with results of the right shapes only.
+        device_types: The devices that it runs on, None for all.
     """
     kinds = get_type_hints(function)
     results = kinds.pop("return")._fields
@@ -60,7 +66,7 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
         ],
         return_annotation=tuple[(Tensor,) * len(results)],  # type: ignore[misc]
     )
-    made = torch.library.custom_op(name, implementation, mutates_args=(), device_types="cpu")
+    made = torch.library.custom_op(name, implementation, mutates_args=(), device_types=device_types)
     made.register_fake(grouped(fake))
     return made
 
@@ -410,7 +416,7 @@ def gradients_of(
 def refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     """The derivative of a backward operator, which there is none of."""
     raise NotImplementedError(
-        "the native kernels have no second derivative; for gradients of gradients pass "
+        "the kernels have no second derivative; for gradients of gradients pass "
         'backend="torch" to favor_attention, or use performers.use_backend("torch")'
     )
 

@@ -1,0 +1,95 @@
+"""The ``triton`` backend: which calls the kernels take, and how they are put to them."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from performers.attention.call import AttentionCall
+from performers.attention.native.operators import Inputs
+from performers.attention.state import FavorState
+from performers.attention.torch_backend import backend as torch_backend
+from performers.attention.triton.operators import triton_forward
+from performers.features.draws import is_traced, is_transformed
+
+# Triton's interpreter runs the kernels on the CPU, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_LEAST_CAPABILITY = (8, 0)
+_LARGEST_HEAD_DIM = 256
+
+
+def available() -> bool:
+    """Whether Triton is installed and there is a GPU that it serves."""
+    if not _INSTALLED:
+        return False
+    return _INTERPRETED or (torch.cuda.is_available() and _serves(torch.device("cuda")))
+
+
+def _serves(device: torch.device) -> bool:
+    return torch.version.hip is None and (
+        torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    )
+
+
+def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
+    """Attention and, when asked for, the state after the last key.
+
+    Args:
+        call: A call that the kernels cover.
+
+    Returns:
+        Output of shape ``(batch, key_heads, groups, L, value_dim)`` in the dtype of the inputs, and
+        the state or None.
+    """
+    if 0 in call.query.shape or 0 in call.value.shape:
+        # Nothing is summed: zeros of the right shapes, and their graph.
+        return torch_backend.attend(call)
+    dtype = torch.promote_types(call.query.dtype, call.key.dtype)
+    dtype = torch.promote_types(dtype, call.value.dtype)
+    query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
+    call = call.replaced(query=query, key=key, value=value)
+    return triton_forward(*Inputs.of(call))[0], None
+
+
+def uncovered(call: AttentionCall) -> str | None:
+    """Reason why the kernels cannot compute a call, or None."""
+    device = call.query.device
+    if device.type != ("cpu" if _INTERPRETED else "cuda"):
+        return f"for inputs on {device}"
+    if device.type == "cuda" and not _serves(device):
+        return f"for inputs on {device}, a GPU below compute capability 8.0"
+    if call.dtype != torch.float32:
+        return f"for {call.dtype} inputs"
+    return _uncovered_features(call) or _uncovered_options(call)
+
+
+def _uncovered_features(call: AttentionCall) -> str | None:
+    form = call.form
+    if form.kind != "exponential":
+        return f"for {form.kind} features"
+    if form.weight is None or form.epsilon != 0:
+        return "for exponential features with an epsilon or without a projection"
+    tensors = (form.weight, form.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return "for features whose projection is trained"
+    return None
+
+
+def _uncovered_options(call: AttentionCall) -> str | None:
+    head_dim, value_dim = call.query.shape[-1], call.value.shape[-1]
+    if max(head_dim, value_dim) > _LARGEST_HEAD_DIM:
+        return f"for a head_dim above {_LARGEST_HEAD_DIM}"
+    if call.is_causal:
+        return "for causal calls"
+    if call.has_exact_pairs():
+        return "with a window, sinks or listed keys"
+    if call.segments is not None:
+        return "for packed sequences"
+    # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
+    if is_transformed():
+        return "inside transforms of torch.func and forward-mode differentiation"
+    if torch.compiler.is_exporting() or is_traced():
+        return "while a graph is exported"
+    return None
