@@ -57,7 +57,7 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
     return iter(found)
 
 
-CALLS: tuple[dict[str, Any], ...] = ({},)
+CALLS: tuple[dict[str, Any], ...] = ({}, {"is_causal": True})
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:

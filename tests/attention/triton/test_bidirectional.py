@@ -58,7 +58,7 @@ def test_key_masks():
 @pytest.mark.parametrize("scale", [10.0, 100.0])
 def test_large_inputs(scale):
     # Exponents themselves are rounded, to 6e-8 of their size.
-    check(small_call(100, input_scale=scale), tolerance=1e-7 * scale**2)
+    check(small_call(100, input_scale=scale), tolerance=1e-7 * scale**2, gradients=scale < 100)
 
 
 def test_keys_of_one_size_far_from_the_rest():

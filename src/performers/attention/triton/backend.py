@@ -10,7 +10,7 @@ from performers.attention.call import AttentionCall
 from performers.attention.native.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
-from performers.attention.triton.operators import triton_forward
+from performers.attention.triton.operators import triton_forward, triton_step
 from performers.features.draws import is_traced, is_transformed
 
 # Triton's interpreter runs the kernels on the CPU, for tests.
@@ -50,7 +50,21 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     dtype = torch.promote_types(dtype, call.value.dtype)
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
     call = call.replaced(query=query, key=key, value=value)
-    return triton_forward(*Inputs.of(call))[0], None
+    inputs = Inputs.of(call)
+    summed = [call.key, call.value]
+    if call.state is not None:
+        summed += [call.state.key_value, call.state.key_sum]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, *summed))
+    if call.is_causal and call.query.shape[-2] == 1 and not differentiated:
+        out, *sums = triton_step(*inputs)
+    else:
+        out, _, _, _, *sums = triton_forward(*inputs)
+    if not call.return_state:
+        return out, None
+    if not any(x.requires_grad for x in summed):
+        # All results of an operator want gradients if one does; these have none to hand on.
+        sums = [x.detach() for x in sums]
+    return out, FavorState(sums[0], sums[1], sums[2].detach())
 
 
 def uncovered(call: AttentionCall) -> str | None:
@@ -81,8 +95,6 @@ def _uncovered_options(call: AttentionCall) -> str | None:
     head_dim, value_dim = call.query.shape[-1], call.value.shape[-1]
     if max(head_dim, value_dim) > _LARGEST_HEAD_DIM:
         return f"for a head_dim above {_LARGEST_HEAD_DIM}"
-    if call.is_causal:
-        return "for causal calls"
     if call.has_exact_pairs():
         return "with a window, sinks or listed keys"
     if call.segments is not None:

@@ -24,7 +24,6 @@ LARGEST_NORM = tl.constexpr(9e37)
 # The least normaliser of a causal row that cannot have lost a key to underflow.
 SMALLEST = tl.constexpr(2.0**-40)
 INFINITY = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -98,6 +97,16 @@ def steps(ROWS: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def previous_segment(SEG, start, length, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr):
+    """The sequence of the slot before ``start``, -1 where there is none."""
+    if HAS_SEG:
+        before = tl.load(SEG + place_of(tl.maximum(start, 1) - 1, length, REVERSE))
+        return tl.where(start > 0, before, -1)
+    else:
+        return start
+
+
+@triton.jit
 def project_columns(hi, LO, at, xt, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     """``W x`` of vectors in columns, ``(features, vectors)``; ``at`` are the places of ``hi``."""
     e = dot(hi, xt, tl.zeros((hi.shape[0], xt.shape[1]), tl.float32), PRECISION)
@@ -134,7 +143,7 @@ def key_exponents(e, bias, norm):
 @triton.jit
 def poison(norm):
     """Zero, and NaN for a key that holds NaN or infinity."""
-    return tl.where(norm == norm, 0.0, NAN)
+    return tl.where(norm == norm, 0.0, float("nan"))
 
 
 @triton.jit
@@ -143,8 +152,8 @@ def finished(acc, den, peak, broken):
     empty = den == 0
     safe = tl.where(empty, 1.0, den)
     log = tl.where(empty, -INFINITY, peak + tl.log2(safe))
-    acc = acc / safe[:, None] + tl.where(broken, NAN, 0.0)[:, None]
-    return acc, tl.where(broken, NAN, log)
+    acc = acc / safe[:, None] + tl.where(broken, float("nan"), 0.0)[:, None]
+    return acc, tl.where(broken, float("nan"), log)
 
 
 @triton.jit

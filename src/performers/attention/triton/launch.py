@@ -5,7 +5,7 @@ Nothing is read back from the device, so calls can be captured in a CUDA graph.
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +14,25 @@ import triton.language as tl
 from torch import Tensor
 
 from performers.attention.native.operators import Gradients, Inputs, Upstream
-from performers.attention.triton import rows, sums
+from performers.attention.triton import chunks, mend, rows, sums
+from performers.attention.triton import step as steps
+from performers.attention.triton.blocks import LOWEST
 from performers.attention.triton.operators import (
     Results,
+    Step,
     new_gradients,
     new_results,
+    new_step,
     padded_features,
 )
 
 # The least positions of a split, below which combining sums costs more than it gains.
 LEAST_SPAN = 512
+# Bytes of the sums before all chunks that are held at a time; calls go head by head beyond.
+STATE_BYTES = 1 << 29
+# A binary scale this close to an integer, relative to its size, is one: rounded by a conversion.
+_INTEGRAL = 1e-5
+_LOWEST = float(LOWEST.value)
 
 
 class Blocks(NamedTuple):
@@ -48,6 +57,11 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
+    "key_states": {
+        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
+    },
     "combine": {
         64: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
         128: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
@@ -68,6 +82,11 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
+    "query_states": {
+        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
+    },
     "query_gradients": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
@@ -77,6 +96,33 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
+    },
+    "chunk_rows": {
+        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    },
+    "chunk_query_gradients": {
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    },
+    "chunk_key_gradients": {
+        64: (Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 2)),
+        128: (Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    },
+    # Rows at a time, of a chunk.
+    "mend": {
+        64: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
+        128: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
+        256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+    },
+    # Rows are columns of values.
+    "decode_step": {
+        64: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
+        128: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
+        256: (Blocks(16, 64, 4, 1), Blocks(16, 64, 4, 1)),
     },
 }
 # Float32 operands are twice as large, and each product is three.
@@ -140,19 +186,53 @@ class Projection(NamedTuple):
         return cls(hi, hi if dtype == torch.float32 else (exact - hi).to(dtype), bias)
 
 
+class Sums(NamedTuple):
+    """Sums over keys of some heads, as kernels read them: scales are binary logarithms."""
+
+    key_value: Tensor
+    key_sum: Tensor
+    scale: Tensor
+
+
+class Sweep(NamedTuple):
+    """A causal pass over the sequence: slots from one end, and the key that each slot brings.
+
+    Attributes:
+        norms: Of the key of each slot; see ``Launcher.key_norms``.
+        delay: How far the key of a slot lies behind its query.
+        strict: Whether a query does not see the key of its own slot.
+        reverse: Whether slots run from the end.
+    """
+
+    norms: Tensor
+    delay: int = 0
+    strict: bool = False
+    reverse: bool = False
+
+
+class Heads(NamedTuple):
+    """Key heads, of all sequences, that a pass works on at a time."""
+
+    first: int
+    count: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of a tensor ``(batch, heads, ...)`` or ``(batch * heads, ...)``."""
+        return x[self.first : self.first + self.count]
+
+
 class Launcher:
     """The kernels of one call: its sizes, its packed projection, and what every launch passes."""
 
     def __init__(self, inputs: Inputs) -> None:
-        """Pack the projection of a call."""
+        """Take the sizes of a call."""
         query, key, value = (rowwise(x) for x in (inputs.query, inputs.key, inputs.value))
         self.inputs = inputs
         self.query, self.key, self.value = query, key, value
         self.batch, self.heads, self.groups, self.length, self.head_dim = query.shape
         self.size, self.value_dim = value.shape[2:]
         self.capability, self.processors = _device(query.device)
-        self.projection = Projection.of(inputs, query.dtype)
-        self.features = self.projection.hi.shape[1]
+        self.features = padded_features(inputs)
         self.norm = inputs.scale * math.log2(math.e) / 2 if inputs.quadratic else 0.0
         self.pull = inputs.scale if inputs.quadratic else 0.0
         self.operand = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
@@ -163,12 +243,17 @@ class Launcher:
             "BV": padded(self.value_dim),
         }
         self.products = {
-            "PER_HEAD": self.projection.hi.shape[0] > 1,
+            "PER_HEAD": inputs.weight.shape[0] > 1,
             "SPLIT": query.dtype != torch.float32,
             "OPERAND": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
             # Of float32 operands; three products keep all digits of float32 inputs.
             "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
         }
+
+    @cached_property
+    def projection(self) -> Projection:
+        """The packed projection."""
+        return Projection.of(self.inputs, self.query.dtype)
 
     @property
     def count(self) -> int:
@@ -219,7 +304,7 @@ class Launcher:
         )  # fmt: skip
         return norms
 
-    def total_sums(self, norms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def total_sums(self, norms: Tensor) -> Sums:
         """Sums over all keys, ``(batch * heads, features, value_dim)``, key sums, scales."""
         blocks = self.blocks("key_sums")
         span, splits = self.spans(self.size, blocks, self.count)
@@ -237,26 +322,34 @@ class Launcher:
             blocks=blocks,
         )  # fmt: skip
         if splits == 1:
-            return tuple(x.squeeze(1) for x in parts)  # type: ignore[return-value]
-        total = tuple(x[:, 0] for x in self.new_sums(self.count, 1))
+            return Sums(*(x.squeeze(1) for x in parts))
+        total = Sums(*(x.squeeze(1) for x in self.new_sums(self.count, 1)))
+        self.combine(parts, None, total, self.size, span)
+        return total
+
+    def combine(
+        self, parts: Sums, start: Sums | None, total: Sums, length: int, span: int, **options: bool
+    ) -> None:
+        """Turn sums of splits into those before them, from ``start`` on, and set the total."""
         blocks = self.blocks("combine")
+        heads, splits = parts.key_sum.shape[:2]
         self.launch(
             sums.combine,
-            self.features // blocks.features * self.count,
-            *parts, None, None, None, *total, None,
-            self.size, span, splits, self.features,
+            self.features // blocks.features * heads,
+            *parts, *(start or (None, None, None)), *total, self.inputs.segments,
+            length, span, splits, self.features,
             DV=self.value_dim, BV=self.widths["BV"], BM=blocks.features,
-            HAS_START=False, HAS_SEG=False, REVERSE=False,
+            HAS_START=start is not None,
+            **{"HAS_SEG": False, "REVERSE": False, **options},
             blocks=blocks,
         )  # fmt: skip
-        return total  # type: ignore[return-value]
 
-    def new_sums(self, heads: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    def new_sums(self, heads: int, parts: int) -> Sums:
         """Empty sums of some parts of the keys."""
         shape = (heads, parts, self.features)
-        return self.new(*shape, self.value_dim), self.new(*shape), self.new(*shape)
+        return Sums(self.new(*shape, self.value_dim), self.new(*shape), self.new(*shape))
 
-    def read_rows(self, total: tuple[Tensor, ...], out: Tensor, log: Tensor) -> None:
+    def read_rows(self, total: Sums, out: Tensor, log: Tensor) -> None:
         """Bidirectional output and logarithms of normalisers."""
         blocks = self.blocks("read_rows")
         self.launch(
@@ -300,7 +393,7 @@ class Launcher:
             self.heads, self.groups, 0, self.length, span, splits, 0, self.features,
             **self.widths, **self.products,
             BM=blocks.features, BT=blocks.rows,
-            HAS_START=False, STATES=False, HAS_SEG=False, REVERSE=False,
+            HAS_START=False, CAUSAL=False, STATES=False, HAS_SEG=False, REVERSE=False,
             blocks=blocks,
         )  # fmt: skip
         # Split after split, the same in every run.
@@ -311,7 +404,7 @@ class Launcher:
         grad_out: Tensor,
         delta: Tensor,
         log: Tensor,
-        total: tuple[Tensor, ...],
+        total: Sums,
         grad_query: Tensor,
         *,
         pull: float = 0.0,
@@ -355,17 +448,232 @@ class Launcher:
             blocks=blocks,
         )  # fmt: skip
 
+    @property
+    def chunk(self) -> int:
+        """Rows of a chunk of causal calls."""
+        return self.blocks("chunk_rows").rows
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the length."""
+        return -(-self.length // self.chunk)
+
+    def parts_of_heads(self) -> list[Heads]:
+        """Heads in groups whose sums before all chunks are held at a time."""
+        size = self.chunks * self.features * (self.value_dim + 2) * 4
+        count = max(1, STATE_BYTES // size)
+        return [Heads(n, min(count, self.count - n)) for n in range(0, self.count, count)]
+
+    def _sweep(self, sweep: Sweep) -> dict[str, Any]:
+        return {
+            "BT": self.chunk,
+            "HAS_SEG": self.inputs.segments is not None,
+            "REVERSE": sweep.reverse,
+        }
+
+    def states(self, sweep: Sweep, heads: Heads, start: Sums | None) -> tuple[Sums, Sums]:
+        """Sums before each chunk, ``(heads, chunks, ...)``, and those after the last one.
+
+        There is one scale more than there are chunks: that of the sums after the last.
+        """
+        blocks = self.blocks("key_states")
+        span, splits = self.spans(self.length, blocks, heads.count)
+        options = self._sweep(sweep)
+
+        def run(start: Sums | None, states: tuple[Tensor | None, ...], ends: Sums) -> None:
+            self.launch(
+                sums.key_sums,
+                self.features // blocks.features * splits * heads.count,
+                self.key, self.value, sweep.norms, self.inputs.segments, *self.projection,
+                *(start or (None, None, None)), *states, *ends,
+                *self.key.stride()[:3], *self.value.stride()[:3],
+                self.heads, heads.first, self.length, sweep.delay, span, splits, self.chunks,
+                self.features,
+                **self.widths, **self.products, **options, BM=blocks.features,
+                HAS_START=start is not None, STATES=states[0] is not None,
+                blocks=blocks,
+            )  # fmt: skip
+
+        ends = self.new_sums(heads.count, splits)
+        if splits > 1:
+            run(None, (None, None, None), ends)
+            parts, ends = ends, self.new_sums(heads.count, splits)
+            total = self.new_sums(heads.count, 1)
+            flags = {name: options[name] for name in ("HAS_SEG", "REVERSE")}
+            self.combine(parts, start, total, self.length, span, **flags)
+            start = parts
+        shape = (heads.count, self.chunks, self.features)
+        scale = self.new(heads.count, self.chunks + 1, self.features)
+        before = Sums(self.new(*shape, self.value_dim), self.new(*shape), scale)
+        run(start, before, ends)
+        return before, Sums(*(x[:, -1] for x in ends))
+
+    def _chunk_inputs(self, sweep: Sweep) -> tuple[Any, ...]:
+        return self.query, self.key, self.value, sweep.norms, self.inputs.segments
+
+    def _chunk_strides(self) -> tuple[int, ...]:
+        return (*self.query.stride()[:4], *self.key.stride()[:3], *self.value.stride()[:3])
+
+    def _chunk_sizes(self, sweep: Sweep, heads: Heads) -> tuple[int, ...]:
+        sizes = (self.length, sweep.delay, self.chunks, self.features)
+        return self.heads, self.groups, heads.first, *sizes
+
+    def chunk_rows(
+        self,
+        sweep: Sweep,
+        heads: Heads,
+        before: Sums,
+        results: tuple[Tensor, Tensor, Tensor],
+        part: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Causal output, logarithms of normalisers and lost rows, which are mended.
+
+        ``part`` holds output and logarithms of what the rows see besides.
+        """
+        out = results[0]
+        strides = (*self._chunk_strides(), *(part or results)[0].stride()[:4], *out.stride()[:4])
+        arguments = (
+            *self._chunk_inputs(sweep), *self.projection, *before, *(part or (None, None)),
+            *results, *strides, *self._chunk_sizes(sweep, heads),
+        )  # fmt: skip
+        options = {**self._sweep(sweep), "STRICT": sweep.strict, "MERGE": part is not None}
+        programs = self.chunks * heads.count * self.groups
+        blocks = self.blocks("chunk_rows")
+        self.launch(
+            chunks.chunk_rows, programs, *arguments,
+            **self.widths, **self.products, **options, BM=blocks.features,
+            blocks=blocks,
+        )  # fmt: skip
+        self._mend(mend.mend_rows, programs, arguments, options)
+
+    def _mend(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Run a kernel of ``mend.py``: on a part of each chunk, and on the real features only."""
+        blocks = self.blocks("mend")
+        *arguments_, last = arguments
+        sizes = (last, self.inputs.weight.shape[-2])
+        if isinstance(last, float):
+            sizes = (self.inputs.weight.shape[-2], last)
+        self.launch(
+            kernel, programs * (self.chunk // blocks.rows), *arguments_, *sizes,
+            **self.widths, **options, BR=blocks.rows,
+            PER_HEAD=self.products["PER_HEAD"], SPLIT=self.products["SPLIT"],
+            blocks=blocks,
+        )  # fmt: skip
+
+    def gradient_states(
+        self,
+        sweep: Sweep,
+        heads: Heads,
+        rows: tuple[Tensor, Tensor, Tensor],
+        scale: Tensor,
+        start: tuple[Tensor, Tensor] | None,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Gradients of the sums after each chunk, and of those before the first one.
+
+        ``rows`` are upstream gradients, deltas and logarithms; ``start`` is the upstream gradient
+        of the sums after the last chunk.
+        """
+        blocks = self.blocks("query_states")
+        span, splits = self.spans(self.length, blocks, heads.count)
+        options = self._sweep(sweep)
+        grad_out = rows[0]
+
+        def run(
+            start: tuple[Tensor, ...] | None,
+            states: tuple[Tensor | None, ...],
+            ends: tuple[Tensor, ...],
+        ) -> None:
+            self.launch(
+                sums.query_sums,
+                self.features // blocks.features * splits * heads.count,
+                self.query, *rows, self.inputs.segments, *self.projection, scale,
+                *(start or (None, None)), *states, *ends,
+                *self.query.stride()[:4], *grad_out.stride()[:4],
+                self.heads, self.groups, heads.first, self.length, span, splits, self.chunks,
+                self.features,
+                **self.widths, **self.products, **options, BM=blocks.features,
+                HAS_START=start is not None, CAUSAL=True, STATES=states[0] is not None,
+                blocks=blocks,
+            )  # fmt: skip
+
+        ends = self.new_sums(heads.count, splits)[:2]
+        if splits > 1:
+            run(None, (None, None), ends)
+            parts, ends = ends, self.new_sums(heads.count, splits)[:2]
+            combining = self.blocks("combine")
+            self.launch(
+                sums.combine_gradients,
+                self.features // combining.features * heads.count,
+                *parts, scale, *(start or (None, None)), self.inputs.segments,
+                self.length, span, splits, self.chunks, self.features,
+                DV=self.value_dim, BV=self.widths["BV"], BM=combining.features, **options,
+                HAS_START=start is not None,
+                blocks=combining,
+            )  # fmt: skip
+            start = parts
+        shape = (heads.count, self.chunks, self.features)
+        after = self.new(*shape, self.value_dim), self.new(*shape)
+        run(start, after, ends)
+        return after, (ends[0][:, 0], ends[1][:, 0])
+
+    def chunk_gradients(
+        self,
+        sweep: Sweep,
+        heads: Heads,
+        rows: tuple[Tensor, Tensor, Tensor],
+        lost: Tensor,
+        before: Sums,
+        after: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor],
+        *,
+        query_pull: float = 0.0,
+        add: bool = False,
+    ) -> None:
+        """Gradients of the queries, keys and values of a causal pass."""
+        inputs = (*self._chunk_inputs(sweep), *rows, lost, *self.projection)
+        strides = (*self._chunk_strides(), *rows[0].stride()[:4])
+        sizes = self._chunk_sizes(sweep, heads)
+        options = {**self._sweep(sweep), "STRICT": sweep.strict}
+        query, key, value = gradients
+        arguments = (
+            *inputs, *before, query, *strides, *query.stride()[:4], *sizes, query_pull,
+        )  # fmt: skip
+        programs = self.chunks * heads.count * self.groups
+        blocks = self.blocks("chunk_query_gradients")
+        self.launch(
+            chunks.chunk_query_gradients, programs, *arguments,
+            **self.widths, **self.products, **options, ADD=add, BM=blocks.features,
+            blocks=blocks,
+        )  # fmt: skip
+        self._mend(mend.mend_query_gradients, programs, arguments, options)
+        ends = (key, value, *strides, *key.stride()[:3], *value.stride()[:3], *sizes, self.pull)
+        programs = self.chunks * heads.count
+        blocks = self.blocks("chunk_key_gradients")
+        self.launch(
+            chunks.chunk_key_gradients, programs, *inputs, *after, before.scale, *ends,
+            **self.widths, **self.products, **options, ADD=add, BM=blocks.features,
+            blocks=blocks,
+        )  # fmt: skip
+        self._mend(mend.mend_key_gradients, programs, (*inputs, *ends), options)
+
 
 def forward(inputs: Inputs) -> Results:
     """The results of a call."""
     with _current(inputs.query.device):
-        return _bidirectional(Launcher(inputs))
+        launcher = Launcher(inputs)
+        return _causal(launcher) if inputs.is_causal else _bidirectional(launcher)
 
 
 def backward(upstream: Upstream, inputs: Inputs, results: Results) -> Gradients:
     """The gradients of a call."""
     with _current(inputs.query.device):
-        return _bidirectional_gradients(Launcher(inputs), rowwise(upstream.grad_out), results)
+        launcher = Launcher(inputs)
+        grad_out = rowwise(upstream.grad_out)
+        if inputs.is_causal:
+            return _causal_gradients(launcher, upstream._replace(grad_out=grad_out), results)
+        return _bidirectional_gradients(launcher, grad_out, results)
 
 
 def _bidirectional(launcher: Launcher) -> Results:
@@ -374,20 +682,139 @@ def _bidirectional(launcher: Launcher) -> Results:
     total = launcher.total_sums(norms)
     launcher.read_rows(total, results.out, results.log_normaliser)
     return results._replace(
-        key_norm=norms, key_value=total[0], key_sum=total[1], log_scale=total[2]
+        key_norm=norms, key_value=total.key_value, key_sum=total.key_sum, log_scale=total.scale
     )
 
 
 def _bidirectional_gradients(launcher: Launcher, grad_out: Tensor, results: Results) -> Gradients:
     gradients = new_gradients(launcher.inputs)
     delta, log = launcher.row_terms(results.out, grad_out, results.log_normaliser)
-    total = results.key_value, results.key_sum, results.log_scale
+    total = Sums(results.key_value, results.key_sum, results.log_scale)
     launcher.query_gradients(grad_out, delta, log, total, gradients.query)
     of_sums = launcher.total_gradients(grad_out, delta, log, results.log_scale)
     launcher.key_gradients(
         results.key_norm, results.log_scale, of_sums, gradients.key, gradients.value
     )
     return gradients
+
+
+def _causal(launcher: Launcher) -> Results:
+    inputs = launcher.inputs
+    results = new_results(inputs)
+    sweep = Sweep(launcher.key_norms(launcher.length))
+    past, _ = _past(launcher)
+    for heads in launcher.parts_of_heads():
+        start = None if past is None else Sums(*(heads.of(x) for x in past))
+        before, last = launcher.states(sweep, heads, start)
+        launcher.chunk_rows(
+            sweep, heads, before, (results.out, results.log_normaliser, results.lost)
+        )
+        if inputs.return_state:
+            _copy_state(launcher, heads, last, results)
+    return results._replace(key_norm=sweep.norms)
+
+
+def _causal_gradients(launcher: Launcher, upstream: Upstream, results: Results) -> Gradients:
+    gradients = new_gradients(launcher.inputs)
+    sweep = Sweep(results.key_norm)
+    past, factor = _past(launcher)
+    final = _final_gradients(launcher, upstream)
+    rows = (
+        upstream.grad_out,
+        *launcher.row_terms(results.out, upstream.grad_out, results.log_normaliser),
+    )
+    for heads in launcher.parts_of_heads():
+        start = None if past is None else Sums(*(heads.of(x) for x in past))
+        before, _ = launcher.states(sweep, heads, start)
+        last = None if final is None else (heads.of(final[0]), heads.of(final[1]))
+        after, first = launcher.gradient_states(sweep, heads, rows, before.scale, last)
+        launcher.chunk_gradients(sweep, heads, rows, results.lost, before, after, gradients[:3])
+        if factor is not None:
+            count = factor.shape[-1]
+            factors = heads.of(factor)
+            heads.of(gradients.past_key_value.flatten(0, 1)).copy_(
+                first[0][:, :count] * factors.unsqueeze(-1)
+            )
+            heads.of(gradients.past_key_sum.flatten(0, 1)).copy_(first[1][:, :count] * factors)
+    return gradients
+
+
+def _past(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:
+    """The sums that a call continues from at integer scales, and what they were multiplied by."""
+    inputs = launcher.inputs
+    if inputs.past_key_value is None:
+        return None, None
+    assert inputs.past_key_sum is not None
+    assert inputs.past_log_scale is not None
+    scale = inputs.past_log_scale.flatten(0, 1) * math.log2(math.e)
+    nearest = scale.round()
+    snaps = (scale - nearest).abs() <= _INTEGRAL * scale.abs().clamp_min(1.0)
+    whole = nearest.where(snaps, scale.ceil())
+    factor = (scale - whole).exp2().masked_fill(snaps | scale.isinf(), 1.0)
+    past = launcher.new_sums(launcher.count, 1)
+    for x, padding in zip(past, (0.0, 0.0, _LOWEST), strict=True):
+        x.fill_(padding)
+    count = scale.shape[-1]
+    past.key_value[:, 0, :count] = inputs.past_key_value.flatten(0, 1) * factor.unsqueeze(-1)
+    past.key_sum[:, 0, :count] = inputs.past_key_sum.flatten(0, 1) * factor
+    past.scale[:, 0, :count] = whole.clamp_min(_LOWEST)
+    return past, factor
+
+
+def _copy_state(launcher: Launcher, heads: Heads, last: Sums, results: Results) -> None:
+    """Set the state after the last key: real features, natural logarithms of scales."""
+    count = launcher.inputs.weight.shape[-2]
+    scale = last.scale[:, :count]
+    log_scale = (scale * math.log(2)).masked_fill(scale == _LOWEST, -math.inf)
+    for to, x in zip(
+        results[-3:], (last.key_value[:, :count], last.key_sum[:, :count], log_scale), strict=True
+    ):
+        heads.of(to.flatten(0, 1)).copy_(x)
+
+
+def _final_gradients(launcher: Launcher, upstream: Upstream) -> tuple[Tensor, Tensor] | None:
+    """Upstream gradients of the state, padded: ``(batch * heads, 1, features, ...)``."""
+    if upstream.grad_key_value is None and upstream.grad_key_sum is None:
+        return None
+    padded_sums = launcher.new_sums(launcher.count, 1)[:2]
+    count = launcher.inputs.weight.shape[-2]
+    for x, grad in zip(padded_sums, (upstream.grad_key_value, upstream.grad_key_sum), strict=True):
+        x.zero_()
+        if grad is not None:
+            x[:, 0, :count] = grad.flatten(0, 1)
+    return padded_sums
+
+
+def step(inputs: Inputs) -> Step:
+    """The results of a single position."""
+    results = new_step(inputs)
+    with _current(inputs.query.device):
+        launcher = Launcher(inputs)
+        blocks = launcher.blocks("decode_step")
+        width = launcher.widths["BV"]
+        columns = min(width, blocks.rows)
+        if launcher.count < 2 * launcher.processors:
+            columns = 16
+        past = (inputs.past_key_value, inputs.past_key_sum, inputs.past_log_scale)
+        launcher.launch(
+            steps.decode_step,
+            launcher.count * -(-launcher.value_dim // columns),
+            launcher.query, launcher.key, launcher.value, _bytes(inputs.key_mask),
+            inputs.weight.contiguous(), None if inputs.bias is None else inputs.bias.contiguous(),
+            *(None if x is None else x.contiguous() for x in past), *results,
+            *launcher.query.stride()[:3], *launcher.key.stride()[:2],
+            *launcher.value.stride()[:2], *results.out.stride()[:3],
+            launcher.heads, launcher.groups, inputs.weight.shape[-2],
+            math.sqrt(inputs.scale), launcher.pull / 2,
+            D=launcher.head_dim, DV=launcher.value_dim, BD=launcher.widths["BD"], BV=columns,
+            BW=width, BG=triton.next_power_of_2(launcher.groups), BM=blocks.features,
+            PER_HEAD=launcher.products["PER_HEAD"],
+            HAS_BIAS=inputs.bias is not None,
+            HAS_MASK=inputs.key_mask is not None,
+            HAS_PAST=inputs.past_key_value is not None,
+            blocks=blocks,
+        )  # fmt: skip
+    return results
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:

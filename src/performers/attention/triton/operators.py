@@ -32,14 +32,17 @@ class Results(NamedTuple):
             without keys: ``(B, Hkv, G, L)``.
         key_norm: ``scale log2(e) |k|^2 / 2``: infinite for a key that takes no part, NaN for one
             that holds NaN or infinity.
-        key_value: Sums over all keys of bidirectional calls, ``(B Hkv, features, Dv)``.
+        lost: Rows of causal calls that the backward pass takes pair by pair, as bytes.
+        key_value: Sums over all keys. Of bidirectional calls ``(B Hkv, features, Dv)``, padded; of
+            causal ones those of a state, ``(B, Hkv, m, Dv)``, if it is wanted.
         key_sum: The same without values.
-        log_scale: Binary logarithms of their scales.
+        log_scale: Their scales: integer binary logarithms, or natural ones in a state.
     """
 
     out: Tensor
     log_normaliser: Tensor
     key_norm: Tensor
+    lost: Tensor
     key_value: Tensor
     key_sum: Tensor
     log_scale: Tensor
@@ -59,11 +62,18 @@ def new_results(inputs: Inputs) -> Results:
         out = query.new_empty((batch, length, key_heads, groups, width)).permute(0, 2, 3, 1, 4)
     else:
         out = query.new_empty((batch, key_heads, groups, length, width))
-    sums = (batch * key_heads, padded_features(inputs))
+    log = _float32(query, batch, key_heads, groups, length)
+    if not inputs.is_causal:
+        sums: tuple[int, ...] = (batch * key_heads, padded_features(inputs))
+    elif inputs.return_state:
+        sums = (batch, key_heads, inputs.weight.shape[-2])
+    else:
+        sums, width = (0,), 0
     return Results(
         out,
-        _float32(query, batch, key_heads, groups, length),
+        log,
         _float32(query, batch * key_heads, size),
+        query.new_empty(log.shape if inputs.is_causal else (0,), dtype=torch.uint8),
         _float32(query, *sums, width),
         _float32(query, *sums),
         _float32(query, *sums),
@@ -72,12 +82,15 @@ def new_results(inputs: Inputs) -> Results:
 
 def new_gradients(inputs: Inputs) -> Gradients:
     """Empty gradients."""
-    none = _float32(inputs.query, 0)
+    past = (0,) if inputs.past_key_sum is None else inputs.past_key_sum.shape
+    width = inputs.value.shape[-1] if inputs.past_key_sum is not None else 0
     return Gradients(
         torch.empty_like(inputs.query),
         torch.empty_like(inputs.key),
         torch.empty_like(inputs.value),
-        *(none.clone() for _ in range(6)),
+        _float32(inputs.query, *past, width),
+        _float32(inputs.query, *past),
+        *(_float32(inputs.query, 0) for _ in range(4)),
     )
 
 
@@ -101,6 +114,33 @@ def _fake_backward(upstream: Upstream, inputs: Inputs, results: Results) -> Grad
     return new_gradients(inputs)
 
 
+class Step(NamedTuple):
+    """The results of a single position without gradients: its rows and the state after it."""
+
+    out: Tensor
+    key_value: Tensor
+    key_sum: Tensor
+    log_scale: Tensor
+
+
+def new_step(inputs: Inputs) -> Step:
+    """Empty results of a single position."""
+    batch, heads, groups, length, _ = inputs.query.shape
+    width, sums = inputs.value.shape[-1], (batch, heads, inputs.weight.shape[-2])
+    return Step(
+        inputs.query.new_empty((batch, heads, groups, length, width)),
+        _float32(inputs.query, *sums, width),
+        _float32(inputs.query, *sums),
+        _float32(inputs.query, *sums),
+    )
+
+
+def _step(inputs: Inputs) -> Step:
+    from performers.attention.triton import launch
+
+    return launch.step(inputs)
+
+
 _TENSORS = Inputs._fields.index("kind")
 
 
@@ -117,7 +157,9 @@ def _derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_out, out = grads[0], results.out
     if grad_out is None:
         grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-    upstream = Upstream(grad_out, None, None, None)
+    given = Results(*grads)
+    sums = (given.key_value, given.key_sum) if inputs.is_causal else (None, None)
+    upstream = Upstream(grad_out, *sums, None)
     gradients = Gradients(*triton_backward(*upstream, *inputs, *results))
     wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
     return gradients_of(Inputs._fields, wanted, gradients)
@@ -125,5 +167,6 @@ def _derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 triton_forward = operator("performers::triton_forward", _forward, new_results, None)
 triton_backward = operator("performers::triton_backward", _backward, _fake_backward, None)
+triton_step = operator("performers::triton_step", _step, new_step, None)
 triton_forward.register_autograd(_derivative, setup_context=_setup_context)
 triton_backward.register_autograd(refuse_second_derivative)

@@ -15,7 +15,6 @@ import triton.language as tl
 from performers.attention.triton.blocks import (
     INFINITY,
     LOWEST,
-    NAN,
     dot,
     head_of,
     is_broken,
@@ -25,6 +24,7 @@ from performers.attention.triton.blocks import (
     load_rows,
     place_of,
     poison,
+    previous_segment,
     project_columns,
     steps,
 )
@@ -54,9 +54,10 @@ def key_norms(
     k = load_rows(K + head_of(n, heads, skb, skh), j, sks, keep, D, BD)
     v = load_rows(V + head_of(n, heads, svb, svh), j, svs, keep, DV, BV)
     k = k.to(tl.float32)
-    square = tl.minimum(tl.sum(k * k, 1), 3e38)
-    norm = tl.where(keep, square * factor, INFINITY)
-    norm = tl.where(is_broken(k) | is_broken(v), NAN, norm)
+    square = tl.sum(k * k, 1)
+    norm = tl.where(square < 3e38, square * factor, 3e38)
+    norm = tl.where(keep, norm, INFINITY)
+    norm = tl.where(is_broken(k) | is_broken(v), float("nan"), norm)
     tl.store(NORM + n * slots + slot, norm, mask=slot < slots)
 
 
@@ -111,9 +112,9 @@ def key_sums(
             own = tl.load(SEG + place_of(start, slots, REVERSE) + step, mask=inside, other=-1)
             last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, slots, REVERSE))
             norm = tl.where(own == last, norm, INFINITY)
-            before = tl.load(SEG + place_of(tl.maximum(start, 1) - 1, slots, REVERSE))
-            same = (before == last) & (start > 0)
-            acc = tl.where(same, acc, 0.0)
+            before = previous_segment(SEG, start, slots, HAS_SEG, REVERSE)
+            same = tl.zeros((BM,), tl.int64) + before == last
+            acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
         taking = norm < INFINITY
@@ -169,10 +170,10 @@ def combine(
         tl.store(KS + at, total)
         tl.store(SCALE + at, scale)
         if HAS_SEG:
-            before = tl.load(SEG + place_of(tl.maximum(begin, 1) - 1, slots, REVERSE))
+            before = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            same = (before == last) & (begin > 0)
-            acc = tl.where(same, acc, 0.0)
+            same = tl.zeros((BM,), tl.int64) + before == last
+            acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
         new = tl.maximum(scale, more_scale)
@@ -217,12 +218,14 @@ def query_sums(
     heads, groups, first, length, span, splits, chunks, features,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
-    HAS_START: tl.constexpr, STATES: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_START: tl.constexpr, CAUSAL: tl.constexpr, STATES: tl.constexpr,
+    HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sums by the rows of one split: ``sum_i a_if (grad_out_i, -delta_i)``.
 
-    With ``STATES``, of the sums after each chunk, from the last one backwards.
+    ``CAUSAL`` rows read the sums before their chunk. With ``STATES``, gradients of the sums after
+    each chunk are stored, from the last one backwards.
     """
     blocks = features // BM
     f = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
@@ -249,7 +252,7 @@ def query_sums(
     count = tl.cdiv(stop - begin, BT)
     start = begin + (count - 1) * BT
     step = steps(BT, REVERSE)
-    if STATES:
+    if CAUSAL:
         state = (local * chunks + start // BT) * features + f
         scales = (local * (chunks + 1) + start // BT) * features + f
         after = tl.load(SCALE + scales + features)
@@ -261,15 +264,16 @@ def query_sums(
         if STATES:
             tl.store(GRAD_KV + state[:, None] * DV + c[None, :], acc, mask=kept)
             tl.store(GRAD_KS + state, total)
+        if CAUSAL:
             before = tl.load(SCALE + scales)
             offset = bias + before
             factor = tl.exp2(before - after)
             if HAS_SEG:
-                past = tl.load(SEG + place_of(tl.maximum(start, 1) - 1, length, REVERSE))
+                past = previous_segment(SEG, start, length, HAS_SEG, REVERSE)
                 last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, length, REVERSE))
-                factor = tl.where((past == last) & (start > 0), factor, 0.0)
-                own = tl.load(SEG + i + step, mask=inside, other=-1)
-                inside = inside & (own == past) & (start > 0)
+                factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
+                own = tl.load(SEG + i + step, mask=inside, other=-2)
+                inside = inside & (own == past)
             acc = acc * factor[:, None]
             total = total * factor
             after = before
@@ -323,9 +327,9 @@ def combine_gradients(
         before = tl.load(SCALE + scales + begin // BT * features)
         factor = tl.exp2(before - after)
         if HAS_SEG:
-            past = tl.load(SEG + place_of(tl.maximum(begin, 1) - 1, slots, REVERSE))
+            past = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            factor = tl.where((past == last) & (begin > 0), factor, 0.0)
+            factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
         acc = acc * factor[:, None] + more
         total = total * factor + more_total
         after = before
