@@ -52,10 +52,16 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     call = call.replaced(query=query, key=key, value=value)
     inputs = Inputs.of(call)
     summed = [call.key, call.value]
+    if call.sink_keys is not None:
+        summed += [call.sink_keys.key, call.sink_keys.value]
     if call.state is not None:
         summed += [call.state.key_value, call.state.key_sum]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, *summed))
-    if call.is_causal and call.query.shape[-2] == 1 and not differentiated:
+    if (
+        call.is_causal
+        and call.query.shape[-2] == 1
+        and not (differentiated or call.has_exact_pairs() or call.segments is not None)
+    ):
         out, *sums = triton_step(*inputs)
     else:
         out, _, _, _, *sums = triton_forward(*inputs)
@@ -95,10 +101,8 @@ def _uncovered_options(call: AttentionCall) -> str | None:
     head_dim, value_dim = call.query.shape[-1], call.value.shape[-1]
     if max(head_dim, value_dim) > _LARGEST_HEAD_DIM:
         return f"for a head_dim above {_LARGEST_HEAD_DIM}"
-    if call.has_exact_pairs():
-        return "with a window, sinks or listed keys"
-    if call.segments is not None:
-        return "for packed sequences"
+    if call.lists is not None:
+        return "with listed keys"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
     if is_transformed():
         return "inside transforms of torch.func and forward-mode differentiation"

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from performers.attention.native.operators import Gradients, Inputs, Upstream
-from performers.attention.triton import chunks, mend, rows, sums
+from performers.attention.triton import chunks, mend, near, rows, sums
 from performers.attention.triton import step as steps
 from performers.attention.triton.blocks import LOWEST
 from performers.attention.triton.operators import (
     Results,
     Step,
+    is_swept,
     new_gradients,
     new_results,
     new_step,
@@ -117,6 +118,12 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         64: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
         128: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
         256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+    },
+    # Features are keys.
+    "near": {
+        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
     # Rows are columns of values.
     "decode_step": {
@@ -233,8 +240,12 @@ class Launcher:
         self.size, self.value_dim = value.shape[2:]
         self.capability, self.processors = _device(query.device)
         self.features = padded_features(inputs)
+        self.sinks = 0 if inputs.sink_key is None else inputs.sink_key.shape[2]
         self.norm = inputs.scale * math.log2(math.e) / 2 if inputs.quadratic else 0.0
         self.pull = inputs.scale if inputs.quadratic else 0.0
+        # Beside exact pairs a query's own factor matters, and the mean over draws.
+        self.query_pull = self.pull if inputs.has_exact_pairs() else 0.0
+        self.log_normalizer = math.log2(inputs.normalizer) if inputs.has_exact_pairs() else 0.0
         self.operand = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
         self.widths = {
             "D": self.head_dim,
@@ -285,10 +296,10 @@ class Launcher:
         span = -(-length // (max(1, splits) * blocks.rows)) * blocks.rows
         return span, -(-length // span)
 
-    def key_norms(self, slots: int, delay: int = 0, reverse: bool = False) -> Tensor:
-        """Norms of the keys of all slots, ``(batch * heads, slots)``."""
+    def key_norms(self, norms: Tensor, delay: int = 0, reverse: bool = False) -> None:
+        """Set norms of the keys of all slots, ``(batch * heads, slots)``."""
         inputs, blocks = self.inputs, self.blocks("key_norms")
-        norms = self.new(self.count, slots)
+        slots = norms.shape[1]
         self.launch(
             sums.key_norms,
             -(-slots // blocks.rows) * self.count,
@@ -302,7 +313,6 @@ class Launcher:
             REVERSE=reverse,
             blocks=blocks,
         )  # fmt: skip
-        return norms
 
     def total_sums(self, norms: Tensor) -> Sums:
         """Sums over all keys, ``(batch * heads, features, value_dim)``, key sums, scales."""
@@ -363,19 +373,23 @@ class Launcher:
             blocks=blocks,
         )  # fmt: skip
 
-    def row_terms(self, out: Tensor, grad_out: Tensor, log: Tensor) -> tuple[Tensor, Tensor]:
-        """``grad_out . out`` of each row, and its logarithm for the backward kernels."""
+    def row_terms(self, results: Results, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``grad_out . out`` of each row, and its logarithm for exact pairs and for features."""
         blocks = self.blocks("row_terms")
+        out, log = results.out, results.log_normaliser
         delta, ready = torch.empty_like(log), torch.empty_like(log)
+        exact = self.inputs.has_exact_pairs()
+        feature_ready = torch.empty_like(log) if exact else ready
         self.launch(
             sums.row_terms,
             -(-self.length // blocks.rows) * self.count * self.groups,
-            out, grad_out, log, delta, ready, *out.stride()[:4], *grad_out.stride()[:4],
-            self.heads, self.groups, self.length,
-            DV=self.value_dim, BV=self.widths["BV"], BT=blocks.rows,
+            self.query, out, grad_out, log, delta, ready, feature_ready,
+            *self.query.stride()[:4], *out.stride()[:4], *grad_out.stride()[:4],
+            self.heads, self.groups, self.length, self.norm, self.log_normalizer,
+            **self.widths, BT=blocks.rows, EXACT=exact,
             blocks=blocks,
         )  # fmt: skip
-        return delta, ready
+        return delta, ready, feature_ready
 
     def total_gradients(
         self, grad_out: Tensor, delta: Tensor, log: Tensor, scale: Tensor
@@ -407,7 +421,6 @@ class Launcher:
         total: Sums,
         grad_query: Tensor,
         *,
-        pull: float = 0.0,
         add: bool = False,
     ) -> None:
         """Gradients of bidirectional queries."""
@@ -417,7 +430,7 @@ class Launcher:
             -(-self.length // blocks.rows) * self.count * self.groups,
             self.query, grad_out, delta, log, *self.projection, *total, grad_query,
             *self.query.stride()[:4], *grad_out.stride()[:4], *grad_query.stride()[:4],
-            self.heads, self.groups, self.length, self.features, pull,
+            self.heads, self.groups, self.length, self.features, self.query_pull,
             **self.widths, **self.products,
             BM=blocks.features, BT=blocks.rows, ADD=add,
             blocks=blocks,
@@ -628,7 +641,6 @@ class Launcher:
         after: tuple[Tensor, Tensor],
         gradients: tuple[Tensor, Tensor, Tensor],
         *,
-        query_pull: float = 0.0,
         add: bool = False,
     ) -> None:
         """Gradients of the queries, keys and values of a causal pass."""
@@ -638,7 +650,7 @@ class Launcher:
         options = {**self._sweep(sweep), "STRICT": sweep.strict}
         query, key, value = gradients
         arguments = (
-            *inputs, *before, query, *strides, *query.stride()[:4], *sizes, query_pull,
+            *inputs, *before, query, *strides, *query.stride()[:4], *sizes, self.query_pull,
         )  # fmt: skip
         programs = self.chunks * heads.count * self.groups
         blocks = self.blocks("chunk_query_gradients")
@@ -658,85 +670,258 @@ class Launcher:
         )  # fmt: skip
         self._mend(mend.mend_key_gradients, programs, (*inputs, *ends), options)
 
+    def _near(self) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any], Blocks]:
+        """Sinks and their strides, sizes, and constants of the kernels of exact pairs."""
+        inputs, blocks = self.inputs, self.blocks("near")
+        sinks = inputs.sink_keys
+        options = {
+            **self.widths,
+            "BT": blocks.rows,
+            "HAS_SEG": inputs.segments is not None,
+            "OPERAND": self.products["OPERAND"],
+            "PRECISION": self.products["PRECISION"],
+        }
+        if sinks is None:
+            return (None, None, None), (0,) * 6, options, blocks
+        key, value = rowwise(sinks.key), rowwise(sinks.value)
+        strides = (*key.stride()[:3], *value.stride()[:3])
+        return (key, value, sinks.first.contiguous()), strides, options, blocks
+
+    def _near_sizes(self) -> tuple[int, ...]:
+        inputs = self.inputs
+        return (self.length, self.size, inputs.offset, inputs.window or 0)
+
+    def every_norm(self) -> Tensor | None:
+        """Norms of the keys as they stand, for the window."""
+        if self.inputs.window is None:
+            return None
+        norms = self.new(self.count, self.size)
+        self.key_norms(norms)
+        return norms
+
+    def near_rows(
+        self, norms: Tensor | None, part: tuple[Tensor, Tensor], results: Results
+    ) -> None:
+        """Output and logarithms of features and exact pairs together."""
+        sinks, strides, options, blocks = self._near()
+        inputs, out = self.inputs, results.out
+        self.launch(
+            near.near_rows,
+            -(-self.length // blocks.rows) * self.count * self.groups,
+            self.query, self.key, self.value, norms, inputs.segments, *sinks, *part, out,
+            results.log_normaliser,
+            *self._chunk_strides(), *part[0].stride()[:4], *out.stride()[:4], *strides,
+            self.heads, self.groups, *self._near_sizes(), self.sinks,
+            inputs.scale * math.log2(math.e), self.norm, self.log_normalizer,
+            **options, BS=blocks.features, CAUSAL=inputs.is_causal,
+            HAS_WINDOW=inputs.window is not None, HAS_SINKS=self.sinks > 0,
+            blocks=blocks,
+        )  # fmt: skip
+
+    def near_gradients(
+        self, norms: Tensor | None, rows: tuple[Tensor, Tensor, Tensor], gradients: Gradients
+    ) -> None:
+        """Add the gradients by exact pairs, and set those of sinks."""
+        sinks, strides, options, blocks = self._near()
+        inputs, grad_out = self.inputs, rows[0]
+        scale = inputs.scale * math.log2(math.e)
+        query, key, value = gradients[:3]
+        self.launch(
+            near.near_query_gradients,
+            -(-self.length // blocks.rows) * self.count * self.groups,
+            self.query, self.key, self.value, norms, inputs.segments, *sinks, *rows, query,
+            *self._chunk_strides(), *grad_out.stride()[:4], *query.stride()[:4], *strides,
+            self.heads, self.groups, *self._near_sizes(), self.sinks, scale, inputs.scale,
+            **options, BS=blocks.features, CAUSAL=inputs.is_causal,
+            HAS_WINDOW=inputs.window is not None, HAS_SINKS=self.sinks > 0,
+            blocks=blocks,
+        )  # fmt: skip
+        if inputs.window is not None:
+            self.launch(
+                near.near_key_gradients,
+                -(-self.size // blocks.features) * self.count,
+                self.query, self.key, self.value, norms, inputs.segments, *rows, key, value,
+                *self._chunk_strides(), *grad_out.stride()[:4],
+                *key.stride()[:3], *value.stride()[:3],
+                self.heads, self.groups, *self._near_sizes(), scale, inputs.scale,
+                **options, BS=blocks.features, CAUSAL=inputs.is_causal,
+                blocks=blocks,
+            )  # fmt: skip
+        if self.sinks:
+            self._sink_gradients(rows, gradients)
+
+    def _sink_gradients(self, rows: tuple[Tensor, Tensor, Tensor], gradients: Gradients) -> None:
+        sinks, strides, options, blocks = self._near()
+        inputs = self.inputs
+        sequences = sinks[0].shape[0]
+        bounds = torch.zeros(sequences, 2, dtype=torch.int64, device=self.query.device)
+        if inputs.segments is None:
+            bounds[:, 1] = self.length
+        else:
+            each = torch.arange(sequences, device=self.query.device)
+            bounds[:, 0] = torch.searchsorted(inputs.segments, each)
+            bounds[:, 1] = torch.searchsorted(inputs.segments, each, right=True)
+        programs = -(-self.sinks // 16) * self.heads * sequences
+        splits = max(
+            1, min(-(-2 * self.processors // programs), self.length // sequences // LEAST_SPAN)
+        )
+        shape = (splits, sequences, self.heads, self.sinks)
+        grad_key, grad_value = self.new(*shape, self.head_dim), self.new(*shape, self.value_dim)
+        self.launch(
+            near.sink_gradients,
+            programs * splits,
+            self.query, inputs.segments, *sinks, bounds, *rows, grad_key, grad_value,
+            *self.query.stride()[:4], *rows[0].stride()[:4], *strides,
+            self.heads, self.groups, self.length, sequences, self.sinks, splits,
+            inputs.scale * math.log2(math.e), inputs.scale,
+            **options,
+            blocks=blocks,
+        )  # fmt: skip
+        # Split after split, the same in every run.
+        gradients.sink_key.copy_(grad_key.sum(0))
+        gradients.sink_value.copy_(grad_value.sum(0))
+
+    def new_rows(self) -> tuple[Tensor, Tensor]:
+        """Float32 output rows and their logarithms."""
+        shape = (self.batch, self.heads, self.groups, self.length)
+        return self.new(*shape, self.value_dim), self.new(*shape)
+
+    def sweeps(self, norms: Tensor) -> list[Sweep]:
+        """The causal passes of a call: none where every query sees all keys through features.
+
+        Keys beyond the window are those of slots before a query's, delayed by the window.
+        """
+        inputs = self.inputs
+        if not is_swept(inputs):
+            return []
+        delay = (inputs.window or 0) - inputs.offset
+        found = [Sweep(norms[0], delay, strict=inputs.window is not None)]
+        if not inputs.is_causal:
+            found.append(Sweep(norms[1], delay, strict=True, reverse=True))
+        return found
+
 
 def forward(inputs: Inputs) -> Results:
     """The results of a call."""
     with _current(inputs.query.device):
-        launcher = Launcher(inputs)
-        return _causal(launcher) if inputs.is_causal else _bidirectional(launcher)
+        return _forward(Launcher(inputs))
+
+
+def _forward(launcher: Launcher) -> Results:
+    inputs, results = launcher.inputs, new_results(launcher.inputs)
+    rows = (results.out, results.log_normaliser)
+    exact = inputs.has_exact_pairs()
+    if exact:
+        rows = launcher.new_rows()
+    sweeps = launcher.sweeps(results.key_norm)
+    for norms, sweep in zip(results.key_norm, sweeps or [None], strict=True):
+        if sweep is None:
+            launcher.key_norms(norms)
+        else:
+            launcher.key_norms(norms, sweep.delay, sweep.reverse)
+    if sweeps:
+        _sweep_rows(launcher, sweeps, rows, results)
+    else:
+        total = launcher.total_sums(results.key_norm[0])
+        launcher.read_rows(total, *rows)
+        results = results._replace(
+            key_value=total.key_value, key_sum=total.key_sum, log_scale=total.scale
+        )
+    if exact:
+        launcher.near_rows(launcher.every_norm(), rows, results)
+    return results
+
+
+def _sweep_rows(
+    launcher: Launcher, sweeps: list[Sweep], rows: tuple[Tensor, Tensor], results: Results
+) -> None:
+    """Rows through features, by one or two causal passes, and the state after the first."""
+    past, _ = _past(launcher)
+    # What the first pass hands on to the second.
+    part = launcher.new_rows() if len(sweeps) > 1 else None
+    for heads in launcher.parts_of_heads():
+        start = None if past is None else Sums(*(heads.of(x) for x in past))
+        before, last = launcher.states(sweeps[0], heads, start)
+        launcher.chunk_rows(sweeps[0], heads, before, (*(part or rows), results.lost[0]))
+        if launcher.inputs.return_state:
+            _copy_state(launcher, heads, last, results)
+        if part is not None:
+            before, _ = launcher.states(sweeps[1], heads, None)
+            launcher.chunk_rows(sweeps[1], heads, before, (*rows, results.lost[1]), part)
 
 
 def backward(upstream: Upstream, inputs: Inputs, results: Results) -> Gradients:
     """The gradients of a call."""
     with _current(inputs.query.device):
-        launcher = Launcher(inputs)
-        grad_out = rowwise(upstream.grad_out)
-        if inputs.is_causal:
-            return _causal_gradients(launcher, upstream._replace(grad_out=grad_out), results)
-        return _bidirectional_gradients(launcher, grad_out, results)
+        return _backward(Launcher(inputs), upstream, results)
 
 
-def _bidirectional(launcher: Launcher) -> Results:
-    results = new_results(launcher.inputs)
-    norms = launcher.key_norms(launcher.size)
-    total = launcher.total_sums(norms)
-    launcher.read_rows(total, results.out, results.log_normaliser)
-    return results._replace(
-        key_norm=norms, key_value=total.key_value, key_sum=total.key_sum, log_scale=total.scale
-    )
-
-
-def _bidirectional_gradients(launcher: Launcher, grad_out: Tensor, results: Results) -> Gradients:
+def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradients:
     gradients = new_gradients(launcher.inputs)
-    delta, log = launcher.row_terms(results.out, grad_out, results.log_normaliser)
-    total = Sums(results.key_value, results.key_sum, results.log_scale)
-    launcher.query_gradients(grad_out, delta, log, total, gradients.query)
-    of_sums = launcher.total_gradients(grad_out, delta, log, results.log_scale)
-    launcher.key_gradients(
-        results.key_norm, results.log_scale, of_sums, gradients.key, gradients.value
-    )
+    grad_out = rowwise(upstream.grad_out)
+    delta, log, feature_log = launcher.row_terms(results, grad_out)
+    sweeps = launcher.sweeps(results.key_norm)
+    exact = launcher.inputs.has_exact_pairs()
+    rows = (grad_out, delta, feature_log)
+    added = gradients
+    if exact or len(sweeps) > 1:
+        # Several passes add to these.
+        added = gradients._replace(
+            **{
+                name: torch.zeros_like(getattr(gradients, name), dtype=torch.float32)
+                for name in ("query", "key", "value")
+            }
+        )
+    if sweeps:
+        _sweep_gradients(launcher, sweeps, upstream, rows, results, added)
+    else:
+        total = Sums(results.key_value, results.key_sum, results.log_scale)
+        launcher.query_gradients(*rows, total, added.query)
+        of_sums = launcher.total_gradients(*rows, results.log_scale)
+        launcher.key_gradients(
+            results.key_norm[0], results.log_scale, of_sums, added.key, added.value
+        )
+    if exact:
+        launcher.near_gradients(launcher.every_norm(), (grad_out, delta, log), added)
+    for to, x in zip(gradients[:3], added[:3], strict=True):
+        if to is not x:
+            to.copy_(x)
     return gradients
 
 
-def _causal(launcher: Launcher) -> Results:
-    inputs = launcher.inputs
-    results = new_results(inputs)
-    sweep = Sweep(launcher.key_norms(launcher.length))
-    past, _ = _past(launcher)
-    for heads in launcher.parts_of_heads():
-        start = None if past is None else Sums(*(heads.of(x) for x in past))
-        before, last = launcher.states(sweep, heads, start)
-        launcher.chunk_rows(
-            sweep, heads, before, (results.out, results.log_normaliser, results.lost)
-        )
-        if inputs.return_state:
-            _copy_state(launcher, heads, last, results)
-    return results._replace(key_norm=sweep.norms)
-
-
-def _causal_gradients(launcher: Launcher, upstream: Upstream, results: Results) -> Gradients:
-    gradients = new_gradients(launcher.inputs)
-    sweep = Sweep(results.key_norm)
+def _sweep_gradients(
+    launcher: Launcher,
+    sweeps: list[Sweep],
+    upstream: Upstream,
+    rows: tuple[Tensor, Tensor, Tensor],
+    results: Results,
+    gradients: Gradients,
+) -> None:
+    """Gradients through features by one or two causal passes."""
     past, factor = _past(launcher)
     final = _final_gradients(launcher, upstream)
-    rows = (
-        upstream.grad_out,
-        *launcher.row_terms(results.out, upstream.grad_out, results.log_normaliser),
-    )
+    add = launcher.inputs.has_exact_pairs() or len(sweeps) > 1
     for heads in launcher.parts_of_heads():
         start = None if past is None else Sums(*(heads.of(x) for x in past))
-        before, _ = launcher.states(sweep, heads, start)
         last = None if final is None else (heads.of(final[0]), heads.of(final[1]))
-        after, first = launcher.gradient_states(sweep, heads, rows, before.scale, last)
-        launcher.chunk_gradients(sweep, heads, rows, results.lost, before, after, gradients[:3])
-        if factor is not None:
-            count = factor.shape[-1]
-            factors = heads.of(factor)
-            heads.of(gradients.past_key_value.flatten(0, 1)).copy_(
-                first[0][:, :count] * factors.unsqueeze(-1)
+        for sweep, lost in zip(sweeps, results.lost, strict=True):
+            before, _ = launcher.states(sweep, heads, start)
+            after, first = launcher.gradient_states(sweep, heads, rows, before.scale, last)
+            launcher.chunk_gradients(
+                sweep, heads, rows, lost, before, after, gradients[:3], add=add
             )
-            heads.of(gradients.past_key_sum.flatten(0, 1)).copy_(first[1][:, :count] * factors)
-    return gradients
+            start = last = None
+            if factor is not None:
+                _copy_past_gradients(heads, first, factor, gradients)
+
+
+def _copy_past_gradients(
+    heads: Heads, first: tuple[Tensor, Tensor], factor: Tensor, gradients: Gradients
+) -> None:
+    count, factor = factor.shape[-1], heads.of(factor)
+    of_value, of_sum = (x[:, :count] for x in first)
+    heads.of(gradients.past_key_value.flatten(0, 1)).copy_(of_value * factor.unsqueeze(-1))
+    heads.of(gradients.past_key_sum.flatten(0, 1)).copy_(of_sum * factor)
 
 
 def _past(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:

@@ -30,9 +30,9 @@ class Results(NamedTuple):
         out: Shape ``(B, Hkv, G, L, Dv)``, in the dtype of the query.
         log_normaliser: Binary logarithm of each row's normaliser, minus infinity for a row
             without keys: ``(B, Hkv, G, L)``.
-        key_norm: ``scale log2(e) |k|^2 / 2``: infinite for a key that takes no part, NaN for one
-            that holds NaN or infinity.
-        lost: Rows of causal calls that the backward pass takes pair by pair, as bytes.
+        key_norm: ``scale log2(e) |k|^2 / 2`` for each causal pass over the keys, or once:
+            infinite for a key that takes no part, NaN for one that holds NaN or infinity.
+        lost: Rows that each causal pass takes pair by pair, as bytes ``(passes, B, Hkv, G, L)``.
         key_value: Sums over all keys. Of bidirectional calls ``(B Hkv, features, Dv)``, padded; of
             causal ones those of a state, ``(B, Hkv, m, Dv)``, if it is wanted.
         key_sum: The same without values.
@@ -53,6 +53,11 @@ def padded_features(inputs: Inputs) -> int:
     return -(-inputs.weight.shape[-2] // FEATURE_BLOCK) * FEATURE_BLOCK
 
 
+def is_swept(inputs: Inputs) -> bool:
+    """Whether rows see sums of their own: up to their place, their sequence, or the window."""
+    return inputs.is_causal or inputs.segments is not None or inputs.window is not None
+
+
 def new_results(inputs: Inputs) -> Results:
     """Empty results; the output has the memory order of the query."""
     query, value = inputs.query, inputs.value
@@ -63,7 +68,8 @@ def new_results(inputs: Inputs) -> Results:
     else:
         out = query.new_empty((batch, key_heads, groups, length, width))
     log = _float32(query, batch, key_heads, groups, length)
-    if not inputs.is_causal:
+    passes = 0 if not is_swept(inputs) else 1 if inputs.is_causal else 2
+    if not passes:
         sums: tuple[int, ...] = (batch * key_heads, padded_features(inputs))
     elif inputs.return_state:
         sums = (batch, key_heads, inputs.weight.shape[-2])
@@ -72,8 +78,8 @@ def new_results(inputs: Inputs) -> Results:
     return Results(
         out,
         log,
-        _float32(query, batch * key_heads, size),
-        query.new_empty(log.shape if inputs.is_causal else (0,), dtype=torch.uint8),
+        _float32(query, max(passes, 1), batch * key_heads, length if passes else size),
+        query.new_empty((passes, *log.shape), dtype=torch.uint8),
         _float32(query, *sums, width),
         _float32(query, *sums),
         _float32(query, *sums),
@@ -82,6 +88,10 @@ def new_results(inputs: Inputs) -> Results:
 
 def new_gradients(inputs: Inputs) -> Gradients:
     """Empty gradients."""
+    sinks = (
+        _float32(inputs.query, 0) if x is None else torch.empty_like(x)
+        for x in (inputs.sink_key, inputs.sink_value)
+    )
     past = (0,) if inputs.past_key_sum is None else inputs.past_key_sum.shape
     width = inputs.value.shape[-1] if inputs.past_key_sum is not None else 0
     return Gradients(
@@ -90,7 +100,8 @@ def new_gradients(inputs: Inputs) -> Gradients:
         torch.empty_like(inputs.value),
         _float32(inputs.query, *past, width),
         _float32(inputs.query, *past),
-        *(_float32(inputs.query, 0) for _ in range(4)),
+        *sinks,
+        *(_float32(inputs.query, 0) for _ in range(2)),
     )
 
 

@@ -189,13 +189,18 @@ def combine(
     tl.store(LAST_SCALE + end, scale)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "log_normalizer"])
 def row_terms(
-    OUT, GRAD_OUT, LOG, DELTA, READY,
-    sob, soh, sog, sol, sgb, sgh, sgg, sgl, heads, groups, length,
-    DV: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    Q, OUT, GRAD_OUT, LOG, DELTA, READY, FEATURE_READY,
+    sqb, sqh, sqg, sql, sob, soh, sog, sol, sgb, sgh, sgg, sgl,
+    heads, groups, length, norm, log_normalizer,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """``delta = grad_out . out`` of each row, and its logarithm as the backward kernels read it."""
+    """``delta = grad_out . out`` of each row, and its logarithm as the backward kernels read it.
+
+    With ``EXACT`` pairs, features read it without the factor ``normalizer 2^(-norm |q|^2)``.
+    """
     blocks = tl.cdiv(length, BT)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BT + tl.arange(0, BT)
@@ -205,9 +210,15 @@ def row_terms(
     out = load_rows(OUT + head_of(n, heads, sob, soh) + g * sog, i, sol, inside, DV, BV)
     grad = load_rows(GRAD_OUT + head_of(n, heads, sgb, sgh) + g * sgg, i, sgl, inside, DV, BV)
     log = tl.load(LOG + row * length + i, mask=inside, other=-INFINITY)
+    log = tl.where(log == -INFINITY, INFINITY, log)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(DELTA + row * length + i, delta, mask=inside)
-    tl.store(READY + row * length + i, tl.where(log == -INFINITY, INFINITY, log), mask=inside)
+    tl.store(READY + row * length + i, log, mask=inside)
+    if EXACT:
+        q = load_rows(Q + head_of(n, heads, sqb, sqh) + g * sqg, i, sql, inside, D, BD)
+        q = q.to(tl.float32)
+        log += tl.sum(q * q, 1) * norm - log_normalizer
+        tl.store(FEATURE_READY + row * length + i, log, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first", "length", "span", "splits", "chunks", "features"])
