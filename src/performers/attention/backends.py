@@ -72,7 +72,8 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
     """The backend of a name; that of the innermost ``use_backend``, or the best, for None.
 
-    The best is the first of ``backends()`` that covers the call.
+    The best is the first of ``backends()`` that covers the call, so the device of the call decides
+    between ``native`` and ``triton``.
 
     Raises:
         ValueError: The backend is unknown, not usable here, or does not cover the call.
@@ -95,8 +96,11 @@ def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
 
 def _best(call: AttentionCall) -> str:
     for name, backend in _BACKENDS.items():
-        if _is_usable(name) and backend.uncovered(call) is None:
+        usable = _is_usable(name)
+        if usable and backend.uncovered(call) is None:
             return name
+        if name == "triton" and call.query.device.type == "cuda":
+            triton.tell_unused(call if usable else None)
     raise AssertionError("the reference backend covers every call")
 
 

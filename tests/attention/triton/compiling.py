@@ -1,10 +1,12 @@
 """Compile what calls launch for a GPU that is not there, and read what the assembler says of it.
 
-``python -m tests.attention.triton.compiling 64`` prints one JSON object a line: kernel, dtype,
-architecture, registers, stack, shared memory, matrix instructions. Calls run on meta tensors with
-their launches recorded, so what is compiled is what a call on a GPU would compile.
+``python -m tests.attention.triton.compiling 64 bfloat16`` prints a JSON list: of each kernel and
+architecture the registers, stack, shared memory and matrix instructions; ``--write FILE`` rewrites
+the table of a page. Calls run on meta tensors with their launches recorded, so what is compiled is
+what a call on a GPU would compile.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -44,9 +46,10 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
     launch.Launcher.launch = record
     launch._device = lambda device: (capability, 132)
     feature_map = SoftmaxFeatures(head_dim, features).to("meta")
-    for options in CALLS:
+    for options in calls():
+        batch = 1 if "cu_seqlens" in options else 2
         query, key, value = (
-            torch.empty(2, 4096, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+            torch.empty(batch, 4096, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
             for heads in (16, 8, 8)
         )
         call = AttentionCall(query, key, value, feature_map, **options).checked()
@@ -54,10 +57,18 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
         results = launch.forward(inputs)
         upstream = Upstream(torch.empty_like(results.out), None, None, None)
         launch.backward(upstream, inputs, results)
+    query, key, value = (x[:, :, :1] for x in (query, key, value))
+    call = AttentionCall(query, key, value, feature_map, is_causal=True).checked()
+    launch.step(Inputs.of(call))
     return iter(found)
 
 
-CALLS: tuple[dict[str, Any], ...] = ({}, {"is_causal": True})
+def calls() -> Iterator[dict[str, Any]]:
+    """Options of calls that launch every kernel there is."""
+    yield {}
+    yield {"is_causal": True, "return_state": True}
+    yield {"window": 128, "sinks": 4}
+    yield {"is_causal": True, "cu_seqlens": torch.empty(5, dtype=torch.int32, device="meta")}
 
 
 def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
@@ -113,22 +124,56 @@ def compiled(kernel: Any, args: Any, options: Any, capability: int) -> dict[str,
     }
 
 
+def measured(head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Every kernel for one head_dim and dtype, on both architectures, each variant once."""
+    found = []
+    for capability in (80, 90):
+        seen = set()
+        for kernel, args, options in launches(capability, head_dim, 256, dtype):
+            key = (kernel.__name__, *sorted((k, str(v)) for k, v in options.items()))
+            if key not in seen:
+                seen.add(key)
+                found.append(compiled(kernel, args, options, capability))
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The largest of each number over the variants of a kernel, as Markdown."""
+    kernels: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        worst = kernels.setdefault((row["kernel"], row["capability"]), row)
+        for name in ("registers", "stack", "shared", "matrix", "warpgroup"):
+            worst[name] = max(worst[name], row[name])
+    lines = [
+        "| kernel | sm | features, rows, warps, stages | registers | stack | KB | HMMA, HGMMA |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, capability), row in kernels.items():
+        blocks = ", ".join(str(x or "-") for x in row["blocks"])
+        products = f"{row['matrix'] - row['warpgroup']}, {row['warpgroup']}"
+        lines.append(
+            f"| {name} | {capability} | {blocks} | {row['registers']} | {row['stack']} | "
+            f"{row['shared'] / 1024:.0f} | {products} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Compile every kernel for one head_dim."""
-    head_dim, *only = sys.argv[1:]
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if only and str(dtype).removeprefix("torch.") not in only:
-            continue
-        for capability in (80, 90):
-            seen = set()
-            for kernel, args, options in launches(capability, int(head_dim), 256, dtype):
-                variant = tuple(sorted((k, str(v)) for k, v in options.items()))
-                if (kernel.__name__, variant) in seen:
-                    continue
-                seen.add((kernel.__name__, variant))
-                found = compiled(kernel, args, options, capability)
-                found["dtype"] = str(dtype).removeprefix("torch.")
-                print(json.dumps(found), flush=True)
+    """Compile every kernel for one head_dim and dtype; print JSON, or rewrite a table of a page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("head_dim", type=int)
+    parser.add_argument("dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--write", type=Path)
+    arguments = parser.parse_args()
+    rows = measured(arguments.head_dim, getattr(torch, arguments.dtype))
+    if arguments.write is None:
+        print(json.dumps(rows))
+        return
+    text = arguments.write.read_text()
+    mark = f"<!-- {arguments.head_dim} {arguments.dtype} -->\n"
+    before, _, after = text.split(mark)
+    arguments.write.write_text(f"{before}{mark}{table(rows)}\n{mark}{after}")
 
 
 if __name__ == "__main__":

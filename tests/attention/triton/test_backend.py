@@ -68,3 +68,17 @@ def test_autocast():
         out = call.run("triton")
     assert out.dtype == torch.bfloat16
     assert (out - call.run("triton")).abs().max() < 2e-2
+
+
+def test_calls_it_does_not_cover_are_told_once(caplog, monkeypatch):
+    from performers.attention import backends
+    from performers.attention.triton import backend
+
+    monkeypatch.setattr(backend, "_told", set())
+    call = make_call(by_name("trigonometric"), 10)
+    checked = backends.AttentionCall(*call.inputs, call.feature_map).checked()
+    for _ in range(2):
+        backend.tell_unused(checked)
+        backend.tell_unused(None)
+    assert len(caplog.records) == 2
+    assert "the torch backend runs calls on a GPU for trigonometric features, which" in caplog.text

@@ -1,6 +1,7 @@
 """The ``triton`` backend: which calls the kernels take, and how they are put to them."""
 
 import importlib.util
+import logging
 import os
 
 import torch
@@ -18,6 +19,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = (8, 0)
 _LARGEST_HEAD_DIM = 256
+_told: set[str] = set()
 
 
 def available() -> bool:
@@ -31,6 +33,24 @@ def _serves(device: torch.device) -> bool:
     return torch.version.hip is None and (
         torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
     )
+
+
+def tell_unused(call: AttentionCall | None) -> None:
+    """Say once why calls on a GPU run without these kernels: they do not cover one, or cannot run.
+
+    A warning, because that is the lowest level that Python shows unasked.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if call is not None:
+        reason = f"{uncovered(call)}, which the triton backend does not cover"
+    elif _INSTALLED:
+        reason = "below compute capability 8.0, the least of the triton backend"
+    else:
+        reason = 'without Triton: pip install "performers[triton]" for faster kernels'
+    if reason not in _told:
+        _told.add(reason)
+        logging.getLogger("performers").warning("the torch backend runs calls on a GPU %s", reason)
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:

@@ -18,14 +18,11 @@ from performers.attention.triton.blocks import (
     finished,
     head_of,
     is_broken,
-    key_exponents,
     key_place,
-    load_columns,
     load_rows,
     place_of,
     poison,
     previous_segment,
-    project_columns,
     project_rows,
     steps,
     store_rows,
@@ -72,7 +69,7 @@ def chunk_rows(
     q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, inside, D, BD)
     norm = tl.load(NORM + (n * length + start) + r, mask=inside, other=INFINITY)
     taking = norm < INFINITY
-    kt = load_columns(K + head_of(n, heads, skb, skh) + j * sks, step, sks, taking, D, BD)
+    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, step, sks, taking, D, BD)
     row = (n * groups + g) * length + i
     own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
     continues = own == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
@@ -97,14 +94,15 @@ def chunk_rows(
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
         past = tl.load(SCALE + scales + f)
-        ek = key_exponents(project_columns(hi, LO, at, kt, PRECISION, SPLIT), bias, norm)
-        scale = tl.maximum(past, tl.ceil(tl.max(ek, 1)))
-        phi_k = (tl.exp2(ek - scale[:, None]) + poison(norm)[None, :]).to(OPERAND)
+        ek = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (bias[None, :] - norm[:, None])
+        ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
+        scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
+        phi_k = (tl.exp2(ek - scale[None, :]) + poison(norm)[:, None]).to(OPERAND)
         eq = project_rows(q, hi, LO, at, PRECISION, SPLIT) + (bias + scale)[None, :]
         new = tl.maximum(peak, tl.ceil(tl.max(eq, 1)))
         decay = tl.exp2(peak - new)
         phi_q = tl.exp2(eq - new[:, None])
-        pairs = dot(phi_q.to(OPERAND), phi_k, pairs * decay[:, None], PRECISION)
+        pairs = dot(phi_q.to(OPERAND), tl.trans(phi_k), pairs * decay[:, None], PRECISION)
         far = phi_q * tl.exp2(past - scale)[None, :]
         far = far.to(OPERAND)
         kv = load_rows(KV + state * DV, f, DV, every, DV, BV)
@@ -217,13 +215,15 @@ def chunk_key_gradients(
     sxb, sxh, sxs, syb, syh, sys,
     heads, groups, first, length, delay, chunks, features, pull,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, ADD: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the keys and values of one chunk: by later chunks, and by rows not lost."""
-    chunk = tl.program_id(0) % chunks
-    local = (tl.program_id(0) // chunks).to(tl.int64)
+    """Gradients of ``BK`` keys and values of a chunk: by later chunks, and by rows not lost."""
+    tiles: tl.constexpr = BT // BK
+    tile = tl.program_id(0) % tiles
+    chunk = tl.program_id(0) // tiles % chunks
+    local = (tl.program_id(0) // tiles // chunks).to(tl.int64)
     n = first + local
     start = chunk * BT
     r = tl.arange(0, BT)
@@ -231,23 +231,46 @@ def chunk_key_gradients(
     inside = start + r < length
     i = place_of(start, length, REVERSE)
     j = key_place(start, length, delay, REVERSE)
-    norm = tl.load(NORM + (n * length + start) + r, mask=inside, other=INFINITY)
+    t = tile * BK + tl.arange(0, BK)
+    key_step = -t if REVERSE else t
+    there = start + t < length
+    norm = tl.load(NORM + (n * length + start) + t, mask=there, other=INFINITY)
     taking = norm < INFINITY
     featured = norm < LARGEST_NORM
-    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, step, sks, featured, D, BD)
-    v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV).to(OPERAND)
+    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, key_step, sks, featured, D, BD)
+    v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, key_step, svs, taking, DV, BV).to(
+        OPERAND
+    )
     own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
+    own_key = tl.load(SEG + i + key_step, mask=there, other=-3) if HAS_SEG else t
+    going_on = featured
     if HAS_SEG:
         last = tl.load(SEG + place_of(tl.minimum(start + BT, length) - 1, length, REVERSE))
-    seen = seen_pairs(r, r, own, own, STRICT, HAS_SEG)
+        going_on = going_on & (own_key == last)
+    seen = t[:, None] < r[None, :] if STRICT else t[:, None] <= r[None, :]
+    if HAS_SEG:
+        seen = seen & (own_key[:, None] == own[None, :])
     Q += head_of(n, heads, sqb, sqh) + i * sql
     GRAD_OUT += head_of(n, heads, sgb, sgh) + i * sgl
-    dk = tl.zeros((BT, BD), tl.float32)
-    dv = tl.zeros((BT, BV), tl.float32)
-    along = tl.zeros((BT,), tl.float32)
+    dk = tl.zeros((BK, BD), tl.float32)
+    dv = tl.zeros((BK, BV), tl.float32)
+    along = tl.zeros((BK,), tl.float32)
     w = n % heads * features if PER_HEAD else 0
     state = (local * chunks + chunk) * features
     scales = (local * (chunks + 1) + chunk) * features
+    for f0 in range(0, features, BM):
+        f = f0 + tl.arange(0, BM)
+        at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
+        hi = tl.load(HI + at)
+        after = tl.load(BIAS + w + f) - tl.load(SCALE + scales + features + f)
+        e = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (after[None, :] - norm[:, None])
+        phi = tl.exp2(tl.where(going_on[:, None], e, -INFINITY))
+        dkv = load_rows(GRAD_KV + state * DV, f, DV, f < features, DV, BV).to(OPERAND)
+        slope = tl.zeros((BK, BM), tl.float32) + tl.load(GRAD_KS + state + f)[None, :]
+        h = dot(v, tl.trans(dkv), slope, PRECISION) * phi
+        dv = dot(phi.to(OPERAND), dkv, dv, PRECISION)
+        dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
+        along += tl.sum(h, 1)
     for g in range(0, groups):
         q = load_rows(Q + g * sqg, step, sql, inside, D, BD)
         grad = load_rows(GRAD_OUT + g * sgg, step, sgl, inside, DV, BV).to(OPERAND)
@@ -255,12 +278,11 @@ def chunk_key_gradients(
         lost = tl.load(LOST + row + step, mask=inside, other=1) != 0
         log = tl.where(lost, INFINITY, tl.load(LOG + row + step, mask=inside, other=INFINITY))
         delta = tl.load(DELTA + row + step, mask=inside, other=0.0)
-        slope = dot(grad, tl.trans(v), tl.zeros((BT, BT), tl.float32), PRECISION)
-        slope = tl.where(seen, slope - delta[:, None], 0.0).to(OPERAND)
-        pairs = tl.zeros((BT, BT), tl.float32)
+        slope = dot(v, tl.trans(grad), tl.zeros((BK, BT), tl.float32), PRECISION)
+        slope = tl.where(seen, slope - delta[None, :], 0.0).to(OPERAND)
+        pairs = tl.zeros((BK, BT), tl.float32)
         for f0 in range(0, features, BM):
             f = f0 + tl.arange(0, BM)
-            every = f < features
             at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
             hi = tl.load(HI + at)
             bias = tl.load(BIAS + w + f)
@@ -271,28 +293,18 @@ def chunk_key_gradients(
             phi_k = tl.exp2(ek - scale[None, :])
             eq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
             phi_q = tl.exp2(eq + (bias + scale)[None, :] - log[:, None]).to(OPERAND)
-            pairs = dot(phi_q, tl.trans(phi_k.to(OPERAND)), pairs, PRECISION)
-            h = dot(tl.trans(slope), phi_q, tl.zeros((BT, BM), tl.float32), PRECISION) * phi_k
-            if g == 0:
-                phi = phi_k
-                if HAS_SEG:
-                    after = tl.load(SCALE + scales + features + f)
-                    phi = tl.exp2(ek - after[None, :])
-                    phi = tl.where((own == last)[:, None], phi, 0.0)
-                dkv = load_rows(GRAD_KV + state * DV, f, DV, every, DV, BV).to(OPERAND)
-                far = tl.zeros((BT, BM), tl.float32) + tl.load(GRAD_KS + state + f)[None, :]
-                h += dot(v, tl.trans(dkv), far, PRECISION) * phi
-                dv = dot(phi.to(OPERAND), dkv, dv, PRECISION)
+            pairs = dot(phi_k.to(OPERAND), tl.trans(phi_q), pairs, PRECISION)
+            h = dot(slope, phi_q, tl.zeros((BK, BM), tl.float32), PRECISION) * phi_k
             dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
             along += tl.sum(h, 1)
         pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
-        dv = dot(tl.trans(pairs), grad, dv, PRECISION)
+        dv = dot(pairs, grad, dv, PRECISION)
     dk = dk * LN2 - k.to(tl.float32) * (along * pull)[:, None]
     GRAD_K += head_of(n, heads, sxb, sxh) + j * sxs
     GRAD_V += head_of(n, heads, syb, syh) + j * sys
     if ADD:
-        dk += load_rows(GRAD_K, step, sxs, inside & taking, D, BD)
-        dv += load_rows(GRAD_V, step, sys, inside & taking, DV, BV)
-        inside = inside & taking
-    store_rows(GRAD_K, step, sxs, dk, inside, D, BD)
-    store_rows(GRAD_V, step, sys, dv, inside, DV, BV)
+        dk += load_rows(GRAD_K, key_step, sxs, there & taking, D, BD)
+        dv += load_rows(GRAD_V, key_step, sys, there & taking, DV, BV)
+        there = there & taking
+    store_rows(GRAD_K, key_step, sxs, dk, there, D, BD)
+    store_rows(GRAD_V, key_step, sys, dv, there, DV, BV)

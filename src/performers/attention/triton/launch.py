@@ -59,7 +59,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
     "key_states": {
-        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     },
@@ -84,7 +84,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
     "query_states": {
-        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     },
@@ -99,7 +99,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
     "chunk_rows": {
-        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
@@ -108,10 +108,11 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
+    # Rows are keys, of a chunk.
     "chunk_key_gradients": {
-        64: (Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 2)),
-        128: (Blocks(32, 64, 8, 1), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+        64: (Blocks(32, 32, 4, 2), Blocks(16, 64, 4, 1)),
+        128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
+        256: (Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
     },
     # Rows at a time, of a chunk.
     "mend": {
@@ -664,8 +665,9 @@ class Launcher:
         programs = self.chunks * heads.count
         blocks = self.blocks("chunk_key_gradients")
         self.launch(
-            chunks.chunk_key_gradients, programs, *inputs, *after, before.scale, *ends,
-            **self.widths, **self.products, **options, ADD=add, BM=blocks.features,
+            chunks.chunk_key_gradients, programs * (self.chunk // blocks.rows),
+            *inputs, *after, before.scale, *ends,
+            **self.widths, **self.products, **options, ADD=add, BM=blocks.features, BK=blocks.rows,
             blocks=blocks,
         )  # fmt: skip
         self._mend(mend.mend_key_gradients, programs, (*inputs, *ends), options)
