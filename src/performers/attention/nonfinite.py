@@ -19,7 +19,7 @@ from performers.features.draws import is_traced, is_transformed
 from performers.features.form import replaced
 
 if TYPE_CHECKING:
-    from performers.attention.native.operators import Inputs
+    from performers.attention.operators import Inputs
 
 
 class Touched(NamedTuple):

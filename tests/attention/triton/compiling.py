@@ -24,8 +24,9 @@ from triton.compiler import ASTSource
 
 from performers import SoftmaxFeatures
 from performers.attention.call import AttentionCall
-from performers.attention.native.operators import Inputs, Upstream
+from performers.attention.operators import Inputs
 from performers.attention.triton import launch
+from performers.attention.triton.operators import Upstream
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -55,7 +56,7 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
         call = AttentionCall(query, key, value, feature_map, **options).checked()
         inputs = Inputs.of(call)
         results = launch.forward(inputs)
-        upstream = Upstream(torch.empty_like(results.out), None, None, None)
+        upstream = Upstream(torch.empty_like(results.out), None, None)
         launch.backward(upstream, inputs, results)
     query, key, value = (x[:, :, :1] for x in (query, key, value))
     call = AttentionCall(query, key, value, feature_map, is_causal=True).checked()

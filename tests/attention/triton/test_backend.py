@@ -54,7 +54,7 @@ def test_no_second_derivative():
 
 def test_operators_are_well_formed():
     from performers.attention.call import AttentionCall
-    from performers.attention.native.operators import Inputs
+    from performers.attention.operators import Inputs
     from performers.attention.triton.operators import triton_forward
 
     call = small_call(20).leaves()
@@ -71,12 +71,12 @@ def test_autocast():
 
 
 def test_calls_it_does_not_cover_are_told_once(caplog, monkeypatch):
-    from performers.attention import backends
+    from performers.attention.call import AttentionCall
     from performers.attention.triton import backend
 
     monkeypatch.setattr(backend, "_told", set())
     call = make_call(by_name("trigonometric"), 10)
-    checked = backends.AttentionCall(*call.inputs, call.feature_map).checked()
+    checked = AttentionCall(*call.inputs, call.feature_map).checked()
     for _ in range(2):
         backend.tell_unused(checked)
         backend.tell_unused(None)

@@ -19,7 +19,7 @@ def hostile_call(length=140, scale=8.0, **options):
 
 def lost_rows(call):
     from performers.attention.call import AttentionCall
-    from performers.attention.native.operators import Inputs
+    from performers.attention.operators import Inputs
 
     checked = AttentionCall(*call.inputs, call.feature_map, **call.options).checked()
     return int(launch.forward(Inputs.of(checked)).lost.sum())

@@ -72,17 +72,10 @@ def check_window_and_sinks(call: "AttentionCall", form: FeatureForm) -> None:
 
 def find_sinks_(call: "AttentionCall") -> None:
     """Set the first ``sinks`` keys that take part, of every sequence, apart from the others."""
-    sinks, key, value, segments, state = (
-        call.sinks,
-        call.key,
-        call.value,
-        call.segments,
-        call.state,
-    )
-    taking = call.key_mask
+    sinks, key, value = call.sinks, call.key, call.value
+    segments, state = call.segments, call.state
     batch, size = key.shape[0], key.shape[2]
-    if taking is None:
-        taking = every_key(key)
+    taking = every_key(key) if call.key_mask is None else call.key_mask
     rank = taking.long().cumsum(1)
     rows = torch.arange(batch, device=key.device).unsqueeze(1).expand(batch, size)
     sequences = batch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.call import AttentionCall
-from performers.attention.native.operators import Inputs
+from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.triton.operators import triton_forward, triton_step

@@ -76,12 +76,6 @@ def chunk_rows(
     peak = tl.full((BT,), LOWEST, tl.float32)
     den = tl.zeros((BT,), tl.float32)
     acc = tl.zeros((BT, BV), tl.float32)
-    if MERGE:
-        part_log = tl.load(PART_LOG + row + step, mask=inside, other=-INFINITY)
-        peak = tl.maximum(peak, tl.ceil(part_log))
-        den = tl.exp2(part_log - peak)
-        part = head_of(n, heads, spb, sph) + (g * spg + i * spl)
-        acc = load_rows(PART_OUT + part, step, spl, inside, DV, BV) * den[:, None]
     pairs = tl.zeros((BT, BT), tl.float32)
     w = n % heads * features if PER_HEAD else 0
     state = (local * chunks + chunk) * features
@@ -128,7 +122,16 @@ def chunk_rows(
     else:
         known = known | has_past
     if MERGE:
+        part_log = tl.load(PART_LOG + row + step, mask=inside, other=-INFINITY)
+        part = head_of(n, heads, spb, sph) + (g * spg + i * spl)
+        part_out = load_rows(PART_OUT + part, step, spl, inside, DV, BV)
         known = known | (part_log > -INFINITY)
+        new = tl.maximum(peak, tl.ceil(part_log))
+        decay = tl.exp2(peak - new)
+        more = tl.exp2(part_log - new)
+        acc = acc * decay[:, None] + part_out * more[:, None]
+        den = den * decay + more
+        peak = new
     lost = known & inside & (den < SMALLEST)
     acc, log = finished(acc, den, peak, is_broken(q))
     to = OUT + head_of(n, heads, sob, soh) + (g * sog + i * sol)

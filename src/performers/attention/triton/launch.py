@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from performers.attention.native.operators import Gradients, Inputs, Upstream
+from performers.attention.operators import Gradients, Inputs
 from performers.attention.triton import chunks, mend, near, rows, sums
 from performers.attention.triton import step as steps
 from performers.attention.triton.blocks import LOWEST
 from performers.attention.triton.operators import (
     Results,
-    Step,
+    StepResults,
+    Upstream,
+    has_exact_pairs,
     is_swept,
     new_gradients,
     new_results,
@@ -118,6 +120,11 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     "mend": {
         64: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
         128: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
+        256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+    },
+    "mend_key_gradients": {
+        64: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+        128: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
         256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
     },
     # Features are keys.
@@ -245,8 +252,8 @@ class Launcher:
         self.norm = inputs.scale * math.log2(math.e) / 2 if inputs.quadratic else 0.0
         self.pull = inputs.scale if inputs.quadratic else 0.0
         # Beside exact pairs a query's own factor matters, and the mean over draws.
-        self.query_pull = self.pull if inputs.has_exact_pairs() else 0.0
-        self.log_normalizer = math.log2(inputs.normalizer) if inputs.has_exact_pairs() else 0.0
+        self.query_pull = self.pull if has_exact_pairs(inputs) else 0.0
+        self.log_normalizer = math.log2(inputs.normalizer) if has_exact_pairs(inputs) else 0.0
         self.operand = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
         self.widths = {
             "D": self.head_dim,
@@ -379,7 +386,7 @@ class Launcher:
         blocks = self.blocks("row_terms")
         out, log = results.out, results.log_normaliser
         delta, ready = torch.empty_like(log), torch.empty_like(log)
-        exact = self.inputs.has_exact_pairs()
+        exact = has_exact_pairs(self.inputs)
         feature_ready = torch.empty_like(log) if exact else ready
         self.launch(
             sums.row_terms,
@@ -561,10 +568,15 @@ class Launcher:
         self._mend(mend.mend_rows, programs, arguments, options)
 
     def _mend(
-        self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
+        self,
+        kernel: Any,
+        programs: int,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        table: str = "mend",
     ) -> None:
         """Run a kernel of ``mend.py``: on a part of each chunk, and on the real features only."""
-        blocks = self.blocks("mend")
+        blocks = self.blocks(table)
         *arguments_, last = arguments
         sizes = (last, self.inputs.weight.shape[-2])
         if isinstance(last, float):
@@ -670,7 +682,9 @@ class Launcher:
             **self.widths, **self.products, **options, ADD=add, BM=blocks.features, BK=blocks.rows,
             blocks=blocks,
         )  # fmt: skip
-        self._mend(mend.mend_key_gradients, programs, (*inputs, *ends), options)
+        self._mend(
+            mend.mend_key_gradients, programs, (*inputs, *ends), options, "mend_key_gradients"
+        )
 
     def _near(self) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, Any], Blocks]:
         """Sinks and their strides, sizes, and constants of the kernels of exact pairs."""
@@ -812,7 +826,7 @@ def forward(inputs: Inputs) -> Results:
 def _forward(launcher: Launcher) -> Results:
     inputs, results = launcher.inputs, new_results(launcher.inputs)
     rows = (results.out, results.log_normaliser)
-    exact = inputs.has_exact_pairs()
+    exact = has_exact_pairs(inputs)
     if exact:
         rows = launcher.new_rows()
     sweeps = launcher.sweeps(results.key_norm)
@@ -863,7 +877,7 @@ def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradi
     grad_out = rowwise(upstream.grad_out)
     delta, log, feature_log = launcher.row_terms(results, grad_out)
     sweeps = launcher.sweeps(results.key_norm)
-    exact = launcher.inputs.has_exact_pairs()
+    exact = has_exact_pairs(launcher.inputs)
     rows = (grad_out, delta, feature_log)
     added = gradients
     if exact or len(sweeps) > 1:
@@ -902,7 +916,7 @@ def _sweep_gradients(
     """Gradients through features by one or two causal passes."""
     past, factor = _past(launcher)
     final = _final_gradients(launcher, upstream)
-    add = launcher.inputs.has_exact_pairs() or len(sweeps) > 1
+    add = has_exact_pairs(launcher.inputs) or len(sweeps) > 1
     for heads in launcher.parts_of_heads():
         start = None if past is None else Sums(*(heads.of(x) for x in past))
         last = None if final is None else (heads.of(final[0]), heads.of(final[1]))
@@ -972,7 +986,7 @@ def _final_gradients(launcher: Launcher, upstream: Upstream) -> tuple[Tensor, Te
     return padded_sums
 
 
-def step(inputs: Inputs) -> Step:
+def step(inputs: Inputs) -> StepResults:
     """The results of a single position."""
     results = new_step(inputs)
     with _current(inputs.query.device):

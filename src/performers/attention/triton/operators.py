@@ -5,19 +5,12 @@ is imported when one first runs. Autograd keeps the inputs, the output, the loga
 normaliser, a norm for each key and, for bidirectional calls, the sums over the keys.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from performers.attention.native.operators import (
-    Gradients,
-    Inputs,
-    Upstream,
-    gradients_of,
-    operator,
-    refuse_second_derivative,
-)
+from performers.attention.operators import Gradients, Inputs, define, operator
 
 # Projections are padded to a multiple of this many features, which every block size divides.
 FEATURE_BLOCK = 64
@@ -48,6 +41,14 @@ class Results(NamedTuple):
     log_scale: Tensor
 
 
+class Upstream(NamedTuple):
+    """Gradients of the results of the forward operator; those of sums are of a state."""
+
+    grad_out: Tensor
+    grad_key_value: Tensor | None
+    grad_key_sum: Tensor | None
+
+
 def padded_features(inputs: Inputs) -> int:
     """The features of a call, those included that fill up the last block."""
     return -(-inputs.weight.shape[-2] // FEATURE_BLOCK) * FEATURE_BLOCK
@@ -56,6 +57,11 @@ def padded_features(inputs: Inputs) -> int:
 def is_swept(inputs: Inputs) -> bool:
     """Whether rows see sums of their own: up to their place, their sequence, or the window."""
     return inputs.is_causal or inputs.segments is not None or inputs.window is not None
+
+
+def has_exact_pairs(inputs: Inputs) -> bool:
+    """Whether rows meet some keys exactly."""
+    return inputs.window is not None or inputs.sink_key is not None
 
 
 def new_results(inputs: Inputs) -> Results:
@@ -86,7 +92,7 @@ def new_results(inputs: Inputs) -> Results:
     )
 
 
-def new_gradients(inputs: Inputs) -> Gradients:
+def new_gradients(inputs: Inputs, trained: bool = False) -> Gradients:
     """Empty gradients."""
     sinks = (
         _float32(inputs.query, 0) if x is None else torch.empty_like(x)
@@ -115,18 +121,14 @@ def _forward(inputs: Inputs) -> Results:
     return launch.forward(inputs)
 
 
-def _backward(upstream: Upstream, inputs: Inputs, results: Results) -> Gradients:
+def _backward(upstream: Upstream, inputs: Inputs, results: Results, trained: bool) -> Gradients:
     from performers.attention.triton import launch
 
     return launch.backward(upstream, inputs, results)
 
 
-def _fake_backward(upstream: Upstream, inputs: Inputs, results: Results) -> Gradients:
-    return new_gradients(inputs)
-
-
-class Step(NamedTuple):
-    """The results of a single position without gradients: its rows and the state after it."""
+class StepResults(NamedTuple):
+    """The results of a single position: its rows and the state after it."""
 
     out: Tensor
     key_value: Tensor
@@ -134,11 +136,11 @@ class Step(NamedTuple):
     log_scale: Tensor
 
 
-def new_step(inputs: Inputs) -> Step:
+def new_step(inputs: Inputs) -> StepResults:
     """Empty results of a single position."""
     batch, heads, groups, length, _ = inputs.query.shape
     width, sums = inputs.value.shape[-1], (batch, heads, inputs.weight.shape[-2])
-    return Step(
+    return StepResults(
         inputs.query.new_empty((batch, heads, groups, length, width)),
         _float32(inputs.query, *sums, width),
         _float32(inputs.query, *sums),
@@ -146,38 +148,14 @@ def new_step(inputs: Inputs) -> Step:
     )
 
 
-def _step(inputs: Inputs) -> Step:
+def _step(inputs: Inputs) -> StepResults:
     from performers.attention.triton import launch
 
     return launch.step(inputs)
 
 
-_TENSORS = Inputs._fields.index("kind")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.constants = inputs[_TENSORS:]
-    ctx.set_materialize_grads(False)
-
-
-def _derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    # Once: under torch.utils.checkpoint a second look is an error.
-    saved = ctx.saved_tensors
-    inputs, results = Inputs(*saved[:_TENSORS], *ctx.constants), Results(*saved[_TENSORS:])
-    grad_out, out = grads[0], results.out
-    if grad_out is None:
-        grad_out = torch.zeros((), dtype=out.dtype, device=out.device).expand(out.shape)
-    given = Results(*grads)
-    sums = (given.key_value, given.key_sum) if inputs.is_causal else (None, None)
-    upstream = Upstream(grad_out, *sums, None)
-    gradients = Gradients(*triton_backward(*upstream, *inputs, *results))
-    wanted = dict(zip(Inputs._fields, ctx.needs_input_grad, strict=True))
-    return gradients_of(Inputs._fields, wanted, gradients)
-
-
-triton_forward = operator("performers::triton_forward", _forward, new_results, None)
-triton_backward = operator("performers::triton_backward", _backward, _fake_backward, None)
+triton_forward, triton_backward = define(
+    "performers::triton", _forward, _backward, new_results, new_gradients
+)
+# Without gradients: a position that has some is a call of its own.
 triton_step = operator("performers::triton_step", _step, new_step, None)
-triton_forward.register_autograd(_derivative, setup_context=_setup_context)
-triton_backward.register_autograd(refuse_second_derivative)

@@ -3,39 +3,26 @@
 // than the step.
 #pragma once
 
-#include "exact_pairs.h"
+#include "tasks.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct StepBuffers {
-    float *x;           // (padded_dim)
-    float *value;       // (padded_value)
-    float *key;         // features of the key (features)
-    float *query;       // of the query
-    float *decays;      // what the past is multiplied with
-    float *key_sum, *log_scale;  // after the step
-    float *past_sum, *past_scale;  // before it
-    float *out;         // (padded_value)
-    float *scale, *normaliser;  // of the row; beside exact pairs as for a block of rows
-    Block block;
-    ExactBuffers near;
+struct StepBuffers : Buffers {
+    using Buffers::Buffers;
 
-    StepBuffers(Arena &arena, const Problem &p)
-        : x(arena.take(p.padded_dim)),
-          value(arena.take(p.padded_value)),
-          key(arena.take(p.features)),
-          query(arena.take(p.features)),
-          decays(arena.take(p.features)),
-          key_sum(arena.take(p.features)),
-          log_scale(arena.take(p.features)),
-          past_sum(arena.take(p.features)),
-          past_scale(arena.take(p.features)),
-          out(arena.take(p.padded_value)),
-          scale(arena.take(kBlock)),
-          normaliser(arena.take(kBlock)),
-          block(arena, p),
-          near(arena, p) {}
+    float *x = arena.take(p.padded_dim);  // (padded_dim)
+    float *value = arena.take(p.padded_value);  // (padded_value)
+    float *key = arena.take(p.features);  // features of the key (features)
+    float *query = arena.take(p.features);  // of the query
+    float *decays = arena.take(p.features);  // what the past is multiplied with
+    float *key_sum = arena.take(p.features), *log_scale = arena.take(p.features);  // after the step
+    float *past_sum = arena.take(p.features), *past_scale = arena.take(p.features);  // before it
+    float *out = arena.take(p.padded_value);  // (padded_value)
+    // of the row; beside exact pairs as for a block of rows
+    float *scale = arena.take(kBlock), *normaliser = arena.take(kBlock);
+    Block block{arena, p};
+    ExactBuffers exact{arena, p};
 };
 
 // W x sqrt(scale) + b in the units of exponents.
@@ -56,23 +43,12 @@ inline void project_one(const Problem &p, int64_t head, const float *x, float *t
     }
 }
 
-// The sums of keys and their scales before the step, which a strict query reads.
-inline void step_past(const Problem &p, int64_t head, StepBuffers &b) {
-    const int64_t at = head * p.features;
-    for (int64_t f = 0; f < p.features; ++f) {
-        b.past_sum[f] = p.call.past_key_sum ? p.call.past_key_sum[at + f] : 0.0f;
-        b.past_scale[f] = p.call.past_log_scale
-                              ? p.call.past_log_scale[at + f] * static_cast<float>(kLog2e)
-                              : -kInfinity;
-    }
-}
-
 // The key's features at the scales after the step, and the sums of keys after it.
 inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) {
     const float *past_sum =
-        p.call.past_key_sum ? p.call.past_key_sum + head * p.features : nullptr;
+        p.call.past_key_sum ? p.call.past_key_sum + sum_offset(p, head) : nullptr;
     const float *past_scale =
-        p.call.past_log_scale ? p.call.past_log_scale + head * p.features : nullptr;
+        p.call.past_log_scale ? p.call.past_log_scale + sum_offset(p, head) : nullptr;
     float norm = 0;
     if (kept) {
         read(p.key_rows(p.call.key, head), 0, p.head_dim, p.padded_dim, b.x);
@@ -84,20 +60,19 @@ inline void step_key(const Problem &p, int64_t head, bool kept, StepBuffers &b) 
         }
     }
     for (int64_t f = 0; f < p.features; ++f) {
-        const float before_sum = past_sum ? past_sum[f] : 0.0f;
+        b.past_sum[f] = past_sum ? past_sum[f] : 0.0f;
+        b.past_scale[f] = past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
         b.decays[f] = 1;
         b.log_scale[f] = 0;
         if (p.exponential) {
-            const float before =
-                past_scale ? past_scale[f] * static_cast<float>(kLog2e) : -kInfinity;
             const float exponent = kept && norm < kInfinity ? b.key[f] - norm : -kInfinity;
-            b.log_scale[f] = exponent > before ? exponent : before;
-            b.decays[f] = decay(before, b.log_scale[f]);
+            b.log_scale[f] = larger(b.past_scale[f], exponent);
+            b.decays[f] = decay(b.past_scale[f], b.log_scale[f]);
             b.key[f] = exp2(exponent - finite(b.log_scale[f]));
         } else {
             b.key[f] = kept ? (b.key[f] < 0 ? 0.0f : b.key[f]) + p.epsilon : 0.0f;
         }
-        b.key_sum[f] = before_sum * b.decays[f] + b.key[f];
+        b.key_sum[f] = b.past_sum[f] * b.decays[f] + b.key[f];
     }
 }
 
@@ -167,8 +142,8 @@ inline void step_column(const Problem &p, int64_t c, const float *past, float *n
 inline void step_exact(const Problem &p, int64_t head, int64_t group, StepBuffers &b) {
     for (int64_t r = 1; r < kWidth; ++r) b.normaliser[r] = b.scale[r] = 0;
     b.block.load_queries(p, p.query_rows(p.call.query, head, group), 0, 1);
-    exact_sums(p, head, {0, 1, 0, p.call.size}, 0, b.block, b.near);
-    add_exact(p, 1, b.near, b.out, b.scale, b.normaliser);
+    exact_sums(p, head, {0, 1, 0, p.call.size}, 0, b.block, b.exact);
+    add_exact(p, 1, b.exact, b.out, b.scale, b.normaliser);
 }
 
 inline void step(const Problem &p, int64_t head, StepBuffers &b) {
@@ -178,8 +153,7 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
     if (kept) read(p.key_rows(p.call.value, head), 0, p.value_dim, p.padded_value, b.value);
     p.check(b.value, p.padded_value);
     step_key(p, head, kept, b);
-    if (p.strict) step_past(p, head, b);
-    const int64_t sums = head * p.features, values = sums * p.value_dim;
+    const int64_t sums = sum_offset(p, head), values = value_offset(p, head);
     bool raised = false;
     for (int64_t f = 0; p.strict && f < p.features; ++f) raised |= b.decays[f] != 1;
     const float *past = p.call.past_key_value ? p.call.past_key_value + values : nullptr;
@@ -187,21 +161,16 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
     for (int64_t group = 0; group < p.call.groups; ++group) {
         b.normaliser[0] = step_query(p, head, group, p.strict ? b.past_scale : b.log_scale,
                                      p.strict ? b.past_sum : b.key_sum, b.scale[0], b);
+        const auto columns = [&]<int kVectors>(int64_t c) {
+            if (p.strict) {
+                step_columns<kVectors, true>(p, c, past, next, b);
+            } else {
+                step_columns<kVectors, false>(p, c, past, next, b);
+            }
+        };
         int64_t c = 0;
-        for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) {
-            if (p.strict) {
-                step_columns<4, true>(p, c, past, next, b);
-            } else {
-                step_columns<4, false>(p, c, past, next, b);
-            }
-        }
-        for (; c + kWidth <= p.value_dim; c += kWidth) {
-            if (p.strict) {
-                step_columns<1, true>(p, c, past, next, b);
-            } else {
-                step_columns<1, false>(p, c, past, next, b);
-            }
-        }
+        for (; c + 4 * kWidth <= p.value_dim; c += 4 * kWidth) columns.template operator()<4>(c);
+        for (; c + kWidth <= p.value_dim; c += kWidth) columns.template operator()<1>(c);
         for (; c < p.value_dim; ++c) step_column(p, c, past, next, b);
         if (p.exact) step_exact(p, head, group, b);
         float inverse = inverse_of(b.normaliser[0]);
@@ -221,6 +190,13 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
         p.call.log_scale[sums + f] =
             changed ? b.log_scale[f] * (p.exponential ? kLn2 : 1.0f) : p.call.past_log_scale[sums + f];
     }
+}
+
+inline void forward_step(const Problem &p) {
+    parallel(p, p.heads, [&](int64_t head) {
+        auto b = in_scratch<StepBuffers>(p);
+        step(p, head, b);
+    });
 }
 
 }  // namespace

@@ -38,14 +38,14 @@ struct Segments {
 
 // How the blocks of keys and of queries of a sequence lie to each other. Blocks of keys begin where
 // windows of blocks of queries do.
-struct FarGrid {
+struct WindowGrid {
     Span span;
     int64_t window;
     int64_t origin;  // row where key block 0 begins, at or before the first key
     int64_t key_blocks, query_blocks;
     int64_t behind, ahead;  // blocks by which past(b) is less than b, and full(b) more than b + 1
 
-    FarGrid(const Problem &p, const Span &span)
+    WindowGrid(const Problem &p, const Span &span)
         : span(span),
           window(p.window),
           origin(span.first - p.window % kBlock),
@@ -144,9 +144,9 @@ struct SegmentSums {
 };
 
 // The memory of one sequence of a head.
-struct FarUnit {
+struct WindowUnit {
     int64_t head;
-    FarGrid grid;
+    WindowGrid grid;
     float *features = nullptr;   // (key blocks, features, kBlock), at the scales of their sums
     SegmentSums keys = {};       // over keys; their log scales become factors that bring them to
                                  // those of all keys
@@ -178,15 +178,12 @@ struct FarUnit {
     }
 };
 
-struct FarKeyBuffers {
-    Block block;
-    float *value, *keep, *log_scale;
+struct WindowKeyBuffers : Buffers {
+    using Buffers::Buffers;
 
-    FarKeyBuffers(Arena &arena, const Problem &p)
-        : block(arena, p),
-          value(arena.take(kBlock * p.padded_value)),
-          keep(arena.take(kBlock)),
-          log_scale(arena.take(p.features)) {}
+    Block block{arena, p};
+    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
+    float *log_scale = arena.take(p.features);
 };
 
 // Adds features [first, last) of the sums over a block to those of its segment, whose scales are
@@ -207,12 +204,10 @@ inline void add_block(const Problem &p, const Sums &to, const Sums &from, int64_
 
 // Features and sums of the segments [begin, end) of keys, each block at the largest exponents up to
 // it.
-inline void far_keys(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
-                     FarKeyBuffers &b) {
-    const FarGrid &grid = unit.grid;
+inline void windowed_keys(const Problem &p, const WindowUnit &unit, int64_t begin, int64_t end,
+                     WindowKeyBuffers &b) {
+    const WindowGrid &grid = unit.grid;
     if (!grid.reaches()) return;
-    const Rows keys = p.key_rows(p.call.key, unit.head);
-    const Rows values = p.key_rows(p.call.value, unit.head);
     for (int64_t f = 0; f < p.features; ++f) b.log_scale[f] = -kInfinity;
     for (int64_t segment = begin; segment < end; ++segment) {
         const Sums whole = unit.keys.from_segment(p, segment);
@@ -220,8 +215,8 @@ inline void far_keys(const Problem &p, const FarUnit &unit, int64_t begin, int64
         for (int64_t c = grid.keys().first(segment); c < grid.keys().last(segment); ++c) {
             if (!grid.needed(c)) continue;
             const int64_t start = grid.key_begin(c), rows = grid.key_rows(c);
-            b.block.load_keys(p, keys, p.mask(unit.head), start, rows, b.keep, grid.span.first);
-            load_values(p, values, start, rows, b.keep, b.value);
+            load_keys_and_values(p, unit.head, start, rows, b.block, b.keep, b.value,
+                                 grid.span.first);
             float *features = unit.features_of(p, c);
             const Sums sums = unit.keys.of(p, c);
             for (int64_t first = 0; first < p.features; first += kPanel) {
@@ -230,16 +225,9 @@ inline void far_keys(const Problem &p, const FarUnit &unit, int64_t begin, int64
                 project(p, p.weights_of(unit.head), b.block, p.key_inner, first, count, panel);
                 for (int64_t f = first; f < first + count; ++f) {
                     float *row = features + f * kBlock;
-                    Vector peak = splat(b.log_scale[f]), sum = splat(0.0f);
-                    for (int64_t r = 0; r < rows; r += kWidth) peak = maximum(peak, load(row + r));
-                    sums.log_scale[f] = b.log_scale[f] = largest(peak);
-                    const Vector scale = splat(finite(b.log_scale[f]));
-                    for (int64_t r = 0; r < rows; r += kWidth) {
-                        const Vector phi = exp2(load(row + r) - scale);
-                        store(row + r, phi);
-                        sum += phi;
-                    }
-                    sums.key_sum[f] = total(sum);
+                    b.log_scale[f] = largest(peaks(row, rows, b.log_scale[f]));
+                    sums.log_scale[f] = b.log_scale[f];
+                    sums.key_sum[f] = exponentiate(row, rows, b.log_scale[f]);
                 }
                 multiply(count, p.padded_value, rows, rows_of(panel, kBlock), b.value,
                          p.padded_value, sums.key_value + first * p.padded_value, p.padded_value,
@@ -300,9 +288,9 @@ inline void add_segments(const Problem &p, const SegmentSums &sums, int64_t segm
 
 // For features [first, last): the largest exponents of all keys, what brings each block there, and
 // the sums over segments added up.
-inline void far_sums(const Problem &p, const FarUnit &unit, int64_t first, int64_t last,
+inline void windowed_sums(const Problem &p, const WindowUnit &unit, int64_t first, int64_t last,
                      bool both) {
-    const FarGrid &grid = unit.grid;
+    const WindowGrid &grid = unit.grid;
     if (!grid.reaches()) return;
     const int64_t segments = grid.keys().count();
     for (int64_t f = first; f < last; ++f) unit.log_scale[f] = -kInfinity;
@@ -391,12 +379,12 @@ private:
 };
 
 // The features of a few blocks of keys, at the scale of all.
-class FarFeatures {
+class WindowFeatures {
 public:
-    FarFeatures(Arena &arena, const Problem &p)
+    WindowFeatures(Arena &arena, const Problem &p)
         : memory_(arena.take(kPlaces * p.features * kBlock)) {}
 
-    const float *of(const Problem &p, const FarUnit &unit, int64_t c) {
+    const float *of(const Problem &p, const WindowUnit &unit, int64_t c) {
         int oldest = 0;
         for (int i = 0; i < kPlaces; ++i) {
             if (blocks_[i] == c) return place(p, i);
@@ -427,9 +415,9 @@ private:
 };
 
 // What the segment of queries reads that is next.
-inline void read_far_keys(const Problem &p, const FarUnit &unit, int64_t segment,
+inline void read_windowed_keys(const Problem &p, const WindowUnit &unit, int64_t segment,
                           SegmentReader &reader) {
-    const FarGrid &grid = unit.grid;
+    const WindowGrid &grid = unit.grid;
     const int64_t first = grid.queries().first(segment), last = grid.queries().last(segment);
     int64_t lower[kSegment], upper[kSegment];
     for (int64_t b = first; b < last; ++b) {
@@ -440,35 +428,18 @@ inline void read_far_keys(const Problem &p, const FarUnit &unit, int64_t segment
     reader.read(p, unit.keys, grid.keys(), true, last - first, lower, upper, bound);
 }
 
-// Zeros in pairs (keys, kBlock queries) outside a band, and up to whole vectors.
-inline void clear_outside(float *pairs, int64_t keys, int64_t rows, Band band) {
-    const int64_t used = round_up(rows, kWidth);
-    for (int64_t t = 0; t < keys; ++t) {
-        float *row = pairs + t * kBlock;
-        const int64_t from = smaller(used, larger<int64_t>(0, t - band.high));
-        const int64_t to = larger(from, smaller(rows, t - band.low + 1));
-        for (int64_t s = 0; s < from; ++s) row[s] = 0;
-        for (int64_t s = to; s < used; ++s) row[s] = 0;
-    }
-}
+struct WindowQueryBuffers : Buffers {
+    using Buffers::Buffers;
 
-struct FarQueryBuffers {
-    QueryBuffers q;
-    float *keep, *value, *pairs;
-    SegmentReader reader;
-    FarFeatures features;
-
-    FarQueryBuffers(Arena &arena, const Problem &p)
-        : q(arena, p),
-          keep(arena.take(kBlock)),
-          value(arena.take(kPartial * kBlock * p.padded_value)),
-          pairs(arena.take(kBlock * kBlock)),
-          reader(arena, p),
-          features(arena, p) {}
+    QueryBuffers q{arena, p};
+    float *keep = arena.take(kBlock), *value = arena.take(kPartial * kBlock * p.padded_value);
+    float *pairs = arena.take(kBlock * kBlock);
+    SegmentReader reader{arena, p};
+    WindowFeatures features{arena, p};
 };
 
 // The values of a block of keys; those of keys that take no part are zero.
-inline void far_values(const Problem &p, const FarUnit &unit, int64_t c, float *keep, float *to) {
+inline void windowed_values(const Problem &p, const WindowUnit &unit, int64_t c, float *keep, float *to) {
     const int64_t start = unit.grid.key_begin(c), rows = unit.grid.key_rows(c);
     const uint8_t *mask = p.mask(unit.head);
     for (int64_t r = 0; r < rows; ++r) {
@@ -479,9 +450,9 @@ inline void far_values(const Problem &p, const FarUnit &unit, int64_t c, float *
 }
 
 // The segments [begin, end) of queries: features, exact pairs, and the quotient.
-inline void far_queries(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
-                        FarQueryBuffers &b) {
-    const FarGrid &grid = unit.grid;
+inline void windowed_queries(const Problem &p, const WindowUnit &unit, int64_t begin, int64_t end,
+                        WindowQueryBuffers &b) {
+    const WindowGrid &grid = unit.grid;
     QueryBuffers &q = b.q;
     const int64_t first = grid.queries().first(begin), last = grid.queries().last(end - 1);
     if (grid.reaches()) b.reader.start(p, unit.keys, grid.keys(), true, grid.lower(first));
@@ -489,11 +460,11 @@ inline void far_queries(const Problem &p, const FarUnit &unit, int64_t begin, in
         const int64_t start = grid.query_begin(block), rows = grid.query_rows(block);
         const bool reaches = grid.reaches(block);
         if (grid.reaches() && block % kSegment == 0) {
-            read_far_keys(p, unit, block / kSegment, b.reader);
+            read_windowed_keys(p, unit, block / kSegment, b.reader);
         }
         int64_t partial = 0;
         grid.for_partial_keys(block, [&](int64_t c, Band) {
-            far_values(p, unit, c, b.keep, b.value + partial++ * kBlock * p.padded_value);
+            windowed_values(p, unit, c, b.keep, b.value + partial++ * kBlock * p.padded_value);
         });
         const Sums sums = b.reader.of(p, block % kSegment);
         for (int64_t group = 0; group < p.call.groups; ++group) {
@@ -516,17 +487,13 @@ inline void far_queries(const Problem &p, const FarUnit &unit, int64_t begin, in
                               columns_of(b.features.of(p, unit, c), kBlock), q.features, kBlock,
                               b.pairs, kBlock, band);
                 clear_outside(b.pairs, keys, rows, band);
-                for (int64_t t = 0; t < keys; ++t) {
-                    for (int64_t r = 0; r < rows; r += kWidth) {
-                        store(q.inverse + r, load(q.inverse + r) + load(b.pairs + t * kBlock + r));
-                    }
-                }
+                add_up(b.pairs, keys, rows, q.inverse);
                 multiply(rows, p.padded_value, keys, columns_of(b.pairs, kBlock),
                          b.value + partial++ * kBlock * p.padded_value, p.padded_value, q.out,
                          p.padded_value, true, by_row(band));
             });
-            exact_sums(p, unit.head, grid.span, start, q.block, q.near);
-            add_exact(p, rows, q.near, q.out, q.scale, q.inverse);
+            exact_sums(p, unit.head, grid.span, start, q.block, q.exact);
+            add_exact(p, rows, q.exact, q.out, q.scale, q.inverse);
             for (int64_t r = 0; r < rows; ++r) q.inverse[r] = inverse_of(q.inverse[r]);
             finish_rows(p, unit.head, group, start, rows, q.out, q.scale, q.inverse);
         }

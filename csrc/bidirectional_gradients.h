@@ -2,27 +2,23 @@
 // panel by panel, at the scales that the forward pass left behind.
 #pragma once
 
-#include "bidirectional.h"
+#include "bidirectional_forward.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
 // A block of queries as the backward pass sees it: their output gradients, and for each row
 // delta = grad . out, the row's scale and its inverse normaliser.
-struct QueryGradientBlock {
-    Block block;
-    float *grad, *grad_transposed, *out, *delta, *scale, *inverse;
-    float *whole_scale;  // beside exact pairs: of the row, where `scale` is that of its features
+struct QueryGradientBlock : Buffers {
+    using Buffers::Buffers;
 
-    QueryGradientBlock(Arena &arena, const Problem &p)
-        : block(arena, p),
-          grad(arena.take(kBlock * p.padded_value)),
-          grad_transposed(arena.take(p.padded_value * kBlock)),
-          out(arena.take(larger(p.padded_value, kBlock))),
-          delta(arena.take(kBlock)),
-          scale(arena.take(kBlock)),
-          inverse(arena.take(kBlock)),
-          whole_scale(arena.take(kBlock)) {}
+    Block block{arena, p};
+    float *grad = arena.take(kBlock * p.padded_value);
+    float *grad_transposed = arena.take(p.padded_value * kBlock);
+    float *out = arena.take(larger(p.padded_value, kBlock)), *delta = arena.take(kBlock);
+    float *scale = arena.take(kBlock), *inverse = arena.take(kBlock);
+    // beside exact pairs: of the row, where `scale` is that of its features
+    float *whole_scale = arena.take(kBlock);
 
     // The output gradients alone.
     void fetch_grad(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows) {
@@ -57,6 +53,20 @@ struct QueryGradientBlock {
         }
     }
 };
+
+// d loss / d (normalised pair), (keys, kBlock): grad_i . v_j - delta_i within the band, else zero.
+inline void pair_gradients(const Problem &p, int64_t keys, int64_t rows, const float *value,
+                           const float *grad_transposed, const float *delta, Band band, float *to) {
+    multiply_band(keys, rows, p.value_dim, rows_of(value, p.padded_value), grad_transposed, kBlock,
+                  to, kBlock, band);
+    for (int64_t t = 0; t < keys; ++t) {
+        const int64_t first = larger<int64_t>(0, t - band.high) / kWidth * kWidth;
+        for (int64_t r = first; r < rows; r += kWidth) {
+            store(to + t * kBlock + r, load(to + t * kBlock + r) - load(delta + r));
+        }
+    }
+    clear_outside(to, keys, rows, band);
+}
 
 // 2^(x + scale - row_scale) / normaliser. The power is at most one but for rows that are exact: those
 // have a scale of their own, at which it could overflow, and an inverse of zero here.
@@ -125,17 +135,13 @@ inline void query_slopes(const Problem &p, const QueryGradientBlock &q, const Su
     }
 }
 
-struct QueryGradientBuffers {
-    QueryGradientBlock q;
-    float *features, *slope, *slope_sum, *grad_x;
-    WeightSums trained;
+struct QueryGradientBuffers : Buffers {
+    using Buffers::Buffers;
 
-    QueryGradientBuffers(Arena &arena, const Problem &p)
-        : q(arena, p),
-          features(arena.take(kPanel * kBlock)),
-          slope(arena.take(kPanel * kBlock)),
-          slope_sum(arena.take(kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)) {}
+    QueryGradientBlock q{arena, p};
+    float *features = arena.take(kPanel * kBlock), *slope = arena.take(kPanel * kBlock);
+    float *slope_sum = arena.take(kBlock), *grad_x = arena.take(kBlock * p.padded_dim);
+    WeightSums trained;
 };
 
 inline float *float_row(const Rows &rows, int64_t r) {
@@ -149,15 +155,6 @@ inline void write_gradient(const Problem &p, const Rows &to, int64_t r, int64_t 
         for (int64_t c = 0; c < width; ++c) row[c] += there[c];
     }
     write(to, r, width, row);
-}
-
-// `sums` (kBlock) gains the sums of slopes over features.
-inline void sum_slopes(const float *slope, int64_t count, int64_t rows, float *sums) {
-    for (int64_t r = 0; r < rows; r += kWidth) {
-        Vector sum = load(sums + r);
-        for (int64_t f = 0; f < count; ++f) sum += load(slope + f * kBlock + r);
-        store(sums + r, sum);
-    }
 }
 
 // What a gradient with respect to a projection is multiplied with, besides the packed weights.
@@ -182,6 +179,17 @@ inline void finish_gradients(const Problem &p, const Rows &to, int64_t begin, co
     }
 }
 
+// The same for a block of keys, and the gradients of their values (rows, padded_value).
+inline void finish_key_gradients(const Problem &p, int64_t head, int64_t begin, const Block &block,
+                                 float *grad_x, const float *slope_sum, float *grad_value,
+                                 int64_t first = 0) {
+    finish_gradients(p, p.key_rows(p.call.grad_key, head), begin, block, grad_x, slope_sum, first);
+    const Rows to = p.key_rows(p.call.grad_value, head);
+    for (int64_t r = larger<int64_t>(0, first - begin); r < block.rows; ++r) {
+        write_gradient(p, to, begin + r, p.value_dim, grad_value + r * p.padded_value);
+    }
+}
+
 // Gradients of the queries [begin, end) of all groups; adds those of the sums.
 inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
                             const Sums &sums, const Sums &grad_sums, QueryGradientBuffers &b) {
@@ -199,7 +207,7 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
                          rows_of(sums.key_value + first * p.padded_value, p.padded_value),
                          b.q.grad_transposed, kBlock, b.slope, kBlock, false);
                 query_slopes(p, b.q, sums, first, count, b.features, b.slope, grad_sums.key_sum);
-                if (p.exact) sum_slopes(b.slope, count, rows, b.slope_sum);
+                if (p.exact) add_up(b.slope, count, rows, b.slope_sum);
                 b.trained.add(p, head, first, count, b.slope, b.q.block);
                 multiply(count, p.padded_value, rows, rows_of(b.features, kBlock), b.q.grad,
                          p.padded_value, grad_sums.key_value + first * p.padded_value,
@@ -213,21 +221,16 @@ inline void query_gradients(const Problem &p, int64_t head, int64_t begin, int64
     }
 }
 
-struct KeyGradientBuffers {
-    Block block;
-    float *value, *value_transposed, *keep, *features, *slope, *slope_sum, *grad_x, *grad_value;
-    WeightSums trained;
+struct KeyGradientBuffers : Buffers {
+    using Buffers::Buffers;
 
-    KeyGradientBuffers(Arena &arena, const Problem &p)
-        : block(arena, p),
-          value(arena.take(kBlock * p.padded_value)),
-          value_transposed(arena.take(p.padded_value * kBlock)),
-          keep(arena.take(kBlock)),
-          features(arena.take(kPanel * kBlock)),
-          slope(arena.take(kPanel * kBlock)),
-          slope_sum(arena.take(kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)),
-          grad_value(arena.take(kBlock * p.padded_value)) {}
+    Block block{arena, p};
+    float *value = arena.take(kBlock * p.padded_value);
+    float *value_transposed = arena.take(p.padded_value * kBlock), *keep = arena.take(kBlock);
+    float *features = arena.take(kPanel * kBlock), *slope = arena.take(kPanel * kBlock);
+    float *slope_sum = arena.take(kBlock), *grad_x = arena.take(kBlock * p.padded_dim);
+    float *grad_value = arena.take(kBlock * p.padded_value);
+    WeightSums trained;
 };
 
 // For keys, as query_slopes for queries: projections become features, `slope` gradients of
@@ -261,14 +264,10 @@ inline void key_slopes(const Problem &p, const float *log_scale, const float *gr
 // Gradients of the keys and values [begin, end) from those of the sums.
 inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t end,
                           const Sums &sums, const Sums &grad_sums, KeyGradientBuffers &b) {
-    const Rows keys = p.key_rows(p.call.key, head), values = p.key_rows(p.call.value, head);
-    const Rows grad_keys = p.key_rows(p.call.grad_key, head);
-    const Rows grad_values = p.key_rows(p.call.grad_value, head);
     const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t rows = smaller(kBlock, end - start);
-        b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
-        load_values(p, values, start, rows, b.keep, b.value);
+        load_keys_and_values(p, head, start, rows, b.block, b.keep, b.value);
         transpose(b.value, p.padded_value, rows, p.padded_value, b.value_transposed);
         for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
         for (int64_t first = 0; first < p.features; first += kPanel) {
@@ -286,10 +285,7 @@ inline void key_gradients(const Problem &p, int64_t head, int64_t begin, int64_t
                      weights + first * p.weight_stride, p.weight_stride, b.grad_x, p.padded_dim,
                      first > 0);
         }
-        finish_gradients(p, grad_keys, start, b.block, b.grad_x, b.slope_sum);
-        for (int64_t r = 0; r < rows; ++r) {
-            write_gradient(p, grad_values, start + r, p.value_dim, b.grad_value + r * p.padded_value);
-        }
+        finish_key_gradients(p, head, start, b.block, b.grad_x, b.slope_sum, b.grad_value);
     }
 }
 

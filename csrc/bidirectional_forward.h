@@ -6,7 +6,7 @@
 // normaliser is at least one.
 #pragma once
 
-#include "exact_pairs.h"
+#include "exact_forward.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -15,8 +15,7 @@ namespace {
 // sums when one of them exceeds it. Returns their sum.
 inline float absorb_feature(const Problem &p, const Sums &sums, int64_t f, float *exponents,
                             int64_t rows) {
-    Vector peak = load(exponents);
-    for (int64_t r = kWidth; r < rows; r += kWidth) peak = maximum(peak, load(exponents + r));
+    const Vector peak = peaks(exponents, rows, -kInfinity);
     if (any_greater(peak, splat(sums.log_scale[f]))) {
         const float before = sums.log_scale[f], after = largest(peak);
         const float factor = decay(before, after);
@@ -24,42 +23,24 @@ inline float absorb_feature(const Problem &p, const Sums &sums, int64_t f, float
         sums.key_sum[f] *= factor;
         sums.log_scale[f] = after;
     }
-    const Vector scale = splat(finite(sums.log_scale[f]));
-    Vector sum = splat(0.0f);
-    for (int64_t r = 0; r < rows; r += kWidth) {
-        const Vector phi = exp2(load(exponents + r) - scale);
-        store(exponents + r, phi);
-        sum += phi;
-    }
-    return total(sum);
+    return exponentiate(exponents, rows, sums.log_scale[f]);
 }
 
-inline float sum_feature(const float *features, int64_t rows) {
-    Vector sum = splat(0.0f);
-    for (int64_t r = 0; r < rows; r += kWidth) sum += load(features + r);
-    return total(sum);
-}
+struct KeyBuffers : Buffers {
+    using Buffers::Buffers;
 
-struct KeyBuffers {
-    Block block;
-    float *value, *keep, *panel;
-
-    KeyBuffers(Arena &arena, const Problem &p)
-        : block(arena, p),
-          value(arena.take(kBlock * p.padded_value)),
-          keep(arena.take(kBlock)),
-          panel(arena.take(kPanel * kBlock)) {}
+    Block block{arena, p};
+    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
+    float *panel = arena.take(kPanel * kBlock);
 };
 
 // Adds the keys [begin, end) of a head to the sums.
 inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, const Sums &sums,
                    KeyBuffers &b) {
-    const Rows keys = p.key_rows(p.call.key, head), values = p.key_rows(p.call.value, head);
     const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t rows = smaller(kBlock, end - start);
-        b.block.load_keys(p, keys, p.mask(head), start, rows, b.keep);
-        load_values(p, values, start, rows, b.keep, b.value);
+        load_keys_and_values(p, head, start, rows, b.block, b.keep, b.value);
         for (int64_t first = 0; first < p.features; first += kPanel) {
             const int64_t count = smaller(kPanel, p.features - first);
             project(p, weights, b.block, p.key_inner, first, count, b.panel);
@@ -76,18 +57,13 @@ inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, c
     }
 }
 
-struct QueryBuffers {
-    Block block;
-    ExactBuffers near;
-    float *features, *out, *scale, *inverse;
+struct QueryBuffers : Buffers {
+    using Buffers::Buffers;
 
-    QueryBuffers(Arena &arena, const Problem &p)
-        : block(arena, p),
-          near(arena, p),
-          features(arena.take(p.features * kBlock)),
-          out(arena.take(kBlock * p.padded_value)),
-          scale(arena.take(kBlock)),
-          inverse(arena.take(kBlock)) {}
+    Block block{arena, p};
+    ExactBuffers exact{arena, p};
+    float *features = arena.take(p.features * kBlock), *out = arena.take(kBlock * p.padded_value);
+    float *scale = arena.take(kBlock), *inverse = arena.take(kBlock);
 };
 
 // Exponents of queries become features at the scale of the sums, divided by the largest of each
@@ -124,8 +100,7 @@ inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t b
     const int64_t index = p.row_index(head, group, begin);
     for (int64_t r = 0; r < rows; ++r) {
         float *row = out + r * p.padded_value;
-        const Vector factor = splat(__builtin_fabsf(inverse[r]));
-        for (int64_t c = 0; c < p.padded_value; c += kWidth) store(row + c, load(row + c) * factor);
+        scale_vectors(row, p.padded_value, __builtin_fabsf(inverse[r]));
         write(to, begin + r, p.value_dim, row);
         p.call.row_scale[index + r] = scale[r];
         p.call.row_inverse[index + r] = inverse[r];
@@ -145,8 +120,8 @@ inline void read_out(const Problem &p, int64_t head, const Span &span, const Sum
             multiply(rows, p.padded_value, p.features, columns_of(b.features, kBlock),
                      sums.key_value, p.padded_value, b.out, p.padded_value, false);
             if (p.exact) {
-                exact_sums(p, head, span, start, b.block, b.near);
-                add_exact(p, rows, b.near, b.out, b.scale, b.inverse);
+                exact_sums(p, head, span, start, b.block, b.exact);
+                add_exact(p, rows, b.exact, b.out, b.scale, b.inverse);
             }
             for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
             finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);

@@ -9,17 +9,16 @@ namespace performers::PERFORMERS_ISA {
 namespace {
 
 // Up to kBlock keys that rows of a block of queries meet exactly: key t the rows from[t] to to[t].
-struct ExactKeys {
-    float *x, *value;  // (kBlock, padded_dim) and (kBlock, padded_value)
+struct ExactKeys : Buffers {
+    using Buffers::Buffers;
+
+    float *x = arena.take(kBlock * p.padded_dim), *value = arena.take(kBlock * p.padded_value);
     int64_t count = 0;
     Band band = {};  // t - row for all pairs
     int64_t from[kBlock], to[kBlock];
     // Where the keys come from: rows of the keys from `row` on, or the sinks of a sequence.
     int64_t row = 0, sequence = 0;
     bool sinks = false;
-
-    ExactKeys(Arena &arena, const Problem &p)
-        : x(arena.take(kBlock * p.padded_dim)), value(arena.take(kBlock * p.padded_value)) {}
 
     // The keys [begin, begin + number), for the queries [start, start + rows).
     void load_window(const Problem &p, int64_t head, int64_t begin, int64_t number, int64_t start,
@@ -44,7 +43,7 @@ struct ExactKeys {
         sequence = p.sequence_of(head, span);
         row = begin;
         count = number;
-        band = {-kUnbounded, kUnbounded};
+        band = kAll;
         const int64_t *first = p.call.sink_first + sequence * p.call.sinks + begin;
         for (int64_t t = 0; t < count; ++t) {
             from[t] = larger<int64_t>(0, first[t] - start);
@@ -127,23 +126,15 @@ inline void exact_products(const Problem &p, const ExactKeys &keys, const Block 
                   queries.transposed, kBlock, pairs, kBlock, keys.band);
 }
 
-struct ExactBuffers {
-    ExactKeys keys;
-    float *pairs;              // (kBlock keys, kBlock rows)
-    float *out;                // (kBlock rows, padded_value)
-    float *scale, *normaliser;  // (kBlock)
-    float *factor, *other_factor;
-    float *offset;  // what the scale of a row's features lacks
+struct ExactBuffers : Buffers {
+    using Buffers::Buffers;
 
-    ExactBuffers(Arena &arena, const Problem &p)
-        : keys(arena, p),
-          pairs(arena.take(kBlock * kBlock)),
-          out(arena.take(kBlock * p.padded_value)),
-          scale(arena.take(kBlock)),
-          normaliser(arena.take(kBlock)),
-          factor(arena.take(kBlock)),
-          other_factor(arena.take(kBlock)),
-          offset(arena.take(kBlock)) {}
+    ExactKeys keys{arena, p};
+    float *pairs = arena.take(kBlock * kBlock);  // (kBlock keys, kBlock rows)
+    float *out = arena.take(kBlock * p.padded_value);  // (kBlock rows, padded_value)
+    float *scale = arena.take(kBlock), *normaliser = arena.take(kBlock);  // (kBlock)
+    float *factor = arena.take(kBlock), *other_factor = arena.take(kBlock);
+    float *offset = arena.take(kBlock);  // what the scale of a row's features lacks
 };
 
 // Products become weights at the scale of each row, raised where they exceed it; `factor` is what
@@ -193,16 +184,12 @@ inline void exact_sums(const Problem &p, int64_t head, const Span &span, int64_t
     queries.offsets(p, e.offset);
     bool any = false;
     // The features alone: as if no key were in reach.
-    if (p.call.part != PERFORMERS_FAR) for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
+    if (p.call.part != PERFORMERS_FEATURES) for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
         exact_products(p, e.keys, queries, e.pairs);
         const bool changed = exact_weights(p, rows, e);
         for (int64_t r = 0; any && changed && r < rows; ++r) {
             if (e.factor[r] == 1) continue;
-            float *row = e.out + r * p.padded_value;
-            const Vector factor = splat(e.factor[r]);
-            for (int64_t c = 0; c < p.padded_value; c += kWidth) {
-                store(row + c, load(row + c) * factor);
-            }
+            scale_vectors(e.out + r * p.padded_value, p.padded_value, e.factor[r]);
         }
         multiply(rows, p.padded_value, e.keys.count, columns_of(e.pairs, kBlock), e.keys.value,
                  p.padded_value, e.out, p.padded_value, any, by_row(e.keys.band));
@@ -220,11 +207,11 @@ inline void add_exact(const Problem &p, int64_t rows, ExactBuffers &e, float *ou
     for (int64_t r = 0; r < rows; r += kWidth) {
         const Vector signed_sum = load(normaliser + r);
         const Vector sign = signed_sum < zero ? splat(-1.0f) : splat(1.0f);
-        const Vector sum = signed_sum * sign, near = load(e.scale + r);
-        const Vector far = sum == zero ? lowest : load(scale + r) + load(e.offset + r);
-        Vector peak = maximum(near, far);
+        const Vector sum = signed_sum * sign, exact = load(e.scale + r);
+        const Vector features = sum == zero ? lowest : load(scale + r) + load(e.offset + r);
+        Vector peak = maximum(exact, features);
         peak = peak == lowest ? zero : peak;
-        const Vector mine = exp2(far - peak), others = exp2(near - peak);
+        const Vector mine = exp2(features - peak), others = exp2(exact - peak);
         store(e.factor + r, others);
         store(e.other_factor + r, mine);
         store(scale + r, peak);

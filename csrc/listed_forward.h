@@ -42,16 +42,13 @@ inline Rows plain_rows(const float *data, int64_t width) {
 }
 
 // The keys of a list, kBlock at a time.
-struct ListChunk {
-    Block block;
-    float *value, *keep;
-    float *features;  // (features, kBlock), at the scales of the list
+struct ListChunk : Buffers {
+    using Buffers::Buffers;
 
-    ListChunk(Arena &arena, const Problem &p)
-        : block(arena, p),
-          value(arena.take(kBlock * p.padded_value)),
-          keep(arena.take(kBlock)),
-          features(arena.take(p.features * kBlock)) {}
+    Block block{arena, p};
+    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
+    // (features, kBlock), at the scales of the list
+    float *features = arena.take(p.features * kBlock);
 };
 
 // Where a list lies in the tensors of a call.
@@ -126,21 +123,13 @@ inline void load_list(const Problem &p, const performers_listed_call &call, cons
         project(p, p.weights_of(place.head), chunk.block, p.key_inner, 0, p.features,
                 chunk.features);
         for (int64_t f = 0; f < p.features; ++f) {
-            Vector peak = splat(b.log_scale[f]);
-            for (int64_t r = 0; r < count; r += kWidth) {
-                peak = maximum(peak, load(chunk.features + f * kBlock + r));
-            }
-            b.log_scale[f] = largest(peak);
+            b.log_scale[f] = largest(peaks(chunk.features + f * kBlock, count, b.log_scale[f]));
         }
         start += kBlock;
     }
     for (const ListChunk &chunk : b.chunks) {
         for (int64_t f = 0; f < p.features; ++f) {
-            const Vector scale = splat(finite(b.log_scale[f]));
-            for (int64_t r = 0; r < chunk.block.rows; r += kWidth) {
-                float *at = chunk.features + f * kBlock + r;
-                store(at, exp2(load(at) - scale));
-            }
+            exponentiate(chunk.features + f * kBlock, chunk.block.rows, b.log_scale[f]);
         }
     }
 }
@@ -227,11 +216,8 @@ inline void exact_scores(const Problem &p, const performers_listed_call &call, L
 inline void write_listed_rows(const Problem &p, const performers_listed_call &call,
                               const ListPlace &place, int64_t block, ListedBuffers &b, float *out,
                               double *log_normaliser) {
-    for (int64_t r = 0; r < call.rows; r += kWidth) {
-        Vector sum = splat(0.0f);
-        for (int64_t t = 0; t < call.list_keys; ++t) sum += load(b.pairs + t * kBlock + r);
-        store(b.normaliser + r, sum);
-    }
+    for (int64_t r = 0; r < kBlock; ++r) b.normaliser[r] = 0;
+    add_up(b.pairs, call.list_keys, call.rows, b.normaliser);
     for (size_t i = 0; i < b.chunks.size(); ++i) {
         multiply(call.rows, p.padded_value, b.chunks[i].block.rows,
                  columns_of(b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock),

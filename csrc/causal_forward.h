@@ -9,7 +9,7 @@
 // So no later position moves an earlier row by more than rounding.
 #pragma once
 
-#include "bidirectional.h"
+#include "bidirectional_forward.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -20,36 +20,28 @@ namespace {
 constexpr float kSmallestNormaliser = 0x1p-40f;
 
 // The keys of one chunk, and the sums over those before it.
-struct ChunkKeys {
-    Block block;
-    float *value, *keep;
-    float *features;    // (features, kBlock), at the scale of `sums` after the chunk
-    float *exponents;   // likewise, before any scale; filled when a row needs them
-    float *added_sum;   // sums over the chunk's keys (features)
-    float *decays;      // what the past is multiplied with (features)
-    float *past_scale;  // log scales before the chunk (features)
-    float *past_sum;    // key sums before the chunk, at those scales (features)
-    float *past_value;  // rows of the past that `advance` rescaled, as they were
-    bool has_exponents = false;
+struct ChunkKeys : Buffers {
+    using Buffers::Buffers;
 
-    ChunkKeys(Arena &arena, const Problem &p)
-        : block(arena, p),
-          value(arena.take(kBlock * p.padded_value)),
-          keep(arena.take(kBlock)),
-          features(arena.take(p.features * kBlock)),
-          exponents(arena.take(p.features * kBlock)),
-          added_sum(arena.take(p.features)),
-          decays(arena.take(p.features)),
-          past_scale(arena.take(p.features)),
-          past_sum(arena.take(p.features)),
-          past_value(arena.take(p.features * p.padded_value)) {}
+    Block block{arena, p};
+    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
+    // (features, kBlock), at the scale of `sums` after the chunk
+    float *features = arena.take(p.features * kBlock);
+    // likewise, before any scale; filled when a row needs them
+    float *exponents = arena.take(p.features * kBlock);
+    float *added_sum = arena.take(p.features);  // sums over the chunk's keys (features)
+    float *decays = arena.take(p.features);  // what the past is multiplied with (features)
+    float *past_scale = arena.take(p.features);  // log scales before the chunk (features)
+    // key sums before the chunk, at those scales (features)
+    float *past_sum = arena.take(p.features);
+    // rows of the past that `advance` rescaled, as they were
+    float *past_value = arena.take(p.features * p.padded_value);
+    bool has_exponents = false;
 
     // The keys of the queries from `begin` on: theirs, or those that leave their windows.
     void fetch(const Problem &p, int64_t head, const Span &span, int64_t begin, int64_t rows) {
         begin += p.shift;
-        block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep,
-                        span.first);
-        load_values(p, p.key_rows(p.call.value, head), begin, rows, keep, value);
+        load_keys_and_values(p, head, begin, rows, block, keep, value, span.first);
         project(p, p.weights_of(head), block, p.key_inner, 0, p.features, features);
         has_exponents = false;
     }
@@ -69,11 +61,7 @@ struct ChunkKeys {
         }
         if (p.exponential) {
             for (int64_t f = 0; f < p.features; ++f) {
-                const float *row = features + f * kBlock;
-                Vector peak = load(row);
-                for (int64_t r = kWidth; r < block.rows; r += kWidth) {
-                    peak = maximum(peak, load(row + r));
-                }
+                const Vector peak = peaks(features + f * kBlock, block.rows, -kInfinity);
                 if (!any_greater(peak, splat(past_scale[f]))) continue;
                 sums.log_scale[f] = largest(peak);
                 decays[f] = decay(past_scale[f], sums.log_scale[f]);
@@ -91,17 +79,8 @@ struct ChunkKeys {
         if (!p.exponential) rectify(p, features, p.features, block.rows, keep);
         for (int64_t f = 0; f < p.features; ++f) {
             float *row = features + f * kBlock;
-            const Vector scale = splat(finite(log_scale[f]));
-            Vector sum = splat(0.0f);
-            for (int64_t r = 0; r < block.rows; r += kWidth) {
-                Vector phi = load(row + r);
-                if (p.exponential) {
-                    phi = exp2(phi - scale);
-                    store(row + r, phi);
-                }
-                sum += phi;
-            }
-            added_sum[f] = total(sum);
+            added_sum[f] = p.exponential ? exponentiate(row, block.rows, log_scale[f])
+                                         : sum_feature(row, block.rows);
         }
     }
 
@@ -129,30 +108,20 @@ struct ChunkKeys {
     }
 };
 
-// How many keys of its chunk a row sees.
+// How many keys of its chunk a row sees, and all such pairs.
 inline int64_t seen_keys(const Problem &p, int64_t row) { return p.strict ? row : row + 1; }
-
-// Zeros where the key (row) comes after those that the query (column) sees, and up to whole vectors.
-inline void clear_future(const Problem &p, float *pairs, int64_t rows) {
-    const int64_t used = round_up(rows, kWidth), after = p.strict ? 1 : 0;
-    for (int64_t j = 0; j < rows; ++j) {
-        float *row = pairs + j * kBlock;
-        for (int64_t i = 0; i < j + after; ++i) row[i] = 0;
-        for (int64_t i = rows; i < used; ++i) row[i] = 0;
-    }
-}
+inline Band seen_pairs(const Problem &p) { return {-kUnbounded, p.strict ? -1 : 0}; }
 
 // One row of a chunk at the scale of what it may see.
-struct ExactRow {
-    float *exponents;  // of the query, less the row's scale (padded features)
-    float *past;       // its features at the scale of the past (padded features)
-    float *pairs;      // with the chunk's keys (kBlock)
-    float scale, normaliser;
+struct MendedRow : Buffers {
+    using Buffers::Buffers;
 
-    ExactRow(Arena &arena, const Problem &p)
-        : exponents(arena.take(p.features)),
-          past(arena.take(p.features)),
-          pairs(arena.take(kBlock)) {}
+    // of the query, less the row's scale (padded features)
+    float *exponents = arena.take(p.features);
+    // its features at the scale of the past (padded features)
+    float *past = arena.take(p.features);
+    float *pairs = arena.take(kBlock);  // with the chunk's keys (kBlock)
+    float scale, normaliser;
 
     // `query` (features, kBlock): the exponents of the chunk's queries. Key exponents are loaded.
     void compute(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys) {
@@ -202,26 +171,20 @@ struct ExactRow {
     }
 };
 
-struct CausalBuffers {
-    ChunkKeys keys;
-    QueryBuffers q;
-    ExactRow exact;
-    float *pairs, *query_exponents;
-    Sums sums;
+struct CausalBuffers : Buffers {
+    using Buffers::Buffers;
 
-    CausalBuffers(Arena &arena, const Problem &p)
-        : keys(arena, p),
-          q(arena, p),
-          exact(arena, p),
-          pairs(arena.take(kBlock * kBlock)),
-          query_exponents(arena.take(p.features * kBlock)),
-          sums(arena.take(Sums::size(p)), p) {}
+    ChunkKeys keys{arena, p};
+    QueryBuffers q{arena, p};
+    MendedRow mended{arena, p};
+    float *pairs = arena.take(kBlock * kBlock), *query_exponents = arena.take(p.features * kBlock);
+    Sums sums{arena.take(Sums::size(p)), p};
 };
 
 // What exact pairs add to the normaliser of row r, at the scale of its features.
 inline float exact_share(const Problem &p, int64_t r, const CausalBuffers &b) {
     if (!p.exact) return 0;
-    const ExactBuffers &e = b.q.near;
+    const ExactBuffers &e = b.q.exact;
     const float scale = e.scale[r] - e.offset[r] - b.q.scale[r];
     return e.normaliser[r] * exp2(smaller(scale, 100.0f));
 }
@@ -241,20 +204,20 @@ inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t 
                     b.query_exponents);
             ready = true;
         }
-        b.exact.compute(p, b.query_exponents, r, b.keys);
+        b.mended.compute(p, b.query_exponents, r, b.keys);
         float *out = b.q.out + r * p.padded_value;
         for (int64_t c = 0; c < p.padded_value; c += kWidth) {
             Vector sum = splat(0.0f);
             for (int64_t f = 0; f < p.features; ++f) {
-                sum += load(b.keys.past_row(p, sums, f) + c) * splat(b.exact.past[f]);
+                sum += load(b.keys.past_row(p, sums, f) + c) * splat(b.mended.past[f]);
             }
             for (int64_t j = 0; j < seen_keys(p, r); ++j) {
-                sum += load(b.keys.value + j * p.padded_value + c) * splat(b.exact.pairs[j]);
+                sum += load(b.keys.value + j * p.padded_value + c) * splat(b.mended.pairs[j]);
             }
             store(out + c, sum);
         }
-        b.q.scale[r] = b.exact.scale;
-        b.q.inverse[r] = -b.exact.normaliser;
+        b.q.scale[r] = b.mended.scale;
+        b.q.inverse[r] = -b.mended.normaliser;
     }
 }
 
@@ -274,19 +237,15 @@ inline void causal_rows(const Problem &p, int64_t head, const Span &span, const 
                            q.inverse);
             multiply_band(rows, rows, p.features, columns_of(b.keys.features, kBlock), q.features,
                            kBlock, b.pairs, kBlock, kUpTo);
-            clear_future(p, b.pairs, rows);
-            for (int64_t j = 0; j < rows; ++j) {
-                for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
-                    store(q.inverse + i, load(q.inverse + i) + load(b.pairs + j * kBlock + i));
-                }
-            }
+            clear_outside(b.pairs, rows, rows, seen_pairs(p));
+            add_up(b.pairs, rows, rows, q.inverse);
             multiply(rows, p.padded_value, rows, columns_of(b.pairs, kBlock), b.keys.value,
                      p.padded_value, q.out, p.padded_value, false, by_row(kUpTo));
             multiply(rows, p.padded_value, p.features, columns_of(q.features, kBlock),
                      sums.key_value, p.padded_value, q.out, p.padded_value, true);
-            if (p.exact) exact_sums(p, head, span, start, q.block, q.near);
+            if (p.exact) exact_sums(p, head, span, start, q.block, q.exact);
             if (p.exponential) mend_rows(p, head, sums, rows, b);
-            if (p.exact) add_exact(p, rows, q.near, q.out, q.scale, q.inverse);
+            if (p.exact) add_exact(p, rows, q.exact, q.out, q.scale, q.inverse);
             for (int64_t r = 0; r < rows; ++r) q.inverse[r] = inverse_of(q.inverse[r]);
             finish_rows(p, head, group, start, rows, q.out, q.scale, q.inverse);
         }
