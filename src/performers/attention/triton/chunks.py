@@ -100,16 +100,15 @@ def chunk_rows(
         far = phi_q * tl.exp2(past - scale)[None, :]
         far = far.to(OPERAND)
         kv = load_rows(KV + state * DV, f, DV, every, DV, BV)
-        ks = tl.load(KS + state + f)
         if HAS_SEG:
-            # Sums of another sequence may hold NaN.
-            more = times_sums(far, kv, tl.zeros((BT, BV), tl.float32), PRECISION)
-            acc = acc * decay[:, None] + tl.where(continues[:, None], more, 0.0)
-            more_den = tl.sum(far.to(tl.float32) * ks[None, :], 1)
-            den = den * decay + tl.where(continues, more_den, 0.0)
-        else:
-            acc = times_sums(far, kv, acc * decay[:, None], PRECISION)
-            den = den * decay + tl.sum(far.to(tl.float32) * ks[None, :], 1)
+            # Sums of another sequence are not seen, whatever they hold: the normaliser tells.
+            far = tl.where(continues[:, None], far, 0.0).to(OPERAND)
+            kv = tl.where(kv == kv, kv, 0.0)
+        acc = times_sums(far, kv, acc * decay[:, None], PRECISION)
+        more = tl.sum(far.to(tl.float32) * tl.load(KS + state + f)[None, :], 1)
+        if HAS_SEG:
+            more = tl.where(continues, more, 0.0)
+        den = den * decay + more
         peak = new
     seen = seen_pairs(r, r, own, own, STRICT, HAS_SEG)
     pairs = tl.where(seen, pairs, 0.0).to(OPERAND)

@@ -86,7 +86,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
     "query_states": {
-        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     },
@@ -102,6 +102,11 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     },
     "chunk_rows": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
+    },
+    "packed_chunk_rows": {
+        64: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
@@ -129,7 +134,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     },
     # Features are keys.
     "near": {
-        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        64: (Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
@@ -559,7 +564,8 @@ class Launcher:
         )  # fmt: skip
         options = {**self._sweep(sweep), "STRICT": sweep.strict, "MERGE": part is not None}
         programs = self.chunks * heads.count * self.groups
-        blocks = self.blocks("chunk_rows")
+        packed = self.inputs.segments is not None
+        blocks = self.blocks("packed_chunk_rows" if packed else "chunk_rows")
         self.launch(
             chunks.chunk_rows, programs, *arguments,
             **self.widths, **self.products, **options, BM=blocks.features,
@@ -585,6 +591,7 @@ class Launcher:
             kernel, programs * (self.chunk // blocks.rows), *arguments_, *sizes,
             **self.widths, **options, BR=blocks.rows,
             PER_HEAD=self.products["PER_HEAD"], SPLIT=self.products["SPLIT"],
+            PRECISION=self.products["PRECISION"],
             blocks=blocks,
         )  # fmt: skip
 

@@ -45,7 +45,7 @@ def mend_rows(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, MERGE: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and logarithms of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
@@ -121,7 +121,7 @@ def mend_rows(
                 den += far * ks
         pairs += tl.where(seen, poison(norm)[None, :], 0.0)
         v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV)
-        acc = dot(pairs, v.to(tl.float32), acc, "tf32x3")
+        acc = dot(pairs, v.to(tl.float32), acc, PRECISION)
         den += tl.sum(pairs, 1)
         acc, log = finished(acc, den, peak, is_broken(q))
         to = OUT + head_of(n, heads, sob, soh) + (g * sog + i * sol)
@@ -137,6 +137,7 @@ def mend_query_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
@@ -173,7 +174,7 @@ def mend_query_gradients(
         continues = own_row == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
         seen = seen_pairs(r, t, own_row, own_key, STRICT, HAS_SEG)
         seen = seen & (norm < LARGEST_NORM)[None, :]
-        slope = dot(grad, tl.trans(v.to(tl.float32)), tl.zeros((BR, BT), tl.float32), "tf32x3")
+        slope = dot(grad, tl.trans(v.to(tl.float32)), tl.zeros((BR, BT), tl.float32), PRECISION)
         slope = tl.where(seen, slope - delta[:, None], 0.0)
         dq = tl.zeros((BR, BD), tl.float32)
         along = tl.zeros((BR,), tl.float32)
@@ -210,6 +211,7 @@ def mend_key_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the lost rows of a chunk give to the gradients of ``BR`` of its keys and values."""
     tiles: tl.constexpr = BT // BR
@@ -247,7 +249,7 @@ def mend_key_gradients(
             own_row = tl.load(SEG + i + step, mask=there, other=-3) if HAS_SEG else t
             seen = seen_pairs(t, r, own_row, own_key, STRICT, HAS_SEG)
             seen = seen & (norm < LARGEST_NORM)[None, :]
-            slope = dot(grad, tl.trans(v), tl.zeros((BT, BR), tl.float32), "tf32x3")
+            slope = dot(grad, tl.trans(v), tl.zeros((BT, BR), tl.float32), PRECISION)
             slope = tl.where(seen, slope - delta[:, None], 0.0)
             dk = tl.zeros((BR, BD), tl.float32)
             along = tl.zeros((BR,), tl.float32)
@@ -264,7 +266,7 @@ def mend_key_gradients(
                 dk += h[:, None] * weight[None, :]
                 along += h
             dk = dk * LN2 - k * (along * pull)[:, None]
-            dv = dot(tl.trans(pairs), grad, tl.zeros((BR, BV), tl.float32), "tf32x3")
+            dv = dot(tl.trans(pairs), grad, tl.zeros((BR, BV), tl.float32), PRECISION)
             to = GRAD_K + head_of(n, heads, sxb, sxh) + j * sxs
             dk += load_rows(to, key_step, sxs, taking, D, BD)
             store_rows(to, key_step, sxs, dk, taking, D, BD)
