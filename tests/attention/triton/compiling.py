@@ -116,6 +116,7 @@ def compiled(kernel: Any, args: Any, options: Any, capability: int) -> dict[str,
     return {
         "kernel": kernel.__name__,
         "capability": capability,
+        "packed": bool(options.get("HAS_SEG")),
         "blocks": list(blocks),
         "registers": counts["REG"],
         "stack": counts["STACK"],
@@ -141,16 +142,19 @@ def measured(head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The largest of each number over the variants of a kernel, as Markdown."""
-    kernels: dict[tuple[str, int], dict[str, Any]] = {}
+    kernels: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        worst = kernels.setdefault((row["kernel"], row["capability"]), row)
+        key = (row["kernel"], row["capability"], row["packed"], *row["blocks"])
+        worst = kernels.setdefault(key, row)
         for name in ("registers", "stack", "shared", "matrix", "warpgroup"):
             worst[name] = max(worst[name], row[name])
     lines = [
         "| kernel | sm | features, rows, warps, stages | registers | stack | KB | HMMA, HGMMA |",
         "|---|---|---|---|---|---|---|",
     ]
-    for (name, capability), row in kernels.items():
+    for row in sorted(kernels.values(), key=lambda row: (row["kernel"], row["capability"])):
+        name, capability = row["kernel"], row["capability"]
+        name += ", packed" if row["packed"] else ""
         blocks = ", ".join(str(x or "-") for x in row["blocks"])
         products = f"{row['matrix'] - row['warpgroup']}, {row['warpgroup']}"
         lines.append(

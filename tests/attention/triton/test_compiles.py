@@ -39,18 +39,18 @@ def compile_all(head_dim, dtype):
     return json.loads(run.stdout)
 
 
-def check(rows, stack):
+def check(rows, stack, packed_stack):
     assert {row["kernel"] for row in rows} >= HOT | {"decode_step", "mend_rows"}
     for row in rows:
         assert row["shared"] <= SHARED[row["capability"]], row
-        assert row["stack"] <= stack, row
+        assert row["stack"] <= (packed_stack if row["packed"] else stack), row
         if row["kernel"] in HOT:
             assert row["warpgroup" if row["capability"] == 90 else "matrix"] > 0, row
 
 
 @pytest.mark.timeout(1200)
 def test_head_dim_64():
-    check(compile_all(64, "bfloat16"), stack=0)
+    check(compile_all(64, "bfloat16"), stack=0, packed_stack=128)
 
 
 @pytest.mark.slow
@@ -60,4 +60,4 @@ def test_head_dim_64():
 )
 def test_other_sizes_fit(head_dim, dtype):
     """They may spill, which docs/results/gpu.md tells, but not by much."""
-    check(compile_all(head_dim, dtype), stack=512)
+    check(compile_all(head_dim, dtype), stack=512, packed_stack=512)

@@ -232,4 +232,5 @@ def _prefix_sums(
     key_value = (weights @ parts.key_value.movedim(2, 3)).movedim(3, 2)
     key_sum = (weights @ parts.key_sum.movedim(2, 3).unsqueeze(-1)).squeeze(-1).movedim(3, 2)
     whole = Sums(key_value, key_sum, log_scale)
-    return Sums(*(x[:, :, :-1] for x in whole)), Sums(*(x[:, :, -1] for x in whole))
+    # What goes on is a copy: a view would keep the sums before all chunks.
+    return Sums(*(x[:, :, :-1] for x in whole)), Sums(*(x[:, :, -1].clone() for x in whole))

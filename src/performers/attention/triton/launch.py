@@ -105,11 +105,6 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
-    "packed_chunk_rows": {
-        64: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
-    },
     "chunk_query_gradients": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
@@ -117,7 +112,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     },
     # Rows are keys, of a chunk.
     "chunk_key_gradients": {
-        64: (Blocks(32, 32, 4, 2), Blocks(16, 64, 4, 1)),
+        64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
         128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
         256: (Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
     },
@@ -564,8 +559,7 @@ class Launcher:
         )  # fmt: skip
         options = {**self._sweep(sweep), "STRICT": sweep.strict, "MERGE": part is not None}
         programs = self.chunks * heads.count * self.groups
-        packed = self.inputs.segments is not None
-        blocks = self.blocks("packed_chunk_rows" if packed else "chunk_rows")
+        blocks = self.blocks("chunk_rows")
         self.launch(
             chunks.chunk_rows, programs, *arguments,
             **self.widths, **self.products, **options, BM=blocks.features,
