@@ -229,11 +229,11 @@ class Heads(NamedTuple):
     """Key heads, of all sequences, that a pass works on at a time."""
 
     first: int
-    count: int
+    size: int
 
     def of(self, x: Tensor) -> Tensor:
         """Their part of a tensor ``(batch, heads, ...)`` or ``(batch * heads, ...)``."""
-        return x[self.first : self.first + self.count]
+        return x[self.first : self.first + self.size]
 
 
 class Launcher:
@@ -498,13 +498,13 @@ class Launcher:
         There is one scale more than there are chunks: that of the sums after the last.
         """
         blocks = self.blocks("key_states")
-        span, splits = self.spans(self.length, blocks, heads.count)
+        span, splits = self.spans(self.length, blocks, heads.size)
         options = self._sweep(sweep)
 
         def run(start: Sums | None, states: tuple[Tensor | None, ...], ends: Sums) -> None:
             self.launch(
                 sums.key_sums,
-                self.features // blocks.features * splits * heads.count,
+                self.features // blocks.features * splits * heads.size,
                 self.key, self.value, sweep.norms, self.inputs.segments, *self.projection,
                 *(start or (None, None, None)), *states, *ends,
                 *self.key.stride()[:3], *self.value.stride()[:3],
@@ -515,16 +515,16 @@ class Launcher:
                 blocks=blocks,
             )  # fmt: skip
 
-        ends = self.new_sums(heads.count, splits)
+        ends = self.new_sums(heads.size, splits)
         if splits > 1:
             run(None, (None, None, None), ends)
-            parts, ends = ends, self.new_sums(heads.count, splits)
-            total = self.new_sums(heads.count, 1)
+            parts, ends = ends, self.new_sums(heads.size, splits)
+            total = self.new_sums(heads.size, 1)
             flags = {name: options[name] for name in ("HAS_SEG", "REVERSE")}
             self.combine(parts, start, total, self.length, span, **flags)
             start = parts
-        shape = (heads.count, self.chunks, self.features)
-        scale = self.new(heads.count, self.chunks + 1, self.features)
+        shape = (heads.size, self.chunks, self.features)
+        scale = self.new(heads.size, self.chunks + 1, self.features)
         before = Sums(self.new(*shape, self.value_dim), self.new(*shape), scale)
         run(start, before, ends)
         return before, Sums(*(x[:, -1] for x in ends))
@@ -558,7 +558,7 @@ class Launcher:
             *results, *strides, *self._chunk_sizes(sweep, heads),
         )  # fmt: skip
         options = {**self._sweep(sweep), "STRICT": sweep.strict, "MERGE": part is not None}
-        programs = self.chunks * heads.count * self.groups
+        programs = self.chunks * heads.size * self.groups
         blocks = self.blocks("chunk_rows")
         self.launch(
             chunks.chunk_rows, programs, *arguments,
@@ -577,12 +577,9 @@ class Launcher:
     ) -> None:
         """Run a kernel of ``mend.py``: on a part of each chunk, and on the real features only."""
         blocks = self.blocks(table)
-        *arguments_, last = arguments
-        sizes = (last, self.inputs.weight.shape[-2])
-        if isinstance(last, float):
-            sizes = (self.inputs.weight.shape[-2], last)
         self.launch(
-            kernel, programs * (self.chunk // blocks.rows), *arguments_, *sizes,
+            kernel, programs * (self.chunk // blocks.rows),
+            *arguments, self.inputs.weight.shape[-2],
             **self.widths, **options, BR=blocks.rows,
             PER_HEAD=self.products["PER_HEAD"], SPLIT=self.products["SPLIT"],
             PRECISION=self.products["PRECISION"],
@@ -603,7 +600,7 @@ class Launcher:
         of the sums after the last chunk.
         """
         blocks = self.blocks("query_states")
-        span, splits = self.spans(self.length, blocks, heads.count)
+        span, splits = self.spans(self.length, blocks, heads.size)
         options = self._sweep(sweep)
         grad_out = rows[0]
 
@@ -614,7 +611,7 @@ class Launcher:
         ) -> None:
             self.launch(
                 sums.query_sums,
-                self.features // blocks.features * splits * heads.count,
+                self.features // blocks.features * splits * heads.size,
                 self.query, *rows, self.inputs.segments, *self.projection, scale,
                 *(start or (None, None)), *states, *ends,
                 *self.query.stride()[:4], *grad_out.stride()[:4],
@@ -625,14 +622,14 @@ class Launcher:
                 blocks=blocks,
             )  # fmt: skip
 
-        ends = self.new_sums(heads.count, splits)[:2]
+        ends = self.new_sums(heads.size, splits)[:2]
         if splits > 1:
             run(None, (None, None), ends)
-            parts, ends = ends, self.new_sums(heads.count, splits)[:2]
+            parts, ends = ends, self.new_sums(heads.size, splits)[:2]
             combining = self.blocks("combine")
             self.launch(
                 sums.combine_gradients,
-                self.features // combining.features * heads.count,
+                self.features // combining.features * heads.size,
                 *parts, scale, *(start or (None, None)), self.inputs.segments,
                 self.length, span, splits, self.chunks, self.features,
                 DV=self.value_dim, BV=self.widths["BV"], BM=combining.features, **options,
@@ -640,7 +637,7 @@ class Launcher:
                 blocks=combining,
             )  # fmt: skip
             start = parts
-        shape = (heads.count, self.chunks, self.features)
+        shape = (heads.size, self.chunks, self.features)
         after = self.new(*shape, self.value_dim), self.new(*shape)
         run(start, after, ends)
         return after, (ends[0][:, 0], ends[1][:, 0])
@@ -666,7 +663,7 @@ class Launcher:
         arguments = (
             *inputs, *before, query, *strides, *query.stride()[:4], *sizes, self.query_pull,
         )  # fmt: skip
-        programs = self.chunks * heads.count * self.groups
+        programs = self.chunks * heads.size * self.groups
         blocks = self.blocks("chunk_query_gradients")
         self.launch(
             chunks.chunk_query_gradients, programs, *arguments,
@@ -675,7 +672,7 @@ class Launcher:
         )  # fmt: skip
         self._mend(mend.mend_query_gradients, programs, arguments, options)
         ends = (key, value, *strides, *key.stride()[:3], *value.stride()[:3], *sizes, self.pull)
-        programs = self.chunks * heads.count
+        programs = self.chunks * heads.size
         blocks = self.blocks("chunk_key_gradients")
         self.launch(
             chunks.chunk_key_gradients, programs * (self.chunk // blocks.rows),
@@ -831,14 +828,12 @@ def _forward(launcher: Launcher) -> Results:
     if exact:
         rows = launcher.new_rows()
     sweeps = launcher.sweeps(results.key_norm)
-    for norms, sweep in zip(results.key_norm, sweeps or [None], strict=True):
-        if sweep is None:
-            launcher.key_norms(norms)
-        else:
-            launcher.key_norms(norms, sweep.delay, sweep.reverse)
     if sweeps:
+        for sweep in sweeps:
+            launcher.key_norms(sweep.norms, sweep.delay, sweep.reverse)
         _sweep_rows(launcher, sweeps, rows, results)
     else:
+        launcher.key_norms(results.key_norm[0])
         total = launcher.total_sums(results.key_norm[0])
         launcher.read_rows(total, *rows)
         results = results._replace(

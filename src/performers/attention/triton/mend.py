@@ -133,7 +133,7 @@ def mend_rows(
 def mend_query_gradients(
     Q, K, V, NORM, SEG, GRAD_OUT, DELTA, LOG, LOST, HI, LO, BIAS, KV, KS, SCALE, GRAD_Q,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, sgb, sgh, sgg, sgl, sxb, sxh, sxg, sxl,
-    heads, groups, first, length, delay, chunks, features, count, pull,
+    heads, groups, first, length, delay, chunks, features, pull, count,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
@@ -207,7 +207,7 @@ def mend_key_gradients(
     Q, K, V, NORM, SEG, GRAD_OUT, DELTA, LOG, LOST, HI, LO, BIAS, GRAD_K, GRAD_V,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, sgb, sgh, sgg, sgl,
     sxb, sxh, sxs, syb, syh, sys,
-    heads, groups, first, length, delay, chunks, features, count, pull,
+    heads, groups, first, length, delay, chunks, features, pull, count,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
