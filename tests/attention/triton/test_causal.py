@@ -142,9 +142,3 @@ def test_two_runs_are_equal():
         torch.autograd.grad(call.run("triton").square().sum(), call.inputs) for _ in range(2)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_head_dims_beyond_128():
-    """Chunks of 32."""
-    check(small_call(70, "causal", heads=1, head_dim=130, value_dim=20, num_features=16))
-    check(hostile_call(50, heads=1, value_dim=130, scale=6.0), tolerance=2e-5)

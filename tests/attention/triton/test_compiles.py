@@ -56,7 +56,7 @@ def test_head_dim_64():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
-    [(64, "float16"), (64, "float32"), (128, "bfloat16"), (256, "bfloat16")],
+    [(64, "float16"), (64, "float32"), (128, "bfloat16"), (128, "float16")],
 )
 def test_other_sizes_fit(head_dim, dtype):
     """They may spill, which docs/results/gpu.md tells, but not by much."""

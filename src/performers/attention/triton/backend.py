@@ -18,7 +18,8 @@ from performers.features.draws import is_traced, is_transformed
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _LEAST_CAPABILITY = (8, 0)
-_LARGEST_HEAD_DIM = 256
+# What has room in registers and shared memory.
+_LARGEST_HEAD_DIM = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 64}
 _told: set[str] = set()
 
 
@@ -66,8 +67,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     if 0 in call.query.shape or 0 in call.value.shape:
         # Nothing is summed: zeros of the right shapes, and their graph.
         return torch_backend.attend(call)
-    dtype = torch.promote_types(call.query.dtype, call.key.dtype)
-    dtype = torch.promote_types(dtype, call.value.dtype)
+    dtype = _input_dtype(call)
     query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))
     call = call.replaced(query=query, key=key, value=value)
     inputs = Inputs.of(call)
@@ -91,6 +91,11 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
         # All results of an operator want gradients if one does; these have none to hand on.
         sums = [x.detach() for x in sums]
     return out, FavorState(sums[0], sums[1], sums[2].detach())
+
+
+def _input_dtype(call: AttentionCall) -> torch.dtype:
+    dtype = torch.promote_types(call.query.dtype, call.key.dtype)
+    return torch.promote_types(dtype, call.value.dtype)
 
 
 def uncovered(call: AttentionCall) -> str | None:
@@ -118,9 +123,10 @@ def _uncovered_features(call: AttentionCall) -> str | None:
 
 
 def _uncovered_options(call: AttentionCall) -> str | None:
-    head_dim, value_dim = call.query.shape[-1], call.value.shape[-1]
-    if max(head_dim, value_dim) > _LARGEST_HEAD_DIM:
-        return f"for a head_dim above {_LARGEST_HEAD_DIM}"
+    dtype = _input_dtype(call)
+    most = _LARGEST_HEAD_DIM[dtype]
+    if max(call.query.shape[-1], call.value.shape[-1]) > most:
+        return f"for {dtype} inputs with a head_dim or value_dim above {most}"
     if call.lists is not None:
         return "with listed keys"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.

@@ -47,108 +47,87 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By kernel: blocks for a head_dim up to 64, 128 and 256, on sm_80 and on sm_90 and later. They are
+# By kernel: blocks for a head_dim up to 64 and 128, on sm_80 and on sm_90 and later. They are about
 # the largest that compile without spills; tests/attention/triton/test_compiles.py keeps them so.
 _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     "key_norms": {
         64: (Blocks(0, 64, 4, 1), Blocks(0, 64, 4, 1)),
         128: (Blocks(0, 32, 4, 1), Blocks(0, 32, 4, 1)),
-        256: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
     },
     "key_sums": {
         64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
     "key_states": {
         64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     },
     "combine": {
         64: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
         128: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
-        256: (Blocks(16, 0, 8, 1), Blocks(16, 0, 8, 1)),
     },
     "read_rows": {
         64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(32, 32, 4, 1), Blocks(32, 64, 8, 1)),
     },
     "row_terms": {
         64: (Blocks(0, 64, 4, 1), Blocks(0, 64, 4, 1)),
         128: (Blocks(0, 32, 4, 1), Blocks(0, 32, 4, 1)),
-        256: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
     },
     "query_sums": {
         64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 1)),
     },
     "query_states": {
         64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1)),
     },
     "query_gradients": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
     "key_gradients": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
     "chunk_rows": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
     "chunk_query_gradients": {
         64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)),
     },
     # Rows are keys, of a chunk.
     "chunk_key_gradients": {
         64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
         128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
-        256: (Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
     },
     # Rows at a time, of a chunk.
     "mend": {
         64: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
         128: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
-        256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
     },
     "mend_key_gradients": {
         64: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
         128: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
-        256: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
     },
     # Features are keys.
     "near": {
         64: (Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
-        256: (Blocks(32, 32, 8, 1), Blocks(32, 64, 8, 1)),
     },
     # Rows are columns of values.
     "decode_step": {
         64: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
         128: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
-        256: (Blocks(16, 64, 4, 1), Blocks(16, 64, 4, 1)),
     },
 }
-# Float32 operands are twice as large, and each product is three.
-_TABLE_FLOAT32: dict[str, dict[int, tuple[Blocks, Blocks]]] = {}
 
 
-def blocks_of(kernel: str, width: int, capability: int, operand: torch.dtype) -> Blocks:
+def blocks_of(kernel: str, width: int, capability: int) -> Blocks:
     """The blocks of a kernel for a padded head_dim, the larger of those of keys and values."""
-    table = _TABLE_FLOAT32 if operand == torch.float32 and kernel in _TABLE_FLOAT32 else _TABLE
-    bucket = next(size for size in (64, 128, 256) if width <= size)
-    return table[kernel][bucket][capability >= 90]
+    return _TABLE[kernel][64 if width <= 64 else 128][capability >= 90]
 
 
 def padded(size: int) -> int:
@@ -254,7 +233,6 @@ class Launcher:
         # Beside exact pairs a query's own factor matters, and the mean over draws.
         self.query_pull = self.pull if has_exact_pairs(inputs) else 0.0
         self.log_normalizer = math.log2(inputs.normalizer) if has_exact_pairs(inputs) else 0.0
-        self.operand = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
         self.widths = {
             "D": self.head_dim,
             "DV": self.value_dim,
@@ -264,7 +242,7 @@ class Launcher:
         self.products = {
             "PER_HEAD": inputs.weight.shape[0] > 1,
             "SPLIT": query.dtype != torch.float32,
-            "OPERAND": tl.bfloat16 if self.operand == torch.bfloat16 else tl.float32,
+            "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,
             # Of float32 operands; three products keep all digits of float32 inputs.
             "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
         }
@@ -282,7 +260,7 @@ class Launcher:
     def blocks(self, kernel: str) -> Blocks:
         """The blocks of a kernel in this call."""
         width = max(self.widths["BD"], self.widths["BV"])
-        return blocks_of(kernel, width, self.capability, self.operand)
+        return blocks_of(kernel, width, self.capability)
 
     def new(self, *shape: int) -> Tensor:
         """A float32 tensor."""
