@@ -36,6 +36,11 @@ def _serves(device: torch.device) -> bool:
     )
 
 
+# To torch.compile these are constants of the machine: it need not trace what asks the driver.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def tell_unused(call: AttentionCall | None) -> None:
     """Say once why calls on a GPU run without these kernels: they do not cover one, or cannot run.
 
