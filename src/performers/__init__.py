@@ -41,7 +41,7 @@ __all__ = [
     "use_backend",
 ]
 
-_PACKAGES = ("attention", "features", "nn", "planning")
+_PACKAGES = ("attention", "features", "nn", "planning", "catalogue")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,7 @@
 """The feature maps under test: a new one is added here and inherits every test.
 
-Each case writes ``phi`` down a second time, from the published formulas, in float64 and with the
-exponential part as a logarithm, so that no test of the package leans on the package's own
-arithmetic.
+Each case has ``phi`` a second time, from the published formulas, in float64 and with the
+exponential part as a logarithm, so that the tests owe nothing to the package's arithmetic.
 """
 
 import math
@@ -13,16 +12,13 @@ import torch
 from torch import Tensor
 
 from performers import GeneralizedFeatures, SoftmaxFeatures
-from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap
-from tests.features.calibrated import calibrate, learned, log_calibrated, log_learned
+from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap, LearnedFeatures
 
 LogPhi = Callable[..., tuple[Tensor, Tensor]]
 """``(feature_map, x, *, is_query=False)`` to ``log`` and ``base`` with ``phi = base * exp(log)``.
 
-``x`` is float64, already multiplied by ``sqrt(scale)``, shape ``(batch, heads, T, head_dim)``;
-both results have shape ``(batch, heads, T, num_features)``. Constants common to all features are
-left in, so that ``sum phi(q) phi(k)`` is the kernel estimate. Queries and keys have the same
-``phi`` unless the estimator balances them against one another.
+``x`` is float64, multiplied by ``sqrt(scale)``, shape ``(batch, heads, T, head_dim)``; both results
+have shape ``(batch, heads, T, num_features)``, and ``sum phi(q) phi(k)`` is the kernel estimate.
 """
 
 
@@ -31,9 +27,9 @@ class Case:
     """One feature map.
 
     Attributes:
-        name: For the test's id.
+        name: Test id.
         build: ``(head_dim, num_features or None, **keyword arguments)`` to a feature map.
-        log_phi: The formula, written again.
+        log_phi: The formula.
         signed: Whether features take both signs, so that normalisers can come close to zero.
         softmax: Whether the inner product estimates ``exp(q . k)``.
         biased: Whether that estimate is biased on purpose.
@@ -60,86 +56,141 @@ class Case:
         return self.name
 
 
-def weight_of(feature_map: FeatureMap, heads: int) -> Tensor:
-    """The projection with one matrix per head, ``(heads, rows, head_dim)``, float64."""
-    assert feature_map.weight is not None
-    weight = feature_map.weight.double()
-    return weight.repeat_interleave(heads // weight.shape[0], dim=0)
+def generator(seed: int) -> torch.Generator:
+    """A seeded CPU generator."""
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal, float64."""
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64, device="cpu")
+
+
+def pairs(head_dim: int, lengths: list[tuple[float, float, float]], seed: int = 0) -> tuple:
+    """Pairs of vectors with chosen ``(|q|, |k|, cosine)``, each ``(P, head_dim)``, float64."""
+    basis, _ = torch.linalg.qr(normal(len(lengths), head_dim, 2, seed=seed))
+    first, second = basis[..., 0], basis[..., 1]
+    norms = torch.tensor(lengths, dtype=torch.float64)
+    cosine = norms[:, 2:]
+    query = norms[:, :1] * first
+    key = norms[:, 1:2] * (cosine * first + (1 - cosine**2).sqrt() * second)
+    return query, key
+
+
+def sample(
+    head_dim: int, heads: int = 1, *, batch: int = 2, length: int = 24, seed: int = 1234
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, ``(batch, heads, length, head_dim)``, float64, for ``scale=1``.
+
+    Of different power, off centre, anisotropic, differently in each head.
+    """
+    random = generator(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64, device="cpu")
+
+    spectrum = 1 / torch.arange(1, head_dim + 1, dtype=torch.float64, device="cpu")
+    sides = []
+    for power, widths in ((0.6, spectrum), (1.2, spectrum.flip(0))):
+        mixing = widths.sqrt().unsqueeze(-1) * draw(heads, head_dim, head_dim)
+        mixing = mixing * (power / mixing.square().sum((-2, -1), keepdim=True)).sqrt()
+        mean = 0.3 * draw(heads, 1, head_dim) / head_dim**0.5
+        sides.append(draw(batch, heads, length, head_dim) @ mixing + mean)
+    return sides[0], sides[1]
+
+
+def calibrate(feature_map: SoftmaxFeatures) -> SoftmaxFeatures:
+    """The map fitted to ``sample``; unchanged on the meta device."""
+    if feature_map.weight.device.type != "meta":
+        feature_map.calibrate_(*sample(feature_map.head_dim, feature_map.num_heads or 1), scale=1.0)
+    return feature_map
+
+
+def _per_head(tensor: Tensor, x: Tensor) -> Tensor:
+    """A map's tensor in float64, one for each head of ``x``."""
+    tensor = tensor.detach().double()
+    return tensor.repeat_interleave(x.shape[1] // tensor.shape[0], dim=0)
 
 
 def _projected(feature_map: FeatureMap, x: Tensor) -> Tensor:
-    return torch.einsum("bhtd,hmd->bhtm", x, weight_of(feature_map, x.shape[1]))
+    return torch.einsum("bhtd,hmd->bhtm", x, _per_head(feature_map.weight, x))
 
 
-def _log_positive(
-    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
+def _log_exponential(wx: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    log = wx - x.square().sum(-1, keepdim=True) / 2 - math.log(wx.shape[-1]) / 2
+    return log, torch.ones_like(log)
+
+
+def _log_plain(m: FeatureMap, x: Tensor, *, is_query: bool = False) -> tuple[Tensor, Tensor]:
+    wx = _projected(m, x)
+    if m.estimator == "trigonometric":
+        waves = torch.cat((wx.sin(), wx.cos()), dim=-1)
+        log = x.square().sum(-1, keepdim=True) / 2 - math.log(wx.shape[-1]) / 2
+        return log.expand_as(waves), waves
+    return _log_exponential(torch.cat((wx, -wx), -1) if m.estimator == "hyperbolic" else wx, x)
+
+
+def _log_calibrated(m: FeatureMap, x: Tensor, *, is_query: bool = False) -> tuple[Tensor, Tensor]:
+    """``phi(x) = (N(w; 0, I) / N(w; c, T T^T))^{1/2} exp(w . x - |x|^2 / 2) / sqrt(m)``.
+
+    With the map's rounded ``log |det T|``.
+    """
+    draws, center, transform = (_per_head(t, x) for t in (m.weight, m.center, m.transform))
+    offset = torch.einsum("hij,hmj->hmi", transform, draws)
+    rows = offset + center.unsqueeze(1)
+    inverse = torch.linalg.inv(transform @ transform.mT)
+    within = torch.einsum("hmi,hij,hmj->hm", offset, inverse, offset)
+    log_proposal = -within / 2 - _per_head(m.log_volume, x).unsqueeze(-1)
+    bias = (-rows.square().sum(-1) / 2 - log_proposal) / 2
+    return _log_biased(m, x, rows, bias, is_query)
+
+
+def _log_learned(m: FeatureMap, x: Tensor, *, is_query: bool = False) -> tuple[Tensor, Tensor]:
+    """``phi(x) = exp(w . x + b - |x|^2 / 2) / sqrt(m)`` with the parameters ``w`` and ``b``."""
+    return _log_biased(m, x, _per_head(m.weight, x), _per_head(m.bias, x), is_query)
+
+
+def _log_biased(
+    m: FeatureMap, x: Tensor, rows: Tensor, bias: Tensor, is_query: bool
 ) -> tuple[Tensor, Tensor]:
-    log = _projected(feature_map, x) - x.pow(2).sum(-1, keepdim=True) / 2
-    return log - math.log(log.shape[-1]) / 2, torch.ones_like(log)
+    matrix = m.query_transform if is_query else m.key_transform
+    x = torch.einsum("hij,bhtj->bhti", _per_head(matrix, x), x)
+    return _log_exponential(torch.einsum("bhtd,hmd->bhtm", x, rows) + bias.unsqueeze(1), x)
 
 
-def _log_hyperbolic(
-    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
-) -> tuple[Tensor, Tensor]:
-    wx = _projected(feature_map, x)
-    log = torch.cat((wx, -wx), dim=-1) - x.pow(2).sum(-1, keepdim=True) / 2
-    return log - math.log(2 * wx.shape[-1]) / 2, torch.ones_like(log)
-
-
-def _log_trigonometric(
-    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
-) -> tuple[Tensor, Tensor]:
-    wx = _projected(feature_map, x)
-    waves = torch.cat((wx.sin(), wx.cos()), dim=-1)
-    log = x.pow(2).sum(-1, keepdim=True) / 2 - math.log(wx.shape[-1]) / 2
-    return log.expand_as(waves), waves
-
-
-def _log_of(function: Callable[[Tensor], Tensor], epsilon: float, projected: bool) -> LogPhi:
-    def log_phi(
-        feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        wx = _projected(feature_map, x) if projected else x
-        base = function(wx) + epsilon
+def _log_elementwise(
+    function: Callable[[Tensor], Tensor], epsilon: float, projected: bool
+) -> LogPhi:
+    def log_phi(m: FeatureMap, x: Tensor, *, is_query: bool = False) -> tuple[Tensor, Tensor]:
+        wx = _projected(m, x) if projected else x
         # A mean over draws; without a projection there is nothing to average.
-        draws = base.shape[-1] if projected else 1
-        return torch.full_like(base, -math.log(draws) / 2), base
+        log = torch.full_like(wx, -math.log(wx.shape[-1] if projected else 1) / 2)
+        if function is torch.exp:
+            floor = torch.full_like(wx, epsilon).log()
+            return log + torch.logaddexp(wx, floor), torch.ones_like(wx)
+        return log, function(wx) + epsilon
 
     return log_phi
 
 
-def _log_exp(epsilon: float) -> LogPhi:
-    def log_phi(
-        feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        log = _projected(feature_map, x)
-        if epsilon:
-            log = torch.logaddexp(log, torch.full_like(log, math.log(epsilon)))
-        return log - math.log(log.shape[-1]) / 2, torch.ones_like(log)
-
-    return log_phi
+TWO_SIDED = ("hyperbolic", "trigonometric")
 
 
-def _softmax_case(estimator: str, projection: str = "orthogonal", **options: object) -> Case:
-    def build(head_dim: int, num_features: int | None = None, **more: object) -> FeatureMap:
-        built = SoftmaxFeatures(
-            head_dim,
-            num_features,
-            estimator=estimator,
-            projection=projection,
-            **options,
-            **more,
-        )
+def _softmax_case(
+    estimator: str, projection: str = "orthogonal", *, regularized: bool = False
+) -> Case:
+    def build(head_dim: int, num_features: int | None = None, **options: object) -> FeatureMap:
+        options |= {"estimator": estimator, "projection": projection, "regularized": regularized}
+        built = SoftmaxFeatures(head_dim, num_features, **options)
         return calibrate(built) if estimator in CALIBRATED else built
 
-    regularized = bool(options.get("regularized", False))
     # Named after what is not the default.
-    parts = {estimator: estimator != "positive" or not regularized, "regularized": regularized}
-    parts[projection] = projection != "orthogonal"
+    parts = [estimator] if estimator != "positive" or not regularized else []
+    parts += ["regularized"] * regularized + [projection] * (projection != "orthogonal")
     return Case(
-        "-".join(part for part, there in parts.items() if there),
+        "-".join(parts),
         build,
-        _LOG_PHI.get(estimator, log_calibrated),
+        _log_calibrated if estimator in CALIBRATED else _log_plain,
         softmax=True,
         signed=estimator == "trigonometric",
         biased=regularized,
@@ -154,22 +205,18 @@ def _generalized_case(
     *,
     epsilon: float = 1e-3,
     signed: bool = False,
-    log_phi: LogPhi | None = None,
-    **options: object,
+    projection: str | None = "orthogonal",
 ) -> Case:
-    projected = options.get("projection", "orthogonal") is not None
+    projected = projection is not None
 
-    def build(head_dim: int, num_features: int | None = None, **more: object) -> FeatureMap:
-        if not projected:
-            num_features = None
-        return GeneralizedFeatures(
-            head_dim, num_features, fn=fn, epsilon=epsilon, **options, **more
-        )
+    def build(head_dim: int, num_features: int | None = None, **options: object) -> FeatureMap:
+        options |= {"fn": fn, "epsilon": epsilon, "projection": projection}
+        return GeneralizedFeatures(head_dim, num_features if projected else None, **options)
 
     return Case(
         name,
         build,
-        log_phi or _log_of(function, epsilon, projected),
+        _log_elementwise(function, epsilon, projected),
         signed=signed,
         projected=projected,
         drawn=projected,
@@ -178,28 +225,24 @@ def _generalized_case(
     )
 
 
+def _learned(head_dim: int, num_features: int | None = None, **options: object) -> FeatureMap:
+    """Trained features, some steps away from the ``data_aware`` ones that they started from."""
+    source = SoftmaxFeatures(head_dim, num_features, estimator="data_aware", **options)
+    feature_map = LearnedFeatures(calibrate(source))
+    count = torch.arange(feature_map.num_features, device=feature_map.bias.device)
+    with torch.no_grad():
+        feature_map.weight.mul_(0.9)
+        feature_map.bias.add_(0.2 * count.sin())
+    return feature_map
+
+
+def _relu(x: Tensor) -> Tensor:
+    return x.clamp(min=0)
+
+
 def _elu_plus_one(x: Tensor) -> Tensor:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
-
-def _gelu(x: Tensor) -> Tensor:
-    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + (-x).exp())
-
-
-_LOG_PHI = {
-    "positive": _log_positive,
-    "hyperbolic": _log_hyperbolic,
-    "trigonometric": _log_trigonometric,
-}
-TWO_SIDED = ("hyperbolic", "trigonometric")
 
 # Every choice that the package accepts, and the regularized ones of the plain projections.
 SOFTMAX = [
@@ -210,31 +253,34 @@ SOFTMAX = [
         if not (estimator in TWO_SIDED and projection == "antithetic")
     ),
     *(_softmax_case("positive", projection, regularized=True) for projection in PROJECTIONS),
-    _softmax_case("hyperbolic", regularized=True),
-    _softmax_case("trigonometric", regularized=True),
+    *(_softmax_case(estimator, regularized=True) for estimator in TWO_SIDED),
 ]
 
 LEARNED = Case(
-    "learned", learned, log_learned, softmax=True, biased=True, drawn=False, calibrated=True
+    "learned", _learned, _log_learned, softmax=True, biased=True, drawn=False, calibrated=True
 )
 
 GENERALIZED = [
-    _generalized_case("relu", "relu", lambda x: x.clamp(min=0)),
-    _generalized_case(
-        "relu-gaussian", "relu", lambda x: x.clamp(min=0), projection="gaussian", epsilon=0.01
-    ),
-    _generalized_case("relu-antithetic", "relu", lambda x: x.clamp(min=0), projection="antithetic"),
+    _generalized_case("relu", "relu", _relu),
+    _generalized_case("relu-gaussian", "relu", _relu, projection="gaussian", epsilon=0.01),
+    _generalized_case("relu-antithetic", "relu", _relu, projection="antithetic"),
     _generalized_case("elu+1", "elu+1", _elu_plus_one),
-    _generalized_case("exp", "exp", torch.exp, log_phi=_log_exp(1e-3)),
-    _generalized_case("exp-no-epsilon", "exp", torch.exp, epsilon=0.0, log_phi=_log_exp(0.0)),
-    _generalized_case("sigmoid", "sigmoid", _sigmoid),
-    _generalized_case("gelu", "gelu", _gelu, signed=True),
+    _generalized_case("exp", "exp", torch.exp),
+    _generalized_case("exp-no-epsilon", "exp", torch.exp, epsilon=0.0),
+    _generalized_case("sigmoid", "sigmoid", lambda x: 1 / (1 + (-x).exp())),
+    _generalized_case(
+        "gelu", "gelu", lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2, signed=True
+    ),
     _generalized_case("cos", "cos", torch.cos, signed=True),
     _generalized_case("tanh", "tanh", torch.tanh, signed=True),
     _generalized_case("abs", "abs", lambda x: (x * x).sqrt()),
     _generalized_case("identity", "identity", lambda x: x, signed=True),
-    _generalized_case("callable", torch.nn.functional.softplus, _softplus),
-    _generalized_case("deterministic-relu", "relu", lambda x: x.clamp(min=0), projection=None),
+    _generalized_case(
+        "callable",
+        torch.nn.functional.softplus,
+        lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    ),
+    _generalized_case("deterministic-relu", "relu", _relu, projection=None),
     _generalized_case("deterministic-elu+1", "elu+1", _elu_plus_one, projection=None),
 ]
 
@@ -253,48 +299,17 @@ REPRESENTATIVE = [
     *map(
         by_name,
         (
-            "positive",
-            "positive-gaussian",
-            "hyperbolic",
-            "hyperbolic-gaussian",
-            "trigonometric",
-            "trigonometric-gaussian",
-            "regularized",
-            "optimal-simplex",
-            "data_aware",
-            "learned",
+            "positive", "positive-gaussian", "hyperbolic", "hyperbolic-gaussian", "trigonometric",
+            "trigonometric-gaussian", "regularized", "optimal-simplex", "data_aware", "learned",
         ),
     ),
     *(case for case in GENERALIZED if case.name != "relu-antithetic"),
-]
+]  # fmt: skip
 
 # One of each form, for what runs by default outside tests/features: plain and two-sided
 # exponentials, bias and balance, an epsilon, waves, elementwise of one and both signs, no
 # projection.
 FORMS = (
-    "positive",
-    "hyperbolic",
-    "data_aware",
-    "exp",
-    "trigonometric",
-    "relu",
-    "cos",
+    "positive", "hyperbolic", "data_aware", "exp", "trigonometric", "relu", "cos",
     "deterministic-relu",
-)
-
-
-def generator(seed: int) -> torch.Generator:
-    """A seeded CPU generator."""
-    return torch.Generator().manual_seed(seed)
-
-
-def pairs(head_dim: int, lengths: list[tuple[float, float, float]], seed: int = 0) -> tuple:
-    """Pairs of vectors with chosen ``(|q|, |k|, cosine)``, each ``(P, head_dim)``, float64."""
-    draws = torch.randn(len(lengths), head_dim, 2, generator=generator(seed), dtype=torch.float64)
-    basis, _ = torch.linalg.qr(draws)
-    first, second = basis[..., 0], basis[..., 1]
-    norms = torch.tensor(lengths, dtype=torch.float64)
-    cosine = norms[:, 2:]
-    query = norms[:, :1] * first
-    key = norms[:, 1:2] * (cosine * first + (1 - cosine**2).sqrt() * second)
-    return query, key
+)  # fmt: skip

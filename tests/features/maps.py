@@ -1,4 +1,4 @@
-"""Feature maps of the tests' own, built on the package's base class as a user's would be."""
+"""Feature maps that are not in the package, built on its base class as a user's would be."""
 
 import numpy as np
 import torch
@@ -37,17 +37,10 @@ class BiasedFeatures(SoftmaxFeatures):
 
     bias: Tensor
 
-    def __init__(
-        self,
-        head_dim: int,
-        num_features: int | None = None,
-        *,
-        num_heads: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(head_dim, num_features, num_heads=num_heads, generator=generator)
-        shape = (num_heads or 1, self.num_features)
-        self.register_buffer("bias", torch.randn(shape, generator=generator))
+    def __init__(self, head_dim: int, num_features: int | None = None, **options: object) -> None:
+        super().__init__(head_dim, num_features, **options)
+        shape = (self.num_heads or 1, self.num_features)
+        self.register_buffer("bias", torch.randn(shape, generator=options.get("generator")))
 
     def form(self) -> FeatureForm:
         return super().form()._replace(bias=self.bias)

@@ -1,17 +1,14 @@
-"""Attention heads with what real ones have: near keys matter, the first key too, few directions."""
+"""Attention heads like real ones: near keys matter, the first key too, few directions."""
 
 import torch
 
 from performers.planning import Setting
 
 
-def structured(
-    *, batch=4, heads=2, key_heads=None, length=96, head_dim=16, seed=0, local=3.0, sink=5.0
-):
+def structured(*, batch=4, heads=2, key_heads=None, length=96, head_dim=16, seed=0):
     """Queries, keys and values of sequences of one kind; ``seed`` draws the sequences alone."""
     key_heads = key_heads or heads
-    kind = torch.Generator().manual_seed(99)
-    random = torch.Generator().manual_seed(seed)
+    kind, random = (torch.Generator().manual_seed(x) for x in (99, seed))
     spectrum = (1 / torch.arange(1, head_dim + 1)).sqrt()
     steps = torch.randn(batch, length, head_dim, generator=random)
     hidden = [steps[:, 0]]
@@ -25,16 +22,16 @@ def structured(
     def noise(count):
         return torch.randn(batch, count, length, head_dim, generator=random)
 
-    query = local * hidden @ rotation + 0.5 * noise(heads) + 2 * first
-    key = local * hidden @ rotation[:: heads // key_heads] + 0.5 * noise(key_heads)
-    key[:, :, 0] = sink * first
+    query = 3 * hidden @ rotation + 0.5 * noise(heads) + 2 * first
+    key = 3 * hidden @ rotation[:: heads // key_heads] + 0.5 * noise(key_heads)
+    key[:, :, 0] = 5 * first
     value = hidden @ torch.randn(key_heads, head_dim, head_dim, generator=kind) + noise(key_heads)
     return query, key, value
 
 
-def anisotropic(power, *, batch=4, heads=2, length=256, head_dim=64, seed=0):
+def anisotropic(power, *, batch=4, heads=2, length=256, head_dim=64):
     """Gaussian vectors with covariance eigenvalues ``~ 1 / i`` and ``E|x|^2 = power``."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     spectrum = 1 / torch.arange(1, head_dim + 1)
     widths = (power * spectrum / spectrum.sum()).sqrt()
     shape = (batch, heads, length, head_dim)
@@ -43,21 +40,9 @@ def anisotropic(power, *, batch=4, heads=2, length=256, head_dim=64, seed=0):
 
 def setting(error, seconds, **options):
     """A made-up measurement."""
-    given = {
-        "estimator": "data_aware",
-        "projection": "orthogonal",
-        "heads": "key",
-        "num_features": 64,
-        "window": None,
-        "sinks": 0,
-        "listed_keys": 0,
-        "error_sd": None,
-        "head_errors": (error,),
-        "timed": True,
-        "ratio": seconds,
-        "multiply_adds": 1.0,
-    }
-    return Setting(**{**given, **options}, error=error, seconds=seconds)
+    measured = {"head_errors": (error,), "timed": True, "ratio": seconds, "multiply_adds": 1.0}
+    options = {"num_features": 64, "estimator": "data_aware", **measured, **options}
+    return Setting(**options, error=error, seconds=seconds)
 
 
 def exact(query, key, value, *, scale=None, is_causal=False, key_mask=None):
@@ -68,13 +53,12 @@ def exact(query, key, value, *, scale=None, is_causal=False, key_mask=None):
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], -torch.inf)
     if is_causal:
-        ones = torch.ones(logits.shape[-2:], dtype=torch.bool)
-        logits = logits.masked_fill(~ones.tril(), -torch.inf)
+        logits = logits.masked_fill(torch.ones_like(logits).tril() == 0, -torch.inf)
     return logits.softmax(-1).nan_to_num(0) @ value
 
 
 def weights(query, key, **options):
-    """The attention matrix itself."""
+    """The attention matrix."""
     identity = torch.eye(key.shape[2], dtype=torch.float64).expand(*key.shape[:2], -1, -1)
     return exact(query, key, identity, **options)
 

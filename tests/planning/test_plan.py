@@ -1,6 +1,5 @@
-"""The whole call: what it returns and prints, and how settings are timed."""
+"""The whole call: measured errors are those of ``favor_attention``, times, text, and build."""
 
-import doctest
 import io
 import json
 import sys
@@ -10,149 +9,98 @@ import pytest
 import torch
 
 import performers
-from performers.planning import Plan, measuring, planner
+from performers.planning import measuring, planner
 from performers.planning.table import number
 
 from . import heads
 
 GRID = {
-    "num_features": (16, 64),
+    "num_features": (32,),
     "windows": (None, 8),
     "sinks": (0, 1),
     "listed_keys": (0, 16),
-    "num_draws": 1,
     "backend": "torch",
+    "show": False,
 }
+FEW = {**GRID, "windows": (None,), "listed_keys": (0,)}
 
 
 @pytest.fixture(scope="module")
-def found() -> Plan:
+def plan():
     samples = heads.structured(batch=3, heads=4, key_heads=2, length=64)
-    return performers.plan(*samples, is_causal=True, length=100, show=False, **GRID)
+    options = {**GRID, "num_features": (16, 64), "num_draws": 1}
+    return performers.plan(*samples, is_causal=True, length=100, **options)
 
 
-def test_the_example_in_the_docstring_runs():
-    assert doctest.testmod(planner).failed == 0
-
-
-def test_what_a_plan_holds(found):
-    assert len(found.settings) == 32
-    assert found.length == 100
-    assert found.sample_shape == (3, 4, 2, 64, 16)
-    assert found.held_out == (1, 64)
-    assert found.recommended in found.front
-    assert set(found.front) <= set(found.settings)
-    assert all(setting.timed for setting in found.front)
-    seconds, errors = zip(*((s.seconds, s.error) for s in found.front), strict=True)
-    assert list(seconds) == sorted(seconds)
-    assert list(errors) == sorted(errors, reverse=True)
-    for setting in found.settings:
-        assert setting.seconds > 0
-        assert setting.ratio == pytest.approx(setting.seconds / found.exact_seconds)
+def test_a_plan_holds_its_measurements(plan):
+    assert len(plan.settings) == 32
+    assert (plan.length, plan.sample_shape, plan.held_out) == (100, (3, 4, 2, 64, 16), (1, 64))
+    assert plan.recommended in plan.front
+    assert set(plan.front) <= {setting for setting in plan.settings if setting.timed}
+    for faster, slower in zip(plan.front, plan.front[1:], strict=False):
+        assert faster.seconds < slower.seconds
+        assert faster.error > slower.error
+    for setting in plan.settings:
+        assert setting.ratio == pytest.approx(setting.seconds / plan.exact_seconds)
         assert len(setting.head_errors) == 4
         assert setting.error_sd is None
-        dominating = [
-            s for s in found.front if s.error <= setting.error and s.seconds <= setting.seconds
-        ]
-        assert dominating or not setting.timed
-
-
-def test_every_setting_can_be_built(found):
-    samples = heads.structured(batch=2, heads=4, key_heads=2, length=30, seed=8)
-    target = heads.exact(*samples, is_causal=True)
-    for setting in found.settings:
-        features, options = found.build(setting)
-        assert options["is_causal"] is True
-        assert (options["listed_keys"] is None) == (setting.listed_keys == 0)
-        out = performers.favor_attention(*samples, features, **options)
-        assert float(heads.relative(out, target).max()) < 3
-
-
-def test_json(found):
-    plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert [setting["error"] for setting in plain["settings"]] == [s.error for s in found.settings]
-    assert plain["recommended"]["seconds"] == found.recommended.seconds
-    assert plain["diagnosis"]["window_shares"]["8"] == found.diagnosis.window_shares[8]
+        assert not setting.timed or any(
+            x.error <= setting.error and x.seconds <= setting.seconds for x in plan.front
+        )
+    plain = json.loads(json.dumps(plan.to_dict(), allow_nan=False))
+    assert [setting["error"] for setting in plain["settings"]] == [s.error for s in plan.settings]
+    assert plain["recommended"]["seconds"] == plan.recommended.seconds
+    assert plain["diagnosis"]["window_shares"]["8"] == plan.diagnosis.window_shares[8]
     assert plain["diagnosis"]["variances"][0]["estimator"] == "positive"
     assert plain["held_out"] == [1, 64]
     assert "samples" not in plain
 
 
-def table_of(text):
+@pytest.mark.parametrize("every", [False, True])
+def test_the_table(plan, every):
+    text = plan.table() if every else str(plan)
     lines = text.splitlines()
     start = next(i for i, line in enumerate(lines) if line.split()[:1] == ["estimator"])
-    return lines[start + 1 : lines.index("", start)]
-
-
-@pytest.mark.parametrize("every", [False, True])
-def test_the_table(found, every):
-    text = found.table() if every else str(found)
-    assert max(len(line) for line in text.splitlines()) <= 100
-    rows = table_of(text)
+    rows = lines[start + 1 : lines.index("", start)]
+    assert max(map(len, lines)) <= 100
     assert rows[0].startswith("->")
+    assert f"{plan.recommended.error:.3f}" in rows[0]
     assert rows[-1].split()[0] == "exact"
-    marked = [row for row in rows if row.startswith((" *", "->"))]
-    assert len(marked) == len(found.front)
+    assert len([row for row in rows if row.startswith((" *", "->"))]) == len(plan.front)
     assert (len(rows) == 33) is every
     assert ("more settings in plan.settings" in text.replace("\n", " ")) is not every
-    assert f"{found.recommended.error:.3f}" in rows[0]
-
-
-def test_the_widest_table_fits(found):
-    wide = heads.setting(
-        12.345,
-        98.7654,
-        estimator="hyperbolic",
-        projection="orthogonal",
-        heads="query",
-        num_features=16384,
-        window=16384,
-        sinks=1000,
-        listed_keys=1024,
-        error_sd=10.123,
-        ratio=9876.5,
-        multiply_adds=123_456_789.0,
-    )
-    one = replace(found, settings=(wide,), front=(wide,), recommended=wide)
+    options = {"heads": "query", "num_features": 16384, "window": 16384, "sinks": 1000}
+    options |= {"listed_keys": 1024, "error_sd": 10.123, "ratio": 9876.5, "multiply_adds": 1.2e8}
+    wide = heads.setting(12.345, 98.7654, **{**options, "estimator": "hyperbolic"})
+    one = replace(plan, settings=(wide,), front=(wide,), recommended=wide)
     assert max(len(line) for line in str(one).splitlines()) <= 100
+    numbers = {0.01234: "0.0123", 1.234: "1.23", 45.67: "45.7", 1234.5: "1,234", 0: "0"}
+    assert {x: number(x) for x in numbers} == numbers
 
 
-def test_a_missed_target_is_said_aloud(found):
+def test_the_recommendation_in_words(plan):
     samples = heads.structured(batch=2, length=48)
-    grid = {**GRID, "num_features": (16,), "windows": (None,)}
-    missed = performers.plan(*samples, target_error=1e-3, show=False, **grid)
+    missed, late = (
+        performers.plan(*samples, **target, **FEW)
+        for target in ({"target_error": 1e-3}, {"target_time": 1e-9})
+    )
     assert not missed.met
     assert missed.recommended.error == min(s.error for s in missed.front)
-    assert "NOTHING reaches an error of 0.001" in str(missed).replace("\n", " ")
-    late = performers.plan(*samples, target_time=1e-9, show=False, **grid)
     assert not late.met
     assert late.recommended == late.front[0]
-    assert "NOTHING is within" in str(late).replace("\n", " ")
-    assert found.met
-    assert "NOTHING" not in str(found)
-
-
-def test_where_exact_attention_is_faster_the_plan_says_so(found):
-    slow = replace(found.recommended, ratio=12.5, seconds=0.0125)
-    text = str(replace(found, recommended=slow, exact_seconds=1e-3, length=512))
-    text = text.replace("\n", " ")
-    assert "prefer it here" in text
-    assert "from about 6,400 positions on" in text
-    fast = replace(slow, ratio=0.25)
-    text = str(replace(found, recommended=fast, exact_seconds=0.05)).replace("\n", " ")
-    assert "prefer it here" not in text
-    assert "50.0 ms, 4 times as long" in text
-
-
-def test_show(capsys):
-    samples = heads.structured(batch=2, length=24)
-    grid = {**GRID, "num_features": (16,), "windows": (None,), "listed_keys": (0,)}
-    shown = performers.plan(*samples, **grid)
-    captured = capsys.readouterr()
-    assert captured.out == f"{shown}\n"
-    assert captured.err == ""
-    performers.plan(*samples, show=False, **grid)
-    assert capsys.readouterr() == ("", "")
+    slow = replace(plan.recommended, ratio=12.5, seconds=0.0125)
+    slower = replace(plan, recommended=slow, exact_seconds=1e-3, length=512)
+    faster = replace(plan, recommended=replace(slow, ratio=0.25), exact_seconds=0.05)
+    for x, words in (
+        (missed, "NOTHING reaches an error of 0.001"),
+        (late, "NOTHING is within"),
+        (slower, "prefer it here"),
+        (slower, "from about 6,400 positions on"),
+        (faster, "50.0 ms, 4 times as long"),
+    ):
+        assert words in str(x).replace("\n", " ")
+    assert "NOTHING" not in str(plan)
+    assert "prefer it here" not in str(faster).replace("\n", " ")
 
 
 class Terminal(io.StringIO):
@@ -160,105 +108,150 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_for_terminals_and_leaves_nothing_behind(monkeypatch):
+def test_show(capsys, monkeypatch):
+    """The plan on stdout; progress on stderr if that is a terminal, and erased at the end."""
     samples = heads.structured(batch=2, length=24)
-    grid = {**GRID, "num_features": (16,), "windows": (None,), "listed_keys": (0,)}
-    monkeypatch.setattr("performers.planning.progress._PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr("performers.planning.progress._INTERVAL_SECONDS", -1.0)
+    plan = performers.plan(*samples, **{**FEW, "show": True})
+    assert capsys.readouterr() == (f"{plan}\n", "")
     for show in (False, True):
-        terminal = Terminal()
-        monkeypatch.setattr(sys, "stderr", terminal)
-        performers.plan(*samples, show=show, **grid)
-        written = terminal.getvalue()
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        performers.plan(*samples, **{**FEW, "show": show})
+        written = sys.stderr.getvalue()
         assert bool(written) is show
     assert "plan: errors 4/4" in written
-    assert "plan: times" in written
-    last, before = written.split("\r")[-2], written.split("\r")[-3]
-    assert last == " " * len(before)
-    assert written.endswith("\r")
-
-
-def errors(mean, seconds):
-    return measuring.Errors(torch.tensor([mean]), torch.tensor([[mean]]), seconds)
+    *_, before, last, end = written.split("\r")
+    assert before.startswith("plan: times")
+    assert (last, end) == (" " * len(before), "")
 
 
 def test_settings_that_others_clearly_beat_are_not_timed_again(monkeypatch):
-    """Seconds by a clock that knows how long each setting takes: twice as long as it took first."""
-    samples = planner.checked_samples(
-        *heads.structured(batch=1, length=16), is_causal=False, key_mask=None, scale=None, seed=0
-    )
-    first = [errors(0.5, 1.0), errors(0.4, 4.0), errors(0.6, 1.5), errors(0.6, 2.5)]
-    first.append(errors(0.4, 30.0))
-    calls = []
-    monkeypatch.setattr(measuring, "attend", lambda setting, *_: lambda: calls.append(setting))
-    monkeypatch.setattr(measuring, "fused_attention", lambda _: lambda: calls.append("fused"))
+    """Calls take a known time, twice as long as when errors were measured."""
+    first = [(0.5, 1.0), (0.4, 4.0), (0.6, 1.5), (0.6, 2.5), (0.4, 30.0)]
+    settings, calls = [heads.setting(*x) for x in first], []
+    monkeypatch.setattr(measuring, "attend", lambda one, *_: lambda: calls.append(one))
+    monkeypatch.setattr(measuring, "exact_attention", lambda *_, **__: calls.append(None))
 
     def timed(call, device):
         call()
-        return None, {"fused": 0.25}.get(calls[-1]) or 2 * first[calls[-1]].seconds
+        return None, 0.25 if calls[-1] is None else 2 * calls[-1].seconds
 
-    monkeypatch.setattr(measuring, "_timed", timed)
-    times, fused = measuring.measure_times(
-        range(5), first, samples, None, "torch", planner.Progress(False), 0
+    monkeypatch.setattr(measuring, "timed", timed)
+    samples = planner.checked_samples(
+        *heads.structured(batch=1, length=16), is_causal=False, key_mask=None, scale=None, seed=0
     )
-    assert fused == 0.25
-    assert times == [(2.0, True), (8.0, True), (3.0, True), (5.0, False), (60.0, False)]
+    arguments = samples, None, "torch", measuring.Progress(False), 0
+    measured, exact_seconds = measuring.measure_times(settings, *arguments)
+    assert exact_seconds == 0.25
+    assert [x.seconds for x in measured] == [2.0, 8.0, 3.0, 5.0, 60.0]
+    assert [x.timed for x in measured] == [True, True, True, False, False]
     # One call to warm up, and one a round.
-    assert [calls.count(index) for index in range(5)] == [4, 4, 4, 0, 0]
+    assert [calls.count(x) for x in settings] == [4, 4, 4, 0, 0]
+
+
+def by_hand(tensors, setting, *, seed=0, scale=None, key_mask=None, is_causal=False):
+    """A calibrated feature map and the options of its call."""
+    query, key, _ = tensors
+    count = key.shape[1] if setting.heads == "key" else query.shape[1]
+    options = {"is_causal": is_causal, "window": setting.window, "sinks": setting.sinks}
+    options["scale"] = scale
+    features = performers.SoftmaxFeatures(
+        16,
+        setting.num_features,
+        estimator=setting.estimator,
+        num_heads=count,
+        generator=torch.Generator().manual_seed(seed),
+    ).calibrate_(query, key, key_mask, **options)
+    listed_keys = None
+    if setting.listed_keys:
+        listed_keys = performers.ListedKeys(16, 16, setting.listed_keys, num_heads=count)
+        listed_keys.calibrate_(query)
+    return features, {**options, "listed_keys": listed_keys, "backend": "torch"}
 
 
 @pytest.mark.parametrize(
-    ("x", "text"),
-    [(0.01234, "0.0123"), (1.234, "1.23"), (45.67, "45.7"), (1234.5, "1,234"), (0, "0")],
+    ("is_causal", "key_heads", "masked"),
+    [(False, 2, False), (True, 2, False), (True, 1, False), (False, 2, True), (True, 1, True)],
 )
-def test_numbers(x, text):
-    assert number(x) == text
+def test_errors_are_those_of_favor_attention(is_causal, key_heads, masked):
+    samples = heads.structured(batch=4, key_heads=key_heads, length=64, seed=3)
+    mask = torch.arange(64) < torch.tensor([64, 40, 50, 33]).unsqueeze(1) if masked else None
+    kind = {"is_causal": is_causal}
+    plan = performers.plan(*samples, key_mask=mask, heads=("key", "query"), seed=5, **kind, **GRID)
+    assert len(plan.settings) == 16 * (3 - key_heads)
+    calibration, held_out = ([x[half] for x in samples] for half in (slice(2), slice(2, 4)))
+    first, second = (None, None) if mask is None else (mask[:2], mask[2:])
+    counted = 1.0 if mask is None else second[:, None, :, None]
+    target = heads.exact(*held_out, key_mask=second, **kind) * counted
+    for setting in plan.settings:
+        errors, each = [], []
+        for seed in (5, 6):
+            features, options = by_hand(calibration, setting, seed=seed, key_mask=first, **kind)
+            out = performers.favor_attention(*held_out, features, key_mask=second, **options)
+            errors.append(heads.relative(out * counted, target))
+            each.append(heads.relative(*((x * counted).flatten(0, 1) for x in (out, target))))
+        errors = torch.cat(errors)
+        assert setting.error == pytest.approx(float(errors.mean()), rel=1e-4)
+        assert setting.error_sd == pytest.approx(float(errors.std()), rel=1e-3, abs=1e-6)
+        each = torch.stack(each).view(-1, 2).mean(0).tolist()
+        assert setting.head_errors == pytest.approx(each, rel=1e-4)
 
 
-def test_one_row():
-    samples = heads.structured(batch=1, length=81)
-    found = performers.plan(*samples, is_causal=True, show=False, **GRID)
-    assert found.held_out == (1, 40)
-    assert found.length == 81
-    features, options = found.build()
-    assert performers.favor_attention(*samples, features, **options).shape == samples[0].shape
+def test_built_features_are_calibrated_on_all_rows():
+    samples = heads.structured(batch=4, length=64)
+    plan = performers.plan(*samples, scale=0.3, seed=7, **GRID)
+    setting = plan.settings[-1]
+    assert (setting.estimator, setting.window, setting.listed_keys) == ("data_aware", 8, 16)
+    (features, options), (same, expected) = (
+        plan.build(setting), by_hand(samples, setting, seed=7, scale=0.3),
+    )  # fmt: skip
+    torch.testing.assert_close(features.state_dict(), same.state_dict())
+    centers = [x.pop("listed_keys").centers for x in (options, expected)]
+    torch.testing.assert_close(*centers)
+    assert options == expected
 
 
-def test_cross_attention():
-    query, key, value = heads.structured(batch=2, length=40)
-    grid = {**GRID, "windows": (None,)}
-    found = performers.plan(query[:, :, :24], key, value, show=False, **grid)
-    assert found.diagnosis.window_shares == {}
-    assert len(found.settings) == 16
-    assert found.length == 24
-
-
-# Rounded to eight bits, some queries go into other listed_keys.
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 0.01), (torch.bfloat16, 0.4)])
-def test_dtypes(dtype, within):
+def test_exact_terms_that_cover_everything():
+    """Nothing is left to fit features to."""
     samples = heads.structured(batch=2, length=40)
-    grid = {**GRID, "num_features": (16,)}
-    wanted = performers.plan(*samples, show=False, **grid)
-    found = performers.plan(*(x.to(dtype) for x in samples), show=False, **grid)
-    for one, other in zip(found.settings, wanted.settings, strict=True):
-        assert one.error == pytest.approx(other.error, rel=within)
-    features, options = found.build()
-    out = performers.favor_attention(*(x.to(dtype) for x in samples), features, **options)
-    assert out.dtype == dtype
+    options = {**GRID, "windows": (None, 64), "sinks": (0, 100), "listed_keys": (0, 64)}
+    plan = performers.plan(*samples, target_error=1e-4, **options)
+    assert plan.met
+    for setting in plan.settings:
+        assert (setting.error < 1e-4) == setting.has_exact_pairs
+    features, options = plan.build()
+    out = performers.favor_attention(*samples, features, **options)
+    assert float(heads.relative(out, heads.exact(*samples)).max()) < 1e-4
 
 
-def test_more_sinks_and_lists_than_keys():
-    samples = heads.structured(batch=2, length=6)
-    found = performers.plan(
-        *samples,
-        num_features=(16,),
-        windows=(None, 3),
-        sinks=(0, 4, 100),
-        listed_keys=(0, 64),
-        num_draws=1,
-        backend="torch",
-        show=False,
-    )
-    for setting in found.settings:
-        if setting.sinks == 100 or setting.listed_keys:
-            assert setting.error < 1e-4
+def test_a_plan_is_the_same_twice_up_to_times():
+    """And leaves global randomness and inputs alone."""
+    samples = heads.structured(batch=2, length=48)
+    copies, random = [x.clone() for x in samples], torch.get_rng_state()
+    samples[0].requires_grad_()
+    plans = [performers.plan(*samples, seed=seed, **FEW) for seed in (3, 3, 4)]
+    first, second, other = ([s.error for s in plan.settings] for plan in plans)
+    assert first == second != other
+    assert plans[0].diagnosis == plans[1].diagnosis
+    value = torch.randn(samples[1].shape, generator=torch.Generator().manual_seed(3))
+    first, second = (performers.plan(*samples[:2], x, seed=3, **FEW) for x in (None, value))
+    assert [s.error for s in first.settings] == [s.error for s in second.settings]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(x, y) for x, y in zip(samples, copies, strict=True))
+
+
+# Rounded to eight bits, some queries go into other lists of keys.
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 0.01), (torch.bfloat16, 0.4)])
+def test_one_row_and_cross_attention_in_any_dtype(dtype, within):
+    query, key, value = heads.structured(batch=1, length=81)
+    for queries, options in ((81, {"is_causal": True}), (60, {"windows": (None,)})):
+        samples = query[:, :, :queries], key, value
+        options = {**GRID, **options}
+        expected = performers.plan(*samples, **options)
+        samples = [x.to(dtype) for x in samples]
+        plan = performers.plan(*samples, **options)
+        assert (plan.held_out, plan.length) == ((1, queries // 2), queries)
+        assert bool(plan.diagnosis.window_shares) == (queries == 81)
+        for one, other in zip(plan.settings, expected.settings, strict=True):
+            assert one.error == pytest.approx(other.error, rel=within)
+        features, options = plan.build()
+        assert performers.favor_attention(*samples, features, **options).dtype == dtype

@@ -18,8 +18,8 @@ from performers.attention.exact_keys.window_and_sinks import (
 from performers.attention.state import FavorState, checked_state
 from performers.features import FeatureForm, FeatureMap
 from performers.features.base import form_of_heads, resolve_scale
-from performers.features.draws import with_same_draws
 from performers.features.precision import autocast_dtype, without_autocast
+from performers.features.recomputation import guard_recomputation
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict
@@ -204,10 +204,10 @@ class AttentionCall:
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         check_window_and_sinks(self, form)
         if self.listed_keys is None:
-            query, key, value = with_same_draws((query, key, value), self.feature_map)
+            query, key, value = guard_recomputation((query, key, value), self.feature_map)
         else:
             check_listed_keys(self.listed_keys, self, form, key.shape[1])
-            query, key, value = with_same_draws(
+            query, key, value = guard_recomputation(
                 (query, key, value), self.feature_map, self.listed_keys
             )
         dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
 from performers.attention.state import FavorState
-from performers.features.draws import is_traced, is_transformed
 from performers.features.form import replaced
+from performers.features.recomputation import is_traced, is_transformed
 
 if TYPE_CHECKING:
     from performers.attention.operators import Inputs

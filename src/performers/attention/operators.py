@@ -156,6 +156,10 @@ def define(
     inputs, results = get_type_hints(forward).values()
     upstream, _, _, _, gradients = get_type_hints(backward).values()
     tensors = sum(hint in (Tensor, Tensor | None) for hint in get_type_hints(inputs).values())
+    arriving = [
+        (field.removeprefix("grad_"), hint is Tensor)
+        for field, hint in get_type_hints(upstream).items()
+    ]
 
     def fake_backward(upstream: Any, inputs: Any, results: Any, trained: bool) -> Any:
         return new_gradients(inputs, trained)
@@ -170,9 +174,9 @@ def define(
         saved = ctx.saved_tensors
         given = dict(zip(results._fields, zip(grads, saved[tensors:], strict=True), strict=True))
         arrived = []
-        for field, hint in get_type_hints(upstream).items():
-            grad, result = given[field.removeprefix("grad_")]
-            if grad is None and hint is Tensor:
+        for name, required in arriving:
+            grad, result = given[name]
+            if grad is None and required:
                 grad = result.new_zeros(()).expand(result.shape)
             arrived.append(grad)
         wanted = dict(zip(inputs._fields, ctx.needs_input_grad, strict=True))

@@ -1,4 +1,4 @@
-"""From vectors to random features whose inner products estimate a kernel."""
+"""Random features whose inner products estimate a kernel."""
 
 from performers.features.base import FeatureMap
 from performers.features.form import FeatureForm

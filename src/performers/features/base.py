@@ -1,4 +1,4 @@
-"""The base of all feature maps, and redrawing."""
+"""Base class of the feature maps."""
 
 import math
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from performers.features.draws import Drawn, is_traced, with_same_draws
 from performers.features.form import FeatureForm
 from performers.features.precision import without_autocast
 from performers.features.projections import Projection, draw_projection
+from performers.features.recomputation import VersionedModule, guard_recomputation, is_traced
 
 
 def default_num_features(head_dim: int) -> int:
@@ -18,18 +18,17 @@ def default_num_features(head_dim: int) -> int:
     return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
 
 
-class FeatureMap(Drawn):
+class FeatureMap(VersionedModule):
     """A map ``phi`` whose inner products estimate a kernel.
 
-    Subclasses say how many projection rows they need and how rows become features. The
-    projection is a persistent buffer ``weight`` of shape ``(1 or num_heads, rows, head_dim)``:
-    it is drawn at construction, saved in the ``state_dict`` and changed only by ``redraw_`` (or
-    by loading).
+    Subclasses choose the number of projection rows and implement ``form``. The projection is a
+    persistent buffer ``weight`` of shape ``(1 or num_heads, rows, head_dim)``: it is drawn at
+    construction, saved in the ``state_dict`` and changed only by ``redraw_`` or by loading.
 
     Attributes:
         head_dim: Length of a query or key vector.
         num_features: Length of ``phi(x)``.
-        num_heads: Heads with a projection of their own, or None when all heads share one.
+        num_heads: Number of projections, one per head, or None when all heads share one.
     """
 
     weight: Tensor | None
@@ -64,29 +63,25 @@ class FeatureMap(Drawn):
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
         assert self.projection is not None
-        return torch.stack(
-            [
-                draw_projection(
-                    self._num_rows,
-                    self.head_dim,
-                    projection=self.projection,
-                    regularized=self.regularized,
-                    generator=generator,
-                )
-                for _ in range(self.num_heads or 1)
-            ]
-        )
+        draws = [
+            draw_projection(
+                self._num_rows,
+                self.head_dim,
+                projection=self.projection,
+                regularized=self.regularized,
+                generator=generator,
+            )
+            for _ in range(self.num_heads or 1)
+        ]
+        return torch.stack(draws)
 
     @torch.no_grad()
     def redraw_(self, generator: torch.Generator | None = None) -> "FeatureMap":
-        """Draw a fresh projection in place; no effect on a map without one.
+        """Draw a fresh projection in place; a no-op for a map without one.
 
         Args:
             generator: Source of randomness; torch's default CPU generator when None. The same
                 generator state gives the same projection on every device.
-
-        Returns:
-            Self.
         """
         if self.weight is not None:
             self.weight.copy_(self._draw(generator))
@@ -94,25 +89,24 @@ class FeatureMap(Drawn):
         return self
 
     def reset_parameters(self) -> None:
-        """Set all parameters and buffers as at construction: drawn, and fitted to nothing.
+        """Set all parameters and buffers as at construction: drawn, not calibrated.
 
-        What code that materialises modules from the meta device calls.
+        Called by code that materialises modules from the meta device.
         """
         self.redraw_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FeatureMap":
-        """Move, but keep all tensors in float32 at least: rounding breaks orthogonality."""
-        before = dict(self._buffers)
-        trained = {name: p.data for name, p in self._parameters.items() if p is not None}
+        """Keep all tensors in float32 at least: rounding breaks orthogonality."""
+        before: dict[str, Tensor | None] = dict(self._buffers)
+        before |= {name: p.data for name, p in self._parameters.items() if p is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            after = self._buffers[name]
-            if tensor is not None and after is not None and after.itemsize < 4 <= tensor.itemsize:
-                self._buffers[name] = tensor.to(after.device)
-        for name, data in trained.items():
-            parameter = self._parameters[name]
-            if parameter is not None and parameter.itemsize < 4 <= data.itemsize:
-                parameter.data = data.to(parameter.device)
+            after = getattr(self, name)
+            if tensor is not None and after.itemsize < 4 <= tensor.itemsize:
+                if name in self._buffers:
+                    self._buffers[name] = tensor.to(after.device)
+                else:
+                    after.data = tensor.to(after.device)
         return self
 
     def calibrate_(
@@ -128,15 +122,16 @@ class FeatureMap(Drawn):
     ) -> "FeatureMap":
         """Fit a data-dependent estimator to sample queries and keys; a no-op for the others.
 
-        Calls add up: the fit is that to all batches given so far. Pass the options that attention
-        will be called with: pairs that are exact there do not count here.
+        Calls add up, so that samples can be streamed. Pass the options that attention will be
+        called with: pairs that are exact there do not count here.
 
         Args:
             query: Shape ``(batch, heads, L, head_dim)``.
-            key: Shape ``(batch, key_heads, S, head_dim)``; ``key_heads`` divides ``heads``.
-            key_mask: Shape ``(batch, S)``, True where a key takes part.
+            key: Shape ``(batch, key_heads, S, head_dim)``; ``key_heads`` divides ``heads``. Heads
+                that share a projection are pooled.
+            key_mask: Bool, shape ``(batch, S)``, True where a key takes part.
             scale: As in ``estimate_kernel``.
-            is_causal: Query ``i`` sees keys ``0..i`` only.
+            is_causal: Query ``i`` attends to keys ``0..i`` only.
             window: Pairs with ``|i - j| <= window`` are exact.
             sinks: The first ``sinks`` keys are exact.
 
@@ -144,13 +139,13 @@ class FeatureMap(Drawn):
             Self.
 
         Raises:
-            ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
+            ValueError: An argument does not fit or is not finite, or no call so far has left a
+                pair.
         """
-        del query, key, key_mask, scale, is_causal, window, sinks
         return self
 
     def form(self) -> FeatureForm:
-        """The record that attention backends evaluate."""
+        """The tensors and constants that attention backends evaluate."""
         raise NotImplementedError
 
     @overload
@@ -164,19 +159,17 @@ class FeatureMap(Drawn):
     def forward(
         self, x: Tensor | None = None, scale: float | None = None, *, is_query: bool = False
     ) -> Tensor | FeatureForm:
-        """The features ``phi(sqrt(scale) x)``, unstabilised, for inspection.
+        """Compute the features ``phi(sqrt(scale) x)``, or return the form when ``x`` is None.
 
-        Without arguments, the form that attention evaluates. Attention calls the module for it, so
-        that hooks run which fetch parameters from elsewhere (offloading, FSDP).
-
-        ``forward(q, is_query=True) @ forward(k).T`` is ``estimate_kernel(q, k)``. Large inputs
-        overflow here; attention does not go through this function.
+        ``forward(q, is_query=True) @ forward(k).T`` is ``estimate_kernel(q, k)``. Features are not
+        stabilised: large inputs overflow. Attention takes the form instead, and gets it by a call
+        of the module, so that hooks that load parameters run (offloading, FSDP).
 
         Args:
             x: Shape ``(..., L, head_dim)``, or ``(..., num_heads, L, head_dim)`` for a map with a
                 projection per head; None for the form.
             scale: ``1 / sqrt(head_dim)`` when None.
-            is_query: Whether these are queries; it matters only to an estimator that balances
+            is_query: Whether ``x`` holds queries; of effect only for estimators that balance
                 queries against keys.
 
         Returns:
@@ -184,10 +177,10 @@ class FeatureMap(Drawn):
         """
         form = self.form()
         if x is None:
-            # A graph must keep this draw, and a hook may free what it fetched.
+            # A graph must keep this draw, and a hook may free the parameters that it loaded.
             graph = torch.is_grad_enabled() and not is_traced()
             return form.copied() if graph or self._forward_hooks else form
-        (x,) = with_same_draws((x,), self)
+        (x,) = guard_recomputation((x,), self)
         with without_autocast(x.device):
             base, exponent = self._decompose(form, x, "x", scale, is_query=is_query)
             features = base if exponent is None else exponent.exp()
@@ -215,12 +208,12 @@ class FeatureMap(Drawn):
             ValueError: The last dimension is not ``head_dim``, or ``scale`` is negative.
         """
         form: FeatureForm = self()
-        query, key = with_same_draws((query, key), self)
+        query, key = guard_recomputation((query, key), self)
         with without_autocast(query.device):
             query_base, query_exponent = self._decompose(form, query, "query", scale, is_query=True)
             key_base, key_exponent = self._decompose(form, key, "key", scale, is_query=False)
-            left, left_scale = _bounded(query_base, query_exponent)
-            right, right_scale = _bounded(key_base, key_exponent)
+            left, left_scale = _stabilized(query_base, query_exponent)
+            right, right_scale = _stabilized(key_base, key_exponent)
             kernel = (left @ right.transpose(-1, -2)) * form.normalizer
             if left_scale is not None and right_scale is not None:
                 kernel = kernel * (left_scale + right_scale.transpose(-1, -2)).exp()
@@ -229,6 +222,14 @@ class FeatureMap(Drawn):
     def _decompose(
         self, form: FeatureForm, x: Tensor, name: str, scale: float | None, *, is_query: bool
     ) -> tuple[Tensor | None, Tensor | None]:
+        form = form.to(torch.promote_types(x.dtype, torch.float32))
+        # Whole rows are compared here, so the norms of queries stay in.
+        return form.decompose(self._scaled(form, x, name, scale, is_query=is_query), is_query=False)
+
+    def _scaled(
+        self, form: FeatureForm, x: Tensor, name: str, scale: float | None, *, is_query: bool
+    ) -> Tensor:
+        """``M sqrt(scale) x``, in float32 at least."""
         if x.ndim < 2 or x.shape[-1] != self.head_dim:
             raise ValueError(
                 f"{name} must have shape (..., length, {self.head_dim}), got {tuple(x.shape)}"
@@ -238,12 +239,10 @@ class FeatureMap(Drawn):
                 f"{name} must have shape (..., {self.num_heads}, length, {self.head_dim}) for a "
                 f"feature map with num_heads={self.num_heads}, got {tuple(x.shape)}"
             )
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        root = math.sqrt(resolve_scale(scale, self.head_dim))
-        form = form.to(dtype)
-        x = form.transformed(x.to(dtype) * root, is_query=is_query)
-        # Whole rows are compared here, so the norms of queries stay in.
-        return form.decompose(x, is_query=False)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return form.transformed(
+            x * math.sqrt(resolve_scale(scale, self.head_dim)), is_query=is_query
+        )
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -258,7 +257,7 @@ def form_of_heads(feature_map: FeatureMap, query: Tensor, key: Tensor) -> Featur
     """The form of a feature map, for queries and keys ``(batch, heads, length, head_dim)``.
 
     Raises:
-        ValueError: The map is none, or one for other heads, or on another device.
+        ValueError: ``feature_map`` is no FeatureMap, or its head_dim, num_heads or device differs.
     """
     heads, head_dim, key_heads = query.shape[1], query.shape[3], key.shape[1]
     if not isinstance(feature_map, FeatureMap):
@@ -297,7 +296,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _bounded(base: Tensor | None, exponent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _stabilized(base: Tensor | None, exponent: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Split features into a part of magnitude about one and a log scale per row."""
     if exponent is None:
         assert base is not None

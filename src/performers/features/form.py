@@ -1,9 +1,8 @@
-"""What a backend needs to know of a feature map: one small record, no module.
+"""The form of a feature map: the tensors and constants that a backend evaluates.
 
-Every random-feature kernel here is ``K(q, k) = sum_i phi_i(q) phi_i(k)`` with features written as
-``phi(x) = base(x) * exp(exponent(x))``. Keeping the exponent apart lets a backend subtract any
-scale it likes before it exponentiates, so that no feature ever overflows and the estimate is
-never biased by an additive constant.
+Every kernel estimate is ``K(q, k) = sum_i phi_i(q) phi_i(k)`` with features
+``phi(x) = base(x) * exp(exponent(x))``. With the exponent kept apart, a backend can subtract a
+scale before it exponentiates: no feature overflows, and no additive constant biases the estimate.
 """
 
 import math
@@ -19,10 +18,7 @@ Record = TypeVar("Record", bound=tuple[Any, ...])
 
 
 def replaced(record: Record, **changes: Any) -> Record:
-    """Copy of a named tuple with other values in some fields.
-
-    In place of ``_replace``, which the compiler of torch 2.7 does not know.
-    """
+    """``record._replace(**changes)``, which ``torch.compile`` does not support in torch 2.7."""
     names: tuple[str, ...] = type(record)._fields  # type: ignore[attr-defined]
     return type(record)(*[changes.get(n, x) for n, x in zip(names, record, strict=True)])
 
@@ -36,18 +32,17 @@ class FeatureForm(NamedTuple):
     * ``elementwise``: ``f(W x + b) + epsilon``; without ``weight``, ``f(x) + epsilon``.
 
     Attributes:
-        kind: Which of the three.
+        kind: One of the three.
         weight: ``W``, shape ``(1, rows, head_dim)`` or one per head ``(heads, rows, head_dim)``.
         bias: ``b``, shape ``(1 or heads, rows)``, or None for zero.
         num_features: Length of ``phi``; twice the rows of ``W`` for trigonometric features.
-        normalizer: The factor that makes ``phi(q) . phi(k)`` the kernel estimate (1 / draws).
+        normalizer: Factor that makes ``phi(q) . phi(k)`` the kernel estimate, ``1 / draws``.
         quadratic: Whether an exponential form subtracts ``|x|^2 / 2``.
         epsilon: Added to every feature.
         function: ``f`` of an elementwise form.
-        query_transform: A matrix ``M`` that queries are multiplied with before anything else,
-            ``x -> M x``, shape ``(1 or heads, head_dim, head_dim)``; None for the identity.
-        key_transform: The same for keys. The inner product of a transformed query and a
-            transformed key is that of the originals.
+        query_transform: Matrix ``M`` applied to queries first, ``x -> M x``, shape
+            ``(1 or heads, head_dim, head_dim)``; None for the identity.
+        key_transform: The same for keys, ``M^{-T}``: inner products of queries and keys stay.
     """
 
     kind: Kind
@@ -62,11 +57,11 @@ class FeatureForm(NamedTuple):
     key_transform: Tensor | None = None
 
     def num_heads(self) -> int:
-        """Heads that have a projection of their own; 1 when all share one."""
+        """Number of projections; 1 when all heads share one."""
         return 1 if self.weight is None else self.weight.shape[0]
 
     def estimates_softmax(self) -> bool:
-        """Whether inner products of features estimate ``exp(q . k)``."""
+        """Return True if inner products of features estimate ``exp(q . k)``."""
         return self.kind == "trigonometric" or (self.kind == "exponential" and self.quadratic)
 
     def to(self, dtype: torch.dtype) -> "FeatureForm":
@@ -74,21 +69,19 @@ class FeatureForm(NamedTuple):
         return self._mapped(lambda tensor: tensor.to(dtype))
 
     def copied(self) -> "FeatureForm":
-        """The same form with tensors of its own, still in the graph of these."""
+        """The same form with cloned tensors, in the graph of the originals."""
         return self._mapped(torch.clone)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "FeatureForm":
-        return FeatureForm(
-            self.kind,
-            None if self.weight is None else function(self.weight),
-            None if self.bias is None else function(self.bias),
-            self.num_features,
-            self.normalizer,
-            self.quadratic,
-            self.epsilon,
-            self.function,
-            None if self.query_transform is None else function(self.query_transform),
-            None if self.key_transform is None else function(self.key_transform),
+        def mapped(x: Tensor | None) -> Tensor | None:
+            return None if x is None else function(x)
+
+        return replaced(
+            self,
+            weight=mapped(self.weight),
+            bias=mapped(self.bias),
+            query_transform=mapped(self.query_transform),
+            key_transform=mapped(self.key_transform),
         )
 
     def transformed(self, x: Tensor, *, is_query: bool) -> Tensor:

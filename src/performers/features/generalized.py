@@ -35,9 +35,9 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class GeneralizedFeatures(FeatureMap):
     """``phi(x) = (f(W x') + epsilon) / sqrt(m)`` with ``x' = sqrt(scale) x``.
 
-    With ``fn="relu"`` this is Performer-ReLU, the paper's best map for proteins. It does not
-    estimate the softmax kernel: a model is trained with it from the start. Functions that take
-    both signs (cos, tanh, identity, gelu) can bring normalisers close to zero. Source:
+    With ``fn="relu"`` this is Performer-ReLU, the paper's best map for proteins. The kernel is not
+    the softmax kernel: models are trained with it from the start. Functions of both signs (cos,
+    tanh, identity, gelu) can bring normalisers close to zero. Source:
     Choromanski et al. 2021 (arXiv 2009.14794), section 2.2 and appendix B.3; ``elu+1`` without
     projection is the map of Katharopoulos et al. 2020.
 
@@ -100,10 +100,10 @@ class GeneralizedFeatures(FeatureMap):
         self.epsilon = float(epsilon)
 
     def form(self) -> FeatureForm:
-        """The record that attention backends evaluate."""
+        """The tensors and constants that attention backends evaluate."""
         normalizer = 1.0 if self.projection is None else 1 / self.num_features
         if self.fn == "exp":
-            # exp(y) + eps is kept as a logarithm, so that it can be scaled before it overflows.
+            # The logarithm of exp(y) + eps can be scaled before it overflows.
             return FeatureForm(
                 "exponential",
                 self.weight,

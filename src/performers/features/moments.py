@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Queries of a sequence whose pairs are looked at, evenly spaced: moments need no more.
-_MOST_QUERIES = 1024
-_QUERIES_AT_ONCE = 256
+# Longer sequences are subsampled to this many evenly spaced queries.
+_MAX_QUERIES = 1024
+_QUERY_BLOCK = 256
 
 
 @dataclass
@@ -19,10 +19,10 @@ class PairMoments:
         weight: Sum of weights, shape ``(heads,)``.
         query: Weighted sum of ``q``, shape ``(heads, d)``.
         key: Weighted sum of ``k``, shape ``(heads, d)``.
-        query_query: Of ``q q^T``, shape ``(heads, d, d)``.
-        key_key: Of ``k k^T``.
-        query_key: Of ``q k^T``.
-        samples: Queries seen with a pair that counts, all heads of a projection together.
+        query_query: Weighted sum of ``q q^T``, shape ``(heads, d, d)``.
+        key_key: Weighted sum of ``k k^T``.
+        query_key: Weighted sum of ``q k^T``.
+        samples: Number of queries with a pair of positive weight, per head of the moments.
     """
 
     weight: Tensor
@@ -40,25 +40,22 @@ class PairMoments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(heads, *shape, dtype=torch.float64, device="cpu")
 
-        square = (head_dim, head_dim)
-        means, squares = (zeros(head_dim), zeros(head_dim)), (zeros(*square), zeros(*square))
-        return cls(zeros(), *means, *squares, zeros(*square))
+        d = head_dim
+        return cls(zeros(), zeros(d), zeros(d), zeros(d, d), zeros(d, d), zeros(d, d))
 
     @torch.no_grad()
     def add(self, query: Tensor, key: Tensor, weights: Tensor) -> None:
-        """Add the pairs of one sequence, those of all heads together where moments have one head.
+        """Add the pairs of one sequence; moments with one head pool those of all heads.
 
-        Args:
-            query: Scaled queries, shape ``(heads, groups, L, d)``.
-            key: Scaled keys, shape ``(heads, S, d)``.
-            weights: Of the pairs, shape ``(heads, groups, L, S)``.
+        Scaled queries are ``(heads, groups, L, d)``, keys ``(heads, S, d)`` and weights
+        ``(heads, groups, L, S)``.
         """
         query, weights = query.double().flatten(1, 2), weights.double().flatten(1, 2)
         key = key.double()
         of_query, of_key = weights.sum(-1), weights.sum(-2)
         weighted_query = query * of_query.unsqueeze(-1)
         weighted_key = key * of_key.unsqueeze(-1)
-        for total, more in (
+        for total, added in (
             (self.weight, of_query.sum(-1)),
             (self.query, weighted_query.sum(-2)),
             (self.key, weighted_key.sum(-2)),
@@ -66,18 +63,22 @@ class PairMoments:
             (self.key_key, weighted_key.mT @ key),
             (self.query_key, query.mT @ (weights @ key)),
         ):
-            total += more.cpu() if len(total) == len(more) else more.sum(0, keepdim=True).cpu()
+            total += (added if len(total) == len(added) else added.sum(0, keepdim=True)).cpu()
         self.samples += int((of_query > 0).sum()) // len(self.weight)
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Mean query and mean key, each ``(heads, d)``."""
+        """``E[q]`` and ``E[k]``, each ``(heads, d)``; zeros for heads without a pair."""
         total = self.weight.unsqueeze(-1)
-        return self.query / total, self.key / total
+        return (self.query / total).nan_to_num(0.0), (self.key / total).nan_to_num(0.0)
 
     def second_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[q q^T]``, ``E[k k^T]`` and ``E[q k^T]``, each ``(heads, d, d)``."""
+        """``E[q q^T]``, ``E[k k^T]`` and ``E[q k^T]``, likewise ``(heads, d, d)``."""
         total = self.weight[:, None, None]
-        return self.query_query / total, self.key_key / total, self.query_key / total
+        return (
+            (self.query_query / total).nan_to_num(0.0),
+            (self.key_key / total).nan_to_num(0.0),
+            (self.query_key / total).nan_to_num(0.0),
+        )
 
 
 @torch.no_grad()
@@ -95,23 +96,23 @@ def add_attention_pairs(
     """Add the pairs that features have to estimate, of a batch of sequences.
 
     Args:
-        moments: What to add to.
+        moments: The sums to add to.
         query: Scaled queries, shape ``(batch, heads, groups, L, d)``.
         key: Scaled keys, shape ``(batch, heads, S, d)``.
         key_mask: Shape ``(batch, S)``, True where a key takes part, or None.
         is_causal: Leave out keys after the query.
         window: Leave out pairs with ``|i - j| <= window``.
         sinks: Leave out the first ``sinks`` keys that take part.
-        attention_weighted: Weight a pair by its share of the query's attention, in place of
-            equally: an error there is an error of the output.
+        attention_weighted: Weight a pair by its share of the query's attention, in which an error
+            of the estimate moves the output; else all pairs equally.
 
     Raises:
-        ValueError: Nothing is left, or an input is not finite.
+        ValueError: ``key_mask`` hides all keys of a row, or an input is not finite.
     """
     length, size = query.shape[-2], key.shape[-2]
     positions = torch.arange(length, device=query.device)
-    if length > _MOST_QUERIES:
-        positions = torch.linspace(0, length - 1, _MOST_QUERIES, device=query.device).long()
+    if length > _MAX_QUERIES:
+        positions = torch.linspace(0, length - 1, _MAX_QUERIES, device=query.device).long()
     indices = torch.arange(size, device=query.device)
     dtype = torch.promote_types(query.dtype, torch.float32)
     for row in range(query.shape[0]):
@@ -123,27 +124,25 @@ def add_attention_pairs(
                     f"key_mask must leave at least one key in every row, but row {row} hides all "
                     "of them; leave that row out"
                 )
-        _check_finite(query[row], "query")
-        _check_finite(key[row, :, allowed], "key")
+        for name, x in (("query", query[row]), ("key", key[row, :, allowed])):
+            if not bool(x.isfinite().all()):
+                raise ValueError(
+                    f"{name} must be finite for calibration, but holds NaN or infinity"
+                )
         keys = key[row].where(allowed[:, None], 0.0).to(dtype)
-        by_features = allowed & (allowed.cumsum(0) > sinks)
-        for part in positions.split(_QUERIES_AT_ONCE):
+        beyond_sinks = allowed & (allowed.cumsum(0) > sinks)
+        for part in positions.split(_QUERY_BLOCK):
             queries = query[row][:, :, part].to(dtype)
             seen = allowed.expand(len(part), size)
             if is_causal:
                 seen = seen & (indices <= part[:, None])
-            far = seen & by_features
+            estimated = seen & beyond_sinks
             if window is not None:
-                far = far & ((indices - part[:, None]).abs() > window)
+                estimated = estimated & ((indices - part[:, None]).abs() > window)
             if attention_weighted:
                 logits = (queries @ keys.unsqueeze(1).mT).masked_fill(~seen, -math.inf)
-                # A query that sees no key has no attention to give.
-                weights = logits.softmax(-1).nan_to_num(0.0) * far
+                # The softmax of a query without keys is NaN.
+                weights = logits.softmax(-1).nan_to_num(0.0) * estimated
             else:
-                weights = far.expand(*queries.shape[:2], -1, -1)
+                weights = estimated.expand(*queries.shape[:2], -1, -1)
             moments.add(queries, keys, weights)
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError(f"{name} must be finite for calibration, but holds NaN or infinity")

@@ -1,4 +1,4 @@
-"""Redrawing of projections: by hand, or on a schedule of training steps."""
+"""Redrawing of projections, at once or on a schedule of training steps."""
 
 import hashlib
 
@@ -11,16 +11,16 @@ from performers.features.base import FeatureMap
 def redraw_features_(module: nn.Module, generator: torch.Generator | None = None) -> int:
     """Draw fresh projections, in place, for every feature map inside ``module``.
 
-    Redraw between steps, after ``backward()``. Autograd keeps the old draw of a pass that is under
-    way, but ``torch.utils.checkpoint`` computes it again from the new one: its backward pass then
-    raises a RuntimeError. Two cases escape, and give a gradient of the wrong features: a function
-    compiled as a whole and checkpointed from outside, and with ``use_reentrant=True``, where the
-    first pass leaves no trace, a pass that another one followed after the redraw.
+    Redraw between steps, after ``backward()``. Autograd keeps the draw of a forward pass, but
+    ``torch.utils.checkpoint`` recomputes the pass with the new one: its backward pass then raises a
+    RuntimeError. Two cases are not detected, and give a gradient of the wrong features: a function
+    compiled as a whole and checkpointed from outside, and, with ``use_reentrant=True``, a pass
+    that was followed by another one after the redraw.
 
-    Averages of weights (EMA, SWA) must leave projections out, since a mean of several draws is
-    shorter than a draw and the features become biased. ``torch.optim.swa_utils.AveragedModel``
-    copies them from the model unless it has ``use_buffers=True``; after an average that includes
-    buffers, call this on the averaged model.
+    Weight averaging (EMA, SWA) must leave projections out: a mean of several draws is shorter than
+    a draw, and the features become biased. ``torch.optim.swa_utils.AveragedModel`` copies them from
+    the model unless it has ``use_buffers=True``; after an average that includes buffers, call this
+    function on the averaged model.
 
     Args:
         module: Any module.
@@ -40,9 +40,8 @@ def redraw_features_(module: nn.Module, generator: torch.Generator | None = None
 class FeatureRedrawer:
     """Redraws a model's features every ``interval`` training steps.
 
-    The projection after step ``n`` is a function of ``seed`` and ``n`` alone: a run that resumes
-    from a checkpoint at any step, or that runs in several processes, draws the same ones. Call
-    ``step()`` once per optimizer step.
+    The projection after step ``n`` is a function of ``seed`` and ``n`` alone: resumed runs and
+    several processes draw the same ones. Call ``step()`` once per optimizer step.
 
     Args:
         module: The model.
@@ -65,7 +64,7 @@ class FeatureRedrawer:
         """Count one step and redraw when it is due; a module in eval mode is never redrawn.
 
         Args:
-            steps: The number of steps taken so far, where somebody else keeps that count.
+            steps: Number of steps so far, if the caller counts them; None counts here.
 
         Returns:
             Whether the features were redrawn.
@@ -73,14 +72,14 @@ class FeatureRedrawer:
         self.steps = self.steps + 1 if steps is None else steps
         if not self.module.training or self.interval == 0 or self.steps % self.interval:
             return False
-        # torch's CPU generator looks at 32 bits of its seed.
+        # torch's CPU generator uses 32 bits of its seed.
         digest = hashlib.blake2b(f"{self.seed}:{self.steps}".encode(), digest_size=4).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         redraw_features_(self.module, generator)
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run needs: the step count."""
+        """The step count, for a resumed run."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor
 from performers.features.base import FeatureMap, default_num_features, resolve_scale
 from performers.features.form import FeatureForm
 from performers.features.moments import PairMoments, add_attention_pairs
+from performers.features.precision import without_autocast
 from performers.features.projections import PROJECTIONS, Projection
 from performers.features.proposal import (
+    FITS,
     Proposal,
-    fit_data_aware,
-    fit_optimal,
-    fit_saderf,
-    fit_sderf,
+    fit_proposal,
+    proposed_rows,
     standard_proposal,
 )
 
@@ -25,14 +24,9 @@ Estimator = Literal[
     "positive", "hyperbolic", "trigonometric", "optimal", "sderf", "saderf", "data_aware"
 ]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-_TWO_SIDED = ("hyperbolic", "trigonometric")
-_FITS: dict[str, Callable[[PairMoments], Proposal]] = {
-    "optimal": fit_optimal,
-    "sderf": fit_sderf,
-    "saderf": fit_saderf,
-    "data_aware": fit_data_aware,
-}
-CALIBRATED = tuple(_FITS)
+CALIBRATED = tuple(FITS)
+TWO_SIDED = ("hyperbolic", "trigonometric")
+BALANCED = ("saderf", "data_aware")
 
 
 class SoftmaxFeatures(FeatureMap):
@@ -47,22 +41,21 @@ class SoftmaxFeatures(FeatureMap):
 
     Four more draw their rows from a Gaussian fitted to queries and keys, and correct for that with
     a bias: ``phi(x) = exp(w_i . x' + b_i - |x'|^2 / 2) / sqrt(m)`` (``features/proposal.py`` has
-    the formulas). Call ``calibrate_`` first; before it they are ``positive``.
+    the formulas). Call ``calibrate_`` first; until then they equal ``positive``.
 
-    * ``data_aware``: centre and covariance fitted to the pairs that matter to attention, after
-      queries and keys have been brought to one covariance. The most accurate on real heads.
+    * ``data_aware``: centre and covariance fitted to pairs weighted by attention, after queries and
+      keys have been transformed to one covariance. The most accurate on real heads.
     * ``optimal``: FAVOR++, one width for all directions.
     * ``sderf``, ``saderf``: FAVOR# as published, dense and symmetric.
 
-    All are unbiased for every projection, and whatever they were calibrated on.
+    All are unbiased for every projection and every calibration.
     ``regularized=True`` (SMREG) fixes the row lengths at ``sqrt(head_dim)``: less variance, biased
     low by a factor that tends to one as ``head_dim`` grows. Source: Choromanski et al. 2021 (arXiv
     2009.14794), Lemmas 1 and 2, sections 2.4 and 3; Likhosherstov et al. 2022 (arXiv 2205.15317)
     and 2023 (arXiv 2302.00787).
 
-    The projection is a buffer, ``weight``. Averaged copies of a model whose features are redrawn
-    must copy it and not average it (``AveragedModel`` without ``use_buffers``), see
-    ``redraw_features_``.
+    The projection is a buffer, ``weight``. Weight averaging (EMA, SWA) must copy it and not average
+    it (``AveragedModel`` without ``use_buffers``), see ``redraw_features_``.
 
     Args:
         head_dim: Length of a query or key vector.
@@ -110,7 +103,7 @@ class SoftmaxFeatures(FeatureMap):
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
         if num_features is None:
             num_features = default_num_features(head_dim)
-        two_sided = estimator in _TWO_SIDED
+        two_sided = estimator in TWO_SIDED
         if num_features < 1 or (two_sided and num_features % 2):
             wanted = "a positive even number" if two_sided else "at least 1"
             raise ValueError(
@@ -157,29 +150,12 @@ class SoftmaxFeatures(FeatureMap):
         window: int | None = None,
         sinks: int = 0,
     ) -> "SoftmaxFeatures":
-        """Fit the estimator to sample queries and keys; a no-op for those that are not fitted.
+        """Fit the estimator to sample queries and keys; a no-op for the others.
 
-        Calls add up, so that samples can be streamed; ``reset_calibration_`` and loading a
-        ``state_dict`` forget them.
-        Projections stay as drawn, and ``redraw_`` keeps the fit. With fewer samples than a few
-        times ``head_dim`` the fit of ``data_aware`` is pulled towards that of ``optimal``.
-
-        Args:
-            query: Shape ``(batch, heads, L, head_dim)``.
-            key: Shape ``(batch, key_heads, S, head_dim)``; ``key_heads`` divides ``heads``. Heads
-                that share a projection are pooled.
-            key_mask: Bool, shape ``(batch, S)``, True where a key takes part.
-            scale: As in ``estimate_kernel``.
-            is_causal: Query ``i`` sees keys ``0..i`` only.
-            window: Pairs with ``|i - j| <= window`` are exact.
-            sinks: The first ``sinks`` keys are exact.
-
-        Returns:
-            Self.
-
-        Raises:
-            ValueError: An argument does not fit, holds NaN or infinity, or no call so far has
-                left a pair.
+        See ``FeatureMap.calibrate_`` for the arguments. Calls add up until ``reset_calibration_``
+        or the loading of a ``state_dict``. The projection stays, and ``redraw_`` keeps the fit.
+        With fewer samples than a few times ``head_dim`` the fit of ``data_aware`` is pulled towards
+        that of ``optimal``.
         """
         if self.estimator not in CALIBRATED:
             return self
@@ -200,40 +176,34 @@ class SoftmaxFeatures(FeatureMap):
                 f"key_mask must be a bool tensor of shape {(key.shape[0], key.shape[2])}, True = "
                 f"takes part, got {key_mask.dtype} {tuple(key_mask.shape)}"
             )
-        # A copy: a call that fails half-way leaves nothing behind.
+        # A copy, so that a call that fails changes nothing.
         moments = copy.deepcopy(self._moments) or PairMoments.empty(
             self.num_heads or 1, self.head_dim
         )
         root = math.sqrt(resolve_scale(scale, self.head_dim))
-        add_attention_pairs(
-            moments,
-            query * root,
-            key * root,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            window=window,
-            sinks=sinks,
-            attention_weighted=self.estimator == "data_aware",
-        )
+        with without_autocast(query.device):
+            add_attention_pairs(
+                moments,
+                query * root,
+                key * root,
+                key_mask=key_mask,
+                is_causal=is_causal,
+                window=window,
+                sinks=sinks,
+                attention_weighted=self.estimator == "data_aware",
+            )
         if not bool((moments.weight > 0).any()):
             raise ValueError(
                 "query and key leave no pair to estimate: with these window, sinks and key_mask "
                 "all are exact; calibrate on longer sequences, or with a smaller window"
             )
         self._moments = moments
-        self._adopt(_FITS[self.estimator](moments))
+        self._adopt(fit_proposal(self.estimator, moments))
         return self
 
     @torch.no_grad()
     def adopt_calibration_(self, fitted: "SoftmaxFeatures") -> "SoftmaxFeatures":
-        """Take over the fit of another map; the projection stays as it is.
-
-        Args:
-            fitted: A map of the same estimator and heads, perhaps of another projection.
-
-        Returns:
-            Self.
-        """
+        """Copy the fit of a map of the same estimator and heads; the projection stays."""
         for name, tensor in fitted.named_buffers():
             if name != "weight":
                 self.get_buffer(name).copy_(tensor)
@@ -242,21 +212,17 @@ class SoftmaxFeatures(FeatureMap):
         return self
 
     def reset_parameters(self) -> None:
-        """Set all buffers as at construction: freshly drawn, and fitted to nothing."""
+        """Set all buffers as at construction: drawn, not calibrated."""
         super().reset_parameters()
         self.reset_calibration_()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The samples behind a fit are not saved: what is loaded is not to be mixed with others.
+        # The moments behind a fit are not saved: later samples must not be added to other ones.
         self._moments = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def reset_calibration_(self) -> "SoftmaxFeatures":
-        """Forget all samples: the estimator is ``positive`` again.
-
-        Returns:
-            Self.
-        """
+        """Forget all samples: the estimator is ``positive`` again."""
         self._moments = None
         if self.estimator in CALIBRATED:
             self._adopt(standard_proposal(self.num_heads or 1, self.head_dim))
@@ -270,7 +236,7 @@ class SoftmaxFeatures(FeatureMap):
     def _grouped(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Query ``(batch, heads, groups, L, d)`` and key ``(batch, heads, S, d)``.
 
-        Afterwards heads are those of the projection, or those of the keys when all share one.
+        ``heads`` are those of the projection, or of the keys when all share one.
         """
         for name, x in (("query", query), ("key", key)):
             if x.ndim != 4 or x.shape[-1] != self.head_dim or not x.is_floating_point():
@@ -295,28 +261,31 @@ class SoftmaxFeatures(FeatureMap):
         return query.unflatten(1, (key_heads, heads // key_heads)), key
 
     def form(self) -> FeatureForm:
-        """The record that attention backends evaluate."""
-        weight = self.weight
+        """The tensors and constants that attention backends evaluate."""
+        weight, bias, query_transform, key_transform = self.weight, None, None, None
         assert weight is not None
         if self.estimator == "trigonometric":
             return FeatureForm("trigonometric", weight, None, self.num_features, 1 / self._num_rows)
         if self.estimator == "hyperbolic":
             weight = torch.cat((weight, -weight), dim=-2)
-        if self.estimator not in CALIBRATED:
-            return FeatureForm(
-                "exponential", weight, None, self.num_features, 1 / self.num_features
-            )
-        rows, bias = _proposed_rows(weight, self.center, self.transform, self.log_volume)
-        balanced = self.estimator in ("saderf", "data_aware")
+        elif self.estimator in CALIBRATED:
+            with without_autocast(weight.device):
+                weight, bias = proposed_rows(weight, self.center, self.transform, self.log_volume)
+        if self.estimator in BALANCED:
+            query_transform, key_transform = self.query_transform, self.key_transform
         return FeatureForm(
             "exponential",
-            rows,
+            weight,
             bias,
             self.num_features,
             1 / self.num_features,
-            query_transform=self.query_transform if balanced else None,
-            key_transform=self.key_transform if balanced else None,
+            query_transform=query_transform,
+            key_transform=key_transform,
         )
+
+    def proposal(self) -> Proposal:
+        """The Gaussian that rows of a calibrated estimator are drawn from."""
+        return Proposal(self.center, self.transform, self.query_transform, self.key_transform)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""
@@ -325,25 +294,5 @@ class SoftmaxFeatures(FeatureMap):
 
 
 def _tensors(proposal: Proposal) -> dict[str, Tensor]:
-    """What a map keeps of a proposal, by the names of its buffers."""
+    """The buffers of a map with this proposal."""
     return {**proposal._asdict(), "log_volume": torch.linalg.slogdet(proposal.transform)[1]}
-
-
-def _proposed_rows(
-    draws: Tensor, center: Tensor, transform: Tensor, log_volume: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows drawn from ``N(c, T T^T)`` and the bias that corrects for it.
-
-    Args:
-        draws: Rows ``e`` of ``N(0, I)``, shape ``(heads, rows, d)``.
-        center: ``c``, shape ``(heads, d)``.
-        transform: ``T``, shape ``(heads, d, d)``.
-        log_volume: ``log |det T|``, shape ``(heads,)``.
-
-    Returns:
-        ``w = c + T e`` of shape ``(heads, rows, d)`` and
-        ``b = (|e|^2 - |w|^2) / 4 + log |det T| / 2`` of shape ``(heads, rows)``.
-    """
-    rows = draws @ transform.mT + center.unsqueeze(-2)
-    norms = draws.square().sum(-1) - rows.square().sum(-1)
-    return rows, norms / 4 + log_volume.unsqueeze(-1) / 2

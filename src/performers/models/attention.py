@@ -8,34 +8,12 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer, PassCacheLayer
-from performers.models.comparators import (
-    BigBirdMechanism,
-    HashFeatures,
-    LinformerMechanism,
-    LocalMechanism,
-    LshMechanism,
-)
+from performers.models.cache import FavorCacheLayer
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
 from performers.models.registry import ATTENTIONS, register_attention
 from performers.nn import FavorAttention
-
-__all__ = [
-    "AttentionContext",
-    "ExactMechanism",
-    "FavorMechanism",
-    "IdentityMechanism",
-    "PerformerSelfAttention",
-    "ResidualLinear",
-    "build_mechanism",
-]
-
-# What None in a configuration stands for. It is resolved here and not kept there, where it would
-# pass for a choice when the attention is changed.
-_LOCAL_WINDOW = 128
-_LINFORMER_RANK = 256
 
 
 class FavorMechanism(FavorAttention):
@@ -119,7 +97,7 @@ class ExactMechanism(nn.Module):
 
 
 class IdentityMechanism(nn.Module):
-    """Returns the values: a model with no attention at all."""
+    """Returns the values: a model without attention."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -141,7 +119,9 @@ def build_mechanism(
     """The mechanism of one layer."""
     attention = config.attention if layer is None else config.layer_attention(layer)
     entry = ATTENTIONS[attention]
-    entry.check_causal(attention, config.is_decoder)
+    entry.check_causal(config.is_decoder)
+    if attention == config.attention:
+        entry.complete_options(config.attention_options)
     return entry.build(config, generator)
 
 
@@ -175,62 +155,21 @@ def _generalized(
     return FavorMechanism(features)
 
 
-def _linformer(config: PerformerConfig, generator: torch.Generator | None) -> LinformerMechanism:
-    longest = config.max_position_embeddings
-    return LinformerMechanism(config.linformer_rank or min(_LINFORMER_RANK, longest), longest)
-
-
-def _lsh(config: PerformerConfig, generator: torch.Generator | None) -> LshMechanism:
-    size = config.lsh_chunk_size
-    buckets = config.lsh_buckets or _enough_buckets(config.max_position_embeddings, size)
-    hashes = HashFeatures(
-        config.head_dim,
-        buckets,
-        config.lsh_rounds,
-        num_heads=config.projected_heads,
-        generator=generator,
-    )
-    return LshMechanism(hashes, size)
-
-
-def _local(config: PerformerConfig, generator: torch.Generator | None) -> LocalMechanism:
-    return LocalMechanism(_LOCAL_WINDOW if config.window is None else config.window)
-
-
-def _bigbird(config: PerformerConfig, generator: torch.Generator | None) -> BigBirdMechanism:
-    return BigBirdMechanism(
-        config.bigbird_block_size, config.bigbird_global_blocks, config.bigbird_random_blocks
-    )
-
-
-def _enough_buckets(length: int, size: int) -> int:
-    """The least power of two, at least 2, of buckets with ``size`` tokens or fewer each."""
-    return 2 ** max(1, (-(-length // size) - 1).bit_length())
-
-
 register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
 for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
-register_attention("identity", lambda config, generator: IdentityMechanism(), cache=PassCacheLayer)
-register_attention("linformer", _linformer, not_causal="its projected keys mix all positions")
-register_attention("lsh", _lsh, shares_query=True)
-register_attention("local", _local)
-register_attention("bigbird", _bigbird)
+register_attention("identity", lambda config, generator: IdentityMechanism(), cache=FavorCacheLayer)
 
 
 class ResidualLinear(nn.Linear):
-    """The last layer of a residual branch.
-
-    It starts with smaller weights than the others, so that the sum over all branches stays
-    bounded.
-    """
+    """Last layer of a residual branch, with smaller initial weights: the sum stays bounded."""
 
 
 class PerformerSelfAttention(nn.Module):
     """Projections, positions, mechanism, output projection.
 
-    Where queries are keys, too, ``query_key_value`` has two parts and not three.
+    ``query_key_value`` has two parts, and not three, where queries serve as keys.
     """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:

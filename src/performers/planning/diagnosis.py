@@ -1,8 +1,8 @@
-"""What queries and keys are like, and what that means for features.
+"""Statistics of queries and keys that decide whether features suffice.
 
-Everything is an average over pairs of a query and a key, drawn in two ways: evenly from all pairs
-that may meet, and from attention (a query, then a key with the probability that softmax gives it).
-The second kind decides the error of the output.
+Averages are over pairs of a query and a key, drawn in two ways: evenly from all pairs, and from
+attention (a query, then a key with its softmax probability). The second kind decides the error of
+the output.
 """
 
 import math
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from performers.features import SoftmaxFeatures
 from performers.features.softmax import Estimator
 from performers.features.theory import log_relative_variance
-from performers.planning.exact import attention_rows
 from performers.planning.fits import Fits
 from performers.planning.samples import Samples
 
-# A kernel estimate off by less than this, where attention is, is worth having.
+# Features suffice where the relative error of the kernel, over pairs from attention, is below this.
 WANTED_KERNEL_ERROR = 0.5
 TOP_KEYS = 16
-_QUERIES = 512
+_MAX_QUERIES = 512
+_QUERY_BLOCK = 256
 _COMPARED: tuple[Estimator, ...] = ("positive", "data_aware")
 _PAIRS_PER_QUERY = 8
+
+_Pairs = tuple[Tensor, Tensor]
+"""Queries and keys, each ``(Hkv, pairs, D)``, float64, multiplied by ``sqrt(scale)``."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class FeatureVariance:
     """``Var[estimate] / exp(2 q . k)`` of one feature with independent rows, closed form.
 
     Attributes:
-        estimator: Which; those that are calibrated are so here, with no exact terms.
+        estimator: The estimator, calibrated without exact terms.
         log10_median: ``log10`` of the median over evenly drawn pairs and heads.
         log10_attended: Mean of ``log10`` over pairs drawn from attention and heads.
         log10_features_needed: ``log10`` of the ``m`` at which the relative error of the kernel,
@@ -60,17 +62,17 @@ class Diagnosis:
         sum_norm: Mean ``|q + k|^2`` over evenly drawn pairs: the logarithm of one feature's
             relative variance in FAVOR+.
         attended_sum_norm: The same over pairs drawn from attention.
-        centred_sum_norm: Evenly drawn pairs again, ``q + k`` less its mean over them.
-        calibrated_sum_norm: Over pairs drawn from attention, after the balance of queries and
-            keys and less the centre that ``data_aware`` found.
+        centred_sum_norm: The same over evenly drawn pairs, ``q + k`` less its mean.
+        calibrated_sum_norm: The same over pairs drawn from attention, balanced and less the centre
+            of ``data_aware``.
         effective_dimension: Participation ratio ``(sum l)^2 / sum l^2`` of the eigenvalues of
-            ``Cov(q + k)``, evenly drawn pairs.
+            ``Cov(q + k)``, evenly drawn pairs; one where nothing varies.
         variances: Of one ``positive`` and one calibrated ``data_aware`` feature.
         window_shares: Share of attention within each window, by window.
         sink_shares: Share of attention on the first keys, by their number.
         top_share: Share of attention on each query's ``TOP_KEYS`` largest keys.
-        features_suffice: Whether features alone are enough; see ``sentence``.
-        sentence: That, with the numbers it follows from.
+        features_suffice: Whether features without exact terms are enough.
+        sentence: The reason in words.
     """
 
     query_norm: float
@@ -98,182 +100,131 @@ def diagnose(
     sinks: Sequence[int],
     seed: int,
 ) -> Diagnosis:
-    """Look at sequences that nothing was calibrated on."""
+    """Diagnose held-out sequences; ``fits`` are those to the others."""
     widths = sorted({window for window in windows if window is not None} or {64})
     if samples.query.shape[2] != samples.key.shape[2]:
         widths = []
     numbers = sorted({number for number in sinks if number} or {4})
-    shares = _Shares(widths, numbers)
-    root = math.sqrt(samples.scale)
-    evenly, attended = _draw_pairs(samples, shares, torch.Generator().manual_seed(seed))
-    total = (evenly.query + evenly.key).double() * root
+    evenly, attended, shares = _draw_pairs(
+        samples, widths, numbers, torch.Generator().manual_seed(seed)
+    )
+    total = evenly[0] + evenly[1]
     centred = total - total.mean(1, keepdim=True)
     spectrum = torch.linalg.eigvalsh(centred.mT @ centred / centred.shape[1]).clamp_min(0)
-    heads = samples.key.shape[1]
+    square, squares = spectrum.sum(-1).square(), spectrum.square().sum(-1)
+    features = [fits.features(name, samples.key.shape[1]) for name in _COMPARED]
     variances = []
-    features = [fits.features(name, heads) for name in _COMPARED]
     for fit in features:
-        even, near = (_log_variance(fit, pairs, samples.scale) for pairs in (evenly, attended))
-        log10 = float(near.mean()) / math.log(10)
+        # Without the -inf of q + k = 0.
+        even_logs, attended_logs = (
+            log_relative_variance(fit, *pairs, 1.0).clamp_min(math.log(2**-52))
+            for pairs in (evenly, attended)
+        )
+        log10 = float(attended_logs.mean()) / math.log(10)
         variances.append(
             FeatureVariance(
                 fit.estimator,
-                float(even.median()) / math.log(10),
+                float(even_logs.median()) / math.log(10),
                 log10,
                 log10 - 2 * math.log10(WANTED_KERNEL_ERROR),
             )
         )
     best = min(variances, key=lambda variance: variance.log10_attended)
     suffice = best.kernel_error(most_features) <= WANTED_KERNEL_ERROR
-    window_shares, sink_shares, top_share = shares.means()
-    return Diagnosis(
-        query_norm=_mean_norm(samples.query, samples.counted()) * samples.scale,
-        key_norm=_mean_norm(samples.key, samples.key_mask) * samples.scale,
-        sum_norm=float(total.square().sum(-1).mean()),
-        attended_sum_norm=_sum_norm(attended.query, attended.key) * samples.scale,
-        centred_sum_norm=float(centred.square().sum(-1).mean()),
-        calibrated_sum_norm=_calibrated_norm(features[1], attended, root),
-        effective_dimension=_effective_dimension(spectrum),
-        variances=tuple(variances),
-        window_shares=window_shares,
-        sink_shares=sink_shares,
-        top_share=top_share,
-        features_suffice=suffice,
-        sentence=_sentence(
-            variances, suffice, most_features, window_shares, sink_shares, top_share
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _Pairs:
-    """Queries and keys that belong together, each ``(Hkv, pairs, D)``."""
-
-    query: Tensor
-    key: Tensor
-
-
-class _Shares:
-    """Sums of attention, over the queries that were looked at."""
-
-    def __init__(self, windows: list[int], sinks: list[int]) -> None:
-        self._window = dict.fromkeys(windows, 0.0)
-        self._sink = dict.fromkeys(sinks, 0.0)
-        self._top = self._whole = 0.0
-
-    def add(self, weights: Tensor, positions: Tensor, rank: Tensor) -> None:
-        """Add rows ``(Hkv, G, n, S)`` of queries at ``(n,)``; ``rank`` counts keys."""
-        by_key = weights.double().sum((0, 1))
-        distance = (torch.arange(weights.shape[-1], device=rank.device) - positions[:, None]).abs()
-        for window in self._window:
-            self._window[window] += float(by_key[distance <= window].sum())
-        for sinks in self._sink:
-            self._sink[sinks] += float(by_key[:, rank <= sinks].sum())
-        count = min(TOP_KEYS, weights.shape[-1])
-        self._top += float(weights.topk(count, dim=-1).values.double().sum())
-        self._whole += float(by_key.sum())
-
-    def means(self) -> tuple[dict[int, float], dict[int, float], float]:
-        """Shares of the whole."""
-        windows = {window: part / self._whole for window, part in self._window.items()}
-        sinks = {number: part / self._whole for number, part in self._sink.items()}
-        return windows, sinks, self._top / self._whole
-
-
-def _draw_pairs(
-    samples: Samples, shares: _Shares, random: torch.Generator
-) -> tuple[_Pairs, _Pairs]:
-    """Pairs drawn evenly and from attention, of every sequence; attention goes to ``shares``."""
-    size, device = samples.key.shape[2], samples.key.device
-    counted = samples.counted()
-    drawn: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
-    for row in range(samples.query.shape[0]):
-        positions = torch.arange(samples.query.shape[2], device=device)
-        if counted is not None:
-            positions = positions[counted[row]]
-        if len(positions) > _QUERIES:
-            some = torch.linspace(0, len(positions) - 1, _QUERIES, device=device).long()
-            positions = positions[some]
-        taking = torch.ones(size, dtype=torch.bool, device=device)
-        if samples.key_mask is not None:
-            taking = samples.key_mask[row]
-        rank = taking.cumsum(0).where(taking, size + 1)
-        for part, weights in attention_rows(samples, row, positions):
-            shares.add(weights, part, rank)
-            key_heads, groups = weights.shape[:2]
-            allowed = taking.expand(len(part), size)
-            if samples.is_causal:
-                allowed = allowed & (torch.arange(size, device=device) <= part[:, None])
-            seen = allowed.any(-1)
-            queries = samples.query[row].unflatten(0, (key_heads, groups))[:, :, part[seen]]
-            queries = queries.repeat_interleave(_PAIRS_PER_QUERY, dim=2).flatten(1, 2)
-            even = allowed[seen].to(weights.dtype).expand(key_heads, groups, -1, -1)
-            for pairs, odds in zip(drawn, (even, weights[:, :, seen]), strict=True):
-                places = torch.multinomial(
-                    odds.flatten(0, 2).cpu(), _PAIRS_PER_QUERY, replacement=True, generator=random
-                )
-                places = places.to(device).view(key_heads, -1, 1)
-                places = places.expand(-1, -1, samples.key.shape[3])
-                pairs.append((queries, samples.key[row].gather(1, places)))
-    evenly, attended = (
-        _Pairs(*(torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True)))
-        for pairs in drawn
-    )
-    return evenly, attended
-
-
-def _log_variance(fit: SoftmaxFeatures, pairs: _Pairs, scale: float) -> Tensor:
-    """Natural logarithms for one feature, ``(Hkv, pairs)``, without the -inf of ``q + k = 0``."""
-    logs = log_relative_variance(fit, pairs.query, pairs.key, scale)
-    return logs.clamp_min(math.log(torch.finfo(logs.dtype).eps))
-
-
-def _mean_norm(x: Tensor, counted: Tensor | None) -> float:
-    norms = x.double().square().sum(-1).mean(1)
-    return float((norms if counted is None else norms[counted]).mean())
-
-
-def _sum_norm(query: Tensor, key: Tensor) -> float:
-    return float((query.double() + key.double()).square().sum(-1).mean())
-
-
-def _calibrated_norm(fit: SoftmaxFeatures, pairs: _Pairs, root: float) -> float:
-    """``E |M q + M^{-T} k - c|^2``."""
-    form = fit.form().to(torch.float64)
-    query = form.transformed(pairs.query.double() * root, is_query=True)
-    key = form.transformed(pairs.key.double() * root, is_query=False)
-    return _sum_norm(query, key - fit.center.double().unsqueeze(1))
-
-
-def _effective_dimension(spectrum: Tensor) -> float:
-    """Mean over heads of ``(sum l)^2 / sum l^2``; one where nothing varies."""
-    square, squares = spectrum.sum(-1).square(), spectrum.square().sum(-1)
-    return float((square / squares).where(squares > 0, 1.0).mean())
-
-
-def _sentence(
-    variances: list[FeatureVariance],
-    suffice: bool,
-    most_features: int,
-    window_shares: dict[int, float],
-    sink_shares: dict[int, float],
-    top_share: float,
-) -> str:
-    best = min(variances, key=lambda variance: variance.log10_attended)
+    form = features[1].form().to(torch.float64)
+    query = form.transformed(attended[0], is_query=True)
+    key = form.transformed(attended[1], is_query=False) - features[1].center.double().unsqueeze(1)
+    window_shares = dict(zip(widths, shares[2:], strict=False))
+    sink_shares = dict(zip(numbers, shares[2 + len(widths) :], strict=True))
+    parts = [f"{share:.0%} is within {window} positions" for window, share in window_shares.items()]
+    parts += [f"{share:.0%} on the first {count} keys" for count, share in sink_shares.items()]
+    parts.append(f"{shares[1]:.0%} on the {TOP_KEYS} largest keys of each query")
     powers = " and ".join(
-        f"e^{variance.log10_attended * math.log(10):.1f} ({variance.estimator})"
-        for variance in variances
+        f"e^{x.log10_attended * math.log(10):.1f} ({x.estimator})" for x in variances
     )
     exponent = (best.log10_attended - math.log10(most_features)) / 2
     left = f"{10**exponent:.2g}" if exponent < 3 else f"10^{exponent:.0f}"
     power = max(0.0, best.log10_features_needed)
     needed = f"{math.ceil(10**power):,}" if power < 6 else f"10^{power:.0f}"
-    held = [f"{share:.0%} is within {window} positions" for window, share in window_shares.items()]
-    held += [f"{share:.0%} on the first {count} keys" for count, share in sink_shares.items()]
-    held.append(f"{top_share:.0%} on the {TOP_KEYS} largest keys of each query")
-    return (
-        f"Features alone {'can' if suffice else 'cannot'} do it: where attention is, one feature "
-        f"has a relative variance of {powers}, so that {most_features} leave the kernel off by "
-        f"{left} times its size (for {WANTED_KERNEL_ERROR} it takes {needed} features). Of the "
-        f"attention, {', '.join(held)}{'' if suffice else ': meet such keys exactly'}."
+    return Diagnosis(
+        query_norm=_mean_norm(samples.query, samples.query_mask) * samples.scale,
+        key_norm=_mean_norm(samples.key, samples.key_mask) * samples.scale,
+        sum_norm=_mean_norm(total),
+        attended_sum_norm=_mean_norm(attended[0] + attended[1]),
+        centred_sum_norm=_mean_norm(centred),
+        calibrated_sum_norm=_mean_norm(query + key),
+        effective_dimension=float((square / squares).where(squares > 0, 1.0).mean()),
+        variances=tuple(variances),
+        window_shares=window_shares,
+        sink_shares=sink_shares,
+        top_share=shares[1],
+        features_suffice=suffice,
+        sentence=(
+            f"Features alone {'can' if suffice else 'cannot'} do it: where attention is, one "
+            f"feature has a relative variance of {powers}, so that {most_features} leave the "
+            f"kernel off by {left} times its size (for {WANTED_KERNEL_ERROR} it takes {needed} "
+            f"features). Of the attention, {', '.join(parts)}"
+            f"{'' if suffice else ': meet such keys exactly'}."
+        ),
     )
+
+
+def _draw_pairs(
+    samples: Samples, windows: list[int], sinks: list[int], random: torch.Generator
+) -> tuple[_Pairs, _Pairs, list[float]]:
+    """Pairs drawn evenly and from attention, and shares of attention.
+
+    The shares are those of all keys, of the ``TOP_KEYS`` largest, of each window and of the sinks.
+    """
+    size, head_dim = samples.key.shape[2:]
+    device = samples.key.device
+    dtype = torch.promote_types(samples.query.dtype, torch.float32)
+    sums = torch.zeros(2 + len(windows) + len(sinks), dtype=torch.float64, device=device)
+    drawn: tuple[list[_Pairs], list[_Pairs]] = ([], [])
+    for row, key in enumerate(samples.key):
+        query = samples.query[row].unflatten(0, (key.shape[0], -1))
+        valid = torch.ones(size, dtype=torch.bool, device=device)
+        if samples.key_mask is not None:
+            valid = samples.key_mask[row]
+        rank = valid.cumsum(0).where(valid, size + 1)
+        positions = torch.arange(query.shape[2], device=device)
+        if samples.query_mask is not None:
+            positions = positions[samples.query_mask[row]]
+        if len(positions) > _MAX_QUERIES:
+            some = torch.linspace(0, len(positions) - 1, _MAX_QUERIES, device=device)
+            positions = positions[some.long()]
+        for part in positions.split(_QUERY_BLOCK):
+            offset = torch.arange(size, device=device) - part[:, None]
+            allowed = valid & (offset <= 0) if samples.is_causal else valid.expand(len(part), size)
+            logits = query[:, :, part].to(dtype) @ key.to(dtype).unsqueeze(1).mT * samples.scale
+            # The softmax of a query without keys is NaN.
+            weights = logits.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
+            by_key = weights.double().sum((0, 1))
+            top = weights.topk(min(TOP_KEYS, size), dim=-1).values
+            parts = [by_key, top.double()]
+            parts += [by_key[offset.abs() <= window] for window in windows]
+            parts += [by_key[:, rank <= count] for count in sinks]
+            sums += torch.stack([x.sum() for x in parts])
+            seen = allowed.any(-1)
+            queries = query[:, :, part[seen]].repeat_interleave(_PAIRS_PER_QUERY, dim=2)
+            even = allowed[seen].to(dtype).expand(*weights.shape[:2], -1, -1)
+            for pairs, odds in zip(drawn, (even, weights[:, :, seen]), strict=True):
+                places = torch.multinomial(
+                    odds.flatten(0, 2).cpu(), _PAIRS_PER_QUERY, replacement=True, generator=random
+                )
+                places = places.to(device).view(len(key), -1, 1).expand(-1, -1, head_dim)
+                pairs.append((queries.flatten(1, 2), key.gather(1, places)))
+    root = math.sqrt(samples.scale)
+    evenly, attended = (
+        (
+            torch.cat([query for query, _ in pairs], 1).double() * root,
+            torch.cat([key for _, key in pairs], 1).double() * root,
+        )
+        for pairs in drawn
+    )
+    return evenly, attended, (sums / sums[0]).tolist()
+
+
+def _mean_norm(x: Tensor, mask: Tensor | None = None) -> float:
+    norms = x.double().square().sum(-1).mean(1)
+    return float((norms if mask is None else norms[mask]).mean())

@@ -1,78 +1,51 @@
-"""Softmax attention itself, some queries at a time: what the settings are measured against."""
+"""Exact attention, and the error of an approximation relative to it."""
 
-import math
-from collections.abc import Callable, Iterator
-
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.planning.samples import Samples
 
-_QUERIES_AT_ONCE = 256
-
-
-def attention_rows(
-    samples: Samples, row: int, positions: Tensor | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The attention matrix of one sequence, in blocks of queries.
+def exact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """``softmax(scale q k^T) v`` by ``scaled_dot_product_attention``; zeros where no key is left.
 
     Args:
-        samples: The sequences.
-        row: Which of them.
-        positions: Queries to look at; all when None.
+        query: Shape ``(B, H, L, D)``.
+        key: Shape ``(B, Hkv, S, D)``.
+        value: Shape ``(B, Hkv, S, Dv)``.
+        scale: ``1 / sqrt(D)`` when None.
+        is_causal: Query ``i`` attends to keys ``0..i`` only.
+        key_mask: Bool, shape ``(B, S)``, True where a key takes part; masked keys and values must
+            be finite.
 
-    Yields:
-        Positions ``(n,)`` and weights ``(Hkv, G, n, S)`` in float32 at least, whose rows sum to
-        one; zeros for a query that sees no key.
+    Returns:
+        Shape ``(B, H, L, Dv)``.
     """
-    query, key = samples.query[row], samples.key[row]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query.unflatten(0, (key.shape[0], -1))
-    hidden = None if samples.key_mask is None else ~samples.key_mask[row]
-    if hidden is not None:
-        key = key.masked_fill(hidden[:, None], 0.0)
-    places = torch.arange(key.shape[1], device=key.device)
-    if positions is None:
-        positions = torch.arange(query.shape[2], device=key.device)
-    for part in positions.split(_QUERIES_AT_ONCE):
-        logits = query[:, :, part].to(dtype) @ key.to(dtype).unsqueeze(1).mT * samples.scale
-        if hidden is not None:
-            logits = logits.masked_fill(hidden, -math.inf)
-        if samples.is_causal:
-            logits = logits.masked_fill(places > part[:, None], -math.inf)
-        yield part, logits.softmax(-1).nan_to_num(0.0)
-
-
-def exact_attention(samples: Samples) -> Tensor:
-    """``softmax(scale q k^T) v``, shape ``(B, H, L, Dv)``, zeros for queries that see no key."""
-    outputs = []
-    for row, value in enumerate(samples.value):
-        if samples.key_mask is not None:
-            value = value.masked_fill(~samples.key_mask[row][:, None], 0.0)
-        blocks = [
-            weights @ value.to(weights.dtype).unsqueeze(1)
-            for _, weights in attention_rows(samples, row)
-        ]
-        outputs.append(torch.cat(blocks, dim=2).flatten(0, 1))
-    return torch.stack(outputs)
-
-
-def fused_attention(samples: Samples) -> Callable[[], Tensor]:
-    """A call of ``scaled_dot_product_attention`` with everything prepared, to be timed."""
-    groups = samples.query.shape[1] // samples.key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (samples.key, samples.value))
-    mask, is_causal = None, samples.is_causal
-    if samples.key_mask is not None:
-        mask = samples.key_mask[:, None, None]
-        if is_causal:
-            length = samples.query.shape[2]
-            ones = torch.ones(length, length, dtype=torch.bool, device=key.device)
-            mask, is_causal = mask & ones.tril(), False
-
-    def call() -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    if key_mask is None:
         return F.scaled_dot_product_attention(
-            samples.query, key, value, attn_mask=mask, is_causal=is_causal, scale=samples.scale
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
+    mask = key_mask[:, None, None]
+    if is_causal:
+        mask = mask.expand(-1, 1, query.shape[2], -1).tril()
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped
+    )
+    return out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
-    return call
+
+def relative_error(actual: Tensor, expected: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """``|actual - expected| / |expected|``, Frobenius norms over ``dim`` in float64.
+
+    Where ``expected`` is zero: 0 if ``actual`` is, else 1.
+    """
+    actual, expected = actual.double(), expected.double()
+    wrong, size = (x.square().sum(dim) for x in (actual - expected, expected))
+    return (wrong / size).sqrt().where(size > 0, (wrong > 0).double())

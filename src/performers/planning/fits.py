@@ -1,4 +1,4 @@
-"""Approximations calibrated on one set of samples: what two have in common is fitted once."""
+"""Approximations calibrated on one set of samples, which share their fits."""
 
 import contextlib
 from dataclasses import replace
@@ -19,7 +19,7 @@ class Fits:
     """Attention modules calibrated on samples.
 
     A fit depends on the estimator, the heads, the window and the sinks, neither on the number of
-    features nor on how they are drawn; lists of keys depend on the heads and their length.
+    features nor on their projection; lists of keys depend on the heads and their length.
 
     Args:
         samples: Samples to calibrate on.
@@ -29,7 +29,7 @@ class Fits:
     def __init__(self, samples: Samples, seed: int) -> None:
         self.samples = samples
         self._seed = seed
-        self._features: dict[Approximation, dict[int, SoftmaxFeatures]] = {}
+        self._features: dict[tuple[Approximation, int], SoftmaxFeatures] = {}
         self._lists: dict[tuple[int, int], ListedKeys] = {}
 
     def attention(
@@ -55,26 +55,21 @@ class Fits:
     def features(
         self, estimator: Estimator, num_heads: int, window: int | None = None, sinks: int = 0
     ) -> SoftmaxFeatures:
-        """One calibrated feature, from whose buffers the variance has a closed form."""
-        key = Approximation(1, estimator, window=window, sinks=sinks)
-        known = self._features.setdefault(key, {})
-        if num_heads not in known:
-            favor, samples = self._build(key, num_heads, 0), self.samples
+        """One calibrated feature, whose variance has a closed form."""
+        key = Approximation(1, estimator, window=window, sinks=sinks), num_heads
+        if key not in self._features:
+            favor = self._build(*key, seed=0)
             # One sequence at a time: the memory of a fit does not grow with their number.
-            for row in range(samples.query.shape[0]):
-                part = slice(row, row + 1)
+            for row in range(self.samples.query.shape[0]):
+                one = self.samples.part(slice(row, row + 1))
                 # Where all pairs are exact there is nothing to fit.
                 with contextlib.suppress(ValueError):
                     favor.calibrate_(
-                        samples.query[part],
-                        samples.key[part],
-                        None if samples.key_mask is None else samples.key_mask[part],
-                        samples.scale,
-                        is_causal=samples.is_causal,
+                        one.query, one.key, one.key_mask, one.scale, is_causal=one.is_causal
                     )
             assert isinstance(favor.feature_map, SoftmaxFeatures)
-            known[num_heads] = favor.feature_map
-        return known[num_heads]
+            self._features[key] = favor.feature_map
+        return self._features[key]
 
     def _build(self, approximation: Approximation, num_heads: int, seed: int) -> FavorAttention:
         favor = approximation.build(

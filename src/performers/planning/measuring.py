@@ -1,65 +1,50 @@
-"""Errors on held-out sequences, and times beside ``scaled_dot_product_attention``."""
+"""Errors on held-out sequences, and times next to ``scaled_dot_product_attention``."""
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from performers.planning.exact import fused_attention
+from performers.planning.exact import exact_attention, relative_error
 from performers.planning.fits import Fits
-from performers.planning.progress import Progress
 from performers.planning.samples import Samples
 from performers.planning.settings import Setting
 
 ROUNDS = 3
-# The call that all ratios refer to is timed this often in a round.
-_FUSED_CALLS = 4
-# So much less time than another setting takes is no chance.
+# Times that exact attention is timed in a round: all ratios refer to it.
+_EXACT_PER_ROUND = 4
+# A time below this share of another is clearly less.
 _CLEARLY = 1 / 2
 
 
-class Errors(NamedTuple):
-    """``|out - exact| / |exact|`` of one setting, one row for each draw and sequence.
+class Progress:
+    """A line on stderr, if that is a terminal."""
 
-    Attributes:
-        total: Over all heads, shape ``(n,)``.
-        heads: For each query head, shape ``(n, H)``.
-        seconds: The shortest call, over the number of sequences.
-    """
+    def __init__(self, show: bool) -> None:
+        self._stream = sys.stderr if show and sys.stderr and sys.stderr.isatty() else None
+        self._width = 0
 
-    total: Tensor
-    heads: Tensor
-    seconds: float
-
-    @property
-    def mean(self) -> float:
-        """Mean of ``total``."""
-        return float(self.total.mean())
+    def write(self, text: str, end: str = "") -> None:
+        """Replace the line."""
+        if self._stream is not None:
+            self._stream.write(f"\r{text:{self._width}}{end}")
+            self._stream.flush()
+            self._width = len(text)
 
 
 def attend(
     setting: Setting, samples: Samples, fits: Fits, draw: int, backend: str | None
 ) -> Callable[[], Tensor]:
-    """A call of ``favor_attention`` with everything prepared."""
+    """A prepared call of ``favor_attention``."""
     favor = fits.attention(setting, setting.num_heads(samples), draw)
-
-    def call() -> Tensor:
-        out: Tensor = favor(
-            samples.query,
-            samples.key,
-            samples.value,
-            is_causal=samples.is_causal,
-            key_mask=samples.key_mask,
-            scale=samples.scale,
-            backend=backend,
-        )[0]
-        return out
-
-    return call
+    tensors = samples.query, samples.key, samples.value
+    return lambda: favor(*tensors, **samples.options, backend=backend)[0]
 
 
 def measure_errors(
@@ -69,91 +54,90 @@ def measure_errors(
     fits: Fits,
     num_draws: int,
     backend: str | None,
-) -> Errors:
-    """Errors of a setting over some draws."""
+) -> Setting:
+    """The setting with its errors, and the seconds of its fastest call over the sequences."""
+    mask = samples.query_mask
     totals, heads, seconds = [], [], []
-    counted = samples.counted()
     for draw in range(num_draws):
-        call = attend(setting, samples, fits, draw, backend)
-        out, taken = _timed(call, samples.query.device)
+        out, taken = timed(attend(setting, samples, fits, draw, backend), samples.query.device)
+        expected = exact
+        if mask is not None:
+            out, expected = (x.where(mask[:, None, :, None], 0.0) for x in (out, exact))
+        totals.append(relative_error(out, expected, (1, 2, 3)))
+        heads.append(relative_error(out, expected, (2, 3)))
         seconds.append(taken / len(out))
-        total, each = relative_errors(out, exact, counted)
-        totals.append(total)
-        heads.append(each)
-    return Errors(torch.cat(totals), torch.cat(heads), min(seconds))
-
-
-def relative_errors(out: Tensor, exact: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``|out - exact| / |exact|`` of every sequence, ``(B,)``, and of every head, ``(B, H)``."""
-    out, exact = out.double(), exact.double()
-    if counted is not None:
-        out, exact = (x.masked_fill(~counted[:, None, :, None], 0.0) for x in (out, exact))
-    wrong, size = ((x.square().sum((2, 3))) for x in (out - exact, exact))
-    # A head whose output is zero is off by nothing or by more than can be said: one then.
-    each = (wrong / size).sqrt().where(size > 0, (wrong > 0).double())
-    return (wrong.sum(1) / size.sum(1)).sqrt().cpu(), each.cpu()
+    total = torch.cat(totals)
+    return replace(
+        setting,
+        error=float(total.mean()),
+        error_sd=float(total.std()) if len(total) > 1 else None,
+        head_errors=tuple(torch.cat(heads).mean(0).tolist()),
+        seconds=min(seconds),
+    )
 
 
 def measure_times(
     settings: Sequence[Setting],
-    errors: Sequence[Errors],
     samples: Samples,
     fits: Fits,
     backend: str | None,
     progress: Progress,
     seed: int,
-) -> tuple[list[tuple[float, bool]], float]:
-    """Seconds of one call on one sequence, of every setting.
+) -> tuple[list[Setting], float]:
+    """Settings with the seconds of one call on one sequence, and those of exact attention.
 
-    Settings that can be on the front of error against time are timed in rounds, each once in a
-    round and in another order, ``scaled_dot_product_attention`` with them; a machine that slows
-    down for a while then does so for all. The median counts. The others are those with another
-    setting beside them that had no more error and took less than half of the time when errors
-    were measured. Theirs is that time, times the median of what it changed by for the former.
+    Settings that can be on the Pareto front are timed in rounds, each once in a round and in
+    another order, with ``scaled_dot_product_attention``, so that a slow spell of the machine
+    affects all. The median counts. A setting cannot be on the front if another had no more error
+    and took less than half of its time when errors were measured; its time is that one, times the
+    median change of the times of the others.
     """
-    candidates = [i for i in range(len(settings)) if not _is_beaten(i, errors)]
-    order = random.Random(seed)
-    fused = fused_attention(samples)
-    taken: dict[int, list[float]] = {index: [] for index in candidates}
-    fused_taken: list[float] = []
-    fused()
-    progress.start("times", ROUNDS * len(candidates))
-    often = max(1, len(candidates) // _FUSED_CALLS)
-    for _ in range(ROUNDS):
-        for place, index in enumerate(order.sample(candidates, len(candidates))):
-            if place % often == 0:
-                fused_taken.append(_timed(fused, samples.query.device)[1])
-            call = attend(settings[index], samples, fits, 0, backend)
-            if not taken[index]:
+    candidates = [
+        one
+        for one in settings
+        if not any(x.error <= one.error and x.seconds < _CLEARLY * one.seconds for x in settings)
+    ]
+    groups = samples.query.shape[1] // samples.key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (samples.key, samples.value))
+    exact = partial(exact_attention, samples.query, key, value, **samples.options)
+    exact()
+    order, device = random.Random(seed), samples.query.device
+    seconds: dict[Setting, list[float]] = {setting: [] for setting in candidates}
+    exact_seconds: list[float] = []
+    interval = max(1, len(candidates) // _EXACT_PER_ROUND)
+    for turn in range(ROUNDS):
+        for place, setting in enumerate(order.sample(candidates, len(candidates))):
+            if place % interval == 0:
+                exact_seconds.append(timed(exact, device)[1])
+            call = attend(setting, samples, fits, 0, backend)
+            if not seconds[setting]:
                 # The first call allocates.
                 call()
-            taken[index].append(_timed(call, samples.query.device)[1])
-            progress.step()
-    medians = {index: statistics.median(seconds) for index, seconds in taken.items()}
-    change = statistics.median(medians[index] / errors[index].seconds for index in candidates)
-    seconds = [
-        (medians[index], True) if index in medians else (change * errors[index].seconds, False)
-        for index in range(len(settings))
-    ]
-    return seconds, statistics.median(fused_taken)
+            seconds[setting].append(timed(call, device)[1])
+            done = turn * len(candidates) + place + 1
+            progress.write(f"plan: times {done}/{ROUNDS * len(candidates)}")
+    medians = {setting: statistics.median(values) for setting, values in seconds.items()}
+    change = statistics.median(median / setting.seconds for setting, median in medians.items())
+    unit = statistics.median(exact_seconds)
+    measured = []
+    for setting in settings:
+        taken = medians.get(setting, change * setting.seconds)
+        measured.append(
+            replace(setting, seconds=taken, timed=setting in medians, ratio=taken / unit)
+        )
+    return measured, unit
 
 
-def _is_beaten(index: int, errors: Sequence[Errors]) -> bool:
-    mine = errors[index]
-    return any(
-        other.mean <= mine.mean and other.seconds < _CLEARLY * mine.seconds for other in errors
-    )
-
-
-def _timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
-    _wait(device)
+def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    """The result of a call and its seconds, work queued on the device included."""
+    _synchronize(device)
     start = time.perf_counter()
     out = call()
-    _wait(device)
+    _synchronize(device)
     return out, time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,22 +1,108 @@
-"""`plan`: measure what ``favor_attention`` offers on real queries and keys, and choose."""
+"""`plan`: measure what ``favor_attention`` offers on sample queries and keys, and choose."""
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from performers.attention import backends
-from performers.planning.diagnosis import diagnose
+from performers.features import SoftmaxFeatures
+from performers.nn.approximation import as_integer
+from performers.planning.diagnosis import Diagnosis, diagnose
 from performers.planning.exact import exact_attention
 from performers.planning.fits import NUM_LISTS, Fits
-from performers.planning.measuring import Errors, measure_errors, measure_times
-from performers.planning.progress import Progress
-from performers.planning.result import Plan
-from performers.planning.samples import checked_samples
-from performers.planning.selection import choose, pareto_front
+from performers.planning.measuring import Progress, measure_errors, measure_times
+from performers.planning.samples import Samples, checked_samples
 from performers.planning.settings import Setting, exact_multiply_adds, grid, multiply_adds
+from performers.planning.table import plan_text
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Measured settings, the recommended one, and the diagnosis of the samples.
+
+    Attributes:
+        settings: All that were measured, in the order of the grid.
+        front: The Pareto front, error against seconds, fastest first.
+        recommended: The recommended setting.
+        met: Whether it meets the targets; True without any.
+        reason: The reason in words.
+        diagnosis: Statistics of the sample queries and keys.
+        exact_seconds: Time of ``scaled_dot_product_attention`` in the same rounds.
+        exact_multiply_adds: Of exact attention, per query and head.
+        length: Positions of the sequence that was timed.
+        sample_shape: Batch, heads, key heads, length and head_dim of the samples.
+        held_out: Sequences that errors were measured on, and positions of each.
+        samples: All samples, to calibrate on.
+
+    Further attributes are arguments of `plan`.
+    """
+
+    settings: tuple[Setting, ...]
+    front: tuple[Setting, ...]
+    recommended: Setting
+    met: bool
+    reason: str
+    diagnosis: Diagnosis
+    exact_seconds: float
+    exact_multiply_adds: float
+    length: int
+    sample_shape: tuple[int, ...]
+    held_out: tuple[int, int]
+    target_error: float | None
+    target_time: float | None
+    seed: int
+    backend: str | None
+    samples: Samples = field(repr=False, compare=False)
+
+    def build(self, setting: Setting | None = None) -> tuple[SoftmaxFeatures, dict[str, Any]]:
+        """A feature map calibrated on all samples, and options for ``favor_attention``.
+
+        Args:
+            setting: One of ``settings``; the recommended one when None.
+
+        Returns:
+            The feature map, and keyword arguments ``is_causal``, ``scale``, ``window``, ``sinks``,
+            ``listed_keys`` and ``backend``. A ``key_mask`` belongs to a call and is not among them.
+
+        Raises:
+            ValueError: ``setting`` is of another type.
+        """
+        chosen = self.recommended if setting is None else setting
+        if not isinstance(chosen, Setting):
+            raise ValueError(
+                f"setting must be one of plan.settings or None, got {type(chosen).__name__}"
+            )
+        fits = Fits(self.samples, self.seed)
+        favor = fits.attention(chosen, chosen.num_heads(self.samples))
+        assert isinstance(favor.feature_map, SoftmaxFeatures)
+        return favor.feature_map, {
+            "is_causal": self.samples.is_causal,
+            "scale": self.samples.scale,
+            "window": chosen.window,
+            "sinks": chosen.sinks,
+            "listed_keys": favor.buckets,
+            "backend": self.backend,
+        }
+
+    def table(self) -> str:
+        """The plan as text, with a row for every setting, fastest first."""
+        return plan_text(self, every=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the samples, in the types of JSON."""
+        names = [x.name for x in fields(self) if x.name != "samples"]
+        text = json.dumps({name: getattr(self, name) for name in names}, default=asdict)
+        return dict(json.loads(text))
+
+    def __str__(self) -> str:
+        return plan_text(self)
 
 
 @torch.no_grad()
@@ -45,20 +131,18 @@ def plan(
 ) -> Plan:
     """Measure error and time of ways to call ``favor_attention`` on samples, and recommend one.
 
-    Half of the rows (rounded up) calibrate, and errors are measured on the others, so that the
-    error of a setting is what sequences of the same kind that nobody has seen will have. A single
-    row is cut in two sequences of half its length, which is worth less: give two rows or more.
-    The error of a sequence is ``|out - exact| / |exact|`` with ``exact`` softmax attention and
-    Frobenius norms over heads and positions (not those that ``key_mask`` hides, where there are as
-    many queries as keys).
+    Half of the rows (rounded up) calibrate, and errors are measured on the others: they are those
+    of unseen sequences of the same kind. A single row is cut in two sequences of half its length,
+    which tells less: pass two rows or more. The error of a sequence is ``|out - exact| / |exact|``
+    with ``exact`` softmax attention and Frobenius norms over heads and positions (without padding,
+    where there are as many queries as keys).
 
-    Every combination of the sequences of options is measured, on ``num_draws`` projections.
-    ``Setting.multiply_adds`` counts its arithmetic, and `measure_times` says how it is timed. The
-    default grid takes some tens of seconds on two cores for 12 heads and 512 positions, and more in
-    proportion to both.
+    Every combination of the options is measured, on ``num_draws`` projections. The default grid
+    takes some tens of seconds on two cores for 12 heads and 512 positions, and more in proportion
+    to both.
 
     Args:
-        query: Sample queries, shape ``(B, H, L, D)``, as ``favor_attention`` gets them.
+        query: Sample queries, shape ``(B, H, L, D)``, as for ``favor_attention``.
         key: Sample keys, shape ``(B, Hkv, S, D)``.
         value: Sample values, shape ``(B, Hkv, S, Dv)``. When None, standard normal ones: the
             error is then that of the attention matrix, ``|A' - A| / |A|``, up to chance.
@@ -68,8 +152,8 @@ def plan(
         target_error: Recommend the fastest setting with an error of at most this.
         target_time: Recommend the most accurate setting that takes at most this, in seconds for
             one sequence of ``length``. With both, the fastest that meets both.
-        length: Positions of the sequence that is timed, the first one held out, cut or repeated;
-            that of the samples when None. Errors are those at the samples' own length.
+        length: Positions of the sequence that is timed, the first held-out one, cut or repeated;
+            that of the samples when None. Errors are measured at the samples' length.
         num_features: Values of ``m``.
         estimators: Of ``SoftmaxFeatures``.
         projections: Of ``SoftmaxFeatures``.
@@ -77,9 +161,9 @@ def plan(
             heads are shared, the latter is more accurate and takes longer.
         windows: Exact windows; None for none.
         sinks: Numbers of first keys that are exact.
-        listed_keys: Numbers of keys that ``ListedKeys`` list for a query; 0 for none.
+        listed_keys: Numbers of keys that ``ListedKeys`` lists for a query; 0 for none.
         num_draws: Draws of the projection.
-        seed: Of draws, pairs and orders.
+        seed: Random seed.
         backend: As in ``favor_attention``.
         show: Print the plan, and progress on stderr where that is a terminal.
 
@@ -93,58 +177,68 @@ def plan(
     Example:
         >>> import torch, performers
         >>> query, key, value = (torch.randn(2, 1, 20, 8) for _ in range(3))
-        >>> found = performers.plan(query, key, value, num_features=(16,), show=False)
-        >>> features, options = found.build()
+        >>> plan = performers.plan(query, key, value, num_features=(16,), show=False)
+        >>> features, options = plan.build()
         >>> performers.favor_attention(query, key, value, features, **options).shape
         torch.Size([2, 1, 20, 8])
     """
-    _check_numbers(target_error, target_time, length, num_draws, seed, backend)
+    for name, target in (("target_error", target_error), ("target_time", target_time)):
+        if target is not None and not (
+            isinstance(target, (int, float)) and math.isfinite(target) and target > 0
+        ):
+            raise ValueError(f"{name} must be a positive number or None, got {target!r}")
+    for name, count, least in (
+        ("length", 1 if length is None else length, 1),
+        ("num_draws", num_draws, 1),
+        ("seed", seed, 0),
+    ):
+        number = as_integer(count)
+        if number is None or number < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
+    if backend is not None and backend not in backends():
+        raise ValueError(f"backend must be one of {backends()} here, or None, got {backend!r}")
     samples = checked_samples(
         query, key, value, is_causal=is_causal, key_mask=key_mask, scale=scale, seed=seed
     )
-    settings = grid(
-        samples,
-        num_features=num_features,
-        estimators=estimators,
-        projections=projections,
-        heads=heads,
-        windows=windows,
-        sinks=sinks,
-        listed_keys=listed_keys,
-    )
+    options: dict[str, Sequence[Any]] = {
+        "num_features": num_features,
+        "estimators": estimators,
+        "projections": projections,
+        "heads": heads,
+        "windows": windows,
+        "sinks": sinks,
+        "listed_keys": listed_keys,
+    }
+    settings = grid(samples, options)
     progress = Progress(show)
     calibration, held_out = samples.split()
     fits = Fits(calibration, seed)
-    found = diagnose(
-        held_out,
-        fits,
-        most_features=max(num_features),
-        windows=windows,
-        sinks=sinks,
-        seed=seed,
+    diagnosis = diagnose(
+        held_out, fits, most_features=max(num_features), windows=windows, sinks=sinks, seed=seed
     )
-    exact = exact_attention(held_out)
-    errors = []
-    progress.start("errors", len(settings))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    exact = exact_attention(
+        *(x.to(dtype) for x in (held_out.query, held_out.key, held_out.value)), **held_out.options
+    )
+    measured: list[Setting] = []
     for setting in settings:
-        errors.append(measure_errors(setting, held_out, exact, fits, num_draws, backend))
-        progress.step()
+        measured.append(measure_errors(setting, held_out, exact, fits, num_draws, backend))
+        progress.write(f"plan: errors {len(measured)}/{len(settings)}")
     sequence = held_out.at_length(samples.query.shape[2] if length is None else length)
-    times, exact_seconds = measure_times(settings, errors, sequence, fits, backend, progress, seed)
-    progress.finish()
-    measured = tuple(
-        _measured(setting, error, *time, exact_seconds, multiply_adds(setting, sequence, NUM_LISTS))
-        for setting, error, time in zip(settings, errors, times, strict=True)
+    measured, exact_seconds = measure_times(measured, sequence, fits, backend, progress, seed)
+    progress.write("", end="\r")
+    measured = [replace(x, multiply_adds=multiply_adds(x, sequence, NUM_LISTS)) for x in measured]
+    front = pareto_front(
+        [setting for setting in measured if setting.timed], lambda x: (x.seconds, x.error)
     )
-    front = pareto_front([setting for setting in measured if setting.timed])
-    choice = choose(front, target_error, target_time)
+    recommended, met, reason = choose(front, target_error, target_time)
     result = Plan(
-        settings=measured,
+        settings=tuple(measured),
         front=tuple(front),
-        recommended=choice.setting,
-        met=choice.met,
-        reason=choice.reason,
-        diagnosis=found,
+        recommended=recommended,
+        met=met,
+        reason=reason,
+        diagnosis=diagnosis,
         exact_seconds=exact_seconds,
         exact_multiply_adds=exact_multiply_adds(sequence),
         length=sequence.query.shape[2],
@@ -152,7 +246,7 @@ def plan(
         held_out=(held_out.query.shape[0], held_out.query.shape[2]),
         target_error=target_error,
         target_time=target_time,
-        seed=seed,
+        seed=int(seed),
         backend=backend,
         samples=samples,
     )
@@ -161,44 +255,39 @@ def plan(
     return result
 
 
-def _measured(
-    setting: Setting, errors: Errors, seconds: float, timed: bool, exact_seconds: float, adds: float
-) -> Setting:
-    total = errors.total
-    return replace(
-        setting,
-        error=errors.mean,
-        error_sd=float(total.std()) if len(total) > 1 else None,
-        head_errors=tuple(errors.heads.mean(0).tolist()),
-        seconds=seconds,
-        timed=timed,
-        ratio=seconds / exact_seconds,
-        multiply_adds=adds,
-    )
+def pareto_front(items: Sequence[T], costs: Callable[[T], tuple[float, float]]) -> list[T]:
+    """Items that no other one equals in both costs and betters in one, by the first cost."""
+    front: list[T] = []
+    for item in sorted(items, key=costs):
+        if not front or costs(item)[1] < costs(front[-1])[1]:
+            front.append(item)
+    return front
 
 
-def _check_numbers(
-    target_error: float | None,
-    target_time: float | None,
-    length: int | None,
-    num_draws: int,
-    seed: int,
-    backend: str | None,
-) -> None:
-    for name, target in (("target_error", target_error), ("target_time", target_time)):
-        if target is not None and not (
-            isinstance(target, (int, float)) and math.isfinite(target) and target > 0
-        ):
-            raise ValueError(f"{name} must be a positive number or None, got {target!r}")
-    for name, count, least in (
-        ("length", length, 1),
-        ("num_draws", num_draws, 1),
-        ("seed", seed, 0),
-    ):
-        if (count is None and name == "length") or (
-            isinstance(count, int) and not isinstance(count, bool) and count >= least
-        ):
-            continue
-        raise ValueError(f"{name} must be an integer of at least {least}, got {count!r}")
-    if backend is not None and backend not in backends():
-        raise ValueError(f"backend must be one of {backends()} here, or None, got {backend!r}")
+def choose(
+    front: Sequence[Setting], target_error: float | None, target_time: float | None
+) -> tuple[Setting, bool, str]:
+    """Choose a setting of the front; also whether it meets the targets, and the reason.
+
+    * With ``target_error``, the fastest that meets it; with ``target_time`` as well, within that.
+    * With ``target_time`` alone, the most accurate within it.
+    * Without either, the one with the least ``error^2 * seconds``, the inverse efficiency of a
+      Monte Carlo method: more features lower the squared error at best in proportion to time.
+    * Where nothing meets ``target_error``, the most accurate (within ``target_time``, if anything
+      is); where nothing is as fast as ``target_time``, the fastest. Neither counts as met.
+    """
+    if target_error is None and target_time is None:
+        knee = min(front, key=lambda setting: setting.error**2 * setting.seconds)
+        return knee, True, "the least error^2 x time"
+    in_time = [s for s in front if target_time is None or s.seconds <= target_time]
+    limit = "" if target_time is None else f" within {1e3 * target_time:.4g} ms"
+    if not in_time:
+        return front[0], False, f"NOTHING is{limit}: the fastest"
+    if target_error is None:
+        return in_time[-1], True, f"the most accurate{limit}"
+    for setting in in_time:
+        if setting.error <= target_error:
+            reason = f"the fastest with an error of at most {target_error:.4g}{limit}"
+            return setting, True, reason
+    reason = f"NOTHING reaches an error of {target_error:.4g}{limit}: the most accurate"
+    return in_time[-1], False, reason

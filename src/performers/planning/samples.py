@@ -1,11 +1,13 @@
-"""Sample queries, keys and values: checked once, split in two, brought to another length."""
+"""Sample queries, keys and values: checked, split in two, cut or repeated to a length."""
 
-import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from performers.attention.call import AttentionCall
+from performers.features import SoftmaxFeatures
 from performers.features.base import resolve_scale
 
 
@@ -18,8 +20,8 @@ class Samples:
         key: Shape ``(B, Hkv, S, D)``.
         value: Shape ``(B, Hkv, S, Dv)``.
         key_mask: Bool, shape ``(B, S)``, True where a key takes part, or None.
-        scale: The factor on ``q . k``.
-        is_causal: Query ``i`` sees keys ``0..i`` only.
+        scale: Factor on ``q . k``.
+        is_causal: Query ``i`` attends to keys ``0..i`` only.
     """
 
     query: Tensor
@@ -29,16 +31,15 @@ class Samples:
     scale: float
     is_causal: bool
 
-    def rows(self, start: int, stop: int) -> "Samples":
-        """Some of the sequences."""
-        mask = None if self.key_mask is None else self.key_mask[start:stop]
-        return replace(
-            self,
-            query=self.query[start:stop],
-            key=self.key[start:stop],
-            value=self.value[start:stop],
-            key_mask=mask,
-        )
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a call of attention."""
+        return {"is_causal": self.is_causal, "key_mask": self.key_mask, "scale": self.scale}
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """Queries ``(B, L)`` that are not padding; None where L and S differ, or without a mask."""
+        return None if self.query.shape[2] != self.key.shape[2] else self.key_mask
 
     def split(self) -> tuple["Samples", "Samples"]:
         """Sequences to calibrate on, and others to measure on.
@@ -46,44 +47,36 @@ class Samples:
         The first half of the rows (rounded up), and the rest. A single row is cut in the middle:
         its second half calibrates, and its beginning, which has the sinks, measures.
         """
-        batch = self.query.shape[0]
+        batch, length, size = self.query.shape[0], self.query.shape[2] // 2, self.key.shape[2] // 2
         if batch > 1:
-            return self.rows(0, batch - batch // 2), self.rows(batch - batch // 2, batch)
-        length, size = self.query.shape[2] // 2, self.key.shape[2] // 2
-        mask = (None, None) if self.key_mask is None else self.key_mask.split(size, dim=1)[:2]
-        first, second = (
-            replace(
-                self,
-                query=self.query[:, :, half * length : (half + 1) * length],
-                key=self.key[:, :, half * size : (half + 1) * size],
-                value=self.value[:, :, half * size : (half + 1) * size],
-                key_mask=mask[half],
-            )
-            for half in range(2)
-        )
-        return second, first
+            half = batch - batch // 2
+            return self.part(slice(half)), self.part(slice(half, None))
+        end = self.part(slice(1), slice(length, 2 * length), slice(size, 2 * size))
+        return end, self.part(slice(1), slice(length), slice(size))
 
     def at_length(self, length: int) -> "Samples":
         """The first row, cut or repeated to ``length`` queries and keys in proportion."""
         size = max(1, round(self.key.shape[2] * length / self.query.shape[2]))
-
-        def fitted(x: Tensor, dim: int, count: int) -> Tensor:
-            times = [1] * x.ndim
-            times[dim] = -(-count // x.shape[dim])
-            return x.repeat(times).narrow(dim, 0, count).contiguous()
-
-        row = self.rows(0, 1)
-        return replace(
-            row,
-            query=fitted(row.query, 2, length),
-            key=fitted(row.key, 2, size),
-            value=fitted(row.value, 2, size),
-            key_mask=None if row.key_mask is None else fitted(row.key_mask, 1, size),
+        queries, keys = (
+            torch.arange(count, device=x.device) % x.shape[2]
+            for count, x in ((length, self.query), (size, self.key))
         )
+        return self.part(slice(1), queries, keys)
 
-    def counted(self) -> Tensor | None:
-        """Queries ``(B, L)`` that are not padding, where a mask and equal lengths tell."""
-        return None if self.query.shape[2] != self.key.shape[2] else self.key_mask
+    def part(
+        self,
+        rows: slice,
+        queries: slice | Tensor = slice(None),
+        keys: slice | Tensor = slice(None),
+    ) -> "Samples":
+        """Some of the sequences, and some of their positions."""
+        return replace(
+            self,
+            query=self.query[rows, :, queries],
+            key=self.key[rows, :, keys],
+            value=self.value[rows, :, keys],
+            key_mask=None if self.key_mask is None else self.key_mask[rows, keys],
+        )
 
 
 def checked_samples(
@@ -96,83 +89,48 @@ def checked_samples(
     scale: float | None,
     seed: int,
 ) -> Samples:
-    """Check what `plan` was given; standard normal values where there are none."""
+    """Check the tensors of `plan`; values are standard normal when None, masked ones zero."""
+    if value is None:
+        random = torch.Generator().manual_seed(seed)
+        value = torch.randn(key.shape, generator=random, device="cpu").to(key)
+    features = SoftmaxFeatures(max((1, *query.shape[-1:])), 1, generator=torch.Generator())
+    AttentionCall(
+        query,
+        key,
+        value,
+        features.to(query.device),
+        is_causal=is_causal,
+        key_mask=key_mask,
+        scale=scale,
+    ).checked()
+    batch, length, size = query.shape[0], query.shape[2], key.shape[2]
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if x is not None and (x.ndim != 4 or not x.is_floating_point()):
-            raise ValueError(
-                f"{name} must be a floating-point tensor of shape (batch, heads, length, "
-                f"head_dim), got {x.dtype} {tuple(x.shape)}"
-            )
-    batch, heads, length, head_dim = query.shape
-    key_heads, size = key.shape[1:3]
-    if query.numel() == 0:
-        raise ValueError(f"query must not be empty, got shape {tuple(query.shape)}")
-    if key.shape[0] != batch or key.shape[3] != head_dim or size == 0:
-        raise ValueError(
-            f"key must have shape ({batch}, Hkv, S, {head_dim}) to go with query "
-            f"{tuple(query.shape)}, got {tuple(key.shape)}"
-        )
-    if key_heads == 0 or heads % key_heads:
-        raise ValueError(
-            f"key must have a number of heads that divides that of query ({heads}), got {key_heads}"
-        )
-    if is_causal and length != size:
-        raise ValueError(f"is_causal needs as many keys as queries, got {size} and {length}")
+        if x.numel() == 0:
+            raise ValueError(f"{name} must not be empty, got shape {tuple(x.shape)}")
     if batch == 1 and min(length, size) < 2:
         raise ValueError(
             "query and key must have at least 2 positions when there is one row, which is cut into "
             f"two, got {length} and {size}; pass more rows"
         )
-    if value is None:
-        random = torch.Generator().manual_seed(seed)
-        value = torch.randn(key.shape, generator=random, device="cpu").to(key)
-    if value.shape[:3] != key.shape[:3] or value.shape[3] == 0:
-        raise ValueError(
-            f"value must have shape ({batch}, {key_heads}, {size}, Dv) to go with key "
-            f"{tuple(key.shape)}, got {tuple(value.shape)}"
-        )
-    if not (query.dtype == key.dtype == value.dtype and query.device == key.device == value.device):
-        raise ValueError(
-            "query, key and value must have one dtype and device, got "
-            f"{[(str(x.dtype), str(x.device)) for x in (query, key, value)]}"
-        )
     if key_mask is not None:
-        if key_mask.dtype != torch.bool or key_mask.shape != (batch, size):
-            raise ValueError(
-                f"key_mask must be a bool tensor of shape ({batch}, {size}), True = takes part, "
-                f"got {key_mask.dtype} {tuple(key_mask.shape)}"
-            )
         key_mask = key_mask.to(key.device)
+        key, value = (x.masked_fill(~key_mask[:, None, :, None], 0.0) for x in (key, value))
+    query, key, value = query.detach(), key.detach(), value.detach()
     for name, x in (("query", query), ("key", key), ("value", value)):
-        seen = x.isfinite()
-        if key_mask is not None and name != "query":
-            seen = seen | ~key_mask[:, None, :, None]
-        if not bool(seen.all()):
+        if not bool(x.isfinite().all()):
             raise ValueError(f"{name} must be finite, but holds NaN or infinity")
     samples = Samples(
-        query.detach(),
-        key.detach(),
-        value.detach(),
-        key_mask,
-        resolve_scale(scale, head_dim),
-        bool(is_causal),
+        query, key, value, key_mask, resolve_scale(scale, query.shape[3]), bool(is_causal)
     )
-    for part in samples.split():
-        _check_part(part, batch)
-    return samples
-
-
-def _check_part(part: Samples, batch: int) -> None:
     where = "every row" if batch > 1 else "both halves of the one row"
-    value = part.value
-    if part.key_mask is not None:
-        if not bool(part.key_mask.any(1).all()):
+    for part in samples.split():
+        if part.key_mask is not None and not bool(part.key_mask.any(1).all()):
             raise ValueError(
                 f"key_mask must leave at least one key in {where}; leave out what is padding"
             )
-        value = value.masked_fill(~part.key_mask[:, None, :, None], 0.0)
-    sizes = value.abs().flatten(1).amax(1)
-    if not bool((sizes > 0).all()) or not math.isfinite(float(sizes.max())):
-        raise ValueError(
-            f"value must not be zero throughout in {where}: a relative error has no meaning there"
-        )
+        if not bool((part.value != 0).flatten(1).any(1).all()):
+            raise ValueError(
+                f"value must not be zero throughout in {where}: a relative error has no meaning "
+                "there"
+            )
+    return samples

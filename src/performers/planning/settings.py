@@ -1,37 +1,36 @@
-"""What `plan` can choose from, its cost, and what was measured."""
+"""Settings that `plan` measures, and the arithmetic that they take."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import cast
+from typing import Any
 
-from performers.features.projections import PROJECTIONS, Projection
-from performers.features.softmax import ESTIMATORS, Estimator
+from performers.features.projections import PROJECTIONS
+from performers.features.softmax import BALANCED, ESTIMATORS, TWO_SIDED
 from performers.nn import Approximation
+from performers.nn.approximation import as_integer
 from performers.planning.samples import Samples
 
-TWO_SIDED = ("hyperbolic", "trigonometric")
-_BALANCED = ("saderf", "data_aware")
-HEADS = ("key", "query")
+_NAMES = {"estimators": ESTIMATORS, "projections": PROJECTIONS, "heads": ("key", "query")}
+_FIELDS = (
+    "num_features", "estimator", "projection", "heads", "window", "sinks", "listed_keys",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting(Approximation):
-    """An approximation, and what it was measured to give; NaN before that.
+    """An approximation with its measured error and time; NaN before measurement.
 
     Attributes:
         heads: A projection and a fit for each ``"key"`` head, or for each ``"query"`` head.
-        error: Mean over held-out sequences and draws of the projection of
-            ``|out - exact| / |exact|``, Frobenius norms over all heads and positions.
-        error_sd: Standard deviation of the same; None where there is one measurement only.
-        head_errors: The same mean for each query head on its own.
-        seconds: Of one call on one sequence of ``Plan.length``, median of the rounds; see
-            `measure_times`.
-        timed: False where another setting was clearly faster and no less accurate when errors were
-            measured, and ``seconds`` is in proportion to what it took then.
-        ratio: ``seconds`` over those of ``scaled_dot_product_attention``, timed in the same
-            rounds.
+        error: Mean of ``|out - exact| / |exact|`` over held-out sequences and draws of the
+            projection, Frobenius norms over all heads and positions.
+        error_sd: Standard deviation of the same; None after a single measurement.
+        head_errors: The same mean for each query head.
+        seconds: Time of one call on one sequence of ``Plan.length``, see `measure_times`.
+        timed: False where ``seconds`` is an estimate, see `measure_times`.
+        ratio: ``seconds`` over those of ``scaled_dot_product_attention`` in the same rounds.
         multiply_adds: Per query and head, see ``multiply_adds``.
     """
 
@@ -54,73 +53,65 @@ class Setting(Approximation):
         return (samples.key if self.heads == "key" else samples.query).shape[1]
 
 
-def grid(
-    samples: Samples,
-    *,
-    num_features: Sequence[int],
-    estimators: Sequence[str],
-    projections: Sequence[str],
-    heads: Sequence[str],
-    windows: Sequence[int | None],
-    sinks: Sequence[int],
-    listed_keys: Sequence[int],
-) -> list[Setting]:
+def grid(samples: Samples, options: dict[str, Sequence[Any]]) -> list[Setting]:
     """All combinations that ``favor_attention`` accepts, fewest features first.
 
-    Left out are listed keys with trigonometric features, which cannot be exchanged for exact terms
-    one by one, antithetic rows for estimators that have every row's opposite already, and
-    ``heads="query"`` where no key head is shared.
+    Left out are listed keys with trigonometric features, antithetic rows for two-sided estimators,
+    and ``heads="query"`` where no key head is shared.
+
+    Args:
+        samples: The samples to plan for.
+        options: Values of each option, by the names of `plan` in the order of ``_FIELDS``.
     """
-    _check_names("estimators", estimators, ESTIMATORS)
-    _check_names("projections", projections, PROJECTIONS)
-    _check_names("heads", heads, HEADS)
-    _check_counts("num_features", num_features, 1)
-    _check_counts("windows", windows, 0, none=True)
-    _check_counts("sinks", sinks, 0)
-    _check_counts("listed_keys", listed_keys, 0)
+    for name, values in options.items():
+        _check_values(name, values)
     length, size = samples.query.shape[2], samples.key.shape[2]
-    if length != size and any(window is not None for window in windows):
+    if length != size and any(window is not None for window in options["windows"]):
         raise ValueError(
             f"windows must be (None,) where query and key differ in length, here {length} and "
-            f"{size}: a window is a distance within one sequence; got {tuple(windows)}"
+            f"{size}: a window is a distance within one sequence; got {tuple(options['windows'])}"
         )
-    odd = [m for m in num_features if m % 2]
-    if odd and any(name in TWO_SIDED for name in estimators):
+    odd = [m for m in options["num_features"] if m % 2]
+    if odd and any(name in TWO_SIDED for name in options["estimators"]):
         raise ValueError(f"num_features must be even for {TWO_SIDED}, got {odd[0]}")
+    options = {**options, "num_features": sorted(options["num_features"])}
     if samples.query.shape[1] == samples.key.shape[1]:
-        heads = ("key",)
-    found = [
-        Setting(
-            num_features=m,
-            estimator=cast(Estimator, estimator),
-            projection=cast(Projection, projection),
-            heads=head,
-            window=window,
-            sinks=sink,
-            listed_keys=listed,
-        )
-        for m, estimator, projection, head, window, sink, listed in product(
-            sorted(set(num_features)),
-            dict.fromkeys(estimators),
-            dict.fromkeys(projections),
-            dict.fromkeys(heads),
-            dict.fromkeys(windows),
-            dict.fromkeys(sinks),
-            dict.fromkeys(listed_keys),
-        )
-        if not (estimator == "trigonometric" and listed)
-        and not (estimator in TWO_SIDED and projection == "antithetic")
+        options["heads"] = ("key",)
+    combinations = (
+        dict(zip(_FIELDS, values, strict=True))
+        for values in product(*map(dict.fromkeys, options.values()))
+    )
+    settings = [
+        Setting(**x)
+        for x in combinations
+        if not (x["estimator"] == "trigonometric" and x["listed_keys"])
+        and not (x["estimator"] in TWO_SIDED and x["projection"] == "antithetic")
     ]
-    if not found:
+    if not settings:
+        names = "estimators", "projections", "listed_keys"
         raise ValueError(
             "estimators, projections and listed_keys leave no combination that favor_attention "
-            f"accepts, got {tuple(estimators)}, {tuple(projections)} and {tuple(listed_keys)}"
+            f"accepts, got {', '.join(str(tuple(options[name])) for name in names)}"
         )
-    return found
+    return settings
+
+
+def _check_values(name: str, values: Sequence[Any]) -> None:
+    least, optional = int(name == "num_features"), name == "windows"
+    expected = f"integers >= {least}{' or None' if optional else ''}"
+    if name in _NAMES:
+        expected = f"names from {_NAMES[name]}"
+    if isinstance(values, (str, int)) or not values:
+        raise ValueError(f"{name} must be a sequence of {expected}, got {values!r}")
+    for value in values:
+        number = as_integer(value)
+        valid = (optional and value is None) or (number is not None and number >= least)
+        if not (value in _NAMES[name] if name in _NAMES else valid):
+            raise ValueError(f"{name} must be a sequence of {expected}, got {value!r}")
 
 
 def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
-    """Multiply-adds per query and query head that the formula of a setting needs.
+    """Multiply-adds per query and query head in the formula of a setting.
 
     With ``r`` queries for every key that is turned into features (``L H / (S Hkv)``, or ``L / S``
     where key heads are not shared), ``n`` exact keys of window and sinks and ``l`` listed ones:
@@ -129,10 +120,10 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
       estimators) and sums;
     * balance of queries and keys (``data_aware``, ``saderf``): ``D^2 (1 + 1 / r)``;
     * window and sinks: ``n (D + Dv)``; ``n`` is the mean over queries;
-    * lists: ``l (D + Dv)`` for the exact terms, ``l (m + Dv)`` to take their estimates out, and
+    * lists: ``l (D + Dv)`` for the exact terms, ``l (m + Dv)`` to subtract their estimates, and
       ``num_lists D (1 + 1 / r)`` to choose.
 
-    What a backend does besides (chunks of causal sums, blocks) is in the measured time only.
+    Further work of a backend (chunks of causal sums, blocks) is in the measured time only.
     """
     _, heads, length, head_dim = samples.query.shape
     key_heads, size, value_dim = samples.value.shape[1:]
@@ -141,15 +132,17 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
     m = setting.num_features
     rows = m // 2 if setting.estimator in TWO_SIDED else m
     total = (rows * head_dim + m * (value_dim + 1)) * both
-    if setting.estimator in _BALANCED:
+    if setting.estimator in BALANCED:
         total += head_dim**2 * both
-    near = 0.0
+    exact = 0.0
     if setting.window is not None:
-        behind = _mean_reach(setting.window, length)
-        near = 1 + behind if samples.is_causal else 1 + 2 * behind
-    near = min(near + setting.sinks, size)
+        # The mean number of positions before a query, at most `window`.
+        reach = min(setting.window, length - 1)
+        before = reach - reach * (reach + 1) / (2 * length)
+        exact = 1 + before if samples.is_causal else 1 + 2 * before
+    exact = min(exact + setting.sinks, size)
     listed = min(setting.listed_keys, size)
-    total += (near + listed) * (head_dim + value_dim)
+    total += (exact + listed) * (head_dim + value_dim)
     if listed:
         total += listed * (m + value_dim) + num_lists * head_dim * both
     return total
@@ -160,27 +153,3 @@ def exact_multiply_adds(samples: Samples) -> float:
     size, value_dim = samples.value.shape[2:]
     seen = (size + 1) / 2 if samples.is_causal else size
     return seen * (samples.query.shape[3] + value_dim)
-
-
-def _mean_reach(window: int, length: int) -> float:
-    """Mean over positions of the number of positions before, at most ``window``."""
-    reach = min(window, length - 1)
-    return reach - reach * (reach + 1) / (2 * length)
-
-
-def _check_names(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    if isinstance(given, str) or not given or any(entry not in known for entry in given):
-        raise ValueError(f"{name} must be a sequence of names from {tuple(known)}, got {given!r}")
-
-
-def _check_counts(
-    name: str, given: Sequence[int | None], least: int, *, none: bool = False
-) -> None:
-    kind = f"integers >= {least}{' or None' if none else ''}"
-    if isinstance(given, (str, int)) or given is None or not given:
-        raise ValueError(f"{name} must be a sequence of {kind}, got {given!r}")
-    for entry in given:
-        if entry is None and none:
-            continue
-        if not isinstance(entry, int) or isinstance(entry, bool) or entry < least:
-            raise ValueError(f"{name} must be a sequence of {kind}, got {entry!r}")

@@ -4,83 +4,61 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from performers.planning.settings import Setting
 
 if TYPE_CHECKING:
-    from performers.planning.result import Plan
+    from performers.planning.planner import Plan
 
-WIDTH = 100
 _HEADER = (
     "", "estimator", "projection", "fit", "m", "window", "sinks", "listed", "error", "ms",
     "x exact", "mul-adds",
 )  # fmt: skip
-_LEFT = 4
+_LEFT_ALIGNED = 4
 
 
 def plan_text(plan: Plan, *, every: bool = False) -> str:
     """The recommendation, the diagnosis and a table."""
-    best, others = plan.recommended, _rows(plan, every)
-    settings = [best, *(setting for setting in others if setting is not best)]
-    rows: list[tuple[str, ...]] = [_HEADER]
-    for setting in settings:
-        mark = "->" if setting is best else " *" if setting in plan.front else ""
-        rows.append((mark, *_cells(setting)))
+    best, diagnosis = plan.recommended, plan.diagnosis
+    _, heads, key_heads, _, head_dim = plan.sample_shape
+    held_out, length = plan.held_out
     exact = number(1e3 * plan.exact_seconds)
-    adds = f"{plan.exact_multiply_adds:,.0f}"
-    rows.append(("", "exact", "", "", "", "", "", "", "0", exact, "1.00", adds))
-    left_out = len(plan.settings) - len(settings)
-    more = f"; {left_out} more settings in plan.settings" if left_out else ""
-    return "\n\n".join(
-        (
-            _wrap(recommendation(plan)),
-            _wrap(describe(plan)),
-            _wrap(plan.diagnosis.sentence),
-            "\n".join(_columns(rows)),
-            _wrap(
-                "-> recommended, * on the front of error against time; x exact: time over "
-                f"scaled_dot_product_attention's; mul-adds per query and head{more}."
-            ),
-        )
-    )
-
-
-def recommendation(plan: Plan) -> str:
-    """What to take and why, in words."""
-    best = plan.recommended
-    text = (
-        f"Recommended: {best.label()} ({plan.reason}): error {best.error:.3f} on sequences of "
-        f"{plan.held_out[1]:,}, {number(1e3 * best.seconds)} ms for one of {plan.length:,}."
-    )
-    milliseconds = number(1e3 * plan.exact_seconds)
-    exact = f"Exact attention (scaled_dot_product_attention) takes {milliseconds} ms"
+    grouped = f" ({key_heads} key heads)" if key_heads != heads else ""
     if best.ratio > 1:
         crossing = plan.length * best.ratio
-        rounded = round(crossing, 1 - math.floor(math.log10(crossing)))
-        return (
-            f"{text} {exact} at this length and has no error: prefer it here. Its time grows with "
-            f"the square of the length, so that the setting is faster from about {rounded:,.0f} "
-            "positions on; plan(length=...) measures there."
+        crossing = round(crossing, 1 - math.floor(math.log10(crossing)))
+        comparison = (
+            "at this length and has no error: prefer it here. Its time grows with the square of "
+            f"the length, so that the setting is faster from about {crossing:,.0f} positions on; "
+            "plan(length=...) measures there."
         )
-    return f"{text} {exact}, {1 / best.ratio:.3g} times as long."
-
-
-def describe(plan: Plan) -> str:
-    """What was measured, and what queries and keys are like."""
-    _, heads, key_heads, _, head_dim = plan.sample_shape
-    rows, length = plan.held_out
-    found = plan.diagnosis
-    grouped = f" ({key_heads} key heads)" if key_heads != heads else ""
-    return (
-        f"{len(plan.settings)} settings, {heads} heads{grouped} of {head_dim}; errors on {rows} "
-        f"held-out sequence{'s' if rows > 1 else ''} of {length:,}. Scaled: |q|^2 "
-        f"{found.query_norm:.1f}, |k|^2 {found.key_norm:.1f}, |q+k|^2 {found.sum_norm:.1f} "
-        f"({found.centred_sum_norm:.1f} centred) and {found.attended_sum_norm:.1f} where attention "
-        f"is ({found.calibrated_sum_norm:.1f} calibrated), effective dimension "
-        f"{found.effective_dimension:.1f}."
+    else:
+        comparison = f"{1 / best.ratio:.3g} times as long."
+    settings = [best, *(x for x in _shown(plan, every) if x is not best)]
+    left_out = len(plan.settings) - len(settings)
+    more = f"; {left_out} more settings in plan.settings" if left_out else ""
+    paragraphs = (
+        f"Recommended: {best.label()} ({plan.reason}): error {best.error:.3f} on sequences of "
+        f"{length:,}, {number(1e3 * best.seconds)} ms for one of {plan.length:,}. Exact attention "
+        f"(scaled_dot_product_attention) takes {exact} ms{' ' if best.ratio > 1 else ', '}"
+        f"{comparison}",
+        f"{len(plan.settings)} settings, {heads} heads{grouped} of {head_dim}; errors on "
+        f"{held_out} held-out sequence{'s' if held_out > 1 else ''} of {length:,}. Scaled: |q|^2 "
+        f"{diagnosis.query_norm:.1f}, |k|^2 {diagnosis.key_norm:.1f}, |q+k|^2 "
+        f"{diagnosis.sum_norm:.1f} ({diagnosis.centred_sum_norm:.1f} centred) and "
+        f"{diagnosis.attended_sum_norm:.1f} where attention is "
+        f"({diagnosis.calibrated_sum_norm:.1f} calibrated), effective dimension "
+        f"{diagnosis.effective_dimension:.1f}.",
+        diagnosis.sentence,
+        "-> recommended, * on the front of error against time; x exact: time over "
+        f"scaled_dot_product_attention's; mul-adds per query and head{more}.",
     )
+    rows = [_HEADER, *(_cells(x, plan) for x in settings)]
+    adds = f"{plan.exact_multiply_adds:,.0f}"
+    rows.append(("", "exact", "", "", "", "", "", "", "0", exact, "1.00", adds))
+    *texts, legend = (textwrap.fill(text, 100) for text in paragraphs)
+    return "\n\n".join((*texts, _aligned(rows), legend))
 
 
 def number(x: float) -> str:
@@ -90,25 +68,21 @@ def number(x: float) -> str:
     return f"{x:,.{max(0, 2 - math.floor(math.log10(x)))}f}"
 
 
-def _rows(plan: Plan, every: bool) -> Sequence[Setting]:
-    """What to show after the recommendation, fastest first."""
-    shown = list(plan.settings) if every else list(plan.front)
-    if not every:
-        for estimator in dict.fromkeys(setting.estimator for setting in plan.settings):
-            alone = [
-                setting
-                for setting in plan.settings
-                if setting.estimator == estimator and not setting.has_exact_pairs
-            ]
-            least = min(alone, key=lambda setting: setting.error, default=None)
-            if least is not None and least not in shown:
-                shown.append(least)
+def _shown(plan: Plan, every: bool) -> list[Setting]:
+    """The front and each estimator's best without exact pairs, or all; fastest first."""
+    shown = list(plan.settings if every else plan.front)
+    for estimator in dict.fromkeys(setting.estimator for setting in plan.settings):
+        alone = [x for x in plan.settings if x.estimator == estimator and not x.has_exact_pairs]
+        least = min(alone, key=lambda setting: setting.error, default=None)
+        if least is not None and least not in shown:
+            shown.append(least)
     return sorted(shown, key=lambda setting: setting.seconds)
 
 
-def _cells(setting: Setting) -> tuple[str, ...]:
+def _cells(setting: Setting, plan: Plan) -> tuple[str, ...]:
     spread = "" if setting.error_sd is None else f"±{setting.error_sd:.3f}"
     return (
+        "->" if setting is plan.recommended else " *" if setting in plan.front else "",
         setting.estimator,
         setting.projection,
         setting.heads,
@@ -123,17 +97,14 @@ def _cells(setting: Setting) -> tuple[str, ...]:
     )
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    between = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
-    return [
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    between = "  " if sum(widths) + 2 * (len(widths) - 1) <= 100 else " "
+    lines = (
         between.join(
-            cell.ljust(width) if column < _LEFT else cell.rjust(width)
+            cell.ljust(width) if column < _LEFT_ALIGNED else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        )
         for row in rows
-    ]
-
-
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, WIDTH)
+    )
+    return "\n".join(line.rstrip() for line in lines)

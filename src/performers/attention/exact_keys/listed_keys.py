@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.features import FeatureForm
-from performers.features.draws import Drawn
 from performers.features.precision import without_autocast
 from performers.features.projections import draw_projection
+from performers.features.recomputation import VersionedModule
 
 if TYPE_CHECKING:
     from performers.attention.call import AttentionCall
@@ -40,7 +40,7 @@ class KeyLists(NamedTuple):
     of_query: Tensor
 
 
-class ListedKeys(Drawn):
+class ListedKeys(VersionedModule):
     """Directions that send queries into buckets, and list keys for each.
 
     Bucket ``b`` of query ``q`` has the largest ``c_b . q - |c_b|^2 / 2``, and lists the

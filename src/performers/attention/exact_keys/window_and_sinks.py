@@ -131,9 +131,8 @@ def join_recent_(call: "AttentionCall") -> None:
     assert state.recent_key is not None
     assert state.recent_value is not None
     assert state.recent_mask is not None
-    if mask is None:
-        mask = every_key(call.key)
     assert call.window is not None
+    mask = every_key(call.key) if mask is None else mask
     call.key = torch.cat((state.recent_key.to(call.key.dtype), call.key), dim=2)
     call.value = torch.cat((state.recent_value.to(call.value.dtype), call.value), dim=2)
     call.key_mask = torch.cat((state.recent_mask, mask), dim=1)

@@ -14,7 +14,7 @@ from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
-from performers.features.draws import is_traced, is_transformed
+from performers.features.recomputation import is_traced, is_transformed
 
 _RECTIFIERS = (torch.relu, F.relu)
 

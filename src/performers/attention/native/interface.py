@@ -114,16 +114,6 @@ class Call(_Structure):
         call.threads, call.window = torch.get_num_threads(), -1
         return call
 
-    def describe(
-        self, query: Tensor, key: Tensor, value: Tensor, features: int, weight_heads: int
-    ) -> None:
-        """Set sizes and inputs: ``(B, Hkv, G, L, D)``, ``(B, Hkv, S, D)``, ``(B, Hkv, S, Dv)``."""
-        self.batch, self.key_heads, self.groups, self.length, self.head_dim = query.shape
-        self.size, self.value_dim = value.shape[2:]
-        self.features, self.weight_heads = features, weight_heads
-        self.threads = torch.get_num_threads()
-        self.arrays(query=query, key=key, value=value)
-
     def arrays(self, **tensors: Tensor) -> None:
         """Set strided arrays; one of four dimensions has no groups."""
         for name, tensor in tensors.items():

@@ -19,8 +19,12 @@ _SUMMED = ("query", "key", "value", "sink_key", "sink_value")
 def _call(inputs: Inputs) -> Call:
     """A call with its inputs set."""
     call = Call()
-    weight = inputs.weight
-    call.describe(inputs.query, inputs.key, inputs.value, weight.shape[-2], weight.shape[0])
+    query, key, value, weight = inputs[:4]
+    call.batch, call.key_heads, call.groups, call.length, call.head_dim = query.shape
+    call.size, call.value_dim = value.shape[2:]
+    call.weight_heads, call.features, _ = weight.shape
+    call.threads = torch.get_num_threads()
+    call.arrays(query=query, key=key, value=value)
     call.kind, call.quadratic = KINDS[inputs.kind], inputs.quadratic
     call.causal, call.epsilon, call.scale = inputs.is_causal, inputs.epsilon, inputs.scale
     call.window = -1 if inputs.window is None else inputs.window

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import every_key
 from performers.attention.nonfinite import without_nonfinite
 from performers.attention.state import FavorState
 from performers.attention.torch_backend.blocks import (
@@ -158,8 +158,7 @@ def _delayed(call: AttentionCall) -> AttentionCall:
     missing, kept = min(shift, length), max(length - shift, 0)
     mask, segments = call.key_mask, call.segments
     if missing:
-        if mask is None:
-            mask = torch.ones(call.key.shape[0], kept, dtype=torch.bool, device=call.key.device)
+        mask = every_key(call.key) if mask is None else mask
         mask = F.pad(mask[:, :kept], (missing, 0))
         if segments is not None:
             # The last keys of one sequence must not turn up in the next.

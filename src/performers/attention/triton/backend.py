@@ -12,7 +12,7 @@ from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.triton.operators import triton_forward, triton_step
-from performers.features.draws import is_traced, is_transformed
+from performers.features.recomputation import is_traced, is_transformed
 
 # Triton's interpreter runs the kernels on the CPU, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

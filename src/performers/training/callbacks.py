@@ -1,0 +1,200 @@
+"""Callbacks of a training run: redraws, time, memory, progress, stopping on a signal."""
+
+import ctypes
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from performers.features import FeatureRedrawer
+
+
+class RedrawCallback(TrainerCallback):
+    """Redraws random features every ``interval`` optimiser steps.
+
+    A redraw precedes the checkpoint of its step, which thus contains it.
+    """
+
+    def __init__(self, model: nn.Module, interval: int, seed: int) -> None:
+        self.redrawer = FeatureRedrawer(model, interval, seed=seed)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Redraw when due, except after the last step."""
+        if state.global_step < state.max_steps:
+            self.redrawer.step(state.global_step)
+
+
+class ClockCallback(TrainerCallback, ExportableState):
+    """Seconds of training over all parts of a resumed run, saved in the checkpoints.
+
+    Args:
+        seconds: Seconds of earlier parts.
+    """
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._last = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the time since the last step."""
+        now = time.monotonic()
+        self.seconds, self._last = self.seconds + now - self._last, now
+
+    def state(self) -> dict[str, Any]:
+        """State that Trainer writes into a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    @classmethod
+    def seconds_at(cls, checkpoint: Path) -> float:
+        """Seconds recorded in a checkpoint; 0 if none are."""
+        written = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        callbacks = written.get("stateful_callbacks", {})
+        return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
+
+
+class TrimCallback(TrainerCallback):
+    """Returns free memory to the system when the process has much more than a step needs.
+
+    Varying batch shapes fragment glibc's heap: the process of a small model grew to 7 GB where a
+    step needs 1. The need of a step is the largest growth in the first step after a trim; above
+    twice that over the level after the trim, free pages are returned (``malloc_trim``), which takes
+    some tenths of a second. Without ``malloc_trim`` in the C library nothing is done.
+
+    Args:
+        slack: Bytes tolerated beyond twice the need of a step.
+    """
+
+    def __init__(self, slack: int = 256 << 20) -> None:
+        self.slack = slack
+        self.trim = _heap_trim()
+        self._floor: int | None = None
+        self._need = 0
+        self._trimmed = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Trim when due."""
+        if self.trim is None:
+            return
+        size = anonymous_bytes()
+        if self._floor is None:
+            # The first step also allocates what stays, such as the state of the optimizer.
+            self._floor = size
+        elif self._trimmed:
+            self._need, self._trimmed = max(self._need, size - self._floor), False
+        elif size - self._floor > 2 * self._need + self.slack:
+            self.trim()
+            self._floor, self._trimmed = anonymous_bytes(), True
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process in bytes; 0 where ``/proc`` does not tell."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    except OSError:
+        return 0
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _heap_trim() -> Callable[[], object] | None:
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+    return lambda: trim(ctypes.c_size_t(0))
+
+
+class IntervalsCallback(TrainerCallback):
+    """Takes the intervals of logs, validations and checkpoints from the arguments.
+
+    A resumed run would otherwise keep those of its checkpoint.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the intervals."""
+        state.compute_steps(args, state.max_steps)
+
+
+class ProgressCallback(TrainerCallback):
+    """Reports steps and log entries."""
+
+    def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
+        self.report = report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the first step."""
+        if state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, {})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the step."""
+        if state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, {})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Report a log entry."""
+        if state.is_world_process_zero and logs:
+            self.report(state.global_step, state.max_steps, dict(logs))
+
+
+class StopCallback(TrainerCallback):
+    """Ends the run after the current step, with a checkpoint, once ``requested`` is set.
+
+    A request in one of several processes ends all of them after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop if requested."""
+        if args.world_size > 1:
+            requests = torch.tensor([int(self.requested)], device=args.device)
+            distributed.all_reduce(requests)
+            self.requested = bool(requests.item())
+        if self.requested and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        elif self.requested:
+            # The run is complete.
+            self.requested = False
+
+
+@contextmanager
+def stop_on_signals(stop: StopCallback) -> Iterator[None]:
+    """Turn the first Ctrl-C (or SIGTERM) into an orderly stop; the second one interrupts at once.
+
+    Does nothing outside the main thread, where signals cannot be caught.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in signals}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    for number in signals:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
