@@ -18,6 +18,13 @@ else:
     collect_ignore_glob = ["test_[!c]*.py", "test_ca*.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Exponentials of pairs that are masked afterwards overflow, which NumPy says and a GPU does not.
+    for item in items:
+        if "/triton/" in item.nodeid:
+            item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
+
+
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch):
     """Cut sequences of a test's length into several splits."""
