@@ -19,7 +19,7 @@ else:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Exponentials of pairs that are masked afterwards overflow, which NumPy says and a GPU does not.
+    # Exponentials of pairs that are masked afterwards overflow, of which NumPy warns.
     for item in items:
         if "/triton/" in item.nodeid:
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
