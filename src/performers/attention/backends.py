@@ -13,6 +13,7 @@ from performers.attention.native import backend as native
 from performers.attention.native import library
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
+from performers.attention.triton import backend as triton
 
 
 class Backend(NamedTuple):
@@ -20,7 +21,8 @@ class Backend(NamedTuple):
 
     Attributes:
         attend: From a checked call to the output ``(batch, key_heads, groups, L, value_dim)`` in
-            the call's dtype, and the sums that a later call continues from, when asked for.
+            the call's dtype or that of its inputs, and the sums that a later call continues from,
+            when asked for.
         uncovered: What keeps it from computing a call, as "for float64 inputs"; None when it can.
     """
 
@@ -30,9 +32,11 @@ class Backend(NamedTuple):
 
 _BACKENDS = {
     "native": Backend(native.attend, native.uncovered),
+    "triton": Backend(triton.attend, triton.uncovered),
     "torch": Backend(torch_backend.attend),
     "reference": Backend(reference.attend),
 }
+_USABLE = {"native": library.available, "triton": triton.available}
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
@@ -68,7 +72,8 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
     """The backend of a name; that of the innermost ``use_backend``, or the best, for None.
 
-    The best is the first of ``backends()`` that covers the call.
+    The best is the first of ``backends()`` that covers the call, so the device of the call decides
+    between ``native`` and ``triton``.
 
     Raises:
         ValueError: The backend is unknown, not usable here, or does not cover the call.
@@ -91,13 +96,17 @@ def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
 
 def _best(call: AttentionCall) -> str:
     for name, backend in _BACKENDS.items():
-        if _is_usable(name) and backend.uncovered(call) is None:
+        usable = _is_usable(name)
+        if usable and backend.uncovered(call) is None:
             return name
+        if name == "triton" and call.query.device.type == "cuda":
+            triton.tell_unused(call if usable else None)
     raise AssertionError("the reference backend covers every call")
 
 
 def _is_usable(name: str) -> bool:
-    return name != "native" or library.available()
+    usable = _USABLE.get(name)
+    return usable is None or usable()
 
 
 def _check_name(name: str) -> None:

@@ -84,7 +84,8 @@ def favor_attention(
         key_mask: Bool, shape ``(B, S)``, True = the key takes part. What a masked key or value
             holds does not matter. A query with nothing to attend to gives zeros.
         cu_seqlens: Int32 or int64, shape ``(N + 1,)``, first 0 and last ``L``: N sequences packed
-            on the length axis with ``B == 1`` and ``L == S``, each attending to itself only.
+            on the length axis with ``B == 1`` and ``L == S``, each attending to itself only. Its
+            numbers are checked on the CPU only: on a GPU the check would make it wait.
         scale: Factor on ``q . k``; ``1 / sqrt(D)`` when None.
         window: Meet keys with ``|i - j| <= window`` exactly, with ``exp(scale * q . k)``, and all
             others through features, under one normaliser; softmax features only, and as many keys

@@ -185,8 +185,8 @@ def define(
         found = gradients(*backward_operator(*arrived, *kept, trained))
         return tuple(getattr(found, n) if wanted[n] else None for n in inputs._fields)
 
-    forward_operator = _operator(f"{name}_forward", forward, new_results, device_types)
-    backward_operator = _operator(f"{name}_backward", backward, fake_backward, device_types)
+    forward_operator = operator(f"{name}_forward", forward, new_results, device_types)
+    backward_operator = operator(f"{name}_backward", backward, fake_backward, device_types)
     forward_operator.register_autograd(derivative, setup_context=setup_context)
     backward_operator.register_autograd(_refuse_second_derivative)
     return forward_operator, backward_operator
@@ -199,7 +199,7 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     )
 
 
-def _operator(
+def operator(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], device_types: str | None
 ) -> Any:
     """An operator of a function of named tuples and booleans, whose schema is inferred."""

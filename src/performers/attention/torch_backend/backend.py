@@ -100,7 +100,7 @@ def _bidirectional_rows(
         rows = read(features, query, total)
         return (rows.out(),) if divided else rows
 
-    size = block_rows(call.key.shape[:2], features)
+    size = block_rows(call.key.shape[:2], features, call.key.device)
     key_sizes = block_sizes(call.key.shape[2], size)
     query_sizes = block_sizes(call.query.shape[3], max(1, size // call.query.shape[2]))
     keep = len(key_sizes) == len(query_sizes) == 1

@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from performers.attention.call import AttentionCall, masked
 from performers.features import FeatureForm
 
-# Rows of a causal chunk, and features held at a time (elements over batch, heads and rows).
+# Rows of a causal chunk, and features held at a time (elements over batch, heads and rows): what
+# caches of a CPU hold, and elsewhere enough for launches to cost less than the work.
 CHUNK = 64
-_BLOCK_ELEMENTS = 1 << 19
+_BLOCK_ELEMENTS = {"cpu": 1 << 19}
+_ACCELERATOR_BLOCK_ELEMENTS = 1 << 27
 
 
 class Sums(NamedTuple):
@@ -168,10 +170,13 @@ def finite(scale: Tensor) -> Tensor:
     return scale.where(scale > -math.inf, 0.0)
 
 
-def block_rows(heads: tuple[int, ...] | torch.Size, features: Features) -> int:
+def block_rows(
+    heads: tuple[int, ...] | torch.Size, features: Features, device: torch.device
+) -> int:
     """Rows whose features fill a block."""
     per_row = math.prod(heads) * features.form.num_features
-    rows = _BLOCK_ELEMENTS // max(per_row, 1)
+    elements = _BLOCK_ELEMENTS.get(device.type, _ACCELERATOR_BLOCK_ELEMENTS)
+    rows = elements // max(per_row, 1)
     return max(CHUNK, rows // CHUNK * CHUNK)
 
 

@@ -56,7 +56,7 @@ def causal_rows(
 
     # The sequence of the position before each; none has the index -1.
     before = None if segments is None else F.pad(segments[:-1], (1, 0), value=-1)
-    size = block_rows((key.shape[0], key.shape[1] * query.shape[2]), features)
+    size = block_rows((key.shape[0], key.shape[1] * query.shape[2]), features, query.device)
     # Blocks of whole chunks, then what is left over.
     whole = length // CHUNK * CHUNK
     results, carry = in_blocks(
@@ -196,12 +196,31 @@ def _prefix_sums(
         log_scale = key_exponent.detach().amax(-2)
         phi = times(key_base, (key_exponent - finite(log_scale).unsqueeze(-2)).exp())
         log_scale = log_scale.expand(*phi.shape[:3], phi.shape[-1])
-    added = Sums(phi.mT @ value, phi.sum(-2), log_scale)
-    before: list[Sums] = []
-    for n in range(value.shape[2]):
-        before.append(sums)
-        if continues is not None:
-            log_scale = sums.log_scale.masked_fill(~continues[n], -math.inf)
-            sums = Sums(sums.key_value, sums.key_sum, log_scale)
-        sums = sums.plus(Sums(*(x[:, :, n] for x in added)))
-    return Sums(*(torch.stack(tensors, dim=2) for tensors in zip(*before, strict=True))), sums
+    # The sums before a chunk are those of all chunks before it, and of the block, that nothing
+    # separates from it; the last ones are those after the block.
+    parts = Sums(
+        *(
+            torch.cat((first.unsqueeze(2), x), dim=2)
+            for first, x in zip(sums, (phi.mT @ value, phi.sum(-2), log_scale), strict=True)
+        )
+    )
+    count = value.shape[2] + 1
+    reaches = torch.ones(count, count, dtype=torch.bool, device=value.device).triu()
+    if continues is not None:
+        breaks = F.pad((~continues[:, 0]).cumsum(0), (1, 0))
+        reaches = reaches & (breaks.unsqueeze(1) == breaks)
+    reaches = reaches.unsqueeze(-1)
+    if key_exponent is None:
+        log_scale = torch.zeros_like(parts.log_scale)
+        weights = reaches.to(phi.dtype).expand(*phi.shape[:2], -1, -1, phi.shape[-1])
+    else:
+        levels = parts.log_scale.unsqueeze(3).masked_fill(~reaches, -math.inf)
+        log_scale = levels.amax(2)
+        weights = (levels - finite(log_scale).unsqueeze(2)).exp()
+    # (B, H, m, chunks, chunks) against (B, H, m, chunks, Dv).
+    weights = weights.permute(0, 1, 4, 3, 2)
+    key_value = (weights @ parts.key_value.movedim(2, 3)).movedim(3, 2)
+    key_sum = (weights @ parts.key_sum.movedim(2, 3).unsqueeze(-1)).squeeze(-1).movedim(3, 2)
+    whole = Sums(key_value, key_sum, log_scale)
+    # What goes on is a copy: a view would keep the sums before all chunks.
+    return Sums(*(x[:, :, :-1] for x in whole)), Sums(*(x[:, :, -1].clone() for x in whole))

@@ -1,0 +1,144 @@
+"""Causal calls: against the oracle, strict causality, rows that lose their pairs."""
+
+import math
+
+import pytest
+import torch
+
+from performers import favor_attention
+from performers.attention.triton import launch
+from tests.attention.cases import random_mask
+from tests.attention.triton.support import check, small_call
+
+
+def hostile_call(length=140, scale=8.0, **options):
+    """Entries so large that rows of a chunk underflow at the chunk's scale."""
+    sizes = {"head_dim": 16, "num_features": 8, "input_scale": scale}
+    return small_call(length, "causal", **{**sizes, **options})
+
+
+def lost_rows(call):
+    from performers.attention.call import AttentionCall
+    from performers.attention.operators import Inputs
+
+    checked = AttentionCall(*call.inputs, call.feature_map, **call.options).checked()
+    return int(launch.forward(Inputs.of(checked)).lost.sum())
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 150])
+def test_lengths(length):
+    check(small_call(length, "causal", seed=length), tolerance=2e-5 if length == 1 else 5e-6)
+
+
+def test_grouped_heads_and_masks():
+    call = small_call(140, "causal", heads=3, key_heads=1)
+    call.options["key_mask"] = random_mask(1, 140)
+    call.options["key_mask"][:, :70] = False
+    check(call)
+    assert (call.run("triton")[:, :, :70] == 0).all()
+    assert lost_rows(call) == 0
+
+
+def test_one_head_of_many_splits_equals_one_split(monkeypatch):
+    call = small_call(330, "causal", heads=1).leaves()
+    results = []
+    for span in (64, 1000):
+        monkeypatch.setattr(launch, "LEAST_SPAN", span)
+        out = call.run("triton")
+        results.append((out, *torch.autograd.grad(out.square().sum(), call.inputs)))
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() < 2e-6 * max(1, b.abs().max())
+
+
+def test_heads_in_groups(monkeypatch):
+    """What is held at a time does not change a bit."""
+    call = small_call(70, "causal", heads=4, key_heads=2).leaves()
+    results = []
+    for size in (1 << 29, 1):
+        monkeypatch.setattr(launch, "STATE_BYTES", size)
+        out = call.run("triton")
+        results.append((out, *torch.autograd.grad(out.square().sum(), call.inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", ["hyperbolic", "optimal-simplex", "data_aware"])
+def test_feature_maps(name):
+    check(small_call(70, "causal", name=name), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 3e-3), (torch.bfloat16, 4e-2)])
+def test_half_precision(dtype, tolerance):
+    check(small_call(130, "causal", dtype=dtype, seed=3), tolerance=tolerance)
+
+
+def test_rows_that_lose_their_pairs():
+    call = hostile_call(heads=3, key_heads=1)
+    assert lost_rows(call) > 20
+    check(call, tolerance=2e-5)
+
+
+def test_lost_rows_with_masks_and_a_past():
+    call = hostile_call(100, batch=2, heads=1)
+    call.options["key_mask"] = random_mask(2, 100)
+    assert lost_rows(call) > 5
+    check(call, tolerance=2e-5)
+
+
+def test_lost_rows_of_bfloat16():
+    call = hostile_call(100, dtype=torch.bfloat16)
+    assert lost_rows(call) > 5
+    check(call, tolerance=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_later_tokens_do_not_matter(dtype):
+    """In 16-bit types not one bit."""
+    call = small_call(140, "causal", dtype=dtype, seed=5)
+    before = call.run("triton")
+    for position in (64, 90):
+        for factor in (30.0, 1e4, 0.0):
+            inputs = [x.clone() for x in call.inputs]
+            for x in inputs:
+                x[..., position:, :] *= factor
+            after = favor_attention(*inputs, call.feature_map, backend="triton", is_causal=True)
+            a, b = before[..., :position, :], after[..., :position, :]
+            if dtype == torch.float32:
+                assert (a - b).abs().max() < 1e-6
+            else:
+                assert torch.equal(a, b)
+
+
+def test_gradients_stop_at_later_tokens():
+    for factor in (1.0, 100.0):
+        call = small_call(140, "causal")
+        for x in call.inputs:
+            x[..., 90:, :] *= factor
+        call = call.leaves()
+        call.run("triton")[..., :90, :].square().sum().backward()
+        for x in call.inputs:
+            assert (x.grad[..., 90:, :] == 0).all()
+            assert x.grad.isfinite().all()
+        assert (call.value.grad[..., :90, :] != 0).any()
+
+
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_nan_and_infinity(where):
+    call = small_call(140, "causal", batch=2)
+    for row, bad in enumerate((math.nan, math.inf)):
+        getattr(call, where)[row, 1, 70, 3] = bad
+    leaves = call.leaves()
+    out = leaves.run("triton")
+    expected = call.run("reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert (out[kept] - expected[kept]).abs().max() < 5e-6
+    (grad,) = torch.autograd.grad(out[:, :, :70].sum(), leaves.query)
+    assert torch.equal(grad.isnan().any(-1), expected.isnan().any(-1))
+
+
+def test_two_runs_are_equal():
+    call = hostile_call(100).leaves()
+    first, second = (
+        torch.autograd.grad(call.run("triton").square().sum(), call.inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

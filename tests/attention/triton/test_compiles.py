@@ -1,0 +1,63 @@
+"""Every kernel compiled for GPUs that are not there: no spills, tensor cores in hot loops.
+
+In a process of its own, since these are compiled and the others interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import triton
+
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.7."), reason="the table of block sizes is for Triton 3.7"
+)
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+# Kernels whose time is in products of matrices.
+HOT = {
+    "key_sums",
+    "read_rows",
+    "query_sums",
+    "query_gradients",
+    "key_gradients",
+    "chunk_rows",
+    "chunk_query_gradients",
+    "chunk_key_gradients",
+    "near_rows",
+    "near_query_gradients",
+    "near_key_gradients",
+}
+
+
+def compile_all(head_dim, dtype):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.attention.triton.compiling", str(head_dim), dtype]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def check(rows, stack, packed_stack):
+    assert {row["kernel"] for row in rows} >= HOT | {"decode_step", "mend_rows"}
+    for row in rows:
+        assert row["shared"] <= SHARED[row["capability"]], row
+        assert row["stack"] <= (packed_stack if row["packed"] else stack), row
+        if row["kernel"] in HOT:
+            assert row["warpgroup" if row["capability"] == 90 else "matrix"] > 0, row
+
+
+@pytest.mark.timeout(1200)
+def test_head_dim_64():
+    check(compile_all(64, "bfloat16"), stack=0, packed_stack=128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "float16"), (64, "float32"), (128, "bfloat16"), (128, "float16")],
+)
+def test_other_sizes_fit(head_dim, dtype):
+    """They may spill, which docs/results/gpu.md tells, but not by much."""
+    check(compile_all(head_dim, dtype), stack=512, packed_stack=512)

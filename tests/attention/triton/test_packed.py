@@ -1,0 +1,67 @@
+"""Packed sequences, each attending to itself."""
+
+import math
+
+import pytest
+import torch
+
+from performers import favor_attention
+from performers.attention.triton import launch
+from tests.attention.cases import random_mask
+from tests.attention.triton.support import check, small_call
+
+OFFSETS = torch.tensor([0, 1, 40, 40, 64, 129, 140], dtype=torch.int32)
+MODES = ("causal", "bidirectional")
+
+
+def packed_call(mode, offsets=OFFSETS, **options):
+    sizes = {"head_dim": 16, "value_dim": 8, "num_features": 16, "cu_seqlens": offsets}
+    return small_call(int(offsets[-1]), mode, **{**sizes, **options})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_values_and_gradients(mode):
+    check(packed_call(mode, heads=3, key_heads=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_windows_and_sinks(mode):
+    call = packed_call(mode, heads=2, key_heads=1, window=6, sinks=2)
+    call.options["key_mask"] = random_mask(1, 140)
+    check(call)
+
+
+def test_one_long_sequence_among_short_ones(monkeypatch):
+    """Sums that go on through a split, and that end in one."""
+    monkeypatch.setattr(launch, "LEAST_SPAN", 64)
+    check(packed_call("causal", torch.tensor([0, 60, 210, 250]), heads=1))
+
+
+def test_rows_that_lose_their_pairs():
+    check(packed_call("causal", heads=1, num_features=8, input_scale=8.0), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sequences_do_not_see_each_other(mode):
+    call = packed_call(mode, dtype=torch.bfloat16)
+    before = call.run("triton")
+    for factor in (1e4, math.nan):
+        inputs = [x.clone() for x in call.inputs]
+        for x in inputs:
+            x[..., :40, :] *= factor
+            x[..., 129:, :] *= factor
+        after = favor_attention(*inputs, call.feature_map, backend="triton", **call.options)
+        rows = slice(40, 129)
+        if mode == "causal":
+            assert torch.equal(before[..., rows, :], after[..., rows, :])
+        else:
+            assert (before - after)[..., rows, :].abs().max() < 2e-2
+
+
+def test_gradients_stop_at_other_sequences():
+    call = packed_call("bidirectional").leaves()
+    call.run("triton")[..., 64:129, :].square().sum().backward()
+    for x in call.inputs:
+        assert (x.grad[..., :64, :] == 0).all()
+        assert (x.grad[..., 129:, :] == 0).all()
+    assert (call.value.grad[..., 64:129, :] != 0).any()
