@@ -1,34 +1,37 @@
-"""Arguments of forward calls: the cache under both its names, packing, and nothing swallowed."""
+"""Arguments of forward calls: the cache under both its names, packing, and what is refused."""
 
 import inspect
-import logging
-import warnings
 
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 
 from performers.models import (
     PerformerForQuestionAnswering,
     PerformerForSequenceClassification,
 )
 from performers.models.arguments import CACHE_KEYWORD, CACHE_KEYWORDS, cache_keyword
-from tests.models.cases import TOLERANCE, causal_model, make_config, masked_model, tokens
+from tests.models.cases import TOLERANCE, build, causal_model, masked_model, tokens
 
 
-def packed_batch(*lengths: int):
+def flattened(*lengths):
+    """A batch of transformers' padding-free collator, and its sequences."""
     rows = [{"input_ids": tokens(1, n)[0].tolist()} for n in lengths]
     collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
     batch = collate(rows)
     batch.pop("labels")
-    return batch, rows
+    batch["seq_idx"] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    return batch, [torch.tensor([row["input_ids"]]) for row in rows]
+
+
+def past(name="favor-softmax", rows=1, length=3, **options):
+    return causal_model(name, **options)(tokens(rows, length), use_cache=True).past_key_values
 
 
 def test_the_name_of_the_cache_is_that_of_the_installed_transformers():
-    parameters = inspect.signature(
-        transformers.GenerationMixin.prepare_inputs_for_generation
-    ).parameters
-    assert CACHE_KEYWORD in parameters
+    generate = transformers.GenerationMixin.prepare_inputs_for_generation
+    assert CACHE_KEYWORD in inspect.signature(generate).parameters
     with pytest.raises(ValueError, match="takes its cache under none of the names"):
         cache_keyword(lambda input_ids, memory: None)
 
@@ -42,39 +45,36 @@ def test_the_cache_has_either_name(name):
     torch.testing.assert_close(rest.logits, model(ids).logits[:, 5:], **TOLERANCE)
     base = model.performer(ids, use_cache=True)
     assert base.cache is base.past_key_values is not None
-
-
-@pytest.mark.parametrize("name", CACHE_KEYWORDS)
-def test_generation_goes_on_from_a_cache_of_either_name(name):
-    model, ids = causal_model(), tokens(1, 9)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cache = model(ids[:, :6], use_cache=True).cache
     got = model.generate(ids, **options, **{name: cache})
     assert torch.equal(got, model.generate(ids, use_cache=False, **options))
 
 
-def test_both_names_at_once_are_refused():
-    model, ids = causal_model(), tokens(1, 4)
-    cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="cache and past_key_values name the same argument"):
-        model(ids, cache=cache, past_key_values=cache)
+@pytest.mark.parametrize("make", [causal_model, masked_model])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("position_ids",),
+        ("cu_seq_lens_q", "cu_seq_lens_k"),
+        ("position_ids", "seq_idx"),
+        ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q"),
+    ],
+)
+def test_padding_free_batches_keep_sequences_apart(make, names):
+    model = make()
+    batch, rows = flattened(7, 1, 5)
+    got = model(batch["input_ids"], **{name: batch[name] for name in names}).logits
+    torch.testing.assert_close(got, torch.cat([model(x).logits for x in rows], 1), **TOLERANCE)
 
 
-def test_no_deprecation_of_transformers_reaches_a_user(caplog):
-    """Python warnings and log entries alike, whichever name is used."""
-    model, ids = causal_model(), tokens(1, 6)
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            out = model(ids, use_cache=True)
-            model(ids[:, :1], past_key_values=out.past_key_values)
-            cache = model(ids[:, :4], use_cache=True).cache
-            model.generate(ids, max_new_tokens=2, past_key_values=cache, eos_token_id=None)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert "deprecated" not in caplog.text
+def test_positions_with_gaps_are_those_of_one_sequence():
+    model, ids = masked_model(), tokens(1, 6)
+    options = {"position_ids": torch.tensor([[0, 1, 2, 7, 8, 20]])}
+    want = model(ids, **options, attention_mask=torch.ones(1, 6)).logits
+    torch.testing.assert_close(model(ids, **options).logits, want, **TOLERANCE)
+    # Beside a mask they may be of any kind.
+    model(ids, position_ids=torch.tensor([[0, 1, 2, 1, 2, 3]]), attention_mask=torch.ones(1, 6))
 
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "token_type_ids", "state"])
@@ -85,74 +85,119 @@ def test_unknown_arguments_are_refused(make, name):
     make()(tokens(1, 4), **{name: None})
 
 
-def test_a_single_token_beyond_the_start_needs_its_past():
-    model = causal_model()
-    with pytest.raises(ValueError, match=f"no cache of the tokens before it: pass {CACHE_KEYWORD}"):
-        model(tokens(1, 1), position_ids=torch.tensor([[7]]))
-    model(tokens(1, 1), position_ids=torch.tensor([[0]]))
+def packed_batch(**changes):
+    return flattened(3, 3)[0] | changes
 
 
-def test_a_cache_position_that_the_cache_does_not_have_is_refused():
-    model, ids = causal_model(), tokens(1, 6)
-    cache = model(ids, use_cache=True).cache
-    with pytest.raises(ValueError, match="cache_position begins at 9, but the cache holds 6"):
-        model(ids, cache=cache, cache_position=torch.arange(9, 15))
+# Arguments of a call on two rows of six tokens, made when the test runs, and words of the error.
+CAUSAL = [
+    (
+        lambda: {"cache": past(), "past_key_values": past()},
+        "cache and past_key_values name the same argument",
+    ),
+    (
+        lambda: {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
+        f"no cache of the tokens before it: pass {CACHE_KEYWORD}",
+    ),
+    (
+        lambda: {"cache": past(rows=2), "cache_position": torch.arange(9, 15)},
+        "cache_position begins at 9, but the cache holds 3",
+    ),
+    *(
+        (lambda cache=cache: {"past_key_values": cache}, "must be the PerformerCache")
+        for cache in (DynamicCache(), ((torch.zeros(1), torch.zeros(1)),))
+    ),
+    *(
+        (
+            lambda other=other: {"past_key_values": past(other, rows=2)},
+            "is the cache of a model with attention=.*, . layers and exact_layers=.*, but this one "
+            r"has 'favor-softmax', 2 and \(\)",
+        )
+        for other in ("favor-relu", "exact", "hybrid", "hybrid, outer")
+    ),
+    *(
+        (
+            lambda rows=rows: {"past_key_values": past(rows=rows)},
+            rf"past_key_values holds {rows} row\(s\) but the input has 2",
+        )
+        for rows in (1, 3)
+    ),
+    (
+        lambda: {"sequence_ids": torch.zeros(2, 6), "past_key_values": past(rows=2)},
+        "packed sequences.*cannot be combined with past_key_values",
+    ),
+    (
+        lambda: {"past_key_values": past(rows=2), "attention_mask": torch.ones(2, 5)},
+        r"shape \(2, 6\) or \(2, 9\), got \(2, 5\)",
+    ),
+    (
+        lambda: packed_batch(position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]])),
+        "tell different boundaries",
+    ),
+]
+MASKED = [
+    (lambda: {"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs"),
+    (lambda: {"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+    (lambda: {"past_key_values": past(rows=2)}, "past_key_values needs a causal model"),
+    *(
+        (
+            lambda shape=shape: {"attention_mask": torch.ones(shape)},
+            r"attention_mask must have shape \(2, 6\), got",
+        )
+        for shape in ((2, 5), (1, 6), (2, 7), (2, 1, 6, 6))
+    ),
+    *(
+        (
+            lambda values=values: {"attention_mask": torch.tensor([values] * 2)},
+            "attention_mask must be bool or hold 0",
+        )
+        for values in ((0.0, -1e4) * 3, (1, 2) * 3)
+    ),
+    (
+        lambda: {"sequence_ids": torch.zeros(1, 6)},
+        r"sequence_ids must have shape \(2, 6\), got \(1, 6\)",
+    ),
+    (
+        lambda: {"input_ids": tokens(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+        r"cu_seq_lens_q must run from 0 to the length of a single row \(6\), got \(3,\) offsets",
+    ),
+    (
+        lambda: {"position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])},
+        "do not tell where packed sequences begin",
+    ),
+]
+OTHERS = [
+    (
+        lambda: masked_model("window and sinks"),
+        lambda: packed_batch(output_attentions=True),
+        "output_attentions is not available for packed sequences with sinks",
+    ),
+    *(
+        (lambda head=head: build(head), packed_batch, "answers once for each row")
+        for head in (PerformerForSequenceClassification, PerformerForQuestionAnswering)
+    ),
+    (
+        lambda: build(PerformerForQuestionAnswering),
+        lambda: {"start_positions": torch.tensor([1, 2])},
+        "pass both start_positions and end_positions",
+    ),
+]
 
 
-@pytest.mark.parametrize("values", [(0.0, -1e4), (1, 2)])
-def test_masks_of_another_kind_are_refused(values):
-    mask = torch.tensor([[values[0], values[0], values[1], values[1]]])
-    with pytest.raises(ValueError, match="attention_mask must be bool or hold 0"):
-        masked_model()(tokens(1, 4), attention_mask=mask)
-
-
-@pytest.mark.parametrize("make", [causal_model, masked_model])
 @pytest.mark.parametrize(
-    "said", [("position_ids",), ("cu_seq_lens_q", "cu_seq_lens_k"), ("position_ids", "seq_idx")]
+    ("make", "arguments", "words"),
+    [
+        *((causal_model, *case) for case in CAUSAL),
+        # The base model has a cache among its arguments, too.
+        *((lambda: masked_model().performer, *case) for case in MASKED),
+        *OTHERS,
+    ],
 )
-def test_padding_free_batches_keep_sequences_apart(make, said):
-    model = make()
-    batch, rows = packed_batch(7, 1, 5)
-    batch["seq_idx"] = torch.tensor([[0] * 7 + [1] + [2] * 5])
-    got = model(batch["input_ids"], **{name: batch[name] for name in said}).logits
-    want = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
-    torch.testing.assert_close(got, torch.cat(want, 1), **TOLERANCE)
+def test_calls_that_are_refused(make, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        make()(**{"input_ids": tokens(2, 6), **arguments()})
 
 
-def test_the_whole_batch_of_the_collator_is_understood():
-    model = causal_model()
-    batch, rows = packed_batch(6, 4)
-    want = [model(torch.tensor([row["input_ids"]])).logits for row in rows]
-    torch.testing.assert_close(model(**batch).logits, torch.cat(want, 1), **TOLERANCE)
-
-
-def test_contradicting_boundaries_are_refused():
-    batch, _ = packed_batch(6, 4)
-    batch["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])
-    with pytest.raises(ValueError, match="tell different boundaries"):
-        causal_model()(**batch)
-
-
-def test_positions_that_fall_to_another_place_than_zero_are_refused():
-    positions = torch.tensor([[0, 1, 2, 1, 2, 3]])
-    with pytest.raises(ValueError, match="do not tell where packed sequences begin"):
-        masked_model()(tokens(1, 6), position_ids=positions)
-    masked_model()(tokens(1, 6), position_ids=positions, attention_mask=torch.ones(1, 6))
-
-
-def test_positions_with_gaps_are_those_of_one_sequence():
-    model, ids = masked_model(), tokens(1, 6)
-    positions = torch.tensor([[0, 1, 2, 7, 8, 20]])
-    mask = torch.ones(1, 6)
-    got = model(ids, position_ids=positions).logits
-    want = model(ids, position_ids=positions, attention_mask=mask).logits
-    torch.testing.assert_close(got, want, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "head", [PerformerForSequenceClassification, PerformerForQuestionAnswering]
-)
-def test_one_answer_a_row_goes_with_one_sequence_a_row(head):
-    batch, _ = packed_batch(5, 4)
-    with pytest.raises(ValueError, match="answers once for each row"):
-        head(make_config()).eval()(**batch)
+def test_a_step_at_the_start_needs_no_past():
+    causal_model()(tokens(1, 1), position_ids=torch.tensor([[0]]))
+    causal_model()(tokens(1, 1), cache_position=torch.tensor([0]))

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from performers.features import ESTIMATORS, FUNCTIONS
-from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.positions import rotary_angles, rotate, sinusoids
+from performers.models import PerformerConfig, PerformerForMaskedLM
+from performers.models.attention import ExactMechanism, FavorMechanism
+from performers.models.positions import sinusoids
 from performers.models.registry import ATTENTIONS
-from tests.models.cases import make_config, tokens
+from tests.models.cases import COMPARATORS, causal_model, make_config, masked_model, tokens
 
 
 def test_the_default_is_the_regular_model_of_the_paper():
@@ -31,10 +32,7 @@ def test_every_kernel_is_an_attention():
         "favor-softmax",
         "exact",
         "identity",
-        "linformer",
-        "lsh",
-        "local",
-        "bigbird",
+        *COMPARATORS,
         *(f"favor-{name}" for name in FUNCTIONS),
     }
 
@@ -50,41 +48,42 @@ def test_every_kernel_is_an_attention():
         ({"projection": "qr"}, ("projection", "'qr'", "orthogonal")),
         ({"projection": None}, ("projection", "favor-softmax")),
         ({"num_attention_heads": 3}, ("hidden_size", "num_attention_heads", "32", "3")),
-        ({"num_attention_heads": 0}, ("num_attention_heads", "0")),
         ({"num_attention_heads": 32}, ("head_dim", "num_attention_heads", "rotary", "1")),
         ({"hidden_act": "gleu"}, ("hidden_act", "'gleu'", "gelu")),
         ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "1.5")),
         ({"hidden_dropout_prob": -0.1}, ("hidden_dropout_prob", "-0.1")),
-        ({"vocab_size": 0}, ("vocab_size", "0")),
-        ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
-        ({"intermediate_size": 0}, ("intermediate_size", "0")),
-        ({"hidden_size": 0}, ("hidden_size", "0")),
-        ({"max_position_embeddings": 0}, ("max_position_embeddings", "0")),
-        ({"num_features": 0}, ("num_features", "0")),
-        ({"pad_token_id": 31}, ("pad_token_id", "31", "vocab_size")),
-        ({"pad_token_id": -1}, ("pad_token_id", "-1")),
-    ],
-    ids=str,
-)
-def test_options_that_are_refused(options, words):
-    with pytest.raises(ValueError, match=words[0]) as error:
-        make_config(**options)
-    for word in words:
-        assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
+        *(
+            ({name: 0}, (name, "0"))
+            for name in (
+                *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+                *("intermediate_size", "max_position_embeddings", "num_features"),
+            )
+        ),
         ({"estimator": "hyperbolic", "num_features": 33}, ("num_features", "even", "33")),
         (
             {"attention": "favor-relu", "projection": None, "num_features": 99},
             ("num_features", "99", "projection"),
         ),
+        ({"pad_token_id": 31}, ("pad_token_id", "31", "vocab_size")),
+        ({"pad_token_id": -1}, ("pad_token_id", "-1")),
+        ({"chunk_size_feed_forward": -1}, ("chunk_size_feed_forward must be at least 0", "-1")),
+        *(({name: -1}, (f"{name} must be at least 0",)) for name in ("window", "sinks")),
+        *(
+            ({"attention": name, "window": 8, "sinks": 2}, ("window and sinks need", name))
+            for name in ("favor-relu", "exact", "identity")
+        ),
+        *(
+            ({"exact_layers": layers}, ("exact_layers must be indices", "0..1, got"))
+            for layers in ([2], [-1], [0.0], ["0", 1], [True])
+        ),
+        *(
+            ({"attention": name, "exact_layers": [0]}, ("exact_layers needs a favor", name))
+            for name in ("exact", "identity")
+        ),
     ],
     ids=str,
 )
-def test_features_that_are_refused(options, words):
+def test_options_that_are_refused(options, words):
     with pytest.raises(ValueError, match=words[0]) as error:
         PerformerForMaskedLM(make_config(**options))
     for word in words:
@@ -106,6 +105,19 @@ def test_the_configuration_loads_from_its_file(tmp_path):
         assert loaded.to_dict() | written_by == config.to_dict() | written_by
 
 
+def test_exact_layers_are_a_sorted_list(tmp_path):
+    config = make_config(num_hidden_layers=4, exact_layers=(2, 0, 2))
+    config.save_pretrained(tmp_path)
+    for each in (config, PerformerConfig.from_pretrained(tmp_path)):
+        assert each.exact_layers == [0, 2]
+        model = PerformerForMaskedLM(each)
+        kinds = [type(layer.attention.mechanism) for layer in model.performer.layers]
+        assert kinds == [ExactMechanism, FavorMechanism] * 2
+    for none in (None, [], ()):
+        assert make_config(exact_layers=none).exact_layers is None
+    assert make_config("favor-relu", exact_layers=[1]).layer_attention(1) == "exact"
+
+
 @pytest.mark.parametrize("name", ["sinusoidal", "learned"])
 def test_only_rotary_positions_need_pairs(name):
     model = PerformerForMaskedLM(make_config(hidden_size=30, position_embedding=name))
@@ -123,9 +135,8 @@ def test_the_number_of_features_is_the_one_asked_for():
 
 
 def test_learned_positions_end_with_their_table():
-    torch.manual_seed(0)
     options = {"position_embedding": "learned", "max_position_embeddings": 12}
-    model = PerformerForMaskedLM(make_config(**options)).eval()
+    model = masked_model(**options)
     assert model(tokens(1, 12)).logits.shape == (1, 12, 31)
     with pytest.raises(ValueError, match=r"13 positions .*max_position_embeddings is 12"):
         model(tokens(1, 13))
@@ -133,7 +144,7 @@ def test_learned_positions_end_with_their_table():
     mask = torch.ones(1, 14, dtype=torch.long)
     mask[:, 12:] = 0
     assert torch.isfinite(model(tokens(1, 14), attention_mask=mask).logits).all()
-    causal = PerformerForCausalLM(make_config(**options)).eval()
+    causal = causal_model(**options)
     past = causal(tokens(1, 12), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="max_position_embeddings"):
         causal(tokens(1, 1), past_key_values=past)
@@ -141,27 +152,8 @@ def test_learned_positions_end_with_their_table():
 
 @pytest.mark.parametrize("name", ["rotary", "sinusoidal"])
 def test_other_positions_do_not_end(name):
-    torch.manual_seed(0)
-    model = PerformerForMaskedLM(
-        make_config(position_embedding=name, max_position_embeddings=12)
-    ).eval()
+    model = masked_model(position_embedding=name, max_position_embeddings=12)
     assert torch.isfinite(model(tokens(1, 500)).logits).all()
-
-
-def test_rotary_scores_depend_on_distances():
-    torch.manual_seed(0)
-    query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
-
-    def score(left, right):
-        first, second = (
-            rotate(x, rotary_angles(torch.tensor([[position]]), 8, 10000.0))
-            for x, position in ((query, left), (key, right))
-        )
-        return (first * second).sum()
-
-    torch.testing.assert_close(score(3, 1), score(103, 101), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(score(7, 7), (query * key).sum())
-    assert (score(3, 1) - score(3, 2)).abs() > 1e-3
 
 
 def test_sinusoids_are_those_of_the_paper():

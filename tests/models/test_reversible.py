@@ -2,22 +2,20 @@
 
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.tensor import distribute_tensor, init_device_mesh
+from torch.nn import functional as F
 
 from performers import redraw_features_
-from performers.models import (
-    PerformerForCausalLM,
-    PerformerForMaskedLM,
-    PerformerForSequenceClassification,
-)
-from performers.models.comparators import HashFeatures
+from performers.models import PerformerForMaskedLM
 from tests.models.cases import (
-    CACHED,
     EVERY,
+    MODELS,
+    SIGNED,
     TOLERANCE,
-    causal_model,
+    assert_same,
+    build,
     gradients,
-    left_padded,
-    make_config,
     make_model,
     masked_model,
     right_padded,
@@ -29,8 +27,15 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 )
 
-# Kernels of both signs.
-SIGNED = ("favor-tanh", "favor-gelu", "favor-identity")
+
+def reversible(name="favor-softmax", is_causal=False, **options):
+    """A language model in float64, in training."""
+    return make_model(name, is_causal, reversible=True, **options).train()
+
+
+def in_float32(name="favor-softmax", **options):
+    options = {"initializer_range": 0.02, "hidden_dropout_prob": 0.1, **options}
+    return build(PerformerForMaskedLM, name, reversible=True, **options).train()
 
 
 def by_hand(model, ids):
@@ -39,28 +44,29 @@ def by_hand(model, ids):
     x1 = x2 = model._with_positions(model.embeddings(ids), position_ids)
     for block in model.layers:
         y1 = x1 + block.attention(block.attention_norm(x2), context)[0]
-        inner = torch.nn.functional.gelu(block.mlp_input(block.mlp_norm(y1)))
+        inner = F.gelu(block.mlp_input(block.mlp_norm(y1)))
         x1, x2 = y1, x2 + block.mlp_output(inner)
     return model.final_norm((x1 + x2) / 2)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("attention", "is_causal"), [("favor-softmax", False), ("exact", True)])
-def test_the_function(attention, is_causal, grad):
-    model = make_model(attention, is_causal, reversible=True, num_hidden_layers=3).performer
+@pytest.mark.parametrize(("name", "is_causal"), [("favor-softmax", False), ("exact", True)])
+def test_the_function(name, is_causal, grad):
+    model = reversible(name, is_causal, num_hidden_layers=3).performer
     ids = tokens(2, 20)
     with torch.set_grad_enabled(grad):
-        out = model(ids, use_cache=False).last_hidden_state
+        out = model(ids).last_hidden_state
     torch.testing.assert_close(out, by_hand(model, ids), **TOLERANCE)
-    plain = make_model(attention, is_causal, num_hidden_layers=3).performer
+    plain = make_model(name, is_causal, num_hidden_layers=3).performer
     assert plain.state_dict().keys() == model.state_dict().keys()
-    assert (plain(ids, use_cache=False).last_hidden_state - out).abs().max() > 1e-2
+    assert (plain(ids).last_hidden_state - out).abs().max() > 1e-2
 
 
-def both_ways(model, ids, **options):
-    """Loss and gradients as reversible blocks compute them, and as autograd does.
+def both_ways(model, ids, call=None, **options):
+    """Loss, gradients and random numbers, of reversible blocks and of autograd.
 
-    Hidden states that are asked for make the model keep all activations.
+    Hidden states that are asked for make the model keep all activations. ``call`` computes loss
+    and backward pass from a function that gives the loss.
     """
     mask = options.get("attention_mask")
     # The embedding of padding is zero, where some kernels have a kink.
@@ -68,147 +74,135 @@ def both_ways(model, ids, **options):
     found = []
     for keep in (False, True):
         torch.manual_seed(7)
-        out = model(ids, labels=labels, output_hidden_states=keep, **options)
-        after = torch.rand(3)
-        torch.manual_seed(8)
-        out.loss.backward()
-        assert (out.hidden_states is None) != keep
+
+        def loss_of(keep=keep):
+            out = model(ids, labels=labels, output_hidden_states=keep, **options)
+            assert (out.hidden_states is None) != keep
+            return out.loss
+
+        if call is None:
+            loss = loss_of()
+            after = torch.rand(3)
+            torch.manual_seed(8)
+            loss.backward()
+        else:
+            loss, after = call(loss_of), None
         # The backward pass draws nothing of its own.
-        found.append((out.loss.detach(), gradients(model), after, torch.rand(3)))
+        found.append((loss.detach(), gradients(model), after, torch.rand(3)))
     return found
 
 
 def assert_equal_ways(found, **tolerance):
     (loss, some, *drawn), (expected_loss, expected, *expected_drawn) = found
     torch.testing.assert_close(loss, expected_loss, rtol=0, atol=0)
-    assert some.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = max(gradient.abs().max().item(), 1e-3)
-        torch.testing.assert_close(
-            some[name] / scale,
-            gradient / scale,
-            msg=lambda text, name=name: name + text,
-            **tolerance,
-        )
+    scales = {name: max(x.abs().max().item(), 1e-3) for name, x in expected.items()}
+    assert_same(
+        {name: x / scales[name] for name, x in some.items()},
+        {name: x / scales[name] for name, x in expected.items()},
+        **tolerance,
+    )
     for one, other in zip(drawn, expected_drawn, strict=True):
         assert torch.equal(one, other)
 
 
+def assert_near(found, error):
+    """Gradients within a relative error in the norm."""
+    (loss, some, *_), (expected_loss, expected, *_) = found
+    assert loss == expected_loss
+    assert some.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert some[name].dtype == gradient.dtype
+        distance = (some[name] - gradient).float().norm() / gradient.float().norm()
+        assert distance < error, name
+
+
 @pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
-@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
-def test_gradients_are_those_of_autograd(attention, is_causal, kind):
+@pytest.mark.parametrize(
+    ("name", "is_causal"), [case for case in EVERY if "reversible" not in str(case)]
+)
+def test_gradients_are_those_of_autograd(name, is_causal, kind):
     """In float64, through six layers with dropout (two for kernels of both signs)."""
-    if (attention, kind) == ("linformer", "packed"):
-        kind = "plain"
-    model = make_model(
-        attention,
+    model = reversible(
+        name,
         is_causal,
-        reversible=True,
-        num_hidden_layers=2 if attention in SIGNED else 6,
+        num_hidden_layers=2 if name in SIGNED else 6,
         hidden_dropout_prob=0.2,
         initializer_range=0.1,
-    ).train()
+    )
     ids, options = tokens(2, 12), {}
     if kind == "masked":
-        rows = [row[:size] for row, size in zip(ids, (12, 7), strict=True)]
-        ids, options["attention_mask"] = right_padded(rows)
-    if kind == "packed":
+        ids, options["attention_mask"] = right_padded([ids[0], ids[1, :7]])
+    if kind == "packed" and name != "linformer":
         options["sequence_ids"] = torch.tensor([[0] * 5 + [1] * 7, [0] * 11 + [1]])
     # Normalisers near zero make outputs so large that a sum with them loses what it held before.
-    atol = 1e-4 if attention in SIGNED else 1e-10
+    atol = 1e-4 if name in SIGNED else 1e-10
     assert_equal_ways(both_ways(model, ids, **options), rtol=1e-9, atol=atol)
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
-def test_gradients_in_single_precision(attention):
+@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu", "exact"])
+def test_gradients_in_single_precision(name):
     """Twelve layers: what rounding in the reconstruction costs."""
-    torch.manual_seed(0)
-    config = make_config(
-        attention,
-        reversible=True,
-        num_hidden_layers=12,
-        hidden_dropout_prob=0.1,
-        initializer_range=0.02,
-    )
-    model = PerformerForMaskedLM(config).train()
+    model = in_float32(name, num_hidden_layers=12)
     assert_equal_ways(both_ways(model, tokens(4, 40)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_keep_their_streams_in_full_precision(dtype):
-    torch.manual_seed(0)
-    config = make_config(reversible=True, num_hidden_layers=8, initializer_range=0.02)
-    model = PerformerForMaskedLM(config).to(dtype).train()
-    (_, found, *_), (_, expected, *_) = both_ways(model, tokens(2, 30))
-    for name, gradient in expected.items():
-        assert found[name].dtype == dtype
-        error = (found[name] - gradient).float().norm() / gradient.float().norm()
-        assert error < 0.05, name
+    model = in_float32(num_hidden_layers=8, hidden_dropout_prob=0.0).to(dtype)
+    assert_near(both_ways(model, tokens(2, 30)), 0.05)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
 def test_autocast_is_replayed(inside):
     """Whether the backward pass runs inside the region or after it."""
-    torch.manual_seed(0)
-    config = make_config(
-        reversible=True, num_hidden_layers=4, hidden_dropout_prob=0.1, initializer_range=0.02
-    )
-    model = PerformerForMaskedLM(config).train()
-    ids = tokens(2, 30)
-    found = []
-    for keep in (False, True):
-        torch.manual_seed(7)
+
+    def call(loss_of):
         with torch.autocast("cpu", torch.bfloat16):
-            out = model(ids, labels=ids, output_hidden_states=keep)
-            assert out.logits.dtype == torch.bfloat16
+            loss = loss_of()
             if inside:
-                out.loss.backward()
+                loss.backward()
         if not inside:
-            out.loss.backward()
-        found.append((out.loss.item(), gradients(model)))
-    assert found[0][0] == found[1][0]
-    assert (
-        found[0][1].keys() == found[1][1].keys() == {name for name, _ in model.named_parameters()}
-    )
-    for name, gradient in found[1][1].items():
-        assert found[0][1][name].dtype == torch.float32
-        error = (found[0][1][name] - gradient).norm() / gradient.norm()
-        assert error < 0.03, (name, error)
+            loss.backward()
+        return loss
+
+    assert_near(both_ways(in_float32(num_hidden_layers=4), tokens(2, 30), call), 0.03)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_random_numbers_of_an_accelerator_are_replayed():
-    model = masked_model(reversible=True, num_hidden_layers=6, hidden_dropout_prob=0.2)
-    model = model.cuda().train()
+    model = reversible(num_hidden_layers=6, hidden_dropout_prob=0.2).cuda()
     assert_equal_ways(both_ways(model, tokens(2, 12).cuda()), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("buckets", [8, 2**17])
-def test_buckets_are_those_of_the_forward_pass(buckets, monkeypatch):
-    """Rounding may put any token into another bucket; here it puts all of them there."""
-    model = masked_model(
-        "lsh", reversible=True, num_hidden_layers=4, lsh_buckets=buckets, lsh_chunk_size=4
-    )
-    if buckets > 2**15:
-        # Two buckets, whose numbers are the same in 16 bits.
-        once = HashFeatures.hash
-        monkeypatch.setattr(HashFeatures, "hash", lambda self, x: once(self, x) // 2**16 * 2**16)
-    ids = tokens(2, 40)
-    model(ids, labels=ids, output_hidden_states=True).loss.backward()
-    expected = gradients(model)
+class Chosen(torch.nn.Module):
+    """Values, or nothing: a choice that the context keeps."""
+
+    threshold = 0.0
+
+    def forward(self, query, key, value, context, layer):
+        chosen = query.sum(-1, keepdim=True) > self.threshold
+        return value * context.choices.setdefault(self, chosen), None
+
+
+def test_choices_are_those_of_the_forward_pass(monkeypatch):
+    """Rounding may change any; here all would be others."""
+    model, ids = reversible("exact", num_hidden_layers=4), tokens(2, 40)
+    for block in model.performer.layers:
+        block.attention.mechanism = Chosen()
     loss = model(ids, labels=ids).loss
-    whole = HashFeatures.hash
-    monkeypatch.setattr(HashFeatures, "hash", lambda self, x: whole(self, x).roll(7, dims=-1))
-    # Twice: what was kept is kept for as long as the graph.
-    for again in (True, False):
-        loss.backward(retain_graph=again)
-        for name, gradient in gradients(model).items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-9, msg=name)
+    loss.backward(retain_graph=True)
+    expected = gradients(model)
+    monkeypatch.setattr(Chosen, "threshold", torch.inf)
+    # What was kept is kept for as long as the graph.
+    loss.backward()
+    assert_same(gradients(model), expected)
+    model(ids, labels=ids).loss.backward()
+    assert not gradients(model)["performer.layers.0.attention.output.weight"].any()
 
 
 def test_a_module_in_training_inside_a_model_in_evaluation():
     """Dropout as it is used for estimates of uncertainty."""
-    model = masked_model(reversible=True, hidden_dropout_prob=0.3).eval()
+    model = reversible(hidden_dropout_prob=0.3).eval()
     for block in model.performer.layers:
         block.dropout.train()
     ids = tokens(2, 12)
@@ -216,9 +210,8 @@ def test_a_module_in_training_inside_a_model_in_evaluation():
     assert_equal_ways(both_ways(model, ids), rtol=1e-8, atol=1e-9)
 
 
-def test_hooks_of_parameters_run_once():
-    model = masked_model(reversible=True)
-    ids = tokens(2, 9)
+def test_hooks_inside_blocks_run_and_survive_a_failure():
+    model, ids = reversible(), tokens(2, 9)
     model(ids, labels=ids).loss.backward()
     expected = gradients(model)
     calls = []
@@ -229,27 +222,16 @@ def test_hooks_of_parameters_run_once():
 
     parameters = dict(model.performer.layers.named_parameters(prefix="performer.layers"))
     handles = [parameter.register_hook(twice) for parameter in parameters.values()]
+    inside = []
+    model.performer.layers[0].attention.register_forward_hook(lambda *_: inside.append(1))
+    doubled = {name: (1 + (name in parameters)) * x for name, x in expected.items()}
     for _ in range(2):
+        calls.clear()
         model(ids, labels=ids).loss.backward()
         assert len(calls) == len(parameters)
-        calls.clear()
-        for name, gradient in gradients(model).items():
-            factor = 2 if name in parameters else 1
-            torch.testing.assert_close(gradient, factor * expected[name], msg=name)
-    for handle in handles:
-        handle.remove()
-    model(ids, labels=ids).loss.backward()
-    assert not calls
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, expected[name], msg=name)
-
-
-def test_hooks_of_parameters_survive_a_failure():
-    model = masked_model(reversible=True)
-    parameter = model.performer.layers[0].mlp_input.weight
-    parameter.register_hook(lambda gradient: 2 * gradient)
-    ids = tokens(2, 9)
-    loss = model(ids, labels=ids).loss
+        assert_same(gradients(model), doubled, rtol=1e-7, atol=1e-7)
+    # Hooks of modules inside a block run in both passes.
+    assert len(inside) == 4
 
     class Failing(torch.autograd.Function):
         @staticmethod
@@ -261,47 +243,61 @@ def test_hooks_of_parameters_survive_a_failure():
             raise RuntimeError("a failure")
 
     block = model.performer.layers[0]
-    block.mlp_output.register_forward_hook(lambda module, args, out: Failing.apply(out))
+    failing = block.mlp_output.register_forward_hook(lambda module, args, x: Failing.apply(x))
     with pytest.raises(RuntimeError, match="a failure"):
-        loss.backward()
-    assert len(parameter._backward_hooks) == 1
-
-
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact"])
-def test_weights_that_change_before_the_backward_pass(attention, trained):
-    """Frozen ones too: all are needed once more."""
-    model = masked_model(attention, reversible=True)
-    weight = model.performer.layers[0].mlp_output.weight.requires_grad_(trained)
-    ids = tokens(2, 9)
-    loss = model(ids, labels=ids).loss
-    with torch.no_grad():
-        weight.mul_(1.1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    loss = model(ids, labels=ids).loss
-    model.performer.layers[0].mlp_output.weight = torch.nn.Parameter(weight.detach() / 1.1)
-    with pytest.raises(RuntimeError, match=r"replaced between the forward and the backward"):
-        loss.backward()
-
-
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "lsh"])
-def test_features_that_are_redrawn_before_the_backward_pass(attention):
-    model = masked_model(attention, reversible=True)
-    ids = tokens(2, 9)
-    loss = model(ids, labels=ids).loss
-    redraw_features_(model)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+        model(ids, labels=ids).loss.backward()
+    failing.remove()
+    assert all(len(parameter._backward_hooks) == 1 for parameter in parameters.values())
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model.zero_grad()
     model(ids, labels=ids).loss.backward()
+    assert not calls
+    assert_same(gradients(model), expected, rtol=1e-7, atol=1e-7)
 
 
-def test_modes_that_change_before_the_backward_pass():
-    model = masked_model(reversible=True, hidden_dropout_prob=0.2).train()
-    ids = tokens(2, 9)
+def change_weight(model):
+    with torch.no_grad():
+        model.performer.layers[0].mlp_output.weight.mul_(1.1)
+
+
+def change_frozen_weight(model):
+    model.performer.layers[0].mlp_output.weight.requires_grad_(False).mul_(1.1)
+
+
+def replace_weight(model):
+    layer = model.performer.layers[0].mlp_output
+    layer.weight = torch.nn.Parameter(layer.weight.detach())
+
+
+# Changes between the forward and the backward pass.
+IN_PLACE = "modified by an inplace operation"
+CHANGES = {
+    "a weight": ("favor-softmax", change_weight, IN_PLACE),
+    "a frozen weight": ("exact", change_frozen_weight, IN_PLACE),
+    "another weight": ("exact", replace_weight, "replaced between the forward and the backward"),
+    **{
+        f"features of {name}": (name, redraw_features_, IN_PLACE)
+        for name in ("favor-softmax", "favor-relu", "lsh")
+        if name in MODELS
+    },
+    "a mode": (
+        "favor-softmax",
+        lambda model: model.performer.layers[1].dropout.eval(),
+        r"train\(\) or eval\(\) was called between",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_before_the_backward_pass_are_refused(change):
+    """All that computes the blocks is needed once more."""
+    name, change, words = CHANGES[change]
+    model, ids = reversible(name, hidden_dropout_prob=0.2), tokens(2, 9)
     loss = model(ids, labels=ids).loss
-    model.performer.layers[1].dropout.eval()
-    with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\) was called between"):
+    change(model)
+    with pytest.raises(RuntimeError, match=words):
         loss.backward()
     loss = model.train()(ids, labels=ids).loss
     model.lm_head.eval()
@@ -321,7 +317,7 @@ def test_modes_that_change_before_the_backward_pass():
     ids=["forward", "before forward", "backward", "before backward", "replaced"],
 )
 def test_hooks_of_blocks_are_refused(register, grad):
-    model = masked_model(reversible=True)
+    model = reversible()
     register(model.performer.layers[1])
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"block 1 has hooks.*FSDP"):
         model(tokens(1, 4))
@@ -330,26 +326,13 @@ def test_hooks_of_blocks_are_refused(register, grad):
     plain(tokens(1, 4))
 
 
-def test_hooks_inside_blocks_run():
-    model = masked_model(reversible=True)
-    calls = []
-    for block in model.performer.layers:
-        block.attention.register_forward_hook(lambda *_: calls.append(1))
-    ids = tokens(1, 4)
-    model(ids, labels=ids).loss.backward()
-    assert len(calls) == 2 * len(model.performer.layers)
-
-
 def test_distributed_weights_are_refused(tmp_path):
-    from torch import distributed
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-
     distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
         mesh = init_device_mesh("cpu", (1,))
-        model = masked_model(reversible=True)
+        model = reversible()
         layer = model.performer.layers[1].mlp_input
         layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh))
         with pytest.raises(ValueError, match=r"parameters of block 1 are distributed tensors"):
@@ -358,17 +341,16 @@ def test_distributed_weights_are_refused(tmp_path):
         distributed.destroy_process_group()
 
 
-def bytes_held(layers, *, reversible, attention):
+def bytes_held(layers, name, **options):
     """By the graph of one loss, and at most over the forward and the backward pass."""
-    torch.manual_seed(0)
-    config = make_config(
-        attention,
-        reversible=reversible,
+    model = build(
+        PerformerForMaskedLM,
+        name,
         num_hidden_layers=layers,
         hidden_dropout_prob=0.1,
         intermediate_size=128,
-    )
-    model = PerformerForMaskedLM(config).train()
+        **options,
+    ).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     ids = tokens(4, 256)
@@ -376,17 +358,16 @@ def bytes_held(layers, *, reversible, attention):
         loss = model(ids, labels=ids).loss
         kept = held.now
         loss.backward()
-    weights = sum(p.nbytes for p in model.parameters())
-    return kept, held.peak - weights
+    return kept, held.peak - sum(p.nbytes for p in model.parameters())
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact", "lsh"])
-def test_depth_costs_no_activation_memory(attention):
-    shallow, deep = (bytes_held(n, reversible=True, attention=attention) for n in (2, 12))
-    ordinary = [bytes_held(n, reversible=False, attention=attention) for n in (2, 12)]
+@pytest.mark.parametrize("name", [x for x in ("favor-softmax", "exact", "lsh") if x in MODELS])
+def test_depth_costs_no_activation_memory(name):
+    shallow, deep = (bytes_held(n, name, reversible=True) for n in (2, 12))
+    ordinary = [bytes_held(n, name) for n in (2, 12)]
     # Only states of the random number generators, 5 kB a branch, are kept for each block, and the
     # buckets of 4 rows, 2 heads and 3 rounds in 2 bytes each.
-    buckets = 4 * 2 * 3 * 256 * 2 if attention == "lsh" else 0
+    buckets = 4 * 2 * 3 * 256 * 2 if name == "lsh" else 0
     assert deep[0] - shallow[0] < 1.1 * (20 * torch.get_rng_state().nbytes + 10 * buckets)
     assert ordinary[1][0] > 4.5 * ordinary[0][0]
     assert ordinary[1][0] > 10 * deep[0]
@@ -395,18 +376,16 @@ def test_depth_costs_no_activation_memory(attention):
 
 
 def test_the_backward_pass_can_run_twice():
-    model = masked_model(reversible=True, hidden_dropout_prob=0.2).train()
-    ids = tokens(2, 9)
+    model, ids = reversible(hidden_dropout_prob=0.2), tokens(2, 9)
     loss = model(ids, labels=ids).loss
     loss.backward(retain_graph=True)
     once = gradients(model)
     loss.backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, once[name], rtol=0, atol=0)
+    assert_same(gradients(model), once)
 
 
 def test_gradients_of_inputs_and_of_some_parameters():
-    model = masked_model(reversible=True, num_hidden_layers=3)
+    model = reversible(num_hidden_layers=3)
     embedded = model.get_input_embeddings()(tokens(2, 9)).detach().requires_grad_()
     for frozen in ([], ["mlp"], ["attention"], ["layers.1"], ["layers"]):
         for name, parameter in model.named_parameters():
@@ -415,128 +394,37 @@ def test_gradients_of_inputs_and_of_some_parameters():
         for keep in (False, True):
             out = model(inputs_embeds=embedded, output_hidden_states=keep).logits
             out.square().sum().backward()
-            found.append((embedded.grad.clone(), gradients(model)))
+            found.append({"inputs": embedded.grad.clone(), **gradients(model)})
             embedded.grad = None
-        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-10)
-        assert found[0][1].keys() == found[1][1].keys()
-        for name, gradient in found[1][1].items():
-            torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-8, atol=1e-9, msg=name)
+        assert_same(*found, rtol=1e-8, atol=1e-9)
 
 
-def test_hidden_states_and_matrices():
-    model = masked_model("exact", reversible=True, num_hidden_layers=3)
-    ids = tokens(2, 9)
-    out = model(ids, output_hidden_states=True, output_attentions=True)
-    assert len(out.hidden_states) == 4
-    assert len(out.attentions) == 3
-    torch.testing.assert_close(out.hidden_states[0], model.performer.embeddings(ids))
-    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
-    torch.testing.assert_close(out.logits, model(ids).logits, **TOLERANCE)
-    # In training too: activations are then kept, and gradients are autograd's.
-    model.train()(ids, labels=ids, output_attentions=True).loss.backward()
+def test_activations_are_kept_where_matrices_are_asked_for():
+    model, ids = reversible("exact"), tokens(2, 9)
+    model(ids, labels=ids, output_attentions=True).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("attention", CACHED)
-def test_pieces_equal_the_whole(attention):
-    model = causal_model(attention, reversible=True)
-    ids, mask = left_padded([tokens(1, size, seed=size)[0] for size in (13, 6)])
-    whole = model(ids, attention_mask=mask, use_cache=False).logits
-    for grad in (False, True):
-        cache, parts = None, []
-        with torch.set_grad_enabled(grad):
-            for part, own in zip(ids.split(5, dim=1), mask.split(5, dim=1), strict=True):
-                out = model(part, attention_mask=own, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                parts.append(out.logits)
-        real = mask.bool()
-        torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real], **TOLERANCE)
-        assert cache.get_seq_length() == 13
-
-
-def test_gradients_through_a_cache():
-    model = causal_model(reversible=True).train()
-    ids = tokens(2, 13)
-    model(ids).logits.square().sum().backward()
-    whole = gradients(model)
-    first = model(ids[:, :8], use_cache=True)
-    second = model(ids[:, 8:], past_key_values=first.past_key_values)
-    torch.cat((first.logits, second.logits), dim=1).square().sum().backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact", "lsh"])
-def test_generation(attention):
-    model = causal_model(attention, reversible=True, tie_word_embeddings=False, seed=3)
-    ids = tokens(2, 9)
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    found = model.generate(ids, **options)
-    for _ in range(8):
-        logits = model(ids, use_cache=False).logits[:, -1]
-        logits[:, model.config.eos_token_id] = -torch.inf
-        ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
-    assert torch.equal(found, ids)
 
 
 def test_gradient_checkpointing_is_refused():
-    model = masked_model(reversible=True).train()
+    model, ids = reversible(), tokens(1, 4)
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"reversible=True.*gradient_checkpointing_disable\(\)"):
-        model(tokens(1, 4))
-    model.eval()
-    model(tokens(1, 4))
+        model(ids)
+    model.eval()(ids)
     for layer in model.train().performer.layers:
         layer.gradient_checkpointing = False
-    model(tokens(1, 4), labels=tokens(1, 4)).loss.backward()
-
-
-def test_models_are_saved_as_reversible(tmp_path):
-    model = masked_model(reversible=True, chunk_size_feed_forward=3).float()
-    model.save_pretrained(tmp_path)
-    loaded = PerformerForMaskedLM.from_pretrained(tmp_path).eval()
-    assert loaded.config.reversible is True
-    assert loaded.config.chunk_size_feed_forward == 3
-    assert torch.equal(loaded(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
-
-
-def test_a_classifier_has_reversible_blocks_too():
-    torch.manual_seed(0)
-    model = PerformerForSequenceClassification(make_config(reversible=True, num_labels=3)).double()
-    out = model(tokens(4, 9), labels=torch.tensor([0, 2, 1, 1]))
-    out.loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    model(ids, labels=ids).loss.backward()
 
 
 @pytest.mark.exhaustive
 def test_compiled_values_and_gradients():
     torch.compiler.reset()
-    model = masked_model(reversible=True)
-    ids = tokens(2, 20)
+    model, ids = masked_model(reversible=True), tokens(2, 20)
     expected = model(ids, labels=ids)
     expected.loss.backward()
     wanted = gradients(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    output = compiled(ids, labels=ids)
+    output = torch.compile(model, backend="aot_eager")(ids, labels=ids)
     output.loss.backward()
     torch.testing.assert_close(output.logits, expected.logits, **TOLERANCE)
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert_same(gradients(model), wanted, rtol=1e-5, atol=1e-7)
     torch.compiler.reset()
-
-
-def test_reversible_models_learn():
-    torch.manual_seed(0)
-    model = PerformerForCausalLM(
-        make_config(reversible=True, initializer_range=0.02, hidden_dropout_prob=0.05)
-    ).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    ids, labels = tokens(4, 10), tokens(4, 10, seed=1)
-    losses = []
-    for _ in range(25):
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]

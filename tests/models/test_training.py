@@ -1,13 +1,15 @@
-"""Models learn, and gradient checkpointing changes nothing."""
+"""Models learn; checkpoints and chunks of feed-forward blocks change nothing."""
 
 import pytest
 import torch
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from tests.models.cases import (
-    EVERY,
+    KINDS,
     MAIN,
     TOLERANCE,
+    assert_same,
+    build,
     causal_model,
     gradients,
     make_config,
@@ -16,86 +18,123 @@ from tests.models.cases import (
     right_padded,
     tokens,
 )
+from tests.models.memory import HeldBytes
 
 pytestmark = pytest.mark.filterwarnings(
     # Its successor is not in every release that is supported.
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 )
 
-KINDS = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
+
+def run(model, ids, **options):
+    """Loss and gradients."""
+    torch.manual_seed(3)
+    loss = model(ids, **{"labels": ids, **options}).loss
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def assert_same_runs(found, expected, **tolerance):
+    torch.testing.assert_close(found[0], expected[0], **TOLERANCE)
+    assert_same(found[1], expected[1], **(tolerance or TOLERANCE))
 
 
 @KINDS
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("attention", MAIN)
-def test_gradient_checkpointing_changes_nothing(attention, use_reentrant, is_causal):
-    model = make_model(attention, is_causal).train()
-    ids, mask = right_padded([row[:n] for row, n in zip(tokens(2, 9), (9, 6), strict=True)])
-    labels = ids.masked_fill(mask == 0, -100)
-
-    def run():
-        if use_reentrant:
-            model.enable_input_require_grads()
-        loss = model(ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        return loss.detach(), gradients(model)
-
-    plain_loss, plain = run()
+@pytest.mark.parametrize("kind", ["masked", "packed"])
+@pytest.mark.parametrize("name", MAIN)
+def test_gradient_checkpointing_changes_nothing(name, kind, use_reentrant, is_causal):
+    model = make_model(name, is_causal).train()
+    ids, mask = right_padded([tokens(1, 9)[0], tokens(1, 6, seed=1)[0]])
+    options = {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    if kind == "packed":
+        options["sequence_ids"] = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
+    if use_reentrant:
+        model.enable_input_require_grads()
+    plain = run(model, ids, **options)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert all(layer.gradient_checkpointing for layer in model.performer.layers)
     calls = []
-    hook = model.performer.layers[0].mlp_norm.register_forward_hook(lambda *_: calls.append(1))
-    loss, checkpointed = run()
-    hook.remove()
+    model.performer.layers[0].mlp_norm.register_forward_hook(lambda *_: calls.append(1))
+    assert_same_runs(run(model, ids, **options), plain)
     assert len(calls) == 2
-    torch.testing.assert_close(loss, plain_loss, **TOLERANCE)
-    assert checkpointed.keys() == plain.keys()
-    for name, gradient in checkpointed.items():
-        torch.testing.assert_close(gradient, plain[name], **TOLERANCE, msg=name)
-
-
-def test_gradient_checkpointing_of_packed_rows():
-    model = masked_model().train()
-    ids = tokens(2, 9)
-    sequence_ids = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
-    losses = []
-    for enabled in (False, True):
-        if enabled:
-            model.gradient_checkpointing_enable()
-        loss = model(ids, sequence_ids=sequence_ids, labels=ids).loss
-        loss.backward()
-        losses.append((loss.detach(), gradients(model)))
-    torch.testing.assert_close(losses[1], losses[0], **TOLERANCE)
 
 
 def test_gradient_checkpointing_does_not_go_with_a_cache():
-    model = causal_model().train()
+    model, ids = causal_model().train(), tokens(1, 4)
     model.gradient_checkpointing_enable()
-    assert model(tokens(1, 4), use_cache=True).past_key_values is None
-    model.eval()
-    past = model(tokens(1, 4)).past_key_values
+    assert model(ids, use_cache=True).past_key_values is None
+    past = model.eval()(ids).past_key_values
     assert past is not None
-    model.train()
     with pytest.raises(ValueError, match="gradient checkpointing cannot be combined"):
-        model(tokens(1, 4), past_key_values=past)
+        model.train()(ids, past_key_values=past)
 
 
-def copying_losses(attention, steps):
-    """Losses of learning to say eight letters again in order, one value a step."""
-    torch.manual_seed(0)
-    config = make_config(
-        attention,
-        hidden_size=64,
-        intermediate_size=128,
-        initializer_range=0.02,
-        vocab_size=12,
-        position_embedding="learned",
+@pytest.mark.parametrize("kind", ["plain", "reversible", "checkpointed"])
+@pytest.mark.parametrize("chunk", [1, 4, 5, 19, 20, 100])
+def test_chunks_change_nothing(chunk, kind):
+    """Dropout included; also inside a checkpoint."""
+    options = {"reversible": kind == "reversible", "hidden_dropout_prob": 0.2}
+    whole = masked_model(**options).train()
+    parts = masked_model(**options, chunk_size_feed_forward=chunk).train()
+    if kind == "checkpointed":
+        parts.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = tokens(2, 20)
+    assert_same_runs(run(parts, ids), run(whole, ids), rtol=1e-8, atol=1e-10)
+    with torch.no_grad():
+        both = [model.eval()(ids).logits for model in (parts, whole)]
+    torch.testing.assert_close(*both, **TOLERANCE)
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_inner_activations_are_those_of_one_chunk(reversible):
+    """No tensor of the inner width holds more tokens, forward or backward, and none is kept."""
+    kept, peaks = {}, {}
+    for chunk in (0, 16):
+        options = {"chunk_size_feed_forward": chunk, "reversible": reversible}
+        # An attention that holds next to nothing, on whichever backend.
+        model = build(PerformerForMaskedLM, "identity", intermediate_size=224, **options).train()
+        ids = tokens(2, 128)
+        with HeldBytes() as held:
+            loss = model(ids, labels=ids).loss
+            kept[chunk] = held.now
+            loss.backward()
+        peaks[chunk] = held.peak
+        assert held.largest[224] == 224 * max(2 * (chunk or 128), 32)
+    # Input and output of the activation, in two layers, in float32.
+    saved = 2 * 2 * 4 * 2 * 128 * 224
+    if reversible:
+        # None is kept anyway; of one layer they are while it is computed again.
+        assert abs(kept[0] - kept[16]) < 0.01 * saved
+        assert peaks[0] - peaks[16] > 0.6 * saved / 2
+    else:
+        assert kept[0] - kept[16] > 0.9 * saved
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_dropout_inside_is_the_same_when_it_is_computed_again(reversible, monkeypatch):
+    """As that of an adapter on a layer of the feed-forward block."""
+    model = masked_model(reversible=reversible, chunk_size_feed_forward=5).train()
+    for block in model.performer.layers:
+        block.activation = torch.nn.Sequential(block.activation, torch.nn.Dropout(0.3))
+    ids = tokens(2, 20)
+    found = run(model, ids)
+    monkeypatch.setattr(
+        "performers.models.block.checkpoint", lambda function, x, **options: function(x)
     )
-    model = PerformerForCausalLM(config).train()
+    assert_same_runs(found, run(model, ids), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*MAIN, "reversible"])
+def test_models_learn_to_copy(name):
+    """Eight letters again in order, far beyond their frequencies; not without attention."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 12}
+    options = {"initializer_range": 0.02, "position_embedding": "learned"}
+    model = build(PerformerForCausalLM, name, **sizes, **options).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []
-    for _ in range(steps):
+    for _ in range(60):
         half = torch.randint(4, 12, (32, 8), generator=generator)
         ids = torch.cat((half, half), dim=1)
         labels = ids.clone()
@@ -106,54 +145,22 @@ def copying_losses(attention, steps):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
-def test_models_learn_to_copy(attention):
-    """Far beyond what letter frequencies give, which are uniform."""
-    losses = copying_losses(attention, 60)
-    assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:3]) / 3
-
-
-def test_a_model_without_attention_cannot_copy():
-    losses = copying_losses("identity", 60)
-    assert min(losses) > 1.9
-
-
-@pytest.mark.parametrize(("attention", "is_causal"), EVERY)
-def test_a_few_steps_lower_the_loss(attention, is_causal):
-    """Every mechanism fits one batch."""
-    torch.manual_seed(0)
-    model_class = PerformerForCausalLM if is_causal else PerformerForMaskedLM
-    model = model_class(make_config(attention, initializer_range=0.02)).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    ids, labels = tokens(4, 10), tokens(4, 10, seed=1)
-    losses = []
-    for _ in range(25):
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    if name == "identity":
+        assert min(losses) > 1.9
+    else:
+        assert sum(losses[-10:]) / 10 < 0.5 * sum(losses[:3]) / 3
 
 
 def test_dropout_acts_in_training_only():
-    torch.manual_seed(0)
-    model = PerformerForMaskedLM(make_config(hidden_dropout_prob=0.5))
-    ids = tokens(1, 8)
-    model.train()
+    model, ids = build(PerformerForMaskedLM, hidden_dropout_prob=0.5).train(), tokens(1, 8)
     assert (model(ids).logits != model(ids).logits).any()
     model.eval()
-    torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert torch.equal(model(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("attention", MAIN)
-def test_autocast(attention):
-    torch.manual_seed(0)
-    model = PerformerForMaskedLM(make_config(attention)).train()
-    ids = tokens(2, 16)
+@pytest.mark.parametrize("name", MAIN)
+def test_autocast(name):
+    model, ids = PerformerForMaskedLM(make_config(name)).train(), tokens(2, 16)
     full = model(ids, labels=ids).loss
     with torch.autocast("cpu", torch.bfloat16):
         half = model(ids, labels=ids)

@@ -15,6 +15,7 @@ except ImportError as error:
 
 from performers.models.cache import PerformerCache
 from performers.models.configuration import PerformerConfig
+from performers.models.context import AttentionContext
 from performers.models.heads import (
     PerformerForCausalLM,
     PerformerForMaskedLM,
@@ -37,6 +38,7 @@ for _auto, _model in (
     _auto.register(PerformerConfig, _model, exist_ok=True)
 
 __all__ = [
+    "AttentionContext",
     "PerformerCache",
     "PerformerConfig",
     "PerformerForCausalLM",

@@ -19,22 +19,19 @@ _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def is_tracing() -> bool:
-    """True while torch records a program that other inputs will be put through.
-
-    Nothing may then depend on the values of an input.
-    """
+    """True while torch traces or compiles, when nothing may depend on the values of an input."""
     jit: Any = torch.jit
     return jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def cache_keyword(function: Callable[..., Any]) -> str:
-    """Name of the argument in which a function of transformers takes the cache.
+    """Name of the cache among the arguments of a function of transformers.
 
     Args:
-        function: Such as the ``forward`` of a causal model.
+        function: Function such as the ``forward`` of a causal model.
 
     Raises:
-        ValueError: The signature has no argument of a known name.
+        ValueError: The signature has neither name.
     """
     parameters = inspect.signature(function).parameters
     name = next((name for name in CACHE_KEYWORDS if name in parameters), None)
@@ -51,7 +48,7 @@ CACHE_KEYWORD = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
 
 
 def either_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache of a call, under whichever of its two names it came.
+    """The cache of a call, passed under either name.
 
     Raises:
         ValueError: Both were passed.
@@ -62,22 +59,22 @@ def either_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def with_both_cache_names(output_class: type) -> type:
-    """Class decorator: an output whose cache is ``cache`` and ``past_key_values`` alike."""
+    """Class decorator that gives the cache of an output both names."""
     other = next(name for name in CACHE_KEYWORDS if name != CACHE_KEYWORD)
     setattr(output_class, other, property(lambda self: getattr(self, CACHE_KEYWORD)))
     return output_class
 
 
 def take_loss_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of transformers' loss functions out of a call's remaining arguments."""
+    """Remove the options of transformers' loss functions from the arguments of a call."""
     return {name: arguments.pop(name) for name in _LOSS_OPTIONS if name in arguments}
 
 
 def check_cache_position(position: Tensor | None, past: int) -> None:
-    """Check the position that some releases of transformers tell beside the cache.
+    """Check the position that some releases of transformers pass with the cache.
 
     Raises:
-        ValueError: It does not begin where the cache ends.
+        ValueError: The position does not begin where the cache ends.
     """
     if position is None or is_tracing():
         return
@@ -89,10 +86,10 @@ def check_cache_position(position: Tensor | None, past: int) -> None:
 
 
 def check_no_others(model: object, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that a model does not know, which could change what is asked for.
+    """Refuse unknown arguments.
 
     Raises:
-        TypeError: One of them is not None.
+        TypeError: An unknown argument is not None.
     """
     others = sorted(name for name, value in arguments.items() if value is not None)
     if others:
@@ -113,23 +110,24 @@ def sequence_starts(
 ) -> Tensor | None:
     """First tokens of the sequences that are packed into rows, ``(B, L)`` bool, or None.
 
-    Packing is said by ``sequence_ids``, by the ``cu_seq_lens_q`` or ``seq_idx`` of transformers'
-    padding-free collators, or by ``position_ids`` that begin again at 0 in a call without a mask.
+    Packing is described by ``sequence_ids``, by the ``cu_seq_lens_q`` or ``seq_idx`` of
+    transformers' padding-free collators, or by ``position_ids`` that restart at 0 in a call without
+    a mask.
 
     Args:
         shape: Rows and tokens of the call.
-        device: Of the model.
-        position_ids: Of the call.
+        device: Device of the model.
+        position_ids: Positions, or None.
         sequence_ids: Neighbouring tokens with different ids belong to different sequences.
-        masked: Whether the call has a mask or a past, and positions tell nothing of packing.
+        masked: The call has a mask or a past, and positions do not describe packing.
         packing: Values of `PACKING` arguments.
 
     Raises:
-        ValueError: A shape does not fit, positions go back to another place than 0, or the ways to
-            say it contradict each other.
+        ValueError: A shape does not fit, positions fall to another value than 0, or two
+            descriptions contradict each other.
     """
     batch, length = shape
-    found: dict[str, Tensor] = {}
+    descriptions: dict[str, Tensor] = {}
     for name, ids in (("sequence_ids", sequence_ids), ("seq_idx", packing.get("seq_idx"))):
         if ids is None:
             continue
@@ -137,7 +135,7 @@ def sequence_starts(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(ids.shape)}")
         starts = torch.ones(shape, dtype=torch.bool, device=device)
         starts[:, 1:] = (ids[:, 1:] != ids[:, :-1]).to(device)
-        found[name] = starts
+        descriptions[name] = starts
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         offsets = packing.get(name)
         if offsets is None:
@@ -150,7 +148,7 @@ def sequence_starts(
             )
         starts = torch.zeros(total, dtype=torch.bool, device=device)
         starts[offsets[:-1].to(device).long()] = True
-        found[name] = starts.view(shape)
+        descriptions[name] = starts.view(shape)
     if position_ids is not None and not masked and length > 1:
         positions = position_ids.expand(batch, -1).to(device)
         falls = torch.zeros(shape, dtype=torch.bool, device=device)
@@ -163,13 +161,12 @@ def sequence_starts(
                     "attention_mask of ones if each row is one sequence"
                 )
             falls[:, 0] = True
-            found["position_ids"] = falls
-    if not found:
+            descriptions["position_ids"] = falls
+    if not descriptions:
         return None
-    name, starts = next(iter(found.items()))
-    # Positions may be of any kind beside sequence_ids, which say it all.
-    others = {} if name == "sequence_ids" else found
-    for other, theirs in others.items():
-        if not bool((theirs == starts).all()):
+    name, starts = next(iter(descriptions.items()))
+    for other, theirs in descriptions.items():
+        # With sequence_ids, positions are free.
+        if name != "sequence_ids" and not bool((theirs == starts).all()):
             raise ValueError(f"{name} and {other} tell different boundaries of packed sequences")
     return starts

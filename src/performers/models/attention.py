@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer, PassCacheLayer
+from performers.models.cache import FavorCacheLayer
 from performers.models.comparators import (
     BigBirdMechanism,
     HashFeatures,
@@ -22,18 +22,7 @@ from performers.models.positions import rotate
 from performers.models.registry import ATTENTIONS, register_attention
 from performers.nn import FavorAttention
 
-__all__ = [
-    "AttentionContext",
-    "ExactMechanism",
-    "FavorMechanism",
-    "IdentityMechanism",
-    "PerformerSelfAttention",
-    "ResidualLinear",
-    "build_mechanism",
-]
-
-# What None in a configuration stands for. It is resolved here and not kept there, where it would
-# pass for a choice when the attention is changed.
+# Values of None in a configuration, which does not store them: the attention may be changed later.
 _LOCAL_WINDOW = 128
 _LINFORMER_RANK = 256
 
@@ -119,7 +108,7 @@ class ExactMechanism(nn.Module):
 
 
 class IdentityMechanism(nn.Module):
-    """Returns the values: a model with no attention at all."""
+    """Returns the values: a model without attention."""
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -141,7 +130,9 @@ def build_mechanism(
     """The mechanism of one layer."""
     attention = config.attention if layer is None else config.layer_attention(layer)
     entry = ATTENTIONS[attention]
-    entry.check_causal(attention, config.is_decoder)
+    entry.check_causal(config.is_decoder)
+    if attention == config.attention:
+        entry.complete_options(config.attention_options)
     return entry.build(config, generator)
 
 
@@ -212,25 +203,26 @@ register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
 for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
-register_attention("identity", lambda config, generator: IdentityMechanism(), cache=PassCacheLayer)
-register_attention("linformer", _linformer, not_causal="its projected keys mix all positions")
+register_attention("identity", lambda config, generator: IdentityMechanism(), cache=FavorCacheLayer)
+register_attention(
+    "linformer",
+    _linformer,
+    fixed_length=True,
+    not_causal="its projected keys mix all positions",
+)
 register_attention("lsh", _lsh, shares_query=True)
 register_attention("local", _local)
 register_attention("bigbird", _bigbird)
 
 
 class ResidualLinear(nn.Linear):
-    """The last layer of a residual branch.
-
-    It starts with smaller weights than the others, so that the sum over all branches stays
-    bounded.
-    """
+    """Last layer of a residual branch, with smaller initial weights: the sum stays bounded."""
 
 
 class PerformerSelfAttention(nn.Module):
     """Projections, positions, mechanism, output projection.
 
-    Where queries are keys, too, ``query_key_value`` has two parts and not three.
+    ``query_key_value`` has two parts, and not three, where queries serve as keys.
     """
 
     def __init__(self, config: PerformerConfig, layer: int) -> None:

@@ -1,4 +1,4 @@
-"""What a causal model remembers between calls: constant in size for linear attention."""
+"""Cache of a causal model, constant in size for linear attention."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,7 +12,7 @@ from performers.models.registry import ATTENTIONS
 
 
 class FavorCacheLayer(DynamicLayer):
-    """One layer's recurrent state in place of its keys and values."""
+    """Recurrent state of a layer, in place of keys and values; identity attention has none."""
 
     is_croppable = False
 
@@ -22,7 +22,7 @@ class FavorCacheLayer(DynamicLayer):
         self.length = 0
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values are not kept."""
+        """Refused: a state has neither keys nor values."""
         raise TypeError("linear attention keeps a state, not keys and values: call set_state")
 
     def set_state(self, state: FavorState, new_tokens: int) -> None:
@@ -38,7 +38,7 @@ class FavorCacheLayer(DynamicLayer):
         return self.length
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self.state, self.length, self.is_initialized = None, 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -53,11 +53,11 @@ class FavorCacheLayer(DynamicLayer):
             self.state.reorder_(rows)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Select rows."""
         self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """A sum cannot be taken back."""
+        """Refused, unless no token is to be removed: a sum cannot be undone."""
         if tokens_to_remove:
             raise ValueError(
                 "the state of linear attention cannot be cropped: use a decoding method that does "
@@ -65,21 +65,16 @@ class FavorCacheLayer(DynamicLayer):
             )
 
 
-class PassCacheLayer(FavorCacheLayer):
-    """A layer that remembers nothing but how many tokens it saw (identity attention)."""
-
-
 class PerformerCache(Cache):
-    """The cache of a causal Performer: a state per layer, or keys and values where it is exact.
+    """Cache of a causal Performer: a state per layer, or keys and values in exact layers.
 
-    It also holds which tokens of the past were padding, so that a continued call needs a mask for
-    its own tokens only.
+    It also records the padding of the past, so that a continued call needs a mask for the new
+    tokens only.
 
     Args:
-        attention: The model's attention, see ``PerformerConfig.attention``.
-        num_layers: Layers of the model.
-        exact_layers: Layers of another attention that keep keys and values, see
-            ``PerformerConfig.exact_layers``.
+        attention: See ``PerformerConfig.attention``.
+        num_layers: Number of layers.
+        exact_layers: See ``PerformerConfig.exact_layers``.
 
     Attributes:
         keeps_keys: Whether all layers keep keys and values.
@@ -97,7 +92,7 @@ class PerformerCache(Cache):
         self.keeps_keys = all(keeps)
         self._keeps_some = any(keeps)
         self.real_tokens: Tensor | None = None
-        # Which keys are not padding; None while none is.
+        # True for keys that are not padding; None while none is padding.
         self.key_mask: Tensor | None = None
 
     def extend(self, mask: Tensor) -> Tensor:
@@ -107,10 +102,10 @@ class PerformerCache(Cache):
             mask: Shape ``(B, L)``, True for tokens that are not padding.
 
         Returns:
-            Their positions among the tokens that are not padding, ``(B, L)``.
+            Positions among the tokens that are not padding, ``(B, L)``.
 
         Raises:
-            ValueError: The cache holds another number of rows.
+            ValueError: The cache has another number of rows.
         """
         past = mask.new_zeros(mask.shape[0], 1, dtype=torch.int64)
         if self.real_tokens is not None:
@@ -124,15 +119,15 @@ class PerformerCache(Cache):
         counts = mask.long().cumsum(-1)
         self.real_tokens = past + counts[:, -1:]
         if self._keeps_some and (self.key_mask is not None or not bool(mask.all())):
-            known = self.key_mask
-            if known is None:
-                known = mask.new_ones(mask.shape[0], self.get_seq_length())
-            self.key_mask = torch.cat((known, mask), dim=-1)
+            before = self.key_mask
+            if before is None:
+                before = mask.new_ones(mask.shape[0], self.get_seq_length())
+            self.key_mask = torch.cat((before, mask), dim=-1)
         return (past + counts - 1).clamp_min(0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Bytes of all states, keys and values."""
         total = 0
         for layer in self.layers:
             if isinstance(layer, FavorCacheLayer):
@@ -142,7 +137,7 @@ class PerformerCache(Cache):
         return total
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         super().reset()
         # In some releases of transformers a layer that is reset keeps its length, of zeros.
         for index, layer in enumerate(self.layers):
@@ -162,22 +157,25 @@ class PerformerCache(Cache):
             self._select(torch.arange(self.real_tokens.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
+        """Select rows."""
         super().batch_select_indices(indices)
         self._select(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the last tokens back (exact attention only).
+        """Remove the last tokens (exact attention only).
 
         Args:
             tokens_to_remove: As in ``transformers.Cache.crop``: minus the number of tokens.
 
         Raises:
-            ValueError: The layers hold sums, from which nothing can be taken back.
+            ValueError: A layer has a state, which cannot be cropped.
         """
+        # Early releases of transformers 5 take 0 for the length to keep.
+        if not tokens_to_remove:
+            return
+        # Refused before any layer is cropped.
         for layer in self.layers:
             if isinstance(layer, FavorCacheLayer):
-                # Before a layer that can be cropped is.
                 layer.crop(tokens_to_remove)
         before = self.get_seq_length()
         super().crop(tokens_to_remove)

@@ -1,6 +1,7 @@
 """Configuration of a Performer model."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -13,9 +14,41 @@ from performers.models.registry import ATTENTIONS
 
 POSITIONS = ("rotary", "sinusoidal", "learned")
 
+_LEAST = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 1,
+    "max_position_embeddings": 1,
+    "num_features": 1,
+    "window": 0,
+    "sinks": 0,
+    "chunk_size_feed_forward": 0,
+    "linformer_rank": 1,
+    "lsh_buckets": 1,
+    "lsh_chunk_size": 1,
+    "lsh_rounds": 1,
+    "bigbird_block_size": 1,
+    "bigbird_global_blocks": 0,
+    "bigbird_random_blocks": 0,
+}
+
+# Fields of configurations that earlier versions saved, and the options that they are now.
+_FORMER_FIELDS = {
+    "linformer": {"linformer_rank": "rank"},
+    "lsh": {"lsh_buckets": "buckets", "lsh_chunk_size": "chunk_size", "lsh_rounds": "rounds"},
+    "local": {"window": "window"},
+    "bigbird": {
+        "bigbird_block_size": "block_size",
+        "bigbird_global_blocks": "global_blocks",
+        "bigbird_random_blocks": "random_blocks",
+    },
+}
+
 
 class PerformerConfig(PreTrainedConfig):
-    """What a Performer model is made of.
+    """Configuration of a Performer model.
 
     The defaults are the paper's regular model (Choromanski et al. 2021, section 4.1) with a
     protein vocabulary.
@@ -23,8 +56,8 @@ class PerformerConfig(PreTrainedConfig):
     Args:
         vocab_size: Tokens in the vocabulary.
         hidden_size: Width of the model.
-        num_hidden_layers: Blocks.
-        num_attention_heads: Heads; divides ``hidden_size``.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of heads; divides ``hidden_size``.
         intermediate_size: Width inside the feed-forward blocks.
         hidden_act: Activation of the feed-forward blocks, by its transformers name.
         hidden_dropout_prob: Dropout on embeddings and on each block's two outputs.
@@ -38,10 +71,12 @@ class PerformerConfig(PreTrainedConfig):
             ``"local"`` (a sliding window) and ``"bigbird"`` to compare with, see
             ``performers.models.comparators``. With ``"lsh"`` a layer's queries are its keys too,
             and its fused projection has two parts and not three.
+        attention_options: Options of a registered mechanism, see ``register_attention``; missing
+            ones have their defaults.
         num_features: Random features per head; None takes the feature map's default.
         estimator: Softmax estimator, see ``SoftmaxFeatures``.
-        projection: How features are drawn, see ``draw_projection``; None for generalized kernels
-            without a projection.
+        projection: Distribution of the projection, see ``draw_projection``; None for generalized
+            kernels without one.
         regularized: Fixed row lengths for softmax features (SMREG).
         window: ``favor-softmax`` and ``local`` only: tokens at most this far apart attend to each
             other exactly. None is features alone in the first and 128 in the second.
@@ -64,13 +99,13 @@ class PerformerConfig(PreTrainedConfig):
         bigbird_random_blocks: Random blocks that each block sees.
         reversible: Residual blocks in two streams, ``y1 = x1 + attention(norm(x2))`` and
             ``y2 = x2 + mlp(norm(y1))``, from two copies of the embeddings to the mean of both
-            (Gomez et al. 2017; Kitaev et al. 2020): activations are computed again in the backward
-            pass from those of the last block, so that depth costs no activation memory, except
-            for the buckets of ``lsh``. The weights are those of an ordinary model, the function
-            is another. Hooks on blocks are refused, see ``run_reversible``.
-        chunk_size_feed_forward: Tokens that feed-forward blocks work on at a time, whose inner
-            activations are computed again in the backward pass; 0 for all at once.
-        layer_norm_eps: Of the layer norms.
+            (Gomez et al. 2017; Kitaev et al. 2020). The backward pass recomputes activations from
+            those of the last block, so that depth costs no activation memory. The weights are those
+            of an ordinary model, the function is another. Hooks on blocks are refused, see
+            ``run_reversible``.
+        chunk_size_feed_forward: Number of tokens that feed-forward blocks process at a time, with
+            inner activations recomputed in the backward pass; 0 for all at once.
+        layer_norm_eps: Epsilon of the layer norms.
         initializer_range: Standard deviation of initial weights.
         is_decoder: Attention is causal.
         use_cache: Causal models return their recurrent state; attentions to compare with have
@@ -89,156 +124,135 @@ class PerformerConfig(PreTrainedConfig):
     # transformers adds to a list; the cache has either name.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
-    def __init__(
-        self,
-        vocab_size: int = 31,
-        hidden_size: int = 512,
-        num_hidden_layers: int = 6,
-        num_attention_heads: int = 8,
-        intermediate_size: int = 2048,
-        hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.1,
-        position_embedding: str = "rotary",
-        max_position_embeddings: int = 8192,
-        rope_theta: float = 10000.0,
-        attention: str = "favor-softmax",
-        num_features: int | None = None,
-        estimator: Estimator = "positive",
-        projection: Projection | None = "orthogonal",
-        regularized: bool = False,
-        window: int | None = None,
-        sinks: int = 0,
-        exact_layers: Iterable[int] | None = None,
-        kernel_epsilon: float = 1e-3,
-        features_per_head: bool = False,
-        linformer_rank: int | None = None,
-        lsh_buckets: int | None = None,
-        lsh_chunk_size: int = 64,
-        lsh_rounds: int = 4,
-        bigbird_block_size: int = 64,
-        bigbird_global_blocks: int = 2,
-        bigbird_random_blocks: int = 3,
-        reversible: bool = False,
-        chunk_size_feed_forward: int = 0,
-        layer_norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
-        is_decoder: bool = False,
-        use_cache: bool = True,
-        tie_word_embeddings: bool = True,
-        pad_token_id: int | None = 0,
-        bos_token_id: int | None = 1,
-        eos_token_id: int | None = 2,
-        **kwargs: Any,
-    ) -> None:
-        for name, value, choices in (
-            ("attention", attention, tuple(ATTENTIONS)),
-            ("position_embedding", position_embedding, POSITIONS),
-            ("estimator", estimator, ESTIMATORS),
-            ("projection", projection, (*PROJECTIONS, None)),
-            ("hidden_act", hidden_act, tuple(ACT2FN)),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-        for name, size in (
-            ("vocab_size", vocab_size),
-            ("hidden_size", hidden_size),
-            ("num_hidden_layers", num_hidden_layers),
-            ("intermediate_size", intermediate_size),
-            ("max_position_embeddings", max_position_embeddings),
-            ("num_features", num_features),
-            ("linformer_rank", linformer_rank),
-            ("lsh_buckets", lsh_buckets),
-            ("lsh_chunk_size", lsh_chunk_size),
-            ("lsh_rounds", lsh_rounds),
-            ("bigbird_block_size", bigbird_block_size),
-        ):
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        for name, size in (
-            ("bigbird_global_blocks", bigbird_global_blocks),
-            ("bigbird_random_blocks", bigbird_random_blocks),
-            ("chunk_size_feed_forward", chunk_size_feed_forward),
-        ):
-            if size < 0:
-                raise ValueError(f"{name} must be at least 0, got {size}")
-        if lsh_buckets is not None and lsh_buckets > 1 and lsh_buckets % 2:
-            raise ValueError(f"lsh_buckets must be even, or 1, got {lsh_buckets}")
-        if not 0 <= hidden_dropout_prob < 1:
+    vocab_size: int = 31
+    hidden_size: int = 512
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    position_embedding: str = "rotary"
+    max_position_embeddings: int = 8192
+    rope_theta: float = 10000.0
+    attention: str = "favor-softmax"
+    attention_options: dict[str, Any] = field(default_factory=dict)
+    num_features: int | None = None
+    estimator: Estimator = "positive"
+    projection: Projection | None = "orthogonal"
+    regularized: bool = False
+    window: int | None = None
+    sinks: int = 0
+    exact_layers: Sequence[int] | None = None
+    kernel_epsilon: float = 1e-3
+    features_per_head: bool = False
+    linformer_rank: int | None = None
+    lsh_buckets: int | None = None
+    lsh_chunk_size: int = 64
+    lsh_rounds: int = 4
+    bigbird_block_size: int = 64
+    bigbird_global_blocks: int = 2
+    bigbird_random_blocks: int = 3
+    reversible: bool = False
+    chunk_size_feed_forward: int = 0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    is_decoder: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check all options; ``kwargs`` are those common to transformers configurations.
+
+        Raises:
+            ValueError: An option is unknown or out of range.
+        """
+        if self.attention not in ATTENTIONS:
             raise ValueError(
-                f"hidden_dropout_prob must be at least 0 and below 1, got {hidden_dropout_prob}"
+                f"attention must be one of {tuple(ATTENTIONS)}, got {self.attention!r}; import the "
+                "package that registers it, if it is one of another package (register_attention)"
             )
-        if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+        for name, choices in (
+            ("position_embedding", POSITIONS),
+            ("estimator", ESTIMATORS),
+            ("projection", (*PROJECTIONS, None)),
+            ("hidden_act", tuple(ACT2FN)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, least in _LEAST.items():
+            size = getattr(self, name)
+            if size is not None and size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}")
+        if self.lsh_buckets is not None and self.lsh_buckets > 1 and self.lsh_buckets % 2:
+            raise ValueError(f"lsh_buckets must be even, or 1, got {self.lsh_buckets}")
+        if not 0 <= self.hidden_dropout_prob < 1:
             raise ValueError(
-                f"pad_token_id must be None or below vocab_size ({vocab_size}), got {pad_token_id}"
+                "hidden_dropout_prob must be at least 0 and below 1, got "
+                f"{self.hidden_dropout_prob}"
             )
-        if num_attention_heads < 1 or hidden_size % num_attention_heads:
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be None or below vocab_size ({self.vocab_size}), got "
+                f"{self.pad_token_id}"
+            )
+        if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 "hidden_size must be a multiple of num_attention_heads, got "
-                f"{hidden_size} and {num_attention_heads}"
+                f"{self.hidden_size} and {self.num_attention_heads}"
             )
-        if position_embedding == "rotary" and (hidden_size // num_attention_heads) % 2:
+        if self.position_embedding == "rotary" and self.head_dim % 2:
             raise ValueError(
                 "rotary positions need an even head_dim (hidden_size / num_attention_heads), got "
-                f"{hidden_size // num_attention_heads}"
+                f"{self.head_dim}"
             )
-        if projection is None and attention == "favor-softmax":
+        if self.projection is None and self.attention == "favor-softmax":
             raise ValueError("projection must not be None for favor-softmax")
-        ATTENTIONS[attention].check_causal(attention, is_decoder)
-        windowed = attention in ("favor-softmax", "local")
-        if (window is not None and not windowed) or (sinks and attention != "favor-softmax"):
+        entry = ATTENTIONS[self.attention]
+        entry.check_causal(self.is_decoder)
+        windowed = self.attention in ("favor-softmax", "local")
+        sinks = self.sinks and self.attention != "favor-softmax"
+        if sinks or (self.window is not None and not windowed):
             raise ValueError(
                 "window and sinks need attention='favor-softmax' (window also goes with 'local'), "
-                f"got {attention!r} with window={window} and sinks={sinks}"
+                f"got {self.attention!r} with window={self.window} and sinks={self.sinks}"
             )
-        for name, reach in (("window", window), ("sinks", sinks)):
-            if reach is not None and reach < 0:
-                raise ValueError(f"{name} must be at least 0, got {reach}")
-        exact_layers = _checked_layers(exact_layers, attention, num_hidden_layers)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.intermediate_size = intermediate_size
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.position_embedding = position_embedding
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_theta = rope_theta
-        self.attention = attention
-        self.num_features = num_features
-        self.estimator = estimator
-        self.projection = projection
-        self.regularized = regularized
-        self.window = window
-        self.sinks = sinks
-        self.exact_layers = exact_layers
-        self.kernel_epsilon = kernel_epsilon
-        self.features_per_head = features_per_head
-        self.linformer_rank = linformer_rank
-        self.lsh_buckets = lsh_buckets
-        self.lsh_chunk_size = lsh_chunk_size
-        self.lsh_rounds = lsh_rounds
-        self.bigbird_block_size = bigbird_block_size
-        self.bigbird_global_blocks = bigbird_global_blocks
-        self.bigbird_random_blocks = bigbird_random_blocks
-        self.reversible = reversible
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        self.is_decoder = is_decoder
-        self.use_cache = use_cache
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings,
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            **kwargs,
-        )
-        self.chunk_size_feed_forward = chunk_size_feed_forward
-        # Not all releases of transformers 5 keep these in the base class.
-        self.tie_word_embeddings = tie_word_embeddings
-        self.pad_token_id = pad_token_id
-        self.bos_token_id = bos_token_id
-        self.eos_token_id = eos_token_id
+        self._check_exact_layers()
+        former = self._take_former_options(kwargs)
+        self.attention_options = entry.complete_options({**former, **self.attention_options})
+        super().__post_init__(**kwargs)
+
+    def _check_exact_layers(self) -> None:
+        """Check ``exact_layers`` and make them a sorted list, or None."""
+        layers, count = list(self.exact_layers or ()), self.num_hidden_layers
+        if layers and not self.attention.startswith("favor-"):
+            raise ValueError(
+                "exact_layers needs a favor attention that the other layers have, got "
+                f"{self.attention!r} with exact_layers={layers}"
+            )
+        # Not isinstance: True would be layer 1.
+        if any(type(layer) is not int or not 0 <= layer < count for layer in layers):
+            raise ValueError(
+                f"exact_layers must be indices of the model's {count} layers, 0..{count - 1}, got "
+                f"{layers}"
+            )
+        self.exact_layers = sorted(set(layers)) or None
+
+    def _take_former_options(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Options of the attention that earlier versions saved as fields."""
+        options = {}
+        for attention, names in _FORMER_FIELDS.items():
+            for former, option in names.items():
+                value = kwargs.pop(former, getattr(self, former, None))
+                if attention == self.attention and value is not None:
+                    options[option] = value
+        if ATTENTIONS[self.attention].options is None:
+            return {}
+        if "window" in options:
+            self.window = None
+        return options
 
     @property
     def head_dim(self) -> int:
@@ -247,36 +261,15 @@ class PerformerConfig(PreTrainedConfig):
 
     @property
     def projected_heads(self) -> int | None:
-        """Heads with a projection of their own, or None when all share one."""
+        """Number of projections if each head has one, or None if all heads share one."""
         return self.num_attention_heads if self.features_per_head else None
 
     @property
     def longest_input(self) -> int | None:
-        """Most tokens in a sequence: a limit of learned positions and of ``linformer``, or None."""
-        limited = self.position_embedding == "learned" or self.attention == "linformer"
+        """Length limit of learned positions and of some mechanisms, or None."""
+        limited = self.position_embedding == "learned" or ATTENTIONS[self.attention].fixed_length
         return self.max_position_embeddings if limited else None
 
     def layer_attention(self, layer: int) -> str:
         """The attention of one layer: ``attention``, or ``"exact"`` in ``exact_layers``."""
         return "exact" if layer in (self.exact_layers or ()) else self.attention
-
-
-def _checked_layers(
-    layers: Iterable[int] | None, attention: str, num_hidden_layers: int
-) -> list[int] | None:
-    """The layers in order, as a list that JSON can hold; None for none."""
-    found = list(layers or ())
-    if not found:
-        return None
-    if not attention.startswith("favor-"):
-        raise ValueError(
-            f"exact_layers needs a favor attention that the other layers have, got {attention!r} "
-            f"with exact_layers={found}"
-        )
-    # Not isinstance: True would be layer 1.
-    if any(type(layer) is not int or not 0 <= layer < num_hidden_layers for layer in found):
-        raise ValueError(
-            f"exact_layers must be indices of the model's {num_hidden_layers} layers, "
-            f"0..{num_hidden_layers - 1}, got {found}"
-        )
-    return sorted(set(found))

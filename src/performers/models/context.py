@@ -1,4 +1,4 @@
-"""What all layers of one forward call share."""
+"""Arguments of a forward call that all layers share."""
 
 from typing import NamedTuple
 
@@ -8,19 +8,20 @@ from performers.models.cache import PerformerCache
 
 
 class AttentionContext(NamedTuple):
-    """What all layers of one forward call share.
+    """Arguments of a forward call that all layers share.
 
     Attributes:
-        is_causal: Token ``i`` sees tokens up to ``i`` only.
+        is_causal: Token ``i`` attends to tokens up to ``i`` only.
         key_mask: Shape ``(B, L)``, True = takes part, or None.
-        sequence_ids: Shape ``(B, L)``: tokens of different ids do not see each other, or None.
-        cu_seqlens: The same as boundaries along all rows laid end to end, or None.
-        cache: The past, or None.
-        rotary: Angles, or None.
+        sequence_ids: Shape ``(B, L)``: tokens of different ids do not attend to each other, or
+            None.
+        cu_seqlens: The same as boundaries along the concatenated rows, or None.
+        cache: Cache of the past, or None.
+        rotary: Cosines and sines of the angles, or None.
         need_weights: Also return the attention matrix.
-        choices: What modules chose, such as buckets, and where they keep it: a layer computed once
-            more, from inputs that differ by rounding, must not choose otherwise. None: the layer
-            is computed once.
+        choices: Discrete choices of modules, such as buckets, which a module stores and reads in
+            this dictionary where a layer is recomputed from inputs that differ by rounding. None:
+            layers are computed once.
     """
 
     is_causal: bool

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils.generic import can_return_tuple
 
 from performers.models.arguments import (
     CACHE_KEYWORD,
@@ -40,13 +41,15 @@ class _LanguageModel(PerformerPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """The output layer."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        """Replace the output layer."""
-        self.lm_head = new_embeddings
+    def _predict(
+        self, hidden_states: Tensor, labels: Tensor | None, loss_options: dict[str, Any]
+    ) -> dict[str, Tensor | None]:
+        logits, loss = self.lm_head(hidden_states), None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
+            )
+        return {"loss": loss, "logits": logits}
 
 
 class PerformerForMaskedLM(_LanguageModel):
@@ -59,6 +62,7 @@ class PerformerForMaskedLM(_LanguageModel):
             )
         super().__init__(config)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -67,27 +71,13 @@ class PerformerForMaskedLM(_LanguageModel):
         sequence_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> MaskedLMOutput | tuple[Any, ...]:
+    ) -> MaskedLMOutput:
         """Logits ``(B, L, vocab_size)`` and, with labels, the mean cross entropy.
 
-        Args:
-            input_ids: See ``PerformerModel.forward``, as for the others not listed here.
-            attention_mask: Likewise.
-            position_ids: Likewise.
-            sequence_ids: Likewise.
-            inputs_embeds: Likewise.
-            labels: Shape ``(B, L)``; -100 where no prediction is asked for.
-            output_attentions: Likewise.
-            output_hidden_states: Likewise.
-            return_dict: Likewise.
-            **kwargs: Options of the loss, and what else ``PerformerModel.forward`` takes.
-
-        Returns:
-            Loss, logits and what else was asked for.
+        Labels have shape ``(B, L)``, -100 where no prediction is asked for. All other arguments
+        are those of ``PerformerModel.forward`` and options of the loss (``num_items_in_batch``,
+        ``ignore_index``, ``shift_labels``).
         """
         loss_options = take_loss_options(kwargs)
         output = self.performer(
@@ -96,25 +86,13 @@ class PerformerForMaskedLM(_LanguageModel):
             position_ids=position_ids,
             sequence_ids=sequence_ids,
             inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(output.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
-            )
-        return self._finish(
-            MaskedLMOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=output.hidden_states,
-                attentions=output.attentions,
-            ),
-            return_dict,
+        return MaskedLMOutput(
+            **self._predict(output.last_hidden_state, labels, loss_options),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
 
@@ -163,6 +141,7 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
                 generation_config.use_cache = False
         return super().generate(inputs, generation_config, *args, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -172,34 +151,16 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         **kwargs: Any,
-    ) -> PerformerCausalLMOutput | tuple[Any, ...]:
+    ) -> PerformerCausalLMOutput:
         """Logits ``(B, L, vocab_size)`` and, with labels, the mean cross entropy of the next token.
 
-        Args:
-            input_ids: See ``PerformerModel.forward``, as for the others not listed here.
-            attention_mask: Likewise.
-            position_ids: Likewise.
-            sequence_ids: Likewise.
-            inputs_embeds: Likewise.
-            past_key_values: Likewise.
-            labels: Shape ``(B, L)``, aligned with ``input_ids`` (shifted inside); -100 = ignore.
-            use_cache: Likewise.
-            output_attentions: Likewise.
-            output_hidden_states: Likewise.
-            return_dict: Likewise.
-            logits_to_keep: Compute logits for the last so many tokens only; 0 = all.
-            cache: Likewise.
-            **kwargs: Options of the loss, and what else ``PerformerModel.forward`` takes.
-
-        Returns:
-            Loss, logits, cache and what else was asked for.
+        Labels have shape ``(B, L)`` and the places of ``input_ids`` (they are shifted inside), -100
+        where no prediction is asked for. Logits are computed for the last ``logits_to_keep`` tokens
+        (0: all), or for the indices that it holds. All other arguments are those of
+        ``PerformerModel.forward`` and options of the loss, see ``PerformerForMaskedLM.forward``.
         """
         loss_options = take_loss_options(kwargs)
         output = self.performer(
@@ -209,34 +170,21 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
             sequence_ids=sequence_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
             cache=cache,
+            return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
-            )
-        return self._finish(
-            PerformerCausalLMOutput(
-                loss=loss,
-                logits=logits,
-                hidden_states=output.hidden_states,
-                attentions=output.attentions,
-                **{CACHE_KEYWORD: getattr(output, CACHE_KEYWORD)},
-            ),
-            return_dict,
+        return PerformerCausalLMOutput(
+            **self._predict(output.last_hidden_state[:, keep], labels, loss_options),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            **{CACHE_KEYWORD: getattr(output, CACHE_KEYWORD)},
         )
 
 
-class PerformerForSequenceClassification(PerformerPreTrainedModel):
-    """A label per sequence, read from the mean of its final hidden states."""
+class _Classifier(PerformerPreTrainedModel):
+    """A Performer with dropout and a linear layer over its hidden states."""
 
     def __init__(self, config: PerformerConfig) -> None:
         super().__init__(config)
@@ -246,6 +194,11 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+
+class PerformerForSequenceClassification(_Classifier):
+    """A label per sequence, read from the mean of its final hidden states."""
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -253,69 +206,37 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+    ) -> SequenceClassifierOutput:
         """Logits ``(B, num_labels)`` and, with labels, the loss for ``config.problem_type``.
 
-        Args:
-            input_ids: See ``PerformerModel.forward``, as for the others not listed here.
-            attention_mask: Likewise; padding does not enter the mean.
-            position_ids: Likewise.
-            inputs_embeds: Likewise.
-            labels: Shape ``(B,)`` of classes or values, or ``(B, num_labels)`` for several labels.
-            output_attentions: Likewise.
-            output_hidden_states: Likewise.
-            return_dict: Likewise.
-            **kwargs: Options of the loss.
-
-        Returns:
-            Loss, logits and what else was asked for.
+        Labels have shape ``(B,)`` (classes or values) or ``(B, num_labels)`` (several labels). All
+        other arguments are those of ``PerformerModel.forward`` and options of the loss, see
+        ``PerformerForMaskedLM.forward``; padding does not enter the mean.
 
         Raises:
             ValueError: Rows are packed: there is one label for a row.
         """
         loss_options = take_loss_options(kwargs)
-        check_one_sequence(self, input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
-        output = self.performer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
+        output = _run_rows(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         logits = self.classifier(self.dropout(mean_pool(output.last_hidden_state, attention_mask)))
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 labels=labels, pooled_logits=logits, config=self.config, **loss_options
             )
-        result = SequenceClassifierOutput(
+        return SequenceClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._finish(result, return_dict)
 
 
-class PerformerForTokenClassification(PerformerPreTrainedModel):
+class PerformerForTokenClassification(_Classifier):
     """A label per token, such as the secondary structure of each residue."""
 
-    def __init__(self, config: PerformerConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.performer = PerformerModel(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -324,27 +245,11 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
         sequence_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> TokenClassifierOutput | tuple[Any, ...]:
+    ) -> TokenClassifierOutput:
         """Logits ``(B, L, num_labels)`` and, with labels, the mean cross entropy.
 
-        Args:
-            input_ids: See ``PerformerModel.forward``, as for the others not listed here.
-            attention_mask: Likewise.
-            position_ids: Likewise.
-            sequence_ids: Likewise.
-            inputs_embeds: Likewise.
-            labels: Shape ``(B, L)``; -100 where no prediction is asked for.
-            output_attentions: Likewise.
-            output_hidden_states: Likewise.
-            return_dict: Likewise.
-            **kwargs: Options of the loss, and what else ``PerformerModel.forward`` takes.
-
-        Returns:
-            Loss, logits and what else was asked for.
+        The arguments are those of ``PerformerForMaskedLM.forward``.
         """
         loss_options = take_loss_options(kwargs)
         output = self.performer(
@@ -354,8 +259,6 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
             sequence_ids=sequence_ids,
             inputs_embeds=inputs_embeds,
             use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
             return_dict=True,
             **kwargs,
         )
@@ -363,13 +266,12 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, **loss_options)
-        result = TokenClassifierOutput(
+        return TokenClassifierOutput(
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._finish(result, return_dict)
 
 
 class PerformerForQuestionAnswering(PerformerPreTrainedModel):
@@ -381,6 +283,7 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -389,28 +292,14 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> QuestionAnsweringModelOutput | tuple[Any, ...]:
+    ) -> QuestionAnsweringModelOutput:
         """Scores of each token as first and as last of the answer, ``(B, L)`` each.
 
-        Args:
-            input_ids: See ``PerformerModel.forward``, as for the others not listed here.
-            attention_mask: Likewise.
-            position_ids: Likewise.
-            inputs_embeds: Likewise.
-            start_positions: Shape ``(B,)``: index of the answer's first token; indices beyond the
-                row have no loss.
-            end_positions: Shape ``(B,)``: index of its last token.
-            output_attentions: Likewise.
-            output_hidden_states: Likewise.
-            return_dict: Likewise.
-            **kwargs: Options of the loss.
-
-        Returns:
-            Loss (mean of both cross entropies), both scores and what else was asked for.
+        With ``start_positions`` and ``end_positions`` of shape ``(B,)``, the indices of the first
+        and last token of the answer, the loss is the mean of both cross entropies; indices beyond
+        the row have none. All other arguments are those of ``PerformerModel.forward`` and options
+        of the loss, see ``PerformerForMaskedLM.forward``.
 
         Raises:
             ValueError: One of the two positions is missing, or rows are packed.
@@ -418,73 +307,64 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         loss_options = take_loss_options(kwargs)
         if (start_positions is None) != (end_positions is None):
             raise ValueError("pass both start_positions and end_positions, or neither")
-        check_one_sequence(self, input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
-        output = self.performer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            **kwargs,
-        )
+        output = _run_rows(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
         starts, ends = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None:
             loss = self.loss_function(starts, ends, start_positions, end_positions, **loss_options)
-        result = QuestionAnsweringModelOutput(
+        return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=starts.contiguous(),
             end_logits=ends.contiguous(),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        return self._finish(result, return_dict)
 
 
-def check_one_sequence(
-    model: nn.Module,
+def _run_rows(
+    model: Any,
     input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    options: dict[str, Any],
-) -> None:
-    """Refuse packed rows in a model that answers once for each row.
+    inputs_embeds: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Output of the base model of a head that answers once for each row.
 
     Raises:
-        ValueError: Some argument tells of packed sequences.
+        ValueError: Rows are packed.
     """
     inputs = input_ids if inputs_embeds is None else inputs_embeds
-    if inputs is None:
-        return
-    starts = sequence_starts(
-        (inputs.shape[0], inputs.shape[1]),
-        device=inputs.device,
-        position_ids=position_ids,
-        sequence_ids=options.get("sequence_ids"),
-        masked=attention_mask is not None,
-        packing={name: options[name] for name in PACKING if name in options},
-    )
-    if starts is not None:
-        raise ValueError(
-            f"{type(model).__name__} answers once for each row, but the rows hold packed sequences "
-            "(position_ids that begin again, cu_seq_lens_q, seq_idx or sequence_ids): pass a "
-            "padded batch with an attention_mask"
+    if inputs is not None:
+        starts = sequence_starts(
+            (inputs.shape[0], inputs.shape[1]),
+            device=inputs.device,
+            position_ids=position_ids,
+            sequence_ids=kwargs.get("sequence_ids"),
+            masked=attention_mask is not None,
+            packing={name: kwargs[name] for name in PACKING if name in kwargs},
         )
+        if starts is not None:
+            raise ValueError(
+                f"{type(model).__name__} answers once for each row, but the rows hold packed "
+                "sequences (position_ids that begin again, cu_seq_lens_q, seq_idx or "
+                "sequence_ids): pass a padded batch with an attention_mask"
+            )
+    return model.performer(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        inputs_embeds=inputs_embeds,
+        use_cache=False,
+        return_dict=True,
+        **kwargs,
+    )
 
 
 def mean_pool(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the tokens that take part.
+    """Mean of ``(B, L, width)`` over the tokens with a nonzero mask ``(B, L)``; None = all.
 
-    Args:
-        hidden_states: Shape ``(B, L, width)``.
-        mask: Shape ``(B, L)``, nonzero = takes part; None = all.
-
-    Returns:
-        Shape ``(B, width)``; zeros for a row without tokens.
+    A row without tokens gives zeros.
     """
     dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     if mask is None:

@@ -1,4 +1,4 @@
-"""Manifests of saved folders: sizes and SHA-256 hashes by which a changed file is noticed."""
+"""Manifests of saved folders: sizes and SHA-256 hashes that reveal changed files."""
 
 import hashlib
 import json
@@ -130,18 +130,15 @@ def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
     if schema != _SCHEMA:
         raise ValueError(f"{MANIFEST} has schema {schema!r}, expected {_SCHEMA}")
     files = content.get("files")
-    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+    kinds = {"size": int, "sha256": str}
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict)
+        and entry.keys() == kinds.keys()
+        and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+        for entry in files.values()
+    ):
         raise ValueError(f"{MANIFEST} does not give the size and SHA-256 of each file")
     return {name: FileEntry(**entry) for name, entry in files.items()}
-
-
-def _is_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and entry.keys() == {"size", "sha256"}
-        and isinstance(entry["size"], int)
-        and isinstance(entry["sha256"], str)
-    )
 
 
 def _hash(path: Path) -> tuple[str, int]:

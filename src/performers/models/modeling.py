@@ -1,14 +1,16 @@
 """The Performer as a transformers model: pre-norm blocks around a chosen attention."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from performers.features import FeatureMap, SoftmaxFeatures
 from performers.models.arguments import (
@@ -24,7 +26,6 @@ from performers.models.arguments import (
 from performers.models.attention import ResidualLinear
 from performers.models.block import PerformerBlock, run_blocks
 from performers.models.cache import PerformerCache
-from performers.models.comparators import LinformerMechanism
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.manifest import MANIFEST, check_manifest
@@ -45,8 +46,9 @@ class PerformerPreTrainedModel(PreTrainedModel):
     config_class = PerformerConfig
     base_model_prefix = "performer"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "embeddings"
     _no_split_modules: ClassVar[list[str]] = ["PerformerBlock"]
-    # Assisted decoding needs to take tokens back, which a sum over the past cannot.
+    # Assisted decoding removes tokens from the past, which a sum does not allow.
     _is_stateful = True
     # Rounded to half precision, the rows of a projection are no longer orthogonal.
     _keep_in_fp32_modules_strict = ("feature_map",)
@@ -75,37 +77,29 @@ class PerformerPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Save the model; a manifest of files that are replaced is removed."""
+        """Save the model and remove the manifest of the files that it replaces."""
         (Path(save_directory) / MANIFEST).unlink(missing_ok=True)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _finish(self, output: Any, return_dict: bool | None) -> Any:
-        return_dict = _default(return_dict, getattr(self.config, "return_dict", True))
-        return output if return_dict else output.to_tuple()
-
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, FeatureMap):
-            if not getattr(module.weight, "_is_hf_initialized", False):
+            if not _loaded([module.weight]):
                 module.redraw_()
-            if isinstance(module, SoftmaxFeatures) and not all(
-                getattr(tensor, "_is_hf_initialized", False)
-                for name, tensor in module.named_buffers()
-                if name != "weight"
-            ):
-                # A fit that is not in the file has memory as it came.
+            fit = [tensor for name, tensor in module.named_buffers() if name != "weight"]
+            if isinstance(module, SoftmaxFeatures) and not _loaded(fit):
+                # The memory of a fit that the file lacks is not initialised.
                 module.reset_calibration_()
             return
-        if isinstance(module, LinformerMechanism):
-            if not getattr(module.key_projection, "_is_hf_initialized", False):
-                module.reset_parameters()
-            return
         super()._init_weights(module)
-        if isinstance(module, ResidualLinear) and not getattr(
-            module.weight, "_is_hf_initialized", False
-        ):
+        # A mechanism with parameters; transformers initialises the modules of torch.
+        kind = type(module)
+        draws = "reset_parameters" in vars(kind) and not kind.__module__.startswith("torch.")
+        if draws and not _loaded(module.parameters()):
+            module.reset_parameters()
+        if isinstance(module, ResidualLinear):
             scale = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            module.weight.normal_(0.0, scale)
+            initialization.normal_(module.weight, std=scale)
 
 
 class PerformerModel(PerformerPreTrainedModel):
@@ -128,14 +122,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The token embedding."""
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.embeddings = value
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -147,35 +134,34 @@ class PerformerModel(PerformerPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         cache: PerformerCache | None = None,
         cache_position: Tensor | None = None,
         **kwargs: Any,
-    ) -> PerformerModelOutput | tuple[Any, ...]:
-        """Run the blocks.
+    ) -> PerformerModelOutput:
+        """Hidden states of the last layer.
 
         Args:
             input_ids: Shape ``(B, L)``.
             attention_mask: Shape ``(B, L)``, or with the columns of the past before them; 0 =
                 padding.
             position_ids: Shape ``(B, L)``; by default padding is not counted, and packed sequences
-                start at 0. Without an ``attention_mask``, positions that begin again at 0 tell of
-                packed sequences.
+                start at 0. Without an ``attention_mask``, positions that restart at 0 mark packed
+                sequences.
             sequence_ids: Shape ``(B, L)``; neighbouring tokens with different ids belong to
                 different packed sequences, which do not see each other.
             inputs_embeds: Shape ``(B, L, hidden_size)``, instead of ``input_ids``.
-            past_key_values: The cache that an earlier call returned, also named ``cache``.
+            past_key_values: Cache returned by an earlier call, also named ``cache``.
             use_cache: Return a cache (causal models only).
             output_attentions: Return each layer's attention matrix ``(B, H, L, L)``, the one that
                 the random features imply (quadratic).
             output_hidden_states: Return the hidden states before each block and after the last;
                 of reversible blocks the mean of both streams. These keep all activations in
                 training if this or ``output_attentions`` is asked for.
-            return_dict: Return a ``ModelOutput`` rather than a tuple.
-            cache: ``past_key_values`` under the name that transformers has given it since 5.24.
+            cache: ``past_key_values`` under its name in transformers 5.24 and later.
             cache_position: Position of the first token after those of the cache; only checked.
             **kwargs: ``cu_seq_lens_q``, ``cu_seq_lens_k``, ``seq_idx``, ``max_length_q`` and
-                ``max_length_k`` of transformers' padding-free collators, see ``sequence_ids``.
+                ``max_length_k`` of transformers' padding-free collators, see ``sequence_ids``;
+                ``return_dict=False`` for a tuple in place of a ``ModelOutput``.
 
         Returns:
             Final hidden states ``(B, L, hidden_size)`` and what was asked for.
@@ -224,13 +210,12 @@ class PerformerModel(PerformerPreTrainedModel):
         )
         hidden_states = self.final_norm(hidden_states)
         all_hidden_states.append(hidden_states)
-        output = PerformerModelOutput(
+        return PerformerModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             **{CACHE_KEYWORD: cache},
         )
-        return self._finish(output, return_dict)
 
     def _cache(
         self, past: PerformerCache | None, use_cache: bool | None, *, packed: bool
@@ -270,12 +255,12 @@ class PerformerModel(PerformerPreTrainedModel):
             )
         if past is None:
             return PerformerCache(config.attention, config.num_hidden_layers, config.exact_layers)
-        found = past.attention, len(past), past.exact_layers
-        own = config.attention, config.num_hidden_layers, tuple(config.exact_layers or ())
-        if found != own:
+        theirs = past.attention, len(past), past.exact_layers
+        ours = config.attention, config.num_hidden_layers, tuple(config.exact_layers or ())
+        if theirs != ours:
             raise ValueError(
                 "past_key_values is the cache of a model with attention={!r}, {} layers and "
-                "exact_layers={}, but this one has {!r}, {} and {}".format(*found, *own)
+                "exact_layers={}, but this one has {!r}, {} and {}".format(*theirs, *ours)
             )
         return past
 
@@ -318,7 +303,8 @@ class PerformerModel(PerformerPreTrainedModel):
             counts = present.long().cumsum(-1)
             before = (counts - present.long()).gather(-1, first)
             positions = (counts - before - 1).clamp_min(0)
-            cu_seqlens = _boundaries(starts)
+            offsets = starts.flatten().nonzero().squeeze(-1)
+            cu_seqlens = torch.cat((offsets, offsets.new_tensor([starts.numel()])))
         if position_ids is None:
             position_ids = positions
         rotary = None
@@ -344,17 +330,15 @@ class PerformerModel(PerformerPreTrainedModel):
         return hidden_states
 
 
-def _boundaries(starts: Tensor) -> Tensor:
-    """Offsets of the sequences that start at the marked tokens, all rows laid end to end."""
-    offsets = starts.flatten().nonzero().squeeze(-1)
-    return torch.cat((offsets, offsets.new_tensor([starts.numel()])))
+def _loaded(tensors: Iterable[Any]) -> bool:
+    return all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors)
 
 
 def _bool_mask(mask: Tensor) -> Tensor:
     """A mask of zeros and ones as bool.
 
     Raises:
-        ValueError: It has other values, as additive masks and masks that number sequences do.
+        ValueError: The mask has other values, as additive masks do.
     """
     if mask.dtype == torch.bool:
         return mask
@@ -368,7 +352,7 @@ def _bool_mask(mask: Tensor) -> Tensor:
 
 
 def _check_first(length: int, position_ids: Tensor | None) -> None:
-    """Refuse a step of generation that comes without its past.
+    """Check that a first call is not a step of generation that lacks its past.
 
     Raises:
         ValueError: The call has a single token, at a position beyond 0.

@@ -11,13 +11,7 @@ from performers.models.arguments import is_tracing
 def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of ``position * theta^(-2 i / head_dim)``.
 
-    Args:
-        position_ids: Shape ``(B, L)``.
-        head_dim: Width of a head, even.
-        theta: Base of the wavelengths.
-
-    Returns:
-        Two float32 tensors of shape ``(B, 1, L, head_dim / 2)``.
+    Positions have shape ``(B, L)``, both results ``(B, 1, L, head_dim / 2)`` in float32.
     """
     index = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     frequency = torch.exp(index * (-math.log(theta) / head_dim))
@@ -26,14 +20,9 @@ def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Te
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair ``(x_i, x_{i + head_dim / 2})`` by its angle; dtype kept.
+    """Rotate each pair ``(x_i, x_{i + head_dim / 2})`` of ``(B, H, L, head_dim)`` by its angle.
 
-    Args:
-        x: Shape ``(B, H, L, head_dim)``.
-        angles: From ``rotary_angles``.
-
-    Returns:
-        Shape of ``x``.
+    The result has the shape and dtype of ``x``.
     """
     cosine, sine = angles
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
@@ -44,12 +33,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 def sinusoids(position_ids: Tensor, width: int) -> Tensor:
     """``sin`` and ``cos`` of ``position * 10000^(-2 i / width)``, concatenated.
 
-    Args:
-        position_ids: Shape ``(B, L)``.
-        width: Width of the model.
-
-    Returns:
-        Float32, shape ``(B, L, width)``.
+    Positions have shape ``(B, L)``, the result ``(B, L, width)`` in float32.
     """
     half = -(-width // 2)
     index = torch.arange(half, device=position_ids.device, dtype=torch.float32)

@@ -2,24 +2,24 @@
 
 Two streams ``x1, x2`` run through the blocks: ``y1 = x1 + F(x2)`` and ``y2 = x2 + G(y1)``. From a
 block's outputs its inputs follow, ``x2 = y2 - G(y1)`` and ``x1 = y1 - F(x2)``, so the backward pass
-computes activations again, block by block from the last, and none but the last are kept.
+recomputes activations block by block, from the last, and only those of the last are saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from performers.features import FeatureMap
 from performers.features.precision import without_autocast
 from performers.models.context import AttentionContext
-from performers.models.replay import BranchState, autocast_as, random_state_kept, without_hooks
-
-Branch = Callable[[Tensor, AttentionContext], Tensor]
 
 
 def run_reversible(
@@ -29,26 +29,27 @@ def run_reversible(
     *,
     keep_hidden_states: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Run blocks on two copies of the hidden states, and average what comes out.
+    """Run blocks on two copies of the hidden states and average the outputs.
 
-    The sums are kept in float32 at least. Gradients need the activations of one block at a time,
-    and are exact up to the rounding of the sums: a branch much larger than its stream takes digits
-    from it. For each block are kept the states of the random number generators and what it chose,
-    such as the buckets of ``lsh``, which rounding would change. The gradients of all parameters of
-    all blocks are held at once, and reach the parameters together when the first block is done.
-    Until then parameters, features and modes (``train()``, ``eval()``) must stay as they were.
+    The streams are kept in float32 at least. Gradients need the activations of one block at a time
+    and are exact up to the rounding of the sums, which costs digits where a branch is much larger
+    than its stream. Saved for each block are the states of the random number generators and its
+    choices, such as the buckets of ``lsh``, which rounding would change. The gradients of all
+    parameters of all blocks are held at once and reach the parameters together, when the first
+    block is done. Until then parameters, features and modes (``train()``, ``eval()``) must not
+    change.
 
-    A call with a cache, attention matrices or hidden states keeps the activations of all blocks, as
-    an ordinary model does; any other with gradients is a graph break to ``torch.compile``.
+    A call with a cache, attention matrices or hidden states saves the activations of all blocks,
+    as an ordinary model does; any other with gradients is a graph break to ``torch.compile``.
 
-    The two branches of a block are called, and never the block: what hooks on it would do does not
-    happen. Hooks on modules inside run, once more in the backward pass.
+    The two branches of a block are called, and never the block itself, whose hooks would not run.
+    Hooks on modules inside run, and again in the backward pass.
 
     Args:
         blocks: Modules with the two branches ``attend`` and ``feed_forward`` of
             ``PerformerBlock``.
         hidden_states: Shape ``(B, L, hidden_size)``.
-        context: Of the call.
+        context: Context of the call.
         keep_hidden_states: Also return the mean of the streams before each block.
 
     Returns:
@@ -65,7 +66,7 @@ def run_reversible(
     wide = hidden_states.to(torch.promote_types(dtype, torch.float32))
     ordinary = keep_hidden_states or context.need_weights or context.cache is not None
     if torch.is_grad_enabled() and not ordinary:
-        first, second = _remembering_nothing(blocks, wide, context, dtype)
+        first, second = _run_recomputed(blocks, wide, context, dtype)
         return _mean(first, second, dtype), [], []
     first = second = wide
     before: list[Tensor] = []
@@ -86,10 +87,10 @@ def _mean(first: Tensor, second: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_hooks(blocks: Sequence[Any]) -> None:
-    """Refuse blocks that something is to be done to whenever they are called.
+    """Check that calling the branches of a block in its place leaves nothing out.
 
     Raises:
-        ValueError: There is one.
+        ValueError: A block has hooks, or weights that only its hooks could gather.
     """
     for number, block in enumerate(blocks):
         hooked = (
@@ -107,7 +108,7 @@ def _check_hooks(blocks: Sequence[Any]) -> None:
                 "the whole model (with FSDP, shard the whole model and not its blocks), read what "
                 "comes before a block from output_hidden_states=True, or use reversible=False"
             )
-        # Only distributed tensors have one; their class need not be there to import.
+        # Distributed tensors have this attribute; importing their class is not needed.
         if any(hasattr(parameter, "device_mesh") for parameter in block.parameters()):
             raise ValueError(
                 f"parameters of block {number} are distributed tensors, which reversible=True does "
@@ -116,50 +117,119 @@ def _check_hooks(blocks: Sequence[Any]) -> None:
 
 
 @torch.compiler.disable
-def _remembering_nothing(
+def _run_recomputed(
     blocks: Sequence[Any], wide: Tensor, context: AttentionContext, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    steps = _Steps(blocks, context, dtype)
-    first, second = _Reversible.apply(steps, wide, *(p for block in steps.trained for p in block))
+    calls = _Calls(blocks, context, dtype)
+    first, second = _Reversible.apply(calls, wide, *(p for block in calls.trained for p in block))
     return first, second
 
 
-class _Steps:
-    """The branches of all blocks, in order, and what it takes to compute them once more."""
+class _RandomState:
+    """States of the random number generators of the CPU and of the device of a tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.device_type = x.device.type
+        self.of_cpu, self.of_devices = torch.get_rng_state(), get_device_states(x)
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.of_cpu)
+        set_device_states(*self.of_devices, device_type=self.device_type)
+
+
+class _BranchCall:
+    """A call of a branch that can be repeated with the same randomness, autocast and choices."""
+
+    def __init__(self, branch: Callable[[Tensor, AttentionContext], Tensor]) -> None:
+        self.branch = branch
+
+    def compute(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Compute the branch for the first time."""
+        # In evaluation too: a module inside may be in training.
+        self.random = _RandomState(x)
+        device = x.device.type
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if torch.amp.is_autocast_available(device):
+            # Without the cache of weights: copies made while gradients are disabled have no
+            # history, and the backward pass must not use them.
+            self.autocast = partial(
+                torch.autocast,
+                device,
+                cache_enabled=False,
+                enabled=torch.is_autocast_enabled(device),
+                dtype=torch.get_autocast_dtype(device),
+            )
+        self.context = context._replace(choices={})
+        with self.autocast():
+            return self.branch(x, self.context)
+
+    def repeat(
+        self, x: Tensor, gradient: Tensor, trained: list[nn.Parameter]
+    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+        """Compute the branch again, and gradients.
+
+        Args:
+            x: Input.
+            gradient: Gradient of the output.
+            trained: Parameters of the block.
+
+        Returns:
+            The output without history, and the gradients of ``x`` and of the parameters.
+        """
+        self.random.restore()
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), self.autocast():
+            out = self.branch(x, self.context)
+        if not out.requires_grad:
+            return out, None, [None] * len(trained)
+        with _without_hooks(trained):
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(
+                out, (x, *trained), gradient.to(out.dtype), allow_unused=True
+            )
+        return out.detach(), found[0], list(found[1:])
+
+
+@contextmanager
+def _without_hooks(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Suspend hooks of parameters: gradients computed inside are parts of the final ones."""
+    # Autograd and the handles of hooks refer to these very dictionaries.
+    kept = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for hooks, _ in kept:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
+class _Calls:
+    """The two calls of each block, and the tensors and modes that they depend on."""
 
     def __init__(
         self, blocks: Sequence[Any], context: AttentionContext, dtype: torch.dtype
     ) -> None:
-        self.blocks = blocks
-        self.context = context
-        self.dtype = dtype
+        self.blocks, self.context = blocks, context
+        self.of_blocks = [
+            (
+                _BranchCall(partial(_attend, block, dtype)),
+                _BranchCall(partial(_feed_forward, block, dtype)),
+            )
+            for block in blocks
+        ]
         self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-        self.found = self.tensors()
+        self.tensors = _tensors(blocks)
         self.modes = _modes(blocks)
-        self.states: list[BranchState] = []
-
-    def tensors(self) -> list[Tensor]:
-        """What the branches depend on besides their inputs: parameters, and random features."""
-        found: list[Tensor] = []
-        for block in self.blocks:
-            found.extend(block.parameters())
-            for module in block.modules():
-                if isinstance(module, FeatureMap):
-                    found.extend(module.buffers())
-        return found
 
     def check_unchanged(self) -> None:
-        """Refuse to compute blocks again that are not the ones they were.
+        """Check that repeated calls are those of the forward pass.
 
-        What was changed in place autograd finds when it unpacks the saved tensors.
+        Autograd detects changes in place when it unpacks the saved tensors.
 
         Raises:
-            RuntimeError: Tensors were replaced, or ``train()`` or ``eval()`` called.
+            RuntimeError: Tensors were replaced, or ``train()`` or ``eval()`` was called.
         """
-        found = self.tensors()
-        if len(found) != len(self.found) or any(
-            one is not other for one, other in zip(found, self.found, strict=True)
-        ):
+        if [*map(id, self.tensors)] != [*map(id, _tensors(self.blocks))]:
             raise RuntimeError(
                 "parameters or random features were replaced between the forward and the backward "
                 "pass of reversible blocks, which need them once more: call backward() first"
@@ -171,51 +241,24 @@ class _Steps:
                 "another mode: call backward() first"
             )
 
-    def branches(self, block: Any) -> tuple[Branch, Branch]:
-        """Both branches of a block; streams are given to them in the model's dtype."""
-        return (
-            lambda x, context: block.attend(x.to(self.dtype), context)[0],
-            lambda x, context: block.feed_forward(x.to(self.dtype)),
-        )
 
-    def compute(self, branch: Branch, x: Tensor) -> Tensor:
-        """A branch for the first time."""
-        state = BranchState(x)
-        self.states.append(state)
-        with autocast_as(state):
-            return branch(x, self.context._replace(choices=state.choices))
+def _attend(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
+    return block.attend(x.to(dtype), context)[0]
 
-    def repeat(
-        self,
-        state: BranchState,
-        branch: Branch,
-        x: Tensor,
-        gradient: Tensor,
-        trained: list[nn.Parameter],
-    ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-        """A branch once more, with the randomness it had, and its gradients.
 
-        Args:
-            state: When it was first computed.
-            branch: ``f``.
-            x: Its input.
-            gradient: Of its output.
-            trained: Parameters of its block.
+def _feed_forward(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
+    return block.feed_forward(x.to(dtype))
 
-        Returns:
-            ``f(x)`` without history, and the gradients of ``x`` and of the parameters.
-        """
-        state.restore()
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), autocast_as(state):
-            out = branch(x, self.context._replace(choices=state.choices))
-        if not out.requires_grad:
-            return out, None, [None] * len(trained)
-        with without_hooks(trained):
-            found = torch.autograd.grad(
-                out, (x, *trained), gradient.to(out.dtype), allow_unused=True
-            )
-        return out.detach(), found[0], list(found[1:])
+
+def _tensors(blocks: Iterable[Any]) -> list[Tensor]:
+    """Parameters and random features, on which the branches depend besides their inputs."""
+    found: list[Tensor] = []
+    for block in blocks:
+        found.extend(block.parameters())
+        for module in block.modules():
+            if isinstance(module, FeatureMap):
+                found.extend(module.buffers())
+    return found
 
 
 def _modes(blocks: Iterable[Any]) -> list[bool]:
@@ -226,36 +269,39 @@ class _Reversible(torch.autograd.Function):
     """All blocks as one function of the hidden states and the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, steps: _Steps, wide: Tensor, *trained: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, calls: _Calls, wide: Tensor, *trained: Tensor) -> tuple[Tensor, Tensor]:
         first = second = wide
-        for block in steps.blocks:
-            attend, feed_forward = steps.branches(block)
-            first = first + steps.compute(attend, second)
-            second = second + steps.compute(feed_forward, first)
-        ctx.steps = steps
-        # The others are at hand anyway, but autograd checks that they are not changed.
-        ctx.save_for_backward(first, second, *steps.found)
+        for attend, feed_forward in calls.of_blocks:
+            first = first + attend.compute(second, calls.context)
+            second = second + feed_forward.compute(first, calls.context)
+        ctx.calls = calls
+        # Parameters and features are saved for autograd to check that they do not change.
+        ctx.save_for_backward(first, second, *calls.tensors)
         return first, second
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        steps: _Steps = ctx.steps
+        calls: _Calls = ctx.calls
         first, second, *_ = ctx.saved_tensors
-        steps.check_unchanged()
+        calls.check_unchanged()
         upper, lower = gradients
-        states = reversed(steps.states)
         collected: list[list[Tensor | None]] = []
-        with random_state_kept(first), without_autocast(first.device):
-            for block, trained in zip(reversed(steps.blocks), reversed(steps.trained), strict=True):
-                attend, feed_forward = steps.branches(block)
-                out, change, found = steps.repeat(next(states), feed_forward, first, lower, trained)
-                second = second - out
-                upper = upper if change is None else upper + change
-                out, change, also = steps.repeat(next(states), attend, second, upper, trained)
-                first = first - out
-                lower = lower if change is None else lower + change
-                collected.append([_sum(a, b) for a, b in zip(found, also, strict=True)])
+        random = _RandomState(first)
+        try:
+            with without_autocast(first.device):
+                for (attend, feed_forward), trained in zip(
+                    reversed(calls.of_blocks), reversed(calls.trained), strict=True
+                ):
+                    out, change, found = feed_forward.repeat(first, lower, trained)
+                    second = second - out
+                    upper = upper if change is None else upper + change
+                    out, change, also = attend.repeat(second, upper, trained)
+                    first = first - out
+                    lower = lower if change is None else lower + change
+                    collected.append([_sum(a, b) for a, b in zip(found, also, strict=True)])
+        finally:
+            random.restore()
         of_parameters = [gradient for block in reversed(collected) for gradient in block]
         return None, upper + lower, *of_parameters
 

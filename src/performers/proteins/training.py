@@ -16,18 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.callbacks import (
-    ClockCallback,
-    IntervalsCallback,
-    ProgressCallback,
-    RedrawCallback,
-    StopCallback,
-    TrimCallback,
-    stop_on_signals,
-)
-from performers.models.checkpoints import CheckpointTrainer
 from performers.models.manifest import save_model_folder
-from performers.models.optimizers import MuonAdamW, check_muon
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.errors import Diverged, Interrupted, UserError
 from performers.proteins.evaluation import evaluate_model
@@ -49,6 +38,17 @@ from performers.proteins.training_record import (
     last_complete_checkpoint,
     run_record,
 )
+from performers.training.callbacks import (
+    ClockCallback,
+    IntervalsCallback,
+    ProgressCallback,
+    RedrawCallback,
+    StopCallback,
+    TrimCallback,
+    stop_on_signals,
+)
+from performers.training.checkpoints import CheckpointTrainer
+from performers.training.optimizers import MuonAdamW, check_muon
 
 _HELD_OUT_AT_MOST = 500
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from performers.models.checkpoints import newest_checkpoint
 from performers.proteins.corpus import TokenShards
 from performers.proteins.errors import UserError
 from performers.proteins.folders import read_json
 from performers.proteins.options import TrainingOptions
 from performers.proteins.processes import process_count
+from performers.training.checkpoints import newest_checkpoint
 
 
 def run_record(

@@ -15,14 +15,14 @@ import torch
 import transformers
 from torch.utils.data import IterableDataset
 
-from performers.models.callbacks import (
+from performers.training.callbacks import (
     IntervalsCallback,
     ProgressCallback,
     RedrawCallback,
     StopCallback,
     stop_on_signals,
 )
-from performers.models.checkpoints import newest_checkpoint
+from performers.training.checkpoints import newest_checkpoint
 
 __all__ = ["Distillation", "DistillationRun"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
 from performers.convert.interface.implementation import intercept_attention
-from performers.models.checkpoints import CheckpointTrainer
 from performers.nn import FavorAttention
+from performers.training.checkpoints import CheckpointTrainer
 
 __all__ = ["LOSSES", "DistillationTrainer", "TransferTrainer", "relative_error"]
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: verified before they are resumed from."""
+"""Checkpoints of a training run, verified before a run resumes from them."""
 
 import json
 import logging
@@ -19,13 +19,12 @@ _UNFINISHED = "its saving had not ended"
 
 
 class CheckpointTrainer(Trainer):
-    """Trainer whose checkpoints have a manifest, written when every process has saved."""
+    """Trainer that writes a manifest into each checkpoint once every process has saved."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            # A damaged checkpoint of the same step may be in the way; its files must not end in
-            # the manifest of this one.
+            # Files of a damaged checkpoint of the same step must not enter the manifest.
             if folder.exists():
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
@@ -39,20 +38,20 @@ class CheckpointTrainer(Trainer):
 
 
 def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False) -> Path | None:
-    """Find the newest checkpoint that is complete and undamaged.
+    """The newest checkpoint that is complete and undamaged.
 
-    Newer ones that are passed over are reported to the logger ``performers`` by the first process.
+    The first process logs newer ones, which are skipped, to the logger ``performers``.
 
     Args:
         folder: Folder of the ``checkpoint-N`` folders of a run.
-        processes: Processes of the run, each of which has its own random state.
+        processes: Number of processes of the run, each with its own random state.
         sharded: The optimizer is saved in parts under names of its library (FSDP, DeepSpeed).
 
     Returns:
-        The checkpoint; None if the saving of none had ended, so that the run starts anew.
+        The checkpoint; None if no saving was completed and the run starts anew.
 
     Raises:
-        ValueError: There are finished checkpoints and all are damaged.
+        ValueError: There are complete checkpoints and all are damaged.
     """
     steps = {
         int(path.name.removeprefix("checkpoint-")): path
@@ -85,19 +84,19 @@ def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False
 
 
 def _fault(checkpoint: Path, step: int, names: list[str], *, weights: bool) -> str | None:
-    """Describe why a checkpoint cannot be resumed from; None if it can."""
+    """Reason why a run cannot resume from a checkpoint; None if it can."""
     damage = find_damage(checkpoint)
     if damage is not None:
         return damage
     manifest = read_manifest(checkpoint)
     state = checkpoint / _STATE
-    # Written last, before the manifest; versions without manifests have no other sign of the end.
+    # Written last, before the manifest: the only sign of the end without a manifest.
     if not (_is_json(state) if manifest is None else _STATE in manifest):
         return _UNFINISHED
     for name in names:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
-        # An archive without its end is none.
+        # A truncated archive is not a zip file.
         if not zipfile.is_zipfile(checkpoint / name):
             return f"{name} is cut off or not a file of torch.save"
     if weights and not any(checkpoint.glob("*.safetensors")):

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from performers.models import callbacks
-from performers.models.callbacks import TrimCallback, anonymous_bytes
 from performers.proteins.training import train_model
+from performers.training import callbacks
+from performers.training.callbacks import TrimCallback, anonymous_bytes
 from tests.proteins.runs import proteins, small_options
 
 

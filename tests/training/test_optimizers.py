@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performers.models import PerformerForMaskedLM
-from performers.models.optimizers import MuonAdamW
+from performers.training.optimizers import MuonAdamW
 from tests.models.cases import VOCABULARY, make_config
 
 pytestmark = pytest.mark.skipif(

@@ -17,20 +17,18 @@ class MuonAdamW(Optimizer):
 
     Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so
     that all its directions are learnt at the same pace. Updates are scaled to the size of AdamW's
-    (Liu et al. 2025), hence one learning rate serves both. A matrix is what the model keeps as
-    one: queries, keys and values that are projected by one matrix share its update, in which the
-    largest gradients lead. For one process or data-parallel ones, not for sharded parameters.
+    (Liu et al. 2025), hence one learning rate serves both. A fused projection of queries, keys and
+    values counts as one matrix. Parameters may be replicated (data parallelism) but not sharded.
 
     Args:
-        model: A transformers model. Its embeddings, and the output layer of a language model, are
-            known by its methods; the layer of a classifier counts as a matrix inside.
-        lr: Learning rate of all groups; each group has its own for schedulers to set.
-        weight_decay: Of all but vectors (biases, norms).
-        betas: Of AdamW.
-        eps: Of AdamW.
+        model: A transformers model. The layer of a classifier counts as a matrix inside.
+        lr: Learning rate of all groups, which schedulers set for each group.
+        weight_decay: Weight decay of all parameters but vectors (biases, norms).
+        betas: Betas of AdamW.
+        eps: Epsilon of AdamW.
 
     Raises:
-        RuntimeError: This torch has no Muon; it came with 2.9.
+        RuntimeError: torch is older than 2.9 and has no Muon.
         ValueError: No parameter of the model requires a gradient.
     """
 
@@ -51,7 +49,7 @@ class MuonAdamW(Optimizer):
         ]
         groups = [group for group in groups if group["params"]]
         self._parts: list[Optimizer] = []
-        # Neither of the two accepts to have nothing to do.
+        # Both refuse an empty list of parameters.
         if matrices:
             self._parts.append(
                 torch.optim.Muon(
@@ -68,7 +66,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of both; returns what ``closure`` does, if there is one."""
+        """Take one step of both optimizers; returns the loss of ``closure``, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,20 +76,20 @@ class MuonAdamW(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both, in order."""
+        """The states of both optimizers."""
         return {"parts": [part.state_dict() for part in self._parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave, of a model with the same parameters."""
+        """Load a `state_dict` of a model with the same parameters."""
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self._share_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while it is made: there is no telling which of the two a later group is for.
+        """Not supported after construction: a new group could belong to either optimizer.
 
         Raises:
-            NotImplementedError: It is made.
+            NotImplementedError: Always, after construction.
         """
         if getattr(self, "_made", False):
             raise NotImplementedError(
@@ -100,19 +98,19 @@ class MuonAdamW(Optimizer):
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With both parts, for copies."""
+        """State for copies, which includes both optimizers."""
         return {**super().__getstate__(), "_parts": self._parts, "_made": True}
 
     def _share_groups(self) -> None:
-        """The parts' own groups, so that a scheduler's learning rates reach them."""
+        """Refer to the groups of the parts, which the learning rates of a scheduler must reach."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
 
 
 def check_muon() -> None:
-    """Refuse a torch without Muon.
+    """Check that torch has Muon.
 
     Raises:
-        RuntimeError: It is older than 2.9.
+        RuntimeError: torch is older than 2.9.
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: redraws, progress, and stopping on a signal."""
+"""Callbacks of a training run: redraws, time, memory, progress, stopping on a signal."""
 
 import ctypes
 import json
@@ -21,25 +21,25 @@ from performers.features import FeatureRedrawer
 
 
 class RedrawCallback(TrainerCallback):
-    """Fresh random features every so many optimiser steps.
+    """Redraws random features every ``interval`` optimiser steps.
 
-    They are drawn before the step's checkpoint is written, so the checkpoint holds them.
+    A redraw precedes the checkpoint of its step, which thus contains it.
     """
 
     def __init__(self, model: nn.Module, interval: int, seed: int) -> None:
         self.redrawer = FeatureRedrawer(model, interval, seed=seed)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Redraw when due; not after the last step, which leaves the features it trained with."""
+        """Redraw when due, except after the last step."""
         if state.global_step < state.max_steps:
             self.redrawer.step(state.global_step)
 
 
 class ClockCallback(TrainerCallback, ExportableState):
-    """Seconds of training over all parts of a resumed run, kept in the checkpoints.
+    """Seconds of training over all parts of a resumed run, saved in the checkpoints.
 
     Args:
-        seconds: What earlier parts took.
+        seconds: Seconds of earlier parts.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -47,37 +47,36 @@ class ClockCallback(TrainerCallback, ExportableState):
         self._last = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count."""
+        """Add the time since the last step."""
         now = time.monotonic()
         self.seconds, self._last = self.seconds + now - self._last, now
 
     def state(self) -> dict[str, Any]:
-        """What Trainer writes into a checkpoint."""
+        """State that Trainer writes into a checkpoint."""
         return {"args": {}, "attributes": {"seconds": self.seconds}}
 
     @classmethod
     def seconds_at(cls, checkpoint: Path) -> float:
-        """The count in a checkpoint; 0 if it has none."""
+        """Seconds recorded in a checkpoint; 0 if none are."""
         written = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         callbacks = written.get("stateful_callbacks", {})
         return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
 
 
 class TrimCallback(TrainerCallback):
-    """Gives freed memory back to the system when much more is held than a step needs.
+    """Returns free memory to the system when the process has much more than a step needs.
 
-    Batches of ever other shapes leave glibc's heap in pieces, none of which is handed back: the
-    process of a small model grew to 7 GB where its steps need 1. A step's need is the most that
-    the first step after a trim has added; at more than twice that above the level after the trim,
-    free pages are returned (``malloc_trim``), which takes some tenths of a second. Does nothing
-    where the C library cannot do it.
+    Varying batch shapes fragment glibc's heap: the process of a small model grew to 7 GB where a
+    step needs 1. The need of a step is the largest growth in the first step after a trim; above
+    twice that over the level after the trim, free pages are returned (``malloc_trim``), which takes
+    some tenths of a second. Without ``malloc_trim`` in the C library nothing is done.
 
     Args:
-        slack: Bytes beyond twice a step's need that are let be.
+        slack: Bytes tolerated beyond twice the need of a step.
     """
 
     def __init__(self, slack: int = 256 << 20) -> None:
@@ -91,19 +90,19 @@ class TrimCallback(TrainerCallback):
         """Trim when due."""
         if self.trim is None:
             return
-        held = anonymous_bytes()
+        size = anonymous_bytes()
         if self._floor is None:
-            # The first step also made what stays: the optimizer's state, pools of threads.
-            self._floor = held
+            # The first step also allocates what stays, such as the state of the optimizer.
+            self._floor = size
         elif self._trimmed:
-            self._need, self._trimmed = max(self._need, held - self._floor), False
-        elif held - self._floor > 2 * self._need + self.slack:
+            self._need, self._trimmed = max(self._need, size - self._floor), False
+        elif size - self._floor > 2 * self._need + self.slack:
             self.trim()
             self._floor, self._trimmed = anonymous_bytes(), True
 
 
 def anonymous_bytes() -> int:
-    """Memory that this process holds beside pages of files; 0 where ``/proc`` does not say."""
+    """Anonymous memory of this process in bytes; 0 where ``/proc`` does not tell."""
     try:
         pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
     except OSError:
@@ -120,13 +119,13 @@ def _heap_trim() -> Callable[[], object] | None:
 
 
 class IntervalsCallback(TrainerCallback):
-    """Steps between log entries, validations and checkpoints as now asked for.
+    """Takes the intervals of logs, validations and checkpoints from the arguments.
 
-    A resumed run would otherwise keep those that its checkpoint was written with.
+    A resumed run would otherwise keep those of its checkpoint.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take them from the arguments."""
+        """Set the intervals."""
         state.compute_steps(args, state.max_steps)
 
 
@@ -137,7 +136,7 @@ class ProgressCallback(TrainerCallback):
         self.report = report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report where the run begins."""
+        """Report the first step."""
         if state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, {})
 
@@ -155,14 +154,14 @@ class ProgressCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """Ends the run after the current step, with a checkpoint, once ``requested`` is set.
 
-    Of several processes one request ends all, after the same step.
+    A request in one of several processes ends all of them after the same step.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop when asked to."""
+        """Save and stop if requested."""
         if args.world_size > 1:
             requests = torch.tensor([int(self.requested)], device=args.device)
             distributed.all_reduce(requests)
@@ -171,7 +170,7 @@ class StopCallback(TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         elif self.requested:
-            # The run is complete anyway.
+            # The run is complete.
             self.requested = False
 
 
@@ -179,7 +178,7 @@ class StopCallback(TrainerCallback):
 def stop_on_signals(stop: StopCallback) -> Iterator[None]:
     """Turn the first Ctrl-C (or SIGTERM) into an orderly stop; the second one interrupts at once.
 
-    Outside the main thread, where signals cannot be caught, nothing is changed.
+    Does nothing outside the main thread, where signals cannot be caught.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,0 +1,1 @@
+"""Training runs: callbacks, the optimizer Muon with AdamW, checkpoints that are verified."""
