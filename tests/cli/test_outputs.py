@@ -142,7 +142,7 @@ def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("performers.proteins.embedding.write_embeddings", fail)
+    monkeypatch.setattr("performers.proteins.scoring.embedding.write_embeddings", fail)
     output = tmp_path / "x.npz"
     _, lines = run("embed", masked, fasta, "--output", output, code=2)
     assert words in lines[-1]

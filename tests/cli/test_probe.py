@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from performers.proteins.fasta import write_fasta
+from performers.proteins.inputs.fasta import write_fasta
 from tests.cli.commands import refusal, run
-from tests.proteins.probe_data import motif_records
+from tests.proteins.probe.probe_data import motif_records
 
 FAST = ["--repeats", 2, "--min-count", 5]
 

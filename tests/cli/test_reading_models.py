@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from performers.models.manifest import save_model_folder
-from performers.proteins.embedding import embed_sequences
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.fasta import read_fasta
+from performers.proteins.inputs.fasta import read_fasta
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
-from performers.proteins.tokenizer import AMINO_ACIDS
+from performers.proteins.scoring.embedding import embed_sequences
+from performers.proteins.scoring.evaluation import evaluate_model
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import make_model, make_model_folder, proteins, write_sequences
 

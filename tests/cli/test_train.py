@@ -6,10 +6,10 @@ import signal
 
 import pytest
 
-from performers.proteins import training
-from performers.proteins.memory import training_bytes
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.proteins.options import TrainingOptions
-from performers.proteins.tokenizer import build_protein_tokenizer
+from performers.proteins.training import train as training
+from performers.proteins.training.memory import training_bytes
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import (
     flags,
@@ -35,7 +35,7 @@ def test_a_model_beyond_memory_is_refused_before_anything_is_read(tmp_path, outp
 
 def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
     weights = training_bytes(small_options().model_config(build_protein_tokenizer()), "adamw")
-    monkeypatch.setattr("performers.proteins.memory.machine_bytes", lambda: weights)
+    monkeypatch.setattr("performers.proteins.training.memory.machine_bytes", lambda: weights)
     line = refusal("train", fasta, "--output", output, *flags())
     assert "activations of 100 tokens" in line
     assert "or --batch-tokens" in line

@@ -2,14 +2,14 @@
 
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.annotation_files import (
     metastudent_dataset,
     read_go_ancestors,
     read_go_annotations,
 )
 from performers.proteins.annotations import ENZYME_CLASSES, go_labels, write_go_labels
-from performers.proteins.errors import UserError
-from performers.proteins.probe_labels import read_labels
+from performers.proteins.probe.labels import read_labels
 from tests.cli.commands import refusal, run
 
 ROOT, CATALYTIC, BINDING = "GO:0003674", "GO:0003824", "GO:0005488"

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from performers.proteins.errors import UserError
-from performers.proteins.training import train_model
-from performers.proteins.training_record import last_complete_checkpoint
+from performers.app.errors import UserError
+from performers.proteins.training.record import last_complete_checkpoint
+from performers.proteins.training.train import train_model
 from tests.proteins.runs import (
     losses,
     proteins,

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmConfig
 
+from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import save_model_folder
-from performers.proteins.errors import UserError
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.proteins.model_folder import (
     check_input_length,
     load_model,
     model_max_length,
     quiet_transformers,
 )
-from performers.proteins.tokenizer import build_protein_tokenizer
 from tests.proteins.runs import make_model, make_model_folder
 
 

@@ -6,11 +6,11 @@ import re
 import pytest
 
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.embedding import embed_sequences
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.fasta import read_fasta
+from performers.proteins.inputs.fasta import read_fasta
 from performers.proteins.model_folder import load_model
 from performers.proteins.pretrained import pretrained_folder
+from performers.proteins.scoring.embedding import embed_sequences
+from performers.proteins.scoring.evaluation import evaluate_model
 
 
 @pytest.fixture(scope="module")

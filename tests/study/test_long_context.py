@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from performers.proteins import training
-from performers.proteins.errors import UserError
-from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.app.errors import UserError
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.training import train as training
 from performers.study import comparison, long_context
 from performers.study.cost import Cost
 from performers.study.long_context import measure_contexts, run_concatenated

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from performers.proteins import training
-from performers.proteins.errors import Diverged, UserError
+from performers.app.errors import Diverged, UserError
+from performers.proteins.training import train as training
 from performers.study import comparison, study
 from performers.study.comparison import planned_runs
 from performers.study.presets import KERNELS, PRESETS

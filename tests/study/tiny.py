@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from performers.proteins.fasta import ProteinRecord
+from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.options import TrainingOptions
 from performers.study.data import StudyData
 from performers.study.presets import StudyPreset

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import typer
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
 from performers.cli import benchmark, data, study
 from performers.cli.commands import App
@@ -25,8 +27,6 @@ from performers.cli.inputs import (
 )
 from performers.cli.probe import probe
 from performers.cli.train import train
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_file, prepare_output_folder
 from performers.proteins.options import DEMO_STEPS, POOLINGS
 
 app = App(
@@ -55,8 +55,8 @@ class EvaluationOptions(Options):
 @app.command()
 def evaluate(options: EvaluationOptions) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
-    from performers.proteins.evaluation import evaluate_model
     from performers.proteins.model_folder import load_model, model_max_length
+    from performers.proteins.scoring.evaluation import evaluate_model
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
@@ -105,8 +105,8 @@ class EmbeddingOptions(Options):
 @app.command()
 def embed(options: EmbeddingOptions) -> None:
     """One vector a sequence: the final hidden states, pooled over its residues."""
-    from performers.proteins.embedding import embed_sequences, write_embeddings
     from performers.proteins.model_folder import load_model
+    from performers.proteins.scoring.embedding import embed_sequences, write_embeddings
 
     prepare_output_file(options.output_file, (".npz", ".parquet"))
     model, fasta = model_and_fasta(options.paths)
@@ -145,9 +145,9 @@ class GenerationOptions(Options):
 @app.command()
 def generate(options: GenerationOptions) -> None:
     """Sample new sequences from a causal model, as FASTA."""
-    from performers.proteins.fasta import write_fasta
-    from performers.proteins.generation import generate_sequences
+    from performers.proteins.inputs.fasta import write_fasta
     from performers.proteins.model_folder import load_model
+    from performers.proteins.scoring.generation import generate_sequences
 
     if options.output_file is not None:
         prepare_output_file(options.output_file, (".fasta", ".fa", ".faa", ".gz"))
@@ -189,7 +189,7 @@ class ReportOptions(Options):
 def report(options: ReportOptions) -> None:
     """Attention maps, known sites and amino-acid similarity as one HTML page."""
     from performers.proteins.model_folder import load_model
-    from performers.proteins.model_report import report_on_model
+    from performers.proteins.report.model_report import report_on_model
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)

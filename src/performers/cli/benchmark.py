@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from performers.app.files import prepare_output_folder
 from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
 from performers.cli.benchmark_accuracy import ResultFiles, accuracy
 from performers.cli.commands import App
 from performers.cli.console import note
-from performers.proteins.folders import prepare_output_folder
 
 if TYPE_CHECKING:
     from performers.benchmark.results import Results

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, option
 from performers.benchmark.settings import KernelSettings, PretrainedSettings
 from performers.cli.console import note
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_folder
 
 if TYPE_CHECKING:
     from performers.benchmark.accuracy_passages import Pretrained

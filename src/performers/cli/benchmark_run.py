@@ -7,13 +7,13 @@ import typer
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from performers.app.errors import Interrupted, UserError
+from performers.app.figures import save_figure
+from performers.app.files import read_json, write_atomically, write_json
 from performers.benchmark.figure import benchmark_figure
 from performers.benchmark.results import OtherRunError, Results, failures
 from performers.cli.benchmark_tables import tables as benchmark_tables
 from performers.cli.console import ProgressBars, note, output
-from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.figure_files import save_figure
-from performers.proteins.folders import read_json, write_atomically, write_json
 
 _FAILED = 1
 # What a row calls that which it measures.

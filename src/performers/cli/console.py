@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from performers.proteins.processes import is_first_process
+from performers.app.processes import is_first_process
 
 output = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)

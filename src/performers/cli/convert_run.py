@@ -8,6 +8,13 @@ from typing import Any
 import torch
 
 from performers.app.conversion import ConversionOptions
+from performers.app.errors import Interrupted, UserError
+from performers.app.figures import save_figure
+from performers.app.files import (
+    read_json,
+    write_atomically,
+    write_json,
+)
 from performers.benchmark.converted import SPEED, measure_speed
 from performers.benchmark.converted_decode import measure_decoding
 from performers.benchmark.converted_figure import conversion_figure
@@ -18,13 +25,6 @@ from performers.cli.convert_report import report_page, report_tables
 from performers.convert.distillation.pipeline import run_conversion
 from performers.convert.distillation.results import ConversionRecord
 from performers.convert.interface.positions import extend_positions_, learned_positions
-from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.figure_files import save_figure
-from performers.proteins.folders import (
-    read_json,
-    write_atomically,
-    write_json,
-)
 
 _RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"
 # Positions that decoding needs beyond its contexts.

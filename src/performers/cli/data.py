@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output
-from performers.proteins.folders import prepare_output_file, prepare_output_folder
 from performers.proteins.options import UNIPROT, CorpusOptions
 
 app = App(no_args_is_help=True, help="Make sequences ready for training.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from performers.app.errors import UserError
 from performers.cli.console import note
-from performers.proteins.errors import UserError
 from performers.proteins.pretrained import PRETRAINED, pretrained_folder
 
 if TYPE_CHECKING:
-    from performers.proteins.fasta import ProteinRecord
+    from performers.proteins.inputs.fasta import ProteinRecord
 
 
 BATCH_TOKENS: dict[str, Any] = {
@@ -74,7 +74,7 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     Raises:
         UserError: There are none.
     """
-    from performers.proteins.fasta import read_fasta
+    from performers.proteins.inputs.fasta import read_fasta
 
     records, letters = read_fasta(paths)
     note(letters.summary())

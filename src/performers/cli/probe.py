@@ -10,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from performers.app.files import prepare_output_folder, write_json
 from performers.app.options import Options, argument, option
 from performers.cli.console import ProgressBars, note, output
 from performers.cli.inputs import (
@@ -19,7 +20,6 @@ from performers.cli.inputs import (
     model_and_fasta,
     protein_records,
 )
-from performers.proteins.folders import prepare_output_folder, write_json
 from performers.proteins.options import POOLINGS, PROBE_FEATURES, ProbeOptions
 
 
@@ -57,14 +57,14 @@ class ProbeInputs(Options):
 
 def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     """Predict labels of proteins from embeddings, and from what embeddings must beat."""
-    from performers.proteins.figure_files import save_figure
+    from performers.app.figures import save_figure
     from performers.proteins.model_folder import load_model
-    from performers.proteins.probe import run_probe
-    from performers.proteins.probe_features import feature_notes, probe_features
-    from performers.proteins.probe_figure import probe_figure
-    from performers.proteins.probe_fit import require_scikit_learn
-    from performers.proteins.probe_labels import read_groups, read_labels
-    from performers.proteins.probe_task import build_task
+    from performers.proteins.probe.features import feature_notes, probe_features
+    from performers.proteins.probe.figure import probe_figure
+    from performers.proteins.probe.fit import require_scikit_learn
+    from performers.proteins.probe.labels import read_groups, read_labels
+    from performers.proteins.probe.run import run_probe
+    from performers.proteins.probe.task import build_task
 
     require_scikit_learn()
     model, fasta = model_and_fasta(inputs.paths)
@@ -115,7 +115,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
 
 
 def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
-    from performers.proteins.probe_figure import METRICS
+    from performers.proteins.probe.figure import METRICS
 
     kind = "one of" if found["multiclass"] else "any of"
     sizes = found["splits"][0]
@@ -152,7 +152,7 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
 
 
 def _table(metrics: list[str], names: Iterable[str]) -> Table:
-    from performers.proteins.probe_figure import METRICS
+    from performers.proteins.probe.figure import METRICS
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     # On a narrow terminal it is the numbers that wrap.

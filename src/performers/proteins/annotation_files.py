@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 _TERM = re.compile(r"GO:\d{7}")
 

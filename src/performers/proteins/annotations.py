@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from performers.app.errors import UserError
+from performers.app.files import write_atomically
 from performers.proteins.annotation_files import (
     metastudent_dataset,
     read_go_ancestors,
     read_go_annotations,
     read_term_names,
 )
-from performers.proteins.errors import UserError
-from performers.proteins.folders import write_atomically
 
 ROOTS = {"MFO": "GO:0003674", "BPO": "GO:0008150", "CCO": "GO:0005575"}
 """The ontologies of metastudent-data and the term at the top of each."""

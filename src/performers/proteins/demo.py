@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
+from performers.app.files import read_json, write_json
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.fasta import ProteinRecord, read_fasta
-from performers.proteins.folders import read_json, write_json
+from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
 from performers.proteins.model_folder import load_model
-from performers.proteins.model_report import Report, choose_protein, describe_model
 from performers.proteins.options import DEMO_STEPS, TrainingOptions
-from performers.proteins.report import ModelReport, write_report
-from performers.proteins.training import train_model
+from performers.proteins.report.model_report import Report, choose_protein, describe_model
+from performers.proteins.report.page import ModelReport, write_report
+from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.training.train import train_model
 
 MODELS = {
     "performer-softmax": "favor-softmax",

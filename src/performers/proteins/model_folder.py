@@ -9,12 +9,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from performers.app.errors import UserError
+from performers.app.files import read_json
+
 # Importing the models registers them with the Auto classes.
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import check_manifest
-from performers.proteins.errors import UserError
-from performers.proteins.folders import read_json
-from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -264,7 +264,7 @@ class TrainingOptions(Options):
             self._check_memory(min(trained, self.batch_tokens) // 2)
 
     def _check_memory(self, tokens: int = 0) -> None:
-        from performers.proteins.memory import check_training_memory
+        from performers.proteins.training.memory import check_training_memory
 
         check_training_memory(self._config(), self.optimizer, tokens)
 

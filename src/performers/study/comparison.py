@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from performers.proteins.errors import Diverged
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.folders import read_json, write_json
+from performers.app.errors import Diverged
+from performers.app.files import read_json, write_json
+from performers.app.processes import is_first_process
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.processes import is_first_process
-from performers.proteins.training import train_model
+from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.training.train import train_model
 from performers.study.data import StudyData
 from performers.study.presets import StudyPreset
 

@@ -18,8 +18,8 @@ import torch
 from performers.benchmark.memory import is_out_of_memory, limited_memory, peak_of
 from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.proteins.options import TrainingOptions
-from performers.proteins.tokenizer import build_protein_tokenizer
 
 _WARM_UP_LENGTH = 64
 _KILLED = -9

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from performers.proteins.errors import UserError
-from performers.proteins.evaluation import evaluate_rows
-from performers.proteins.folders import read_json, write_json
+from performers.app.errors import UserError
+from performers.app.files import read_json, write_json
+from performers.app.processes import is_first_process, process_count
+from performers.proteins.inputs.packing import TokenDataset, pack_sequences
+from performers.proteins.inputs.tokenizer import encode_sequences
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.packing import TokenDataset, pack_sequences
-from performers.proteins.processes import is_first_process, process_count
-from performers.proteins.tokenizer import encode_sequences
+from performers.proteins.scoring.evaluation import evaluate_rows
 from performers.study.comparison import Report, train_once, wait_for
 from performers.study.cost import measure_cost
 from performers.study.data import StudyData

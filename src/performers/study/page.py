@@ -6,9 +6,9 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from performers.proteins import html_page as page
-from performers.proteins.figure_files import Pictures
-from performers.proteins.folders import read_json, write_atomically
+from performers.app.figures import Pictures
+from performers.app.files import read_json, write_atomically
+from performers.proteins.report import html_page as page
 from performers.study.comparison import results
 from performers.study.study_figures import accuracy_figure, contexts_figure
 from performers.study.summary import claims, summarise

@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from performers.proteins.errors import UserError
-from performers.proteins.folders import read_json, write_json
-from performers.proteins.learnt import compare_learnt
+from performers.app.errors import UserError
+from performers.app.files import read_json, write_json
+from performers.app.processes import is_first_process, process_count
 from performers.proteins.model_folder import load_model
-from performers.proteins.model_report import choose_protein
 from performers.proteins.options import TrainingOptions
-from performers.proteins.processes import is_first_process, process_count
+from performers.proteins.reading.learnt import compare_learnt
+from performers.proteins.report.model_report import choose_protein
 from performers.study.comparison import Report, execute, planned_runs
 from performers.study.data import StudyData
 from performers.study.long_context import measure_contexts, run_concatenated

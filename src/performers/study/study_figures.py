@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from performers.proteins.figure_files import MUTED, new_figure
+from performers.app.figures import MUTED, new_figure
 from performers.study.summary import Row
 from performers.study.tables import OBJECTIVES, label
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.blast import read_blast_database
-from performers.proteins.errors import UserError
 from tests.proteins.corpus.blast_files import write_blast
 
 RECORDS = [

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.download import describe_release, download
 from performers.proteins.corpus.sources import open_source
-from performers.proteins.errors import UserError
 
 CONTENT = bytes(range(256)) * 40_000
 METALINK = """<?xml version="1.0" encoding="UTF-8"?>

@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus import Corpus, CorpusOptions, prepare_corpus
 from performers.proteins.corpus.shards import SPLITS
 from performers.proteins.corpus.sources import open_source
-from performers.proteins.errors import UserError
 from tests.proteins.corpus import stand_in
 from tests.proteins.corpus.blast_files import write_blast
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 _ALPHABET = b"-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
 _VERSION_4_PROTEIN = bytes.fromhex("0000000400000001")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 _METALINK = "RELEASE.metalink"
 _CHUNK = 1 << 20

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from performers.app.errors import UserError
+from performers.app.files import read_json, write_atomically, write_json
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.shards import (
     FORMAT,
@@ -24,9 +26,7 @@ from performers.proteins.corpus.splitting import (
     independent_clusters,
     whole_groups,
 )
-from performers.proteins.errors import UserError
-from performers.proteins.fasta import ProteinRecord, iter_fasta, write_fasta
-from performers.proteins.folders import read_json, write_atomically, write_json
+from performers.proteins.inputs.fasta import ProteinRecord, iter_fasta, write_fasta
 from performers.proteins.options import CorpusOptions
 
 Report = Callable[[str], None]

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.shards import TokenShards
-from performers.proteins.errors import UserError
 
 
 class ShardedRows(Dataset[dict[str, Any]]):

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from performers.proteins.errors import UserError
-from performers.proteins.folders import read_json
+from performers.app.errors import UserError
+from performers.app.files import read_json
+from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 from performers.proteins.options import CorpusOptions
-from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 
 FORMAT = "performers-corpus-1"
 SPLITS = ("train", "validation", "test", "ood")

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.blast import read_blast_database
 from performers.proteins.corpus.download import describe_release, download
-from performers.proteins.errors import UserError
-from performers.proteins.fasta import iter_fasta
+from performers.proteins.inputs.fasta import iter_fasta
+from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS
 from performers.proteins.options import UNIPROT
-from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
 
 UNIPROT_LICENCE = "CC BY 4.0, The UniProt Consortium (https://www.uniprot.org)"
 _RESIDUES = frozenset(AMINO_ACIDS + AMBIGUOUS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 Clusters = Mapping[str, Sequence[str]]
 """The members of each cluster, by its name (the representative's)."""

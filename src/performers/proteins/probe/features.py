@@ -1,0 +1,211 @@
+"""What a probe reads labels from: a model's embeddings, and what embeddings must beat.
+
+What embeddings must beat is made as strong as it comes cheaply, since a handicapped baseline
+flatters the model: words of amino acids enter as square roots of their shares, and the length,
+which a mean over residues forgets, is given to all alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
+from performers.proteins.options import PROBE_FEATURES
+from performers.proteins.scoring.embedding import embed_sequences
+
+_KMERS = {"composition": 1, "dipeptides": 2, "tripeptides": 3}
+# From here on a table of counts is mostly zeros.
+_DENSE_COLUMNS = 1_000
+_ELSEWHERE = len(AMINO_ACIDS)
+# About the median of Swiss-Prot. A constant, so that no protein's features depend on the others.
+_USUAL_LENGTH = 300
+
+Progress = Callable[[str, int, int], None]
+
+
+def probe_features(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str],
+    *,
+    features: Sequence[str] = PROBE_FEATURES,
+    pooling: str = "mean",
+    batch_tokens: int = 8192,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Computes features of proteins, those of a model and those to compare it with.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        sequences: The proteins.
+        features: Which, in the order wanted:
+
+            - `"embeddings"`: the model's, see `embed_sequences`;
+            - `"random-weights"`: the same of `untrained` with `seed`;
+            - `"composition"`, `"dipeptides"`, `"tripeptides"`: √p of the shares p of
+              `kmer_frequencies`, k 1 to 3. The inner product of two proteins is then the
+              Bhattacharyya coefficient Σ √(p q): frequent words do not drown the rare ones.
+        pooling: Of embeddings, the model's and those of random weights: one of `POOLINGS`.
+        batch_tokens: Tokens in a batch of the models.
+        seed: Of the random weights.
+        progress: Called with the name of the features, the sequences done and all sequences.
+
+    Returns:
+        Name to a matrix (sequences, width), a SciPy sparse one for tripeptides. The last column of
+        each is `log_lengths`.
+
+    Raises:
+        UserError: A name is unknown, or the model gives values that are not finite.
+    """
+    unknown = [name for name in features if name not in PROBE_FEATURES]
+    if unknown or not features:
+        got = repr(unknown[0]) if unknown else "none"
+        raise UserError(f"--features must be some of {', '.join(PROBE_FEATURES)}; got {got}")
+    lengths = log_lengths(sequences)
+    found: dict[str, Any] = {}
+    for name in features:
+        if name in _KMERS:
+            found[name] = _beside(np.sqrt(kmer_frequencies(sequences, _KMERS[name])), lengths)
+            continue
+        source = model if name == "embeddings" else untrained(model, seed)
+        embedded = embed_sequences(
+            source,
+            tokenizer,
+            sequences,
+            pooling=pooling,
+            batch_tokens=batch_tokens,
+            progress=_named(progress, name),
+        )
+        if not np.isfinite(embedded).all():
+            raise UserError(
+                f"the {name} hold values that are not finite; the model's training diverged, or "
+                "its files are damaged: train anew or copy it again"
+            )
+        found[name] = _beside(embedded, lengths)
+    return found
+
+
+def feature_notes(features: Sequence[str], seed: int = 0) -> tuple[str, ...]:
+    """What a reader of numbers on `probe_features` must know.
+
+    Args:
+        features: The features computed.
+        seed: Of the random weights.
+
+    Returns:
+        Sentences.
+    """
+    notes = ["all features, embeddings included, hold the logarithm of the length besides"]
+    if "random-weights" in features:
+        notes.append(
+            f"random-weights is one draw of weights (seed {seed}): how far another draw would "
+            "score from it was not measured"
+        )
+    return tuple(notes)
+
+
+def log_lengths(sequences: Sequence[str]) -> NDArray[np.float32]:
+    """log(L / 300) of the L letters of each sequence, (sequences, 1).
+
+    It is near 0, with a spread of about 0.7 over Swiss-Prot, beside rows of unit norm as it is.
+    """
+    lengths = np.array([max(len(sequence), 1) for sequence in sequences], dtype=np.float32)
+    return np.asarray(np.log(lengths / np.float32(_USUAL_LENGTH)))[:, None]
+
+
+def untrained(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A model of the same class and configuration with random weights.
+
+    Args:
+        model: The model; it is left as it is.
+        seed: Of the weights and of random features.
+
+    Returns:
+        The new model, where the other one is, in evaluation mode.
+    """
+    # On the CPU, whose stream of random numbers is the same on every machine.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = type(model)(copy.deepcopy(model.config))
+    return fresh.to(device=model.device, dtype=model.dtype).eval()
+
+
+def kmer_frequencies(sequences: Sequence[str], k: int) -> Any:
+    """Share of each of the 20^k words of k amino acids among the words of a sequence.
+
+    Words overlap. A word with another letter than the twenty amino acids is not counted; a
+    sequence without any counted word has zeros.
+
+    Args:
+        sequences: Proteins as letters.
+        k: Length of a word, at least 1.
+
+    Returns:
+        (sequences, 20^k) in the order of `AMINO_ACIDS`, the first letter most significant; a
+        NumPy array of float32, or a SciPy CSR array of it from 1,000 columns on.
+
+    Raises:
+        ValueError: If `k` is below 1.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    width = len(AMINO_ACIDS) ** k
+    counted = [_words(sequence, k) for sequence in sequences]
+    if width < _DENSE_COLUMNS:
+        dense = np.zeros((len(counted), width), dtype=np.float32)
+        for row, (words, shares) in enumerate(counted):
+            dense[row, words] = shares
+        return dense
+    from scipy import sparse
+
+    ends = np.cumsum([0, *(len(words) for words, _ in counted)])
+    empty = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
+    columns = np.concatenate(empty[0] + [words for words, _ in counted])
+    values = np.concatenate(empty[1] + [shares for _, shares in counted])
+    return sparse.csr_array((values, columns, ends), shape=(len(counted), width))
+
+
+def _beside(matrix: Any, column: NDArray[np.float32]) -> Any:
+    """The matrix with one column more, sparse if it was."""
+    if isinstance(matrix, np.ndarray):
+        return np.hstack([matrix, column])
+    from scipy import sparse
+
+    return sparse.hstack([matrix, sparse.csr_array(column)], format="csr")
+
+
+def _words(sequence: str, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The words that occur, as numbers to base 20, rising, and the share of each."""
+    letters = _CODES[np.frombuffer(sequence.encode("latin-1", "replace"), dtype=np.uint8)]
+    if len(letters) < k:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
+    windows = np.lib.stride_tricks.sliding_window_view(letters, k)
+    windows = windows[(windows != _ELSEWHERE).all(1)]
+    number = windows @ (len(AMINO_ACIDS) ** np.arange(k - 1, -1, -1))
+    words, counts = np.unique(number, return_counts=True)
+    return words, (counts / max(len(number), 1)).astype(np.float32)
+
+
+def _amino_acid_codes() -> NDArray[np.int64]:
+    codes = np.full(256, _ELSEWHERE, dtype=np.int64)
+    codes[[ord(letter) for letter in AMINO_ACIDS]] = range(len(AMINO_ACIDS))
+    return codes
+
+
+_CODES = _amino_acid_codes()
+
+
+def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(f"computing {name}", done, total)
