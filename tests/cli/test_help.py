@@ -17,7 +17,7 @@ from tests.proteins.runs import finish, start
 
 COMMANDS = [
     *("train", "evaluate", "embed", "generate", "report", "demo", "probe", "convert"),
-    *("data swissprot", "data go-labels", "study proteins"),
+    *("data swissprot", "study proteins"),
     *("benchmark attention", "benchmark model", "benchmark decode", "benchmark accuracy"),
 ]
 

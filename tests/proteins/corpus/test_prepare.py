@@ -12,7 +12,6 @@ from performers.proteins.corpus import Corpus, CorpusOptions, prepare_corpus
 from performers.proteins.corpus.shards import SPLITS
 from performers.proteins.corpus.sources import open_source
 from tests.proteins.corpus import stand_in
-from tests.proteins.corpus.blast_files import write_blast
 
 OPTIONS = CorpusOptions(validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1)
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -104,17 +103,6 @@ def test_small_splits_are_fasta_too(fasta, tmp_path):
         assert lines[1::2] == [shards.sequence(i) for i in range(len(shards))]
         assert all(" family=" in line for line in lines[::2])
     assert not (tmp_path / "corpus" / "work").exists()
-
-
-def test_same_from_a_blast_database(fasta, tmp_path):
-    records = family_records()
-    (tmp_path / "blast").mkdir()
-    write_blast(
-        tmp_path / "blast" / "db", [(f"{n}|GO:1", s) for n, s in records] + [("BAD", "MK*V")]
-    )
-    manifest = prepare(tmp_path / "blast", tmp_path / "from_blast")
-    assert manifest["read"]["left_out"] == 1
-    assert manifest["read"]["distinct"] == 300
 
 
 @pytest.mark.parametrize("stop_before", ["cluster", "easy-search"])

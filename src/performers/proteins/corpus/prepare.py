@@ -19,7 +19,7 @@ from performers.proteins.corpus.shards import (
     VOCABULARY,
     write_shards,
 )
-from performers.proteins.corpus.sources import Source, fingerprint, is_protein
+from performers.proteins.corpus.sources import Source, fingerprint
 from performers.proteins.corpus.splitting import (
     assign_splits,
     candidate_clusters,
@@ -174,7 +174,7 @@ def _write_distinct(source: Source, path: Path, min_length: int) -> None:
     records = left_out = 0
     for name, sequence in source.records():
         records += 1
-        if len(sequence) < min_length or not is_protein(sequence):
+        if len(sequence) < min_length:
             left_out += 1
             continue
         known = first.get(sequence)

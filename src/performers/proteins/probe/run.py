@@ -7,6 +7,7 @@ differences between them are paired.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
-from performers.proteins.annotations import ENZYME_CLASSES
 from performers.proteins.options import ProbeOptions
 from performers.proteins.probe.fit import (
     ProbeFit,
@@ -24,6 +24,9 @@ from performers.proteins.probe.fit import (
 )
 from performers.proteins.probe.splits import ProbeSplit, split_proteins
 from performers.proteins.probe.task import ProbeTask
+
+# Terms, and the classes of enzymes as tools/go_labels.py names them.
+_GENE_ONTOLOGY = re.compile(r"GO:|EC[1-6]-")
 
 
 def run_probe(
@@ -188,7 +191,7 @@ def _limits(labels: Sequence[str], repeats: int) -> list[str]:
             "overlap, so it is a spread, not a standard error, and the splits won are no "
             "independent trials"
         )
-    if any(label.startswith("GO:") or label in ENZYME_CLASSES.values() for label in labels):
+    if any(_GENE_ONTOLOGY.match(label) for label in labels):
         notes.append(
             "labels of the Gene Ontology are partly inferred from sequence similarity, which "
             "favours features that tell relatives; what lacks a label may only not have been "

@@ -1,10 +1,10 @@
 """BLAST databases are read as they were written."""
 
 import pytest
+from tools.blast import main, read_blast_database
 
 from performers.app.errors import UserError
-from performers.proteins.corpus.blast import read_blast_database
-from tests.proteins.corpus.blast_files import write_blast
+from tests.tools.blast_files import write_blast
 
 RECORDS = [
     ("P1|GO:1,GO:2", "MKV"),
@@ -40,3 +40,14 @@ def test_cut_short(tmp_path, end, kept):
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(UserError, match="cut short"):
         list(read_blast_database(tmp_path / "db"))
+
+
+def test_the_script_writes_fasta(tmp_path, capsys):
+    write_blast(tmp_path / "db", RECORDS)
+    for place in (tmp_path, tmp_path / "db"):
+        main([str(place)])
+        out, err = capsys.readouterr()
+        assert out == f">P1\nMKV\n>Q2\n{RECORDS[1][1]}\n"
+        assert err == "1 records left out\n"
+    with pytest.raises(SystemExit, match=r"blast: .*none\.pin is missing"):
+        main([str(tmp_path / "none")])

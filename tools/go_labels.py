@@ -1,4 +1,16 @@
-"""Gene Ontology terms as labels of proteins, from the files of Debian's metastudent-data.
+"""Write labels of proteins, from the Gene Ontology, for ``performers probe --labels``.
+
+Usage:
+    apt-get download metastudent-data && dpkg-deb -x metastudent-data_*.deb unpacked
+    python tools/go_labels.py unpacked/usr/share/metastudent-data --output labels.tsv
+
+Debian's metastudent-data holds three ontologies (`MFO` molecular function, `BPO` biological
+process, `CCO` cellular component). All fields are separated by tabs:
+
+- `<ontology>/goasp_annot.dat`, one protein a line: its UniProt accession, then the terms it was
+  annotated with, one for each piece of evidence, so that a term may repeat.
+- `fullTransitiveClosureGO.txt`: term, relation, ancestor, steps of `is_a` between them.
+- `nameMapping.txt`: term, its name.
 
 Many of these annotations were themselves inferred from sequence similarity, and a term that is
 missing was more often never looked for than found absent.
@@ -6,21 +18,18 @@ missing was more often never looked for than found absent.
 
 from __future__ import annotations
 
+import argparse
+import re
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from performers.app.errors import UserError
-from performers.app.files import write_atomically
-from performers.proteins.annotation_files import (
-    metastudent_dataset,
-    read_go_ancestors,
-    read_go_annotations,
-    read_term_names,
-)
+from performers.app.files import prepare_output_file, write_atomically
 
 ROOTS = {"MFO": "GO:0003674", "BPO": "GO:0008150", "CCO": "GO:0005575"}
 """The ontologies of metastudent-data and the term at the top of each."""
@@ -38,6 +47,7 @@ ENZYME_CLASSES = {
 PRESETS = ("frequent", "enzyme-class", "enzyme-class-7")
 """What `terms` may be besides a list of terms; see `go_labels`."""
 
+_TERM = re.compile(r"GO:\d{7}")
 _CATALYTIC = "GO:0003824"
 _NOT_AN_ENZYME = "not-an-enzyme"
 # Two terms whose proteins overlap more (shared / either) ask nearly the same question.
@@ -201,6 +211,100 @@ def write_go_labels(
     return found
 
 
+def read_go_annotations(path: Path) -> dict[str, frozenset[str]]:
+    """Reads `goasp_annot.dat`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Accession to the distinct terms it was annotated with.
+
+    Raises:
+        UserError: The file is missing, empty or not of this format.
+    """
+    annotations: dict[str, frozenset[str]] = {}
+    shared: dict[str, str] = {}
+    for number, fields in _rows(path):
+        name, *terms = fields
+        bad = [term for term in terms if not _TERM.fullmatch(term)]
+        if not name or not terms or bad:
+            got = f"the term {bad[0]!r}" if bad else f"{len(fields)} field(s)"
+            raise UserError(
+                f"{path}:{number}: expected an accession and GO terms with tabs between, got {got}"
+            )
+        known = frozenset(shared.setdefault(term, term) for term in terms)
+        annotations[name] = annotations.get(name, frozenset()) | known
+    if not annotations:
+        raise UserError(f"{path} is empty; expected an accession and its GO terms in each line")
+    return annotations
+
+
+def read_go_ancestors(path: Path) -> dict[str, dict[str, int]]:
+    """Reads `fullTransitiveClosureGO.txt`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Term to its ancestors, each with the fewest steps to it.
+
+    Raises:
+        UserError: The file is missing, empty or not of this format.
+    """
+    ancestors: dict[str, dict[str, int]] = {}
+    shared: dict[str, str] = {}
+    for number, fields in _rows(path):
+        if len(fields) != 4 or not fields[3].isdigit():
+            raise UserError(
+                f"{path}:{number}: expected term, relation, ancestor and steps with tabs between, "
+                f"got {len(fields)} fields: {' '.join(fields)[:60]!r}"
+            )
+        term, ancestor = (shared.setdefault(name, name) for name in (fields[0], fields[2]))
+        above = ancestors.setdefault(term, {})
+        above[ancestor] = min(int(fields[3]), above.get(ancestor, int(fields[3])))
+    if not ancestors:
+        raise UserError(f"{path} is empty; expected the transitive closure of the Gene Ontology")
+    return ancestors
+
+
+def metastudent_dataset(folder: Path) -> Path:
+    """Finds the data in the folder of metastudent-data.
+
+    Args:
+        folder: The package's folder, or one of the `dataset_*` folders in it.
+
+    Returns:
+        The folder of the newest data set.
+
+    Raises:
+        UserError: The folder holds no data set.
+    """
+    if (folder / "fullTransitiveClosureGO.txt").is_file():
+        return folder
+    inside = sorted(folder.glob("dataset_*/fullTransitiveClosureGO.txt"))
+    if not inside:
+        raise UserError(
+            f"{folder} holds no dataset_*/fullTransitiveClosureGO.txt; give the folder that "
+            "Debian's metastudent-data installs, /usr/share/metastudent-data"
+        )
+    return inside[-1].parent
+
+
+def read_term_names(path: Path) -> dict[str, str]:
+    """Reads `nameMapping.txt`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Term to its name; nothing when there is no such file.
+    """
+    if not path.is_file():
+        return {}
+    return {fields[0]: " ".join(fields[1].split()) for _, fields in _rows(path) if len(fields) == 2}
+
+
 def _enzyme_labels(
     informed: Mapping[str, frozenset[str]], left_out: dict[str, int], *, seventh: bool
 ) -> GoLabels:
@@ -272,3 +376,50 @@ def _distinct(
         if len(chosen) == most:
             break
     return list(chosen)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The number of each line that is not blank, and its fields."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n").split("\t")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give the folder of metastudent-data") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; copy the file again") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder of metastudent-data")
+    parser.add_argument("--output", type=Path, required=True, help="a .tsv file")
+    parser.add_argument("--ontology", default="MFO", help=", ".join(ROOTS))
+    parser.add_argument(
+        "--terms",
+        default="frequent",
+        help=f"one of {', '.join(PRESETS)}, or GO terms with commas between",
+    )
+    parser.add_argument(
+        "--min-depth", type=int, default=2, help="least steps of frequent terms below the root"
+    )
+    parser.add_argument(
+        "--min-count", type=int, default=500, help="least proteins of a frequent term"
+    )
+    parser.add_argument("--max-terms", type=int, default=30, help="most frequent terms")
+    options = vars(parser.parse_args(arguments))
+    try:
+        output = prepare_output_file(options.pop("output"), (".tsv",))
+        found = write_go_labels(options.pop("source"), output, **options)
+    except UserError as error:
+        sys.exit(f"go_labels: {error}")
+    for reason, count in found.left_out.items():
+        print(f"{count:,} proteins left out: {reason}", file=sys.stderr)
+    for label, name in found.names.items():
+        print(f"{label}\t{name}\t{found.counts[label]}")
+    print(f"{len(found.labels):,} proteins in {output}")
+
+
+if __name__ == "__main__":
+    main()

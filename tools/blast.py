@@ -1,15 +1,25 @@
-"""Protein BLAST databases of version 4, read without BLAST."""
+"""Write protein BLAST databases of version 4 as FASTA, without BLAST.
+
+The name of a record is its title up to the first bar. Records with other symbols than residues are
+left out.
+
+Usage:
+    python tools/blast.py unpacked/usr/share/metastudent-data > swissprot.fasta
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from performers.app.errors import UserError
+from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS
 
 _ALPHABET = b"-ABCDEFGHIKLMNPQRSTVWXYZU*OJ"
+_RESIDUES = frozenset(AMINO_ACIDS + AMBIGUOUS)
 _VERSION_4_PROTEIN = bytes.fromhex("0000000400000001")
 # A definition line starts SEQUENCE OF SEQUENCE { [0] VisibleString ... }, all of indefinite length.
 _TITLE_START = bytes.fromhex("30803080a0801a")
@@ -51,6 +61,11 @@ def read_blast_database(prefix: Path) -> Iterator[tuple[str, str]]:
         yield title, sequence.translate(letters).decode("ascii")
 
 
+def is_protein(sequence: str) -> bool:
+    """Return True for a sequence of one residue or more and of nothing else."""
+    return bool(sequence) and _RESIDUES.issuperset(sequence)
+
+
 def _offsets(path: Path, index: bytes) -> tuple[list[int], list[int]]:
     position = 8
     try:
@@ -76,3 +91,26 @@ def _title(header: bytes) -> str | None:
         length = int.from_bytes(header[at + 1 : at + 1 + more], "big")
         at += 1 + more
     return header[at : at + length].decode("ascii", errors="replace")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    paths = [Path(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    if not paths:
+        sys.exit("usage: blast.py FOLDER_OR_PREFIX... > proteins.fasta")
+    left_out = 0
+    try:
+        for path in paths:
+            inside = sorted(path.rglob("*.pin")) if path.is_dir() else []
+            for prefix in [index.with_suffix("") for index in inside] or [path]:
+                for title, sequence in read_blast_database(prefix):
+                    if is_protein(sequence):
+                        print(f">{title.split('|')[0].strip()}\n{sequence}")
+                    else:
+                        left_out += 1
+    except UserError as error:
+        sys.exit(f"blast: {error}")
+    print(f"{left_out:,} records left out", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,18 @@
 """GO terms as labels, from files in the formats of metastudent-data."""
 
 import pytest
-
-from performers.app.errors import UserError
-from performers.proteins.annotation_files import (
+from tools.go_labels import (
+    ENZYME_CLASSES,
+    go_labels,
+    main,
     metastudent_dataset,
     read_go_ancestors,
     read_go_annotations,
+    write_go_labels,
 )
-from performers.proteins.annotations import ENZYME_CLASSES, go_labels, write_go_labels
+
+from performers.app.errors import UserError
 from performers.proteins.probe.labels import read_labels
-from tests.cli.commands import refusal, run
 
 ROOT, CATALYTIC, BINDING = "GO:0003674", "GO:0003824", "GO:0005488"
 HYDROLASE, TRANSFERASE, KINASE, DNA, NUCLEIC = (
@@ -156,21 +158,21 @@ def test_bad_files_and_arguments_are_named(metastudent, tmp_path):
             reader(bad)
 
 
-def test_the_command_writes_the_table_and_prints_it(metastudent, tmp_path):
+def test_the_script_writes_the_table_and_prints_it(metastudent, tmp_path, capsys):
     path = tmp_path / "labels.tsv"
-    out, lines = run(
-        *("data", "go-labels", metastudent, "--output", path, "--terms", "enzyme-class")
-    )
+    main([str(metastudent), "--output", str(path), "--terms", "enzyme-class"])
+    out, err = capsys.readouterr()
     written = path.read_bytes()
     found = write_go_labels(metastudent, path, terms="enzyme-class")
     assert path.read_bytes() == written
-    assert f"{len(found.labels)} proteins in {path}" in out
-    for label, count in found.counts.items():
-        assert [row.split()[-1] for row in out.splitlines() if row.split()[:1] == [label]] == [
-            str(count)
-        ]
-    assert "1 proteins left out: several enzyme classes" in lines
-    assert "--ontology must be one of" in refusal(
-        "data", "go-labels", metastudent, "--output", path, "--ontology", "XFO"
-    )
-    assert ".tsv" in refusal("data", "go-labels", metastudent, "--output", tmp_path / "labels.csv")
+    assert out.splitlines() == [
+        *(f"{label}\t{label}\t{found.counts[label]}" for label in found.names),
+        f"{len(found.labels)} proteins in {path}",
+    ]
+    assert "1 proteins left out: several enzyme classes" in err
+    for output, ontology, words in (
+        (path, "XFO", "go_labels: --ontology must be one of"),
+        (tmp_path / "labels.csv", "MFO", r"must end with \.tsv"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            main([str(metastudent), "--output", str(output), "--ontology", ontology])
