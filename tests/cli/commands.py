@@ -1,5 +1,6 @@
 """Runs commands inside the test's process."""
 
+import numpy as np
 from typer.testing import CliRunner
 
 from performers.cli.app import app
@@ -21,3 +22,9 @@ def refusal(*arguments, code=2):
     assert len(lines) == 1, lines
     assert lines[0].startswith("performers: ")
     return lines[0].removeprefix("performers: ")
+
+
+def arrays(path):
+    """The arrays of a .npz file."""
+    with np.load(path) as file:
+        return dict(file)

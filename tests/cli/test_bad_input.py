@@ -5,7 +5,7 @@ import gzip
 import numpy as np
 import pytest
 
-from tests.cli.commands import refusal, run
+from tests.cli.commands import arrays, refusal, run
 from tests.proteins.runs import flags, proteins
 
 WHOLE = gzip.compress(b">a\n" + b"MKTLLW" * 200 + b"\n", mtime=0)
@@ -94,8 +94,9 @@ def test_odd_but_legal_input_is_read_and_counted(masked, tmp_path):
         f"{sum(map(len, sequences))} lower-case letters read as upper case; 3 trailing '*' removed;"
         " non-standard letters kept: U 1, X 1; 3 records repeat the name of an earlier one"
     )
-    expected, found = np.load(tmp_path / "plain.npz"), np.load(tmp_path / "odd.npz")
-    for name in ("names", "lengths", "embeddings"):
+    expected, found = arrays(tmp_path / "plain.npz"), arrays(tmp_path / "odd.npz")
+    assert found.keys() == {"names", "lengths", "embeddings"}
+    for name in found:
         np.testing.assert_array_equal(found[name], expected[name])
 
 

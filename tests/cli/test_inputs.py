@@ -6,14 +6,15 @@ import threading
 import numpy as np
 import pytest
 
-from performers.proteins.pretrained import PRETRAINED
-from tests.cli.commands import refusal, run
+from performers.proteins.embedded import PRETRAINED
+from tests.cli.commands import arrays, refusal, run
 
 
 @pytest.fixture
 def default(masked, monkeypatch):
     """A small model in the place of the one that ships."""
-    monkeypatch.setattr("performers.proteins.pretrained._FOLDER", masked)
+    monkeypatch.setattr("performers.proteins.embedded._DATA", masked.parent)
+    monkeypatch.setattr("performers.proteins.embedded.PRETRAINED", masked.name)
     return masked
 
 
@@ -25,7 +26,7 @@ def test_evaluate_without_a_model_reads_with_the_one_that_ships(default, fasta, 
 def test_embed_without_a_model_reads_with_the_one_that_ships(default, fasta, tmp_path):
     run("embed", fasta, "--output", tmp_path / "without.npz")
     run("embed", default, fasta, "--output", tmp_path / "with.npz")
-    without, given = np.load(tmp_path / "without.npz"), np.load(tmp_path / "with.npz")
+    without, given = arrays(tmp_path / "without.npz"), arrays(tmp_path / "with.npz")
     assert np.array_equal(without["embeddings"], given["embeddings"])
 
 

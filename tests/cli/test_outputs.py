@@ -107,13 +107,13 @@ def test_a_model_folder_that_is_not_one(command, causal, fasta, tmp_path):
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("train", "training.train_model"),
-        ("train", "fasta.read_fasta"),
-        ("evaluate", "evaluation.evaluate_model"),
+        ("train", "training.train.train_model"),
+        ("train", "inputs.fasta.read_fasta"),
+        ("evaluate", "scoring.evaluation.evaluate_model"),
         ("evaluate", "model_folder.load_model"),
-        ("embed", "embedding.embed_sequences"),
-        ("generate", "generation.generate_sequences"),
-        ("report", "model_report.report_on_model"),
+        ("embed", "scoring.embedding.embed_sequences"),
+        ("generate", "scoring.generation.generate_sequences"),
+        ("report", "report.model_report.report_on_model"),
     ],
 )
 def test_ctrl_c_anywhere_exits_with_130(command, function, fasta, causal, tmp_path, monkeypatch):

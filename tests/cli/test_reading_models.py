@@ -14,7 +14,7 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.embedding import embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from tests.cli.commands import refusal, run
+from tests.cli.commands import arrays, refusal, run
 from tests.proteins.runs import make_model, make_model_folder, proteins, write_sequences
 
 KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
@@ -73,7 +73,7 @@ def test_embed_keeps_order_and_duplicate_names(model, tmp_path):
     _, lines = run("embed", model, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
     assert lines[-1] == f"9 vectors of width 16 in {tmp_path / 'x.npz'}"
     run("embed", model, path, "--output", tmp_path / "new" / "x.parquet")
-    arrays = np.load(tmp_path / "x.npz")
+    arrays = arrays(tmp_path / "x.npz")
     table = pyarrow.parquet.read_table(tmp_path / "new" / "x.parquet")
     assert (
         arrays["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)

@@ -104,7 +104,9 @@ def test_the_checkpoint_before_stands_in_for_a_damaged_one(checkpoints, name, da
 def test_a_resumed_run_says_so_in_one_line_and_ends_with_the_same_numbers(
     folder, whole, monkeypatch, capsys
 ):
-    change(folder / "checkpoints" / "checkpoint-4" / "optimizer.pt")
+    newest = folder / "checkpoints" / "checkpoint-4"
+    change(newest / "optimizer.pt")
+    (newest / "left.bin").touch()
     with monkeypatch.context() as patched:
         # As in a program that configures no logging.
         patched.setattr(logging.root, "handlers", [])
@@ -116,6 +118,7 @@ def test_a_resumed_run_says_so_in_one_line_and_ends_with_the_same_numbers(
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
     assert same_weights(folder, whole)
     assert last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    assert not (newest / "left.bin").exists(), "remains are no part of its successor"
 
 
 @pytest.mark.parametrize("damage", [delete, change])
@@ -149,15 +152,17 @@ def test_a_checkpoint_that_was_being_written_is_none(checkpoints, caplog):
     assert caplog.messages[-1].endswith("(its saving had not ended); starting anew")
 
 
-def test_remains_of_a_damaged_checkpoint_are_no_part_of_its_successor(folder, checkpoints):
-    newest = checkpoints / "checkpoint-4"
-    (newest / "optimizer.pt").unlink()
-    (newest / "left.bin").touch()
-    train(folder, resume=True)
-    listed = json.loads((newest / "manifest.json").read_text())["files"]
-    assert "optimizer.pt" in listed
-    assert "left.bin" not in listed
-    assert not (newest / "left.bin").exists()
+def cut_off(checkpoints, name):
+    truncate(checkpoints / "checkpoint-4" / name)
+
+
+def state(content):
+    def damage(checkpoints):
+        path = checkpoints / "checkpoint-4" / "trainer_state.json"
+        path.unlink()
+        os.mkfifo(path) if content is None else path.write_text(content)
+
+    return damage
 
 
 class TestWithoutManifest:
@@ -185,9 +190,15 @@ class TestWithoutManifest:
         with pytest.raises(UserError, match=r"no usable checkpoint: checkpoint-4 .*missing\), ch"):
             last_complete_checkpoint(checkpoints)
 
-    @pytest.mark.parametrize("name", NEEDED[1:])
-    def test_an_archive_that_is_cut_off_is_passed_over(self, checkpoints, name):
-        truncate(checkpoints / "checkpoint-4" / name)
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            *[lambda folder, name=name: cut_off(folder, name) for name in NEEDED[1:]],
+            *map(state, (None, "", "[" * 100_000)),
+        ],
+    )
+    def test_what_is_cut_off_is_passed_over(self, checkpoints, damage):
+        damage(checkpoints)
         assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
 
     @pytest.mark.parametrize(
@@ -197,22 +208,11 @@ class TestWithoutManifest:
             ({"global_step": 3}, "is of step 3"),
         ],
     )
-    def test_a_log_of_another_kind_or_step_is_refused(self, checkpoints, changes, reason, caplog):
-        for state in checkpoints.glob("*/trainer_state.json"):
-            content = json.loads(state.read_text())
-            state.write_text(json.dumps({**content, **changes}))
+    def test_a_log_of_another_kind_or_step_is_refused(self, checkpoints, changes, reason):
+        for path in checkpoints.glob("*/trainer_state.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
         with pytest.raises(UserError, match=rf"checkpoint-4 \(trainer_state.json {reason}"):
             last_complete_checkpoint(checkpoints)
-
-    @pytest.mark.parametrize("content", [None, "", "[" * 100_000])
-    def test_a_log_that_was_being_written_is_passed_over(self, checkpoints, content):
-        state = checkpoints / "checkpoint-4" / "trainer_state.json"
-        state.unlink()
-        if content is None:
-            os.mkfifo(state)
-        else:
-            state.write_text(content)
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
 
     def test_every_process_needs_its_random_state(self, checkpoints, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -222,5 +222,5 @@ class TestWithoutManifest:
             for process in range(2):
                 torch.save(torch.get_rng_state(), path / f"rng_state_{process}.pth")
         assert last_complete_checkpoint(checkpoints).name == "checkpoint-4"
-        truncate(checkpoints / "checkpoint-4" / "rng_state_1.pth")
+        cut_off(checkpoints, "rng_state_1.pth")
         assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"

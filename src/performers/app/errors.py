@@ -1,13 +1,13 @@
-"""Errors that are the user's to mend."""
+"""Errors that commands report in one line."""
 
 
 class UserError(Exception):
-    """Something given to a command cannot be used; the message is one line and says what to do."""
+    """An argument or a file cannot be used; the message is one line and names the remedy."""
 
 
 class Interrupted(Exception):
-    """A run was stopped by Ctrl-C after it saved what it had; the message says how to go on."""
+    """Ctrl-C stopped a run after it was saved; the message says how to resume."""
 
 
 class Diverged(UserError):
-    """A training whose loss or weights became infinite or NaN."""
+    """The loss or the weights of a training became infinite or NaN."""

@@ -1,12 +1,16 @@
-"""What all figures share: making them without pyplot, writing them to files and data URIs."""
+"""Figures: one style, made without pyplot, written to files and data URIs."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -15,27 +19,65 @@ from performers.app.files import write_atomically
 
 INK, MUTED = "#222222", "#767676"
 """Colours of text and of what stands behind the data."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that can be told apart with any colour vision (Okabe and Ito 2008)."""
 
+_STYLE = Path(__file__).with_suffix(".mplstyle")
 _MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 # A creation date would make two runs of the same data differ.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-def new_figure(size: tuple[float, float], *, arrange: bool = True) -> Figure:
-    """An empty white figure of a size in inches.
+
+def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a function that draws: inside it, matplotlib's settings are those of the style."""
+
+    @wraps(draw)
+    def in_style(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with style.context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+def new_figure(
+    size: tuple[float, float], *, title: str | None = None, arrange: bool = True
+) -> Figure:
+    """An empty figure.
 
     Args:
-        size: Width and height.
-        arrange: Whether axes are moved so that labels do not overlap; otherwise they stay where
-            they are put.
+        size: Width and height in inches.
+        title: Heading of the figure.
+        arrange: Whether axes are moved so that labels do not overlap.
 
     Returns:
         The figure.
     """
     engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04) if arrange else None
-    figure = Figure(figsize=size, layout=engine, facecolor="white")
+    figure = Figure(figsize=size, layout=engine)
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(shortened(title, 90), color=INK)
     return figure
+
+
+def add_legend(
+    figure: Figure, entries: Sequence[tuple[str, Any]], place: str, columns: int
+) -> None:
+    """Add a legend of (name, line) entries outside the axes."""
+    if not entries:
+        return
+    # Placeholders first: matplotlib drops labels that begin with an underscore.
+    legend = figure.legend(
+        [line for _, line in entries],
+        [str(number) for number in range(len(entries))],
+        loc=place,
+        ncols=min(columns, len(entries)),
+    )
+    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
+        text.set_text(shortened(name))
 
 
 def shortened(name: str, length: int = 48) -> str:
@@ -45,7 +87,7 @@ def shortened(name: str, length: int = 48) -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144) -> Path:
-    """Writes a figure whole or not at all.
+    """Write a figure whole or not at all.
 
     Args:
         figure: The figure.
@@ -57,7 +99,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
         The path.
 
     Raises:
-        ValueError: If the suffix is another.
+        ValueError: The suffix is none of these.
     """
     path = Path(path)
     image_format = path.suffix.removeprefix(".").lower()
@@ -68,7 +110,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
 
 
 def figure_to_data_uri(figure: Figure, *, image_format: str = "png", dpi: int = 144) -> str:
-    """The figure as a data URI, to be the source of an HTML image.
+    """Encode a figure as a data URI, the source of an HTML image.
 
     Args:
         figure: The figure.
@@ -79,7 +121,7 @@ def figure_to_data_uri(figure: Figure, *, image_format: str = "png", dpi: int = 
         The URI.
 
     Raises:
-        ValueError: If `image_format` is another.
+        ValueError: `image_format` is none of these.
     """
     if image_format not in _MEDIA_TYPES:
         raise ValueError(
@@ -101,7 +143,7 @@ class Pictures:
         self.dpi = dpi
 
     def add(self, name: str, figure: Figure) -> str:
-        """Writes the figure to `<name>.png`, replacing one that exists, and returns its URI."""
+        """Write the figure to `<name>.png`, replacing one that exists, and return its URI."""
         data = _render(figure, "png", self.dpi)
         write_atomically(self.folder / f"{name}.png", data)
         return _data_uri(data, "png")

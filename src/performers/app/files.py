@@ -13,19 +13,19 @@ from performers.app.processes import is_first_process
 def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
     """Make a folder that results can be written to.
 
-    Of several processes of one run only the first checks; it may have begun to write when the
-    others get here.
+    Of several processes of one run only the first checks: it may begin to write before the others
+    do.
 
     Args:
         folder: The folder.
-        resume: Whether it may hold the results of an earlier run; None for a command that cannot
-            resume, which is the same as False but for the advice.
+        resume: Accept a folder with the results of an earlier run; None for a command that cannot
+            resume.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: It is a file, not empty (without ``resume``), or not writable.
+        UserError: The folder is a file, not empty (without ``resume``), or not writable.
     """
     if not is_first_process():
         return folder
@@ -57,7 +57,7 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
         The path.
 
     Raises:
-        UserError: The suffix is another, or the file cannot be written.
+        UserError: The suffix is none of `suffixes`, or the file cannot be written.
     """
     if path.suffix.lower() not in suffixes:
         raise UserError(f"--output {path} must end with {' or '.join(suffixes)}")
@@ -69,7 +69,6 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        # What is there already in place of the folder.
         in_the_way = isinstance(error, FileExistsError)
         reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
         raise UserError(

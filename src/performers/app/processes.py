@@ -1,13 +1,13 @@
-"""Which of the processes of one run this is, as launchers such as torchrun tell it."""
+"""Processes of one run, as launchers such as torchrun number them."""
 
 import os
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for the run: it checks, prints and saves."""
+    """Return True in the process that checks, prints and saves."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def process_count() -> int:
-    """Processes of the run."""
+    """Number of processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -27,7 +27,7 @@ from performers.cli.inputs import (
 )
 from performers.cli.probe import probe
 from performers.cli.train import train
-from performers.proteins.options import DEMO_STEPS, POOLINGS
+from performers.proteins.options import DEMO_STEPS, POOLINGS, SamplingOptions
 
 app = App(
     no_args_is_help=True,
@@ -126,46 +126,28 @@ def embed(options: EmbeddingOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(Options):
-    """Options of ``performers generate``."""
+class GenerationFiles(Options):
+    """Files of ``performers generate``."""
 
     model: Path = argument("A folder that performers train wrote.")
-    prompt: str = option("First residues of every sequence.", "")
-    num_sequences: int = option("Sequences.", 1, flag="--num")
-    max_length: int = option("Most residues in a sequence.", 512)
-    temperature: float = option("0 = the most likely residue.", 1.0)
-    top_k: int = option("Only the likeliest so many; 0 = all.", 0)
-    top_p: float = option("Only the likeliest with this share.", 1.0)
-    seed: int = option(**SEED)
     output_file: Path | None = option(
         "FASTA file; standard output by default.", None, flag="--output"
     )
 
 
 @app.command()
-def generate(options: GenerationOptions) -> None:
+def generate(files: GenerationFiles, options: SamplingOptions) -> None:
     """Sample new sequences from a causal model, as FASTA."""
     from performers.proteins.inputs.fasta import write_fasta
     from performers.proteins.model_folder import load_model
     from performers.proteins.scoring.generation import generate_sequences
 
-    if options.output_file is not None:
-        prepare_output_file(options.output_file, (".fasta", ".fa", ".faa", ".gz"))
-    network, tokenizer = load_model(model_folder(options.model))
+    if files.output_file is not None:
+        prepare_output_file(files.output_file, (".fasta", ".fa", ".faa", ".gz"))
+    network, tokenizer = load_model(model_folder(files.model))
     with ProgressBars() as bars:
-        records = generate_sequences(
-            network,
-            tokenizer,
-            prompt=options.prompt,
-            num_sequences=options.num_sequences,
-            max_length=options.max_length,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            progress=bars.task("generating"),
-        )
-    write_fasta(options.output_file or typer.get_text_stream("stdout"), records)
+        records = generate_sequences(network, tokenizer, options, progress=bars.task("generating"))
+    write_fasta(files.output_file or typer.get_text_stream("stdout"), records)
 
 
 @dataclass(frozen=True, kw_only=True)

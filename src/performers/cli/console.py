@@ -25,7 +25,7 @@ _SHOWN = {"loss": "loss", "eval_accuracy": "validation accuracy"}
 
 
 def note(text: str | None) -> None:
-    """Print a line on stderr, if there is one; of several processes the first does."""
+    """Print a line on stderr, in the first of several processes."""
     if text and is_first_process():
         messages.print(text, markup=False, soft_wrap=True)
 

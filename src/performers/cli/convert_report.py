@@ -1,4 +1,4 @@
-"""What a conversion found, as tables on the console and as a page of Markdown."""
+"""Results of a conversion as tables on the console and as a page of Markdown."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def report_tables(content: Mapping[str, Any]) -> list[ReportTable]:
     """The tables of a conversion.
 
     Args:
-        content: What ``ConversionRecord.content`` gives.
+        content: JSON of ``ConversionRecord.content``.
 
     Returns:
         Quality, and what was measured of speed.
@@ -100,7 +100,7 @@ def report_page(content: Mapping[str, Any]) -> str:
     """A conversion as a page of Markdown, with its figure.
 
     Args:
-        content: What ``ConversionRecord.content`` gives.
+        content: JSON of ``ConversionRecord.content``.
     """
     options, model, machine = content["options"], content["model"], content["machine"]
     settings = ", ".join(

@@ -34,7 +34,9 @@ _STEPS = 16
 def convert_and_measure(
     options: ConversionOptions, folder: Path, resume: bool, lengths: tuple[int, ...], memory: bool
 ) -> None:
-    """Convert a model into a folder, or go on with a run in it, and print the results.
+    """Convert a model into a folder, or resume a run in it, and print the results.
+
+    Ctrl-C raises ``Interrupted``; what is done is in the folder.
 
     Args:
         options: Options of the conversion.
@@ -45,7 +47,6 @@ def convert_and_measure(
 
     Raises:
         UserError: The model, the text or an option cannot be used.
-        Interrupted: Ctrl-C; what is done is in the folder.
     """
     record = ConversionRecord(saved=lambda record: _save(record, folder))
     try:

@@ -94,7 +94,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
                 pooling=inputs.pooling,
                 batch_tokens=inputs.batch_tokens,
                 seed=options.seed,
-                progress=lambda name, done, total: bars.update(name, done, total, {}),
+                report=bars.update,
             ),
             task,
             options,

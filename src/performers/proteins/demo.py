@@ -66,7 +66,7 @@ def run_demo(
     Args:
         output: Folder to write to.
         steps: Optimiser steps of each model.
-        seed: Of weights, data order and masks.
+        seed: Seed of weights, data order and masks.
         resume: Keep what an interrupted demo has finished, and continue the rest.
         report: Called with what is being done, how much of it is done, how much there is, and a
             log entry.

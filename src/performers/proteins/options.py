@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from performers.app.options import OptionError, Options, option
@@ -39,6 +40,10 @@ STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 Wide enough for hundreds of standardised columns, which want strong penalties, and for sparse rows
 of unit norm, which want weak ones.
 """
+
+
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures beyond which scaled logits are not finite or no longer differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +261,7 @@ class TrainingOptions(Options):
             tokens: Tokens of the data, from which validation is held out.
 
         Raises:
-            UserError: They do not fit.
+            UserError: The activations do not fit in memory.
         """
         if not (self.gradient_checkpointing or self.bf16):
             # A batch ends where one more row would exceed the budget: half of it is always reached.
@@ -376,3 +381,44 @@ class ProbeOptions(Options):
         super().__post_init__()
         if not self.strengths or min(self.strengths) <= 0:
             raise OptionError(f"strengths must be values of C above 0, got {self.strengths}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Options):
+    """Options of ``generate_sequences``; each is a flag of ``performers generate``."""
+
+    prompt: str = option("First residues of every sequence.", "")
+    num_sequences: int = option("Number of sequences.", 1, flag="--num", at_least=1)
+    max_length: int = option("Most residues in a sequence, prompt included.", 512)
+    temperature: float = option("Divides the logits; 0 takes the most likely residue.", 1.0)
+    top_k: int = option("Sample from so many most likely residues; 0 for all.", 0, at_least=0)
+    top_p: float = option(
+        "Sample from the smallest set of residues with this probability.", 1.0, above=0, at_most=1
+    )
+    seed: int = option("Random seed.", 0, at_least=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        """Check ranges and the letters of the prompt.
+
+        Raises:
+            UserError: An option is out of range; the message begins with its flag.
+        """
+        super().__post_init__()
+        prompt = "".join(self.prompt.split()).upper()
+        object.__setattr__(self, "prompt", prompt)
+        illegal = sorted(set(prompt) - set(ascii_uppercase))
+        if illegal:
+            raise OptionError(
+                f"--prompt has letters that are not residues: {' '.join(illegal)}; use letters "
+                "from A to Z"
+            )
+        if self.max_length <= len(prompt):
+            raise OptionError(
+                f"--max-length must exceed the prompt's {len(prompt)} residues, got "
+                f"{self.max_length}"
+            )
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise OptionError(
+                f"--temperature must be 0 or between {COLDEST:g} and {HOTTEST:g}, got "
+                f"{self.temperature}"
+            )

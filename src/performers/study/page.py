@@ -8,7 +8,7 @@ from typing import Any
 
 from performers.app.figures import Pictures
 from performers.app.files import read_json, write_atomically
-from performers.proteins.report import html_page as page
+from performers.study import html_page as page
 from performers.study.comparison import results
 from performers.study.study_figures import accuracy_figure, contexts_figure
 from performers.study.summary import claims, summarise

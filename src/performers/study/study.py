@@ -12,7 +12,7 @@ from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.reading.learnt import compare_learnt
+from performers.proteins.report.comparison import compare_learnt
 from performers.proteins.report.model_report import choose_protein
 from performers.study.comparison import Report, execute, planned_runs
 from performers.study.data import StudyData

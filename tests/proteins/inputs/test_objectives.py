@@ -5,9 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import (
@@ -170,12 +168,9 @@ def test_inputs_of_any_integer_kind_are_left_alone():
         assert list(map(int, tokens)) == ids
         assert CausalCollator(TOKENIZER)([{"input_ids": tokens}])["labels"].tolist() == [ids]
     assert all(equal(result, results[0]) for result in results)
-
-
-def test_a_row_without_residues_has_no_targets():
-    batch = MaskedCollator(TOKENIZER)([{"input_ids": [1, 2, 1, 3, 4], "index": 0}])
-    assert (batch["labels"] == -100).all()
-    assert batch["input_ids"].tolist() == [[1, 2, 1, 3, 4]]
+    bare = MaskedCollator(TOKENIZER)([{"input_ids": [1, 2, 1, 3, 4], "index": 0}])
+    assert (bare["labels"] == -100).all(), "a row without residues has no targets"
+    assert bare["input_ids"].tolist() == [[1, 2, 1, 3, 4]]
 
 
 def test_the_causal_batch_is_its_own_label():
@@ -214,63 +209,6 @@ def test_padding_to_a_multiple(kind, multiple):
         assert (tensor[:, 29:] == fill).all()
 
 
-def test_bad_arguments_and_examples_are_refused():
-    for options, message in [
-        ({"mask_probability": 0.0}, "mask_probability"),
-        ({"mask_probability": 1.5}, "mask_probability"),
-        ({"seed": -1}, "seed"),
-        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            MaskedCollator(TOKENIZER, **options)
-    masked = MaskedCollator(TOKENIZER)
-    for collator in (masked, CausalCollator(TOKENIZER)):
-        with pytest.raises(ValueError, match="empty batch"):
-            collator([])
-        with pytest.raises(ValueError, match="input_ids"):
-            collator([{"index": 0}])
-    with pytest.raises(ValueError, match="remove_unused_columns"):
-        masked([{"input_ids": [1, 5, 2]}])
-    with pytest.raises(ValueError, match="1 of 2"):
-        masked(
-            [{"input_ids": [5], "index": 0, "sequence_ids": [0]}, {"input_ids": [5], "index": 1}]
-        )
-    for token, kind in [("mask", MaskedCollator), ("pad", CausalCollator)]:
-        bare = build_protein_tokenizer(closed=True)
-        setattr(bare, f"{token}_token", None)
-        with pytest.raises(ValueError, match=f"no {token} token"):
-            kind(bare)
-
-
-class Recorder(nn.Module):
-    """A model that notes the batches it is trained on."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(31, 31)
-        self.seen = []
-
-    def forward(self, input_ids, attention_mask, labels):
-        if self.training:
-            self.seen.append((input_ids.clone(), labels.clone()))
-        logits = self.embedding(input_ids)
-        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
-
-
-class BatchTrainer(Trainer):
-    """Trainer over a batch sampler that covers the whole run."""
-
-    def get_train_dataloader(self):
-        batches = self.args.max_steps * self.args.gradient_accumulation_steps
-        sampler = LengthBucketedBatchSampler(
-            self.train_dataset.lengths, max_tokens=200, num_batches=batches, seed=2
-        )
-        loader = DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator
-        )
-        return self.accelerator.prepare(loader)
-
-
 def test_all_hidden_masks_the_same_targets_and_shows_none():
     shown = MaskedCollator(TOKENIZER, seed=3)(examples(50))
     hidden = MaskedCollator(TOKENIZER, seed=3, replaced=ALL_HIDDEN)(examples(50))
@@ -280,39 +218,35 @@ def test_all_hidden_masks_the_same_targets_and_shows_none():
     assert (shown["input_ids"][targets] != TOKENIZER.mask_token_id).any()
 
 
-@pytest.mark.parametrize("replaced", [(-0.1, 0.5), (0.9, 0.2)])
-def test_shares_of_replacement_are_checked(replaced):
-    with pytest.raises(ValueError, match="replaced"):
-        MaskedCollator(TOKENIZER, replaced=replaced)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_probability": 0.0}, "mask_probability"),
+        ({"mask_probability": 1.5}, "mask_probability"),
+        ({"seed": -1}, "seed"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
+        ({"replaced": (-0.1, 0.5)}, "replaced"),
+        ({"replaced": (0.9, 0.2)}, "replaced"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedCollator(TOKENIZER, **options)
 
 
-def test_a_resumed_trainer_sees_the_same_batches_and_masks(tmp_path):
-    def train(resume):
-        model = Recorder()
-        # Trainer's own seed differs between the runs and must not matter.
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=7, save_steps=3, gradient_accumulation_steps=2,
-            remove_unused_columns=False, report_to=[], disable_tqdm=True, use_cpu=True,
-            seed=int(resume),
-        )  # fmt: skip
-        trainer = BatchTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=TokenDataset(proteins(20)),
-            data_collator=MaskedCollator(TOKENIZER, seed=4),
-        )
-        checkpoint = str(tmp_path / "checkpoint-3") if resume else None
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        return model.seen, result.global_step
-
-    whole, steps = train(resume=False)
-    assert (len(whole), steps) == (14, 7)
-    epoch_batches = len(
-        LengthBucketedBatchSampler(TokenDataset(proteins(20)).lengths, max_tokens=200)
-    )
-    assert epoch_batches < 6, "the resumed part begins in a later epoch"
-    resumed, steps = train(resume=True)
-    assert (len(resumed), steps) == (8, 7)
-    for (inputs, labels), (inputs_again, labels_again) in zip(whole[6:], resumed, strict=True):
-        assert torch.equal(inputs, inputs_again)
-        assert torch.equal(labels, labels_again)
+def test_bad_examples_and_tokenizers_are_refused():
+    masked, causal = MaskedCollator(TOKENIZER), CausalCollator(TOKENIZER)
+    packed = {"input_ids": [5], "index": 0, "sequence_ids": [0]}
+    for collator, examples, message in [
+        *((c, [], "empty batch") for c in (masked, causal)),
+        *((c, [{"index": 0}], "input_ids") for c in (masked, causal)),
+        (masked, [{"input_ids": [1, 5, 2]}], "remove_unused_columns"),
+        (masked, [packed, {"input_ids": [5], "index": 1}], "1 of 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            collator(examples)
+    for token, kind in [("mask", MaskedCollator), ("pad", CausalCollator)]:
+        bare = build_protein_tokenizer(closed=True)
+        setattr(bare, f"{token}_token", None)
+        with pytest.raises(ValueError, match=f"no {token} token"):
+            kind(bare)

@@ -46,12 +46,6 @@ def test_packed_rows_are_the_sequences_end_to_end(sequences, row_length):
         position += row.input_ids.size
 
 
-def test_a_known_packing():
-    rows = pack_sequences([np.array([1, 5, 2]), np.array([1, 6, 7, 8, 2]), np.array([1, 9, 2])], 4)
-    assert [row.input_ids.tolist() for row in rows] == [[1, 5, 2, 1], [6, 7, 8, 2], [1, 9, 2]]
-    assert [row.sequence_ids.tolist() for row in rows] == [[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0]]
-
-
 @given(st.integers(0, 200), st.integers(1, 60))
 def test_windows_lose_nothing_and_are_even(length, max_length):
     sequence = np.arange(length, dtype=np.int16)
@@ -61,15 +55,6 @@ def test_windows_lose_nothing_and_are_even(length, max_length):
     assert len(windows) == max(1, -(-length // max_length))
     assert max(sizes) <= max_length
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_packing_refuses_what_makes_no_sense():
-    with pytest.raises(ValueError, match="row_length"):
-        pack_sequences([np.array([1])], 0)
-    with pytest.raises(ValueError, match="max_length"):
-        split_windows(np.array([1]), 0)
-    with pytest.raises(ValueError, match="token row 1 is empty"):
-        pack_sequences([np.array([1]), np.array([], dtype=int)], 4)
 
 
 def test_the_data_set_of_plain_and_of_packed_rows():
@@ -84,20 +69,6 @@ def test_the_data_set_of_plain_and_of_packed_rows():
     assert packed[2]["sequence_ids"].tolist() == [0]
     assert packed[1]["sequence_ids"].tolist() == [0, 0, 1, 1]
     assert [example["index"] for example in packed] == [0, 1, 2], "iteration ends"
-
-
-def test_the_data_set_refuses_what_makes_no_sense():
-    dataset = TokenDataset([np.array([1, 5, 2])])
-    for key in (1, -1, (0, 1)):
-        with pytest.raises(IndexError, match="index"):
-            dataset[key]
-    with pytest.raises(ValueError, match="rows"):
-        TokenDataset([])
-    with pytest.raises(ValueError, match="is empty"):
-        TokenDataset([np.array([1]), np.array([])])
-    row = PackedRow(np.array([1]), np.array([0], np.int32))
-    with pytest.raises(ValueError, match="1 of 2 are packed"):
-        TokenDataset([np.array([1]), row])
 
 
 @pytest.mark.parametrize("limit", [{"batch_size": 16}, {"max_tokens": 4096}])
@@ -149,15 +120,10 @@ def test_rows_of_one_length_are_shuffled_all_over():
     indices = np.array([[index for _, index in batch] for batch in batches])
     assert np.ptp(indices, axis=1).mean() > 150
     assert abs(np.corrcoef(indices.ravel(), np.arange(400))[0, 1]) < 0.2
-
-
-def test_batches_do_not_come_in_the_order_of_their_lengths():
     sizes = lengths()
-    means = [
-        np.mean([sizes[index] for _, index in batch])
-        for batch in LengthBucketedBatchSampler(sizes, batch_size=8, pool_batches=1000)
-    ]
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2
+    batches = LengthBucketedBatchSampler(sizes, batch_size=8, pool_batches=1000)
+    means = [np.mean([sizes[index] for _, index in batch]) for batch in batches]
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.2, "nor by length"
 
 
 def test_an_evaluation_meets_its_longest_rows_first():
@@ -197,27 +163,36 @@ def test_accelerate_deals_the_batches_out_and_skips_them():
     assert seen == whole[33:]
 
 
+def sampler(lengths=(5, 10, 3), **arguments):
+    return LengthBucketedBatchSampler(lengths, **arguments)
+
+
+EMPTY, ONE = np.array([], dtype=int), np.array([1])
+ROW = PackedRow(ONE, np.array([0], np.int32))
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("call", "message"),
     [
-        ({}, "exactly one"),
-        ({"batch_size": 2, "max_tokens": 99}, "exactly one"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 9}, "row 1 has 10 tokens"),
-        ({"batch_size": 2, "num_batches": 0}, "num_batches"),
-        ({"batch_size": 2, "pool_batches": 0}, "pool_batches"),
-        ({"batch_size": 2, "seed": -1}, "seed"),
+        (lambda: pack_sequences([ONE], 0), "row_length"),
+        (lambda: pack_sequences([ONE, EMPTY], 4), "token row 1 is empty"),
+        (lambda: split_windows(ONE, 0), "max_length"),
+        (lambda: TokenDataset([]), "rows"),
+        (lambda: TokenDataset([ONE, EMPTY]), "is empty"),
+        (lambda: TokenDataset([ONE, ROW]), "1 of 2 are packed"),
+        *[(lambda key=key: TokenDataset([ONE])[key], "index") for key in (1, -1, (0, 1))],
+        *[(lambda bad=bad: sampler(bad, batch_size=2), "lengths") for bad in ([], [3, 0], [[3]])],
+        (lambda: sampler(), "exactly one"),
+        (lambda: sampler(batch_size=2, max_tokens=99), "exactly one"),
+        (lambda: sampler(batch_size=0), "batch_size"),
+        (lambda: sampler(max_tokens=0), "max_tokens"),
+        (lambda: sampler(max_tokens=9), "row 1 has 10 tokens"),
+        (lambda: sampler(batch_size=2, num_batches=0), "num_batches"),
+        (lambda: sampler(batch_size=2, pool_batches=0), "pool_batches"),
+        (lambda: sampler(batch_size=2, seed=-1), "seed"),
+        (lambda: sampler(batch_size=2).set_epoch(-1), "epoch"),
     ],
 )
-def test_the_sampler_refuses_what_makes_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LengthBucketedBatchSampler([5, 10, 3], **arguments)
-
-
-@pytest.mark.parametrize("bad", [[], [3, 0], [[3, 4]]])
-def test_the_sampler_refuses_bad_lengths(bad):
-    with pytest.raises(ValueError, match="lengths"):
-        LengthBucketedBatchSampler(bad, batch_size=2)
-    with pytest.raises(ValueError, match="epoch"):
-        LengthBucketedBatchSampler([3], batch_size=2).set_epoch(-1)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises((ValueError, IndexError), match=message):
+        call()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
+from transformers import BertConfig, BertForMaskedLM, pipeline
 
 from performers.proteins.inputs.tokenizer import (
     AMBIGUOUS,
@@ -115,12 +115,6 @@ def test_a_causal_model_reads_a_prompt():
     assert tokenizer("MKTLLVV", truncation=True)["input_ids"] == [1, 15, 13, 21, 14, 14]
 
 
-def test_sequences_need_begin_and_end_tokens(tokenizer):
-    tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="eos_token not set"):
-        encode_sequences(tokenizer, ["MK"])
-
-
 def test_the_fast_path_over_several_chunks(tokenizer, monkeypatch):
     sequences = ["A" * length for length in [3, 100, 0, 7, 50, 1]]
     whole = encode_sequences(tokenizer, sequences)
@@ -130,18 +124,6 @@ def test_the_fast_path_over_several_chunks(tokenizer, monkeypatch):
     assert [row.size for row in whole] == [5, 102, 2, 9, 52, 3]
     long = encode_sequences(tokenizer, ["MKT" * 13_334])[0]
     assert long.size == 40_004
-
-
-def test_residue_ids_need_a_protein_vocabulary(tokenizer):
-    assert residue_ids(tokenizer).tolist() == list(range(5, 31))
-    with pytest.raises(ValueError, match=r"1, \? not found"):
-        residue_ids(tokenizer, "A1?")
-
-
-def test_too_large_a_vocabulary_is_refused(tokenizer):
-    tokenizer.add_tokens([f"<{i}>" for i in range(33_000)])
-    with pytest.raises(ValueError, match="vocabulary"):
-        encode_sequences(tokenizer, ["MK"])
 
 
 @pytest.mark.exhaustive
@@ -176,13 +158,6 @@ def test_a_saved_tokenizer_loads_in_a_fresh_process_without_this_package(tokeniz
     assert json.loads(done.stdout) == expected
 
 
-def test_saving_keeps_the_maximal_length(tmp_path):
-    build_protein_tokenizer(model_max_length=1024, closed=True).save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.model_max_length == 1024
-    assert loaded("MKT")["input_ids"] == [1, 15, 13, 21, 2]
-
-
 def test_fill_mask_pipeline(tokenizer):
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -195,3 +170,15 @@ def test_fill_mask_pipeline(tokenizer):
     assert {answer["sequence"] for answer in answers} == {"MKTWLL", "MKTALL"}
     assert len(fill("MKT<mask>LL")) == 5
     assert [len(answer) for answer in fill("mk<mask>t<mask>")] == [5, 5]
+
+
+def test_tokenizers_that_do_not_fit_are_refused(tokenizer):
+    assert residue_ids(tokenizer).tolist() == list(range(5, 31))
+    with pytest.raises(ValueError, match=r"1, \? not found"):
+        residue_ids(tokenizer, "A1?")
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="eos_token not set"):
+        encode_sequences(tokenizer, ["MK"])
+    tokenizer.add_tokens([f"<{i}>" for i in range(33_000)])
+    with pytest.raises(ValueError, match="vocabulary"):
+        encode_sequences(tokenizer, ["MK"])

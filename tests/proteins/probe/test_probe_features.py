@@ -48,7 +48,10 @@ def test_features_come_in_the_order_asked_for():
     sequences = proteins(6)
     seen = []
     found = probe_features(
-        model, tokenizer, sequences, progress=lambda name, done, total: seen.append((name, total))
+        model,
+        tokenizer,
+        sequences,
+        report=lambda name, done, total, log: seen.append((name, total)),
     )
     assert tuple(found) == PROBE_FEATURES
     np.testing.assert_array_equal(

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from performers.proteins.inputs.fasta import ProteinRecord
-from performers.proteins.reading.learnt import compare_learnt, finite
-from performers.proteins.report.head_figure import heads_figure
+from performers.proteins.reading.learnt import finite
+from performers.proteins.report.comparison import compare_learnt
+from performers.proteins.report.figures import heads_figure
 from tests.proteins.runs import make_model, proteins
 
 PROTEIN = ProteinRecord("enzyme", "", proteins(1, 30, 30)[0])

@@ -1,26 +1,22 @@
-from __future__ import annotations
+"""Figures: panels, texts apart, hostile names."""
 
 import base64
 import math
 import os
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
-from performers.app.figures import Pictures
+from performers.app.figures import Pictures, figure_to_data_uri, save_figure
 from performers.proteins.reading.head_scores import local_global_score
 from performers.proteins.reading.similarity import AMINO_ACIDS, load_reference_matrix
+from performers.proteins.report.attention_figure import attention_maps_figure
 from performers.proteins.report.figures import (
     RESIDUE_ORDER,
-    attention_maps_figure,
     curves,
-    figure_to_data_uri,
     learning_curve_figure,
-    save_figure,
     similarity_figure,
 )
 
@@ -33,17 +29,17 @@ HISTORY = [
 ]
 
 
-def _maps(layers: int, heads: int, length: int) -> list[np.ndarray]:
+def _maps(layers, heads, length):
     generator = np.random.default_rng(0)
     raw = generator.exponential(size=(layers, heads, length, length))
     return list(raw / raw.sum(-1, keepdims=True))
 
 
-def _letters(length: int) -> str:
+def _letters(length):
     return (AMINO_ACIDS * (length // 20 + 1))[:length]
 
 
-def _texts(figure: Figure) -> list:
+def _texts(figure):
     """All texts that are drawn: titles, labels and tick labels, with their boxes on the canvas."""
     figure.canvas.draw()
     found = []
@@ -59,7 +55,7 @@ def _texts(figure: Figure) -> list:
     return [text for text in found if text.get_text() and text.get_visible()]
 
 
-def _assert_texts_apart(figure: Figure) -> None:
+def _assert_texts_apart(figure):
     boxes = [(text.get_text(), text.get_window_extent()) for text in _texts(figure)]
     width, height = figure.canvas.get_width_height()
     for number, (name, box) in enumerate(boxes):
@@ -77,9 +73,7 @@ def _assert_texts_apart(figure: Figure) -> None:
 @pytest.mark.parametrize(
     ("layers", "heads", "length"), [(1, 1, 1), (2, 3, 12), (3, 8, 150), (1, 12, 24), (6, 4, 700)]
 )
-def test_attention_maps_have_a_panel_per_head_and_texts_apart(
-    layers: int, heads: int, length: int
-) -> None:
+def test_attention_maps_have_a_panel_per_head_and_texts_apart(layers, heads, length):
     maps = _maps(layers, heads, length)
     tensors = [torch.from_numpy(weights)[None] for weights in maps]
     scores = local_global_score(tensors, torch.ones(1, length, dtype=torch.bool))
@@ -92,7 +86,7 @@ def test_attention_maps_have_a_panel_per_head_and_texts_apart(
         _assert_texts_apart(figure)
 
 
-def test_attention_maps_number_the_layers_given_and_survive_odd_weights() -> None:
+def test_attention_maps_number_the_layers_given_and_survive_odd_weights():
     maps = _maps(2, 2, 10)
     maps[0][0] = 0.0
     maps[0][1, 0, 0] = math.nan
@@ -103,28 +97,18 @@ def test_attention_maps_number_the_layers_given_and_survive_odd_weights() -> Non
         drawn = np.asarray(ax.images[0].get_array())
         assert np.isfinite(drawn).all()
         assert drawn.min() >= 0
-    save = figure_to_data_uri(figure)
-    assert save.startswith("data:image/png;base64,")
-
-
-def test_attention_map_of_an_even_head_is_pale_and_of_a_sharp_head_dark() -> None:
     length = 60
-    even = np.full((1, length, length), 1 / length)
-    sharp = np.eye(length)[None]
+    even, sharp = np.full((1, length, length), 1 / length), np.eye(length)[None]
     figure = attention_maps_figure([even, sharp], _letters(length))
     drawn = [np.asarray(ax.images[0].get_array()).max() for ax in figure.axes[:2]]
-    assert drawn[0] == pytest.approx(0.1)
-    assert drawn[1] == pytest.approx(1.0)
-
-
-def test_attention_maps_refuse_what_does_not_fit() -> None:
+    assert drawn == pytest.approx([0.1, 1.0]), "an even head is pale"
     with pytest.raises(ValueError, match=r"attentions\[1\]"):
         attention_maps_figure([*_maps(1, 2, 10), *_maps(1, 2, 11)], _letters(10))
     with pytest.raises(ValueError, match="at least one"):
         attention_maps_figure([], "")
 
 
-def test_similarity_figure_shows_each_matrix_in_the_same_order() -> None:
+def test_similarity_figure_shows_each_matrix_in_the_same_order():
     reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
     generator = np.random.default_rng(0)
     matrix = np.corrcoef(generator.normal(size=(20, 30)))
@@ -146,29 +130,24 @@ def test_similarity_figure_shows_each_matrix_in_the_same_order() -> None:
     assert sorted(RESIDUE_ORDER) == sorted(AMINO_ACIDS)
 
 
-def test_curves_reads_a_trainer_log() -> None:
+def test_curves_reads_a_trainer_log():
     assert curves(HISTORY, "loss") == {
         "train": ([10, 20], [2.9, 2.7]),
         "validation": ([20], [2.8]),
         "ood": ([20], [2.85]),
     }
     assert curves(HISTORY, "accuracy") == {"validation": ([20], [0.12])}
+    # No numbers are left out, and the last of a repeated step counts.
+    points = [(1, math.nan), (2, "2.0"), (None, 2.0), (4, 1.0), (3, np.float32(1.5)), (4, 1.25)]
+    history = [{"step": step, "loss": loss} for step, loss in points]
+    assert curves([*history, {"loss": 2.0}], "loss") == {"train": ([3, 4], [1.5, 1.25])}
+    figure = learning_curve_figure({"a": [{"step": 1, "loss": 2.0}]})
+    assert len(figure.axes) == 1, "no panel of accuracy"
+    assert figure.axes[0].lines[0].get_marker() == "o"
+    assert figure_to_data_uri(learning_curve_figure({"a": []})).startswith("data:")
 
 
-def test_curves_skips_what_is_no_number_and_keeps_the_last_of_a_repeated_step() -> None:
-    history = [
-        {"step": 1, "loss": math.nan},
-        {"step": 2, "loss": "2.0"},
-        {"step": None, "loss": 2.0},
-        {"loss": 2.0},
-        {"step": 4, "loss": 1.0},
-        {"step": 3, "loss": np.float32(1.5)},
-        {"step": 4, "loss": 1.25},
-    ]
-    assert curves(history, "loss") == {"train": ([3, 4], [1.5, 1.25])}
-
-
-def test_learning_curves_draw_every_split_and_hostile_names() -> None:
+def test_learning_curves_draw_every_split_and_hostile_names():
     names = ["_hidden", "$\\frac{1$", "x" * 200]
     figure = learning_curve_figure(
         dict.fromkeys(names, HISTORY), baseline_loss=2.89, baseline_accuracy=0.097
@@ -183,14 +162,7 @@ def test_learning_curves_draw_every_split_and_hostile_names() -> None:
     _assert_texts_apart(figure)
 
 
-def test_learning_curves_without_accuracy_have_one_panel() -> None:
-    figure = learning_curve_figure({"a": [{"step": 1, "loss": 2.0}]})
-    assert len(figure.axes) == 1
-    assert figure.axes[0].lines[0].get_marker() == "o"
-    assert figure_to_data_uri(learning_curve_figure({"a": []})).startswith("data:")
-
-
-def test_files_and_uris_hold_images(tmp_path: Path) -> None:
+def test_files_and_uris_hold_images(tmp_path):
     figure = learning_curve_figure({"a": HISTORY})
     path = save_figure(figure, tmp_path / "new" / "folder" / "curve.png")
     assert path.read_bytes().startswith(PNG)
@@ -203,24 +175,19 @@ def test_files_and_uris_hold_images(tmp_path: Path) -> None:
     assert base64.b64decode(uri.split(",", 1)[1]) == (tmp_path / "pictures/one.png").read_bytes()
 
 
-def test_unknown_formats_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    figure = learning_curve_figure({"a": HISTORY})
+def test_what_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
+    figure, path = learning_curve_figure({"a": HISTORY}), tmp_path / "curve.png"
+    path.write_bytes(b"old")
     with pytest.raises(ValueError, match=r"curve\.doc"):
         save_figure(figure, tmp_path / "curve.doc")
     with pytest.raises(ValueError, match="image_format"):
         figure_to_data_uri(figure, image_format="gif")
-    assert list(tmp_path.iterdir()) == []
 
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "curve.png"
-    path.write_bytes(b"old")
-
-    def fail(*_: object) -> None:
+    def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_figure(learning_curve_figure({"a": HISTORY}), path)
+        save_figure(figure, path)
     assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
     assert path.read_bytes() == b"old"

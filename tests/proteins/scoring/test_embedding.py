@@ -15,35 +15,27 @@ from tests.proteins.runs import make_model, proteins
 @pytest.mark.parametrize("objective", ["mlm", "clm"])
 @pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
 def test_a_vector_is_the_mean_over_the_residues_of_the_last_layer(objective, attention):
+    """And then their standard deviation, where it is asked for."""
     model, tokenizer = make_model(objective, attention=attention)
     sequences = [*proteins(15), "M", "XXBZ"]
-    vectors = embed_sequences(model, tokenizer, sequences, batch_tokens=100)
-    assert vectors.shape == (17, 16)
-    assert vectors.dtype == np.float32
-    for sequence, vector in zip(sequences, vectors, strict=True):
+    means = embed_sequences(model, tokenizer, sequences, batch_tokens=100)
+    both = embed_sequences(model, tokenizer, sequences, pooling="mean-sd", batch_tokens=100)
+    assert (means.shape, both.shape, means.dtype) == ((17, 16), (17, 32), np.float32)
+    np.testing.assert_allclose(both[:, :16], means, atol=2e-5)
+    for sequence, mean, spread in zip(sequences, means, both[:, 16:], strict=True):
         tokens = torch.from_numpy(encode_sequences(tokenizer, [sequence])[0])[None].long()
         with torch.no_grad():
-            hidden = model.base_model(tokens).last_hidden_state[0, 1:-1]
-        np.testing.assert_allclose(vector, hidden.mean(0).numpy(), atol=2e-5)
+            hidden = model.base_model(tokens).last_hidden_state[0, 1:-1].numpy()
+        np.testing.assert_allclose(mean, hidden.mean(0), atol=2e-5)
+        np.testing.assert_allclose(spread, hidden.std(0), atol=2e-5)
+    assert (both[15, 16:] == 0).all(), "one residue has no spread"
 
 
-def test_a_spread_follows_the_mean():
-    model, tokenizer = make_model()
-    sequences = [*proteins(5), "M", "XXBZ"]
-    means = embed_sequences(model, tokenizer, sequences)
-    vectors = embed_sequences(model, tokenizer, sequences, pooling="mean-sd", batch_tokens=100)
-    assert vectors.shape == (7, 32)
-    np.testing.assert_allclose(vectors[:, :16], means, atol=2e-5)
-    for sequence, spread in zip(sequences, vectors[:, 16:], strict=True):
-        tokens = torch.from_numpy(encode_sequences(tokenizer, [sequence])[0])[None].long()
-        with torch.no_grad():
-            hidden = model.base_model(tokens).last_hidden_state[0, 1:-1]
-        np.testing.assert_allclose(spread, hidden.numpy().std(0), atol=2e-5)
-    assert (vectors[5, 16:] == 0).all(), "one residue has no spread"
-
-
-def test_an_unknown_pooling_is_named():
-    model, tokenizer = make_model()
+def test_what_cannot_be_embedded_is_refused():
+    model, tokenizer = make_model(position_embedding="learned", max_length=20)
+    assert embed_sequences(model, tokenizer, ["M" * 18]).shape == (1, 16)
+    with pytest.raises(UserError, match="cannot read 21"):
+        embed_sequences(model, tokenizer, ["MK", "M" * 19])
     with pytest.raises(UserError, match=r"--pooling must be one of mean, mean-sd; got 'max'"):
         embed_sequences(model, tokenizer, ["MK"], pooling="max")
 
@@ -85,13 +77,6 @@ def test_progress_counts_sequences():
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_a_sequence_longer_than_learned_positions():
-    model, tokenizer = make_model(position_embedding="learned", max_length=20)
-    assert embed_sequences(model, tokenizer, ["M" * 18]).shape == (1, 16)
-    with pytest.raises(UserError, match="cannot read 21"):
-        embed_sequences(model, tokenizer, ["MK", "M" * 19])
-
-
 RECORDS = [ProteinRecord("b", "", "MKT"), ProteinRecord("a", "x", "M"), ProteinRecord("b", "", "W")]
 VECTORS = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -100,14 +85,23 @@ def names_in(file):
     return file["names"].tobytes().decode().split("\n")
 
 
-def test_npz(tmp_path):
-    write_embeddings(tmp_path / "x.npz", RECORDS, VECTORS)
+def test_files_hold_names_lengths_and_vectors(tmp_path):
+    for name in ("x.npz", "x.parquet"):
+        write_embeddings(tmp_path / name, RECORDS, VECTORS)
     with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
         assert set(file) == {"names", "lengths", "embeddings"}
         assert names_in(file) == ["b", "a", "b"]
         assert file["lengths"].tolist() == [3, 1, 1]
         np.testing.assert_array_equal(file["embeddings"], VECTORS)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert table.column_names == ["name", "length", "embedding"]
+    assert table["name"].to_pylist() == ["b", "a", "b"]
+    assert table["length"].to_pylist() == [3, 1, 1]
+    assert table["embedding"].to_pylist() == VECTORS.tolist()
+    assert str(table["embedding"].type) == "fixed_size_list<element: float>[4]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "x.parquet"]
+    with pytest.raises(ValueError, match=r"names of one line, got 'a\\nb'"):
+        write_embeddings(tmp_path / "x.npz", [ProteinRecord("a\nb", "", "MKT")], VECTORS[:1])
 
 
 def test_one_long_name_does_not_lengthen_the_others(tmp_path):
@@ -119,23 +113,6 @@ def test_one_long_name_does_not_lengthen_the_others(tmp_path):
     text = sum(len(name.encode()) + 1 for name in names)
     # Eight bytes a length and four a vector; the rest is headers.
     assert (tmp_path / "x.npz").stat().st_size < text + 12 * len(names) + 2000
-
-
-def test_a_name_of_two_lines_is_refused(tmp_path):
-    records = [ProteinRecord("a\nb", "", "MKT")]
-    with pytest.raises(ValueError, match=r"names of one line, got 'a\\nb'"):
-        write_embeddings(tmp_path / "x.npz", records, VECTORS[:1])
-
-
-def test_parquet(tmp_path):
-    write_embeddings(tmp_path / "x.parquet", RECORDS, VECTORS)
-    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
-    assert table.column_names == ["name", "length", "embedding"]
-    assert table["name"].to_pylist() == ["b", "a", "b"]
-    assert table["length"].to_pylist() == [3, 1, 1]
-    assert table["embedding"].to_pylist() == VECTORS.tolist()
-    assert str(table["embedding"].type) == "fixed_size_list<element: float>[4]"
-    assert [path.name for path in tmp_path.iterdir()] == ["x.parquet"]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from performers.app.errors import UserError
 from performers.models.manifest import save_model_folder
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer
 from performers.proteins.model_folder import load_model
+from performers.proteins.options import SamplingOptions
 from performers.proteins.scoring.generation import generate_sequences
 from performers.proteins.training.train import train_model
 from tests.proteins.runs import make_model, proteins, small_options
@@ -21,8 +22,9 @@ def causal():
     return make_model("clm")
 
 
-def generated(causal, **options):
-    return generate_sequences(*causal, **{"max_length": 30, **options})
+def generated(causal, *, batch_size=32, progress=None, **options):
+    sampling = SamplingOptions(**{"max_length": 30, **options})
+    return generate_sequences(*causal, sampling, batch_size=batch_size, progress=progress)
 
 
 def test_records_keep_the_prompt_and_hold_amino_acids_only(causal):
@@ -33,11 +35,23 @@ def test_records_keep_the_prompt_and_hold_amino_acids_only(causal):
         assert set(record.sequence) <= set(AMINO_ACIDS)
         assert 3 <= len(record.sequence) <= 30
     assert len({record.sequence for record in records}) > 30
-
-
-def test_an_odd_letter_of_the_prompt_is_kept_and_never_sampled(causal):
+    # An odd letter of the prompt is kept and never sampled.
     (record,) = generated(causal, prompt="MX")
     assert re.fullmatch(f"MX[{AMINO_ACIDS}]*", record.sequence)
+    for temperature in (1e-3, 1e3):
+        for record in generated(causal, num_sequences=8, temperature=temperature):
+            assert set(record.sequence) <= set(AMINO_ACIDS)
+
+
+def test_the_seed_decides_and_batches_make_up_the_number(causal):
+    first, seen = generated(causal, num_sequences=5, seed=1), []
+    assert generated(causal, num_sequences=5, seed=1) == first
+    assert generated(causal, num_sequences=5, seed=2) != first
+    records = generated(
+        causal, num_sequences=5, batch_size=2, progress=lambda *done: seen.append(done)
+    )
+    assert len(records) == 5
+    assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 def test_without_a_prompt_there_is_at_least_one_residue(causal):
@@ -59,12 +73,6 @@ def test_the_description_tells_length_and_cut(causal):
     assert len({"cut" in record.description for record in records}) == 2
 
 
-def test_the_seed_decides(causal):
-    first = generated(causal, num_sequences=5, seed=1)
-    assert generated(causal, num_sequences=5, seed=1) == first
-    assert generated(causal, num_sequences=5, seed=2) != first
-
-
 def test_at_temperature_zero_the_most_likely_residue_follows(causal):
     model, tokenizer = causal
     (record,) = generated(causal, prompt="MK", temperature=0, max_length=10)
@@ -79,29 +87,11 @@ def test_at_temperature_zero_the_most_likely_residue_follows(causal):
     assert generated(causal, prompt="MK", top_p=1e-6, max_length=10)[0].sequence == record.sequence
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e3])
-def test_extreme_temperatures_still_sample_amino_acids(causal, temperature):
-    for record in generated(causal, num_sequences=8, temperature=temperature):
-        assert set(record.sequence) <= set(AMINO_ACIDS)
-
-
 @pytest.mark.parametrize("attention", ["favor-relu", "exact", "identity"])
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_every_kind_of_causal_model_generates(attention, positions):
     model = make_model("clm", attention=attention, position_embedding=positions)
     assert len(generated(model, num_sequences=3, max_length=40)) == 3
-
-
-def test_batches_make_up_the_number(causal):
-    seen = []
-    records = generated(
-        causal,
-        num_sequences=5,
-        batch_size=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert len(records) == 5
-    assert seen == [(2, 5), (4, 5), (5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -123,14 +113,9 @@ def test_batches_make_up_the_number(causal):
         ({"temperature": math.nan}, "--temperature"),
     ],
 )
-def test_an_option_out_of_range_is_named(causal, options, message):
+def test_an_option_out_of_range_is_named(options, message):
     with pytest.raises(UserError, match=message):
-        generated(causal, **options)
-
-
-def test_a_masked_model_cannot_generate():
-    with pytest.raises(UserError, match="predicts masked residues and cannot generate"):
-        generated(make_model("mlm"))
+        SamplingOptions(**options)
 
 
 def test_learned_positions_end():
@@ -138,6 +123,8 @@ def test_learned_positions_end():
     assert generated(model, max_length=20, num_sequences=10)
     with pytest.raises(UserError, match="learned positions for 20 tokens and cannot read 21"):
         generated(model, max_length=21)
+    with pytest.raises(UserError, match="predicts masked residues and cannot generate"):
+        generated(make_model("mlm"))
 
 
 def test_a_trained_model_continues_prompts_where_transformers_generates(tmp_path):
@@ -164,4 +151,4 @@ def test_a_trained_model_continues_prompts_where_transformers_generates(tmp_path
 def test_a_model_saved_with_closed_prompts_generates(causal, tmp_path):
     save_model_folder(tmp_path, causal[0], build_protein_tokenizer(40))
     options = {"prompt": "MKT", "num_sequences": 5, "max_length": 30}
-    assert generate_sequences(*load_model(tmp_path), **options) == generated(causal, **options)
+    assert generated(load_model(tmp_path), **options) == generated(causal, **options)

@@ -50,11 +50,21 @@ def by_hand(logits, labels, shift=False):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_equal_to_the_definition(is_causal):
-    logits, labels = batch(0)
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype"),
+    [
+        (VOCABULARY, torch.float32),
+        *((VOCABULARY, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+        # Padded for speed.
+        (64, torch.float32),
+    ],
+)
+def test_equal_to_the_definition(is_causal, vocabulary, dtype):
+    logits, labels = batch(0, vocabulary=vocabulary)
     metrics = ResidueMetrics(TOKENIZER, is_causal=is_causal)
-    metrics.update(logits, labels)
-    assert metrics.compute() == pytest.approx(by_hand(logits, labels, is_causal), rel=1e-12)
+    metrics.update(logits.to(dtype), labels)
+    expected = by_hand(logits.to(dtype), labels, is_causal)
+    assert metrics.compute() == pytest.approx(expected, rel=1e-12)
 
 
 def test_batches_of_any_shape_add_up():
@@ -71,7 +81,7 @@ def test_batches_of_any_shape_add_up():
 
 def test_special_tokens_and_ignored_positions_do_not_count():
     logits, labels = batch(2)
-    kept = torch.isin(labels, residue_ids_tensor())
+    kept = torch.isin(labels, torch.tensor(sorted(RESIDUES)))
     assert 0 < kept.sum() < (labels != -100).sum()
     only_residues = labels.masked_fill(~kept, -100)
     a, b = ResidueMetrics(TOKENIZER), ResidueMetrics(TOKENIZER)
@@ -79,10 +89,6 @@ def test_special_tokens_and_ignored_positions_do_not_count():
     b.update(logits, only_residues)
     assert a.compute() == b.compute()
     assert a.target_counts[:5].sum() == 0
-
-
-def residue_ids_tensor():
-    return torch.from_numpy(residue_ids(TOKENIZER))
 
 
 def test_the_causal_metric_does_not_cross_rows_or_use_the_last_logits():
@@ -95,32 +101,6 @@ def test_the_causal_metric_does_not_cross_rows_or_use_the_last_logits():
     result = metrics.compute()
     assert (result["accuracy"], result["tokens"]) == (1.0, 5)
     assert result["perplexity"] == pytest.approx(1)
-
-
-def test_a_vocabulary_padded_for_speed_is_accepted():
-    logits, labels = batch(3, vocabulary=64)
-    metrics = ResidueMetrics(TOKENIZER)
-    metrics.update(logits, labels)
-    assert metrics.compute() == pytest.approx(by_hand(logits, labels), rel=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_sums_are_float64_whatever_the_logits(dtype):
-    logits, labels = batch(4)
-    logits = logits.to(dtype)
-    metrics = ResidueMetrics(TOKENIZER)
-    metrics.update(logits, labels)
-    assert metrics.compute() == pytest.approx(by_hand(logits, labels), rel=1e-12)
-
-
-def test_many_small_batches_lose_no_precision():
-    metrics = ResidueMetrics(TOKENIZER)
-    metrics.loss_sum = 1e9
-    logits, labels = batch(5, rows=1, length=40)
-    for _ in range(100):
-        metrics.update(logits, labels)
-    expected = 100 * by_hand(logits, labels)["loss"] * metrics.count / 100
-    assert metrics.loss_sum - 1e9 == pytest.approx(expected, rel=1e-9)
 
 
 def test_merging_in_any_way_is_one_pass_over_all():
@@ -140,28 +120,6 @@ def test_merging_in_any_way_is_one_pass_over_all():
     assert reduced.target_counts.dtype == np.int64
 
 
-def test_metrics_that_do_not_fit_do_not_merge():
-    metrics = ResidueMetrics(TOKENIZER)
-    with pytest.raises(ValueError, match="causal"):
-        metrics.merge(ResidueMetrics(TOKENIZER, is_causal=True))
-    with pytest.raises(ValueError, match="shape"):
-        metrics.load_state_tensor(torch.zeros(7))
-
-
-def test_bad_shapes_are_refused():
-    metrics = ResidueMetrics(TOKENIZER)
-    logits, labels = batch(6)
-    for bad_logits, bad_labels in [
-        (logits[:, :-1], labels),
-        (logits, labels[0]),
-        (torch.zeros(VOCABULARY), torch.tensor(5)),
-    ]:
-        with pytest.raises(ValueError, match="logits, labels"):
-            metrics.update(bad_logits, bad_labels)
-    with pytest.raises(ValueError, match="vocabulary"):
-        metrics.update(logits[..., :-1], labels)
-
-
 def test_no_target_and_overflow_and_nan():
     metrics = ResidueMetrics(TOKENIZER)
     metrics.update(torch.zeros(1, 3, VOCABULARY), torch.tensor([[1, -100, 2]]))
@@ -173,21 +131,6 @@ def test_no_target_and_overflow_and_nan():
     assert metrics.compute()["perplexity"] == math.inf
     metrics.update(logits * math.nan, torch.tensor([[5]]))
     assert math.isnan(metrics.compute()["loss"])
-
-
-def test_the_baseline_of_known_counts():
-    result = unigram_baseline([2, 0, 1, 1])
-    assert result["baseline_accuracy"] == 0.5
-    assert result["baseline_perplexity"] == pytest.approx(2**1.5)
-    assert unigram_baseline(np.array([0, 7]))["baseline_perplexity"] == pytest.approx(1)
-    uniform = unigram_baseline([10**12] * 20)
-    assert uniform["baseline_perplexity"] == pytest.approx(20)
-
-
-@pytest.mark.parametrize("counts", [[], [0, 0], [2, -1], [math.nan], [math.inf, 1]])
-def test_impossible_counts_are_refused(counts):
-    with pytest.raises(ValueError, match="counts"):
-        unigram_baseline(counts)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=26).filter(any))
@@ -206,9 +149,43 @@ def test_no_constant_prediction_beats_the_baseline(counts):
 def test_a_constant_model_scores_the_baseline():
     _, labels = batch(7, rows=20)
     metrics = ResidueMetrics(TOKENIZER)
-    kept = labels[torch.isin(labels, residue_ids_tensor())]
+    kept = labels[torch.isin(labels, torch.tensor(sorted(RESIDUES)))]
     counts = torch.bincount(kept, minlength=VOCABULARY).double()
     metrics.update((counts / counts.sum()).log().expand(*labels.shape, -1), labels)
     result = metrics.compute()
     assert result["accuracy"] == pytest.approx(result["baseline_accuracy"])
     assert result["perplexity"] == pytest.approx(result["baseline_perplexity"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "accuracy", "perplexity"),
+    [([2, 0, 1, 1], 0.5, 2**1.5), ([0, 7], 1, 1), ([10**12] * 20, 0.05, 20)],
+)
+def test_the_baseline_of_known_counts(counts, accuracy, perplexity):
+    found = unigram_baseline(counts)
+    expected = {"baseline_accuracy": accuracy, "baseline_perplexity": perplexity}
+    assert found == pytest.approx(expected)
+
+
+LOGITS, LABELS = batch(6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *((lambda c=c: unigram_baseline(c), "counts") for c in ([], [0, 0], [2, -1], [math.nan])),
+        (lambda: unigram_baseline([math.inf, 1]), "counts"),
+        (lambda: ResidueMetrics(TOKENIZER).update(LOGITS[:, :-1], LABELS), "logits, labels"),
+        (lambda: ResidueMetrics(TOKENIZER).update(LOGITS, LABELS[0]), "logits, labels"),
+        (lambda: ResidueMetrics(TOKENIZER).update(LOGITS[0, 0], LABELS[0, 0]), "logits, labels"),
+        (lambda: ResidueMetrics(TOKENIZER).update(LOGITS[..., :-1], LABELS), "vocabulary"),
+        (lambda: ResidueMetrics(TOKENIZER).load_state_tensor(torch.zeros(7)), "shape"),
+        (
+            lambda: ResidueMetrics(TOKENIZER).merge(ResidueMetrics(TOKENIZER, is_causal=True)),
+            "causal",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,7 +1,6 @@
 """What a training needs at least: never more than it takes, and not far less."""
 
-import os
-
+import psutil
 import pytest
 import torch
 
@@ -63,7 +62,7 @@ def test_the_optimiser_counts():
 
 
 def test_the_machine_has_memory_and_a_container_may_have_less(monkeypatch, tmp_path):
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    physical = psutil.virtual_memory().total
     assert 0 < machine_bytes() <= physical
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     assert machine_bytes() == physical
@@ -105,8 +104,3 @@ def test_the_activations_of_a_batch_must_fit(monkeypatch):
         options.check_memory(10**9)
     TrainingOptions(batch_tokens=100_000, reversible=True).check_memory(10**9)
     TrainingOptions(batch_tokens=100_000, gradient_checkpointing=True).check_memory(10**9)
-
-
-def test_where_the_system_does_not_tell_nothing_is_refused(monkeypatch):
-    monkeypatch.setattr(memory, "machine_bytes", lambda: None)
-    memory.check_training_memory(PerformerConfig(hidden_size=10**6), "adamw")

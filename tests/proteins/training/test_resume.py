@@ -117,11 +117,6 @@ def test_a_run_with_muon_is_another_and_continues_too(tmp_path, whole):
     assert_same_run(tmp_path / "stopped", tmp_path / "muon")
 
 
-def test_a_signal_at_the_very_end_comes_too_late(tmp_path, whole):
-    train(tmp_path, progress=stop_at(7))
-    assert_same_run(tmp_path, whole)
-
-
 def test_a_second_signal_interrupts_at_once(tmp_path, whole):
     def progress(done, total, log):
         if done == 4 and not log:
@@ -168,40 +163,6 @@ def test_every_kind_of_run_resumes(tmp_path, options):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("content", [None, '{"global_step": 6', '{"global_step": 3}'])
-def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path, whole, content):
-    folder = tmp_path / "run"
-    interrupt(folder, 5)
-    interrupt(folder, 6, resume=True)
-    newest = last_complete_checkpoint(folder / "checkpoints")
-    number = int(newest.name[11:])
-    assert number >= 6
-    state = newest / "trainer_state.json"
-    if content is None:
-        state.unlink()
-        (newest / "optimizer.pt").write_bytes(b"")
-    else:
-        state.write_text(content)
-    before = last_complete_checkpoint(folder / "checkpoints")
-    assert before is not None
-    assert before != newest
-    train(folder, resume=True)
-    assert_same_run(folder, whole)
-
-
-def test_a_run_without_a_complete_checkpoint_starts_anew(tmp_path, whole):
-    interrupt(tmp_path, 1)
-    shutil.rmtree(tmp_path / "checkpoints")
-    train(tmp_path, resume=True)
-    assert_same_run(tmp_path, whole)
-
-
-def test_to_resume_what_was_never_begun_begins_it(tmp_path, whole):
-    train(tmp_path / "new", resume=True)
-    assert_same_run(tmp_path / "new", whole)
-
-
 def test_a_finished_run_resumes_to_itself(tmp_path, whole):
     folder = shutil.copytree(whole, tmp_path / "run")
     before = json.loads((folder / "training.json").read_text())["result"]
@@ -233,45 +194,49 @@ def test_how_a_run_is_watched_may_change(tmp_path, whole):
     assert {6, 8} <= {entry["step"] for entry in history(folder) if "eval_loss" in entry}
 
 
+def test_a_run_without_a_checkpoint_begins_anew(tmp_path, whole):
+    """One never begun, one whose checkpoints are gone, and one stopped when it was done."""
+    train(tmp_path / "new", resume=True)
+    assert_same_run(tmp_path / "new", whole)
+    interrupt(tmp_path / "gone", 1)
+    shutil.rmtree(tmp_path / "gone" / "checkpoints")
+    train(tmp_path / "gone", resume=True, progress=stop_at(7))
+    assert_same_run(tmp_path / "gone", whole)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("sequences", "options", "processes", "message"),
     [
-        ({"num_layers": 1}, "--layers was 2, now 1"),
-        ({"seed": 3}, "--seed was 0, now 3"),
-        ({"steps": 9}, "--steps was 8, now 9"),
-        ({"packed": True}, "--packed was False, now True"),
+        (None, {"num_layers": 1}, 1, "--layers was 2, now 1"),
+        (None, {"seed": 3}, 1, "--seed was 0, now 3"),
+        (None, {"steps": 9}, 1, "--steps was 8, now 9"),
+        (None, {"packed": True}, 1, "--packed was False, now True"),
+        *[
+            (sequences, {}, 1, "the sequences are not the same; give the same FASTA")
+            for sequences in (proteins(seed=1), proteins()[::-1], proteins()[:-1])
+        ],
+        (None, {}, 2, "ran in 1 processes and this in 2; start as many"),
     ],
 )
-def test_another_run_is_refused(tmp_path, whole, change, message):
+def test_another_run_is_refused(
+    tmp_path, whole, monkeypatch, sequences, options, processes, message
+):
     folder = shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(UserError, match=message):
-        train(folder, resume=True, **change)
+        train(folder, resume=True, sequences=sequences, **options)
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("sequences", [proteins(seed=1), proteins()[::-1], proteins()[:-1]])
-def test_other_sequences_are_refused(tmp_path, whole, sequences):
-    folder = shutil.copytree(whole, tmp_path / "run")
-    with pytest.raises(UserError, match="the sequences are not the same; give the same FASTA"):
-        train(folder, resume=True, sequences=sequences)
-
-
-def test_another_number_of_processes_is_refused(tmp_path, whole, monkeypatch):
-    folder = shutil.copytree(whole, tmp_path / "run")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="ran in 1 processes and this in 2; start as many"):
-        train(folder, resume=True)
-
-
-@pytest.mark.parametrize("content", ["[]", "{}", "{"])
-def test_a_record_that_is_none_is_refused(tmp_path, content):
-    (tmp_path / "training.json").write_text(content)
-    with pytest.raises(UserError, match=r"training\.json"):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *[("training.json", content, r"training\.json") for content in ("[]", "{}", "{")],
+        ("thesis.tex", "kept", r"has no training\.json, so it holds no run to continue"),
+    ],
+)
+def test_a_folder_of_something_else_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
         train(tmp_path, resume=True)
-
-
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("kept")
-    with pytest.raises(UserError, match=r"has no training\.json, so it holds no run to continue"):
-        train(tmp_path, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]

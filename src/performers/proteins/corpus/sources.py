@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from performers.app.errors import UserError
+from performers.app.progress import Progress
 from performers.proteins.corpus.download import describe_release, download
 from performers.proteins.inputs.fasta import iter_fasta
 from performers.proteins.options import UNIPROT
@@ -43,7 +44,7 @@ def open_source(
     *,
     url: str | None = None,
     licence: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     """Find the sequences, downloading them where none are given.
 

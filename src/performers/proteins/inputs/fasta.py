@@ -75,7 +75,7 @@ class ProteinRecord:
 
 @dataclass
 class LetterReport:
-    """What was read, and what was changed or is unusual in it.
+    """Counts of what was read, changed or is unusual.
 
     Attributes:
         records: Number of records.
@@ -99,7 +99,7 @@ class LetterReport:
 
     @property
     def looks_like_nucleotides(self) -> bool:
-        """Whether the letters are those of DNA or RNA; see the module's policy."""
+        """True if the letters are those of DNA or RNA; see the module's policy."""
         if self.residues <= _NUCLEOTIDE_RESIDUES:
             return False
         a, c, g, t, u, n, x = self._letters.values()
@@ -111,7 +111,7 @@ class LetterReport:
         )
 
     def summary(self) -> str | None:
-        """Tells the oddities in one line, or returns None when there are none."""
+        """Describe the oddities in one line; None where there are none."""
         parts = []
         if self.looks_like_nucleotides:
             share = sum(self._letters[letter] for letter in "ACGTUNX") / self.residues
@@ -146,7 +146,7 @@ class LetterReport:
 def read_fasta(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
 ) -> tuple[list[ProteinRecord], LetterReport]:
-    """Reads one or several FASTA files into memory.
+    """Read one or several FASTA files into memory.
 
     Args:
         paths: A path or a sequence of paths; each file is plain or gzip-compressed, which is told
@@ -157,7 +157,7 @@ def read_fasta(
 
     Raises:
         FastaError: A file cannot be used; see the module's policy.
-        ValueError: ``paths`` is empty.
+        ValueError: ``paths`` holds no file.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -171,7 +171,7 @@ def read_fasta(
 def iter_fasta(
     path: str | os.PathLike[str], report: LetterReport | None = None
 ) -> Iterator[ProteinRecord]:
-    """Yields the records of one FASTA file, one in memory at a time.
+    """Yield the records of one FASTA file, one in memory at a time.
 
     Args:
         path: The file, plain or gzip-compressed.
@@ -223,7 +223,7 @@ def write_fasta(
     records: Iterable[ProteinRecord],
     width: int = 60,
 ) -> None:
-    """Writes records as FASTA that `read_fasta` reads back unchanged.
+    """Write records as FASTA that `read_fasta` reads back unchanged.
 
     A file appears only when it is complete: it is written beside its place under another name and
     moved there at the end (a device or a pipe is written directly). A path that ends in ``.gz`` is
@@ -330,7 +330,7 @@ class _CheckedLines:
 def _to_record(
     path: Path, line: int, title: str, sequence: str, report: LetterReport
 ) -> ProteinRecord:
-    """Builds a record from what the parser yielded for the header on ``line``."""
+    """Build a record from what the parser yielded for the header on ``line``."""
     words = title.split(None, 1)
     if not words:
         raise _error(path, line, "the header has no name", "write a name right after '>'")
@@ -346,7 +346,7 @@ def _to_record(
 
 
 def _remedy(letter: str) -> str:
-    """Says what to do about an illegal letter."""
+    """Name the remedy for an illegal letter."""
     if letter in "-.":
         return "remove the gaps of the alignment"
     if letter.isdigit():
@@ -357,7 +357,7 @@ def _remedy(letter: str) -> str:
 
 
 def _error(path: Path, where: int | _CheckedLines | None, problem: str, remedy: str) -> FastaError:
-    """Builds the one-line error; ``where`` is a line number or the lines being read."""
+    """Build the one-line error; ``where`` is a line number or the lines being read."""
     line = where.number if isinstance(where, _CheckedLines) else where
     place = f"{path}:{line}" if line else str(path)
     return FastaError(f"{place}: {problem}; {remedy}")

@@ -97,7 +97,7 @@ class MaskedCollator:
         self._padding = _Padding(tokenizer, pad_to_multiple_of)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Masks and pads a batch.
+        """Mask and pad a batch.
 
         Args:
             examples: Each has ``input_ids`` (length,) and ``index``, and may have ``epoch``
@@ -163,7 +163,7 @@ class CausalCollator:
         self._padding = _Padding(tokenizer, pad_to_multiple_of)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pads a batch and copies its inputs to its labels.
+        """Pad a batch and copy its inputs to its labels.
 
         Args:
             examples: Each has ``input_ids`` (length,) and may have ``sequence_ids`` (length,).
@@ -184,7 +184,7 @@ class CausalCollator:
 
 
 class _Padding:
-    """Stacks arrays of different lengths into tensors, padded on the right."""
+    """Stack arrays of different lengths into tensors, padded on the right."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> None:
         if multiple is not None and multiple < 1:
@@ -227,7 +227,7 @@ class _Padding:
 
 
 def _tokens(example: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """Returns a fresh int64 copy of an example's tokens."""
+    """Return a fresh int64 copy of an example's tokens."""
     if "input_ids" not in example:
         raise ValueError(
             f"examples: expected 'input_ids' in each, got one with {sorted(example)}; "

@@ -1,4 +1,4 @@
-"""From token sequences to training rows: packing, windows, the data set and its batch sampler.
+"""Training rows from token sequences: packing, windows, the data set and its batch sampler.
 
 A token sequence is a 1-D integer array that carries its own begin and end tokens, as
 `encode_sequences` makes them. Sequences become rows in one of two ways: `pack_sequences` fills rows
@@ -42,7 +42,7 @@ class PackedRow:
 
 
 def pack_sequences(token_sequences: Sequence[_Tokens], row_length: int) -> list[PackedRow]:
-    """Concatenates sequences in order and cuts them into rows of one length.
+    """Concatenate sequences in order and cut them into rows of one length.
 
     A sequence may be cut and continue in the next row. No token is lost, added or moved.
 
@@ -71,7 +71,7 @@ def pack_sequences(token_sequences: Sequence[_Tokens], row_length: int) -> list[
 
 
 def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
-    """Splits a sequence into the fewest consecutive windows of at most ``max_length`` tokens.
+    """Split a sequence into the fewest consecutive windows of at most ``max_length`` tokens.
 
     The windows' lengths differ by at most one, so that no window is a mere remainder. Joined, they
     give the sequence back; only the first has its begin token and only the last its end token.
@@ -212,7 +212,7 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, from 0, that the next iteration is or begins with."""
+        """Set the epoch, from 0, that the next iteration is or begins with."""
         if epoch < 0:
             raise ValueError(f"epoch: expected at least 0, got {epoch}")
         self._epoch = epoch
@@ -254,7 +254,7 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         return max(1, round(rows * self._pool_batches))
 
     def _cut(self, order: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-        """Cuts rows sorted from long to short into batches."""
+        """Cut rows sorted from long to short into batches."""
         batches = []
         start = 0
         while start < order.size:
@@ -268,7 +268,7 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 def _lengths(rows: Sequence[_Tokens]) -> npt.NDArray[np.int64]:
-    """Returns the lengths of token rows, all of which must be non-empty."""
+    """Return the lengths of token rows, all of which must be non-empty."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     if (lengths == 0).any():
         raise ValueError(

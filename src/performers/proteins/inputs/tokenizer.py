@@ -48,7 +48,7 @@ _LETTERS_PER_CALL = 1_000_000
 def build_protein_tokenizer(
     model_max_length: int | None = None, *, closed: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Builds the protein tokenizer.
+    """Build the protein tokenizer.
 
     Args:
         model_max_length: The longest input of the model in tokens, ``<bos>`` and ``<eos>``
@@ -104,7 +104,7 @@ def build_protein_tokenizer(
 def encode_sequences(
     tokenizer: PreTrainedTokenizerFast, sequences: Sequence[str]
 ) -> list[npt.NDArray[np.int16]]:
-    """Encodes whole sequences as ``<bos> ... <eos>``, without padding or truncation.
+    """Encode whole sequences as ``<bos> ... <eos>``, without padding or truncation.
 
     The begin and end tokens are added here, whatever a call of the tokenizer adds: a causal model's
     leaves a prompt open. The arrays are compact, without the bookkeeping of the general call.
@@ -147,7 +147,7 @@ def encode_sequences(
 def residue_ids(
     tokenizer: PreTrainedTokenizerBase, letters: str = AMINO_ACIDS + AMBIGUOUS
 ) -> npt.NDArray[np.int64]:
-    """Looks up the token ids of residue letters.
+    """Look up the token ids of residue letters.
 
     Args:
         tokenizer: Any tokenizer whose vocabulary has one token a residue.

@@ -1,14 +1,14 @@
-"""What a probe reads labels from: a model's embeddings, and what embeddings must beat.
+"""Features that probes read: embeddings of a model, and baselines that they must beat.
 
-What embeddings must beat is made as strong as it comes cheaply, since a handicapped baseline
-flatters the model: words of amino acids enter as square roots of their shares, and the length,
-which a mean over residues forgets, is given to all alike.
+The baselines are as strong as they come cheaply, since a handicapped one flatters the model: words
+of amino acids enter as square roots of their shares, and all features hold the length, which a
+mean over residues forgets.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
+from performers.app.progress import Report, part
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.options import PROBE_FEATURES
 from performers.proteins.scoring.embedding import embed_sequences
@@ -28,8 +29,6 @@ _ELSEWHERE = len(AMINO_ACIDS)
 # About the median of Swiss-Prot. A constant, so that no protein's features depend on the others.
 _USUAL_LENGTH = 300
 
-Progress = Callable[[str, int, int], None]
-
 
 def probe_features(
     model: PreTrainedModel,
@@ -40,15 +39,15 @@ def probe_features(
     pooling: str = "mean",
     batch_tokens: int = 8192,
     seed: int = 0,
-    progress: Progress | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
-    """Computes features of proteins, those of a model and those to compare it with.
+    """Compute features of proteins: those of a model and the baselines.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         sequences: The proteins.
-        features: Which, in the order wanted:
+        features: Names, in the order of the result:
 
             - `"embeddings"`: the model's, see `embed_sequences`;
             - `"random-weights"`: the same of `untrained` with `seed`;
@@ -57,8 +56,8 @@ def probe_features(
               Bhattacharyya coefficient Σ √(p q): frequent words do not drown the rare ones.
         pooling: Of embeddings, the model's and those of random weights: one of `POOLINGS`.
         batch_tokens: Tokens in a batch of the models.
-        seed: Of the random weights.
-        progress: Called with the name of the features, the sequences done and all sequences.
+        seed: Seed of the random weights.
+        report: Called with a name, the sequences done and the sequences in all.
 
     Returns:
         Name to a matrix (sequences, width), a SciPy sparse one for tripeptides. The last column of
@@ -84,7 +83,7 @@ def probe_features(
             sequences,
             pooling=pooling,
             batch_tokens=batch_tokens,
-            progress=_named(progress, name),
+            progress=part(report, f"computing {name}"),
         )
         if not np.isfinite(embedded).all():
             raise UserError(
@@ -96,15 +95,7 @@ def probe_features(
 
 
 def feature_notes(features: Sequence[str], seed: int = 0) -> tuple[str, ...]:
-    """What a reader of numbers on `probe_features` must know.
-
-    Args:
-        features: The features computed.
-        seed: Of the random weights.
-
-    Returns:
-        Sentences.
-    """
+    """Remarks on the numbers that `probe_features` give."""
     notes = ["all features, embeddings included, hold the logarithm of the length besides"]
     if "random-weights" in features:
         notes.append(
@@ -128,7 +119,7 @@ def untrained(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
     Args:
         model: The model; it is left as it is.
-        seed: Of the weights and of random features.
+        seed: Seed of the weights and of random features.
 
     Returns:
         The new model, where the other one is, in evaluation mode.
@@ -155,7 +146,7 @@ def kmer_frequencies(sequences: Sequence[str], k: int) -> Any:
         NumPy array of float32, or a SciPy CSR array of it from 1,000 columns on.
 
     Raises:
-        ValueError: If `k` is below 1.
+        ValueError: `k` is less than 1.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -203,9 +194,3 @@ def _amino_acid_codes() -> NDArray[np.int64]:
 
 
 _CODES = _amino_acid_codes()
-
-
-def _named(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(f"computing {name}", done, total)

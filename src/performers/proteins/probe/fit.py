@@ -1,4 +1,4 @@
-"""Linear probes of one split: logistic regression for each label, and what it scores."""
+"""Linear probes of one split: logistic regression for each label, and its scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_ITERATIONS = 300
 
 @dataclass(frozen=True)
 class ProbeFit:
-    """What probes on one kind of features found on one split.
+    """Scores of the probes on one kind of features and one split.
 
     Attributes:
         strength: The C chosen.
@@ -39,7 +39,7 @@ class ProbeFit:
 
 
 def require_scikit_learn() -> None:
-    """Raises ImportError, naming the extra, unless scikit-learn is there."""
+    """Raise an ImportError that names the extra if scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ImportError("probes need scikit-learn, of the extra performers[probe]")
 
@@ -53,7 +53,7 @@ def fit_probe(
     strengths: Sequence[float] = STRENGTHS,
     progress: Callable[[], None] | None = None,
 ) -> ProbeFit:
-    """Fits one regression per label and strength, and scores the best strength on the test part.
+    """Fit one regression per label and strength, and score the best strength on the test part.
 
     Dense features are standardised with the mean and spread of the training part. Sparse ones are
     taken as they are: to scale each column by its spread would make the rarest words the loudest.
@@ -71,10 +71,7 @@ def fit_probe(
         progress: Called after each label of each strength.
 
     Returns:
-        What was found.
-
-    Raises:
-        ImportError: scikit-learn is missing.
+        The scores on the test part.
     """
     require_scikit_learn()
     from sklearn.exceptions import ConvergenceWarning
@@ -118,7 +115,7 @@ def _scored(
     multiclass: bool,
     unconverged: int,
 ) -> ProbeFit:
-    """Scores log-odds (proteins, labels)."""
+    """Score log-odds (proteins, labels)."""
     from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
     auroc = np.atleast_1d(roc_auc_score(targets, scores, average=None))

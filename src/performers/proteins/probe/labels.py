@@ -25,7 +25,7 @@ class ProteinLabels:
 
 
 def read_labels(path: Path) -> ProteinLabels:
-    """Reads a table of labels.
+    """Read a table of labels.
 
     Args:
         path: Text in UTF-8, a protein a line: name, labels with commas between (may be empty),
@@ -70,7 +70,7 @@ def read_labels(path: Path) -> ProteinLabels:
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """Reads clusters as mmseqs2 writes them.
+    """Read clusters as mmseqs2 writes them.
 
     Args:
         path: `*_cluster.tsv`: representative, tab, member; a line for each member.

@@ -1,4 +1,4 @@
-"""Linear probes: what a model's embeddings tell of proteins, and what simpler features tell.
+"""Linear probes: labels of proteins from embeddings, and from simpler features.
 
 A probe is a logistic regression on fixed features. It is repeated over several splits in which no
 group of related proteins is on both sides, and each kind of features sees the same splits, so that
@@ -8,7 +8,7 @@ differences between them are paired.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
+from performers.app.progress import Progress
 from performers.proteins.options import ProbeOptions
 from performers.proteins.probe.fit import (
     ProbeFit,
@@ -35,19 +36,19 @@ def run_probe(
     options: ProbeOptions | None = None,
     *,
     notes: Sequence[str] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Probes several kinds of features on the same splits.
+    """Probe several kinds of features on the same splits.
 
     Args:
         features: Name to a matrix (proteins, width); the others are compared with the first.
         task: The proteins, their labels and groups.
-        options: How; the defaults when None.
-        notes: What a reader must know of the features, such as `feature_notes`.
+        options: Options of the fits; the defaults when None.
+        notes: Remarks on the features, such as `feature_notes`.
         progress: Called with the regressions done and all of them.
 
     Returns:
-        What `probe.json` holds:
+        Content of `probe.json`:
 
         - `settings`, `proteins`, `groups`, `multiclass`;
         - `notes`: those of the task, those given, and what limits the numbers: splits that
@@ -67,7 +68,6 @@ def run_probe(
 
     Raises:
         UserError: No label is frequent enough, or the groups cannot be split.
-        ImportError: scikit-learn is missing.
     """
     require_scikit_learn()
     options = options or ProbeOptions()
@@ -183,7 +183,7 @@ def _frequent_enough(
 
 
 def _limits(labels: Sequence[str], repeats: int) -> list[str]:
-    """What the numbers do not show, whatever they are."""
+    """Limits of the numbers, whatever they are."""
     notes = []
     if repeats > 1:
         notes.append(

@@ -15,9 +15,9 @@ class ProbeSplit:
     """Rows of the proteins in each part, rising.
 
     Attributes:
-        train: What probes are fitted to.
-        validation: What the strength of the penalty is chosen on.
-        test: What is reported.
+        train: Rows that probes are fitted to.
+        validation: Rows that the strength of the penalty is chosen on.
+        test: Rows that are scored.
     """
 
     train: NDArray[np.int64]
@@ -37,7 +37,7 @@ def split_proteins(
     validation: float = 0.1,
     seed: int = 0,
 ) -> ProbeSplit:
-    """Splits proteins at random, whole groups at a time.
+    """Split proteins at random, whole groups at a time.
 
     Groups are taken in random order. One that still fits into the test part, which holds at most
     the share `test` of the proteins, goes there; else into the validation part, if it fits there;
@@ -47,7 +47,7 @@ def split_proteins(
         groups: Number of each protein's group; all different for a split of single proteins.
         test: Share of the proteins to test on.
         validation: Share of the proteins to choose on.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Returns:
         The split.

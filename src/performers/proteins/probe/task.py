@@ -1,4 +1,4 @@
-"""Proteins joined with their labels and groups: what a probe is asked.
+"""Proteins joined with their labels and groups.
 
 Labels come from a table or from FASTA headers, `>NAME labels=A,B family=F`. Groups are clusters of
 related sequences: a table of mmseqs2, the third column of the labels, or `family=` or `group=` in
@@ -69,7 +69,7 @@ def build_task(
     max_residues: int | None = None,
     seed: int = 0,
 ) -> ProbeTask:
-    """Joins proteins with their labels and groups.
+    """Join proteins with their labels and groups.
 
     A protein is looked up by the first word of its header, then, for a header such as
     `>sp|P12345|NAME`, by the accession.
@@ -84,7 +84,7 @@ def build_task(
             families count no more than small ones.
         max_sequences: Draw at most so many of the labelled proteins at random.
         max_residues: Keep the first so many residues of each.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         The task; proteins without an entry, and repeats of a name, are left out.

@@ -1,9 +1,9 @@
-"""Runs a model over proteins and collects what its attention shows."""
+"""Attention of a model over proteins: maps, head scores, similarity of amino acids."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from performers.app.progress import Progress
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.reading.head_scores import HeadScores, local_global_score, residue_mask
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
@@ -20,7 +21,7 @@ from performers.proteins.reading.site_scores import SiteScores, score_sites
 
 @dataclass(frozen=True)
 class ModelAnalysis:
-    """What the attention of one model shows.
+    """Attention of one model.
 
     Attributes:
         protein: The protein behind `maps` and `scores`.
@@ -33,7 +34,7 @@ class ModelAnalysis:
         available: Number of sequences they were drawn from.
         cropped: How many of them were longer than `max_length` allows and lost their end.
         max_length: Largest number of tokens in one sequence, special tokens included.
-        problem: Why there is no attention to show; empty otherwise.
+        problem: Reason that there is no attention to show; empty otherwise.
         sites: How much attention known sites of `protein` receive; None when none were given, or
             none lies among `labels`.
         embeddings: Similarity of the amino acids' input embeddings; see `embedding_similarity`.
@@ -65,9 +66,9 @@ def analyse_model(
     band: int = 8,
     sites: Sequence[int] = (),
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ModelAnalysis:
-    """Reads attention maps, head scores and amino-acid similarity from a model.
+    """Read attention maps, head scores and amino-acid similarity from a model.
 
     Attention matrices are quadratic in the length, so sequences are cropped to their first
     `max_length` tokens, and to the model's `max_position_embeddings` where its config has one.
@@ -91,7 +92,7 @@ def analyse_model(
         The analysis; when the model returns no attention, one whose `problem` says so.
 
     Raises:
-        ValueError: If a number is too small or the tokenizer lacks an amino acid.
+        ValueError: A number is too small or the tokenizer lacks an amino acid.
     """
     limits = {"max_sequences": 1, "max_length": 3, "batch_size": 1}
     given = {"max_sequences": max_sequences, "max_length": max_length, "batch_size": batch_size}
@@ -191,6 +192,6 @@ def _attentions(model: PreTrainedModel, tokens: dict[str, Tensor]) -> tuple[Tens
 
 
 def _looks_causal(attentions: Sequence[Tensor]) -> bool:
-    """Whether no head looks ahead while some look back."""
+    """Return True if no head looks ahead while some look back."""
     ahead = any(bool(weights.triu(1).any()) for weights in attentions)
     return not ahead and any(bool(weights.tril(-1).any()) for weights in attentions)

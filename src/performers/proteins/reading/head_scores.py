@@ -1,4 +1,4 @@
-"""How far each attention head looks: scores that tell local, global and vertical heads apart."""
+"""Scores of attention heads, which tell local, global and vertical ones apart."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class HeadScores:
 
 
 def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """Marks the positions that hold a residue: attended to, and not a special token.
+    """Mark the positions that hold a residue: attended to, and not a special token.
 
     Args:
         input_ids: Token ids (B, L).
@@ -91,7 +91,7 @@ def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterabl
 def local_global_score(
     attentions: Sequence[Tensor], residues: Tensor, *, band: int = 8, is_causal: bool = False
 ) -> HeadScores:
-    r"""Scores how far, and on how few residues, each head attends.
+    r"""Score how far, and on how few residues, each head attends.
 
     With A the attention of one head, the sums running over the pairs (i, j) of residues of one
     sequence and then over the sequences, and i, j positions in the row:
@@ -116,7 +116,7 @@ def local_global_score(
         Scores in layer order. A head with no attention between residues has NaN scores.
 
     Raises:
-        ValueError: If a shape does not fit, `band` is negative or there is no residue.
+        ValueError: A shape does not fit, `band` is negative or there is no residue.
     """
     if band < 0:
         raise ValueError(f"band must be at least 0 residues, got {band}")
@@ -138,7 +138,7 @@ def local_global_score(
 
 
 def check_attention(weights: Tensor, shape: Sequence[int], layer: int) -> None:
-    """Raises ValueError unless `weights` is (B, H, L, L) for a batch of shape (B, L)."""
+    """Raise a ValueError unless `weights` is (B, H, L, L) for a batch of shape (B, L)."""
     batch, length = shape
     fits = weights.ndim == 4 and weights.shape[0] == batch and weights.shape[2:] == (length, length)
     if not fits:

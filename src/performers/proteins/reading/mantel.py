@@ -15,7 +15,7 @@ _PERMUTATIONS_AT_ONCE = 2_000
 
 @dataclass(frozen=True)
 class MatrixComparison:
-    """How well a similarity matrix agrees with a reference, off the diagonal.
+    """Agreement of a similarity matrix with a reference, off the diagonal.
 
     Attributes:
         matrix: Name of the reference matrix.
@@ -25,7 +25,7 @@ class MatrixComparison:
             labelling included, with a Pearson correlation at least as high; NaN where undefined.
         pairs: Number of unordered pairs compared; 190 when all twenty amino acids are defined.
         permutations: Number of random relabellings.
-        note: Why the comparison is partial or undefined; empty otherwise.
+        note: Reason that the comparison is partial or undefined; empty otherwise.
         spearman_p_value: The same test of the rank correlation.
     """
 
@@ -40,7 +40,7 @@ class MatrixComparison:
 
 
 def load_reference_matrix(name: str, letters: str) -> NDArray[np.float64]:
-    """Loads a substitution matrix of Biopython in a given order of amino acids.
+    """Load a substitution matrix of Biopython in a given order of amino acids.
 
     Args:
         name: Its name, such as "BLOSUM62" or "PAM250".
@@ -50,7 +50,7 @@ def load_reference_matrix(name: str, letters: str) -> NDArray[np.float64]:
         (len(letters), len(letters)) scores.
 
     Raises:
-        ValueError: If there is no matrix of this name, or it does not score amino acids.
+        ValueError: Biopython has no matrix of this name, or it does not score amino acids.
     """
     known = substitution_matrices.load()
     if name not in known:
@@ -71,7 +71,7 @@ def compare_matrices(
     permutations: int = 9_999,
     seed: int = 0,
 ) -> MatrixComparison:
-    """Correlates two symmetric matrices off the diagonal and tests the correlation.
+    """Correlate two symmetric matrices off the diagonal and test the correlation.
 
     The entries of a matrix of similarities depend on one another through their labels, so the
     usual test of a correlation does not apply. The Mantel test (1967) relabels one matrix at
@@ -90,7 +90,7 @@ def compare_matrices(
         labels are defined or either matrix is constant off the diagonal.
 
     Raises:
-        ValueError: If `permutations` is below 1 or the shapes differ.
+        ValueError: `permutations` is below 1 or the shapes differ.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")

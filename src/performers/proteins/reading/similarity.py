@@ -1,4 +1,4 @@
-"""Which amino acids a model treats alike: similarity read from attention or from embeddings.
+"""Similarity of amino acids, read from the attention or the embeddings of a model.
 
 The procedure is that of Choromanski et al. (2021, App. C.4) after Vig et al. (2020). For every
 head h, f_h(a) is the attention paid to amino acid a over all attention between residues, both
@@ -87,7 +87,7 @@ class RankedPair(NamedTuple):
 
 
 class AttentionSimilarity:
-    """Accumulates attention by amino acid over batches; see the module for the definition.
+    """Accumulate attention by amino acid over batches; see the module for the definition.
 
     Two sums are kept side by side: of all attention, and of attention above `threshold` only
     (Vig et al. drop what is at most 0.1, which may erase diffuse attention). Special tokens and
@@ -99,7 +99,7 @@ class AttentionSimilarity:
         threshold: Attention at or below this is dropped from the thresholded sums.
 
     Raises:
-        ValueError: If `threshold` is outside [0, 1) or the tokenizer lacks an amino acid.
+        ValueError: `threshold` is outside [0, 1) or the tokenizer lacks an amino acid.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, threshold: float = 0.1) -> None:
@@ -117,7 +117,7 @@ class AttentionSimilarity:
     def update(
         self, input_ids: Tensor, attention_mask: Tensor, attentions: Sequence[Tensor]
     ) -> None:
-        """Adds one batch.
+        """Add one batch.
 
         Args:
             input_ids: Token ids (B, L).
@@ -126,7 +126,7 @@ class AttentionSimilarity:
                 layers and heads must be the same in every batch.
 
         Raises:
-            ValueError: If a shape does not fit the tokens or the batches before.
+            ValueError: A shape does not fit the tokens or the batches before.
         """
         if len(attentions) == 0:
             raise ValueError("attentions must hold a tensor per layer, got none")
@@ -223,7 +223,7 @@ class AttentionSimilarity:
         permutations: int = 9_999,
         seed: int = 0,
     ) -> MatrixComparison:
-        """Correlates the similarity with a substitution matrix, off the diagonal.
+        """Correlate the similarity with a substitution matrix, off the diagonal.
 
         Args:
             matrix_name: Name of one of Biopython's amino-acid substitution matrices.
@@ -235,7 +235,7 @@ class AttentionSimilarity:
             Correlations, p-value and number of pairs; see `compare_matrices`.
 
         Raises:
-            ValueError: If the matrix is unknown or `permutations` is below 1.
+            ValueError: The matrix is unknown or `permutations` is below 1.
         """
         return compare_matrices(
             self.similarity(thresholded=thresholded),
@@ -315,7 +315,7 @@ def embedding_similarity(
         Symmetric (20, 20) in the order of `AMINO_ACIDS`; NaN for one that lies at the mean.
 
     Raises:
-        ValueError: If the tokenizer lacks an amino acid.
+        ValueError: The tokenizer lacks an amino acid.
     """
     table = model.get_input_embeddings().weight.detach().cpu().double().numpy()
     vectors = table[residue_ids(tokenizer, AMINO_ACIDS)]
@@ -372,7 +372,7 @@ def _usable_heads(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def _varies(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which amino acids' shares (heads, 20) differ between heads by more than rounding."""
+    """Mask of the amino acids whose shares (heads, 20) differ by more than rounding."""
     spread = shares.std(0)
     # NaN (an amino acid never seen) compares as False, which is what is wanted.
     return np.asarray(spread > _CONSTANT * np.abs(shares.mean(0)))

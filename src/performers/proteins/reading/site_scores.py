@@ -1,4 +1,4 @@
-"""How much attention the known sites of a protein receive, such as those of its active centre."""
+"""Attention that known sites of a protein receive, such as those of its active centre."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ class SiteScores:
 
 
 def parse_sites(text: str, length: int, *, source: str = "--sites") -> tuple[int, ...]:
-    """Reads numbers of residues.
+    """Read numbers of residues.
 
     Args:
         text: Numbers from 1 with commas between, such as `57,102,195`.
         length: Number of residues of the protein.
-        source: Where the text is from, for errors.
+        source: Origin of the text, for errors.
 
     Returns:
         The distinct numbers, rising.
 
     Raises:
-        UserError: Something is not a number, or not one of a residue.
+        UserError: An entry is not a number, or not that of a residue.
     """
     sites = set()
     for part in text.split(","):
@@ -116,7 +116,7 @@ def header_sites(protein: ProteinRecord) -> tuple[int, ...]:
     """The sites that a protein's header names, as in `sites=57,102,195`; none if it does not.
 
     Raises:
-        UserError: They are not residues of the protein.
+        UserError: The sites are not residues of the protein.
     """
     found = _HEADER.search(protein.description)
     if found is None:
@@ -133,7 +133,7 @@ def score_sites(
     permutations: int = 9_999,
     seed: int = 0,
 ) -> SiteScores | None:
-    """Compares the attention that sites receive with uniform attention.
+    """Compare the attention that sites receive with uniform attention.
 
     With A the attention of one head between the n residues, site s receives the share
     Σ_i A_is / Σ_ij A_ij. Uniform attention gives each query's attention in equal parts to the
@@ -152,13 +152,13 @@ def score_sites(
         labels: The n residues.
         sites: Numbers of residues, from 1.
         permutations: Number of sets drawn for each p-value.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Returns:
         The scores; None when no site is among the n residues or no head attends to residues.
 
     Raises:
-        ValueError: If `permutations` is below 1 or a shape does not fit `labels`.
+        ValueError: `permutations` is below 1 or a shape does not fit `labels`.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")

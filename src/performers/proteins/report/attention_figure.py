@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from performers.app.figures import INK, new_figure, shortened
+from performers.app.figures import INK, new_figure, shortened, styled
 from performers.proteins.reading.head_scores import HeadScores
 
 _INCHES_A_LETTER = 0.085
 _SITE = "#D55E00"
 
 
+@styled
 def attention_maps_figure(
     attentions: Sequence[NDArray[np.floating[Any]]],
     labels: str,
@@ -28,7 +29,7 @@ def attention_maps_figure(
     sites: Sequence[int] = (),
     title: str | None = None,
 ) -> Figure:
-    """Draws the attention of every head, layers from top to bottom, heads from left to right.
+    """Draw the attention of every head, layers from top to bottom, heads from left to right.
 
     The colour of a cell is the attention from the residue of its row to that of its column, on a
     square-root scale of the head's own, so that heads of different sharpness can be read side by
@@ -48,7 +49,7 @@ def attention_maps_figure(
         The figure.
 
     Raises:
-        ValueError: If there is no attention or a shape does not fit `labels`.
+        ValueError: `attentions` is empty or a shape does not fit `labels`.
     """
     length = len(labels)
     if not attentions or length == 0:
@@ -71,11 +72,11 @@ def attention_maps_figure(
                 drawn / _colour_limit(drawn), cmap=_sequential(), norm=PowerNorm(0.5, 0.0, 1.0)
             )
             heading = _head_heading(layer, column + 1, scores)
-            ax.set_title(heading, fontsize=7.5, color=INK, pad=7.5 if sites else 3)
+            ax.set_title(heading, fontsize=7.5, pad=7.5 if sites else 3)
             _residue_ticks(
                 ax, labels, grid.panel, left=column == 0, bottom=row == len(attentions) - 1
             )
-            ax.spines[:].set(color="#bbbbbb", linewidth=0.6)
+            ax.spines[:].set(visible=True, linewidth=0.6)
             _mark(ax, [site - 1 for site in sites if site <= length])
     grid.finish(image, title)
     return grid.figure
@@ -132,7 +133,6 @@ class _PanelGrid:
                 ha="center",
                 fontsize=11,
                 color=INK,
-                parse_math=False,
             )
 
     def _place(self, left: float, top: float, width: float, height: float) -> Any:
@@ -173,7 +173,7 @@ def _residue_ticks(ax: Any, labels: str, panel: float, *, left: bool, bottom: bo
         names, size = [str(place + 1) for place in places], 6.5
     ax.set_xticks(places, names, fontsize=size)
     ax.set_yticks(places, names, fontsize=size)
-    ax.tick_params(length=2, pad=1.5, color="#bbbbbb", labelleft=left, labelbottom=bottom)
+    ax.tick_params(length=2, pad=1.5, labelleft=left, labelbottom=bottom)
 
 
 def _sequential() -> Colormap:

@@ -1,14 +1,15 @@
-"""Figures of the protein report: attention maps, amino-acid similarity, learning curves.
+"""Figures of the protein report: amino-acid similarity, head scores, learning curves.
 
-Each function returns a matplotlib `Figure` of its own, drawn without pyplot, so that nothing
-global is touched and any number of figures can be made at a time. Colours follow Okabe and Ito
-(2008) for categories and perceptually uniform maps for values; both survive colour blindness.
+Each function returns a matplotlib `Figure` drawn without pyplot, so that nothing global is touched.
+Colours follow Okabe and Ito (2008) for categories and perceptually uniform maps for values; both
+survive colour blindness.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from numbers import Real
 from typing import Any, TypeGuard
 
@@ -19,24 +20,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from performers.app.figures import (
-    INK,
-    MUTED,
-    figure_to_data_uri,
-    new_figure,
-    save_figure,
-    shortened,
-)
+from performers.app.figures import INK, MUTED, PALETTE, add_legend, new_figure, shortened, styled
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.report.attention_figure import attention_maps_figure
+from performers.proteins.reading.head_scores import HeadScores
 
 __all__ = [
     "RESIDUE_ORDER",
-    "attention_maps_figure",
     "curves",
-    "figure_to_data_uri",
+    "heads_figure",
     "learning_curve_figure",
-    "save_figure",
     "similarity_figure",
 ]
 
@@ -44,11 +36,11 @@ RESIDUE_ORDER = "CSTPAGNDEQHRKMILVFYW"
 """Amino acids as BLOSUM62 was printed (Henikoff and Henikoff, 1992), groups side by side."""
 
 _GROUP_SIZES = (1, 5, 4, 3, 4, 3)
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = (("-", ""), ("--", "o"), ("-.", "s"), (":", "^"), ((0, (5, 1, 1, 1, 1, 1)), "D"))
 _MARKERS_AT_MOST = 40
 
 
+@styled
 def similarity_figure(
     similarities: Mapping[str, NDArray[np.float64]],
     reference: NDArray[np.float64],
@@ -57,7 +49,7 @@ def similarity_figure(
     unit: str = "correlation over heads",
     title: str | None = None,
 ) -> Figure:
-    """Draws similarity matrices of the amino acids beside a reference, all in one order.
+    """Draw similarity matrices of the amino acids beside a reference, all in one order.
 
     The order is `RESIDUE_ORDER`; lines part its physicochemical groups. Blue is similar, orange
     is not, white is 0. The diagonal, which is not compared, is left grey, and so is what is NaN.
@@ -73,13 +65,13 @@ def similarity_figure(
         The figure.
 
     Raises:
-        ValueError: If a matrix is not (20, 20).
+        ValueError: A matrix is not (20, 20).
     """
     panels: list[tuple[str, NDArray[np.float64], float | None, str]] = [
         (name, matrix, 1.0, unit) for name, matrix in similarities.items()
     ]
     panels.append((reference_name, reference, None, "score"))
-    figure = new_figure((3.7 * len(panels), 4.0))
+    figure = new_figure((3.7 * len(panels), 4.0), title=title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     order = [AMINO_ACIDS.index(letter) for letter in RESIDUE_ORDER]
     for ax, (name, matrix, limit, meaning) in zip(axes, panels, strict=True):
@@ -89,23 +81,23 @@ def similarity_figure(
         np.fill_diagonal(drawn, np.nan)
         limit = float(np.nanmax(np.abs(drawn))) if limit is None else limit
         image = ax.imshow(drawn, cmap=_diverging(), vmin=-limit, vmax=limit)
-        ax.set_xticks(range(len(order)), RESIDUE_ORDER, fontsize=8)
-        ax.set_yticks(range(len(order)), RESIDUE_ORDER, fontsize=8)
+        ax.set_xticks(range(len(order)), RESIDUE_ORDER)
+        ax.set_yticks(range(len(order)), RESIDUE_ORDER)
         ax.tick_params(length=0, labeltop=True, labelbottom=False, pad=2)
         for edge in np.cumsum(_GROUP_SIZES)[:-1] - 0.5:
             ax.axhline(edge, color="#555555", linewidth=0.6)
             ax.axvline(edge, color="#555555", linewidth=0.6)
-        ax.spines[:].set(color="#bbbbbb", linewidth=0.6)
-        ax.set_title(shortened(name), fontsize=10, color=INK, pad=6, parse_math=False)
+        ax.spines[:].set(visible=True, linewidth=0.6)
+        ax.set_title(shortened(name))
         bar = figure.colorbar(image, ax=ax, location="bottom", shrink=0.75, aspect=30, pad=0.03)
         bar.set_label(meaning, fontsize=8)
         bar.locator = MaxNLocator(4, integer=limit > 1)
         bar.ax.tick_params(labelsize=7)
         bar.outline.set_visible(False)
-    _title(figure, title)
     return figure
 
 
+@styled
 def learning_curve_figure(
     histories: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
@@ -113,7 +105,7 @@ def learning_curve_figure(
     baseline_accuracy: float | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draws loss and accuracy against the training step for several models.
+    """Draw loss and accuracy against the training step for several models.
 
     Args:
         histories: Model name to its log: dictionaries with "step" and any of "loss",
@@ -131,14 +123,14 @@ def learning_curve_figure(
     panels = [("loss (nats per residue)", losses, baseline_loss)]
     if any(accuracies.values()):
         panels.append(("accuracy", accuracies, baseline_accuracy))
-    figure = new_figure((5.0 * len(panels), 3.7))
+    figure = new_figure((5.0 * len(panels), 3.7), title=title)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     splits = list(dict.fromkeys(s for _, data, _ in panels for c in data.values() for s in c))
     styles = {
         split: _LINES[i % len(_LINES)] for i, split in enumerate(sorted(splits, key=_split_rank))
     }
     for ax, (label, data, baseline) in zip(axes, panels, strict=True):
-        for colour, by_split in zip(_colours(len(data)), data.values(), strict=True):
+        for colour, by_split in zip(cycle(PALETTE), data.values(), strict=False):
             for split, (steps, values) in by_split.items():
                 dash, marker = styles[split]
                 if len(steps) > _MARKERS_AT_MOST:
@@ -160,19 +152,15 @@ def learning_curve_figure(
                 )
         if baseline is not None and math.isfinite(baseline):
             ax.axhline(baseline, color=MUTED, linewidth=1.2, linestyle=":")
-        ax.set_xlabel("training step", fontsize=9, color=INK)
-        ax.set_ylabel(label, fontsize=9, color=INK)
-        ax.grid(color="#e4e4e4", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.tick_params(labelsize=8, color="#bbbbbb")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#bbbbbb")
+        ax.set_xlabel("training step")
+        ax.set_ylabel(label)
+        ax.grid()
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         if label == "accuracy":
             ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
     names = [
         (name, Line2D([], [], color=colour, lw=3))
-        for name, colour in zip(histories, _colours(len(histories)), strict=True)
+        for name, colour in zip(histories, cycle(PALETTE), strict=False)
     ]
     lines = [
         (split, Line2D([], [], color=INK, ls=dash, marker=marker, lw=1.4, ms=3.5))
@@ -180,9 +168,60 @@ def learning_curve_figure(
     ]
     if baseline_loss is not None or baseline_accuracy is not None:
         lines.append(("unigram baseline", Line2D([], [], color=MUTED, lw=1.2, ls=":")))
-    _legend(figure, names, "outside upper center", 2 * len(panels))
-    _legend(figure, lines, "outside lower center", 2 * len(panels))
-    _title(figure, title)
+    add_legend(figure, names, "outside upper center", 2 * len(panels))
+    add_legend(figure, lines, "outside lower center", 2 * len(panels))
+    return figure
+
+
+@styled
+def heads_figure(scores: Mapping[str, HeadScores], *, title: str | None = None) -> Figure:
+    """Draw mean distance and share near the diagonal of every head against its layer.
+
+    Args:
+        scores: Model name to the scores of its heads, all on the same protein.
+        title: Heading of the figure.
+
+    Returns:
+        The figure: a dot for each head, the models side by side within a layer, and the scores of
+        uniform attention as a dotted line for each model.
+
+    Raises:
+        ValueError: `scores` holds no model.
+    """
+    if not scores:
+        raise ValueError("scores must hold at least one model, got none")
+    figure = new_figure((9.0, 3.6), title=title)
+    distance, band = figure.subplots(1, 2)
+    spread = 0.6 / len(scores)
+    for number, (colour, found) in enumerate(zip(cycle(PALETTE), scores.values(), strict=False)):
+        heads = [head for head in found.heads if math.isfinite(head.mean_distance)]
+        shift = (number - (len(scores) - 1) / 2) * spread
+        layers = np.array([head.layer for head in heads]) + shift
+        for ax, values, uniform in (
+            (distance, [head.mean_distance for head in heads], found.uniform.mean_distance),
+            (band, [head.band_share for head in heads], found.uniform.band_share),
+        ):
+            ax.plot(layers, values, ls="", marker="o", ms=4, color=colour, alpha=0.75, mew=0)
+            ax.axhline(uniform, color=MUTED, linewidth=1.0, linestyle=":")
+    half_width = next(iter(scores.values())).band
+    for ax, label in (
+        (distance, "mean distance of attention (residues)"),
+        (band, f"share of attention within ±{half_width} residues"),
+    ):
+        ax.set_xlabel("layer")
+        ax.set_ylabel(label)
+        # Heads that look alike lie close together: the margin matplotlib takes would cut them.
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+        ax.set_xlim(0.5, 0.5 + max(head.layer for found in scores.values() for head in found.heads))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(axis="y")
+    band.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
+    entries = [
+        (name, Line2D([], [], ls="", marker="o", color=colour))
+        for name, colour in zip(scores, cycle(PALETTE), strict=False)
+    ]
+    entries.append(("uniform attention", Line2D([], [], color=MUTED, lw=1.0, ls=":")))
+    add_legend(figure, entries, "outside upper center", 4)
     return figure
 
 
@@ -227,35 +266,6 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _split_rank(split: str) -> tuple[int, str]:
     known = ("train", "validation", "test", "ood")
     return (known.index(split) if split in known else len(known), split)
-
-
-def _colours(count: int) -> list[str]:
-    return [_PALETTE[i % len(_PALETTE)] for i in range(count)]
-
-
-def _legend(
-    figure: Figure, entries: Sequence[tuple[str, Line2D]], place: str, columns: int
-) -> None:
-    if not entries:
-        return
-    # Placeholders first: matplotlib drops labels that begin with an underscore and reads "$" as
-    # mathematics, and the names come from users.
-    legend = figure.legend(
-        [line for _, line in entries],
-        [str(number) for number in range(len(entries))],
-        loc=place,
-        ncols=min(columns, len(entries)),
-        fontsize=8.5,
-        frameon=False,
-    )
-    for text, (name, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set_parse_math(False)
-        text.set_text(shortened(name))
-
-
-def _title(figure: Figure, title: str | None) -> None:
-    if title:
-        figure.suptitle(shortened(title, 90), fontsize=11, color=INK, parse_math=False)
 
 
 def _diverging() -> Colormap:

@@ -1,6 +1,6 @@
 """Reports on trained models: what ``performers report`` and the demo write."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +8,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.app.files import read_json
+from performers.app.progress import Report, part
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.reading.site_scores import header_sites, parse_sites
 from performers.proteins.report.page import ModelReport, analyse_model, write_report
 from performers.proteins.scoring.evaluation import evaluate_model
 
-Report = Callable[[str, int, int, Mapping[str, float]], None]
+__all__ = ["Report", "choose_protein", "describe_model", "report_on_model"]
+
 LoadedModel = tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -47,8 +49,7 @@ def report_on_model(
             of ``sites=`` in its header.
         max_sequences: Sequences read for amino-acid similarity.
         max_length: Tokens read of each.
-        report: Called with what is being done, how much of it is done, how much there is, and a
-            log entry.
+        report: Called with the name of a step, the units done, the units in all, and a log entry.
 
     Returns:
         The path of the page.
@@ -69,7 +70,7 @@ def report_on_model(
             its_tokenizer,
             sequences,
             max_length=model_max_length(its_tokenizer),
-            progress=_task(report, f"evaluating {name}" if number else "evaluating"),
+            progress=part(report, f"evaluating {name}" if number else "evaluating"),
         )
         described.append(
             describe_model(
@@ -119,7 +120,7 @@ def describe_model(
         report: See ``report_on_model``.
 
     Returns:
-        What ``write_report`` takes.
+        Input of ``write_report``.
     """
     analysis = analyse_model(
         model,
@@ -129,7 +130,7 @@ def describe_model(
         max_sequences=max_sequences,
         max_length=max_length,
         sites=sites,
-        progress=_task(report, f"reading attention, {name}"),
+        progress=part(report, f"reading attention, {name}"),
     )
     return ModelReport(
         name=name,
@@ -159,12 +160,6 @@ def choose_protein(
             if low <= len(record.sequence) <= max_length - 2:
                 return record
     return records[0]
-
-
-def _task(report: Report | None, name: str) -> Callable[[int, int], None] | None:
-    if report is None:
-        return None
-    return lambda done, total: report(name, done, total, {})
 
 
 def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:

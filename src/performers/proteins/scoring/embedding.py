@@ -1,6 +1,6 @@
-"""One vector a sequence."""
+"""Embeddings: one vector a sequence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.app.files import write_atomically
+from performers.app.progress import Progress
 from performers.models.heads import mean_pool
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.objectives import CausalCollator
@@ -27,7 +28,7 @@ def embed_sequences(
     *,
     pooling: str = "mean",
     batch_tokens: int = 8192,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> npt.NDArray[np.float32]:
     """Mean of the final hidden states over a sequence's residues, and their spread if wanted.
 
@@ -102,7 +103,7 @@ def write_embeddings(
         vectors: Shape ``(sequences, width)``.
 
     Raises:
-        ValueError: A name has a line break.
+        ValueError: A name has a line break in it.
     """
     names = [record.name for record in records]
     if broken := [name for name in names if "\n" in name]:

@@ -1,12 +1,13 @@
 """Accuracy, perplexity and loss of a model on sequences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from performers.app.progress import Progress
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import (
     LengthBucketedBatchSampler,
@@ -27,7 +28,7 @@ def evaluate_model(
     batch_tokens: int = 8192,
     mask_probability: float = 0.15,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score predictions per residue, beside the best constant prediction on the same residues.
 
@@ -43,7 +44,7 @@ def evaluate_model(
         max_length: Longest input in tokens; longer sequences are split into windows.
         batch_tokens: Tokens in a batch, padding included.
         mask_probability: Share of residues that are targets of a masked model.
-        seed: Of the masks.
+        seed: Seed of the masks.
         progress: Called with the rows done and the rows in all, after each batch.
 
     Returns:
@@ -80,7 +81,7 @@ def evaluate_rows(
     mask_probability: float = 0.15,
     seed: int = 0,
     across_sequences: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """As ``evaluate_model``, on rows that are cut already.
 
@@ -90,7 +91,7 @@ def evaluate_rows(
         dataset: The rows, packed or not.
         batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
         mask_probability: Share of residues that are targets of a masked model.
-        seed: Of the masks.
+        seed: Seed of the masks.
         across_sequences: In packed rows, attention crosses the boundaries of sequences.
         progress: Called with the rows done and the rows in all, after each batch.
 

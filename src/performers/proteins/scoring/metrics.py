@@ -23,7 +23,7 @@ __all__ = ["ResidueMetrics", "unigram_baseline"]
 
 
 def unigram_baseline(counts: npt.ArrayLike) -> dict[str, float]:
-    """Scores the best constant prediction for target tokens with the given counts.
+    """Score the best constant prediction for target tokens with the given counts.
 
     With the empirical distribution p of the targets, the best constant top-1 prediction is right
     with frequency max p, and the best constant distribution, p itself, has perplexity
@@ -50,7 +50,7 @@ def unigram_baseline(counts: npt.ArrayLike) -> dict[str, float]:
 
 
 class ResidueMetrics:
-    """Adds up loss and accuracy over batches, in float64.
+    """Sum loss and accuracy over batches, in float64.
 
     Several processes each keep one; `merge` adds another's sums, and `state_tensor` gives the sums
     for a reduction across processes.
@@ -76,7 +76,7 @@ class ResidueMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch.
+        """Add a batch.
 
         Args:
             logits: Unnormalised log-probabilities, (..., length, vocabulary), any float dtype. The
@@ -108,7 +108,7 @@ class ResidueMetrics:
         self.target_counts += np.bincount(targets.numpy(), minlength=self.target_counts.size)
 
     def merge(self, other: ResidueMetrics) -> None:
-        """Adds the sums of another instance to this one.
+        """Add the sums of another instance to this one.
 
         Raises:
             ValueError: The two are not for the same vocabulary and direction.
@@ -118,14 +118,14 @@ class ResidueMetrics:
         self.load_state_tensor(self.state_tensor() + other.state_tensor())
 
     def state_tensor(self) -> Tensor:
-        """Returns the sums as a float64 tensor (2 + vocabulary,), to be summed over processes."""
+        """Return the sums as a float64 tensor (2 + vocabulary,), to be summed over processes."""
         return torch.tensor([self.loss_sum, self.correct, *self.target_counts], dtype=torch.float64)
 
     def load_state_tensor(self, state: Tensor) -> None:
-        """Replaces the sums by those of a (reduced) state tensor.
+        """Replace the sums by those of a (reduced) state tensor.
 
         Raises:
-            ValueError: The tensor is not one for this vocabulary.
+            ValueError: The tensor is not one for this vocabulary size.
         """
         if state.shape != (self.target_counts.size + 2,):
             raise ValueError(
@@ -137,7 +137,7 @@ class ResidueMetrics:
         self.target_counts = values[2:].astype(np.int64)
 
     def compute(self) -> dict[str, Any]:
-        """Computes the metrics over all targets so far.
+        """Compute the metrics over all targets so far.
 
         Returns:
             ``accuracy`` (a share of 1), ``perplexity`` = exp(loss), ``loss`` (mean negative
@@ -145,7 +145,7 @@ class ResidueMetrics:
             ``baseline_accuracy`` and ``baseline_perplexity`` on the very same residues.
 
         Raises:
-            ValueError: No residue was a target.
+            ValueError: No residue was a target so far.
         """
         tokens = self.count
         if not tokens:

@@ -1,9 +1,9 @@
-"""Memory that a training needs at least, and memory that there is."""
+"""Memory that a training needs at least, and memory of the machine."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 from performers.app.errors import UserError
@@ -17,7 +17,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_training_memory(config: PerformerConfig, optimizer: str, tokens: int = 0) -> None:
-    """Refuse to train what no memory of this machine can hold.
+    """Refuse a training that no memory of this machine can hold.
 
     Args:
         config: The model.
@@ -30,15 +30,13 @@ def check_training_memory(config: PerformerConfig, optimizer: str, tokens: int =
     """
     needed = training_bytes(config, optimizer, tokens)
     available = machine_bytes()
-    if available is None or needed <= available:
-        return
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
         available = max(
             available, sum(torch.cuda.get_device_properties(i).total_memory for i in devices)
         )
-        if needed <= available:
-            return
+    if needed <= available:
+        return
     what = "weights, gradients, the optimiser's state and random features"
     lower = "--layers, --hidden-size, --intermediate-size, --num-features or --max-length"
     if tokens:
@@ -89,16 +87,9 @@ def parameter_count(config: PerformerConfig) -> int:
     return config.num_hidden_layers * block + (config.vocab_size + positions + 2) * width
 
 
-def machine_bytes() -> int | None:
-    """Memory of this machine, or of the container that this process is in where that is less.
-
-    Returns:
-        Bytes, or None where the system does not tell.
-    """
-    try:
-        least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
+def machine_bytes() -> int:
+    """Memory of this machine, or of the container that this process is in where that is less."""
+    least: int = psutil.virtual_memory().total
     for file in _limits():
         try:
             least = min(least, int(file.read_text(encoding="ascii")))

@@ -1,4 +1,4 @@
-"""What identifies a training run, so that it is resumed as itself or not at all."""
+"""Record of a training run, so that it is resumed as itself or not at all."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,16 +16,7 @@ from performers.training.checkpoints import newest_checkpoint
 def run_record(
     options: TrainingOptions, training: Sequence[str] | TokenShards, validation: Sequence[str]
 ) -> dict[str, Any]:
-    """What ``training.json`` says of a run: its options, a fingerprint of its data, its processes.
-
-    Args:
-        options: What the run is asked to do.
-        training: Proteins to train on, or a split of a corpus.
-        validation: Proteins to validate on.
-
-    Returns:
-        Plain data.
-    """
+    """Content of ``training.json``: options, a fingerprint of the data, number of processes."""
     digest = hashlib.sha256()
     if isinstance(training, TokenShards):
         residues = training.entry["residues"]
@@ -53,10 +44,10 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
     Args:
         settings: The ``training.json`` of the run in the folder.
         record: The ``run_record`` of the run that is to continue it.
-        options: Its options.
+        options: Options of the latter.
 
     Raises:
-        UserError: It is another run; the message says in what.
+        UserError: The folder holds another run; the message names the difference.
     """
     earlier = read_json(settings)
     if not isinstance(earlier, dict) or not {"options", "data"} <= earlier.keys():
@@ -83,7 +74,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest undamaged checkpoint whose saving had ended, in every process of the run.
 
     Raises:
-        UserError: All checkpoints are damaged.
+        UserError: All checkpoints of the run are damaged.
     """
     try:
         return newest_checkpoint(folder, processes=process_count())

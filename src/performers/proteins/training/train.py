@@ -68,6 +68,8 @@ def train_model(
 ) -> dict[str, Any]:
     """Train a model and save it, its tokenizer, its log and its options in ``output``.
 
+    A signal stops the run, which saves a checkpoint and raises ``Interrupted``.
+
     The folder receives ``config.json``, ``model.safetensors`` and the tokenizer's files with their
     ``manifest.json``, ``trainer_state.json`` (the log), ``training.json`` (options, data, time) and
     ``checkpoints/``.
@@ -75,7 +77,7 @@ def train_model(
     Args:
         sequences: Proteins as letters, or a split of a corpus, which stays on disk.
         output: Folder to write to; see ``prepare_output_folder``.
-        options: What to train and how.
+        options: Options of the run.
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
             ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
             validation split, of which ``validation_sample`` takes as many.
@@ -89,9 +91,8 @@ def train_model(
 
     Raises:
         UserError: The data or options cannot be used, the options differ from those of the run
-            to resume, or all its checkpoints are damaged.
-        Diverged: The loss or the weights are not finite.
-        Interrupted: The run was stopped by a signal and has saved a checkpoint.
+            to resume, all its checkpoints are damaged, or the loss or the weights are not finite
+            (``Diverged``).
     """
     if options.optimizer == "muon":
         try:
@@ -168,7 +169,7 @@ def train_model(
 
 
 class _ProteinTrainer(CheckpointTrainer):
-    """Trainer with our batches, our validation, and an end to runs that diverge."""
+    """Trainer with token budgets, metrics per residue, and an end to runs that diverge."""
 
     def __init__(
         self,
@@ -230,11 +231,7 @@ class _ProteinTrainer(CheckpointTrainer):
         return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One batch.
-
-        Raises:
-            Diverged: The loss is not finite.
-        """
+        """Train on one batch; a loss that is not finite raises ``Diverged``."""
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise _diverged(f"the loss became {loss.item()} at", self.state.global_step + 1)
@@ -326,7 +323,7 @@ def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
 
 
 def validation_sample(shards: TokenShards, seed: int) -> list[str]:
-    """At most 500 proteins of a validation split, drawn with the seed."""
+    """Draw at most 500 proteins of a validation split with the seed."""
     order = np.random.default_rng(seed).permutation(len(shards))[:_HELD_OUT_AT_MOST]
     return [shards.sequence(index) for index in sorted(order.tolist())]
 
