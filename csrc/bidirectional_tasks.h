@@ -6,14 +6,16 @@
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-inline void forward_packed(const Problem &p) {
+// Whole sequences: heads, or the packed sequences of heads.
+inline void forward_sequences(const Problem &p) {
     const std::vector<Span> spans = sequences(p.call);
     const int64_t count = static_cast<int64_t>(spans.size());
     parallel(p, p.heads * count, [&](int64_t i) {
         const Span span = spans[static_cast<size_t>(i % count)];
         auto b = in_scratch<ForwardBuffers>(p);
         b.sums.clear(p);
-        absorb(p, i / count, span.begin, span.end, b.sums, b.keys);
+        absorb(p, i / count, span.first, span.last, b.sums, b.keys);
+        if (!p.call.segments) export_bidirectional(p, i / count, b.sums);
         read_out(p, i / count, span, b.sums, b.queries);
     });
 }
@@ -28,15 +30,7 @@ inline int64_t bidirectional_parts(const Problem &p, int64_t length) {
 inline void forward_bidirectional(const Problem &p) {
     const int64_t key_parts = bidirectional_parts(p, p.call.size);
     const int64_t query_parts = bidirectional_parts(p, p.call.length);
-    if (key_parts == 1 && query_parts == 1) {
-        return parallel(p, p.heads, [&](int64_t head) {
-            auto b = in_scratch<ForwardBuffers>(p);
-            b.sums.clear(p);
-            absorb(p, head, 0, p.call.size, b.sums, b.keys);
-            export_bidirectional(p, head, b.sums);
-            read_out(p, head, all_positions(p.call), b.sums, b.queries);
-        });
-    }
+    if (p.call.segments || (key_parts == 1 && query_parts == 1)) return forward_sequences(p);
     SharedMemory memory(p.heads * key_parts * Sums::size(p));
     const std::vector<Span> keys = cut(p.call.size, p.call.size, key_parts);
     const std::vector<Span> queries = cut(p.call.length, p.call.size, query_parts);
@@ -61,23 +55,18 @@ inline void forward_bidirectional(const Problem &p) {
     });
 }
 
-struct BackwardBuffers {
-    KeyBuffers forward_keys;
-    QueryGradientBuffers queries;
-    KeyGradientBuffers keys;
-    Sums sums, grad_sums;
+struct BackwardBuffers : Buffers {
+    using Buffers::Buffers;
 
-    BackwardBuffers(Arena &arena, const Problem &p)
-        : forward_keys(arena, p),
-          queries(arena, p),
-          keys(arena, p),
-          sums(arena.take(Sums::size(p)), p),
-          grad_sums(arena.take(Sums::size(p)), p) {}
+    KeyBuffers forward_keys{arena, p};
+    QueryGradientBuffers queries{arena, p};
+    KeyGradientBuffers keys{arena, p};
+    Sums sums{arena.take(Sums::size(p)), p}, grad_sums{arena.take(Sums::size(p)), p};
 
     void train(const WeightSums &trained) { queries.trained = keys.trained = trained; }
 };
 
-inline void backward_packed(const Problem &p, const WeightGradients &trained) {
+inline void backward_sequences(const Problem &p, const WeightGradients &trained) {
     const std::vector<Span> spans = sequences(p.call);
     const int64_t count = static_cast<int64_t>(spans.size());
     trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
@@ -85,27 +74,24 @@ inline void backward_packed(const Problem &p, const WeightGradients &trained) {
         const Span span = spans[static_cast<size_t>(i % count)];
         auto b = in_scratch<BackwardBuffers>(p);
         b.train(sums);
-        b.sums.clear(p);
+        if (p.call.segments) {
+            // Keeping the sums of every short sequence would take more memory than the sequence.
+            b.sums.clear(p);
+            absorb(p, head, span.first, span.last, b.sums, b.forward_keys);
+        } else {
+            import_bidirectional(p, head, b.sums);
+        }
         b.grad_sums.clear(p);
-        // Keeping the sums of every short sequence would take more memory than the sequence.
-        absorb(p, head, span.begin, span.end, b.sums, b.forward_keys);
         query_gradients(p, head, span.begin, span.end, b.sums, b.grad_sums, b.queries);
-        key_gradients(p, head, span.begin, span.end, b.sums, b.grad_sums, b.keys);
+        key_gradients(p, head, span.first, span.last, b.sums, b.grad_sums, b.keys);
     });
 }
 
 inline void backward_bidirectional(const Problem &p, const WeightGradients &trained) {
     const int64_t key_parts = bidirectional_parts(p, p.call.size);
     const int64_t query_parts = bidirectional_parts(p, p.call.length);
-    if (key_parts == 1 && query_parts == 1) {
-        return trained.parallel_tasks(p.heads, [&](int64_t head, const WeightSums &sums) {
-            auto b = in_scratch<BackwardBuffers>(p);
-            b.train(sums);
-            import_bidirectional(p, head, b.sums);
-            b.grad_sums.clear(p);
-            query_gradients(p, head, 0, p.call.length, b.sums, b.grad_sums, b.queries);
-            key_gradients(p, head, 0, p.call.size, b.sums, b.grad_sums, b.keys);
-        });
+    if (p.call.segments || (key_parts == 1 && query_parts == 1)) {
+        return backward_sequences(p, trained);
     }
     SharedMemory memory(p.heads * query_parts * Sums::size(p));
     const std::vector<Span> keys = cut(p.call.size, p.call.size, key_parts);

@@ -34,12 +34,12 @@ private:
 };
 
 // Buffers (a structure built from an arena) in the scratch memory of this thread.
-template <typename Buffers, typename... Arguments>
-Buffers in_scratch(const Arguments &...arguments) {
+template <typename Made, typename... Arguments>
+Made in_scratch(const Arguments &...arguments) {
     Arena counting(nullptr);
-    Buffers counted(counting, arguments...);
+    Made counted(counting, arguments...);
     Arena arena(scratch(counting.used()));
-    return Buffers(arena, arguments...);
+    return Made(arena, arguments...);
 }
 
 inline float from_bits(uint32_t bits) {

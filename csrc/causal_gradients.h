@@ -4,65 +4,37 @@
 // both; kept between them are only the log scales before each chunk.
 #pragma once
 
-#include "causal.h"
-#include "gradients.h"
+#include "causal_forward.h"
+#include "bidirectional_gradients.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct CausalGradientBuffers {
-    ChunkKeys keys;
-    QueryGradientBlock q;
-    ExactRow exact;
-    float *features, *slope, *query_exponents;  // (features, kBlock)
-    float *pairs;            // normalised, (kBlock keys, kBlock queries)
-    float *pair_grads;       // likewise
-    float *pair_grads_rows;  // its transpose
-    float *value_transposed;
-    float *key_slope, *exact_slope;  // (features, kBlock)
-    float *slope_sum, *grad_x, *grad_value, *grad_key_sum;
-    Sums sums, grad_sums, exact_sums;
-    WeightSums trained;
+struct CausalGradientBuffers : Buffers {
+    using Buffers::Buffers;
 
-    CausalGradientBuffers(Arena &arena, const Problem &p)
-        : keys(arena, p),
-          q(arena, p),
-          exact(arena, p),
-          features(arena.take(p.features * kBlock)),
-          slope(arena.take(p.features * kBlock)),
-          query_exponents(arena.take(p.features * kBlock)),
-          pairs(arena.take(kBlock * kBlock)),
-          pair_grads(arena.take(kBlock * kBlock)),
-          pair_grads_rows(arena.take(kBlock * kBlock)),
-          value_transposed(arena.take(p.padded_value * kBlock)),
-          key_slope(arena.take(p.features * kBlock)),
-          exact_slope(arena.take(p.features * kBlock)),
-          slope_sum(arena.take(kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)),
-          grad_value(arena.take(kBlock * p.padded_value)),
-          grad_key_sum(arena.take(p.features)),
-          sums(arena.take(Sums::size(p)), p),
-          grad_sums(arena.take(Sums::size(p)), p),
-          exact_sums(arena.take(Sums::size(p)), p) {}
+    ChunkKeys keys{arena, p};
+    QueryGradientBlock q{arena, p};
+    MendedRow mended{arena, p};
+    float *features = arena.take(p.features * kBlock), *slope = arena.take(p.features * kBlock);
+    float *query_exponents = arena.take(p.features * kBlock);
+    float *pairs = arena.take(kBlock * kBlock);  // normalised, (kBlock keys, kBlock queries)
+    float *pair_grads = arena.take(kBlock * kBlock);  // likewise
+    float *pair_grads_rows = arena.take(kBlock * kBlock);  // its transpose
+    float *value_transposed = arena.take(p.padded_value * kBlock);
+    float *key_slope = arena.take(p.features * kBlock);
+    float *mended_slope = arena.take(p.features * kBlock);
+    float *slope_sum = arena.take(kBlock), *grad_x = arena.take(kBlock * p.padded_dim);
+    float *grad_value = arena.take(kBlock * p.padded_value), *grad_key_sum = arena.take(p.features);
+    Sums sums{arena.take(Sums::size(p)), p}, grad_sums{arena.take(Sums::size(p)), p};
+    Sums mended_sums{arena.take(Sums::size(p)), p};
+    WeightSums trained;
 };
 
-// d loss / d (normalised pair): grad_i . v_j - delta_i, zero where the key comes after the query.
-inline void pair_gradients(const Problem &p, int64_t rows, CausalGradientBuffers &b) {
-    multiply_band(rows, rows, p.value_dim, rows_of(b.keys.value, p.padded_value),
-                   b.q.grad_transposed, kBlock, b.pair_grads, kBlock, kUpTo);
-    for (int64_t j = 0; j < rows; ++j) {
-        for (int64_t i = j / kWidth * kWidth; i < rows; i += kWidth) {
-            float *at = b.pair_grads + j * kBlock + i;
-            store(at, load(at) - load(b.q.delta + i));
-        }
-    }
-    clear_future(p, b.pair_grads, rows);
-}
-
 // Calls visit(r, 1 / normaliser) for the rows that were summed at a scale of their own, after
-// b.exact has been computed for each. Returns whether there were any.
+// b.mended has been computed for each. Returns whether there were any.
 template <typename Visit>
-inline bool for_exact_rows(const Problem &p, int64_t head, CausalGradientBuffers &b,
+inline bool for_mended_rows(const Problem &p, int64_t head, CausalGradientBuffers &b,
                            Visit &&visit) {
     bool any = false;
     for (int64_t r = 0; r < b.q.block.rows; ++r) {
@@ -73,29 +45,29 @@ inline bool for_exact_rows(const Problem &p, int64_t head, CausalGradientBuffers
                     b.query_exponents);
             any = true;
         }
-        b.exact.compute_at(p, b.query_exponents, r, b.keys, b.q.scale[r]);
+        b.mended.compute_at(p, b.query_exponents, r, b.keys, b.q.scale[r]);
         visit(r, -b.q.inverse[r]);
     }
     return any;
 }
 
-// The gradients of an exact row's pairs, times 1 / normaliser, in the place of the pairs.
-inline const float *exact_shares(const Problem &p, int64_t r, float inverse,
+// The gradients of a mended row's pairs, times 1 / normaliser, in the place of the pairs.
+inline const float *mended_shares(const Problem &p, int64_t r, float inverse,
                                  CausalGradientBuffers &b) {
     const int64_t seen = seen_keys(p, r);
-    float *shares = b.exact.pairs;
+    float *shares = b.mended.pairs;
     for (int64_t j = 0; j < round_up(seen, kWidth); ++j) {
         shares[j] = j < seen ? b.pair_grads[j * kBlock + r] * inverse : 0.0f;
     }
     return shares;
 }
 
-// Gradients of the exponents of an exact row, into column r of b.slope.
-inline void exact_query_slopes(const Problem &p, int64_t r, float inverse, const Sums &sums,
+// Gradients of the exponents of a mended row, into column r of b.slope.
+inline void mended_query_slopes(const Problem &p, int64_t r, float inverse, const Sums &sums,
                                CausalGradientBuffers &b) {
     const float *grad = b.q.grad + r * p.padded_value;
     const int64_t used = round_up(seen_keys(p, r), kWidth);
-    const float *shares = exact_shares(p, r, inverse, b);
+    const float *shares = mended_shares(p, r, inverse, b);
     for (int64_t f = 0; f < p.features; ++f) {
         const float *past = b.keys.past_row(p, sums, f);
         Vector along = splat(0.0f), within = splat(0.0f);
@@ -103,20 +75,20 @@ inline void exact_query_slopes(const Problem &p, int64_t r, float inverse, const
             along += load(past + c) * load(grad + c);
         }
         for (int64_t j = 0; j < used; j += kWidth) {
-            within += b.exact.pair_feature(b.keys, f, j) * load(shares + j);
+            within += b.mended.pair_feature(b.keys, f, j) * load(shares + j);
         }
         const float towards = total(along) - b.q.delta[r] * b.keys.past_sum[f];
-        b.slope[f * kBlock + r] = b.exact.past[f] * inverse * towards + total(within);
+        b.slope[f * kBlock + r] = b.mended.past[f] * inverse * towards + total(within);
     }
 }
 
-// Adds what an exact row contributes to the gradient of the past's sums, times factor(f).
+// Adds what a mended row contributes to the gradient of the past's sums, times factor(f).
 template <typename Factor>
-inline void add_exact_row(const Problem &p, int64_t r, float inverse, const Sums &grad_sums,
+inline void add_mended_row(const Problem &p, int64_t r, float inverse, const Sums &grad_sums,
                           CausalGradientBuffers &b, Factor &&factor) {
     const float *grad = b.q.grad + r * p.padded_value;
     for (int64_t f = 0; f < p.features; ++f) {
-        const float phi = b.exact.past[f] * inverse * factor(f);
+        const float phi = b.mended.past[f] * inverse * factor(f);
         float *row = grad_sums.key_value + f * p.padded_value;
         for (int64_t c = 0; c < p.padded_value; c += kWidth) {
             store(row + c, load(row + c) + load(grad + c) * phi);
@@ -162,25 +134,26 @@ inline void causal_query_gradients(const Problem &p, int64_t head, const Span &s
         for (int64_t group = 0; group < p.call.groups; ++group) {
             b.q.fetch(p, head, group, start, rows);
             project(p, weights, b.q.block, p.query_inner, 0, p.features, b.features);
-            pair_gradients(p, rows, b);
+            pair_gradients(p, rows, rows, b.keys.value, b.q.grad_transposed, b.q.delta,
+                           seen_pairs(p), b.pair_grads);
             multiply(p.features, rows, p.value_dim, rows_of(b.sums.key_value, p.padded_value),
                      b.q.grad_transposed, kBlock, b.slope, kBlock, false);
             multiply(p.features, rows, rows, rows_of(b.keys.features, kBlock), b.pair_grads, kBlock,
                      b.slope, kBlock, true, by_column(kUpTo));
             query_slopes(p, b.q, b.sums, 0, p.features, b.features, b.slope, nullptr);
-            for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
+            for_mended_rows(p, head, b, [&](int64_t r, float inverse) {
                 if (gather) {
-                    add_exact_row(p, r, inverse, b.grad_sums, b, [&](int64_t f) {
+                    add_mended_row(p, r, inverse, b.grad_sums, b, [&](int64_t f) {
                         return decay(entering[f], b.keys.past_scale[f]);
                     });
                 }
-                exact_query_slopes(p, r, inverse, b.sums, b);
+                mended_query_slopes(p, r, inverse, b.sums, b);
             });
             b.trained.add(p, head, 0, p.features, b.slope, b.q.block);
             multiply(rows, p.padded_dim, p.features, columns_of(b.slope, kBlock), weights,
                      p.weight_stride, b.grad_x, p.padded_dim, false);
             for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
-            if (p.exact) sum_slopes(b.slope, p.features, rows, b.slope_sum);
+            if (p.exact) add_up(b.slope, p.features, rows, b.slope_sum);
             finish_gradients(p, p.query_rows(p.call.grad_query, head, group), start, b.q.block,
                              b.grad_x, p.exact ? b.slope_sum : nullptr);
             if (gather) {
@@ -210,26 +183,27 @@ inline void normalised_features(const Problem &p, const QueryGradientBlock &q,
 }
 
 // The queries of one group in a chunk of the second pass: adds to the slopes of keys, to the
-// gradients of values and to those of the sums. Returns whether there were exact rows.
+// gradients of values and to those of the sums. Returns whether there were mended rows.
 inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int64_t start,
                               int64_t rows, const float *log_scale, CausalGradientBuffers &b) {
     b.q.fetch(p, head, group, start, rows);
     project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features, b.features);
     normalised_features(p, b.q, log_scale, b.features);
-    pair_gradients(p, rows, b);
+    pair_gradients(p, rows, rows, b.keys.value, b.q.grad_transposed, b.q.delta, seen_pairs(p),
+                   b.pair_grads);
     multiply_band(rows, rows, p.features, columns_of(b.keys.features, kBlock), b.features, kBlock,
                    b.pairs, kBlock, kUpTo);
-    clear_future(p, b.pairs, rows);
-    const bool any = for_exact_rows(p, head, b, [&](int64_t r, float inverse) {
-        add_exact_row(p, r, inverse, b.exact_sums, b, [](int64_t) { return 1.0f; });
+    clear_outside(b.pairs, rows, rows, seen_pairs(p));
+    const bool any = for_mended_rows(p, head, b, [&](int64_t r, float inverse) {
+        add_mended_row(p, r, inverse, b.mended_sums, b, [](int64_t) { return 1.0f; });
         const int64_t seen = seen_keys(p, r), used = round_up(seen, kWidth);
-        for (int64_t j = 0; j < seen; ++j) b.pairs[j * kBlock + r] = b.exact.pairs[j] * inverse;
-        const float *shares = exact_shares(p, r, inverse, b);
+        for (int64_t j = 0; j < seen; ++j) b.pairs[j * kBlock + r] = b.mended.pairs[j] * inverse;
+        const float *shares = mended_shares(p, r, inverse, b);
         for (int64_t f = 0; f < p.features; ++f) {
             for (int64_t j = 0; j < used; j += kWidth) {
                 const int64_t at = f * kBlock + j;
-                const Vector more = b.exact.pair_feature(b.keys, f, j) * load(shares + j);
-                store(b.exact_slope + at, load(b.exact_slope + at) + more);
+                const Vector more = b.mended.pair_feature(b.keys, f, j) * load(shares + j);
+                store(b.mended_slope + at, load(b.mended_slope + at) + more);
             }
         }
     });
@@ -243,7 +217,7 @@ inline bool add_chunk_queries(const Problem &p, int64_t head, int64_t group, int
 }
 
 // b.key_slope becomes the gradients of the exponents of keys, b.slope_sum (kBlock) their sums.
-inline void chunk_key_slopes(const Problem &p, bool exact, CausalGradientBuffers &b) {
+inline void chunk_key_slopes(const Problem &p, bool mended, CausalGradientBuffers &b) {
     const Vector zero = splat(0.0f);
     for (int64_t r = 0; r < b.keys.block.rows; r += kWidth) {
         const Vector kept = load(b.keys.keep + r);
@@ -257,7 +231,7 @@ inline void chunk_key_slopes(const Problem &p, bool exact, CausalGradientBuffers
             } else {
                 grad = load(b.keys.exponents + f * kBlock + r) > zero ? towards * kept : zero;
             }
-            if (exact) grad += load(b.exact_slope + f * kBlock + r);
+            if (mended) grad += load(b.mended_slope + f * kBlock + r);
             store(at, grad);
             sum += grad;
         }
@@ -266,7 +240,7 @@ inline void chunk_key_slopes(const Problem &p, bool exact, CausalGradientBuffers
 }
 
 // Brings the gradient of the sums after a chunk to that of the sums before it.
-inline void pass_to_past(const Problem &p, const float *before, const float *after, bool exact,
+inline void pass_to_past(const Problem &p, const float *before, const float *after, bool mended,
                          CausalGradientBuffers &b) {
     for (int64_t f = 0; f < p.features; ++f) {
         const float factor = decay(before[f], after[f]);
@@ -274,7 +248,7 @@ inline void pass_to_past(const Problem &p, const float *before, const float *aft
         b.grad_sums.scale_row(p, f, factor);
         b.grad_sums.key_sum[f] *= factor;
     }
-    if (exact) b.grad_sums.add(p, b.exact_sums);
+    if (mended) b.grad_sums.add(p, b.mended_sums);
 }
 
 // The second pass over a span, with the log scales of the first. b.grad_sums is the gradient of the
@@ -282,13 +256,11 @@ inline void pass_to_past(const Problem &p, const float *before, const float *aft
 inline void causal_key_gradients(const Problem &p, int64_t head, const Span &span,
                                  const float *scales, CausalGradientBuffers &b) {
     const float *weights = p.weights_of(head);
-    const Rows grad_keys = p.key_rows(p.call.grad_key, head);
-    const Rows grad_values = p.key_rows(p.call.grad_value, head);
     const size_t scale_bytes = sizeof(float) * static_cast<size_t>(p.features);
     const int64_t chunks = (span.end - span.begin + kBlock - 1) / kBlock;
     for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t start = span.begin + chunk * kBlock;
-        const int64_t rows = smaller(kBlock, span.end - start), key_row = start + p.shift;
+        const int64_t rows = smaller(kBlock, span.end - start);
         const float *before = scales + chunk * p.features, *after = before + p.features;
         b.keys.fetch(p, head, span, start, rows);
         if (!p.exponential) {
@@ -303,22 +275,19 @@ inline void causal_key_gradients(const Problem &p, int64_t head, const Span &spa
         multiply(rows, p.padded_value, p.features, columns_of(b.keys.features, kBlock),
                  b.grad_sums.key_value, p.padded_value, b.grad_value, p.padded_value, false);
         std::memcpy(b.grad_key_sum, b.grad_sums.key_sum, scale_bytes);
-        for (int64_t i = 0; i < p.features * kBlock; ++i) b.exact_slope[i] = 0;
-        b.exact_sums.clear(p);
-        bool exact = false;
+        for (int64_t i = 0; i < p.features * kBlock; ++i) b.mended_slope[i] = 0;
+        b.mended_sums.clear(p);
+        bool mended = false;
         for (int64_t group = 0; group < p.call.groups; ++group) {
-            exact |= add_chunk_queries(p, head, group, start, rows, after, b);
+            mended |= add_chunk_queries(p, head, group, start, rows, after, b);
         }
-        chunk_key_slopes(p, exact, b);
+        chunk_key_slopes(p, mended, b);
         b.trained.add(p, head, 0, p.features, b.key_slope, b.keys.block);
         multiply(rows, p.padded_dim, p.features, columns_of(b.key_slope, kBlock), weights,
                  p.weight_stride, b.grad_x, p.padded_dim, false);
-        finish_gradients(p, grad_keys, key_row, b.keys.block, b.grad_x, b.slope_sum, span.first);
-        for (int64_t r = larger<int64_t>(0, span.first - key_row); r < rows; ++r) {
-            write_gradient(p, grad_values, key_row + r, p.value_dim,
-                           b.grad_value + r * p.padded_value);
-        }
-        pass_to_past(p, before, after, exact, b);
+        finish_key_gradients(p, head, start + p.shift, b.keys.block, b.grad_x, b.slope_sum,
+                             b.grad_value, span.first);
+        pass_to_past(p, before, after, mended, b);
     }
 }
 

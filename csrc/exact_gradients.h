@@ -2,26 +2,20 @@
 // the exact ones in every gradient stands by itself and is added to that of the features.
 #pragma once
 
-#include "gradients.h"
+#include "bidirectional_gradients.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct ExactGradientBuffers {
-    QueryGradientBlock q;
-    ExactKeys keys;
-    float *pairs, *pair_grads;  // (kBlock keys, kBlock rows)
-    float *grad_x;              // of the queries (kBlock, padded_dim)
-    float *grad_key, *grad_value;
+struct ExactGradientBuffers : Buffers {
+    using Buffers::Buffers;
 
-    ExactGradientBuffers(Arena &arena, const Problem &p)
-        : q(arena, p),
-          keys(arena, p),
-          pairs(arena.take(kBlock * kBlock)),
-          pair_grads(arena.take(kBlock * kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)),
-          grad_key(arena.take(kBlock * p.padded_dim)),
-          grad_value(arena.take(kBlock * p.padded_value)) {}
+    QueryGradientBlock q{arena, p};
+    ExactKeys keys{arena, p};
+    float *pairs = arena.take(kBlock * kBlock), *pair_grads = arena.take(kBlock * kBlock);
+    float *grad_x = arena.take(kBlock * p.padded_dim);  // of the queries (kBlock, padded_dim)
+    float *grad_key = arena.take(kBlock * p.padded_dim);
+    float *grad_value = arena.take(kBlock * p.padded_value);
 };
 
 // Products become normalised weights, and gradients of weights (times scale) those of products.

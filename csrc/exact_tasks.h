@@ -1,9 +1,8 @@
-// Calls with exact pairs: the tasks of bidirectional calls with a window, and the exact share of all
-// gradients.
+// The tasks of exact pairs: alone, and their share of all gradients.
 #pragma once
 
+#include "exact_gradients.h"
 #include "tasks.h"
-#include "windowed_gradients.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -31,8 +30,8 @@ inline void forward_exact(const Problem &p) {
                 b.block.load_queries(p, queries, start, rows);
                 for (int64_t r = 0; r < kBlock; ++r) b.scale[r] = b.inverse[r] = 0;
                 for (int64_t j = 0; j < rows * p.padded_value; ++j) b.out[j] = 0;
-                exact_sums(p, head, span, start, b.block, b.near);
-                add_exact(p, rows, b.near, b.out, b.scale, b.inverse);
+                exact_sums(p, head, span, start, b.block, b.exact);
+                add_exact(p, rows, b.exact, b.out, b.scale, b.inverse);
                 for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
                 finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);
             }
@@ -82,148 +81,6 @@ inline void backward_exact(const Problem &p) {
                      values);
         }
     }
-}
-
-// One unit of work, done by the task that asks for it, or a batch whose steps are cut into `parts`
-// tasks for each unit.
-struct FarTasks {
-    const FarUnit *units;
-    int64_t count, parts;
-    int64_t lane;  // of the task that asks
-
-    // Calls body(unit, begin, end, lane) for all of length(unit) of every unit. No two calls at the
-    // same time have the same lane.
-    template <typename Length, typename Body>
-    void run(const Problem &p, Length &&length, Body &&body) const {
-        if (parts == 0) return body(units[0], 0, length(units[0]), lane);
-        parallel(p, count * parts, [&](int64_t i) {
-            const FarUnit &unit = units[i / parts];
-            const int64_t whole = length(unit), part = i % parts;
-            const int64_t begin = part * whole / parts, end = (part + 1) * whole / parts;
-            if (begin < end) body(unit, begin, end, i);
-        });
-    }
-};
-
-// The sequences of a bidirectional call with a window, and the memory of a few at a time. While there
-// are as many as threads, each is one task; the rest are cut into parts, step by step.
-class FarWork {
-public:
-    FarWork(const Problem &p, bool backward)
-        : p_(p), units_(units_of(p)), memory_(place(backward)) {}
-
-    // Calls work(tasks) for every unit alone, in parallel, and for batches one after the other.
-    template <typename Work>
-    void run(Work &&work) {
-        const int64_t threads = larger<int64_t>(1, p_.call.threads);
-        const int64_t alone = slots_ < threads ? 0 : count() / threads * threads;
-        parallel(p_, smaller(slots_, alone), [&](int64_t slot) {
-            for (int64_t i = slot; i < alone; i += slots_) {
-                const FarUnit unit = at(i, slot);
-                work(FarTasks{&unit, 1, 0, slot});
-            }
-        });
-        for (int64_t begin = alone; begin < count(); begin += slots_) {
-            const int64_t size = smaller(slots_, count() - begin);
-            std::vector<FarUnit> batch;
-            for (int64_t i = 0; i < size; ++i) batch.push_back(at(begin + i, i));
-            work(FarTasks{batch.data(), size, (threads + size - 1) / size, 0});
-        }
-    }
-
-private:
-    static constexpr int64_t kLarge = int64_t{1} << 26;  // floats
-
-    static std::vector<FarUnit> units_of(const Problem &p) {
-        std::vector<FarUnit> units;
-        const std::vector<Span> spans = sequences(p.call);
-        for (int64_t head = 0; head < p.heads; ++head) {
-            for (const Span &span : spans) units.push_back({head, FarGrid(p, span)});
-        }
-        return units;
-    }
-
-    int64_t count() const { return static_cast<int64_t>(units_.size()); }
-
-    // As many slots as threads, each large enough for any unit, or as fit in what is large.
-    int64_t place(bool backward) {
-        backward_ = backward;
-        for (const FarUnit &unit : units_) {
-            Arena counting(nullptr);
-            FarUnit copy = unit;
-            copy.place(counting, p_, backward);
-            size_ = larger(size_, static_cast<int64_t>(counting.used()));
-        }
-        const int64_t fitting = larger<int64_t>(1, kLarge / larger<int64_t>(1, size_));
-        slots_ = smaller(smaller(larger<int64_t>(1, p_.call.threads), count()), fitting);
-        return slots_ * size_;
-    }
-
-    FarUnit at(int64_t i, int64_t slot) const {
-        FarUnit unit = units_[static_cast<size_t>(i)];
-        Arena arena(memory_.data() + slot * size_);
-        unit.place(arena, p_, backward_);
-        return unit;
-    }
-
-    const Problem &p_;
-    std::vector<FarUnit> units_;
-    bool backward_ = false;
-    int64_t size_ = 0, slots_ = 1;
-    SharedMemory memory_;
-};
-
-inline int64_t key_segments_of(const FarUnit &unit) { return unit.grid.keys().count(); }
-inline int64_t query_segments_of(const FarUnit &unit) { return unit.grid.queries().count(); }
-
-// Features and sums of keys, added up.
-inline void gather_far(const Problem &p, const FarTasks &tasks) {
-    tasks.run(p, key_segments_of, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-        auto b = in_scratch<FarKeyBuffers>(p);
-        far_keys(p, unit, begin, end, b);
-    });
-    const auto features = [&](const FarUnit &) { return p.features; };
-    tasks.run(p, features, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-        far_sums(p, unit, begin, end, tasks.parts > 0);
-    });
-}
-
-inline void forward_windowed(const Problem &p) {
-    FarWork work(p, false);
-    work.run([&](const FarTasks &tasks) {
-        gather_far(p, tasks);
-        tasks.run(p, query_segments_of,
-                  [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-                      auto b = in_scratch<FarQueryBuffers>(p);
-                      far_queries(p, unit, begin, end, b);
-                  });
-    });
-}
-
-inline void backward_windowed(const Problem &p, const WeightGradients &trained) {
-    const auto features = [&](const FarUnit &) { return p.features; };
-    const auto reading_keys = [](const FarUnit &unit) { return unit.grid.reading_keys().count(); };
-    FarWork work(p, true);
-    work.run([&](const FarTasks &tasks) {
-        gather_far(p, tasks);
-        tasks.run(p, query_segments_of,
-                  [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t lane) {
-                      auto b = in_scratch<FarGradientBuffers>(p);
-                      b.trained = trained.at(lane);
-                      far_query_gradients(p, unit, begin, end, b);
-                  });
-        tasks.run(p, features, [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t) {
-            if (!unit.grid.reaches()) return;
-            add_segments(p, unit.grads, query_segments_of(unit), false, tasks.parts > 0, begin,
-                         end);
-        });
-        tasks.run(p, reading_keys,
-                  [&](const FarUnit &unit, int64_t begin, int64_t end, int64_t lane) {
-                      auto b = in_scratch<FarGradientBuffers>(p);
-                      b.trained = trained.at(lane);
-                      far_key_gradients(p, unit, begin, end, b);
-                  });
-    });
 }
 
 }  // namespace

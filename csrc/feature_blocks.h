@@ -42,7 +42,7 @@ struct Span {
 struct Problem {
     const performers_call &call;
     bool exponential;
-    bool exact;      // whether there are exact pairs
+    bool exact;      // whether features are summed beside exact pairs
     bool strict;     // whether the keys that a causal query meets through features end before...
     int64_t shift;   // ...or at row i + shift, for query i
     int64_t window;  // reach of exact pairs, or -1
@@ -62,7 +62,7 @@ struct Problem {
         exponential = call.kind == PERFORMERS_EXPONENTIAL;
         window = smaller(call.window, call.length + call.size);
         strict = window >= 0;
-        exact = strict || call.sinks > 0;
+        exact = strict || call.sinks > 0 || call.part != PERFORMERS_WHOLE;
         shift = strict ? call.offset - window : 0;
         heads = call.batch * call.key_heads;
         features = call.features;
@@ -124,14 +124,22 @@ struct Problem {
     }
 };
 
-// Up to kBlock rows of queries or keys. Rows past the end, and masked keys, are zero.
-struct Block {
-    float *x;           // (kBlock, padded_dim)
-    float *transposed;  // (weight_stride, kBlock): with rows for the bias and the norm
-    int64_t rows = 0;
+// A base of structures whose members take their memory from an arena as they are made.
+struct Buffers {
+    Arena &arena;  // only then
+    const Problem &p;
 
-    Block(Arena &arena, const Problem &p)
-        : x(arena.take(kBlock * p.padded_dim)), transposed(arena.take(p.weight_stride * kBlock)) {}
+    Buffers(Arena &arena, const Problem &p) : arena(arena), p(p) {}
+};
+
+// Up to kBlock rows of queries or keys. Rows past the end, and masked keys, are zero.
+struct Block : Buffers {
+    using Buffers::Buffers;
+
+    float *x = arena.take(kBlock * p.padded_dim);  // (kBlock, padded_dim)
+    // (weight_stride, kBlock): with rows for the bias and the norm
+    float *transposed = arena.take(p.weight_stride * kBlock);
+    int64_t rows = 0;
 
     void load_queries(const Problem &p, const Rows &from, int64_t begin, int64_t count) {
         load_rows(p, from, count, [&](int64_t r) { return begin + r; });
@@ -232,11 +240,23 @@ inline void load_values(const Problem &p, const Rows &from, int64_t begin, int64
     p.check(to, round_up(rows, kWidth) * p.padded_value);
 }
 
+// A block of keys and their values, packed: masked ones, and rows before `first`, are zero.
+inline void load_keys_and_values(const Problem &p, int64_t head, int64_t begin, int64_t rows,
+                                 Block &block, float *keep, float *value, int64_t first = 0) {
+    block.load_keys(p, p.key_rows(p.call.key, head), p.mask(head), begin, rows, keep, first);
+    load_values(p, p.key_rows(p.call.value, head), begin, rows, keep, value);
+}
+
 // Rows [first, first + count) of W x + b, less the norm for keys: (count, kBlock).
 inline void project(const Problem &p, const float *weights, const Block &block, int64_t inner,
                     int64_t first, int64_t count, float *to) {
     multiply(count, block.rows, inner, rows_of(weights + first * p.weight_stride, p.weight_stride),
              block.transposed, kBlock, to, kBlock, false);
+}
+
+// Whole vectors times a factor.
+inline void scale_vectors(float *row, int64_t count, float factor) {
+    for (int64_t c = 0; c < count; c += kWidth) store(row + c, load(row + c) * splat(factor));
 }
 
 // Sums over keys: key_value (features, padded_value), key_sum and log_scale (features), one block
@@ -257,8 +277,7 @@ struct Sums {
     }
 
     void scale_row(const Problem &p, int64_t f, float factor) const {
-        float *row = key_value + f * p.padded_value;
-        for (int64_t c = 0; c < p.padded_value; c += kWidth) store(row + c, load(row + c) * factor);
+        scale_vectors(key_value + f * p.padded_value, p.padded_value, factor);
     }
 
     void copy(const Problem &p, const Sums &from) const {
@@ -312,6 +331,52 @@ inline void export_sums(const Problem &p, const Sums &from, float *key_value, fl
         if (key_sum) key_sum[f] = from.key_sum[f];
         if (log_scale) log_scale[f] = from.log_scale[f] * unit;
     }
+}
+
+// Zeros in pairs (keys, kBlock queries) outside a band, and up to whole vectors.
+inline void clear_outside(float *pairs, int64_t keys, int64_t rows, Band band) {
+    const int64_t used = round_up(rows, kWidth);
+    for (int64_t t = 0; t < keys; ++t) {
+        float *row = pairs + t * kBlock;
+        const int64_t from = smaller(used, larger<int64_t>(0, t - band.high));
+        const int64_t to = larger(from, smaller(rows, t - band.low + 1));
+        for (int64_t s = 0; s < from; ++s) row[s] = 0;
+        for (int64_t s = to; s < used; ++s) row[s] = 0;
+    }
+}
+
+// Adds rows of (count, kBlock) to each other, and to `sums` (kBlock).
+inline void add_up(const float *from, int64_t count, int64_t rows, float *sums) {
+    for (int64_t r = 0; r < rows; r += kWidth) {
+        Vector sum = load(sums + r);
+        for (int64_t i = 0; i < count; ++i) sum += load(from + i * kBlock + r);
+        store(sums + r, sum);
+    }
+}
+
+// The largest of `lowest` and the exponents of one feature over a block, in each lane.
+inline Vector peaks(const float *exponents, int64_t rows, float lowest) {
+    Vector peak = splat(lowest);
+    for (int64_t r = 0; r < rows; r += kWidth) peak = maximum(peak, load(exponents + r));
+    return peak;
+}
+
+// Exponents of one feature over a block become features at a scale. Returns their sum.
+inline float exponentiate(float *exponents, int64_t rows, float log_scale) {
+    const Vector scale = splat(finite(log_scale));
+    Vector sum = splat(0.0f);
+    for (int64_t r = 0; r < rows; r += kWidth) {
+        const Vector phi = exp2(load(exponents + r) - scale);
+        store(exponents + r, phi);
+        sum += phi;
+    }
+    return total(sum);
+}
+
+inline float sum_feature(const float *features, int64_t rows) {
+    Vector sum = splat(0.0f);
+    for (int64_t r = 0; r < rows; r += kWidth) sum += load(features + r);
+    return total(sum);
 }
 
 // Rectified features of projections, in place.

@@ -32,45 +32,13 @@ struct Operand {
 inline Operand rows_of(const float *data, int64_t stride) { return {data, stride, false}; }
 inline Operand columns_of(const float *data, int64_t stride) { return {data, stride, true}; }
 
-template <int kRows, int kVectors, bool kTransposed>
-inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
-                 int64_t c_stride, int64_t inner, bool accumulate) {
-    Vector sum[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            sum[r][v] = splat(0.0f);
-        }
-    }
-    for (int64_t k = 0; k < inner; ++k) {
-        Vector row[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) row[v] = load(b + k * b_stride + v * kWidth);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            const Vector x = splat(kTransposed ? a[k * a_stride + r] : a[r * a_stride + k]);
-#pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[r][v] += x * row[v];
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            float *at = c + r * c_stride + v * kWidth;
-            // The products are summed among themselves first: added to a long running sum one by
-            // one, each would be rounded to its last place.
-            store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
-        }
-    }
-}
+// Terms of the sums that a tile of C needs: all, or for vector v those before edge + v kWidth, or those
+// from there on.
+enum class Terms { all, before, from };
 
-// As tile, where each vector of C needs other terms of the sum: vector v those before
-// edge + v kWidth, or (kFrom) those from there on.
-template <int kRows, int kVectors, bool kTransposed, bool kFrom>
-inline void tile_edge(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
-                      int64_t c_stride, int64_t inner, bool accumulate, int64_t edge) {
+template <int kRows, int kVectors, bool kTransposed, Terms kTerms>
+inline void tile(const float *a, int64_t a_stride, const float *b, int64_t b_stride, float *c,
+                 int64_t c_stride, int64_t inner, bool accumulate, int64_t edge) {
     Vector sum[kRows][kVectors];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -96,7 +64,9 @@ inline void tile_edge(const float *a, int64_t a_stride, const float *b, int64_t 
     const auto edge_of = [&](int v) {
         return larger<int64_t>(0, smaller(inner, edge + v * kWidth));
     };
-    if constexpr (kFrom) {
+    if constexpr (kTerms == Terms::all) {
+        add.template operator()<0, kVectors>(0, inner);
+    } else if constexpr (kTerms == Terms::from) {
         if constexpr (kVectors > 1) add.template operator()<0, 1>(edge_of(0), edge_of(1));
         if constexpr (kVectors > 2) add.template operator()<0, 2>(edge_of(1), edge_of(2));
         if constexpr (kVectors > 3) add.template operator()<0, 3>(edge_of(2), edge_of(3));
@@ -112,19 +82,10 @@ inline void tile_edge(const float *a, int64_t a_stride, const float *b, int64_t 
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
             float *at = c + r * c_stride + v * kWidth;
+            // The products are summed among themselves first: added to a long running sum one by
+            // one, each would be rounded to its last place.
             store(at, accumulate ? load(at) + sum[r][v] : sum[r][v]);
         }
-    }
-}
-
-template <int kRows, int kVectors>
-inline void tile(Operand a, int64_t r, const float *b, int64_t b_stride, float *c, int64_t c_stride,
-                 int64_t inner, bool accumulate) {
-    if (a.transposed) {
-        tile<kRows, kVectors, true>(a.row(r), a.stride, b, b_stride, c, c_stride, inner, accumulate);
-    } else {
-        tile<kRows, kVectors, false>(a.row(r), a.stride, b, b_stride, c, c_stride, inner,
-                                     accumulate);
     }
 }
 
@@ -147,16 +108,15 @@ inline void with_rows(int64_t rows, Function &&f) {
 template <int kVectors>
 inline void tile_rows(int64_t rows, Operand a, int64_t r, const float *b, int64_t b_stride, float *c,
                       int64_t c_stride, int64_t inner, bool accumulate) {
-    switch (rows) {
-        case 1: return tile<1, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-        case 2: return tile<2, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-        case 3: return tile<3, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-        case 4: return tile<4, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-#if PERFORMERS_TILE_ROWS == 6
-        case 5: return tile<5, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-        default: return tile<6, kVectors>(a, r, b, b_stride, c, c_stride, inner, accumulate);
-#endif
-    }
+    with_rows(rows, [&]<int kRows>() __attribute__((always_inline)) {
+        if (a.transposed) {
+            tile<kRows, kVectors, true, Terms::all>(a.row(r), a.stride, b, b_stride, c, c_stride,
+                                                    inner, accumulate, 0);
+        } else {
+            tile<kRows, kVectors, false, Terms::all>(a.row(r), a.stride, b, b_stride, c, c_stride,
+                                                     inner, accumulate, 0);
+        }
+    });
 }
 
 // Which positions meet, for products over the positions of a block of keys and one of queries:
@@ -179,6 +139,7 @@ struct Part {
 inline Part by_row(Band band) { return {Part::By::row, band}; }
 inline Part by_column(Band band) { return {Part::By::column, band}; }
 
+constexpr Band kAll = {-kUnbounded, kUnbounded};
 // For one causal chunk, where position j of the keys meets position i of the queries if j <= i.
 constexpr Band kUpTo = {-kUnbounded, 0}, kFrom = {0, kUnbounded};
 
@@ -198,13 +159,13 @@ inline void strip(int64_t rows, int64_t column, int64_t inner, Operand a, const 
                 const float *rows_of_a = a.row(r), *columns_of_b = b + column;
                 float *to = c + r * c_stride + column;
                 if (upper) {
-                    tile_edge<kRows, kVectors, false, true>(rows_of_a, a.stride, columns_of_b,
-                                                            b_stride, to, c_stride, inner,
-                                                            accumulate, edge);
+                    tile<kRows, kVectors, false, Terms::from>(rows_of_a, a.stride, columns_of_b,
+                                                              b_stride, to, c_stride, inner,
+                                                              accumulate, edge);
                 } else {
-                    tile_edge<kRows, kVectors, false, false>(rows_of_a, a.stride, columns_of_b,
-                                                             b_stride, to, c_stride, inner,
-                                                             accumulate, edge);
+                    tile<kRows, kVectors, false, Terms::before>(rows_of_a, a.stride, columns_of_b,
+                                                                b_stride, to, c_stride, inner,
+                                                                accumulate, edge);
                 }
             });
             continue;

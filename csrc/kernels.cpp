@@ -6,30 +6,22 @@
 #include "causal_tasks.h"
 #include "exact_tasks.h"
 #include "listed_gradients.h"
-#include "step.h"
+#include "step_forward.h"
+#include "windowed_tasks.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-void forward_step(const Problem &p) {
-    parallel(p, p.heads, [&](int64_t head) {
-        auto b = in_scratch<StepBuffers>(p);
-        step(p, head, b);
-    });
-}
-
 // The matrix products of a bidirectional forward pass and nothing else: no input is read, no
 // exponential taken, and all operands stay in the caches. A floor for measurements.
-struct ProductBuffers {
-    float *x, *weights, *features, *value, *sums, *out;
+struct ProductBuffers : Buffers {
+    using Buffers::Buffers;
 
-    ProductBuffers(Arena &arena, const Problem &p)
-        : x(arena.take(p.weight_stride * kBlock)),
-          weights(arena.take(p.features * p.weight_stride)),
-          features(arena.take(p.features * kBlock)),
-          value(arena.take(kBlock * p.padded_value)),
-          sums(arena.take(p.features * p.padded_value)),
-          out(arena.take(kBlock * p.padded_value)) {}
+    float *x = arena.take(p.weight_stride * kBlock);
+    float *weights = arena.take(p.features * p.weight_stride);
+    float *features = arena.take(p.features * kBlock), *value = arena.take(kBlock * p.padded_value);
+    float *sums = arena.take(p.features * p.padded_value);
+    float *out = arena.take(kBlock * p.padded_value);
 };
 
 void products(const performers_call &call) {
@@ -57,7 +49,6 @@ void forward_features(Problem &p) {
     const Weights weights(p);
     if (p.call.causal) return forward_causal(p);
     if (p.window >= 0) return forward_windowed(p);
-    if (p.call.segments) return forward_packed(p);
     forward_bidirectional(p);
 }
 
@@ -77,7 +68,7 @@ void backward(const performers_call &call) {
     Problem p(call);
     const Weights weights(p);
     const WeightGradients trained(p);
-    if (p.exact && call.part != PERFORMERS_FAR) backward_exact(p);
+    if (p.exact && call.part != PERFORMERS_FEATURES) backward_exact(p);
     if (call.part == PERFORMERS_EXACT) {
         // Features have no share.
     } else if (call.causal) {
@@ -89,8 +80,6 @@ void backward(const performers_call &call) {
         }
     } else if (p.window >= 0) {
         backward_windowed(p, trained);
-    } else if (call.segments) {
-        backward_packed(p, trained);
     } else {
         backward_bidirectional(p, trained);
     }

@@ -1,38 +1,31 @@
-// The backward pass of listed.h: the features of a list's keys once more, then blocks of queries, whose
-// shares of the keys' gradients are added up before they are written.
+// Gradients of listed keys: the features of a list once more, then blocks of queries, whose shares of
+// the keys' gradients are added up before they are written.
 #pragma once
 
-#include "listed.h"
+#include "listed_forward.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct ListedGradientBuffers {
-    ListedBuffers list;
-    float *slopes;                            // of keys (chunks, features, kBlock)
-    float *grad_keys, *grad_values;           // (chunks, kBlock, padded)
-    float *grad, *grad_transposed;            // of the rows' outputs
-    float *delta, *factor;                    // (kBlock)
-    float *pair_grads, *pair_grads_rows;      // (kBlock, kBlock)
-    float *slope, *slope_sum;                 // of queries (features, kBlock); (kBlock)
-    float *grad_x, *grad_query;               // (kBlock, padded_dim)
-    WeightSums trained;
+struct ListedGradientBuffers : Buffers {
+    using Buffers::Buffers;
 
-    ListedGradientBuffers(Arena &arena, const Problem &p)
-        : list(arena, p),
-          slopes(arena.take(round_up(p.call.size, kBlock) * p.features)),
-          grad_keys(arena.take(round_up(p.call.size, kBlock) * p.padded_dim)),
-          grad_values(arena.take(round_up(p.call.size, kBlock) * p.padded_value)),
-          grad(arena.take(kBlock * p.padded_value)),
-          grad_transposed(arena.take(p.padded_value * kBlock)),
-          delta(arena.take(kBlock)),
-          factor(arena.take(kBlock)),
-          pair_grads(arena.take(kBlock * kBlock)),
-          pair_grads_rows(arena.take(kBlock * kBlock)),
-          slope(arena.take(p.features * kBlock)),
-          slope_sum(arena.take(kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)),
-          grad_query(arena.take(kBlock * p.padded_dim)) {}
+    ListedBuffers list{arena, p};
+    // of keys (chunks, features, kBlock)
+    float *slopes = arena.take(round_up(p.call.size, kBlock) * p.features);
+    // (chunks, kBlock, padded)
+    float *grad_keys = arena.take(round_up(p.call.size, kBlock) * p.padded_dim);
+    float *grad_values = arena.take(round_up(p.call.size, kBlock) * p.padded_value);
+    // of the rows' outputs
+    float *grad = arena.take(kBlock * p.padded_value);
+    float *grad_transposed = arena.take(p.padded_value * kBlock);
+    float *delta = arena.take(kBlock), *factor = arena.take(kBlock);  // (kBlock)
+    float *pair_grads = arena.take(kBlock * kBlock), *pair_grads_rows = arena.take(kBlock * kBlock);
+    // of queries (features, kBlock); (kBlock)
+    float *slope = arena.take(p.features * kBlock), *slope_sum = arena.take(kBlock);
+    float *grad_x = arena.take(kBlock * p.padded_dim);
+    float *grad_query = arena.take(kBlock * p.padded_dim);
+    WeightSums trained;
 };
 
 // The output gradients of a block's rows, and delta = grad . out less the gradient of the logarithm
@@ -65,19 +58,6 @@ inline void load_listed_grads(const Problem &p, const performers_listed_call &ca
     transpose(b.grad, p.padded_value, call.rows, p.padded_value, b.grad_transposed);
 }
 
-// d loss / d (normalised pair) for one chunk: grad_i . v_j - delta_i.
-inline void listed_pair_grads(const Problem &p, const performers_listed_call &call,
-                              const ListChunk &chunk, ListedGradientBuffers &b) {
-    multiply(chunk.block.rows, call.rows, p.value_dim, rows_of(chunk.value, p.padded_value),
-             b.grad_transposed, kBlock, b.pair_grads, kBlock, false);
-    for (int64_t t = 0; t < chunk.block.rows; ++t) {
-        for (int64_t r = 0; r < call.rows; r += kWidth) {
-            float *at = b.pair_grads + t * kBlock + r;
-            store(at, load(at) - load(b.delta + r));
-        }
-    }
-}
-
 // Gradients of the estimates of a block's pairs.
 inline void estimate_gradients(const Problem &p, const performers_listed_call &call,
                                const ListPlace &place, int64_t block, ListedGradientBuffers &b) {
@@ -94,7 +74,8 @@ inline void estimate_gradients(const Problem &p, const performers_listed_call &c
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
         const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
-        listed_pair_grads(p, call, chunk, b);
+        pair_gradients(p, keys, call.rows, chunk.value, b.grad_transposed, b.delta, kAll,
+                       b.pair_grads);
         clear_unmet(call, l.met + at * kBlock, keys, 0.0f, b.pair_grads);
         for (int64_t t = keys; t < round_up(keys, kWidth); ++t) {
             for (int64_t r = 0; r < kBlock; ++r) b.pair_grads[t * kBlock + r] = 0;
@@ -130,7 +111,8 @@ inline void listed_exact_gradients(const Problem &p, const performers_listed_cal
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
         const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
-        listed_pair_grads(p, call, chunk, b);
+        pair_gradients(p, keys, call.rows, chunk.value, b.grad_transposed, b.delta, kAll,
+                       b.pair_grads);
         for (int64_t t = 0; t < keys; ++t) {
             for (int64_t r = 0; r < call.rows; r += kWidth) {
                 float *pair = l.pairs + (at + t) * kBlock + r, *grad = b.pair_grads + t * kBlock + r;
@@ -182,7 +164,7 @@ inline void backward_list(const Problem &p, const performers_listed_call &call,
                 store(at, load(at) * load(chunk.features + f * kBlock + r));
             }
         }
-        sum_slopes(slope, p.features, keys, b.slope_sum);
+        add_up(slope, p.features, keys, b.slope_sum);
         b.trained.add(p, place.head, 0, p.features, slope, chunk.block);
         multiply(keys, p.padded_dim, p.features, columns_of(slope, kBlock),
                  p.weights_of(place.head), p.weight_stride, b.grad_x, p.padded_dim, false);

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 4
+#define PERFORMERS_ABI_VERSION 5
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -17,9 +17,9 @@ enum performers_type { PERFORMERS_FLOAT32 = 0, PERFORMERS_BFLOAT16 = 1, PERFORME
 // exponential: phi(x) = exp(W x + b - |x|^2 / 2); rectified: phi(x) = max(W x + b, 0) + epsilon.
 enum performers_kind { PERFORMERS_EXPONENTIAL = 0, PERFORMERS_RECTIFIED = 1 };
 
-// Which pairs of a call with exact pairs are summed: all, those through features, or those that are
-// exact. Each part is divided by a normaliser of its own.
-enum performers_part { PERFORMERS_WHOLE = 0, PERFORMERS_FAR = 1, PERFORMERS_EXACT = 2 };
+// Which pairs of a call are summed: all, those through features, or those that are exact. Each part is
+// divided by a normaliser of its own.
+enum performers_part { PERFORMERS_WHOLE = 0, PERFORMERS_FEATURES = 1, PERFORMERS_EXACT = 2 };
 
 // A strided array (batch, key head, group, row, column); strides in elements.
 typedef struct {
@@ -43,7 +43,7 @@ typedef struct {
     // Query i stands at the position of key i + offset and meets exactly the keys within `window`
     // of it (negative: none) and the sinks that it sees; only for quadratic exponential features.
     int64_t offset, window, sinks;
-    int64_t part;        // PERFORMERS_WHOLE where no pairs are exact
+    int64_t part;
     double scale, epsilon;
     double normalizer;   // of the products of features, where they stand beside exact pairs
 
@@ -76,7 +76,7 @@ typedef struct {
     performers_array grad_out;
     const float *grad_log_normaliser;  // of the natural logarithm of each row's normaliser, or null
     const float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
-    // Written; but where pairs are exact (a window or sinks) they are float32, and added to.
+    // Written; but with a window, sinks or a part of the pairs they are float32, and added to.
     performers_array grad_query, grad_key, grad_value;
     float *grad_past_key_value, *grad_past_key_sum;  // or null
     float *grad_sink_key, *grad_sink_value;  // (sequences, key_heads, sinks, columns), added to

@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "gradients.h"
+#include "bidirectional_gradients.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
@@ -182,13 +182,12 @@ inline void export_state(const Problem &p, int64_t head, const Sums &sums) {
     }
 }
 
-struct ForwardBuffers {
-    KeyBuffers keys;
-    QueryBuffers queries;
-    Sums sums;
+struct ForwardBuffers : Buffers {
+    using Buffers::Buffers;
 
-    ForwardBuffers(Arena &arena, const Problem &p)
-        : keys(arena, p), queries(arena, p), sums(arena.take(Sums::size(p)), p) {}
+    KeyBuffers keys{arena, p};
+    QueryBuffers queries{arena, p};
+    Sums sums{arena.take(Sums::size(p)), p};
 };
 
 }  // namespace

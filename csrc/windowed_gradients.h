@@ -1,59 +1,34 @@
-// The backward pass of windowed.h: queries read the sums over keys once more, then keys read the sums
+// Gradients of calls with a window: queries read the sums over keys once more, then keys read the sums
 // over queries in the same way. Features are kept from the one to the other.
 #pragma once
 
-#include "windowed.h"
+#include "windowed_forward.h"
 
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct FarGradientBuffers {
-    QueryGradientBlock q;
-    Block block;
-    float *keep, *value, *value_transposed;
-    float *pairs, *pair_grads, *pair_grads_rows;  // (kBlock, kBlock)
-    float *slope, *slope_sum;                     // (features, kBlock) and (kBlock)
-    float *grad_x, *grad_value;
-    SegmentReader reader;
-    FarFeatures features;
+struct WindowGradientBuffers : Buffers {
+    using Buffers::Buffers;
+
+    QueryGradientBlock q{arena, p};
+    Block block{arena, p};
+    float *keep = arena.take(kBlock), *value = arena.take(kPartial * kBlock * p.padded_value);
+    float *value_transposed = arena.take(p.padded_value * kBlock);
+    float *pairs = arena.take(kBlock * kBlock), *pair_grads = arena.take(kBlock * kBlock);
+    float *pair_grads_rows = arena.take(kBlock * kBlock);
+    float *slope = arena.take(p.features * kBlock), *slope_sum = arena.take(kBlock);
+    float *grad_x = arena.take(kBlock * p.padded_dim);
+    float *grad_value = arena.take(kBlock * p.padded_value);
+    SegmentReader reader{arena, p};
+    WindowFeatures features{arena, p};
     WeightSums trained;
-
-    FarGradientBuffers(Arena &arena, const Problem &p)
-        : q(arena, p),
-          block(arena, p),
-          keep(arena.take(kBlock)),
-          value(arena.take(kPartial * kBlock * p.padded_value)),
-          value_transposed(arena.take(p.padded_value * kBlock)),
-          pairs(arena.take(kBlock * kBlock)),
-          pair_grads(arena.take(kBlock * kBlock)),
-          pair_grads_rows(arena.take(kBlock * kBlock)),
-          slope(arena.take(p.features * kBlock)),
-          slope_sum(arena.take(kBlock)),
-          grad_x(arena.take(kBlock * p.padded_dim)),
-          grad_value(arena.take(kBlock * p.padded_value)),
-          reader(arena, p),
-          features(arena, p) {}
 };
-
-// d loss / d (normalised pair): grad_i . v_j - delta_i within the band, zero elsewhere.
-inline void far_pair_gradients(const Problem &p, int64_t keys, int64_t rows, const float *value,
-                               const float *delta, Band band, FarGradientBuffers &b) {
-    multiply_band(keys, rows, p.value_dim, rows_of(value, p.padded_value), b.q.grad_transposed,
-                  kBlock, b.pair_grads, kBlock, band);
-    for (int64_t t = 0; t < keys; ++t) {
-        for (int64_t r = 0; r < rows; r += kWidth) {
-            float *at = b.pair_grads + t * kBlock + r;
-            store(at, load(at) - load(delta + r));
-        }
-    }
-    clear_outside(b.pair_grads, keys, rows, band);
-}
 
 // Gradients of the segments [begin, end) of queries; leaves their normalised features, and the
 // gradients of the sums they read.
-inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
-                                FarGradientBuffers &b) {
-    const FarGrid &grid = unit.grid;
+inline void windowed_query_gradients(const Problem &p, const WindowUnit &unit, int64_t begin, int64_t end,
+                                WindowGradientBuffers &b) {
+    const WindowGrid &grid = unit.grid;
     if (!grid.reaches()) return;
     const float *weights = p.weights_of(unit.head);
     const int64_t first = grid.queries().first(begin), last = grid.queries().last(end - 1);
@@ -62,14 +37,14 @@ inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t b
         const int64_t segment = block / kSegment;
         const Sums whole = unit.grads.from_segment(p, segment);
         if (block % kSegment == 0) {
-            read_far_keys(p, unit, segment, b.reader);
+            read_windowed_keys(p, unit, segment, b.reader);
             clear_sums(p, whole, 0, p.features);
         }
         if (!grid.reaches(block)) continue;
         const int64_t start = grid.query_begin(block), rows = grid.query_rows(block);
         int64_t partial = 0;
         grid.for_partial_keys(block, [&](int64_t c, Band) {
-            far_values(p, unit, c, b.keep, b.value + partial++ * kBlock * p.padded_value);
+            windowed_values(p, unit, c, b.keep, b.value + partial++ * kBlock * p.padded_value);
         });
         Sums sums = b.reader.of(p, block % kSegment);
         sums.log_scale = unit.log_scale;
@@ -86,14 +61,14 @@ inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t b
             partial = 0;
             grid.for_partial_keys(block, [&](int64_t c, Band band) {
                 const int64_t keys = grid.key_rows(c);
-                far_pair_gradients(p, keys, rows, b.value + partial++ * kBlock * p.padded_value,
-                                   delta, band, b);
+                pair_gradients(p, keys, rows, b.value + partial++ * kBlock * p.padded_value,
+                               b.q.grad_transposed, delta, band, b.pair_grads);
                 multiply(p.features, rows, keys, rows_of(b.features.of(p, unit, c), kBlock),
                          b.pair_grads, kBlock, b.slope, kBlock, true, by_column(band));
             });
             query_slopes(p, b.q, sums, 0, p.features, features, b.slope, grads.key_sum);
             for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
-            sum_slopes(b.slope, p.features, rows, b.slope_sum);
+            add_up(b.slope, p.features, rows, b.slope_sum);
             b.trained.add(p, unit.head, 0, p.features, b.slope, b.q.block);
             multiply(rows, p.padded_dim, p.features, columns_of(b.slope, kBlock), weights,
                      p.weight_stride, b.grad_x, p.padded_dim, false);
@@ -107,9 +82,9 @@ inline void far_query_gradients(const Problem &p, const FarUnit &unit, int64_t b
 }
 
 // What the segment of keys reads that is next.
-inline void read_far_gradients(const Problem &p, const FarUnit &unit, int64_t segment,
+inline void read_windowed_gradients(const Problem &p, const WindowUnit &unit, int64_t segment,
                                SegmentReader &reader) {
-    const FarGrid &grid = unit.grid;
+    const WindowGrid &grid = unit.grid;
     const Segments segments = grid.reading_keys();
     const int64_t first = segments.first(segment), last = segments.last(segment);
     int64_t lower[kSegment], upper[kSegment];
@@ -123,27 +98,22 @@ inline void read_far_gradients(const Problem &p, const FarUnit &unit, int64_t se
 }
 
 // Gradients of the segments [begin, end) of keys.
-inline void far_key_gradients(const Problem &p, const FarUnit &unit, int64_t begin, int64_t end,
-                              FarGradientBuffers &b) {
-    const FarGrid &grid = unit.grid;
+inline void windowed_key_gradients(const Problem &p, const WindowUnit &unit, int64_t begin, int64_t end,
+                              WindowGradientBuffers &b) {
+    const WindowGrid &grid = unit.grid;
     if (!grid.reaches()) return;
     const float *weights = p.weights_of(unit.head);
-    const Rows keys = p.key_rows(p.call.key, unit.head);
-    const Rows grad_keys = p.key_rows(p.call.grad_key, unit.head);
-    const Rows grad_values = p.key_rows(p.call.grad_value, unit.head);
-    const Rows values = p.key_rows(p.call.value, unit.head);
     const Segments segments = grid.reading_keys();
     const int64_t from = segments.first(begin), to = segments.last(end - 1);
     b.reader.start(p, unit.grads, grid.queries(), false, grid.key_lower(from));
     for (int64_t c = from; c < to; ++c) {
         const int64_t segment = segments.of(c), place = c - segments.first(segment);
-        if (place == 0) read_far_gradients(p, unit, segment, b.reader);
+        if (place == 0) read_windowed_gradients(p, unit, segment, b.reader);
         if (!grid.needed(c)) continue;
         const int64_t start = grid.key_begin(c), rows = grid.key_rows(c);
         const Sums grads = b.reader.of(p, place);
         const float *features = b.features.of(p, unit, c);
-        b.block.load_keys(p, keys, p.mask(unit.head), start, rows, b.keep, grid.span.first);
-        load_values(p, values, start, rows, b.keep, b.value);
+        load_keys_and_values(p, unit.head, start, rows, b.block, b.keep, b.value, grid.span.first);
         transpose(b.value, p.padded_value, rows, p.padded_value, b.value_transposed);
         multiply(p.features, rows, p.value_dim, rows_of(grads.key_value, p.padded_value),
                  b.value_transposed, kBlock, b.slope, kBlock, false);
@@ -157,8 +127,8 @@ inline void far_key_gradients(const Problem &p, const FarUnit &unit, int64_t beg
                 multiply_band(rows, queries, p.features, columns_of(features, kBlock), others,
                               kBlock, b.pairs, kBlock, band);
                 clear_outside(b.pairs, rows, queries, band);
-                far_pair_gradients(p, rows, queries, b.value, unit.delta_of(p, block, group), band,
-                                   b);
+                pair_gradients(p, rows, queries, b.value, b.q.grad_transposed,
+                               unit.delta_of(p, block, group), band, b.pair_grads);
                 for (int64_t t = rows; t < round_up(rows, kWidth); ++t) {
                     for (int64_t s = 0; s < kBlock; ++s) b.pair_grads[t * kBlock + s] = 0;
                 }
@@ -184,11 +154,8 @@ inline void far_key_gradients(const Problem &p, const FarUnit &unit, int64_t beg
         b.trained.add(p, unit.head, 0, p.features, b.slope, b.block);
         multiply(rows, p.padded_dim, p.features, columns_of(b.slope, kBlock), weights,
                  p.weight_stride, b.grad_x, p.padded_dim, false);
-        finish_gradients(p, grad_keys, start, b.block, b.grad_x, b.slope_sum, grid.span.first);
-        for (int64_t r = larger<int64_t>(0, grid.span.first - start); r < rows; ++r) {
-            write_gradient(p, grad_values, start + r, p.value_dim,
-                           b.grad_value + r * p.padded_value);
-        }
+        finish_key_gradients(p, unit.head, start, b.block, b.grad_x, b.slope_sum, b.grad_value,
+                             grid.span.first);
     }
 }
 

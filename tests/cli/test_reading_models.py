@@ -73,13 +73,11 @@ def test_embed_keeps_order_and_duplicate_names(model, tmp_path):
     _, lines = run("embed", model, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
     assert lines[-1] == f"9 vectors of width 16 in {tmp_path / 'x.npz'}"
     run("embed", model, path, "--output", tmp_path / "new" / "x.parquet")
-    arrays = arrays(tmp_path / "x.npz")
+    found = arrays(tmp_path / "x.npz")
     table = pyarrow.parquet.read_table(tmp_path / "new" / "x.parquet")
-    assert (
-        arrays["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)
-    )
-    assert arrays["lengths"].tolist() == table["length"].to_pylist() == [len(s) for s in sequences]
-    np.testing.assert_allclose(arrays["embeddings"], expected, atol=2e-5)
+    assert found["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)
+    assert found["lengths"].tolist() == table["length"].to_pylist() == [len(s) for s in sequences]
+    np.testing.assert_allclose(found["embeddings"], expected, atol=2e-5)
     np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=2e-5)
 
 

@@ -15,6 +15,8 @@ from tests.convert.small_models import VOCABULARY
 # Tokens with a meaning of their own have larger ids than these.
 PLAIN_TOKENS = (5, 70)
 ROWS, LENGTH = 2, 20
+_MEL = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
+_MEL += ("n_mels", "input_size", "mel_dim")
 
 
 def find(config: Any, *names: str, default: Any = None) -> Any:
@@ -30,14 +32,12 @@ def find(config: Any, *names: str, default: Any = None) -> Any:
 
 
 class Inputs:
-    """Random inputs of a model, by the names of the arguments of its ``forward``.
+    """Random inputs of a model, by the names of the arguments of its ``forward``."""
 
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.config, self.model = model.config, model
+    def __init__(
+        self, model: PreTrainedModel, rows: int = ROWS, length: int = LENGTH, seed: int = 0
+    ) -> None:
+        self.config, self.rows, self.length = model.config, rows, length
         parameters = inspect.signature(model.forward).parameters
         self.names = set(parameters)
         self.required = [
@@ -45,10 +45,9 @@ class Inputs:
             for name, each in parameters.items()
             if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
         ]
-        self.generator = torch.Generator().manual_seed(0)
-        self.image_tokens = 16
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def tokens(self, length: int = LENGTH) -> Tensor:
+    def tokens(self, length: int) -> Tensor:
         text = getattr(self.config, "text_config", None) or self.config
         positions = find(text, "max_position_embeddings", default=512)
         known = find(text, "vocab_size", default=VOCABULARY)
@@ -56,10 +55,10 @@ class Inputs:
             length = min(length, max(positions, 4))
         low, high = PLAIN_TOKENS
         high = min(high, known) if isinstance(known, int) and known > low else high
-        return torch.randint(low, high, (ROWS, length), generator=self.generator)
+        return torch.randint(low, high, (self.rows, length), generator=self.generator)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator)
+        return torch.randn((self.rows, *shape), generator=self.generator)
 
     def side(self) -> tuple[int, int]:
         vision = getattr(self.config, "vision_config", None) or self.config
@@ -78,11 +77,10 @@ class Inputs:
     def text(self) -> dict[str, Tensor]:
         if "input_ids" not in self.names:
             return {}
-        given = {"input_ids": self.tokens()}
+        given = {"input_ids": self.tokens(self.length)}
         if "bbox" in self.names:
-            corner = torch.randint(0, 8, (ROWS, LENGTH, 2), generator=self.generator)
-            box = torch.cat((corner, corner + 3), -1)
-            given["bbox"] = box
+            corner = torch.randint(0, 8, (self.rows, self.length, 2), generator=self.generator)
+            given["bbox"] = torch.cat((corner, corner + 3), -1)
         return given
 
     def decoder(self) -> dict[str, Tensor]:
@@ -100,31 +98,31 @@ class Inputs:
         time = find(self.config, "temporal_patch_size", default=1)
         grids = {"image_grid_thw", "grid_thw"} & self.names
         if grids:
-            grid = torch.tensor([[1, 4, 4]] * ROWS)
-            flat = self.normal(ROWS * 16, channels * time * patch * patch)
+            grid = torch.tensor([[1, 4, 4]] * self.rows)
+            flat = self.normal(16, channels * time * patch * patch).flatten(0, 1)
             yield {"pixel_values": flat, next(iter(grids)): grid}
-        pixels = {"pixel_values": self.normal(ROWS, channels, height, width)}
+        pixels = {"pixel_values": self.normal(channels, height, width)}
         if "image_attention_mask" in self.names:
-            yield {"pixel_values": self.normal(ROWS, 1, channels, height, width)}
+            yield {"pixel_values": self.normal(1, channels, height, width)}
         if "pixel_position_ids" in self.names:
             places = torch.cartesian_prod(torch.arange(4), torch.arange(4))
             yield {
-                "pixel_values": self.normal(ROWS, 16, channels * patch * patch),
-                "pixel_position_ids": places.expand(ROWS, 16, 2),
+                "pixel_values": self.normal(16, channels * patch * patch),
+                "pixel_position_ids": places.expand(self.rows, 16, 2),
             }
         if "target_sizes" in self.names:
-            yield {"pixel_values": self.normal(ROWS, channels, patch, 16 * patch)}
+            yield {"pixel_values": self.normal(channels, patch, 16 * patch)}
         if "image_sizes" in self.names:
-            yield {**pixels, "image_sizes": torch.tensor([[height, width]] * ROWS)}
+            yield {**pixels, "image_sizes": torch.tensor([[height, width]] * self.rows)}
         yield pixels
         frames = find(self.config, "num_frames", default=2)
-        yield {"pixel_values": self.normal(ROWS, frames, channels, height, width)}
-        yield {"pixel_values": self.normal(ROWS, 1, channels, height, width)}
+        yield {"pixel_values": self.normal(frames, channels, height, width)}
+        yield {"pixel_values": self.normal(1, channels, height, width)}
         if {"spatial_shapes", "pixel_attention_mask"} <= self.names:
             yield {
-                "pixel_values": self.normal(ROWS, 16, channels * patch * patch),
-                "spatial_shapes": torch.tensor([[4, 4]] * ROWS),
-                "pixel_attention_mask": torch.ones(ROWS, 16, dtype=torch.int64),
+                "pixel_values": self.normal(16, channels * patch * patch),
+                "spatial_shapes": torch.tensor([[4, 4]] * self.rows),
+                "pixel_attention_mask": torch.ones(self.rows, 16, dtype=torch.int64),
             }
 
     def patches(self) -> Iterator[dict[str, Tensor]]:
@@ -134,51 +132,33 @@ class Inputs:
         name = "hidden_states" if "hidden_states" in self.names else "pixel_values"
         patch = find(self.config, "patch_size", default=8)
         time = find(self.config, "temporal_patch_size", default=1)
-        grid = torch.tensor([[1, 4, 4]] * ROWS)
-        yield {
-            name: self.normal(ROWS * 16, self.channels() * time * patch * patch),
-            "grid_thw": grid,
-        }
+        grid = torch.tensor([[1, 4, 4]] * self.rows)
+        flat = self.normal(16, self.channels() * time * patch * patch).flatten(0, 1)
+        yield {name: flat, "grid_thw": grid}
 
     def videos(self) -> Iterator[dict[str, Tensor]]:
         if "pixel_values_videos" not in self.names:
             return
         frames = find(self.config, "num_frames", "frames_per_clip", default=4)
         height, width = self.side()
-        yield {"pixel_values_videos": self.normal(ROWS, frames, self.channels(), height, width)}
+        yield {"pixel_values_videos": self.normal(frames, self.channels(), height, width)}
 
     def audio(self) -> Iterator[dict[str, Tensor]]:
         if "input_features" in self.names:
-            mel = find(
-                self.config,
-                "num_mel_bins",
-                "feature_size",
-                "input_feat_per_channel",
-                "feature_projection_input_dim",
-                "n_mels",
-                "input_size",
-                "mel_dim",
-                default=80,
-            )
+            mel = find(self.config, *_MEL, default=80)
             source = find(self.config, "max_source_positions", default=50)
-            for shape in (
-                (ROWS, mel, 2 * source),
-                (ROWS, 2 * source, mel),
-                (ROWS, 64, mel),
-                (ROWS, 1, 64, mel),
-                (ROWS, mel, 64),
-            ):
+            for shape in ((mel, 2 * source), (2 * source, mel), (64, mel), (1, 64, mel), (mel, 64)):
                 features = {"input_features": self.normal(*shape)}
                 yield features
                 for axis in (-1, -2):
-                    ones = torch.ones(ROWS, shape[axis], dtype=torch.int64)
+                    ones = torch.ones(self.rows, shape[axis], dtype=torch.int64)
                     masks = {"input_features_mask", "feature_attention_mask", "attention_mask"}
                     for mask in masks & self.names:
                         yield {**features, mask: ones}
         if "input_values" in self.names:
             mel = find(self.config, "num_mel_bins", default=80)
             long = find(self.config, "max_length", default=64)
-            for shape in ((ROWS, 6000), (ROWS, 1, 6000), (ROWS, long, mel), (ROWS, 64, mel)):
+            for shape in ((6000,), (1, 6000), (long, mel), (64, mel)):
                 yield {"input_values": self.normal(*shape)}
 
     def series(self) -> Iterator[dict[str, Tensor]]:
@@ -188,22 +168,21 @@ class Inputs:
         lags = max(find(self.config, "lags_sequence", default=[0]))
         channels = find(self.config, "num_input_channels", "input_size", default=1)
         total = length + lags
-        yield {"past_values": self.normal(ROWS, total, channels)}
-        values = self.normal(ROWS, total)
-        given = {"past_values": values}
-        yield given
+        yield {"past_values": self.normal(total, channels)}
+        values = self.normal(total)
+        yield {"past_values": values}
         features = find(self.config, "num_time_features", default=0)
         given = {
-            **given,
-            "past_time_features": self.normal(ROWS, total, features),
+            "past_values": values,
+            "past_time_features": self.normal(total, features),
             "past_observed_mask": torch.ones_like(values),
         }
         future = find(self.config, "prediction_length", default=4)
         yield {name: value for name, value in given.items() if name in self.names}
         yield {
             **given,
-            "future_values": self.normal(ROWS, future),
-            "future_time_features": self.normal(ROWS, future, features),
+            "future_values": self.normal(future),
+            "future_time_features": self.normal(future, features),
         }
 
     def completed(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -212,18 +191,20 @@ class Inputs:
         more: dict[str, Callable[[], Tensor]] = {
             "qformer_input_ids": lambda: self.tokens(8),
             "task_inputs": lambda: self.tokens(find(self.config, "task_seq_len", default=77)),
-            "merge_sizes": lambda: torch.ones(ROWS, dtype=torch.int64),
-            "target_sizes": lambda: torch.tensor([[4, 4]] * ROWS),
-            "visual_feats": lambda: self.normal(ROWS, 4, self.config.visual_feat_dim),
-            "visual_pos": lambda: self.normal(ROWS, 4, self.config.visual_pos_dim),
-            "image_attention_mask": lambda: torch.ones(ROWS, LENGTH, 1, dtype=torch.int64),
-            "query_embeds": lambda: self.normal(ROWS, 8, size["hidden_size"]),
+            "merge_sizes": lambda: torch.ones(self.rows, dtype=torch.int64),
+            "target_sizes": lambda: torch.tensor([[4, 4]] * self.rows),
+            "visual_feats": lambda: self.normal(4, self.config.visual_feat_dim),
+            "visual_pos": lambda: self.normal(4, self.config.visual_pos_dim),
+            "image_attention_mask": lambda: torch.ones(
+                self.rows, self.length, 1, dtype=torch.int64
+            ),
+            "query_embeds": lambda: self.normal(8, size["hidden_size"]),
             "past_values_padding": lambda: torch.zeros(given["past_values"].shape),
-            "freq": lambda: torch.zeros(ROWS, 1, dtype=torch.int64),
+            "freq": lambda: torch.zeros(self.rows, 1, dtype=torch.int64),
         }
         wanted = {"visual_feats", "visual_pos", "image_attention_mask", *self.required}
         if "image_embeds_position_mask" in self.names and "pixel_values" in given:
-            mask = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+            mask = torch.zeros(self.rows, self.length, dtype=torch.bool)
             mask[:, 1 : 1 + find(self.config, "latent_query_num")] = True
             given = {**given, "image_embeds_position_mask": mask}
         for name, make in more.items():
@@ -238,14 +219,8 @@ class Inputs:
 
     def _candidates(self) -> Iterator[dict[str, Tensor]]:
         text, decoder = self.text(), self.decoder()
-        others = [
-            *self.images(),
-            *self.patches(),
-            *self.videos(),
-            *self.audio(),
-            *self.series(),
-        ]
-        for other in others:
+        kinds = (self.images, self.patches, self.videos, self.audio, self.series)
+        for other in (other for kind in kinds for other in kind()):
             if text:
                 yield {**text, **other, **decoder}
             if decoder:
@@ -255,36 +230,31 @@ class Inputs:
             yield {**text, **decoder}
             yield text
             yield {**text, "use_cache": False}
-        if "inputs_embeds" in self.names:
-            width = find(self.config, "hidden_size", "d_model", default=32)
-            yield {"inputs_embeds": self.normal(ROWS, LENGTH, width)}
-        if "hidden_states" in self.names:
-            width = find(self.config, "hidden_size", "d_model", default=32)
-            yield {"hidden_states": self.normal(ROWS, LENGTH, width)}
+        width = find(self.config, "hidden_size", "d_model", default=32)
+        for name in ("inputs_embeds", "hidden_states"):
+            if name in self.names:
+                yield {name: self.normal(self.length, width)}
         if "query_embeds" in self.names:
             width = find(self.config, "encoder_hidden_size", default=32)
-            yield {"encoder_hidden_states": self.normal(ROWS, LENGTH, width)}
+            yield {"encoder_hidden_states": self.normal(self.length, width)}
         if "states" in self.names:
             yield {
-                "states": self.normal(ROWS, LENGTH, self.config.state_dim),
-                "actions": self.normal(ROWS, LENGTH, self.config.act_dim),
-                "rewards": self.normal(ROWS, LENGTH, 1),
-                "returns_to_go": self.normal(ROWS, LENGTH, 1),
-                "timesteps": torch.arange(LENGTH).expand(ROWS, LENGTH),
-                "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.int64),
+                "states": self.normal(self.length, self.config.state_dim),
+                "actions": self.normal(self.length, self.config.act_dim),
+                "rewards": self.normal(self.length, 1),
+                "returns_to_go": self.normal(self.length, 1),
+                "timesteps": torch.arange(self.length).expand(self.rows, self.length),
+                "attention_mask": torch.ones(self.rows, self.length, dtype=torch.int64),
             }
         if "decoder_input_values" in self.names and "input_values" in self.names:
             width = find(self.config, "hidden_size", default=32)
-            yield {
-                "input_values": self.normal(ROWS, LENGTH, width),
-                "decoder_input_values": self.normal(ROWS, 12, width),
-            }
+            names = {"input_values": self.length, "decoder_input_values": 12}
+            yield {name: self.normal(size, width) for name, size in names.items()}
         if {"input_features", "input_values"} <= set(self.required):
+            mel = find(self.config, "num_mel_bins", default=80)
             yield {
-                "input_features": self.normal(
-                    ROWS, 64, find(self.config, "num_mel_bins", default=80)
-                ),
-                "input_values": self.normal(ROWS, 1, 6400),
+                "input_features": self.normal(64, mel),
+                "input_values": self.normal(1, 6400),
             }
 
 
@@ -293,6 +263,6 @@ def with_placeholders(config: Any, given: dict[str, Any], count: int) -> dict[st
     name = "image_token_id" if "pixel_values" in given else "audio_token_id"
     token = find(config, name, name.replace("_id", "_index"))
     ids = given["input_ids"]
-    marks = torch.full((ROWS, count), int(token), dtype=ids.dtype)
+    marks = torch.full((len(ids), count), int(token), dtype=ids.dtype)
     ids = torch.cat((ids[:, :2], marks, ids[:, 2:]), 1)
     return {**given, "input_ids": ids}

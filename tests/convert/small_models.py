@@ -1,7 +1,7 @@
 """Small models with random weights of any model class of transformers.
 
-Nothing is listed by name of a model: classes come from transformers' auto mappings, and sizes from
-the names and the defaults of a configuration's fields.
+Nothing is listed by name of a model: sizes follow from the names and defaults of a configuration's
+fields.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
 from transformers.models.auto import modeling_auto
@@ -26,40 +27,32 @@ MAX_PARAMETERS = 60_000_000
 
 
 def model_classes(mappings: str = r"^MODEL_.*MAPPING_NAMES$") -> dict[str, str]:
-    """Names of the model classes in transformers' auto mappings, with their model types.
-
-    Args:
-        mappings: Pattern for the names of the mappings.
-    """
+    """Model classes in the auto mappings whose names match a pattern, with their model types."""
     names = [name for name in vars(modeling_auto) if re.search(mappings, name)]
     # Bare models first: the heads share their attention.
     names.sort(key=lambda name: (name != "MODEL_MAPPING_NAMES", name))
-    found: dict[str, str] = {}
+    types: dict[str, str] = {}
     for name in names:
         for model_type, classes in getattr(modeling_auto, name).items():
             for each in classes if isinstance(classes, (tuple, list)) else (classes,):
                 if each:
-                    found.setdefault(each, model_type)
-    return found
+                    types.setdefault(each, model_type)
+    return types
 
 
 def model_class(name: str, model_type: str) -> type[PreTrainedModel]:
     """The class of a name in the auto mappings."""
     module = importlib.import_module(f"transformers.models.{model_type_to_module_name(model_type)}")
-    found = getattr(module, name, None)
-    if found is None:
-        found = getattr(importlib.import_module("transformers"), name)
-    return found
+    return getattr(module, name, None) or getattr(transformers, name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How a configuration is made small.
+    """Sizes of a small configuration.
 
     Attributes:
-        width: Every width becomes this; None: widths are divided.
-        divisor: Of widths, where ``width`` is None.
-        layers: At least so many of each kind.
+        width: Every width; None: widths are divided by ``divisor``.
+        layers: The least number of layers of each kind.
         image: Side of an image.
     """
 
@@ -180,22 +173,12 @@ def _window(sizes: Sizes, name: str, value: int) -> int:
 def small_config(
     config_class: type[PreTrainedConfig], sizes: Sizes, flags: Mapping[str, Any]
 ) -> PreTrainedConfig:
-    """A small configuration of a class.
-
-    Args:
-        config_class: The class.
-        sizes: How small.
-        flags: Other values of fields, wherever it or a configuration within it has them.
-    """
+    """A small configuration of a class, with other values of fields, also those nested in it."""
     return _Shrinking(sizes, flags).config(config_class())
 
 
 def attention_flags(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
-    """Other values of a configuration's fields that change its attention, one field at a time.
-
-    Args:
-        config_class: The class.
-    """
+    """Other values of a configuration's fields that change its attention, one field at a time."""
     found: dict[str, dict[str, Any]] = {}
     parts = [config_class()]
     while parts:
@@ -386,15 +369,15 @@ def small_model(
     sizes: Sizes,
     *,
     sharp: bool = True,
+    seed: int = 0,
     flags: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A model with random weights, in evaluation mode.
 
     Args:
         kind: Its class.
-        sizes: How small.
-        sharp: Weights large enough for attention to differ much from a mean over the keys; False:
-            as the class initialises them.
+        sizes: Sizes of its configuration.
+        sharp: Weights of `sharpen`; False: as the class initialises them.
         flags: Other values of its configuration's fields.
 
     Raises:
@@ -405,10 +388,10 @@ def small_model(
         count = sum(p.numel() for p in kind(config).parameters())
     if count > MAX_PARAMETERS:
         raise ValueError(f"{count / 1e6:.0f} million parameters")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = kind(config).float().eval()
     if sharp:
-        sharpen(model)
+        sharpen(model, seed)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.eos_token_id = generation.forced_eos_token_id = None
@@ -418,14 +401,15 @@ def small_model(
     return model
 
 
-def sharpen(model: nn.Module) -> None:
-    """Random weights with outputs about as large as their inputs, and no zeros among biases."""
-    generator = torch.Generator().manual_seed(0)
+def sharpen(model: nn.Module, seed: int = 0, scale: float = 1.2) -> nn.Module:
+    """Random weights whose attention differs much from a mean over the keys, no zero biases."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 fan = parameter[0].numel()
-                parameter.copy_(noise * min(0.3, 1.2 * max(fan, 1) ** -0.5))
+                parameter.copy_(noise * min(0.25 * scale, scale * max(fan, 1) ** -0.5))
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * noise)
+    return model

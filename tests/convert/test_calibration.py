@@ -1,219 +1,336 @@
 """Features fitted to what the exact model computes."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import BatchEncoding
 
+from performers import SoftmaxFeatures, redraw_features_
 from performers.convert import to_performer
-from performers.convert.families.base import call_model
-from tests.convert.architectures import (
+from performers.models.arguments import CACHE_KEYWORD
+from tests.convert.models import (
+    CLOSE,
+    COVERING,
+    HEAD_DIM,
+    HEADS,
+    WIDTH,
+    Wrapped,
     build,
     converted,
+    favors,
     inputs,
     output,
     padding_mask,
+    seeded,
     sharpen,
     token_ids,
+    torch_model,
 )
-from tests.convert.test_refusals import untouched
+from tests.convert.test_refusals import snapshot
+
+FITTED = {"num_features": 16, "estimator": "data_aware"}
+FAMILIES = ["bert", "llama", "performer_masked", "performer_causal", "torch_encoder"]
 
 
 def calibrated(model, batches, **options):
-    options = {"num_features": 32, "estimator": "data_aware", **options}
-    return converted(model, calibration=batches, **options)
+    return converted(model, calibration=batches, **{**FITTED, **options})
 
 
-def buffers(model):
-    return {name: x for name, x in model.named_buffers() if ".favor." in name}
+def fits(model):
+    """What was fitted: all tensors of the features but their draws."""
+    return {
+        f"{index}.{name}": tensor
+        for index, favor in enumerate(favors(model))
+        for name, tensor in favor.feature_map.named_buffers()
+        if name != "weight"
+    }
 
 
-def assert_same_features(first, second):
-    assert buffers(first).keys() == buffers(second).keys() != set()
-    for name, tensor in buffers(first).items():
-        torch.testing.assert_close(tensor, buffers(second)[name], atol=1e-4, rtol=1e-3)
+def same_fits(first, second):
+    first, second = fits(first), fits(second)
+    assert first.keys() == second.keys() != set()
+    return all(torch.allclose(x, second[key], atol=1e-4, rtol=1e-3) for key, x in first.items())
 
 
-def assert_other_features(first, second):
-    pairs = [(x, buffers(second).get(name)) for name, x in buffers(first).items()]
-    assert any(y is None or not torch.allclose(x, y, atol=1e-2) for x, y in pairs)
+def token_argument(name):
+    return next(iter(inputs(name)))
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["bert", "llama", "gemma3", "vit", "bart", "whisper"])
-def test_batches_add_up(name):
-    model, whole = build(name), inputs(name, rows=6, length=24)
-    batches = [{key: x[i : i + 2] for key, x in whole.items()} for i in (0, 2, 4)]
-    streamed = calibrated(model, (batch for batch in batches), window=2)
-    assert_same_features(streamed, calibrated(model, [whole], window=2))
-    assert_other_features(streamed, calibrated(model, batches[:1], window=2))
-    assert_other_features(streamed, converted(model, num_features=32, window=2))
+def split_heads(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
-@pytest.mark.exhaustive
+def queries_and_keys(model, batch):
+    """Of every layer, as the exact model computes them."""
+    exact, pairs = converted(model, window=COVERING), []
+
+    def record(module, args):
+        query, key = args[:2]
+        if query.ndim == 3:
+            # Torch's modules project them within.
+            if not module.batch_first:
+                query, key = query.transpose(0, 1), key.transpose(0, 1)
+            weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+            query, key = (
+                split_heads(F.linear(*each))
+                for each in zip((query, key), weights[:2], biases[:2], strict=True)
+            )
+        pairs.append((query, key))
+
+    for favor in favors(exact):
+        favor.register_forward_pre_hook(record)
+    output(exact, batch)
+    return pairs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(x, None) for x in FAMILIES] + [("torch_encoder", x) for x in ("sequence first", "causal")],
+)
+def test_features_are_fitted_to_queries_and_keys_of_the_exact_model(name, variant):
+    batches = [inputs(name, *shape, seed=7) for shape in ((3, 20), (1, 30))]
+    model = build(name) if variant is None else torch_model(batch_first=variant == "causal")
+    if variant == "sequence first":
+        batches = [{"src": x["src"].transpose(0, 1)} for x in batches]
+    if variant == "causal":
+        mask = torch.nn.Transformer.generate_square_subsequent_mask
+        batches = [{**x, "mask": mask(x["src"].shape[1])} for x in batches]
+    is_causal = variant == "causal" or name in ("llama", "performer_causal")
+    exact = [queries_and_keys(model, batch) for batch in batches]
+    fitted = calibrated(model, iter(batches), window=2, sinks=1)
+    for layer, favor in enumerate(favors(fitted)):
+        heads = exact[0][layer][1].shape[1]
+        expected = SoftmaxFeatures(HEAD_DIM, 16, estimator="data_aware", num_heads=heads)
+        for pairs in exact:
+            expected.calibrate_(*pairs[layer], is_causal=is_causal, window=2, sinks=1)
+        for key, tensor in expected.named_buffers():
+            if key != "weight":
+                found = getattr(favor.feature_map, key)
+                torch.testing.assert_close(found, tensor, atol=1e-4, rtol=1e-3)
+    assert not same_fits(fitted, calibrated(model, batches[:1], window=2, sinks=1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_and_packing_do_not_change_the_fit(name):
+    """Each sequence alone, padded, or packed with others: the same pairs."""
+    model, key = build(name), token_argument(name)
+    x = inputs(name, rows=4, length=20)[key]
+    lengths = (20, 13, 13, 7)
+    mask = torch.arange(20) < torch.tensor([*lengths, 0]).unsqueeze(-1)
+    # A row of padding alone counts for nothing, nor does what is at padding.
+    padded = torch.where(
+        mask.view(5, 20, *[1] * (x.ndim - 2)), torch.cat((x, x[:1])), x[3:].flip(1)
+    )
+    told = {"src_key_padding_mask": ~mask} if name == "torch_encoder" else {"attention_mask": mask}
+    rows = [x[i : i + 1, :n] for i, n in enumerate(lengths)]
+    alone = calibrated(model, [{key: row} for row in rows], window=2)
+    assert same_fits(calibrated(model, [{key: padded, **told}], window=2), alone)
+    assert not same_fits(calibrated(model, [{key: padded}], window=2), alone)
+    if name in ("llama", "performer_masked", "performer_causal"):
+        ids = torch.stack(
+            (torch.cat((*rows[0], *rows[1])), torch.cat((*rows[3], *rows[2], *rows[1])))
+        )
+        positions = [torch.cat([torch.arange(n) for n in row]) for row in ((20, 13), (7, 13, 13))]
+        packed = [{key: ids[i : i + 1], "position_ids": positions[i][None]} for i in range(2)]
+        unpacked = [*rows, rows[1]]
+        assert same_fits(
+            calibrated(model, packed, window=2),
+            calibrated(model, [{key: row} for row in unpacked], window=2),
+        )
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
-def test_padding_is_not_part_of_the_statistics(name, side):
-    model, given = build(name), inputs(name, rows=4, length=24)
-    # A model's positions would differ with padding on the left: only what is masked changes.
+def test_cross_attention_is_fitted_without_padding(side):
+    model, given = build("bart"), inputs("bart", rows=4, length=24)
     given["attention_mask"] = padding_mask(4, 24, side)
     ids = torch.where(given["attention_mask"].bool(), given["input_ids"], 7)
-    first = calibrated(model, [given])
-    assert_same_features(first, calibrated(model, [{**given, "input_ids": ids}]))
-    del given["attention_mask"]
-    assert_other_features(first, calibrated(model, [{**given, "input_ids": ids}]))
+    fitted = calibrated(model, [given], cross_attention=True)
+    assert len(favors(fitted)) - len(favors(calibrated(model, [given]))) == 2
+    assert same_fits(fitted, calibrated(model, [{**given, "input_ids": ids}], cross_attention=True))
+    assert output(fitted, given).isfinite().all()
 
 
-def test_calibration_sees_the_exact_model():
-    """The statistics of the last layer do not depend on whether those before it are converted."""
-    model, batch = build("bert"), inputs("bert", rows=6, length=24)
-    every, last = calibrated(model, [batch]), calibrated(model, [batch], layers=[-1])
-    tensors = buffers(last)
-    assert tensors
-    # The draws differ: what is compared is the fit alone.
-    for part in (every, last):
-        part.bert.encoder.layer[-1].attention.self.favor.feature_map.redraw_(
-            torch.Generator().manual_seed(3)
-        )
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(buffers(every)[name], tensor)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_calibration_lowers_the_error_of_the_output(name):
-    model = sharpen(build(name), deviation=0.15)
-    batches = [inputs(name, rows=8, length=32, seed=seed) for seed in range(3)]
-    held_out = inputs(name, rows=4, length=32, seed=9)
-    expected = output(model, held_out)
-
-    def error(**options):
-        total = 0.0
-        for seed in range(3):
-            generator = torch.Generator().manual_seed(seed)
-            part = converted(model, num_features=64, generator=generator, **options)
-            total += float((output(part, held_out) - expected).square().mean())
-        return total
-
-    plain = error()
-    assert error(estimator="data_aware", calibration=batches) < 0.8 * plain
-
-
-def test_modes_are_left_as_they_were():
-    model = build("bert")
-    model.train()
-    model.bert.encoder.layer[0].eval()
-    before = {name: module.training for name, module in model.named_modules()}
-    to_performer(
-        model, num_features=16, estimator="data_aware", calibration=[inputs("bert", 4, 24)]
-    )
-    after = {name: module.training for name, module in model.named_modules()}
-    assert {name: after[name] for name in before} == before
-
-
-def test_weights_are_left_as_they_were():
-    model = build("llama")
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    part = calibrated(model, [inputs("llama", 4, 24)])
-    assert all(torch.equal(part.state_dict()[name], x) for name, x in before.items())
-    assert all(p.grad is None for p in part.parameters())
-
-
-def failing(batch, error):
-    yield batch
-    raise error
-
-
-class Interruption(Exception):
-    pass
-
-
-BAD = {
-    "an error of the data": (
-        lambda batch: failing(batch, Interruption("disc full")),
-        Interruption,
-        "disc full",
-    ),
-    "not a batch": (lambda batch: [batch, "text"], TypeError, "a batch of calibration must be"),
-    "no batch": (lambda batch: [], ValueError, "at least one batch"),
-    "an unknown argument": (
-        lambda batch: [batch, {"pixels": batch["input_ids"]}],
-        ValueError,
-        "input_ids or inputs_embeds",
-    ),
-    "tokens that do not exist": (
-        lambda batch: [batch, {"input_ids": batch["input_ids"] + 100}],
-        IndexError,
-        "out of range",
-    ),
-    "a mask of one's own": (
-        lambda batch: [batch, {**batch, "attention_mask": torch.ones(4, 1, 24, 24).bool()}],
-        ValueError,
-        "mask of shape",
-    ),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ["bert", "llama"])
-def test_what_goes_wrong_leaves_the_model_as_it_was(name, bad):
-    batches, error, sentence = BAD[bad]
-    model, given = build(name), inputs(name, rows=4, length=24)
-    expected = output(model, given)
-    model.train()
-    with pytest.raises(error, match=sentence):
-        to_performer(
-            model, num_features=16, estimator="data_aware", calibration=batches(dict(given))
-        )
-    assert untouched(model, "sdpa")
-    assert all(module.training for module in model.modules())
-    assert torch.equal(output(model.eval(), given), expected)
-    torch.testing.assert_close(
-        output(to_performer(model, window=64), given), expected, atol=1e-5, rtol=1e-5
-    )
-
-
-def test_batches_that_leave_nothing_to_fit_are_refused():
-    model = build("bert")
-    with pytest.raises(ValueError, match=r"leaves nothing to fit in bert\.encoder\.layer\.0"):
-        calibrated(model, [inputs("bert", length=8)], window=16)
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_packed_sequences_count_as_sequences_alone(rows):
-    model, ids = build("llama"), token_ids(rows, 36)
-    positions = torch.cat([torch.arange(n) for n in (10, 26)]).expand(rows, -1)
-    packed = calibrated(model, [{"input_ids": ids, "position_ids": positions}], window=2)
-    alone = [{"input_ids": part} for part in ids.split([10, 26], 1)]
-    assert_same_features(packed, calibrated(model, alone, window=2))
-
-
-def test_batches_may_be_tensors_encodings_or_have_labels():
-    model, ids = build("llama"), token_ids(4, 24)
-    expected = calibrated(model, [{"input_ids": ids}])
-    for batch in (ids, BatchEncoding({"input_ids": ids}), {"input_ids": ids, "labels": ids}):
-        assert_same_features(calibrated(model, [batch]), expected)
+@pytest.mark.parametrize("name", ["llama", "performer_masked", "torch_encoder"])
+def test_batches_may_be_arguments_of_any_kind(name):
+    model, key = build(name), token_argument(name)
+    x = inputs(name, rows=4)[key]
+    kinds = [x, (x,), [x], {key: x}]
+    if name != "torch_encoder":
+        kinds += [BatchEncoding({key: x}), {key: x, "labels": x}]
+    expected = calibrated(model, (batch for batch in [x]))
+    assert all(same_fits(calibrated(model, [batch]), expected) for batch in kinds)
 
 
 def test_labels_make_the_inputs_of_a_decoder():
     model, ids, labels = build("bart"), token_ids(4, 24), token_ids(4, 16, seed=1)
-    shifted = torch.cat((torch.full((4, 1), 1), labels[:, :-1]), 1)
+    start = torch.full((4, 1), model.config.decoder_start_token_id)
+    shifted = torch.cat((start, labels[:, :-1]), 1)
     first = calibrated(model, [{"input_ids": ids, "labels": labels}])
-    second = calibrated(model, [{"input_ids": ids, "decoder_input_ids": shifted}])
-    assert_same_features(first, second)
+    assert same_fits(first, calibrated(model, [{"input_ids": ids, "decoder_input_ids": shifted}]))
 
 
-def test_running_a_model_makes_no_cache():
-    for name in ("llama", "bart"):
-        result = call_model(build(name), **inputs(name))
-        assert result.past_key_values is None
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_calibration_makes_no_cache(name):
+    model, caches = build(name), []
+    model.register_forward_hook(lambda *call: caches.append(getattr(call[-1], CACHE_KEYWORD)))
+    to_performer(model, **FITTED, calibration=[inputs(name)])
+    assert caches
+    assert caches[-1] is None
 
 
-def test_cross_attention_is_calibrated():
-    model, batch = build("bart"), inputs("bart", rows=6, length=24)
-    batch["attention_mask"] = padding_mask(6, 24, "right")
-    part = calibrated(model, [batch], cross_attention=True)
-    names = [name for name in buffers(part) if "encoder_attn" in name]
-    assert names
-    plain = calibrated(model, [batch])
-    assert {n for n in buffers(part) if n not in buffers(plain)} == set(names)
-    assert output(part, batch).isfinite().all()
+def skewed(deviation=1.5):
+    """Attention whose queries and keys vary along few directions and are not centred."""
+    model = Wrapped()
+    spectrum = (4.0 / torch.arange(1, HEAD_DIM + 1)).repeat(HEADS)
+    with torch.no_grad():
+        for part, sign in ((0, 1), (1, -1)):
+            rows = slice(part * WIDTH, (part + 1) * WIDTH)
+            model.attention.in_proj_weight[rows] *= spectrum[:, None]
+            model.attention.in_proj_bias[rows] = sign * deviation
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["skewed", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("bert", "llama"))],
+)
+def test_calibration_lowers_the_error_of_the_output(name):
+    if name == "skewed":
+        model = skewed()
+        *batches, held_out = (
+            {"query": torch.randn(8, 32, WIDTH, generator=seeded(i))} for i in (1, 2, 9)
+        )
+    else:
+        model = sharpen(build(name), scale=0.9)
+        *batches, held_out = (inputs(name, rows=8, length=32, seed=i) for i in (1, 2, 9))
+    expected = output(model, held_out)
+
+    def error(**options):
+        draws = (
+            converted(model, num_features=64, generator=seeded(i), **options) for i in range(4)
+        )
+        return sum(float((output(x, held_out) - expected).square().mean()) for x in draws)
+
+    assert error(estimator="data_aware", calibration=batches) < 0.8 * error()
+
+
+def test_redrawing_keeps_the_fit():
+    model = calibrated(build("bert"), [inputs("bert")])
+    before = copy.deepcopy(model)
+    assert redraw_features_(model, seeded(9)) == 2
+    assert same_fits(model, before)
+    assert (output(model, inputs("bert")) - output(before, inputs("bert"))).abs().max() > 1e-5
+
+
+def failing(batch):
+    yield batch
+    raise InterruptedError("disc full")
+
+
+def shortened(batch):
+    return [{key: x[:, :3] for key, x in batch.items()}]
+
+
+def with_mask(name, mask):
+    return lambda batch: [{**batch, name: mask}]
+
+
+NOTHING = r"nothing to fit in [\w.]*layers?\.0.*window=3"
+SQUARE = torch.ones(4, 1, 20, 20).bool()
+# Calibration made of a batch, the error and its words.
+BAD = [
+    (failing, InterruptedError, "disc full"),
+    (lambda batch: [batch, "text"], TypeError, "tensor, a tuple .* got str"),
+    (lambda batch: [], ValueError, "at least one batch"),
+    (lambda batch: None, ValueError, "'data_aware' is fitted to data: pass"),
+    (shortened, ValueError, NOTHING),
+]
+OF_BERT = [
+    (lambda x: [x, {"pixels": x["input_ids"]}], ValueError, "input_ids or inputs_embeds"),
+    (lambda x: [x, {"input_ids": x["input_ids"] + 100}], IndexError, "out of range"),
+    (with_mask("attention_mask", SQUARE), ValueError, "mask of shape"),
+]
+OF_TORCH = [
+    (lambda x: [x, torch.full((1, 20, WIDTH), torch.nan)], ValueError, "self_attn: .*finite"),
+    (with_mask("mask", torch.eye(20).bool()), ValueError, "layers.0.self_attn: attn_mask must be"),
+]
+CASES = {"bert": BAD + OF_BERT, "performer_masked": BAD, "torch_encoder": BAD + OF_TORCH}
+CASES = [(name, *case) for name, cases in CASES.items() for case in cases]
+
+
+@pytest.mark.parametrize(("name", "batches", "error", "words"), CASES)
+def test_what_goes_wrong_leaves_the_model_as_it_was(name, batches, error, words):
+    model, given = build(name), inputs(name, rows=4)
+    expected = output(model, given)
+    model.train()
+    before, flag = snapshot(model), torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(error, match=words):
+        to_performer(model, **FITTED, window=3, calibration=batches(dict(given)))
+    assert snapshot(model) == before
+    assert torch.backends.mha.get_fastpath_enabled() is flag
+    assert torch.equal(output(model.eval(), given), expected)
+    torch.testing.assert_close(
+        output(to_performer(model, window=COVERING), given), expected, **CLOSE
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "torch_encoder"])
+def test_an_unused_calibration_is_said_to_be_unused(name):
+    with pytest.warns(UserWarning, match="calibration is not used: estimator='positive'"):
+        to_performer(build(name), calibration=[inputs(name)])
+
+
+def test_one_batch_that_is_long_enough_is_fitted_to():
+    batches = [inputs("torch_encoder", length=n) for n in (12, 24)]
+    fitted = calibrated(build("torch_encoder"), batches, window=12)
+    assert (favors(fitted)[0].feature_map.center != 0).any()
+
+
+def test_layers_that_are_not_called_or_not_chosen():
+    model = torch.nn.ModuleDict({"used": skewed(), "idle": skewed()})
+    model.forward = lambda x: model["used"](x)
+    batch = torch.randn(2, 9, WIDTH)
+    with pytest.raises(ValueError, match=r"idle.attention: the model did not call it"):
+        to_performer(model, **FITTED, calibration=[batch])
+    to_performer(model, **FITTED, calibration=[batch], layers=[0])
+    assert [name for name, x in model.named_modules() if x in favors(model)] == ["used.attention"]
+
+
+def test_cross_attention_that_shows_when_it_is_called():
+    pair = (torch.randn(3, 12, WIDTH), torch.randn(3, 20, WIDTH))
+    for options, remedy in (
+        ({}, "cross_attention=True"),
+        ({"window": 2}, "layers"),
+        ({"window": 2, "cross_attention": True}, "layers"),
+    ):
+        model = Wrapped()
+        with pytest.raises(ValueError, match=f"attention attends from 12 .* to 20 .*{remedy}"):
+            to_performer(model, **FITTED, **options, calibration=[pair])
+        assert not favors(model)
+    to_performer(model, **FITTED, cross_attention=True, calibration=[pair])
+    assert model(*pair).shape == pair[0].shape
+    windowed = to_performer(Wrapped(), window=2)
+    with pytest.raises(ValueError, match="window needs as many keys as queries"):
+        windowed(*pair)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("option", ["add_bias_kv", "add_zero_attn"])
+def test_keys_without_a_position_are_fitted_to(option):
+    model, x = Wrapped(**{option: True}), torch.randn(3, 12, WIDTH)
+    padding = torch.arange(12) >= torch.tensor([[12], [9], [5]])
+    attention = model.attention
+    query, key = F.linear(x, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)[:2]
+    more = torch.zeros(3, 1, WIDTH)
+    more = more if attention.bias_k is None else attention.bias_k.expand(3, 1, WIDTH)
+    query, key = split_heads(query), split_heads(torch.cat((key, more), dim=1))
+    mask = torch.cat((~padding, torch.ones(3, 1, dtype=torch.bool)), dim=1)
+    expected = SoftmaxFeatures(HEAD_DIM, 16, estimator="data_aware", num_heads=HEADS)
+    expected.calibrate_(query, key, mask)
+    to_performer(model, **FITTED, calibration=[{"query": x, "key_padding_mask": padding}])
+    for name in ("center", "transform", "query_transform"):
+        found = getattr(model.attention.feature_map, name)
+        torch.testing.assert_close(found, getattr(expected, name), **CLOSE)

@@ -9,14 +9,18 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertForMaskedLM,
+    BertLMHeadModel,
     BertModel,
     LlamaForCausalLM,
+    LlamaModel,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTModel,
 )
 
-from performers.benchmark.heads import capture_heads
 from performers.convert.distillation.pretrained import load_model
+from studies.accuracy.capture import capture_heads
 from tests.benchmark.tiny_models import (
     VOCABULARY,
     bert_config,
@@ -37,35 +41,43 @@ def llama(tmp_path):
     return save(LlamaForCausalLM, llama_config(), tmp_path / "llama")
 
 
-def test_an_encoder_is_loaded_without_and_with_its_head(bert):
-    loaded = load_model(bert)
-    assert type(loaded.model) is BertModel
+BERT = ("bert", BertModel, BertForMaskedLM, False, 40)
+LLAMA = ("llama", LlamaModel, LlamaForCausalLM, True, None)
+
+
+@pytest.mark.parametrize(("name", "base", "head", "is_causal", "length"), [BERT, LLAMA])
+def test_models_are_loaded_without_and_with_a_head(name, base, head, is_causal, length, request):
+    folder = request.getfixturevalue(name)
+    loaded, with_head = load_model(folder), load_model(str(folder), head=True)
+    assert (type(loaded.model), type(with_head.model)) == (base, head)
+    assert (loaded.has_head, with_head.has_head) == (False, True)
+    assert {loaded.is_causal, with_head.is_causal} == {is_causal}
+    assert loaded.max_length == length
+    assert (loaded.tokenizer is None) is is_causal
     assert not loaded.model.training
-    assert (loaded.is_causal, loaded.has_head, loaded.max_length) == (False, False, 40)
-    with_head = load_model(str(bert), head=True)
-    assert type(with_head.model) is BertForMaskedLM
-    assert with_head.has_head
-    assert not with_head.is_causal
+    weights = with_head.model.base_model.state_dict()
     for name, weight in loaded.model.named_parameters():
         if "pooler" not in name:
-            assert torch.equal(weight, with_head.model.bert.get_parameter(name))
+            assert torch.equal(weight, weights[name])
 
 
-def test_a_decoder_is_loaded_without_and_with_its_head(llama):
-    loaded, with_head = load_model(llama), load_model(llama, head=True)
-    assert type(loaded.model) is transformers.LlamaModel
-    assert type(with_head.model) is LlamaForCausalLM
-    assert loaded.is_causal
-    assert with_head.is_causal
-    assert loaded.max_length is None
-    assert loaded.tokenizer is None
+def test_a_head_is_read_where_there_is_one(bert, tmp_path):
+    assert type(load_model(bert, head=None).model) is BertForMaskedLM
+    base = load_model(save(BertModel, bert_config(), tmp_path / "base"), head=None)
+    assert type(base.model) is BertModel
+    assert not base.has_head
+    assert not load_model(save_vit(tmp_path), head=None).has_head
+
+
+def save_vit(above):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return save(ViTModel, ViTConfig(**sizes, intermediate_size=8), above / "vit")
 
 
 def test_an_encoder_turned_decoder_is_causal(tmp_path):
-    config = bert_config(is_decoder=True)
-    folder = save(transformers.BertLMHeadModel, config, tmp_path / "decoder")
+    folder = save(BertLMHeadModel, bert_config(is_decoder=True), tmp_path / "decoder")
     loaded = load_model(folder, head=True)
-    assert type(loaded.model) is transformers.BertLMHeadModel
+    assert type(loaded.model) is BertLMHeadModel
     assert loaded.is_causal
     assert capture_heads(loaded, token_ids(1, 7))[0].is_causal
 
@@ -123,58 +135,41 @@ def test_loading_leaves_the_verbosity_of_transformers_alone(bert, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_missing_files_are_named(bert, tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent: no such model folder"):
-        load_model(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"above has no config\.json"):
-        load_model(tmp_path / "above")
-    with pytest.raises(ValueError, match=r"vocab\.txt is a file: expected a model folder"):
-        load_model(tmp_path / "above" / "vocab.txt")
-    (bert / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no weights \(model.safetensors or"):
-        load_model(bert)
+def refused(error, words, path, **options):
+    with pytest.raises(error, match=words):
+        load_model(path, **options)
 
 
-def test_unreadable_weights_are_named(bert):
-    whole = (bert / "model.safetensors").read_bytes()
-    (bert / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cannot be loaded as a transformers model"):
-        load_model(bert)
+def test_what_cannot_be_read_is_named(bert, tmp_path):
+    above, weights = bert.parent, bert / "model.safetensors"
+    refused(FileNotFoundError, "absent: no such model folder", above / "absent")
+    refused(FileNotFoundError, r"above has no config\.json", above)
+    refused(ValueError, r"vocab\.txt is a file: expected a model folder", above / "vocab.txt")
+    base = save(BertModel, bert_config(), tmp_path / "base")
+    refused(ValueError, "lacks .* weights of BertForMaskedLM.*use head=False", base, head=True)
+    words = "a vit, for which transformers has no language-modelling"
+    refused(ValueError, words, save_vit(tmp_path), head=True)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    refused(ValueError, "cannot be loaded as a transformers model", bert)
+    weights.write_bytes(whole)
+    bert_config(num_hidden_layers=4).save_pretrained(bert)
+    refused(ValueError, "lacks .* weights of BertModel, the first of them", bert, head=None)
     (bert / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be loaded as a transformers model"):
-        load_model(bert)
-
-
-def test_a_head_that_was_not_saved_is_refused(tmp_path):
-    folder = save(BertModel, bert_config(), tmp_path / "base")
-    load_model(folder)
-    with pytest.raises(ValueError, match=r"lacks .* weights of BertForMaskedLM.*use head=False"):
-        load_model(folder, head=True)
-
-
-def test_a_model_without_language_modelling_is_refused(tmp_path):
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    folder = save(transformers.ViTModel, config, tmp_path / "vit")
-    with pytest.raises(ValueError, match="a vit, for which transformers has no language-modelling"):
-        load_model(folder, head=True)
+    refused(ValueError, "cannot be loaded as a transformers model", bert)
+    weights.unlink()
+    refused(FileNotFoundError, r"has no weights \(model.safetensors or", bert)
 
 
 def test_gguf_files_need_their_package_and_be_one(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    found = lambda name, *rest: None if name == "gguf" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", found)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "gguf" else find_spec(name, *rest),
-    )
     for path in (tmp_path, tmp_path / "a.gguf"):
-        with pytest.raises(ImportError, match=r"a.gguf is a GGUF file.*pip install gguf"):
-            load_model(path)
+        refused(ImportError, r"a.gguf is a GGUF file.*pip install gguf", path)
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"2 .gguf files, a.gguf, b.gguf: name one"):
-        load_model(tmp_path)
+    refused(ValueError, r"2 .gguf files, a.gguf, b.gguf: name one", tmp_path)
 
 
 def write_gguf(path, model, words):
@@ -182,19 +177,22 @@ def write_gguf(path, model, words):
     gguf = pytest.importorskip("gguf")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(words)
-    writer.add_token_merges(["a b"])
+    for key, value in (
+        ("context_length", 64),
+        ("embedding_length", config.hidden_size),
+        ("block_count", config.num_hidden_layers),
+        ("feed_forward_length", config.intermediate_size),
+        ("head_count", config.num_attention_heads),
+        ("head_count_kv", config.num_key_value_heads),
+        ("rope_dimension_count", config.head_dim),
+        ("rope_freq_base", 10000.0),
+        ("layer_norm_rms_eps", config.rms_norm_eps),
+        ("vocab_size", config.vocab_size),
+        ("tokenizer_model", "gpt2"),
+        ("token_list", words),
+        ("token_merges", ["a b"]),
+    ):
+        getattr(writer, f"add_{key}")(value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         if "q_proj" in name or "k_proj" in name:
@@ -230,19 +228,3 @@ def test_a_gguf_file_holds_the_same_heads(tmp_path, capsys):
     Trainer(loaded.model, arguments)
     loaded.model.save_pretrained(tmp_path / "saved")
     assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
-
-
-def test_a_head_is_read_where_there_is_one(bert, tmp_path):
-    assert type(load_model(bert, head=None).model) is BertForMaskedLM
-    assert load_model(bert, head=None).has_head
-    base = load_model(save(BertModel, bert_config(), tmp_path / "base"), head=None)
-    assert type(base.model) is BertModel
-    assert not base.has_head
-    config = transformers.ViTConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
-    )
-    assert not load_model(save(transformers.ViTModel, config, tmp_path / "vit"), head=None).has_head
-    deeper = bert_config(num_hidden_layers=4)
-    deeper.save_pretrained(bert)
-    with pytest.raises(ValueError, match=r"lacks .* weights of BertModel, the first of them"):
-        load_model(bert, head=None)

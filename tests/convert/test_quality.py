@@ -1,39 +1,34 @@
 """Figures of quality against what a loop over tokens computes."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
+import torch.nn.functional as F
 from torch import nn
 
-from performers.convert import to_performer
-from performers.convert.distillation.quality import Quality, kind_of, measure_quality
-from tests.benchmark.tiny_models import bert_config, llama_config, token_ids
+from performers.convert.distillation.quality import kind_of, measure_quality
+from tests.convert.models import build, converted, token_ids
 
 PAD, MASK = 0, 4
 TOKENIZER = SimpleNamespace(mask_token_id=MASK, all_special_ids=[0, 1, 2, 3, 4])
 
 
-def model_of(model_class, config, seed):
-    torch.manual_seed(seed)
-    return model_class(config).eval()
-
-
 @pytest.fixture(scope="module")
 def llamas():
-    return [model_of(transformers.LlamaForCausalLM, llama_config(), seed) for seed in (0, 1)]
+    return [build("llama", seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def berts():
-    return [model_of(transformers.BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
+    return [build("bert", seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
 def encoders():
-    return [model_of(transformers.BertModel, bert_config(), seed) for seed in (0, 1)]
+    return [build("electra", seed) for seed in (0, 1)]
 
 
 def batches(lengths=((9, 9), (12, 5, 2)), side="right"):
@@ -64,55 +59,46 @@ def log_probabilities(model, ids):
         return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_causal(llamas, side):
-    """Rotary positions are relative, so that padding on the left changes nothing either."""
-    model, reference = llamas
+@pytest.mark.parametrize(
+    ("models", "kind", "side"),
+    [("llamas", "causal", "right"), ("llamas", "causal", "left"), ("berts", "masked", "right")],
+)
+def test_predictions(models, kind, side, request):
+    """Of the next token; of hidden tokens, with every ordinary token hidden.
+
+    Rotary positions are relative, so that padding on the left changes nothing either.
+    """
+    model, reference = request.getfixturevalue(models)
     given = batches(side=side)
-    quality = measure_quality(model, reference, iter(given))
-    losses, right, divergences = [], [], []
-    for ids in rows_of(given):
-        own, theirs = log_probabilities(model, ids), log_probabilities(reference, ids)
-        for place in range(len(ids) - 1):
-            target = ids[place + 1]
-            losses.append(-own[place, target].item())
-            right.append(own[place].argmax().item() == target.item())
-            ratio = theirs[place] - own[place]
-            divergences.append((theirs[place].exp() * ratio).sum().item())
-    assert quality.kind == "causal"
-    assert quality.tokens == len(losses) == 8 + 8 + 11 + 4 + 1
-    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert quality.accuracy == pytest.approx(sum(right) / len(right))
-    assert quality.divergence == pytest.approx(sum(divergences) / len(divergences), rel=1e-5)
-    assert set(quality.figures()) == {"perplexity", "accuracy", "divergence"}
-
-
-def test_masked(berts):
-    """Every ordinary token hidden: what is hidden needs no guess then."""
-    model, reference = berts
-    given = batches()
     given[0]["input_ids"][:, 0], given[0]["input_ids"][:, -1] = 2, 3
-    quality = measure_quality(model, reference, given, "masked", TOKENIZER, mask_fraction=1.0)
-    losses, right = [], []
+    quality = measure_quality(model, reference, iter(given), kind, TOKENIZER, mask_fraction=1.0)
+    own, theirs, targets = [], [], []
     for ids in rows_of(given):
-        own = log_probabilities(model, torch.where(ids > 4, MASK, ids))
-        for place in torch.nonzero(ids > 4)[:, 0]:
-            losses.append(-own[place, ids[place]].item())
-            right.append(own[place].argmax().item() == ids[place].item())
-    assert quality.tokens == len(losses) == 7 + 7 + 12 + 5 + 2
-    assert quality.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
-    assert quality.accuracy == pytest.approx(sum(right) / len(right))
-    assert quality.divergence > 0
+        places, asked, target = torch.arange(len(ids) - 1), ids, ids[1:]
+        if kind == "masked":
+            places, asked = torch.nonzero(ids > 4)[:, 0], torch.where(ids > 4, MASK, ids)
+            target = ids[places]
+        own.append(log_probabilities(model, asked)[places])
+        theirs.append(log_probabilities(reference, asked)[places])
+        targets.append(target)
+    own, theirs, targets = map(torch.cat, (own, theirs, targets))
+    assert quality.kind == kind
+    assert quality.tokens == len(targets) > 30
+    assert quality.perplexity == pytest.approx(float(F.nll_loss(own, targets).exp()), rel=1e-5)
+    assert quality.accuracy == pytest.approx(float((own.argmax(-1) == targets).double().mean()))
+    divergence = float((theirs.exp() * (theirs - own)).sum(-1).mean())
+    assert quality.divergence == pytest.approx(divergence, rel=1e-5)
+    assert set(quality.figures()) == {"perplexity", "accuracy", "divergence"}
 
 
 def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
     asked = []
-    for model in berts:
+    for model, seed in ((berts[0], 3), (berts[1], 3), (berts[0], 4)):
         given = batches(((40, 40), (30, 3)))
         hook = model.register_forward_pre_hook(
             lambda module, args, kwargs: asked.append(kwargs["input_ids"]), with_kwargs=True
         )
-        quality = measure_quality(model, None, given, "masked", TOKENIZER, seed=3)
+        quality = measure_quality(model, None, given, "masked", TOKENIZER, seed=seed)
         hook.remove()
         # 15% of 40, 40 and 30, and at least one of 3.
         assert quality.tokens == 6 + 6 + round(0.15 * 30) + 1
@@ -121,68 +107,45 @@ def test_all_models_are_asked_for_the_same_hidden_tokens(berts):
             changed = seen != batch["input_ids"]
             assert set(seen[changed].tolist()) == {MASK}
             assert not changed[batch["attention_mask"] == 0].any()
-    assert all(torch.equal(x, y) for x, y in zip(asked[:2], asked[2:], strict=True))
-    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
-    other = []
-    hook = berts[0].register_forward_pre_hook(
-        lambda module, args, kwargs: other.append(kwargs["input_ids"]), with_kwargs=True
-    )
-    measure_quality(berts[0], None, batches(((40, 40), (30, 3))), "masked", TOKENIZER, seed=4)
-    hook.remove()
-    assert not torch.equal(other[0], asked[0]), "another seed hides others"
+    assert all(torch.equal(x, y) for x, y in zip(asked[:2], asked[2:4], strict=True))
+    assert not torch.equal(asked[4], asked[0]), "another seed hides others"
 
 
-def embedding(model, ids):
+def embeddings(model, given):
     with torch.no_grad():
-        return model(input_ids=ids[None]).last_hidden_state[0].double().mean(0)
+        states = [model(input_ids=ids[None]).last_hidden_state[0] for ids in rows_of(given)]
+    return F.normalize(torch.stack([x.double().mean(0) for x in states]), dim=-1)
 
 
 def test_encoder(encoders):
     model, reference = encoders
     given = batches(((9, 9), (12, 5, 2), (7, 7, 7)))
     quality = measure_quality(model, reference, given)
-    own, theirs = ([embedding(x, ids) for ids in rows_of(given)] for x in encoders)
-    cosines = [
-        torch.cosine_similarity(a, b, dim=0).item() for a, b in zip(own, theirs, strict=True)
-    ]
+    own, theirs = (embeddings(x, given) for x in encoders)
     assert quality.kind == "encoder"
     assert quality.tokens == 9 + 9 + 12 + 5 + 2 + 21
-    assert quality.cosine == pytest.approx(sum(cosines) / 8, rel=1e-5)
-
-    def nearest(vectors, query):
-        others = [index for index in range(8) if index != query]
-        return max(others, key=lambda x: torch.cosine_similarity(vectors[query], vectors[x], dim=0))
-
-    same = [nearest(own, query) == nearest(theirs, query) for query in range(8)]
-    assert quality.retrieval == pytest.approx(sum(same) / 8)
-    assert 0 < quality.retrieval < 1, "the case tells the two apart"
+    assert quality.cosine == pytest.approx(float((own * theirs).sum(-1).mean()), rel=1e-5)
+    nearest = [(x @ x.T).fill_diagonal_(-2).argmax(-1) for x in (own, theirs)]
+    same = float((nearest[0] == nearest[1]).double().mean())
+    assert quality.retrieval == pytest.approx(same)
+    assert 0 < same < 1, "the case tells the two apart"
     assert set(quality.figures()) == {"cosine", "retrieval"}
-
-
-def test_few_passages_have_no_retrieval(encoders):
-    quality = measure_quality(encoders[0], encoders[1], batches(((9, 9),)))
-    assert quality.retrieval is None
-    assert "retrieval" not in quality.figures()
+    # Two passages have no other to be nearest.
+    few = measure_quality(model, reference, batches(((9, 9),)))
+    assert few.retrieval is None
+    assert set(few.figures()) == {"cosine"}
 
 
 def test_a_model_beside_itself_has_lost_nothing(llamas, encoders):
-    quality = measure_quality(llamas[0], llamas[0], batches())
-    assert quality.divergence is None
-    twin = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    assert measure_quality(llamas[0], twin, batches()).divergence == pytest.approx(0, abs=1e-9)
-    quality = measure_quality(encoders[0], encoders[0], batches())
-    assert (quality.cosine, quality.retrieval) == (pytest.approx(1.0), 1.0)
-
-
-def test_a_converted_model_is_measured_like_an_exact_one():
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    exact = measure_quality(model, None, batches())
-    converted = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0), window=20)
-    beside = measure_quality(converted, model, batches())
+    model = llamas[0]
+    exact = measure_quality(model, model, batches())
+    assert exact.divergence is None
+    beside = measure_quality(converted(model, window=20), model, batches())
     assert beside.perplexity == pytest.approx(exact.perplexity, rel=1e-4)
     assert beside.divergence == pytest.approx(0, abs=1e-6)
-    apart = to_performer(model_of(transformers.LlamaForCausalLM, llama_config(), 0))
-    assert measure_quality(apart, model, batches()).divergence > 1e-3
+    assert measure_quality(converted(model), model, batches()).divergence > 1e-3
+    quality = measure_quality(encoders[0], encoders[0], batches())
+    assert (quality.cosine, quality.retrieval) == (pytest.approx(1.0), 1.0)
 
 
 def test_padding_may_hold_anything(encoders):
@@ -207,53 +170,46 @@ def test_padding_may_hold_anything(encoders):
     assert quality.cosine == pytest.approx(1.0)
 
 
-def test_modes_are_left_as_they_were(llamas):
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0).train()
-    measure_quality(model, llamas[1], batches())
+def test_a_hopeless_perplexity_is_infinite_and_modes_stay(llamas):
+    model = copy.deepcopy(llamas[0]).train()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    quality = measure_quality(model, llamas[1], batches())
+    assert quality.perplexity == math.inf
+    assert quality.figures()["perplexity"] == math.inf
     assert model.training
     assert not llamas[1].training
 
 
-def test_a_hopeless_perplexity_is_infinite(llamas):
-    model = model_of(transformers.LlamaForCausalLM, llama_config(), 0)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e6)
-    assert measure_quality(model, None, batches()).perplexity == math.inf
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "causal"),
+        ("gpt2", "causal"),
+        ("performer_causal", "causal"),
+        ("bert", "masked"),
+        ("performer_masked", "masked"),
+        ("electra", "encoder"),
+        ("performer", "encoder"),
+    ],
+)
+def test_kinds_are_told_by_the_class(name, kind):
+    assert kind_of(build(name)) == kind
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is an encoder-decoder"):
+        kind_of(build("bart"))
 
 
-def test_kinds_are_told_by_the_class(llamas, berts, encoders):
-    assert [kind_of(x[0]) for x in (llamas, berts, encoders)] == ["causal", "masked", "encoder"]
-    from performers.models import PerformerConfig, PerformerForMaskedLM, PerformerModel
-
-    config = PerformerConfig(
-        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    assert kind_of(PerformerForMaskedLM(config)) == "masked"
-    assert kind_of(PerformerModel(config)) == "encoder"
-    gpt = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
-    assert kind_of(transformers.GPT2LMHeadModel(gpt)) == "causal"
-    t5 = transformers.T5Config(
-        vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-    )
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        kind_of(transformers.T5ForConditionalGeneration(t5))
-
-
-def test_what_cannot_be_measured(llamas, berts):
-    with pytest.raises(ValueError, match="kind must be one of causal, masked, encoder, got 'x'"):
-        measure_quality(llamas[0], None, batches(), "x")
-    with pytest.raises(ValueError, match="tokenizer must have a mask token"):
-        measure_quality(berts[0], None, batches())
-    with pytest.raises(ValueError, match=r"mask_fraction must be in \(0, 1\], got 0"):
-        measure_quality(berts[0], None, batches(), tokenizer=TOKENIZER, mask_fraction=0)
-    with pytest.raises(ValueError, match="batches have nothing to predict"):
-        measure_quality(llamas[0], None, batches(((1, 1),)))
-    with pytest.raises(ValueError, match="at least one batch, got none"):
-        measure_quality(llamas[0], None, [], "encoder")
-
-
-def test_figures_are_those_of_the_kind():
-    assert Quality("causal", 5, perplexity=2.0, accuracy=0.0).figures() == {
-        "perplexity": 2.0,
-        "accuracy": 0.0,
-    }
+@pytest.mark.parametrize(
+    ("model", "given", "options", "words"),
+    [
+        ("llamas", None, {"kind": "x"}, "kind must be one of causal, masked, encoder, got 'x'"),
+        ("berts", None, {}, "tokenizer must have a mask token"),
+        ("berts", None, {"tokenizer": TOKENIZER, "mask_fraction": 0}, r"in \(0, 1\], got 0"),
+        ("llamas", ((1, 1),), {}, "batches have nothing to predict"),
+        ("llamas", (), {"kind": "encoder"}, "at least one batch, got none"),
+    ],
+)
+def test_what_cannot_be_measured(model, given, options, words, request):
+    model = request.getfixturevalue(model)[0]
+    with pytest.raises(ValueError, match=words):
+        measure_quality(model, None, batches() if given is None else batches(given), **options)

@@ -1,298 +1,271 @@
-"""What linear attention cannot do is refused with a sentence that names it."""
+"""Models and calls that linear attention cannot compute are refused: the reason and a remedy."""
 
-import copy
+import functools
 
 import pytest
 import torch
 import transformers
+from torch import nn
 
+from performers import PerformerAttention
 from performers.convert import to_performer
-from performers.convert.interface.implementation import intercept_attention
-from tests.convert.architectures import (
-    GROUPED,
-    PIXELS,
-    TEXT,
-    VOCABULARY,
+from tests.convert.models import (
+    CLOSE,
     build,
     converted,
+    favors,
     inputs,
     output,
+    performer,
     sharpen,
+    small,
     token_ids,
+    torch_model,
 )
 
-T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48}
-GPT_OSS = {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 6}
+
+def snapshot(model):
+    """What a conversion changes: modules, hooks, modes, tensors and configurations."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    configs = [x.config for x in model.modules() if hasattr(x, "config")]
+    return (
+        [(name, type(x), x.training) for name, x in model.named_modules()],
+        [list(getattr(x, each)) for x in model.modules() for each in hooks],
+        {name: id(x) for name, x in model.named_parameters()},
+        list(model.state_dict()),
+        [(x.to_dict(), x._attn_implementation) for x in configs],
+    )
+
+
+def meta():
+    with torch.device("meta"):
+        return transformers.BertModel(transformers.BertConfig())
+
+
+class OwnForward(nn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return 2 * out, weights
+
+
+def beside(attention):
+    """A layer of torch's own, and one that is not."""
+    return nn.ModuleList([nn.MultiheadAttention(32, 4), attention])
+
+
+def extra_key(option):
+    return nn.MultiheadAttention(32, 4, **{option: True})
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(32, 4), "in_proj_weight")
+
+
+def hooked():
+    module = nn.MultiheadAttention(32, 4)
+    module.register_forward_hook(lambda *args: None)
+    return module
+
+
+def decoder_of_converted():
+    layer = nn.TransformerDecoderLayer(32, 4, dropout=0.0)
+    layer.self_attn = PerformerAttention(32, 4)
+    return layer
+
+
+def asking_for_the_implementation():
+    """Code that nothing but a comparison of outputs shows."""
+    model = build("bert")
+
+    class Scaled(transformers.models.bert.modeling_bert.BertSelfOutput):
+        def forward(self, hidden_states, input_tensor):
+            factor = 2.0 if model.config._attn_implementation == "favor" else 1.0
+            return super().forward(factor * hidden_states, input_tensor)
+
+    for layer in model.bert.encoder.layer:
+        layer.attention.output.__class__ = Scaled
+    return model
+
+
+def mixed():
+    """A part that does not go through the interface, and one with another implementation."""
+    text = small("BertLMHeadModel", is_decoder=True, add_cross_attention=True)
+    encoder = small("ViTModel")
+    model = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=text)
+    encoder.set_attn_implementation("eager")
+    text._can_set_attn_implementation = lambda *args: False
+    return model
+
+
 GEMMA3N = {
     "num_hidden_layers": 4,
-    "head_dim": 8,
-    "sliding_window": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
-    "vocab_size_per_layer_input": VOCABULARY,
-    "hidden_size_per_layer_input": 8,
     "activation_sparsity_pattern": [0.0] * 4,
 }
-RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
-UNSUITABLE = {
-    "soft-capping": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {**GROUPED, "head_dim": 8},
-        "soft-caps its scores",
-    ),
-    "position bias": (
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {**T5, "num_layers": 2},
-        # Older releases of transformers compute it beside the interface.
-        "position bias|none of its modules calls",
-    ),
-    "learned sinks": (
-        "GptOssForCausalLM",
-        "GptOssConfig",
-        {**GROUPED, **GPT_OSS},
-        "learned sink logits",
-    ),
-    "shared keys": (
-        "Gemma3nForCausalLM",
-        "Gemma3nTextConfig",
-        GROUPED | GEMMA3N,
-        "its keys and values",
-    ),
-    "deberta": (
-        "DebertaV2ForMaskedLM",
-        "DebertaV2Config",
-        {**TEXT, **RELATIVE},
-        "none of its modules calls",
-    ),
-    "bloom": (
-        "BloomForCausalLM",
-        "BloomConfig",
-        {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
-        "none of its modules calls",
-    ),
-    "xlnet": (
-        "XLNetLMHeadModel",
-        "XLNetConfig",
-        {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": VOCABULARY},
-        "none of its modules calls",
-    ),
-}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2]}
+SWIN["window_size"] = 4
+NOT_CALLED = "none of its modules calls"
+# transformers 5.10 computes some biases beside the interface.
+BIAS = f"position bias|{NOT_CALLED}"
+OWN_MASK = "computes with its attention masks itself"
+of = functools.partial(functools.partial, small)
+EXACT = "start from a model with attention='exact'"
+# Model, options of the conversion, words of the refusal.
+CONVERSIONS = [
+    # Attention that is not masked softmax over the same tokens.
+    (of("Gemma2ForCausalLM"), {}, "soft-caps its scores"),
+    (of("T5ForConditionalGeneration"), {}, BIAS),
+    (of("Wav2Vec2ConformerModel", position_embeddings_type="relative"), {}, BIAS),
+    (of("GptOssForCausalLM"), {}, "learned sink logits"),
+    (of("Gemma3nForCausalLM", **GEMMA3N), {}, "its keys and values"),
+    (of("Gemma3nForCausalLM", **GEMMA3N), {"layers": [1]}, "keys and values from another layer"),
+    (of("DebertaV2ForMaskedLM", relative_attention=True), {}, NOT_CALLED),
+    (of("BloomForCausalLM"), {}, NOT_CALLED),
+    (of("XLNetLMHeadModel"), {}, NOT_CALLED),
+    (of("BeitModel", use_relative_position_bias=True), {}, OWN_MASK),
+    (of("GitModel"), {}, OWN_MASK),
+    (of("SwinModel", **SWIN), {}, "a mask of shape"),
+    (of("LayoutLMModel"), {}, "a mask of shape"),
+    (of("SegformerModel"), {}, "is no self-attention"),
+    (of("PaliGemmaForConditionalGeneration"), {}, "Gemma.* computes something else"),
+    (asking_for_the_implementation, {}, "computes something else"),
+    (lambda: build("mistral", sliding_window=6), {}, "sliding window already"),
+    (meta, {}, "no weights in memory"),
+    (mixed, {}, "BertLMHeadModel does not go through the attention"),
+    # What would be lost, or is not there.
+    (lambda: beside(OwnForward(32, 4)), {}, "1 .*forward of its own"),
+    (lambda: beside(parametrized()), {}, "1 .*parametrized weights"),
+    (lambda: beside(hooked()), {}, "1 .*hooks"),
+    (lambda: beside(extra_key("add_bias_kv")), {"window": 3}, "1: window and .* add_bias_kv"),
+    (lambda: beside(extra_key("add_zero_attn")), {"sinks": 3}, "1: window and .* add_zero_attn"),
+    (lambda: nn.MultiheadAttention(8, 2), {}, "replaced in place: pass the module that"),
+    (lambda: nn.Linear(2, 2), {}, "Linear has nothing to convert: it has no nn.Multi"),
+    (lambda: nn.Sequential(build("bert")), {}, r"Sequential around a Bert.* model\[0\]"),
+    (decoder_of_converted, {}, "cross_attention=True"),
+    (lambda: converted(build("bert")), {}, "converted already"),
+    (lambda: converted(torch_model()), {}, "is converted already"),
+    (lambda: converted(performer()), {}, "linear attention already"),
+    (lambda: performer(attention="favor-softmax"), {}, f"linear attention already.*{EXACT}"),
+    (lambda: performer(attention="favor-relu"), {}, f"linear attention already.*{EXACT}"),
+    (lambda: performer(attention="identity"), {}, f"computes no attention.*{EXACT}"),
+]
+ARGUMENTS = [
+    ({"window": -1}, "window must be"),
+    ({"window": 2.5}, "window must be"),
+    ({"sinks": -1}, "sinks must be"),
+    ({"layers": []}, "at least one"),
+    ({"layers": [2]}, r"layers must be in 0\.\.1.* got \[2\]"),
+    ({"layers": [-3]}, r"layers must be in 0\.\.1"),
+    ({"layers": ["0"]}, "layers must be"),
+    ({"estimator": "sharp"}, "estimator must be one of"),
+    ({"projection": "sharp"}, "projection"),
+    ({"num_features": 0}, "num_features"),
+    ({"num_features": 7, "estimator": "hyperbolic"}, "num_features must be a positive even"),
+    ({"estimator": "data_aware"}, "pass calibration"),
+]
+FAMILIES = ("bert", "performer_masked", "torch_encoder")
+CONVERSIONS += [(functools.partial(build, x), *case) for x in FAMILIES for case in ARGUMENTS]
 
 
-def untouched(model, implementation):
-    """Whether a model is as it was before a conversion that failed."""
-    return (
-        not any(hasattr(x, "favor") or x._forward_pre_hooks for x in model.modules())
-        and getattr(model.config, "performers", None) is None
-        and model.config._attn_implementation == implementation
-    )
+@pytest.mark.parametrize(("make", "options", "words"), CONVERSIONS)
+def test_conversions(make, options, words):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        to_performer(model, **options)
+    assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("kind", UNSUITABLE)
-def test_attention_that_is_not_masked_softmax(kind):
-    model_class, config_class, options, sentence = UNSUITABLE[kind]
-    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
-    implementation = model.config._attn_implementation
-    with pytest.raises(ValueError, match=sentence):
-        to_performer(model)
-    assert untouched(model, implementation)
+def test_what_is_no_module():
+    with pytest.raises(TypeError, match="model must be a torch module, got str"):
+        to_performer("bert-base-uncased")
 
 
-def test_a_layer_that_borrows_its_keys():
-    config = transformers.Gemma3nTextConfig(**(GROUPED | GEMMA3N))
-    model = transformers.Gemma3nForCausalLM(config)
-    with pytest.raises(ValueError, match="takes its keys and values from another layer"):
-        to_performer(model, layers=[1])
+def test_what_is_left_out_need_not_be_convertible():
+    model = beside(OwnForward(32, 4))
+    to_performer(model, layers=[0])
+    assert favors(model) == [model[0]]
 
 
-def test_masks_of_the_users_own():
-    given = inputs("llama")
-    mask = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
-    model = build("llama")
-    with pytest.raises(ValueError, match=r"mask of shape \(2, 1, 20, 20\)"):
-        output(converted(model, num_features=16), given, attention_mask=mask)
-    bert = build("bert")
-    block = torch.block_diag(torch.ones(9, 9), torch.ones(11, 11)).bool().expand(2, 1, 20, 20)
-    linear = converted(bert, num_features=16)
-    with pytest.raises(ValueError, match="mask of shape"):
-        output(linear, inputs("bert"), attention_mask=block)
-    # Exact layers take any mask.
+ROW, ROWS = token_ids(1, 8), token_ids(2, 20)
+BOUNDARIES = torch.tensor([0, 4, 8], dtype=torch.int32)
+PACKED = {"cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES}
+TRIANGLE = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+BLOCKS = torch.block_diag(torch.ones(9, 9), torch.ones(11, 11)).bool().expand(2, 1, 20, 20)
+BAND = (torch.arange(20)[:, None] - torch.arange(20)).abs() > 2
+MAPS = {"output_attentions": True, "use_cache": True}
+# Model, layers, arguments of the call, words of the refusal.
+CALLS = [
+    ("llama", None, ROWS, {"attention_mask": TRIANGLE}, r"\(2, 1, 20, 20"),
+    ("bert", None, ROWS, {"attention_mask": BLOCKS}, "mask of shape"),
+    ("torch_encoder", None, torch.ones(2, 20, 32), {"mask": BAND}, "None or the causal mask"),
+    ("llama", None, ROW, PACKED, "position_ids that tell where each begins"),
+    ("llama", None, ROW, MAPS, "use_cache=False"),
+]
+for each in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
+    CALLS.append(("llama", None, ROW, {each: torch.ones(1)}, "linear attention cannot do"))
+for each in ("s_aux", "sinks", "indices"):
+    CALLS.append(("llama", [1], ROW, {each: torch.ones(1)}, "not even in part"))
+
+
+@pytest.mark.parametrize(("name", "layers", "x", "options", "words"), CALLS)
+def test_calls(name, layers, x, options, words):
+    model = converted(build(name), num_features=16, layers=layers)
+    expected = output(model, inputs(name))
+    with pytest.raises(ValueError, match=words):
+        model(x, **options)
+    # Nothing of the failed call is left behind.
+    assert torch.equal(output(model, inputs(name)), expected)
+
+
+def test_exact_layers_take_any_mask():
+    model = build("bert")
+    linear = converted(model, num_features=16)
     linear.set_attn_implementation("sdpa")
-    expected = output(bert, inputs("bert"), attention_mask=block)
-    assert torch.equal(output(linear, inputs("bert"), attention_mask=block), expected)
+    given = {**inputs("bert"), "attention_mask": BLOCKS}
+    assert torch.equal(output(linear, given), output(model, given))
 
 
-def prefix_model(**options):
-    config = transformers.PaliGemmaConfig(
-        text_config={"model_type": "gemma", **GROUPED, "head_dim": 8},
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "image_size": 32,
-            "patch_size": 8,
-        },
-        image_token_index=59,
-        projection_dim=32,
-    )
-    ids = token_ids(2, 24).clamp_max(58)
-    ids[:, :16] = 59
-    generator = torch.Generator().manual_seed(0)
-    given = {
-        "input_ids": ids,
-        "pixel_values": torch.randn(2, 3, 32, 32, generator=generator),
-        "token_type_ids": torch.zeros_like(ids),
-    }
-    return sharpen(transformers.PaliGemmaForConditionalGeneration(config)), given
+def test_exact_layers_keep_a_prefix_that_is_not_causal():
+    """The part that becomes linear is tried by itself where no inputs suit the whole model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["intermediate_size"] = 48
+    text = {"model_type": "gemma", "vocab_size": 60, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8}
+    parts = {"text_config": text | sizes, "vision_config": vision | sizes}
+    config = transformers.PaliGemmaConfig(**parts, image_token_index=59, projection_dim=32)
+    model = sharpen(transformers.PaliGemmaForConditionalGeneration(config).eval())
+    ids = torch.cat((torch.full((2, 16), 59), token_ids(2, 8).clamp_max(58)), 1)
+    given = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
+    given["pixel_values"] = torch.randn(2, 3, 32, 32)
+    names = [type(x).__name__ for x in model.modules()]
+    order = [x for x in names if x in ("GemmaAttention", "SiglipAttention")]
+    layers = [index for index, x in enumerate(order) if x == "SiglipAttention"]
+    linear = converted(model, window=64, layers=layers)
+    assert len(favors(linear)) == 2
+    torch.testing.assert_close(output(linear, given), output(model, given), **CLOSE)
 
 
-def test_a_prefix_that_is_not_causal():
-    """transformers lets such a model attend to both sides where it gets no mask."""
-    model, _ = prefix_model()
-    with pytest.raises(ValueError, match="GemmaModel computes something else"):
-        converted(model, num_features=16)
-
-
-def test_exact_layers_keep_their_prefix():
-    model, given = prefix_model()
-    names = [n for n, x in model.named_modules() if type(x).__name__ == "SiglipAttention"]
-    everything = [n for n, _ in _attention(model)]
-    vision = [everything.index(name) for name in names]
-    assert len(vision) == 2
-    linear = converted(model, window=64, layers=vision)
-    expected = output(model, given)
-    torch.testing.assert_close(output(linear, given), expected, atol=1e-5, rtol=1e-5)
-
-
-def _attention(model):
-    from performers.convert.interface.modules import interface_modules
-
-    return list(interface_modules(model))
-
-
-def test_weights_that_are_not_in_memory():
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
-    with pytest.raises(ValueError, match="no weights in memory"):
-        to_performer(model)
-    assert untouched(model, "sdpa")
-
-
-def test_a_part_that_does_not_go_through_the_interface(monkeypatch):
-    """The whole model is refused, and every part keeps the attention that it had."""
-    text = transformers.BertConfig(**TEXT, is_decoder=True, add_cross_attention=True)
-    encoder = transformers.ViTModel(transformers.ViTConfig(**PIXELS))
-    decoder = transformers.BertLMHeadModel(text)
-    model = transformers.VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
-    encoder.set_attn_implementation("eager")
-    before = [x.config._attn_implementation for x in (model, encoder, decoder)]
-    assert len(set(before)) > 1
-    monkeypatch.setattr(type(decoder), "_can_set_attn_implementation", lambda *args: False)
-    with pytest.raises(ValueError, match="BertLMHeadModel does not go through the attention"):
-        to_performer(model)
-    assert [x.config._attn_implementation for x in (model, encoder, decoder)] == before
-    assert untouched(model, before[0])
+def test_boundaries_with_positions():
+    positions = torch.arange(8).remainder(4)[None]
+    model = converted(build("llama"), num_features=16)
+    packed = output(model, {"input_ids": ROW}, position_ids=positions, use_cache=False, **PACKED)
+    first = output(model, {"input_ids": ROW[:, :4]}, use_cache=False)
+    torch.testing.assert_close(packed[:, :4], first, **CLOSE)
 
 
 def test_dropout_that_comes_back_is_not_ignored():
-    model = build("llama", attention_dropout=0.2)
-    with pytest.warns(UserWarning, match="dropout"):
-        to_performer(model, num_features=16)
+    model = to_performer(build("llama"), num_features=16)
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.2
     with pytest.raises(ValueError, match=r"dropout of 0\.2"):
-        model.train()(token_ids(1, 8))
-
-
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "position_bias", "indices"])
-def test_options_of_the_interface_that_change_attention(name):
-    model = build("llama")
-    linear = converted(model, num_features=16)
-    with pytest.raises(ValueError, match="linear attention cannot do"):
-        linear(token_ids(1, 8), **{name: torch.ones(1)})
-    if name in ("s_aux", "sinks", "indices"):
-        half = converted(model, num_features=16, layers=[1])
-        with pytest.raises(ValueError, match="not even in part"):
-            half(token_ids(1, 8), **{name: torch.ones(1)})
-
-
-def test_boundaries_without_positions():
-    model = converted(build("llama"), num_features=16)
-    boundaries = torch.tensor([0, 4, 8], dtype=torch.int32)
-    with pytest.raises(ValueError, match="position_ids that tell where each begins"):
-        model(token_ids(1, 8), cu_seq_lens_q=boundaries, cu_seq_lens_k=boundaries)
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
-    model(
-        token_ids(1, 8),
-        position_ids=positions,
-        cu_seq_lens_q=boundaries,
-        cu_seq_lens_k=boundaries,
-        use_cache=False,
-    )
+        model.train()(ROW)
 
 
 def test_a_model_that_was_never_converted():
-    from performers.convert.interface import implementation as interface
-
     model = build("bert")
-    model.set_attn_implementation(interface.IMPLEMENTATION)
+    model.set_attn_implementation("favor")
     with pytest.raises(ValueError, match=r"to_performer\(model\), which adds them"):
         model(**inputs("bert"))
-
-
-def test_converting_twice():
-    model = converted(build("bert"), num_features=16)
-    with pytest.raises(ValueError, match="converted already"):
-        to_performer(model)
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"window": -1}, "window must be"),
-        ({"window": 2.5}, "window must be"),
-        ({"sinks": -1}, "sinks must be"),
-        ({"layers": []}, "at least one"),
-        ({"layers": [2]}, r"layers must be in 0\.\.1"),
-        ({"layers": [-3]}, r"layers must be in 0\.\.1"),
-        ({"layers": ["0"]}, "layers must be"),
-        ({"estimator": "sharp"}, "estimator"),
-        ({"projection": "sharp"}, "projection"),
-        ({"num_features": 0}, "num_features"),
-        ({"estimator": "data_aware"}, "pass calibration"),
-    ],
-)
-def test_arguments_out_of_range(options, sentence):
-    model = build("bert")
-    with pytest.raises(ValueError, match=sentence):
-        to_performer(model, **options)
-    assert untouched(model, "sdpa")
-    assert output(model, inputs("bert")).isfinite().all()
-
-
-def test_what_is_no_module():
-    with pytest.raises(TypeError, match="model must be a torch module"):
-        to_performer("bert-base-uncased")
-
-
-def test_an_unused_calibration_is_said_to_be_unused():
-    with pytest.warns(UserWarning, match="nothing to fit"):
-        to_performer(build("bert"), calibration=[inputs("bert")])
-
-
-def test_interception_refuses_a_cache():
-    model = converted(build("llama"), num_features=16)
-    module = model.model.layers[0].self_attn
-    calls = {module: lambda call: call.query}
-    with (
-        intercept_attention(calls, model),
-        pytest.raises(ValueError, match="pass use_cache=False"),
-    ):
-        model(token_ids(1, 8))
-    before = copy.deepcopy(output(model, inputs("llama")))
-    assert torch.equal(output(model, inputs("llama")), before)

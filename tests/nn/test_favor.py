@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
-from performers.features import LearnedFeatures
-from performers.nn import Approximation, FavorAttention, PerformerAttention
+from performers.nn import Approximation
 from tests.features.cases import generator
 
 EVERY = Approximation(16, "data_aware", "simplex", window=2, sinks=1, listed_keys=4)
@@ -62,10 +61,9 @@ def test_refused_numbers(options, match):
 def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
     query, key, value = inputs()
     favor = EVERY.build(8, num_heads, generator=generator(1)).calibrate_(query, key)
-    features = SoftmaxFeatures(
-        8, 16, estimator="data_aware", projection="simplex", num_heads=num_heads,
-        generator=generator(1),
-    ).calibrate_(query, key, window=2, sinks=1)  # fmt: skip
+    kind = {"estimator": "data_aware", "projection": "simplex", "num_heads": num_heads}
+    features = SoftmaxFeatures(8, 16, **kind, generator=generator(1))
+    features.calibrate_(query, key, window=2, sinks=1)
     options = {"window": 2, "sinks": 1, "listed_keys": favor.buckets}
     out, state = favor(query, key, value)
     assert state is None
@@ -74,30 +72,3 @@ def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
         favor.weights(query, key), favor_attention_weights(query, key, features, **options)
     )
     assert favor.buckets.offsets.abs().sum() > 0
-
-
-def test_packed_rows_are_sequences_alone():
-    query, key, value = inputs(length=12)
-    favor = Approximation(16, window=2, sinks=1).build(8, 2)
-    starts = torch.tensor([0, 5, 12, 24], dtype=torch.int32)
-    out, _ = favor(query, key, value, is_causal=True, cu_seqlens=starts)
-    for row, part in ((0, slice(0, 5)), (0, slice(5, 12)), (1, slice(0, 12))):
-        alone, _ = favor(*(x[row : row + 1, :, part] for x in (query, key, value)), is_causal=True)
-        torch.testing.assert_close(out[row : row + 1, :, part], alone)
-
-
-def test_learned_features_start_from_what_they_were():
-    query, key, value = inputs()
-    favor = FavorAttention(SoftmaxFeatures(8, 16))
-    before, _ = favor(query, key, value)
-    learned = favor.learn_(2).feature_map
-    assert isinstance(learned, LearnedFeatures)
-    assert favor.learn_(2).feature_map is learned
-    torch.testing.assert_close(favor(query, key, value)[0], before)
-
-
-def test_performer_attention_is_one():
-    attention = PerformerAttention(16, 2, window=3, batch_first=True)
-    assert isinstance(attention, FavorAttention)
-    assert (attention.window, attention.sinks) == (3, 0)
-    assert "feature_map.weight" in attention.state_dict()

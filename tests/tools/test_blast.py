@@ -1,10 +1,10 @@
 """BLAST databases are read as they were written."""
 
 import pytest
-from tools.blast import main, read_blast_database
 
 from performers.app.errors import UserError
 from tests.tools.blast_files import write_blast
+from tools.blast import main, read_blast_database
 
 RECORDS = [
     ("P1|GO:1,GO:2", "MKV"),

@@ -1,6 +1,9 @@
 """GO terms as labels, from files in the formats of metastudent-data."""
 
 import pytest
+
+from performers.app.errors import UserError
+from performers.proteins.probe.labels import read_labels
 from tools.go_labels import (
     ENZYME_CLASSES,
     go_labels,
@@ -10,9 +13,6 @@ from tools.go_labels import (
     read_go_annotations,
     write_go_labels,
 )
-
-from performers.app.errors import UserError
-from performers.proteins.probe.labels import read_labels
 
 ROOT, CATALYTIC, BINDING = "GO:0003674", "GO:0003824", "GO:0005488"
 HYDROLASE, TRANSFERASE, KINASE, DNA, NUCLEIC = (

@@ -1,10 +1,12 @@
 """One attention call: every argument declared once, checked, and brought to one layout."""
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.attention.exact_keys.listed_keys import KeyLists, ListedKeys, check_listed_keys
 from performers.attention.exact_keys.window_and_sinks import (
@@ -18,6 +20,50 @@ from performers.features import FeatureForm, FeatureMap
 from performers.features.base import form_of_heads, resolve_scale
 from performers.features.precision import autocast_dtype, without_autocast
 from performers.features.recomputation import guard_recomputation
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class MaskOptions(TypedDict, total=False):
+        """Options of a layer's attention and of its matrix."""
+
+        is_causal: bool
+        key_mask: Tensor | None
+        scale: float | None
+
+    class PairOptions(MaskOptions, total=False):
+        """Options of ``favor_attention_weights``."""
+
+        window: int | None
+        sinks: int
+        listed_keys: ListedKeys | None
+
+    class SequenceOptions(MaskOptions, total=False):
+        """Options of a layer's attention."""
+
+        cu_seqlens: Tensor | None
+        state: FavorState | None
+        backend: str | None
+
+    class AttentionOptions(PairOptions, SequenceOptions, total=False):
+        """Options of ``favor_attention`` that do not change the type of its result."""
+
+
+class Columns(NamedTuple):
+    """What queries meet one by one.
+
+    Attributes:
+        key: Shape ``(batch, key_heads, columns, head_dim)``.
+        value: Shape ``(batch, key_heads, columns, value_dim)``.
+        visible: Which query sees which column, shape ``(batch or 1, 1, 1, L, columns)``, bool.
+        exact: Which pairs are exact, a shape that broadcasts with
+            ``(batch, key_heads, groups, L, columns)``, bool.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    exact: Tensor
 
 
 @dataclass(eq=False)
@@ -89,6 +135,59 @@ class AttentionCall:
     def has_exact_pairs(self) -> bool:
         """Return True if some keys are met exactly."""
         return not (self.window is None and self.sink_keys is None and self.lists is None)
+
+    def columns(self) -> Columns:
+        """The keys and, after them, the sinks of all sequences, with zeros for masked keys."""
+        length, size = self.query.shape[-2], self.key.shape[2]
+        row = torch.arange(length, device=self.query.device)[:, None]
+        position, place = row + self.offset, torch.arange(size, device=row.device)
+        key, value = (masked(x, self.key_mask) for x in (self.key, self.value))
+        visible = torch.ones(length, size, dtype=torch.bool, device=row.device)
+        if self.is_causal:
+            visible = visible.tril(self.offset)
+        if self.segments is not None:
+            visible = visible & (self.segments[:, None] == self.segments)
+        visible = visible[None, None, None]
+        if self.key_mask is not None:
+            visible = visible & self.key_mask[:, None, None, None]
+        exact = torch.zeros_like(visible)
+        if self.window is not None:
+            exact = exact | ((position - place).abs() <= self.window)
+        for listed, taken, of_query in zip(*(self.lists or ((), (), ())), strict=True):
+            # One column more than there are keys takes the places that are not taken.
+            member = exact.new_zeros(*listed.shape[:3], size + 1)
+            member = member.scatter(3, listed.where(taken, size), True)[..., :size]
+            rows = of_query.flatten(2).unsqueeze(-1).expand(-1, -1, -1, size)
+            exact = exact | member.gather(2, rows).unflatten(2, of_query.shape[2:])
+        if self.sink_keys is None:
+            return Columns(key, value, visible, exact)
+        sink_key, sink_value, first, _ = self.sink_keys
+        sees = (row >= first[:, None])[:, None, None]
+        if self.segments is not None:
+            sequence = torch.arange(len(first), device=row.device)[:, None, None, None, None]
+            sees = sees & (self.segments[:, None] == sequence)
+            sees = sees.movedim(0, 3).flatten(3, 4).unsqueeze(0)
+            sink_key, sink_value = (
+                x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (sink_key, sink_value)
+            )
+        return Columns(
+            torch.cat((key, sink_key), dim=2),
+            torch.cat((value, sink_value), dim=2),
+            torch.cat((visible, sees), dim=-1),
+            F.pad(exact, (0, sink_key.shape[2]), value=True),
+        )
+
+    def past(self) -> FavorState:
+        """The sums before the first key; zeros without a state."""
+        if self.state is not None:
+            return self.state
+        shape = (*self.key.shape[:2], self.form.num_features)
+        zeros = self.value.new_zeros(shape, dtype=self.dtype)
+        return FavorState(
+            self.value.new_zeros((*shape, self.value.shape[-1]), dtype=self.dtype),
+            zeros,
+            zeros if self.form.kind == "elementwise" else torch.full_like(zeros, -math.inf),
+        )
 
     def checked(self) -> "AttentionCall":
         """Check the arguments, bring them to the layout of backends, and return the call itself.
@@ -219,6 +318,11 @@ class AttentionCall:
         device = self.query.device
         stops = cu_seqlens[1:].to(device=device, dtype=torch.int64)
         return torch.bucketize(torch.arange(length, device=device), stops, right=True)
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros in place of keys or values that take no part, whatever they hold."""
+    return x if mask is None else x.where(mask[:, None, :, None], 0.0)
 
 
 _NAMES = tuple(attribute.name for attribute in fields(AttentionCall))

@@ -15,20 +15,9 @@ from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
 
 if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
+    from typing_extensions import Unpack
 
-    class AttentionOptions(TypedDict, total=False):
-        """Options of ``favor_attention`` that do not change the type of its result."""
-
-        is_causal: bool
-        key_mask: Tensor | None
-        cu_seqlens: Tensor | None
-        scale: float | None
-        window: int | None
-        sinks: int
-        listed_keys: ListedKeys | None
-        state: FavorState | None
-        backend: str | None
+    from performers.attention.call import AttentionOptions, PairOptions
 
 
 @overload
@@ -146,16 +135,7 @@ def favor_attention(
 
 
 def favor_attention_weights(
-    query: Tensor,
-    key: Tensor,
-    feature_map: FeatureMap,
-    *,
-    is_causal: bool = False,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: int = 0,
-    listed_keys: ListedKeys | None = None,
+    query: Tensor, key: Tensor, feature_map: FeatureMap, **options: "Unpack[PairOptions]"
 ) -> Tensor:
     """The attention matrix that ``favor_attention`` implies; for analysis, quadratic on purpose.
 
@@ -163,12 +143,8 @@ def favor_attention_weights(
         query: Shape ``(B, H, L, D)``.
         key: Shape ``(B, Hkv, S, D)``.
         feature_map: As in ``favor_attention``.
-        is_causal: As in ``favor_attention``.
-        key_mask: As in ``favor_attention``.
-        scale: As in ``favor_attention``.
-        window: As in ``favor_attention``.
-        sinks: As in ``favor_attention``.
-        listed_keys: As in ``favor_attention``.
+        **options: ``is_causal``, ``key_mask``, ``scale``, ``window``, ``sinks`` and
+            ``listed_keys``, as in ``favor_attention``.
 
     Returns:
         Shape ``(B, H, L, S)``. Rows sum to one; the row of a query with nothing to attend to is
@@ -177,18 +153,13 @@ def favor_attention_weights(
     Raises:
         ValueError: An argument does not fit.
     """
-    call = AttentionCall(
-        query,
-        key,
-        key,
-        feature_map,
-        is_causal=is_causal,
-        key_mask=key_mask,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-        listed_keys=listed_keys,
-    ).checked()
+    call = AttentionCall(query, key, key, feature_map, **options)
+    if call.cu_seqlens is not None or call.state is not None or call.return_state:
+        raise TypeError(
+            "favor_attention_weights takes no cu_seqlens, state or return_state: the matrix is "
+            "that of one whole sequence; pass its queries and keys alone"
+        )
+    call = call.checked()
     with without_autocast(query.device):
         weights = attention_matrix(call)
     return weights.flatten(1, 2).to(_output_dtype(query, key))

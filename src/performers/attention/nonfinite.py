@@ -19,7 +19,7 @@ from performers.features.form import replaced
 from performers.features.recomputation import is_traced, is_transformed
 
 if TYPE_CHECKING:
-    from performers.attention.native.operators import Inputs
+    from performers.attention.operators import Inputs
 
 
 class Touched(NamedTuple):

@@ -96,7 +96,7 @@ def checked_state(
     num_features: int,
     dtype: torch.dtype,
 ) -> FavorState:
-    """The past of a call, with sums in the dtype of the computation.
+    """The past of a call, with sums in ``dtype``.
 
     Args:
         state: What the call was given.

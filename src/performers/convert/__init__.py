@@ -13,13 +13,14 @@ from performers.convert.interface.positions import extend_positions_
 from performers.convert.to_performer import to_performer
 
 if TYPE_CHECKING:
-    from performers.convert.distillation.training import Distillation, distill
+    from performers.convert.distillation.stages import Distillation
+    from performers.convert.distillation.training import distill
     from performers.convert.saving import load_performer
 
 __all__ = ["Distillation", "distill", "extend_positions_", "load_performer", "to_performer"]
 
 _PLACES = {
-    "Distillation": "performers.convert.distillation.training",
+    "Distillation": "performers.convert.distillation.stages",
     "distill": "performers.convert.distillation.training",
     "load_performer": "performers.convert.saving",
 }

@@ -1,4 +1,4 @@
-"""Fitting features to the calls that attention layers get while the exact model runs."""
+"""Calibration of attention modules on the calls of an exact model's layers."""
 
 from __future__ import annotations
 
@@ -11,113 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from performers.convert.conversion import Conversion
+from performers.convert.options import Conversion
 from performers.nn import FavorAttention
 from performers.nn.favor import end_to_end
 
 if TYPE_CHECKING:
     from performers.convert.families.base import Family, Site
 
-__all__ = ["calibrate", "check_calibration", "evaluation", "fit"]
-
-
-def fit(family: Family[Any], favors: Mapping[Any, FavorAttention], batches: Iterable[Any]) -> None:
-    """Run an exact model and calibrate attention modules on the calls of its layers.
-
-    Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact
-    model, whatever the layers before it will become. A batch is a tensor, a tuple or list of
-    positional arguments, or a mapping of keyword arguments; its tensors are moved to the device of
-    the model.
-    """
-    fitted = set()
-
-    def add(site: Site, query: Tensor, key: Tensor, **options: Any) -> None:
-        try:
-            if calibrate(favors[site], query, key, **options):
-                fitted.add(site)
-        except ValueError as error:
-            raise ValueError(f"calibration of {site.name}: {error}") from error
-
-    with family.observe(favors, add), evaluation(family.model):
-        _run_batches(family, batches)
-    for site, favor in favors.items():
-        if site not in fitted:
-            raise ValueError(
-                f"calibration leaves nothing to fit in {site.name}: the model did not call it, or "
-                f"window={favor.window} and sinks={favor.sinks} cover all of the samples; pass "
-                "longer samples, a smaller window, or estimator='positive'"
-            )
-
-
-def calibrate(
-    favor: FavorAttention,
-    query: Tensor,
-    key: Tensor,
-    *,
-    is_causal: bool,
-    key_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-) -> bool:
-    """Add the pairs of one call to the fit of a module.
-
-    Padding before the first and after the last key of a row is left out, of queries too where they
-    are those of the same tokens: they are no queries that anybody asks. ``cu_seqlens`` are
-    boundaries of packed sequences along all rows laid end to end. Returns whether the call has
-    pairs that are not exact.
-    """
-    counted = False
-    for part_query, part_key, part_mask in _sequences(query, key, key_mask, cu_seqlens):
-        if _leaves_pairs(favor, part_query.shape[2], part_key, part_mask, is_causal):
-            favor.calibrate_(part_query, part_key, part_mask, scale, is_causal=is_causal)
-            counted = True
-    return counted
-
-
-def _leaves_pairs(
-    favor: FavorAttention, length: int, key: Tensor, mask: Tensor | None, is_causal: bool
-) -> bool:
-    """Whether a query meets a key through features."""
-    size = key.shape[2]
-    if mask is None:
-        mask = torch.ones(1, size, dtype=torch.bool, device=key.device)
-    far = mask & (mask.cumsum(1) > favor.sinks)
-    if favor.window is not None:
-        position = torch.arange(size, device=key.device)
-        reach = length - 1 - position
-        far = far & ((reach if is_causal else reach.maximum(position)) > favor.window)
-    return bool(far.any())
-
-
-def _sequences(
-    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
-    """Batches without outer padding and with at least one key a row."""
-    if cu_seqlens is not None:
-        query, key = (end_to_end(x) for x in (query, key))
-        bounds = cu_seqlens.tolist()
-        for start, stop in itertools.pairwise(bounds):
-            part = None if mask is None else mask.reshape(1, -1)[:, start:stop]
-            yield from _sequences(query[:, :, start:stop], key[:, :, start:stop], part, None)
-        return
-    if mask is None or bool(mask.all()):
-        yield query, key, None
-        return
-    # Rows with the same span go together: every call fits the features again.
-    spans: dict[tuple[int, int], list[int]] = {}
-    for row in range(len(mask)):
-        taking_part = mask[row].nonzero()
-        if len(taking_part):
-            span = int(taking_part[0]), int(taking_part[-1]) + 1
-            spans.setdefault(span, []).append(row)
-    same_tokens = query.shape[2] == key.shape[2]
-    for (start, stop), rows in spans.items():
-        queries = query[rows][:, :, start:stop] if same_tokens else query[rows]
-        yield queries, key[rows][:, :, start:stop], mask[rows][:, start:stop]
-
 
 def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None) -> bool:
-    """Whether attention modules are to be calibrated."""
+    """Check that an estimator gets the samples it needs; returns True if they are used."""
     estimator = conversion.estimator
     if calibration is None:
         if conversion.is_calibrated and not conversion.learned:
@@ -135,6 +38,109 @@ def check_calibration(conversion: Conversion, calibration: Iterable[Any] | None)
     return conversion.needs_samples
 
 
+def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable[Any]) -> None:
+    """Run an exact model and calibrate attention modules on the calls of its layers.
+
+    Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact
+    model, independent of the conversion of earlier layers. Padding before the first and after the
+    last key of a row is left out, and so are the queries of the same tokens in self-attention.
+
+    A batch is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
+    its tensors are moved to the device of the model.
+    """
+    fitted = set()
+
+    def add(
+        site: Site,
+        query: Tensor,
+        key: Tensor,
+        *,
+        is_causal: bool,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        scale: float | None = None,
+    ) -> None:
+        favor = favors[site]
+        try:
+            for queries, keys, mask in _sequences(query, key, key_mask, cu_seqlens):
+                if _leaves_pairs(favor, queries.shape[2], keys, mask, is_causal):
+                    favor.calibrate_(queries, keys, mask, scale, is_causal=is_causal)
+                    fitted.add(site)
+        except ValueError as error:
+            raise ValueError(f"calibration of {site.name}: {error}") from error
+
+    parameters = family.model.parameters()
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    ran = False
+    with family.observe(favors, add), evaluation(family.model):
+        for batch in batches:
+            ran = True
+            if isinstance(batch, Mapping):
+                family.call(**{name: moved(value) for name, value in batch.items()})
+            elif isinstance(batch, (Tensor, tuple, list)):
+                family.call(*map(moved, (batch,) if isinstance(batch, Tensor) else batch))
+            else:
+                raise TypeError(
+                    "a batch of calibration must be a tensor, a tuple of the model's positional "
+                    "arguments or a mapping of its keyword arguments, got "
+                    f"{type(batch).__name__}"
+                )
+    if not ran:
+        raise ValueError("calibration must yield at least one batch of model inputs, got none")
+    for site, favor in favors.items():
+        if site not in fitted:
+            raise ValueError(
+                f"calibration leaves nothing to fit in {site.name}: the model did not call it, or "
+                f"window={favor.window} and sinks={favor.sinks} cover all of the samples; pass "
+                "longer samples, a smaller window, or estimator='positive'"
+            )
+
+
+def _leaves_pairs(
+    favor: FavorAttention, length: int, key: Tensor, mask: Tensor | None, is_causal: bool
+) -> bool:
+    """Return True if some pair is not exact."""
+    size = key.shape[2]
+    if mask is None:
+        mask = torch.ones(1, size, dtype=torch.bool, device=key.device)
+    estimated = mask & (mask.cumsum(1) > favor.sinks)
+    if favor.window is not None:
+        position = torch.arange(size, device=key.device)
+        after = length - 1 - position
+        distance = after if is_causal else after.maximum(position)
+        estimated = estimated & (distance > favor.window)
+    return bool(estimated.any())
+
+
+def _sequences(
+    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+    """Batches without outer padding and with at least one key a row."""
+    if cu_seqlens is not None:
+        query, key = (end_to_end(x) for x in (query, key))
+        for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+            part = None if mask is None else mask.reshape(1, -1)[:, start:stop]
+            yield from _sequences(query[:, :, start:stop], key[:, :, start:stop], part, None)
+        return
+    if mask is None or bool(mask.all()):
+        yield query, key, None
+        return
+    # Rows with the same span go together: every call fits the features again.
+    spans: dict[tuple[int, int], list[int]] = {}
+    for row in range(len(mask)):
+        keys = mask[row].nonzero()
+        if len(keys):
+            spans.setdefault((int(keys[0]), int(keys[-1]) + 1), []).append(row)
+    same_tokens = query.shape[2] == key.shape[2]
+    for (start, stop), rows in spans.items():
+        queries = query[rows][:, :, start:stop] if same_tokens else query[rows]
+        yield queries, key[rows][:, :, start:stop], mask[rows][:, start:stop]
+
+
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; the modes of all modules are restored afterwards."""
@@ -146,29 +152,3 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _run_batches(family: Family[Any], batches: Iterable[Any]) -> None:
-    parameters = family.model.parameters()
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    count = 0
-    for batch in batches:
-        if isinstance(batch, Tensor):
-            family.call(moved(batch))
-        elif isinstance(batch, Mapping):
-            family.call(**{name: moved(value) for name, value in batch.items()})
-        elif isinstance(batch, (tuple, list)):
-            family.call(*(moved(value) for value in batch))
-        else:
-            raise TypeError(
-                "a batch of calibration must be a tensor, a tuple of the model's positional "
-                "arguments or a mapping of its keyword arguments, got "
-                f"{type(batch).__name__}"
-            )
-        count += 1
-    if not count:
-        raise ValueError("calibration must yield at least one batch of model inputs, got none")

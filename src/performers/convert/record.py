@@ -1,13 +1,11 @@
-"""Settings of a conversion in a model's configuration, which is saved with the model.
+"""Settings of a conversion in the configuration of a model, which is saved with it.
 
-Three entries of ``config.json`` belong together. ``performers`` holds the settings (or, of a model
-that contains a converted one, those of each converted part). ``quantization_config`` makes
-``from_pretrained`` call `performers.convert.saving`, which builds the features before the weights
-are read. ``attn_implementation`` is a name that transformers refuses to run, with the name in its
-message, where that registration is missing.
+Three entries of ``config.json`` belong together. ``performers`` holds the settings (of a model with
+converted parts, those of each part). ``quantization_config`` makes ``from_pretrained`` call
+`performers.convert.saving`, which builds the features before the weights are read.
+``attn_implementation`` is a name that transformers refuses to run, with the name in its message,
+if that registration is missing.
 """
-
-from __future__ import annotations
 
 import copy
 import gc
@@ -16,17 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from performers.convert.conversion import Conversion
-
-__all__ = [
-    "METHOD",
-    "PARTS",
-    "RECORD",
-    "SAVED_IMPLEMENTATION",
-    "read_record",
-    "separate_configurations_",
-    "write_record",
-]
+from performers.convert.options import Conversion
 
 RECORD = "performers"
 PARTS = "parts"
@@ -37,13 +25,13 @@ SAVED_IMPLEMENTATION = (
 
 
 def read_record(model: Any) -> Conversion | None:
-    """Settings that a model was converted with; None: it was not."""
+    """Read the settings of a converted model; None for any other."""
     record = getattr(getattr(model, "config", None), RECORD, None)
     return None if record is None or PARTS in record else Conversion.from_record(record)
 
 
 def write_record(model: Any, conversion: Conversion) -> None:
-    """Keep a conversion in the configuration of a model, and of the model that contains it."""
+    """Write the settings to the configuration of a model, and of the model that contains it."""
     _mark(model.config)
     setattr(model.config, RECORD, conversion.record())
     whole = _whole(model)
@@ -62,7 +50,7 @@ def _mark(config: Any) -> None:
 
 
 def separate_configurations_(model: Any) -> None:
-    """Give a model a configuration of its own if a model outside it has the same object.
+    """Copy the configuration of a model if other models share the object.
 
     transformers models read their attention implementation from their configuration at each call.
     """
@@ -81,12 +69,12 @@ def separate_configurations_(model: Any) -> None:
 
 def _models() -> list[Any]:
     """All transformers models of this process that have a configuration."""
-    # isinstance would ask lazy modules and proxies for their class.
-    found = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel)]
-    return [x for x in found if isinstance(vars(x).get("config"), PreTrainedConfig)]
+    # isinstance would trigger lazy modules and proxies.
+    models = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel)]
+    return [x for x in models if isinstance(vars(x).get("config"), PreTrainedConfig)]
 
 
 def _whole(model: nn.Module) -> Any:
-    """The largest transformers model that contains a model; the model itself if none does."""
+    """Find the largest transformers model that contains a model, or return the model."""
     holders = [x for x in _models() if any(module is model for module in x.modules())]
     return max(holders, key=lambda x: sum(1 for _ in x.modules()), default=model)

@@ -1,22 +1,20 @@
-"""From a pretrained Transformer to a Performer, in one call."""
+"""Conversion of a pretrained Transformer to a Performer, in one call."""
 
-from __future__ import annotations
-
+import functools
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from performers.convert.conversion import Conversion
 from performers.convert.families.base import Family
 from performers.convert.fitting import check_calibration, fit
+from performers.convert.options import Conversion
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
-
-__all__ = ["convert", "to_performer"]
 
 _LOG = logging.getLogger("performers")
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,10 +42,9 @@ def to_performer(
     ``calibration`` batches, a ``window`` of 32 to 128, and 4 ``sinks`` for decoders; then
     `distill`.
 
-    Layers that attend within a sliding window of their own stay exact (they are linear already),
-    and so does attention from a decoder to an encoder unless ``cross_attention`` asks for it.
-    Dropout on attention weights, which are never formed, is switched off in the converted layers,
-    with a warning.
+    Layers with a sliding window stay exact (they are linear already), and so does attention from a
+    decoder to an encoder without ``cross_attention``. Dropout on attention weights, which are never
+    formed, is switched off in the converted layers, with a warning.
 
     A transformers model is saved with ``save_pretrained`` as usual and loaded with
     `load_performer`. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
@@ -62,18 +59,18 @@ def to_performer(
         estimator: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
-        listed_keys: Each query also meets this many keys exactly that are listed for their content
-            (``ListedKeys``, fitted to the queries of ``calibration`` if there are any); 0: none.
-            For encoders among transformers models: lists know no running sums.
+        listed_keys: Number of keys per query that are exact by their content (``ListedKeys``,
+            fitted to the queries of ``calibration``, if any); 0: none. Only for encoders among
+            transformers models: a running state holds no lists.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
             input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few
-            thousand tokens do.
+            thousand tokens suffice.
         layers: Indices of the attention layers that become linear, negative ones from the end; the
-            others stay exact. Counted are, in the order of the model, those that can become
-            linear: not those with a sliding window of their own. None: all.
+            others stay exact. Only layers that can become linear count, in the order of the model:
+            not those with a sliding window. None: all.
         projection: As in ``SoftmaxFeatures``.
         cross_attention: Also convert attention from a decoder to an encoder (features alone).
-        generator: Where the projections are drawn from; None: torch's own.
+        generator: Generator of the projections; None: torch's default.
 
     Returns:
         The model.
@@ -81,8 +78,8 @@ def to_performer(
     Raises:
         TypeError: ``model`` is not a module.
         ValueError: The model does what linear attention cannot do, has no attention that can be
-            converted, is converted already, or an argument is out of range; the model is then as
-            it was.
+            converted, is converted already, or an argument is out of range; the model is then
+            unchanged.
 
     Example:
         >>> import torch
@@ -106,19 +103,19 @@ def to_performer(
         layers=None if layers is None else tuple(layers),
         cross_attention=cross_attention,
     )
-    # Refuses names and numbers that do not exist before anything else happens.
-    conversion.features(8, 1)
+    # Refuse unknown estimators and projections before the model is inspected.
+    conversion.features(8, 1, torch.Generator())
     names = convert(_family(model, conversion), calibration, generator)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
 
 
 def convert(
-    family: Family[Any],
+    family: Family,
     calibration: Iterable[Any] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """Convert a model of any family."""
+    """Convert a model of any family; returns the names of its converted layers."""
     conversion = family.conversion
     if conversion.listed_keys and not family.takes_lists:
         raise ValueError(
@@ -126,32 +123,68 @@ def convert(
             f"{family.kind} is none: pass listed_keys=0, with a larger window"
         )
     fits = not family.is_loading and check_calibration(conversion, calibration)
-    sites = conversion.choose(family.sites())
+    sites = [x for x in family.sites() if conversion.cross_attention or not x.is_cross]
+    if not sites:
+        raise ValueError(
+            f"{family.kind} has nothing to convert: it attends from a decoder to an encoder only "
+            "(cross_attention=True converts it)"
+        )
+    sites = conversion.choose(sites)
     for site in sites:
         if (reason := site.refusal()) is not None:
             raise ValueError(f"{site.name} ({type(site.module).__name__}) {reason}")
-    family.prepare(sites)
+    called = family.prepare(sites)
     favors = {site: family.build(site, generator) for site in sites}
     if fits and calibration is not None:
         fit(family, favors, calibration)
+        called = sites
     if conversion.learned:
         for site, favor in favors.items():
             favor.learn_(site.key_heads)
     family.install(favors)
-    dropped = [site for site in sites if site.dropout()]
-    rates = sorted({site.dropout() for site in dropped})
-    for site in dropped:
-        site.switch_dropout_off()
-    if rates and not family.is_loading:
-        warnings.warn(
-            f"the dropout of attention weights ({', '.join(map(str, rates))}) is switched off in "
-            f"{len(dropped)} converted layers: linear attention never forms the weights",
-            stacklevel=3,
-        )
+    rates = [rate for site in sites if (rate := site.remove_dropout())]
+    if not family.is_loading:
+        if unseen := {site.name: favors[site] for site in sites if site not in called}:
+            _ExpectedCalls(family.model, unseen)
+        if rates:
+            values = ", ".join(map(str, sorted(set(rates))))
+            warnings.warn(
+                f"the dropout of attention weights ({values}) is switched off in "
+                f"{len(rates)} converted layers: linear attention never forms the weights",
+                stacklevel=3,
+            )
     return [site.name for site in sites]
 
 
-def _family(model: nn.Module, conversion: Conversion) -> Family[Any]:
+class _ExpectedCalls:
+    """A warning after the first forward pass of a model that has not called some modules."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self.names = dict.fromkeys(modules)
+        self.handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(functools.partial(self.called, name))
+            for name, module in modules.items()
+        ]
+        self.handles.append(model.register_forward_hook(self.done))
+
+    def called(self, name: str, *args: Any) -> None:
+        self.names.pop(name, None)
+
+    def done(self, model: nn.Module, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for handle in self.handles:
+            handle.remove()
+        if self.names:
+            warnings.warn(
+                f"the forward pass of {type(model).__name__} did not call {', '.join(self.names)}, "
+                "converted to linear attention: it may do without them, or compute their attention "
+                "in another way, which is then still exact",
+                stacklevel=2,
+            )
+
+
+def _family(model: nn.Module, conversion: Conversion) -> Family:
     try:
         from transformers import PreTrainedModel
     except ImportError:
@@ -175,7 +208,7 @@ def _family(model: nn.Module, conversion: Conversion) -> Family[Any]:
 
 
 def _check_no_wrapper(model: nn.Module, kind: type) -> None:
-    """Name the model to pass where one around it was passed."""
+    """Refuse a module around a transformers model, and name the model to pass instead."""
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         return
     for name, module in model.named_modules():

@@ -1,6 +1,4 @@
-"""How softmax attention is approximated in one layer."""
-
-from __future__ import annotations
+"""Approximation of softmax attention in one layer."""
 
 import operator
 from dataclasses import asdict, dataclass, fields
@@ -19,15 +17,14 @@ Self = TypeVar("Self", bound="Approximation")
 
 @dataclass(frozen=True)
 class Approximation:
-    """Random features, and the pairs of queries and keys that are exact.
+    """Random features, and the pairs of queries and keys that stay exact.
 
     Attributes:
         num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
-        estimator: As in ``SoftmaxFeatures``.
-        projection: As in ``SoftmaxFeatures``.
+        estimator: Estimator of ``SoftmaxFeatures``, as ``projection`` is its projection.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
         sinks: The first ``sinks`` keys are exact for every query.
-        listed_keys: Keys that each query meets exactly because of their content, at most; 0: none.
+        listed_keys: Maximum number of keys per query that are exact by their content; 0: none.
 
     Raises:
         ValueError: A number is out of range, or listed keys go with trigonometric features.
@@ -58,52 +55,46 @@ class Approximation:
 
     @classmethod
     def from_record(cls: type[Self], record: dict[str, Any]) -> Self:
-        """The approximation that `record` wrote."""
-        if "key_list" in record:
-            # The name in folders of earlier versions.
-            record = {("listed_keys" if k == "key_list" else k): v for k, v in record.items()}
-        unknown = sorted(set(record) - {field.name for field in fields(cls)})
-        if unknown:
+        """Build the approximation that `record` wrote."""
+        # key_list is the name in folders of earlier versions.
+        values = {"listed_keys" if k == "key_list" else k: v for k, v in record.items()}
+        if unknown := sorted(values.keys() - {field.name for field in fields(cls)}):
             raise ValueError(
                 f"the model's configuration has unknown settings of its conversion, {unknown}: it "
                 "was saved by another version of performers"
             )
-        return cls(**record)
+        return cls(**values)
 
     def record(self) -> dict[str, Any]:
-        """The fields as plain values, for a configuration file."""
+        """Return the fields as plain values, for a configuration file."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def label(self) -> str:
-        """The approximation in words; without features, the exact pairs alone."""
-        parts = []
-        if self.num_features != 0:
-            count = "" if self.num_features is None else f" m={self.num_features}"
-            parts.append(f"{self.estimator}{count}")
-        if self.projection != "orthogonal":
-            parts.append(self.projection)
-        if self.window is not None:
-            parts.append(f"window {self.window}")
-        if self.sinks:
-            parts.append(f"{self.sinks} sinks")
-        if self.listed_keys:
-            parts.append(f"{self.listed_keys} listed keys")
-        return ", ".join(parts) + (" alone" if self.num_features == 0 else "")
+        """Describe the approximation in words; without features, the exact pairs alone."""
+        count = "" if self.num_features is None else f" m={self.num_features}"
+        parts = [
+            "" if self.num_features == 0 else f"{self.estimator}{count}",
+            "" if self.projection == "orthogonal" else self.projection,
+            "" if self.window is None else f"window {self.window}",
+            f"{self.sinks} sinks" if self.sinks else "",
+            f"{self.listed_keys} listed keys" if self.listed_keys else "",
+        ]
+        return ", ".join(filter(None, parts)) + (" alone" if self.num_features == 0 else "")
 
     @property
     def has_exact_pairs(self) -> bool:
-        """Whether any key is met exactly."""
+        """True if some pairs are exact."""
         return self.window is not None or self.sinks > 0 or self.listed_keys > 0
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the estimator is fitted to sample queries and keys."""
+        """True if the estimator is fitted to sample queries and keys."""
         return self.estimator in CALIBRATED
 
     def features(
         self, head_dim: int, num_heads: int, generator: torch.Generator | None = None
     ) -> SoftmaxFeatures:
-        """The feature map of one layer, with a projection a head."""
+        """Build the feature map of one layer, with a projection per head."""
         return SoftmaxFeatures(
             head_dim,
             self.num_features,
@@ -121,7 +112,7 @@ class Approximation:
         num_lists: int = 16,
         generator: torch.Generator | None = None,
     ) -> FavorAttention:
-        """The attention of one layer, not calibrated."""
+        """Build the attention of one layer, not calibrated."""
         features = self.features(head_dim, num_heads, generator)
         listed_keys = None
         if self.listed_keys:
@@ -134,7 +125,7 @@ class Approximation:
 
 
 def as_integer(value: Any) -> int | None:
-    """The value as int, NumPy's integers included; None if it is no integer."""
+    """Convert an integer, NumPy's included, to int; None for anything else."""
     if isinstance(value, bool):
         return None
     try:

@@ -11,15 +11,9 @@ from performers.features import FeatureMap, LearnedFeatures
 
 
 class FavorAttention(nn.Module):
-    """Attention through random features, exact for near, first and listed keys.
+    """Attention through random features, exact within a window, at sinks and at listed keys.
 
-    Projections of queries, keys and values belong to the caller.
-
-    Args:
-        feature_map: The features.
-        window: As in ``favor_attention``.
-        sinks: As in ``favor_attention``.
-        listed_keys: As in ``favor_attention``.
+    Queries, keys and values are projected by the caller. Arguments are as in ``favor_attention``.
     """
 
     def __init__(
@@ -37,7 +31,7 @@ class FavorAttention(nn.Module):
         self.buckets = listed_keys
 
     def extra_repr(self) -> str:
-        """The exact terms."""
+        """Window and sinks."""
         return f"window={self.window}, sinks={self.sinks}"
 
     def forward(
@@ -46,33 +40,18 @@ class FavorAttention(nn.Module):
         key: Tensor,
         value: Tensor,
         *,
-        is_causal: bool = False,
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        scale: float | None = None,
-        state: FavorState | None = None,
         return_state: bool = False,
-        backend: str | None = None,
+        **options: Any,
     ) -> tuple[Tensor, FavorState | None]:
-        """Attend.
+        """Compute the output ``(B, H, L, Dv)``, and the state or None.
 
-        Args:
-            query: Shape ``(B, H, L, D)``.
-            key: Shape ``(B, Hkv, S, D)``.
-            value: Shape ``(B, Hkv, S, Dv)``.
-            is_causal: A query sees itself and what precedes it.
-            key_mask: Shape ``(B, S)`` bool, True where a key takes part.
-            cu_seqlens: Boundaries of packed sequences along all rows laid end to end.
-            scale: Factor of the scores; None: ``D ** -0.5``.
-            state: The past.
-            return_state: Also return the state after these tokens.
-            backend: As in ``favor_attention``.
-
-        Returns:
-            Shape ``(B, H, L, Dv)``, and the state or None.
+        Arguments are those of ``favor_attention``, except that ``cu_seqlens`` are the boundaries of
+        packed sequences along all rows laid end to end.
 
         Raises:
-            ValueError: As in ``favor_attention``, or packed sequences with listed keys.
+            ValueError: As in ``favor_attention``, or packed sequences meet listed keys.
         """
         batch, _, length, _ = query.shape
         if cu_seqlens is not None:
@@ -84,53 +63,24 @@ class FavorAttention(nn.Module):
                 )
             query, key, value = (end_to_end(x) for x in (query, key, value))
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)
-        options: dict[str, Any] = {
-            "is_causal": is_causal,
-            "key_mask": key_mask,
-            "cu_seqlens": cu_seqlens,
-            "scale": scale,
-            "window": self.window,
-            "sinks": self.sinks,
-            "listed_keys": self.buckets,
-            "state": state,
-            "return_state": return_state,
-            "backend": backend,
-        }
+        options |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "return_state": return_state}
+        options |= self._exact_pairs()
         result: Any = favor_attention(query, key, value, self.feature_map, **options)
         out, state = result if return_state else (result, None)
         if cu_seqlens is not None:
             out = out.squeeze(0).unflatten(1, (batch, length)).transpose(0, 1)
         return out, state
 
-    def weights(
-        self,
-        query: Tensor,
-        key: Tensor,
-        *,
-        is_causal: bool = False,
-        key_mask: Tensor | None = None,
-        scale: float | None = None,
-    ) -> Tensor:
-        """The matrix ``(B, H, L, S)`` that `forward` implies; quadratic.
+    def weights(self, query: Tensor, key: Tensor, **options: Any) -> Tensor:
+        """Compute the matrix ``(B, H, L, S)`` that `forward` implies; quadratic.
 
-        Args:
-            query: Shape ``(B, H, L, D)``.
-            key: Shape ``(B, Hkv, S, D)``.
-            is_causal: A query sees itself and what precedes it.
-            key_mask: Shape ``(B, S)`` bool, True where a key takes part.
-            scale: Factor of the scores.
+        Arguments are those of ``favor_attention_weights``.
         """
-        return favor_attention_weights(
-            query,
-            key,
-            self.feature_map,
-            is_causal=is_causal,
-            key_mask=key_mask,
-            scale=scale,
-            window=self.window,
-            sinks=self.sinks,
-            listed_keys=self.buckets,
-        )
+        options |= self._exact_pairs()
+        return favor_attention_weights(query, key, self.feature_map, **options)
+
+    def _exact_pairs(self) -> dict[str, Any]:
+        return {"window": self.window, "sinks": self.sinks, "listed_keys": self.buckets}
 
     def calibrate_(
         self,
@@ -143,41 +93,24 @@ class FavorAttention(nn.Module):
     ) -> FavorAttention:
         """Fit the estimator and the lists of keys to sample queries and keys; calls add up.
 
-        Pairs that are exact do not count.
-
-        Args:
-            query: Shape ``(B, H, L, D)``.
-            key: Shape ``(B, Hkv, S, D)``.
-            key_mask: Shape ``(B, S)`` bool, True where a key takes part.
-            scale: Factor of the scores.
-            is_causal: A query sees itself and what precedes it.
-
-        Returns:
-            Self.
+        Pairs that are exact do not count. Arguments are those of ``FeatureMap.calibrate_``.
 
         Raises:
             ValueError: An argument does not fit, holds NaN or infinity, or leaves no pair.
         """
-        self.feature_map.calibrate_(
-            query,
-            key,
-            key_mask,
-            scale,
-            is_causal=is_causal,
-            window=self.window,
-            sinks=self.sinks,
-        )
+        exact: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
+        self.feature_map.calibrate_(query, key, key_mask, scale, is_causal=is_causal, **exact)
         if self.buckets is not None:
             self.buckets.calibrate_(query)
         return self
 
     def learn_(self, num_heads: int | None = None) -> FavorAttention:
-        """Make the features trained parameters that start from what they are."""
+        """Make the features trained parameters that start from their present values."""
         if not isinstance(self.feature_map, LearnedFeatures):
             self.feature_map = LearnedFeatures(self.feature_map, num_heads=num_heads)
         return self
 
 
 def end_to_end(x: Tensor) -> Tensor:
-    """All rows of ``(B, H, L, D)`` as one row ``(1, H, B L, D)``."""
+    """Lay the rows of ``(B, H, L, D)`` end to end, as ``(1, H, B L, D)``."""
     return x.transpose(0, 1).flatten(1, 2).unsqueeze(0)

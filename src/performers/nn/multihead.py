@@ -1,4 +1,4 @@
-"""Multi-head attention in linear time, with the arguments and call of torch's own module."""
+"""Multi-head attention in linear time, with the arguments and call of ``nn.MultiheadAttention``."""
 
 from typing import Any, NamedTuple
 
@@ -11,24 +11,17 @@ from performers.nn.favor import FavorAttention
 
 
 class HeadInputs(NamedTuple):
-    """Inputs of one call, split into heads.
+    """Inputs of one call, split into heads: ``(N, heads, length, head_dim)``.
 
-    Attributes:
-        query: Shape ``(N, heads, L, head_dim)``.
-        key: Shape ``(N, heads, S, head_dim)``, with those of ``add_bias_kv`` and ``add_zero_attn``
-            last where attention is not causal.
-        value: Likewise.
-        is_causal: A query sees itself and what precedes it.
-        key_mask: Shape ``(N, S)``, True where a key takes part, or None.
-        past: Keys and values of ``add_bias_kv`` and ``add_zero_attn`` in causal attention, where
-            they precede the sequence, or None.
+    Keys and values of ``add_bias_kv`` and ``add_zero_attn`` come last in ``key`` and ``value``; in
+    causal attention they precede the sequence, as its ``past``. ``options`` are ``is_causal`` and
+    ``key_mask`` of ``favor_attention``.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    is_causal: bool
-    key_mask: Tensor | None
+    options: dict[str, Any]
     past: tuple[Tensor, Tensor] | None
 
 
@@ -39,31 +32,20 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
     shapes of ``nn.MultiheadAttention``, so its ``state_dict`` loads with ``strict=False`` (only
     the feature map's projection is missing). Source: Choromanski et al. 2021 (arXiv 2009.14794).
 
-    It differs from ``nn.MultiheadAttention`` where linear time demands it: ``need_weights`` is
-    False unless asked for, an ``attn_mask`` other than a causal one is refused, and so is
-    ``dropout`` on the attention matrix, which is never formed. It is a subclass, because callers
-    ask for the type; everything but the type is its own. ``nn.TransformerEncoder`` copies the
-    layer it is given, random features included: ``redraw_features_(encoder)`` gives each its own.
+    It differs from ``nn.MultiheadAttention`` where linear time demands it: ``need_weights``
+    defaults to False, an ``attn_mask`` other than a causal one is refused, and so is ``dropout`` on
+    the attention matrix, which is never formed. It is a subclass so that ``isinstance`` holds, and
+    inherits nothing else. ``nn.TransformerEncoder`` copies its layer, random features included:
+    ``redraw_features_(encoder)`` draws new ones for each copy.
+
+    Other arguments are those of ``nn.MultiheadAttention``.
 
     Args:
-        embed_dim: Width of the model.
-        num_heads: Heads; divides ``embed_dim``.
         dropout: Must be 0.
-        bias: Biases in the input and output projections.
-        add_bias_kv: Append one learned key and value that every query sees.
-        add_zero_attn: Append a key and value of zeros that every query sees.
-        kdim: Width of the keys; ``embed_dim`` when None.
-        vdim: Width of the values; ``embed_dim`` when None.
-        batch_first: Inputs are ``(batch, length, width)`` instead of ``(length, batch, width)``.
-        device: Of the parameters.
-        dtype: Of the parameters.
-        feature_map: A feature map for ``head_dim = embed_dim / num_heads``; by default
+        feature_map: Feature map for ``head_dim = embed_dim / num_heads``; None:
             ``SoftmaxFeatures(head_dim)``.
-        window: As in ``favor_attention``: attend exactly within this reach (self-attention).
-        sinks: As in ``favor_attention``: attend exactly to the first keys.
-
-    Raises:
-        ValueError: An argument is out of range.
+        window: As in ``favor_attention``; for self-attention.
+        sinks: As in ``favor_attention``.
 
     Example:
         >>> attention = PerformerAttention(64, 4, batch_first=True)
@@ -72,10 +54,10 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         torch.Size([2, 100, 64])
     """
 
-    # What nn.TransformerEncoderLayer asks before it takes torch's fused path, which would compute
-    # exact attention without a word.
+    # nn.TransformerEncoderLayer would otherwise take torch's fused path, which computes exact
+    # attention.
     _qkv_same_embed_dim = False
-    # Of wider types than those of the base class.
+    # Wider types than those of the base class.
     in_proj_bias: Any
     out_proj: Any
 
@@ -120,18 +102,14 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
                 f"feature_map must have head_dim={head_dim} (embed_dim / num_heads), "
                 f"got {feature_map.head_dim}"
             )
-        # Not that of nn.MultiheadAttention, whose parameters would be made for nothing.
+        # FavorAttention's alone: nn.MultiheadAttention's would create parameters that are replaced.
         super().__init__(
             feature_map if device is None else feature_map.to(device), window=window, sinks=sinks
         )
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.head_dim = head_dim
+        self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, head_dim
         self.kdim = embed_dim if kdim is None else kdim
         self.vdim = embed_dim if vdim is None else vdim
-        self.batch_first = batch_first
-        self.dropout = 0.0
-        self.add_zero_attn = add_zero_attn
+        self.batch_first, self.dropout, self.add_zero_attn = batch_first, 0.0, add_zero_attn
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -156,16 +134,16 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         self.out_proj.reset_parameters()
         self._initialise_projections()
 
-    def _reset_parameters(self) -> None:
-        """``reset_parameters``, under the name that callers of ``nn.MultiheadAttention`` use."""
-        self.reset_parameters()
+    # The name in nn.MultiheadAttention.
+    _reset_parameters = reset_parameters
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # That of the base class would allow torch's fused path.
+        # That of nn.MultiheadAttention would allow torch's fused path.
         nn.Module.__setstate__(self, state)
 
     def _initialise_projections(self) -> None:
-        for weight in self._projection_weights(whole=True):
+        # As in nn.MultiheadAttention, where packed weights are one matrix.
+        for weight in (self.in_proj_weight,) if self._same_widths else self._projection_weights():
             nn.init.xavier_uniform_(weight)
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
@@ -185,23 +163,11 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+        """Compute attention; arguments and shapes are those of ``nn.MultiheadAttention``.
 
-        Args:
-            query: Shape ``(L, N, embed_dim)``, ``(N, L, embed_dim)`` with ``batch_first``, or
-                ``(L, embed_dim)``.
-            key: Likewise with ``S`` and ``kdim``.
-            value: Likewise with ``S`` and ``vdim``.
-            key_padding_mask: Shape ``(N, S)`` or ``(S,)``; True (or minus infinity) = ignore.
-            need_weights: Also return the attention matrix implied by the features (quadratic).
-            attn_mask: None, a mask that hides nothing, or the causal mask.
-            average_attn_weights: Average the returned matrix over heads.
-            is_causal: Attention is causal; ``attn_mask``, if given, is then not looked at.
-
-        Returns:
-            The output, shaped like ``query``, and the matrix ``(N, L, S)`` (``(N, heads, L, S)``
-            without averaging), or None. Columns of ``add_bias_kv`` and ``add_zero_attn`` come
-            last in the matrix.
+        ``attn_mask`` is None, a mask that hides nothing, or the causal mask; with ``is_causal`` it
+        is ignored. ``need_weights`` also returns the attention matrix that the features imply, at
+        quadratic cost; columns of ``add_bias_kv`` and ``add_zero_attn`` come last in it.
 
         Raises:
             ValueError: A shape does not fit, or a mask has no linear form.
@@ -212,8 +178,7 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
             _, state = super().forward(
                 torch.zeros_like(heads.past[0]), *heads.past, is_causal=True, return_state=True
             )
-        options: dict[str, Any] = {"is_causal": heads.is_causal, "key_mask": heads.key_mask}
-        out, _ = super().forward(heads.query, heads.key, heads.value, state=state, **options)
+        out, _ = super().forward(heads.query, heads.key, heads.value, state=state, **heads.options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         weights = None
         if need_weights:
@@ -222,7 +187,7 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
                     "need_weights is not available for causal attention with add_bias_kv or "
                     "add_zero_attn; pass need_weights=False"
                 )
-            weights = self.weights(heads.query, heads.key, **options)
+            weights = self.weights(heads.query, heads.key, **heads.options)
             weights = weights.mean(dim=1) if average_attn_weights else weights
         if query.ndim == 2:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
@@ -237,7 +202,7 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> HeadInputs:
-        """Arguments of `forward`, checked, projected and split into heads."""
+        """Check the arguments of `forward`, project them and split them into heads."""
         if query.ndim not in (2, 3) or key.ndim != query.ndim or value.ndim != query.ndim:
             raise ValueError(
                 "query, key and value must all have 3 dimensions, or 2 without a batch; got "
@@ -266,42 +231,36 @@ class PerformerAttention(FavorAttention, nn.MultiheadAttention):
             key, value = (torch.cat(x, dim=2) for x in zip((key, value), extra, strict=True))
             mask = None if mask is None else F.pad(mask, (0, extra[0].shape[2]), value=True)
             extra = None
-        return HeadInputs(query, key, value, is_causal, mask, extra)
+        return HeadInputs(query, key, value, {"is_causal": is_causal, "key_mask": mask}, extra)
 
-    def _projection_weights(self, *, whole: bool = False) -> tuple[Tensor, ...]:
-        if not self._same_widths:
-            return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
-        return (self.in_proj_weight,) if whole else self.in_proj_weight.chunk(3)
+    def _projection_weights(self) -> tuple[Tensor, ...]:
+        if self._same_widths:
+            return self.in_proj_weight.chunk(3)
+        return self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         if self._same_widths and query is key and key is value:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
-            projected = tuple(
-                F.linear(x, weight, bias)
-                for x, weight, bias in zip(
-                    (query, key, value), self._projection_weights(), biases, strict=True
-                )
-            )
+            weights = self._projection_weights()
+            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+            projected = tuple(map(F.linear, (query, key, value), weights, biases))
         return [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]
 
     def _extra(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values of ``add_bias_kv`` and ``add_zero_attn``, ``(N, heads, n, head_dim)``."""
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        if self.bias_k is not None and self.bias_v is not None:
-            for extra, parts in ((self.bias_k, keys), (self.bias_v, values)):
-                heads = extra.view(1, self.num_heads, 1, self.head_dim).to(key.dtype)
-                parts.append(heads.expand(key.shape[0], -1, -1, -1))
-        if self.add_zero_attn:
-            keys.append(torch.zeros_like(key[:, :, :1]))
-            values.append(torch.zeros_like(value[:, :, :1]))
+
+        def parts(bias: Tensor | None, like: Tensor) -> list[Tensor]:
+            heads = [] if bias is None else [bias.view(1, self.num_heads, 1, -1).to(like.dtype)]
+            heads = [x.expand(len(like), -1, -1, -1) for x in heads]
+            return [*heads, torch.zeros_like(like[:, :, :1])] if self.add_zero_attn else heads
+
+        keys, values = parts(self.bias_k, key), parts(self.bias_v, value)
         return (torch.cat(keys, dim=2), torch.cat(values, dim=2)) if keys else None
 
 
 def _is_causal_mask(mask: Tensor | None, length: int, size: int) -> bool:
-    """Whether a mask in torch's conventions is the causal one; False if it hides nothing."""
+    """Tell the causal mask from one that hides nothing; refuse any other."""
     if mask is None:
         return False
     if mask.shape[-2:] != (length, size):

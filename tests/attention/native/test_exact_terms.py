@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from performers.attention.native.operators import Inputs, favor_backward, favor_forward
+from performers.attention.native.operators import favor_backward, favor_forward
+from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from tests.attention.native.exact_problems import Exact, dense, make
 from tests.attention.native.support import NATIVE, threads

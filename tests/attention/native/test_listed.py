@@ -13,8 +13,9 @@ from performers.attention.native.listed_operators import (
     listed_backward,
     listed_forward,
 )
-from performers.attention.native.operators import Inputs, favor_backward, favor_forward
-from performers.attention.torch_backend.blocks import Features, divide
+from performers.attention.native.operators import favor_backward, favor_forward
+from performers.attention.operators import Inputs
+from performers.attention.torch_backend.blocks import Features
 from performers.attention.torch_backend.listed import _dense_rows, listed_pairs
 from tests.attention.native.support import NATIVE, threads
 from tests.features.cases import generator
@@ -132,7 +133,7 @@ def dense(problem, pairs):
     found = []
     for rows in _dense_rows(problem, features, pairs):
         log = (rows.log_scale + rows.denominator.log()).squeeze(-1)
-        found += [divide(rows.numerator, rows.denominator), log]
+        found += [rows.out(), log]
     return found
 
 

@@ -72,17 +72,10 @@ def check_window_and_sinks(call: "AttentionCall", form: FeatureForm) -> None:
 
 def find_sinks_(call: "AttentionCall") -> None:
     """Set the first ``sinks`` keys that take part, of every sequence, apart from the others."""
-    sinks, key, value, segments, state = (
-        call.sinks,
-        call.key,
-        call.value,
-        call.segments,
-        call.state,
-    )
-    taking = call.key_mask
+    sinks, key, value = call.sinks, call.key, call.value
+    segments, state = call.segments, call.state
     batch, size = key.shape[0], key.shape[2]
-    if taking is None:
-        taking = every_key(key)
+    taking = every_key(key) if call.key_mask is None else call.key_mask
     rank = taking.long().cumsum(1)
     rows = torch.arange(batch, device=key.device).unsqueeze(1).expand(batch, size)
     sequences = batch
@@ -138,9 +131,8 @@ def join_recent_(call: "AttentionCall") -> None:
     assert state.recent_key is not None
     assert state.recent_value is not None
     assert state.recent_mask is not None
-    if mask is None:
-        mask = every_key(call.key)
     assert call.window is not None
+    mask = every_key(call.key) if mask is None else mask
     call.key = torch.cat((state.recent_key.to(call.key.dtype), call.key), dim=2)
     call.value = torch.cat((state.recent_value.to(call.value.dtype), call.value), dim=2)
     call.key_mask = torch.cat((state.recent_mask, mask), dim=1)

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
-from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.native.listed_operators import kernel_rows
-from performers.attention.native.operators import Inputs, favor_forward
+from performers.attention.native.operators import favor_forward
+from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
@@ -20,15 +20,7 @@ _RECTIFIERS = (torch.relu, F.relu)
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
-    """Attention and, when asked for, the state after the last key.
-
-    Args:
-        call: A call that the kernels cover.
-
-    Returns:
-        Output of shape ``(batch, key_heads, groups, L, value_dim)`` in ``call.dtype``, and the
-        state or None.
-    """
+    """Attention and, when asked for, the state after the last key; see ``Backend``."""
     if 0 in call.query.shape or 0 in call.value.shape:
         # Nothing is summed: zeros of the right shapes, and their graph.
         return torch_backend.attend(call)
@@ -60,16 +52,12 @@ class _Part(NamedTuple):
 
 def _attend_with_lists(call: AttentionCall) -> Tensor:
     """Features, exact pairs and listed keys, each by kernels of their own, and joined."""
-    exact = call.window is not None or call.sink_keys is not None
-    if not exact:
-        # The kernels sum the features by themselves only where there are exact pairs: a sink that
-        # no query sees.
-        call = call.replaced(sink_keys=_unseen_sink(call))
     squares = call.query.to(call.dtype).square()
     log_factor = math.log(call.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
         call.factor / 2
     )
     feature = _part(call, "feature")
+    exact = call.window is not None or call.sink_keys is not None
     estimates, parts = [], [_part(call, "exact")] if exact else []
     for pairs in listed_pairs(call):
         rows = [x.unflatten(2, call.query.shape[2:4]) for x in kernel_rows(call, pairs)]
@@ -103,14 +91,6 @@ def _join(feature: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
 def _part(call: AttentionCall, part: str) -> _Part:
     out, *_, log_normaliser = favor_forward(*Inputs.of(call, part))
     return _Part(out, log_normaliser)
-
-
-def _unseen_sink(call: AttentionCall) -> SinkKeys:
-    batch, heads, _, head_dim = call.key.shape
-    key = call.key.new_zeros(batch, heads, 1, head_dim)
-    first = torch.full((batch, 1), call.query.shape[-2], device=key.device)
-    value = key.new_zeros(batch, heads, 1, call.value.shape[-1])
-    return SinkKeys(key, value, first, torch.full_like(first, -1))
 
 
 def uncovered(call: AttentionCall) -> str | None:

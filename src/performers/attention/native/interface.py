@@ -1,7 +1,7 @@
 """The structures of ``csrc/performers_native.h``, filled from tensors."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -25,10 +25,17 @@ class _Array(ctypes.Structure):
 class _Structure(ctypes.Structure):
     """What the structures have in common."""
 
-    def pointers(self, **tensors: Tensor | None) -> None:
-        """Set contiguous tensors; None leaves a null pointer."""
-        for name, tensor in tensors.items():
-            setattr(self, name, None if tensor is None else tensor.data_ptr())
+    def pointers(self, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+        """Set contiguous tensors; None and an empty tensor are null pointers."""
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor is not None:
+                setattr(self, name, tensor.data_ptr())
+
+    def reads(self, names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+        """Set tensors of any strides, of which copies that are needed live as long as the call."""
+        whole = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+        self.pointers(names, whole)
+        self.copies = [*getattr(self, "copies", ()), *whole]
 
     def run(self, function: str) -> bool:
         """Call ``performers_<function>``, outside the interpreter's lock.
@@ -107,17 +114,6 @@ class Call(_Structure):
         call.threads, call.window = torch.get_num_threads(), -1
         return call
 
-    def describe(
-        self, query: Tensor, key: Tensor, value: Tensor, features: int, weight_heads: int
-    ) -> None:
-        """Set sizes and inputs: ``(B, Hkv, G, L, D)``, ``(B, Hkv, S, D)``, ``(B, Hkv, S, Dv)``."""
-        self.batch, self.key_heads, self.groups, self.length, self.head_dim = query.shape
-        self.size, self.value_dim = value.shape[2:]
-        self.features, self.weight_heads = features, weight_heads
-        self.threads = torch.get_num_threads()
-        self.arrays(query=query)
-        self.arrays(key=key, value=value)
-
     def arrays(self, **tensors: Tensor) -> None:
         """Set strided arrays; one of four dimensions has no groups."""
         for name, tensor in tensors.items():
@@ -125,8 +121,3 @@ class Call(_Structure):
             array.data, array.type = tensor.data_ptr(), _TYPES[tensor.dtype]
             strides = tensor.stride()
             array.strides[:] = strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
-
-
-def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The tensors, each in one piece."""
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

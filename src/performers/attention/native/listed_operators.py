@@ -1,18 +1,13 @@
 """Listed keys: ``performers::listed_forward`` and ``performers::listed_backward``."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from performers.attention.call import AttentionCall
-from performers.attention.native.interface import ListedCall, contiguous
-from performers.attention.native.operators import (
-    gradients_of,
-    kernel_weights,
-    operator,
-    refuse_second_derivative,
-)
+from performers.attention.native.interface import ListedCall
+from performers.attention.operators import define, kernel_weights
 from performers.attention.torch_backend.listed import ListedPairs
 
 
@@ -66,19 +61,14 @@ class ListedGradients(NamedTuple):
     bias: Tensor
 
 
-_TENSORS = ListedInputs._fields.index("scale")
-
-
 def kernel_rows(call: AttentionCall, pairs: ListedPairs) -> ListedResults:
     """Estimates and exact weights of one round of a call's listed pairs."""
-    weight, bias = kernel_weights(call)
     query, key, value = (x.to(call.dtype) for x in (pairs.query, pairs.key, pairs.value))
     inputs = ListedInputs(
         query,
         key,
         value,
-        weight,
-        bias,
+        *kernel_weights(call),
         pairs.row,
         pairs.position,
         pairs.begin,
@@ -90,10 +80,8 @@ def kernel_rows(call: AttentionCall, pairs: ListedPairs) -> ListedResults:
     return ListedResults(*listed_forward(*inputs))
 
 
-def _call(
-    inputs: ListedInputs, upstream: ListedUpstream | None = None
-) -> tuple[ListedCall, list[Tensor | None]]:
-    """A call with its inputs set, and the tensors that its pointers rely on."""
+def _call(inputs: ListedInputs) -> ListedCall:
+    """A call with its inputs set."""
     call = ListedCall()
     call.batch, call.key_heads, call.queries, call.head_dim = inputs.query.shape
     call.blocks, call.rows = inputs.row.shape[2:]
@@ -101,14 +89,8 @@ def _call(
     call.lists, call.list_keys, call.value_dim = inputs.value.shape[2:]
     call.weight_heads, call.features, _ = inputs.weight.shape
     call.threads, call.scale = torch.get_num_threads(), inputs.scale
-    tensors = [getattr(inputs, name) for name in ListedInputs._fields[:_TENSORS]]
-    held = contiguous(tensors)
-    call.pointers(**dict(zip(ListedInputs._fields, held, strict=False)))
-    if upstream is not None:
-        floats = contiguous([x.float() for x in upstream])
-        call.pointers(**dict(zip(ListedUpstream._fields, floats, strict=True)))
-        held += floats
-    return call, held
+    call.reads(ListedInputs._fields[:9], inputs[:9])
+    return call
 
 
 def _new_results(inputs: ListedInputs) -> ListedResults:
@@ -123,11 +105,9 @@ def _new_results(inputs: ListedInputs) -> ListedResults:
 
 
 def _forward(inputs: ListedInputs) -> ListedResults:
-    call, held = _call(inputs)
-    results = _new_results(inputs)
-    call.pointers(**results._asdict())
+    call, results = _call(inputs), _new_results(inputs)
+    call.pointers(ListedResults._fields, results)
     call.run("listed_forward")
-    del held
     return results
 
 
@@ -135,20 +115,15 @@ def _backward(
     upstream: ListedUpstream, inputs: ListedInputs, results: ListedResults, trained: bool
 ) -> ListedGradients:
     """Gradients of queries, keys and values, of weight and bias if they are ``trained``."""
-    call, held = _call(inputs, upstream)
-    kept = contiguous(results)
-    call.pointers(**dict(zip(ListedResults._fields, kept, strict=True)))
-    gradients = _new_gradients(upstream, inputs, results, trained)
-    for name in ListedGradients._fields[: 5 if trained else 3]:
-        call.pointers(**{f"grad_{name}": getattr(gradients, name)})
+    call, gradients = _call(inputs), _new_gradients(inputs, trained)
+    call.reads(ListedUpstream._fields, [x.float() for x in upstream])
+    call.reads(ListedResults._fields, results)
+    call.pointers([f"grad_{name}" for name in ListedGradients._fields], gradients)
     call.run("listed_backward")
-    del held, kept
     return gradients
 
 
-def _new_gradients(
-    upstream: ListedUpstream, inputs: ListedInputs, results: ListedResults, trained: bool
-) -> ListedGradients:
+def _new_gradients(inputs: ListedInputs, trained: bool) -> ListedGradients:
     query, key, value, weight = inputs[:4]
     # Keys of lists without a query have no gradient.
     return ListedGradients(
@@ -160,25 +135,6 @@ def _new_gradients(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.numbers = inputs[_TENSORS:]
-
-
-def _derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    wanted = dict(zip(ListedInputs._fields, ctx.needs_input_grad, strict=True))
-    gradients = listed_backward(
-        *grads,
-        *saved[:_TENSORS],
-        *ctx.numbers,
-        *saved[_TENSORS:],
-        wanted["weight"] or wanted["bias"],
-    )
-    return gradients_of(ListedInputs._fields, wanted, ListedGradients(*gradients))
-
-
-listed_forward = operator("performers::listed_forward", _forward, _new_results)
-listed_backward = operator("performers::listed_backward", _backward, _new_gradients)
-listed_forward.register_autograd(_derivative, setup_context=_setup_context)
-listed_backward.register_autograd(refuse_second_derivative)
+listed_forward, listed_backward = define(
+    "performers::listed", _forward, _backward, _new_results, _new_gradients, "cpu"
+)

@@ -1,4 +1,4 @@
-"""What the chunked algorithms share: sums, partial rows, their scales, and blocks of rows."""
+"""What the chunked algorithms share: sums over keys, rows in parts, their scales, and blocks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from performers.attention.call import AttentionCall, masked
 from performers.features import FeatureForm
 
 # Rows of a causal chunk, and features held at a time (elements over batch, heads and rows).
@@ -22,6 +23,31 @@ class Sums(NamedTuple):
     key_sum: Tensor
     log_scale: Tensor
 
+    def with_keys(self, base: Tensor | None, exponent: Tensor | None, value: Tensor) -> "Sums":
+        """And keys with features ``(B, H, T, m)`` and values ``(B, H, T, Dv)``."""
+        key_value, key_sum, log_scale = self
+        if exponent is None:
+            assert base is not None
+            phi = base
+        else:
+            log_scale = torch.maximum(log_scale, exponent.detach().amax(-2))
+            scale = finite(log_scale)
+            phi = times(base, (exponent - scale.unsqueeze(-2)).exp())
+            decay = (self.log_scale - scale).exp()
+            key_value, key_sum = key_value * decay.unsqueeze(-1), key_sum * decay
+        return Sums(key_value + phi.mT @ value, key_sum + phi.sum(-2), log_scale)
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Over the keys of both."""
+        log_scale = torch.maximum(self.log_scale, other.log_scale)
+        scale = finite(log_scale)
+        left, right = (self.log_scale - scale).exp(), (other.log_scale - scale).exp()
+        return Sums(
+            self.key_value * left.unsqueeze(-1) + other.key_value * right.unsqueeze(-1),
+            self.key_sum * left + other.key_sum * right,
+            log_scale,
+        )
+
 
 class Rows(NamedTuple):
     """Attention not yet divided: ``e^log_scale (numerator, denominator)``.
@@ -33,6 +59,32 @@ class Rows(NamedTuple):
     denominator: Tensor
     log_scale: Tensor
 
+    def out(self) -> Tensor:
+        """The quotient, and zero where there is nothing to attend to."""
+        return self.numerator / self.denominator.where(self.denominator != 0, 1.0)
+
+    def plus(self, other: "Rows", *, scaled: bool = True) -> "Rows":
+        """The sum of two parts of the same rows, whose scales are zero unless ``scaled``."""
+        if not scaled:
+            zero = torch.zeros_like(self.denominator)
+            return Rows(
+                self.numerator + other.numerator, self.denominator + other.denominator, zero
+            )
+        peak = finite(torch.maximum(self._log_size(), other._log_size()).detach())
+        left, right = self._weight(peak), other._weight(peak)
+        return Rows(
+            self.numerator * left + other.numerator * right,
+            self.denominator * left + other.denominator * right,
+            peak,
+        )
+
+    def _log_size(self) -> Tensor:
+        return self.log_scale + self.denominator.detach().abs().log()
+
+    def _weight(self, peak: Tensor) -> Tensor:
+        """``e^(log_scale - peak)``; zero for a part without keys, whose scale may be anything."""
+        return (self.log_scale - peak).masked_fill(self.denominator == 0, -math.inf).exp()
+
 
 class Features(NamedTuple):
     """How blocks turn slices of the inputs into features."""
@@ -41,9 +93,26 @@ class Features(NamedTuple):
     root: float
     dtype: torch.dtype
 
+    @classmethod
+    def of_call(cls, call: AttentionCall) -> "Features":
+        """Those of a call."""
+        return cls(call.form.to(call.dtype), math.sqrt(call.factor), call.dtype)
+
     def of(self, x: Tensor, *, is_query: bool) -> tuple[Tensor | None, Tensor | None]:
         """Base and exponent of the features of ``x``; see ``FeatureForm.decompose``."""
         return self.form.decompose(x.to(self.dtype) * self.root, is_query=is_query)
+
+    def of_keys(
+        self, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Base and exponent of keys ``(B, H, T, D)``, and values; masked, their features are 0."""
+        base, exponent = self.of(masked(key, mask), is_query=False)
+        if exponent is None:
+            assert base is not None
+            base = masked(base, mask)
+        elif mask is not None:
+            exponent = exponent.masked_fill(~mask[:, None, :, None], -math.inf)
+        return base, exponent, masked(value.to(self.dtype), mask)
 
     def has_exponent(self) -> bool:
         """Whether features need scaling."""
@@ -67,45 +136,29 @@ def query_features(
     return times(base, (exponent if dtype is None else exponent.to(dtype)).exp()), peak
 
 
-def merge(left: Rows, right: Rows, *, scaled: bool) -> Rows:
-    """The sum of two parts of the same rows."""
-    if not scaled:
-        return Rows(
-            left.numerator + right.numerator,
-            left.denominator + right.denominator,
-            torch.zeros_like(left.denominator),
-        )
-    peak = finite(torch.maximum(_log_size(left), _log_size(right)).detach())
-    left_weight, right_weight = _weight(left, peak), _weight(right, peak)
-    return Rows(
-        left.numerator * left_weight + right.numerator * right_weight,
-        left.denominator * left_weight + right.denominator * right_weight,
-        peak,
+def read(features: Features, query: Tensor, sums: Sums) -> Rows:
+    """Queries ``(B, H, G, T, D)`` against all that the sums hold."""
+    base, exponent = features.of(query.flatten(2, 3), is_query=True)
+    phi, scale = query_features(base, exponent, finite(sums.log_scale).unsqueeze(-2))
+    rows = (
+        phi @ sums.key_value,
+        phi @ sums.key_sum.unsqueeze(-1),
+        scale.expand(*phi.shape[:-1], 1),
     )
+    return Rows(*(x.unflatten(2, query.shape[2:4]) for x in rows))
 
 
-def _log_size(rows: Rows) -> Tensor:
-    return rows.log_scale + rows.denominator.detach().abs().log()
-
-
-def _weight(rows: Rows, peak: Tensor) -> Tensor:
-    """``e^(log_scale - peak)``; zero for a part without keys, whose scale may be anything."""
-    return (rows.log_scale - peak).masked_fill(rows.denominator == 0, -math.inf).exp()
-
-
-def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """The quotient, and zero where there was nothing to attend to."""
-    return numerator / denominator.where(denominator != 0, 1.0)
+def softmax_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Rows:
+    """Sums of ``exp(q . k)`` over the keys ``(..., n, D)`` that queries ``(..., T, D)`` see."""
+    logits = (query @ key.mT).masked_fill(~seen, -math.inf)
+    peak = finite(logits.detach().amax(-1, keepdim=True))
+    weights = (logits - peak).exp()
+    return Rows(weights @ value, weights.sum(-1, keepdim=True), peak)
 
 
 def times(base: Tensor | None, exponential: Tensor) -> Tensor:
     """``base * exponential``, where no base means one."""
     return exponential if base is None else base * exponential
-
-
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros in place of rows that take no part, whatever they hold."""
-    return x if mask is None else x.where(mask[:, None, :, None], 0.0)
 
 
 def finite(scale: Tensor) -> Tensor:
@@ -127,24 +180,42 @@ def block_sizes(length: int, rows: int) -> list[int]:
     return [rows] * (blocks - 1) + [length - rows * (blocks - 1)] if blocks else []
 
 
-def cut(x: Tensor | None, sizes: list[int], dim: int) -> Sequence[Tensor | None]:
-    """The blocks of ``x`` along ``dim``; Nones for None.
+def in_blocks(
+    step: Callable[..., tuple[Tensor, ...]],
+    sizes: list[int],
+    inputs: Sequence[tuple[Tensor | None, int]],
+    carry: tuple[Tensor, ...] = (),
+    *,
+    keep: bool | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Call a function on one block of its inputs after the other.
 
-    One split, not a slice for each block: the gradient of a slice is as long as the whole tensor,
-    and their sum would take time quadratic in the number of blocks.
+    Args:
+        step: From a block of each input and the carry to rows and the next carry.
+        sizes: Lengths of the blocks.
+        inputs: Tensors, or None, and the dimension to cut each along.
+        carry: The first carry.
+        keep: Let autograd keep what a step computes, in place of its inputs alone; None where
+            there is one block.
+
+    Returns:
+        The rows of all blocks, joined along the last dimension but one, and the last carry.
     """
-    return [None] * len(sizes) if x is None else x.split(sizes, dim)
-
-
-def direct(function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None) -> tuple[Tensor, ...]:
-    """Call a block's function; autograd keeps what it needs."""
-    return function(*args)
-
-
-def checkpointed(
-    function: Callable[..., tuple[Tensor, ...]], *args: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Call a block's function; autograd keeps its inputs and computes the rest again."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    keep = len(sizes) == 1 if keep is None else keep
+    # One split, not a slice for each block: the gradient of a slice is as long as the whole
+    # tensor, and their sum would take time quadratic in the number of blocks.
+    cut = [[None] * len(sizes) if x is None else x.split(sizes, dim) for x, dim in inputs]
+    parts: list[tuple[Tensor, ...]] = []
+    for block in zip(*cut, strict=True):
+        if keep or not torch.is_grad_enabled():
+            results = step(*block, *carry)
+        else:
+            results = checkpoint(
+                step, *block, *carry, use_reentrant=False, preserve_rng_state=False
+            )
+        count = len(results) - len(carry)
+        parts.append(tuple(results[:count]))
+        carry = tuple(results[count:])
+    if len(parts) == 1:
+        return parts[0], carry
+    return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True)), carry

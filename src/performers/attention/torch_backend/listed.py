@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.attention.call import AttentionCall
+from performers.attention.call import AttentionCall, masked
 from performers.attention.torch_backend.blocks import (
     Features,
     Rows,
     block_sizes,
-    checkpointed,
-    cut,
-    direct,
     finite,
-    masked,
-    merge,
+    in_blocks,
+    query_features,
+    softmax_rows,
 )
 
 _BLOCK_ELEMENTS = 1 << 21
@@ -83,31 +81,22 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     Returns:
         The same sums without the listed keys, and sums of ``exp(scale q . k)`` over these.
     """
-    rest = Rows(*(x.flatten(2, 3) for x in rows))
-    exact = None
+    numerator, denominator, log_scale = (x.flatten(2, 3) for x in rows)
+    whole, exact = denominator.detach(), None
     for pairs in listed_pairs(call):
         estimated, more = _dense_rows(call, features, pairs)
-        share = (estimated.log_scale - rest.log_scale).masked_fill(
-            estimated.denominator == 0, -math.inf
-        )
-        rest = Rows(
-            rest.numerator - estimated.numerator * share.exp(),
-            rest.denominator - estimated.denominator * share.exp(),
-            rest.log_scale,
-        )
-        exact = more if exact is None else merge(exact, more, scaled=True)
+        share = (estimated.log_scale - log_scale).masked_fill(estimated.denominator == 0, -math.inf)
+        numerator = numerator - estimated.numerator * share.exp()
+        denominator = denominator - estimated.denominator * share.exp()
+        exact = more if exact is None else exact.plus(more)
     assert exact is not None
-    whole = rows.denominator.flatten(2, 3).detach()
     # Written so that NaN stays.
-    known = ~(rest.denominator.detach() <= LEAST_REST * whole)
-    rest = Rows(
-        rest.numerator.where(known, 0.0), rest.denominator.where(known, 0.0), rows.log_scale
-    )
+    known = ~(denominator.detach() <= LEAST_REST * whole)
+    rest = (numerator.where(known, 0.0), denominator.where(known, 0.0), log_scale)
     shape = call.query.shape[2:4]
-    rest = Rows(
-        rest.numerator.unflatten(2, shape), rest.denominator.unflatten(2, shape), rows.log_scale
+    return Rows(*(x.unflatten(2, shape) for x in rest)), Rows(
+        *(x.unflatten(2, shape) for x in exact)
     )
-    return rest, Rows(*(x.unflatten(2, shape) for x in exact))
 
 
 def listed_pairs(call: AttentionCall) -> list[ListedPairs]:
@@ -159,61 +148,32 @@ def _dense_rows(call: AttentionCall, features: Features, pairs: ListedPairs) -> 
         _of_lists(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
         for x in (pairs.key, pairs.value)
     )
-    met = pairs.met(call.query.shape[-2], call.window)
 
     def step(query: Tensor, key: Tensor, value: Tensor, met: Tensor) -> tuple[Tensor, ...]:
-        return _block(call, features, query, key, value, met)
+        query, key, value = (x.to(features.dtype) for x in (query, key, value))
+        _, query_exponent = features.of(query.flatten(2, 3), is_query=True)
+        _, key_exponent = features.of(key.flatten(2, 3), is_query=False)
+        assert query_exponent is not None
+        assert key_exponent is not None
+        query_exponent = query_exponent.unflatten(2, query.shape[2:4])
+        key_exponent = key_exponent.unflatten(2, key.shape[2:4])
+        # One scale per feature, that of the list, as in the sums over all keys.
+        listed = met.any(-2).unsqueeze(-1)
+        key_exponent = key_exponent.masked_fill(~listed, -math.inf)
+        scale = finite(key_exponent.detach().amax(-2, keepdim=True))
+        left, log_scale = query_features(None, query_exponent, scale)
+        estimates = (left @ (key_exponent - scale).exp().mT).masked_fill(~met, 0.0)
+        estimated = (estimates @ value, estimates.sum(-1, keepdim=True), log_scale)
+        exact = softmax_rows(query * call.factor, key, value, met)
+        return tuple(x.flatten(2, 3) for x in (*estimated, *exact))
 
     per_block = query.shape[0] * query.shape[1] * (query.shape[3] + key.shape[3])
     per_block *= features.form.num_features
     sizes = block_sizes(query.shape[2], max(1, _BLOCK_ELEMENTS // max(1, per_block)))
-    run = direct if len(sizes) == 1 else checkpointed
-    parts = [
-        run(step, *block)
-        for block in zip(*(cut(x, sizes, 2) for x in (query, key, value, met)), strict=True)
-    ]
-    results = [
-        _gather(torch.cat(tensors, dim=2).flatten(2, 3), pairs.place)
-        for tensors in zip(*parts, strict=True)
-    ]
+    met = pairs.met(call.query.shape[-2], call.window)
+    rows, _ = in_blocks(step, sizes, [(x, 2) for x in (query, key, value, met)])
+    results = [_gather(x, pairs.place) for x in rows]
     return Rows(*results[:3]), Rows(*results[3:])
-
-
-def _block(
-    call: AttentionCall,
-    features: Features,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pairs: Tensor,
-) -> tuple[Tensor, ...]:
-    """Blocks ``(B, H, N, R, D)`` against their lists ``(B, H, N, n, D)``."""
-    query, key, value = (x.to(features.dtype) for x in (query, key, value))
-    _, query_exponent = features.of(query.flatten(2, 3), is_query=True)
-    _, key_exponent = features.of(key.flatten(2, 3), is_query=False)
-    assert query_exponent is not None
-    assert key_exponent is not None
-    query_exponent = query_exponent.unflatten(2, query.shape[2:4])
-    key_exponent = key_exponent.unflatten(2, key.shape[2:4])
-    # One scale per feature, that of the list, as in the sums over all keys.
-    listed = pairs.any(-2).unsqueeze(-1)
-    key_exponent = key_exponent.masked_fill(~listed, -math.inf)
-    key_scale = finite(key_exponent.detach().amax(-2, keepdim=True))
-    left = query_exponent + key_scale
-    log_scale = left.detach().amax(-1, keepdim=True)
-    estimates = (left - log_scale).exp() @ (key_exponent - key_scale).exp().mT
-    estimates = estimates.masked_fill(~pairs, 0.0)
-    logits = (query @ key.mT * call.factor).masked_fill(~pairs, -math.inf)
-    top = finite(logits.detach().amax(-1, keepdim=True))
-    exact = (logits - top).exp()
-    return (
-        estimates @ value,
-        estimates.sum(-1, keepdim=True),
-        log_scale,
-        exact @ value,
-        exact.sum(-1, keepdim=True),
-        top,
-    )
 
 
 def _blocks(of_query: Tensor, lists: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,4 @@
-"""Batches for distillation: padded, and with tokens hidden for masked language models."""
-
-from __future__ import annotations
+"""Batches for distillation: padded, and with masked tokens for masked language models."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
-
-__all__ = ["Collator", "Stream"]
 
 _IGNORED = -100
 
@@ -19,13 +16,8 @@ _IGNORED = -100
 class Collator:
     """Examples of different lengths as one batch.
 
-    Attributes:
-        pad_token_id: Fills ``input_ids`` up.
-        mask_token_id: Stands for hidden tokens; None: nothing is hidden.
-        special_token_ids: Never hidden.
-        mask_probability: Share of the other tokens that is hidden. The batch then has ``labels``
-            for these.
-        causal_labels: The batch has ``labels`` equal to its tokens, as causal models take them.
+    With ``mask_token_id``, tokens other than the special ones are masked with ``mask_probability``
+    and become the ``labels``. With ``causal_labels`` these are the tokens themselves.
     """
 
     pad_token_id: int = 0
@@ -35,14 +27,9 @@ class Collator:
     causal_labels: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Collate.
+        """Collate mappings with ``input_ids`` and perhaps ``attention_mask``, of one dimension.
 
-        Args:
-            examples: Mappings with ``input_ids`` and perhaps ``attention_mask``, of one dimension;
-                or with other tensors (such as ``pixel_values``), which are stacked.
-
-        Returns:
-            Tensors with a batch dimension in front.
+        Mappings of other tensors (such as ``pixel_values``) are stacked.
         """
         if "input_ids" not in examples[0]:
             return {
@@ -50,41 +37,34 @@ class Collator:
                 for name in examples[0]
             }
         rows = [torch.as_tensor(example["input_ids"]).long().view(-1) for example in examples]
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), self.pad_token_id)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
-            taking = example.get("attention_mask")
-            ids[index, : len(row)] = row
-            mask[index, : len(row)] = 1 if taking is None else torch.as_tensor(taking).view(-1)
+        masks = [
+            torch.ones_like(row) if mask is None else torch.as_tensor(mask).long().view(-1)
+            for row, mask in zip(rows, (x.get("attention_mask") for x in examples), strict=True)
+        ]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        mask = pad_sequence(masks, batch_first=True)
         batch = {"input_ids": ids, "attention_mask": mask}
         if self.causal_labels:
             batch["labels"] = ids.masked_fill(mask == 0, _IGNORED)
         if self.mask_token_id is not None:
-            self._hide(batch)
+            ordinary = (mask != 0) & ~torch.isin(ids, torch.tensor(self.special_token_ids))
+            masked = ordinary & (torch.rand(ids.shape) < self.mask_probability)
+            batch["labels"] = ids.masked_fill(~masked, _IGNORED)
+            batch["input_ids"] = ids.masked_fill(masked, self.mask_token_id)
         return batch
-
-    def _hide(self, batch: dict[str, Tensor]) -> None:
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        ordinary = (mask != 0) & ~torch.isin(ids, torch.tensor(self.special_token_ids))
-        hidden = ordinary & (torch.rand(ids.shape) < self.mask_probability)
-        batch["labels"] = ids.masked_fill(~hidden, _IGNORED)
-        assert self.mask_token_id is not None
-        batch["input_ids"] = ids.masked_fill(hidden, self.mask_token_id)
 
 
 class Stream(IterableDataset[Any]):
-    """An iterable of examples, begun again when it ends."""
+    """An iterable of examples, repeated without end if it can be iterated again."""
 
     def __init__(self, examples: Iterable[Any]) -> None:
         self.examples = examples
 
     def __iter__(self) -> Iterator[Any]:
-        """Without end, if the examples can be had again."""
-        while True:
-            empty = True
+        """Iterate over the examples, pass after pass, until a pass is empty."""
+        ended = False
+        while not ended:
+            ended = True
             for example in self.examples:
-                empty = False
+                ended = False
                 yield example
-            if empty:
-                return

@@ -1,6 +1,4 @@
-"""Pretrained transformers models that lie in a local folder; nothing here uses the network."""
-
-from __future__ import annotations
+"""Pretrained transformers models in local folders, read without the network."""
 
 import contextlib
 import importlib.util
@@ -18,8 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from performers.convert.interface.positions import learned_positions
 
-__all__ = ["LoadedModel", "load_model"]
-
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -31,14 +27,9 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "sp
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model and what is needed to feed it.
+    """A pretrained model in evaluation mode and float32, and its tokenizer or None.
 
-    Attributes:
-        path: The folder or file it was read from.
-        model: A ``transformers.PreTrainedModel`` in evaluation mode, float32.
-        tokenizer: Its tokenizer, or None where the folder has none.
-        is_causal: Whether its attention is causal.
-        has_head: Whether it ends in a language-modelling head.
+    ``has_head`` is True if there is a language-modelling head.
     """
 
     path: Path
@@ -49,11 +40,11 @@ class LoadedModel:
 
     @property
     def max_length(self) -> int | None:
-        """The longest input: the size of a learned table of positions; None where there is none."""
+        """Maximum input length of a learned table of positions; None without one."""
         return learned_positions(self.model)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """Check token ids and a mask, and turn them into the model's keyword arguments."""
+        """Check token ids and a mask, and return the keyword arguments of the model."""
         if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids must be token ids of shape (batch, length), got {input_ids.dtype} "
@@ -89,20 +80,17 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     """Load a pretrained model and its tokenizer from a local folder or GGUF file.
 
     A folder without tokenizer files may have its ``vocab.txt`` in the folder above it; a bare
-    ``vocab.txt`` is a BERT vocabulary, cased where it has tokens in upper case.
+    ``vocab.txt`` is a BERT vocabulary, cased if it has tokens in upper case.
 
     Args:
-        path: A folder as ``save_pretrained`` writes it (``config.json`` with safetensors or
-            ``pytorch_model.bin``), a ``.gguf`` file, or a folder with one.
-        head: Load the language-modelling head as well; None: if the files have one.
-
-    Returns:
-        The model in evaluation mode and float32.
+        path: A folder with ``config.json`` and safetensors or ``pytorch_model.bin``, a ``.gguf``
+            file, or a folder with one.
+        head: Whether to load the language-modelling head; None: if the files have one.
 
     Raises:
         FileNotFoundError: The path, the configuration or the weights are missing.
         ImportError: A GGUF file, and the package gguf is not installed.
-        ValueError: The files cannot be read as a model, or lack weights that the model needs.
+        ValueError: The files cannot be read as a model, or lack some of its weights.
     """
     folder, gguf = _locate(Path(path))
     source: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -116,16 +104,21 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     try:
         with _quiet():
             config = transformers.AutoConfig.from_pretrained(folder, **source)
-            has_head = _has_head_class(config) if head is None else head
-            model, missing = _model(folder, config, has_head, source)
-            if head is None and has_head and missing:
-                has_head = False
-                model, missing = _model(folder, config, has_head, source)
+            head_class = None if head is False else _head_class(config)
+            if head and head_class is None:
+                raise ValueError(
+                    f"{folder} holds a {config.model_type}, for which transformers has no "
+                    "language-modelling head: use head=False"
+                )
+            model, missing = _model(folder, config, head_class, source)
+            if head is None and head_class is not None and missing:
+                head_class = None
+                model, missing = _model(folder, config, head_class, source)
             tokenizer = _tokenizer(folder, config, source)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
     if missing:
-        advice = "; it may have no language-modelling head: use head=False" if has_head else ""
+        advice = "; it may have no language-modelling head: use head=False" if head_class else ""
         raise ValueError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first of them "
             f"{missing[0]}{advice}"
@@ -133,11 +126,12 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     is_causal = getattr(config, "is_causal", True) and any(
         getattr(module, "is_causal", False) for module in model.modules()
     )
+    has_head = head_class is not None
     return LoadedModel(Path(path), model.eval(), tokenizer, bool(is_causal), has_head)
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
-    """The folder to read and the name of the GGUF file in it, if it is one."""
+    """Find the folder to read, and the name of the GGUF file in it or None."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"{path} is a file: expected a model folder or a .gguf file")
@@ -157,72 +151,63 @@ def _locate(path: Path) -> tuple[Path, str | None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its report of the heads that were left out."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity_error()
+def without_progress_bars() -> Iterator[None]:
+    """Disable the progress bars of transformers while a context lasts."""
+    enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        # Reading a GGUF file draws a bar that asks nobody.
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
+        if enabled:
             transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars, and the report of transformers on unused heads."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        # The bar of a GGUF file ignores the settings of transformers.
+        with without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 def _model(
-    folder: Path, config: Any, has_head: bool, source: dict[str, Any]
+    folder: Path, config: Any, head_class: Any, source: dict[str, Any]
 ) -> tuple[Any, list[str]]:
-    """The model, and the names of the weights that its files lack."""
-    model, report = _auto_class(config, has_head, folder).from_pretrained(
+    """Load the model; returns it with the names of the weights that its files lack."""
+    model, report = (head_class or transformers.AutoModel).from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
     if "gguf_file" in source:
-        _forget_quantization(model)
+        # The weights are float32 now; transformers would refuse to train quantized ones.
+        for name in {"is_quantized", "quantization_method", "hf_quantizer"} & vars(model).keys():
+            delattr(model, name)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     # Heads on top of the encoder's output change no attention.
     return model, sorted(name for name in report["missing_keys"] if "pooler" not in name)
 
 
-def _forget_quantization(model: Any) -> None:
-    """What a GGUF file holds was decoded to float32; transformers would refuse to train it."""
-    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
-        if name in vars(model):
-            delattr(model, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-
-
-def _has_head_class(config: Any) -> bool:
-    return (
-        type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
-        or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-
-
-def _auto_class(config: Any, has_head: bool, folder: Path) -> Any:
-    if not has_head:
-        return transformers.AutoModel
-    if not _has_head_class(config):
-        raise ValueError(
-            f"{folder} holds a {config.model_type}, for which transformers has no "
-            "language-modelling head: use head=False"
-        )
-    # An encoder such as BERT is in both tables; is_decoder is how its configuration tells.
+def _head_class(config: Any) -> Any:
+    """Class of the model with a language-modelling head, or None."""
+    # Encoders such as BERT are in both tables and told apart by is_decoder.
     is_masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
     if is_masked and not getattr(config, "is_decoder", False):
         return transformers.AutoModelForMaskedLM
-    return transformers.AutoModelForCausalLM
+    if is_masked or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return None
 
 
 def _tokenizer(folder: Path, config: Any, source: dict[str, Any]) -> Any:
-    if "gguf_file" in source or any((folder / name).is_file() for name in _TOKENIZERS):
-        return transformers.AutoTokenizer.from_pretrained(folder, **source)
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    def has(*names: str) -> bool:
+        return all((folder / name).is_file() for name in names)
+
+    if "gguf_file" in source or any(map(has, _TOKENIZERS)) or has("vocab.json", "merges.txt"):
         return transformers.AutoTokenizer.from_pretrained(folder, **source)
     places = [folder / "vocab.txt", folder.resolve().parent / "vocab.txt"]
     vocabulary = next((place for place in places if place.is_file()), None)

@@ -8,33 +8,25 @@ from typing import Any
 
 from performers.app.conversion import ConversionOptions
 
-__all__ = [
-    "BASELINE",
-    "FINE_TUNED",
-    "ORIGINAL",
-    "ZERO_SHOT",
-    "ConversionRecord",
-]
-
 ORIGINAL, BASELINE = "original", "FAVOR+ alone"
 ZERO_SHOT, FINE_TUNED = "converted", "converted, fine-tuned"
-"""What is measured; the baseline has as many features, no exact terms and no calibration."""
+"""Models that are measured; the baseline has as many features, no exact terms, no calibration."""
 
 
 @dataclass
 class ConversionRecord:
-    """Results so far, as plain values.
+    """Results of a run so far, as plain values.
 
     Attributes:
-        options: Of the run, with what they stand for where they were left open.
+        options: Options of the run, defaults included.
         model: ``class``, ``kind``, ``parameters``, ``tested_examples``.
-        quality: A mapping for each of what was measured: ``model``, ``tokens`` and the figures.
+        quality: A row for each measured model: ``model``, ``tokens`` and the figures.
         training: ``history``, ``tokens`` and ``seconds`` of `distill`; empty without it.
-        speed: Rows of ``benchmark.converted.measure_speed``.
-        decoding: Rows of ``benchmark.converted_decode.measure_decoding``.
-        machine: What it was measured on.
+        speed: Rows of ``benchmark.cases.convert.measure_speed``.
+        decoding: Rows of ``benchmark.cases.convert.measure_decoding``.
+        machine: Description of the machine.
         is_saved: Whether the folder holds the model.
-        saved: Called when something was added.
+        saved: Called after each addition.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -48,22 +40,19 @@ class ConversionRecord:
     saved: Callable[[ConversionRecord], None] = lambda record: None
 
     def content(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Results as a JSON object."""
         return {item.name: getattr(self, item.name) for item in fields(self)[:-1]}
 
     def resume(self, content: Mapping[str, Any]) -> None:
-        """Take over what an earlier run found."""
+        """Adopt the results of an earlier run with the same options."""
         missing = [item.name for item in fields(self)[:-1] if item.name not in content]
         if missing:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
-        # A run that is older than an option had its default.
-        earlier = {
-            item.name: item.default
-            for item in fields(ConversionOptions)
-            if item.default is not MISSING
-        }
+        # Runs of versions without an option used its default.
+        defaults = {item.name: item.default for item in fields(ConversionOptions)}
+        earlier = {name: x for name, x in defaults.items() if x is not MISSING}
         earlier |= content["options"]
-        # The name of the option in earlier runs.
+        # key_list is the name of the option in earlier versions.
         earlier["listed_keys"] = earlier.pop("key_list", earlier["listed_keys"])
         changed = [
             f"{name} was {earlier.get(name)}, now {value}"
@@ -79,5 +68,5 @@ class ConversionRecord:
             setattr(self, item.name, content[item.name])
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """What was measured of a model, if it was."""
+        """Row of a measured model, or None."""
         return next((row for row in self.quality if row["model"] == name), None)

@@ -1,6 +1,4 @@
-"""One stage of distillation after another, with checkpoints and a history."""
-
-from __future__ import annotations
+"""Stages of distillation, with checkpoints and a history."""
 
 import json
 import math
@@ -11,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch.utils.data import IterableDataset
 
+from performers.convert.fitting import evaluation
 from performers.training.callbacks import (
     IntervalsCallback,
     ProgressCallback,
@@ -24,21 +21,19 @@ from performers.training.callbacks import (
 )
 from performers.training.checkpoints import newest_checkpoint
 
-__all__ = ["Distillation", "DistillationRun"]
-
-_DONE = "distillation.json"
+_RECORD = "distillation.json"
 
 
 @dataclass
 class Distillation:
-    """What `distill` did.
+    """Results of `distill`.
 
     Attributes:
         history: A record for each log entry and evaluation: ``stage`` (``"transfer"`` or
-            ``"model"``), ``step`` within the stage, and ``loss`` or what ``evaluate`` returned.
-        tokens: Tokens that were trained on by this process (rows, where inputs have no mask).
-        seconds: Wall-clock time, evaluations and the parts before a ``resume`` included.
-        finished: False when a signal stopped the run, which ``resume`` continues.
+            ``"model"``), ``step`` within the stage, and ``loss`` or the figures of ``evaluate``.
+        tokens: Number of tokens that this process trained on (rows, where inputs have no mask).
+        seconds: Wall-clock time, with evaluations and the parts before a ``resume``.
+        finished: False if a signal stopped the run, which ``resume`` continues.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -47,27 +42,31 @@ class Distillation:
     finished: bool = True
 
 
-@dataclass
-class DistillationRun:
-    """What both stages share."""
+@dataclass(eq=False)
+class DistillationRun(transformers.TrainerCallback):
+    """A run of two stages.
+
+    Attributes are the arguments of `distill`, and ``arguments`` those of
+    ``transformers.TrainingArguments`` that both stages share.
+    """
 
     student: Any
     data: Any
     collator: Callable[[list[Any]], dict[str, Any]]
-    output: Path | None
-    batch_size: int
-    accumulation: int
-    save_steps: int
-    log_steps: int
+    output_dir: Path | None
+    arguments: dict[str, Any]
     eval_steps: int | None
     evaluate: Callable[[Any], dict[str, float]] | None
-    resume: bool
-    seed: int
     progress: Callable[[str, int, int, dict[str, float]], None] | None
-    options: dict[str, Any]
+    resume: bool
     result: Distillation = field(default_factory=Distillation)
-    started: float = field(default_factory=time.monotonic)
-    earlier: float = 0.0
+
+    def __post_init__(self) -> None:
+        record = None if self.output_dir is None else self.output_dir / _RECORD
+        if self.resume and record is not None and record.is_file():
+            values = json.loads(record.read_text(encoding="utf-8"))
+            self.result = Distillation(**{**values, "finished": True})
+        self._started = time.monotonic() - self.result.seconds
 
     def train(
         self,
@@ -80,37 +79,37 @@ class DistillationRun:
         redraw_steps: int | None = None,
         **arguments: Any,
     ) -> None:
-        """One stage."""
-        folder = None if self.output is None else self.output / stage
+        """Train the student, with adapters or without, in one stage, or resume the stage.
+
+        ``arguments`` are those of the trainer.
+        """
+        self._stage = stage
+        folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
             "save_strategy": "no" if folder is None else "steps",
-            "save_steps": self.save_steps,
             "save_total_limit": 2,
-            "logging_steps": self.log_steps,
             "max_steps": steps,
-            "per_device_train_batch_size": self.batch_size,
-            "gradient_accumulation_steps": self.accumulation,
             "learning_rate": learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": math.ceil(0.05 * steps) if stage == "model" else 0,
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
             "adam_beta2": 0.98,
-            "seed": self.seed,
             "report_to": [],
             "remove_unused_columns": False,
             "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "dataloader_drop_last": not isinstance(self.data, IterableDataset),
-            **self.options,
+            **self.arguments,
         }
+        if stage == "transfer":
+            # Gradients stay within a layer: there are no activations to compute again.
+            for name in ("gradient_checkpointing", "activation_checkpointing"):
+                settings.pop(name, None)
         stop = StopCallback()
-        callbacks: list[Any] = [IntervalsCallback(), stop, _History(self, stage)]
+        callbacks: list[Any] = [IntervalsCallback(), stop, self]
         if redraw_steps:
-            callbacks.append(RedrawCallback(model, redraw_steps, self.seed))
-        if self.progress is not None:
-            report = self.progress
+            callbacks.append(RedrawCallback(model, redraw_steps, settings["seed"]))
+        if (report := self.progress) is not None:
             callbacks.append(ProgressCallback(lambda *state: report(stage, *state)))
         trainer = trainer_class(
             model=model,
@@ -122,14 +121,14 @@ class DistillationRun:
         )
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
-        checkpoint = None
+        checkpoint, done = None, 0
         sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.resume and folder is not None and folder.is_dir():
-            checkpoint = newest_checkpoint(
-                folder, processes=trainer.args.world_size, sharded=sharded
-            )
-        done = 0 if checkpoint is None else int(checkpoint.name.removeprefix("checkpoint-"))
-        # What came after the checkpoint comes again.
+            processes = trainer.args.world_size
+            checkpoint = newest_checkpoint(folder, processes=processes, sharded=sharded)
+        if checkpoint is not None:
+            done = int(checkpoint.name.removeprefix("checkpoint-"))
+        # Entries after the checkpoint are made again.
         self.result.history = [
             entry
             for entry in self.result.history
@@ -145,57 +144,36 @@ class DistillationRun:
                 if trainer.state.global_step < steps and not stop.requested:
                     raise ValueError(
                         f"data ended after {trainer.state.global_step} of {steps} steps of stage "
-                        f"{stage!r}: pass a list, or an iterable that can be begun again"
+                        f"{stage!r}: pass a list, or an iterable that can be iterated again"
                     )
         self.result.tokens += trainer.tokens
         self.result.finished = not stop.requested
         self.write()
 
-    def keep(self, stage: str, step: int, values: dict[str, float]) -> None:
-        """Add to the history, also to that in ``output``."""
-        self.result.history.append({"stage": stage, "step": step, **values})
-        self.write()
-
     def write(self) -> None:
-        """Write what was done so far to ``output``."""
-        if self.output is None or int(os.environ.get("RANK", "0")):
+        """Update the seconds of the results, and write them to ``output``."""
+        self.result.seconds = time.monotonic() - self._started
+        if self.output_dir is None or int(os.environ.get("RANK", "0")):
             return
-        self.output.mkdir(parents=True, exist_ok=True)
-        spent = self.earlier + time.monotonic() - self.started
-        values = {**asdict(self.result), "seconds": round(spent, 2)}
-        part = self.output / f"{_DONE}.part"
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        values = {**asdict(self.result), "seconds": round(self.result.seconds, 2)}
+        part = self.output_dir / f"{_RECORD}.part"
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        part.replace(self.output / _DONE)
-
-    def read(self) -> None:
-        """Take up what an interrupted run wrote."""
-        if self.output is None or not (self.output / _DONE).is_file():
-            return
-        values = json.loads((self.output / _DONE).read_text(encoding="utf-8"))
-        self.result = Distillation(**{**values, "finished": True})
-        self.earlier = self.result.seconds
-
-
-class _History(transformers.TrainerCallback):
-    """Keeps losses and evaluations."""
-
-    def __init__(self, run: DistillationRun, stage: str) -> None:
-        self.run, self.stage = run, stage
+        part.replace(self.output_dir / _RECORD)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Keep a loss."""
+        """Add a loss to the history."""
         if logs and "loss" in logs:
-            self.run.keep(self.stage, state.global_step, {"loss": float(logs["loss"])})
+            self._keep(state.global_step, {"loss": float(logs["loss"])})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate when due."""
-        every = self.run.eval_steps or state.max_steps
-        last = state.global_step == state.max_steps
-        if self.run.evaluate is None or (state.global_step % every and not last):
-            return
-        model = self.run.student
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            self.run.keep(self.stage, state.global_step, self.run.evaluate(model))
-        model.train(training)
+        every, last = self.eval_steps or state.max_steps, state.global_step == state.max_steps
+        if self.evaluate is not None and (last or state.global_step % every == 0):
+            with evaluation(self.student):
+                values = self.evaluate(self.student)
+            self._keep(state.global_step, values)
+
+    def _keep(self, step: int, values: dict[str, float]) -> None:
+        self.result.history.append({"stage": self._stage, "step": step, **values})
+        self.write()

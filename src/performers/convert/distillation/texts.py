@@ -1,4 +1,4 @@
-"""Training examples from a file: read a block at a time, parted from those that test the result."""
+"""Examples from text and FASTA files: read a block at a time, test examples kept apart."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import re
 import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,35 +18,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from performers.convert.distillation.passages import check_known, encode, is_gzip, special_tokens
-
-__all__ = ["Example", "TextExamples", "TextSplits", "split_text"]
-
 Example = dict[str, Tensor]
 """``input_ids`` and ``attention_mask``, int64 vectors; collated by ``batches.Collator``."""
 
-_UTF8_MARK = b"\xef\xbb\xbf"
+_GZIP_MARK, _UTF8_MARK = b"\x1f\x8b", b"\xef\xbb\xbf"
 # Examples in a block of the file, and blocks whose examples are mixed with one another.
 _BLOCK, _MIXED = 32, 16
 _BYTES_PER_TOKEN = 4
-# Bytes of a sequence and its header, at least.
+# Minimum bytes of a sequence and its header.
 _SHORTEST = 32
-# How far a space is looked for before a text is cut between letters.
+# A word longer than this many bytes may be cut.
 _LONGEST_WORD = 1 << 10
 _SPACE = re.compile(rb"\s")
 _PIECE = 1 << 16
-# A seed has 32 bits; passes are counted below it.
+# Tokens before a cut that may differ from those of the whole file.
+_MARGIN = 64
+# Seeds have 32 bits; passes are counted below them.
 _PASSES = 1 << 24
 
 
 @dataclass(frozen=True)
 class TextSplits:
-    """Three parts of a file that share no token.
+    """Examples from parts of a file that share no token.
 
-    Attributes:
-        calibration: Examples to fit features to, spread over the part that is trained on.
-        train: A stream of all others there, without end.
-        test: Examples from the end of the file.
+    Those of ``calibration`` are spread over the part of ``train``, an endless stream; those of
+    ``test`` are the end of the file.
     """
 
     calibration: list[Example]
@@ -62,27 +59,19 @@ def split_text(
     test: int | float = 32,
     seed: int = 0,
 ) -> TextSplits:
-    """Examples of a text or FASTA file for calibration, training and testing.
+    """Split a text or FASTA file into examples for calibration, training and testing.
 
     A text becomes windows of ``length`` tokens, each between the special tokens that the tokenizer
-    puts around a text. A FASTA file (its first character is ``>``) becomes one example a sequence,
-    read residue by residue and cut at ``length``. Either may be compressed by gzip; it is then
-    unpacked to a temporary file. The file is read a block at a time, in whatever order examples
-    are asked for, and no token ids are kept but those of calibration and test.
+    puts around a text. A FASTA file (its first character is ``>``) becomes one example per
+    sequence, with a word for each residue, cut at ``length``. Either may be compressed by gzip; it
+    is then decompressed to a temporary file. The file is read a block at a time, and only the
+    token ids of calibration and test are kept.
 
-    The test part is the end of the file. Sequences of a FASTA file are not compared: relatives of
-    test sequences may be among those trained on unless the file keeps them apart.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        path: Path of the file.
-        length: Tokens in an example, at most; special tokens included.
-        calibration: Number of examples to calibrate on; may be 0.
-        test: Number of examples to test on, or the share of the file's bytes, between 0 and 1.
-        seed: Random seed of the order of training.
+    ``length`` includes special tokens. ``test`` is the number of test examples, or their share of
+    the file between 0 and 1; ``seed`` sets the order of training. Sequences of a FASTA file are not
+    compared: relatives of test sequences may be in the training part unless the file keeps them
+    apart.
     """
-    if tokenizer is None:
-        raise ValueError("tokenizer is None: the model's folder has no tokenizer files")
     if calibration < 0:
         raise ValueError(f"calibration must be at least 0, got {calibration}")
     if test < 1 and not (isinstance(test, float) and test > 0):
@@ -99,38 +88,68 @@ def split_text(
             f"there must be more than {calibration}, for calibration and training; pass a longer "
             "file or ask for shorter or fewer examples"
         )
-    check_known(tokenizer, path, torch.cat([example["input_ids"] for example in fitted + tested]))
+    file.check_known(torch.cat([example["input_ids"] for example in fitted + tested]))
     return TextSplits(fitted, train, tested)
 
 
+def text_windows(
+    tokenizer: Any, text: str | Path, length: int, count: int, *, skip: int = 0
+) -> Tensor:
+    """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
+
+    Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
+    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Returns
+    token ids ``(count, length)``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A number is out of range, the file is too short or not UTF-8, or most of it is
+            unknown to the tokenizer.
+    """
+    file = _File(tokenizer, Path(text), length)
+    if count < 1 or skip < 0:
+        raise ValueError(
+            f"length must exceed the {len(file.before) + len(file.after)} special tokens, count be "
+            f"at least 1 and skip at least 0, got length={length}, count={count}, skip={skip}"
+        )
+    needed, reach, stop = (skip + count) * file.body, 8 * _MARGIN, -1
+    ids: list[int] = []
+    while stop < file.size and len(ids) < needed + _MARGIN:
+        reach = 2 * max(reach, 4 * needed)
+        stop = file.boundary(reach)
+        ids = file.passage(stop)
+    if len(ids) < needed:
+        raise ValueError(
+            f"{text} has {len(ids)} tokens, enough for {len(ids) // file.body} windows of "
+            f"{length}; {skip + count} were asked for: pass a longer text or ask for less"
+        )
+    passages = [ids[first : first + file.body] for first in range(0, needed, file.body)][skip:]
+    file.check_known(torch.tensor(passages))
+    return torch.tensor([[*file.before, *passage, *file.after] for passage in passages])
+
+
 class TextExamples(IterableDataset[Example]):
-    """Examples from the beginning of a file, in an order drawn anew for every pass.
+    """Examples from the beginning of a file, in a new order for every pass.
 
     Blocks of the file come in random order, and the examples of `_MIXED` blocks are mixed. The
-    order depends on the seed alone, so that a run is resumed by skipping what it has seen. Workers
-    of a ``DataLoader`` share the examples between them.
-
-    Args:
-        file: Where they come from.
-        stop: The byte before which they lie.
-        seed: Of the orders.
-        passes: How often the whole is gone through; None: without end.
+    order depends on the seed alone, so that a run resumes by skipping examples. Workers of a
+    ``DataLoader`` share the examples between them. Without ``passes`` the stream has no end.
     """
 
     def __init__(self, file: _File, stop: int, *, seed: int = 0, passes: int | None = None) -> None:
         self.seed, self.passes = seed, passes
         self._file, self._stop = file, stop
         self._count = max(1, (stop - file.start) // (_BLOCK * file.body * _BYTES_PER_TOKEN))
-        # Examples at the beginning of a block that are used for something else.
+        # Number of examples at the beginning of a block that `set_aside` took.
         self._aside: dict[int, int] = {}
 
     def set_aside(self, count: int) -> list[Example]:
-        """Up to ``count`` examples, spread over the file, that training will not see."""
+        """Take up to ``count`` examples, spread over the file, out of the stream."""
         taken: list[Example] = []
         blocks = min(count, self._count)
         chosen = [(2 * i + 1) * self._count // (2 * blocks) for i in range(blocks)]
         for number, block in enumerate(chosen):
-            # What earlier blocks lacked falls to those that are left.
+            # Later blocks make up for earlier ones with too few examples.
             share = -(-(count - len(taken)) // (blocks - number))
             found = self._examples(block)[:share]
             self._aside[block] = len(found)
@@ -138,7 +157,7 @@ class TextExamples(IterableDataset[Example]):
         return taken
 
     def __iter__(self) -> Iterator[Example]:
-        """Examples, pass after pass."""
+        """Iterate over the examples, pass after pass."""
         worker = get_worker_info()
         stream = self._stream()
         return stream if worker is None else islice(stream, worker.id, None, worker.num_workers)
@@ -170,96 +189,125 @@ class TextExamples(IterableDataset[Example]):
 
 
 class _File:
-    """A file that can be cut at any of many places, each part tokenized by itself."""
+    """A file that can be cut at many places, each part tokenized by itself."""
 
     def __init__(self, tokenizer: Any, path: Path, length: int) -> None:
+        if tokenizer is None:
+            raise ValueError("tokenizer is None: the model's folder has no tokenizer files")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such text file")
         self.path, self._tokenizer = path, tokenizer
-        self._before, self._after = special_tokens(tokenizer)
-        self.body = length - len(self._before) - len(self._after)
+        self.before, self.after = self._special_tokens()
+        special = len(self.before) + len(self.after)
+        self.body = length - special
         if self.body < 1:
-            raise ValueError(
-                f"length must exceed the {len(self._before) + len(self._after)} special tokens, "
-                f"got {length}"
-            )
-        self._open(path)
+            raise ValueError(f"length must exceed the {special} special tokens, got {length}")
+        self._plain = path
+        if self._bytes(0, len(_GZIP_MARK)) == _GZIP_MARK:
+            self._decompress()
         self.size = self._plain.stat().st_size
         head = self._bytes(0, len(_UTF8_MARK) + 1)
         self.start = len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
         self.is_fasta = head[self.start : self.start + 1] == b">"
 
     def boundary(self, offset: int) -> int:
-        """The first place at or after a byte where the file can be cut."""
+        """Find the first place at or after a byte where the file can be cut."""
         if offset <= self.start:
             return self.start
         if offset >= self.size:
             return self.size
         if self.is_fasta:
-            return self._find(b"\n>", offset - 1)
-        near = self._bytes(offset, offset + _LONGEST_WORD)
+            for start in range(offset - 1, self.size, _PIECE - 1):
+                if (place := self._bytes(start, start + _PIECE).find(b"\n>")) >= 0:
+                    return start + place + 1
+            return self.size
+        following = self._bytes(offset, offset + _LONGEST_WORD)
         # Tokenizers that keep spaces keep them before the word.
-        if (space := _SPACE.search(near)) is not None:
+        if (space := _SPACE.search(following)) is not None:
             return offset + space.start()
-        for place, byte in enumerate(near):
-            # Not inside a character.
-            if byte & 0xC0 != 0x80:
-                return offset + place
-        return self.size
+        # Not within a character.
+        places = (place for place, byte in enumerate(following) if byte & 0xC0 != 0x80)
+        return offset + next(places, self.size - offset)
 
     def examples(self, start: int, stop: int) -> list[Example]:
-        """The examples of the bytes between two boundaries; what fills no window is left out."""
+        """Examples between two boundaries, without the incomplete window at the end."""
+        if self.is_fasta:
+            rows = [self._encode(x[: self.body])[: self.body] for x in self._sequences(start, stop)]
+        else:
+            ids = self._encode(self._text(start, stop))
+            ends = range(self.body, len(ids) + 1, self.body)
+            rows = [ids[end - self.body : end] for end in ends]
+        examples = [torch.tensor([*self.before, *row, *self.after]) for row in rows]
+        return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in examples]
+
+    def passage(self, stop: int) -> list[int]:
+        """Token ids of the file up to a boundary, with separators between sequences."""
+        if not self.is_fasta:
+            return self._encode(self._text(self.start, stop))
+        separator = self._tokenizer.sep_token or self._tokenizer.eos_token or ""
+        sequences = (" ".join(x) for x in self._sequences(self.start, stop))
+        return self._encode(f" {separator} ".join(sequences))
+
+    def check_known(self, ids: Tensor) -> None:
+        """Refuse a file with a majority of tokens that are unknown to the tokenizer."""
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and (share := float((ids == unknown).double().mean())) > 0.5:
+            raise ValueError(
+                f"{self.path}: {share:.0%} of the tokens are unknown to the tokenizer; a model of "
+                "proteins needs a FASTA file, a model of text needs text in its language"
+            )
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before a text, and those after it."""
+        bare, full = self._encode("A"), list(self._tokenizer("A").input_ids)
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        raise ValueError(
+            "tokenizer changes a text's tokens when it adds special tokens; unsupported"
+        )
+
+    def _encode(self, text: str | list[str]) -> list[int]:
+        """Ids of a text, or of words, without a limit on their number."""
+        if not text:
+            return []
+        options = {"add_special_tokens": False, "truncation": False, "padding": False}
+        text = text if isinstance(text, str) else " ".join(text)
+        return list(self._tokenizer(text, verbose=False, **options).input_ids)
+
+    def _sequences(self, start: int, stop: int) -> list[list[str]]:
+        """Residues of the sequences between two boundaries, empty ones left out."""
+        records = f"\n{self._text(start, stop)}".split("\n>")
+        lines = (record.split("\n")[1:] for record in records)
+        sequences = ([x for x in "".join(each).upper() if x.isalpha()] for each in lines)
+        return [residues for residues in sequences if residues]
+
+    def _text(self, start: int, stop: int) -> str:
         try:
             text = self._bytes(start, stop).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not a UTF-8 text file: {error}") from error
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if self.is_fasta:
-            rows = [self._residues(record) for record in f"\n{text}".split("\n>") if record]
-            return [self._example(row) for row in rows if row]
-        ids = encode(self._tokenizer, text) if text else []
-        windows = range(0, len(ids) - self.body + 1, self.body)
-        return [self._example(ids[begin : begin + self.body]) for begin in windows]
-
-    def _residues(self, record: str) -> list[int]:
-        letters = (x for line in record.split("\n")[1:] for x in line.upper() if x.isalpha())
-        residues = " ".join(islice(letters, self.body))
-        return encode(self._tokenizer, residues)[: self.body] if residues else []
-
-    def _example(self, ids: list[int]) -> Example:
-        row = torch.tensor([*self._before, *ids, *self._after], dtype=torch.long)
-        return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-
-    def _find(self, mark: bytes, start: int) -> int:
-        while start < self.size:
-            piece = self._bytes(start, start + _PIECE)
-            if (place := piece.find(mark)) >= 0:
-                return start + place + 1
-            start += _PIECE - 1
-        return self.size
+        return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        # Opened for each piece: workers that were forked would share a position in the file.
+        # Opened for each piece: forked workers would share a position in the file.
         with self._plain.open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
-    def _open(self, path: Path) -> None:
-        self._plain = path
-        if not is_gzip(path):
-            return
-        # Lives as long as this object.
-        self._folder = tempfile.TemporaryDirectory(prefix="performers-")
-        self._plain = Path(self._folder.name) / "plain"
+    def _decompress(self) -> None:
+        folder = tempfile.mkdtemp(prefix="performers-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self._plain = Path(folder) / "plain"
         try:
-            with gzip.open(path) as packed, self._plain.open("wb") as plain:
+            with gzip.open(self.path) as packed, self._plain.open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} is a damaged gzip file: {error}") from error
+            raise ValueError(f"{self.path} is a damaged gzip file: {error}") from error
 
 
 def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
-    """Where the test part begins, and its examples."""
+    """Start of the test part, and its examples."""
     if test < 1:
         begin = file.boundary(file.size - int(test * (file.size - file.start)))
         examples = file.examples(begin, file.size)
@@ -270,7 +318,7 @@ def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
             )
         return begin, examples
     count = int(test)
-    # Sequences may be far shorter than an example: what is read in excess is lost to training.
+    # Sequences may be far shorter than an example, and an excess is lost to training.
     reach = count * (_SHORTEST if file.is_fasta else file.body + 1)
     while True:
         begin = file.boundary(max(file.start, file.size - reach))

@@ -1,8 +1,7 @@
-"""Models of ``performers.models`` with exact attention, made linear."""
-
-from __future__ import annotations
+"""Models of ``performers.models`` with exact attention."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,26 +14,23 @@ from performers.models import PerformerConfig, PerformerPreTrainedModel
 from performers.models.attention import PerformerSelfAttention, build_mechanism
 from performers.nn import FavorAttention
 
-__all__ = ["PerformerModels"]
 
+class PerformerModels(Family):
+    """Conversion of a model with ``attention="exact"`` to one with ``"favor-softmax"``.
 
-class PerformerModels(Family[Site]):
-    """Turns a model with ``attention="exact"`` into one with ``"favor-softmax"``.
-
-    The model gets a configuration of its own that says what it has become, so that
-    ``save_pretrained`` and ``from_pretrained`` work as ever. Layers that the conversion leaves out
-    are the configuration's ``exact_layers``.
+    The model gets a configuration of its own with the new attention, so that ``save_pretrained``
+    and ``from_pretrained`` need nothing else. Layers that the conversion leaves out are the
+    configuration's ``exact_layers``.
     """
 
     config: PerformerConfig
 
     def sites(self) -> list[Site]:
-        """All layers; refuses a model whose attention is not exact."""
+        """List all layers; refuse a model whose attention is not exact."""
         config = self.model.config
         attention = config.attention
         if attention != "exact":
-            reason = f"attention={attention!r}, which computes no attention that features could "
-            reason += "stand in for"
+            reason = f"attention={attention!r}, which computes no attention to approximate"
             if attention.startswith("favor-"):
                 reason = f"linear attention already (attention={attention!r})"
             raise ValueError(f"{self.kind} has {reason}: start from a model with attention='exact'")
@@ -49,7 +45,7 @@ class PerformerModels(Family[Site]):
             if isinstance(module, PerformerSelfAttention)
         ]
 
-    def prepare(self, sites: Sequence[Site]) -> None:
+    def prepare(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Make the configuration, which its constructor checks."""
         before, conversion = self.model.config, self.conversion
         linear = {site.module.layer for site in sites}
@@ -68,9 +64,10 @@ class PerformerModels(Family[Site]):
         self.config = copy.deepcopy(before)
         for name, value in changes.items():
             setattr(self.config, name, value)
+        return sites
 
     def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
-        """The mechanism of one layer."""
+        """Build the mechanism of one layer."""
         weight = site.module.query_key_value.weight
         mechanism = build_mechanism(self.config, site.module.layer, generator)
         assert isinstance(mechanism, FavorAttention)
@@ -81,21 +78,12 @@ class PerformerModels(Family[Site]):
     ) -> AbstractContextManager[None]:
         """Report the calls of the exact mechanisms."""
 
-        def observer(site: Site) -> Callable[..., None]:
-            def observe(mechanism: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
-                query, key, _, context, _ = args
-                add(
-                    site,
-                    query,
-                    key,
-                    is_causal=context.is_causal,
-                    key_mask=context.key_mask,
-                    cu_seqlens=context.cu_seqlens,
-                )
+        def report(site: Site, mechanism: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+            query, key, _, context, _ = args
+            masks = {"key_mask": context.key_mask, "cu_seqlens": context.cu_seqlens}
+            add(site, query, key, is_causal=context.is_causal, **masks)
 
-            return observe
-
-        return pre_hooks({site.module.mechanism: observer(site) for site in favors})
+        return pre_hooks({x.module.mechanism: functools.partial(report, x) for x in favors})
 
     def call(self, *args: Any, labels: Any = None, **options: Any) -> Any:
         """Run the model on a batch of calibration."""

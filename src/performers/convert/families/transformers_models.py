@@ -1,8 +1,7 @@
 """transformers models whose attention goes through the attention interface."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from performers.convert.conversion import FAVOR
 from performers.convert.families.base import Family, Site
 from performers.convert.families.trial import try_model
 from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
@@ -19,16 +17,19 @@ from performers.convert.interface.hooks import (
     enter_rotary_model,
     is_rotary_model,
 )
-from performers.convert.interface.implementation import intercept_attention, set_implementation
-from performers.convert.interface.modules import forward_code, interface_modules
+from performers.convert.interface.implementation import (
+    forward_code,
+    intercept_attention,
+    interface_modules,
+    set_implementation,
+)
+from performers.convert.options import FAVOR
 from performers.convert.record import separate_configurations_, write_record
 from performers.nn import FavorAttention
 
-__all__ = ["AttentionModule", "TransformersModels", "attention_modules"]
-
 _HEAD_DIMS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads")
-# Where attention modules keep the dropout of their weights, when it is not the configuration's.
+# Attributes of attention modules with the dropout of their weights.
 _DROPOUTS = (
     "attention_dropout",
     "attn_dropout",
@@ -37,6 +38,14 @@ _DROPOUTS = (
     "dropout_p",
     "dropout_prob",
 )
+_POSITION_BIAS = "adds a position bias to its scores"
+# Attributes of modules that compute something else than masked softmax attention.
+_OTHER_ATTENTION = {
+    "attn_logit_softcapping": "soft-caps its scores (attn_logit_softcapping)",
+    "is_kv_shared_layer": "takes its keys and values from another layer (is_kv_shared_layer)",
+    "store_full_length_kv": "lends its keys and values to other layers (store_full_length_kv)",
+    "reorder_and_upcast_attn": "bypasses the attention interface (reorder_and_upcast_attn=True)",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,83 +53,60 @@ class AttentionModule(Site):
     """A module whose forward pass calls transformers' attention interface."""
 
     def window(self) -> int | None:
-        """The module's own sliding window, or None."""
+        """Sliding window of the module, or None."""
         if hasattr(self.module, "sliding_window"):
             window: Any = self.module.sliding_window
             return window
-        # Some modules pass on their configuration's.
+        # Some modules read it from their configuration.
         code = forward_code(self.module)
         if code is not None and "sliding_window" in (*code.co_names, *code.co_consts):
             return getattr(self.module.config, "sliding_window", None)
         return None
 
     def refusal(self) -> str | None:
-        """What the module does that linear attention cannot, or None."""
-        reason = self._other_attention()
-        if reason is None:
+        """Reason why the module cannot become linear, and the remedy; None: it can."""
+        module = self.module
+        reasons = [text for name, text in _OTHER_ATTENTION.items() if getattr(module, name, None)]
+        if getattr(module, "has_relative_attention_bias", None) is not None:
+            reasons.append(_POSITION_BIAS)
+        kind = getattr(module, "position_embedding_type", "absolute")
+        if kind in ("relative_key", "relative_key_query"):
+            reasons.append(f"{_POSITION_BIAS} ({kind})")
+        if getattr(module, "sinks", None) is not None:
+            reasons.append("has learned sink logits in its softmax")
+        if not reasons:
             return None
         return (
-            f"{reason}, which linear attention cannot do: name the layers that can be converted "
-            "with layers=, or use another model"
+            f"{reasons[0]}, which linear attention cannot do: name the layers that can be "
+            "converted with layers=, or use another model"
         )
 
-    def _other_attention(self) -> str | None:
-        module = self.module
-        if getattr(module, "attn_logit_softcapping", None):
-            return "soft-caps its scores (attn_logit_softcapping)"
-        if getattr(module, "has_relative_attention_bias", None) is not None:
-            return "adds a position bias to its scores"
-        if getattr(module, "position_embedding_type", "absolute") in (
-            "relative_key",
-            "relative_key_query",
-        ):
-            return f"adds a position bias to its scores ({module.position_embedding_type})"
-        if getattr(module, "sinks", None) is not None:
-            return "has learned sink logits in its softmax"
-        if getattr(module, "is_kv_shared_layer", False):
-            return "takes its keys and values from another layer (is_kv_shared_layer)"
-        if getattr(module, "store_full_length_kv", False):
-            return "lends its keys and values to other layers (store_full_length_kv)"
-        if getattr(module, "reorder_and_upcast_attn", False):
-            return "bypasses the attention interface (reorder_and_upcast_attn=True)"
-        return None
-
-    def dropout(self) -> float:
-        """The probability that a weight is dropped in training."""
-        return max((_probability(value) for _, value in self._dropouts()), default=0.0)
-
-    def switch_dropout_off(self) -> None:
-        """Set the dropout of the weights to 0."""
-        for name, value in self._dropouts():
-            if isinstance(value, nn.Dropout):
-                value.p = 0.0
-            else:
-                setattr(self.module, name, 0.0)
-
-    def _dropouts(self) -> Iterator[tuple[str, Any]]:
+    def remove_dropout(self) -> float:
+        """Set the dropout of the attention weights to 0; returns its probability before."""
+        rate = 0.0
         for name in _DROPOUTS:
             value = getattr(self.module, name, None)
-            if isinstance(value, (nn.Dropout, float)):
-                yield name, value
+            if isinstance(value, nn.Dropout):
+                rate, value.p = max(rate, value.p), 0.0
+            elif isinstance(value, float):
+                rate = max(rate, value)
+                setattr(self.module, name, 0.0)
+        return rate
 
 
-class TransformersModels(Family[AttentionModule]):
-    """Gives attention modules a `FavorAttention` each, and the model a record of its conversion.
+class TransformersModels(Family):
+    """Conversion by a `FavorAttention` in each attention module and a record in the configuration.
 
-    The modules within a sliding window of their own are left out: they are linear already.
+    Modules with a sliding window are left out: they are linear already.
     """
 
     takes_lists = True
 
     def sites(self) -> list[AttentionModule]:
-        """Modules that can become linear, in the order of ``named_modules``."""
+        """List the modules that can become linear, in the order of ``named_modules``."""
         if any(hasattr(module, FAVOR) for module in self.model.modules()):
             raise ValueError(f"{self.kind} is converted already: start from the original model")
-        sites = [
-            x
-            for x in attention_modules(self.model)
-            if (self.conversion.cross_attention or not x.is_cross) and x.window() is None
-        ]
+        sites = [site for site in attention_modules(self.model) if site.window() is None]
         if not sites:
             raise ValueError(
                 f"{self.kind} has no attention to convert: none of its modules calls transformers' "
@@ -128,13 +114,13 @@ class TransformersModels(Family[AttentionModule]):
             )
         return sites
 
-    def prepare(self, sites: Sequence[AttentionModule]) -> None:
-        """Check lists of keys and weights, and try the model."""
+    def prepare(self, sites: Sequence[Site]) -> Collection[Site]:
+        """Check lists of keys and weights, and run the model on made-up inputs."""
         listed = self.conversion.listed_keys
         causal = [x.name for x in sites if x.is_cross or getattr(x.module, "is_causal", False)]
         if listed and causal:
             raise ValueError(
-                f"listed_keys={listed} is for self-attention to both sides, and {causal[0]} is "
+                f"listed_keys={listed} is for bidirectional self-attention, and {causal[0]} is "
                 "not: a decoder's running sums hold no lists; pass listed_keys=0 with a larger "
                 "window, or name the encoder's layers with layers="
             )
@@ -146,40 +132,30 @@ class TransformersModels(Family[AttentionModule]):
                         "offloaded): load the whole model first"
                     )
         separate_configurations_(self.model)
-        if not self.is_loading:
-            try_model(self.model, list(sites))
+        return () if self.is_loading else try_model(self.model, sites)
 
-    def build(self, site: AttentionModule, generator: torch.Generator | None) -> FavorAttention:
-        """The submodule of an attention module."""
+    def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
+        """Build the submodule of an attention module."""
         favor = self.conversion.attention(
             site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
         )
         return favor if self.is_loading else favor.to(_device(site))
 
     def observe(
-        self, favors: Mapping[AttentionModule, FavorAttention], add: Callable[..., None]
+        self, favors: Mapping[Site, FavorAttention], add: Callable[..., None]
     ) -> AbstractContextManager[None]:
         """Report the calls of the attention interface."""
 
-        def observer(site: AttentionModule) -> Callable[[AttentionCall], Tensor]:
-            def attend(call: AttentionCall) -> Tensor:
-                check_linear(call)
-                add(
-                    site,
-                    call.query,
-                    call.key,
-                    is_causal=call.pattern.is_causal,
-                    key_mask=call.pattern.key_mask,
-                    cu_seqlens=call.pattern.cu_seqlens,
-                    scale=call.scale,
-                )
-                return exact_attention(call)
+        def attend(site: Site, call: AttentionCall) -> Tensor:
+            check_linear(call)
+            boundaries = call.pattern.cu_seqlens
+            add(site, call.query, call.key, cu_seqlens=boundaries, **call.favor_options())
+            return exact_attention(call)
 
-            return attend
+        functions = {site.module: functools.partial(attend, site) for site in favors}
+        return intercept_attention(functions, self.model)
 
-        return intercept_attention({site.module: observer(site) for site in favors}, self.model)
-
-    def install(self, favors: Mapping[AttentionModule, FavorAttention]) -> None:
+    def install(self, favors: Mapping[Site, FavorAttention]) -> None:
         """Set the attention implementation, the submodules, the hooks and the record."""
         model = self.model
         set_implementation(model)
@@ -188,15 +164,14 @@ class TransformersModels(Family[AttentionModule]):
             setattr(module, FAVOR, blocks.get(module))
         for site, favor in favors.items():
             favor.train(site.module.training)
-            # The keys of an encoder stay in the cache as they are: they do not grow with the
-            # output.
+            # The keys of an encoder stay in the cache: they do not grow with the output.
             if not site.is_cross:
                 site.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
         for module in model.modules():
             if is_rotary_model(module) and not blocks.keys().isdisjoint(module.modules()):
                 module.register_forward_pre_hook(enter_rotary_model, with_kwargs=True)
         if any(not site.is_cross for site in favors):
-            # What transformers asks before assisted decoding, which takes tokens back.
+            # Makes transformers refuse assisted decoding, which takes tokens back.
             model._is_stateful = True
         write_record(model, self.conversion)
 
@@ -216,11 +191,10 @@ def _device(site: Site) -> torch.device:
 
 
 def _is_cross(name: str, module: nn.Module) -> bool:
-    kind = type(module).__name__.lower()
     last = name.rsplit(".", 1)[-1].lower()
     return (
         bool(getattr(module, "is_cross_attention", False))
-        or "cross" in kind
+        or "cross" in type(module).__name__.lower()
         or "cross" in last
         or last in ("encoder_attn", "encdecattention", "encoder_decoder_attention")
         or "crossattention" in name.lower()
@@ -228,9 +202,9 @@ def _is_cross(name: str, module: nn.Module) -> bool:
 
 
 def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
-    head_dim = _first(module, _HEAD_DIMS)
+    head_dim = _first_positive(module, _HEAD_DIMS)
     config = getattr(module, "config", None)
-    heads = _first(module, _HEADS) or _first(config, _HEADS)
+    heads = _first_positive(module, _HEADS) or _first_positive(config, _HEADS)
     key_heads = getattr(module, "num_key_value_heads", None)
     groups = getattr(module, "num_key_value_groups", None)
     if key_heads is None and groups and heads:
@@ -238,16 +212,12 @@ def _sizes(name: str, module: nn.Module) -> tuple[int, int]:
     key_heads = key_heads or heads
     if not head_dim or not key_heads:
         raise ValueError(
-            f"the sizes of the heads of {name} ({type(module).__name__}) cannot be told: it has "
-            f"none of {_HEAD_DIMS} or of {_HEADS}"
+            f"the sizes of the heads of {name} ({type(module).__name__}) are unknown: it has "
+            f"none of the attributes {_HEAD_DIMS} or none of {_HEADS}"
         )
     return int(head_dim), int(key_heads)
 
 
-def _first(owner: Any, names: tuple[str, ...]) -> int | None:
+def _first_positive(owner: Any, names: tuple[str, ...]) -> int | None:
     values = (getattr(owner, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _probability(value: Any) -> float:
-    return float(value.p if isinstance(value, nn.Dropout) else value)

@@ -1,14 +1,13 @@
-"""A trial run of a model before it is converted, on inputs made up from its configuration.
+"""Trial of a model before its conversion, on inputs made up from its configuration.
 
 The code of a model can do to its attention what no attribute tells: add a bias to the scores, take
-the mask apart, call an attention module with other keys than queries. The trial run finds it, so
-that `to_performer` refuses the model and not its first call.
+the mask apart, call an attention module with other keys than queries. The trial finds it, so that
+`to_performer` refuses the model before anything changes.
 """
 
-from __future__ import annotations
-
+import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,29 +22,32 @@ from performers.convert.interface.hooks import find_cache
 from performers.convert.interface.implementation import intercept_attention
 from performers.convert.interface.masks import check_reading
 
-__all__ = ["try_model"]
-
 _ROWS, _LENGTH = 2, 12
 _TOLERANCE = 1e-3
 
 
-def try_model(model: Any, parts: list[Site]) -> None:
-    """Run a model with exact attention through the interface and check the calls of some modules.
+def try_model(model: Any, sites: Sequence[Site]) -> set[Site]:
+    """Run a model with exact attention through the interface and check the calls of its layers.
 
-    The model is run as it is first. Modules that it does not call on inputs that suit it are tried
-    with the models within it; where no made-up inputs suit these either, nothing is checked.
+    The outputs must equal those of the unchanged model. Layers that the model does not call on the
+    inputs that suit it are tried with the models within it; those that no inputs reach remain
+    unchecked.
+
+    Returns:
+        The layers that were called.
     """
     with evaluation(model), torch.random.fork_rng():
-        called = _try_inputs(model, parts)
-    left = [part for part in parts if part.module not in called]
+        called = _try_inputs(model, sites)
+    left = [site for site in sites if site not in called]
     for inner in _inner_models(model) if left else ():
         inside = set(inner.modules())
-        if own := [part for part in left if part.module in inside]:
-            try_model(inner, own)
+        if own := [site for site in left if site.module in inside]:
+            called |= try_model(inner, own)
+    return called
 
 
 def _inner_models(module: nn.Module) -> Iterator[Any]:
-    """The largest transformers models within a module."""
+    """Find the largest transformers models within a module."""
     for child in module.children():
         if isinstance(child, PreTrainedModel):
             yield child
@@ -53,40 +55,61 @@ def _inner_models(module: nn.Module) -> Iterator[Any]:
             yield from _inner_models(child)
 
 
-def _try_inputs(model: Any, parts: list[Site]) -> set[nn.Module]:
-    """The modules among the parts that the model calls, each of which computes as it should."""
+def _try_inputs(model: Any, sites: Sequence[Site]) -> set[Site]:
+    """Check a model on the first inputs that it accepts; returns the sites that it calls."""
     for inputs in _candidates(model):
         expected = _outputs(model, inputs)
         if expected is None:
             continue
-        called = _compare(model, parts, inputs, expected)
+        called = _compare(model, sites, inputs, expected)
         if "attention_mask" in inputs:
             # Without padding transformers may leave the mask to the attention itself.
             unmasked = {name: x for name, x in inputs.items() if name != "attention_mask"}
             expected = _outputs(model, unmasked)
             if expected is not None:
-                _compare(model, parts, unmasked, expected)
+                _compare(model, sites, unmasked, expected)
         return called
     return set()
 
 
 def _compare(
-    model: Any,
-    parts: list[Site],
-    inputs: Mapping[str, Tensor],
-    expected: list[Tensor],
-) -> set[nn.Module]:
+    model: Any, sites: Sequence[Site], inputs: Mapping[str, Tensor], expected: list[Tensor]
+) -> set[Site]:
     kind = type(model).__name__
-    called: set[nn.Module] = set()
+    running: set[nn.Module] = set()
+    called: set[Site] = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running.discard(module)
+        cache, index = find_cache(args, kwargs), getattr(module, "layer_idx", None)
+        if cache is not None and isinstance(index, int):
+            check_cache(cache, index)
+
+    def observe(site: Site, call: AttentionCall) -> Tensor:
+        if site.module in running and not site.is_cross:
+            raise ValueError(
+                f"{site.name} ({call.name}) attends more than once in a forward pass, for "
+                "which a cache has one state: leave it exact with to_performer(..., layers=...)"
+            )
+        running.add(site.module)
+        called.add(site)
+        check_linear(call)
+        check_reading(call.pattern, call.query.shape[2], call.key.shape[2], site.name)
+        _check_heads(site, call)
+        return exact_attention(call)
+
+    hooks = {site.module: enter for site in sites if not site.is_cross}
+    functions = {site.module: functools.partial(observe, site) for site in sites}
     try:
-        got = _intercepted(model, parts, inputs, called)
+        with pre_hooks(hooks), intercept_attention(functions, model):
+            outputs = _tensors(model(**inputs))
     except (TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ValueError(
             f"{kind} computes with its attention masks itself, which linear attention never "
             f"forms ({type(error).__name__}: {error}): it cannot be converted"
         ) from error
     # Some models draw random numbers in evaluation too.
-    if not _close(got, expected) and _close(_outputs(model, inputs) or [], expected):
+    if not _close(outputs, expected) and _close(_outputs(model, inputs) or [], expected):
         raise ValueError(
             f"{kind} computes something else when its attention goes through the attention "
             "interface of transformers: it cannot be converted"
@@ -94,66 +117,28 @@ def _compare(
     return called
 
 
-def _intercepted(
-    model: Any, parts: list[Site], inputs: Mapping[str, Tensor], called: set[nn.Module]
-) -> list[Tensor]:
-    running: set[nn.Module] = set()
-
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running.discard(module)
-        _check_cache(module, args, kwargs)
-
-    def observer(part: Site) -> Callable[[AttentionCall], Tensor]:
-        def observe(call: AttentionCall) -> Tensor:
-            if part.module in running and not part.is_cross:
-                raise ValueError(
-                    f"{part.name} ({call.name}) attends more than once in a forward pass, for "
-                    "which a cache has one state: leave it exact with to_performer(..., layers=...)"
-                )
-            running.add(part.module)
-            called.add(part.module)
-            check_linear(call)
-            check_reading(call.pattern, call.query.shape[2], call.key.shape[2], part.name)
-            _check_heads(part, call)
-            return exact_attention(call)
-
-        return observe
-
-    entered = {part.module: enter for part in parts if not part.is_cross}
-    observers = {part.module: observer(part) for part in parts}
-    with pre_hooks(entered), intercept_attention(observers, model):
-        return _tensors(model(**inputs))
-
-
-def _check_heads(part: Site, call: AttentionCall) -> None:
-    where = f"{part.name} ({call.name})"
+def _check_heads(site: Site, call: AttentionCall) -> None:
+    where = f"{site.name} ({call.name})"
+    remedy = "leave it exact with to_performer(..., layers=...)"
     length, size = call.query.shape[2], call.key.shape[2]
-    if length != size and not part.is_cross:
+    if length != size and not site.is_cross:
         raise ValueError(
             f"{where} attends from {length} queries to {size} other keys, so that it is no "
-            "self-attention: leave it exact with to_performer(..., layers=...)"
+            f"self-attention: {remedy}"
         )
     heads, width = call.key.shape[1], call.query.shape[-1]
-    if (heads, width) != (part.key_heads, part.head_dim):
+    if (heads, width) != (site.key_heads, site.head_dim):
         raise ValueError(
-            f"{where} has {heads} heads of width {width} in its keys where its attributes tell of "
-            f"{part.key_heads} of {part.head_dim}: leave it exact with to_performer(..., "
-            "layers=...)"
+            f"{where} has {heads} heads of width {width} in its keys, but its attributes say "
+            f"{site.key_heads} of {site.head_dim}: {remedy}"
         )
-
-
-def _check_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache = find_cache(args, kwargs)
-    index: Any = getattr(module, "layer_idx", None)
-    if cache is not None and index is not None:
-        check_cache(cache, index)
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """Floating-point outputs of the model as it is; None: these are no inputs of it."""
+    """Floating-point outputs of the unchanged model; None: it does not accept the inputs."""
     try:
         return _tensors(model(**inputs)) or None
-    # Inputs that are made up may raise anything; what it is tells nothing of the conversion.
+    # Made-up inputs may raise anything, which says nothing about the conversion.
     except Exception:
         return None
 
@@ -168,15 +153,15 @@ def _tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
-    if [x.shape for x in got] != [x.shape for x in expected]:
+def _close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    if [x.shape for x in outputs] != [x.shape for x in expected]:
         return False
-    for x, y in zip(got, expected, strict=True):
+    for x, y in zip(outputs, expected, strict=True):
         a, b = x.double(), y.double()
         same = (a == b) | (a.isnan() & b.isnan())
         difference = (a - b).masked_fill(same, 0.0)
         size = b.nan_to_num(0.0, 0.0, 0.0).norm()
-        # Half precision rounds by more than a wrong mask moves.
+        # Half precision rounds by more than a wrong mask changes.
         bound = _TOLERANCE if y.itemsize > 2 else 0.1
         if not bool(difference.norm() <= bound * size + 1e-6):
             return False
@@ -184,19 +169,18 @@ def _close(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 def _find(config: Any, *names: str, default: Any) -> Any:
-    """The first of some attributes that a configuration or one within it has."""
+    """Find the first of some attributes in a configuration or those within it."""
     queue = [config]
-    while queue:
-        here = queue.pop(0)
+    for part in queue:
         for name in names:
-            if (value := getattr(here, name, None)) is not None:
+            if (value := getattr(part, name, None)) is not None:
                 return value
-        queue += [x for x in vars(here).values() if isinstance(x, PreTrainedConfig)]
+        queue += [x for x in vars(part).values() if isinstance(x, PreTrainedConfig)]
     return default
 
 
 def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
-    """Inputs to be tried, those with most kinds of data first."""
+    """Inputs to try, those with most kinds of data first."""
     config, names = model.config, set(inspect.signature(type(model).forward).parameters)
     reference = next(model.parameters(), torch.empty(0))
     random = torch.Generator().manual_seed(0)
@@ -219,24 +203,21 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
             corner = torch.randint(0, 8, (_ROWS, _LENGTH, 2), generator=random)
             text["bbox"] = torch.cat((corner, corner + 3), -1)
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
-    others = (_images, _sounds, _series)
-    for other in (x for make in others for x in make(config, names, normal)):
-        for places in _placeholders(config, text, other):
-            yield moved({**places, **other, **decoder})
-        yield moved({**text, **other, **decoder})
-        yield moved({**other, **decoder})
-        yield moved(other)
+    for other in _other_data(config, names, normal):
+        for placed in _placeholders(config, text, other):
+            yield moved({**placed, **other, **decoder})
+        for inputs in ({**text, **other, **decoder}, {**other, **decoder}, other):
+            yield moved(inputs)
     if text:
-        yield moved({**text, **decoder})
-        yield moved(text)
-        yield moved({"input_ids": ids})
+        for inputs in ({**text, **decoder}, text, {"input_ids": ids}):
+            yield moved(inputs)
     width = _find(config, "hidden_size", "d_model", default=32)
     for name in {"inputs_embeds", "hidden_states"} & names:
         yield {name: normal(_ROWS, _LENGTH, width)}
 
 
 def _token_ids(config: Any, random: torch.Generator) -> Tensor:
-    """Tokens that are none of the special ones a configuration names."""
+    """Token ids, none of them special in the configuration."""
     vocabulary = _find(config, "vocab_size", default=32)
     parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
     special = {
@@ -253,7 +234,7 @@ def _token_ids(config: Any, random: torch.Generator) -> Tensor:
 def _placeholders(
     config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    """The text with as many places for images in it as the model might want."""
+    """Insert as many placeholders of an image into the text as the model may expect."""
     token = _find(config, "image_token_id", "image_token_index", default=None)
     pixels = other.get("pixel_values")
     if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:
@@ -262,8 +243,8 @@ def _placeholders(
     patch = _find(vision, "patch_size", default=8)
     cells = pixels[0].numel() // (pixels.shape[-3] if pixels.ndim > 3 else 1) // patch**2
     resampled = _find(config, "image_seq_length", "resampler_n_latents", default=cells)
+    ids, mask = text["input_ids"], text.get("attention_mask")
     for count in dict.fromkeys((cells, resampled, cells + 1, cells // 4, cells // 16)):
-        ids, mask = text["input_ids"], text.get("attention_mask")
         marks = ids.new_full((_ROWS, count), token)
         inputs = {"input_ids": torch.cat((ids[:, :2], marks, ids[:, 2:]), 1)}
         if mask is not None:
@@ -271,11 +252,10 @@ def _placeholders(
         yield inputs
 
 
-def _images(
+def _other_data(
     config: Any, names: set[str], normal: Callable[..., Tensor]
 ) -> Iterator[dict[str, Tensor]]:
-    if "pixel_values" not in names:
-        return
+    """Images, sounds and time series."""
     vision = getattr(config, "vision_config", None) or config
     size = _find(vision, "image_size", "img_size", "input_image_size", default=32)
     if isinstance(size, dict):
@@ -283,54 +263,33 @@ def _images(
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
     channels = _find(vision, "num_channels", "in_channels", "in_chans", default=3)
     patch = _find(vision, "patch_size", default=8)
-    if not all(isinstance(x, int) for x in (height, width, channels, patch)):
-        return
-    if {"spatial_shapes", "pixel_attention_mask"} <= names:
-        yield {
-            "pixel_values": normal(_ROWS, 16, channels * patch * patch),
-            "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
-            "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
-        }
-    yield {"pixel_values": normal(1, channels, height, width)}
-    yield {"pixel_values": normal(_ROWS, channels, height, width)}
-    for frames in (_find(config, "num_frames", default=2), 1):
-        yield {"pixel_values": normal(_ROWS, frames, channels, height, width)}
-
-
-def _sounds(
-    config: Any, names: set[str], normal: Callable[..., Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    mel = _find(
-        config,
-        "num_mel_bins",
-        "input_feat_per_channel",
-        "feature_projection_input_dim",
-        "n_mels",
-        "mel_dim",
-        default=80,
-    )
+    numbers = all(isinstance(x, int) for x in (height, width, channels, patch))
+    if "pixel_values" in names and numbers:
+        if {"spatial_shapes", "pixel_attention_mask"} <= names:
+            yield {
+                "pixel_values": normal(_ROWS, 16, channels * patch * patch),
+                "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
+                "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
+            }
+        frames = _find(config, "num_frames", default=2)
+        for shape in ((1,), (_ROWS,), (_ROWS, frames), (_ROWS, 1)):
+            yield {"pixel_values": normal(*shape, channels, height, width)}
+    widths = "num_mel_bins input_feat_per_channel feature_projection_input_dim n_mels mel_dim"
+    mel = _find(config, *widths.split(), default=80)
     if "input_features" in names:
         source = _find(config, "max_source_positions", default=50)
-        yield {"input_features": normal(_ROWS, mel, 2 * source)}
-        yield {"input_features": normal(_ROWS, 64, mel)}
-        yield {"input_features": normal(_ROWS, 64, 4 * mel)}
+        for shape in ((mel, 2 * source), (64, mel), (64, 4 * mel)):
+            yield {"input_features": normal(_ROWS, *shape)}
         ones = torch.ones(_ROWS, 64, dtype=torch.int64)
         yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
     if "input_values" in names:
         yield {"input_values": normal(_ROWS, 6000)}
         yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
-
-
-def _series(
-    config: Any, names: set[str], normal: Callable[..., Tensor]
-) -> Iterator[dict[str, Tensor]]:
-    if "past_values" not in names:
-        return
     length = _find(config, "context_length", default=32)
-    for shape in ((_ROWS, length), (_ROWS, length, 1)):
+    for axes in ((length,), (length, 1)) if "past_values" in names else ():
         inputs = {
-            "past_values": normal(*shape),
-            "past_values_padding": torch.zeros(shape, dtype=torch.int64),
+            "past_values": normal(_ROWS, *axes),
+            "past_values_padding": torch.zeros(_ROWS, *axes, dtype=torch.int64),
             "freq": torch.zeros(_ROWS, 1, dtype=torch.int64),
         }
         yield {name: value for name, value in inputs.items() if name in names}

@@ -1,1 +1,1 @@
-"""What transformers calls in a converted model: attention, masks, caches, hooks."""
+"""Attention, masks, caches and hooks of converted models, called by transformers."""

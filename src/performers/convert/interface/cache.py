@@ -1,68 +1,61 @@
-"""A converted decoder's past: constant in size, inside transformers' own cache object."""
-
-from __future__ import annotations
+"""State of a converted decoder in the cache of transformers, constant in size."""
 
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from performers.models.cache import FavorCacheLayer
 
-__all__ = [
-    "ConvertedCacheLayer",
-    "check_cache",
-    "leave_cache_layer",
-    "state_layer",
-    "take_cache_layer",
-]
 
-# A forward pass of one thread: the cache layer of the attention module that is running.
-_RUNNING = threading.local()
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.layers: dict[int, ConvertedCacheLayer] = {}
+
+
+RUNNING = _Running()
+"""Cache layers of the attention modules that a thread is running, by the module's id."""
 
 
 class ConvertedCacheLayer(FavorCacheLayer):
-    """The state of one linear layer where transformers would keep keys and values.
+    """State of one linear layer in place of its keys and values.
 
     Holds the sums, the first ``sinks`` and the last ``window`` keys and values.
 
     Attributes:
-        padding: Padding before the first token of each row, (B,), where positions do not count it.
+        padding: Number of padding tokens before the first token of each row, (B,); None: unknown.
+        is_expected: Whether the next call of `update` is by linear attention.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.padding: Tensor | None = None
-        self._expected = False
-
-    def expect(self) -> None:
-        """The coming call of `update` is that of linear attention."""
-        self._expected = True
+        self.is_expected = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys and values of this call as they are; attention adds them to the state.
+        """Return the keys and values of this call, which attention adds to the state.
 
         Raises:
-            RuntimeError: Another kind of attention asks for keys and values of the past.
+            RuntimeError: Another kind of attention calls it.
         """
-        if not self._expected:
+        if not self.is_expected:
             raise RuntimeError(
                 "past_key_values holds the state of linear attention, which no other attention "
                 "can continue: start with a new cache after set_attn_implementation"
             )
-        self._expected = False
+        self.is_expected = False
         return key_states, value_states
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the layer."""
         super().reset()
         self.padding = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` becomes row ``beam_idx[i]``."""
+        """Replace row ``i`` by row ``beam_idx[i]``."""
         super().reorder_cache(beam_idx)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
@@ -75,29 +68,12 @@ class ConvertedCacheLayer(FavorCacheLayer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Size of the state in bytes."""
         return 0 if self.state is None else self.state.nbytes
 
 
-def leave_cache_layer(module: nn.Module, layer: ConvertedCacheLayer) -> None:
-    """Leave a layer of the cache for the running call of a module."""
-    _running()[id(module)] = layer
-
-
-def take_cache_layer(module: nn.Module) -> ConvertedCacheLayer | None:
-    """What `leave_cache_layer` left for the running call of a module."""
-    return _running().pop(id(module), None)
-
-
-def _running() -> dict[int, ConvertedCacheLayer]:
-    if not hasattr(_RUNNING, "layers"):
-        _RUNNING.layers = {}
-    found: dict[int, ConvertedCacheLayer] = _RUNNING.layers
-    return found
-
-
 def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
-    """The layer of a cache that holds a state, put there if the cache is new."""
+    """Return the layer of a cache that holds a state, created in a new cache."""
     cache = check_cache(cache, index)
     while len(cache.layers) <= index:
         cache.layers.append(DynamicLayer())
@@ -107,18 +83,15 @@ def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
 
 
 def check_cache(cache: Any, index: int) -> Any:
-    """Check that a layer of a cache can hold a state.
-
-    Returns the cache, or the one of self-attention within it.
-    """
+    """Check that a layer of a cache can hold a state; returns the cache of self-attention."""
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a transformers Cache, got {type(cache)}")
     if cache.offloading:
         raise ValueError(
-            "past_key_values moves keys and values away (offloading), which a state of constant "
-            "size does not need: leave cache_implementation at its default"
+            "past_key_values moves keys and values to another device (offloading), which a state "
+            "of constant size does not need: leave cache_implementation at its default"
         )
     layer = cache.layers[index] if index < len(cache.layers) else DynamicLayer()
     if isinstance(layer, ConvertedCacheLayer):

@@ -1,6 +1,4 @@
-"""One call of a model's attention, and how exact and linear layers compute it."""
-
-from __future__ import annotations
+"""Attention calls of a transformers model, computed by exact and linear layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +15,7 @@ from performers.convert.interface.masks import AttentionPattern
 from performers.models.arguments import is_tracing
 from performers.nn import FavorAttention
 
-__all__ = [
-    "AttentionCall",
-    "check_linear",
-    "exact_attention",
-    "exact_weights",
-    "linear_attention",
-    "linear_weights",
-    "sliding_attention",
-    "weights_wanted",
-]
-
-# Arguments of the attention interface that make attention something else than masked softmax.
+# Arguments of the attention interface that change the softmax or its scores.
 _OTHER_ATTENTION = {
     "softcap": "soft-capping of the scores",
     "s_aux": "learned sink logits in the softmax",
@@ -38,7 +25,7 @@ _OTHER_ATTENTION = {
     "block_indices": "blocks of keys chosen by an indexer",
     "cache": "a paged cache (continuous batching)",
 }
-# Those of them that torch's attention, which computes exact layers, would pass over in silence.
+# Those of them that torch's attention, which computes exact layers, would ignore.
 _UNKNOWN_TO_TORCH = ("s_aux", "sinks", "indices", "block_indices")
 
 
@@ -52,10 +39,10 @@ class AttentionCall:
         key: (B, Hkv, S, D); Hkv divides H.
         value: (B, Hkv, S, Dv).
         scale: Factor of the scores.
-        pattern: Who sees whom.
-        dropout: Probability that a weight is dropped.
+        pattern: The mask.
+        dropout: Dropout probability of the weights.
         cache_layer: The past of a linear layer, or None.
-        options: What else the model passed.
+        options: Other arguments of the model.
     """
 
     module: nn.Module
@@ -70,17 +57,20 @@ class AttentionCall:
 
     @property
     def name(self) -> str:
-        """The module's class, for messages."""
+        """Class of the module, for messages."""
         return type(self.module).__name__
 
-    def dense_mask(self) -> Tensor | None:
-        """The mask (B or 1, 1, L, S) for torch's attention; None: none is needed."""
-        mask = self.pattern.dense()
-        return None if mask is None else mask.to(self.query.device)
+    def favor_options(self) -> dict[str, Any]:
+        """Options of ``favor_attention``."""
+        return {
+            "is_causal": self.pattern.is_causal,
+            "key_mask": self.pattern.key_mask,
+            "scale": self.scale,
+        }
 
 
 def exact_attention(call: AttentionCall) -> Tensor:
-    """Softmax attention as torch computes it, under whatever mask the model asks for."""
+    """Compute softmax attention by torch, under any mask."""
     for name in _UNKNOWN_TO_TORCH:
         if call.options.get(name) is not None:
             raise ValueError(
@@ -97,21 +87,13 @@ def exact_attention(call: AttentionCall) -> Tensor:
         and not call.dropout
         and not any(call.options.get(name) is not None for name in _OTHER_ATTENTION)
     ):
-        return sliding_attention(
-            call.query,
-            call.key,
-            call.value,
-            window,
-            is_causal=pattern.is_causal,
-            key_mask=pattern.key_mask,
-            scale=call.scale,
-        )
+        return sliding_attention(call.query, call.key, call.value, window, **call.favor_options())
     out, _ = sdpa_attention_forward(
         call.module,
         call.query,
         call.key,
         call.value,
-        call.dense_mask(),
+        call.pattern.dense(call.query.device),
         dropout=call.dropout,
         scaling=call.scale,
         is_causal=pattern.is_causal,
@@ -121,70 +103,26 @@ def exact_attention(call: AttentionCall) -> Tensor:
 
 
 def linear_attention(block: FavorAttention, call: AttentionCall) -> Tensor:
-    """The call computed by a converted module's features and exact terms."""
+    """Compute a call by the features and exact terms of a converted module."""
     check_linear(call)
-    pattern, cache, length = call.pattern, call.cache_layer, call.query.shape[2]
-    key_mask = pattern.key_mask
-    if cache is not None and key_mask is not None:
-        key_mask = key_mask[:, -length:]
+    options: dict[str, Any] = {**call.favor_options(), "cu_seqlens": call.pattern.cu_seqlens}
+    cache, length = call.cache_layer, call.query.shape[2]
+    if cache is None:
+        return block(call.query, call.key, call.value, **options)[0]
+    if options["key_mask"] is not None:
+        options["key_mask"] = options["key_mask"][:, -length:]
         if cache.state is None:
-            cache.padding = (key_mask.cumsum(-1) == 0).sum(-1)
-    out, state = block(
-        call.query,
-        call.key,
-        call.value,
-        is_causal=pattern.is_causal,
-        key_mask=key_mask,
-        cu_seqlens=pattern.cu_seqlens,
-        scale=call.scale,
-        state=None if cache is None else cache.state,
-        return_state=cache is not None,
-    )
-    if cache is not None:
-        cache.set_state(state, length)
+            cache.padding = (options["key_mask"].cumsum(-1) == 0).sum(-1)
+    options |= {"state": cache.state, "return_state": True}
+    out, state = block(call.query, call.key, call.value, **options)
+    cache.set_state(state, length)
     return out
 
 
-def _continues(call: AttentionCall) -> bool:
-    """True if the mask or the positions of a causal call tell of tokens before it."""
-    if not call.pattern.is_causal or is_tracing():
-        return False
-    if int(call.pattern.past) > 0:
-        return True
-    positions = call.options.get("position_ids")
-    single = call.query.shape[2] == 1 == call.key.shape[2]
-    return single and isinstance(positions, Tensor) and bool((positions > 0).any())
-
-
 def check_linear(call: AttentionCall) -> None:
-    """Refuse what linear attention cannot do."""
+    """Refuse a call that linear attention cannot compute."""
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
-    problem = pattern.unknown
-    for name, text in _OTHER_ATTENTION.items():
-        if call.options.get(name) is not None:
-            problem = text
-    if problem is None and call.dropout:
-        problem = f"dropout of {call.dropout} on weights that are never formed"
-    if problem is None and pattern.window is not None and pattern.window < size - 1:
-        problem = f"a sliding window of its own ({pattern.window})"
-    if problem is None and call.cache_layer is not None:
-        if not pattern.is_causal:
-            problem = "a cache in attention that is not causal"
-        elif pattern.sequence_ids is not None:
-            problem = "a cache together with packed sequences"
-    if problem is None and call.cache_layer is None and _continues(call):
-        problem = (
-            "a step that continues earlier tokens, whose cache did not reach its attention module "
-            "under a name or type that performers knows"
-        )
-    boundaries = call.options.get("cu_seq_lens_q")
-    if (
-        problem is None
-        and pattern.sequence_ids is None
-        and boundaries is not None
-        and len(boundaries) > 2
-    ):
-        problem = "packed sequences without the position_ids that tell where each begins"
+    problem = _problem(call)
     if problem is not None:
         raise ValueError(
             f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
@@ -197,39 +135,69 @@ def check_linear(call: AttentionCall) -> None:
         )
 
 
+def _problem(call: AttentionCall) -> str | None:
+    """Name a request of a call that linear attention cannot fulfil; None: there is none."""
+    pattern, cache, options = call.pattern, call.cache_layer, call.options
+    asked = [text for name, text in _OTHER_ATTENTION.items() if options.get(name) is not None]
+    if asked or pattern.unknown is not None:
+        return asked[-1] if asked else pattern.unknown
+    if call.dropout:
+        return f"dropout of {call.dropout} on weights that are never formed"
+    if pattern.window is not None and pattern.window < call.key.shape[2] - 1:
+        return f"a sliding window of its own ({pattern.window})"
+    if cache is not None and not pattern.is_causal:
+        return "a cache in attention that is not causal"
+    if cache is not None and pattern.sequence_ids is not None:
+        return "a cache together with packed sequences"
+    if cache is None and _continues(call):
+        return (
+            "a step that continues earlier tokens, whose cache did not reach its attention module "
+            "under a name or type that performers knows"
+        )
+    boundaries = options.get("cu_seq_lens_q")
+    if pattern.sequence_ids is None and boundaries is not None and len(boundaries) > 2:
+        return "packed sequences without the position_ids that tell where each begins"
+    return None
+
+
+def _continues(call: AttentionCall) -> bool:
+    """Return True if the mask or the positions of a causal call imply earlier tokens."""
+    if not call.pattern.is_causal or is_tracing():
+        return False
+    if int(call.pattern.past) > 0:
+        return True
+    positions = call.options.get("position_ids")
+    single = call.query.shape[2] == 1 == call.key.shape[2]
+    return single and isinstance(positions, Tensor) and bool((positions > 0).any())
+
+
 def weights_wanted(options: Mapping[str, Any]) -> bool:
-    """Whether somebody asks for the matrix of weights."""
+    """Return True if the matrix of weights is requested."""
     if options.get("output_attentions"):
         return True
-    # Most models record what their modules return, and do not hand the option down to them.
+    # Most models record the outputs of their modules and do not pass the option down.
     collected = _active_collector.get() or {}
     return any(name.endswith("attentions") for name in collected)
 
 
 def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
-    """The matrix (B, H, L, S) that linear attention implies."""
+    """Compute the matrix (B, H, L, S) that linear attention implies."""
     if call.cache_layer is not None or call.pattern.sequence_ids is not None:
         raise ValueError(
             "output_attentions is not available with a cache or packed sequences; pass "
             "use_cache=False and one sequence in a row"
         )
-    return block.weights(
-        call.query,
-        call.key,
-        is_causal=call.pattern.is_causal,
-        key_mask=call.pattern.key_mask,
-        scale=call.scale,
-    )
+    return block.weights(call.query, call.key, **call.favor_options())
 
 
 def exact_weights(call: AttentionCall) -> Tensor:
-    """The matrix (B, H, L, S) of an exact layer."""
+    """Compute the matrix (B, H, L, S) of an exact layer."""
     pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
     scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
-    mask = call.dense_mask()
+    mask = call.pattern.dense(call.query.device)
     if mask is None and pattern.is_causal:
-        # Aligned at the last key, where a cache brings more keys than there are queries.
+        # Aligned at the last key: a cache has more keys than there are queries.
         mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -248,11 +216,11 @@ def sliding_attention(
     key_mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax over the keys with ``|i - j| <= window`` alone; queries that see no key get zeros.
+    """Compute softmax over the keys with ``|i - j| <= window``; zeros where there are none.
 
-    Queries are taken in blocks, each against the keys that its members reach, through
-    ``scaled_dot_product_attention``: time and memory are linear in the length. Keys and values may
-    have fewer heads; ``key_mask`` is ``(B, L)`` bool, True where a key takes part.
+    Blocks of queries meet the keys within their reach through ``scaled_dot_product_attention``:
+    time and memory are linear in the length. Keys and values may have fewer heads; ``key_mask`` is
+    ``(B, L)`` bool, True where a key takes part.
     """
     batch, heads, length = query.shape[:3]
     block = max(1, min(length, max(window, 64)))
@@ -261,23 +229,21 @@ def sliding_attention(
     width = front + block + back
     fill = count * block - length
 
-    groups = heads // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    if heads > key.shape[1]:
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     # (B, N, H, block, D) against (B, N, H, width, D).
     blocks = F.pad(query, (0, 0, 0, fill)).unflatten(2, (count, block)).transpose(1, 2)
     keys, values = (
         F.pad(x, (0, 0, front, fill + back)).unfold(2, width, block).permute(0, 2, 1, 4, 3)
         for x in (key, value)
     )
-    taking = key_mask
-    if taking is None:
-        taking = torch.ones(1, length, dtype=torch.bool, device=query.device)
-    taking = F.pad(taking, (front, fill + back)).unfold(1, width, block)
-    here = torch.arange(block, device=query.device).unsqueeze(-1) + front
-    distance = torch.arange(width, device=query.device) - here
+    if key_mask is None:
+        key_mask = torch.ones(1, length, dtype=torch.bool, device=query.device)
+    key_mask = F.pad(key_mask, (front, fill + back)).unfold(1, width, block)
+    position = torch.arange(block, device=query.device).unsqueeze(-1) + front
+    distance = torch.arange(width, device=query.device) - position
     seen = (distance >= -window) & (distance <= back)
-    mask = (seen & taking.unsqueeze(-2)).unsqueeze(2)
+    mask = (seen & key_mask.unsqueeze(-2)).unsqueeze(2)
     blind = ~mask.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(
         blocks, keys, values, attn_mask=(mask | blind).expand(batch, -1, -1, -1, -1), scale=scale

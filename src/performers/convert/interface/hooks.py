@@ -1,7 +1,5 @@
 """Forward pre-hooks of converted models: the cache of an attention module, positions of a model."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 
@@ -10,32 +8,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from performers.convert.conversion import FAVOR
-from performers.convert.interface.cache import (
-    ConvertedCacheLayer,
-    leave_cache_layer,
-    state_layer,
-    take_cache_layer,
-)
+from performers.convert.interface.cache import RUNNING, state_layer
 
-# A model that comes out of a pickle brings this module along, and with it the registration.
+# Unpickling a model imports this module, and with it the registration.
 from performers.convert.interface.implementation import IMPLEMENTATION
+from performers.convert.options import FAVOR
 from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
-__all__ = ["enter_attention", "enter_rotary_model", "find_cache", "is_rotary_model"]
-
-# Under which a cache of another kind than transformers' own would come; those are known by type.
+# Arguments with a cache that is no transformers Cache; those are recognised by their type.
 _NAMES = (*CACHE_KEYWORDS, "past_key_value", "layer_past")
 
 
 def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook: the module's layer of the cache becomes a state.
+    """Turn the module's layer of the cache into a state; a forward pre-hook.
 
-    The attention interface is not told of the cache, so the layer is left for `take_cache_layer`.
-    With another attention implementation than ``"favor"`` nothing happens.
+    The attention interface does not receive the cache, so the layer is stored in ``RUNNING``.
+    Other attention implementations than ``"favor"`` are unaffected.
     """
-    # What a call that failed has left.
-    take_cache_layer(module)
+    # Clear what a failed call has left.
+    RUNNING.layers.pop(id(module), None)
     config: Any = module.config
     if config._attn_implementation != IMPLEMENTATION:
         return
@@ -45,13 +36,12 @@ def enter_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     index: Any = getattr(module, "layer_idx", None)
     if index is None:
         raise ValueError(f"{type(module).__name__} has no layer_idx: it cannot use a cache")
-    layer = state_layer(cache, index)
-    layer.expect()
-    leave_cache_layer(module, layer)
+    layer = RUNNING.layers[id(module)] = state_layer(cache, index)
+    layer.is_expected = True
 
 
 def is_rotary_model(module: nn.Module) -> bool:
-    """True of a model that makes the angles of rotary positions, and has no other positions."""
+    """Return True if a model computes rotary positions from ``position_ids``."""
     if not isinstance(module, PreTrainedModel):
         return False
     names = inspect.signature(type(module).forward).parameters
@@ -63,7 +53,7 @@ def is_rotary_model(module: nn.Module) -> bool:
 def enter_rotary_model(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """A forward pre-hook: padding before the first token of a row does not count as positions.
+    """Start the positions of each row at its first token that is not padding; a forward pre-hook.
 
     Exact attention depends on differences of rotary positions alone. Random features depend on the
     positions themselves, so that a row padded on the left would not equal the row alone.
@@ -74,10 +64,14 @@ def enter_rotary_model(
     tokens = call.get("inputs_embeds") if tokens is None else tokens
     if call.get("position_ids") is not None or not isinstance(tokens, Tensor):
         return None
-    cache, length = find_cache(args, kwargs), tokens.shape[1]
-    layer = None if cache is None else _first_layer(module, cache)
-    past = 0 if layer is None else layer.get_seq_length()
-    padding = None if layer is None else layer.padding
+    cache, length, past, padding = find_cache(args, kwargs), tokens.shape[1], 0, None
+    config: Any = module.config
+    if cache is not None and config._attn_implementation == IMPLEMENTATION:
+        converted = [x for x in module.modules() if getattr(x, FAVOR, None) is not None]
+        indices = [getattr(x, "layer_idx", None) for x in converted]
+        if known := [index for index in indices if isinstance(index, int)]:
+            first = state_layer(cache, min(known))
+            past, padding = first.get_seq_length(), first.padding
     mask = call.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == past + length:
         padding = (mask.cumsum(-1) == 0).sum(-1)
@@ -94,7 +88,7 @@ def enter_rotary_model(
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The cache among the arguments of a forward pass, known by its type, or None."""
+    """Find the cache among the arguments of a forward pass, or None."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return value
@@ -102,13 +96,3 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get(name) is not None:
             return kwargs[name]
     return None
-
-
-def _first_layer(module: nn.Module, cache: Any) -> ConvertedCacheLayer | None:
-    """The state in a cache of the first converted layer of a model."""
-    config: Any = module.config
-    if config._attn_implementation != IMPLEMENTATION:
-        return None
-    found: list[Any] = [x for x in module.modules() if getattr(x, FAVOR, None) is not None]
-    indices = [x.layer_idx for x in found if isinstance(getattr(x, "layer_idx", None), int)]
-    return state_layer(cache, min(indices)) if indices else None

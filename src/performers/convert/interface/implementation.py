@@ -1,25 +1,22 @@
 """The attention implementation ``"favor"`` of transformers.
 
 transformers models ask for their attention and their masks by name. Importing this module
-registers ``"favor"`` for both. A module that `to_performer` has given a `FavorAttention` is
-computed by it; a module that was left exact is computed by torch, in linear time where the model
-itself has a sliding window. Nothing that the model asks for is ignored: what
-linear attention cannot do is refused with a sentence.
+registers ``"favor"`` for both. A module with a `FavorAttention` from `to_performer` is computed by
+it; a module that stays exact is computed by torch, in linear time where the model has a sliding
+window. Requests that linear attention cannot fulfil raise an error.
 """
 
-from __future__ import annotations
-
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from performers.convert.conversion import FAVOR
-from performers.convert.interface.cache import take_cache_layer
+from performers.convert.interface.cache import RUNNING
 from performers.convert.interface.call import (
     AttentionCall,
     exact_attention,
@@ -29,11 +26,8 @@ from performers.convert.interface.call import (
     weights_wanted,
 )
 from performers.convert.interface.masks import AttentionPattern, pattern_mask
-from performers.convert.interface.modules import interface_modules
+from performers.convert.options import FAVOR
 from performers.convert.record import SAVED_IMPLEMENTATION
-from performers.nn import FavorAttention
-
-__all__ = ["IMPLEMENTATION", "intercept_attention", "set_implementation"]
 
 IMPLEMENTATION = "favor"
 _INTERCEPTED: WeakKeyDictionary[nn.Module, Callable[[AttentionCall], Tensor]] = WeakKeyDictionary()
@@ -50,23 +44,27 @@ def favor_attention_forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The function registered with transformers' ``AttentionInterface``.
+    """Compute the attention of a module; registered with transformers' ``AttentionInterface``.
 
-    ``attention_mask`` is what `pattern_mask` made, or a tensor that the user passed. Returns
-    ``(B, L, H, Dv)``, and the matrix of weights ``(B, H, L, S)`` when ``output_attentions`` asks
-    for it, else None; the exact layers of a converted model give theirs too.
+    ``attention_mask`` is the result of `pattern_mask`, or a tensor from the user. Returns
+    ``(B, L, H, Dv)``, and the matrix of weights ``(B, H, L, S)`` if ``output_attentions`` is set,
+    else None; in exact layers too.
     """
-    call = AttentionCall(
-        module,
-        query,
-        key,
-        value,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        _pattern(module, attention_mask, is_causal, query.device),
-        dropout,
-        take_cache_layer(module),
-        options,
-    )
+    if isinstance(attention_mask, AttentionPattern):
+        # The layers of a model may be spread over devices.
+        pattern = attention_mask.on(query.device)
+    elif attention_mask is None:
+        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+        pattern = AttentionPattern(is_causal=bool(causal))
+    else:
+        shape = tuple(attention_mask.shape)
+        pattern = AttentionPattern(
+            unknown=f"a mask of shape {shape} instead of one of shape (batch, length)",
+            make_dense=lambda: attention_mask,
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    cache_layer = RUNNING.layers.pop(id(module), None)
+    call = AttentionCall(module, query, key, value, scale, pattern, dropout, cache_layer, options)
     weights = None
     if module in _INTERCEPTED:
         if call.cache_layer is not None:
@@ -76,54 +74,28 @@ def favor_attention_forward(
             )
         out = _INTERCEPTED[module](call)
     else:
-        block = _block(call)
+        if not hasattr(module, FAVOR):
+            raise ValueError(
+                f"{call.name} has no random features: attn_implementation='favor' is set by "
+                "performers.convert.to_performer(model), which adds them; call that on a model "
+                "loaded as usual, or performers.convert.load_performer on a saved one"
+            )
+        block: Any = getattr(module, FAVOR)
         out = exact_attention(call) if block is None else linear_attention(block, call)
         if weights_wanted(options):
             weights = exact_weights(call) if block is None else linear_weights(block, call)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights
 
 
-def _pattern(
-    module: nn.Module,
-    mask: AttentionPattern | Tensor | None,
-    is_causal: bool | None,
-    device: torch.device,
-) -> AttentionPattern:
-    if isinstance(mask, AttentionPattern):
-        # The layers of a model may be spread over devices.
-        return mask.on(device)
-    if mask is None:
-        causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-        return AttentionPattern(is_causal=bool(causal))
-    return AttentionPattern(
-        unknown=f"a mask of shape {tuple(mask.shape)} instead of one of shape (batch, length)",
-        make_dense=lambda: mask,
-    )
-
-
-def _block(call: AttentionCall) -> FavorAttention | None:
-    try:
-        block: FavorAttention | None = getattr(call.module, FAVOR)
-    except AttributeError:
-        raise ValueError(
-            f"{call.name} has no random features: attn_implementation='favor' is set by "
-            "performers.convert.to_performer(model), which adds them; call that on a model loaded "
-            "as usual, or performers.convert.load_performer on a saved one"
-        ) from None
-    return block
-
-
 @contextlib.contextmanager
 def intercept_attention(
     modules: Mapping[nn.Module, Callable[[AttentionCall], Tensor]], model: Any
 ) -> Iterator[None]:
-    """Inside this context, calls of some attention modules go to functions of one's own.
+    """Compute some attention modules by functions while a context lasts.
 
-    The model, converted or not, runs with the ``"favor"`` implementation meanwhile; modules
-    without a function of their own compute what they always do. All is as before afterwards, also
-    after an error.
+    The model, converted or not, runs with the ``"favor"`` implementation meanwhile; its other
+    modules compute their attention as before.
     """
-    before = _implementations(model)
     functions: dict[nn.Module, Callable[[AttentionCall], Tensor]] = {
         module: exact_attention
         for _, module in interface_modules(model)
@@ -131,8 +103,8 @@ def intercept_attention(
     }
     functions.update(modules)
     outer = {module: _INTERCEPTED[module] for module in functions if module in _INTERCEPTED}
+    before = set_implementation(model)
     try:
-        set_implementation(model)
         _INTERCEPTED.update(functions)
         yield
     finally:
@@ -142,42 +114,50 @@ def intercept_attention(
         _restore(before)
 
 
-def set_implementation(model: Any) -> None:
-    """Let a transformers model and its parts use ``"favor"``."""
-    before = _implementations(model)
-    model.set_attn_implementation(IMPLEMENTATION)
-    left = [
-        type(module).__name__
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-        and module.config._attn_implementation != IMPLEMENTATION
-    ]
-    if left:
+def set_implementation(model: Any) -> list[tuple[Any, Any]]:
+    """Set the implementation of a transformers model and its parts to ``"favor"``.
+
+    Returns:
+        The configurations of the model and its parts, with their implementations before.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    configs = {id(part.config): part.config for part in parts}.values()
+    before = [(config, config._attn_implementation) for config in configs]
+    try:
+        model.set_attn_implementation(IMPLEMENTATION)
+        left = {type(x).__name__ for x in parts if x.config._attn_implementation != IMPLEMENTATION}
+        if left:
+            raise ValueError(
+                f"{', '.join(sorted(left))} does not go through the attention interface of "
+                "transformers: its attention cannot be made linear"
+            )
+    except Exception:
         _restore(before)
-        raise ValueError(
-            f"{', '.join(sorted(set(left)))} does not go through the attention interface of "
-            "transformers: its attention cannot be made linear"
-        )
-
-
-def _implementations(model: Any) -> list[tuple[Any, Any]]:
-    configs = {
-        id(module.config): module.config
-        for module in model.modules()
-        if isinstance(module, PreTrainedModel)
-    }
-    return [(config, config._attn_implementation) for config in configs.values()]
+        raise
+    return before
 
 
 def _restore(implementations: list[tuple[Any, Any]]) -> None:
-    # In the order of the modules: a configuration hands its own down to those within it.
+    # In the order of the modules: a configuration passes its value down to those within it.
     for config, implementation in implementations:
         config._attn_implementation = implementation
 
 
+def interface_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules whose forward pass calls transformers' attention interface, with their names."""
+    for name, module in model.named_modules():
+        code = forward_code(module)
+        if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+            yield name, module
+
+
+def forward_code(module: nn.Module) -> CodeType | None:
+    """Code of a module's forward pass, or None."""
+    return getattr(inspect.unwrap(type(module).forward), "__code__", None)
+
+
 def _unconverted_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The function registered under the name that saved configurations carry."""
-    del args, kwargs
+    """Refuse to run; registered under the name in saved configurations."""
     raise ValueError(
         f"{type(module).__name__} comes from the folder of a converted model, but its features "
         "were not loaded: open the folder with performers.convert.load_performer"

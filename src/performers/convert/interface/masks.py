@@ -1,9 +1,8 @@
-"""Which keys a query of a transformers model sees, without the matrix of masks.
+"""Attention masks of transformers models, without their matrices.
 
-transformers asks an attention implementation for its masks with a function of two positions. That
-function is taken apart into what linear attention can be told: causal or not, padding, a sliding
-window, packed sequences. What cannot be said so has a reason, and layers that are linear refuse it;
-layers that are exact get the dense mask that transformers would have made.
+transformers defines a mask by a function of two positions. That function is decomposed into the
+terms of linear attention: causal or not, padding, a sliding window, packed sequences. Linear layers
+refuse anything else; exact layers get the dense mask that transformers would have made.
 """
 
 from __future__ import annotations
@@ -19,24 +18,21 @@ from transformers import masking_utils
 
 from performers.models.arguments import is_tracing
 
-__all__ = ["AttentionPattern", "check_reading", "pattern_mask"]
-
 
 @dataclass(eq=False)
 class AttentionPattern:
-    """What stands in the place of a model's attention mask.
+    """Replacement of a model's attention mask.
 
     Attributes:
-        is_causal: A query sees itself and what precedes it.
+        is_causal: A query sees itself and the keys before it.
         key_mask: (B, S) bool, True where a key takes part; None: all do.
-        window: A query sees keys with ``|i - j| <= window`` only; None: no such limit. This is the
-            model's own sliding window.
+        window: Sliding window of the model, keys with ``|i - j| <= window``; None: unlimited.
         sequence_ids: (B, L); tokens with different ids do not see each other; None: one sequence.
-        unknown: Why the pattern is not described by the above; None: it is.
-        make_dense: Makes the mask that ``scaled_dot_product_attention`` would get.
-        past: Tokens that precede the queries of this call, by the cache that the model was given.
-        shape: Of the mask that this stands for, (B, 1, L, S). Some models make their masks early
-            and hand them to their parts, which know a finished one by its four axes.
+        unknown: Description of a pattern that the above cannot express; None: they do.
+        make_dense: Makes the mask for ``scaled_dot_product_attention``.
+        past: Number of tokens before the queries of this call, in the cache.
+        shape: Shape of the mask that this replaces, (B, 1, L, S). Some models make their masks
+            early and pass them to their parts, which recognise a finished one by its four axes.
     """
 
     is_causal: bool = False
@@ -51,7 +47,7 @@ class AttentionPattern:
 
     @property
     def cu_seqlens(self) -> Tensor | None:
-        """Where sequences begin when all rows are laid end to end, and ``B * L``; int32."""
+        """Starts of sequences when all rows are laid end to end, and ``B * L``; int32."""
         ids = self.sequence_ids
         if ids is None:
             return None
@@ -62,25 +58,25 @@ class AttentionPattern:
 
     @property
     def ndim(self) -> int:
-        """Axes of the mask that this stands for."""
+        """Number of axes of the mask that this replaces."""
         return 4
 
     def contiguous(self) -> AttentionPattern:
-        """Itself."""
+        """Return the pattern itself."""
         return self
 
     def on(self, device: torch.device) -> AttentionPattern:
-        """The same for queries and keys on another device."""
-        key_mask, sequence_ids = (
-            None if mask is None else mask.to(device) for mask in (self.key_mask, self.sequence_ids)
-        )
-        return replace(self, key_mask=key_mask, sequence_ids=sequence_ids)
+        """Move the pattern to another device."""
+        masks = self.key_mask, self.sequence_ids
+        key_mask, ids = (None if x is None else x.to(device) for x in masks)
+        return replace(self, key_mask=key_mask, sequence_ids=ids)
 
-    def dense(self) -> Tensor | None:
-        """The mask (B or 1, 1, L, S) for torch's attention, made once; None: none is needed."""
+    def dense(self, device: torch.device | None = None) -> Tensor | None:
+        """Make the mask (B or 1, 1, L, S) for torch's attention, once; None: none is needed."""
         if not self._dense:
             self._dense.append(None if self.make_dense is None else self.make_dense())
-        return self._dense[0]
+        mask = self._dense[0]
+        return mask if mask is None else mask.to(device)
 
 
 def pattern_mask(
@@ -93,11 +89,11 @@ def pattern_mask(
     attention_mask: Tensor | AttentionPattern | None = None,
     **keywords: Any,
 ) -> AttentionPattern:
-    """The function registered with transformers' ``AttentionMaskInterface``.
+    """Make the mask of a call; registered with transformers' ``AttentionMaskInterface``.
 
-    ``attention_mask`` is ``(B, tokens so far)`` bool, True where a token is not padding; or a
-    pattern made earlier, which is returned as it is. ``keywords`` go to transformers' own function
-    for the dense mask.
+    ``attention_mask`` is ``(B, tokens so far)`` bool, True where a token is not padding; or an
+    earlier pattern, which is returned. ``keywords`` go to transformers' function for the dense
+    mask.
     """
     if isinstance(attention_mask, AttentionPattern):
         return attention_mask
@@ -122,24 +118,19 @@ def pattern_mask(
     shape = (batch_size, 1, q_length, kv_length)
     pattern = _read(mask_function, AttentionPattern(make_dense=dense, past=q_offset, shape=shape))
     if attention_mask is not None:
-        pattern.key_mask = _taking_part(attention_mask, q_length, kv_length)
+        columns = attention_mask.shape[-1]
+        if columns < kv_length and columns != q_length:
+            raise ValueError(
+                f"attention_mask must cover the {kv_length} tokens so far, or the {q_length} of "
+                f"this call, got {columns} columns"
+            )
+        mask = attention_mask[:, -kv_length:].to(torch.bool)
+        pattern.key_mask = None if not is_tracing() and bool(mask.all()) else mask
     return pattern
 
 
-def _taking_part(attention_mask: Tensor, q_length: int, kv_length: int) -> Tensor | None:
-    """Keys that are not padding, or None where all of them take part."""
-    known = attention_mask.shape[-1]
-    if known < kv_length and known != q_length:
-        raise ValueError(
-            f"attention_mask must cover the {kv_length} tokens so far, or the {q_length} of this "
-            f"call, got {known} columns"
-        )
-    mask = attention_mask[:, -kv_length:].to(torch.bool)
-    return None if not is_tracing() and bool(mask.all()) else mask
-
-
 def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionPattern:
-    """Add what a mask function of transformers says to a pattern."""
+    """Add the condition of a mask function of transformers to a pattern."""
     if function is masking_utils.causal_mask_function:
         return replace(pattern, is_causal=True)
     if function is masking_utils.bidirectional_mask_function:
@@ -154,20 +145,20 @@ def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionP
             pattern = _read(part, pattern)
         return pattern
     if maker == "sliding_window_overlay" and "sliding_window" in inner:
-        # Its window counts the query itself.
+        # This window counts the query itself.
         return replace(pattern, window=int(inner["sliding_window"]) - 1)
     if maker == "sliding_window_bidirectional_overlay" and "sliding_window" in inner:
         return replace(pattern, window=int(inner["sliding_window"]))
     if maker == "packed_sequence_mask_function" and "packed_sequence_mask" in inner:
         return replace(pattern, sequence_ids=inner["packed_sequence_mask"])
     if maker == "remap_positions_for_packed_sequence" and "mask_function" in inner:
-        # Within a sequence positions count on by one, so that differences are those of the index.
+        # Positions within a sequence are consecutive, so that differences are those of the index.
         return _read(inner["mask_function"], pattern)
     return replace(pattern, unknown=f"a mask of its own ({name})")
 
 
 def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) -> None:
-    """Check a pattern against the dense mask that it stands for; quadratic."""
+    """Check a pattern against the dense mask that it replaces; quadratic."""
     dense = pattern.dense()
     if dense is None or dense.ndim != 4:
         return
@@ -184,7 +175,7 @@ def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) 
     if pattern.sequence_ids is not None:
         ids = pattern.sequence_ids.to(seen.device)
         read = read & (ids[:, None, :, None] == ids[:, None, None, :])
-    # Queries that see nothing are let see anything by transformers.
+    # transformers lets queries that see nothing see any key.
     counts = read.any(-1, keepdim=True)
     if not bool(((seen == read) | ~counts).all()):
         raise ValueError(

@@ -1,0 +1,153 @@
+// Bidirectional calls with a window.
+#pragma once
+
+#include "tasks.h"
+#include "windowed_gradients.h"
+
+namespace performers::PERFORMERS_ISA {
+namespace {
+
+// One unit of work, done by the task that asks for it, or a batch whose steps are cut into `parts`
+// tasks for each unit.
+struct WindowTasks {
+    const WindowUnit *units;
+    int64_t count, parts;
+    int64_t lane;  // of the task that asks
+
+    // Calls body(unit, begin, end, lane) for all of length(unit) of every unit. No two calls at the
+    // same time have the same lane.
+    template <typename Length, typename Body>
+    void run(const Problem &p, Length &&length, Body &&body) const {
+        if (parts == 0) return body(units[0], 0, length(units[0]), lane);
+        parallel(p, count * parts, [&](int64_t i) {
+            const WindowUnit &unit = units[i / parts];
+            const int64_t whole = length(unit), part = i % parts;
+            const int64_t begin = part * whole / parts, end = (part + 1) * whole / parts;
+            if (begin < end) body(unit, begin, end, i);
+        });
+    }
+};
+
+// The sequences of a bidirectional call with a window, and the memory of a few at a time. While there
+// are as many as threads, each is one task; the rest are cut into parts, step by step.
+class WindowWork {
+public:
+    WindowWork(const Problem &p, bool backward)
+        : p_(p), units_(units_of(p)), memory_(place(backward)) {}
+
+    // Calls work(tasks) for every unit alone, in parallel, and for batches one after the other.
+    template <typename Work>
+    void run(Work &&work) {
+        const int64_t threads = larger<int64_t>(1, p_.call.threads);
+        const int64_t alone = slots_ < threads ? 0 : count() / threads * threads;
+        parallel(p_, smaller(slots_, alone), [&](int64_t slot) {
+            for (int64_t i = slot; i < alone; i += slots_) {
+                const WindowUnit unit = at(i, slot);
+                work(WindowTasks{&unit, 1, 0, slot});
+            }
+        });
+        for (int64_t begin = alone; begin < count(); begin += slots_) {
+            const int64_t size = smaller(slots_, count() - begin);
+            std::vector<WindowUnit> batch;
+            for (int64_t i = 0; i < size; ++i) batch.push_back(at(begin + i, i));
+            work(WindowTasks{batch.data(), size, (threads + size - 1) / size, 0});
+        }
+    }
+
+private:
+    static constexpr int64_t kLarge = int64_t{1} << 26;  // floats
+
+    static std::vector<WindowUnit> units_of(const Problem &p) {
+        std::vector<WindowUnit> units;
+        const std::vector<Span> spans = sequences(p.call);
+        for (int64_t head = 0; head < p.heads; ++head) {
+            for (const Span &span : spans) units.push_back({head, WindowGrid(p, span)});
+        }
+        return units;
+    }
+
+    int64_t count() const { return static_cast<int64_t>(units_.size()); }
+
+    // As many slots as threads, each large enough for any unit, or as fit in what is large.
+    int64_t place(bool backward) {
+        backward_ = backward;
+        for (const WindowUnit &unit : units_) {
+            Arena counting(nullptr);
+            WindowUnit copy = unit;
+            copy.place(counting, p_, backward);
+            size_ = larger(size_, static_cast<int64_t>(counting.used()));
+        }
+        const int64_t fitting = larger<int64_t>(1, kLarge / larger<int64_t>(1, size_));
+        slots_ = smaller(smaller(larger<int64_t>(1, p_.call.threads), count()), fitting);
+        return slots_ * size_;
+    }
+
+    WindowUnit at(int64_t i, int64_t slot) const {
+        WindowUnit unit = units_[static_cast<size_t>(i)];
+        Arena arena(memory_.data() + slot * size_);
+        unit.place(arena, p_, backward_);
+        return unit;
+    }
+
+    const Problem &p_;
+    std::vector<WindowUnit> units_;
+    bool backward_ = false;
+    int64_t size_ = 0, slots_ = 1;
+    SharedMemory memory_;
+};
+
+inline int64_t key_segments_of(const WindowUnit &unit) { return unit.grid.keys().count(); }
+inline int64_t query_segments_of(const WindowUnit &unit) { return unit.grid.queries().count(); }
+
+// Features and sums of keys, added up.
+inline void sum_windowed_keys(const Problem &p, const WindowTasks &tasks) {
+    tasks.run(p, key_segments_of, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+        auto b = in_scratch<WindowKeyBuffers>(p);
+        windowed_keys(p, unit, begin, end, b);
+    });
+    const auto features = [&](const WindowUnit &) { return p.features; };
+    tasks.run(p, features, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+        windowed_sums(p, unit, begin, end, tasks.parts > 0);
+    });
+}
+
+inline void forward_windowed(const Problem &p) {
+    WindowWork work(p, false);
+    work.run([&](const WindowTasks &tasks) {
+        sum_windowed_keys(p, tasks);
+        tasks.run(p, query_segments_of,
+                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+                      auto b = in_scratch<WindowQueryBuffers>(p);
+                      windowed_queries(p, unit, begin, end, b);
+                  });
+    });
+}
+
+inline void backward_windowed(const Problem &p, const WeightGradients &trained) {
+    const auto features = [&](const WindowUnit &) { return p.features; };
+    const auto reading_keys = [](const WindowUnit &unit) { return unit.grid.reading_keys().count(); };
+    WindowWork work(p, true);
+    work.run([&](const WindowTasks &tasks) {
+        sum_windowed_keys(p, tasks);
+        tasks.run(p, query_segments_of,
+                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t lane) {
+                      auto b = in_scratch<WindowGradientBuffers>(p);
+                      b.trained = trained.at(lane);
+                      windowed_query_gradients(p, unit, begin, end, b);
+                  });
+        tasks.run(p, features, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+            if (!unit.grid.reaches()) return;
+            add_segments(p, unit.grads, query_segments_of(unit), false, tasks.parts > 0, begin,
+                         end);
+        });
+        tasks.run(p, reading_keys,
+                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t lane) {
+                      auto b = in_scratch<WindowGradientBuffers>(p);
+                      b.trained = trained.at(lane);
+                      windowed_key_gradients(p, unit, begin, end, b);
+                  });
+    });
+}
+
+}  // namespace
+}  // namespace performers::PERFORMERS_ISA

@@ -1,0 +1,236 @@
+"""Attention kernels as torch operators: their arguments and results, fakes and autograd.
+
+A backend of fused kernels is two functions, forward and backward, that `define` makes operators of.
+Autograd keeps the inputs, the output, two numbers a row and, for bidirectional calls, the sums over
+the keys; features are computed again in the backward pass. All sizes are linear in the length.
+"""
+
+from collections.abc import Callable
+from inspect import Parameter, Signature
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import SinkKeys
+
+
+class Inputs(NamedTuple):
+    """The arguments of a forward operator, which are among those of the backward operator.
+
+    Tensors come first. ``part`` says which pairs are summed: "whole" for all, "feature" for those
+    through features (a listed key is one of them), "exact" for the window and the sinks.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    key_mask: Tensor | None
+    segments: Tensor | None
+    past_key_value: Tensor | None
+    past_key_sum: Tensor | None
+    past_log_scale: Tensor | None
+    sink_key: Tensor | None
+    sink_value: Tensor | None
+    sink_first: Tensor | None
+    kind: str
+    quadratic: bool
+    epsilon: float
+    normalizer: float
+    scale: float
+    is_causal: bool
+    window: int | None
+    offset: int
+    part: str
+    return_state: bool
+
+    @classmethod
+    def of(cls, call: AttentionCall, part: str = "whole") -> "Inputs":
+        """The arguments for a call that kernels cover."""
+        form, state, sinks = call.form, call.state, call.sink_keys
+        weight, bias = kernel_weights(call)
+        exponential = form.kind == "exponential"
+        derived: dict[str, Any] = {
+            "weight": weight,
+            "bias": bias,
+            "past_key_value": None if state is None else state.key_value,
+            "past_key_sum": None if state is None else state.key_sum,
+            "past_log_scale": None if state is None else state.log_scale.detach(),
+            "sink_key": None if sinks is None else sinks.key,
+            "sink_value": None if sinks is None else sinks.value,
+            "sink_first": None if sinks is None else sinks.first,
+            "kind": "exponential" if exponential else "rectified",
+            "quadratic": exponential and form.quadratic,
+            "epsilon": form.epsilon,
+            "normalizer": form.normalizer,
+            "scale": call.factor,
+            "part": part,
+        }
+        return cls(*[derived[n] if n in derived else getattr(call, n) for n in cls._fields])
+
+    @property
+    def sink_keys(self) -> SinkKeys | None:
+        """The sinks, as a call has them."""
+        if self.sink_key is None or self.sink_value is None or self.sink_first is None:
+            return None
+        return SinkKeys(self.sink_key, self.sink_value, self.sink_first, self.sink_first)
+
+
+class Results(NamedTuple):
+    """The results of a forward operator, which are among the arguments of the backward one.
+
+    Of a ``part`` of the pairs, ``log_normaliser`` is the natural logarithm of each row's
+    normaliser, minus infinity for a row without keys: with it parts of a row can be joined. It has
+    a gradient. ``csrc/performers_native.h`` describes the others.
+    """
+
+    out: Tensor
+    row_scale: Tensor
+    row_inverse: Tensor
+    key_value: Tensor
+    key_sum: Tensor
+    log_scale: Tensor
+    log_normaliser: Tensor
+
+
+class Upstream(NamedTuple):
+    """Gradients of the results of a forward operator, for the backward operator."""
+
+    grad_out: Tensor
+    grad_key_value: Tensor | None
+    grad_key_sum: Tensor | None
+    grad_log_normaliser: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Results of a backward operator; empty for what there is no gradient of."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    past_key_value: Tensor
+    past_key_sum: Tensor
+    sink_key: Tensor
+    sink_value: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def kernel_weights(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Projection and bias of the feature map as kernels read them, one bias for each projection."""
+    form = call.form.to(call.dtype)
+    weight, bias = form.weight, form.bias
+    if weight is None:
+        size = call.key.shape[-1]
+        weight = torch.eye(size, dtype=call.dtype, device=call.key.device).unsqueeze(0)
+    if bias is not None and bias.shape[0] != weight.shape[0]:
+        bias = bias.expand(weight.shape[0], -1)
+    return weight, bias
+
+
+def define(
+    name: str,
+    forward: Callable[[Any], Any],
+    backward: Callable[[Any, Any, Any, bool], Any],
+    new_results: Callable[[Any], Any],
+    new_gradients: Callable[[Any, bool], Any],
+    device_types: str | None = None,
+) -> tuple[Any, Any]:
+    """The operators ``<name>_forward`` and ``<name>_backward``, the derivative of the first.
+
+    The arguments of an operator are flat, and torch 2.7 compiles no named tuple as one of them: the
+    operators have the fields of the named tuples below, one after the other.
+
+    Args:
+        name: With its namespace.
+        forward: From inputs, tensors first, to results.
+        backward: From gradients of results (``grad_<result>``), inputs, results and whether
+            ``weight`` and ``bias`` are trained, to gradients of inputs (``<input>``).
+        new_results: Empty results for inputs, of the shapes that ``forward`` returns.
+        new_gradients: Empty gradients for inputs, and whether ``weight`` and ``bias`` are trained.
+        device_types: Devices the functions run on; None for all.
+    """
+    inputs, results = get_type_hints(forward).values()
+    upstream, _, _, _, gradients = get_type_hints(backward).values()
+    tensors = sum(hint in (Tensor, Tensor | None) for hint in get_type_hints(inputs).values())
+    arriving = [
+        (field.removeprefix("grad_"), hint is Tensor)
+        for field, hint in get_type_hints(upstream).items()
+    ]
+
+    def fake_backward(upstream: Any, inputs: Any, results: Any, trained: bool) -> Any:
+        return new_gradients(inputs, trained)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:tensors], *output)
+        ctx.constants = inputs[tensors:]
+        ctx.set_materialize_grads(False)
+
+    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Once: under torch.utils.checkpoint a second look is an error.
+        saved = ctx.saved_tensors
+        given = dict(zip(results._fields, zip(grads, saved[tensors:], strict=True), strict=True))
+        arrived = []
+        for name, required in arriving:
+            grad, result = given[name]
+            if grad is None and required:
+                grad = result.new_zeros(()).expand(result.shape)
+            arrived.append(grad)
+        wanted = dict(zip(inputs._fields, ctx.needs_input_grad, strict=True))
+        trained = wanted["weight"] or wanted["bias"]
+        kept = (*saved[:tensors], *ctx.constants, *saved[tensors:])
+        found = gradients(*backward_operator(*arrived, *kept, trained))
+        return tuple(getattr(found, n) if wanted[n] else None for n in inputs._fields)
+
+    forward_operator = _operator(f"{name}_forward", forward, new_results, device_types)
+    backward_operator = _operator(f"{name}_backward", backward, fake_backward, device_types)
+    forward_operator.register_autograd(derivative, setup_context=setup_context)
+    backward_operator.register_autograd(_refuse_second_derivative)
+    return forward_operator, backward_operator
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "fused kernels have no second derivative; for gradients of gradients pass "
+        'backend="torch" to favor_attention, or use performers.use_backend("torch")'
+    )
+
+
+def _operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], device_types: str | None
+) -> Any:
+    """An operator of a function of named tuples and booleans, whose schema is inferred."""
+    kinds = get_type_hints(function)
+    results = kinds.pop("return")._fields
+    flat: dict[str, Any] = {}
+    spans = []
+    for parameter, kind in kinds.items():
+        start = len(flat)
+        flat.update(get_type_hints(kind) if hasattr(kind, "_fields") else {parameter: kind})
+        spans.append((kind if hasattr(kind, "_fields") else None, start, len(flat)))
+
+    def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def of_fields(*arguments: Any) -> Any:
+            return function(
+                *[
+                    arguments[start] if kind is None else kind(*arguments[start:stop])
+                    for kind, start, stop in spans
+                ]
+            )
+
+        return of_fields
+
+    implementation = grouped(function)
+    implementation.__signature__ = Signature(  # type: ignore[attr-defined]
+        [
+            Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+            for n, kind in flat.items()
+        ],
+        return_annotation=tuple[(Tensor,) * len(results)],  # type: ignore[misc]
+    )
+    made = torch.library.custom_op(name, implementation, mutates_args=(), device_types=device_types)
+    made.register_fake(grouped(fake))
+    return made
