@@ -1,6 +1,5 @@
 """Runs commands inside the test's process."""
 
-import numpy as np
 from typer.testing import CliRunner
 
 from performers.cli.app import app as performers
@@ -26,5 +25,7 @@ def refusal(*arguments, code=2, app=performers):
 
 def arrays(path):
     """The arrays of a .npz file."""
+    import numpy as np
+
     with np.load(path) as file:
         return dict(file)

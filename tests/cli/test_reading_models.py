@@ -14,8 +14,8 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.embedding import embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from tests.cli.commands import arrays, refusal, run
-from tests.proteins.runs import make_model, make_model_folder, proteins, write_sequences
+from tests.cli.commands import arrays, run
+from tests.proteins.runs import make_model, proteins
 
 KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
 
@@ -48,12 +48,6 @@ def test_options_of_evaluate_reach_the_library(masked, fasta):
         *load_model(masked), proteins(), max_length=20, mask_probability=0.4, seed=3
     )
     assert metrics == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("value", ["0", "1.5", "nan", "-1"])
-def test_evaluate_names_an_option_out_of_range(masked, fasta, value):
-    line = refusal("evaluate", masked, fasta, "--mask-probability", value)
-    assert line.startswith("--mask-probability must be above 0 and at most 1")
 
 
 def test_evaluate_says_so_when_a_model_diverged(fasta, tmp_path):
@@ -97,28 +91,6 @@ def test_generate_writes_fasta_to_standard_output_or_a_file(causal, tmp_path):
         assert set(record.sequence) <= set(AMINO_ACIDS)
 
 
-def test_generate_needs_a_causal_model(masked):
-    assert "--objective clm" in refusal("generate", masked)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--prompt", "M1"),
-        ("--num", "0"),
-        ("--max-length", "0"),
-        ("--temperature", "-1"),
-        ("--temperature", "nan"),
-        ("--top-k", "-1"),
-        ("--top-p", "0"),
-    ],
-)
-def test_generate_names_an_option_out_of_range(causal, tmp_path, flag, value):
-    output = tmp_path / "x.fasta"
-    assert flag in refusal("generate", causal, "--output", output, flag, value)
-    assert not output.exists()
-
-
 def test_report_writes_its_page(model, fasta, tmp_path):
     output = tmp_path / "report"
     out, _ = run("report", model, fasta, "--output", output, "--max-sequences", 5)
@@ -126,18 +98,3 @@ def test_report_writes_its_page(model, fasta, tmp_path):
     markup = (output / "report.html").read_text(encoding="utf-8")
     assert "<script" not in markup
     assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
-
-
-def test_report_of_an_unknown_protein(masked, fasta, tmp_path):
-    line = refusal("report", masked, fasta, "--output", tmp_path / "new", "--protein", "nobody")
-    assert line.startswith("--protein 'nobody' is not in the FASTA files; the first are p0, p1")
-
-
-def test_learned_positions_end_in_one_line(tmp_path):
-    model = make_model_folder(tmp_path / "m", "clm", position_embedding="learned", max_length=20)
-    fasta = write_sequences(tmp_path / "x.fasta", ["M" * 50])
-    assert "cannot read 52" in refusal("embed", model, fasta, "--output", tmp_path / "x.npz")
-    assert "cannot read 52" in refusal("evaluate", model, fasta, "--max-length", "64")
-    assert "cannot read 512" in refusal("generate", model)
-    run("evaluate", model, fasta)
-    run("report", model, fasta, "--output", tmp_path / "report")

@@ -88,7 +88,7 @@ def run_demo(
 
     Each model has a process with one thread: matrices this small gain nothing from a second one.
     Writes ``metrics.json``, ``report.html`` with ``figures/``, and a folder per model in
-    ``models/``.
+    ``models/``. Ctrl-C raises ``Interrupted``; checkpoints are in the folder.
 
     Args:
         output: Folder to write to.
@@ -105,7 +105,6 @@ def run_demo(
 
     Raises:
         UserError: A model cannot be trained.
-        Interrupted: Ctrl-C; checkpoints are in the folder.
         RuntimeError: The process of a model failed.
     """
     splits = {

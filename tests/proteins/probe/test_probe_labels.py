@@ -35,41 +35,6 @@ def test_a_table_of_labels(tmp_path):
     assert found.names == {"GO:1": "binding"}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a x\n", r"x\.tsv:1: expected a name, labels"),
-        ("a\tx\nb\ty\tz\tw\n", r"x\.tsv:2: expected a name, labels"),
-        ("a\tx\t\n", r"x\.tsv:1: expected"),
-        ("a\tx\nb\ty\na\tz\n", r"x\.tsv:3: 'a' is in an earlier line"),
-        ("", "holds no label"),
-        ("a\t\n", "holds no label"),
-    ],
-)
-def test_odd_tables_of_labels_are_refused(tmp_path, text, message):
-    with pytest.raises(UserError, match=message):
-        read_labels(write(tmp_path / "x.tsv", text))
-
-
-def test_clusters_of_mmseqs(tmp_path):
-    path = write(tmp_path / "x.tsv", "a\ta\na\tb\nc\tc\na\tb\n")
-    assert read_groups(path) == {"a": "a", "b": "a", "c": "c"}
-    for text, message in (
-        ("a\ta\nb\ta\n", r"x\.tsv:2: 'a' is in the cluster of 'a' already"),
-        ("a b\n", r"x\.tsv:1: expected the representative"),
-        ("", "is empty"),
-    ):
-        with pytest.raises(UserError, match=message):
-            read_groups(write(path, text))
-    with pytest.raises(UserError, match="does not exist"):
-        read_groups(tmp_path / "none")
-    with pytest.raises(UserError, match="does not exist"):
-        read_labels(tmp_path / "none")
-    path.write_bytes(b"\xff\xfe\x00a")
-    with pytest.raises(UserError, match="not UTF-8"):
-        read_groups(path)
-
-
 def test_headers_carry_labels_and_groups():
     task = build_task(
         [
@@ -110,23 +75,6 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert "3 sequences cropped to 1 residues" in task.notes
 
 
-def test_a_subset_is_drawn_by_the_seed():
-    records = [record(f"p{n}", f"labels={n % 2} family={n}", "M" * (n + 1)) for n in range(40)]
-    drawn = [build_task(records, max_sequences=10, seed=seed) for seed in (0, 0, 1)]
-    assert drawn[0].proteins == drawn[1].proteins != drawn[2].proteins
-    assert len(drawn[0].proteins) == 10
-    assert "30 proteins not drawn left out" in drawn[0].notes
-
-
-def test_what_a_random_split_would_ignore_is_refused():
-    records = [record(f"p{n}", f"labels={n % 2} family={n}", "M" * (n + 1)) for n in range(9)]
-    with pytest.raises(UserError, match=r"--per-group has no use with --split random"):
-        build_task(records, grouped=False, max_per_group=1)
-    with pytest.raises(UserError, match=r"--groups has no use with --split random"):
-        build_task(records, grouped=False, groups={"p0": "1"})
-    assert len(build_task(records, grouped=False).proteins) == 9
-
-
 def test_large_groups_can_be_thinned():
     sizes = {"f1": 9, "f2": 2, "f3": 1}
     records = [
@@ -155,15 +103,56 @@ def test_groups_that_share_a_sequence_are_one():
     assert build_task(records).groups.tolist() == [0, 0, 0, 0, 1]
 
 
-def test_missing_groups_and_labels_say_what_to_do():
-    with pytest.raises(UserError, match=r"no labels=.*--labels"):
-        build_task(RECORDS)
-    labelled = [record("a", "labels=x"), record("b", "labels=y")]
-    with pytest.raises(UserError, match=r"mmseqs easy-cluster .*clusters\.tsv .*--split random"):
-        build_task(labelled)
-    task = build_task(labelled, grouped=False)
-    assert np.asarray(task.targets).shape == (2, 2)
-    with pytest.raises(UserError, match=r"none of the 2 proteins has both .*'a'.*'q'"):
-        build_task(labelled, groups={"q": "1"})
-    with pytest.raises(UserError, match=r"1 label\(s\)"):
-        build_task([record("a", "labels=x")], grouped=False)
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_labels, b"a x\n", r"x\.tsv:1: expected a name, labels"),
+        (read_labels, b"a\tx\nb\ty\tz\tw\n", r"x\.tsv:2: expected a name, labels"),
+        (read_labels, b"a\tx\t\n", r"x\.tsv:1: expected"),
+        (read_labels, b"a\tx\nb\ty\na\tz\n", r"x\.tsv:3: 'a' is in an earlier line"),
+        (read_labels, b"", "holds no label"),
+        (read_labels, b"a\t\n", "holds no label"),
+        (read_labels, None, "does not exist"),
+        (read_groups, b"a\ta\nb\ta\n", r"x\.tsv:2: 'a' is in the cluster of 'a' already"),
+        (read_groups, b"a b\n", r"x\.tsv:1: expected the representative"),
+        (read_groups, b"", "is empty"),
+        (read_groups, None, "does not exist"),
+        (read_groups, b"\xff\xfe\x00a", "not UTF-8"),
+    ],
+)
+def test_odd_tables_are_refused(tmp_path, read, content, message):
+    path = tmp_path / "x.tsv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read(path)
+
+
+NUMBERED = [record(f"p{n}", f"labels={n % 2} family={n}", "M" * (n + 1)) for n in range(40)]
+LABELLED = [record("a", "labels=x"), record("b", "labels=y")]
+
+
+def test_a_subset_is_drawn_by_the_seed(tmp_path):
+    drawn = [build_task(NUMBERED, max_sequences=10, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0].proteins == drawn[1].proteins != drawn[2].proteins
+    assert len(drawn[0].proteins) == 10
+    assert "30 proteins not drawn left out" in drawn[0].notes
+    assert len(build_task(NUMBERED, grouped=False).proteins) == 40
+    path = write(tmp_path / "x.tsv", "a\ta\na\tb\nc\tc\na\tb\n")
+    assert read_groups(path) == {"a": "a", "b": "a", "c": "c"}
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "message"),
+    [
+        (NUMBERED, {"grouped": False, "max_per_group": 1}, "--per-group has no use with --split r"),
+        (NUMBERED, {"grouped": False, "groups": {"p0": "1"}}, "--groups has no use with --split r"),
+        (RECORDS, {}, r"no labels=.*--labels"),
+        (LABELLED, {}, r"mmseqs easy-cluster .*clusters\.tsv .*--split random"),
+        (LABELLED, {"groups": {"q": "1"}}, r"none of the 2 proteins has both .*'a'.*'q'"),
+        (LABELLED[:1], {"grouped": False}, r"1 label\(s\)"),
+    ],
+)
+def test_what_cannot_be_asked_says_what_to_do(records, options, message):
+    with pytest.raises(UserError, match=message):
+        build_task(records, **options)

@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Scores of heads against their definition, pair by pair."""
 
 import math
 
@@ -8,23 +8,23 @@ import torch
 from performers.proteins.reading.head_scores import local_global_score, residue_mask
 
 
-def _everywhere(batch: int, length: int) -> torch.Tensor:
+def _everywhere(batch, length):
     return torch.ones(batch, length, dtype=torch.bool)
 
 
-def _random_attention(batch: int, heads: int, length: int) -> torch.Tensor:
+def _random_attention(batch, heads, length):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, heads, length, length, generator=generator).softmax(-1)
 
 
-def test_residue_mask_drops_padding_and_special_tokens() -> None:
+def test_residue_mask_drops_padding_and_special_tokens():
     tokens = torch.tensor([[1, 7, 4, 9, 2], [1, 7, 2, 0, 8]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     expected = [[False, True, False, True, False], [False, True, False, False, False]]
     assert residue_mask(tokens, mask, [0, 1, 2, 3, 4]).tolist() == expected
 
 
-def test_scores_match_their_definition_pair_by_pair() -> None:
+def test_scores_match_their_definition_pair_by_pair():
     weights = _random_attention(2, 3, 9)
     residues = _everywhere(2, 9)
     residues[0, 0] = residues[0, 8] = residues[1, 5:] = False
@@ -52,7 +52,7 @@ def test_scores_match_their_definition_pair_by_pair() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 33, 100])
-def test_uniform_reference_has_the_closed_form(length: int) -> None:
+def test_uniform_reference_has_the_closed_form(length):
     weights = _random_attention(1, 1, length)
     both_ways = local_global_score([weights], _everywhere(1, length)).uniform
     assert both_ways.mean_distance == pytest.approx((length**2 - 1) / (3 * length))
@@ -61,7 +61,7 @@ def test_uniform_reference_has_the_closed_form(length: int) -> None:
     assert causal.mean_distance == pytest.approx((length - 1) / 4)
 
 
-def test_rankings_find_planted_local_global_and_vertical_heads() -> None:
+def test_rankings_find_planted_local_global_and_vertical_heads():
     length = 40
     position = torch.arange(length)
     gap = (position[:, None] - position[None, :]).abs().double()
@@ -78,7 +78,7 @@ def test_rankings_find_planted_local_global_and_vertical_heads() -> None:
     assert scores.heads[0].band_share == pytest.approx(scores.uniform.band_share)
 
 
-def test_head_that_only_reads_special_tokens_is_undefined_and_not_ranked() -> None:
+def test_head_that_only_reads_special_tokens_is_undefined_and_not_ranked():
     weights = _random_attention(1, 2, 6)
     weights[0, 0] = torch.nn.functional.one_hot(torch.zeros(6, dtype=torch.long), 6).float()
     residues = _everywhere(1, 6)
@@ -89,7 +89,7 @@ def test_head_that_only_reads_special_tokens_is_undefined_and_not_ranked() -> No
     assert [score.label for score in scores.most_global(5)] == ["1.2"]
 
 
-def test_garbage_attention_of_padding_changes_nothing() -> None:
+def test_garbage_attention_of_padding_changes_nothing():
     weights = _random_attention(1, 2, 7)
     residues = _everywhere(1, 7)
     residues[0, 5:] = False
@@ -99,7 +99,7 @@ def test_garbage_attention_of_padding_changes_nothing() -> None:
     assert local_global_score([dirty], residues).heads == clean.heads
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named():
     weights = _random_attention(1, 2, 7)
     with pytest.raises(ValueError, match="band"):
         local_global_score([weights], _everywhere(1, 7), band=-1)

@@ -61,26 +61,6 @@ def test_numbers_are_plain_and_complete(compared):
     assert {name for name, *_ in seen} == {"performer", "exact"}
 
 
-def test_figures_are_where_it_says(compared):
-    found, folder, _ = compared
-    assert set(found["figures"]) == {
-        "similarity",
-        "heads",
-        "attention, performer",
-        "attention, exact",
-    }
-    for path in found["figures"].values():
-        assert path.startswith(str(folder))
-        with open(path, "rb") as file:
-            assert file.read(4) == b"\x89PNG"
-
-
-def test_no_figures_unless_asked_for():
-    found = compare_learnt({"a": make_model()}, proteins(3), PROTEIN, permutations=9)
-    assert found["figures"] == {}
-    assert found["models"]["a"]["sites"] is None
-
-
 def test_the_seed_decides_the_draw_and_nothing_else_does():
     arguments = ({"a": make_model()}, proteins(20), PROTEIN)
     first, again, other = (
@@ -91,18 +71,30 @@ def test_the_seed_decides_the_draw_and_nothing_else_does():
     assert first["models"]["a"]["heads"] == other["models"]["a"]["heads"]
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="models"):
-        compare_learnt({}, proteins(3), PROTEIN)
-    with pytest.raises(ValueError, match="BLOSUM1"):
-        compare_learnt({"a": make_model()}, proteins(3), PROTEIN, matrices=["BLOSUM1"])
-    with pytest.raises(ValueError, match="scores"):
-        heads_figure({})
+def test_figures_are_where_it_says_if_asked_for(compared):
+    found, folder, _ = compared
+    names = {"similarity", "heads", "attention, performer", "attention, exact"}
+    assert set(found["figures"]) == names
+    for path in found["figures"].values():
+        assert path.startswith(str(folder))
+        with open(path, "rb") as file:
+            assert file.read(4) == b"\x89PNG"
+    found = compare_learnt({"a": make_model()}, proteins(3), PROTEIN, permutations=9)
+    assert found["figures"] == {}
+    assert found["models"]["a"]["sites"] is None
 
 
-def test_what_is_not_finite_is_none():
+def test_what_is_not_finite_is_none_and_bad_arguments_are_named():
     nan, inf = float("nan"), float("inf")
     assert finite({"a": [nan, 1.5, (inf, "x")], "b": {"c": -inf, "d": 3}}) == {
         "a": [None, 1.5, [None, "x"]],
         "b": {"c": None, "d": 3},
     }
+    for models, options, message in (
+        ({}, {}, "models"),
+        ({"a": make_model()}, {"matrices": ["BLOSUM1"]}, "BLOSUM1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_learnt(models, proteins(3), PROTEIN, **options)
+    with pytest.raises(ValueError, match="scores"):
+        heads_figure({})

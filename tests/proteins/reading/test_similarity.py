@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Similarity of amino acids against its definition."""
 
 import math
 
@@ -24,13 +24,11 @@ FIRST = 5
 """Id of the first amino acid."""
 
 
-def _similarity(threshold: float = 0.1) -> AttentionSimilarity:
+def _similarity(threshold=0.1):
     return AttentionSimilarity(build_protein_tokenizer(closed=True), threshold=threshold)
 
 
-def _batch(
-    batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, seed: int = 0):
     """Framed sequences with every amino acid and an X, the second one padded; peaky attention."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(FIRST, FIRST + 21, (batch, length), generator=generator)
@@ -47,9 +45,15 @@ def _batch(
     return tokens, mask, attentions
 
 
-def _shares_by_hand(
-    tokens: torch.Tensor, attentions: list[torch.Tensor], threshold: float
-) -> np.ndarray:
+def _measured(attentions=None, **options):
+    """The similarity of a batch, or of other attention on its tokens."""
+    tokens, mask, weights = _batch(**options)
+    similarity = _similarity()
+    similarity.update(tokens, mask, weights if attentions is None else attentions(weights))
+    return similarity
+
+
+def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], threshold: float):
     rows = []
     for weights in attentions:
         for head in range(weights.shape[1]):
@@ -68,7 +72,7 @@ def _shares_by_hand(
 
 
 @pytest.mark.parametrize("thresholded", [False, True])
-def test_shares_and_similarity_match_the_definition(thresholded: bool) -> None:
+def test_shares_and_similarity_match_the_definition(thresholded):
     tokens, mask, attentions = _batch()
     similarity = _similarity()
     similarity.update(tokens, mask, attentions)
@@ -81,7 +85,7 @@ def test_shares_and_similarity_match_the_definition(thresholded: bool) -> None:
     assert similarity.sequences == 2
 
 
-def test_batches_add_up_to_the_whole() -> None:
+def test_batches_add_up_to_the_whole():
     tokens, mask, attentions = _batch(batch=4)
     whole, parts = _similarity(), _similarity()
     whole.update(tokens, mask, attentions)
@@ -94,22 +98,7 @@ def test_batches_add_up_to_the_whole() -> None:
     np.testing.assert_array_equal(parts.occurrences, whole.occurrences)
 
 
-def test_padding_content_is_irrelevant() -> None:
-    tokens, mask, attentions = _batch()
-    clean, dirty = _similarity(), _similarity()
-    clean.update(tokens, mask, attentions)
-    tokens = tokens.clone()
-    tokens[1, -5:] = FIRST
-    attentions = [weights.clone() for weights in attentions]
-    for weights in attentions:
-        weights[1, :, -5:, :] = math.nan
-        weights[1, :, :, -5:] = 7.0
-    dirty.update(tokens, mask, attentions)
-    np.testing.assert_array_equal(dirty.shares(), clean.shares())
-    np.testing.assert_array_equal(dirty.occurrences, clean.occurrences)
-
-
-def test_frequency_of_an_amino_acid_does_not_enter() -> None:
+def test_frequency_of_an_amino_acid_does_not_enter():
     tokens, mask, attentions = _batch()
     similarity = _similarity()
     similarity.update(tokens, mask, attentions)
@@ -117,7 +106,7 @@ def test_frequency_of_an_amino_acid_does_not_enter() -> None:
     np.testing.assert_allclose(similarity.similarity(), np.corrcoef(enrichment.T), atol=1e-9)
 
 
-def test_planted_blosum_is_found_and_shuffled_labels_are_not() -> None:
+def test_planted_blosum_is_found_and_shuffled_labels_are_not():
     reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
     values, vectors = np.linalg.eigh(reference)
     root = vectors * np.sqrt(np.clip(values, 0, None))
@@ -144,28 +133,7 @@ def test_planted_blosum_is_found_and_shuffled_labels_are_not() -> None:
     assert shuffled.p_value > 0.05
 
 
-def test_top_pairs_are_the_largest_off_the_diagonal() -> None:
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    matrix = similarity.similarity()
-    pairs = similarity.top_pairs(190)
-    assert len(similarity.top_pairs(5)) == 5
-    assert len({frozenset(pair[:2]) for pair in pairs}) == 190
-    assert [p.similarity for p in pairs] == sorted((p.similarity for p in pairs), reverse=True)
-    first, second, value = pairs[0]
-    assert value == matrix[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)]
-
-
-def test_half_precision_attention_is_summed_in_full() -> None:
-    tokens, mask, attentions = _batch(length=64)
-    full, half = _similarity(), _similarity()
-    full.update(tokens, mask, attentions)
-    half.update(tokens, mask, [weights.bfloat16() for weights in attentions])
-    np.testing.assert_allclose(half.shares(), full.shares(), rtol=5e-3)
-
-
-def test_amino_acid_that_never_occurs_is_left_out_and_named() -> None:
+def test_amino_acid_that_never_occurs_is_left_out_and_named():
     tokens, mask, attentions = _batch()
     tokens = torch.where(tokens == FIRST + AMINO_ACIDS.index("W"), FIRST, tokens)
     similarity = _similarity()
@@ -175,10 +143,15 @@ def test_amino_acid_that_never_occurs_is_left_out_and_named() -> None:
     assert np.isnan(matrix[tryptophan]).all()
     assert np.isfinite(np.delete(np.delete(matrix, tryptophan, 0), tryptophan, 1)).all()
     assert similarity.compare(permutations=9).pairs == 171
+    missing, there = similarity.pair_ranks(["FW", "DE"])
+    assert missing.rank is None
+    assert math.isnan(missing.similarity)
+    assert there.rank is not None
+    assert missing.of == there.of == 171
     assert [note for note in similarity.notes() if note.endswith(": W.")]
 
 
-def test_head_without_attention_above_the_threshold_is_left_out_and_named() -> None:
+def test_head_without_attention_above_the_threshold_is_left_out_and_named():
     tokens, mask, attentions = _batch(heads=4)
     attentions[1][:, 2] = 0.01
     similarity = _similarity()
@@ -188,72 +161,24 @@ def test_head_without_attention_above_the_threshold_is_left_out_and_named() -> N
     assert "1 of 8 heads" in similarity.notes(thresholded=True)[0]
     assert "2.3" in similarity.notes(thresholded=True)[0]
     assert similarity.notes() == []
-
-
-def test_head_with_nan_attention_is_left_out() -> None:
-    tokens, mask, attentions = _batch(heads=4)
     attentions[0][0, 1, 3, 3] = math.nan
     similarity = _similarity()
     similarity.update(tokens, mask, attentions)
-    assert similarity.heads() == 7
+    assert similarity.heads() == 7, "nor does one with NaN count"
     assert np.isfinite(similarity.similarity()).all()
 
 
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (1, 2), (2, 1)])
-def test_too_few_heads_give_nan_and_a_sentence(layers: int, heads: int) -> None:
-    tokens, mask, attentions = _batch(layers=layers, heads=heads)
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    assert np.isnan(similarity.similarity()).all()
-    assert math.isnan(similarity.compare().pearson)
-    assert similarity.top_pairs() == []
-    assert "at least 3" in similarity.notes()[-1]
-
-
-def test_heads_that_all_attend_evenly_have_no_similarity() -> None:
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    similarity.update(tokens, mask, [torch.full_like(weights, 0.025) for weights in attentions])
-    assert np.isnan(similarity.similarity()).all()
-    assert "same share" in similarity.notes()[0]
-    assert math.isnan(similarity.compare(thresholded=True).p_value)
-
-
-def test_nothing_recorded_is_said() -> None:
-    similarity = _similarity()
-    assert np.isnan(similarity.similarity()).all()
-    assert similarity.heads() == 0
-    assert similarity.notes() == ["No attention was recorded, so there is no similarity."]
-
-
-def test_bad_arguments_are_named() -> None:
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    with pytest.raises(ValueError, match="attentions"):
-        similarity.update(tokens, mask, [])
-    with pytest.raises(ValueError, match="layer 2"):
-        similarity.update(tokens, mask, [attentions[0], attentions[1][:, :, :-1]])
-    similarity.update(tokens, mask, attentions)
-    with pytest.raises(ValueError, match="same heads"):
-        similarity.update(tokens, mask, attentions[:1])
-    with pytest.raises(ValueError, match="threshold"):
-        _similarity(threshold=1.0)
-
-
-def test_tokenizer_without_amino_acids_is_refused() -> None:
-    vocabulary = {"<unk>": 0, "<pad>": 1, "A": 2}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")), unk_token="<unk>"
-    )
-    with pytest.raises(ValueError, match="C, D"):
-        AttentionSimilarity(tokenizer)
-
-
-def test_pairs_are_ranked_among_all_that_have_a_similarity() -> None:
+def test_pairs_are_ranked_among_all_that_have_a_similarity():
     similarity = _similarity()
     tokens, mask, attentions = _batch(layers=3)
     similarity.update(tokens, mask, attentions)
     every = similarity.top_pairs(190)
+    assert len(similarity.top_pairs(5)) == 5
+    assert len({frozenset(pair[:2]) for pair in every}) == 190
+    assert [p.similarity for p in every] == sorted((p.similarity for p in every), reverse=True)
+    first, second, value = every[0]
+    row, column = AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)
+    assert value == similarity.similarity()[row, column]
     ranked = similarity.pair_ranks([f"{pair.second}{pair.first}" for pair in every])
     assert [pair.rank for pair in ranked] == list(range(1, 191))
     assert {pair.of for pair in ranked} == {190}
@@ -261,19 +186,7 @@ def test_pairs_are_ranked_among_all_that_have_a_similarity() -> None:
     assert [f"{p.first}{p.second}" for p in similarity.pair_ranks()] == ["DE", "FY", "IV", "KR"]
 
 
-def test_a_pair_without_a_similarity_has_no_rank() -> None:
-    similarity = _similarity()
-    tokens, mask, attentions = _batch(layers=3)
-    # Tryptophan, the 19th amino acid, never occurs.
-    similarity.update(tokens.masked_fill(tokens == FIRST + 18, FIRST), mask, attentions)
-    missing, there = similarity.pair_ranks(["FW", "DE"])
-    assert missing.rank is None
-    assert math.isnan(missing.similarity)
-    assert there.rank is not None
-    assert missing.of == there.of == 171
-
-
-def test_embeddings_are_compared_without_their_mean() -> None:
+def test_embeddings_are_compared_without_their_mean():
     model, tokenizer = make_model()
     ids = residue_ids(tokenizer, AMINO_ACIDS)
     generator = np.random.default_rng(0)
@@ -289,7 +202,7 @@ def test_embeddings_are_compared_without_their_mean() -> None:
     np.testing.assert_allclose(embedding_similarity(model, tokenizer), before, atol=1e-4)
 
 
-def test_one_that_lies_at_the_mean_has_no_similarity() -> None:
+def test_one_that_lies_at_the_mean_has_no_similarity():
     model, tokenizer = make_model()
     ids = residue_ids(tokenizer, AMINO_ACIDS)
     weight = model.get_input_embeddings().weight
@@ -305,7 +218,61 @@ def test_one_that_lies_at_the_mean_has_no_similarity() -> None:
     assert unknown.rank is None
 
 
-def _positive(matrix: np.ndarray) -> np.ndarray:
+def _positive(matrix):
     """The nearest matrix of inner products, and a little more."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.maximum(values, 0.1)) @ vectors.T
+
+
+def test_padding_and_precision_do_not_matter():
+    tokens, mask, attentions = _batch(length=64)
+    clean, dirty, half = _similarity(), _similarity(), _similarity()
+    clean.update(tokens, mask, attentions)
+    half.update(tokens, mask, [weights.bfloat16() for weights in attentions])
+    np.testing.assert_allclose(half.shares(), clean.shares(), rtol=5e-3)
+    tokens = tokens.clone()
+    tokens[1, -5:] = FIRST
+    for weights in attentions:
+        weights[1, :, -5:, :] = math.nan
+        weights[1, :, :, -5:] = 7.0
+    dirty.update(tokens, mask, attentions)
+    np.testing.assert_array_equal(dirty.shares(), clean.shares())
+    np.testing.assert_array_equal(dirty.occurrences, clean.occurrences)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "note"),
+    [
+        (_similarity, "No attention was recorded, so there is no similarity."),
+        *[
+            (lambda layers=layers, heads=heads: _measured(layers=layers, heads=heads), "at least 3")
+            for layers, heads in ((1, 1), (1, 2), (2, 1))
+        ],
+        (lambda: _measured(lambda w: [torch.full_like(x, 0.025) for x in w]), "same share"),
+    ],
+)
+def test_no_similarity_is_explained(similarity, note):
+    found = similarity()
+    assert np.isnan(found.similarity()).all()
+    assert found.top_pairs() == []
+    assert note in found.notes()[-1]
+    for thresholded in (False, True):
+        assert math.isnan(found.compare(thresholded=thresholded).p_value)
+
+
+def test_bad_arguments_are_named():
+    tokens, mask, attentions = _batch()
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    for given, message in (
+        ([], "attentions"),
+        ([attentions[0], attentions[1][:, :, :-1]], "layer 2"),
+        (attentions[:1], "same heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similarity.update(tokens, mask, given)
+    with pytest.raises(ValueError, match="threshold"):
+        _similarity(threshold=1.0)
+    model = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1, "A": 2}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="C, D"):
+        AttentionSimilarity(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>"))
