@@ -8,6 +8,7 @@ mean over residues forgets.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,6 @@ from performers.proteins.scoring.embedding import embed_sequences
 _KMERS = {"composition": 1, "dipeptides": 2, "tripeptides": 3}
 # From here on a table of counts is mostly zeros.
 _DENSE_COLUMNS = 1_000
-_ELSEWHERE = len(AMINO_ACIDS)
 # About the median of Swiss-Prot. A constant, so that no protein's features depend on the others.
 _USUAL_LENGTH = 300
 
@@ -150,20 +150,17 @@ def kmer_frequencies(sequences: Sequence[str], k: int) -> Any:
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    width = len(AMINO_ACIDS) ** k
-    counted = [_words(sequence, k) for sequence in sequences]
-    if width < _DENSE_COLUMNS:
-        dense = np.zeros((len(counted), width), dtype=np.float32)
-        for row, (words, shares) in enumerate(counted):
-            dense[row, words] = shares
-        return dense
     from scipy import sparse
+    from sklearn.feature_extraction.text import CountVectorizer
 
-    ends = np.cumsum([0, *(len(words) for words, _ in counted)])
-    empty = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
-    columns = np.concatenate(empty[0] + [words for words, _ in counted])
-    values = np.concatenate(empty[1] + [shares for _, shares in counted])
-    return sparse.csr_array((values, columns, ends), shape=(len(counted), width))
+    words = ["".join(letters) for letters in itertools.product(AMINO_ACIDS, repeat=k)]
+    counter = CountVectorizer(
+        analyzer="char", ngram_range=(k, k), lowercase=False, vocabulary=words, dtype=np.float64
+    )
+    shares = sparse.csr_array(counter.transform(sequences))
+    shares.data /= np.repeat(shares.sum(1), np.diff(shares.indptr))
+    shares = shares.astype(np.float32)
+    return shares.toarray() if len(words) < _DENSE_COLUMNS else shares
 
 
 def _beside(matrix: Any, column: NDArray[np.float32]) -> Any:
@@ -173,24 +170,3 @@ def _beside(matrix: Any, column: NDArray[np.float32]) -> Any:
     from scipy import sparse
 
     return sparse.hstack([matrix, sparse.csr_array(column)], format="csr")
-
-
-def _words(sequence: str, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The words that occur, as numbers to base 20, rising, and the share of each."""
-    letters = _CODES[np.frombuffer(sequence.encode("latin-1", "replace"), dtype=np.uint8)]
-    if len(letters) < k:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
-    windows = np.lib.stride_tricks.sliding_window_view(letters, k)
-    windows = windows[(windows != _ELSEWHERE).all(1)]
-    number = windows @ (len(AMINO_ACIDS) ** np.arange(k - 1, -1, -1))
-    words, counts = np.unique(number, return_counts=True)
-    return words, (counts / max(len(number), 1)).astype(np.float32)
-
-
-def _amino_acid_codes() -> NDArray[np.int64]:
-    codes = np.full(256, _ELSEWHERE, dtype=np.int64)
-    codes[[ord(letter) for letter in AMINO_ACIDS]] = range(len(AMINO_ACIDS))
-    return codes
-
-
-_CODES = _amino_acid_codes()
