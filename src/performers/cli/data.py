@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from performers.app.files import prepare_output_folder
 from performers.app.options import Options, option
 from performers.cli.commands import App
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import ProgressBars, note, output, table
 from performers.proteins.options import UNIPROT, CorpusOptions
 
 app = App(no_args_is_help=True, help="Make sequences ready for training.")
@@ -67,15 +64,9 @@ def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
         memory=files.memory << 20,
         report=note,
     )
-    _print_splits(manifest["splits"])
-
-
-def _print_splits(splits: dict[str, dict[str, int]]) -> None:
     columns = ("sequences", "residues", "clusters")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("split")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, entry in splits.items():
-        table.add_row(name, *(f"{entry[column]:,}" for column in columns))
-    output.print(table)
+    rows = [
+        (name, *(f"{entry[column]:,}" for column in columns))
+        for name, entry in manifest["splits"].items()
+    ]
+    output.print(table(("split", *columns), rows))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
 from performers.app.files import prepare_output_folder, write_json
 from performers.app.options import Options, argument, option
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.inputs import (
     BATCH_TOKENS,
     MODEL_AND_FASTA,
@@ -135,31 +132,22 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
     metrics = [
         name for name in METRICS if name in next(iter(found["features"].values()))["metrics"]
     ]
-    first = next(iter(found["features"]))
-    table = _table(metrics, found["features"])
-    for name, row in found["features"].items():
-        table.add_row(name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
-    output.print(table)
+    headings = ("", *(METRICS[name] for name in metrics))
+    rows = [
+        (name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
+        for name, row in found["features"].items()
+    ]
+    output.print(table(headings, rows))
     if found["differences"]:
+        first = next(iter(found["features"]))
         output.print(f"{first} minus the others, paired by split (splits in which {first} won):")
-        table = _table(metrics, found["differences"])
-        for name, row in found["differences"].items():
-            cells = (f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics)
-            table.add_row(name, *cells)
-        output.print(table)
+        rows = [
+            (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics))
+            for name, row in found["differences"].items()
+        ]
+        output.print(table(headings, rows))
     for line in notes:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
-
-
-def _table(metrics: list[str], names: Iterable[str]) -> Table:
-    from performers.proteins.probe.figure import METRICS
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # On a narrow terminal it is the numbers that wrap.
-    table.add_column(min_width=max(map(len, names)))
-    for metric in metrics:
-        table.add_column(METRICS[metric], justify="right")
-    return table
 
 
 def _with_sd(value: Mapping[str, Any], style: str = ".3f") -> str:

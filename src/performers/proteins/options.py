@@ -126,8 +126,10 @@ class TrainingOptions(Options):
         1e-3,
         at_least=0,
     )
-    warmup_steps: int | None = option("A twentieth of the steps by default.", None, at_least=0)
-    weight_decay: float = option("Of matrices and embeddings.", 0.1, at_least=0)
+    warmup_steps: int | None = option(
+        "Steps of linear warm-up; a twentieth of --steps by default.", None, at_least=0
+    )
+    weight_decay: float = option("Weight decay of matrices and embeddings.", 0.1, at_least=0)
     max_grad_norm: float = option("Norm at which gradients are clipped.", 0.5, at_least=0)
     mask_probability: float = option(
         "Share of residues to predict (mlm).", 0.15, at_least=1e-6, at_most=1
@@ -138,10 +140,14 @@ class TrainingOptions(Options):
     seed: int = option(
         "Random seed of weights, data order, masks and features.", 0, at_least=0, below=2**32
     )
-    bf16: bool = option("Mixed precision.", False)
-    gradient_checkpointing: bool = option("Less memory, more time.", False)
+    bf16: bool = option("Mixed precision in bfloat16.", False)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, more time.", False
+    )
     reversible: bool = option(
-        "Activation memory that does not grow with --layers.", False, config="reversible"
+        "Reversible blocks, whose activation memory does not grow with --layers.",
+        False,
+        config="reversible",
     )
     feed_forward_chunk: int = option(
         "Tokens in feed-forward blocks at a time; 0 for all.",
@@ -305,8 +311,8 @@ class CorpusOptions(Options):
         at_least=1,
         at_most=7.5,
     )
-    max_evalue: float = option("Up to this e-value a hit is a relative.", 1e-3, above=0)
-    min_length: int = option("Shorter sequences are left out.", 1, at_least=1)
+    max_evalue: float = option("Largest e-value of a relative.", 1e-3, above=0)
+    min_length: int = option("Least length of a sequence.", 1, at_least=1)
     seed: int = option("Random seed.", 0)
     shard_tokens: int = option("Tokens in a file of tokens.", 1 << 25, at_least=1)
 
