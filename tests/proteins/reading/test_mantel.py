@@ -52,16 +52,6 @@ def test_correlations_are_those_of_the_pairs_off_the_diagonal():
     assert compare_matrices(left, right, name="x", permutations=9) == result
 
 
-def test_unrelated_matrices_are_seldom_significant():
-    reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
-    p_values = [
-        compare_matrices(_symmetric(20, seed), reference, name="x", permutations=99).p_value
-        for seed in range(200)
-    ]
-    # Under the null 5% of the tests fall below 0.05: 10 of 200, give or take 3.1.
-    assert 1 <= sum(p <= 0.05 for p in p_values) <= 22
-
-
 def test_same_seed_same_p_value():
     left, right = _symmetric(8, 5), _symmetric(8, 6)
     first, again, other = (

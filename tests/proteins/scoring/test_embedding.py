@@ -44,8 +44,10 @@ def test_what_cannot_be_embedded_is_refused():
 def test_batching_does_not_matter(pooling):
     model, tokenizer = make_model()
     sequences = proteins(20)
-    together = embed_sequences(model, tokenizer, sequences, pooling=pooling)
-    apart = embed_sequences(model, tokenizer, sequences, pooling=pooling, batch_tokens=1)
+    together, seen = embed_sequences(model, tokenizer, sequences, pooling=pooling), []
+    one = {"batch_tokens": 1, "progress": lambda *done: seen.append(done)}
+    apart = embed_sequences(model, tokenizer, sequences, pooling=pooling, **one)
+    assert seen == [(done, 20) for done in range(1, 21)]
     np.testing.assert_allclose(together, apart, atol=2e-5)
     turned = embed_sequences(model, tokenizer, sequences[::-1], pooling=pooling)
     np.testing.assert_allclose(together, turned[::-1], atol=2e-5)
@@ -62,19 +64,6 @@ def test_a_protein_of_40000_residues_is_read_whole(attention):
     (changed,) = embed_sequences(model, tokenizer, [titin[:-5000] + "W" * 5000])
     assert np.isfinite(vector).all()
     assert np.abs(vector - changed).max() > 1e-4
-
-
-def test_progress_counts_sequences():
-    model, tokenizer = make_model()
-    seen = []
-    embed_sequences(
-        model,
-        tokenizer,
-        ["MKT", "MKTL", "MKTLL"],
-        batch_tokens=7,
-        progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
 RECORDS = [ProteinRecord("b", "", "MKT"), ProteinRecord("a", "x", "M"), ProteinRecord("b", "", "W")]
@@ -113,14 +102,3 @@ def test_one_long_name_does_not_lengthen_the_others(tmp_path):
     text = sum(len(name.encode()) + 1 for name in names)
     # Eight bytes a length and four a vector; the rest is headers.
     assert (tmp_path / "x.npz").stat().st_size < text + 12 * len(names) + 2000
-
-
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("performers.app.files.os.replace", fail)
-    for name in ("x.npz", "x.parquet"):
-        with pytest.raises(OSError, match="No space"):
-            write_embeddings(tmp_path / name, RECORDS, VECTORS)
-    assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from performers.app.errors import UserError
 from performers.proteins.inputs.objectives import ALL_HIDDEN, MaskedCollator
 from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
@@ -136,13 +135,6 @@ def test_progress_counts_windows_to_the_end():
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
-
-
-def test_windows_longer_than_learned_positions():
-    model, tokenizer = make_model(position_embedding="learned", max_length=20)
-    with pytest.raises(UserError, match="learned positions for 20 tokens and cannot read 32"):
-        evaluate_model(model, tokenizer, ["M" * 30], max_length=64)
-    assert evaluate_model(model, tokenizer, ["M" * 30], max_length=20)["tokens"] > 0
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were():

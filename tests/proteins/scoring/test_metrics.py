@@ -79,30 +79,6 @@ def test_batches_of_any_shape_add_up():
     assert parts.count == whole.count
 
 
-def test_special_tokens_and_ignored_positions_do_not_count():
-    logits, labels = batch(2)
-    kept = torch.isin(labels, torch.tensor(sorted(RESIDUES)))
-    assert 0 < kept.sum() < (labels != -100).sum()
-    only_residues = labels.masked_fill(~kept, -100)
-    a, b = ResidueMetrics(TOKENIZER), ResidueMetrics(TOKENIZER)
-    a.update(logits, labels)
-    b.update(logits, only_residues)
-    assert a.compute() == b.compute()
-    assert a.target_counts[:5].sum() == 0
-
-
-def test_the_causal_metric_does_not_cross_rows_or_use_the_last_logits():
-    labels = torch.tensor([[1, 5, 6, 2, -100], [1, 7, 8, 9, 2]])
-    logits = torch.full((2, 5, VOCABULARY), -50.0)
-    for row, t in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
-        logits[row, t, labels[row, t + 1]] = 50.0
-    metrics = ResidueMetrics(TOKENIZER, is_causal=True)
-    metrics.update(logits, labels)
-    result = metrics.compute()
-    assert (result["accuracy"], result["tokens"]) == (1.0, 5)
-    assert result["perplexity"] == pytest.approx(1)
-
-
 def test_merging_in_any_way_is_one_pass_over_all():
     batches = [batch(seed) for seed in range(4)]
     whole = ResidueMetrics(TOKENIZER)
