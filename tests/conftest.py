@@ -5,6 +5,9 @@
 * a test of three parameters or more runs on combinations that contain every pair of their values;
 * a test outside ``tests/features`` that takes a feature map runs on one map of each form;
 * tests marked ``exhaustive`` are left out: long ones of what shorter ones ask too.
+
+A test that takes ``device`` runs on the CPU and on the accelerator of this machine, if it has one;
+``--device NAME`` chooses one of them.
 """
 
 import gc
@@ -35,6 +38,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid.split("[" if nodeid.startswith(_APART) else "::", 1)[0]
 
     return Scheduling(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", metavar="NAME", help="device of the tests that take one")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        name = metafunc.config.getoption("device")
+        metafunc.parametrize("device", _devices() if name is None else [name])
+
+
+def _devices() -> list[str]:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -87,28 +107,34 @@ def _is_of_a_chosen_form(item: pytest.Item) -> bool:
 
 def _all_pairs(items: list[pytest.Item]) -> Iterable[pytest.Item]:
     """A small part of a function's combinations with every pair of parameter values in it."""
-    if not hasattr(items[0], "callspec"):
+    axes = _axes(items[0])
+    if len(axes) < 3:
         return items
-    # Parameters declared together have equal indices.
-    axes = {
-        tuple(item.callspec.indices[name] for item in items): name
-        for name in items[0].callspec.indices
-    }
-    names = list(axes.values())
-    if len(names) < 3:
-        return items
-    pairs = {
-        item: {
-            (a, b, item.callspec.indices[a], item.callspec.indices[b])
-            for a, b in itertools.combinations(names, 2)
-        }
+    # Values are told apart by identity: those of a parameter are made once for all items.
+    points = {
+        item: [tuple(id(item.callspec.params[name]) for name in names) for names in axes]
         for item in items
+    }
+    pairs = {
+        item: set(itertools.combinations(enumerate(point), 2)) for item, point in points.items()
     }
     order = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
     kept, covered = [], set()
-    for least in range(len(names) * (len(names) - 1) // 2, 0, -1):
+    for least in range(len(axes) * (len(axes) - 1) // 2, 0, -1):
         for item in order:
             if len(pairs[item] - covered) >= least:
                 kept.append(item)
                 covered |= pairs[item]
     return kept
+
+
+def _axes(item: pytest.Item) -> list[list[str]]:
+    """The names of an item's parameters; those that are declared together form one axis."""
+    if not hasattr(item, "callspec"):
+        return []
+    together = []
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        together.append([x.strip() for x in names.split(",")] if isinstance(names, str) else names)
+    declared = set(itertools.chain(*together))
+    return [*together, *([name] for name in item.callspec.params if name not in declared)]

@@ -22,6 +22,8 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+# Models with random weights have the dropout of training.
+@pytest.mark.filterwarnings("ignore:the dropout of attention weights")
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name
 )

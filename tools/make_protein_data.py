@@ -45,7 +45,7 @@ _OUTPUT = Path(__file__).resolve().parents[1] / "src" / "performers" / "proteins
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Criteria for the families that are taken; recorded in the manifest."""
+    """Criteria by which families are taken; recorded in the manifest."""
 
     seed: int = 0
     identity: float = 0.3
@@ -168,7 +168,7 @@ def related_to(
     mmseqs: Mmseqs,
     work: Path,
 ) -> dict[str, int]:
-    """Count the sequences of each candidate family that are related to a sequence of `kept`.
+    """Number of sequences of each candidate family that are related to a sequence of `kept`.
 
     Related: an e-value below `ood_max_evalue`; or one up to `ood_hit_evalue` (more are chance) with
     identity of at least `ood_max_identity` over at least `ood_min_coverage` of one of the two.

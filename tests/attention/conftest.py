@@ -1,12 +1,15 @@
-"""A backend is tested with what it covers; ``test_backends.py`` has the rest."""
+"""Combinations that the package refuses, or a backend does not cover, are left out.
+
+``test_arguments.py`` and ``test_backends.py`` test the refusals.
+"""
 
 from itertools import product
 
 import pytest
 import torch
 
-from tests.attention.cases import BACKENDS, covers
-from tests.features.cases import CASES, Case, by_name
+from tests.attention.cases import BACKENDS, POSITIVE, Configuration, refusal
+from tests.features.cases import CASES, Case
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,10 +21,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_covered(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    backends = [x for x in params.values() if isinstance(x, str) and x in BACKENDS]
-    maps = [x for x in params.values() if isinstance(x, Case)]
-    if params.get("name") in {case.name for case in CASES}:
-        maps.append(by_name(params["name"]))
-    dtypes = [x for x in params.values() if isinstance(x, torch.dtype)]
-    options = product(backends, maps or [by_name("positive")], dtypes or [torch.float32])
-    return all(covers(*option) for option in options)
+    names = {case.name: case for case in CASES}
+
+    def values(kind: type) -> list:
+        return [x for x in params.values() if isinstance(x, kind)]
+
+    backends = [x for x in values(str) if x in BACKENDS]
+    maps = [*values(Case), *(names[x] for x in values(str) if x in names)] or [POSITIVE]
+    modes = [params.get("mode", "bidirectional")]
+    dtypes, devices = values(torch.dtype) or [torch.float32], [params.get("device", "cpu")]
+    takes = (x.takes(case, mode) for x, case, mode in product(values(Configuration), maps, modes))
+    covers = (refusal(*option) is None for option in product(backends, maps, dtypes, devices))
+    return all(takes) and all(covers)

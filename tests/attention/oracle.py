@@ -2,9 +2,9 @@
 
     out_i = sum_j K_ij v_j / sum_j K_ij,   K_ij = sum_f phi_f(q_i) phi_f(k_j)
 
-or ``K_ij = exp(scale q_i . k_j)`` where a window or a sink makes the pair exact. ``phi`` is kept
-as ``base * exp(log)`` (``Case.log_phi``); each pair is scaled by the largest feature of its query
-and of its key, and each row by its largest pair, so that nothing overflows.
+or ``K_ij = exp(scale q_i . k_j)`` where a window, a sink or a list makes the pair exact. ``phi``
+is kept as ``base * exp(log)`` (``Case.log_phi``); each pair is scaled by the largest feature of its
+query and of its key, and each row by its largest pair, so that nothing overflows.
 """
 
 import math
@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from performers import ListedKeys
 from performers.features import FeatureMap
 from tests.features.cases import Case
 
@@ -62,6 +63,40 @@ def exact(
     return near | first[:, None, None, :]
 
 
+def listed(
+    listed_keys: ListedKeys,
+    query: Tensor,
+    key: Tensor,
+    *,
+    sinks: int = 0,
+    is_causal: bool = False,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Which pairs are exact because the query's list has the key, bool, ``(B, H, L, S)``."""
+    (batch, heads, length, _), size = query.shape, key.shape[2]
+    taking = torch.ones(batch, size, dtype=torch.bool) if key_mask is None else key_mask
+    taking = taking & (taking.long().cumsum(1) > sinks)
+    query = query.detach().double()
+    key = key.detach().double().repeat_interleave(heads // key.shape[1], dim=1)
+    per_round = listed_keys.num_keys // listed_keys.num_rounds
+    member = torch.zeros(batch, heads, length, size, dtype=torch.bool)
+    for centers, offsets in zip(listed_keys.centers, listed_keys.offsets, strict=True):
+        centers, offsets = (
+            x.double().repeat_interleave(heads // x.shape[0], dim=0) for x in (centers, offsets)
+        )
+        bucket = (query @ centers.mT + offsets.unsqueeze(1)).argmax(-1, keepdim=True)
+        strength = (centers @ key.mT).masked_fill(~taking[:, None, None], -math.inf)
+        stretch = listed_keys.refresh if is_causal else max(length, 1)
+        for start in range(0, length, stretch):
+            end = start if is_causal else size
+            best = strength[..., :end].topk(min(per_round, end))
+            lists = torch.zeros(strength.shape, dtype=torch.bool)
+            lists.scatter_(-1, best.indices, best.values > -math.inf)
+            rows = slice(start, start + stretch)
+            member[:, :, rows] |= lists.gather(2, bucket[:, :, rows].expand(-1, -1, -1, size))
+    return member
+
+
 def log_kernel(
     case: Case, feature_map: FeatureMap, query: Tensor, key: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,6 +134,7 @@ def weights(
     scale: float | None = None,
     window: int | None = None,
     sinks: int = 0,
+    listed_keys: ListedKeys | None = None,
     is_causal: bool = False,
     **who: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -111,10 +147,13 @@ def weights(
     length, size = query.shape[-2], key.shape[-2]
     seen = visible(length, size, is_causal=is_causal, **who)
     pairs, absolute, row, column = log_kernel(case, feature_map, query, key, scale)
-    if window is None and not sinks:
+    if window is None and not sinks and listed_keys is None:
         level = column.masked_fill(~seen, -math.inf)
     else:
         close = exact(length, size, window=window, sinks=sinks, **who)
+        if listed_keys is not None:
+            options = {"sinks": sinks, "is_causal": is_causal, **who}
+            close = close | listed(listed_keys, query, key, **options)
         logits = true_logits(query, key, scale)
         # Two vectors can share no large feature: a pair's own size says how it compares.
         share = pairs.detach().abs().clamp_min(1e-300).log()

@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from performers import (
-    FavorState,
     GeneralizedFeatures,
     SoftmaxFeatures,
     favor_attention,
     favor_attention_weights,
 )
-from tests.attention.cases import make_call
-from tests.features.cases import by_name
+from tests.attention.cases import POSITIVE, make_call
 
 OFFSETS = torch.tensor([0, 3, 6])
+META = torch.zeros(1, 2, 6, 8, device="meta")
 
 
 def zeros(*shape, dtype=torch.float32):
@@ -64,16 +63,8 @@ def test_the_call_that_the_others_break():
             r"is_causal needs as many keys as queries, got 7 and 6.*state",
         ),
         ({"return_state": True}, r"return_state need is_causal=True"),
-    ],
-)
-def test_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        attend(**options)
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
+        ({"key": META}, r"key is on meta but query is on cpu"),
+        ({"value": META[..., :5]}, r"value is on meta but query is on cpu"),
         ({"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens must rise from 0 to .*6.*\[0, 3\]"),
         ({"cu_seqlens": torch.tensor([1, 6])}, r"cu_seqlens must rise .*\[1, 6\]"),
         ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, r"cu_seqlens must rise .*\[0, 4, 3, 6\]"),
@@ -99,7 +90,7 @@ def test_refused(options, match):
         ),
     ],
 )
-def test_refused_packings(options, match):
+def test_refused(options, match):
     with pytest.raises(ValueError, match=match):
         attend(**options)
 
@@ -110,42 +101,12 @@ def test_long_offsets_are_shortened_in_the_message():
     assert len(str(caught.value)) < 200
 
 
-def state_of(batch=1, heads=2, num_features=32, value_dim=5, device="cpu"):
-    shape = (batch, heads, num_features)
-    return FavorState(
-        torch.zeros(*shape, value_dim, device=device),
-        torch.zeros(shape, device=device),
-        torch.full(shape, -float("inf"), device=device),
-    )
-
-
-@pytest.mark.parametrize(
-    ("state", "match"),
-    [
-        (state_of(batch=2), r"state must have key_value of shape \(1, 2, 32, 5\).*\(2, 2, 32, 5\)"),
-        (state_of(heads=4), r"state must have .*\(1, 4, 32, 5\)"),
-        (state_of(num_features=64), r"state must have .*\(1, 2, 64, 5\)"),
-        (state_of(value_dim=6), r"state must have .*\(1, 2, 32, 6\)"),
-        (state_of(device="meta"), r"state is on meta.*cpu.*\.to"),
-    ],
-)
-def test_refused_states(state, match):
-    with pytest.raises(ValueError, match=match):
-        attend(is_causal=True, state=state)
-
-
 def test_states_need_a_causal_unpacked_call():
+    _, state = make_call(POSITIVE, 6, "causal").run(return_state=True)
     with pytest.raises(ValueError, match=r"state .*is_causal=True"):
-        attend(state=state_of())
+        attend(state=state)
     with pytest.raises(ValueError, match=r"state cannot be combined with cu_seqlens"):
-        attend(is_causal=True, state=state_of(), cu_seqlens=OFFSETS)
-
-
-def test_tensors_on_different_devices():
-    with pytest.raises(ValueError, match=r"key is on meta but query is on cpu"):
-        attend(key=torch.zeros(1, 2, 6, 8, device="meta"))
-    with pytest.raises(ValueError, match=r"value is on meta but query is on cpu"):
-        attend(value=torch.zeros(1, 2, 6, 5, device="meta"))
+        attend(is_causal=True, state=state, cu_seqlens=OFFSETS)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +128,7 @@ def test_tensors_on_different_devices():
 def test_refused_exact_terms(is_causal, options, match):
     with pytest.raises(ValueError, match=match):
         attend(is_causal=is_causal, **options)
-    call = make_call(by_name("positive"), 5, "causal" if is_causal else "bidirectional")
+    call = make_call(POSITIVE, 5, "causal" if is_causal else "bidirectional")
     with pytest.raises(ValueError, match=match):
         favor_attention_weights(call.query, call.key, call.feature_map, **call.options, **options)
 

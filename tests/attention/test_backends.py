@@ -1,4 +1,4 @@
-"""Choosing a backend: by name, by context, by default."""
+"""The choice of a backend: by name, by context, by default, and under export."""
 
 import contextlib
 import threading
@@ -6,75 +6,61 @@ import threading
 import pytest
 import torch
 
-from performers import backends, use_backend
-from tests.attention.cases import BACKENDS, TESTED, make_call
+from performers import SoftmaxFeatures, backends, favor_attention, use_backend
+from tests.attention.cases import BACKENDS, POSITIVE, last_backend, make_call
 from tests.features.cases import by_name
+
+NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
 
 
 @pytest.fixture(scope="module")
 def call():
-    return make_call(by_name("positive"), 300, "causal", seed=1)
+    return make_call(POSITIVE, 300, "causal", seed=1)
 
 
-@pytest.fixture(scope="module")
-def signatures(call):
-    """The bits of each backend's output tell the backends apart."""
-    outputs = {name: call.run(name) for name in BACKENDS}
-    assert len({x.numpy().tobytes() for x in outputs.values()}) == len(BACKENDS)
-    return outputs
+def used(call):
+    call.run()
+    return last_backend()
 
 
-def used(call, signatures):
-    out = call.run()
-    return next(name for name, x in signatures.items() if torch.equal(x, out))
-
-
-def test_names():
-    assert "reference" in backends()
-    assert "torch" in backends()
+def test_names(call):
     assert isinstance(backends(), tuple)
-    assert backends()[-1] == "reference"
-    assert TESTED
+    assert backends()[-2:] == ("torch", "reference")
+    # The bits of their outputs tell them apart.
+    outputs = {call.run(name).numpy().tobytes() for name in BACKENDS}
+    assert len(outputs) == len(BACKENDS)
 
 
-def test_the_best_is_the_default(call, signatures):
-    assert used(call, signatures) == backends()[0] != "reference"
+def test_the_best_is_the_default(call):
+    assert used(call) == backends()[0] != "reference"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_context_chooses(call, signatures, name):
+def test_a_context_chooses(call, name):
     with use_backend(name):
-        assert used(call, signatures) == name
-    assert used(call, signatures) == backends()[0]
+        assert used(call) == name
+    assert used(call) == backends()[0]
 
 
-def test_an_argument_outranks_a_context(call, signatures):
+def test_an_argument_outranks_a_context(call):
     with use_backend("reference"):
-        assert torch.equal(call.run("torch"), signatures["torch"])
-        assert used(call, signatures) == "reference"
+        call.run("torch")
+        assert used(call) == "reference"
 
 
-def test_contexts_nest(call, signatures):
-    with use_backend("reference"):
-        with use_backend("torch"):
-            assert used(call, signatures) == "torch"
-        assert used(call, signatures) == "reference"
-
-
-def test_the_choice_is_restored_after_an_error(call, signatures):
-    with contextlib.suppress(KeyError), use_backend("reference"):
-        raise KeyError
-    assert used(call, signatures) == backends()[0]
+def test_contexts_nest_and_end_with_an_error(call):
     with use_backend("reference"):
         with contextlib.suppress(KeyError), use_backend("torch"):
+            assert used(call) == "torch"
             raise KeyError
-        assert used(call, signatures) == "reference"
+        assert used(call) == "reference"
+    assert used(call) == backends()[0]
 
 
-def test_an_unknown_backend_is_refused_on_entry(call, signatures):
+def test_an_unknown_backend_is_refused_on_entry(call):
     with pytest.raises(ValueError, match=r"backend must be one of .*'flash'"), use_backend("flash"):
         pytest.fail("the block ran")
-    assert used(call, signatures) == backends()[0]
+    assert used(call) == backends()[0]
 
 
 @pytest.mark.parametrize("name", ["", "Torch", "native-2"])
@@ -83,7 +69,7 @@ def test_names_are_exact(call, name):
         call.run(name)
 
 
-def test_threads_do_not_see_each_others_choice(call, signatures):
+def test_threads_do_not_see_each_others_choice(call):
     seen = {}
     inside, leave = threading.Event(), threading.Event()
 
@@ -91,12 +77,12 @@ def test_threads_do_not_see_each_others_choice(call, signatures):
         with use_backend("reference"):
             inside.set()
             leave.wait(30)
-            seen["chooser"] = used(call, signatures)
+            seen["chooser"] = used(call)
 
     thread = threading.Thread(target=choose)
     thread.start()
     assert inside.wait(30)
-    seen["other"] = used(call, signatures)
+    seen["other"] = used(call)
     leave.set()
     thread.join()
     assert seen == {"chooser": "reference", "other": backends()[0]}
@@ -113,12 +99,12 @@ def test_backward_outside_the_context(call, name):
     assert all(torch.equal(a, b) for a, b in zip(inside, again, strict=True))
 
 
-@pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
+@NATIVE
 @pytest.mark.parametrize("by_context", [False, True])
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        (make_call(by_name("positive"), 10, dtype=torch.float64), "for torch.float64 inputs"),
+        (make_call(POSITIVE, 10, dtype=torch.float64), "for torch.float64 inputs"),
         (make_call(by_name("trigonometric"), 10), "for trigonometric features"),
         (make_call(by_name("tanh"), 10), "for elementwise features of other functions than relu"),
         (make_call(by_name("exp"), 10), "for exponential features with an epsilon"),
@@ -130,4 +116,45 @@ def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_
     context = use_backend("native") if by_context else contextlib.nullcontext()
     with context, pytest.raises(ValueError, match=message):
         call.run(None if by_context else "native")
-    assert torch.equal(call.run(), call.run("torch"))
+    assert used(call) == "torch"
+
+
+def exported(strict=False, backend=None):
+    """Names of the operators of an exported call."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = SoftmaxFeatures(4, 8)
+
+        def forward(self, x):
+            return favor_attention(x, x, x, self.features, backend=backend)
+
+    graph = torch.export.export(Attention(), (torch.zeros(1, 2, 8, 4),), strict=strict).graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert names
+    return names
+
+
+def has_kernels(names):
+    return any(name.startswith("performers.") for name in names)
+
+
+@NATIVE
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_onnx_goes_without_the_native_operators(monkeypatch, strict):
+    assert has_kernels(exported(strict))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+        assert not has_kernels(exported(strict))
+    assert has_kernels(exported(strict))
+
+
+@NATIVE
+@pytest.mark.parametrize("by_context", [False, True])
+def test_native_by_name_is_refused_for_onnx(monkeypatch, by_context):
+    context = use_backend("native") if by_context else contextlib.nullcontext()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    message = "'torch' during an ONNX export, got 'native'"
+    with context, pytest.raises(ValueError, match=message):
+        exported(backend=None if by_context else "native")

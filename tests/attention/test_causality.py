@@ -3,155 +3,117 @@
 import pytest
 import torch
 
-from performers import favor_attention
-from tests.attention.cases import ALL, BACKENDS, FEW, TESTED, make_call
-from tests.features.cases import by_name
+from tests.attention.cases import (
+    BACKENDS,
+    ONE_SIGN,
+    PACKED,
+    POSITIVE,
+    SELF,
+    STREAMED,
+    assert_unmoved,
+    law,
+    make_call,
+    stream,
+)
 
 LENGTH = 140
-FACTORS = (1e4, 0.0, 1e-3)
+# Both ends of chunks and of stretches of lists, inside and beyond a window.
+POSITIONS = (1, 63, 64, 66, 100, 139)
+FACTORS = (1e4, 250.0, 1e-3, 0.0)
 
 
-def changed_after(call, position, factor):
-    """The same call with query, key and value from ``position`` on multiplied by ``factor``."""
-    later = torch.arange(call.query.shape[-2])[:, None] >= position
-    inputs = (torch.where(later, x * factor, x) for x in call.inputs)
-    return type(call)(call.case, call.feature_map, *inputs, call.options)
+def changed(call, where, factor, names=("query", "key", "value")):
+    """The same call with queries, keys and values multiplied by ``factor`` at some positions."""
+    where = where[:, None].to(call.query.device)
+    inputs = (
+        torch.where(where, x * factor, x) if name in names else x
+        for name, x in zip(("query", "key", "value"), call.inputs, strict=True)
+    )
+    return call.with_inputs(*inputs)
 
 
-def assert_unmoved(before, after, conditioning):
-    """By 2e-6, times what a normaliser near zero makes of rounding."""
-    size = conditioning * (1 + before.abs().amax(-1, keepdim=True))
-    bound = 2e-6 * torch.where(conditioning > 1 + 1e-9, size, torch.ones_like(size))
-    assert ((before - after).abs() <= bound).all(), (before - after).abs().max()
+def later(position):
+    return torch.arange(LENGTH) >= position
 
 
-@pytest.mark.parametrize("position", [1, 63, 64, 65, 128, 139])
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_later_tokens_do_not_matter(backend, case, position):
-    call = make_call(case, LENGTH, "causal", batch=1, seed=position)
+@pytest.mark.parametrize("position", POSITIONS)
+@law()
+def test_later_tokens_do_not_matter(backend, case, configuration, position, device):
+    call = make_call(case, LENGTH, "causal", configuration, seed=position, device=device)
     before, (_, conditioning) = call.run(backend), call.expected()
+    rows = slice(0, position)
     for factor in FACTORS:
-        after = changed_after(call, position, factor).run(backend)
+        after = changed(call, later(position), factor).run(backend)
         assert torch.isfinite(after).all()
-        assert_unmoved(
-            before[..., :position, :], after[..., :position, :], conditioning[..., :position, :]
-        )
+        assert_unmoved(before[..., rows, :], after[..., rows, :], conditioning[..., rows, :])
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_later_tokens_do_not_matter_to_the_reference(case):
-    call = make_call(case, LENGTH, "causal", batch=1)
-    before, (_, conditioning) = call.run("reference"), call.expected()
-    for position in (64, 100):
-        for factor in FACTORS:
-            after = changed_after(call, position, factor).run("reference")
-            assert_unmoved(
-                before[..., :position, :], after[..., :position, :], conditioning[..., :position, :]
-            )
-
-
-@pytest.mark.parametrize("name", ["positive", "hyperbolic", "relu", "exp"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_one_later_token_alone_does_not_matter(backend, name):
-    """A single hostile key in the middle: queries, keys and values changed one at a time."""
-    call = make_call(by_name(name), LENGTH, "causal", batch=1)
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("position", POSITIONS)
+@law(cases=ONE_SIGN)
+def test_one_later_token_alone_does_not_matter(backend, case, configuration, position, which):
+    call = make_call(case, LENGTH, "causal", configuration)
     before = call.run(backend)
-    for position in (64, 90):
-        for which in ("query", "key", "value"):
-            for factor in FACTORS:
-                hostile = changed_after(call, position + 1, 1.0)
-                x = getattr(hostile, which).clone()
-                x[..., position, :] *= factor
-                setattr(hostile, which, x)
-                after = hostile.run(backend)
-                assert (before - after)[..., :position, :].abs().max() <= 2e-6
+    for factor in FACTORS:
+        hostile = changed(call, torch.arange(LENGTH) == position, factor, (which,))
+        after = hostile.run(backend)
+        assert_unmoved(before[..., :position, :], after[..., :position, :])
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e4])
-@pytest.mark.parametrize("position", [1, 64, 65, 100])
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_gradients_of_earlier_outputs_stop_at_later_tokens(backend, case, position, factor):
-    call = changed_after(
-        make_call(case, LENGTH, "causal", batch=1, seed=position), position, factor
-    ).leaves()
+@pytest.mark.parametrize("factor", [1.0, 250.0, 1e4])
+@pytest.mark.parametrize("position", POSITIONS)
+@law()
+def test_gradients_of_earlier_outputs_stop_at_later_tokens(
+    backend, case, configuration, position, factor, device
+):
+    if backend == "torch" and configuration.exact and factor > (1 if configuration.listed else 250):
+        pytest.xfail("rows whose exponents overflow can have NaN gradients, times zero or not")
+    call = make_call(case, LENGTH, "causal", configuration, seed=position, device=device)
+    call = changed(call, later(position), factor).leaves()
     call.run(backend)[..., :position, :].square().sum().backward()
     for x in call.inputs:
         assert (x.grad[..., position:, :] == 0).all()
         assert torch.isfinite(x.grad).all()
-    assert (call.value.grad[..., :position, :] != 0).any()
+    assert configuration.masked or (call.value.grad[..., :position, :] != 0).any()
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_packed_sequences_do_not_see_each_other(backend, case, mode):
-    offsets = [0, 1, 40, 40, 64, 129, LENGTH]
-    call = make_call(
-        case, LENGTH, mode, batch=1, cu_seqlens=torch.tensor(offsets, dtype=torch.int32)
-    )
+@law(configurations=PACKED, modes=SELF)
+def test_packed_sequences_do_not_see_each_other(backend, case, configuration, mode, device):
+    """A window that reaches over a boundary, and sinks, belong to one sequence."""
+    call = make_call(case, LENGTH, mode, configuration, device=device)
     before, (_, conditioning) = call.run(backend), call.expected()
-    index = torch.arange(LENGTH)[:, None]
-    for start, stop in ((1, 40), (64, 129)):
-        others = (index < start) | (index >= stop)
+    for start, stop in ((4, 40), (65, 128)):
+        rows, others = slice(start, stop), (torch.arange(LENGTH) < start) | later(stop)
         for factor in FACTORS:
-            inputs = [torch.where(others, x * factor, x) for x in call.inputs]
-            after = favor_attention(*inputs, call.feature_map, backend=backend, **call.options)
-            rows = slice(start, stop)
+            after = changed(call, others, factor).run(backend)
             assert_unmoved(before[..., rows, :], after[..., rows, :], conditioning[..., rows, :])
+        leaves = call.leaves()
+        leaves.run(backend)[..., rows, :].square().sum().backward()
+        for x in leaves.inputs:
+            assert (x.grad[..., others, :] == 0).all()
+        assert (leaves.value.grad[..., rows, :] != 0).any()
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_packed_gradients_stop_at_other_sequences(backend, case, mode):
-    call = make_call(
-        case, LENGTH, mode, batch=1, cu_seqlens=torch.tensor([0, 30, 66, 66, LENGTH])
-    ).leaves()
-    call.run(backend)[..., 30:66, :].square().sum().backward()
-    for x in call.inputs:
-        assert (x.grad[..., :30, :] == 0).all()
-        assert (x.grad[..., 66:, :] == 0).all()
-    assert (call.value.grad[..., 30:66, :] != 0).any()
+@law(configurations=STREAMED)
+def test_a_stream_is_as_causal_as_one_call(backend, case, configuration):
+    """The past is all that a state carries."""
+    call = make_call(case, LENGTH, "causal", configuration)
+    before, (_, conditioning) = stream(call, [70, 70], backend)[0], call.expected()
+    for factor in FACTORS:
+        after, _ = stream(changed(call, later(100), factor), [70, 70], backend)
+        assert_unmoved(before[..., :100, :], after[..., :100, :], conditioning[..., :100, :])
 
 
-@pytest.mark.parametrize("backend", TESTED)
-def test_packed_causal_sequences_do_not_see_their_own_future(backend):
-    call = make_call(
-        by_name("positive"),
-        LENGTH,
-        "causal",
-        batch=1,
-        cu_seqlens=torch.tensor([0, 30, 66, 66, LENGTH]),
-    )
-    before = call.run(backend)
-    for position in (31, 64, 65, 67, 100):
-        for factor in FACTORS:
-            after = changed_after(call, position, factor).run(backend)
-            assert (before - after)[..., :position, :].abs().max() <= 2e-6
-
-
-@pytest.mark.parametrize("case", FEW, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_a_state_does_not_change_what_came_before(backend, case):
-    """Chunks of a stream are as causal as one call: the past is all that a state carries."""
-    call = make_call(case, LENGTH, "causal", batch=1)
-    _, (_, conditioning) = call.run(backend), call.expected()
-    outputs = []
-    for factor in (1.0, *FACTORS):
-        hostile = changed_after(call, 100, factor)
-        parts, state = [], None
-        for rows in (slice(0, 70), slice(70, LENGTH)):
-            out, state = favor_attention(
-                *(x[..., rows, :] for x in hostile.inputs),
-                call.feature_map,
-                is_causal=True,
-                state=state,
-                return_state=True,
-                backend=backend,
-            )
-            parts.append(out)
-        outputs.append(torch.cat(parts, dim=-2)[..., :100, :])
-    for after in outputs[1:]:
-        assert_unmoved(outputs[0], after, conditioning[..., :100, :])
+@pytest.mark.parametrize("length", [5, 20, 64])
+@pytest.mark.parametrize("size", [1e10, 3e38])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_key_whose_norm_overflows_touches_no_earlier_row(backend, length, size):
+    if backend == "torch" and size > 1e30:
+        pytest.xfail("products with the projection overflow to infinities of both signs")
+    call = make_call(POSITIVE, length, "causal").leaves()
+    key = call.key.detach().clone()
+    key[:, :, -1] = size
+    out = call.with_inputs(call.query, key, call.value).run(backend)[:, :, :-1]
+    torch.testing.assert_close(out, call.run(backend)[:, :, :-1], rtol=0, atol=2e-6)
+    gradients = torch.autograd.grad(out.sum(), (call.query, call.value))
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -14,7 +14,7 @@ from performers import (
     redraw_features_,
 )
 from performers.features import LearnedFeatures
-from tests.attention.cases import BACKENDS
+from tests.attention.cases import BACKENDS, LINEAR
 from tests.features.cases import generator
 
 DIM, LENGTH = 8, 100
@@ -157,7 +157,7 @@ def test_the_kernel_itself():
             out.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])
+@pytest.mark.parametrize("backend", LINEAR)
 def test_compiled(backend):
     """A compiled pass keeps the old draw; a checkpoint inside it does too, or is an error."""
     feature_map, x = features("positive"), leaf()

@@ -1,11 +1,28 @@
-"""``torch.compile(fullgraph=True)``: no graph break, the values and gradients of eager."""
+"""``torch.compile(fullgraph=True)``: no graph break, the values and gradients of eager.
+
+To the compiler a call of the ``native`` backend is one operator.
+"""
 
 import pytest
 import torch
+from torch import nn
 
 from performers import PerformerAttention, favor_attention
-from tests.attention.cases import MODES, TESTED, make_call, random_mask
-from tests.features.cases import by_name
+from tests.attention.cases import (
+    BOTH,
+    FEW,
+    LINEAR,
+    LISTED,
+    MODES,
+    PLAIN,
+    POSITIVE,
+    SELF,
+    Configuration,
+    law,
+    make_call,
+    random_mask,
+)
+from tests.features.cases import by_name, generator
 
 
 @pytest.fixture(autouse=True)
@@ -15,86 +32,200 @@ def _fresh_compiler():
     torch.compiler.reset()
 
 
-def assert_compiled_equals_eager(call, compiler, backend):
-    call = call.leaves()
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
-    def run(query, key, value):
-        return favor_attention(query, key, value, call.feature_map, backend=backend, **call.options)
 
-    compiled = torch.compile(run, fullgraph=True, backend=compiler)
-    expected, out = run(*call.inputs), compiled(*call.inputs)
+def exhaustive(*values):
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
+def assert_same(eager, compiled, inputs):
+    """Values, memory order and gradients."""
+    out, expected = compiled(*inputs), eager(*inputs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-    weight = torch.randn_like(out)
+    assert out.stride() == expected.stride()
+    weight = torch.randn(out.shape, generator=generator(0))
     for a, b in zip(
-        torch.autograd.grad(out, call.inputs, weight),
-        torch.autograd.grad(expected, call.inputs, weight),
+        torch.autograd.grad(out, inputs, weight),
+        torch.autograd.grad(expected, inputs, weight),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
+def attend_with(call, backend):
+    def attend(query, key, value):
+        return favor_attention(query, key, value, call.feature_map, backend=backend, **call.options)
+
+    return attend
+
+
+def check(call, backend, compiler="aot_eager"):
+    """The compiled call, and that the graph has the operators of the backend or none."""
+    call, graphs = call.leaves(), []
+    eager = attend_with(call, backend)
+
+    def recording(module, inputs):
+        graphs.append(module.code)
+        return torch._dynamo.lookup_backend(compiler)(module, inputs)
+
+    assert_same(eager, torch.compile(eager, fullgraph=True, backend=recording), call.inputs)
+    assert backend is None or ("performers" in graphs[0]) == (backend == "native")
+
+
 @pytest.mark.parametrize(
-    ("name", "mode"), [*(("positive", mode) for mode in MODES), ("relu", "causal")]
+    ("name", "mode", "configuration"),
+    [
+        *(("positive", mode, PLAIN) for mode in MODES),
+        ("relu", "causal", PLAIN),
+        ("positive", "bidirectional", FEW),
+        ("positive", "causal", FEW),
+        ("positive", "causal", Configuration("sinks", sinks=2)),
+        ("positive", "cross", Configuration("sinks", sinks=2)),
+        exhaustive("positive", "bidirectional", LISTED),
+        exhaustive("positive", "causal", LISTED),
+        slow("positive", "bidirectional", BOTH),
+        slow("positive", "causal", Configuration("own key", window=0)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("backend", TESTED)
-def test_forward_and_backward(backend, name, mode):
-    call = make_call(by_name(name), 70, mode, heads=4, key_heads=2)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_forward_and_backward(backend, name, mode, configuration):
+    call = make_call(by_name(name), 70, mode, configuration, heads=4, key_heads=2)
     call.options["key_mask"] = random_mask(2, call.key.shape[2])
-    assert_compiled_equals_eager(call, "aot_eager", backend)
+    check(call, backend)
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-def test_the_chosen_backend(mode):
+@pytest.mark.parametrize(
+    ("name", "mode", "configuration"),
+    [
+        ("positive", "bidirectional", PLAIN),
+        ("positive", "causal", PLAIN),
+        ("trigonometric", "causal", FEW),
+    ],
+    ids=str,
+)
+def test_the_chosen_backend(name, mode, configuration):
     """Without a backend named: the choice itself must not break the graph."""
-    call = make_call(by_name("positive"), 70, mode)
-    assert_compiled_equals_eager(call, "aot_eager", None)
+    check(make_call(by_name(name), 70, mode, configuration), None)
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", pytest.param("causal", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", TESTED)
-def test_packed(backend, mode):
-    call = make_call(
-        by_name("positive"), 40, mode, batch=1, cu_seqlens=torch.tensor([0, 3, 3, 36, 40])
-    )
-    assert_compiled_equals_eager(call, "aot_eager", backend)
+@pytest.mark.parametrize(
+    ("mode", "configuration"),
+    [
+        ("bidirectional", PLAIN),
+        ("causal", FEW),
+        slow("causal", PLAIN),
+        slow("bidirectional", FEW),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_packed(backend, mode, configuration):
+    call = make_call(POSITIVE, 40, mode, configuration, batch=1)
+    call.options["cu_seqlens"] = torch.tensor([0, 3, 3, 36, 40])
+    check(call, backend)
 
 
-@pytest.mark.parametrize("backend", TESTED)
-def test_with_state(backend):
-    call = make_call(by_name("positive"), 70, "causal")
+@pytest.mark.parametrize(
+    "configuration",
+    [PLAIN, *map(exhaustive, (FEW, Configuration("wide", window=70), BOTH))],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_with_state(backend, configuration):
+    call = make_call(POSITIVE, 70, "causal", configuration)
+    mask = random_mask(2, 70)
 
-    def run(query, key, value, state):
-        return favor_attention(
-            query,
-            key,
-            value,
-            call.feature_map,
-            is_causal=True,
-            state=state,
-            return_state=True,
-            backend=backend,
-        )
+    def run(query, key, value, mask, state):
+        inputs = (query, key, value, call.feature_map)
+        more = {"key_mask": mask, "state": state, "return_state": True, "backend": backend}
+        return favor_attention(*inputs, **call.options, **more)
 
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    _, state = run(*call.inputs, None)
-    for length in (70, 1):
-        rows = [x[..., :length, :] for x in call.inputs]
-        expected, expected_state = run(*rows, state)
-        out, new_state = compiled(*rows, state)
+    # Other lengths are other graphs here; symbolic lengths have tests of their own.
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
+    _, state = run(*call.inputs, mask, None)
+    for length in (70, 3, 1):
+        inputs = [x[..., :length, :].detach().requires_grad_() for x in call.inputs]
+        rows, past = [*inputs, mask[:, :length]], state.detach()
+        leaves = [*inputs, past.key_value.requires_grad_(), past.key_sum.requires_grad_()]
+        gradients = []
+        (out, after), (expected, wanted) = compiled(*rows, past), run(*rows, past)
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-        for name in ("key_value", "key_sum", "log_scale"):
-            torch.testing.assert_close(getattr(new_state, name), getattr(expected_state, name))
+        for name, x in vars(wanted).items():
+            torch.testing.assert_close(getattr(after, name), x)
+        for o, s in ((out, after), (expected, wanted)):
+            loss = o.square().sum() + s.key_value.square().sum() + s.key_sum.square().sum()
+            gradients.append(torch.autograd.grad(loss, leaves))
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "mode", "configuration", "packed"),
+    [
+        slow("inductor", mode, configuration, packed)
+        for mode in MODES[:2]
+        for configuration, packed in ((PLAIN, False), (PLAIN, True), (FEW, False))
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_inductor(backend, compiler, mode, configuration, packed):
+    """Compiles C++ for most of a minute each."""
+    call = make_call(POSITIVE, 70, mode, configuration, batch=1)
+    if packed:
+        call.options["cu_seqlens"] = torch.tensor([0, 3, 3, 66, 70])
+    check(call, backend, compiler)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize("backend", TESTED)
+@law(backends=LINEAR, modes=SELF)
 def test_many_blocks(backend, mode):
     """Long enough that the eager path runs block by block."""
-    call = make_call(
-        by_name("positive"), 1100, mode, batch=1, heads=4, num_features=1024, head_dim=8
-    )
-    assert_compiled_equals_eager(call, "aot_eager", backend)
+    sizes = {"batch": 1, "heads": 4, "num_features": 1024, "head_dim": 8}
+    check(make_call(POSITIVE, 1100, mode, **sizes), backend)
+
+
+@law(backends=LINEAR, modes=SELF)
+def test_memory_order(backend, mode):
+    """Transposed views of a model come out as eager gives them."""
+    call = make_call(POSITIVE, 70, mode, heads=4, key_heads=2)
+    call = call.with_inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in call.inputs))
+    eager = attend_with(call, backend)
+    inputs = [x.requires_grad_() for x in call.inputs]
+    assert_same(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), inputs)
+
+
+@pytest.mark.parametrize("how", ["every size", exhaustive("marked")])
+@pytest.mark.parametrize(
+    ("mode", "configuration"),
+    [
+        exhaustive("bidirectional", PLAIN),
+        exhaustive("causal", PLAIN),
+        exhaustive("bidirectional", Configuration("sinks", sinks=2)),
+        slow("bidirectional", FEW),
+        slow("causal", FEW),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_one_graph_for_all_lengths(backend, mode, configuration, how):
+    call = make_call(POSITIVE, 300, mode, configuration)
+    lengths = (70, 64, 129, 200, 66, 300)
+    if backend == "torch" and (mode == "causal" or configuration.window is not None):
+        # One graph for lengths of one number of chunks.
+        lengths = (100, 120, 127)
+    eager = attend_with(call, backend)
+    dynamic = True if how == "every size" else None
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for count, length in enumerate(lengths):
+        inputs = [x[..., :length, :].clone().requires_grad_() for x in call.inputs]
+        for x in inputs if how == "marked" else ():
+            torch._dynamo.mark_dynamic(x, 2)
+        with torch.compiler.set_stance("fail_on_recompile" if count else "default"):
+            assert_same(eager, compiled, inputs)
 
 
 def test_the_module():
@@ -108,6 +239,16 @@ def test_the_module():
         torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+def test_a_transformer_layer_with_padding():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+    layer.self_attn = PerformerAttention(32, 2, batch_first=True)
+    layer.train()
+    x = torch.randn(2, 10, 32)
+    options = {"src_key_padding_mask": torch.arange(10).expand(2, -1) >= 6}
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, **options), layer(x, **options))
+
+
 def test_redrawing_does_not_recompile_or_go_stale():
     """The projection is a tensor of the graph, not a constant in it."""
     attention = PerformerAttention(16, 2, batch_first=True)
@@ -119,14 +260,3 @@ def test_redrawing_does_not_recompile_or_go_stale():
         after = compiled(x, x, x)[0]
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, attention(x, x, x)[0], rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize("backend", TESTED)
-def test_inductor(backend, mode, packed):
-    """Compiles C++ for most of a minute each."""
-    options = {"cu_seqlens": torch.tensor([0, 3, 3, 66, 70])} if packed else {}
-    call = make_call(by_name("positive"), 70, mode, batch=1, **options)
-    assert_compiled_equals_eager(call, "inductor", backend)

@@ -5,148 +5,131 @@ import torch
 
 from performers import favor_attention
 from tests.attention.cases import (
-    ALL,
     BACKENDS,
-    FEW,
-    MODES,
-    TESTED,
-    assert_close_rows,
+    ONE_SIGN,
+    POSITIVE,
+    SELF,
+    STREAMED,
+    assert_equal,
     check_against_oracle,
+    law,
     make_call,
     random_mask,
+    stream,
+    with_gradients,
 )
-from tests.features.cases import by_name, generator
+from tests.features.cases import generator
 
 POISON = (float("nan"), float("inf"), -float("inf"), 1e30, 0.0)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_values_and_gradients(backend, case, mode):
-    call = make_call(case, 70, mode, seed=1)
-    call.options["key_mask"] = random_mask(2, call.key.shape[2], seed=1)
-    check_against_oracle(call, backend)
+def filled(call, fill):
+    """The same call with other masked keys and values."""
+    hidden = ~call.options["key_mask"][:, None, :, None]
+    key, value = (x.masked_fill(hidden, fill) for x in (call.key, call.value))
+    return call.with_inputs(call.query, key, value)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.98])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["positive", "relu"])
-@pytest.mark.parametrize("backend", TESTED)
-def test_sparse_and_dense_masks(backend, name, mode, share):
-    call = make_call(by_name(name), 200, mode, heads=4, key_heads=2, seed=2)
-    call.options["key_mask"] = random_mask(2, call.key.shape[2], seed=2, share=share)
+@pytest.mark.parametrize("share", [0.02, 0.7, 0.98])
+@law()
+def test_sparse_and_dense_masks(backend, case, configuration, mode, share):
+    """Positions count, not keys that take part: a hole in a window is a hole."""
+    call = make_call(case, 140, mode, configuration, seed=2)
+    call.options["key_mask"] = random_mask(call.key.shape[0], call.key.shape[2], 2, share)
     check_against_oracle(call, backend)
 
 
 @pytest.mark.parametrize("poison", POISON, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", TESTED)
-def test_what_masked_keys_and_values_hold_does_not_matter(backend, case, mode, poison):
-    results = []
-    for fill in (1.0, poison):
-        call = make_call(case, 70, mode, batch=1, seed=3)
-        mask = random_mask(1, call.key.shape[2], seed=3)
-        hidden = ~mask[:, None, :, None]
-        call.options["key_mask"] = mask
-        call.key = call.key.masked_fill(hidden, fill)
-        call.value = call.value.masked_fill(hidden, fill)
-        call = call.leaves()
-        out = call.run(backend)
-        results.append((out, *torch.autograd.grad(out.sum(), call.inputs)))
-    for clean, poisoned in zip(*results, strict=True):
-        assert torch.isfinite(poisoned).all()
-        assert torch.equal(clean, poisoned)
-    for gradient in results[1][2:]:
+@law()
+def test_the_content_of_masked_keys_is_never_seen(
+    backend, case, configuration, mode, poison, device
+):
+    call = make_call(case, 130, mode, configuration, seed=3, device=device)
+    call.options["key_mask"] = random_mask(*call.key.shape[:3:2], seed=3).to(device)
+    call.options["key_mask"][:, :2] = False
+    clean = with_gradients(filled(call, 1.0), backend)
+    poisoned = with_gradients(filled(call, poison), backend)
+    assert_equal(clean, poisoned)
+    hidden = ~call.options["key_mask"][:, None, :, None]
+    for gradient in poisoned[2:]:
         assert (gradient[hidden.expand_as(gradient)] == 0).all()
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
-def test_the_reference_ignores_masked_content_too(case):
-    for mode in MODES:
-        outputs = []
-        for fill in (1.0, *POISON):
-            call = make_call(case, 20, mode, batch=1)
-            call.options["key_mask"] = random_mask(1, call.key.shape[2], seed=4)
-            hidden = ~call.options["key_mask"][:, None, :, None]
-            call.key = call.key.masked_fill(hidden, fill)
-            call.value = call.value.masked_fill(hidden, fill)
-            outputs.append(call.run("reference"))
-        assert all(torch.equal(outputs[0], out) for out in outputs[1:])
+@pytest.mark.parametrize("split", [[1, 7, 64, 100], [3] * 57 + [1]], ids=["few", "many"])
+@pytest.mark.parametrize("poison", POISON, ids=str)
+@law(configurations=STREAMED)
+def test_the_content_of_masked_keys_is_never_seen_by_later_calls(
+    backend, configuration, poison, split
+):
+    call = make_call(POSITIVE, 172, "causal", configuration, seed=6)
+    call.options["key_mask"] = random_mask(2, 172, seed=6)
+    call.options["key_mask"][0, 20:90] = False
+    results = []
+    for fill in (1.0, poison):
+        leaves = filled(call, fill).leaves()
+        out, _ = stream(leaves, split, backend)
+        results.append((out, *torch.autograd.grad(out.sum(), leaves.inputs)))
+    assert_equal(*results)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_attend_to_gives_zeros(backend, case, mode):
-    """A batch row without any key, and one whose first keys are masked."""
-    call = make_call(case, 70, mode, batch=3, seed=5).leaves()
-    mask = torch.ones(3, call.key.shape[2], dtype=torch.bool)
-    mask[1] = False
-    mask[2, :3] = False
+@law()
+def test_nothing_to_attend_to_gives_zeros(backend, case, configuration, mode, device):
+    """The last batch row has no key, and the first keys are masked in all."""
+    call = make_call(case, 130, mode, configuration, batch=3, seed=5, device=device)
+    mask = torch.ones(*call.key.shape[:3:2], dtype=torch.bool, device=device)
+    mask[:, :70], mask[-1] = False, False
     call.options["key_mask"] = mask
-    out = call.run(backend)
-    assert (out[1] == 0).all()
-    if mode == "causal":
-        assert (out[2, :, :3] == 0).all()
-    expected, conditioning = call.expected()
-    assert_close_rows(out, expected, conditioning, 2e-5)
-    for gradient in torch.autograd.grad(out.square().sum(), call.inputs):
-        assert torch.isfinite(gradient).all()
-        assert (gradient[1] == 0).all()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_batch_of_one_is_masked(backend, mode):
-    """A batch of one that skips its mask is a known defect elsewhere."""
-    call = make_call(by_name("positive"), 70, mode, batch=1, seed=6)
-    unmasked = call.run(backend)
-    call.options["key_mask"] = random_mask(1, call.key.shape[2], seed=6)
-    assert not torch.allclose(call.run(backend), unmasked, atol=1e-3)
     check_against_oracle(call, backend)
+    out, *gradients = with_gradients(call, backend)
+    for x in (out, *gradients):
+        assert torch.isfinite(x).all()
+        assert (x[-1] == 0).all()
+    assert mode != "causal" or (out[..., :70, :] == 0).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_mask_that_hides_nothing_changes_nothing(backend, mode):
-    call = make_call(by_name("positive"), 70, mode, seed=7)
-    mask = torch.ones(2, call.key.shape[2], dtype=torch.bool)
-    torch.testing.assert_close(
-        call.run(backend), call.run(backend, key_mask=mask), rtol=0, atol=2e-6
-    )
+@law()
+def test_a_mask_of_one_row_or_of_nothing(backend, configuration, mode):
+    """A batch of one that skips its mask is a known defect elsewhere."""
+    call = make_call(POSITIVE, 70, mode, configuration, batch=1, seed=7)
+    call.options.pop("key_mask", None)
+    plain, shape = call.run(backend), call.key.shape[:3:2]
+    full = call.run(backend, key_mask=torch.ones(shape, dtype=torch.bool))
+    torch.testing.assert_close(full, plain, rtol=0, atol=2e-6)
+    masked = call.run(backend, key_mask=random_mask(*shape, seed=6))
+    assert not torch.allclose(masked, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_strided_or_expanded_mask(backend):
-    call = make_call(by_name("positive"), 70, seed=8)
+    call = make_call(POSITIVE, 70, seed=8)
     mask = random_mask(1, 70, seed=8)
     strided = torch.stack((mask, ~mask), dim=-1)[..., 0].expand(2, -1)
     plain = call.run(backend, key_mask=mask.repeat(2, 1))
     assert torch.equal(plain, call.run(backend, key_mask=strided))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize("name", ["positive", "hyperbolic", "relu", "exp"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_equals_the_unpadded_run(backend, name, mode, side):
-    real, padded = 75, 131
-    call = make_call(by_name(name), real, mode, batch=1, seed=9)
-    start = padded - real if side == "left" else 0
-    rows = slice(start, start + real)
+@pytest.mark.parametrize("padding", [(56, 0), (0, 56), (64, 0), (1, 30)], ids=str)
+@law(
+    cases=ONE_SIGN,
+    configurations=STREAMED,
+    modes=SELF,
+)
+def test_padding_equals_the_unpadded_run(backend, case, configuration, mode, padding):
+    real, (left, right) = 75, padding
+    call = make_call(case, real, mode, configuration, batch=1, seed=9)
+    call.options.pop("key_mask", None)
+    rows = slice(left, left + real)
 
     def pad(x, fill):
-        wide = torch.full((1, 2, padded, x.shape[-1]), fill)
+        wide = torch.full((*x.shape[:2], left + real + right, x.shape[-1]), fill)
         wide[..., rows, :] = x
         return wide
 
-    mask = torch.zeros(1, padded, dtype=torch.bool)
+    mask = torch.zeros(1, left + real + right, dtype=torch.bool)
     mask[:, rows] = True
     expected = call.leaves()
-    weight = torch.randn(1, 2, real, 8, generator=generator(0))
     wanted_out = expected.run(backend)
+    weight = torch.randn(wanted_out.shape, generator=generator(0))
     wanted = torch.autograd.grad(wanted_out, expected.inputs, weight)
     inputs = [
         pad(x, fill).requires_grad_()
@@ -154,8 +137,7 @@ def test_padding_equals_the_unpadded_run(backend, name, mode, side):
     ]
     out = favor_attention(*inputs, call.feature_map, key_mask=mask, backend=backend, **call.options)
     torch.testing.assert_close(out[..., rows, :], wanted_out, rtol=0, atol=1e-5)
+    outside = ~mask[0]
     for a, b in zip(torch.autograd.grad(out, inputs, pad(weight, 0.0)), wanted, strict=True):
         torch.testing.assert_close(a[..., rows, :], b, rtol=0, atol=2e-5)
-        outside = torch.ones(padded, dtype=torch.bool)
-        outside[rows] = False
         assert (a[..., outside, :] == 0).all()

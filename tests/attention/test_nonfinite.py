@@ -6,22 +6,31 @@ import math
 import pytest
 import torch
 
-from performers import ListedKeys, favor_attention, favor_attention_weights
-from tests.attention.cases import BACKENDS, MODES, make_call
-from tests.features.cases import by_name, generator
+from performers import favor_attention_weights
+from tests.attention.cases import (
+    BACKENDS,
+    CONFIGURATIONS,
+    POSITIVE,
+    SELF,
+    STREAMED,
+    Configuration,
+    assert_close_rows,
+    law,
+    make_call,
+    stream,
+)
 
 LENGTH = 150
 PLACES = (0, 70, 149)
-NAMES = ("positive", "data_aware", "trigonometric", "relu", "exp", "tanh", "deterministic-elu+1")
-EXACT = [{"window": 20}, {"sinks": 2}, {"window": 20, "sinks": 2}, {"window": LENGTH}]
+WHOLE = Configuration("a window over everything", window=LENGTH)
 NUMBERS = (math.nan, math.inf, -math.inf)
 
 
 def with_number(call, name, place, number, head=1):
     """The call with one entry of one row replaced, in the second row of the batch."""
-    inputs = {key: x.clone() for key, x in zip(("query", "key", "value"), call.inputs, strict=True)}
-    inputs[name][-1, head, place, 3] = number
-    return type(call)(call.case, call.feature_map, **inputs, options=call.options)
+    changed = call.with_inputs(*(x.clone() for x in call.inputs))
+    getattr(changed, name)[-1, head, place, 3] = number
+    return changed
 
 
 def seeing(call, name, place, head=1):
@@ -46,94 +55,37 @@ def seeing(call, name, place, head=1):
     return rows
 
 
-def check(call, backend, names=("query", "key", "value"), places=PLACES, numbers=NUMBERS):
-    clean = call.run(backend)
-    for name, place in itertools.product(names, places):
+def check(call, backend, numbers=NUMBERS):
+    clean, (_, conditioning) = call.run(backend), call.expected()
+    for name, place in itertools.product(("query", "key", "value"), PLACES):
         if place >= getattr(call, name).shape[-2]:
             continue
         rows = seeing(call, name, place)
         for number in numbers:
-            out = with_number(call, name, place, number).run(backend)
+            out = with_number(call, name, place, number).run(backend).cpu()
             assert torch.equal(out.isnan().all(-1), rows), (name, place, number)
-            torch.testing.assert_close(out[~rows], clean[~rows], rtol=1e-5, atol=1e-5)
+            assert_close_rows(out[~rows], clean.cpu()[~rows], conditioning[~rows], 1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_map(backend, name, mode):
-    check(make_call(by_name(name), LENGTH, mode), backend)
+@law(configurations=[*CONFIGURATIONS, WHOLE])
+def test_only_rows_that_see_one_are_nan(backend, case, configuration, mode, device):
+    """Masked keys hold some, and packed boundaries lie inside of chunks."""
+    check(make_call(case, LENGTH, mode, configuration, device=device), backend)
 
 
-@pytest.mark.parametrize("options", EXACT, ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_exact_terms(backend, mode, options):
-    check(make_call(by_name("positive"), LENGTH, mode, **options), backend)
-
-
-@pytest.mark.parametrize("options", [{}, *EXACT[:3]], ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packed(backend, mode, options):
-    """Boundaries inside a chunk: the other sequences of the chunk are not touched."""
-    offsets = torch.tensor([0, 40, 72, 130, LENGTH], dtype=torch.int32)
-    call = make_call(
-        by_name("positive"), LENGTH, mode, batch=1, cu_seqlens=offsets, heads=4, key_heads=2
-    )
-    call.options.update(options)
-    check(call, backend, names=("key", "value"))
-
-
-@pytest.mark.parametrize("options", [{}, *EXACT[:3]], ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_masked_keys_may_hold_anything(backend, mode, options):
-    mask = torch.ones(2, LENGTH, dtype=torch.bool)
-    mask[:, list(PLACES)] = False
-    call = make_call(by_name("positive"), LENGTH, mode, key_mask=mask, **options)
-    check(call, backend)
-
-
-@pytest.mark.parametrize("options", [{}, {"window": 20}], ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_listed_keys(backend, mode, options):
-    call = make_call(by_name("positive"), LENGTH, mode, **options)
-    call.options["listed_keys"] = ListedKeys(16, 4, 8, refresh=16, generator=generator(1))
-    check(call, backend, places=(5, 70))
-
-
-@pytest.mark.parametrize("options", [{}, *EXACT[:3]], ids=str)
 @pytest.mark.parametrize("pieces", [[100, 50], [71, 1, 78], [1] * 20 + [130]], ids=str)
-@pytest.mark.parametrize("name", ["positive", "relu"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_states(backend, name, pieces, options):
+@law(configurations=STREAMED)
+def test_states(backend, case, configuration, pieces):
     """What a state has taken in is seen by every later row, also when it leaves the window."""
-    if options and name == "relu":
-        pytest.skip("exact terms go with softmax features")
-    call = make_call(by_name(name), LENGTH, "causal", **options)
+    call = make_call(case, LENGTH, "causal", configuration)
     for which, place in itertools.product(("key", "value"), (0, 10, 71)):
-        hostile = with_number(call, which, place, math.inf)
-        state, outs, start = None, [], 0
-        for length in pieces:
-            inputs = (x[..., start : start + length, :] for x in hostile.inputs)
-            out, state = hostile_step(inputs, call, state, backend)
-            outs.append(out)
-            start += length
-        assert torch.equal(torch.cat(outs, -2).isnan().all(-1), seeing(call, which, place))
+        out, _ = stream(with_number(call, which, place, math.inf), pieces, backend)
+        assert torch.equal(out.isnan().all(-1), seeing(call, which, place))
 
 
-def hostile_step(inputs, call, state, backend):
-    return favor_attention(
-        *inputs, call.feature_map, state=state, return_state=True, backend=backend, **call.options
-    )
-
-
-@pytest.mark.parametrize("options", [{}, *EXACT[:3]], ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-def test_weights(mode, options):
-    call = make_call(by_name("positive"), 20, mode, **options)
+@law(configurations=[x for x in CONFIGURATIONS if not x.packed], modes=SELF)
+def test_weights(configuration, mode):
+    call = make_call(POSITIVE, 20, mode, configuration)
     for place in (0, 15):
         hostile = with_number(call, "key", place, math.inf)
         weights = favor_attention_weights(
@@ -145,16 +97,15 @@ def test_weights(mode, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes(backend, dtype):
-    call = make_call(by_name("positive"), LENGTH, "causal", dtype=dtype)
+    call = make_call(POSITIVE, LENGTH, "causal", dtype=dtype)
     check(call, backend, numbers=(math.inf,))
 
 
 @pytest.mark.parametrize("number", NUMBERS, ids=str)
-@pytest.mark.parametrize("mode", MODES[:2])
-@pytest.mark.parametrize("backend", BACKENDS)
+@law(modes=SELF)
 def test_gradients_do_not_hide_it(backend, mode, number):
     """The gradient of a NaN is NaN for whatever it was computed from."""
-    call = with_number(make_call(by_name("positive"), 70, mode), "key", 40, number).leaves()
+    call = with_number(make_call(POSITIVE, 70, mode), "key", 40, number).leaves()
     call.run(backend).sum().backward()
     rows = seeing(call, "key", 40)
     assert call.query.grad[rows].isnan().all()
@@ -163,6 +114,6 @@ def test_gradients_do_not_hide_it(backend, mode, number):
 
 def test_long_keys_are_not_infinite():
     """A norm that overflows belongs to a key without features, and leaves the others alone."""
-    call = make_call(by_name("positive"), LENGTH)
+    call = make_call(POSITIVE, LENGTH)
     for backend in BACKENDS:
         assert with_number(call, "key", 7, 1e30).run(backend).isfinite().all()

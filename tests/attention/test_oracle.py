@@ -7,12 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from tests.attention import oracle
-from tests.attention.cases import ALL, make_call
-from tests.features.cases import Case, generator
-from tests.features.maps import QuadratureFeatures
+from tests.attention.cases import EVERY, POSITIVE, SELF, make_call
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_kernel_is_the_sum_over_features_pair_by_pair(case):
     call = make_call(case, 5, "cross", batch=1, heads=2, head_dim=4, num_features=6)
     pairs, absolute, row, column = oracle.log_kernel(
@@ -40,25 +38,6 @@ def test_kernel_is_the_sum_over_features_pair_by_pair(case):
                 )
 
 
-def _log_quadrature(feature_map, x, *, is_query=False):
-    log = x @ feature_map.nodes.double().T + feature_map.bias.double()
-    log = log - x.square().sum(-1, keepdim=True) / 2
-    return log, torch.ones_like(log)
-
-
-@pytest.mark.parametrize("mode", ["bidirectional", "causal", "cross"])
-def test_exact_features_give_softmax_attention(mode):
-    case = Case("quadrature", QuadratureFeatures, _log_quadrature)
-    x = [torch.randn(2, 3, 20, 2, generator=generator(s), dtype=torch.float64) for s in (0, 1, 2)]
-    if mode == "cross":
-        x[1], x[2] = x[1][..., :13, :], x[2][..., :13, :]
-    is_causal = mode == "causal"
-    out, conditioning = oracle.attend(case, QuadratureFeatures(), *x, is_causal=is_causal)
-    exact = F.scaled_dot_product_attention(*x, is_causal=is_causal)
-    assert (out - exact).abs().max() < 1e-5
-    assert (conditioning - 1).abs().max() < 1e-12
-
-
 def test_exact_pairs_one_by_one():
     """Near, or among the first keys of the sequence that take part; by lists and loops."""
     offsets, window, sinks = [0, 4, 4, 5, 12], 2, 2
@@ -74,7 +53,7 @@ def test_exact_pairs_one_by_one():
                 assert found[row, 0, i, j] == (-2 <= i - j <= 2 or j in first[row])
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+@pytest.mark.parametrize("case", EVERY, ids=str)
 def test_exact_pairs_weigh_what_softmax_gives_them(case):
     """Each row: exponentials where exact, sums over features elsewhere, then normalised."""
     call = make_call(case, 7, batch=1, heads=2, head_dim=4, num_features=6)
@@ -98,9 +77,9 @@ def test_exact_pairs_weigh_what_softmax_gives_them(case):
             assert (found[0, h, i, i + 1 :] == 0).all()
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", SELF)
 def test_a_window_over_everything_is_softmax(mode):
-    call = make_call(ALL[0], 20, mode, dtype=torch.float64, input_scale=6.0)
+    call = make_call(POSITIVE, 20, mode, dtype=torch.float64, input_scale=6.0)
     out, conditioning = oracle.attend(
         call.case, call.feature_map, *call.inputs, window=20, **call.options
     )

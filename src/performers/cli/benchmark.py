@@ -113,8 +113,8 @@ def measure_and_write(
 
     Raises:
         UserError: The folder holds results of other settings.
-        Interrupted: Ctrl-C; what was measured is written.
-        typer.Exit: With code 1: this package gave a wrong result or an error.
+        Interrupted: The user pressed Ctrl-C; finished rows are written.
+        Exit: This package gave a wrong result or an error (code 1).
     """
     from performers.app.figures import save_figure
     from performers.benchmark.case import failures

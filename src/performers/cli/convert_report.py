@@ -1,4 +1,4 @@
-"""Results of a conversion as tables on the console and as a page of Markdown."""
+"""Results of a conversion, as tables on the console and as a page of Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the compiled kernels share."""
+"""Tools of the tests of the compiled kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,55 +7,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from performers import FavorState
+from performers.attention.call import AttentionCall
 from performers.attention.native import library
-from performers.attention.native.operators import favor_forward
+from performers.attention.native.operators import Inputs, favor_forward
 from tests.attention.cases import Call
-from tests.features.cases import generator
 
 REASON = library.unavailable_reason()
 NATIVE = pytest.mark.skipif(REASON is not None, reason=f"no native library: {REASON}")
 
 
-def operator_arguments(
-    call: Call, state: FavorState | None = None, return_state: bool = False
-) -> tuple:
+def checked(call: Call, **options: object) -> AttentionCall:
+    """A call as backends get it."""
+    return AttentionCall(*call.inputs, call.feature_map, **call.options, **options).checked()
+
+
+def operator_arguments(call: Call, part: str = "whole", **options: object) -> Inputs:
     """The arguments of ``performers::favor_forward`` for a call."""
-    form, options = call.feature_map.form(), call.options
-    key_heads, groups = call.key.shape[1], call.query.shape[1] // call.key.shape[1]
-    offsets, segments = options.get("cu_seqlens"), None
-    if offsets is not None:
-        positions = torch.arange(call.key.shape[2])
-        segments = torch.bucketize(positions, offsets[1:].long(), right=True)
-    return (
-        call.query.unflatten(1, (key_heads, groups)),
-        call.key,
-        call.value,
-        torch.eye(call.key.shape[-1])[None] if form.weight is None else form.weight,
-        form.bias,
-        options.get("key_mask"),
-        segments,
-        *((None,) * 3 if state is None else (state.key_value, state.key_sum, state.log_scale)),
-        *(None,) * 3,
-        "exponential" if form.kind == "exponential" else "rectified",
-        form.kind == "exponential" and form.quadratic,
-        form.epsilon,
-        form.normalizer,
-        call.query.shape[-1] ** -0.5,
-        options.get("is_causal", False),
-        None,
-        0,
-        "whole",
-        return_state,
-    )
-
-
-def values_and_gradients(call: Call, **options: object) -> tuple[Tensor, ...]:
-    """The output and the gradients of fresh leaves for a random output gradient."""
-    call = call.leaves()
-    out = call.run("native", **options)
-    weight = torch.randn(out.shape, generator=generator(17)).to(out.dtype)
-    return out.detach(), *torch.autograd.grad(out, call.inputs, weight)
+    return Inputs.of(checked(call, **options), part)
 
 
 @contextmanager
@@ -69,9 +37,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def exact_rows(call: Call, state: FavorState | None = None, return_state: bool = False) -> Tensor:
+def exact_rows(call: Call) -> Tensor:
     """Which rows the kernels summed at a scale of their own, ``(B, Hkv, G, L)``, bool."""
-    return favor_forward(*operator_arguments(call, state, return_state))[2] < 0
+    return favor_forward(*operator_arguments(call))[2] < 0
 
 
 def dense_in_logarithms(call: Call) -> Tensor:
@@ -87,6 +55,11 @@ def dense_in_logarithms(call: Call) -> Tensor:
     log_q, _ = call.case.log_phi(call.feature_map, call.query.double() * root, is_query=True)
     log_k, _ = call.case.log_phi(call.feature_map, key * root)
     pairs = torch.logsumexp(log_q.unsqueeze(-2) + log_k.unsqueeze(-3), -1)
+    window = call.options.get("window")
+    if window is not None:
+        position = torch.arange(pairs.shape[-1])
+        near = (position[:, None] - position).abs() <= window
+        pairs = torch.where(near, call.query.double() @ key.mT * root**2, pairs)
     seen = torch.ones(pairs.shape[-2:], dtype=torch.bool)
     if call.options.get("is_causal"):
         seen = seen.tril()

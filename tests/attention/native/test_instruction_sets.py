@@ -17,24 +17,14 @@ OTHERS = () if REASON else tuple(x for x in library.available_isas() if x != lib
 # What these test is the same whatever the kernels are compiled for.
 ELSEWHERE = (
     "test_compile.py",
-    "test_window_compile.py",
-    "test_window_memory.py",
-    "native/test_compiled.py",
+    "test_memory.py",
     "native/test_instruction_sets.py",
     "native/test_library.py",
     "native/test_operators.py",
-    "native/test_processes.py",
 )
-
-
-# What each kernel computes and how its gradients go; the rest of the battery asks the same of them
-# in more layouts, and tools/sanitize runs those on each instruction set.
-CORE = (
-    "native/test_gradients.py",
-    "native/test_listed.py",
-    "test_window_gradients.py",
-    "test_nonfinite.py",
-)
+# What each kernel computes, and its gradients; the rest of the battery asks the same in more
+# layouts, and tools/sanitize runs it on each instruction set.
+CORE = ("test_values.py", "test_state.py", "test_nonfinite.py")
 
 
 def run_battery(isa, paths, least):
@@ -65,21 +55,3 @@ def test_the_core_of_the_battery(isa):
 @pytest.mark.parametrize("isa", OTHERS)
 def test_the_whole_battery(isa):
     run_battery(isa, ("",), 2000)
-
-
-@pytest.mark.parametrize("isa", OTHERS)
-def test_the_choice_is_the_one_asked_for(isa):
-    """Otherwise the battery above has tested the best one again."""
-    code = "from performers.attention.native import library; print(library.isa())"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ
-        | {
-            "PERFORMERS_NATIVE_ISA": isa,
-            "PYTHONPATH": str(Path(library.__file__).parents[3]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert result.stdout == f"{isa}\n", result.stderr

@@ -1,4 +1,4 @@
-"""Sizes past 2**31: products of length and features, tensors (both slow), and strides.
+"""Sizes past 2**31: products of length and features, tensors (both slow), and strides; long sums.
 
 The inputs of the long calls repeat one short period. Attention to ``R`` equal copies of the keys is
 attention to one copy, and the gradient of a key is that of one copy too (each has ``1 / R`` of the
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from performers import favor_attention
-from tests.attention.cases import make_call
+from tests.attention.cases import SELF, make_call, random_mask
 from tests.attention.native.support import NATIVE, dense_in_logarithms, threads
 from tests.features.cases import by_name, generator
 
@@ -147,7 +147,7 @@ def far_apart(x, dim):
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", SELF)
 def test_strides_beyond_2_to_the_31(mode, dim):
     """Views across 4.3 GB of memory, of which only the pages they touch are ever real."""
     call = make_call(by_name("positive"), 3, mode, head_dim=3, value_dim=3, num_features=8)
@@ -160,3 +160,32 @@ def test_strides_beyond_2_to_the_31(mode, dim):
     got = torch.autograd.grad(out, inputs, far_apart(weight, dim))
     wanted = torch.autograd.grad(expected, plain.inputs, weight)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def long_call(name, mode):
+    sizes = {"batch": 1, "heads": 1, "head_dim": 8, "value_dim": 4, "num_features": 16}
+    return make_call(by_name(name), 200_000, mode, **sizes)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("mode", SELF)
+@pytest.mark.parametrize("name", ["positive", "relu"])
+def test_values_with_a_mean(name, mode, count):
+    """Sums that grow, of values that do not average out."""
+    call = long_call(name, mode)
+    call.value = call.value + 3
+    call.options["key_mask"] = random_mask(1, 200_000, share=0.9)
+    expected = call.leaves(torch.float64).run("torch").detach()
+    with threads(count):
+        out = call.run("native")
+    assert (out - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("mode", SELF)
+def test_gradients_of_long_sums(mode):
+    call = long_call("positive", mode)
+    ours, dense = call.leaves(), call.leaves(torch.float64)
+    got = torch.autograd.grad((ours.run("native") - 1).square().sum(), ours.inputs)
+    wanted = torch.autograd.grad((dense.run("torch") - 1).square().sum(), dense.inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()

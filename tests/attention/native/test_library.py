@@ -1,5 +1,6 @@
 """With and without the compiled library: what is said, what still works, what is an error."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 import performers
 from performers.attention.native import library
+from performers.attention.native.interface import Call, ListedCall
 
 NAME = {"darwin": "libperformers_native.dylib", "win32": "libperformers_native.dll"}.get(
     sys.platform, "libperformers_native.so"
@@ -150,15 +152,10 @@ def test_a_file_that_does_not_load(installation):
     assert NAME in result.stderr
 
 
-FAILURES = {
-    "missing": (None, "is not a file"),
-    "text": ("not a library", "does not load"),
-}
-
-
-@pytest.mark.parametrize("kind", FAILURES)
-def test_a_named_library_that_cannot_be_used_is_an_error(installation, tmp_path, kind):
-    content, message = FAILURES[kind]
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "is not a file"), ("not a library", "does not load")]
+)
+def test_a_named_library_that_cannot_be_used_is_an_error(installation, tmp_path, content, message):
     path = tmp_path / "named.so"
     if content is not None:
         path.write_text(content)
@@ -213,7 +210,6 @@ def test_the_library_is_used_where_it_is(installation):
     assert result.stderr == ""
 
 
-@pytest.mark.exhaustive
 @BUILT
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_instruction_set_can_be_chosen(isa):
@@ -246,3 +242,12 @@ def test_the_best_instruction_set_comes_first():
     chosen, best, last = execute(code, environment).stdout.split()
     assert chosen == best
     assert last == "portable"
+
+
+@BUILT
+@pytest.mark.parametrize(("name", "call"), [("call", Call), ("listed_call", ListedCall)])
+def test_both_sides_agree_on_the_size_of_a_call(name, call):
+    """The structures that Python fills are those that the library reads."""
+    size = getattr(library.load(), f"performers_{name}_size")
+    size.restype = ctypes.c_int64
+    assert size() == ctypes.sizeof(call)

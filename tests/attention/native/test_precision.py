@@ -1,37 +1,24 @@
 """Half-precision inputs: converted to the bit, summed in float32, rounded once."""
 
-import itertools
-
 import pytest
 import torch
 
-from performers import favor_attention
 from performers.attention.native.operators import favor_backward, favor_forward
-from tests.attention.cases import ALL, MODES, make_call, random_mask
-from tests.attention.native.support import (
-    NATIVE,
-    values_and_gradients,
-)
-from tests.features.cases import by_name, generator
+from tests.attention.cases import CASES, CONFIGURATIONS, POSITIVE, law, make_call
+from tests.attention.native.support import NATIVE
+from tests.features.cases import generator
 
 pytestmark = NATIVE
 
 HALF = (torch.bfloat16, torch.float16)
-CASES = {case.name: case for case in ALL}
-
-
-def in_dtype(call, dtype):
-    call.query, call.key, call.value = (x.to(dtype) for x in call.inputs)
-    return call
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["positive", "hyperbolic", "bias", "relu"])
-def test_only_the_results_are_rounded(name, mode, dtype):
+@law(configurations=[x for x in CONFIGURATIONS if not x.listed])
+def test_only_the_results_are_rounded(name, configuration, mode, dtype):
     """The float32 call on the rounded inputs, to the bit: output and gradients."""
-    call = in_dtype(make_call(CASES[name], 130, mode, heads=4, key_heads=2, value_dim=9), dtype)
-    call.options["key_mask"] = random_mask(2, call.key.shape[2])
+    call = make_call(CASES[name], 130, mode, configuration, value_dim=9, dtype=dtype)
     half, wide = call.leaves(), call.leaves(torch.float32)
     out, expected = half.run("native"), wide.run("native")
     assert torch.equal(out, expected.to(dtype))
@@ -43,31 +30,11 @@ def test_only_the_results_are_rounded(name, mode, dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_state_is_that_of_float32(dtype):
-    call = in_dtype(make_call(by_name("positive"), 100, "causal"), dtype)
+    call = make_call(POSITIVE, 100, "causal", dtype=dtype)
     _, state = call.run("native", return_state=True)
     _, wide = call.leaves(torch.float32).run("native", return_state=True)
     for name in ("key_value", "key_sum", "log_scale"):
         assert torch.equal(getattr(state, name), getattr(wide, name))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_autocast_with_every_mixture(mode):
-    """Inputs keep their precision; the output takes autocast's dtype, gradients the inputs'."""
-    for dtypes in itertools.product((torch.float32, torch.bfloat16, torch.float16), repeat=3):
-        call = make_call(by_name("positive"), 70, mode)
-        mixed = [x.to(d).requires_grad_() for x, d in zip(call.inputs, dtypes, strict=True)]
-        wide = [x.detach().float().requires_grad_() for x in mixed]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = favor_attention(*mixed, call.feature_map, backend="native", **call.options)
-        expected = favor_attention(*wide, call.feature_map, backend="native", **call.options)
-        assert out.dtype == torch.bfloat16
-        assert torch.equal(out, expected.bfloat16())
-        weight = torch.randn(out.shape, generator=generator(2)).bfloat16()
-        got = torch.autograd.grad(out, mixed, weight)
-        wanted = torch.autograd.grad(expected, wide, weight.float())
-        for a, b, d in zip(got, wanted, dtypes, strict=True):
-            assert a.dtype == d
-            assert torch.equal(a, b.to(d))
 
 
 def single_key(value):
@@ -133,23 +100,3 @@ def test_every_number_is_rounded_to_the_nearest(dtype):
         gradient.unsqueeze(2), None, None, None, *given, *results, False
     )
     torch.testing.assert_close(rounded, gradient.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-def test_masked_infinities_and_nan_take_no_part(mode, dtype):
-    call = in_dtype(make_call(by_name("positive"), 70, mode), dtype)
-    call.options["key_mask"] = random_mask(2, 70)
-    clean = values_and_gradients(call)
-    hostile = ~call.options["key_mask"][:, None, :, None]
-    for number in (torch.nan, torch.inf, -torch.inf):
-        dirty = type(call)(
-            call.case,
-            call.feature_map,
-            call.query,
-            call.key.masked_fill(hostile, number),
-            call.value.masked_fill(hostile, number),
-            call.options,
-        )
-        for a, b in zip(values_and_gradients(dirty), clean, strict=True):
-            assert torch.equal(a, b)

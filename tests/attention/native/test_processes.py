@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from performers.attention.native import library
-from tests.attention.cases import make_call
-from tests.attention.native.support import NATIVE, threads, values_and_gradients
-from tests.features.cases import by_name
+from tests.attention.cases import POSITIVE, make_call, with_gradients
+from tests.attention.native.support import NATIVE, threads
 
 FORKS = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork"
@@ -26,12 +24,12 @@ MODES = ("bidirectional", "causal")
 
 
 def call_of(mode):
-    return make_call(by_name("positive"), 600, mode, heads=4, num_features=20)
+    return make_call(POSITIVE, 600, mode, heads=4, num_features=20)
 
 
 def child(connection):
     torch.set_num_threads(1)
-    connection.send([[x.numpy() for x in values_and_gradients(call_of(m))] for m in MODES])
+    connection.send([[x.numpy() for x in with_gradients(call_of(m), "native")] for m in MODES])
     connection.close()
 
 
@@ -39,7 +37,7 @@ def child(connection):
 def test_a_forked_child_with_one_thread():
     """After the parent has used its pool, which does not exist in the child."""
     with threads(4):
-        expected = [values_and_gradients(call_of(mode)) for mode in MODES]
+        expected = [with_gradients(call_of(mode), "native") for mode in MODES]
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=child, args=(theirs,))
@@ -56,40 +54,7 @@ def test_a_forked_child_with_one_thread():
         process.join()
     # The parent's pool still works.
     with threads(4):
-        assert all(map(torch.equal, values_and_gradients(call_of("causal")), expected[1]))
-
-
-class Attended(Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return call_of(MODES[index % 2]).run("native")
-
-
-@FORKS
-def test_a_data_loader_worker():
-    with threads(4):
-        expected = [call_of(mode).run("native") for mode in MODES]
-    loader = DataLoader(
-        Attended(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
-    )
-    for i, out in enumerate(loader):
-        assert torch.equal(out, expected[i % 2])
-
-
-@pytest.mark.exhaustive
-def test_a_spawned_child():
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=child, args=(theirs,))
-    process.start()
-    try:
-        assert ours.poll(100), "the child does not answer"
-        assert len(ours.recv()) == 2
-    finally:
-        process.kill()
-        process.join()
+        assert all(map(torch.equal, with_gradients(call_of("causal"), "native"), expected[1]))
 
 
 @LINUX

@@ -7,19 +7,23 @@ import torch
 
 from performers import FavorState
 from tests.attention.cases import (
-    ALL,
+    CASES,
     MODES,
+    POSITIVE,
+    SELF,
     assert_close_gradients,
     check_against_oracle,
+    law,
     make_call,
     random_mask,
+    trained,
+    with_gradients,
 )
-from tests.attention.native.support import NATIVE, threads, values_and_gradients
-from tests.features.cases import by_name, generator
+from tests.attention.native.support import NATIVE, threads
+from tests.features.cases import generator
 
 pytestmark = NATIVE
 
-CASES = {case.name: case for case in ALL}
 # A head is cut into parts of at least this many positions: kSmallestPart in csrc/kernels.cpp.
 SMALLEST_PART = 256
 LONG = 4 * SMALLEST_PART + 77
@@ -36,37 +40,52 @@ def one_head(name, mode, length=LONG, masked=SECOND, **options):
     return call
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["positive", "relu"])
-def test_as_many_heads_as_any_number_of_threads_divides(name, mode):
-    call = make_call(CASES[name], 600, mode, batch=1, heads=12, key_heads=12, num_features=20)
-    with threads(1):
-        expected = values_and_gradients(call)
-    for count in (2, 3, 4):
-        with threads(count):
-            assert all(map(torch.equal, values_and_gradients(call), expected))
-
-
 @pytest.mark.parametrize("length", [1, 70, 600])
-def test_causal_heads_are_not_cut_while_they_fill_the_threads(length):
-    call = make_call(by_name("positive"), length, "causal", batch=2, heads=4, key_heads=2)
+@pytest.mark.parametrize("name", ["positive", "relu"])
+@law()
+def test_heads_that_fill_the_threads_are_not_cut(name, configuration, mode, length):
+    sizes = {"batch": 3, "heads": 4, "key_heads": 4, "num_features": 20}
+    call = make_call(CASES[name], length, mode, configuration, **sizes)
     with threads(1):
-        expected = values_and_gradients(call)
+        expected = with_gradients(call, "native")
     for count in (2, 3, 4):
         with threads(count):
-            assert all(map(torch.equal, values_and_gradients(call), expected))
+            found = with_gradients(call, "native")
+        if configuration.grouped:
+            # Fewer heads than threads: cut, and the same to rounding.
+            torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-6)
+            assert_close_gradients(found[1:], expected[1:], 1e-5)
+        else:
+            assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-def test_packed_sequences_are_not_cut(mode):
-    offsets = torch.tensor([0, 5, 600, 601, 1000])
-    call = make_call(
-        by_name("positive"), 1000, mode, batch=1, heads=1, num_features=20, cu_seqlens=offsets
-    )
-    with threads(1):
-        expected = values_and_gradients(call)
-    with threads(3):
-        assert all(map(torch.equal, values_and_gradients(call), expected))
+@pytest.mark.parametrize("count", [2, 3, 4])
+@law(modes=SELF)
+def test_trained_projections(configuration, mode, count):
+    """However many threads; the same number gives the same bits."""
+    call = make_call(POSITIVE, 1500, mode, configuration, batch=1, heads=1, num_features=8)
+    call = trained(call).leaves()
+    results = []
+    for number in (1, count, count):
+        with threads(number):
+            out = call.run("native")
+            leaves = [*call.inputs, *call.feature_map.parameters()]
+            weight = torch.randn(out.shape, generator=generator(3))
+            results.append((out, *torch.autograd.grad(out, leaves, weight)))
+    for wanted, got, again in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 2e-5 * max(wanted.abs().max(), 0.3)
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_many_heads_and_sequences(count):
+    """More than one batch of sequences is held in memory at a time."""
+    with threads(count):
+        call = make_call(POSITIVE, 100, batch=7, heads=5, window=20, sinks=1)
+        check_against_oracle(call, "native")
+        call = make_call(POSITIVE, 300, batch=1, heads=3, window=16)
+        call.options["cu_seqlens"] = torch.tensor([*range(0, 281, 7), 300])
+        check_against_oracle(call, "native")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -80,34 +99,23 @@ def test_a_head_that_is_cut(name, mode, count):
     with threads(count):
         check_against_oracle(call, "native")
     with threads(1):
-        whole = values_and_gradients(call)
+        whole = with_gradients(call, "native")
     with threads(count):
-        cut = values_and_gradients(call)
+        cut = with_gradients(call, "native")
     # Otherwise nothing was cut, and this test is about nothing.
     assert not all(map(torch.equal, cut, whole))
     torch.testing.assert_close(cut[0], whole[0], rtol=0, atol=2e-6)
     assert_close_gradients(cut[1:], whole[1:], 1e-5)
 
 
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
-@pytest.mark.parametrize(
-    "heads", [{"heads": 3, "key_heads": 1}, {"batch": 3, "heads": 2, "key_heads": 1}]
-)
-def test_cut_heads_with_groups(heads, mode):
-    """One key head of three groups, and three key heads (of two) for four threads."""
-    call = one_head("positive", mode, **heads)
-    with threads(4):
-        check_against_oracle(call, "native")
-
-
-@pytest.mark.parametrize("mode", ["bidirectional", "causal"])
+@pytest.mark.parametrize("mode", SELF)
 def test_more_parts_than_blocks_to_fill_them(mode):
     """Parts are whole blocks, so the last of many are empty."""
     call = one_head("positive", mode, 16 * SMALLEST_PART + 4, num_features=5)
     with threads(1):
-        expected = values_and_gradients(call)
+        expected = with_gradients(call, "native")
     with threads(16):
-        found = values_and_gradients(call)
+        found = with_gradients(call, "native")
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=2e-6)
     assert_close_gradients(found[1:], expected[1:], 1e-5)
 
@@ -175,12 +183,12 @@ def test_several_python_threads_at_once(inner):
     """Four callers, each with a pool of its own underneath: as alone, to the bit."""
     calls = list(several_calls())
     with threads(inner):
-        expected = [values_and_gradients(call) for call in calls]
+        expected = [with_gradients(call, "native") for call in calls]
 
     def work(i):
         # The number of threads belongs to the calling thread, as torch has it.
         with threads(inner):
-            return values_and_gradients(calls[i])
+            return with_gradients(calls[i], "native")
 
     order = torch.randperm(3 * len(calls), generator=generator(0)).remainder(len(calls)).tolist()
     with ThreadPoolExecutor(4) as pool:

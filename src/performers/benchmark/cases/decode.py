@@ -268,7 +268,7 @@ def check(actual: Callable[[], Decoder], expected: Callable[[], Decoder], dtype:
         dtype: A key of ``TOLERANCES``.
 
     Raises:
-        WrongResultError: They differ.
+        WrongResultError: The results differ by more than the tolerance.
     """
 
     def run(decoder: Decoder) -> list[Tensor]:

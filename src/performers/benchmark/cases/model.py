@@ -92,7 +92,7 @@ def check(shape: Shape, attention: str) -> None:
     """Compare a model's logits and gradients with those through ``backend="reference"``.
 
     Raises:
-        WrongResultError: They differ.
+        WrongResultError: The results differ by more than the tolerance.
     """
     model = make_model(shape, attention).eval()
     tokens, labels = make_tokens(shape, _CHECKED_LENGTH)
