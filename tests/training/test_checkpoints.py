@@ -97,7 +97,9 @@ def test_the_checkpoint_before_stands_in_for_a_damaged_one(checkpoints, name, da
     assert found.name == "checkpoint-2"
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.message.startswith(f"{checkpoints}: cannot use checkpoint-4 ({name} ")
+    # A changed byte of the manifest may be one of another file's hash.
+    assert record.message.startswith(f"{checkpoints}: cannot use checkpoint-4 (")
+    assert f"{name} " in record.message or f" {name});" in record.message
     assert record.message.endswith("); resuming from checkpoint-2")
 
 

@@ -31,6 +31,8 @@ def convert_and_measure(
 ) -> None:
     """Convert a model into a folder, or resume a run in it, and print the results.
 
+    Ctrl-C raises ``Interrupted``; finished stages are in the folder.
+
     Args:
         options: Options of the conversion.
         folder: Folder of the new model.
@@ -40,7 +42,6 @@ def convert_and_measure(
 
     Raises:
         UserError: The model, the text or an option cannot be used.
-        Interrupted: The user pressed Ctrl-C; finished stages are in the folder.
     """
     record = ConversionRecord(saved=lambda record: _save(record, folder))
     try:
