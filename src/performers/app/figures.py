@@ -1,4 +1,4 @@
-"""Figures: one style, made without pyplot, written to files and data URIs."""
+"""Figures: one style, made without pyplot, written to files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 """Colours that can be told apart with any colour vision (Okabe and Ito 2008)."""
 
 _STYLE = Path(__file__).with_suffix(".mplstyle")
-_MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 # A creation date would make two runs of the same data differ.
 _METADATA = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
@@ -109,27 +108,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
     return path
 
 
-def figure_to_data_uri(figure: Figure, *, image_format: str = "png", dpi: int = 144) -> str:
-    """Encode a figure as a data URI, the source of an HTML image.
-
-    Args:
-        figure: The figure.
-        image_format: "png", or "svg" for drawings of few elements.
-        dpi: Pixels per inch, for "png".
-
-    Returns:
-        The URI.
-
-    Raises:
-        ValueError: `image_format` is none of these.
-    """
-    if image_format not in _MEDIA_TYPES:
-        raise ValueError(
-            f"image_format must be one of {', '.join(_MEDIA_TYPES)}; got {image_format!r}"
-        )
-    return _data_uri(_render(figure, image_format, dpi), image_format)
-
-
 class Pictures:
     """A folder of PNG files, each handed out as a data URI as well.
 
@@ -146,15 +124,10 @@ class Pictures:
         """Write the figure to `<name>.png`, replacing one that exists, and return its URI."""
         data = _render(figure, "png", self.dpi)
         write_atomically(self.folder / f"{name}.png", data)
-        return _data_uri(data, "png")
+        return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _render(figure: Figure, image_format: str, dpi: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=image_format, dpi=dpi, metadata=_METADATA[image_format])
     return buffer.getvalue()
-
-
-def _data_uri(data: bytes, image_format: str) -> str:
-    encoded = base64.b64encode(data).decode("ascii")
-    return f"data:{_MEDIA_TYPES[image_format]};base64,{encoded}"

@@ -196,19 +196,6 @@ def test_packed_rows_keep_their_sequence_ids():
     assert torch.equal(masked["sequence_ids"], causal["sequence_ids"])
 
 
-@pytest.mark.parametrize("multiple", [1, 8, 64])
-@pytest.mark.parametrize("kind", [MaskedCollator, CausalCollator])
-def test_padding_to_a_multiple(kind, multiple):
-    rows = pack_sequences(proteins(5), 29)
-    batch = kind(TOKENIZER, pad_to_multiple_of=multiple)(list(TokenDataset(rows)))
-    plain = kind(TOKENIZER)(list(TokenDataset(rows)))
-    for key, tensor in batch.items():
-        assert tensor.shape[1] == -(-29 // multiple) * multiple
-        assert torch.equal(tensor[:, :29], plain[key])
-        fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100, "sequence_ids": -1}[key]
-        assert (tensor[:, 29:] == fill).all()
-
-
 def test_all_hidden_masks_the_same_targets_and_shows_none():
     shown = MaskedCollator(TOKENIZER, seed=3)(examples(50))
     hidden = MaskedCollator(TOKENIZER, seed=3, replaced=ALL_HIDDEN)(examples(50))
@@ -224,7 +211,6 @@ def test_all_hidden_masks_the_same_targets_and_shows_none():
         ({"mask_probability": 0.0}, "mask_probability"),
         ({"mask_probability": 1.5}, "mask_probability"),
         ({"seed": -1}, "seed"),
-        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of"),
         ({"replaced": (-0.1, 0.5)}, "replaced"),
         ({"replaced": (0.9, 0.2)}, "replaced"),
     ],

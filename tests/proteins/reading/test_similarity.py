@@ -10,11 +10,11 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, residue_ids
+from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
 from performers.proteins.reading.similarity import (
     AMINO_ACIDS,
     AttentionSimilarity,
     embedding_similarity,
-    load_reference_matrix,
     pair_ranks,
     top_pairs,
 )
@@ -43,6 +43,12 @@ def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, se
         scores = 2 * torch.randn(batch, heads, length, length, generator=generator)
         attentions.append(scores.masked_fill(mask[:, None, None] == 0, -math.inf).softmax(-1))
     return tokens, mask, attentions
+
+
+def compared(similarity, *, thresholded=False, permutations=9_999):
+    reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
+    matrix = similarity.similarity(thresholded=thresholded)
+    return compare_matrices(matrix, reference, name="BLOSUM62", permutations=permutations)
 
 
 def _measured(attentions=None, **options):
@@ -119,7 +125,7 @@ def test_planted_blosum_is_found_and_shuffled_labels_are_not():
         rows = torch.from_numpy(by_head[:, np.tile(np.arange(20), 3)])
         weights = rows.softmax(-1)[None, :, None, :].expand(1, 64, 60, 60)
         similarity.update(tokens, mask, [weights])
-        return similarity, similarity.compare()
+        return similarity, compared(similarity)
 
     similarity, found = compare(preference)
     assert found.pearson > 0.6
@@ -142,8 +148,8 @@ def test_amino_acid_that_never_occurs_is_left_out_and_named():
     tryptophan = AMINO_ACIDS.index("W")
     assert np.isnan(matrix[tryptophan]).all()
     assert np.isfinite(np.delete(np.delete(matrix, tryptophan, 0), tryptophan, 1)).all()
-    assert similarity.compare(permutations=9).pairs == 171
-    missing, there = similarity.pair_ranks(["FW", "DE"])
+    assert compared(similarity, permutations=9).pairs == 171
+    missing, there = pair_ranks(similarity.similarity(), ["FW", "DE"])
     assert missing.rank is None
     assert math.isnan(missing.similarity)
     assert there.rank is not None
@@ -172,18 +178,19 @@ def test_pairs_are_ranked_among_all_that_have_a_similarity():
     similarity = _similarity()
     tokens, mask, attentions = _batch(layers=3)
     similarity.update(tokens, mask, attentions)
-    every = similarity.top_pairs(190)
-    assert len(similarity.top_pairs(5)) == 5
+    every = top_pairs(similarity.similarity(), 190)
+    assert len(top_pairs(similarity.similarity(), 5)) == 5
     assert len({frozenset(pair[:2]) for pair in every}) == 190
     assert [p.similarity for p in every] == sorted((p.similarity for p in every), reverse=True)
     first, second, value = every[0]
     row, column = AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)
     assert value == similarity.similarity()[row, column]
-    ranked = similarity.pair_ranks([f"{pair.second}{pair.first}" for pair in every])
+    ranked = pair_ranks(similarity.similarity(), [f"{pair.second}{pair.first}" for pair in every])
     assert [pair.rank for pair in ranked] == list(range(1, 191))
     assert {pair.of for pair in ranked} == {190}
     assert [pair.similarity for pair in ranked] == [pair.similarity for pair in every]
-    assert [f"{p.first}{p.second}" for p in similarity.pair_ranks()] == ["DE", "FY", "IV", "KR"]
+    expected = pair_ranks(similarity.similarity())
+    assert [f"{p.first}{p.second}" for p in expected] == ["DE", "FY", "IV", "KR"]
 
 
 def test_embeddings_are_compared_without_their_mean():
@@ -254,10 +261,10 @@ def test_padding_and_precision_do_not_matter():
 def test_no_similarity_is_explained(similarity, note):
     found = similarity()
     assert np.isnan(found.similarity()).all()
-    assert found.top_pairs() == []
+    assert top_pairs(found.similarity()) == []
     assert note in found.notes()[-1]
     for thresholded in (False, True):
-        assert math.isnan(found.compare(thresholded=thresholded).p_value)
+        assert math.isnan(compared(found, thresholded=thresholded).p_value)
 
 
 def test_bad_arguments_are_named():

@@ -10,6 +10,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
+from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
+from performers.proteins.reading.similarity import AMINO_ACIDS, top_pairs
 from performers.proteins.report.page import ModelReport, analyse_model, write_report
 from tests.proteins.report.page import Page
 
@@ -122,8 +124,10 @@ def test_figures_lie_beside_the_page(full):
 
 def test_values_of_the_analysis_are_the_ones_printed(tmp_path):
     analysis = _analysis(layers=14, heads=2)
-    found = analysis.similarity.compare("PAM250", permutations=199)
-    first, second, _ = analysis.similarity.top_pairs(1)[0]
+    reference = load_reference_matrix("PAM250", AMINO_ACIDS)
+    matrix = analysis.similarity.similarity()
+    found = compare_matrices(matrix, reference, name="PAM250", permutations=199)
+    first, second, _ = top_pairs(matrix, 1)[0]
     report = write_report(
         tmp_path,
         models=[ModelReport("m", analysis=analysis)],

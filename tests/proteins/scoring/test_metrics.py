@@ -1,7 +1,6 @@
 """Metrics per residue, against direct computation, and the unigram baseline."""
 
 import math
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -79,23 +78,6 @@ def test_batches_of_any_shape_add_up():
     assert parts.count == whole.count
 
 
-def test_merging_in_any_way_is_one_pass_over_all():
-    batches = [batch(seed) for seed in range(4)]
-    whole = ResidueMetrics(TOKENIZER)
-    processes = [ResidueMetrics(TOKENIZER) for _ in range(2)]
-    for i, (logits, labels) in enumerate(batches):
-        whole.update(logits, labels)
-        processes[i % 2].update(logits, labels)
-    reduced = ResidueMetrics(TOKENIZER)
-    reduced.load_state_tensor(sum(process.state_tensor() for process in processes))
-    merged = pickle.loads(pickle.dumps(processes[0]))
-    merged.merge(processes[1])
-    for result in (reduced.compute(), merged.compute()):
-        assert result == pytest.approx(whole.compute(), rel=1e-12)
-        assert result["tokens"] == whole.count
-    assert reduced.target_counts.dtype == np.int64
-
-
 def test_no_target_and_overflow_and_nan():
     metrics = ResidueMetrics(TOKENIZER)
     metrics.update(torch.zeros(1, 3, VOCABULARY), torch.tensor([[1, -100, 2]]))
@@ -155,11 +137,6 @@ LOGITS, LABELS = batch(6)
         (lambda: ResidueMetrics(TOKENIZER).update(LOGITS, LABELS[0]), "logits, labels"),
         (lambda: ResidueMetrics(TOKENIZER).update(LOGITS[0, 0], LABELS[0, 0]), "logits, labels"),
         (lambda: ResidueMetrics(TOKENIZER).update(LOGITS[..., :-1], LABELS), "vocabulary"),
-        (lambda: ResidueMetrics(TOKENIZER).load_state_tensor(torch.zeros(7)), "shape"),
-        (
-            lambda: ResidueMetrics(TOKENIZER).merge(ResidueMetrics(TOKENIZER, is_causal=True)),
-            "causal",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

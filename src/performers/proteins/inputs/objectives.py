@@ -60,7 +60,6 @@ class MaskedCollator:
         replaced: Shares of the targets replaced by the mask token and by a random amino acid:
             ``BERT_RULE`` to train, ``ALL_HIDDEN`` to evaluate. It does not change which residues
             are targets.
-        pad_to_multiple_of: Pads the length to a multiple of this.
 
     Raises:
         ValueError: An argument is out of range, or the tokenizer lacks a token.
@@ -73,7 +72,6 @@ class MaskedCollator:
         mask_probability: float = 0.15,
         seed: int = 0,
         replaced: tuple[float, float] = BERT_RULE,
-        pad_to_multiple_of: int | None = None,
     ) -> None:
         if min(replaced) < 0 or sum(replaced) > 1:
             raise ValueError(
@@ -94,7 +92,7 @@ class MaskedCollator:
         self._mask_id = int(tokenizer.mask_token_id)
         self._residues = residue_ids(tokenizer)
         self._replacements = residue_ids(tokenizer, AMINO_ACIDS)
-        self._padding = _Padding(tokenizer, pad_to_multiple_of)
+        self._padding = _Padding(tokenizer)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Mask and pad a batch.
@@ -151,16 +149,13 @@ class CausalCollator:
 
     Args:
         tokenizer: A tokenizer with a pad token.
-        pad_to_multiple_of: Pads the length to a multiple of this.
 
     Raises:
-        ValueError: ``pad_to_multiple_of`` is below 1, or the tokenizer has no pad token.
+        ValueError: The tokenizer has no pad token.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None
-    ) -> None:
-        self._padding = _Padding(tokenizer, pad_to_multiple_of)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._padding = _Padding(tokenizer)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad a batch and copy its inputs to its labels.
@@ -186,13 +181,10 @@ class CausalCollator:
 class _Padding:
     """Stack arrays of different lengths into tensors, padded on the right."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, multiple: int | None) -> None:
-        if multiple is not None and multiple < 1:
-            raise ValueError(f"pad_to_multiple_of: expected at least 1 or None, got {multiple}")
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("tokenizer: has no pad token; use one from build_protein_tokenizer()")
         self._pad_id = int(tokenizer.pad_token_id)
-        self._multiple = multiple or 1
 
     def batch(
         self,
@@ -219,7 +211,6 @@ class _Padding:
 
     def _stack(self, rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
         length = max(row.size for row in rows)
-        length += -length % self._multiple
         stacked = np.full((len(rows), length), fill, dtype=np.int64)
         for target, row in zip(stacked, rows, strict=True):
             target[: row.size] = row

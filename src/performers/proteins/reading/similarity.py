@@ -28,13 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 from performers.proteins.reading.head_scores import (
     check_attention,
-    local_global_score,
     residue_mask,
-)
-from performers.proteins.reading.mantel import (
-    MatrixComparison,
-    compare_matrices,
-    load_reference_matrix,
 )
 
 __all__ = [
@@ -42,11 +36,8 @@ __all__ = [
     "EXPECTED_PAIRS",
     "AminoAcidPair",
     "AttentionSimilarity",
-    "MatrixComparison",
     "RankedPair",
     "embedding_similarity",
-    "load_reference_matrix",
-    "local_global_score",
     "pair_ranks",
     "top_pairs",
 ]
@@ -214,54 +205,6 @@ class AttentionSimilarity:
     def heads(self, *, thresholded: bool = False) -> int:
         """Number of heads that the correlation runs over."""
         return int(_usable_heads(self.shares(thresholded=thresholded)).sum())
-
-    def compare(
-        self,
-        matrix_name: str = "BLOSUM62",
-        *,
-        thresholded: bool = False,
-        permutations: int = 9_999,
-        seed: int = 0,
-    ) -> MatrixComparison:
-        """Correlate the similarity with a substitution matrix, off the diagonal.
-
-        Args:
-            matrix_name: Name of one of Biopython's amino-acid substitution matrices.
-            thresholded: Whether to count only attention above the threshold.
-            permutations: Number of random relabellings in the Mantel test.
-            seed: Seed of the relabellings.
-
-        Returns:
-            Correlations, p-value and number of pairs; see `compare_matrices`.
-
-        Raises:
-            ValueError: The matrix is unknown or `permutations` is below 1.
-        """
-        return compare_matrices(
-            self.similarity(thresholded=thresholded),
-            load_reference_matrix(matrix_name, AMINO_ACIDS),
-            name=matrix_name,
-            permutations=permutations,
-            seed=seed,
-        )
-
-    def top_pairs(self, count: int = 10, *, thresholded: bool = False) -> list[AminoAcidPair]:
-        """The pairs of different amino acids with the highest similarity, highest first."""
-        return top_pairs(self.similarity(thresholded=thresholded), count)
-
-    def pair_ranks(
-        self, pairs: Sequence[str] = EXPECTED_PAIRS, *, thresholded: bool = False
-    ) -> list[RankedPair]:
-        """The places of given pairs of amino acids among all pairs, most similar first.
-
-        Args:
-            pairs: Two letters each.
-            thresholded: Whether to count only attention above the threshold.
-
-        Returns:
-            A rank for each pair, in the order given.
-        """
-        return pair_ranks(self.similarity(thresholded=thresholded), pairs)
 
     def notes(self, *, thresholded: bool = False) -> list[str]:
         """Sentences on what was left out and why; empty when nothing was."""

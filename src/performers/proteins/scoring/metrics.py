@@ -52,9 +52,6 @@ def unigram_baseline(counts: npt.ArrayLike) -> dict[str, float]:
 class ResidueMetrics:
     """Sum loss and accuracy over batches, in float64.
 
-    Several processes each keep one; `merge` adds another's sums, and `state_tensor` gives the sums
-    for a reduction across processes.
-
     Args:
         tokenizer: The protein tokenizer, which tells residues from other tokens.
         is_causal: Whether ``logits[t]`` predicts ``labels[t + 1]``, as in causal models of
@@ -106,35 +103,6 @@ class ResidueMetrics:
         self.loss_sum -= float(log_probabilities.sum())
         self.correct += int((scores.argmax(-1) == targets).sum())
         self.target_counts += np.bincount(targets.numpy(), minlength=self.target_counts.size)
-
-    def merge(self, other: ResidueMetrics) -> None:
-        """Add the sums of another instance to this one.
-
-        Raises:
-            ValueError: The two are not for the same vocabulary and direction.
-        """
-        if self.is_causal != other.is_causal:
-            raise ValueError("other: one of the two metrics is causal, the other is not")
-        self.load_state_tensor(self.state_tensor() + other.state_tensor())
-
-    def state_tensor(self) -> Tensor:
-        """Return the sums as a float64 tensor (2 + vocabulary,), to be summed over processes."""
-        return torch.tensor([self.loss_sum, self.correct, *self.target_counts], dtype=torch.float64)
-
-    def load_state_tensor(self, state: Tensor) -> None:
-        """Replace the sums by those of a (reduced) state tensor.
-
-        Raises:
-            ValueError: The tensor is not one for this vocabulary size.
-        """
-        if state.shape != (self.target_counts.size + 2,):
-            raise ValueError(
-                f"state: expected shape ({self.target_counts.size + 2},), got {tuple(state.shape)}"
-            )
-        values = state.cpu().double().numpy()
-        self.loss_sum = float(values[0])
-        self.correct = int(values[1])
-        self.target_counts = values[2:].astype(np.int64)
 
     def compute(self) -> dict[str, Any]:
         """Compute the metrics over all targets so far.
