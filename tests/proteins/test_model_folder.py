@@ -186,7 +186,7 @@ MISFIT = " has weights that do not fit its config.json"
         (replaced_by(os.mkdir), "/config.json is not a regular file"),
         (configured(model_type="bert"), " holds a model of type 'bert', expected 'performer'"),
         (configured(model_type=None), " holds a model of type None"),
-        (configured(attention="bogus"), " cannot be loaded as a model... attention must be"),
+        (configured(attention="bogus"), UNLOADABLE + "...attention must be"),
         *[
             (configured(**values), UNLOADABLE)
             for values in ({"hidden_size": "wide"}, {"hidden_size": 32}, {"hidden_act": "bogus"})

@@ -47,7 +47,8 @@ def test_batching_does_not_matter(pooling):
     together, seen = embed_sequences(model, tokenizer, sequences, pooling=pooling), []
     one = {"batch_tokens": 1, "progress": lambda *done: seen.append(done)}
     apart = embed_sequences(model, tokenizer, sequences, pooling=pooling, **one)
-    assert seen == [(done, 20) for done in range(1, 21)]
+    assert seen == sorted(set(seen))
+    assert seen[-1] == (20, 20)
     np.testing.assert_allclose(together, apart, atol=2e-5)
     turned = embed_sequences(model, tokenizer, sequences[::-1], pooling=pooling)
     np.testing.assert_allclose(together, turned[::-1], atol=2e-5)
