@@ -66,8 +66,8 @@ def test_one_later_token_alone_does_not_matter(backend, case, configuration, pos
 def test_gradients_of_earlier_outputs_stop_at_later_tokens(
     backend, case, configuration, position, factor, device
 ):
-    if backend == "torch" and configuration.exact and factor > (1 if configuration.listed else 250):
-        pytest.xfail("rows whose exponents overflow can have NaN gradients, times zero or not")
+    if backend == "torch" and configuration.listed and position == 1 and factor > 1:
+        pytest.xfail("the gradient of a row with one listed key can be NaN beside huge ones")
     call = make_call(case, LENGTH, "causal", configuration, seed=position, device=device)
     call = changed(call, later(position), factor).leaves()
     call.run(backend)[..., :position, :].square().sum().backward()
@@ -108,8 +108,6 @@ def test_a_stream_is_as_causal_as_one_call(backend, case, configuration):
 @pytest.mark.parametrize("size", [1e10, 3e38])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_key_whose_norm_overflows_touches_no_earlier_row(backend, length, size):
-    if backend == "torch" and size > 1e30:
-        pytest.xfail("products with the projection overflow to infinities of both signs")
     call = make_call(POSITIVE, length, "causal").leaves()
     key = call.key.detach().clone()
     key[:, :, -1] = size

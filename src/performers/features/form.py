@@ -120,7 +120,10 @@ class FeatureForm(NamedTuple):
                 return None, projected
             floor = projected.new_full((), math.log(self.epsilon))
             return None, torch.logaddexp(projected, floor)
-        return None, projected if half_norm is None else projected - half_norm
+        if half_norm is None:
+            return None, projected
+        # A key whose norm overflows has no feature, and its projection may be NaN.
+        return None, (projected - half_norm).masked_fill(half_norm == math.inf, -math.inf)
 
     def _project(self, x: Tensor) -> Tensor:
         if self.weight is None:

@@ -115,10 +115,10 @@ def _gather(x: Tensor, index: Tensor, packed: bool) -> Tensor:
     """Rows of ``x`` ``(batch, heads, S, D)`` as ``(sequences, heads, n, D)``, zeros for -1."""
     known = (index >= 0)[:, None, :, None]
     index = index.clamp_min(0)
-    if packed:
+    if x.shape[2] == 0:
+        rows = x.new_zeros(index.shape[0], x.shape[1], index.shape[1], x.shape[3])
+    elif packed:
         rows = x[0][:, index].movedim(1, 0)
-    elif x.shape[2] == 0:
-        rows = x.new_zeros(*x.shape[:2], index.shape[1], x.shape[3])
     else:
         rows = x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
     return rows.where(known, 0.0)

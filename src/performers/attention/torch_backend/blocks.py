@@ -129,9 +129,11 @@ def query_features(
     """
     if exponent is None:
         assert base is not None
-        return base if dtype is None else base.to(dtype), scale[..., :1] if scale.ndim else scale
+        scale = finite(scale[..., :1]) if scale.ndim else scale
+        return base if dtype is None else base.to(dtype), scale
+    # A feature that no key has, at the scale minus infinity, must not set the largest.
     exponent = exponent + scale
-    peak = exponent.detach().amax(-1, keepdim=True)
+    peak = finite(exponent.detach().amax(-1, keepdim=True))
     exponent = exponent - peak
     return times(base, (exponent if dtype is None else exponent.to(dtype)).exp()), peak
 
@@ -139,7 +141,7 @@ def query_features(
 def read(features: Features, query: Tensor, sums: Sums) -> Rows:
     """Queries ``(B, H, G, T, D)`` against all that the sums hold."""
     base, exponent = features.of(query.flatten(2, 3), is_query=True)
-    phi, scale = query_features(base, exponent, finite(sums.log_scale).unsqueeze(-2))
+    phi, scale = query_features(base, exponent, sums.log_scale.unsqueeze(-2))
     rows = (
         phi @ sums.key_value,
         phi @ sums.key_sum.unsqueeze(-1),

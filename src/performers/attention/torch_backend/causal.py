@@ -119,9 +119,7 @@ def _causal_block(
         query_base, query_exponent, key_base, key_exponent, value, groups, segments, strict
     )
     past, sums = _prefix_sums(key_base, key_exponent, value, sums, last, continues)
-    phi, log_scale = query_features(
-        query_base, query_exponent, finite(past.log_scale).unsqueeze(-2)
-    )
+    phi, log_scale = query_features(query_base, query_exponent, past.log_scale.unsqueeze(-2))
     numerator, denominator = phi @ past.key_value, phi @ past.key_sum.unsqueeze(-1)
     if own is not None:
         numerator, denominator = numerator.where(own, 0.0), denominator.where(own, 0.0)
