@@ -33,10 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from performers.proteins.corpus.blast import read_blast_database
+from blast import is_protein, read_blast_database
+from performers.app.errors import UserError
 from performers.proteins.corpus.mmseqs import Mmseqs
-from performers.proteins.corpus.sources import is_protein
-from performers.proteins.errors import UserError
 
 SPLITS = ("train", "validation", "test", "ood")
 _DATABASES = ("BPO", "MFO", "CCO")

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_folder
 from performers.cli.benchmark import ResultFiles, measure_and_write
 from performers.cli.commands import App
 from performers.cli.console import note
 from performers.cli.interrupts import end_at_once
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_folder
 from studies.accuracy.options import KernelOptions, PretrainedOptions
 
 _Result = TypeVar("_Result")

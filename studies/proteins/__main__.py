@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, option
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, output
 from performers.cli.interrupts import end_at_once
-from performers.proteins.folders import prepare_output_folder
 
 PRESETS = ("minutes", "hours", "cluster")
 

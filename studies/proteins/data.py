@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from performers.proteins.corpus import Corpus, TokenShards
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.fasta import ProteinRecord, read_fasta
-from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
-from performers.proteins.training import validation_sample
+from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.training.train import validation_sample
 
 SCORED_SPLITS = ("test", "ood")
 _VALIDATION_AT_MOST = 500

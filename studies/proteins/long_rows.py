@@ -14,17 +14,17 @@ import numpy.typing as npt
 import torch
 from accelerate import PartialState
 
+from performers.app.errors import UserError
+from performers.app.files import read_json, write_json
+from performers.app.processes import is_first_process, process_count
 from performers.benchmark.memory import OutOfMemoryError, ProbeError, peak_of, run_apart
 from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.proteins.errors import UserError
-from performers.proteins.evaluation import evaluate_rows
-from performers.proteins.folders import read_json, write_json
+from performers.proteins.inputs.packing import TokenDataset, pack_sequences
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.packing import TokenDataset, pack_sequences
-from performers.proteins.processes import is_first_process, process_count
-from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.scoring.evaluation import evaluate_rows
 from studies.proteins.data import StudyData
 from studies.proteins.runs import Report, train_once, wait_for
 

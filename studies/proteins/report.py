@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from performers.app.figures import save_figure
+from performers.app.files import read_json, write_atomically, write_json
 from performers.benchmark.plot import MUTED, PALETTE, draw_lines, new_figure, size_axis, style
-from performers.proteins.figure_files import save_figure
-from performers.proteins.folders import read_json, write_atomically, write_json
 from studies.pages import Table
 from studies.proteins.summary import Claim, Row, claims, summarise
 

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from performers.proteins.errors import Diverged, UserError
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.folders import read_json, write_json
-from performers.proteins.learnt import compare_learnt
+from performers.app.errors import Diverged, UserError
+from performers.app.files import read_json, write_json
+from performers.app.processes import is_first_process, process_count
 from performers.proteins.model_folder import load_model
-from performers.proteins.model_report import choose_protein
 from performers.proteins.options import TrainingOptions
-from performers.proteins.processes import is_first_process, process_count
-from performers.proteins.training import train_model
+from performers.proteins.report.comparison import compare_learnt
+from performers.proteins.report.model_report import choose_protein
+from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.training.train import train_model
 from studies.proteins.data import StudyData
 from studies.proteins.presets import StudyPreset
 

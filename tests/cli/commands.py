@@ -21,3 +21,11 @@ def refusal(*arguments, code=2, app=performers):
     assert len(lines) == 1, lines
     assert lines[0].startswith("performers: ")
     return lines[0].removeprefix("performers: ")
+
+
+def arrays(path):
+    """The arrays of a .npz file."""
+    import numpy as np
+
+    with np.load(path) as file:
+        return dict(file)

@@ -1,19 +1,22 @@
-"""The model that commands read with by default."""
+"""The model that commands read with by default, and odd but legal FASTA files."""
 
+import gzip
 import os
 import threading
 
 import numpy as np
 import pytest
 
-from performers.proteins.pretrained import PRETRAINED
-from tests.cli.commands import refusal, run
+from performers.proteins.embedded import PRETRAINED
+from tests.cli.commands import arrays, run
+from tests.proteins.runs import flags, proteins
 
 
 @pytest.fixture
 def default(masked, monkeypatch):
     """A small model in the place of the one that ships."""
-    monkeypatch.setattr("performers.proteins.pretrained._FOLDER", masked)
+    monkeypatch.setattr("performers.proteins.embedded._DATA", masked.parent)
+    monkeypatch.setattr("performers.proteins.embedded.PRETRAINED", masked.name)
     return masked
 
 
@@ -25,7 +28,7 @@ def test_evaluate_without_a_model_reads_with_the_one_that_ships(default, fasta, 
 def test_embed_without_a_model_reads_with_the_one_that_ships(default, fasta, tmp_path):
     run("embed", fasta, "--output", tmp_path / "without.npz")
     run("embed", default, fasta, "--output", tmp_path / "with.npz")
-    without, given = np.load(tmp_path / "without.npz"), np.load(tmp_path / "with.npz")
+    without, given = arrays(tmp_path / "without.npz"), arrays(tmp_path / "with.npz")
     assert np.array_equal(without["embeddings"], given["embeddings"])
 
 
@@ -33,51 +36,6 @@ def test_report_without_a_model_reads_with_the_one_that_ships(default, fasta, tm
     out, _ = run("report", fasta, "--output", tmp_path / "report", "--max-sequences", "5")
     assert (tmp_path / "report" / "report.html").is_file()
     assert "report.html" in out
-
-
-@pytest.mark.parametrize("command", ["evaluate", "embed", "report"])
-def test_a_first_argument_that_is_nothing_is_named(command, fasta, tmp_path):
-    output = [] if command == "evaluate" else ["--output", tmp_path / "x.npz"]
-    line = refusal(command, tmp_path / "modle", fasta, *output)
-    assert line.startswith(f"{tmp_path / 'modle'}: no such file or folder")
-    assert PRETRAINED in line
-
-
-def test_a_model_alone_is_not_enough(masked):
-    assert refusal("evaluate", masked) == "give at least one FASTA file after the model"
-    assert refusal("evaluate", PRETRAINED) == "give at least one FASTA file after the model"
-
-
-@pytest.mark.parametrize("command", ["evaluate", "embed", "report", "probe"])
-def test_a_folder_of_fasta_files_is_not_a_model(command, fasta):
-    output = [] if command == "evaluate" else ["--output", fasta.parent / "x.npz"]
-    line = refusal(command, fasta.parent, *output)
-    assert line.startswith(f"{fasta.parent} is a folder without a model: it has no config.json; ")
-    assert line == refusal(command, fasta.parent, fasta, *output)
-
-
-def test_a_training_that_has_not_ended_has_no_model(fasta, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    assert "finish it with performers train --resume" in refusal("evaluate", tmp_path, fasta)
-
-
-@pytest.mark.parametrize("named", [True, False], ids=["by name", "by folder"])
-def test_the_model_comes_first(default, fasta, named):
-    model = PRETRAINED if named else default
-    line = refusal("evaluate", fasta, model)
-    assert line == f"{model} is a model, and comes before the FASTA files; give one model"
-
-
-def test_the_model_that_ships_is_compared_with_by_its_name(default, causal, fasta, tmp_path):
-    compared = ["report", causal, fasta, "--compare", PRETRAINED, "--output", tmp_path / "report"]
-    # Refused after both models are loaded.
-    assert refusal(*compared, "--protein", "nobody").startswith("--protein 'nobody' is not in")
-
-
-def test_the_model_that_ships_does_not_generate(default):
-    line = refusal("generate", PRETRAINED)
-    assert line.startswith("the model predicts masked residues and cannot generate; give the")
-    assert "--objective clm" in line
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
@@ -91,3 +49,44 @@ def test_a_pipe_is_read_like_a_file(masked, fasta, tmp_path):
     finally:
         writer.join()
     assert out == run("evaluate", masked, fasta, "--json")[0]
+
+
+def test_odd_but_legal_input_is_read_and_counted(masked, tmp_path):
+    plain, odd = tmp_path / "plain.fasta", tmp_path / "odd.fasta.gz"
+    sequences = proteins(3)
+    plain.write_text("".join(f">p\n{letters}\n" for letters in [*sequences, "MKXU"]))
+    text = "".join(f">p\r\n{letters.lower()}*\r\n" for letters in sequences) + ">p\r\nMKXU"
+    odd.write_bytes(gzip.compress(text.encode()))
+    _, lines = run("embed", masked, plain, "--output", tmp_path / "plain.npz")
+    assert lines[0] == (
+        "non-standard letters kept: U 1, X 1; 3 records repeat the name of an earlier one"
+    )
+    _, lines = run("embed", masked, odd, "--output", tmp_path / "odd.npz")
+    assert lines[0] == (
+        f"{sum(map(len, sequences))} lower-case letters read as upper case; 3 trailing '*' removed;"
+        " non-standard letters kept: U 1, X 1; 3 records repeat the name of an earlier one"
+    )
+    expected, found = arrays(tmp_path / "plain.npz"), arrays(tmp_path / "odd.npz")
+    assert found.keys() == {"names", "lengths", "embeddings"}
+    for name in found:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_odd_input_trains(tmp_path):
+    path = tmp_path / "odd.fasta"
+    path.write_bytes("".join(f">p\r\n{s.lower()}*\r\n" for s in proteins(10)).encode())
+    _, lines = run("train", path, "--output", tmp_path / "model", *flags(steps=1))
+    assert "trailing '*' removed" in lines[0]
+    assert "9 records repeat the name" in lines[0]
+
+
+def test_ordinary_input_has_nothing_to_tell(fasta, masked):
+    _, lines = run("evaluate", masked, fasta)
+    assert all(line.startswith("evaluating: ") for line in lines)
+
+
+def test_nucleotides_are_noticed(masked, tmp_path):
+    path = tmp_path / "dna.fasta"
+    path.write_text(">gene\n" + "ACGT" * 60 + "\n")
+    _, lines = run("evaluate", masked, path)
+    assert "looks like DNA or RNA" in lines[0]

@@ -27,7 +27,7 @@ sys.meta_path.insert(0, Importing())
 def make_app():
     import typer
     from performers.cli.commands import App
-    from performers.proteins.errors import Interrupted
+    from performers.app.errors import Interrupted
 
     def parsing(value):
         {parsing}

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from performers.proteins.fasta import write_fasta
+from performers.proteins.inputs.fasta import write_fasta
 from tests.cli.commands import refusal, run
-from tests.proteins.probe_data import motif_records
+from tests.proteins.probe.probe_data import motif_records
 
 FAST = ["--repeats", 2, "--min-count", 5]
 
@@ -74,10 +74,9 @@ def test_spreads_double_the_width_of_embeddings_alone(masked, labelled, tmp_path
     embedding, random, composition = width["mean"]
     assert embedding == random
     assert width["mean-sd"] == [2 * embedding, 2 * random, composition]
-    refused = refusal("probe", masked, labelled, "--output", tmp_path / "x", "--pooling", "max")
-    assert "--pooling must be one of mean, mean-sd" in refused
-    refused = refusal("embed", masked, labelled, "--output", tmp_path / "x.npz", "--pooling", "max")
-    assert "--pooling must be one of mean, mean-sd" in refused
+    arguments = ["--output", tmp_path / "x", "--min-count", 999, "--features", "composition"]
+    _, lines = run("probe", masked, labelled, *arguments, code=2)
+    assert "lower --min-count" in lines[-1]
 
 
 def test_a_random_split_is_asked_for_and_said(masked, tmp_path):
@@ -94,36 +93,3 @@ def test_a_random_split_is_asked_for_and_said(masked, tmp_path):
     assert "20 proteins not drawn left out" in lines
     assert "not drawn" not in out
     assert "100 sequences cropped to 18 residues" in lines
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--split", "family"], "--split must be one of groups, random"),
-        (["--repeats", 0], "--repeats must be at least 1"),
-        (["--features", "embeddings,size"], "'size'"),
-        (["--labels", "none.tsv"], "none.tsv does not exist"),
-        (["--groups", "none.tsv"], "none.tsv does not exist"),
-        (["--min-count", 999], "lower --min-count"),
-        (["--split", "random", "--per-group", 1], "--per-group has no use with --split random"),
-    ],
-)
-def test_bad_options_end_in_one_line(masked, labelled, tmp_path, option, message):
-    arguments = ["probe", masked, labelled, "--output", tmp_path / "new", *option]
-    if option[0] == "--min-count":
-        _, lines = run(*arguments, "--features", "composition", code=2)
-        assert message in lines[-1]
-    else:
-        assert message in refusal(*arguments)
-        assert not (tmp_path / "new").exists()
-
-
-def test_groups_are_not_read_for_nothing(masked, labelled, tmp_path):
-    groups = tmp_path / "clusters.tsv"
-    groups.write_text("".join(f"c\t{record.name}\n" for record in motif_records()))
-    line = refusal(
-        *("probe", masked, labelled, "--output", tmp_path / "new"),
-        *("--split", "random", "--groups", groups),
-    )
-    assert "--groups has no use with --split random" in line
-    assert not (tmp_path / "new").exists()

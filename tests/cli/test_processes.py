@@ -78,7 +78,7 @@ def test_without_its_packages_the_command_says_what_to_install(missing, argument
 _STOPPED = """
 import os, signal
 from performers.cli import main
-from performers.proteins import training
+from performers.proteins.training import train as training
 
 train_model = training.train_model
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from performers.models.manifest import save_model_folder
-from performers.proteins.embedding import embed_sequences
-from performers.proteins.evaluation import evaluate_model
-from performers.proteins.fasta import read_fasta
+from performers.proteins.inputs.fasta import read_fasta
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
-from performers.proteins.tokenizer import AMINO_ACIDS
-from tests.cli.commands import refusal, run
-from tests.proteins.runs import make_model, make_model_folder, proteins, write_sequences
+from performers.proteins.scoring.embedding import embed_sequences
+from performers.proteins.scoring.evaluation import evaluate_model
+from tests.cli.commands import arrays, run
+from tests.proteins.runs import make_model, proteins
 
 KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
 
@@ -50,12 +50,6 @@ def test_options_of_evaluate_reach_the_library(masked, fasta):
     assert metrics == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("value", ["0", "1.5", "nan", "-1"])
-def test_evaluate_names_an_option_out_of_range(masked, fasta, value):
-    line = refusal("evaluate", masked, fasta, "--mask-probability", value)
-    assert line.startswith("--mask-probability must be above 0 and at most 1")
-
-
 def test_evaluate_says_so_when_a_model_diverged(fasta, tmp_path):
     model, tokenizer = make_model()
     with torch.no_grad():
@@ -73,13 +67,11 @@ def test_embed_keeps_order_and_duplicate_names(model, tmp_path):
     _, lines = run("embed", model, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
     assert lines[-1] == f"9 vectors of width 16 in {tmp_path / 'x.npz'}"
     run("embed", model, path, "--output", tmp_path / "new" / "x.parquet")
-    arrays = np.load(tmp_path / "x.npz")
+    found = arrays(tmp_path / "x.npz")
     table = pyarrow.parquet.read_table(tmp_path / "new" / "x.parquet")
-    assert (
-        arrays["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)
-    )
-    assert arrays["lengths"].tolist() == table["length"].to_pylist() == [len(s) for s in sequences]
-    np.testing.assert_allclose(arrays["embeddings"], expected, atol=2e-5)
+    assert found["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)
+    assert found["lengths"].tolist() == table["length"].to_pylist() == [len(s) for s in sequences]
+    np.testing.assert_allclose(found["embeddings"], expected, atol=2e-5)
     np.testing.assert_allclose(table["embedding"].to_pylist(), expected, atol=2e-5)
 
 
@@ -99,28 +91,6 @@ def test_generate_writes_fasta_to_standard_output_or_a_file(causal, tmp_path):
         assert set(record.sequence) <= set(AMINO_ACIDS)
 
 
-def test_generate_needs_a_causal_model(masked):
-    assert "--objective clm" in refusal("generate", masked)
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        ("--prompt", "M1"),
-        ("--num", "0"),
-        ("--max-length", "0"),
-        ("--temperature", "-1"),
-        ("--temperature", "nan"),
-        ("--top-k", "-1"),
-        ("--top-p", "0"),
-    ],
-)
-def test_generate_names_an_option_out_of_range(causal, tmp_path, flag, value):
-    output = tmp_path / "x.fasta"
-    assert flag in refusal("generate", causal, "--output", output, flag, value)
-    assert not output.exists()
-
-
 def test_report_writes_its_page(model, fasta, tmp_path):
     output = tmp_path / "report"
     out, _ = run("report", model, fasta, "--output", output, "--max-sequences", 5)
@@ -128,18 +98,3 @@ def test_report_writes_its_page(model, fasta, tmp_path):
     markup = (output / "report.html").read_text(encoding="utf-8")
     assert "<script" not in markup
     assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
-
-
-def test_report_of_an_unknown_protein(masked, fasta, tmp_path):
-    line = refusal("report", masked, fasta, "--output", tmp_path / "new", "--protein", "nobody")
-    assert line.startswith("--protein 'nobody' is not in the FASTA files; the first are p0, p1")
-
-
-def test_learned_positions_end_in_one_line(tmp_path):
-    model = make_model_folder(tmp_path / "m", "clm", position_embedding="learned", max_length=20)
-    fasta = write_sequences(tmp_path / "x.fasta", ["M" * 50])
-    assert "cannot read 52" in refusal("embed", model, fasta, "--output", tmp_path / "x.npz")
-    assert "cannot read 52" in refusal("evaluate", model, fasta, "--max-length", "64")
-    assert "cannot read 512" in refusal("generate", model)
-    run("evaluate", model, fasta)
-    run("report", model, fasta, "--output", tmp_path / "report")

@@ -6,10 +6,9 @@ import signal
 
 import pytest
 
-from performers.proteins import training
-from performers.proteins.memory import training_bytes
-from performers.proteins.options import TrainingOptions
-from performers.proteins.tokenizer import build_protein_tokenizer
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
+from performers.proteins.training import train as training
+from performers.proteins.training.memory import training_bytes
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import (
     flags,
@@ -26,16 +25,9 @@ def output(tmp_path):
     return tmp_path / "model"
 
 
-def test_a_model_beyond_memory_is_refused_before_anything_is_read(tmp_path, output):
-    line = refusal("train", tmp_path / "none.fasta", "--output", output, "--layers", 10**9)
-    assert line.startswith("a model of ")
-    assert "and this machine has" in line
-    assert not output.exists()
-
-
 def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
     weights = training_bytes(small_options().model_config(build_protein_tokenizer()), "adamw")
-    monkeypatch.setattr("performers.proteins.memory.machine_bytes", lambda: weights)
+    monkeypatch.setattr("performers.proteins.training.memory.machine_bytes", lambda: weights)
     line = refusal("train", fasta, "--output", output, *flags())
     assert "activations of 100 tokens" in line
     assert "or --batch-tokens" in line
@@ -87,18 +79,6 @@ def test_a_validation_file_is_used_and_nothing_is_held_out(fasta, output, tmp_pa
     assert record["data"]["sequences"] == 30
     assert record["data"]["validation_sequences"] == 4
     assert record["result"]["eval_sequences"] == 4
-
-
-def test_a_share_to_hold_out_is_refused_where_nothing_is_held_out(fasta, output, tmp_path):
-    corpus = tmp_path / "corpus"
-    corpus.mkdir()
-    (corpus / "manifest.json").write_text("{}")
-    # The default given by hand, too.
-    flag = ("--validation-fraction", TrainingOptions().validation_fraction, "--output", output)
-    assert "--validation-fraction" in refusal("train", corpus, *flag)
-    line = refusal("train", fasta, "--validation", fasta, *flag)
-    assert line == "--validation-fraction holds out nothing beside --validation; leave it out"
-    assert not output.exists()
 
 
 def test_several_files_are_one_data_set(fasta, output, tmp_path):
@@ -160,23 +140,3 @@ def test_resume_with_something_else_is_one_line(fasta, output, tmp_path):
     out, lines = run("train", fasta, *resumed, *flags(steps=1))
     assert "validation" in out, "a finished run still tells its scores"
     assert lines[-1].startswith("1 steps in ")
-
-
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        # The other ranges are those of the options, tested with them.
-        ("--positions", "none"),
-        ("--hidden-size", "15"),
-        ("--learning-rate", "nan"),
-        ("--seed", "-1"),
-        ("--seed", str(2**32)),
-        ("--batch-tokens", "0"),
-        ("--steps", "many"),
-        ("--across-sequences", None),
-    ],
-)
-def test_an_option_out_of_range_is_named_in_one_line(fasta, output, flag, value):
-    given = [flag] if value is None else [flag, value]
-    assert flag in refusal("train", fasta, "--output", output, *flags(), *given)
-    assert not output.exists()

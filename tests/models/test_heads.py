@@ -16,7 +16,7 @@ from performers.models import (
 )
 from performers.models.arguments import CACHE_KEYWORD
 from performers.models.heads import mean_pool
-from performers.proteins.tokenizer import build_protein_tokenizer
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from tests.models.cases import (
     HEADS,
     MAIN,

@@ -35,10 +35,6 @@ def records():
     return {split: read(split) for split in SPLITS}
 
 
-def test_manifest_names_every_split():
-    assert set(MANIFEST["splits"]) == set(SPLITS)
-
-
 @pytest.mark.parametrize("split", SPLITS)
 def test_files_match_the_manifest(split, records):
     entry = MANIFEST["splits"][split]
@@ -51,10 +47,6 @@ def test_files_match_the_manifest(split, records):
     assert len(records[split]) == entry["sequences"]
     assert sum(len(sequence) for _, _, sequence in records[split]) == entry["residues"]
     assert len({family for _, family, _ in records[split]}) == entry["families"]
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_only_residue_letters(split, records):
     letters = set().union(*(sequence for _, _, sequence in records[split]))
     assert letters <= set("ACDEFGHIKLMNPQRSTVWYXBZUOJ")
 
@@ -84,14 +76,12 @@ def test_each_family_is_split_80_10_10(records):
             assert abs(counts[split][family] - total / 10) <= 0.5
 
 
-def test_size_is_what_the_package_can_carry(records):
+def test_size_and_attribution(records):
+    assert set(MANIFEST["splits"]) == set(SPLITS)
     assert sum((DATA / f"{split}.fasta.gz").stat().st_size for split in SPLITS) < 1_400_000
     residues = {split: MANIFEST["splits"][split]["residues"] for split in SPLITS}
     assert 1_300_000 <= sum(residues.values()) <= 2_300_000
     assert 0.08 <= residues["ood"] / sum(residues.values()) <= 0.3
-
-
-def test_attribution_ships_with_the_data():
     readme = (DATA / "README.md").read_text()
     for words in ("UniProtKB/Swiss-Prot", "2014_01", "CC BY 4.0", "The UniProt Consortium"):
         assert words in readme

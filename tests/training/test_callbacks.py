@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from performers.proteins.training import train_model
+from performers.proteins.training.train import train_model
 from performers.training import callbacks
 from performers.training.callbacks import TrimCallback, anonymous_bytes
 from tests.proteins.runs import proteins, small_options

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 __all__ = [
     "ESTIMATORS",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import typer
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
 from performers.cli import benchmark, data
 from performers.cli.commands import App
@@ -25,9 +27,7 @@ from performers.cli.inputs import (
 )
 from performers.cli.probe import probe
 from performers.cli.train import train
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_file, prepare_output_folder
-from performers.proteins.options import DEMO_STEPS, POOLINGS
+from performers.proteins.options import DEMO_STEPS, POOLINGS, SamplingOptions
 
 app = App(
     no_args_is_help=True,
@@ -55,8 +55,8 @@ class EvaluationOptions(Options):
 @app.command()
 def evaluate(options: EvaluationOptions) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
-    from performers.proteins.evaluation import evaluate_model
     from performers.proteins.model_folder import load_model, model_max_length
+    from performers.proteins.scoring.evaluation import evaluate_model
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
@@ -105,8 +105,8 @@ class EmbeddingOptions(Options):
 @app.command()
 def embed(options: EmbeddingOptions) -> None:
     """One vector a sequence: the final hidden states, pooled over its residues."""
-    from performers.proteins.embedding import embed_sequences, write_embeddings
     from performers.proteins.model_folder import load_model
+    from performers.proteins.scoring.embedding import embed_sequences, write_embeddings
 
     prepare_output_file(options.output_file, (".npz", ".parquet"))
     model, fasta = model_and_fasta(options.paths)
@@ -126,46 +126,28 @@ def embed(options: EmbeddingOptions) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(Options):
-    """Options of ``performers generate``."""
+class GenerationFiles(Options):
+    """Files of ``performers generate``."""
 
     model: Path = argument("A folder that performers train wrote.")
-    prompt: str = option("First residues of every sequence.", "")
-    num_sequences: int = option("Sequences.", 1, flag="--num")
-    max_length: int = option("Most residues in a sequence.", 512)
-    temperature: float = option("0 = the most likely residue.", 1.0)
-    top_k: int = option("Only the likeliest so many; 0 = all.", 0)
-    top_p: float = option("Only the likeliest with this share.", 1.0)
-    seed: int = option(**SEED)
     output_file: Path | None = option(
         "FASTA file; standard output by default.", None, flag="--output"
     )
 
 
 @app.command()
-def generate(options: GenerationOptions) -> None:
+def generate(files: GenerationFiles, options: SamplingOptions) -> None:
     """Sample new sequences from a causal model, as FASTA."""
-    from performers.proteins.fasta import write_fasta
-    from performers.proteins.generation import generate_sequences
+    from performers.proteins.inputs.fasta import write_fasta
     from performers.proteins.model_folder import load_model
+    from performers.proteins.scoring.generation import generate_sequences
 
-    if options.output_file is not None:
-        prepare_output_file(options.output_file, (".fasta", ".fa", ".faa", ".gz"))
-    network, tokenizer = load_model(model_folder(options.model))
+    if files.output_file is not None:
+        prepare_output_file(files.output_file, (".fasta", ".fa", ".faa", ".gz"))
+    network, tokenizer = load_model(model_folder(files.model))
     with ProgressBars() as bars:
-        records = generate_sequences(
-            network,
-            tokenizer,
-            prompt=options.prompt,
-            num_sequences=options.num_sequences,
-            max_length=options.max_length,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            progress=bars.task("generating"),
-        )
-    write_fasta(options.output_file or typer.get_text_stream("stdout"), records)
+        records = generate_sequences(network, tokenizer, options, progress=bars.task("generating"))
+    write_fasta(files.output_file or typer.get_text_stream("stdout"), records)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +171,7 @@ class ReportOptions(Options):
 def report(options: ReportOptions) -> None:
     """Attention maps, known sites and amino-acid similarity as one HTML page."""
     from performers.proteins.model_folder import load_model
-    from performers.proteins.model_report import report_on_model
+    from performers.proteins.report.model_report import report_on_model
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from performers.app.options import Options, option
-from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
-from performers.cli.commands import App
-from performers.cli.console import ProgressBars, note, output
-from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.folders import (
+from performers.app.errors import Interrupted, UserError
+from performers.app.files import (
     prepare_output_folder,
     read_json,
     write_atomically,
     write_json,
 )
+from performers.app.options import Options, option
+from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
+from performers.cli.commands import App
+from performers.cli.console import ProgressBars, note, output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,9 +116,9 @@ def measure_and_write(
         Interrupted: The user pressed Ctrl-C; finished rows are written.
         Exit: This package gave a wrong result or an error (code 1).
     """
+    from performers.app.figures import save_figure
     from performers.benchmark.case import failures
     from performers.benchmark.measure import OtherRunError
-    from performers.proteins.figure_files import save_figure
 
     path = folder / "results.json"
     if resume and path.exists():

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from performers.app.errors import Interrupted, UserError
 from performers.app.options import OptionError, Options
 from performers.cli import interrupts
 from performers.cli.console import messages
-from performers.proteins.errors import Interrupted, UserError
 
 _LOWER = "--batch-tokens or --max-length, or the size of the model"
 _ALLOCATION = ("DefaultCPUAllocator", "Storage size calculation overflowed")

@@ -1,7 +1,7 @@
 """Text of commands on the console: notes, tables of metrics, progress."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from performers.proteins.processes import is_first_process
+from performers.app.processes import is_first_process
 
 output = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
@@ -26,24 +26,34 @@ _SHOWN = {"loss": "loss", "eval_accuracy": "validation accuracy"}
 
 
 def note(text: str | None) -> None:
-    """Print a line on stderr, if there is one; of several processes the first does."""
+    """Print a line on stderr, in the first of several processes."""
     if text and is_first_process():
         messages.print(text, markup=False, soft_wrap=True)
 
 
-def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a table: a row per model or split, the unigram baseline beside.
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "") -> Table:
+    """A table of names, in the first column, and numbers."""
+    drawn = Table(
+        title=title or None,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for number, heading in enumerate(headings):
+        # On a narrow terminal it is the numbers that wrap.
+        drawn.add_column(heading, justify="right" if number else "left", no_wrap=not number)
+    for row in rows:
+        drawn.add_row(*row)
+    return drawn
 
-    Of several processes the first does.
-    """
+
+def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print a row per model or split beside the unigram baseline, in the first process."""
     if not is_first_process():
         return
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column(no_wrap=True)
-    for heading in ("accuracy", "perplexity", "residues", "unigram\naccuracy", "\nperplexity"):
-        table.add_column(heading, justify="right")
-    for name, row in metrics.items():
-        table.add_row(
+    rows = [
+        (
             name,
             f"{100 * row['accuracy']:.2f}%",
             f"{row['perplexity']:.3f}",
@@ -51,7 +61,10 @@ def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
             f"{100 * row['baseline_accuracy']:.2f}%",
             f"{row['baseline_perplexity']:.3f}",
         )
-    output.print(table)
+        for name, row in metrics.items()
+    ]
+    headings = ("", "accuracy", "perplexity", "residues", "unigram\naccuracy", "\nperplexity")
+    output.print(table(headings, rows))
 
 
 class ProgressBars:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from performers.app.conversion import ConversionOptions
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_folder
 from performers.app.options import Options, option
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from performers.benchmark.case import MEASURED
 from performers.benchmark.cases.convert import CONVERTED, ORIGINAL
 from performers.benchmark.table import nbytes, seconds
+from performers.cli.console import table
 from performers.convert.distillation.results import BASELINE, FINE_TUNED
 
 _Row = Mapping[str, Any]
@@ -54,18 +54,7 @@ class ReportTable:
 
     def on_console(self) -> Table:
         """As rich draws it, without the notes."""
-        table = Table(
-            title=self.title,
-            title_justify="left",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for number, heading in enumerate(self.headings):
-            table.add_column(heading, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+        return table(self.headings, self.rows, title=self.title)
 
     def markdown(self) -> str:
         """As a section of Markdown."""
@@ -79,7 +68,7 @@ def report_tables(content: Mapping[str, Any]) -> list[ReportTable]:
     """The tables of a conversion.
 
     Args:
-        content: What ``ConversionRecord.content`` gives.
+        content: JSON of ``ConversionRecord.content``.
 
     Returns:
         Quality, and what was measured of speed.
@@ -100,7 +89,7 @@ def report_page(content: Mapping[str, Any]) -> str:
     """A conversion as a page of Markdown, with its figure.
 
     Args:
-        content: What ``ConversionRecord.content`` gives.
+        content: JSON of ``ConversionRecord.content``.
     """
     options, model, machine = content["options"], content["model"], content["machine"]
     settings = ", ".join(

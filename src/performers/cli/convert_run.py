@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from performers.app.conversion import ConversionOptions
+from performers.app.errors import Interrupted, UserError
+from performers.app.figures import save_figure
+from performers.app.files import read_json, write_atomically, write_json
 from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_speed
 from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
@@ -17,13 +20,6 @@ from performers.cli.convert_report import report_page, report_tables
 from performers.convert.distillation.pipeline import run_conversion
 from performers.convert.distillation.results import ConversionRecord
 from performers.convert.interface.positions import extend_positions_, learned_positions
-from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.figure_files import save_figure
-from performers.proteins.folders import (
-    read_json,
-    write_atomically,
-    write_json,
-)
 
 _RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"
 # Positions that decoding needs beyond its contexts.
@@ -33,7 +29,9 @@ _STEPS = 16
 def convert_and_measure(
     options: ConversionOptions, folder: Path, resume: bool, lengths: tuple[int, ...], memory: bool
 ) -> None:
-    """Convert a model into a folder, or go on with a run in it, and print the results.
+    """Convert a model into a folder, or resume a run in it, and print the results.
+
+    Ctrl-C raises ``Interrupted``; finished stages are in the folder.
 
     Args:
         options: Options of the conversion.
@@ -44,7 +42,6 @@ def convert_and_measure(
 
     Raises:
         UserError: The model, the text or an option cannot be used.
-        Interrupted: The user pressed Ctrl-C; finished stages are in the folder.
     """
     record = ConversionRecord(saved=lambda record: _save(record, folder))
     try:

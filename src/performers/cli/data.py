@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
-from performers.app.options import Options, argument, option
+from performers.app.files import prepare_output_folder
+from performers.app.options import Options, option
 from performers.cli.commands import App
-from performers.cli.console import ProgressBars, note, output
-from performers.proteins.folders import prepare_output_file, prepare_output_folder
+from performers.cli.console import ProgressBars, note, output, table
 from performers.proteins.options import UNIPROT, CorpusOptions
 
 app = App(no_args_is_help=True, help="Make sequences ready for training.")
@@ -23,9 +20,7 @@ class CorpusFiles(Options):
 
     output_folder: Path = option("Folder of the corpus.", flag="--output")
     source: list[Path] | None = option(
-        "FASTA file, BLAST database or a folder with such (repeatable), for example "
-        "/usr/share/metastudent-data of Debian's package; the current release of Swiss-Prot is "
-        "downloaded without one.",
+        "FASTA file (repeatable); the current release of Swiss-Prot is downloaded without one.",
         None,
     )
     url: str | None = option(
@@ -69,63 +64,9 @@ def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
         memory=files.memory << 20,
         report=note,
     )
-    _print_splits(manifest["splits"])
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelOptions(Options):
-    """Options of ``performers data go-labels``."""
-
-    source: Path = argument(
-        "Folder of Debian's metastudent-data, such as /usr/share/metastudent-data."
-    )
-    output_file: Path = option("A .tsv file.", flag="--output")
-    ontology: str = option(
-        "MFO: molecular function; BPO: biological process; CCO: cellular component.", "MFO"
-    )
-    terms: str = option(
-        "frequent; enzyme-class: EC 1 to 6; enzyme-class-7: and no enzyme; or GO terms with "
-        "commas between.",
-        "frequent",
-    )
-    min_depth: int = option("Least steps of frequent terms below the root.", 2)
-    min_count: int = option("Least proteins of a frequent term.", 500)
-    max_terms: int = option("Most frequent terms.", 30)
-
-
-@app.command("go-labels")
-def go_labels(options: LabelOptions) -> None:
-    """Labels of proteins from the Gene Ontology, for performers probe --labels."""
-    from performers.proteins.annotations import write_go_labels
-
-    prepare_output_file(options.output_file, (".tsv",))
-    found = write_go_labels(
-        options.source,
-        options.output_file,
-        options.ontology,
-        terms=options.terms,
-        min_depth=options.min_depth,
-        min_count=options.min_count,
-        max_terms=options.max_terms,
-    )
-    for reason, count in found.left_out.items():
-        note(f"{count:,} proteins left out: {reason}")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("label")
-    table.add_column("name")
-    table.add_column("proteins", justify="right")
-    for label, name in found.names.items():
-        table.add_row(label, name, f"{found.counts[label]:,}")
-    output.print(table)
-    output.print(f"{len(found.labels):,} proteins in {options.output_file}", soft_wrap=True)
-
-
-def _print_splits(splits: dict[str, dict[str, int]]) -> None:
     columns = ("sequences", "residues", "clusters")
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("split")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, entry in splits.items():
-        table.add_row(name, *(f"{entry[column]:,}" for column in columns))
-    output.print(table)
+    rows = [
+        (name, *(f"{entry[column]:,}" for column in columns))
+        for name, entry in manifest["splits"].items()
+    ]
+    output.print(table(("split", *columns), rows))

@@ -1,16 +1,16 @@
-"""What commands read: a model, or the one that ships, and the proteins."""
+"""Inputs of commands: a model, by default the one that ships, and proteins."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from performers.app.errors import UserError
 from performers.cli.console import note
-from performers.proteins.errors import UserError
-from performers.proteins.pretrained import PRETRAINED, pretrained_folder
+from performers.proteins.embedded import PRETRAINED, pretrained_folder
 
 if TYPE_CHECKING:
-    from performers.proteins.fasta import ProteinRecord
+    from performers.proteins.inputs.fasta import ProteinRecord
 
 
 BATCH_TOKENS: dict[str, Any] = {
@@ -29,7 +29,7 @@ MODEL_AND_FASTA: dict[str, Any] = {
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a model, which may be named ``performers-protein-small``."""
+    """Return the folder of a model, which may be named ``performers-protein-small``."""
     return pretrained_folder() if str(path) == PRETRAINED and not path.exists() else path
 
 
@@ -43,8 +43,8 @@ def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
         The folder of the model and the files.
 
     Raises:
-        UserError: The first is nothing at all or a folder without a model, a model comes later, or
-            there is no file.
+        UserError: The first path does not exist or is a folder without a model, a model comes
+            later, or no FASTA file is given.
     """
     first, rest = model_folder(paths[0]), paths[1:]
     for path in rest:
@@ -69,12 +69,12 @@ def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
 
 
 def protein_records(paths: list[Path]) -> list[ProteinRecord]:
-    """The proteins of FASTA files.
+    """Read the proteins of FASTA files.
 
     Raises:
-        UserError: There are none.
+        UserError: The files hold no sequence.
     """
-    from performers.proteins.fasta import read_fasta
+    from performers.proteins.inputs.fasta import read_fasta
 
     records, letters = read_fasta(paths)
     note(letters.summary())

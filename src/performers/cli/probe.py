@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from performers.app.files import prepare_output_folder, write_json
 from performers.app.options import Options, argument, option
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.inputs import (
     BATCH_TOKENS,
     MODEL_AND_FASTA,
@@ -19,7 +17,6 @@ from performers.cli.inputs import (
     model_and_fasta,
     protein_records,
 )
-from performers.proteins.folders import prepare_output_folder, write_json
 from performers.proteins.options import POOLINGS, PROBE_FEATURES, ProbeOptions
 
 
@@ -57,14 +54,14 @@ class ProbeInputs(Options):
 
 def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     """Predict labels of proteins from embeddings, and from what embeddings must beat."""
-    from performers.proteins.figure_files import save_figure
+    from performers.app.figures import save_figure
     from performers.proteins.model_folder import load_model
-    from performers.proteins.probe import run_probe
-    from performers.proteins.probe_features import feature_notes, probe_features
-    from performers.proteins.probe_figure import probe_figure
-    from performers.proteins.probe_fit import require_scikit_learn
-    from performers.proteins.probe_labels import read_groups, read_labels
-    from performers.proteins.probe_task import build_task
+    from performers.proteins.probe.features import feature_notes, probe_features
+    from performers.proteins.probe.figure import probe_figure
+    from performers.proteins.probe.fit import require_scikit_learn
+    from performers.proteins.probe.labels import read_groups, read_labels
+    from performers.proteins.probe.run import run_probe
+    from performers.proteins.probe.task import build_task
 
     require_scikit_learn()
     model, fasta = model_and_fasta(inputs.paths)
@@ -94,7 +91,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
                 pooling=inputs.pooling,
                 batch_tokens=inputs.batch_tokens,
                 seed=options.seed,
-                progress=lambda name, done, total: bars.update(name, done, total, {}),
+                report=bars.update,
             ),
             task,
             options,
@@ -115,7 +112,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
 
 
 def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
-    from performers.proteins.probe_figure import METRICS
+    from performers.proteins.probe.figure import METRICS
 
     kind = "one of" if found["multiclass"] else "any of"
     sizes = found["splits"][0]
@@ -135,31 +132,22 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
     metrics = [
         name for name in METRICS if name in next(iter(found["features"].values()))["metrics"]
     ]
-    first = next(iter(found["features"]))
-    table = _table(metrics, found["features"])
-    for name, row in found["features"].items():
-        table.add_row(name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
-    output.print(table)
+    headings = ("", *(METRICS[name] for name in metrics))
+    rows = [
+        (name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
+        for name, row in found["features"].items()
+    ]
+    output.print(table(headings, rows))
     if found["differences"]:
+        first = next(iter(found["features"]))
         output.print(f"{first} minus the others, paired by split (splits in which {first} won):")
-        table = _table(metrics, found["differences"])
-        for name, row in found["differences"].items():
-            cells = (f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics)
-            table.add_row(name, *cells)
-        output.print(table)
+        rows = [
+            (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics))
+            for name, row in found["differences"].items()
+        ]
+        output.print(table(headings, rows))
     for line in notes:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
-
-
-def _table(metrics: list[str], names: Iterable[str]) -> Table:
-    from performers.proteins.probe_figure import METRICS
-
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # On a narrow terminal it is the numbers that wrap.
-    table.add_column(min_width=max(map(len, names)))
-    for metric in metrics:
-        table.add_column(METRICS[metric], justify="right")
-    return table
 
 
 def _with_sd(value: Mapping[str, Any], style: str = ".3f") -> str:

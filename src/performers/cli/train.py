@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, argument, option
 from performers.cli.console import ProgressBars, note, print_metrics
 from performers.cli.inputs import protein_records
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_folder
 from performers.proteins.options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TrainingFiles(Options):
 def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions) -> None:
     """Train a protein language model from FASTA files or a prepared corpus."""
     from performers.proteins.corpus import Corpus, is_corpus
-    from performers.proteins.training import train_model, validation_sample
+    from performers.proteins.training.train import train_model, validation_sample
 
     from_corpus = any(is_corpus(path) for path in files.fasta)
     source = context.get_parameter_source("validation_fraction")

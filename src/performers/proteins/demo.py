@@ -14,15 +14,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from performers.app.errors import Interrupted, UserError
+from performers.app.files import read_json, write_json
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.errors import Interrupted, UserError
-from performers.proteins.fasta import ProteinRecord, read_fasta
-from performers.proteins.folders import read_json, write_json
+from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
 from performers.proteins.options import DEMO_STEPS, TrainingOptions
 
 if TYPE_CHECKING:
-    from performers.proteins.model_report import Report
-    from performers.proteins.report import ModelReport
+    from performers.proteins.report.model_report import Report
+    from performers.proteins.report.page import ModelReport
 
 MODELS = {
     "performer-softmax": "favor-softmax",
@@ -39,7 +39,7 @@ _TRAINING_PERCENT = 80
 _STOP_SECONDS = 60.0
 # Modules with torch, which the server of processes imports once. This module is light, so that the
 # server does so at once and not after its parent.
-_HEAVY = ("evaluation", "model_folder", "model_report", "training")
+_HEAVY = ("model_folder", "report.model_report", "scoring.evaluation", "training.train")
 
 
 def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> TrainingOptions:
@@ -88,7 +88,7 @@ def run_demo(
 
     Each model has a process with one thread: matrices this small gain nothing from a second one.
     Writes ``metrics.json``, ``report.html`` with ``figures/``, and a folder per model in
-    ``models/``.
+    ``models/``. Ctrl-C raises ``Interrupted``; checkpoints are in the folder.
 
     Args:
         output: Folder to write to.
@@ -105,7 +105,6 @@ def run_demo(
 
     Raises:
         UserError: A model cannot be trained.
-        Interrupted: Ctrl-C; checkpoints are in the folder.
         RuntimeError: The process of a model failed.
     """
     splits = {
@@ -122,7 +121,7 @@ def run_demo(
         for name, attention in MODELS.items()
     ]
     found = _run_jobs(jobs, output, report)
-    from performers.proteins.report import write_report
+    from performers.proteins.report.page import write_report
 
     described = [found[name][1] for name in MODELS]
     metrics = {name: found[name][0] for name in MODELS}
@@ -232,10 +231,10 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
     """Train, evaluate and read one model."""
     import torch
 
-    from performers.proteins.evaluation import evaluate_model
     from performers.proteins.model_folder import load_model
-    from performers.proteins.model_report import choose_protein, describe_model
-    from performers.proteins.training import train_model
+    from performers.proteins.report.model_report import choose_protein, describe_model
+    from performers.proteins.scoring.evaluation import evaluate_model
+    from performers.proteins.training.train import train_model
 
     torch.set_num_threads(1)
     sequences = {

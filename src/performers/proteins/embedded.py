@@ -1,12 +1,15 @@
-"""The protein sequences that ship with the library.
+"""Protein sequences and a protein language model that ship with the library.
 
-About 2 million residues of UniProtKB/Swiss-Prot (CC BY 4.0, The UniProt Consortium) in whole
-families; `data/README.md` beside this file says how they were chosen.
+The sequences are about 2 million residues of UniProtKB/Swiss-Prot (CC BY 4.0, The UniProt
+Consortium) in whole families; `data/README.md` says how they were chosen.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+PRETRAINED = "performers-protein-small"
+"""Name of the model, which commands take in the place of a folder."""
 
 SPLITS = ("train", "validation", "test", "ood")
 """The names `embedded_fasta` takes. The first three share their families; `ood` has its own."""
@@ -20,15 +23,9 @@ def embedded_fasta(split: str) -> Path:
     Each header reads `>ACCESSION family=NAME`: a UniProt accession, and the accession of the
     representative of its family.
 
-    Args:
-        split: one of `SPLITS`.
-
-    Returns:
-        Path of `<split>.fasta.gz` inside the installed package.
-
     Raises:
         ValueError: `split` is not one of `SPLITS`.
-        FileNotFoundError: the installation lacks the file.
+        FileNotFoundError: The installation lacks the file.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
@@ -36,3 +33,17 @@ def embedded_fasta(split: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; reinstall performers")
     return path
+
+
+def pretrained_folder() -> Path:
+    """Return the folder of ``performers-protein-small``, for ``load_model``.
+
+    Its README is the model card.
+
+    Raises:
+        FileNotFoundError: The installation lacks the model.
+    """
+    folder = _DATA / PRETRAINED
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is missing; reinstall performers")
+    return folder

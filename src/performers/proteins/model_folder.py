@@ -1,4 +1,4 @@
-"""Trained models on disk: saved whole, and recognised before they are loaded."""
+"""Folders of trained models, recognised before they are loaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +9,13 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from performers.app.errors import UserError
+from performers.app.files import read_json
+
 # Importing the models registers them with the Auto classes.
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import check_manifest
-from performers.proteins.errors import UserError
-from performers.proteins.folders import read_json
-from performers.proteins.tokenizer import AMINO_ACIDS, residue_ids
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 
 
 def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,8 +28,8 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         The model, masked or causal as it was trained, and the tokenizer.
 
     Raises:
-        UserError: The folder is not one, its files do not fit together, or they are not those that
-            its manifest lists.
+        UserError: The folder holds no model, its files do not fit together, or they are not those
+            that its manifest lists.
     """
     if not folder.is_dir():
         raise UserError(
@@ -86,7 +87,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer that reads each amino acid as one token.
 
     Raises:
-        ValueError: It cannot be read, or it does not.
+        ValueError: The tokenizer cannot be read, or splits differently.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -139,6 +140,6 @@ def check_input_length(model: PreTrainedModel, tokens: int) -> None:
 
 
 def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) -> int:
-    """The length in tokens that a model was trained at, from its tokenizer."""
+    """Length in tokens that a model was trained at, from its tokenizer."""
     length = int(tokenizer.model_max_length)
     return length if length < 10**9 else default

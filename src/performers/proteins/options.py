@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
 from performers.app.options import Declaration, OptionError, Options, option
@@ -38,6 +39,10 @@ STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 Wide enough for hundreds of standardised columns, which want strong penalties, and for sparse rows
 of unit norm, which want weak ones.
 """
+
+
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures beyond which scaled logits are not finite or no longer differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +126,10 @@ class TrainingOptions(Options):
         1e-3,
         at_least=0,
     )
-    warmup_steps: int | None = option("A twentieth of the steps by default.", None, at_least=0)
-    weight_decay: float = option("Of matrices and embeddings.", 0.1, at_least=0)
+    warmup_steps: int | None = option(
+        "Steps of linear warm-up; a twentieth of --steps by default.", None, at_least=0
+    )
+    weight_decay: float = option("Weight decay of matrices and embeddings.", 0.1, at_least=0)
     max_grad_norm: float = option("Norm at which gradients are clipped.", 0.5, at_least=0)
     mask_probability: float = option(
         "Share of residues to predict (mlm).", 0.15, at_least=1e-6, at_most=1
@@ -133,10 +140,14 @@ class TrainingOptions(Options):
     seed: int = option(
         "Random seed of weights, data order, masks and features.", 0, at_least=0, below=2**32
     )
-    bf16: bool = option("Mixed precision.", False)
-    gradient_checkpointing: bool = option("Less memory, more time.", False)
+    bf16: bool = option("Mixed precision in bfloat16.", False)
+    gradient_checkpointing: bool = option(
+        "Recompute activations in the backward pass: less memory, more time.", False
+    )
     reversible: bool = option(
-        "Activation memory that does not grow with --layers.", False, config="reversible"
+        "Reversible blocks, whose activation memory does not grow with --layers.",
+        False,
+        config="reversible",
     )
     feed_forward_chunk: int = option(
         "Tokens in feed-forward blocks at a time; 0 for all.",
@@ -232,7 +243,7 @@ class TrainingOptions(Options):
             tokens: Tokens of the data, from which validation is held out.
 
         Raises:
-            UserError: They do not fit.
+            UserError: The activations do not fit in memory.
         """
         if not (self.gradient_checkpointing or self.bf16):
             # A batch ends where one more row would exceed the budget: half of it is always reached.
@@ -240,7 +251,7 @@ class TrainingOptions(Options):
             self._check_memory(min(trained, self.batch_tokens) // 2)
 
     def _check_memory(self, tokens: int = 0) -> None:
-        from performers.proteins.memory import check_training_memory
+        from performers.proteins.training.memory import check_training_memory
 
         check_training_memory(self._config(), self.optimizer, tokens)
 
@@ -300,8 +311,8 @@ class CorpusOptions(Options):
         at_least=1,
         at_most=7.5,
     )
-    max_evalue: float = option("Up to this e-value a hit is a relative.", 1e-3, above=0)
-    min_length: int = option("Shorter sequences are left out.", 1, at_least=1)
+    max_evalue: float = option("Largest e-value of a relative.", 1e-3, above=0)
+    min_length: int = option("Least length of a sequence.", 1, at_least=1)
     seed: int = option("Random seed.", 0)
     shard_tokens: int = option("Tokens in a file of tokens.", 1 << 25, at_least=1)
 
@@ -355,3 +366,44 @@ class ProbeOptions(Options):
         super().__post_init__()
         if not self.strengths or min(self.strengths) <= 0:
             raise OptionError(f"strengths must be values of C above 0, got {self.strengths}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Options):
+    """Options of ``generate_sequences``; each is a flag of ``performers generate``."""
+
+    prompt: str = option("First residues of every sequence.", "")
+    num_sequences: int = option("Number of sequences.", 1, flag="--num", at_least=1)
+    max_length: int = option("Most residues in a sequence, prompt included.", 512)
+    temperature: float = option("Divides the logits; 0 takes the most likely residue.", 1.0)
+    top_k: int = option("Sample from so many most likely residues; 0 for all.", 0, at_least=0)
+    top_p: float = option(
+        "Sample from the smallest set of residues with this probability.", 1.0, above=0, at_most=1
+    )
+    seed: int = option("Random seed.", 0, at_least=0, below=2**32)
+
+    def __post_init__(self) -> None:
+        """Check ranges and the letters of the prompt.
+
+        Raises:
+            UserError: An option is out of range; the message begins with its flag.
+        """
+        super().__post_init__()
+        prompt = "".join(self.prompt.split()).upper()
+        object.__setattr__(self, "prompt", prompt)
+        illegal = sorted(set(prompt) - set(ascii_uppercase))
+        if illegal:
+            raise OptionError(
+                f"--prompt has letters that are not residues: {' '.join(illegal)}; use letters "
+                "from A to Z"
+            )
+        if self.max_length <= len(prompt):
+            raise OptionError(
+                f"--max-length must exceed the prompt's {len(prompt)} residues, got "
+                f"{self.max_length}"
+            )
+        if self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST:
+            raise OptionError(
+                f"--temperature must be 0 or between {COLDEST:g} and {HOTTEST:g}, got "
+                f"{self.temperature}"
+            )

@@ -7,9 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.download import describe_release, download
 from performers.proteins.corpus.sources import open_source
-from performers.proteins.errors import UserError
 
 CONTENT = bytes(range(256)) * 40_000
 METALINK = """<?xml version="1.0" encoding="UTF-8"?>
@@ -86,26 +86,6 @@ def test_a_broken_connection_is_continued(server, url, tmp_path):
     assert re.fullmatch(r"bytes=\d{6,}-", ranges[1])
 
 
-def test_what_an_earlier_run_got_is_kept(server, url, tmp_path):
-    (tmp_path / "p.gz.part").write_bytes(CONTENT[:5_000_000])
-    fetch(url, tmp_path / "p.gz")
-    assert (tmp_path / "p.gz").read_bytes() == CONTENT
-    assert server.requests[-1][1] == "bytes=5000000-"
-
-
-def test_a_server_without_ranges(server, url, tmp_path):
-    server.ranges = False
-    (tmp_path / "p.gz.part").write_bytes(CONTENT[:5_000_000])
-    fetch(url, tmp_path / "p.gz")
-    assert (tmp_path / "p.gz").read_bytes() == CONTENT
-
-
-def test_server_errors_are_tried_again(server, url, tmp_path):
-    server.failures = [503, 500]
-    fetch(url, tmp_path / "p.gz")
-    assert (tmp_path / "p.gz").read_bytes() == CONTENT
-
-
 def test_a_file_that_is_not_there_is_not(server, url, tmp_path):
     server.failures = [404] * 9
     with pytest.raises(UserError, match=r"cannot be reached .*--source"):
@@ -120,16 +100,6 @@ def test_wrong_checksum(server, url, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_offline(tmp_path):
-    with pytest.raises(UserError, match=r"127\.0\.0\.1.* cannot be reached .*--source"):
-        describe_release("http://127.0.0.1:9/x/proteins.fasta.gz")
-
-
-def test_release_without_the_file(url):
-    with pytest.raises(UserError, match="does not describe missing"):
-        describe_release(url.replace("proteins.fasta.gz", "missing.gz"))
-
-
 def test_a_finished_download_is_of_the_release_it_was_and_asks_nothing_more(server, url, tmp_path):
     first = open_source([], tmp_path, url=url)
     assert first.description["release"] == "2026_04"
@@ -137,3 +107,19 @@ def test_a_finished_download_is_of_the_release_it_was_and_asks_nothing_more(serv
     asked = len(server.requests)
     assert open_source([], tmp_path, url=url) == first
     assert len(server.requests) == asked
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_what_an_earlier_run_got_is_kept(server, url, tmp_path, ranges):
+    server.ranges, server.failures = ranges, [503, 500]
+    (tmp_path / "p.gz.part").write_bytes(CONTENT[:5_000_000])
+    fetch(url, tmp_path / "p.gz")
+    assert (tmp_path / "p.gz").read_bytes() == CONTENT
+    assert server.requests[-1][1] == "bytes=5000000-"
+
+
+def test_releases_that_cannot_be_had(url):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.* cannot be reached .*--source"):
+        describe_release("http://127.0.0.1:9/x/proteins.fasta.gz")
+    with pytest.raises(UserError, match="does not describe missing"):
+        describe_release(url.replace("proteins.fasta.gz", "missing.gz"))

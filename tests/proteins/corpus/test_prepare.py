@@ -2,17 +2,15 @@
 
 import gzip
 import itertools
-import json
 
 import numpy as np
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus import Corpus, CorpusOptions, prepare_corpus
 from performers.proteins.corpus.shards import SPLITS
 from performers.proteins.corpus.sources import open_source
-from performers.proteins.errors import UserError
 from tests.proteins.corpus import stand_in
-from tests.proteins.corpus.blast_files import write_blast
 
 OPTIONS = CorpusOptions(validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1)
 LETTERS = "ACDEFGHIKLMNPQRSTVWY"
@@ -106,17 +104,6 @@ def test_small_splits_are_fasta_too(fasta, tmp_path):
     assert not (tmp_path / "corpus" / "work").exists()
 
 
-def test_same_from_a_blast_database(fasta, tmp_path):
-    records = family_records()
-    (tmp_path / "blast").mkdir()
-    write_blast(
-        tmp_path / "blast" / "db", [(f"{n}|GO:1", s) for n, s in records] + [("BAD", "MK*V")]
-    )
-    manifest = prepare(tmp_path / "blast", tmp_path / "from_blast")
-    assert manifest["read"]["left_out"] == 1
-    assert manifest["read"]["distinct"] == 300
-
-
 @pytest.mark.parametrize("stop_before", ["cluster", "easy-search"])
 def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
     whole = prepare(fasta, tmp_path / "whole")
@@ -145,6 +132,14 @@ def test_finished_corpus_is_left_alone(fasta, tmp_path):
     said = []
     assert prepare(fasta, tmp_path / "corpus", report=said.append) == first
     assert said == ["the corpus is there already"]
+    (file,) = first["source"]["files"]
+    assert (file["name"], file["bytes"]) == ("proteins.fasta", fasta.stat().st_size)
+    assert first["source"]["licence"] == "not stated"
+    assert first["mmseqs_version"] == "stand-in"
+    # Stopped between the manifest and the removal of its work.
+    (tmp_path / "corpus" / "work").mkdir()
+    prepare(fasta, tmp_path / "corpus")
+    assert not (tmp_path / "corpus" / "work").exists()
     other = CorpusOptions(validation_fraction=0.2, test_fraction=0.1, ood_fraction=0.1)
     with pytest.raises(UserError, match="another corpus"):
         prepare(fasta, tmp_path / "corpus", other)
@@ -165,50 +160,29 @@ def test_own_clusters(fasta, tmp_path):
         prepare(fasta, tmp_path / "other", clusters=table)
 
 
-def test_without_the_program(fasta, tmp_path, monkeypatch):
+def test_what_cannot_be_prepared_is_refused(fasta, tmp_path, monkeypatch):
+    (tmp_path / "p.fasta").write_text(">A\nMKV\n>A\nMKVL\n")
+    output = tmp_path / "corpus"
+    url = "https://example.org/x.fasta.gz"
+    for call, message in (
+        *(
+            (lambda options=options: CorpusOptions(**options), r"--\w")
+            for options in (
+                {"identity": 0.0},
+                {"test_fraction": 1.0},
+                {"ood_fraction": 0.5, "test_fraction": 0.5},
+                {"sensitivity": 9.0},
+                {"max_evalue": 0.0},
+            )
+        ),
+        (lambda: prepare(tmp_path / "p.fasta", output), "both named A"),
+        (lambda: open_source([fasta], tmp_path, url=url), "--url is where"),
+        (lambda: open_source([tmp_path], tmp_path), "is a folder; name the FASTA files in it"),
+        (lambda: open_source([tmp_path / "none"], tmp_path), "--source .*none does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert open_source([fasta], tmp_path, licence="mine").description["licence"] == "mine"
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="install mmseqs2"):
-        prepare(fasta, tmp_path / "corpus")
-
-
-def test_two_sequences_of_one_name(tmp_path):
-    (tmp_path / "p.fasta").write_text(">A\nMKV\n>A\nMKVL\n")
-    with pytest.raises(UserError, match="both named A"):
-        prepare(tmp_path / "p.fasta", tmp_path / "corpus")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"identity": 0.0},
-        {"test_fraction": 1.0},
-        {"ood_fraction": 0.5, "test_fraction": 0.5},
-        {"sensitivity": 9.0},
-        {"max_evalue": 0.0},
-    ],
-)
-def test_options_out_of_range(options):
-    with pytest.raises(UserError, match=r"--\w"):
-        CorpusOptions(**options)
-
-
-def test_manifest_names_the_files(fasta, tmp_path):
-    prepare(fasta, tmp_path / "corpus")
-    manifest = json.loads((tmp_path / "corpus" / "manifest.json").read_text())
-    assert manifest["source"]["files"][0]["name"] == "proteins.fasta"
-    assert manifest["source"]["files"][0]["bytes"] == fasta.stat().st_size
-    assert manifest["mmseqs_version"] == "stand-in"
-    assert manifest["source"]["licence"] == "not stated"
-
-
-def test_an_address_goes_with_a_download_only(fasta, tmp_path):
-    with pytest.raises(UserError, match="--url is where"):
-        open_source([fasta], tmp_path, url="https://example.org/x.fasta.gz")
-    assert open_source([fasta], tmp_path, licence="mine").description["licence"] == "mine"
-
-
-def test_what_was_stopped_at_the_very_end_is_cleared_away(fasta, tmp_path):
-    prepare(fasta, tmp_path / "corpus")
-    (tmp_path / "corpus" / "work").mkdir()
-    prepare(fasta, tmp_path / "corpus")
-    assert not (tmp_path / "corpus" / "work").exists()
+        prepare(fasta, output / "new")

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.corpus.shards import write_shards
-from performers.proteins.errors import UserError
-from performers.proteins.packing import pack_sequences, split_windows
+from performers.proteins.inputs.packing import pack_sequences, split_windows
 from tests.proteins.corpus.test_shards import proteins
 
 

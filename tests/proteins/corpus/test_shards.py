@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.shards import TokenShards, write_shards
-from performers.proteins.errors import UserError
-from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBZUOJ"
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.splitting import (
     assign_splits,
     candidate_clusters,
@@ -9,7 +10,6 @@ from performers.proteins.corpus.splitting import (
     shuffled,
     whole_groups,
 )
-from performers.proteins.errors import UserError
 
 CLUSTERS = {f"c{i}": [f"c{i}", *(f"m{i}.{j}" for j in range(i % 3))] for i in range(60)}
 

@@ -32,7 +32,7 @@ def wide_terminal(monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     monkeypatch.setattr(
-        "performers.proteins.figure_files.save_figure",
+        "performers.app.figures.save_figure",
         lambda figure, path: path.write_text(f"{len(figure.axes)} panels"),
     )
 

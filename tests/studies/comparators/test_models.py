@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
+from performers.app.errors import UserError
 from performers.models import PerformerCache, PerformerConfig, PerformerForCausalLM
 from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
-from performers.proteins.errors import UserError
 from performers.proteins.model_folder import check_input_length
 from studies.comparators import COMPARATORS, HashFeatures
 from tests.models.cases import TOLERANCE, gradients, right_padded, tokens

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from performers.app.errors import UserError
 from performers.benchmark.memory import OutOfMemoryError, ProbeError
-from performers.proteins import training
-from performers.proteins.errors import UserError
-from performers.proteins.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
+from performers.proteins.training import train as training
 from studies.proteins import long_rows, runs
 from studies.proteins.long_rows import measure_contexts, measure_cost, run_concatenated
 from tests.proteins.runs import SOURCE, finish, start

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from performers.proteins import training
-from performers.proteins.errors import Diverged, UserError
+from performers.app.errors import Diverged, UserError
+from performers.proteins.training import train as training
 from studies.pages import Table
 from studies.proteins import runs
 from studies.proteins.presets import KERNELS, PRESETS

@@ -7,12 +7,12 @@ import http.client
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
+from performers.app.progress import Progress
 
 _METALINK = "RELEASE.metalink"
 _CHUNK = 1 << 20
@@ -21,7 +21,7 @@ _TIMEOUT_S = 60
 
 
 class RemoteFile(NamedTuple):
-    """What a release says of one of its files."""
+    """Version, size and checksum of a file of a release."""
 
     version: str
     size: int
@@ -56,7 +56,7 @@ def download(
     path: Path,
     expected: RemoteFile,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     pause: float = 1.0,
 ) -> None:
     """Download a file; what an earlier attempt got is kept and continued.
@@ -96,7 +96,7 @@ def download(
     part.replace(path)
 
 
-def _continue(url: str, part: Path, size: int, progress: Callable[[int, int], None] | None) -> None:
+def _continue(url: str, part: Path, size: int, progress: Progress | None) -> None:
     there = part.stat().st_size if part.exists() else 0
     if there > size:
         part.unlink()

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 
 class Mmseqs:

@@ -10,6 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from performers.app.errors import UserError
+from performers.app.files import read_json, write_atomically, write_json
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.shards import (
     FORMAT,
@@ -17,16 +19,14 @@ from performers.proteins.corpus.shards import (
     VOCABULARY,
     write_shards,
 )
-from performers.proteins.corpus.sources import Source, fingerprint, is_protein
+from performers.proteins.corpus.sources import Source, fingerprint
 from performers.proteins.corpus.splitting import (
     assign_splits,
     candidate_clusters,
     independent_clusters,
     whole_groups,
 )
-from performers.proteins.errors import UserError
-from performers.proteins.fasta import ProteinRecord, iter_fasta, write_fasta
-from performers.proteins.folders import read_json, write_atomically, write_json
+from performers.proteins.inputs.fasta import ProteinRecord, iter_fasta, write_fasta
 from performers.proteins.options import CorpusOptions
 
 Report = Callable[[str], None]
@@ -174,7 +174,7 @@ def _write_distinct(source: Source, path: Path, min_length: int) -> None:
     records = left_out = 0
     for name, sequence in source.records():
         records += 1
-        if len(sequence) < min_length or not is_protein(sequence):
+        if len(sequence) < min_length:
             left_out += 1
             continue
         known = first.get(sequence)

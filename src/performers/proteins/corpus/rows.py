@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from performers.app.errors import UserError
 from performers.proteins.corpus.shards import TokenShards
-from performers.proteins.errors import UserError
 
 
 class ShardedRows(Dataset[dict[str, Any]]):
@@ -23,10 +23,10 @@ class ShardedRows(Dataset[dict[str, Any]]):
         max_length: Longest row in tokens.
         packed: Fill rows of ``max_length`` with the sequences laid end to end, in an order drawn
             with ``seed``; otherwise one window of one sequence a row.
-        seed: Of that order.
+        seed: Seed of that order.
 
     Raises:
-        UserError: No row has two residues to learn from.
+        UserError: No row has two residues in it.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class ShardedRows(Dataset[dict[str, Any]]):
         return np.concatenate(pieces), np.concatenate(ids)
 
     def _has_targets(self, max_length: int) -> npt.NDArray[np.bool_]:
-        """Which rows have at least two residues; all other tokens are begins and ends."""
+        """Mask of the rows with at least two residues; all other tokens are begins and ends."""
         keep = np.ones(self.lengths.size, dtype=bool)
         if self.packed:
             # Every third token at least is a residue, even where all proteins are one long.

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from performers.proteins.errors import UserError
-from performers.proteins.folders import read_json
+from performers.app.errors import UserError
+from performers.app.files import read_json
+from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 from performers.proteins.options import CorpusOptions
-from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 
 FORMAT = "performers-corpus-1"
 SPLITS = ("train", "validation", "test", "ood")
@@ -103,7 +103,7 @@ class TokenShards(Sequence[npt.NDArray[np.uint8]]):
         entry: Its entry in the manifest.
 
     Raises:
-        UserError: A file is missing or has not the size that the manifest gives.
+        UserError: A file is missing, or its size differs from that in the manifest.
     """
 
     def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
@@ -173,7 +173,7 @@ class Corpus:
         folder: The folder.
 
     Raises:
-        UserError: It is not a corpus, or one of another format.
+        UserError: The folder is not a corpus, or one of another format.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -189,7 +189,7 @@ class Corpus:
         """One of ``"train"``, ``"validation"``, ``"test"``, ``"ood"``.
 
         Raises:
-            UserError: There is no such split.
+            UserError: The corpus has no such split.
         """
         if name not in self.manifest["splits"]:
             known = ", ".join(self.manifest["splits"])
@@ -198,5 +198,5 @@ class Corpus:
 
 
 def is_corpus(path: Path) -> bool:
-    """Whether a path is a folder that ``performers data`` wrote to."""
+    """Return True for a folder that ``performers data`` wrote."""
     return path.is_dir() and (path / "manifest.json").is_file()

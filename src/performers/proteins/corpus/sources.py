@@ -1,31 +1,29 @@
-"""Where a corpus comes from: a UniProt release, FASTA files, or BLAST databases."""
+"""Sources of a corpus: a UniProt release, or FASTA files."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performers.proteins.corpus.blast import read_blast_database
+from performers.app.errors import UserError
+from performers.app.progress import Progress
 from performers.proteins.corpus.download import describe_release, download
-from performers.proteins.errors import UserError
-from performers.proteins.fasta import iter_fasta
+from performers.proteins.inputs.fasta import iter_fasta
 from performers.proteins.options import UNIPROT
-from performers.proteins.tokenizer import AMBIGUOUS, AMINO_ACIDS
 
 UNIPROT_LICENCE = "CC BY 4.0, The UniProt Consortium (https://www.uniprot.org)"
-_RESIDUES = frozenset(AMINO_ACIDS + AMBIGUOUS)
 # UniProt's FASTA headers are db|ACCESSION|NAME.
 _UNIPROT_NAME = re.compile(r"^(?:sp|tr)\|([^|\s]+)\|")
 
 
 class Source(NamedTuple):
-    """Sequences and where they are from.
+    """Sequences and their origin.
 
     Attributes:
-        files: FASTA files, or prefixes of BLAST databases.
+        files: FASTA files.
         description: What the manifest says of it.
     """
 
@@ -35,17 +33,9 @@ class Source(NamedTuple):
     def records(self) -> Iterator[tuple[str, str]]:
         """Yield (accession or name, sequence)."""
         for path in self.files:
-            if path.with_name(path.name + ".pin").is_file():
-                for title, sequence in read_blast_database(path):
-                    # A title is the accession, and whatever its makers wanted after a bar.
-                    name = title.split("|")[0].strip()
-                    if len(name.split()) != 1:
-                        raise UserError(f"{path}: the title {title[:40]!r} begins with no name")
-                    yield name, sequence
-            else:
-                for record in iter_fasta(path):
-                    uniprot = _UNIPROT_NAME.match(record.name)
-                    yield uniprot[1] if uniprot else record.name, record.sequence
+            for record in iter_fasta(path):
+                uniprot = _UNIPROT_NAME.match(record.name)
+                yield uniprot[1] if uniprot else record.name, record.sequence
 
 
 def open_source(
@@ -54,14 +44,13 @@ def open_source(
     *,
     url: str | None = None,
     licence: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Source:
     """Find the sequences, downloading them where none are given.
 
     Args:
-        paths: FASTA files (plain or gzip), BLAST databases (the path without ``.pin``, or the
-            ``.pin`` file), or folders with BLAST databases anywhere in them; empty: the current
-            release of Swiss-Prot is downloaded from ``url``.
+        paths: FASTA files, plain or gzipped; empty: the current release of Swiss-Prot is
+            downloaded from ``url``.
         downloads: Folder for a download. A file that is complete there is not asked for again.
         url: Of the FASTA file in a UniProt release; that of Swiss-Prot when None.
         licence: What the manifest says; UniProt's for a download when None, and otherwise that
@@ -69,7 +58,7 @@ def open_source(
         progress: Called with bytes there and bytes in all while downloading.
 
     Raises:
-        UserError: A path holds no sequences, or the download fails.
+        UserError: A path is no file, or the download fails.
     """
     if not paths:
         address = url or UNIPROT
@@ -88,43 +77,19 @@ def open_source(
         return Source((path,), {**about, "files": [fingerprint(path)]})
     if url is not None:
         raise UserError("--url is where Swiss-Prot is downloaded from without --source; give one")
-    found = [file for path in paths for file in _sequence_files(path)]
-    files = [
-        fingerprint(psq if (psq := path.with_name(path.name + ".psq")).exists() else path, path)
-        for path in found
-    ]
-    return Source(tuple(found), {"licence": licence or "not stated", "files": files})
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"--source {path} does not exist")
+        if path.is_dir():
+            raise UserError(f"--source {path} is a folder; name the FASTA files in it")
+    files = [fingerprint(path) for path in paths]
+    return Source(tuple(paths), {"licence": licence or "not stated", "files": files})
 
 
-def is_protein(sequence: str) -> bool:
-    """Whether a sequence has residues and nothing else (BLAST databases may hold ``*`` and -)."""
-    return bool(sequence) and _RESIDUES.issuperset(sequence)
-
-
-def _sequence_files(path: Path) -> list[Path]:
-    if path.suffix == ".pin":
-        path = path.with_suffix("")
-    if path.with_name(path.name + ".pin").is_file() or path.is_file():
-        return [path]
-    if path.is_dir():
-        databases = sorted(index.with_suffix("") for index in path.rglob("*.pin"))
-        if databases:
-            return databases
-        raise UserError(f"--source {path} has no BLAST database (.pin); name the FASTA files in it")
-    raise UserError(f"--source {path} does not exist")
-
-
-def fingerprint(file: Path, named: Path | None = None) -> dict[str, Any]:
-    """Name, bytes and SHA-256 of a file, under the name of another if it belongs to that."""
-    named = named or file
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Name, bytes and SHA-256 of a file."""
+    digest = hashlib.sha256()
     with file.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256") if hasattr(hashlib, "file_digest") else None
-        if digest is None:
-            digest = hashlib.sha256()
-            while block := handle.read(1 << 20):
-                digest.update(block)
-    return {
-        "name": f"{named.parent.name}/{named.name}" if file != named else named.name,
-        "bytes": file.stat().st_size,
-        "sha256": digest.hexdigest(),
-    }
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}

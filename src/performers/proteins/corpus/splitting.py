@@ -1,11 +1,11 @@
-"""Which sequence goes where: test by sequence, out-of-distribution by whole clusters."""
+"""Splits of a corpus: test by sequence, out-of-distribution by whole clusters."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 
 Clusters = Mapping[str, Sequence[str]]
 """The members of each cluster, by its name (the representative's)."""
@@ -24,7 +24,7 @@ def shuffled(names: Iterable[str], seed: int, draw: str) -> list[str]:
 
     Args:
         names: In any order.
-        seed: Of all draws.
+        seed: Seed of all draws.
         draw: What is drawn. Two draws in one order would not be independent: what the first takes
             from the front is not left for the second.
     """
@@ -36,7 +36,7 @@ def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: i
 
     Args:
         clusters: All of them.
-        seed: Of the order.
+        seed: Seed of the order.
         sequences: How many.
         largest: A cluster with more members is passed over: it alone would decide what out of
             distribution means.

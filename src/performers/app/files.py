@@ -1,0 +1,110 @@
+"""Output folders and files: checked before work starts, written whole or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from performers.app.errors import UserError
+from performers.app.processes import is_first_process
+
+
+def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
+    """Make a folder that results can be written to.
+
+    Of several processes of one run only the first checks: it may begin to write before the others
+    do.
+
+    Args:
+        folder: The folder.
+        resume: Accept a folder with the results of an earlier run; None for a command that cannot
+            resume.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The folder is a file, not empty (without ``resume``), or not writable.
+    """
+    if not is_first_process():
+        return folder
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; give a folder")
+    try:
+        if folder.exists() and any(folder.iterdir()) and not resume:
+            advice = "" if resume is None else ", or --resume to continue the run in it"
+            raise UserError(f"--output {folder} is not empty; give another folder{advice}")
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--output {folder} cannot be written ({error.strerror}); give another folder"
+        ) from error
+    return folder
+
+
+def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
+    """Check that a result file can be written, before the work that fills it.
+
+    Args:
+        path: The file; one that exists is replaced.
+        suffixes: The suffixes to choose from.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: The suffix is none of `suffixes`, or the file cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"--output {path} must end with {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        in_the_way = isinstance(error, FileExistsError)
+        reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
+        raise UserError(
+            f"--output {path} cannot be written ({reason}); give another place"
+        ) from error
+    return path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it, making missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: The file is missing, not a regular file or not JSON.
+    """
+    # Opening a FIFO would wait for a writer.
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a regular file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error

@@ -1,0 +1,227 @@
+"""Training objectives as data collators: masked residues (BERT's rule) and next residues.
+
+A collator is called with examples, mappings that hold ``input_ids`` and, as `TokenDataset` gives
+them, ``index``, ``epoch`` and, for packed rows, ``sequence_ids``. It returns int64 tensors of shape
+(batch, length), padded on the right to the longest example:
+
+- ``input_ids``, padding = the tokenizer's pad token;
+- ``attention_mask``, 1 at tokens, 0 at padding;
+- ``labels``, -100 where there is no target;
+- ``sequence_ids``, if the examples have them, -1 at padding.
+
+Collators hold no state. What is random in an example is a pure function of (seed, epoch, index),
+all read from the example and the constructor: it does not depend on the batch, on the number of
+workers and processes, or on whether the run was resumed. Trainer resumes by skipping batches of the
+sampler, and `LengthBucketedBatchSampler` puts the epoch into what it yields, so a resumed run sees
+the same masks. Data read in plain order (an evaluation) is at epoch 0 throughout, which fixes its
+masks from the seed alone.
+
+With transformers' Trainer set ``remove_unused_columns=False``; otherwise it removes ``index`` and
+``epoch`` before they get here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
+
+__all__ = ["ALL_HIDDEN", "BERT_RULE", "IGNORE_INDEX", "CausalCollator", "MaskedCollator"]
+
+IGNORE_INDEX = -100
+"""The label of a position without a target, as in `torch.nn.functional.cross_entropy`."""
+
+BERT_RULE = (0.8, 0.1)
+"""Shares of the targets replaced by the mask token, and by a random residue; the rest is kept."""
+
+ALL_HIDDEN = (1.0, 0.0)
+"""Every target is replaced by the mask token: for evaluation, where a kept one is a free hit."""
+
+
+class MaskedCollator:
+    """Masked language modelling on residues (Devlin et al. 2019, section 3.1).
+
+    In an example with n residues, max(1, round(mask_probability * n)) residues chosen uniformly are
+    targets. By BERT's rule a target is replaced by the mask token with probability 0.8, by a
+    uniformly drawn standard amino acid with probability 0.1, and kept otherwise. Special tokens are
+    never targets.
+
+    Args:
+        tokenizer: A protein tokenizer with pad and mask tokens.
+        mask_probability: Share of the residues that are targets, in (0, 1].
+        seed: Seed of all masks, at least 0.
+        replaced: Shares of the targets replaced by the mask token and by a random amino acid:
+            ``BERT_RULE`` to train, ``ALL_HIDDEN`` to evaluate. It does not change which residues
+            are targets.
+
+    Raises:
+        ValueError: An argument is out of range, or the tokenizer lacks a token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        mask_probability: float = 0.15,
+        seed: int = 0,
+        replaced: tuple[float, float] = BERT_RULE,
+    ) -> None:
+        if min(replaced) < 0 or sum(replaced) > 1:
+            raise ValueError(
+                "replaced: expected two shares of at least 0 and together at most 1, got "
+                f"{replaced}"
+            )
+        if not 0 < mask_probability <= 1:
+            raise ValueError(
+                f"mask_probability: expected a number above 0 and at most 1, got {mask_probability}"
+            )
+        if seed < 0:
+            raise ValueError(f"seed: expected an integer of at least 0, got {seed}")
+        if tokenizer.mask_token_id is None:
+            raise ValueError("tokenizer: has no mask token; use one from build_protein_tokenizer()")
+        self.mask_probability = mask_probability
+        self.seed = seed
+        self.replaced = replaced
+        self._mask_id = int(tokenizer.mask_token_id)
+        self._residues = residue_ids(tokenizer)
+        self._replacements = residue_ids(tokenizer, AMINO_ACIDS)
+        self._padding = _Padding(tokenizer)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Mask and pad a batch.
+
+        Args:
+            examples: Each has ``input_ids`` (length,) and ``index``, and may have ``epoch``
+                (0 if absent) and ``sequence_ids`` (length,).
+
+        Returns:
+            The tensors that the module describes.
+
+        Raises:
+            ValueError: The batch is empty, or an example lacks ``input_ids`` or ``index``.
+        """
+        inputs, labels = [], []
+        for example in examples:
+            masked, targets = self._mask(example)
+            inputs.append(masked)
+            labels.append(targets)
+        return self._padding.batch(examples, inputs, labels)
+
+    def _mask(
+        self, example: Mapping[str, Any]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        tokens = _tokens(example)
+        if "index" not in example:
+            raise ValueError(
+                "examples: expected an 'index' in each, which with the seed decides its mask; use "
+                "a TokenDataset, and remove_unused_columns=False with Trainer"
+            )
+        labels = np.full_like(tokens, IGNORE_INDEX)
+        residues = np.flatnonzero(np.isin(tokens, self._residues))
+        if not residues.size:
+            return tokens, labels
+        key = (self.seed, int(example.get("epoch", 0)), int(example["index"]))
+        random = np.random.default_rng(key)
+        count = max(1, int(self.mask_probability * residues.size + 0.5))
+        targets = random.permutation(residues)[:count]
+        labels[targets] = tokens[targets]
+        fate = random.random(count)
+        replacements = random.choice(self._replacements, count)
+        by_mask = fate < self.replaced[0]
+        at_random = ~by_mask & (fate < sum(self.replaced))
+        tokens[targets[by_mask]] = self._mask_id
+        tokens[targets[at_random]] = replacements[at_random]
+        return tokens, labels
+
+
+class CausalCollator:
+    """Next-token prediction: the labels are the inputs; transformers' causal models shift inside.
+
+    In a packed row the first token of each sequence but the row's first has no target either: it
+    would be predicted from another sequence.
+
+    Args:
+        tokenizer: A tokenizer with a pad token.
+
+    Raises:
+        ValueError: The tokenizer has no pad token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._padding = _Padding(tokenizer)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Pad a batch and copy its inputs to its labels.
+
+        Args:
+            examples: Each has ``input_ids`` (length,) and may have ``sequence_ids`` (length,).
+
+        Returns:
+            The tensors that the module describes.
+
+        Raises:
+            ValueError: The batch is empty, or an example lacks ``input_ids``.
+        """
+        inputs = [_tokens(example) for example in examples]
+        labels = [tokens.copy() for tokens in inputs]
+        for example, targets in zip(examples, labels, strict=True):
+            if "sequence_ids" in example:
+                starts = np.flatnonzero(np.diff(np.asarray(example["sequence_ids"]))) + 1
+                targets[starts] = IGNORE_INDEX
+        return self._padding.batch(examples, inputs, labels)
+
+
+class _Padding:
+    """Stack arrays of different lengths into tensors, padded on the right."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: has no pad token; use one from build_protein_tokenizer()")
+        self._pad_id = int(tokenizer.pad_token_id)
+
+    def batch(
+        self,
+        examples: Sequence[Mapping[str, Any]],
+        inputs: Sequence[npt.NDArray[np.int64]],
+        labels: Sequence[npt.NDArray[np.int64]],
+    ) -> dict[str, Tensor]:
+        if not examples:
+            raise ValueError("examples: expected at least one, got an empty batch")
+        packed = sum("sequence_ids" in example for example in examples)
+        if packed not in (0, len(examples)):
+            raise ValueError(
+                f"examples: {packed} of {len(examples)} have 'sequence_ids'; give it in all or none"
+            )
+        batch = {
+            "input_ids": self._stack(inputs, self._pad_id),
+            "attention_mask": self._stack([np.ones_like(row) for row in inputs], 0),
+            "labels": self._stack(labels, IGNORE_INDEX),
+        }
+        if packed:
+            sequence_ids = [np.asarray(example["sequence_ids"]) for example in examples]
+            batch["sequence_ids"] = self._stack(sequence_ids, -1)
+        return batch
+
+    def _stack(self, rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
+        length = max(row.size for row in rows)
+        stacked = np.full((len(rows), length), fill, dtype=np.int64)
+        for target, row in zip(stacked, rows, strict=True):
+            target[: row.size] = row
+        return torch.from_numpy(stacked)
+
+
+def _tokens(example: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+    """Return a fresh int64 copy of an example's tokens."""
+    if "input_ids" not in example:
+        raise ValueError(
+            f"examples: expected 'input_ids' in each, got one with {sorted(example)}; "
+            "use a TokenDataset"
+        )
+    return np.asarray(example["input_ids"]).astype(np.int64)

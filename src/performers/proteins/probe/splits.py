@@ -1,0 +1,80 @@
+"""Splits of proteins into parts that share no group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from performers.app.errors import UserError
+
+
+@dataclass(frozen=True)
+class ProbeSplit:
+    """Rows of the proteins in each part, rising.
+
+    Attributes:
+        train: Rows that probes are fitted to.
+        validation: Rows that the strength of the penalty is chosen on.
+        test: Rows that are scored.
+    """
+
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+    @property
+    def parts(self) -> dict[str, NDArray[np.int64]]:
+        """Name of each part to its rows."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def split_proteins(
+    groups: NDArray[np.int64],
+    *,
+    test: float = 0.2,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> ProbeSplit:
+    """Split proteins at random, whole groups at a time.
+
+    Groups are taken in random order. One that still fits into the test part, which holds at most
+    the share `test` of the proteins, goes there; else into the validation part, if it fits there;
+    else into the training part, where the largest groups thus end.
+
+    Args:
+        groups: Number of each protein's group; all different for a split of single proteins.
+        test: Share of the proteins to test on.
+        validation: Share of the proteins to choose on.
+        seed: Seed of the order.
+
+    Returns:
+        The split.
+
+    Raises:
+        UserError: A share is out of range, or the groups are too few or too large to fill a part.
+    """
+    if not (0 < test < 1 and 0 < validation < 1 and test + validation < 1):
+        raise UserError(
+            f"test and validation must be shares above 0 that leave some to train on, got {test} "
+            f"and {validation}"
+        )
+    numbers, membership, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    room = {"test": test * len(groups), "validation": validation * len(groups)}
+    part = np.full(len(numbers), 0)
+    for group in np.random.default_rng(seed).permutation(len(numbers)):
+        for index, name in enumerate(("test", "validation"), start=1):
+            if sizes[group] <= room[name]:
+                room[name] -= sizes[group]
+                part[group] = index
+                break
+    of_protein = part[membership]
+    rows = [np.flatnonzero(of_protein == index) for index in (0, 2, 1)]
+    if any(len(found) == 0 for found in rows):
+        raise UserError(
+            f"{len(groups):,} proteins in {len(numbers):,} groups, the largest of "
+            f"{sizes.max():,}, cannot be split into a training, a validation and a test part; give "
+            "more proteins, or smaller groups"
+        )
+    return ProbeSplit(*rows)

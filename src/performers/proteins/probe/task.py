@@ -1,0 +1,213 @@
+"""Proteins joined with their labels and groups.
+
+Labels come from a table or from FASTA headers, `>NAME labels=A,B family=F`. Groups are clusters of
+related sequences: a table of mmseqs2, the third column of the labels, or `family=` or `group=` in
+the headers.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from performers.app.errors import UserError
+from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.probe.labels import ProteinLabels
+
+_FIELDS = re.compile(r"(?:^|\s)(labels|family|group)=(\S+)")
+_HOW_TO_GROUP = (
+    "group related sequences with `mmseqs easy-cluster proteins.fasta clusters tmp --min-seq-id "
+    "0.3` and give its clusters_cluster.tsv as --groups, or the clusters.tsv in a folder that "
+    "performers data wrote; or write the group in a third column of --labels, or family=NAME in "
+    "the headers. "
+    "--split random goes without, and then relatives of the test sequences are trained on"
+)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """Labelled proteins.
+
+    Attributes:
+        proteins: Their names.
+        sequences: Their residues.
+        labels: The labels, most frequent first.
+        targets: Whether each protein has each label, (proteins, labels).
+        groups: Number of each protein's group, (proteins,); None when they have none. Proteins
+            with the same sequence share a group.
+        multiclass: Whether every protein has exactly one label.
+        label_names: Label to what it means, where that is known.
+        notes: What was left out, and why.
+    """
+
+    proteins: tuple[str, ...]
+    sequences: tuple[str, ...]
+    labels: tuple[str, ...]
+    targets: NDArray[np.bool_]
+    groups: NDArray[np.int64] | None
+    multiclass: bool
+    label_names: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def build_task(
+    records: Sequence[ProteinRecord],
+    *,
+    labels: ProteinLabels | None = None,
+    groups: Mapping[str, str] | None = None,
+    grouped: bool = True,
+    max_per_group: int | None = None,
+    max_sequences: int | None = None,
+    max_residues: int | None = None,
+    seed: int = 0,
+) -> ProbeTask:
+    """Join proteins with their labels and groups.
+
+    A protein is looked up by the first word of its header, then, for a header such as
+    `>sp|P12345|NAME`, by the accession.
+
+    Args:
+        records: The proteins.
+        labels: Their labels; read from the headers when None.
+        groups: Their groups; from the third column of the labels, then from the headers, when
+            None.
+        grouped: Whether groups are needed.
+        max_per_group: With groups, draw at most so many proteins of each at random, so that large
+            families count no more than small ones.
+        max_sequences: Draw at most so many of the labelled proteins at random.
+        max_residues: Keep the first so many residues of each.
+        seed: Seed of the draws.
+
+    Returns:
+        The task; proteins without an entry, and repeats of a name, are left out.
+
+    Raises:
+        UserError: No protein is labelled, there is only one label, groups are needed and there
+            are none, or they are not needed and `groups` or `max_per_group` is given.
+    """
+    if not grouped:
+        # To ignore what keeps relatives apart would let a reader believe that they were.
+        for option, given in (("--groups", groups), ("--per-group", max_per_group)):
+            if given is not None:
+                raise UserError(
+                    f"{option} has no use with --split random, which splits single proteins; "
+                    "leave one of the two away"
+                )
+    labelled = labels.labels if labels else _header_labels(records)
+    if not labelled:
+        raise UserError(
+            "the FASTA headers hold no labels=...; give a table of them as --labels (name, tab, "
+            "labels with commas between)"
+        )
+    if groups is None:
+        groups = (labels.groups if labels else {}) or {
+            **_from_headers(records, "family"),
+            **_from_headers(records, "group"),
+        }
+    if grouped and not groups:
+        raise UserError(f"the proteins have no groups to split by; {_HOW_TO_GROUP}")
+    left_out = Counter[str]()
+    chosen: dict[str, tuple[str, tuple[str, ...], str]] = {}
+    for record in records:
+        found = _look_up(labelled, record.name)
+        group = _look_up(groups, record.name)
+        if record.name in chosen:
+            left_out["repeats of a name"] += 1
+        elif found is None:
+            left_out["proteins without labels"] += 1
+        elif grouped and group is None:
+            left_out["labelled proteins without a group"] += 1
+        else:
+            chosen[record.name] = (record.sequence, found, group or "")
+    if not chosen:
+        raise UserError(
+            f"none of the {len(records):,} proteins has both labels and a group: names in the "
+            f"FASTA files are such as {records[0].name!r}, in the labels such as "
+            f"{next(iter(labelled))!r}"
+            + (f", in the groups such as {next(iter(groups))!r}" if grouped else "")
+        )
+    shuffled = random.Random(seed).sample(list(chosen), len(chosen))
+    if max_per_group is not None:
+        taken = Counter[str]()
+        for name in shuffled:
+            taken[chosen[name][2]] += 1
+            if taken[chosen[name][2]] > max_per_group:
+                left_out["proteins beyond those drawn of their group"] += 1
+                del chosen[name]
+    drawn = [name for name in shuffled if name in chosen][:max_sequences]
+    if len(drawn) < len(chosen):
+        left_out["proteins not drawn"] = len(chosen) - len(drawn)
+    # In the order of the files.
+    names = sorted(drawn, key={name: place for place, name in enumerate(chosen)}.__getitem__)
+    counts = Counter(label for name in names for label in chosen[name][1])
+    if len(counts) < 2 and not (counts and any(not chosen[name][1] for name in names)):
+        raise UserError(
+            f"the labelled proteins have {len(counts)} label(s) between them, so there is nothing "
+            "to tell apart; give at least two labels"
+        )
+    order = {label: column for column, (label, _) in enumerate(counts.most_common())}
+    targets = np.zeros((len(names), len(order)), dtype=bool)
+    for row, name in enumerate(names):
+        targets[row, [order[label] for label in chosen[name][1]]] = True
+    sequences = tuple(chosen[name][0][:max_residues] for name in names)
+    cropped = sum(len(chosen[name][0]) > len(s) for name, s in zip(names, sequences, strict=True))
+    notes = [f"{count:,} {reason} left out" for reason, count in left_out.items()]
+    if cropped:
+        notes.append(f"{cropped:,} sequences cropped to {max_residues:,} residues")
+    return ProbeTask(
+        proteins=tuple(names),
+        sequences=sequences,
+        labels=tuple(order),
+        targets=targets,
+        groups=_joined([chosen[name][2] for name in names], sequences) if grouped else None,
+        multiclass=bool((targets.sum(1) == 1).all()),
+        label_names={k: v for k, v in (labels.names if labels else {}).items() if k in order},
+        notes=tuple(notes),
+    )
+
+
+def _header_labels(records: Sequence[ProteinRecord]) -> dict[str, tuple[str, ...]]:
+    return {
+        name: tuple(dict.fromkeys(label for label in text.split(",") if label))
+        for name, text in _from_headers(records, "labels").items()
+    }
+
+
+def _from_headers(records: Sequence[ProteinRecord], field: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for record in records:
+        for name, value in _FIELDS.findall(record.description):
+            if name == field:
+                found.setdefault(record.name, value)
+    return found
+
+
+def _look_up(table: Mapping[str, _T], name: str) -> _T | None:
+    if name in table:
+        return table[name]
+    parts = name.split("|")
+    return table.get(parts[1]) if len(parts) == 3 else None
+
+
+def _joined(groups: Sequence[str], sequences: Sequence[str]) -> NDArray[np.int64]:
+    """Numbers of the groups, those with a sequence in common made one."""
+    parent = {group: group for group in groups}
+
+    def root(group: str) -> str:
+        while parent[group] != group:
+            parent[group] = group = parent[parent[group]]
+        return group
+
+    first: dict[str, str] = {}
+    for group, sequence in zip(groups, sequences, strict=True):
+        parent[root(group)] = root(first.setdefault(sequence, group))
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(root(group), len(numbers)) for group in groups])

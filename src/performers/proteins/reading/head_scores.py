@@ -1,0 +1,169 @@
+"""Scores of attention heads, which tell local, global and vertical ones apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLUMN_FRACTION = 0.05
+"""The part of a protein's residues that counts as the most attended columns."""
+
+
+@dataclass(frozen=True)
+class HeadScore:
+    """The scores of one head; every field but the last looks at attention between residues only.
+
+    Attributes:
+        layer: Number of the layer, from 1.
+        head: Number of the head in its layer, from 1.
+        mean_distance: Mean |i - j| in residues, weighted by the attention from i to j.
+        band_share: Share of the attention with |i - j| <= band, in [0, 1].
+        column_share: Share of the attention received by the 5% most attended residues, in [0, 1].
+        special_share: Share of the residues' attention that leaves the residues, for special
+            tokens such as `<bos>`, in [0, 1].
+    """
+
+    layer: int
+    head: int
+    mean_distance: float
+    band_share: float
+    column_share: float
+    special_share: float
+
+    @property
+    def label(self) -> str:
+        """`layer.head`, both from 1."""
+        return f"{self.layer}.{self.head}"
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """The scores of all heads on the same sequences, with what uniform attention would score.
+
+    Attributes:
+        heads: One score per head, in the order of the layers.
+        uniform: The scores of attention spread evenly over the residues that a query may attend
+            to; its layer and head are 0.
+        band: Half-width, in residues, behind `band_share`.
+        residues: Number of residues looked at.
+    """
+
+    heads: tuple[HeadScore, ...]
+    uniform: HeadScore
+    band: int
+    residues: int
+
+    def most_local(self, count: int) -> list[HeadScore]:
+        """The heads with the smallest mean distance, smallest first; undefined ones left out."""
+        return sorted(self._defined(), key=lambda score: score.mean_distance)[:count]
+
+    def most_global(self, count: int) -> list[HeadScore]:
+        """The heads with the largest mean distance, largest first; undefined ones left out."""
+        return sorted(self._defined(), key=lambda score: -score.mean_distance)[:count]
+
+    def most_vertical(self, count: int) -> list[HeadScore]:
+        """The heads whose attention falls on the fewest residues, most vertical first."""
+        return sorted(self._defined(), key=lambda score: -score.column_share)[:count]
+
+    def _defined(self) -> list[HeadScore]:
+        return [score for score in self.heads if math.isfinite(score.mean_distance)]
+
+
+def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int]) -> Tensor:
+    """Mark the positions that hold a residue: attended to, and not a special token.
+
+    Args:
+        input_ids: Token ids (B, L).
+        attention_mask: (B, L), non-zero where a token takes part.
+        special_ids: Ids of padding, begin, end, unknown and mask tokens.
+
+    Returns:
+        Boolean tensor (B, L) on the device of `input_ids`.
+    """
+    special = torch.tensor(sorted(special_ids), dtype=input_ids.dtype, device=input_ids.device)
+    return attention_mask.to(input_ids.device).bool() & ~torch.isin(input_ids, special)
+
+
+def local_global_score(
+    attentions: Sequence[Tensor], residues: Tensor, *, band: int = 8, is_causal: bool = False
+) -> HeadScores:
+    r"""Score how far, and on how few residues, each head attends.
+
+    With A the attention of one head, the sums running over the pairs (i, j) of residues of one
+    sequence and then over the sequences, and i, j positions in the row:
+
+    - mean distance = Σ A_ij |i - j| / Σ A_ij (Vig and Belinkov, 2019), in residues;
+    - band share = Σ_{|i - j| <= band} A_ij / Σ A_ij;
+    - column share = Σ_{j in top} A_ij / Σ A_ij, where top holds, for each sequence of n residues,
+      the ceil(0.05 n) residues that receive most attention in this head;
+    - special share = 1 - Σ A_ij / Σ_{i a residue, any j} A_ij.
+
+    The reference, uniform attention, gives each residue i the same weight on each residue j of
+    its sequence (j <= i for a causal model). For one sequence of n residues without `is_causal`
+    its mean distance is (n² - 1) / 3n.
+
+    Args:
+        attentions: One tensor (B, H, L, L) per layer, rows being queries.
+        residues: Boolean (B, L), True at residues; see `residue_mask`.
+        band: Half-width of the band, in residues.
+        is_causal: Whether a query sees only itself and the past, which changes the reference.
+
+    Returns:
+        Scores in layer order. A head with no attention between residues has NaN scores.
+
+    Raises:
+        ValueError: A shape does not fit, `band` is negative or there is no residue.
+    """
+    if band < 0:
+        raise ValueError(f"band must be at least 0 residues, got {band}")
+    residues = residues.bool().cpu()
+    if residues.ndim != 2 or not residues.any():
+        raise ValueError(
+            f"residues must be (batch, length) with at least one True, got "
+            f"{int(residues.sum())} True in shape {tuple(residues.shape)}"
+        )
+    pairs = residues[:, :, None] & residues[:, None, :]
+    allowed = pairs.tril() if is_causal else pairs
+    uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
+    scores: list[HeadScore] = []
+    for layer, weights in enumerate(attentions, start=1):
+        check_attention(weights, residues.shape, layer)
+        scores += _score_layer(weights, residues, band, layer)
+    (reference,) = _score_layer(uniform[:, None], residues, band, 0)
+    return HeadScores(tuple(scores), reference, band, int(residues.sum()))
+
+
+def check_attention(weights: Tensor, shape: Sequence[int], layer: int) -> None:
+    """Raise a ValueError unless `weights` is (B, H, L, L) for a batch of shape (B, L)."""
+    batch, length = shape
+    fits = weights.ndim == 4 and weights.shape[0] == batch and weights.shape[2:] == (length, length)
+    if not fits:
+        raise ValueError(
+            f"attentions of layer {layer} must be ({batch}, heads, {length}, {length}) to go with "
+            f"the tokens, got {tuple(weights.shape)}"
+        )
+
+
+def _score_layer(weights: Tensor, residues: Tensor, band: int, layer: int) -> list[HeadScore]:
+    weights = weights.detach().cpu().double()
+    from_residues = weights.masked_fill(~residues[:, None, :, None], 0.0)
+    emitted = from_residues.sum((0, 2, 3))
+    between = from_residues.masked_fill(~residues[:, None, None, :], 0.0)
+    total = between.sum((0, 2, 3))
+    position = torch.arange(weights.shape[-1])
+    gap = (position[:, None] - position[None, :]).abs()
+    distance = (between * gap).sum((0, 2, 3)) / total
+    band_share = between.masked_fill(gap > band, 0.0).sum((0, 2, 3)) / total
+    top = torch.zeros_like(total)
+    for columns, count in zip(between.sum(2), residues.sum(1).tolist(), strict=True):
+        top += columns.topk(math.ceil(COLUMN_FRACTION * count), dim=-1).values.sum(-1)
+    columns_share = top / total
+    special = 1.0 - total / emitted
+    stacked = torch.stack([distance, band_share, columns_share, special], dim=1)
+    # A head that pays nothing to residues divides by zero: infinities would sort as "global".
+    stacked[~torch.isfinite(stacked)] = math.nan
+    return [HeadScore(layer, head, *row) for head, row in enumerate(stacked.tolist(), start=1)]

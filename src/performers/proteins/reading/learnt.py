@@ -1,0 +1,158 @@
+"""Numbers of a model's attention: similarity against BLOSUM matrices, scores of heads and sites."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from performers.proteins.reading.analysis import ModelAnalysis
+from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
+from performers.proteins.reading.similarity import (
+    AMINO_ACIDS,
+    EXPECTED_PAIRS,
+    AttentionSimilarity,
+    pair_ranks,
+    top_pairs,
+)
+
+MATRICES = ("BLOSUM62", "BLOSUM45", "BLOSUM80")
+"""Substitution matrices that similarity is compared with: the usual one, of distant relatives, of
+close ones."""
+
+TOP_PAIRS = 12
+"""How many of the most similar pairs of amino acids are listed."""
+
+KINDS = {"all": False, "thresholded": True}
+"""Names of the two ways to count attention: all of it, and what is above the threshold."""
+
+
+def learnt_numbers(
+    analysis: ModelAnalysis,
+    *,
+    matrices: Sequence[str] = MATRICES,
+    permutations: int = 9_999,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Collect what the attention of one model shows, as plain numbers for JSON.
+
+    Args:
+        analysis: The result of `analyse_model`.
+        matrices: Substitution matrices of Biopython to compare similarity with.
+        permutations: Number of relabellings in each Mantel test.
+        seed: Seed of the relabellings.
+
+    Returns:
+        A dictionary, None in the place of numbers that are not finite:
+
+        - `protein`: `name`, `length`, `read` (residues);
+        - `problem`: why there is no attention, or empty;
+        - `heads`, `uniform`, `band`: the fields of `HeadScores`;
+        - `sites`: the fields of `SiteScores`, or None;
+        - `similarity`, or None: `sequences`, `available`, `cropped`, `residues`, `threshold`, and
+          for `all` attention and what is `thresholded`: number of `heads` used, `matrices` (name
+          to the fields of `MatrixComparison`), `top_pairs`, `expected_pairs` with their rank,
+          `notes`, and the (20, 20) `matrix` in the order of `amino_acids`;
+        - `embeddings`, or None: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
+          the amino acids' input embeddings; see `embedding_similarity`.
+
+    Raises:
+        ValueError: A matrix is unknown to Biopython.
+    """
+    protein = analysis.protein
+    scores = analysis.scores
+    numbers: dict[str, Any] = {
+        "protein": {
+            "name": protein.name,
+            "length": len(protein.sequence),
+            "read": len(analysis.labels),
+        },
+        "problem": analysis.problem,
+        "heads": [asdict(head) for head in scores.heads] if scores else [],
+        "uniform": asdict(scores.uniform) if scores else None,
+        "band": scores.band if scores else None,
+        "sites": asdict(analysis.sites) if analysis.sites else None,
+        "similarity": None,
+        "embeddings": None,
+    }
+    if analysis.embeddings is not None:
+        numbers["embeddings"] = _matrix_numbers(analysis.embeddings, matrices, permutations, seed)
+    similarity = analysis.similarity
+    if similarity is not None:
+        numbers["similarity"] = {
+            "sequences": analysis.sequences,
+            "available": analysis.available,
+            "cropped": analysis.cropped,
+            "residues": int(similarity.occurrences.sum()),
+            "threshold": similarity.threshold,
+            "amino_acids": AMINO_ACIDS,
+            **{
+                kind: _similarity_numbers(similarity, thresholded, matrices, permutations, seed)
+                for kind, thresholded in KINDS.items()
+            },
+        }
+    return dict(finite(numbers))
+
+
+def finite(content: Any) -> Any:
+    """The same dictionaries, lists and values, with None in the place of NaN and infinities."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    if isinstance(content, float):
+        return float(content) if math.isfinite(content) else None
+    return content
+
+
+def _similarity_numbers(
+    similarity: AttentionSimilarity,
+    thresholded: bool,
+    matrices: Sequence[str],
+    permutations: int,
+    seed: int,
+) -> dict[str, Any]:
+    matrix = similarity.similarity(thresholded=thresholded)
+    return {
+        "heads": similarity.heads(thresholded=thresholded),
+        "notes": similarity.notes(thresholded=thresholded),
+        **_matrix_numbers(matrix, matrices, permutations, seed),
+    }
+
+
+def _matrix_numbers(
+    similarity: NDArray[np.float64], matrices: Sequence[str], permutations: int, seed: int
+) -> dict[str, Any]:
+    """Agreement of a (20, 20) similarity with substitution matrices, and pairs."""
+    return {
+        "matrices": {
+            name: asdict(
+                compare_matrices(
+                    similarity,
+                    load_reference_matrix(name, AMINO_ACIDS),
+                    name=name,
+                    permutations=permutations,
+                    seed=seed,
+                )
+            )
+            for name in matrices
+        },
+        "top_pairs": [
+            {"pair": f"{pair.first}–{pair.second}", "similarity": pair.similarity}
+            for pair in top_pairs(similarity, TOP_PAIRS)
+        ],
+        "expected_pairs": [
+            {
+                "pair": f"{pair.first}–{pair.second}",
+                "similarity": pair.similarity,
+                "rank": pair.rank,
+                "of": pair.of,
+            }
+            for pair in pair_ranks(similarity, EXPECTED_PAIRS)
+        ],
+        "matrix": similarity.tolist(),
+    }

@@ -1,0 +1,1 @@
+"""Report on models: figures and one self-contained page."""

@@ -1,0 +1,194 @@
+"""Reports on trained models: what ``performers report`` and the demo write."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.app.files import read_json
+from performers.app.progress import Report, part
+from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.model_folder import model_max_length
+from performers.proteins.reading.site_scores import header_sites, parse_sites
+from performers.proteins.report.page import ModelReport, analyse_model, write_report
+from performers.proteins.scoring.evaluation import evaluate_model
+
+__all__ = ["Report", "choose_protein", "describe_model", "report_on_model"]
+
+LoadedModel = tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def report_on_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[ProteinRecord],
+    output: Path,
+    *,
+    compare: Sequence[LoadedModel] = (),
+    protein: str | None = None,
+    sites: str | None = None,
+    max_sequences: int = 200,
+    max_length: int = 256,
+    report: Report | None = None,
+) -> Path:
+    """Write ``report.html`` and ``report.json`` on a model and the sequences given.
+
+    Args:
+        folder: The model's folder, for its options and training log.
+        model: The model.
+        tokenizer: Its tokenizer.
+        records: Proteins to read its attention from and to score it on.
+        output: Folder of the report.
+        compare: Folder, model and tokenizer of others to show beside it.
+        protein: Name of the one whose attention is drawn; by default the first that is long
+            enough to show structure and short enough to be read whole.
+        sites: Numbers of residues of that protein to mark, with commas between; by default those
+            of ``sites=`` in its header.
+        max_sequences: Sequences read for amino-acid similarity.
+        max_length: Tokens read of each.
+        report: Called with the name of a step, the units done, the units in all, and a log entry.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: No sequence has that name, or a site is none of its residues.
+    """
+    drawn = choose_protein(records, protein, max_length)
+    marked = header_sites(drawn) if sites is None else parse_sites(sites, len(drawn.sequence))
+    sequences = [record.sequence for record in records]
+    described = []
+    for number, (place, network, its_tokenizer) in enumerate(
+        [(folder, model, tokenizer), *compare]
+    ):
+        name = place.resolve().name
+        metrics = evaluate_model(
+            network,
+            its_tokenizer,
+            sequences,
+            max_length=model_max_length(its_tokenizer),
+            progress=part(report, f"evaluating {name}" if number else "evaluating"),
+        )
+        described.append(
+            describe_model(
+                place,
+                network,
+                its_tokenizer,
+                sequences,
+                drawn,
+                name=name,
+                metrics={"given sequences": metrics},
+                max_sequences=max_sequences,
+                max_length=max_length,
+                sites=marked,
+                report=report,
+            )
+        )
+    return write_report(output, models=described)
+
+
+def describe_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str],
+    protein: ProteinRecord,
+    *,
+    name: str,
+    metrics: Mapping[str, Mapping[str, float]],
+    max_sequences: int,
+    max_length: int,
+    sites: Sequence[int] = (),
+    report: Report | None = None,
+) -> ModelReport:
+    """One model's part of a report: settings, metrics, learning curve and attention.
+
+    Args:
+        folder: The model's folder, for its options and training log.
+        model: The model.
+        tokenizer: Its tokenizer.
+        sequences: Proteins behind the amino-acid similarity.
+        protein: The protein whose attention is drawn.
+        name: Heading.
+        metrics: Split to metrics.
+        max_sequences: Sequences read for amino-acid similarity.
+        max_length: Tokens read of each.
+        sites: Numbers, from 1, of residues of the protein to mark.
+        report: See ``report_on_model``.
+
+    Returns:
+        Input of ``write_report``.
+    """
+    analysis = analyse_model(
+        model,
+        tokenizer,
+        sequences,
+        protein=protein,
+        max_sequences=max_sequences,
+        max_length=max_length,
+        sites=sites,
+        progress=part(report, f"reading attention, {name}"),
+    )
+    return ModelReport(
+        name=name,
+        settings=_settings(folder, model),
+        metrics=metrics,
+        history=_history(folder),
+        analysis=analysis,
+    )
+
+
+def choose_protein(
+    records: Sequence[ProteinRecord], name: str | None, max_length: int
+) -> ProteinRecord:
+    """The protein with a name, or the first of a length that makes a readable map.
+
+    Raises:
+        UserError: No sequence has that name.
+    """
+    if name is not None:
+        for record in records:
+            if record.name == name:
+                return record
+        known = ", ".join(record.name for record in records[:5])
+        raise UserError(f"--protein {name!r} is not in the FASTA files; the first are {known}")
+    for low in (80, 1):
+        for record in records:
+            if low <= len(record.sequence) <= max_length - 2:
+                return record
+    return records[0]
+
+
+def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config
+    settings: dict[str, Any] = {
+        "attention": config.attention,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "width": config.hidden_size,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+    }
+    if config.attention.startswith("favor"):
+        mechanisms = (layer.attention.mechanism for layer in model.base_model.layers)
+        # Layers in exact_layers have none; the others are alike.
+        maps = [m.feature_map for m in mechanisms if hasattr(m, "feature_map")]
+        if maps:
+            settings["random features per head"] = maps[0].num_features
+    record = folder / "training.json"
+    if record.exists():
+        training = read_json(record)
+        options = training.get("options", {})
+        settings["objective"] = options.get("objective")
+        settings["steps"] = options.get("steps")
+        settings["tokens in a batch"] = options.get("batch_tokens")
+        settings["seconds of training"] = training.get("result", {}).get("seconds")
+        settings["training sequences"] = training.get("data", {}).get("sequences")
+    return settings
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    state = folder / "trainer_state.json"
+    return list(read_json(state).get("log_history", [])) if state.exists() else []

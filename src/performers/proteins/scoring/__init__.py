@@ -1,0 +1,1 @@
+"""Predictions and vectors of a model: metrics, embeddings, new sequences."""

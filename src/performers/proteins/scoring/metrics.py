@@ -1,0 +1,132 @@
+"""Accuracy, perplexity and loss per residue, beside the best constant prediction.
+
+A target counts if its label is a residue (one of the 20 amino acids or ``XBZUOJ``). Positions
+labelled -100 and special tokens do not: predicting ``<eos>`` or a pad token well says nothing about
+proteins. The prediction is the model's distribution over its whole vocabulary; nothing is
+renormalised to residues.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from performers.proteins.inputs.tokenizer import residue_ids
+
+__all__ = ["ResidueMetrics", "unigram_baseline"]
+
+
+def unigram_baseline(counts: npt.ArrayLike) -> dict[str, float]:
+    """Score the best constant prediction for target tokens with the given counts.
+
+    With the empirical distribution p of the targets, the best constant top-1 prediction is right
+    with frequency max p, and the best constant distribution, p itself, has perplexity
+    exp(-sum p log p).
+
+    Args:
+        counts: How often each token is a target, (tokens,); zeros are allowed.
+
+    Returns:
+        ``baseline_accuracy`` (a share of 1) and ``baseline_perplexity``.
+
+    Raises:
+        ValueError: The counts are negative, not finite, or sum to zero.
+    """
+    counts = np.asarray(counts, dtype=np.float64)
+    total = float(counts.sum())
+    if not math.isfinite(total) or total <= 0 or counts.min() < 0:
+        raise ValueError("counts: expected finite counts of at least 0 with a positive sum")
+    shares = counts[counts > 0] / total
+    return {
+        "baseline_accuracy": float(shares.max()),
+        "baseline_perplexity": math.exp(-float((shares * np.log(shares)).sum())),
+    }
+
+
+class ResidueMetrics:
+    """Sum loss and accuracy over batches, in float64.
+
+    Args:
+        tokenizer: The protein tokenizer, which tells residues from other tokens.
+        is_causal: Whether ``logits[t]`` predicts ``labels[t + 1]``, as in causal models of
+            transformers, rather than ``labels[t]``.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_causal: bool = False) -> None:
+        self.is_causal = is_causal
+        self.loss_sum = 0.0
+        self.correct = 0
+        self.target_counts: npt.NDArray[np.int64] = np.zeros(len(tokenizer), dtype=np.int64)
+        """How often each token id was a target, (vocabulary,)."""
+        self._residues = torch.from_numpy(residue_ids(tokenizer))
+
+    @property
+    def count(self) -> int:
+        """Number of residues that were targets."""
+        return int(self.target_counts.sum())
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            logits: Unnormalised log-probabilities, (..., length, vocabulary), any float dtype. The
+                vocabulary may be larger than the tokenizer's.
+            labels: Target ids, (..., length), -100 where there is none; not shifted.
+
+        Raises:
+            ValueError: The shapes do not fit, or the vocabulary lacks residues.
+        """
+        if logits.shape[:-1] != labels.shape or not labels.ndim:
+            raise ValueError(
+                f"logits, labels: expected (..., length, vocabulary) and (..., length), got "
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+            )
+        if logits.shape[-1] < self.target_counts.size:
+            raise ValueError(
+                f"logits: expected a vocabulary of at least {self.target_counts.size}, got "
+                f"{logits.shape[-1]}; use the tokenizer that the model was trained with"
+            )
+        if self.is_causal:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        keep = torch.isin(labels, self._residues.to(labels.device))
+        targets = labels[keep].cpu()
+        # Only the kept positions move; not every device has float64.
+        scores = logits[keep].cpu().double()
+        log_probabilities = scores.log_softmax(-1).gather(-1, targets[:, None])
+        self.loss_sum -= float(log_probabilities.sum())
+        self.correct += int((scores.argmax(-1) == targets).sum())
+        self.target_counts += np.bincount(targets.numpy(), minlength=self.target_counts.size)
+
+    def compute(self) -> dict[str, Any]:
+        """Compute the metrics over all targets so far.
+
+        Returns:
+            ``accuracy`` (a share of 1), ``perplexity`` = exp(loss), ``loss`` (mean negative
+            log-likelihood of a residue, nats), ``tokens`` (residues counted), and
+            ``baseline_accuracy`` and ``baseline_perplexity`` on the very same residues.
+
+        Raises:
+            ValueError: No residue was a target so far.
+        """
+        tokens = self.count
+        if not tokens:
+            raise ValueError("no residue was a target; update with labels that have residues")
+        loss = self.loss_sum / tokens
+        try:
+            perplexity = math.exp(loss)
+        except OverflowError:
+            perplexity = math.inf
+        return {
+            "accuracy": self.correct / tokens,
+            "perplexity": perplexity,
+            "loss": loss,
+            "tokens": tokens,
+            **unigram_baseline(self.target_counts),
+        }

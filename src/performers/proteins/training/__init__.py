@@ -1,0 +1,1 @@
+"""Training of protein language models, exactly resumable."""

@@ -1,0 +1,82 @@
+"""Record of a training run, so that it is resumed as itself or not at all."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from performers.app.errors import UserError
+from performers.app.files import read_json
+from performers.app.processes import process_count
+from performers.proteins.corpus import TokenShards
+from performers.proteins.options import TrainingOptions
+from performers.training.checkpoints import newest_checkpoint
+
+
+def run_record(
+    options: TrainingOptions, training: Sequence[str] | TokenShards, validation: Sequence[str]
+) -> dict[str, Any]:
+    """Content of ``training.json``: options, a fingerprint of the data, number of processes."""
+    digest = hashlib.sha256()
+    if isinstance(training, TokenShards):
+        residues = training.entry["residues"]
+        digest.update(training.fingerprint().encode())
+        groups = [validation]
+    else:
+        residues = sum(map(len, training))
+        groups = [training, validation]
+    for group in groups:
+        for sequence in group:
+            digest.update(sequence.encode() + b"\n")
+        digest.update(b"\n")
+    data = {
+        "sequences": len(training),
+        "residues": residues,
+        "validation_sequences": len(validation),
+        "sha256": digest.hexdigest(),
+    }
+    return {"options": options.to_dict(), "data": data, "processes": process_count()}
+
+
+def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
+    """Check that a run is the one that a folder holds.
+
+    Args:
+        settings: The ``training.json`` of the run in the folder.
+        record: The ``run_record`` of the run that is to continue it.
+        options: Options of the latter.
+
+    Raises:
+        UserError: The folder holds another run; the message names the difference.
+    """
+    earlier = read_json(settings)
+    if not isinstance(earlier, dict) or not {"options", "data"} <= earlier.keys():
+        raise UserError(f"{settings} is not the record of a training run; give another --output")
+    changed = options.differences(earlier["options"])
+    if changed:
+        raise UserError(
+            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
+            "options of that run, or give another --output"
+        )
+    if earlier["data"].get("sha256") != record["data"]["sha256"]:
+        raise UserError(
+            "--resume continues the run in the folder, but the sequences are not the same; give "
+            "the same FASTA files, or another --output"
+        )
+    if earlier.get("processes", 1) != record["processes"]:
+        raise UserError(
+            f"--resume continues the run in the folder, but that ran in {earlier['processes']} "
+            f"processes and this in {record['processes']}; start as many, or give another --output"
+        )
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint whose saving had ended, in every process of the run.
+
+    Raises:
+        UserError: All checkpoints of the run are damaged.
+    """
+    try:
+        return newest_checkpoint(folder, processes=process_count())
+    except ValueError as error:
+        raise UserError(f"--resume: {error}") from error

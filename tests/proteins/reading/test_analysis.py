@@ -1,0 +1,128 @@
+"""A model's attention over proteins: maps, scores, similarity."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
+from performers.proteins.reading.analysis import analyse_model
+
+TOKENIZER = build_protein_tokenizer(closed=True)
+PROTEIN = ProteinRecord("P1", "a protein", "MKTAYIAKQRXQISFVKSHFSRQ")
+
+
+def _model(attention="eager", **options):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=31,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=16,
+        initializer_range=0.5,
+        max_position_embeddings=64,
+        attn_implementation=attention,
+        **options,
+    )
+    return BertForMaskedLM(config)
+
+
+def _sequences(count, seed=0):
+    generator = np.random.default_rng(seed)
+    letters = list("ACDEFGHIKLMNPQRSTVWY")
+    return ["".join(generator.choice(letters, size=n)) for n in generator.integers(5, 90, count)]
+
+
+def test_maps_are_the_attention_of_the_model_between_residues():
+    model = _model()
+    analysis = analyse_model(model, TOKENIZER, _sequences(3), protein=PROTEIN)
+    assert analysis.labels == PROTEIN.sequence
+    assert analysis.problem == ""
+    tokens = TOKENIZER(PROTEIN.sequence, return_tensors="pt")
+    with torch.no_grad():
+        expected = model.eval()(**tokens, output_attentions=True).attentions
+    assert len(analysis.maps) == 2
+    for drawn, weights in zip(analysis.maps, expected, strict=True):
+        np.testing.assert_allclose(drawn, weights[0, :, 1:-1, 1:-1].numpy(), atol=1e-6)
+    assert len(analysis.scores.heads) == 8
+
+
+def test_batches_and_their_order_do_not_change_the_similarity():
+    sequences = _sequences(7)
+    one, many = (
+        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN, batch_size=size).similarity
+        for order, size in ((sequences, 1), (sequences[::-1], 4))
+    )
+    np.testing.assert_allclose(one.shares(), many.shares(), rtol=1e-4)
+    assert one.sequences == many.sequences == 7
+
+
+def test_crops_to_the_length_asked_for_and_to_the_positions_of_the_model():
+    protein = ProteinRecord("long", "", "ACDEFGHIKL" * 10)
+    sequences = _sequences(10)
+    asked = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=30)
+    assert len(asked.labels) == 28
+    assert asked.cropped == sum(len(sequence) > 28 for sequence in sequences)
+    assert asked.similarity.occurrences.sum() == sum(min(len(s), 28) for s in sequences)
+    limited = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=4096)
+    assert limited.max_length == 64
+    assert len(limited.labels) == 62
+
+
+def test_reports_progress_and_leaves_the_model_as_it_was():
+    model = _model().train()
+    seen: list[tuple[int, int]] = []
+    analyse_model(
+        model,
+        TOKENIZER,
+        _sequences(5),
+        protein=PROTEIN,
+        batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        analyse_model(model, TOKENIZER, _sequences(5), protein=PROTEIN, progress=stop)
+    assert model.training
+
+
+def test_causal_attention_is_measured_against_causal_uniform_attention():
+    both, causal = (
+        analyse_model(_model(is_decoder=flag), TOKENIZER, [], protein=PROTEIN).scores
+        for flag in (False, True)
+    )
+    length = len(PROTEIN.sequence)
+    assert both.uniform.mean_distance == pytest.approx((length**2 - 1) / (3 * length))
+    assert causal.uniform.mean_distance == pytest.approx((length - 1) / 4)
+
+
+def test_the_seed_draws_the_sequences():
+    drawn = []
+    for seed in (0, 0, 1):
+        analysis = analyse_model(
+            _model(), TOKENIZER, _sequences(20), protein=PROTEIN, max_sequences=4, seed=seed
+        )
+        assert (analysis.sequences, analysis.available) == (4, 20)
+        drawn.append(analysis.similarity.occurrences.tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_what_cannot_be_read_is_told():
+    fused = analyse_model(_model("sdpa"), TOKENIZER, _sequences(3), protein=PROTEIN)
+    assert "no attention weights" in fused.problem
+    assert (fused.maps, fused.scores, fused.similarity) == ((), None, None)
+    nothing = ProteinRecord("dots", "", "....")
+    unknown = analyse_model(_model(), TOKENIZER, _sequences(3), protein=nothing)
+    assert (unknown.labels, unknown.scores) == ("", None)
+    assert unknown.similarity is not None
+    for name in ("max_sequences", "max_length", "batch_size"):
+        with pytest.raises(ValueError, match=name):
+            analyse_model(_model(), TOKENIZER, [], protein=PROTEIN, **{name: 0})

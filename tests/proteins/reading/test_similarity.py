@@ -1,0 +1,285 @@
+"""Similarity of amino acids against its definition."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, residue_ids
+from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
+from performers.proteins.reading.similarity import (
+    AMINO_ACIDS,
+    AttentionSimilarity,
+    embedding_similarity,
+    pair_ranks,
+    top_pairs,
+)
+from tests.proteins.runs import make_model
+
+FIRST = 5
+"""Id of the first amino acid."""
+
+
+def _similarity(threshold=0.1):
+    return AttentionSimilarity(build_protein_tokenizer(closed=True), threshold=threshold)
+
+
+def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, seed: int = 0):
+    """Framed sequences with every amino acid and an X, the second one padded; peaky attention."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(FIRST, FIRST + 21, (batch, length), generator=generator)
+    tokens[0, 1:21] = torch.arange(FIRST, FIRST + 20)
+    tokens[:, 0] = 1
+    tokens[0, -1] = 2
+    tokens[1:, -6] = 2
+    tokens[1:, -5:] = 0
+    mask = (tokens != 0).long()
+    attentions = []
+    for _ in range(layers):
+        scores = 2 * torch.randn(batch, heads, length, length, generator=generator)
+        attentions.append(scores.masked_fill(mask[:, None, None] == 0, -math.inf).softmax(-1))
+    return tokens, mask, attentions
+
+
+def compared(similarity, *, thresholded=False, permutations=9_999):
+    reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
+    matrix = similarity.similarity(thresholded=thresholded)
+    return compare_matrices(matrix, reference, name="BLOSUM62", permutations=permutations)
+
+
+def _measured(attentions=None, **options):
+    """The similarity of a batch, or of other attention on its tokens."""
+    tokens, mask, weights = _batch(**options)
+    similarity = _similarity()
+    similarity.update(tokens, mask, weights if attentions is None else attentions(weights))
+    return similarity
+
+
+def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], threshold: float):
+    rows = []
+    for weights in attentions:
+        for head in range(weights.shape[1]):
+            paid, total = np.zeros(20), 0.0
+            for b in range(tokens.shape[0]):
+                inside = [i for i in range(tokens.shape[1]) if tokens[b, i] >= FIRST]
+                for i in inside:
+                    for j in inside:
+                        weight = float(weights[b, head, i, j])
+                        if weight > threshold:
+                            total += weight
+                            if tokens[b, j] < FIRST + 20:
+                                paid[int(tokens[b, j]) - FIRST] += weight
+            rows.append(paid / total)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("thresholded", [False, True])
+def test_shares_and_similarity_match_the_definition(thresholded):
+    tokens, mask, attentions = _batch()
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    expected = _shares_by_hand(tokens, attentions, 0.1 if thresholded else -1.0)
+    np.testing.assert_allclose(similarity.shares(thresholded=thresholded), expected, rtol=1e-5)
+    matrix = similarity.similarity(thresholded=thresholded)
+    np.testing.assert_allclose(matrix, np.corrcoef(expected.T), atol=1e-4)
+    np.testing.assert_array_equal(matrix, matrix.T)
+    assert similarity.heads(thresholded=thresholded) == 6
+    assert similarity.sequences == 2
+
+
+def test_batches_add_up_to_the_whole():
+    tokens, mask, attentions = _batch(batch=4)
+    whole, parts = _similarity(), _similarity()
+    whole.update(tokens, mask, attentions)
+    for rows in (slice(0, 1), slice(1, 4)):
+        parts.update(tokens[rows], mask[rows], [weights[rows] for weights in attentions])
+    for kind in (False, True):
+        np.testing.assert_allclose(
+            parts.shares(thresholded=kind), whole.shares(thresholded=kind), rtol=1e-12
+        )
+    np.testing.assert_array_equal(parts.occurrences, whole.occurrences)
+
+
+def test_frequency_of_an_amino_acid_does_not_enter():
+    tokens, mask, attentions = _batch()
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    enrichment = similarity.shares() / (similarity.occurrences / similarity.occurrences.sum())
+    np.testing.assert_allclose(similarity.similarity(), np.corrcoef(enrichment.T), atol=1e-9)
+
+
+def test_planted_blosum_is_found_and_shuffled_labels_are_not():
+    reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
+    values, vectors = np.linalg.eigh(reference)
+    root = vectors * np.sqrt(np.clip(values, 0, None))
+    preference = np.random.default_rng(0).normal(size=(64, 20)) @ root.T / 4
+    tokens = torch.arange(FIRST, FIRST + 20).repeat(3)[None]
+    mask = torch.ones_like(tokens)
+
+    def compare(by_head: np.ndarray):
+        similarity = _similarity()
+        rows = torch.from_numpy(by_head[:, np.tile(np.arange(20), 3)])
+        weights = rows.softmax(-1)[None, :, None, :].expand(1, 64, 60, 60)
+        similarity.update(tokens, mask, [weights])
+        return similarity, compared(similarity)
+
+    similarity, found = compare(preference)
+    assert found.pearson > 0.6
+    assert found.spearman > 0.5
+    assert found.p_value == pytest.approx(1e-4)
+    assert found.pairs == 190
+    assert found.note == ""
+    assert similarity.notes() == []
+    order = np.random.default_rng(1).permutation(20)
+    _, shuffled = compare(preference[:, order])
+    assert shuffled.p_value > 0.05
+
+
+def test_amino_acid_that_never_occurs_is_left_out_and_named():
+    tokens, mask, attentions = _batch()
+    tokens = torch.where(tokens == FIRST + AMINO_ACIDS.index("W"), FIRST, tokens)
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    matrix = similarity.similarity()
+    tryptophan = AMINO_ACIDS.index("W")
+    assert np.isnan(matrix[tryptophan]).all()
+    assert np.isfinite(np.delete(np.delete(matrix, tryptophan, 0), tryptophan, 1)).all()
+    assert compared(similarity, permutations=9).pairs == 171
+    missing, there = pair_ranks(similarity.similarity(), ["FW", "DE"])
+    assert missing.rank is None
+    assert math.isnan(missing.similarity)
+    assert there.rank is not None
+    assert missing.of == there.of == 171
+    assert [note for note in similarity.notes() if note.endswith(": W.")]
+
+
+def test_head_without_attention_above_the_threshold_is_left_out_and_named():
+    tokens, mask, attentions = _batch(heads=4)
+    attentions[1][:, 2] = 0.01
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    assert similarity.heads(thresholded=True) == 7
+    assert np.isfinite(similarity.similarity(thresholded=True)).all()
+    assert "1 of 8 heads" in similarity.notes(thresholded=True)[0]
+    assert "2.3" in similarity.notes(thresholded=True)[0]
+    assert similarity.notes() == []
+    attentions[0][0, 1, 3, 3] = math.nan
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    assert similarity.heads() == 7, "nor does one with NaN count"
+    assert np.isfinite(similarity.similarity()).all()
+
+
+def test_pairs_are_ranked_among_all_that_have_a_similarity():
+    similarity = _similarity()
+    tokens, mask, attentions = _batch(layers=3)
+    similarity.update(tokens, mask, attentions)
+    every = top_pairs(similarity.similarity(), 190)
+    assert len(top_pairs(similarity.similarity(), 5)) == 5
+    assert len({frozenset(pair[:2]) for pair in every}) == 190
+    assert [p.similarity for p in every] == sorted((p.similarity for p in every), reverse=True)
+    first, second, value = every[0]
+    row, column = AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)
+    assert value == similarity.similarity()[row, column]
+    ranked = pair_ranks(similarity.similarity(), [f"{pair.second}{pair.first}" for pair in every])
+    assert [pair.rank for pair in ranked] == list(range(1, 191))
+    assert {pair.of for pair in ranked} == {190}
+    assert [pair.similarity for pair in ranked] == [pair.similarity for pair in every]
+    expected = pair_ranks(similarity.similarity())
+    assert [f"{p.first}{p.second}" for p in expected] == ["DE", "FY", "IV", "KR"]
+
+
+def test_embeddings_are_compared_without_their_mean():
+    model, tokenizer = make_model()
+    ids = residue_ids(tokenizer, AMINO_ACIDS)
+    generator = np.random.default_rng(0)
+    factors = np.linalg.cholesky(_positive(load_reference_matrix("BLOSUM62", AMINO_ACIDS)))
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[ids] = torch.tensor(factors[:, :16], dtype=torch.float32)
+    before = embedding_similarity(model, tokenizer)
+    vectors = factors[:, :16] - factors[:, :16].mean(0)
+    np.testing.assert_allclose(before, np.corrcoef(np.c_[vectors, -vectors]), atol=1e-5)
+    with torch.no_grad():
+        weight[ids] += torch.tensor(generator.normal(0, 5, 16), dtype=torch.float32)
+    np.testing.assert_allclose(embedding_similarity(model, tokenizer), before, atol=1e-4)
+
+
+def test_one_that_lies_at_the_mean_has_no_similarity():
+    model, tokenizer = make_model()
+    ids = residue_ids(tokenizer, AMINO_ACIDS)
+    weight = model.get_input_embeddings().weight
+    weight.data[ids] = 0
+    weight.data[ids[1], 0], weight.data[ids[2], 0] = 1, -1
+    similarity = embedding_similarity(model, tokenizer)
+    assert similarity[1, 2] == -1
+    assert np.isnan(similarity[0]).all()
+    assert np.isnan(similarity[:, 3]).all()
+    assert [(p.first, p.second) for p in top_pairs(similarity)] == [tuple(AMINO_ACIDS[1:3])]
+    known, unknown = pair_ranks(similarity, (AMINO_ACIDS[1:3], AMINO_ACIDS[:2]))
+    assert (known.rank, known.of) == (1, 1)
+    assert unknown.rank is None
+
+
+def _positive(matrix):
+    """The nearest matrix of inner products, and a little more."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.maximum(values, 0.1)) @ vectors.T
+
+
+def test_padding_and_precision_do_not_matter():
+    tokens, mask, attentions = _batch(length=64)
+    clean, dirty, half = _similarity(), _similarity(), _similarity()
+    clean.update(tokens, mask, attentions)
+    half.update(tokens, mask, [weights.bfloat16() for weights in attentions])
+    np.testing.assert_allclose(half.shares(), clean.shares(), rtol=5e-3)
+    tokens = tokens.clone()
+    tokens[1, -5:] = FIRST
+    for weights in attentions:
+        weights[1, :, -5:, :] = math.nan
+        weights[1, :, :, -5:] = 7.0
+    dirty.update(tokens, mask, attentions)
+    np.testing.assert_array_equal(dirty.shares(), clean.shares())
+    np.testing.assert_array_equal(dirty.occurrences, clean.occurrences)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "note"),
+    [
+        (_similarity, "No attention was recorded, so there is no similarity."),
+        *[
+            (lambda layers=layers, heads=heads: _measured(layers=layers, heads=heads), "at least 3")
+            for layers, heads in ((1, 1), (1, 2), (2, 1))
+        ],
+        (lambda: _measured(lambda w: [torch.full_like(x, 0.025) for x in w]), "same share"),
+    ],
+)
+def test_no_similarity_is_explained(similarity, note):
+    found = similarity()
+    assert np.isnan(found.similarity()).all()
+    assert top_pairs(found.similarity()) == []
+    assert note in found.notes()[-1]
+    for thresholded in (False, True):
+        assert math.isnan(compared(found, thresholded=thresholded).p_value)
+
+
+def test_bad_arguments_are_named():
+    tokens, mask, attentions = _batch()
+    similarity = _similarity()
+    similarity.update(tokens, mask, attentions)
+    for given, message in (
+        ([], "attentions"),
+        ([attentions[0], attentions[1][:, :, :-1]], "layer 2"),
+        (attentions[:1], "same heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similarity.update(tokens, mask, given)
+    with pytest.raises(ValueError, match="threshold"):
+        _similarity(threshold=1.0)
+    model = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1, "A": 2}, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="C, D"):
+        AttentionSimilarity(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>"))

@@ -1,0 +1,123 @@
+"""The report on trained models, from their folders."""
+
+import json
+
+import pytest
+
+from performers.app.errors import UserError
+from performers.app.files import write_json
+from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.model_folder import load_model
+from performers.proteins.report.model_report import choose_protein, report_on_model
+from tests.proteins.report.page import Page
+from tests.proteins.runs import make_model_folder, proteins
+
+RECORDS = [ProteinRecord(f"p{n}", "", letters) for n, letters in enumerate(proteins(8, 20, 60))]
+
+
+def write(folder, output, records=RECORDS, **options):
+    """The text of the page, the numbers beside it, and the names of the steps reported."""
+    seen = []
+    path = report_on_model(
+        *(folder, *load_model(folder), records, output),
+        **options,
+        report=lambda name, *progress: seen.append(name),
+    )
+    assert path == output / "report.html"
+    page = Page(path)
+    page.assert_self_contained()
+    return page.text, json.loads((output / "report.json").read_text())["models"], set(seen)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = make_model_folder(tmp_path_factory.mktemp("models") / "a <b>model")
+    record = {
+        "options": {"objective": "mlm", "steps": 123_456, "batch_tokens": 77},
+        "data": {"sequences": 4321},
+        "result": {"seconds": 98.76},
+    }
+    write_json(path / "training.json", record)
+    entries = [{"step": 1, "loss": 3.4}, {"step": 2, "loss": 3.1}, {"step": 2, "eval_loss": 3.2}]
+    write_json(path / "trainer_state.json", {"log_history": entries})
+    return path
+
+
+def test_the_page_tells_settings_and_escapes_names(folder, tmp_path):
+    hostile = ProteinRecord("<img/src=x>", "&<script>alert(1)</script>", RECORDS[0].sequence)
+    text, _, seen = write(folder, tmp_path, [*RECORDS, hostile], protein="<img/src=x>")
+    for words in ("<img/src=x>", "a <b>model", "123", "4321", "98.76", "77", "favor-softmax"):
+        assert words in text
+    assert "Learning curve" in text
+    assert "No training log" not in text
+    assert seen == {"evaluating", "reading attention, a <b>model"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("attention", ["favor-relu", "exact", "identity"])
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_every_kind_of_model_has_a_report(tmp_path, attention, objective):
+    folder = make_model_folder(tmp_path / "model", objective, attention=attention)
+    text, _, _ = write(folder, tmp_path / "report", max_sequences=4)
+    assert "No training log" in text
+    assert "BLOSUM62" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"exact_layers": [0], "num_features": 24}, True),
+        ({"exact_layers": [0, 1], "num_features": 24}, False),
+        # What is read is cropped.
+        ({"position_embedding": "learned", "max_length": 16}, True),
+    ],
+)
+def test_the_number_of_features_is_told_where_there_are_some(tmp_path, options, told):
+    folder = make_model_folder(tmp_path / "model", **options)
+    text, _, _ = write(folder, tmp_path / "report", max_sequences=4)
+    assert ("random features per head" in text) is told
+
+
+def test_a_protein_is_chosen_by_name_or_by_length():
+    lengths = {"long": 500, "short": 10, "fits": 100, "fits-too": 90}
+    records = [ProteinRecord(name, "", "M" * length) for name, length in lengths.items()]
+    assert choose_protein(records, None, 256).name == "fits"
+    assert choose_protein(records, "long", 256).name == "long"
+    assert choose_protein(records[:2], None, 256).name == "short"
+    assert choose_protein(records[:1], None, 256).name == "long"
+    with pytest.raises(UserError, match=r"--protein 'x' is not in .* first are long, short, fits"):
+        choose_protein(records, "x", 256)
+
+
+@pytest.mark.exhaustive
+def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
+    other = make_model_folder(tmp_path / "exact", attention="exact")
+    named = ProteinRecord("enzyme", "x sites=5,9,2", RECORDS[0].sequence)
+    compare = [(other, *load_model(other))]
+    text, numbers, seen = write(
+        folder, tmp_path / "report", [named, *RECORDS], protein="enzyme", compare=compare
+    )
+    assert "side by side" in text
+    assert {"evaluating", "evaluating exact", "reading attention, exact"} <= seen
+    assert [model["name"] for model in numbers] == ["a <b>model", "exact"]
+    for model in numbers:
+        assert [site["site"] for site in model["learnt"]["sites"]["sites"]] == [2, 5, 9]
+        assert model["metrics"]["given sequences"]["tokens"] > 0
+    _, numbers, _ = write(folder, tmp_path / "given", [named], sites="7")
+    assert [s["site"] for s in numbers[0]["learnt"]["sites"]["sites"]] == [7]
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        (RECORDS[0], {"protein": "none"}, "--protein 'none' is not in the FASTA files"),
+        (RECORDS[0], {"sites": "0"}, "from 1 to"),
+        (RECORDS[0], {"sites": "3,"}, "numbers of residues"),
+        (RECORDS[0], {"sites": "999"}, "got 999"),
+        (ProteinRecord("p", "sites=1,x", "MKV"), {}, "sites= in the header of p must be numbers"),
+    ],
+)
+def test_what_is_not_in_the_file_stops_before_the_work(folder, tmp_path, record, options, message):
+    with pytest.raises(UserError, match=message):
+        write(folder, tmp_path / "new", [record], **options)
+    assert not (tmp_path / "new").exists()

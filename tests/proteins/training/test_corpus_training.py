@@ -1,0 +1,72 @@
+"""Training from a corpus is training from the same sequences in memory, and resumes mid-epoch."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from performers.app.files import write_json
+from performers.proteins.corpus import Corpus
+from performers.proteins.corpus.shards import FORMAT, VOCABULARY, write_shards
+from performers.proteins.options import TrainingOptions
+from performers.proteins.training.train import train_model
+from tests.cli.commands import refusal, run
+from tests.proteins.corpus.test_shards import proteins
+from tests.proteins.runs import SMALL
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    folder = tmp_path / "corpus"
+    splits = {
+        name: write_shards(folder / name, proteins(count, seed), shard_tokens=300)
+        for seed, (name, count) in enumerate({"train": 60, "validation": 8}.items())
+    }
+    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits}
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(one, other):
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_same_as_in_memory(corpus, tmp_path, packed):
+    options = TrainingOptions(**SMALL, packed=packed)
+    shards = Corpus(corpus).split("train")
+    validation = [sequence for _, sequence in proteins(8, 1)]
+    in_memory = [shards.sequence(i) for i in range(len(shards))]
+    train_model(shards, tmp_path / "disk", options, validation=validation)
+    train_model(in_memory, tmp_path / "memory", options, validation=validation)
+    assert_same(tmp_path / "disk", tmp_path / "memory")
+
+
+def test_resumes_in_the_middle_of_an_epoch(corpus, tmp_path, monkeypatch):
+    arguments = [
+        *("train", str(corpus), "--hidden-size", "16", "--layers", "2", "--heads", "2"),
+        *("--max-length", "40", "--batch-tokens", "200", "--steps", "6", "--save-steps", "2"),
+    ]
+    run(*arguments, "--output", tmp_path / "whole")
+    from performers.proteins.training import train as training
+
+    step = training._ProteinTrainer.training_step
+
+    def stops(self, *given, **options):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *given, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._ProteinTrainer, "training_step", stops)
+        run(*arguments, "--output", tmp_path / "parts", code=130)
+    run(*arguments, "--output", tmp_path / "parts", "--resume")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_one_corpus_at_a_time(corpus, tmp_path):
+    assert "by itself" in refusal("train", corpus, corpus, "--output", tmp_path / "model")

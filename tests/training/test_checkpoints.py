@@ -1,0 +1,228 @@
+"""Damaged checkpoints are never resumed from: the one before is, or the run is refused."""
+
+import json
+import logging
+import os
+import shutil
+
+import pytest
+import torch
+
+from performers.app.errors import UserError
+from performers.proteins.training.record import last_complete_checkpoint
+from performers.proteins.training.train import train_model
+from tests.proteins.runs import (
+    losses,
+    proteins,
+    same_weights,
+    small_options,
+)
+
+OPTIONS = {"steps": 5, "save_steps": 2, "redraw_steps": 2, "dropout": 0.2}
+NEEDED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+OTHERS = ["config.json", "trainer_state.json", "training_args.bin", "manifest.json"]
+
+
+def train(folder, **given):
+    return train_model(proteins(), folder, small_options(**OPTIONS), **given)
+
+
+def delete(path):
+    path.unlink()
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def change(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """A run that ended without a word after step 4 of 5; its checkpoints are of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("broken") / "run"
+
+    def progress(done, total, log):
+        if done == 5:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(folder, progress=progress)
+    return folder
+
+
+@pytest.fixture
+def folder(broken_off, tmp_path):
+    return shutil.copytree(broken_off, tmp_path / "run")
+
+
+@pytest.fixture
+def checkpoints(folder):
+    return folder / "checkpoints"
+
+
+def test_a_manifest_lists_every_file_of_a_checkpoint(checkpoints):
+    newest = checkpoints / "checkpoint-4"
+    names = {path.name for path in newest.iterdir()}
+    assert names == {*NEEDED, *OTHERS}
+    listed = json.loads((newest / "manifest.json").read_text())["files"]
+    assert listed.keys() == names - {"manifest.json"}
+    assert last_complete_checkpoint(checkpoints) == newest
+
+
+@pytest.mark.parametrize("name", [*NEEDED, *OTHERS])
+@pytest.mark.parametrize("damage", [delete, truncate, zero, change])
+def test_the_checkpoint_before_stands_in_for_a_damaged_one(checkpoints, name, damage, caplog):
+    damage(checkpoints / "checkpoint-4" / name)
+    found = last_complete_checkpoint(checkpoints)
+    if (name, damage) == ("manifest.json", delete):
+        # As a version without manifests left it; its data are as they were.
+        assert found.name == "checkpoint-4"
+        return
+    assert found.name == "checkpoint-2"
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    # A changed byte of the manifest may be one of another file's hash.
+    assert record.message.startswith(f"{checkpoints}: cannot use checkpoint-4 (")
+    assert f"{name} " in record.message or f" {name});" in record.message
+    assert record.message.endswith("); resuming from checkpoint-2")
+
+
+def test_a_resumed_run_says_so_in_one_line_and_ends_with_the_same_numbers(
+    folder, whole, monkeypatch, capsys
+):
+    newest = folder / "checkpoints" / "checkpoint-4"
+    change(newest / "optimizer.pt")
+    (newest / "left.bin").touch()
+    with monkeypatch.context() as patched:
+        # As in a program that configures no logging.
+        patched.setattr(logging.root, "handlers", [])
+        train(folder, resume=True)
+    assert capsys.readouterr().err == (
+        f"{folder / 'checkpoints'}: cannot use checkpoint-4 (optimizer.pt does not match its "
+        "SHA-256 in manifest.json); resuming from checkpoint-2\n"
+    )
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    assert same_weights(folder, whole)
+    assert last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    assert not (newest / "left.bin").exists(), "remains are no part of its successor"
+
+
+@pytest.mark.parametrize("damage", [delete, change])
+def test_a_run_without_an_undamaged_checkpoint_is_refused(folder, checkpoints, damage):
+    before = sorted(folder.rglob("*"))
+    for path in checkpoints.glob("*/rng_state.pth"):
+        damage(path)
+    with pytest.raises(UserError) as caught:
+        train(folder, resume=True)
+    message = str(caught.value)
+    assert message.startswith(
+        f"--resume: {checkpoints} has no usable checkpoint: checkpoint-4 (rng"
+    )
+    assert message.count("rng_state.pth") == 2
+    assert f"delete {checkpoints} to start anew" in message
+    assert "\n" not in message
+    assert {*before} >= {*folder.rglob("*")}
+
+
+def test_a_checkpoint_that_was_being_written_is_none(checkpoints, caplog):
+    """Weights have a manifest already, which does not list what is saved after them."""
+    newest = checkpoints / "checkpoint-4"
+    manifest = newest / "manifest.json"
+    content = json.loads(manifest.read_text())
+    kept = {name: content["files"][name] for name in ("config.json", "model.safetensors")}
+    manifest.write_text(json.dumps({**content, "files": kept}))
+    assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
+    assert "checkpoint-4 (its saving had not ended)" in caplog.text
+    shutil.rmtree(checkpoints / "checkpoint-2")
+    assert last_complete_checkpoint(checkpoints) is None
+    assert caplog.messages[-1].endswith("(its saving had not ended); starting anew")
+
+
+def cut_off(checkpoints, name):
+    truncate(checkpoints / "checkpoint-4" / name)
+
+
+def state(content):
+    def damage(checkpoints):
+        path = checkpoints / "checkpoint-4" / "trainer_state.json"
+        path.unlink()
+        os.mkfifo(path) if content is None else path.write_text(content)
+
+    return damage
+
+
+class TestWithoutManifest:
+    """Checkpoints of versions that wrote none."""
+
+    @pytest.fixture
+    def checkpoints(self, folder):
+        for path in folder.glob("checkpoints/*/manifest.json"):
+            path.unlink()
+        return folder / "checkpoints"
+
+    def test_they_are_resumed_from(self, folder, checkpoints, whole, caplog):
+        assert last_complete_checkpoint(checkpoints).name == "checkpoint-4"
+        train(folder, resume=True)
+        assert not caplog.records
+        assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+        assert same_weights(folder, whole)
+
+    @pytest.mark.parametrize("name", NEEDED)
+    def test_a_missing_file_is_never_replaced_by_a_fresh_start(self, checkpoints, name, caplog):
+        (checkpoints / "checkpoint-4" / name).unlink()
+        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
+        assert "missing" in caplog.text
+        (checkpoints / "checkpoint-2" / name).unlink()
+        with pytest.raises(UserError, match=r"no usable checkpoint: checkpoint-4 .*missing\), ch"):
+            last_complete_checkpoint(checkpoints)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            *[lambda folder, name=name: cut_off(folder, name) for name in NEEDED[1:]],
+            *map(state, (None, "", "[" * 100_000)),
+        ],
+    )
+    def test_what_is_cut_off_is_passed_over(self, checkpoints, damage):
+        damage(checkpoints)
+        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"unknown": 1}, r"does not describe a run \(.*unknown"),
+            ({"global_step": 3}, "is of step 3"),
+        ],
+    )
+    def test_a_log_of_another_kind_or_step_is_refused(self, checkpoints, changes, reason):
+        for path in checkpoints.glob("*/trainer_state.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        with pytest.raises(UserError, match=rf"checkpoint-4 \(trainer_state.json {reason}"):
+            last_complete_checkpoint(checkpoints)
+
+    def test_every_process_needs_its_random_state(self, checkpoints, monkeypatch):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match=r"rng_state_0\.pth is missing"):
+            last_complete_checkpoint(checkpoints)
+        for path in checkpoints.iterdir():
+            for process in range(2):
+                torch.save(torch.get_rng_state(), path / f"rng_state_{process}.pth")
+        assert last_complete_checkpoint(checkpoints).name == "checkpoint-4"
+        cut_off(checkpoints, "rng_state_1.pth")
+        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
