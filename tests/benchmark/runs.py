@@ -6,8 +6,10 @@ import io
 from functools import partial
 from unittest import mock
 
-from performers.benchmark.attention import attention_results, run_attention
-from performers.benchmark.floor import measure_floor
+from performers.benchmark.case import select
+from performers.benchmark.cases.attention import ATTENTION
+from performers.benchmark.cases.floor import measure_floor
+from performers.benchmark.measure import Results, run
 from performers.benchmark.settings import AttentionSettings
 
 # The package re-exports a function of the module's name.
@@ -24,22 +26,23 @@ TINY = {
     "contestants": ("performers torch", "SDPA", "identity"),
 }
 
+quick_floor = partial(measure_floor, seconds=0.002)
 
-def run_tiny(earlier=None, **changes):
-    """Results of a tiny attention benchmark; ``earlier`` is the JSON of one to resume."""
-    settings = AttentionSettings(**{**TINY, **changes})
-    results = attention_results(settings)
+
+def run_small(benchmark, settings, earlier=None):
+    """Results of a benchmark; ``earlier`` is the JSON of one to resume."""
+    results = Results.empty(benchmark.name, settings)
     if earlier is not None:
         results.resume(earlier)
-    saves = []
-    results.saved = lambda results: saves.append(len(results.rows))
-    with mock.patch("performers.benchmark.attention.measure_floor", quick_floor):
-        run_attention(settings, results)
-    results.saves = saves
+    results.saves = []
+    results.saved = lambda results: results.saves.append(len(results.rows))
+    with mock.patch("performers.benchmark.cases.attention.measure_floor", quick_floor):
+        run(benchmark, settings, results)
     return results
 
 
-quick_floor = partial(measure_floor, seconds=0.002)
+def run_tiny(earlier=None, **changes):
+    return run_small(ATTENTION, AttentionSettings(**{**TINY, **changes}), earlier)
 
 
 def break_backend(monkeypatch, name, change):
@@ -53,9 +56,11 @@ def read_csv(text):
     return list(csv.DictReader(io.StringIO(text)))
 
 
+def measured(rows):
+    return select(rows, {"status": "measured"})
+
+
 def pick(results, **wanted):
     """The one row with these values."""
-    (row,) = [
-        row for row in results.rows if all(row[key] == value for key, value in wanted.items())
-    ]
+    (row,) = select(results.rows, wanted)
     return row

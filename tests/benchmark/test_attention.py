@@ -6,10 +6,14 @@ import math
 import pytest
 import torch
 
-from performers.benchmark import attention_group, contestants
-from performers.benchmark.results import OtherRunError, failures, measured
-from performers.benchmark.settings import DIRECTIONS, PASSES, AttentionSettings
-from tests.benchmark.runs import TINY, break_backend, pick, read_csv, run_tiny
+from performers.benchmark.case import failures
+from performers.benchmark.cases import contestants
+from performers.benchmark.cases.attention import ATTENTION, MATMULS, check
+from performers.benchmark.cases.contestants import exact_flops, favor_flops, pass_flops
+from performers.benchmark.cases.inputs import make_inputs
+from performers.benchmark.measure import OtherRunError
+from performers.benchmark.settings import DIRECTIONS, PASSES, AttentionSettings, Workload
+from tests.benchmark.runs import TINY, break_backend, measured, pick, read_csv, run_tiny
 
 NAMES = TINY["contestants"]
 
@@ -157,21 +161,75 @@ def test_others_may_fail_without_ending_the_run(monkeypatch, error, status):
     assert failures(found.rows) == []
 
 
-def test_what_is_not_installed_is_listed(monkeypatch):
-    monkeypatch.setattr(contestants.third_party, "absence", lambda module: "not installed")
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    monkeypatch.setattr(contestants, "absence", lambda module: "not installed")
     found = run_tiny(contestants=(), lengths=(16,), directions=("causal",), passes=("forward",))
-    assert found.notes["not_measured"] == {
-        "performer-pytorch": "not installed",
-        "fast-transformers": "not installed",
-        "fla": "not installed",
-    }
+    assert ATTENTION.absences(AttentionSettings()) == dict.fromkeys(
+        ("performer-pytorch", "fast-transformers", "fla"), "not installed"
+    )
     assert [row["contestant"] for row in found.rows][-2:] == ["SDPA", "identity"]
+
+
+def test_fla_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(contestants, "absence", lambda module: None)
+    fla = contestants.contestants()["fla"]
+    assert fla.absence.startswith("needs a GPU")
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        fla.build(Workload(), False)
+
+
+@pytest.mark.parametrize("features", ["softmax", "relu"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("performer-pytorch", "performer_pytorch"), ("fast-transformers", "fast_transformers")],
+)
+def test_other_libraries_are_what_they_claim(name, module, is_causal, features, capsys):
+    pytest.importorskip(module)
+    workload = Workload(heads=2, head_dim=8, num_features=64, features=features)
+    contestant = contestants.contestants()[name]
+    check(contestant, workload, is_causal, backward=True)
+    attend = contestant.build(workload, is_causal)
+    query, key, _, _ = make_inputs(workload, 40)
+    ones = torch.ones_like(query)
+    # Weights that sum to one, but for what is added to the normaliser.
+    torch.testing.assert_close(attend(query, key, ones), ones, rtol=0, atol=0.1)
+    steps = torch.arange(40.0)[:, None].expand_as(query)
+    out = attend(query, key, steps)
+    assert bool((out[:, :, 0] > 1).all()) != is_causal
+    # The same projection in every call.
+    assert torch.equal(out, attend(query, key, steps))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1000, 64), (40, 40)])
+def test_operations_are_those_of_the_products(length, chunk):
+    def product(rows, inner, columns):
+        return 2 * rows * inner * columns
+
+    shape = Workload(heads=2, head_dim=8, num_features=32, batch=3)
+    linear = 2 * product(length, 8, 32) + product(32, length, 8) + product(length, 32, 8)
+    assert favor_flops(shape, length, False) == 6 * linear
+    squares = product(chunk, 32, chunk) + product(chunk, chunk, 8)
+    added = favor_flops(shape, length, True) - favor_flops(shape, length, False)
+    assert added == 6 * length / chunk * squares / 2
+    exact = exact_flops(shape, length, False)
+    assert exact == 2 * exact_flops(shape, length, True) == 6 * 2 * product(length, 8, length)
+    assert [pass_flops(10, name) for name in PASSES] == [10, 30]
+
+
+def test_at_512_tokens_linear_and_exact_attention_do_the_same_work():
+    known, workload = contestants.contestants(), Workload()
+    names = ("performers torch", "SDPA", "performer-pytorch")
+    (count,) = {known[name].flops(workload, 512, False) for name in names}
+    assert known["fast-transformers"].flops(workload, 512, False) == count * 3 // 4
+    assert known["identity"].flops is None
 
 
 def test_between_matmuls_their_own_time_is_taken_off():
     found = run_tiny(between_matmuls=True, lengths=(16,), directions=("causal",))
     for passes in PASSES:
-        alone = pick(found, passes=passes, contestant=attention_group.MATMULS)
+        alone = pick(found, passes=passes, contestant=MATMULS)
         assert alone["seconds"] == alone["whole_seconds"] > 0
         for name in NAMES:
             row = pick(found, passes=passes, contestant=name)

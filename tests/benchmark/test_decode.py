@@ -5,14 +5,13 @@ import torch
 from torch.nn import functional as F
 
 from performers import backends, favor_attention
-from performers.benchmark import decode_states
-from performers.benchmark.decode import decode_results, run_decode
-from performers.benchmark.decode_states import ExactDecoder, FavorDecoder, ModelDecoder
-from performers.benchmark.results import failures, measured
-from performers.benchmark.settings import DecodeSettings
-from performers.benchmark.steps import Shape
-from performers.benchmark.workload import Workload
-from tests.benchmark.runs import break_backend
+from performers.benchmark.case import failures
+from performers.benchmark.cases import decode
+from performers.benchmark.cases.decode import DECODE, ExactDecoder, FavorDecoder
+from performers.benchmark.cases.inputs import make_features
+from performers.benchmark.settings import DecodeSettings, Shape, Workload
+from tests.benchmark import runs
+from tests.benchmark.runs import break_backend, measured
 
 WORKLOAD = Workload(heads=2, head_dim=8, num_features=16)
 TINY = {
@@ -26,21 +25,19 @@ TINY = {
 }
 
 
-def run_small(**changes):
-    settings = DecodeSettings(**{**TINY, **changes})
-    results = decode_results(settings)
-    run_decode(settings, results)
-    return results
+def run_small(earlier=None, **changes):
+    return runs.run_small(DECODE, DecodeSettings(**{**TINY, **changes}), earlier)
 
 
 @pytest.fixture
 def short_pieces(monkeypatch):
-    monkeypatch.setattr(decode_states, "_PREFILL", 10)
+    monkeypatch.setattr(decode, "_PREFILL", 10)
+    monkeypatch.setattr(decode, "_MODEL_PREFILL", 10)
 
 
 def recorded(decoder, contexts):
     """All inputs of a decoder that was extended so, and twice those of its next token."""
-    fresh = decode_states._Layer(WORKLOAD)
+    fresh = decode._Layer(WORKLOAD)
     pieces = [piece for context in contexts for piece in fresh._pieces(context)]
     token = decoder._token
     return [
@@ -58,7 +55,7 @@ def test_steps_are_the_last_rows_of_the_whole_sequence(kind, short_pieces):
     query, key, value = recorded(decoder, (13, 25))
     assert query.shape[2] == 27
     if kind == "favor":
-        whole = favor_attention(query, key, value, WORKLOAD.feature_map(), is_causal=True)
+        whole = favor_attention(query, key, value, make_features(WORKLOAD), is_causal=True)
     else:
         whole = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     for _ in range(2):
@@ -80,8 +77,9 @@ def test_a_state_keeps_its_size_and_a_cache_grows():
 
 
 @pytest.mark.parametrize("attention", ["favor-softmax", "exact"])
-def test_a_models_cache_holds_the_context(attention, short_pieces):
-    decoder = ModelDecoder(Shape(size="small", num_features=16), attention)
+def test_a_models_cache_holds_the_context(attention, short_pieces, monkeypatch):
+    monkeypatch.setattr(decode, "_REALLY_READ", 3)
+    decoder = decode._model_decoder(Shape(size="small", num_features=16), attention)
     sizes = []
     for context in (7, 24):
         decoder.extend(context)
@@ -116,7 +114,7 @@ def test_rows_and_ratios():
 
 
 def test_through_a_model(monkeypatch):
-    monkeypatch.setattr("performers.benchmark.decode.Shape", lambda **more: Shape(size="small"))
+    monkeypatch.setattr(decode, "Shape", lambda **more: Shape(size="small"))
     results = run_small(through_model=True, contexts=(8, 16))
     model = [row for row in results.rows if row["level"] == "model"]
     assert [(row["context"], row["contestant"]) for row in model] == [
@@ -137,11 +135,9 @@ def test_a_backend_that_forgets_is_not_timed(monkeypatch):
 
 def test_resuming_skips_a_level_that_is_there():
     first = run_small()
-    settings = DecodeSettings(**TINY)
-    again = decode_results(settings)
-    again.resume(first.content())
-    run_decode(settings, again)
+    again = run_small(first.content())
     assert again.rows == first.rows
+    assert again.saves == []
 
 
 def test_settings_out_of_range():

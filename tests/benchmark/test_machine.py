@@ -7,7 +7,7 @@ import torch
 
 import performers
 from performers import backends
-from performers.benchmark.floor import measure_floor
+from performers.benchmark.cases.floor import measure_floor
 from performers.benchmark.machine import command_line, describe, parallel_info
 
 INFO = """ATen/Parallel:

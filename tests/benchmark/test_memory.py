@@ -1,27 +1,35 @@
 """Peak memory: of this process, of a process of its own, and the limit."""
 
+import subprocess
+from functools import partial
+
 import pytest
 import torch
 
 from performers.benchmark import memory
+from performers.benchmark.cases.attention import measure_peak
 from performers.benchmark.memory import (
     OutOfMemoryError,
     ProbeError,
     is_out_of_memory,
     limited_memory,
     peak_of,
-    run_probe,
+    run_apart,
 )
 
 MIB = 2**20
-TASK = {
-    "kind": "attention",
-    "workload": {"heads": 8, "head_dim": 64},
-    "contestant": "identity",
-    "length": 16384,
-    "is_causal": False,
-    "backward": False,
-}
+
+
+def probe(**changes):
+    arguments = {
+        "workload": {"heads": 8, "head_dim": 64},
+        "contestant": "identity",
+        "length": 16384,
+        "is_causal": False,
+        "backward": False,
+    }
+    return partial(measure_peak, **(arguments | changes))
+
 
 linux = pytest.mark.skipif(not memory._STATUS.exists(), reason="needs /proc")
 
@@ -51,13 +59,28 @@ def test_a_system_that_cannot_reset_the_peak(monkeypatch):
 @linux
 def test_a_probe_sees_the_output_of_the_call_and_nothing_else():
     output = 8 * 16384 * 64 * 4
-    assert 0.9 * output <= run_probe(TASK, threads=1).nbytes < 1.2 * output
+    assert 0.9 * output <= run_apart(probe(), threads=1)[0] < 1.2 * output
+
+
+@pytest.mark.parametrize(
+    ("code", "err", "kind", "words"),
+    [
+        (-9, "", OutOfMemoryError, r"killed \(out of memory\?\)"),
+        (1, "RuntimeError: can't allocate memory", OutOfMemoryError, "allocate memory"),
+        (1, "a\nKeyError: 'nobody'", ProbeError, "exit code 1: KeyError: 'nobody'"),
+    ],
+)
+def test_a_failing_process_says_why(monkeypatch, code, err, kind, words):
+    done = subprocess.CompletedProcess([], code, "", err)
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(kind, match=words):
+        run_apart(probe(), threads=1)
 
 
 @pytest.mark.exhaustive
 def test_a_failing_probe_says_why():
     with pytest.raises(ProbeError, match="exit code 1: KeyError: 'nobody'"):
-        run_probe({**TASK, "contestant": "nobody"}, threads=1)
+        run_apart(probe(contestant="nobody"), threads=1)
 
 
 @linux
@@ -65,7 +88,7 @@ def test_a_probe_that_needs_more_than_there_is():
     total = memory.total_bytes()
     length = 2 * total // (8 * 64 * 4)
     with pytest.raises(OutOfMemoryError, match="allocate"):
-        run_probe({**TASK, "length": length}, threads=1)
+        run_apart(probe(length=length), threads=1)
 
 
 @linux

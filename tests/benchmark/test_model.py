@@ -1,15 +1,23 @@
 """Training steps of models."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from performers import backends
-from performers.benchmark.memory import run_probe
-from performers.benchmark.model import model_results, run_model
-from performers.benchmark.results import failures, measured
-from performers.benchmark.settings import MODEL_ATTENTIONS, SIZES, ModelSettings
-from performers.benchmark.steps import Shape, TrainingStep
-from tests.benchmark.runs import break_backend
+from performers.benchmark.case import failures
+from performers.benchmark.cases.model import (
+    MODEL,
+    TrainingStep,
+    make_model,
+    make_tokens,
+    measure_peak,
+)
+from performers.benchmark.memory import run_apart
+from performers.benchmark.settings import MODEL_ATTENTIONS, SIZES, ModelSettings, Shape
+from tests.benchmark import runs
+from tests.benchmark.runs import break_backend, measured
 
 TINY = {
     "size": "small",
@@ -21,10 +29,7 @@ TINY = {
 
 
 def run_small(**changes):
-    settings = ModelSettings(**{**TINY, **changes})
-    results = model_results(settings)
-    run_model(settings, results)
-    return results
+    return runs.run_small(MODEL, ModelSettings(**{**TINY, **changes}))
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -44,12 +49,12 @@ def test_rows_and_ratios(objective):
 
 def test_the_models_are_the_papers():
     for size, (heads, layers, intermediate, hidden) in SIZES.items():
-        config = Shape(size=size).model("identity").config
+        config = make_model(Shape(size=size), "identity").config
         assert (config.num_attention_heads, config.num_hidden_layers) == (heads, layers)
         assert (config.intermediate_size, config.hidden_size) == (intermediate, hidden)
         assert config.vocab_size == 256
         assert config.is_decoder
-    assert not Shape(objective="mlm", size="small").model("exact").config.is_decoder
+    assert not make_model(Shape(objective="mlm", size="small"), "exact").config.is_decoder
 
 
 @pytest.mark.parametrize("attention", MODEL_ATTENTIONS)
@@ -60,7 +65,7 @@ def test_a_step_learns(attention):
 
 
 def test_masked_labels_are_a_few_of_the_tokens():
-    tokens, labels = Shape(objective="mlm", batch=4).tokens(1000)
+    tokens, labels = make_tokens(Shape(objective="mlm", batch=4), 1000)
     chosen = labels != -100
     assert 0.12 < chosen.float().mean() < 0.18
     assert torch.equal(labels[chosen], tokens[chosen])
@@ -88,11 +93,11 @@ def test_exact_attention_stops_where_it_is_told():
 
 @pytest.mark.exhaustive
 def test_memory_of_a_step_holds_the_model_and_its_optimiser():
-    parameters = sum(p.numel() for p in Shape(size="small").model("identity").parameters())
-    model = {"size": "small", "objective": "clm"}
-    task = {"kind": "step", "model": model, "attention": "identity", "length": 512}
+    parameters = sum(p.numel() for p in make_model(Shape(size="small"), "identity").parameters())
+    shape = {"size": "small", "objective": "clm"}
+    probe = partial(measure_peak, shape=shape, attention="identity", length=512)
     # Weights, gradients and Adam's two moments.
-    assert run_probe(task, threads=1).nbytes > 4 * 4 * parameters
+    assert run_apart(probe, threads=1)[0] > 4 * 4 * parameters
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,14 @@
 """Tiny models with random weights, saved to a folder."""
 
 import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *AMINO_ACIDS]
@@ -62,3 +69,21 @@ def identity(layer, query, key, value, **rest):
 def forward(loaded, ids, mask=None):
     with torch.no_grad():
         return loaded.model(**loaded.inputs(ids, mask), output_hidden_states=True)
+
+
+def save_llama(folder):
+    """A causal language model whose tokenizer knows the words w3 to w49."""
+    save(LlamaForCausalLM, llama_config(), folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 50)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
+def words(count, step):
+    return " ".join(f"w{3 + (i * i * step + i // 5) % 47}" for i in range(count))
+
+
+def residues(count, step):
+    return "".join(AMINO_ACIDS[(i * i * step + i // 5) % 20] for i in range(count))

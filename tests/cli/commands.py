@@ -2,10 +2,10 @@
 
 from typer.testing import CliRunner
 
-from performers.cli.app import app
+from performers.cli.app import app as performers
 
 
-def run(*arguments, code=0):
+def run(*arguments, code=0, app=performers):
     """Run a command; returns its standard output and the lines of its standard error."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -14,9 +14,9 @@ def run(*arguments, code=0):
     return result.stdout, result.stderr.splitlines()
 
 
-def refusal(*arguments, code=2):
+def refusal(*arguments, code=2, app=performers):
     """Run a command that must fail with one line and nothing else; returns the line."""
-    out, lines = run(*arguments, code=code)
+    out, lines = run(*arguments, code=code, app=app)
     assert out == ""
     assert len(lines) == 1, lines
     assert lines[0].startswith("performers: ")

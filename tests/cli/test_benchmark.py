@@ -7,7 +7,6 @@ import sys
 
 import pytest
 
-from performers.cli.benchmark_tables import nbytes, seconds
 from tests.benchmark.runs import break_backend, quick_floor, read_csv
 from tests.cli.commands import refusal, run
 
@@ -25,16 +24,16 @@ FILES = ["benchmark.png", "benchmark.svg", "results.csv", "results.json"]
 
 @pytest.fixture(autouse=True)
 def wide_terminal_and_quick_floor(monkeypatch):
-    monkeypatch.setattr("performers.benchmark.attention.measure_floor", quick_floor)
+    monkeypatch.setattr("performers.benchmark.cases.attention.measure_floor", quick_floor)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("performers.cli.benchmark_run.output.width", 200)
+    monkeypatch.setattr("performers.cli.benchmark.output.width", 200)
 
 
 @pytest.mark.parametrize(
     ("arguments", "rows", "words"),
     [
         (ATTENTION, 12, ["causal, forward", "causal, forward+backward", "GFLOP/s", "SDPA"]),
-        (MODEL, 4, ["small, clm", "identity", "favor-relu"]),
+        (MODEL, 4, ["small model, clm", "identity", "favor-relu"]),
         (DECODE, None, ["layer", "exact KV cache", "state"]),
     ],
     ids=COMMANDS,
@@ -96,9 +95,9 @@ def test_a_folder_with_results_needs_resume(tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
-    from performers.benchmark import attention
+    from performers.benchmark import measure as module
 
-    measure, calls = attention.measure_group, []
+    measure, calls = module.measure_group, []
 
     def interrupted(*args, **more):
         calls.append(1)
@@ -106,7 +105,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return measure(*args, **more)
 
-    monkeypatch.setattr(attention, "measure_group", interrupted)
+    monkeypatch.setattr(module, "measure_group", interrupted)
     _, lines = run(*ATTENTION, "--output", tmp_path, code=130)
     assert "6 rows are in" in lines[-1]
     assert len(read_csv((tmp_path / "results.csv").read_text())) == 6
@@ -163,12 +162,3 @@ def test_what_is_missing_is_named_with_its_extra(module, arguments, extra, tmp_p
     done = in_a_process_without([module], *(out if x == "OUT" else x for x in arguments))
     assert done.returncode == 2
     assert f"pip install 'performers[{extra}]'" in done.stderr
-
-
-def test_units():
-    assert [seconds(x) for x in (None, 2.5, 0.0241, 3.2e-5, 4e-9)] == [
-        "", "2.50 s", "24.1 ms", "32.0 µs", "4.00 ns",
-    ]  # fmt: skip
-    assert [nbytes(x) for x in (None, 12, 2048, 3 * 2**20, 5 * 2**30)] == [
-        "", "12.0 B", "2.00 KiB", "3.00 MiB", "5.00 GiB",
-    ]  # fmt: skip

@@ -34,6 +34,18 @@ def test_elsewhere_than_on_a_terminal_progress_is_a_line_a_tenth(shown):
     assert lines[9] == "training: 100 of 100  loss 3.000  validation accuracy 0.250"
 
 
+def test_lines_say_how_much_time_is_left(shown, monkeypatch):
+    stream, clock = shown(False), iter([0.0, 60.0, 120.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.ProgressBars() as bars:
+        for done in (0, 40, 80):
+            bars.task("demo")(done, 100)
+    assert stream.getvalue().splitlines() == [
+        "demo: 40 of 100  about 1 min 30 s left",
+        "demo: 80 of 100  about 30 s left",
+    ]
+
+
 def test_on_a_terminal_it_is_a_bar(shown):
     stream = shown(True)
     with console.ProgressBars() as bars:

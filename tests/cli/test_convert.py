@@ -17,8 +17,7 @@ from performers.cli import convert_run as command
 from performers.convert import load_performer, to_performer
 from performers.convert.distillation import pipeline, training
 from performers.convert.distillation.pretrained import load_model
-from tests.benchmark.pretrained_runs import residues, save_llama, words
-from tests.benchmark.tiny_models import save_bert
+from tests.benchmark.tiny_models import residues, save_bert, save_llama, words
 from tests.cli.commands import refusal
 from tests.cli.commands import run as run_command
 

@@ -1,12 +1,19 @@
 """``performers demo`` on a little data, and once on its own."""
 
+import contextlib
 import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from performers.proteins import demo
 from tests.cli.commands import run
-from tests.proteins.runs import proteins, write_sequences
+from tests.proteins.runs import finish, proteins, start, write_sequences
 
 MODELS = {"performer-softmax", "performer-relu", "transformer"}
 SCORES = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
@@ -38,23 +45,69 @@ def little_data(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "embedded_fasta", embedded)
 
 
-def test_the_demo_writes_metrics_report_and_models_and_resumes(little_data, tmp_path, monkeypatch):
+def test_the_demo_writes_metrics_and_report_and_resumes(little_data, tmp_path):
     output = tmp_path / "demo"
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        # Interrupted after its first model was trained.
-        patched.setattr(demo, "describe_model", interrupt)
-        run("demo", "--output", output, "--steps", 2, code=130)
-    first = output / "models" / "performer-softmax" / "config.json"
-    written = first.stat().st_mtime_ns
+    _, lines = run("demo", "--output", output, "--steps", 2)
+    assert_complete(output, 2)
+    assert any(line.startswith("demo, percent: 100 of 100") for line in lines)
+    kept = output / "models" / "performer-softmax" / "config.json"
+    written = kept.stat().st_mtime_ns
+    shutil.rmtree(output / "models" / "transformer")
     out, _ = run("demo", "--output", output, "--steps", 2, "--resume")
-    assert first.stat().st_mtime_ns == written, "what was finished is kept"
+    assert kept.stat().st_mtime_ns == written, "what was finished is kept"
     assert_complete(output, 2)
     assert "performer-relu, ood" in out
     assert f"report: {output / 'report.html'}" in out
+    # What a process refuses, the demo refuses.
+    (output / "models" / "transformer" / "config.json").unlink()
+    _, lines = run("demo", "--output", output, "--steps", 3, "--resume", code=2)
+    assert "--steps was 2, now 3" in lines[-1]
+
+
+def test_a_process_that_fails_is_told_and_ends_the_others(little_data, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "transformer").write_text("not a folder")
+    with pytest.raises(RuntimeError, match=r"(?s)transformer failed:.*File exists"):
+        demo.run_demo(tmp_path, steps=10**6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_demo_that_is_stopped_leaves_no_process(tmp_path, number):
+    code = "from performers.cli import main; main()"
+    process = start("-c", code, "demo", "--output", tmp_path / "demo")
+    for line in process.stderr:
+        if "training transformer" in line:
+            break
+    mine = _descendants(process.pid)
+    assert len(mine) >= len(MODELS)
+    os.kill(process.pid, number)
+    code, _, err = finish(process)
+    if number == signal.SIGINT:
+        assert code == 130
+        assert "--resume goes on from there" in err
+        assert len(list(tmp_path.glob("demo/models/*/checkpoints/checkpoint-*"))) >= len(MODELS)
+    end = time.monotonic() + 30
+    while any(_runs(pid) for pid in mine) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in mine)
+
+
+def _descendants(pid):
+    children = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    found = children.get(pid, [])
+    return [*found, *(grandchild for child in found for grandchild in _descendants(child))]
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ from transformers import (
     ViTModel,
 )
 
-from performers.benchmark.heads import capture_heads
 from performers.convert.distillation.pretrained import load_model
+from studies.accuracy.capture import capture_heads
 from tests.benchmark.tiny_models import (
     VOCABULARY,
     bert_config,

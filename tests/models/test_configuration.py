@@ -14,7 +14,7 @@ from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
 from performers.models.positions import sinusoids
 from performers.models.registry import ATTENTIONS
-from tests.models.cases import COMPARATORS, causal_model, make_config, masked_model, tokens
+from tests.models.cases import causal_model, make_config, masked_model, tokens
 
 
 def test_the_default_is_the_regular_model_of_the_paper():
@@ -28,11 +28,11 @@ def test_the_default_is_the_regular_model_of_the_paper():
 
 
 def test_every_kernel_is_an_attention():
-    assert set(ATTENTIONS) == {
+    # Studies register more.
+    assert set(ATTENTIONS) >= {
         "favor-softmax",
         "exact",
         "identity",
-        *COMPARATORS,
         *(f"favor-{name}" for name in FUNCTIONS),
     }
 

@@ -235,15 +235,6 @@ def test_learned_positions_end_and_others_do_not():
         check_input_length(make_model(position_embedding=positions)[0], 10**6)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_projections_along_the_sequence_end(positions):
-    model, _ = make_model(attention="linformer", position_embedding=positions, max_length=40)
-    check_input_length(model, 40)
-    words = r"linformer projections for 40 tokens and cannot read 41; .*larger --max-length or"
-    with pytest.raises(UserError, match=words):
-        check_input_length(model, 41)
-
-
 def test_models_of_other_families_refuse_by_themselves():
     class Other:
         config = EsmConfig(max_position_embeddings=40)

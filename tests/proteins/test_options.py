@@ -18,7 +18,6 @@ from performers.proteins.tokenizer import build_protein_tokenizer
     ("name", "value", "shown"),
     [
         ("objective", "lm", "--objective"),
-        ("attention", "linear", "--attention"),
         ("estimator", "best", "--estimator"),
         (
             "estimator",
@@ -63,8 +62,7 @@ from performers.proteins.tokenizer import build_protein_tokenizer
         ("across_sequences", True, "--across-sequences"),
         ("window", -1, "--window"),
         ("feed_forward_chunk", -1, "--feed-forward-chunk"),
-        ("lsh_chunk_size", 0, "--lsh-chunk-size"),
-        ("lsh_rounds", 0, "--lsh-rounds"),
+        ("attention", "linear", "--attention"),
     ],
 )
 def test_an_option_out_of_range_is_an_error_that_names_its_flag(name, value, shown):
@@ -87,15 +85,9 @@ def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
     [
         (
             {"attention": "exact", "window": 8},
-            "--window needs --attention favor-softmax or local, got --attention exact",
-        ),
-        (
-            {"attention": "exact", "lsh_rounds": 2},
-            "--lsh-rounds needs --attention lsh, got --attention exact",
+            "--window needs --attention favor-softmax, got --attention exact",
         ),
         ({"reversible": True, "gradient_checkpointing": True}, "--gradient-checkpointing"),
-        ({"attention": "linformer", "objective": "clm"}, "--objective mlm"),
-        ({"attention": "linformer", "packed": True}, "--across-sequences"),
     ],
     ids=str,
 )
@@ -106,15 +98,10 @@ def test_options_that_do_not_go_together(options, shown):
     assert "\n" not in str(caught.value)
 
 
-def test_linformer_may_read_across_the_sequences_of_a_row():
-    TrainingOptions(attention="linformer", packed=True, across_sequences=True)
-
-
 def test_to_make_options_draws_nothing():
     before = torch.random.get_rng_state()
     TrainingOptions()
-    TrainingOptions(attention="lsh")
-    TrainingOptions(attention="linformer")
+    TrainingOptions(attention="favor-relu")
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -146,15 +133,10 @@ def test_the_model_is_configured_as_asked(objective, causal):
 
 def test_windows_and_memory_reach_the_model():
     tokenizer = build_protein_tokenizer()
-    options = TrainingOptions(attention="local", reversible=True, feed_forward_chunk=64)
+    options = TrainingOptions(window=16, reversible=True, feed_forward_chunk=64)
     config = options.model_config(tokenizer)
-    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (None, True, 64)
-    assert build_mechanism(config).window == 128
-    hashed = TrainingOptions(attention="lsh", lsh_rounds=2).model_config(tokenizer)
-    assert (hashed.lsh_rounds, hashed.lsh_chunk_size) == (2, 64)
-    assert TrainingOptions(window=16).model_config(tokenizer).window == 16
-    lsh = TrainingOptions(attention="lsh", max_length=512).model_config(tokenizer)
-    assert (build_mechanism(lsh).feature_map.buckets, lsh.lsh_chunk_size) == (8, 64)
+    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (16, True, 64)
+    assert build_mechanism(config).window == 16
 
 
 def test_what_changes_the_result_makes_another_run():
@@ -183,6 +165,7 @@ def test_an_option_newer_than_the_record_was_at_its_default():
 def test_every_option_is_a_flag_of_the_train_command():
     command = typer.main.get_command(app).commands["train"]
     flags = {name for parameter in command.params for name in parameter.opts}
-    assert {TrainingOptions.flag(field.name) for field in fields(TrainingOptions)} <= flags
+    options = [item.name for item in fields(TrainingOptions) if "option" in item.metadata]
+    assert {TrainingOptions.flag(name) for name in options} <= flags
     assert TrainingOptions.flag("num_layers") == "--layers"
     assert TrainingOptions.flag("learning_rate") == "--learning-rate"

@@ -140,5 +140,5 @@ class Options:
     @classmethod
     def flag(cls, name: str) -> str:
         """The flag of a field."""
-        declared = cls.__dataclass_fields__[name].metadata["option"]
-        return declared.flag or "--" + name.replace("_", "-")
+        declared = cls.__dataclass_fields__[name].metadata.get("option")
+        return (declared and declared.flag) or "--" + name.replace("_", "-")

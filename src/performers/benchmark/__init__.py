@@ -1,1 +1,1 @@
-"""Measuring code users can run: time, memory and accuracy of attention, models and decoding."""
+"""Measures time and memory of attention: cases, checks, memory, times in turns, table, plot."""

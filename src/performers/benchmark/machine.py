@@ -1,4 +1,4 @@
-"""What a measurement was made on, to be written beside it."""
+"""Describes the machine and the software of a measurement."""
 
 import os
 import platform
@@ -22,9 +22,6 @@ _LIBRARIES = ("performer-pytorch", "pytorch-fast-transformers", "flash-linear-at
 
 def describe(threads: int) -> dict[str, Any]:
     """The processor, the software and the settings that times depend on.
-
-    Args:
-        threads: Threads of torch during the run.
 
     Returns:
         Values that JSON can hold.
@@ -62,9 +59,6 @@ def native_kernels() -> str:
 
 def parallel_info(text: str) -> dict[str, str]:
     """The lines of ``torch.__config__.parallel_info()`` that matter, by name.
-
-    Args:
-        text: What it returned.
 
     Returns:
         Pools, their libraries, and the environment variables that steer them.

@@ -1,47 +1,53 @@
-"""Peak memory of a call, in a process of its own.
+"""Measures the peak memory of a call, in a process of its own.
 
-In one process the peak of an earlier call hides that of a later one, and freed memory is used again
-unseen. Linux can reset the peak: writing 5 to ``/proc/self/clear_refs`` sets ``VmHWM`` of
-``/proc/self/status`` to what is resident now. Elsewhere ``ru_maxrss`` stands in, the largest
-resident size since the process began; a call that stays below what the start of the process took
-then reads as zero.
+In one process the peak of an earlier call hides that of a later one, and reuse of freed memory is
+not seen. Linux can reset the peak: writing 5 to ``/proc/self/clear_refs`` sets ``VmHWM`` of
+``/proc/self/status`` to the resident size. Other systems give ``ru_maxrss``, the largest resident
+size since the process began; a call that stays below the memory of the start-up reads as zero.
 """
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from performers.benchmark.case import OUT_OF_MEMORY
 
 if sys.platform != "win32":
     import resource
 
-OUT_OF_MEMORY = "out of memory"
-# What remains for the rest of the machine when a call takes all it can get.
+# The share of available memory that a call may take.
 _SHARE = 0.95
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _KILLED = -9
+_LAUNCHER = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
+_Result = TypeVar("_Result")
 
 
 class ProbeError(Exception):
-    """A measurement in another process failed; the message is the end of what it printed."""
+    """A process failed; the message is the last line of its error output."""
 
 
 class OutOfMemoryError(ProbeError):
-    """It failed for want of memory."""
+    """A process failed because memory ran out."""
 
 
 class Peak(NamedTuple):
-    """Memory that a call took at its worst.
+    """Peak memory of a call.
 
     Attributes:
-        nbytes: Bytes above what was resident before.
+        nbytes: Bytes above the resident size before the call.
         method: ``"VmHWM"`` or ``"ru_maxrss"``.
     """
 
@@ -50,16 +56,10 @@ class Peak(NamedTuple):
 
 
 def peak_of(call: Callable[[], object]) -> Peak:
-    """Run a call once and say how much resident memory rose.
-
-    Args:
-        call: What to run.
-
-    Returns:
-        The rise to the highest point, including what the call returns.
+    """Run a call once and measure the rise of resident memory to its peak, result included.
 
     Raises:
-        ProbeError: The system tells neither figure.
+        ProbeError: The system is Windows, which tells neither figure.
     """
     _give_back_freed()
     if _reset_peak():
@@ -74,49 +74,60 @@ def peak_of(call: Callable[[], object]) -> Peak:
     return peak
 
 
-def run_probe(task: Mapping[str, Any], *, threads: int, timeout: float | None = None) -> Peak:
-    """Measure in a fresh process.
+def run_apart(function: partial[_Result], *, threads: int, timeout: float | None = None) -> _Result:
+    """Call a function in a fresh process.
 
     Args:
-        task: What ``performers.benchmark.probe`` reads.
-        threads: Threads of torch there.
+        function: A function of a module, with keyword arguments that JSON can hold, as its result.
+        threads: Threads of torch in the process.
         timeout: Seconds to wait.
 
     Returns:
-        The peak.
+        The result, as JSON gives it back.
 
     Raises:
-        OutOfMemoryError: There is not enough memory.
-        ProbeError: It failed otherwise.
+        OutOfMemoryError: Memory ran out.
+        ProbeError: The process failed otherwise.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    task = {
+        "module": function.func.__module__,
+        "name": function.func.__qualname__,
+        "arguments": function.keywords,
+        "threads": threads,
+    }
+    # A launcher's variables would make the process wait for others.
+    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "performers.benchmark.probe"],
-            input=json.dumps({**task, "threads": threads}),
+            [sys.executable, "-m", __name__],
+            input=json.dumps(task),
             capture_output=True,
             text=True,
-            env=environment,
+            env={**environment, "OMP_NUM_THREADS": str(threads)},
             timeout=timeout,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ProbeError(f"no result after {error.timeout:.0f} s") from error
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode == _KILLED or is_out_of_memory(last):
-        raise OutOfMemoryError(last if done.returncode != _KILLED else "killed by the system")
+    if done.returncode == _KILLED:
+        # Linux ends so what takes too much memory, and so may anybody.
+        raise OutOfMemoryError("killed (out of memory?)")
+    if is_out_of_memory(last):
+        raise OutOfMemoryError(last)
     if done.returncode:
         raise ProbeError(f"exit code {done.returncode}: {last}")
-    return Peak(**json.loads(done.stdout.strip().splitlines()[-1]))
+    result: _Result = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def memory_is_measurable() -> bool:
-    """Whether the system tells a process how much memory it took."""
+    """True where the system tells a process its peak memory."""
     return sys.platform != "win32"
 
 
 def is_out_of_memory(error: Exception | str) -> bool:
-    """Whether an error, or its text, says that memory ran out."""
+    """True for an error, or its text, of memory that ran out."""
     text = str(error)
     signs = ("MemoryError", "allocate memory", "bad_alloc", OUT_OF_MEMORY, "OutOfMemoryError")
     return isinstance(error, MemoryError | OutOfMemoryError) or any(sign in text for sign in signs)
@@ -190,7 +201,7 @@ def _highest() -> int:
 
 
 def _give_back_freed() -> None:
-    """What was freed before and is still resident would be used again unseen."""
+    """Return freed memory to the system, which would be used again without a rise."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -205,3 +216,16 @@ def _reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def _main() -> None:
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+    function = getattr(importlib.import_module(task["module"]), task["name"])
+    with limited_memory():
+        result = function(**task["arguments"])
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,4 +1,4 @@
-"""Times of several contestants, taken in turns."""
+"""Times several calls in turns."""
 
 import gc
 import math
@@ -7,15 +7,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from performers.benchmark.gate import CASE_ERRORS
 
 # A thread pool keeps its threads spinning for a few milliseconds after its last call; a call this
 # long is not disturbed by it.
 _SETTLED_SECONDS = 0.25
 _ROUNDS_FOR_QUARTILES = 2
 
-# What a contestant may raise without ending the run. Allocation failures of torch are RuntimeError.
-CONTESTANT_ERRORS = (RuntimeError, MemoryError, TypeError, ValueError, ArithmeticError)
+
+_Name = TypeVar("_Name")
 
 
 class Timing(NamedTuple):
@@ -26,7 +30,7 @@ class Timing(NamedTuple):
         first_quartile: A quarter of the rounds were faster.
         third_quartile: A quarter of the rounds were slower.
         fastest: The fastest round.
-        rounds: How many there were.
+        rounds: Number of rounds.
         calls: Calls in a round.
     """
 
@@ -39,15 +43,7 @@ class Timing(NamedTuple):
 
 
 def summarize(samples: list[float], calls: int = 1) -> Timing:
-    """Median, quartiles and minimum of one number a round.
-
-    Args:
-        samples: Seconds a call took on average, by round; at least one.
-        calls: Calls in a round.
-
-    Returns:
-        The summary.
-    """
+    """Median, quartiles and minimum of the mean seconds of a call in each round."""
     low = high = samples[0]
     if len(samples) >= _ROUNDS_FOR_QUARTILES:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -55,42 +51,40 @@ def summarize(samples: list[float], calls: int = 1) -> Timing:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[_Name, Callable[[], object]],
     *,
     repeats: int,
     min_time: float,
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, Timing], dict[str, Exception]]:
+) -> tuple[dict[_Name, Timing], dict[_Name, Exception]]:
     """Time calls in rounds, each call once in every round, in an order drawn for the round.
 
-    A machine that slows down or speeds up during the run then does so for all, which it would not
-    if all rounds of one came before those of the next. Each call warms up first, and what takes
-    less than ``min_time / repeats`` seconds is called so many times a round that the round is that
-    long.
+    A machine that slows down during the run then does so for all. Each call warms up first. A call
+    that takes less than ``min_time / repeats`` seconds is repeated until its turn is that long.
 
     Args:
-        calls: By name; each does all of its work before it returns.
+        calls: By name; each finishes its work before it returns.
         repeats: Rounds.
-        min_time: Seconds that each is timed for at least, all rounds together.
-        seed: Of the orders.
-        clock: Seconds since whenever.
+        min_time: Least seconds that each call is timed for, all rounds together.
+        seed: Seed of the orders.
+        clock: Returns seconds.
 
     Returns:
-        The timings, and for calls that failed, the errors instead.
+        The timings, and the errors of calls that failed.
     """
-    errors: dict[str, Exception] = {}
-    estimates: dict[str, float] = {}
+    errors: dict[_Name, Exception] = {}
+    estimates: dict[_Name, float] = {}
     for name, call in calls.items():
         try:
             estimates[name] = _warm_up(call, clock)
-        except CONTESTANT_ERRORS as error:
+        except CASE_ERRORS as error:
             errors[name] = error
     counts = {
         name: max(1, math.ceil(min_time / repeats / max(estimate, 1e-9)))
         for name, estimate in estimates.items()
     }
-    samples: dict[str, list[float]] = {name: [] for name in estimates}
+    samples: dict[_Name, list[float]] = {name: [] for name in estimates}
     order = random.Random(seed)
     with _no_collection():
         for _ in range(repeats):
@@ -99,7 +93,7 @@ def interleave(
             for name in order.sample(running, len(running)):
                 try:
                     samples[name].append(_time(calls[name], counts[name], estimates[name], clock))
-                except CONTESTANT_ERRORS as error:
+                except CASE_ERRORS as error:
                     errors[name] = error
     timings = {
         name: summarize(values, counts[name])
@@ -125,7 +119,7 @@ def _time(
     call: Callable[[], object], count: int, estimate: float, clock: Callable[[], float]
 ) -> float:
     if estimate < _SETTLED_SECONDS:
-        # Whoever came before has left its threads spinning and its data in the caches.
+        # The call before has left its threads spinning and its data in the caches.
         call()
     start = clock()
     for _ in range(count):
@@ -138,7 +132,7 @@ def _no_collection() -> Iterator[None]:
     """Keep Python's garbage collector out of the times, and collections between them short."""
     enabled = gc.isenabled()
     gc.disable()
-    # What is there now is not looked at again: with large libraries that takes longer than a call.
+    # Frozen objects are not collected: with large libraries that takes longer than a call.
     gc.freeze()
     try:
         yield
@@ -146,3 +140,19 @@ def _no_collection() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def threads_of_torch(number: int | None) -> Iterator[int]:
+    """Set torch's number of threads inside the context; None leaves it as it is.
+
+    Yields:
+        The number in force.
+    """
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)

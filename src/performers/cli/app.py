@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from performers.app.options import Options, argument, option
-from performers.cli import benchmark, data, study
+from performers.cli import benchmark, data
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output, print_metrics
 from performers.cli.convert import convert
@@ -247,4 +247,3 @@ app.command(extra="probe", lower="--batch-tokens, --max-length or --max-sequence
 app.command(extra="convert", lower="--length or --batch-size")(convert)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")
-app.add_typer(study.app, name="study")

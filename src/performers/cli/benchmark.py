@@ -1,62 +1,154 @@
-"""``performers benchmark``: time, memory and accuracy of attention, training steps, decoding."""
+"""``performers benchmark``: time and memory of attention, training steps and decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
+from performers.app.options import Options, option
 from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
-from performers.cli.benchmark_accuracy import ResultFiles, accuracy
 from performers.cli.commands import App
-from performers.cli.console import note
-from performers.proteins.folders import prepare_output_folder
+from performers.cli.console import ProgressBars, note, output
+from performers.proteins.errors import Interrupted, UserError
+from performers.proteins.folders import (
+    prepare_output_folder,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from performers.benchmark.results import Results
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from performers.benchmark.case import Benchmark
+    from performers.benchmark.measure import Results
 
 app = App(
     no_args_is_help=True,
-    help="Time and memory of attention, of training steps and of decoding, on this machine; "
-    "accuracy of attention through random features.",
+    help="Time and memory of attention, of training steps and of decoding, on this machine.",
 )
-app.command(extra="benchmark", lower="--length, --kernel-length or --passages")(accuracy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultFiles(Options):
+    """Files of a benchmark."""
+
+    output_folder: Path = option("Folder of the results.", flag="--output")
+    resume: bool = option("Keep what --output holds already, measure the rest.", False)
 
 
 @app.command(extra="benchmark", lower="--lengths or --batch")
 def attention(files: ResultFiles, settings: AttentionSettings) -> None:
     """Attention: ours, torch's exact attention, and other libraries that are installed."""
-    from performers.benchmark.attention import attention_results, run_attention
+    from performers.benchmark.cases.attention import ATTENTION
 
-    _measure(files, settings, attention_results, run_attention)
+    _run(ATTENTION, files, settings)
 
 
 @app.command(extra="benchmark", lower="--lengths or --batch")
 def model(files: ResultFiles, settings: ModelSettings) -> None:
     """Training steps: forward, loss, backward and Adam, against attention that does nothing."""
-    from performers.benchmark.model import model_results, run_model
+    from performers.benchmark.cases.model import MODEL
 
-    _measure(files, settings, model_results, run_model)
+    _run(MODEL, files, settings)
 
 
 @app.command(extra="benchmark", lower="--contexts or --batch")
 def decode(files: ResultFiles, settings: DecodeSettings) -> None:
     """Decoding: time per token and bytes of state, against a cache of keys and values."""
-    from performers.benchmark.decode import decode_results, run_decode
+    from performers.benchmark.cases.decode import DECODE
 
-    _measure(files, settings, decode_results, run_decode)
+    _run(DECODE, files, settings)
 
 
-def _measure(
-    files: ResultFiles,
-    settings: Any,
-    empty: Callable[[Any], Results],
-    run: Callable[..., None],
-) -> None:
-    from performers.cli.benchmark_run import measure_and_write
+def _run(benchmark: Benchmark, files: ResultFiles, settings: Any) -> None:
+    from performers.benchmark.measure import Results, run
+    from performers.benchmark.plot import benchmark_figure
+    from performers.benchmark.table import benchmark_tables
 
     folder = prepare_output_folder(files.output_folder, resume=files.resume)
-    results = empty(settings)
-    for name, reason in results.notes.get("not_measured", {}).items():
+    results = Results.empty(benchmark.name, settings)
+    absences = benchmark.absences(settings)
+    if absences:
+        results.notes["not_measured"] = absences
+    for name, reason in absences.items():
         note(f"{name}: {reason}")
-    measure_and_write(results, folder, files.resume, partial(run, settings, results))
+    measure_and_write(
+        results,
+        folder,
+        files.resume,
+        partial(run, benchmark, settings, results),
+        figure=lambda results: benchmark_figure(benchmark, results.rows),
+        tables=lambda results: benchmark_tables(benchmark, results.rows),
+        series=benchmark.series,
+    )
+
+
+def measure_and_write(
+    results: Results,
+    folder: Path,
+    resume: bool,
+    measure: Callable[..., None],
+    *,
+    figure: Callable[[Results], Figure],
+    tables: Callable[[Results], list[Table]],
+    series: str,
+) -> None:
+    """Measure, write the rows as they come, draw them and print them.
+
+    Args:
+        results: Empty results.
+        folder: Where to write; it exists.
+        resume: Whether to keep the rows in the folder.
+        measure: Fills the results; called with ``progress``.
+        figure: Draws them.
+        tables: Makes tables of them.
+        series: The column that names contestants.
+
+    Raises:
+        UserError: The folder holds results of other settings.
+        Interrupted: Ctrl-C; what was measured is written.
+        typer.Exit: With code 1: this package gave a wrong result or an error.
+    """
+    from performers.benchmark.case import failures
+    from performers.benchmark.measure import OtherRunError
+    from performers.proteins.figure_files import save_figure
+
+    path = folder / "results.json"
+    if resume and path.exists():
+        try:
+            results.resume(read_json(path))
+        except OtherRunError as error:
+            raise UserError(
+                f"--resume cannot go on from the results in {folder}: {error}; give another folder"
+            ) from error
+        note(f"{len(results.rows):,} rows kept from {path}")
+
+    def save(results: Results) -> None:
+        write_json(path, results.content())
+        write_atomically(folder / "results.csv", results.csv().encode())
+
+    results.saved = save
+    try:
+        with ProgressBars() as bars:
+            measure(progress=bars.task(f"benchmark {results.benchmark}"))
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted; {len(results.rows)} rows are in {path}, --resume goes on from them"
+        ) from error
+    save(results)
+    for suffix in ("png", "svg"):
+        save_figure(figure(results), folder / f"benchmark.{suffix}")
+    for table in tables(results):
+        output.print(table)
+    output.print(f"results: {path}", soft_wrap=True)
+    if failed := failures(results.rows):
+        names = sorted({row[series] for row in failed})
+        note(f"performers: failed: {', '.join(names)}; {failed[0]['reason']}")
+        raise typer.Exit(1)

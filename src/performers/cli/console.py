@@ -1,5 +1,6 @@
 """Text of commands on the console: notes, tables of metrics, progress."""
 
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 
@@ -70,6 +71,7 @@ class ProgressBars:
             )
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._logs: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> "ProgressBars":
@@ -97,10 +99,14 @@ class ProgressBars:
             self._bars.update(self._tasks[name], completed=done, total=total, log=text)
             return
         # `note` keeps all but the first of several processes quiet.
-        tenth = 10 * done // max(total, 1)
+        now, tenth = time.monotonic(), 10 * done // max(total, 1)
+        begun, first = self._begun.setdefault(name, (now, done))
         if tenth > self._tenths.get(name, 0):
             self._tenths[name] = tenth
-            note(f"{name}: {done:,} of {total:,}  {text}".rstrip())
+            left = (now - begun) * (total - done) / max(done - first, 1)
+            if left >= 1 and done > first:
+                text = f"{text}  about {_duration(left)} left"
+            note(f"{name}: {done:,} of {total:,}  {text.strip()}".rstrip())
 
     def task(self, name: str) -> Callable[[int, int], None]:
         """A callback of (done, total) for one piece of work."""
@@ -109,3 +115,8 @@ class ProgressBars:
     def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
         """A callback of (step, steps, log entry) for a training run."""
         return lambda done, total, log: self.update(name, done, total, log)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

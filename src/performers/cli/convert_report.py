@@ -9,9 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from performers.benchmark.converted import CONVERTED, ORIGINAL
-from performers.benchmark.groups import MEASURED
-from performers.cli.benchmark_tables import nbytes, seconds
+from performers.benchmark.case import MEASURED
+from performers.benchmark.cases.convert import CONVERTED, ORIGINAL
+from performers.benchmark.table import nbytes, seconds
 from performers.convert.distillation.results import BASELINE, FINE_TUNED
 
 _Row = Mapping[str, Any]

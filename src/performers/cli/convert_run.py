@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from performers.app.conversion import ConversionOptions
-from performers.benchmark.converted import SPEED, measure_speed
-from performers.benchmark.converted_decode import measure_decoding
-from performers.benchmark.converted_figure import conversion_figure
+from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_speed
 from performers.benchmark.machine import describe
+from performers.benchmark.plot import conversion_figure
 from performers.benchmark.settings import Sampling
 from performers.cli.console import ProgressBars, note, output
 from performers.cli.convert_report import report_page, report_tables

@@ -9,22 +9,11 @@ from transformers.cache_utils import DynamicLayer
 
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
 from performers.models.cache import FavorCacheLayer
-from performers.models.comparators import (
-    BigBirdMechanism,
-    HashFeatures,
-    LinformerMechanism,
-    LocalMechanism,
-    LshMechanism,
-)
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
 from performers.models.registry import ATTENTIONS, register_attention
 from performers.nn import FavorAttention
-
-# Values of None in a configuration, which does not store them: the attention may be changed later.
-_LOCAL_WINDOW = 128
-_LINFORMER_RANK = 256
 
 
 class FavorMechanism(FavorAttention):
@@ -166,53 +155,11 @@ def _generalized(
     return FavorMechanism(features)
 
 
-def _linformer(config: PerformerConfig, generator: torch.Generator | None) -> LinformerMechanism:
-    longest = config.max_position_embeddings
-    return LinformerMechanism(config.linformer_rank or min(_LINFORMER_RANK, longest), longest)
-
-
-def _lsh(config: PerformerConfig, generator: torch.Generator | None) -> LshMechanism:
-    size = config.lsh_chunk_size
-    buckets = config.lsh_buckets or _enough_buckets(config.max_position_embeddings, size)
-    hashes = HashFeatures(
-        config.head_dim,
-        buckets,
-        config.lsh_rounds,
-        num_heads=config.projected_heads,
-        generator=generator,
-    )
-    return LshMechanism(hashes, size)
-
-
-def _local(config: PerformerConfig, generator: torch.Generator | None) -> LocalMechanism:
-    return LocalMechanism(_LOCAL_WINDOW if config.window is None else config.window)
-
-
-def _bigbird(config: PerformerConfig, generator: torch.Generator | None) -> BigBirdMechanism:
-    return BigBirdMechanism(
-        config.bigbird_block_size, config.bigbird_global_blocks, config.bigbird_random_blocks
-    )
-
-
-def _enough_buckets(length: int, size: int) -> int:
-    """The least power of two, at least 2, of buckets with ``size`` tokens or fewer each."""
-    return 2 ** max(1, (-(-length // size) - 1).bit_length())
-
-
 register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
 for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
 register_attention("identity", lambda config, generator: IdentityMechanism(), cache=FavorCacheLayer)
-register_attention(
-    "linformer",
-    _linformer,
-    fixed_length=True,
-    not_causal="its projected keys mix all positions",
-)
-register_attention("lsh", _lsh, shares_query=True)
-register_attention("local", _local)
-register_attention("bigbird", _bigbird)
 
 
 class ResidualLinear(nn.Linear):

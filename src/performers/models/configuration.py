@@ -25,13 +25,6 @@ _LEAST = {
     "window": 0,
     "sinks": 0,
     "chunk_size_feed_forward": 0,
-    "linformer_rank": 1,
-    "lsh_buckets": 1,
-    "lsh_chunk_size": 1,
-    "lsh_rounds": 1,
-    "bigbird_block_size": 1,
-    "bigbird_global_blocks": 0,
-    "bigbird_random_blocks": 0,
 }
 
 # Fields of configurations that earlier versions saved, and the options that they are now.
@@ -62,15 +55,13 @@ class PerformerConfig(PreTrainedConfig):
         hidden_act: Activation of the feed-forward blocks, by its transformers name.
         hidden_dropout_prob: Dropout on embeddings and on each block's two outputs.
         position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
-        max_position_embeddings: Longest input; a hard limit for learned positions and
-            ``linformer`` only, see ``longest_input``.
+        max_position_embeddings: Longest input; a hard limit for learned positions and registered
+            attentions of a fixed length only, see ``longest_input``.
         rope_theta: Base of the rotary wavelengths.
         attention: ``"favor-softmax"``; ``"favor-relu"`` or another of the generalized kernels;
             ``"exact"`` for softmax attention; ``"identity"`` for attention that returns its
-            values, the most that any attention could save; ``"linformer"``, ``"lsh"`` (Reformer),
-            ``"local"`` (a sliding window) and ``"bigbird"`` to compare with, see
-            ``performers.models.comparators``. With ``"lsh"`` a layer's queries are its keys too,
-            and its fused projection has two parts and not three.
+            values, the most that any attention could save; or one that was added with
+            ``register_attention``.
         attention_options: Options of a registered mechanism, see ``register_attention``; missing
             ones have their defaults.
         num_features: Random features per head; None takes the feature map's default.
@@ -78,25 +69,13 @@ class PerformerConfig(PreTrainedConfig):
         projection: Distribution of the projection, see ``draw_projection``; None for generalized
             kernels without one.
         regularized: Fixed row lengths for softmax features (SMREG).
-        window: ``favor-softmax`` and ``local`` only: tokens at most this far apart attend to each
-            other exactly. None is features alone in the first and 128 in the second.
+        window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly.
+            None is features alone.
         sinks: ``favor-softmax`` only: every token attends exactly to the first ``sinks`` ones.
         exact_layers: Favor attentions only: layers, from 0, that have softmax attention in place
             of it; None for none.
         kernel_epsilon: Added to every generalized feature.
-        features_per_head: Draw a projection per head rather than one per layer; ``lsh`` draws its
-            hashes so too.
-        linformer_rank: Keys and values that ``linformer`` projects a sequence to; None is 256, or
-            ``max_position_embeddings`` where that is less.
-        lsh_buckets: Buckets that ``lsh`` hashes into, even or 1; None is the least power of two
-            with ``lsh_chunk_size`` tokens a bucket or fewer at ``max_position_embeddings``. The
-            number does not depend on the input, so that a token sees the same however long the
-            row becomes.
-        lsh_chunk_size: How far a token sees, to each side, among those of its bucket.
-        lsh_rounds: Hashes, the union of whose buckets ``lsh`` attends to.
-        bigbird_block_size: Tokens in a block of ``bigbird``.
-        bigbird_global_blocks: First blocks of a sequence that see all and that all see.
-        bigbird_random_blocks: Random blocks that each block sees.
+        features_per_head: Draw a projection per head rather than one per layer.
         reversible: Residual blocks in two streams, ``y1 = x1 + attention(norm(x2))`` and
             ``y2 = x2 + mlp(norm(y1))``, from two copies of the embeddings to the mean of both
             (Gomez et al. 2017; Kitaev et al. 2020). The backward pass recomputes activations from
@@ -145,13 +124,6 @@ class PerformerConfig(PreTrainedConfig):
     exact_layers: Sequence[int] | None = None
     kernel_epsilon: float = 1e-3
     features_per_head: bool = False
-    linformer_rank: int | None = None
-    lsh_buckets: int | None = None
-    lsh_chunk_size: int = 64
-    lsh_rounds: int = 4
-    bigbird_block_size: int = 64
-    bigbird_global_blocks: int = 2
-    bigbird_random_blocks: int = 3
     reversible: bool = False
     chunk_size_feed_forward: int = 0
     layer_norm_eps: float = 1e-5
@@ -186,8 +158,6 @@ class PerformerConfig(PreTrainedConfig):
             size = getattr(self, name)
             if size is not None and size < least:
                 raise ValueError(f"{name} must be at least {least}, got {size}")
-        if self.lsh_buckets is not None and self.lsh_buckets > 1 and self.lsh_buckets % 2:
-            raise ValueError(f"lsh_buckets must be even, or 1, got {self.lsh_buckets}")
         if not 0 <= self.hidden_dropout_prob < 1:
             raise ValueError(
                 "hidden_dropout_prob must be at least 0 and below 1, got "
@@ -212,15 +182,14 @@ class PerformerConfig(PreTrainedConfig):
             raise ValueError("projection must not be None for favor-softmax")
         entry = ATTENTIONS[self.attention]
         entry.check_causal(self.is_decoder)
-        windowed = self.attention in ("favor-softmax", "local")
-        sinks = self.sinks and self.attention != "favor-softmax"
-        if sinks or (self.window is not None and not windowed):
+        former = self._take_former_options(kwargs)
+        exact_terms = self.sinks or self.window is not None
+        if exact_terms and self.attention != "favor-softmax":
             raise ValueError(
-                "window and sinks need attention='favor-softmax' (window also goes with 'local'), "
-                f"got {self.attention!r} with window={self.window} and sinks={self.sinks}"
+                f"window and sinks need attention='favor-softmax', got {self.attention!r} with "
+                f"window={self.window} and sinks={self.sinks}"
             )
         self._check_exact_layers()
-        former = self._take_former_options(kwargs)
         self.attention_options = entry.complete_options({**former, **self.attention_options})
         super().__post_init__(**kwargs)
 

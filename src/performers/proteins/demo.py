@@ -1,19 +1,28 @@
 """The demo: three small models on the embedded proteins, compared and read."""
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import torch
+import multiprocessing
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.evaluation import evaluate_model
+from performers.proteins.errors import Interrupted, UserError
 from performers.proteins.fasta import ProteinRecord, read_fasta
 from performers.proteins.folders import read_json, write_json
-from performers.proteins.model_folder import load_model
-from performers.proteins.model_report import Report, choose_protein, describe_model
 from performers.proteins.options import DEMO_STEPS, TrainingOptions
-from performers.proteins.report import ModelReport, write_report
-from performers.proteins.training import train_model
+
+if TYPE_CHECKING:
+    from performers.proteins.model_report import Report
+    from performers.proteins.report import ModelReport
 
 MODELS = {
     "performer-softmax": "favor-softmax",
@@ -25,10 +34,16 @@ EVALUATED = ("test", "ood")
 _ATTENTION_SEQUENCES = 100
 _ATTENTION_LENGTH = 256
 _VALIDATION_STRIDE = 6
+# The share of a model's work that is training, for the estimate of what is left.
+_TRAINING_PERCENT = 80
+_STOP_SECONDS = 60.0
+# Modules with torch, which the server of processes imports once. This module is light, so that the
+# server does so at once and not after its parent.
+_HEAVY = ("evaluation", "model_folder", "model_report", "training")
 
 
 def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> TrainingOptions:
-    """What each model of the demo is trained with: the same but for the attention."""
+    """Options of a model's training, which differ in the attention alone."""
     return TrainingOptions(
         attention=attention,
         hidden_size=64,
@@ -50,6 +65,17 @@ def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> T
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One model to train, evaluate and read."""
+
+    name: str
+    folder: Path
+    options: TrainingOptions
+    splits: dict[str, list[ProteinRecord]]
+    resume: bool
+
+
 def run_demo(
     output: Path,
     *,
@@ -58,97 +84,203 @@ def run_demo(
     resume: bool = False,
     report: Report | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Train, evaluate and read the models of ``MODELS``.
+    """Train, evaluate and read the models of ``MODELS``, side by side.
 
+    Each model has a process with one thread: matrices this small gain nothing from a second one.
     Writes ``metrics.json``, ``report.html`` with ``figures/``, and a folder per model in
     ``models/``.
 
     Args:
         output: Folder to write to.
         steps: Optimiser steps of each model.
-        seed: Of weights, data order and masks.
+        seed: Seed of weights, data order and masks.
         resume: Keep what an interrupted demo has finished, and continue the rest.
         report: Called with what is being done, how much of it is done, how much there is, and a
             log entry.
 
     Returns:
-        What ``metrics.json`` holds: model name to ``test`` and ``ood`` (each with accuracy,
+        Contents of ``metrics.json``: model name to ``test`` and ``ood`` (each with accuracy,
         perplexity, loss, tokens, baseline_accuracy and baseline_perplexity), ``train_seconds``,
         ``steps`` and ``parameters``.
+
+    Raises:
+        UserError: A model cannot be trained.
+        Interrupted: Ctrl-C; checkpoints are in the folder.
+        RuntimeError: The process of a model failed.
     """
-    splits = {name: _records(name) for name in ("train", "validation", *EVALUATED)}
-    # Matrices this small gain nothing from a second thread, and lose much where cores are shared.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _run(output, splits, steps, seed, resume, report)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run(
-    output: Path,
-    splits: dict[str, list[ProteinRecord]],
-    steps: int,
-    seed: int,
-    resume: bool,
-    report: Report | None,
-) -> dict[str, dict[str, Any]]:
-    sequences = {name: [record.sequence for record in records] for name, records in splits.items()}
-    protein = choose_protein(splits["test"], None, _ATTENTION_LENGTH)
-    metrics: dict[str, dict[str, Any]] = {}
-    described: list[ModelReport] = []
-    for name, attention in MODELS.items():
-        folder = output / "models" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        options = demo_options(attention, steps=steps, seed=seed)
-
-        def log(done: int, total: int, entry: dict[str, float], name: str = name) -> None:
-            if report is not None:
-                report(f"training {name}", done, total, entry)
-
-        if not (folder / "config.json").exists():
-            train_model(
-                sequences["train"],
-                folder,
-                options,
-                # The file is sorted by family: take some of each.
-                validation=sequences["validation"][::_VALIDATION_STRIDE],
-                resume=resume,
-                progress=log,
-            )
-        result = read_json(folder / "training.json")["result"]
-        model, tokenizer = load_model(folder)
-        scores = {
-            split: evaluate_model(
-                model, tokenizer, sequences[split], max_length=options.max_length, seed=seed
-            )
-            for split in EVALUATED
-        }
-        metrics[name] = {
-            **scores,
-            "train_seconds": result["seconds"],
-            "steps": result["steps"],
-            "parameters": result["parameters"],
-        }
-        described.append(
-            describe_model(
-                folder,
-                model,
-                tokenizer,
-                sequences["test"],
-                protein,
-                name=name,
-                metrics=scores,
-                max_sequences=_ATTENTION_SEQUENCES,
-                max_length=_ATTENTION_LENGTH,
-                report=report,
-            )
+    splits = {
+        name: read_fasta(embedded_fasta(name))[0] for name in ("train", "validation", *EVALUATED)
+    }
+    jobs = [
+        _Job(
+            name,
+            output / "models" / name,
+            demo_options(attention, steps=steps, seed=seed),
+            splits,
+            resume,
         )
+        for name, attention in MODELS.items()
+    ]
+    found = _run_jobs(jobs, output, report)
+    from performers.proteins.report import write_report
+
+    described = [found[name][1] for name in MODELS]
+    metrics = {name: found[name][0] for name in MODELS}
     write_report(output, models=described, title="Three protein models on Swiss-Prot families")
     write_json(output / "metrics.json", metrics)
     return metrics
 
 
-def _records(split: str) -> list[ProteinRecord]:
-    return read_fasta(embedded_fasta(split))[0]
+def _run_jobs(
+    jobs: Sequence[_Job], output: Path, report: Report | None
+) -> dict[str, tuple[dict[str, Any], ModelReport]]:
+    """Run each job in a process; the results by name."""
+    # Windows has no server of processes.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload([f"performers.proteins.{name}" for name in _HEAVY])
+    threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    processes: dict[connection.Connection, BaseProcess] = {}
+    try:
+        for job in jobs:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(job, theirs), name=job.name, daemon=True)
+            process.start()
+            theirs.close()
+            processes[ours] = process
+        return _collect(processes, report)
+    except KeyboardInterrupt as error:
+        for process in processes.values():
+            # Training then saves a checkpoint.
+            process.terminate()
+        for process in processes.values():
+            process.join(_STOP_SECONDS)
+        raise Interrupted(
+            f"interrupted; what is done is in {output}, --resume goes on from there"
+        ) from error
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+        for name, value in threads.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _collect(
+    processes: dict[connection.Connection, BaseProcess], report: Report | None
+) -> dict[str, tuple[dict[str, Any], ModelReport]]:
+    """Hand progress on until all processes have sent their results.
+
+    Raises:
+        RuntimeError: A process failed; what it raised for the user is raised as it was.
+    """
+    names = {pipe: process.name for pipe, process in processes.items()}
+    found: dict[str, tuple[dict[str, Any], ModelReport]] = {}
+    percent = dict.fromkeys(names.values(), 0)
+    while len(found) < len(names):
+        for pipe in connection.wait([x for x, name in names.items() if name not in found]):
+            assert isinstance(pipe, connection.Connection)
+            name = names[pipe]
+            try:
+                kind, content = pipe.recv()
+            except EOFError:
+                processes[pipe].join()
+                code = processes[pipe].exitcode
+                raise RuntimeError(f"the process of {name} ended with exit code {code}") from None
+            if kind == "error":
+                raise content
+            if kind == "result":
+                found[name], percent[name] = pickle.loads(content), 100
+            elif report is not None:
+                what, done, total, entry = content
+                report(what, done, total, entry)
+                if what.startswith("training"):
+                    percent[name] = _TRAINING_PERCENT * done // max(total, 1)
+            if report is not None:
+                report("demo, percent", sum(percent.values()) // len(percent), 100, {})
+    return found
+
+
+def _child(job: _Job, pipe: connection.Connection) -> None:
+    """Do a job in a process of its own, and send progress, then the result or an error."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A demo that is killed leaves nothing behind.
+    watch = threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True)
+    watch.start()
+    if hasattr(os, "setsid"):
+        # Ctrl-C goes to the demo, which stops its processes in order.
+        os.setsid()
+    try:
+        found = _run_job(job, lambda *work: pipe.send(("progress", work)))
+        # As bytes: torch would hand tensors over in memory that ends with this process.
+        pipe.send(("result", pickle.dumps(found)))
+    except (UserError, Interrupted) as error:
+        pipe.send(("error", error))
+    except Exception:
+        pipe.send(("error", RuntimeError(f"{job.name} failed:\n{traceback.format_exc()}")))
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
+    """Train, evaluate and read one model."""
+    import torch
+
+    from performers.proteins.evaluation import evaluate_model
+    from performers.proteins.model_folder import load_model
+    from performers.proteins.model_report import choose_protein, describe_model
+    from performers.proteins.training import train_model
+
+    torch.set_num_threads(1)
+    sequences = {
+        name: [record.sequence for record in records] for name, records in job.splits.items()
+    }
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if not (job.folder / "config.json").exists():
+        train_model(
+            sequences["train"],
+            job.folder,
+            job.options,
+            # The file is sorted by family: take some of each.
+            validation=sequences["validation"][::_VALIDATION_STRIDE],
+            resume=job.resume,
+            progress=lambda done, total, entry: report(f"training {job.name}", done, total, entry),
+        )
+    result = read_json(job.folder / "training.json")["result"]
+    model, tokenizer = load_model(job.folder)
+    scores = {}
+    for number, split in enumerate(EVALUATED):
+        report(f"evaluating {job.name}", number, len(EVALUATED), {})
+        scores[split] = evaluate_model(
+            model,
+            tokenizer,
+            sequences[split],
+            max_length=job.options.max_length,
+            seed=job.options.seed,
+        )
+    report(f"evaluating {job.name}", len(EVALUATED), len(EVALUATED), {})
+    metrics = {
+        **scores,
+        "train_seconds": result["seconds"],
+        "steps": result["steps"],
+        "parameters": result["parameters"],
+    }
+    described = describe_model(
+        job.folder,
+        model,
+        tokenizer,
+        sequences["test"],
+        choose_protein(job.splits["test"], None, _ATTENTION_LENGTH),
+        name=job.name,
+        metrics=scores,
+        max_sequences=_ATTENTION_SEQUENCES,
+        max_length=_ATTENTION_LENGTH,
+        report=report,
+    )
+    return metrics, described

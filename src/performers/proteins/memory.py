@@ -8,6 +8,7 @@ import torch
 
 from performers.features.base import default_num_features
 from performers.models import PerformerConfig
+from performers.models.registry import ATTENTIONS
 from performers.proteins.errors import UserError
 
 # Python's and torch's bookkeeping for the modules and tensors of a block; some 30,000 are measured.
@@ -77,14 +78,10 @@ def training_bytes(config: PerformerConfig, optimizer: str, tokens: int = 0) -> 
 
 
 def parameter_count(config: PerformerConfig) -> int:
-    """Parameters of a model without its head."""
+    """Parameters of a model without its head and those of registered attentions."""
     width, inner = config.hidden_size, config.intermediate_size
-    parts = 2 if config.attention == "lsh" else 3
+    parts = 2 if ATTENTIONS[config.attention].shares_query else 3
     block = (parts + 1) * (width * width + width) + 2 * width * inner + inner + 5 * width
-    if config.attention == "linformer":
-        # The rank is 256 by default, or less for shorter inputs.
-        longest = config.max_position_embeddings
-        block += 2 * (config.linformer_rank or min(256, longest)) * longest
     positions = config.max_position_embeddings if config.position_embedding == "learned" else 0
     return config.num_hidden_layers * block + (config.vocab_size + positions + 2) * width
 
@@ -129,9 +126,6 @@ def _limits() -> Iterator[Path]:
 
 def _feature_count(config: PerformerConfig) -> int:
     """Numbers in the projection of one layer."""
-    if config.attention == "lsh":
-        buckets = config.lsh_buckets or config.max_position_embeddings // config.lsh_chunk_size
-        return config.lsh_rounds * config.head_dim * max(1, buckets // 2)
     if not config.attention.startswith("favor"):
         return 0
     features = config.num_features or default_num_features(config.head_dim)

@@ -121,16 +121,17 @@ def check_input_length(model: PreTrainedModel, tokens: int) -> None:
     """Check that a model can read so many tokens at once.
 
     Raises:
-        UserError: Its learned positions, or the projections of linformer, end before.
+        UserError: Its learned positions, or its attention, end before.
     """
     # Models of other families say nothing here, and refuse by themselves what they cannot read.
     longest = getattr(model.config, "longest_input", None)
     if longest is None or tokens <= longest:
         return
-    if model.config.attention == "linformer":
-        what, instead = "linformer projections", "with a larger --max-length or another --attention"
-    else:
+    if model.config.position_embedding == "learned":
         what, instead = "learned positions", "with --positions rotary"
+    else:
+        what = f"{model.config.attention} attention"
+        instead = "with a larger --max-length or another --attention"
     raise UserError(
         f"the model has {what} for {longest} tokens and cannot read {tokens}; "
         f"shorten the sequences or lower --max-length, or train {instead}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from performers.app.options import OptionError, Options, option
+from performers.app.options import Declaration, OptionError, Options, option
 
 if TYPE_CHECKING:
     from performers.models import PerformerConfig
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 ATTENTIONS = (
     *("favor-softmax", "favor-relu", "favor-elu+1", "favor-exp", "favor-sigmoid", "favor-gelu"),
     *("favor-cos", "favor-tanh", "favor-abs", "favor-identity", "exact", "identity"),
-    *("linformer", "lsh", "local", "bigbird"),
 )
 ESTIMATORS = ("positive", "hyperbolic", "trigonometric")
 """Estimators that are not calibrated on a trained model."""
@@ -57,9 +56,9 @@ class TrainingOptions(Options):
     attention: str = option(
         f"One of {', '.join(ATTENTIONS)}.",
         "favor-softmax",
-        choices=ATTENTIONS,
         config="attention",
     )
+    attention_options: dict[str, Any] | None = None
     hidden_size: int = option("Width of the model.", 256, at_least=1, config="hidden_size")
     num_layers: int = option(
         "Transformer blocks.", 4, flag="--layers", at_least=1, config="num_hidden_layers"
@@ -86,22 +85,10 @@ class TrainingOptions(Options):
         config="estimator",
     )
     window: int | None = option(
-        "Tokens seen exactly to each side (favor-softmax), or at all (local; 128 by default).",
+        "Tokens seen exactly to each side (favor-softmax).",
         None,
         at_least=0,
         config="window",
-    )
-    lsh_chunk_size: int | None = option(
-        "Tokens seen to each side within a bucket (lsh); 64 by default.",
-        None,
-        at_least=1,
-        config="lsh_chunk_size",
-    )
-    lsh_rounds: int | None = option(
-        "Hashes whose buckets are united (lsh); 4 by default.",
-        None,
-        at_least=1,
-        config="lsh_rounds",
     )
     position_embedding: str = option(
         "rotary, sinusoidal or learned.",
@@ -185,6 +172,11 @@ class TrainingOptions(Options):
                 trained in the memory of this machine; the message names the flag.
         """
         super().__post_init__()
+        if self.attention not in ATTENTIONS:
+            # A program may have registered others.
+            from performers.models.registry import ATTENTIONS as REGISTERED
+
+            Declaration(help="", choices=tuple(REGISTERED)).check("--attention", self.attention)
         if self.steps * self.accumulation >= 2**63:
             raise OptionError(
                 f"--steps times --accumulation must be below 2^63 batches, got {self.steps} and "
@@ -218,25 +210,9 @@ class TrainingOptions(Options):
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
                 "keep no activations anyway"
             )
-        if self.window is not None and self.attention not in ("favor-softmax", "local"):
+        if self.window is not None and self.attention != "favor-softmax":
             raise OptionError(
-                "--window needs --attention favor-softmax or local, got --attention "
-                f"{self.attention}"
-            )
-        for name in ("lsh_chunk_size", "lsh_rounds"):
-            if getattr(self, name) is not None and self.attention != "lsh":
-                raise OptionError(
-                    f"{self.flag(name)} needs --attention lsh, got --attention {self.attention}"
-                )
-        if self.attention == "linformer" and self.objective == "clm":
-            raise OptionError(
-                "--attention linformer has no causal form: use --objective mlm, or another "
-                "attention"
-            )
-        if self.attention == "linformer" and self.packed and not self.across_sequences:
-            raise OptionError(
-                "--attention linformer cannot keep the sequences of a row apart: leave out "
-                "--packed, or add --across-sequences"
+                f"--window needs --attention favor-softmax, got --attention {self.attention}"
             )
         self._check_memory()
 
@@ -271,10 +247,13 @@ class TrainingOptions(Options):
     def _config(self, **tokens: Any) -> PerformerConfig:
         from performers.models import PerformerConfig
 
-        chosen = {
+        chosen: dict[str, Any] = {"attention_options": self.attention_options or {}}
+        chosen |= {
             item.metadata["option"].config: getattr(self, item.name)
             for item in fields(self)
-            if item.metadata["option"].config and getattr(self, item.name) is not None
+            if "option" in item.metadata
+            and item.metadata["option"].config
+            and getattr(self, item.name) is not None
         }
         chosen.setdefault("intermediate_size", 4 * self.hidden_size)
         return PerformerConfig(**chosen, is_decoder=self.objective == "clm", **tokens)
@@ -291,7 +270,7 @@ class TrainingOptions(Options):
         before = {
             item.name: earlier.get(item.name, item.default)
             for item in fields(self)
-            if item.metadata["option"].changes_result
+            if "option" not in item.metadata or item.metadata["option"].changes_result
         }
         return [
             f"{self.flag(name)} was {value}, now {getattr(self, name)}"

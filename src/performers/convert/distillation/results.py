@@ -22,8 +22,8 @@ class ConversionRecord:
         model: ``class``, ``kind``, ``parameters``, ``tested_examples``.
         quality: A row for each measured model: ``model``, ``tokens`` and the figures.
         training: ``history``, ``tokens`` and ``seconds`` of `distill`; empty without it.
-        speed: Rows of ``benchmark.converted.measure_speed``.
-        decoding: Rows of ``benchmark.converted_decode.measure_decoding``.
+        speed: Rows of ``benchmark.cases.convert.measure_speed``.
+        decoding: Rows of ``benchmark.cases.convert.measure_decoding``.
         machine: Description of the machine.
         is_saved: Whether the folder holds the model.
         saved: Called after each addition.

@@ -1,0 +1,1 @@
+"""The benchmarks: each a list of cases."""

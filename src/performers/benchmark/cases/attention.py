@@ -1,0 +1,267 @@
+"""Time and memory of attention against length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performers.benchmark.case import Benchmark, Case, Column, Group, Ratio, Row
+from performers.benchmark.cases.contestants import (
+    PERFORMER_PYTORCH,
+    SDPA,
+    Attention,
+    Contestant,
+    contestants,
+    favor,
+    pass_flops,
+)
+from performers.benchmark.cases.floor import measure_floor
+from performers.benchmark.cases.inputs import Inputs, dtype_of, make_inputs
+from performers.benchmark.gate import (
+    CHECKED_LENGTH,
+    TOLERANCES,
+    Gate,
+    WrongResultError,
+    check_finite,
+    first_checked,
+    judge,
+)
+from performers.benchmark.memory import Peak, peak_of
+from performers.benchmark.settings import PASSES, AttentionSettings, Workload, part
+
+MATMULS = "matmuls alone"
+"""The row of the products that stand around every call in a run between matmuls."""
+
+_PARTS = ("output", "gradient of query", "gradient of key", "gradient of value")
+# Loads libraries and starts threads, which are not the call's own memory.
+_WARM_UP_LENGTH = 64
+_GROUP = ("direction", "passes", "length")
+
+
+class AttentionCall:
+    """Runs attention on fixed inputs, forward or forward and backward.
+
+    Args:
+        attend: The attention.
+        inputs: Its inputs; requiring gradients for a backward pass.
+        backward: Whether gradients of query, key and value are computed.
+        between: Called before, after and between the passes, as other layers of a model would be.
+    """
+
+    def __init__(
+        self,
+        attend: Attention,
+        inputs: Inputs,
+        *,
+        backward: bool,
+        between: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._attend = attend
+        self._inputs = inputs
+        self._backward = backward
+        self._between = between
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        """The output, and the gradients where asked for (None for what has no influence)."""
+        query, key, value, grad = self._inputs
+        self._between()
+        with torch.set_grad_enabled(self._backward):
+            out = self._attend(query, key, value)
+        self._between()
+        if not self._backward:
+            return (out,)
+        # Not backward(): it would add to gradients kept from call to call.
+        gradients = torch.autograd.grad(out, (query, key, value), grad, allow_unused=True)
+        self._between()
+        return (out.detach(), *gradients)
+
+
+def make_matmul(workload: Workload, length: int) -> Callable[[], Tensor]:
+    """The product of a model's hidden states with a square matrix, into memory kept.
+
+    Two thread pools that spin against each other look fast one at a time. Work of torch's own pool
+    between the calls of another shows what they cost each other.
+    """
+    hidden = workload.heads * workload.head_dim
+    generator = torch.Generator().manual_seed(workload.seed)
+    states = torch.randn(workload.batch * length, hidden, generator=generator)
+    states = states.to(dtype_of(workload))
+    weight = torch.randn(hidden, hidden, generator=generator).to(dtype_of(workload))
+    return partial(torch.mm, states, weight, out=torch.empty_like(states))
+
+
+def check(contestant: Contestant, workload: Workload, is_causal: bool, backward: bool) -> None:
+    """Run a contestant on a short sequence and judge its results.
+
+    A backend of this package must agree with ``backend="reference"``. Other libraries compute
+    something else: their results must have the right shape and be finite.
+
+    Raises:
+        WrongResultError: A result is wrong.
+    """
+    inputs = make_inputs(workload, CHECKED_LENGTH, requires_grad=backward)
+    results = AttentionCall(contestant.build(workload, is_causal), inputs, backward=backward)()
+    if contestant.backend is not None:
+        oracle = favor("reference", workload, is_causal)
+        expected = AttentionCall(oracle, inputs, backward=backward)()
+        for name, result, right in zip(_PARTS, results, expected, strict=False):
+            if result is not None and right is not None:
+                judge(name, result, right, TOLERANCES[workload.dtype])
+        return
+    for name, result in zip(_PARTS, results, strict=False):
+        if result is not None:
+            if result.shape != inputs.value.shape:
+                raise WrongResultError(
+                    f"wrong result: {name} has shape {tuple(result.shape)}, expected "
+                    f"{tuple(inputs.value.shape)}"
+                )
+            check_finite(name, result)
+
+
+def measure_peak(
+    workload: dict[str, Any], contestant: str, length: int, is_causal: bool, backward: bool
+) -> Peak:
+    """Peak memory of one call; runs in a process of its own."""
+    shapes = Workload(**workload)
+    attend = contestants()[contestant].build(shapes, is_causal)
+
+    def call(length: int) -> AttentionCall:
+        inputs = make_inputs(shapes, length, requires_grad=backward)
+        return AttentionCall(attend, inputs, backward=backward)
+
+    call(_WARM_UP_LENGTH)()
+    return peak_of(call(length))
+
+
+def _absences(settings: AttentionSettings) -> dict[str, str]:
+    known = contestants()
+    names = settings.contestants or tuple(known)
+    return {name: reason for name in names if (reason := known[name].absence)}
+
+
+def _groups(settings: AttentionSettings, notes: dict[str, Any]) -> list[Group]:
+    known = contestants()
+    chosen = [known[name] for name in settings.contestants or known if not known[name].absence]
+    backward = PASSES[1] in settings.passes
+    floor = measure_floor(dtype_of(settings), torch.get_num_threads())
+    notes["floor"] = floor._asdict()
+    gates = {
+        (one.name, direction): Gate(partial(check, one, settings, direction == "causal", backward))
+        for one in chosen
+        for direction in settings.directions
+    }
+    return [
+        _group(settings, direction, passes, length, chosen, gates, floor.flops_per_second)
+        for direction in settings.directions
+        for length in settings.lengths
+        for passes in settings.passes
+    ]
+
+
+def _group(
+    settings: AttentionSettings,
+    direction: str,
+    passes: str,
+    length: int,
+    chosen: list[Contestant],
+    gates: dict[tuple[str, str], Gate],
+    flops_per_second: float,
+) -> Group:
+    is_causal, backward = direction == "causal", passes == PASSES[1]
+    inputs = cache(lambda: make_inputs(settings, length, requires_grad=backward))
+    matmul = cache(lambda: make_matmul(settings, length))
+
+    def prepare(contestant: Contestant) -> Callable[[], None]:
+        attend = contestant.build(settings, is_causal)
+        between = {"between": matmul()} if settings.between_matmuls else {}
+        call = AttentionCall(attend, inputs(), backward=backward, **between)
+        return first_checked(call, _PARTS)
+
+    def prepare_matmuls() -> Callable[[], None]:
+        product, times = matmul(), 3 if backward else 2
+
+        def call() -> None:
+            for _ in range(times):
+                product()
+
+        return call
+
+    def finish(rows: list[Row]) -> None:
+        if settings.between_matmuls:
+            alone = next(row for row in rows if row["contestant"] == MATMULS)["seconds"]
+            for row in rows:
+                _subtract(row, 0.0 if row["contestant"] == MATMULS else alone)
+        for row in rows:
+            row |= dict.fromkeys(("flops", "gflops_per_second", "floor_seconds", "floor_share"))
+            contestant = next((one for one in chosen if one.name == row["contestant"]), None)
+            if contestant is None or contestant.flops is None:
+                continue
+            row["flops"] = pass_flops(contestant.flops(settings, length, is_causal), passes)
+            row["floor_seconds"] = row["flops"] / flops_per_second
+            if row["seconds"] is not None and row["seconds"] > 0:
+                row["gflops_per_second"] = row["flops"] / row["seconds"] / 1e9
+                row["floor_share"] = row["floor_seconds"] / row["seconds"]
+
+    cases = []
+    for contestant in chosen:
+        arguments: dict[str, Any] = {
+            "workload": part(settings, Workload),
+            "contestant": contestant.name,
+            "length": length,
+            "is_causal": is_causal,
+            "backward": backward,
+        }
+        cases.append(
+            Case(
+                {"contestant": contestant.name},
+                partial(prepare, contestant),
+                gate=gates[contestant.name, direction],
+                probe=partial(measure_peak, **arguments)
+                if settings.measures_memory(length)
+                else None,
+                ours=contestant.backend is not None,
+                skip=settings.skip_exact(length) if contestant.growth > 1 else None,
+                growth=contestant.growth,
+            )
+        )
+    if settings.between_matmuls:
+        cases.append(Case({"contestant": MATMULS}, prepare_matmuls))
+    return Group({"direction": direction, "passes": passes, "length": length}, cases, finish)
+
+
+def _subtract(row: Row, seconds: float | None) -> None:
+    """Take the time of what stands around a call off, and keep the whole beside."""
+    row["whole_seconds"] = row["seconds"]
+    for column in ("seconds", "first_quartile", "third_quartile", "fastest"):
+        if row[column] is not None and seconds is not None:
+            row[column] -= seconds
+
+
+ATTENTION = Benchmark(
+    name="attention",
+    titles=("direction", "passes"),
+    title="{direction}, {passes}",
+    across="length",
+    series="contestant",
+    columns=(
+        Column("median", "seconds", "seconds"),
+        Column("SDPA\n/ this", "sdpa_ratio", "times"),
+        Column("p.-pytorch\n/ this", "performer_pytorch_ratio", "times"),
+        Column("GFLOP/s", "gflops_per_second", "digits"),
+        Column("of\nfloor", "floor_share", "percent"),
+        Column("peak\nmemory", "peak_bytes", "nbytes"),
+    ),
+    plotted=(("seconds", "seconds"), ("peak_bytes", "peak memory")),
+    ratios=(
+        Ratio("sdpa_ratio", lambda row: row["contestant"] == SDPA, _GROUP),
+        Ratio(
+            "performer_pytorch_ratio", lambda row: row["contestant"] == PERFORMER_PYTORCH, _GROUP
+        ),
+    ),
+    groups=_groups,
+    absences=_absences,
+)

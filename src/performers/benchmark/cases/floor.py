@@ -1,0 +1,88 @@
+"""The floor under a time: the same number of operations as matrix products that stay in cache.
+
+The rate is the best of torch's own product and, where the compiled kernels are, of the products of
+linear attention alone as they multiply them: no input read, no exponential taken.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from performers.attention.native import library
+from performers.attention.native.interface import Call
+
+_SECONDS_A_SHAPE = 0.1
+
+# (rows, inner, columns) of one product; the blocks of linear attention are given to all threads as
+# a batch, a few to each, and the larger squares are shared among the threads. All fit in L2 or L3.
+_BLOCKS = ((64, 64, 256), (256, 64, 256), (256, 256, 64))
+_BLOCKS_A_THREAD = 4
+_SQUARES = (256, 512, 768)
+
+# Sizes of the products that the kernels are asked for: a few blocks of 64 positions to each thread.
+_LENGTH, _HEAD_DIM, _FEATURES = 512, 64, 256
+_HEADS_A_THREAD = 4
+NATIVE = "products of the native kernels"
+
+
+class Floor(NamedTuple):
+    """The best rate of a matrix product.
+
+    Attributes:
+        flops_per_second: The best of ``rates``.
+        rates: Operations a second by shape.
+    """
+
+    flops_per_second: float
+    rates: dict[str, float]
+
+    def seconds(self, flops: int) -> float:
+        """Seconds of that many operations at the best rate."""
+        return flops / self.flops_per_second
+
+
+def measure_floor(dtype: torch.dtype, threads: int, *, seconds: float = _SECONDS_A_SHAPE) -> Floor:
+    """Measure products on operands that stay in cache.
+
+    Returns:
+        The rates, each the best of many calls: a floor is what the machine can do.
+    """
+    rates = {}
+    for rows, inner, columns in _BLOCKS:
+        batch = _BLOCKS_A_THREAD * threads
+        left = torch.randn(batch, rows, inner).to(dtype)
+        right = torch.randn(batch, inner, columns).to(dtype)
+        out = torch.empty(batch, rows, columns, dtype=dtype)
+        operations = 2 * batch * rows * inner * columns
+        name = f"{batch} x ({rows} x {inner} x {columns})"
+        rates[name] = _best_rate(partial(torch.bmm, left, right, out=out), operations, seconds)
+    for size in _SQUARES:
+        left, right = torch.randn(2, size, size).to(dtype)
+        out = torch.empty(size, size, dtype=dtype)
+        product = partial(torch.mm, left, right, out=out)
+        rates[f"{size} x {size} x {size}"] = _best_rate(product, 2 * size**3, seconds)
+    if dtype == torch.float32 and library.unavailable_reason() is None:
+        heads = _HEADS_A_THREAD * threads
+        call = Call.sized(
+            heads=heads,
+            length=_LENGTH,
+            head_dim=_HEAD_DIM,
+            value_dim=_HEAD_DIM,
+            features=_FEATURES,
+        )
+        operations = 8 * heads * _LENGTH * _HEAD_DIM * _FEATURES
+        rates[NATIVE] = _best_rate(partial(call.run, "products"), operations, seconds)
+    return Floor(max(rates.values()), rates)
+
+
+def _best_rate(function: Callable[[], object], operations: int, seconds: float) -> float:
+    function()
+    best, end = math.inf, time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        function()
+        best = min(best, time.perf_counter() - start)
+    return operations / best

@@ -1,0 +1,185 @@
+"""Time and memory of training steps of the paper's models against length."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from performers import use_backend
+from performers.benchmark.case import Benchmark, Case, Column, Group, Ratio
+from performers.benchmark.gate import Gate, judge
+from performers.benchmark.memory import Peak, peak_of
+from performers.benchmark.settings import SIZES, ModelSettings, Shape, part
+
+if TYPE_CHECKING:
+    from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+
+VOCABULARY = 256
+_MASKED, _IGNORED = 0.15, -100
+_CHECKED_LENGTH, _WARM_UP_LENGTH = 100, 64
+_TOLERANCE = 1e-3
+_GROUP = ("size", "objective", "length")
+
+
+def make_model(shape: Shape, attention: str) -> PerformerForCausalLM | PerformerForMaskedLM:
+    """A model in training mode, with the same weights for the same seed and attention."""
+    from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+
+    heads, layers, intermediate, hidden = SIZES[shape.size]
+    torch.manual_seed(shape.seed)
+    config = PerformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        hidden_dropout_prob=shape.dropout,
+        attention=attention,
+        num_features=shape.num_features,
+        is_decoder=shape.objective == "clm",
+        use_cache=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    kind = PerformerForCausalLM if shape.objective == "clm" else PerformerForMaskedLM
+    return kind(config).train()
+
+
+def make_tokens(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
+    """Random input tokens and labels, each ``(batch, length)``."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    tokens = torch.randint(VOCABULARY, (shape.batch, length), generator=generator)
+    if shape.objective == "clm":
+        return tokens, tokens
+    chosen = torch.rand(tokens.shape, generator=generator) < _MASKED
+    chosen[:, 0] = True
+    return tokens, torch.where(chosen, tokens, _IGNORED)
+
+
+class TrainingStep:
+    """Forward, loss, backward and an Adam step of one model, on the same batch every time."""
+
+    def __init__(self, shape: Shape, attention: str, length: int) -> None:
+        self._model = make_model(shape, attention)
+        self._tokens, self._labels = make_tokens(shape, length)
+        # The paper's settings, without its weight decay, which costs next to nothing.
+        self._optimizer = torch.optim.Adam(
+            self._model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9
+        )
+
+    def __call__(self) -> float:
+        """Make a step; returns the loss before it.
+
+        Raises:
+            ArithmeticError: The loss is not finite.
+        """
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self._model(input_ids=self._tokens, labels=self._labels).loss
+        loss.backward()
+        self._optimizer.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ArithmeticError(f"the loss is {value}")
+        return value
+
+
+def check(shape: Shape, attention: str) -> None:
+    """Compare a model's logits and gradients with those through ``backend="reference"``.
+
+    Raises:
+        WrongResultError: They differ.
+    """
+    model = make_model(shape, attention).eval()
+    tokens, labels = make_tokens(shape, _CHECKED_LENGTH)
+
+    def run() -> tuple[Tensor, Tensor]:
+        output = model(input_ids=tokens, labels=labels)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+        return output.logits.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    results = run()
+    with use_backend("reference"):
+        expected = run()
+    for name, result, right in zip(("logits", "gradients"), results, expected, strict=True):
+        judge(name, result, right, _TOLERANCE)
+
+
+def measure_peak(shape: dict[str, Any], attention: str, length: int) -> Peak:
+    """Peak memory of a model, its optimiser and two steps; runs in a process of its own."""
+    model = Shape(**shape)
+    TrainingStep(model, attention, _WARM_UP_LENGTH)()
+
+    def two_steps() -> TrainingStep:
+        step = TrainingStep(model, attention, length)
+        # The first makes the optimiser's state, the second has all of it to hold at once.
+        step()
+        step()
+        return step
+
+    return peak_of(two_steps)
+
+
+def _groups(settings: ModelSettings, notes: dict[str, Any]) -> list[Group]:
+    # Exact and identity attention have no backend to check.
+    gates = {
+        attention: Gate(partial(check, settings, attention))
+        for attention in settings.attentions
+        if attention.startswith("favor-")
+    }
+    groups = []
+    for length in settings.lengths:
+        cases = []
+        for attention in settings.attentions:
+            exact, probe = attention == "exact", None
+            if settings.measures_memory(length):
+                shape = part(settings, Shape)
+                probe = partial(measure_peak, shape=shape, attention=attention, length=length)
+            cases.append(
+                Case(
+                    {"attention": attention},
+                    partial(TrainingStep, settings, attention, length),
+                    gate=gates.get(attention),
+                    probe=probe,
+                    ours=True,
+                    skip=settings.skip_exact(length) if exact else None,
+                    # The linear part of the model dominates at first: an upper bound.
+                    growth=2 if exact else 1,
+                )
+            )
+        key = {"size": settings.size, "objective": settings.objective, "length": length}
+        groups.append(Group(key, cases))
+    return groups
+
+
+MODEL = Benchmark(
+    name="model",
+    titles=("size", "objective"),
+    title="training step, {size} model, {objective}",
+    across="length",
+    series="attention",
+    columns=(
+        Column("median", "seconds", "seconds"),
+        Column("this /\nidentity", "over_identity", "times"),
+        Column("exact\n/ this", "exact_ratio", "times"),
+        Column("peak\nmemory", "peak_bytes", "nbytes"),
+        Column("this /\nidentity", "memory_over_identity", "times"),
+    ),
+    plotted=(("seconds", "seconds"), ("peak_bytes", "peak memory")),
+    ratios=(
+        Ratio("over_identity", lambda row: row["attention"] == "identity", _GROUP, over_base=True),
+        Ratio(
+            "memory_over_identity",
+            lambda row: row["attention"] == "identity",
+            _GROUP,
+            of="peak_bytes",
+            over_base=True,
+        ),
+        Ratio("exact_ratio", lambda row: row["attention"] == "exact", _GROUP),
+    ),
+    groups=_groups,
+)

@@ -1,0 +1,207 @@
+"""Draws results: time and memory against length, like Figure 3 of Choromanski et al. 2021."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from performers.benchmark.case import Benchmark, Row, select
+from performers.benchmark.table import nbytes
+
+INK, MUTED = "#222222", "#767676"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Colours that can be told apart with any colour vision (Okabe and Ito 2008)."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "*")
+
+# Attention that returns its values, drawn as the paper draws it.
+_IDENTITY = "identity"
+_PANEL = (4.4, 3.4)
+_QUALITY = {
+    "causal": ("perplexity", "perplexity"),
+    "masked": ("accuracy", "accuracy of hidden tokens"),
+    "encoder": ("cosine", "cosine with the original's embedding"),
+}
+
+
+def benchmark_figure(benchmark: Benchmark, rows: Sequence[Row]) -> Figure:
+    """Draw the rows of a benchmark.
+
+    Returns:
+        A figure: a panel for each title and kind of time and memory, a line for each contestant;
+        the dashed line X is attention that returns its values.
+    """
+    first, *others = benchmark.plotted
+    lines: dict[str, list[tuple[str, list[Row], str, str]]] = {}
+    titles = dict.fromkeys(tuple(row[name] for name in benchmark.titles) for row in rows)
+    for values in titles:
+        here = select(rows, dict(zip(benchmark.titles, values, strict=True)))
+        title = benchmark.title.format(**here[0])
+        line = lines.setdefault(values[0], [])
+        # The memory of a line is that of its last title, the larger one.
+        line[:] = [panel for panel in line if panel[2] == first[0]]
+        line += [(title, here, *plotted) for plotted in (first, *others)]
+    # Memory is not always measured.
+    grid = [[p for p in line if any(row[p[2]] for row in p[1])] for line in lines.values()]
+    columns = max(map(len, grid), default=1) or 1
+    size = (_PANEL[0] * columns, _PANEL[1] * max(len(grid), 1) + 0.5)
+    figure = new_figure(size)
+    axes = figure.subplots(max(len(grid), 1), columns, squeeze=False)
+    names = list(dict.fromkeys(row[benchmark.series] for row in rows))
+    for places, line in zip(axes, grid or [[]], strict=True):
+        for place, (title, here, column, label) in zip(places, line, strict=False):
+            draw_lines(place, here, benchmark.across, column, benchmark.series, names)
+            length_axis(place, [row[benchmark.across] for row in here], benchmark.across)
+            size_axis(place, column, label)
+            style(place, title)
+        for place in places[len(line) :]:
+            place.set_axis_off()
+    shared_legend(figure, 4 if columns < 3 else 7)
+    return figure
+
+
+def conversion_figure(content: dict[str, Any]) -> Figure:
+    """Draw a conversion.
+
+    The panel of quality begins with the converted model before training; attention transfer is
+    shaded. Lines across it are the original and the baseline.
+
+    Args:
+        content: JSON of a ``ConversionRecord``.
+
+    Returns:
+        A figure with one to five panels: quality; time and, where it was measured, memory of a
+        forward pass; time and cache of decoding.
+    """
+    panels = [
+        (content["speed"], "length", "seconds", "forward pass", "seconds"),
+        (content["speed"], "length", "peak_bytes", "forward pass", "peak memory"),
+        (content["decoding"], "context", "seconds", "decoding", "seconds a token"),
+        (content["decoding"], "context", "cache_bytes", "decoding", "cache"),
+    ]
+    panels = [panel for panel in panels if any(row.get(panel[2]) for row in panel[0])]
+    figure = new_figure((_PANEL[0] * (1 + len(panels)), 3.7))
+    axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+    _draw_quality(axes[0], content)
+    for place, (rows, across, column, title, label) in zip(axes[1:], panels, strict=True):
+        draw_lines(place, rows, across, column, "model", ["converted", "original"])
+        length_axis(place, [row[across] for row in rows], across)
+        size_axis(place, column, label)
+        style(place, title)
+    for place in axes:
+        place.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_quality(axes: Axes, content: dict[str, Any]) -> None:
+    from performers.convert.distillation.results import BASELINE, ORIGINAL, ZERO_SHOT
+
+    figure, label = _QUALITY[content["model"]["kind"]]
+    rows = {row["model"]: row[figure] for row in content["quality"]}
+    transfer = content["options"]["transfer_steps"]
+    offsets = {"transfer": 0, "model": transfer}
+    points = [(0, rows[ZERO_SHOT])] + [
+        (offsets[entry["stage"]] + entry["step"], entry[figure])
+        for entry in content["training"].get("history", [])
+        if figure in entry
+    ]
+    axes.plot(*zip(*points, strict=True), color=PALETTE[0], marker="o", label=ZERO_SHOT)
+    axes.axhline(rows[ORIGINAL], color=PALETTE[1], linestyle="--", label=ORIGINAL)
+    axes.axhline(rows[BASELINE], color=MUTED, linestyle=":", label=f"{BASELINE}, untrained")
+    if transfer and len(points) > 1:
+        axes.axvspan(0, transfer, color="#EEEEEE", zorder=0)
+    if figure == "perplexity":
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("fine-tuning steps (attention transfer shaded)", color=INK)
+    axes.set_ylabel(label, color=INK)
+    style(axes, "quality on held-out text")
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
+    """An empty white figure of a size in inches."""
+    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04)
+    figure = Figure(figsize=size, layout=engine, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour and marker of a line; dashed beyond the palette."""
+    return {
+        "color": PALETTE[number % len(PALETTE)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": "-" if number < len(PALETTE) else "--",
+        "markersize": 4.5,
+        "linewidth": 1.4,
+    }
+
+
+def draw_lines(
+    axes: Axes, rows: Sequence[Row], across: str, column: str, series: str, names: Sequence[str]
+) -> None:
+    """Draw a line for each name through the rows that have a positive value."""
+    for number, name in enumerate(names):
+        points = sorted(
+            (row[across], row[column])
+            for row in rows
+            if row[series] == name and (row[column] or 0) > 0
+        )
+        if not points:
+            continue
+        looks = look(number)
+        if name == _IDENTITY:
+            looks |= {"color": MUTED, "linestyle": "--", "marker": "x"}
+        label = "X (identity)" if name == _IDENTITY else name
+        axes.plot(*zip(*points, strict=True), label=label, **looks)
+
+
+def length_axis(axes: Axes, lengths: Sequence[int], across: str) -> None:
+    """A logarithmic axis with a tick at each length."""
+    ticks = sorted(set(lengths))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelrotation=45 if len(ticks) > 6 else 0)
+    axes.set_xlabel(f"{across}, tokens", color=INK)
+
+
+def size_axis(axes: Axes, column: str, label: str) -> None:
+    """A logarithmic axis of seconds, or of bytes."""
+    axes.set_yscale("log", base=2 if column.endswith("bytes") else 10)
+    if column.endswith("bytes"):
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: nbytes(value)))
+    axes.set_ylabel(label, color=INK)
+
+
+def style(axes: Axes, title: str = "") -> None:
+    """A title, a light grid, two sides, small figures."""
+    if title:
+        axes.set_title(title, fontsize=10, color=INK)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, which="major", linewidth=0.4, color="#DDDDDD")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend below all panels."""
+    handles = {
+        label: handle
+        for place in figure.axes
+        for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(len(handles), columns),
+            frameon=False,
+            fontsize=9,
+        )

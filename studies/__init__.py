@@ -1,0 +1,1 @@
+"""Experiments with Performers: each asks a question, and writes a page of results."""

@@ -1,0 +1,1 @@
+"""Distance of attention through random features from exact attention."""

@@ -1,0 +1,204 @@
+"""Errors of kernel estimates on random data against the number of features: Figure 4 of the paper.
+
+Measured of each feature map, with the kernel matrix ``A_ij = exp(scale q_i . k_j)``, its estimate
+``K``, the attention matrices ``W = A / rowsum(A)`` and ``V = K / rowsum(K)``, and values ``v``:
+
+* ``kernel_mse``: mean of ``(K_ij - A_ij)^2``.
+* ``kernel_relative``: mean of ``(K_ij / A_ij - 1)^2``.
+* ``matrix_error``: ``|V - W| / |W|``, Frobenius norms.
+* ``output_mse``: mean of ``(V v - W v)^2`` over all elements.
+* ``output_error``: ``|V v - W v| / |W v|``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from performers.benchmark.case import FAILED, MEASURED, Row
+from performers.benchmark.measure import Results
+from performers.benchmark.timing import threads_of_torch
+from performers.features import CALIBRATED, FeatureMap, SoftmaxFeatures
+from performers.features.projections import Projection
+from performers.features.softmax import Estimator
+from studies.accuracy.options import KernelOptions
+
+Pair = tuple[Estimator, Projection]
+MEASURES = ("kernel_mse", "kernel_relative", "matrix_error", "output_mse", "output_error")
+ISOTROPIC, ANISOTROPIC = "isotropic", "anisotropic"
+# Queries and keys, apart from those that errors are measured on, that estimators are fitted to.
+_CALIBRATION_LENGTH = 1024
+# Rows at a time: a block of 4,096 columns stays in the caches of a core, or nearly so.
+_BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class GaussianData:
+    """Gaussian queries and keys with the scale of the scores in them, ``x' = sqrt(scale) x``.
+
+    Attributes:
+        kind: ``"isotropic"``, or ``"anisotropic"`` where the eigenvalues of the covariance are in
+            proportion to ``1, 1/2, 1/3, ...``.
+        length: Queries and keys in a sample.
+        head_dim: Length of a vector.
+        norm: ``E |x'|^2`` of queries and keys. Vectors of N(0, I) and the usual scale have
+            ``sqrt(head_dim)``.
+    """
+
+    kind: str
+    length: int
+    head_dim: int
+    norm: int
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        return f"{self.kind} {self.norm}"
+
+    def sample(self, generator: torch.Generator, length: int | None = None) -> tuple[Tensor, ...]:
+        """Query, key and values of N(0, I), each of shape ``(length, head_dim)``, float32."""
+        shape = (length or self.length, self.head_dim)
+        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+        eigenvalues = torch.ones(self.head_dim)
+        if self.kind == ANISOTROPIC:
+            eigenvalues = 1 / torch.arange(1, self.head_dim + 1)
+        width = (eigenvalues / eigenvalues.sum() * self.norm).sqrt()
+        return query * width, key * width, value
+
+
+def make_data(options: KernelOptions) -> list[GaussianData]:
+    """The distributions of the study."""
+    isotropic = (ISOTROPIC, options.kernel_length, options.head_dim)
+    anisotropic = (ANISOTROPIC, options.anisotropic_length, options.anisotropic_dim)
+    return [
+        *(GaussianData(*isotropic, norm) for norm in options.norms),
+        *(GaussianData(*anisotropic, norm) for norm in options.anisotropic_norms),
+    ]
+
+
+@torch.no_grad()
+def kernel_errors(
+    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> dict[str, float]:
+    """Errors of a feature map on one problem, by the names of ``MEASURES``.
+
+    Memory is that of the features and of a block of 256 rows of the matrices, whatever the number
+    of rows. Features are not stabilised: where an exponent passes 88, errors are not finite.
+    """
+    length, size = query.shape[0], key.shape[0]
+    query_features = feature_map(query[None], scale, is_query=True)[0]
+    key_features = feature_map(key[None], scale)[0].mT
+    scaled_key = (scale * key).mT
+    # Fresh memory for every step of every block would cost more than the arithmetic.
+    block = min(_BLOCK_ROWS, length)
+    buffers = [query.new_empty(block, size) for _ in range(3)]
+    totals = torch.zeros(6, dtype=torch.float64, device=query.device)
+    for rows, features in zip(query.split(block), query_features.split(block), strict=True):
+        exact, estimate, difference = (buffer[: rows.shape[0]] for buffer in buffers)
+        torch.mm(rows, scaled_key, out=exact).exp_()
+        torch.mm(features, key_features, out=estimate)
+        kernel = _square(torch.sub(estimate, exact, out=difference))
+        relative = _square(torch.div(estimate, exact, out=difference).sub_(1))
+        exact /= exact.sum(-1, keepdim=True)
+        estimate /= estimate.sum(-1, keepdim=True)
+        matrix = _square(torch.sub(estimate, exact, out=difference))
+        outputs = _square(difference @ value)
+        norms = _square(exact), _square(exact @ value)
+        totals += torch.stack((kernel, relative, matrix, outputs, *norms))
+    kernel, relative, matrix, outputs, matrix_norm, output_norm = totals
+    errors = (
+        kernel / (length * size),
+        relative / (length * size),
+        (matrix / matrix_norm).sqrt(),
+        outputs / (length * value.shape[-1]),
+        (outputs / output_norm).sqrt(),
+    )
+    return dict(zip(MEASURES, torch.stack(errors).tolist(), strict=True))
+
+
+def _square(x: Tensor) -> Tensor:
+    """The sum of the squares, float64."""
+    flat = x.flatten()
+    total = torch.dot(flat, flat).double()
+    # Relative errors of trigonometric features can be finite with squares that float32 cannot hold.
+    return total if bool(total.isfinite()) else flat.double().square().sum()
+
+
+def run_kernel(
+    options: KernelOptions,
+    results: Results,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Measure, group by group, into results that may hold some groups already.
+
+    Every draw has data of its own, the same for all estimators, projections and numbers of
+    features; estimators that are calibrated are fitted to other data of the same distribution.
+    """
+    pairs = options.pairs()
+    cases = [{"estimator": estimator, "projection": projection} for estimator, projection in pairs]
+    groups = [(x, count) for x in make_data(options) for count in options.kernel_feature_counts]
+    total = len(groups) * options.draws
+    with threads_of_torch(options.threads):
+        for number, (data, count) in enumerate(groups):
+            key: Row = {"data": data.name, "num_features": count}
+            if results.holds(key, cases):
+                progress((number + 1) * options.draws, total)
+                continue
+            draws = []
+            for draw in range(options.draws):
+                draws.append(_draw(options, data, count, draw))
+                progress(number * options.draws + draw + 1, total)
+            sizes = {"length": data.length, "head_dim": data.head_dim, "draws": options.draws}
+            rows = [
+                {**key, **case, **sizes, **_summary([errors[pair] for errors in draws])}
+                for pair, case in zip(pairs, cases, strict=True)
+            ]
+            results.put(key, rows)
+
+
+def _draw(
+    options: KernelOptions, data: GaussianData, count: int, draw: int
+) -> dict[Pair, dict[str, float]]:
+    """Errors of all pairs on one draw of data."""
+    generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
+    query, key, value = data.sample(generator)
+    samples = data.sample(generator, _CALIBRATION_LENGTH)[:2]
+    fits: dict[str, SoftmaxFeatures] = {}
+    errors = {}
+    for estimator, projection in options.pairs():
+        feature_map = SoftmaxFeatures(
+            data.head_dim, count, estimator=estimator, projection=projection, generator=generator
+        )
+        if estimator in CALIBRATED:
+            if estimator not in fits:
+                fits[estimator] = feature_map
+                query_sample, key_sample = (x[None, None] for x in samples)
+                feature_map.calibrate_(query_sample, key_sample, scale=1.0)
+            else:
+                feature_map.adopt_calibration_(fits[estimator])
+        errors[estimator, projection] = kernel_errors(feature_map, query, key, value, 1.0)
+    return errors
+
+
+def _summary(draws: Sequence[dict[str, float]]) -> Row:
+    """Status, and mean, extremes and median over draws of every measure."""
+    row: Row = {"status": MEASURED, "reason": None}
+    for measure in MEASURES:
+        values = [errors[measure] for errors in draws]
+        summaries: Row = {
+            measure: statistics.fmean(values),
+            f"{measure}_low": min(values),
+            f"{measure}_high": max(values),
+            f"{measure}_median": statistics.median(values),
+        }
+        if not math.isfinite(sum(values)):
+            row |= {"status": FAILED, "reason": f"{measure} is not finite"}
+            summaries = dict.fromkeys(summaries)
+        row |= summaries
+    return row

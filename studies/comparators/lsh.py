@@ -1,0 +1,334 @@
+"""Reformer's attention by locality-sensitive hashing (Kitaev et al. 2020, arXiv 2001.04451)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from performers.features import FeatureMap
+from performers.features.form import FeatureForm
+from performers.features.precision import without_autocast
+from performers.models.context import AttentionContext
+from studies.comparators.blocks import split_blocks, visible_pairs, with_neighbours
+
+# More columns than this and the hash is split into two, of which a bucket is a pair.
+_MOST_COLUMNS = 64
+
+# The shortest query whose key is its direction. Shorter ones have shorter keys: the direction of
+# zero has no gradient, and close to it a huge one.
+_LEAST_NORM = 1e-2
+
+# The score of a token with itself: it counts only where there is no other.
+_OWN_SCORE = -1e30
+
+
+class HashFeatures(FeatureMap):
+    """Random features of the kernel "these two vectors fall into one bucket".
+
+    Round ``r`` puts ``x`` into the bucket ``argmax([R_r x; -R_r x])``. The ``buckets / 2`` rows of
+    ``R_r`` have independent directions and one length: longer ones would win more often. Many
+    buckets are pairs of fewer: the bucket's number is then ``h_1(x) n_2 + h_2(x)`` with ``n_1 n_2``
+    buckets, and hashing costs ``O(sqrt(buckets))`` a vector. ``phi(x)`` is one-hot in each round,
+    over ``sqrt(rounds)``: its inner product is the share of rounds in which two vectors meet.
+    Drawn, saved and redrawn as all feature maps are.
+
+    Args:
+        head_dim: Length of a vector.
+        buckets: Even, or 1 for a single bucket.
+        rounds: Independent hashes.
+        num_heads: Heads with hashes of their own; None: shared by all.
+        generator: Source of randomness; torch's default generator when None.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        buckets: int,
+        rounds: int,
+        *,
+        num_heads: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.buckets, self.rounds = buckets, rounds
+        self.factors = _factors(buckets)
+        super().__init__(
+            head_dim,
+            rounds * buckets,
+            num_rows=rounds * sum(factor // 2 for factor in self.factors),
+            projection=None if buckets == 1 else "gaussian",
+            regularized=True,
+            num_heads=num_heads,
+            generator=generator,
+        )
+
+    def form(self) -> FeatureForm:
+        """Not available: buckets are compared, not multiplied."""
+        raise TypeError("hash features have no form that an attention backend could evaluate")
+
+    @torch.no_grad()
+    def hash(self, x: Tensor) -> Tensor:
+        """The bucket of each vector in each round.
+
+        Args:
+            x: Shape ``(..., num_heads, L, head_dim)``; any scale.
+
+        Returns:
+            Integers in ``0..buckets - 1``, shape ``(..., num_heads, rounds, L)``.
+        """
+        shape = (*x.shape[:-2], self.rounds, x.shape[-2])
+        if self.weight is None:
+            return torch.zeros(shape, dtype=torch.int64, device=x.device)
+        with without_autocast(x.device):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            projected = x.to(dtype) @ self.weight.to(dtype).transpose(-1, -2)
+        projected = projected.unflatten(-1, (self.rounds, -1))
+        bucket = projected.new_zeros(projected.shape[:-1], dtype=torch.int64)
+        for part, factor in zip(
+            projected.split([factor // 2 for factor in self.factors], dim=-1),
+            self.factors,
+            strict=True,
+        ):
+            bucket = bucket * factor + torch.cat((part, -part), dim=-1).argmax(-1)
+        return bucket.transpose(-1, -2)
+
+    def forward(self, x: Any = None, scale: float | None = None, *, is_query: bool = False) -> Any:
+        """``phi(x)``, which no scale changes.
+
+        Args:
+            x: Shape ``(..., num_heads, L, head_dim)``; None for the form.
+            scale: Not used.
+            is_query: Not used.
+
+        Returns:
+            Shape ``(..., num_heads, L, rounds * buckets)``.
+        """
+        del scale, is_query
+        if x is None:
+            return self.form()
+        one_hot = torch.nn.functional.one_hot(self.hash(x).transpose(-1, -2), self.buckets)
+        return one_hot.flatten(-2).to(x.dtype) / math.sqrt(self.rounds)
+
+    def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
+        """The share of rounds in which each query meets each key, ``(..., L, S)``."""
+        return self(query) @ self(key).transpose(-1, -2)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f"head_dim={self.head_dim}, buckets={self.buckets}, rounds={self.rounds}"
+
+
+def _factors(buckets: int) -> tuple[int, ...]:
+    """The hashes that a bucket's number is made of: one, or two as even as can be."""
+    if buckets == 1:
+        return ()
+    if buckets > 2 * _MOST_COLUMNS:
+        for first in range(math.isqrt(buckets), 1, -1):
+            if first % 2 == 0 and buckets % first == 0 and (buckets // first) % 2 == 0:
+                return first, buckets // first
+    return (buckets,)
+
+
+class LshMechanism(nn.Module):
+    """Softmax attention to the tokens that hash into the same bucket.
+
+    Queries are keys too: the key of a token is its query at length ``sqrt(head_dim)``, so that the
+    score is ``q_i . q_j / |q_j|`` (``|q_j|`` at least 0.01, which bounds the gradient of a query
+    near zero), and a token attends to itself only if it sees no other. Each
+    round sorts the tokens by bucket and place; a token then sees those at most ``chunk_size``
+    before or after it in this order that share its bucket. It attends, with one softmax, to the
+    union of what it sees in all rounds: rounds are combined by their normalisers, and a pair that
+    meets in ``n`` of them counts ``1 / n`` in each (the paper's appendix A).
+
+    The paper cuts the order into chunks, each of which sees itself and the one before. Where its
+    chunks end depends on later tokens, and so does what a token sees; distances within a bucket do
+    not, which makes the causal form strictly causal. Apart from that the two are alike: ``2
+    chunk_size`` sorted neighbours, or those before in the causal form.
+
+    The cost is ``O(rounds * L * chunk_size)``; pairs met again are counted in ``O(rounds^2 * L *
+    chunk_size)`` comparisons. Hashes are redrawn by ``redraw_features_`` and stay the same in
+    between, evaluation included.
+
+    Args:
+        feature_map: Puts vectors into buckets.
+        chunk_size: Sorted tokens seen to each side.
+    """
+
+    def __init__(self, feature_map: HashFeatures, chunk_size: int) -> None:
+        super().__init__()
+        self.feature_map = feature_map
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None.
+
+        Args:
+            query: Queries, which make the keys too.
+            key: Not used.
+            value: Values.
+            context: Context of the call.
+            layer: Not used.
+        """
+        del key
+        batch, heads, length, _ = query.shape
+        if not batch * length:
+            empty = value.new_zeros(batch, heads, length, length) if context.need_weights else None
+            return value, empty
+        with without_autocast(query.device):
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            queries, values = query.to(dtype), value.to(dtype)
+            keys = F.normalize(queries, dim=-1, eps=_LEAST_NORM)
+            reach = min(self.chunk_size, length)
+            order, places = self._sort(query, context, reach)
+            weights = None
+            if context.need_weights:
+                pairs = visible_pairs(context, length, query.device)
+                weights = _dense_weights(queries @ keys.transpose(-1, -2), places, pairs, reach)
+                weights = weights.to(query.dtype)
+            rounds = [
+                _attend_sorted(queries, keys, values, order[:, :, r], places, r, reach, context)
+                for r in range(order.shape[2])
+            ]
+            largest = torch.stack([high for _, _, high in rounds]).amax(0)
+            shares = [(high - largest).exp() for _, _, high in rounds]
+            total = sum(share * total for share, (_, total, _) in zip(shares, rounds, strict=True))
+            out = sum(share * part for share, (part, _, _) in zip(shares, rounds, strict=True))
+            assert isinstance(out, Tensor)
+            out = (out / total).to(value.dtype)
+        if context.key_mask is not None:
+            out = out.masked_fill(~context.key_mask[:, None, :, None], 0.0)
+        return out, weights
+
+    @torch.no_grad()
+    def _sort(self, query: Tensor, context: AttentionContext, reach: int) -> tuple[Tensor, Tensor]:
+        """The order of each round, and where it puts each token.
+
+        Returns:
+            The indices of the tokens in order, and the place of each token: a number that differs
+            by as much as the order within a bucket and by more than ``reach`` between buckets.
+            Both of shape ``(B, H, rounds, L)``.
+        """
+        group = self._buckets(query, context)
+        length = group.shape[-1]
+        if context.sequence_ids is not None:
+            group = group + (context.sequence_ids * self.feature_map.buckets)[:, None, None]
+        alone = torch.zeros_like(group, dtype=torch.bool)
+        if context.key_mask is not None:
+            # Last, and each by itself: no place of a real token depends on them.
+            alone = ~context.key_mask[:, None, None].expand_as(group)
+            group = group.masked_fill(alone, torch.iinfo(group.dtype).max)
+        order = group.argsort(dim=-1, stable=True)
+        group = group.gather(-1, order)
+        starts = alone.gather(-1, order)
+        starts[..., 1:] |= group[..., 1:] != group[..., :-1]
+        index = torch.arange(length, device=query.device)
+        sorted_places = index + (reach + 1) * (1 + starts.long().cumsum(-1))
+        if 3 * _beyond(length, reach) < 2**31:
+            # Comparing them is most of the work.
+            sorted_places = sorted_places.int()
+        return order, torch.empty_like(sorted_places).scatter_(-1, order, sorted_places)
+
+    def _buckets(self, query: Tensor, context: AttentionContext) -> Tensor:
+        """The bucket of each token in each round, the one it had if this is computed once more."""
+        if context.choices is None:
+            return self.feature_map.hash(query)
+        if self not in context.choices:
+            dtype = torch.int16 if self.feature_map.buckets <= 2**15 else torch.int32
+            context.choices[self] = self.feature_map.hash(query).to(dtype)
+        return context.choices[self].long()
+
+
+def _attend_sorted(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    order: Tensor,
+    places: Tensor,
+    number: int,
+    reach: int,
+    context: AttentionContext,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One round of attention.
+
+    Args:
+        queries: Shape ``(B, H, L, head_dim)``.
+        keys: Same shape.
+        values: Same shape.
+        order: Order of this round, ``(B, H, L)``.
+        places: Places in all rounds, ``(B, H, rounds, L)``.
+        number: Index of this round.
+        reach: See ``LshMechanism._sort``.
+        context: Context of the call.
+
+    Returns:
+        Sums of exponentials of scores times values ``(B, H, L, head_dim)``, of exponentials alone
+        and what was subtracted from the scores, ``(B, H, L, 1)`` each.
+    """
+    length = order.shape[-1]
+    after = 0 if context.is_causal else 1
+
+    def sort(x: Tensor, fill: float = 0) -> Tensor:
+        return split_blocks(x.gather(-2, order.unsqueeze(-1).expand_as(x)), reach, fill)
+
+    spots = places.transpose(-1, -2)
+    # What fills up the last block is far from all tokens, and it sees itself.
+    beyond = _beyond(length, reach)
+    own = sort(spots, 2 * beyond)
+    there = with_neighbours(own, 1, after, -beyond).transpose(-1, -2).unsqueeze(-2)
+    own = own.transpose(-1, -2).unsqueeze(-1)
+    difference = own[..., number, :, :] - there[..., number, :, :]
+    far = difference.abs() > reach
+    if context.is_causal:
+        far |= difference < 0
+    itself = difference == 0
+    del difference
+    scores = sort(queries) @ with_neighbours(sort(keys), 1, after).transpose(-1, -2)
+    if places.shape[2] > 1:
+        scores = scores - _meetings(own, there, number, reach).to(scores.dtype).log()
+    scores = scores.masked_fill(far, -torch.inf).masked_fill(itself, _OWN_SCORE)
+    high = scores.detach().amax(-1, keepdim=True)
+    exponentials = (scores - high).exp()
+    part = exponentials @ with_neighbours(sort(values), 1, after)
+    back = order.argsort(dim=-1).unsqueeze(-1)
+
+    def unsort(x: Tensor) -> Tensor:
+        x = x.flatten(-3, -2)[..., :length, :]
+        return x.gather(-2, back.expand_as(x))
+
+    return unsort(part), unsort(exponentials.sum(-1, keepdim=True)), unsort(high)
+
+
+def _beyond(length: int, reach: int) -> int:
+    """A number whose double and whose negative are further than ``reach`` from all places.
+
+    Places lie between ``reach + 1`` and ``length * (reach + 2) + reach``.
+    """
+    return length * (reach + 3)
+
+
+@torch.no_grad()
+def _meetings(own: Tensor, there: Tensor, number: int, reach: int) -> Tensor:
+    """In how many rounds each pair of one round meets, at least 1."""
+    count = None
+    for other in range(own.shape[-3]):
+        if other == number:
+            continue
+        distance = own[..., other, :, :] - there[..., other, :, :]
+        near = distance.abs_() <= reach
+        count = near.to(torch.uint8) + 1 if count is None else count.add_(near)
+    assert count is not None
+    return count
+
+
+def _dense_weights(scores: Tensor, places: Tensor, pairs: Tensor, reach: int) -> Tensor:
+    """The matrix that all rounds together amount to, ``(B, H, L, L)``."""
+    met = torch.zeros_like(scores, dtype=torch.bool)
+    for spots in places.unbind(2):
+        met |= (spots.unsqueeze(-1) - spots.unsqueeze(-2)).abs() <= reach
+    met &= pairs
+    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+    scores = scores.masked_fill(~met, -torch.inf).masked_fill(own & met, _OWN_SCORE)
+    return scores.softmax(-1).masked_fill(~met, 0.0)

@@ -1,0 +1,1 @@
+"""Protein models with different attentions, trained alike and compared."""

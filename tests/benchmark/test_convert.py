@@ -1,0 +1,277 @@
+"""A converted model against its original: forward passes and decoding."""
+
+import copy
+import json
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+from performers.benchmark import measure
+from performers.benchmark.cases import convert, decode
+from performers.benchmark.cases.convert import measure_decoding, measure_speed
+from performers.benchmark.cases.decode import ModelDecoder
+from performers.benchmark.memory import memory_is_measurable
+from performers.benchmark.settings import Rounds, Sampling
+from performers.convert import extend_positions_, to_performer
+from tests.benchmark.tiny_models import bert_config, llama_config
+
+QUICK = Sampling(repeats=2, min_time=0.0, memory=False)
+ROUNDS = Rounds(repeats=2, min_time=0.0)
+CONTEXTS = (80, 160)
+
+
+def build(model_class, config):
+    torch.manual_seed(0)
+    return model_class(copy.deepcopy(config)).eval()
+
+
+def pair(model_class, config, **options):
+    """A model, and the same converted."""
+    options = {"window": 4, "num_features": 8} | options
+    generator = torch.Generator().manual_seed(0)
+    converted = to_performer(build(model_class, config), generator=generator, **options)
+    return build(model_class, config), converted
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    return pair(transformers.LlamaForCausalLM, llama_config(), sinks=2)
+
+
+@pytest.fixture(scope="module")
+def berts():
+    config = bert_config(attention_probs_dropout_prob=0.0)
+    return pair(transformers.BertForMaskedLM, config)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The lengths that each model is run on."""
+    calls = Counter()
+    before = convert.forward_call
+
+    def counted(model, tokens):
+        call = before(model, tokens)
+        name = "converted" if getattr(model.config, "performers", None) else "original"
+
+        def run():
+            calls[name, tokens.shape[1]] += 1
+            return call()
+
+        return run
+
+    monkeypatch.setattr(convert, "forward_call", counted)
+    return calls
+
+
+def test_both_models_run_equally_often_on_the_same_lengths(berts, seen):
+    steps = []
+    rows = measure_speed(
+        *berts, (10, 40), sampling=QUICK, progress=lambda *state: steps.append(state)
+    )
+    assert [(row["length"], row["model"]) for row in rows] == [
+        (10, "original"), (10, "converted"), (40, "original"), (40, "converted"),
+    ]  # fmt: skip
+    assert steps == [(1, 2), (2, 2)]
+    for row in rows:
+        assert row["status"] == "measured"
+        assert row["seconds"] > 0
+        assert row["peak_bytes"] is None
+        times = {other["model"]: other["seconds"] for other in rows[:2]}
+        if row["length"] == 10:
+            assert row["original_ratio"] == pytest.approx(times["original"] / row["seconds"])
+    assert seen["original", 40] == seen["converted", 40] >= 3
+    json.dumps(rows)
+
+
+def test_a_causal_model_computes_the_logits_of_the_last_token(llamas, monkeypatch):
+    shapes = []
+    for model in llamas:
+        tokens = convert._tokens(model, 2, 12, 0)
+        output = convert.forward_call(model, tokens)()
+        shapes.append(output.shape)
+        with torch.no_grad():
+            full = model(input_ids=tokens).logits
+        torch.testing.assert_close(output, full[:, -1:])
+    assert shapes == [(2, 1, 50)] * 2
+
+
+def test_no_token_is_padding(berts):
+    tokens = convert._tokens(berts[0], 4, 500, 0)
+    assert int((tokens == berts[0].config.pad_token_id).sum()) == 0
+    assert 0 <= int(tokens.min()) < int(tokens.max()) < 25
+
+
+def test_lengths_beyond_the_table_of_positions(berts):
+    with pytest.raises(ValueError, match=r"reach 64, and the original model has 40 positions"):
+        measure_speed(*berts, (16, 64), sampling=QUICK)
+    config = bert_config(attention_probs_dropout_prob=0.0)
+    models = pair(transformers.BertForMaskedLM, config)
+    for model in models:
+        extend_positions_(model, 64)
+    assert len(measure_speed(*models, (16, 64), sampling=QUICK)) == 4
+    with pytest.raises(ValueError, match="lengths must be"):
+        measure_speed(*models, (64, 16), sampling=QUICK)
+
+
+def test_a_call_that_would_take_too_long_is_skipped(berts):
+    sampling = Sampling(repeats=1, min_time=0.0, memory=False, max_seconds=1e-6)
+    rows = measure_speed(*berts, (10, 40), sampling=sampling)
+    assert [row["status"] for row in rows] == ["measured", "measured", "skipped", "skipped"]
+    assert "predicted to take" in rows[2]["reason"]
+    assert rows[3]["original_ratio"] is None
+
+
+def test_outputs_that_are_not_finite_are_no_speed(berts):
+    config = bert_config(attention_probs_dropout_prob=0.0)
+    original, broken = pair(transformers.BertForMaskedLM, config)
+    with torch.no_grad():
+        broken.cls.predictions.bias.fill_(float("nan"))
+    rows = measure_speed(original, broken, (10,), sampling=QUICK)
+    assert [row["status"] for row in rows] == ["measured", "failed"]
+    assert "not finite" in rows[1]["reason"]
+    assert rows[1]["seconds"] is None
+
+
+@pytest.fixture
+def folders(berts, tmp_path):
+    places = tmp_path / "original", tmp_path / "converted"
+    for model, place in zip(berts, places, strict=True):
+        model.save_pretrained(place)
+    return places
+
+
+@pytest.fixture(scope="module")
+def longer():
+    """The same models with more positions."""
+    config = bert_config(attention_probs_dropout_prob=0.0, max_position_embeddings=600)
+    return pair(transformers.BertForMaskedLM, config)
+
+
+@pytest.mark.exhaustive
+def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch):
+    """Where it is measured, both models are given as many positions as are asked for."""
+    tasks = []
+
+    def run_apart(function, *, threads):
+        tasks.append(function)
+        return [1000 * len(tasks), "VmHWM"]
+
+    monkeypatch.setattr(measure, "run_apart", run_apart)
+    monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
+    sampling = Sampling(repeats=1, min_time=0.0, memory_max_length=500)
+    rows = measure_speed(*longer, (50, 600), sampling=sampling, folders=folders, seed=3)
+    assert [row["peak_bytes"] for row in rows] == [1000, 2000, None, None]
+    for task, model in zip(tasks, berts, strict=True):
+        peaks = []
+        monkeypatch.setattr(convert, "peak_of", lambda call, peaks=peaks: peaks.append(call()))
+        task()
+        assert peaks[0].shape == (1, 50, 25)
+        partial(task, length=40)()
+        tokens = convert._tokens(model, 1, 40, 3)
+        torch.testing.assert_close(peaks[1], convert.forward_call(model, tokens)())
+    measure_speed(*longer, (50,), sampling=sampling)
+    assert len(tasks) == 2, "without folders nothing is measured"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not memory_is_measurable(), reason="memory is not measurable here")
+def test_memory_is_measured_in_processes_of_their_own(folders, longer):
+    rows = measure_speed(*longer, (600,), sampling=Sampling(repeats=1), folders=folders)
+    assert [row["status"] for row in rows] == ["measured"] * 2, rows
+    assert all(row["peak_bytes"] > 0 for row in rows)
+
+
+def test_decoding_weighs_the_cache_and_times_the_steps(llamas):
+    steps = []
+    rows = measure_decoding(
+        *llamas, CONTEXTS, tokens=3, rounds=ROUNDS, progress=lambda *state: steps.append(state)
+    )
+    assert steps == [(1, 2), (2, 2)]
+    assert [(row["context"], row["model"]) for row in rows] == [
+        (80, "original"), (80, "converted"), (160, "original"), (160, "converted"),
+    ]  # fmt: skip
+    sizes = {(row["context"], row["model"]): row["cache_bytes"] for row in rows}
+    # Keys and values of 3 layers with 2 heads of 8 floats.
+    assert sizes[80, "original"] == 80 * 2 * 3 * 2 * 8 * 4
+    assert sizes[160, "original"] == 2 * sizes[80, "original"]
+    assert sizes[160, "converted"] == sizes[80, "converted"] < sizes[80, "original"]
+    for row in rows:
+        assert row["status"] == "measured"
+        assert row["seconds"] > 0
+        assert row["over_shortest_context"] > 0
+    assert rows[0]["over_shortest_context"] == rows[1]["over_shortest_context"] == 1
+    assert rows[3]["original_ratio"] == pytest.approx(rows[2]["seconds"] / rows[3]["seconds"])
+    json.dumps(rows)
+
+
+def decoders(model):
+    """Decoders of a model after both contexts, with all tokens that each has read."""
+    reader, read = ModelDecoder(model, 2, 0), []
+    draw = reader._draw
+    reader._draw = lambda length: read.append(draw(length)) or read[-1]
+    for context in CONTEXTS:
+        reader.extend(context)
+        decoder = reader.fork()
+        decoder.tokens = torch.cat([*read, decoder._token], dim=1)
+        yield decoder
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_step_is_the_next_row_of_the_whole_sequence(llamas, index, monkeypatch):
+    monkeypatch.setattr(decode, "_MODEL_PREFILL", 50)
+    model = llamas[index]
+    for decoder, context in zip(decoders(model), CONTEXTS, strict=True):
+        assert decoder.tokens.shape == (2, context + 1)
+        with torch.no_grad():
+            expected = model(input_ids=decoder.tokens, use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(decoder.step(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_of_exact_attention_are_taken_back(llamas):
+    decoder = next(decoders(llamas[0]))
+    size, first = decoder.nbytes, decoder.step()
+    decoder.step()
+    assert decoder.nbytes > size
+    decoder.begin(1)
+    assert decoder.nbytes == size
+    torch.testing.assert_close(decoder.step(), first)
+
+
+def test_the_original_repeats_the_keys_that_it_has_read(llamas, monkeypatch):
+    monkeypatch.setattr(decode, "_REALLY_READ", 7)
+    decoder = ModelDecoder(llamas[0], 1, 0, repeat=True)
+    decoder.extend(80)
+    size = decoder.nbytes
+    for layer in decoder._cache.layers:
+        assert layer.keys.shape[2] == 80
+        for position in range(80):
+            assert torch.equal(layer.keys[:, :, position], layer.keys[:, :, position % 7])
+    decoder.extend(160)
+    assert decoder.nbytes == 2 * size
+
+
+def test_a_hybrid_keeps_keys_where_it_is_exact():
+    models = pair(transformers.LlamaForCausalLM, llama_config(), layers=[0, 2])
+    rows = measure_decoding(*models, CONTEXTS, tokens=2, rounds=ROUNDS)
+    sizes = {(row["context"], row["model"]): row["cache_bytes"] for row in rows}
+    grown = sizes[160, "converted"] - sizes[80, "converted"]
+    assert grown == (sizes[160, "original"] - sizes[80, "original"]) / 3
+    assert {row["status"] for row in rows} == {"measured"}
+
+
+def test_contexts_beyond_the_table_of_positions():
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=90, attn_pdrop=0.0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    models = pair(transformers.GPT2LMHeadModel, config)
+    with pytest.raises(ValueError, match=r"reach 80, and the original model has 90 positions"):
+        measure_decoding(*models, (80,), tokens=16, rounds=ROUNDS)
+    for model in models:
+        extend_positions_(model, 200)
+    rows = measure_decoding(*models, (80,), tokens=4, rounds=ROUNDS)
+    assert {row["status"] for row in rows} == {"measured"}

@@ -1,0 +1,301 @@
+"""Attention layers of tiny models: captured, replaced, and the errors that come of it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from performers.convert.distillation.pretrained import load_model
+from studies.accuracy.capture import (
+    capture_heads,
+    exact_attention,
+    perplexity,
+    propagate,
+    replace_attention,
+)
+from tests.benchmark.tiny_models import (
+    VOCABULARY,
+    bert_config,
+    forward,
+    identity,
+    llama_config,
+    save,
+    save_bert,
+    token_ids,
+)
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return load_model(save_bert(tmp_path), head=True)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    folder = save(transformers.LlamaForCausalLM, llama_config(), tmp_path / "llama")
+    return load_model(folder, head=True)
+
+
+def softmax_attention(sample):
+    """The formula, in float64, with a head's keys and values repeated for its group."""
+    query, key, value = (x.double() for x in (sample.query, sample.key, sample.value))
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = sample.scale * query @ key.mT
+    length = query.shape[2]
+    seen = torch.ones(length, length, dtype=torch.bool)
+    if sample.is_causal:
+        seen = seen.tril()
+    if sample.key_mask is not None:
+        seen = seen & sample.key_mask[:, None, None, :]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def attention_outputs(loaded, ids, mask):
+    """What the model's own attention layers give, before their output projections (B, L, H*Dv)."""
+    outputs = []
+    suffix = "attention.self" if loaded.model.config.model_type == "bert" else "self_attn.o_proj"
+
+    def keep(module, inputs, output):
+        outputs.append(output[0] if suffix == "attention.self" else inputs[0])
+
+    handles = [
+        module.register_forward_hook(keep)
+        for name, module in loaded.model.named_modules()
+        if name.endswith(suffix)
+    ]
+    with torch.no_grad():
+        loaded.model(input_ids=ids, attention_mask=mask)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_captured_heads_give_the_models_own_attention(family, implementation, padding, request):
+    loaded = request.getfixturevalue(family)
+    loaded.model.set_attn_implementation(implementation)
+    ids, mask = token_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
+    if padding != "none":
+        mask[1, slice(7, None) if padding == "right" else slice(None, 4)] = 0
+    expected = attention_outputs(loaded, ids, mask)
+    samples = capture_heads(loaded, ids, mask)
+    assert [sample.layer for sample in samples] == [0, 1, 2]
+    for sample, own in zip(samples, expected, strict=True):
+        assert sample.is_causal == (family == "llama")
+        assert (sample.key_mask is None) == (padding == "none")
+        valid = mask.bool()
+        assert sample.key_mask is None or torch.equal(sample.key_mask, valid)
+        assert sample.scale == pytest.approx(8**-0.5)
+        torch.testing.assert_close(
+            softmax_attention(sample)[valid], own.double()[valid], atol=2e-5, rtol=2e-5
+        )
+    assert loaded.model.config._attn_implementation == implementation
+
+
+def test_samples_have_the_models_grouped_heads_and_no_gradients(llama):
+    loaded = llama
+    (sample,) = capture_heads(loaded, token_ids(2, 9), layers=[1])
+    assert sample.layer == 1
+    assert sample.query.shape == (2, 4, 9, 8)
+    assert sample.key.shape == sample.value.shape == (2, 2, 9, 8)
+    for tensor in (sample.query, sample.key, sample.value):
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
+
+
+def test_layers_must_be_the_models(bert):
+    loaded = bert
+    for layers in ([0, 3], [-1], []):
+        with pytest.raises(ValueError, match=r"attention layers \[0, 1, 2\], got"):
+            capture_heads(loaded, token_ids(1, 5), layers=layers)
+
+
+def test_inputs_that_do_not_fit_are_refused(bert):
+    loaded = bert
+    ids = token_ids(2, 8)
+    with pytest.raises(ValueError, match=r"shape \(batch, length\), got torch.int64"):
+        capture_heads(loaded, ids[0])
+    with pytest.raises(ValueError, match=r"got torch.float32"):
+        capture_heads(loaded, ids.float())
+    with pytest.raises(ValueError, match=r"lie in \[0, 24\].*from 5 to 25"):
+        capture_heads(loaded, torch.tensor([[5, 25]]))
+    with pytest.raises(ValueError, match="at most 40 positions here, got 41"):
+        capture_heads(loaded, token_ids(1, 41))
+    with pytest.raises(ValueError, match=r"shape of input_ids, \(2, 8\), got \(2, 7\)"):
+        capture_heads(loaded, ids, torch.ones(2, 7))
+    with pytest.raises(ValueError, match="hides every token of a row"):
+        capture_heads(loaded, ids, torch.tensor([[1] * 8, [0] * 8]))
+
+
+def test_a_sliding_window_is_refused_where_it_hides_something(tmp_path):
+    options = llama_config().to_dict() | {"sliding_window": 6}
+    for name in ("model_type", "architectures", "dtype"):
+        options.pop(name, None)
+    config = transformers.MistralConfig(**options)
+    loaded = load_model(save(transformers.MistralForCausalLM, config, tmp_path / "mistral"))
+    assert len(capture_heads(loaded, token_ids(1, 6))) == 3
+    with pytest.raises(ValueError, match="MistralAttention asks for a sliding window"):
+        capture_heads(loaded, token_ids(1, 12))
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_exact_attention_changes_nothing(family, implementation, padding, request):
+    loaded = request.getfixturevalue(family)
+    loaded.model.set_attn_implementation(implementation)
+    ids, mask = token_ids(2, 10), torch.ones(2, 10, dtype=torch.long)
+    if padding != "none":
+        mask[0, slice(6, None) if padding == "right" else slice(None, 3)] = 0
+    expected = forward(loaded, ids, mask).logits
+    with replace_attention(loaded.model, exact_attention):
+        replaced = forward(loaded, ids, mask).logits
+    valid = mask.bool()
+    assert torch.isfinite(replaced).all()
+    torch.testing.assert_close(replaced[valid], expected[valid], atol=1e-4, rtol=1e-4)
+    assert loaded.model.config._attn_implementation == implementation
+    assert torch.equal(forward(loaded, ids, mask).logits, expected)
+
+
+def test_a_query_that_sees_nothing_gets_zeros():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    key_mask = torch.tensor([[False, False, True, True, True]])
+    output = exact_attention(0, query, key, value, scale=0.5, is_causal=True, key_mask=key_mask)
+    assert output[:, :, :2].abs().max() == 0
+    torch.testing.assert_close(output[:, :, 2], value[:, :, 2])
+
+
+def test_errors_leave_the_model_as_it_was(bert):
+    ids = token_ids(1, 6)
+    expected = forward(bert, ids).logits
+
+    def broken(layer, *tensors, **rest):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), replace_attention(bert.model, broken):
+        forward(bert, ids)
+    with pytest.raises(ZeroDivisionError):
+        propagate(bert, ids, broken)
+    assert bert.model.config._attn_implementation == "sdpa"
+    assert torch.equal(forward(bert, ids).logits, expected)
+
+
+def test_models_that_cannot_be_replaced_are_refused(llama):
+    linear = replace_attention(torch.nn.Linear(2, 2), exact_attention)
+    with pytest.raises(TypeError, match="must be a transformers model, got Linear"), linear:
+        pass
+    config = transformers.XLNetConfig(vocab_size=20, d_model=8, n_layer=1, n_head=2, d_inner=8)
+    xlnet = replace_attention(transformers.XLNetModel(config), exact_attention)
+    with pytest.raises(ValueError, match="XLNetModel does not go through the"), xlnet:
+        pass
+    with replace_attention(llama.model, exact_attention):
+        cache = llama.model(token_ids(1, 4), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=r"1 queries and 5 keys.*use_cache=False"):
+            llama.model(token_ids(1, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_errors_are_those_of_the_hidden_states(family, request):
+    loaded = request.getfixturevalue(family)
+    ids = token_ids(3, 12)
+    original = forward(loaded, ids).hidden_states[1:]
+    with replace_attention(loaded.model, identity):
+        replaced = forward(loaded, ids).hidden_states[1:]
+    expected = [
+        float((new - old).norm() / old.norm()) for old, new in zip(original, replaced, strict=True)
+    ]
+    result = propagate(loaded, ids, identity)
+    assert list(result.errors) == pytest.approx(expected, rel=1e-4)
+    assert result.errors[-1] > 0.01
+    cosine = F.cosine_similarity(original[-1], replaced[-1], dim=-1).mean()
+    assert result.cosine == pytest.approx(float(cosine), rel=1e-4)
+    assert propagate(loaded, ids, exact_attention).cosine == pytest.approx(1, rel=1e-5)
+
+
+def test_the_causal_loss_is_the_models_own(llama):
+    ids = token_ids(2, 12, vocabulary=50)
+    result = propagate(llama, ids, identity)
+    with torch.no_grad():
+        expected = float(llama.model(ids, labels=ids).loss)
+        with replace_attention(llama.model, identity):
+            replaced = float(llama.model(ids, labels=ids, use_cache=False).loss)
+    assert result.predicted == 22
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.replaced_loss == pytest.approx(replaced, rel=1e-5)
+    assert abs(replaced - expected) > 1e-3
+
+
+def test_the_masked_loss_is_that_of_the_hidden_tokens(bert):
+    ids = token_ids(2, 12)
+    ids[:, 0], ids[:, -1] = 2, 3
+    given = ids.clone()
+    result = propagate(bert, ids, identity, mask_fraction=1.0)
+    assert torch.equal(ids, given)
+    hidden = ids.clone()
+    hidden[:, 1:-1] = VOCABULARY.index("[MASK]")
+    logits = forward(bert, hidden).logits[:, 1:-1]
+    expected = float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:-1].flatten()))
+    assert result.predicted == 20
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.replaced_loss != pytest.approx(expected, rel=1e-3)
+
+
+def test_the_choice_of_hidden_tokens_follows_the_seed(bert):
+    ids = token_ids(2, 30)
+    one, again = (propagate(bert, ids, exact_attention, seed=3) for _ in range(2))
+    assert one == again
+    assert one.predicted == 2 * round(0.15 * 30)
+    assert propagate(bert, ids, exact_attention, seed=4).loss != one.loss
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_padding_does_not_count(family, request):
+    loaded = request.getfixturevalue(family)
+    ids = token_ids(1, 9)
+    padded = torch.cat([ids, torch.full((1, 4), 7)], dim=1)
+    mask = torch.tensor([[1] * 9 + [0] * 4])
+    plain = propagate(loaded, ids, identity, mask_fraction=1.0)
+    result = propagate(loaded, padded, identity, attention_mask=mask, mask_fraction=1.0)
+    assert result.predicted == plain.predicted
+    assert result.loss == pytest.approx(plain.loss, rel=1e-4)
+    assert result.replaced_loss == pytest.approx(plain.replaced_loss, rel=1e-4)
+    assert list(result.errors) == pytest.approx(plain.errors, rel=1e-4)
+
+
+def test_a_model_without_head_has_errors_and_no_loss(tmp_path):
+    loaded = load_model(save(transformers.BertModel, bert_config(), tmp_path / "base"))
+    result = propagate(loaded, token_ids(1, 8), identity)
+    assert result.errors[-1] > 0.01
+    assert (result.loss, result.replaced_loss, result.predicted) == (None, None, 0)
+    assert perplexity(None) is None
+    assert perplexity(1e4) == math.inf
+
+
+def test_what_cannot_be_predicted_is_refused(bert, llama, tmp_path):
+    with pytest.raises(ValueError, match="nothing to predict"):
+        propagate(llama, token_ids(2, 1), exact_attention)
+    with pytest.raises(ValueError, match="nothing to predict"):
+        propagate(bert, torch.tensor([[2, 3]]), exact_attention)
+    for fraction in (0.0, 1.5):
+        with pytest.raises(ValueError, match=r"mask_fraction must be in \(0, 1\]"):
+            propagate(bert, token_ids(1, 4), exact_attention, mask_fraction=fraction)
+    folder = save(transformers.BertForMaskedLM, bert_config(), tmp_path / "bare" / "bert")
+    with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
+        propagate(load_model(folder, head=True), token_ids(1, 6), exact_attention)
+
+
+def test_a_model_that_never_attends_is_refused(tmp_path):
+    config = transformers.FNetConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, intermediate_size=8
+    )
+    loaded = load_model(save(transformers.FNetModel, config, tmp_path / "fnet"))
+    with pytest.raises(ValueError, match="FNetModel called none of its attention"):
+        propagate(loaded, token_ids(1, 6), exact_attention)

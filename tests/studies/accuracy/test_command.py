@@ -1,0 +1,149 @@
+"""``python -m studies.accuracy``: what it writes and prints, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from performers.convert.distillation import pretrained
+from studies.accuracy.__main__ import app
+from studies.accuracy.report import error
+from tests.benchmark.runs import break_backend, read_csv
+from tests.cli import commands
+from tests.studies.accuracy.runs import pretrained_options
+
+KERNEL = [
+    "kernel", "--kernel-length", 20, "--anisotropic-length", 20, "--anisotropic-dim", 8,
+    "--norms", 1, "--anisotropic-norms", 2, "--kernel-feature-counts", "8,16", "--draws", 2,
+    "--projections", "orthogonal,gaussian", "--estimators", "positive,trigonometric,data_aware",
+]  # fmt: skip
+SMALL = [
+    "--length", 32, "--window", 8, "--sinks", 2, "--keys", 4, "--num-features", 16,
+    "--feature-counts", "8,16", "--repeats", 1, "--min-time", 0, "--backend", "torch",
+]  # fmt: skip
+FILES = ["benchmark.png", "benchmark.svg", "results.csv", "results.json"]
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setattr("performers.cli.benchmark.output.width", 200)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(
+        "performers.proteins.figure_files.save_figure",
+        lambda figure, path: path.write_text(f"{len(figure.axes)} panels"),
+    )
+
+
+def run(*arguments, **options):
+    return commands.run(*arguments, app=app, **options)
+
+
+def refusal(*arguments):
+    return commands.refusal(*arguments, app=app)
+
+
+def given(folder, family):
+    """Options that name a tiny model and its texts."""
+    options = pretrained_options(folder, family)
+    return [
+        "--model", options.model, "--text", options.text, "--calibration", options.calibration,
+    ]  # fmt: skip
+
+
+def read(folder):
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    content = json.loads((folder / "results.json").read_text())
+    assert len(read_csv((folder / "results.csv").read_text())) == len(content["rows"]) > 0
+    return content
+
+
+def test_the_kernel(tmp_path, undrawn):
+    out, lines = run(*KERNEL, "--output", tmp_path)
+    content, text = read(tmp_path), " ".join(out.split())
+    assert (tmp_path / "benchmark.png").read_text() == "12 panels"
+    assert content["benchmark"] == "accuracy kernel"
+    assert len(content["rows"]) == 2 * 2 * 3 * 2
+    assert "isotropic 1: squared relative error" in text
+    assert "anisotropic 2: relative error of the output" in text
+    shown = error(content["rows"][0]["kernel_relative"])
+    assert re.search(rf"positive +orthogonal +{re.escape(shown)} ", out)
+    assert any(re.match(r"benchmark accuracy kernel: \d+ of 8", line) for line in lines)
+
+
+def test_heads_and_models(tmp_path):
+    options = [*SMALL, *given(tmp_path, "llama")]
+    out, lines = run("heads", *options, "--output", tmp_path / "heads")
+    assert read(tmp_path / "heads")["benchmark"] == "accuracy heads"
+    words = ("relative error of the output by layer, 16 features", "front", "SDPA")
+    assert all(word in out for word in words)
+    assert any(line.startswith("benchmark accuracy heads: 4 of 4") for line in lines)
+    out, _ = run("models", *options, "--output", tmp_path / "models")
+    assert read(tmp_path / "models")["benchmark"] == "accuracy models"
+    words = ("the end of the model", "perplexity", "data_aware, window 8, 2 sinks")
+    assert all(word in out for word in words)
+
+
+def test_a_wrong_backend_ends_with_code_1(tmp_path, undrawn, monkeypatch):
+    def attend(right, problem):
+        out, state = right(problem)
+        return out * 2, state
+
+    break_backend(monkeypatch, "torch", attend)
+    options = [*SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
+    out, lines = run("heads", *options, code=1)
+    assert any("failed: data_aware, " in line and "wrong result" in line for line in lines)
+    words = "layer 0: wrong result: output differs from the reference by"
+    assert words in " ".join(out.split())
+
+
+def test_results_are_resumed(tmp_path, undrawn):
+    arguments = ["models", *SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
+    run(*arguments)
+    before = read(tmp_path / "out")["rows"]
+    assert "--resume to continue" in refusal(*arguments)
+    _, lines = run(*arguments, "--resume")
+    assert "40 rows kept" in "\n".join(lines)
+    assert read(tmp_path / "out")["rows"] == before
+    _, lines = run(*arguments, "--keys", 5, "--resume", code=2)
+    assert "measured with keys 4, this is 5; give another folder" in lines[-1]
+
+
+def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn):
+    options = given(tmp_path, "bert")
+    loaded = pretrained.load_model(options[1])
+    loaded.model.save_pretrained(options[1])
+    out, lines = run("models", *SMALL, *options, "--output", tmp_path / "out")
+    assert "has no language-modelling head: hidden states only" in lines[0]
+    assert "cosine" in out
+    assert "perplexity" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["kernel", "--draws", "0"], "--draws must be at least 1"),
+        (["kernel", "--norms", "a"], "--norms must be whole numbers"),
+        (["kernel", "--kernel-feature-counts", "7"], "--kernel-feature-counts must be even"),
+        (["kernel", "--estimators", "best"], "--estimators must be one of positive"),
+        (["heads", "--model", "a"], "--text"),
+        (["models", "--model", "a", "--text", "b"], "a: no such model folder or .gguf file"),
+        (["heads", "--model", "a", "--text", "b", "--backend", "cuda"], "--backend must be one of"),
+        (["heads", "--model", "a", "--text", "b", "--length", "60"], "--length must exceed window"),
+    ],
+)
+def test_bad_options_name_their_flag(arguments, words, tmp_path):
+    assert words in refusal(*arguments, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_models_and_texts_are_one_line(tmp_path, monkeypatch):
+    options, out = given(tmp_path, "bert"), tmp_path / "out"
+    line = refusal("models", *SMALL, *options[:3], tmp_path / "absent.txt", "--output", out)
+    assert "absent.txt: no such text file" in line
+    line = refusal("models", *SMALL, *options, "--passages", 30, "--output", out)
+    assert re.search(r"text\.txt has 200 tokens, enough for 6 windows of 32; 30 were", line)
+    line = refusal("heads", *SMALL, *options, "--layers", "7", "--output", tmp_path / "new")
+    assert "layers must be some of the model's 0 to 2, got [7]" in line

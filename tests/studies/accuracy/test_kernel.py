@@ -1,0 +1,212 @@
+"""Errors of kernel estimates on random data."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from performers import SoftmaxFeatures
+from performers.benchmark.measure import Results
+from studies.accuracy import kernel
+from studies.accuracy.kernel import MEASURES, GaussianData, kernel_errors, run_kernel
+from studies.accuracy.options import KernelOptions
+from tests.benchmark.runs import pick
+from tests.features.theory import kernel_variance
+
+TINY = KernelOptions(
+    kernel_length=40,
+    head_dim=6,
+    anisotropic_length=30,
+    anisotropic_dim=8,
+    norms=(1,),
+    anisotropic_norms=(2,),
+    kernel_feature_counts=(8, 16),
+    draws=3,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def measure(settings, earlier=None):
+    results = Results.empty("accuracy kernel", settings)
+    if earlier is not None:
+        results.resume(earlier.content())
+    steps = []
+    run_kernel(settings, results, progress=lambda done, total: steps.append((done, total)))
+    results.steps = steps
+    return results
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return measure(TINY)
+
+
+def problem(length=300, size=70, head_dim=6):
+    draw = generator(1)
+    query = torch.randn(length, head_dim, generator=draw)
+    key = torch.randn(size, head_dim, generator=draw)
+    return query, key, torch.randn(size, 5, generator=draw)
+
+
+@pytest.mark.parametrize("block", [7, 256, 1000])
+def test_errors_are_those_of_the_definition(block, monkeypatch):
+    monkeypatch.setattr(kernel, "_BLOCK_ROWS", block)
+    query, key, value = problem()
+    features = SoftmaxFeatures(6, 12, generator=generator())
+    found = kernel_errors(features, query, key, value, 0.3)
+    exact = (0.3 * query.double() @ key.double().mT).exp()
+    estimate = features.estimate_kernel(query[None], key[None], 0.3)[0].double()
+    weights = exact / exact.sum(-1, keepdim=True)
+    others = estimate / estimate.sum(-1, keepdim=True)
+    outputs, exact_outputs = others @ value.double(), weights @ value.double()
+    assert found == pytest.approx(
+        {
+            "kernel_mse": float((estimate - exact).square().mean()),
+            "kernel_relative": float((estimate / exact - 1).square().mean()),
+            "matrix_error": float((others - weights).norm() / weights.norm()),
+            "output_mse": float((outputs - exact_outputs).square().mean()),
+            "output_error": float((outputs - exact_outputs).norm() / exact_outputs.norm()),
+        },
+        rel=1e-4,
+    )
+
+
+def test_errors_far_beyond_the_truth_are_still_numbers():
+    """The square of a relative error of 1e20 does not fit into float32."""
+    query, _, value = (2 * x for x in problem(20, 20, 16))
+    features = SoftmaxFeatures(16, 8, estimator="trigonometric", generator=generator())
+    found = kernel_errors(features, query, -query, value, 0.25)
+    assert 1e38 < found["kernel_relative"] < math.inf
+    assert all(math.isfinite(error) for error in found.values())
+
+
+def test_the_mean_squared_error_is_the_closed_form_variance():
+    """Independent rows, short vectors: 2,000 draws come within a tenth of the formula."""
+    query, key, value = (0.25 * x for x in problem(12, 9))
+    features = SoftmaxFeatures(6, 8, projection="gaussian")
+    errors = [
+        kernel_errors(features.redraw_(generator(draw)), query, key, value, 1.0)
+        for draw in range(2000)
+    ]
+    pairs = query[:, None].expand(-1, 9, -1), key[None].expand(12, -1, -1)
+    expected = float(kernel_variance(*pairs, 8).mean())
+    mean = sum(found["kernel_mse"] for found in errors) / 2000
+    assert mean == pytest.approx(expected, rel=0.1)
+
+
+def test_data_have_the_norms_and_eigenvalues_that_they_should():
+    round_, narrow = (GaussianData(kind, 20000, 8, 3) for kind in ("isotropic", "anisotropic"))
+    for data, eigenvalues in ((round_, torch.ones(8)), (narrow, 1 / torch.arange(1, 9))):
+        query, key, value = data.sample(generator())
+        assert float(value.var()) == pytest.approx(1, rel=0.02)
+        for x in (query, key):
+            assert x.shape == (20000, 8)
+            assert float(x.square().sum(-1).mean()) == pytest.approx(3, rel=0.02)
+            expected = 3 * eigenvalues / eigenvalues.sum()
+            assert x.var(0).tolist() == pytest.approx(expected.tolist(), rel=0.06)
+    assert round_.sample(generator(), 5)[0].shape == (5, 8)
+
+
+def test_rows_name_every_pair_that_there_is(tiny):
+    pairs = TINY.pairs()
+    assert len(pairs) == len(set(pairs)) == 7 * 5 - 2
+    assert ("hyperbolic", "antithetic") not in pairs
+    assert [(row["data"], row["num_features"]) for row in tiny.rows[:: len(pairs)]] == [
+        (data, count) for data in ("isotropic 1", "anisotropic 2") for count in (8, 16)
+    ]
+    assert len(tiny.rows) == 4 * len(pairs)
+    for row in tiny.rows:
+        assert row["status"] == "measured"
+        assert row["draws"] == 3
+        for name in MEASURES:
+            low, middle, high = (row[f"{name}{end}"] for end in ("_low", "_median", "_high"))
+            assert 0 < low <= middle <= high < math.inf
+            assert low <= row[name] <= high
+    assert (tiny.rows[0]["length"], tiny.rows[-1]["head_dim"]) == (40, 8)
+    assert tiny.steps == [(done, 12) for done in range(1, 13)]
+
+
+def test_more_features_orthogonal_rows_and_calibration_all_help():
+    settings = KernelOptions(
+        kernel_length=2,
+        anisotropic_length=64,
+        norms=(1,),
+        anisotropic_norms=(2,),
+        kernel_feature_counts=(16, 64),
+        estimators=("positive", "trigonometric", "data_aware"),
+        projections=("orthogonal", "gaussian"),
+        draws=20,
+    )
+    results = measure(settings)
+
+    def median(count, estimator, projection):
+        pair = {"estimator": estimator, "projection": projection}
+        row = pick(results, data="anisotropic 2", num_features=count, **pair)
+        return row["kernel_relative_median"]
+
+    positive = median(64, "positive", "orthogonal")
+    assert positive < median(16, "positive", "orthogonal")
+    assert positive < median(64, "positive", "gaussian")
+    assert median(64, "data_aware", "orthogonal") < 0.8 * positive
+    assert median(64, "trigonometric", "orthogonal") > 10 * positive
+
+
+def test_results_can_be_resumed(tiny, monkeypatch):
+    shorter = measure(replace(TINY, kernel_feature_counts=(8,)))
+    calls = []
+
+    def count(*arguments):
+        calls.append(1)
+        return kernel_errors(*arguments)
+
+    monkeypatch.setattr(kernel, "kernel_errors", count)
+    again = Results.empty("accuracy kernel", TINY)
+    again.rows = list(shorter.rows)
+    run_kernel(TINY, again)
+    assert len(calls) == 6 * len(TINY.pairs())
+    strip = [sorted(map(str, row.items())) for row in tiny.rows]
+    assert sorted(strip) == sorted(sorted(map(str, row.items())) for row in again.rows)
+
+
+def test_what_is_not_finite_has_failed(monkeypatch):
+    def broken(features, *rest):
+        errors = kernel_errors(features, *rest)
+        if features.projection == "gaussian":
+            errors["output_mse"] = math.inf
+        return errors
+
+    monkeypatch.setattr(kernel, "kernel_errors", broken)
+    settings = replace(
+        TINY, anisotropic_norms=(3,), estimators=("positive",), kernel_feature_counts=(8,)
+    )
+    results = measure(settings)
+    row = pick(results, projection="gaussian", data="isotropic 1")
+    assert (row["status"], row["reason"]) == ("failed", "output_mse is not finite")
+    assert row["output_mse"] is row["output_mse_median"] is None
+    assert row["output_error"] > 0
+    assert pick(results, projection="orthogonal", data="isotropic 1")["status"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kernel_length": 1}, "--kernel-length must be at least 2"),
+        ({"draws": 0}, "draws must be at least 1"),
+        ({"norms": (4, 2)}, "norms must be positive and rise"),
+        ({"anisotropic_norms": ()}, "--anisotropic-norms must be positive and rise"),
+        ({"kernel_feature_counts": (8, 15)}, r"--kernel-feature-counts must be even.*\[8, 15\]"),
+        ({"estimators": ("best",)}, "estimators must be one of positive, .*; got 'best'"),
+        ({"projections": ("sobol",)}, "projections must be one of orthogonal"),
+        (
+            {"estimators": ("hyperbolic",), "projections": ("antithetic",)},
+            "projections must have one besides antithetic for hyperbolic",
+        ),
+    ],
+)
+def test_settings_out_of_range(changes, words):
+    with pytest.raises(ValueError, match=words):
+        replace(TINY, **changes)

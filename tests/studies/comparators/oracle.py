@@ -1,0 +1,101 @@
+"""Small models, and dense attention by the definition with the calls it is compared on."""
+
+import torch
+from torch import Tensor
+
+from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.context import AttentionContext
+from studies.comparators import COMPARATORS
+from tests.models import cases
+
+CAUSAL = tuple(name for name in COMPARATORS if name != "linformer")
+EVERY = (*((name, False) for name in COMPARATORS), *((name, True) for name in CAUSAL))
+
+# Sizes at which attention to a part of a short row is not attention to all of it.
+SMALL = {
+    "linformer": {"rank": 8},
+    "lsh": {"buckets": 4, "chunk_size": 3, "rounds": 3},
+    "local": {"window": 3},
+    "bigbird": {"block_size": 2, "global_blocks": 1, "random_blocks": 1},
+}
+
+
+def make_config(attention, options=None, **rest):
+    """A configuration of a small model with options of its attention."""
+    options = {**SMALL.get(attention, {}), **(options or {})}
+    return cases.make_config(attention=attention, attention_options=options, **rest)
+
+
+def make_model(attention, is_causal=False, *, options=None, seed=0, **rest):
+    """A language model of either kind in float64, in eval mode."""
+    torch.manual_seed(seed)
+    kind = PerformerForCausalLM if is_causal else PerformerForMaskedLM
+    return kind(make_config(attention, options, **rest)).double().eval()
+
+
+def inputs(length, *, batch=2, heads=3, width=8, seed=0):
+    """Queries, keys and values in float64 that gradients can reach."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (3, batch, heads, length, width)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return [x.clone().requires_grad_() for x in drawn.unbind(0)]
+
+
+def contexts(length, *, batch=2, causal=(False, True), packed=(False, True)):
+    """Calls of every kind: plain, with holes, packed, packed with holes."""
+    generator = torch.Generator().manual_seed(length)
+    holes = torch.rand(batch, length, generator=generator) < 0.7
+    # The second row is padded on the left too, and all but one of its sequences begin inside.
+    holes[1, : length // 3] = False
+    starts = torch.rand(batch, length, generator=generator) < 0.15
+    starts[:, 0] = True
+    ids = starts.long().cumsum(-1)
+    return [
+        AttentionContext(is_causal, key_mask=mask, sequence_ids=numbers, need_weights=True)
+        for is_causal in causal
+        for mask in (None, holes)
+        for numbers in ((None, ids) if True in packed else (None,))
+        if numbers is None or True in packed
+    ]
+
+
+def rows(context, batch, length):
+    """Sequence by sequence: the row and the places of its tokens that are not masked."""
+    for row in range(batch):
+        names = [0] * length if context.sequence_ids is None else context.sequence_ids[row].tolist()
+        for name in sorted(set(names)):
+            places = [i for i in range(length) if names[i] == name]
+            if context.key_mask is not None:
+                places = [i for i in places if context.key_mask[row, i]]
+            if places:
+                yield row, places
+
+
+def dense(scores: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the allowed pairs, and what it averages; zeros where there is none."""
+    blind = ~allowed.any(-1, keepdim=True)
+    weights = scores.masked_fill(~(allowed | blind), -torch.inf).softmax(-1)
+    weights = weights.masked_fill(blind, 0.0)
+    return weights @ value, weights
+
+
+def compare(mechanism, tensors, context, expected, layer=0):
+    """The mechanism's output, matrix and gradients are those of the expected output and matrix."""
+    out, weights = mechanism(*tensors, context, layer)
+    expected_out, expected_weights = expected
+    assert out.shape == expected_out.shape
+    torch.testing.assert_close(out, expected_out, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(weights, expected_weights, rtol=1e-9, atol=1e-11)
+    silent, none = mechanism(*tensors, context._replace(need_weights=False), layer)
+    assert none is None
+    torch.testing.assert_close(silent, out, rtol=0, atol=0)
+    trained = [*tensors, *mechanism.parameters()]
+    probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
+    found, wanted = (
+        torch.autograd.grad((x * probe).sum(), trained, allow_unused=True, retain_graph=True)
+        for x in (silent, expected_out)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)

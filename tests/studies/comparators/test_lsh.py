@@ -1,0 +1,203 @@
+"""LSH attention against lists of buckets, shared-QK attention and Reformer of transformers."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import ReformerConfig
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+from performers.models import PerformerForMaskedLM
+from performers.models.attention import build_mechanism
+from performers.models.context import AttentionContext
+from studies.comparators import HashFeatures, LshMechanism
+from tests.studies.comparators.oracle import (
+    compare,
+    contexts,
+    dense,
+    inputs,
+    make_config,
+    rows,
+)
+
+
+def mechanism(buckets, chunk, rounds, width=8):
+    torch.manual_seed(0)
+    return LshMechanism(HashFeatures(width, buckets, rounds), chunk)
+
+
+def pattern(module, query, context):
+    """Token by token: the union over rounds of its neighbours in its bucket."""
+    batch, heads, length, _ = query.shape
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    buckets = module.feature_map.hash(query)
+    for row, places in rows(context, batch, length):
+        for head in range(heads):
+            for bucket in buckets[row, head].tolist():
+                members = {}
+                for i in places:
+                    members.setdefault(bucket[i], []).append(i)
+                for list_ in members.values():
+                    for rank, i in enumerate(list_):
+                        end = rank if context.is_causal else rank + module.chunk_size
+                        for j in list_[max(0, rank - module.chunk_size) : end + 1]:
+                            allowed[row, head, i, j] = True
+    own = torch.eye(length, dtype=torch.bool)
+    others = (allowed & ~own).any(-1, keepdim=True)
+    return allowed & ~(own & others)
+
+
+def shared_scores(query):
+    norm = query.norm(dim=-1, keepdim=True).clamp_min(0.01)
+    return query @ (query / norm).transpose(-1, -2)
+
+
+@pytest.mark.parametrize(
+    ("length", "options"),
+    [
+        (1, (2, 4, 2)),
+        (5, (2, 1, 1)),
+        (33, (4, 3, 1)),
+        (33, (4, 3, 4)),
+        (40, (8, 5, 2)),
+        (40, (1, 4, 3)),
+        (40, (2, 50, 3)),
+        (60, (200, 6, 4)),
+    ],
+    ids=str,
+)
+def test_the_buckets_of_the_definition(length, options):
+    module = mechanism(*options)
+    query, _, value = inputs(length)
+    for context in contexts(length):
+        allowed = pattern(module, query, context)
+        expected = dense(shared_scores(query), value, allowed)
+        compare(module, (query, query, value), context, expected)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_one_bucket_is_attention_with_shared_queries_and_keys(rounds, is_causal):
+    """To all others; to oneself where there is none."""
+    query, _, value = inputs(20)
+    context = AttentionContext(is_causal, need_weights=True)
+    allowed = torch.ones(20, 20, dtype=torch.bool).tril(-1 if is_causal else 19)
+    allowed = allowed & ~torch.eye(20, dtype=torch.bool)
+    allowed[0, 0] = is_causal
+    expected = dense(shared_scores(query), value, allowed.expand(2, 3, -1, -1))
+    compare(mechanism(1, 64, rounds), (query, query, value), context, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_within_one_chunk_it_is_the_attention_of_transformers(is_causal):
+    config = ReformerConfig(
+        hidden_size=24,
+        num_attention_heads=3,
+        attention_head_size=8,
+        lsh_attn_chunk_length=64,
+        num_hashes=1,
+        num_buckets=2,
+        is_decoder=is_causal,
+        lsh_attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    theirs = LSHSelfAttention(config, 0).double().eval()
+    hidden = torch.randn(2, 30, 24, dtype=torch.float64)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask[1, 21:] = False
+    expected = theirs(hidden, attention_mask=mask).hidden_states
+    query, value = (
+        linear(hidden).unflatten(-1, (3, 8)).transpose(1, 2)
+        for linear in (theirs.query_key, theirs.value)
+    )
+    out = mechanism(1, 64, 1)(query, query, value, AttentionContext(is_causal, key_mask=mask), 0)[0]
+    out = out.transpose(1, 2).flatten(2)
+    # Theirs adds 1e-6 to squared norms.
+    torch.testing.assert_close(out[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_more_rounds_come_nearer_to_full_attention():
+    """On average over hashes, with many tokens in each bucket."""
+    query, _, value = inputs(300, heads=2)
+    context = AttentionContext(is_causal=False)
+    full = mechanism(1, 300, 1)(query, query, value, context, 0)[0]
+    errors = []
+    for rounds in (1, 2, 8):
+        found = mechanism(8, 300, rounds)(query, query, value, context, 0)[0]
+        errors.append((found - full).norm().item() / full.norm().item())
+    assert errors[0] > 1.3 * errors[1] > 1.3 * 1.5 * errors[2]
+
+
+def test_equal_tokens_share_their_weight():
+    """Zero queries too, which have no direction."""
+    value = torch.randn(1, 1, 12, 8, dtype=torch.float64)
+    module = mechanism(2, 64, 2)
+    for query in (torch.zeros_like(value), torch.ones_like(value)):
+        out = module(query, query, value, AttentionContext(is_causal=False), 0)[0]
+        mean = (value.sum(2, keepdim=True) - value) / 11
+        torch.testing.assert_close(out, mean)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_gradient_of_a_query_near_zero_is_bounded(need_weights):
+    """Padding that no mask hides has such queries in the first layer."""
+    module = mechanism(2, 64, 2)
+    for size in (0.0, 1e-9, 1e-3, 0.011):
+        query, _, value = inputs(20)
+        query = query.detach()
+        query[:, :, 3] *= size / query[:, :, 3].norm(dim=-1, keepdim=True)
+        query.requires_grad_()
+        context = AttentionContext(is_causal=False, need_weights=need_weights)
+        out, weights = module(query, query, value, context, 0)
+        gradient = torch.autograd.grad((weights if need_weights else out).square().sum(), query)[0]
+        assert gradient[:, :, 3].norm(dim=-1).max() < 1e3
+        allowed = pattern(module, query, context)
+        compare(
+            module,
+            (query, query, value),
+            context._replace(need_weights=True),
+            dense(shared_scores(query), value, allowed),
+        )
+
+
+def test_loud_and_half_precision_tokens_stay_finite():
+    query, _, value = (x.detach() for x in inputs(50))
+    context = AttentionContext(is_causal=True)
+    module = mechanism(4, 8, 3)
+    for factor in (1e-30, 1e6):
+        assert torch.isfinite(module(factor * query, query, value, context, 0)[0]).all()
+    full = module(query, query, value, context, 0)[0]
+    half = module(*(x.to(torch.bfloat16) for x in (query, query, value)), context, 0)[0]
+    assert half.dtype == torch.bfloat16
+    close = (half.double() - full).norm(dim=-1) < 0.05 * full.norm(dim=-1)
+    # A rounded query may fall into another bucket.
+    assert close.double().mean() > 0.9
+
+
+def test_the_projection_has_two_parts():
+    model = PerformerForMaskedLM(make_config("lsh"))
+    attention = model.performer.layers[0].attention
+    assert attention.query_key_value.weight.shape == (64, 32)
+    exact = PerformerForMaskedLM(make_config("exact"))
+    difference = sum(p.numel() for p in exact.parameters()) - sum(
+        p.numel() for p in model.parameters()
+    )
+    assert difference == 2 * (32 * 32 + 32)
+
+
+def test_the_number_of_buckets_follows_from_the_longest_input():
+    for length, chunk, expected in ((8192, 64, 128), (1024, 64, 16), (600, 64, 16), (40, 64, 2)):
+        options = {"buckets": None, "chunk_size": chunk}
+        config = make_config("lsh", options, max_position_embeddings=length)
+        assert build_mechanism(config).feature_map.buckets == expected
+
+
+def test_gradients_reach_queries_through_both_parts():
+    """As far as autograd's of the dense formula, which ``compare`` checks; here that they exist."""
+    query, _, value = inputs(20)
+    out = mechanism(2, 8, 2)(query, query, value, AttentionContext(is_causal=False), 0)[0]
+    gradient = torch.autograd.grad(out.square().sum(), query)[0]
+    assert (gradient.norm(dim=-1) > 0).all()
+    direction = F.normalize(query, dim=-1)
+    # Not only along the query: its key turns too.
+    assert ((gradient * direction).sum(-1).abs() < 0.999 * gradient.norm(dim=-1)).all()

@@ -1,0 +1,370 @@
+"""Models with the attentions to compare with: laws that all of them keep."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GenerationConfig
+
+from performers.models import PerformerCache, PerformerConfig, PerformerForCausalLM
+from performers.models.attention import build_mechanism
+from performers.models.context import AttentionContext
+from performers.proteins.errors import UserError
+from performers.proteins.model_folder import check_input_length
+from studies.comparators import COMPARATORS, HashFeatures
+from tests.models.cases import TOLERANCE, gradients, right_padded, tokens
+from tests.models.test_laws import packed
+from tests.studies.comparators.oracle import CAUSAL, EVERY, make_config, make_model
+
+KINDS = pytest.mark.parametrize(("attention", "is_causal"), EVERY)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                # Broadcast views hold no more than they show.
+                held = x.untyped_storage().nbytes() // max(1, x.itemsize)
+                self.size = max(self.size, min(x.numel(), held))
+        return out
+
+
+@KINDS
+@pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
+def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_causal, kind):
+    """Forward and backward, with sizes as they are used."""
+    if attention == "linformer" and kind == "packed":
+        pytest.skip("linformer refuses packed rows")
+    options = {"linformer": {"rank": 64}, "local": {"window": 64}}.get(attention, {})
+    config = PerformerConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        attention=attention,
+        attention_options=options,
+        max_position_embeddings=4096,
+        is_decoder=is_causal,
+    )
+    mechanism = build_mechanism(config)
+    sizes, flops = [], []
+    for length in (2048, 4096):
+        mask = ids = None
+        if kind == "masked":
+            mask = torch.ones(1, length, dtype=torch.bool)
+            mask[:, -100:] = False
+        if kind == "packed":
+            ids = (torch.arange(length) // 300)[None]
+        context = AttentionContext(is_causal, key_mask=mask, sequence_ids=ids)
+        tensors = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
+        # The fused kernels for the processor are not counted.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            Largest() as largest,
+            FlopCounterMode(display=False) as counter,
+        ):
+            mechanism(*tensors, context, 0)[0].sum().backward()
+        sizes.append(largest.size)
+        flops.append(counter.get_total_flops())
+    assert sizes[0] < 2048**2
+    assert sizes[1] <= 2.05 * sizes[0]
+    assert 1.9 * flops[0] < flops[1] < 2.1 * flops[0]
+
+
+@KINDS
+def test_gradients_of_padded_rows(attention, is_causal):
+    model = make_model(attention, is_causal)
+    rows = [tokens(1, length, seed=length)[0] for length in (30, 17)]
+    ids, mask = right_padded(rows)
+    model(ids, attention_mask=mask).logits[mask.bool()].square().sum().backward()
+    together = gradients(model)
+    for row in rows:
+        model(row[None]).logits.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_equal_sequences_alone(attention, is_causal):
+    model = make_model(attention, is_causal)
+    call, places = packed([tokens(1, length, seed=length)[0] for length in (4, 1, 6, 9)])
+    together = model(**call).logits
+    for place in places:
+        alone = model(call["input_ids"][place][None]).logits[0]
+        torch.testing.assert_close(together[place], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", COMPARATORS)
+def test_holes_inside_a_row_are_masked(attention):
+    model = make_model(attention)
+    ids = tokens(1, 20)
+    mask = torch.ones_like(ids)
+    mask[0, [3, 11]] = 0
+    other = ids.clone()
+    other[0, [3, 11]] = 7
+    real = mask.bool()
+    before, after = (model(x, attention_mask=mask).logits[real] for x in (ids, other))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+def test_the_start_of_a_row_is_read_as_if_it_were_all(attention):
+    """Nothing depends on how long the row is going to be, nor on later tokens."""
+    model = make_model(attention, True)
+    ids = tokens(2, 60)
+    whole = model(ids).logits
+    for length in (1, 7, 32, 59):
+        torch.testing.assert_close(model(ids[:, :length]).logits, whole[:, :length], **TOLERANCE)
+
+
+@KINDS
+def test_gradients_of_reversible_blocks_are_those_of_autograd(attention, is_causal):
+    model = make_model(
+        attention, is_causal, reversible=True, num_hidden_layers=4, initializer_range=0.1
+    )
+    ids = tokens(2, 12)
+    # Hidden states are asked for: activations are kept.
+    model(ids, labels=ids, output_hidden_states=True).loss.backward()
+    expected = gradients(model)
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("buckets", [8, 2**17])
+def test_buckets_are_those_of_the_forward_pass(buckets, monkeypatch):
+    """Rounding may put any token into another bucket; here it puts all of them there."""
+    options = {"buckets": buckets, "chunk_size": 4}
+    model = make_model("lsh", options=options, reversible=True, num_hidden_layers=4)
+    if buckets > 2**15:
+        # Two buckets, whose numbers are the same in 16 bits.
+        once = HashFeatures.hash
+        monkeypatch.setattr(HashFeatures, "hash", lambda self, x: once(self, x) // 2**16 * 2**16)
+    ids = tokens(2, 40)
+    model(ids, labels=ids, output_hidden_states=True).loss.backward()
+    expected = gradients(model)
+    loss = model(ids, labels=ids).loss
+    whole = HashFeatures.hash
+    monkeypatch.setattr(HashFeatures, "hash", lambda self, x: whole(self, x).roll(7, dims=-1))
+    # Twice: what was kept is kept for as long as the graph.
+    for again in (True, False):
+        loss.backward(retain_graph=again)
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_reads_the_row_again(attention, beams):
+    model = make_model(attention, True, tie_word_embeddings=False, seed=3)
+    ids = tokens(2, 9)
+    lengths = []
+    model.performer.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    found = model.generate(ids, max_new_tokens=4, min_new_tokens=4, num_beams=beams)
+    assert lengths == [9, 10, 11, 12]
+    if beams == 1:
+        for _ in range(4):
+            logits = model(ids).logits[:, -1]
+            logits[:, model.config.eos_token_id] = -torch.inf
+            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), dim=1)
+        assert torch.equal(found, ids)
+
+
+@pytest.mark.parametrize("use_cache", [None, True])
+def test_generation_with_a_configuration_is_silent_and_leaves_it_alone(use_cache, monkeypatch):
+    """A copy of a model's own configuration has ``use_cache=True``, which is not a wish."""
+    said = []
+    monkeypatch.setattr(
+        "transformers.generation.utils.logger.warning_once", lambda text, *_: said.append(text)
+    )
+    model = make_model("lsh", True, tie_word_embeddings=False, seed=3)
+    ids = tokens(2, 9)
+    expected = model.generate(ids, max_new_tokens=4, min_new_tokens=4)
+    wish = GenerationConfig(max_new_tokens=4, min_new_tokens=4, use_cache=use_cache)
+    assert torch.equal(model.generate(ids, generation_config=wish), expected)
+    assert wish.use_cache is use_cache
+    assert not said
+    assert copy.deepcopy(model.generation_config).use_cache is True
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+def test_there_is_no_cache(attention):
+    model = make_model(attention, True)
+    ids = tokens(1, 5)
+    assert model(ids).past_key_values is None
+    with pytest.raises(ValueError, match=rf"'{attention}' has no cache.*use_cache=True"):
+        model(ids, use_cache=True)
+    with pytest.raises(ValueError, match=f"'{attention}' has no cache.*past_key_values"):
+        model(ids, past_key_values=PerformerCache("favor-softmax", 2))
+    with pytest.raises(ValueError, match=f"'{attention}' has no cache.*use_cache=True"):
+        model.generate(ids, use_cache=True, max_new_tokens=2)
+
+
+@KINDS
+def test_autocast(attention, is_causal):
+    model = make_model(attention, is_causal).float().train()
+    ids = tokens(2, 40)
+    full = model(ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(ids, labels=ids)
+    half.loss.backward()
+    assert half.logits.dtype == torch.bfloat16
+    assert abs(half.loss.item() - full.item()) < 0.2
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("attention", CAUSAL)
+def test_models_learn_to_copy(attention):
+    """Eight letters again in order, which takes attention to tokens eight away."""
+    torch.manual_seed(0)
+    config = make_config(
+        attention,
+        {"local": {"window": 12}, "bigbird": {"block_size": 4}}.get(attention),
+        hidden_size=64,
+        intermediate_size=128,
+        initializer_range=0.02,
+        vocab_size=12,
+        position_embedding="learned",
+    )
+    model = PerformerForCausalLM(config).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(60):
+        half = torch.randint(4, 12, (32, 8), generator=generator)
+        ids = torch.cat((half, half), dim=1)
+        labels = ids.clone()
+        labels[:, :8] = -100
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:3]) / 3
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "former"),
+    [
+        ("linformer", {"rank": 12}, {"linformer_rank": 12}),
+        (
+            "lsh",
+            {"buckets": 6, "chunk_size": 5, "rounds": 2},
+            {"lsh_buckets": 6, "lsh_chunk_size": 5, "lsh_rounds": 2},
+        ),
+        ("local", {"window": 9}, {"window": 9}),
+        (
+            "bigbird",
+            {"block_size": 3, "global_blocks": 0, "random_blocks": 4},
+            {"bigbird_block_size": 3, "bigbird_global_blocks": 0, "bigbird_random_blocks": 4},
+        ),
+    ],
+)
+def test_options_survive_saving_and_those_of_earlier_versions_are_read(
+    tmp_path, attention, options, former
+):
+    model = make_model(attention, options=options).float()
+    model.save_pretrained(tmp_path)
+    ids = tokens(2, 50)
+    file = tmp_path / "config.json"
+    for fields in (None, former):
+        if fields:
+            content = json.loads(file.read_text())
+            assert content.pop("attention_options") == options
+            file.write_text(json.dumps(content | fields))
+        torch.manual_seed(9)
+        loaded = type(model).from_pretrained(tmp_path).eval()
+        assert loaded.config.attention_options == options
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_without_the_study_a_saved_model_is_refused_by_name(tmp_path):
+    make_model("lsh").float().save_pretrained(tmp_path)
+    code = (
+        "import sys; from performers.models import PerformerForMaskedLM\n"
+        f"PerformerForMaskedLM.from_pretrained({str(tmp_path)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: attention must be one of ('favor-softmax', ")
+    assert "got 'lsh'; import the package that registers it" in last
+    assert "linformer" not in last
+
+
+@pytest.mark.parametrize(
+    ("attention", "options", "words"),
+    [
+        ("linformer", {"rank": 0}, "rank must be at least 1"),
+        ("lsh", {"buckets": 7}, "buckets must be even, or 1, got 7"),
+        ("lsh", {"buckets": 0}, "buckets must be at least 1"),
+        ("lsh", {"rounds": 0}, "rounds must be at least 1"),
+        ("lsh", {"chunk_size": 0}, "chunk_size must be at least 1"),
+        ("lsh", {"window": 4}, "are buckets, chunk_size, rounds, got window"),
+        ("local", {"window": -1}, "window must be at least 0"),
+        ("bigbird", {"block_size": 0}, "block_size must be at"),
+        ("bigbird", {"random_blocks": -1}, "random_blocks must be at"),
+        ("bigbird", {"global_blocks": -1}, "global_blocks must be at"),
+    ],
+)
+def test_options_that_are_refused(attention, options, words):
+    with pytest.raises(ValueError, match=f"attention_options of attention='{attention}'.*{words}"):
+        make_config(attention, options)
+
+
+@pytest.mark.parametrize("attention", COMPARATORS)
+def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention):
+    def size(length, **options):
+        config = PerformerConfig(
+            attention=attention, attention_options=options, max_position_embeddings=length
+        )
+        found = build_mechanism(config)
+        return {
+            "linformer": lambda: len(found.key_projection),
+            "lsh": lambda: found.feature_map.buckets,
+            "local": lambda: found.window,
+            "bigbird": lambda: found.block_size,
+        }[attention]()
+
+    expected = {"linformer": [128, 256], "lsh": [2, 16], "local": [128] * 2, "bigbird": [64] * 2}
+    assert [size(128), size(1024)] == expected[attention]
+    # Also for an attention that is set later.
+    config = PerformerConfig(attention="exact")
+    config.attention = attention
+    build_mechanism(config)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_inputs_longer_than_the_projections_are_refused(positions):
+    model = make_model("linformer", position_embedding=positions, max_position_embeddings=40)
+    check_input_length(model, 40)
+    with pytest.raises(UserError, match=r"for 40 tokens and cannot read 41; "):
+        check_input_length(model, 41)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@KINDS
+def test_empty_inputs_have_empty_outputs(attention, is_causal, packed):
+    model = make_model(attention, is_causal)
+    for batch, length in ((0, 5), (2, 0), (0, 0)):
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        options = {"sequence_ids": ids} if packed and attention != "linformer" else {}
+        for wanted in (False, True):
+            out = model(ids, output_attentions=wanted, use_cache=False, **options)
+            assert out.logits.shape == (batch, length, 31)
+            out.logits.sum().backward()
+            shapes = [x.shape for x in out.attentions or ()]
+            assert shapes == [(batch, 2, length, length)] * (2 * wanted)
