@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.catalogue.sampler import CatalogueSampler
 
@@ -63,11 +64,14 @@ def sampled_softmax_loss(
     target = sampler._checked(target, "target").reshape(-1)
     flat = query.reshape(-1, query.shape[-1])
     ids, log_q = sampler.sample(flat, num_samples, shared=shared, generator=generator)
-    right = sampler.scale * (flat * items[target]).sum(-1)
+    # One look-up: its gradient has the size of all items.
+    rows = F.embedding(torch.cat((target, ids.flatten())), items)
+    right = sampler.scale * (flat * rows[: len(target)]).sum(-1)
+    drawn = rows[len(target) :].view(*ids.shape, -1)
     if shared:
-        scores = sampler.scale * flat @ items[ids].T
+        scores = sampler.scale * flat @ drawn.T
     else:
-        scores = sampler.scale * (items[ids] @ flat.unsqueeze(-1)).squeeze(-1)
+        scores = sampler.scale * (drawn @ flat.unsqueeze(-1)).squeeze(-1)
     hits = ids == target.unsqueeze(-1)
     correction = (log_q + math.log(num_samples)).to(scores.dtype)
     scores = (scores - correction).masked_fill(hits, -math.inf)
