@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.catalogue import CatalogueSampler, sampled_softmax_loss
+from performers.catalogue.loss import losses_of_draws
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Mean loss of queries ``(Q, d)``, items ``(n, d)`` and targets ``(Q,)``."""
@@ -39,13 +39,7 @@ class FixedLoss:
         shape = (self.num_samples,) if self.shared else (len(query), self.num_samples)
         point = torch.rand(shape, dtype=torch.float64) * self.steps[-1]
         ids = torch.searchsorted(self.steps, point, right=True).clamp_max_(len(items) - 1)
-        rows = F.embedding(torch.cat((target, ids.flatten())), items)
-        right = (query * rows[: len(target)]).sum(-1)
-        drawn = rows[len(target) :].view(*shape, -1)
-        scores = query @ drawn.T if self.shared else (drawn @ query.unsqueeze(-1)).squeeze(-1)
-        scores = scores - self.log_q[ids] - math.log(self.num_samples)
-        scores = scores.masked_fill(ids == target.unsqueeze(-1), -math.inf)
-        return (torch.logsumexp(torch.cat((right[:, None], scores), 1), 1) - right).mean()
+        return losses_of_draws(query, items, target, ids, self.log_q[ids]).mean()
 
 
 class CatalogueLoss:

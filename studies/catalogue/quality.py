@@ -1,7 +1,7 @@
 """Chi-squared of samplers on a real catalogue: dependencies of Debian packages.
 
-The task is to name a dependency of a package from its others. ``χ²(p‖q) + 1`` is the factor by which
-importance sampling from ``q`` needs more draws than from the softmax ``p`` itself.
+The task is to name a dependency of a package from its others. ``χ²(p‖q) + 1`` is the factor by
+which importance sampling from ``q`` needs more draws than from the softmax ``p`` itself.
 """
 
 from __future__ import annotations
@@ -186,14 +186,14 @@ def _samplers(
     yield "CatalogueSampler", lambda query: sampler.log_prob(query, every.expand(len(query), -1))
 
 
-def measure_quality(index: str, steps: int, seed: int) -> Part:
+def measure_quality(index: Callable[[], str], steps: int, seed: int) -> Part:
     """Train on all rows but 2,200, choose temperatures on 200 of these, measure on 2,000.
 
     Returns:
         Sizes, ``negative_log_likelihood`` and ``recall`` (at 10) of the model, and the median and
         the mean of chi-squared by sampler.
     """
-    rows, count = read_dependencies(index)
+    rows, count = read_dependencies(index())
     torch.manual_seed(seed)
     source = random.Random(seed)
     source.shuffle(rows)

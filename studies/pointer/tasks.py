@@ -118,13 +118,13 @@ def shortest_tours(points: Tensor) -> Tensor:
             if rest != subset and rest:
                 length = best[:, rest] + distance[:, 1:, last + 1]
                 best[:, subset, last], before[:, subset, last] = length.min(dim=1)
-    subset = torch.full((batch,), (1 << others) - 1)
+    left = torch.full((batch,), (1 << others) - 1)
     rows = torch.arange(batch)
-    last = (best[rows, subset] + distance[:, 1:, 0]).argmin(1)
-    order = [last]
+    order = [(best[rows, left] + distance[:, 1:, 0]).argmin(1)]
     for _ in range(others - 1):
-        subset, last = subset & ~(1 << last), before[rows, subset, last]
-        order.append(last)
+        end = order[-1]
+        order.append(before[rows, left, end])
+        left = left & ~(1 << end)
     return torch.cat((torch.zeros(batch, 1).long(), 1 + torch.stack(order[::-1], dim=1)), dim=1)
 
 
