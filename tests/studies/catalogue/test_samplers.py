@@ -27,18 +27,15 @@ def test_probabilities_sum_to_one():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("width", [4, 400])
-def test_losses_tend_to_the_full_one(shared, width):
-    """By rows that are looked up, and by products with all items."""
+def test_losses_tend_to_the_full_one(shared):
     torch.manual_seed(0)
-    items, query = torch.randn(50, width), torch.randn(6, width) / width**0.5
+    items, query = torch.randn(50, 4), torch.randn(6, 4) / 2
     target = torch.randint(50, (6,))
     wanted = full_loss(query, items, target)
-    draws = 40_000 if width == 4 else 1000
     weight = torch.rand(50) + 0.1
     for loss in (
-        FixedLoss(weight, draws, shared=shared),
-        CatalogueLoss(items, draws, shared=shared),
+        FixedLoss(weight, 40_000, shared=shared),
+        CatalogueLoss(items, 40_000, shared=shared),
     ):
         found = torch.stack([loss(query, items, target) for _ in range(5)]).mean()
         assert abs(found - wanted) < 0.06
