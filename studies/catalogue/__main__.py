@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 from performers.app.options import OptionError, Options, option
 from performers.cli.commands import App
@@ -34,7 +35,11 @@ class CatalogueOptions(Options):
     )
     texts: str | None = option("A folder or tar archive of texts (.txt).", None, path=True)
     seeds: int = option("Number of seeds, from 0.", 3, at_least=1)
-    quality_steps: int = option("Training steps on dependencies.", 3000, at_least=1)
+    quality_steps: tuple[int, ...] = option(
+        "Training steps on dependencies after which samplers are measured, rising.",
+        (1200, 3000),
+        rising=True,
+    )
     epochs: int = option("Training passes over the ratings.", 40, at_least=1)
     words_steps: int = option("Training steps on words.", 1000, at_least=1)
     classes: int = option("Most different words.", 100_000, at_least=2)
@@ -63,14 +68,16 @@ def catalogue(options: CatalogueOptions) -> None:
     torch.set_num_threads(1)
     names = ("seeds", "quality_steps", "epochs", "words_steps", "classes", "items")
     settings = {name: getattr(options, name) for name in names}
+    # As JSON gives it back.
+    settings["quality_steps"] = list(options.quality_steps)
     if options.quick:
-        settings |= {"seeds": 1, "quality_steps": 2, "epochs": 1, "words_steps": 2, "items": 4096}
+        settings |= {"seeds": 1, "quality_steps": [2], "epochs": 1, "words_steps": 2, "items": 4096}
     parts = _parts(options, settings)
     run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
 
 
 def _parts(
-    options: CatalogueOptions, settings: dict[str, int]
+    options: CatalogueOptions, settings: dict[str, Any]
 ) -> dict[str, Callable[[], dict[str, object]]]:
     from studies.catalogue import million, quality, recommendation, words
 
@@ -80,10 +87,11 @@ def _parts(
     texts = cache(partial(words.read_words, str(options.texts), settings["classes"]))
     seeds = range(settings["seeds"])
     if "quality" in options.sections:
-        for seed in seeds:
-            parts[f"quality, seed {seed}"] = partial(
-                quality.measure_quality, index, settings["quality_steps"], seed
-            )
+        for steps in settings["quality_steps"]:
+            for seed in seeds:
+                parts[f"quality, {steps:,} steps, seed {seed}"] = partial(
+                    quality.measure_quality, index, steps, seed
+                )
     if "recommendation" in options.sections:
         rows, count = recommendation.read_sequences(str(options.ratings))
         for seed in seeds:

@@ -59,8 +59,8 @@ class CatalogueLoss:
         num_samples: int,
         *,
         shared: bool = False,
-        update_every: int = 10,
-        cut_every: int = 100,
+        update_every: int = 5,
+        cut_every: int = 50,
     ) -> None:
         self.sampler = CatalogueSampler(items, generator=torch.Generator().manual_seed(0))
         self.num_samples, self.shared = num_samples, shared

@@ -167,7 +167,7 @@ def _samplers(
     yield "inverted index, uniform inside", inverted_index(items, scale, generator())
     for estimator in ("trigonometric", "positive"):
         best = min(
-            (x for x in (1.0, 2.0, 4.0, 6.0, 8.0, scale)),
+            (1.0, 2.0, 4.0, 6.0, 8.0, scale),
             key=lambda x: float(
                 chi_squared(
                     validation,
@@ -178,7 +178,7 @@ def _samplers(
             ),
         )
         yield (
-            f"RF-softmax, 1,024 {estimator} features at {best:.3g}",
+            f"RF-softmax, 1,024 {estimator} features",
             feature_sampler(items, best, estimator, 1024, generator()),
         )
     sampler = CatalogueSampler(items, scale=scale, generator=generator())

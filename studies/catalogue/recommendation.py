@@ -57,7 +57,7 @@ def make_loss(name: str, items: Tensor, weight: Tensor, num_samples: int) -> Los
     if name == "full softmax":
         return full_loss
     if name == "CatalogueSampler":
-        return CatalogueLoss(items, num_samples, update_every=5, cut_every=50)
+        return CatalogueLoss(items, num_samples)
     return FixedLoss(weight if name == "popularity" else torch.ones_like(weight), num_samples)
 
 

@@ -30,12 +30,11 @@ def number(value: float) -> str:
 
 
 def _quality(group: Mapping[str, Part]) -> Table:
-    # RF-softmax's temperature, at the end of its name, may differ between seeds.
-    lines = [list(part["chi_squared"].items()) for part in group.values()]
-    rows = [
-        (name, *(f"{number(line[i][1][0])} / {number(line[i][1][1])}" for line in lines))
-        for i, (name, _) in enumerate(lines[0])
-    ]
+    names = dict.fromkeys(name for part in group.values() for name in part["chi_squared"])
+    rows = [("inverse temperature", *(f"{part['scale']:.1f}" for part in group.values()))]
+    for name in names:
+        values = [part["chi_squared"].get(name) for part in group.values()]
+        rows.append((name, *("" if x is None else " / ".join(map(number, x)) for x in values)))
     return Table(("sampler", *group), rows)
 
 

@@ -24,6 +24,7 @@ LOSSES = (
     "unigram, 2,000 shared",
     "CatalogueSampler, 2,000 shared",
     "CatalogueSampler, 20 a query",
+    "CatalogueSampler, 40 a query",
 )
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
@@ -82,10 +83,11 @@ def make_loss(name: str, items: Tensor, frequency: Tensor) -> Loss:
     """A loss by its name in `LOSSES`."""
     if name == "full softmax":
         return full_loss
-    if name == "CatalogueSampler, 20 a query":
-        return CatalogueLoss(items, 20, update_every=10, cut_every=200)
-    if name == "CatalogueSampler, 2,000 shared":
-        return CatalogueLoss(items, 2000, shared=True, update_every=10, cut_every=200)
+    if name.startswith("CatalogueSampler"):
+        shared = name.endswith("shared")
+        count = 2000 if shared else int(name.split()[1])
+        # Early in training items move fast, and old ones cost perplexity.
+        return CatalogueLoss(items, count, shared=shared, update_every=3, cut_every=60)
     weight = torch.ones_like(frequency) if name.startswith("uniform") else frequency
     return FixedLoss(weight, 2000, shared=True)
 

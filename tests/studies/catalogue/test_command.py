@@ -46,7 +46,7 @@ def data(tmp_path, monkeypatch):
 def test_the_study(tmp_path, data):
     arguments = ["--output", tmp_path / "out", "--quick", *data]
     _, lines = commands.run(*arguments, app=app)
-    assert lines[-1] == "million, random: 12 of 12"
+    assert lines[-1] == "million, random: 13 of 13"
     tables = json.loads((tmp_path / "out" / "results.json").read_text())["tables"]
     assert set(tables) == {"quality", "recommendation", "words", "million"}
     assert all(Table(**table).markdown() for table in tables.values())
