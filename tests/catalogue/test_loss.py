@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from performers.catalogue import CatalogueSampler, sampled_softmax_loss
+from performers.catalogue.loss import losses_of_draws
 
 
 def setting(seed=0):
@@ -47,6 +48,26 @@ def test_loss_and_gradient_are_those_of_the_full_softmax(shared):
 def check(samples, wanted, errors):
     standard_error = samples.std(0) / math.sqrt(len(samples))
     assert bool(((samples.mean(0) - wanted).abs() <= errors * standard_error + 1e-5).all())
+
+
+@pytest.mark.parametrize("count", [20, 2000], ids=["all products", "drawn rows"])
+def test_losses_of_draws_are_those_of_the_formula(count):
+    torch.manual_seed(0)
+    items, query = torch.randn(count, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    target, ids, log_q = torch.arange(5), torch.randint(10, (5, 8)), -torch.rand(5, 8)
+    losses = losses_of_draws(query, items, target, ids, log_q, 0.7)
+    wanted = []
+    for x, t, drawn, log in zip(query, target, ids, log_q, strict=True):
+        right = (0.7 * x @ items[t]).exp()
+        others = (0.7 * items[drawn] @ x - log).exp() / 8
+        wanted.append((right + others[drawn != t].sum()).log() - right.log())
+    torch.testing.assert_close(losses, torch.stack(wanted))
+    for found, expected in zip(
+        torch.autograd.grad(losses.sum(), (query, items)),
+        torch.autograd.grad(torch.stack(wanted).sum(), (query, items)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_draws_of_the_target_count_zero():

@@ -18,7 +18,7 @@ def balanced_blocks(
 
     Blocks are halved until there are enough of them: at the median along the direction between two
     means, which begin at the principal direction (power iteration) and take a few steps of
-    2-means. Every level is a few products over all items, ``O(n d)``.
+    2-means. Every level is a product ``O(n d²)`` and a few of ``O(n d)``.
 
     Args:
         items: Shape ``(n, d)``, ``n`` at least ``num_blocks``.
@@ -40,13 +40,15 @@ def balanced_blocks(
         # Squares of huge items would overflow.
         points /= points.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(items.dtype).tiny)
         direction = torch.randn(len(blocks), dim, 1, generator=generator).to(points)
+        squares = points.mT @ points
         for _ in range(_POWER_STEPS):
-            direction = points.mT @ (points @ direction)
+            direction = squares @ direction
             direction /= direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
         for _ in range(_MEANS_STEPS):
-            halves = _halves(points @ direction, kept)
-            left, right = points.gather(1, halves[..., None].expand(-1, -1, dim)).chunk(2, 1)
-            direction = (right.sum(1) - left.sum(1)).unsqueeze(-1)
+            right = _halves(points @ direction, kept).chunk(2, 1)[1]
+            # Points sum to zero: the difference of the halves' means is along the right one's.
+            side = points.new_zeros(kept.shape).scatter_(1, right, 1)
+            direction = (side.unsqueeze(1) @ points).mT
         blocks = blocks.gather(1, _halves(points @ direction, kept)).view(2 * len(blocks), -1)
     return blocks
 

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from performers.catalogue.sampler import CatalogueSampler
 
@@ -63,15 +64,39 @@ def sampled_softmax_loss(
     target = sampler._checked(target, "target").reshape(-1)
     flat = query.reshape(-1, query.shape[-1])
     ids, log_q = sampler.sample(flat, num_samples, shared=shared, generator=generator)
-    right = sampler.scale * (flat * items[target]).sum(-1)
-    if shared:
-        scores = sampler.scale * flat @ items[ids].T
-    else:
-        scores = sampler.scale * (items[ids] @ flat.unsqueeze(-1)).squeeze(-1)
-    hits = ids == target.unsqueeze(-1)
-    correction = (log_q + math.log(num_samples)).to(scores.dtype)
-    scores = (scores - correction).masked_fill(hits, -math.inf)
-    loss = torch.logsumexp(torch.cat((right.unsqueeze(-1), scores), dim=-1), dim=-1) - right
+    loss = losses_of_draws(flat, items, target, ids, log_q, sampler.scale)
     if reduction == "none":
         return loss.view(target.shape if query.dim() == 2 else query.shape[:-1])
     return loss.mean() if reduction == "mean" else loss.sum()
+
+
+def losses_of_draws(
+    query: Tensor, items: Tensor, target: Tensor, ids: Tensor, log_q: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Losses of `sampled_softmax_loss` from draws of any sampler, shape ``(Q,)``.
+
+    Args:
+        query: Shape ``(Q, d)``.
+        items: Shape ``(n, d)``.
+        target: Shape ``(Q,)``.
+        ids: Items drawn, shape ``(Q, m)``, or ``(m,)`` for all queries.
+        log_q: Logarithms of their probabilities, of the shape of ``ids``.
+        scale: Factor of the inner products.
+    """
+    query = scale * query
+    count, shared = len(target), ids.dim() == 1
+    if not shared and 2 * len(items) <= ids.shape[1] * items.shape[1]:
+        # All scores take less memory and time than the rows of the drawn items.
+        every = query @ items.T
+        right, scores = every.gather(1, target.unsqueeze(1)), every.gather(1, ids)
+    else:
+        # One look-up: its gradient has the size of all items.
+        rows = F.embedding(torch.cat((target, ids.flatten())), items)
+        right = (query * rows[:count]).sum(-1, keepdim=True)
+        drawn = rows[count:].view(*ids.shape, -1)
+        scores = query @ drawn.T if shared else (drawn @ query.unsqueeze(-1)).squeeze(-1)
+    correction = (log_q + math.log(ids.shape[-1])).to(scores.dtype)
+    scores = (scores - correction).masked_fill(ids == target.unsqueeze(1), -math.inf)
+    return (
+        torch.logsumexp(torch.cat((right, scores), dim=1), dim=1, keepdim=True) - right
+    ).squeeze(1)

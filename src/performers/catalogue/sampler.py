@@ -371,17 +371,25 @@ class CatalogueSampler(nn.Module):
         size = self.ids.shape[1]
         drawn = torch.where(uniform, any_place // size, drawn)
         pair_query, pair_block, pair = self._pairs(drawn)
-        log_inside = self._pair_scores(query, pair_query, pair_block).log_softmax(dim=-1)
-        # The inverse distribution function of all pairs as one rising sequence.
-        steps = log_inside.exp().double().cumsum(dim=-1)
-        steps = steps / steps[:, -1:] + torch.arange(len(steps), device=device).unsqueeze(1)
-        target = _random(shape, device, generator) + pair
-        column = torch.searchsorted(steps.flatten(), target, right=True) - pair * size
-        column = torch.where(uniform, any_place % size, column.clamp_(0, size - 1))
+        scores = self._pair_scores(query, pair_query, pair_block)
+        top = scores.amax(1, keepdim=True)
+        steps = (scores - top).exp_().cumsum(dim=1)
+        total = steps[:, -1:]
+        # The distribution function of a pair is searched for all its draws at once.
+        order = pair.flatten().argsort()
+        counts = pair.flatten().bincount(minlength=len(steps))
+        turn = torch.empty_like(order)
+        turn[order] = torch.arange(len(order), device=device)
+        turn = turn.view(shape) - (counts.cumsum(0) - counts)[pair]
+        target = steps.new_zeros(len(steps), int(counts.max()))
+        target[pair, turn] = _random(shape, device, generator).to(target)
+        # Below the total, where only items of positive probability are.
+        target = torch.minimum(target * total, total.nextafter(torch.zeros_like(total)))
+        column = torch.searchsorted(steps, target, right=True)[pair, turn]
+        column = torch.where(uniform, any_place % size, column)
         place = drawn * size + column
-        return self.ids.flatten()[place], self._mixed(
-            share.gather(1, drawn) + log_inside[pair, column]
-        )
+        log_inside = scores[pair, column] - (top + total.log()).squeeze(1)[pair]
+        return self.ids.flatten()[place], self._mixed(share.gather(1, drawn) + log_inside)
 
     def _sample_shared(
         self, query: Tensor, share: Tensor, count: int, generator: torch.Generator | None

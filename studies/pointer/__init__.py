@@ -1,0 +1,1 @@
+"""Pointer networks with linear attention, trained short and scored long."""
