@@ -325,16 +325,16 @@ def test_every_module_is_reset():
 
 
 @pytest.mark.parametrize("name", RESET)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_reset_parameters(name, device):
+@pytest.mark.parametrize("made_on", ["cpu", "meta"])
+def test_reset_parameters(name, made_on):
     """The same randomness gives the same module, whatever it held before."""
     torch.manual_seed(5)
     fresh = RESET[name]()
     if isinstance(fresh, SoftmaxFeatures):
         fresh.reset_calibration_()
-    with torch.device(device):
+    with torch.device(made_on):
         module = RESET[name]()
-    if device == "meta":
+    if made_on == "meta":
         module.to_empty(device="cpu")
     for x in tensors(module).values():
         x.detach().fill_(torch.nan)
