@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_folder, read_json, write_json
 from performers.cli.console import note
-from performers.proteins.errors import UserError
-from performers.proteins.folders import prepare_output_folder, read_json, write_json
 from studies.pages import Table
 
 Part = dict[str, Any]

@@ -14,7 +14,9 @@ FILES = [
 ]
 OPENINGS = ("What", "How", "Which", "Whether", "Where", "Why", "When", "Who")
 # "Name: condition", of three words at least.
-RAISED = re.compile(r"^\w+(Error|Exit|Interrupted|Warning|Interrupt|Exception): (?!It is\.)\S+( \S+){2,}")
+RAISED = re.compile(
+    r"^\w+(Error|Exit|Interrupted|Warning|Interrupt|Exception): (?!It is\.)\S+( \S+){2,}"
+)
 
 
 def problems(text: str) -> list[str]:

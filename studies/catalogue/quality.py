@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers import SoftmaxFeatures
+from performers.app.errors import UserError
 from performers.catalogue import CatalogueSampler
-from performers.proteins.errors import UserError
 from studies.catalogue.negatives import FixedLoss
 from studies.parts import Part
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from performers.proteins.errors import UserError
+from performers.app.errors import UserError
 from studies.catalogue.models import CausalPerformer
 from studies.catalogue.negatives import CatalogueLoss, FixedLoss, Loss, full_loss
 from studies.parts import Part
