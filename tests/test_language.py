@@ -15,7 +15,7 @@ FILES = [
 OPENINGS = ("What", "How", "Which", "Whether", "Where", "Why", "When", "Who")
 # "Name: condition", of three words at least.
 RAISED = re.compile(
-    r"^\w+(Error|Exit|Interrupted|Warning|Interrupt|Exception): (?!It is\.)\S+( \S+){2,}"
+    r"^\w*(Error|Exit|Interrupted|Warning|Interrupt|Exception): (?!It is\.)\S+( \S+){2,}"
 )
 
 

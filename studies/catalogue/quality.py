@@ -100,7 +100,7 @@ def train(
 
 
 def popularity(rows: list[list[int]], count: int) -> Tensor:
-    """How often each item occurs, and a tenth."""
+    """Number of occurrences of each item, and a tenth."""
     return torch.tensor([item for row in rows for item in row]).bincount(minlength=count) + 0.1
 
 

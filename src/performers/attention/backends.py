@@ -1,4 +1,4 @@
-"""Which implementations exist, which are usable here, and which one to call."""
+"""Implementations: those that exist, those that are usable, and the choice for a call."""
 
 import threading
 from collections.abc import Callable, Iterator

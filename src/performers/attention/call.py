@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 
 class Columns(NamedTuple):
-    """What queries meet one by one.
+    """Columns that queries meet one by one.
 
     Attributes:
         key: Shape ``(batch, key_heads, columns, head_dim)``.

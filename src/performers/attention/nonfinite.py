@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Touched(NamedTuple):
-    """What NaN and infinity reach.
+    """Rows that NaN and infinity reach.
 
     Attributes:
         key: Keys and values that hold some, shape ``(batch, key_heads, S)``, bool.
@@ -110,7 +110,7 @@ def touched(call: "AttentionCall | Inputs") -> Touched:
 
 
 def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all is seen to be finite; False where looking is not possible, or not cheap."""
+    """True if all is seen to be finite; False where looking is not possible, or not cheap."""
     if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return False
     # Reading a number stops a GPU, and subclasses (fake tensors) may have none.

@@ -27,7 +27,7 @@ _FIT_ITERATIONS = 10
 
 
 class KeyLists(NamedTuple):
-    """Which keys each query meets exactly, besides window and sinks.
+    """Lists of keys that each query meets exactly, besides window and sinks.
 
     Attributes:
         key: Indices of keys, shape ``(rounds, batch, key_heads, lists, n)``, int64.

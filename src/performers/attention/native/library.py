@@ -29,7 +29,7 @@ _NAME = f"libperformers_native{_SUFFIX}"
 
 
 class _Unusable(Exception):
-    """Why the library cannot be used; ``demanded`` when a variable asked for it."""
+    """Reason why the library cannot be used; ``demanded`` when a variable asked for it."""
 
     def __init__(self, reason: str, demanded: bool) -> None:
         super().__init__(reason)
@@ -100,7 +100,7 @@ _told = False
 
 
 def available() -> bool:
-    """Whether the library can be used.
+    """True if the library can be used.
 
     The first False of a process is explained in one line to the logger ``performers``. It is a
     warning because that is the lowest level that Python shows unasked, and a user who is left
@@ -119,7 +119,7 @@ def available() -> bool:
 
 
 def unavailable_reason() -> str | None:
-    """Why the library cannot be used; None when it can."""
+    """Reason why the library cannot be used; None when it can."""
     return _reason
 
 

@@ -1,4 +1,4 @@
-"""What the chunked algorithms share: sums over keys, rows in parts, their scales, and blocks."""
+"""Parts that the chunked algorithms share: sums over keys, rows in parts, their scales, and blocks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -89,7 +89,7 @@ class Rows(NamedTuple):
 
 
 class Features(NamedTuple):
-    """How blocks turn slices of the inputs into features."""
+    """Features of slices of the inputs, for blocks."""
 
     form: FeatureForm
     root: float
@@ -117,7 +117,7 @@ class Features(NamedTuple):
         return base, exponent, masked(value.to(self.dtype), mask)
 
     def has_exponent(self) -> bool:
-        """Whether features need scaling."""
+        """True if features need scaling."""
         return self.form.kind != "elementwise"
 
 

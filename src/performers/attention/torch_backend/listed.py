@@ -60,7 +60,7 @@ class ListedPairs(NamedTuple):
     hidden: Tensor | None
 
     def met(self, length: int, window: int | None) -> Tensor:
-        """Which pairs there are, shape ``(B, H, blocks, rows, n)``, bool."""
+        """Pairs that exist, shape ``(B, H, blocks, rows, n)``, bool."""
         position = _of_lists(self.position, self.list).unsqueeze(-2)
         pairs = (position >= 0) & (self.row >= 0).unsqueeze(-1)
         if window is not None:

@@ -24,7 +24,7 @@ _told: set[str] = set()
 
 
 def available() -> bool:
-    """Whether Triton is installed and there is a GPU that it serves."""
+    """True if Triton is installed and there is a GPU that it serves."""
     if not _INSTALLED:
         return False
     return _INTERPRETED or (torch.cuda.is_available() and _serves(torch.device("cuda")))

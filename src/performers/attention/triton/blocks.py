@@ -1,4 +1,4 @@
-"""What the kernels share: products of blocks, tiles of rows, exponents of features.
+"""Parts that the kernels share: products of blocks, tiles of rows, exponents of features.
 
 Exponents are binary logarithms throughout: the projection arrives multiplied by
 ``sqrt(scale) log2(e)``, so that ``phi_f(x) = 2^e`` with ``e = W_f x + b_f - norm(x)``. The scale of

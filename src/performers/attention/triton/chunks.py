@@ -32,7 +32,7 @@ from performers.attention.triton.blocks import (
 
 @triton.jit
 def seen_pairs(rows, keys, own_row, own_key, STRICT: tl.constexpr, HAS_SEG: tl.constexpr):
-    """Which row of a chunk sees which key."""
+    """Mask of the keys that each row of a chunk sees."""
     if STRICT:
         seen = rows[:, None] > keys[None, :]
     else:

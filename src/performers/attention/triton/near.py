@@ -23,7 +23,7 @@ from performers.attention.triton.blocks import (
 
 @triton.jit
 def window_pairs(i, j, offset, window, norm, own, SEG, CAUSAL: tl.constexpr, HAS_SEG: tl.constexpr):
-    """Which query is to meet which key exactly."""
+    """Mask of the keys that each query meets exactly."""
     distance = j[None, :] - (i[:, None] + offset)
     seen = (distance >= -window) & ((norm < INFINITY) | (norm != norm))[None, :]
     if CAUSAL:

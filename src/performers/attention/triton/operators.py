@@ -55,12 +55,12 @@ def padded_features(inputs: Inputs) -> int:
 
 
 def is_swept(inputs: Inputs) -> bool:
-    """Whether rows see sums of their own: up to their place, their sequence, or the window."""
+    """True if rows see sums of their own: up to their place, their sequence, or the window."""
     return inputs.is_causal or inputs.segments is not None or inputs.window is not None
 
 
 def has_exact_pairs(inputs: Inputs) -> bool:
-    """Whether rows meet some keys exactly."""
+    """True if rows meet some keys exactly."""
     return inputs.window is not None or inputs.sink_key is not None
 
 
