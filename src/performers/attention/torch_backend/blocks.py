@@ -1,4 +1,4 @@
-"""Parts that the chunked algorithms share: sums over keys, rows in parts, their scales, and blocks."""
+"""Parts of the chunked algorithms: sums over keys, rows in parts, their scales, and blocks."""
 
 import math
 from collections.abc import Callable, Sequence
