@@ -15,7 +15,14 @@ from typing import NamedTuple
 
 STUDIES = Path(__file__).resolve().parent
 RESULTS = STUDIES.parent / "docs" / "results"
-PAGES = {"accuracy.md": "accuracy", "proteins.md": "proteins", "cpu.md": "speed", "demo.md": "demo"}
+PAGES = {
+    "accuracy.md": "accuracy",
+    "catalogue.md": "catalogue",
+    "cpu.md": "speed",
+    "demo.md": "demo",
+    "pointer.md": "pointer",
+    "proteins.md": "proteins",
+}
 """Pages of docs/results, and the folders below ``studies`` that they are written from."""
 
 

@@ -155,7 +155,7 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     if "times" in parts:
         times = parts["times"]
         rows = [
-            (encoder, *(f"{1e3 * seconds:.3g}" for seconds in times[encoder].values()))
+            (encoder, *(f"{1e3 * seconds:,.1f}" for seconds in times[encoder].values()))
             for encoder in ENCODERS
         ]
         made["times"] = Table(("encoder", *(f"{int(count):,}" for count in times["favor"])), rows)
