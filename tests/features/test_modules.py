@@ -315,7 +315,8 @@ def test_every_module_is_reset():
     found = set()
     for package in (performers.features, performers.attention, performers.nn):
         for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if not info.name.endswith("libperformers_native"):
+            # Kernels are no modules, and their package may be missing.
+            if not info.name.endswith("libperformers_native") and ".triton." not in info.name:
                 members = inspect.getmembers(import_module(info.name), inspect.isclass)
                 found |= {cls for _, cls in members if cls.__module__ == info.name}
     found = {x for x in found if issubclass(x, nn.Module)}

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 
 from performers.convert.distillation.pretrained import load_model
+from performers.models.arguments import CACHE_KEYWORD
 from studies.accuracy.capture import (
     capture_heads,
     exact_attention,
@@ -197,9 +198,9 @@ def test_models_that_cannot_be_replaced_are_refused(llama):
     with pytest.raises(ValueError, match="XLNetModel does not go through the"), xlnet:
         pass
     with replace_attention(llama.model, exact_attention):
-        cache = llama.model(token_ids(1, 4), use_cache=True).past_key_values
+        cache = llama.model(token_ids(1, 4), use_cache=True)[CACHE_KEYWORD]
         with pytest.raises(ValueError, match=r"1 queries and 5 keys.*use_cache=False"):
-            llama.model(token_ids(1, 1), past_key_values=cache)
+            llama.model(token_ids(1, 1), **{CACHE_KEYWORD: cache})
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
