@@ -33,8 +33,17 @@ def snapshot(model):
         [list(getattr(x, each)) for x in model.modules() for each in hooks],
         {name: id(x) for name, x in model.named_parameters()},
         list(model.state_dict()),
-        [(x.to_dict(), x._attn_implementation) for x in configs],
+        [(_written(x.to_dict()), x._attn_implementation) for x in configs],
     )
+
+
+def _written(config):
+    """A configuration without the mark that transformers sets when an implementation changes."""
+    return {
+        name: _written(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "_attn_was_changed"
+    }
 
 
 def meta():
