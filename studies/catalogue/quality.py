@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from performers import SoftmaxFeatures
 from performers.app.errors import UserError
 from performers.catalogue import CatalogueSampler
+from performers.features.softmax import Estimator
 from studies.catalogue.negatives import FixedLoss
 from studies.parts import Part
 
@@ -128,14 +129,14 @@ def inverted_index(items: Tensor, scale: float, generator: torch.Generator) -> L
 
 
 def feature_sampler(
-    items: Tensor, scale: float, estimator: str, num_features: int, generator: torch.Generator
+    items: Tensor, scale: float, estimator: Estimator, num_features: int, generator: torch.Generator
 ) -> LogQ:
     """RF-softmax: the kernel ``exp(scale x·e)`` estimated by random features, where positive.
 
     A twentieth is uniform, as in `CatalogueSampler`: estimates that are not positive would have no
     probability.
     """
-    features = SoftmaxFeatures(_DIM, num_features, estimator=estimator, generator=generator)  # type: ignore[arg-type]
+    features = SoftmaxFeatures(_DIM, num_features, estimator=estimator, generator=generator)
 
     def log_q(query: Tensor) -> Tensor:
         kernel = features.estimate_kernel(query[None, None], items[None, None], scale=scale)[0, 0]

@@ -72,11 +72,11 @@ class Configuration:
 
     @property
     def exact(self) -> bool:
-        """Whether some keys are exact."""
+        """True if some keys are exact."""
         return self.window is not None or self.sinks > 0 or self.listed
 
     def takes(self, case: Case, mode: str) -> bool:
-        """Whether the package takes these options with a feature map and a mode."""
+        """True if the package takes these options with a feature map and a mode."""
         if (self.exact and not case.softmax) or (self.listed and case.signed):
             return False
         return mode != "cross" or (self.window is None and not self.packed)

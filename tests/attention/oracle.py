@@ -72,7 +72,7 @@ def listed(
     is_causal: bool = False,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Which pairs are exact because the query's list has the key, bool, ``(B, H, L, S)``."""
+    """Pairs that are exact because the query's list has the key, bool, ``(B, H, L, S)``."""
     (batch, heads, length, _), size = query.shape, key.shape[2]
     taking = torch.ones(batch, size, dtype=torch.bool) if key_mask is None else key_mask
     taking = taking & (taking.long().cumsum(1) > sinks)

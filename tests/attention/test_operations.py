@@ -1,4 +1,4 @@
-"""How many operations the ``torch`` backend issues where each is a launch."""
+"""Numbers of operations that the ``torch`` backend issues where each is a launch."""
 
 import pytest
 import torch

@@ -228,7 +228,7 @@ def test_outputs_lie_as_queries_do_and_gradients_as_inputs(key_heads, mode, dtyp
 
 
 def test_the_module_joins_its_heads_without_a_copy(monkeypatch):
-    """What the projection after attention gets shares memory with the kernels' output."""
+    """The input of the projection after attention shares memory with the kernels' output."""
     attention = PerformerAttention(32, 4, batch_first=True)
     seen, made = [], []
     attention.out_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

@@ -38,7 +38,7 @@ _TYPES = {
 
 
 def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) -> Iterator[Any]:
-    """What one call of each kind launches, forward and backward: ``(kernel, args, options)``."""
+    """Launches of one call of each kind, forward and backward: ``(kernel, args, options)``."""
     found = []
 
     def record(self: Any, kernel: Any, programs: int, *args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which calls the backend takes, and how it appears to torch."""
+"""Calls that the backend takes, and its operators as torch sees them."""
 
 import pytest
 import torch

@@ -51,7 +51,7 @@ def test_one_head_of_many_splits_equals_one_split(monkeypatch):
 
 
 def test_heads_in_groups(monkeypatch):
-    """What is held at a time does not change a bit."""
+    """The size of a group of heads does not change a bit."""
     call = small_call(70, "causal", heads=4, key_heads=2).leaves()
     results = []
     for size in (1 << 29, 1):
