@@ -154,8 +154,6 @@ def _step(inputs: Inputs) -> StepResults:
     return launch.step(inputs)
 
 
-triton_forward, triton_backward = define(
-    "performers::triton", _forward, _backward, new_results, new_gradients
-)
+triton_forward, triton_backward = define("triton", _forward, _backward, new_results, new_gradients)
 # Without gradients: a position that has some is a call of its own.
-triton_step = operator("performers::triton_step", _step, new_step, None)
+triton_step = operator("triton_step", _step, new_step)
