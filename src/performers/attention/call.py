@@ -113,7 +113,10 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     sinks: int = 0
-    listed_keys: ListedKeys | None = None
+    # An argument that not every backend computes is None where it is not used, and names those.
+    listed_keys: ListedKeys | None = field(
+        default=None, metadata={"backends": ("native", "torch", "reference")}
+    )
     state: FavorState | None = None
     return_state: bool = False
     form: FeatureForm = field(init=False)
