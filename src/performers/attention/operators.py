@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.window_and_sinks import SinkKeys
@@ -256,7 +257,7 @@ def operator(
     )
     # What torch.library.custom_op does, without what it puts around every call.
     _LIBRARY.define(name + torch.library.infer_schema(implementation, mutates_args=()))
-    _LIBRARY.impl(name, torch._disable_dynamo(implementation), dispatch_key)
+    _LIBRARY.impl(name, _disable_dynamo(implementation), dispatch_key)
     made = getattr(torch.ops.performers, name).default
     torch.library.register_fake(made, grouped(fake), lib=_LIBRARY)
     return made
