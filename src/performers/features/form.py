@@ -5,6 +5,8 @@ Every kernel estimate is ``K(q, k) = sum_i phi_i(q) phi_i(k)`` with features
 scale before it exponentiates: no feature overflows, and no additive constant biases the estimate.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
