@@ -84,8 +84,8 @@ def scaled_dot_product_attention(
     """
     if dropout_p:
         raise ValueError(
-            f"dropout_p must be 0, got {dropout_p}: the attention weights it would act on are never "
-            "formed; use dropout on the output instead"
+            f"dropout_p must be 0, got {dropout_p}: the weights it would act on are never formed; "
+            "use dropout on the output instead"
         )
     call = read_call(query, key, value, attn_mask, is_causal, enable_gqa, key_mask=key_mask)
     if feature_map is None:
