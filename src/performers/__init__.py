@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         backends,
         favor_attention,
         favor_attention_weights,
+        scaled_dot_product_attention,
         use_backend,
     )
     from performers.features import (
@@ -38,6 +39,7 @@ __all__ = [
     "favor_attention_weights",
     "plan",
     "redraw_features_",
+    "scaled_dot_product_attention",
     "use_backend",
 ]
 

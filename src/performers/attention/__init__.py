@@ -3,6 +3,7 @@
 from performers.attention.backends import backends, use_backend
 from performers.attention.exact_keys.listed_keys import KeyBuckets, ListedKeys
 from performers.attention.functional import favor_attention, favor_attention_weights
+from performers.attention.sdpa import scaled_dot_product_attention
 from performers.attention.state import FavorState
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "backends",
     "favor_attention",
     "favor_attention_weights",
+    "scaled_dot_product_attention",
     "use_backend",
 ]
