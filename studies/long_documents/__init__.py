@@ -1,1 +1,1 @@
-"""Retrieval of long documents by one embedding each, from a converted model and from its original."""
+"""Retrieval of long documents by their embeddings, from a converted model and its original."""
