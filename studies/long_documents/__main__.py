@@ -27,8 +27,8 @@ class LongDocumentsOptions(Options):
         "Tokens of a document, rising multiples of 512.", (2048, 4096, 8192, 16384), rising=True
     )
     exact_up_to: int = option("Longest document that the original reads whole.", 8192)
-    per_file: int = option("Documents of a file.", 6, at_least=1)
-    passages: int = option("Passages to find each document by.", 4, at_least=1)
+    per_file: int = option("Documents of a file.", 4, at_least=1)
+    passages: int = option("Passages to find each document by.", 6, at_least=1)
     passage_tokens: int = option("Tokens of a passage.", 128, at_least=1)
     seed: int = option("Random seed.", 0)
     threads: int = option("Threads of torch.", 1, at_least=1)

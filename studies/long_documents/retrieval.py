@@ -53,8 +53,8 @@ class Size:
 
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
     exact_up_to: int = 8192
-    per_file: int = 6
-    passages: int = 4
+    per_file: int = 4
+    passages: int = 6
     passage_tokens: int = 128
     seed: int = 0
 
@@ -83,11 +83,11 @@ class Retrieval:
         found: dict[str, Callable[[], Part]] = {}
         for length in self.size.lengths:
             found[f"{length}, chunks"] = partial(self._chunks, length)
+            found[f"{length}, {CONVERTED}"] = partial(self._whole, CONVERTED, length)
             if length <= self.size.exact_up_to:
                 found[f"{length}, {REPEATED}"] = partial(self._whole, REPEATED, length)
             if length == self.size.lengths[0]:
                 found[f"{length}, {INTERPOLATED}"] = partial(self._whole, INTERPOLATED, length)
-            found[f"{length}, {CONVERTED}"] = partial(self._whole, CONVERTED, length)
         return found
 
     @cached_property
