@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from performers.convert.sentences import transformer_of
+
 Model = TypeVar("Model", bound=nn.Module)
 # Names of the table in the families of BERT, of OPT and BART, of GPT-2, and in ours.
 _TABLES = ("position_embeddings", "embed_positions", "wpe", "positions")
@@ -29,7 +31,8 @@ def extend_positions_(model: Model, length: int) -> Model:
     A model with rotary or relative positions needs no table and is not changed.
 
     Args:
-        model: A transformers model, converted or not; it is returned.
+        model: A transformers model, converted or not, or a model of sentence-transformers, whose
+            ``max_seq_length`` is raised too; it is returned.
         length: Maximum number of tokens of an input.
 
     Raises:
@@ -38,6 +41,12 @@ def extend_positions_(model: Model, length: int) -> Model:
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
+    inner = transformer_of(model)
+    if inner is not model:
+        extend_positions_(inner, length)
+        whole: Any = model
+        whole.max_seq_length = max(length, whole.max_seq_length or 0)
+        return model
     now = learned_positions(model)
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -1,0 +1,41 @@
+"""Models by their names on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# Weights of other libraries, and exports.
+_OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "coreml/*"]
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+
+
+def is_hub_name(name: str | Path) -> bool:
+    """Return True for ``owner/name`` and ``name`` where there is no such path."""
+    # The name of a folder may be spelt alike.
+    return _NAME.fullmatch(str(name)) is not None and not Path(name).exists()
+
+
+def model_folder(name: str | Path) -> Path:
+    """Find the folder of a model, in the cache of the Hub if ``name`` is no path.
+
+    A model that the cache lacks is downloaded, unless ``HF_HUB_OFFLINE=1`` forbids it.
+
+    Raises:
+        FileNotFoundError: The Hub has no such model, cannot be reached, or is forbidden.
+    """
+    if not is_hub_name(name):
+        return Path(name)
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), ignore_patterns=_OTHER_FORMATS))
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if huggingface_hub.is_offline_mode():
+            reason = "it is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set"
+        raise FileNotFoundError(
+            f"{name} is no folder, and as a model of the Hub it cannot be had: {reason}; pass "
+            f"the path of a folder, or run 'hf download {name}' with a network first"
+        ) from error
