@@ -49,9 +49,9 @@ def to_performer(
 
     A transformers model is saved with ``save_pretrained`` as usual and loaded with
     `load_performer`; of a ``SentenceTransformer`` the transformer inside is converted, and it is
-    saved and loaded as any other. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
-    ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it into a
-    model converted with the same arguments.
+    saved and loaded as any other. In a torch model each self-attention ``nn.MultiheadAttention``
+    becomes a ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it
+    into a model converted with the same arguments.
 
     Args:
         model: A transformers model whose attention goes through the attention interface, a model
