@@ -1,12 +1,15 @@
-"""Models by their names on the Hugging Face Hub."""
+"""Models by their names on the Hugging Face Hub, and their cards."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 # Weights of other libraries, and exports.
 _OTHER_FORMATS = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "onnx/*", "openvino/*", "coreml/*"]
+# Entries of a card that hold for the converted model too.
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
@@ -39,3 +42,15 @@ def model_folder(name: str | Path) -> Path:
             f"{name} is no folder, and as a model of the Hub it cannot be had: {reason}; pass "
             f"the path of a folder, or run 'hf download {name}' with a network first"
         ) from error
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Read licence, language and task from the front matter of ``README.md``, if it has one."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        written = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {name: written[name] for name in _KEPT if isinstance(written.get(name), str | list)}

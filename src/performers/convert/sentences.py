@@ -102,9 +102,10 @@ class SentenceFiles:
         """Write the files beside a transformer at the top of a folder."""
         modules = [dict(module) for module in self.modules]
         modules[self._index]["path"] = ""
-        for module in modules:
-            if module["path"]:
-                shutil.copytree(self.folder / module["path"], folder / module["path"])
+        for path in filter(None, (module["path"] for module in modules)):
+            # Modules without parameters may have no folder.
+            if (self.folder / path).is_dir():
+                shutil.copytree(self.folder / path, folder / path)
         about = self.folder / "config_sentence_transformers.json"
         if about.is_file():
             shutil.copy(about, folder)
