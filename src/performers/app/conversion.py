@@ -76,7 +76,7 @@ class ConversionOptions(Options):
     )
     save_steps: int = option("Steps between checkpoints.", 50, at_least=1)
     max_positions: int | None = option(
-        "Give a model with a learned table of positions that many.", None, at_least=1
+        "Extend a table of learned positions further than to --length.", None, at_least=1
     )
     seed: int = option("Random seed.", 0, at_least=0, below=2**32)
 

@@ -26,7 +26,8 @@ def extend_positions_(model: Model, length: int) -> Model:
     position ``i mod n``, which keeps the local order; training teaches the rest. The trained
     positions, and hence the outputs for shorter inputs, do not change. The configuration is changed
     with the table, so that the model is saved and loaded as usual. Source: Beltagy et al. 2020
-    (arXiv 2004.05150), section 5.
+    (arXiv 2004.05150), section 5. Stretching the table by interpolation found fewer documents of
+    2,048 tokens (docs/results/long_documents.md).
 
     A model with rotary or relative positions needs no table and is not changed.
 
