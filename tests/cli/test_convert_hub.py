@@ -119,10 +119,10 @@ def test_names_on_the_hub(data, tmp_path):
 
 def test_an_absent_name_offline_says_what_to_do(data, tmp_path):
     line = refusal("convert", "someone/absent", *data, "--output", tmp_path / "out", *SMALL)
-    assert line.startswith("someone/absent is no folder")
+    assert line.startswith("MODEL someone/absent is no folder")
     assert "HF_HUB_OFFLINE is set" in line
     assert "hf download someone/absent" in line
-    with pytest.raises(FileNotFoundError, match="hf download someone/absent"):
+    with pytest.raises(FileNotFoundError, match="path someone/absent is no folder"):
         load_performer("someone/absent")
     # What cannot be a name is a path.
     line = refusal("convert", tmp_path / "absent", *data, "--output", tmp_path / "other", *SMALL)

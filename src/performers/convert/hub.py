@@ -19,10 +19,14 @@ def is_hub_name(name: str | Path) -> bool:
     return _NAME.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
-def model_folder(name: str | Path) -> Path:
+def model_folder(name: str | Path, argument: str) -> Path:
     """Find the folder of a model, in the cache of the Hub if ``name`` is no path.
 
     A model that the cache lacks is downloaded, unless ``HF_HUB_OFFLINE=1`` forbids it.
+
+    Args:
+        name: A path, or a name on the Hub.
+        argument: Its name in the message of an error.
 
     Raises:
         FileNotFoundError: The Hub has no such model, cannot be reached, or is forbidden.
@@ -39,8 +43,8 @@ def model_folder(name: str | Path) -> Path:
         if huggingface_hub.is_offline_mode():
             reason = "it is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set"
         raise FileNotFoundError(
-            f"{name} is no folder, and as a model of the Hub it cannot be had: {reason}; pass "
-            f"the path of a folder, or run 'hf download {name}' with a network first"
+            f"{argument} {name} is no folder, and as a model of the Hub it cannot be had: {reason}; "
+            f"pass the path of a folder, or run 'hf download {name}' with a network first"
         ) from error
 
 

@@ -48,7 +48,7 @@ def load_performer(path: str | Path, *, model_class: Any = None, **options: Any)
         ValueError: The model is not a converted one, its class is unknown, its files have changed
             since they were saved, or tensors of its features are missing.
     """
-    folder = model_folder(path)
+    folder = model_folder(path, "path")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no config.json: expected a folder written by save_pretrained"

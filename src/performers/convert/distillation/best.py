@@ -17,7 +17,8 @@ _SCORE = "score"
 
 def score(figures: Mapping[str, Any]) -> float:
     """Order figures of quality: by cosine for encoders, else by perplexity; higher is better."""
-    return float(figures["cosine"] if "cosine" in figures else -figures["perplexity"])
+    value = float(figures["cosine"] if "cosine" in figures else -figures["perplexity"])
+    return -math.inf if math.isnan(value) else value
 
 
 class BestState:

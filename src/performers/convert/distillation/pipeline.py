@@ -69,9 +69,9 @@ def run_conversion(
 
     ``folder`` gets the new model and, until it is done, the checkpoints; ``record`` the results
     that it does not have. ``resume`` is called once the record has the options of the run, to add
-    earlier results. Of the states that are measured during the training the best is saved.
-    ``progress`` is called with a piece of work, the amounts done and in all, and
-    figures. Returns the original and the converted model.
+    earlier results. ``progress`` is called with a piece of work, the amounts done and in all, and
+    figures. Returns the original and the converted model: of all states of the training that were
+    measured, the best.
 
     Raises:
         FileNotFoundError: There is no such model.
@@ -81,7 +81,7 @@ def run_conversion(
     with without_progress_bars(), warnings.catch_warnings():
         # No run uses the dropout of attention weights.
         warnings.filterwarnings("ignore", "the dropout of attention weights")
-        source = model_folder(options.model)
+        source = model_folder(options.model, "MODEL")
         sentences = SentenceFiles.of(source)
         if sentences is None:
             loaded = load_model(source, head=None)
