@@ -43,8 +43,8 @@ def model_folder(name: str | Path, argument: str) -> Path:
         if huggingface_hub.is_offline_mode():
             reason = "it is not in the cache of the Hugging Face Hub, and HF_HUB_OFFLINE is set"
         raise FileNotFoundError(
-            f"{argument} {name} is no folder, and as a model of the Hub it cannot be had: {reason}; "
-            f"pass the path of a folder, or run 'hf download {name}' with a network first"
+            f"{argument} {name} is no folder, and the Hub cannot give such a model: {reason}; pass "
+            f"the path of a folder, or run 'hf download {name}' with a network first"
         ) from error
 
 
