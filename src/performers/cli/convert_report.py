@@ -129,10 +129,11 @@ def model_card(content: Mapping[str, Any]) -> str:
             "from sentence_transformers import SentenceTransformer\n\n"
             "model = SentenceTransformer(FOLDER)  # or the name of this model on the Hub"
         )
+    name = base if model["is_hub_name"] else Path(base).name
     parts = (
         f"---\n{front}\n---\n",
-        f"# {base if model['is_hub_name'] else Path(base).name}, with linear attention\n",
-        f"`{base}` ({model['class']}), converted by performers:\n",
+        f"# {name}, with linear attention\n",
+        f"`{name}` ({model['class']}), converted by performers:\n",
         f"```\n{content['machine']['command']}\n```\n",
         f"```python\n{load}\n```\n",
         _body(content),
