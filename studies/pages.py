@@ -20,6 +20,7 @@ PAGES = {
     "catalogue.md": "catalogue",
     "cpu.md": "speed",
     "demo.md": "demo",
+    "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",
 }
