@@ -81,17 +81,15 @@ def test_a_validation_file_is_used_and_nothing_is_held_out(fasta, output, tmp_pa
     assert record["result"]["eval_sequences"] == 4
 
 
-def test_several_files_are_one_data_set(fasta, output, tmp_path):
+@pytest.mark.parametrize(("fraction", "counts"), [(0.5, (20, 20)), (0, (40, 0))])
+def test_several_files_are_one_data_set(fasta, output, tmp_path, fraction, counts):
+    """Without validation there is no table."""
     more = write_sequences(tmp_path / "more.fasta", proteins(10, seed=2))
     arguments = ["train", fasta, more, "--output", output]
-    run(*arguments, *flags(steps=1, validation_fraction=0.5))
+    out, _ = run(*arguments, *flags(steps=1, validation_fraction=fraction))
     data = json.loads((output / "training.json").read_text())["data"]
-    assert (data["sequences"], data["validation_sequences"]) == (20, 20)
-
-
-def test_without_validation_there_is_no_table(fasta, output):
-    out, _ = run("train", fasta, "--output", output, *flags(steps=1, validation_fraction=0))
-    assert out == ""
+    assert (data["sequences"], data["validation_sequences"]) == counts
+    assert bool(out) == bool(fraction)
 
 
 def test_ctrl_c_exits_with_130_and_resume_continues(fasta, output, tmp_path, monkeypatch):

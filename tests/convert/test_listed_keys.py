@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performers import LearnedFeatures
-from performers.convert import distill, to_performer
+from performers.convert import distill
 from tests.convert.models import (
     ENCODERS,
     build,
@@ -17,7 +17,6 @@ from tests.convert.models import (
     padding_mask,
     token_ids,
 )
-from tests.convert.test_refusals import snapshot
 
 FITTED = {"num_features": 16, "estimator": "data_aware", "window": 1}
 LONG = inputs("bert", rows=4, length=60)
@@ -81,29 +80,6 @@ def test_distillation_keeps_the_lists():
         favor.buckets = None
     expected, without = output(teacher, given), output(student, given)
     assert (with_lists - expected).norm() < 0.8 * (without - expected).norm()
-
-
-DECODER = "a decoder's running sums hold no lists"
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("gpt2", {"listed_keys": 4}, DECODER),
-        ("bart", {"listed_keys": 4}, DECODER),
-        ("bert", {"listed_keys": -1}, "listed_keys must be an integer of at least 0, got -1"),
-        ("bert", {"listed_keys": 2.0}, "listed_keys must be an integer"),
-        ("bert", {"listed_keys": 4, "estimator": "trigonometric"}, "needs positive features"),
-        ("performer", {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
-        ("torch_encoder", {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
-    ],
-)
-def test_what_cannot_have_lists_is_refused(name, options, words):
-    model = build(name)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        to_performer(model, **options)
-    assert snapshot(model) == before
 
 
 def test_the_encoder_of_an_encoder_decoder_can_have_lists():

@@ -165,7 +165,7 @@ def _close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
     return True
 
 
-def _find(config: Any, *names: str, default: Any) -> Any:
+def find(config: Any, *names: str, default: Any = None) -> Any:
     """Find the first of some attributes in a configuration or those within it."""
     queue = [config]
     for part in queue:
@@ -208,14 +208,14 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     if text:
         for inputs in ({**text, **decoder}, text, {"input_ids": ids}):
             yield moved(inputs)
-    width = _find(config, "hidden_size", "d_model", default=32)
+    width = find(config, "hidden_size", "d_model", default=32)
     for name in {"inputs_embeds", "hidden_states"} & names:
         yield {name: normal(_ROWS, _LENGTH, width)}
 
 
 def _token_ids(config: Any, random: torch.Generator) -> Tensor:
     """Token ids, none of them special in the configuration."""
-    vocabulary = _find(config, "vocab_size", default=32)
+    vocabulary = find(config, "vocab_size", default=32)
     parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
     special = {
         value
@@ -232,14 +232,14 @@ def _placeholders(
     config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Insert as many placeholders of an image into the text as the model may expect."""
-    token = _find(config, "image_token_id", "image_token_index", default=None)
+    token = find(config, "image_token_id", "image_token_index")
     pixels = other.get("pixel_values")
     if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:
         return
     vision = getattr(config, "vision_config", None) or config
-    patch = _find(vision, "patch_size", default=8)
+    patch = find(vision, "patch_size", default=8)
     cells = pixels[0].numel() // (pixels.shape[-3] if pixels.ndim > 3 else 1) // patch**2
-    resampled = _find(config, "image_seq_length", "resampler_n_latents", default=cells)
+    resampled = find(config, "image_seq_length", "resampler_n_latents", default=cells)
     ids, mask = text["input_ids"], text.get("attention_mask")
     for count in dict.fromkeys((cells, resampled, cells + 1, cells // 4, cells // 16)):
         marks = ids.new_full((_ROWS, count), token)
@@ -254,12 +254,12 @@ def _other_data(
 ) -> Iterator[dict[str, Tensor]]:
     """Images, sounds and time series."""
     vision = getattr(config, "vision_config", None) or config
-    size = _find(vision, "image_size", "img_size", "input_image_size", default=32)
+    size = find(vision, "image_size", "img_size", "input_image_size", default=32)
     if isinstance(size, dict):
         size = (size.get("height", 32), size.get("width", 32))
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
-    channels = _find(vision, "num_channels", "in_channels", "in_chans", default=3)
-    patch = _find(vision, "patch_size", default=8)
+    channels = find(vision, "num_channels", "in_channels", "in_chans", default=3)
+    patch = find(vision, "patch_size", default=8)
     numbers = all(isinstance(x, int) for x in (height, width, channels, patch))
     if "pixel_values" in names and numbers:
         if {"spatial_shapes", "pixel_attention_mask"} <= names:
@@ -268,21 +268,21 @@ def _other_data(
                 "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
                 "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
             }
-        frames = _find(config, "num_frames", default=2)
+        frames = find(config, "num_frames", default=2)
         for shape in ((1,), (_ROWS,), (_ROWS, frames), (_ROWS, 1)):
             yield {"pixel_values": normal(*shape, channels, height, width)}
     widths = "num_mel_bins input_feat_per_channel feature_projection_input_dim n_mels mel_dim"
-    mel = _find(config, *widths.split(), default=80)
+    mel = find(config, *widths.split(), default=80)
     if "input_features" in names:
-        source = _find(config, "max_source_positions", default=50)
+        source = find(config, "max_source_positions", default=50)
         for shape in ((mel, 2 * source), (64, mel), (64, 4 * mel)):
             yield {"input_features": normal(_ROWS, *shape)}
         ones = torch.ones(_ROWS, 64, dtype=torch.int64)
         yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
     if "input_values" in names:
         yield {"input_values": normal(_ROWS, 6000)}
-        yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
-    length = _find(config, "context_length", default=32)
+        yield {"input_values": normal(_ROWS, find(config, "max_length", default=64), mel)}
+    length = find(config, "context_length", default=32)
     for axes in ((length,), (length, 1)) if "past_values" in names else ():
         inputs = {
             "past_values": normal(_ROWS, *axes),
