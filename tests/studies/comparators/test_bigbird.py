@@ -5,7 +5,7 @@ import torch
 
 from performers.models.context import AttentionContext
 from studies.comparators import BigBirdMechanism
-from studies.comparators.bigbird import block_layout, chosen_blocks
+from studies.comparators.bigbird import chosen_blocks
 from tests.studies.comparators.oracle import compare, contexts, dense, inputs, rows
 
 
@@ -78,16 +78,15 @@ def test_the_pattern_of_the_definition(length, options):
 
 def picks(blocks, *, is_causal, layer=0, num_random=3):
     """The blocks that those of one long row see, ``(T, heads, K)``."""
-    context = AttentionContext(is_causal)
-    layout = block_layout(context, 1, blocks, 1, torch.device("cpu"))
-    return chosen_blocks(
-        layout,
+    chosen = chosen_blocks(
+        torch.tensor([blocks]),
         num_heads=4,
         num_global=2,
         num_random=num_random,
         is_causal=is_causal,
         layer=layer,
     )
+    return [x[0].transpose(0, 1) for x in chosen]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
