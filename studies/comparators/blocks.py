@@ -97,8 +97,9 @@ class Comparator(nn.Module):
         def run(value: Tensor) -> Tensor:
             if not len(rows.lengths):
                 return torch.zeros_like(value)
-            split = (rows.split(x) for x in (query, key, value))
-            return rows.join(self.attend(*split, rows, context, layer))
+            parts = [rows.split(x) for x in (query, key, value)]
+            out = self.attend(parts[0], parts[1], parts[2], rows, context, layer)
+            return rows.join(out)
 
         if not context.need_weights:
             return run(value), None
