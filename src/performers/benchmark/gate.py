@@ -50,16 +50,26 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare a tensor with what it should be.
-
-    Args:
-        part: Its name in the message.
-        actual: The tensor.
-        expected: The right tensor.
-        tolerance: Largest relative error.
+    """Compare a tensor with what it should be; ``part`` is its name in the message.
 
     Raises:
-        WrongResultError: The shape differs, a value is not finite, or the error is too large.
+        WrongResultError: The shape differs, a value is not finite, or the relative error exceeds
+            ``tolerance``.
+    """
+    check_shape(part, actual, expected)
+    error = relative_error(actual, expected)
+    if not error <= tolerance:
+        raise WrongResultError(
+            f"wrong result: {part} differs from the reference by {error:.2g} of its norm, "
+            f"{tolerance:.2g} is allowed"
+        )
+
+
+def check_shape(part: str, actual: Tensor, expected: Tensor) -> None:
+    """Check that a tensor has another's shape, and finite values.
+
+    Raises:
+        WrongResultError: The shape differs, or a value is not finite.
     """
     if actual.shape != expected.shape:
         raise WrongResultError(
@@ -67,12 +77,6 @@ def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None
             f"{tuple(expected.shape)}"
         )
     check_finite(part, actual)
-    error = relative_error(actual, expected)
-    if not error <= tolerance:
-        raise WrongResultError(
-            f"wrong result: {part} differs from the reference by {error:.2g} of its norm, "
-            f"{tolerance:.2g} is allowed"
-        )
 
 
 def check_finite(part: str, actual: Tensor) -> None:
