@@ -38,7 +38,6 @@ from studies.accuracy.capture import (
     HeadSample,
     capture_heads,
     exact_attention,
-    perplexity,
     propagate,
 )
 from studies.accuracy.options import PlanOptions, PretrainedOptions
@@ -319,11 +318,9 @@ def _model_rows(
         "layer": FINAL,
         "error": found.errors[-1],
         "cosine": found.cosine,
-        "loss": found.loss,
-        "replaced_loss": found.replaced_loss,
-        "perplexity": perplexity(found.loss),
-        "replaced_perplexity": perplexity(found.replaced_loss),
-        "predicted": found.predicted,
+        "perplexity": found.original and found.original.perplexity,
+        "replaced_perplexity": found.replaced and found.replaced.perplexity,
+        "predicted": found.original and found.original.tokens,
     }
     return [*rows, final]
 
