@@ -22,6 +22,7 @@ from performers.convert.distillation.pretrained import LoadedModel
 from performers.convert.distillation.quality import Quality, measure_quality
 from performers.convert.interface.call import AttentionCall, check_linear
 from performers.convert.interface.implementation import intercept_attention, interface_modules
+from performers.planning import exact
 from performers.planning.samples import Samples
 
 
@@ -73,28 +74,9 @@ def capture_heads(
     return [sample for _, sample in sorted(samples.items()) if sample is not None]
 
 
-def exact_attention(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    key_mask: Tensor | None,
-) -> Tensor:
-    """Softmax attention of torch, with the call that `replace_attention` makes.
-
-    Queries that see no key get zeros.
-    """
-    mask = None
-    if key_mask is not None:
-        mask = key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-        mask, is_causal = (mask.tril() if is_causal else mask), False
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
-    )
-    return output if mask is None else output.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
+def exact_attention(layer: int, *tensors: Tensor, **rest: Any) -> Tensor:
+    """Softmax attention of torch, with the call that `replace_attention` makes."""
+    return exact.exact_attention(*tensors, **rest)
 
 
 @contextlib.contextmanager

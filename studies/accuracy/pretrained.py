@@ -19,13 +19,13 @@ from performers.benchmark.gate import (
     Gate,
     WrongResultError,
     judge,
-    relative_error,
 )
 from performers.benchmark.measure import Results, measure_group, verdict
 from performers.benchmark.timing import threads_of_torch
 from performers.convert.distillation.pretrained import LoadedModel, load_model
 from performers.convert.distillation.texts import text_windows
 from performers.nn import Approximation
+from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
 from studies.accuracy.approximations import (
     SDPA,
@@ -178,7 +178,7 @@ def _layer_row(
         if approximation.num_features:
             _check(fits, test, approximation, backend)
         output = _run(fitted_attention(fits, approximation, backend), test)
-        error = relative_error(output, _run(exact_attention, test))
+        error = float(relative_error(output, _run(exact_attention, test)))
         if not math.isfinite(error):
             raise WrongResultError("wrong result: the output is not finite")
         row["error"] = error
@@ -364,6 +364,6 @@ def run_plan(
                     output = favor_attention(*tensors, features, **arguments)
                 row = {"layer": test.layer, **setting_columns(found.recommended)}
                 row |= {"status": MEASURED, "reason": None, "promised": found.recommended.error}
-                row["error"] = relative_error(output, _run(exact_attention, test))
+                row["error"] = float(relative_error(output, _run(exact_attention, test)))
                 results.put({"layer": test.layer}, [row])
             progress(number + 1, len(tests))

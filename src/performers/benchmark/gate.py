@@ -7,6 +7,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from performers.planning.exact import relative_error
+
 CHECKED_LENGTH = 200
 """Tokens of a comparison: several blocks of every backend, the last one incomplete."""
 
@@ -43,12 +45,6 @@ class Gate:
         return None
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``|actual - expected| / |expected|``, Frobenius norms in float64."""
-    actual, expected = actual.double(), expected.double()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
 def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Compare a tensor with what it should be; ``part`` is its name in the message.
 
@@ -57,7 +53,7 @@ def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None
             ``tolerance``.
     """
     check_shape(part, actual, expected)
-    error = relative_error(actual, expected)
+    error = float(relative_error(actual, expected))
     if not error <= tolerance:
         raise WrongResultError(
             f"wrong result: {part} differs from the reference by {error:.2g} of its norm, "
