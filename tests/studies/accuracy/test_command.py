@@ -131,6 +131,14 @@ def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn):
         (["kernel", "--norms", "a"], "--norms must be whole numbers"),
         (["kernel", "--kernel-feature-counts", "7"], "--kernel-feature-counts must be even"),
         (["kernel", "--estimators", "best"], "--estimators must be one of positive"),
+        (
+            ["kernel", "--estimators", "hyperbolic", "--projections", "antithetic"],
+            "--projections must have one besides antithetic for hyperbolic",
+        ),
+        (
+            ["heads", "--model", "a", "--text", "b", "--num-features", "15"],
+            "--num-features must be even and positive, got 15",
+        ),
         (["heads", "--model", "a"], "--text"),
         (["models", "--model", "a", "--text", "b"], "a: no such model folder or .gguf file"),
         (["heads", "--model", "a", "--text", "b", "--backend", "cuda"], "--backend must be one of"),

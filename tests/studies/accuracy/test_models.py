@@ -67,13 +67,6 @@ def test_errors_are_those_of_the_layers_own_fits(run):
         assert row["error"] == pytest.approx(error, rel=1e-3)
 
 
-def test_exact_terms_lower_the_error(run):
-    pretrained, results = run
-    sinks = ", 2 sinks" if pretrained.loaded.is_causal else ""
-    near = pick(results, setting=f"data_aware, window 8{sinks}, 4 listed keys", layer=FINAL)
-    assert near["error"] < pick(results, setting="data_aware", layer=FINAL)["error"]
-
-
 def test_settings_measured_before_are_kept_and_failures_are_rows(tmp_path, monkeypatch):
     pretrained = read_pretrained(pretrained_options(tmp_path, "bert"))
     first = measure(pretrained)
