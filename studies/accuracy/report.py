@@ -11,19 +11,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
 
+from performers.app.figures import INK, MUTED, PALETTE, new_figure, styled
 from performers.benchmark.case import MEASURED, Row, select
 from performers.benchmark.measure import Results
-from performers.benchmark.plot import (
-    INK,
-    MARKERS,
-    MUTED,
-    PALETTE,
-    draw_lines,
-    look,
-    new_figure,
-    shared_legend,
-    style,
-)
+from performers.benchmark.plot import MARKERS, draw_lines, look, shared_legend, style
 from performers.features import ESTIMATORS, PROJECTIONS
 from studies.accuracy.approximations import SDPA
 from studies.accuracy.kernel import ISOTROPIC
@@ -175,6 +166,7 @@ def _with_several_counts(rows: Iterable[Row]) -> list[str]:
     return [name for name, found in counts.items() if len(found) > 1]
 
 
+@styled
 def kernel_figure(results: Results) -> Figure:
     """Errors on random data against the number of features.
 
@@ -200,7 +192,7 @@ def kernel_figure(results: Results) -> Figure:
             _draw_kernel(place, select(results.rows, {"data": name}), pairs, which, measure)
             style(place, f"{name}: {title}" if title else name)
             if place is places[0]:
-                place.set_ylabel(_LABELS[measure], fontsize=8, color=INK)
+                place.set_ylabel(_LABELS[measure])
         for place in places[len(line) :]:
             place.set_axis_off()
     return figure
@@ -224,9 +216,10 @@ def _draw_kernel(
     _plain_ticks(axes.yaxis)
     _feature_axis(axes, rows)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=6.5, frameon=False)
+        axes.legend(fontsize=6.5)
 
 
+@styled
 def heads_figure(results: Results) -> Figure:
     """Errors on the heads of a model.
 
@@ -251,18 +244,20 @@ def heads_figure(results: Results) -> Figure:
     return figure
 
 
+@styled
 def models_figure(results: Results) -> Figure:
     """The error of the hidden states after each layer, a line for each setting."""
     rows = [row for row in results.rows if row["layer"] != FINAL]
     figure = new_figure((6.4, 4.4))
     axes = figure.subplots()
     _draw_errors(axes, rows, "layer", list(dict.fromkeys(row["setting"] for row in rows)))
-    axes.set_ylabel("relative error of the hidden states", fontsize=8, color=INK)
+    axes.set_ylabel("relative error of the hidden states")
     style(axes)
     shared_legend(figure, 2)
     return figure
 
 
+@styled
 def plan_figure(results: Results) -> Figure:
     """Promised and measured errors by layer."""
     figure = new_figure((6.4, 4.4))
@@ -284,8 +279,8 @@ def _draw_errors(
     draw_lines(axes, rows, across, "error", series, names)
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis)
-    axes.set_xlabel(across, fontsize=8, color=INK)
-    axes.set_ylabel("relative error of the output", fontsize=8, color=INK)
+    axes.set_xlabel(across)
+    axes.set_ylabel("relative error of the output")
 
 
 def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
@@ -310,7 +305,7 @@ def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
         axes.set_yscale("log")
         _plain_ticks(axes.xaxis)
         _plain_ticks(axes.yaxis)
-    axes.set_xlabel("milliseconds a call", fontsize=8, color=INK)
+    axes.set_xlabel("milliseconds a call")
     style(axes, "error against time; the line: none is faster and better")
 
 
@@ -320,7 +315,7 @@ def _feature_axis(axes: Axes, rows: Iterable[Row]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("random features", fontsize=8, color=INK)
+    axes.set_xlabel("random features")
 
 
 def _plain_ticks(axis: Axis) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from performers.app.figures import save_figure
+from performers.app.figures import MUTED, PALETTE, new_figure, save_figure, styled
 from performers.app.files import read_json, write_atomically, write_json
-from performers.benchmark.plot import MUTED, PALETTE, draw_lines, new_figure, size_axis, style
+from performers.benchmark.plot import draw_lines, size_axis, style
 from performers.benchmark.table import nbytes
 from studies.pages import Table, pivot
 from studies.proteins.summary import METRICS, Row, claims, spread_text, summarise
@@ -264,6 +264,7 @@ def _pairs_table(models: Mapping[str, Any]) -> Table:
     return Table(("model", "most similar pairs", "rank of the expected pairs"), rows, names=3)
 
 
+@styled
 def accuracy_figure(rows: Sequence[Row], title: str) -> Figure:
     """A point per seed, a bar at the mean, the unigram baseline as a line; a panel an objective."""
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
@@ -288,11 +289,12 @@ def accuracy_figure(rows: Sequence[Row], title: str) -> Figure:
     for split, colour in _COLOURS.items():
         axes[-1].plot([], [], "o", color=colour, label=split)
     axes[-1].plot([], [], ":", color=MUTED, label="unigram baseline")
-    axes[-1].legend(frameon=False, fontsize=8, loc="best")
-    figure.suptitle(title, fontsize=11)
+    axes[-1].legend(loc="best")
+    figure.suptitle(title)
     return figure
 
 
+@styled
 def contexts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Seconds and memory of a forward pass against length, on logarithmic axes."""
     figure = new_figure((9.6, 3.8))
@@ -305,5 +307,5 @@ def contexts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_xlabel("tokens in one context")
         size_axis(ax, column, text)
         style(ax)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend()
     return figure
