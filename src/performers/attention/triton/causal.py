@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from performers.attention.operators import Gradients
 from performers.attention.triton.bidirectional import combine
 from performers.attention.triton.kernels import chunks, mend, sums
 from performers.attention.triton.kernels.parts import LOWEST
 from performers.attention.triton.launcher import Launcher, Sums
-from performers.attention.triton.operators import Gradients, Results, Upstream, is_swept
+from performers.attention.triton.operators import Results, Upstream, is_swept
 
 # Bytes of the sums before all chunks that are held at a time; calls go head by head beyond.
 STATE_BYTES = 1 << 29

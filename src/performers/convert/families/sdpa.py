@@ -168,7 +168,8 @@ class SdpaModules(TorchModules):
         for site, favor in favors.items():
             if isinstance(site, SdpaSite):
                 site.module.add_module(FAVOR, favor)
-                site.module.__class__ = _redirected(type(site.module))
+                exact: Any = type(site.module)
+                site.module.__class__ = _redirected(exact)
 
 
 def _read(call: dict[str, Any]) -> SdpaCall:
