@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         backends,
         favor_attention,
         favor_attention_weights,
+        favor_state,
+        merge_states,
         use_backend,
     )
     from performers.features import (
@@ -36,12 +38,14 @@ __all__ = [
     "backends",
     "favor_attention",
     "favor_attention_weights",
+    "favor_state",
+    "merge_states",
     "plan",
     "redraw_features_",
     "use_backend",
 ]
 
-_PACKAGES = ("attention", "features", "nn", "planning", "catalogue")
+_PACKAGES = ("attention", "features", "nn", "planning", "catalogue", "distributed")
 
 
 def __getattr__(name: str) -> Any:

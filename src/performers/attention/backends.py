@@ -34,7 +34,7 @@ _BACKENDS = {
     "native": Backend(native.attend, native.uncovered),
     "triton": Backend(triton.attend, triton.uncovered),
     "torch": Backend(torch_backend.attend),
-    "reference": Backend(reference.attend),
+    "reference": Backend(reference.attend, reference.uncovered),
 }
 _USABLE = {"native": library.available, "triton": triton.available}
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
@@ -101,7 +101,7 @@ def _best(call: AttentionCall) -> str:
             return name
         if name == "triton" and call.query.device.type == "cuda":
             triton.tell_unused(call if usable else None)
-    raise AssertionError("the reference backend covers every call")
+    raise AssertionError("the torch backend covers every call")
 
 
 def _is_usable(name: str) -> bool:

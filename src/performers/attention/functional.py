@@ -10,6 +10,7 @@ from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
+from performers.attention.sharding import check_not_sharded, current_sharding
 from performers.attention.state import FavorState
 from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
@@ -126,7 +127,12 @@ def favor_attention(
         listed_keys=listed_keys,
         state=state,
         return_state=return_state,
-    ).checked()
+    )
+    sharding = current_sharding()
+    if sharding is not None:
+        out = sharding.attend(call, backend)
+        return out.flatten(1, 2).to(_output_dtype(query, key, value))
+    call = call.checked()
     out, sums = resolve_backend(backend, call).attend(call)
     out = out.flatten(1, 2).to(_output_dtype(query, key, value))
     if not return_state:
@@ -154,6 +160,7 @@ def favor_attention_weights(
     Raises:
         ValueError: An argument does not fit.
     """
+    check_not_sharded("favor_attention_weights")
     call = AttentionCall(query, key, key, feature_map, **options)
     if call.cu_seqlens is not None or call.state is not None or call.return_state:
         raise TypeError(

@@ -134,6 +134,8 @@ def _uncovered_options(call: AttentionCall) -> str | None:
         return f"for {dtype} inputs with a head_dim or value_dim above {most}"
     if call.lists is not None:
         return "with listed keys"
+    if call.following is not None:
+        return "for a part of a bidirectional row"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
     if is_transformed():
         return "inside transforms of torch.func and forward-mode differentiation"
