@@ -131,6 +131,36 @@ def relative(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -
     return ((found - expected).abs().max() / scale.abs().max()).item()
 
 
+def nonfinite_errors(rank: int) -> dict[str, float]:
+    """Rows of a call with NaN in a key of rank 1 that are NaN, or not, unlike in one process."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, value = torch.randn(3, 1, 2, 32, 8, generator=generator).unbind(0)
+    key[:, 0, 20] = torch.nan
+    features, here = make_features("softmax", None, torch.float32), slice(16 * rank, 16 * rank + 16)
+    wrong = {}
+    for is_causal in (True, False):
+        for window in (None, 3):
+            options = {"is_causal": is_causal, "window": window}
+            expected = performers.favor_attention(query, key, value, features, **options)
+            with sequence_parallel():
+                out = performers.favor_attention(
+                    *(x[:, :, here] for x in (query, key, value)), features, **options
+                )
+            unlike = out.isnan() != expected[:, :, here].isnan()
+            wrong[f"causal={is_causal}, window={window}"] = float(unlike.sum())
+    return wrong
+
+
+def message_bytes(length: int) -> float:
+    """Bytes that a rank publishes for a bidirectional call with a window."""
+    query = torch.randn(1, 4, length, 8)
+    with sequence_parallel() as parallel:
+        performers.favor_attention(
+            query, query, query, make_features("softmax", None, torch.float32), window=7
+        )
+    return float(parallel.message_bytes)
+
+
 def all_errors(rank: int, world: int) -> dict[str, dict[str, float]]:
     """Errors of all cases by name."""
     found = {}
@@ -146,4 +176,22 @@ def all_errors(rank: int, world: int) -> dict[str, dict[str, float]]:
         found[f"checkpoint, causal={is_causal}"] = attention_errors(
             rank, world, is_causal, window=7, sinks=2, checkpointed=True
         )
+    found["not finite"] = nonfinite_errors(rank)
+    found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}
+    return found
+
+
+def errors_of_four(rank: int) -> dict[str, dict[str, float]]:
+    """Errors where there are ranks between others."""
+    options = {"window": 7, "sinks": 3, "masked": True}
+    found = {}
+    for is_causal in (True, False):
+        for name, more in (
+            ("one row", {}),
+            ("uneven", {"lengths": (31, 7, 55, 2)}),
+            ("packed", {"ends": (0, 11, 30, 75, 96)}),
+        ):
+            found[f"{name}, causal={is_causal}"] = attention_errors(
+                rank, 4, is_causal, **options, **more
+            )
     return found

@@ -10,7 +10,7 @@ from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
-from performers.attention.sharding import check_not_sharded, current_sharding
+from performers.attention.sharding import check_not_sharded, sharding_of_call
 from performers.attention.state import FavorState
 from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
@@ -128,7 +128,7 @@ def favor_attention(
         state=state,
         return_state=return_state,
     )
-    sharding = current_sharding()
+    sharding = sharding_of_call(call)
     if sharding is not None:
         out = sharding.attend(call, backend)
         return out.flatten(1, 2).to(_output_dtype(query, key, value))

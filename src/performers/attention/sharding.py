@@ -4,11 +4,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from performers.attention.call import AttentionCall
+from performers.features import FeatureMap
 
 
 class Sharding(Protocol):
@@ -21,6 +23,8 @@ class Sharding(Protocol):
 # Per thread, as `use_backend` is; and all of them, for the threads of autograd.
 _thread = threading.local()
 _entered: list[Sharding] = []
+# Feature maps whose last forward pass ran in a context.
+_used: WeakSet[FeatureMap] = WeakSet()
 
 
 @contextmanager
@@ -43,6 +47,29 @@ def current_sharding() -> Sharding | None:
         return sharding
     # On a GPU a checkpoint is computed again by a thread of autograd, which entered no context.
     return _entered[-1] if torch._C._current_graph_task_id() != -1 else None
+
+
+def sharding_of_call(call: AttentionCall) -> Sharding | None:
+    """The context that a call runs in, or None.
+
+    Raises:
+        RuntimeError: A backward pass outside the context computes a call again that ran in it.
+    """
+    sharding, features = current_sharding(), call.feature_map
+    if torch.compiler.is_compiling() or not isinstance(features, FeatureMap):
+        return sharding
+    if torch._C._current_graph_task_id() == -1:
+        if sharding is not None:
+            _used.add(features)
+        elif _used:
+            _used.discard(features)
+    elif sharding is None and features in _used:
+        raise RuntimeError(
+            "a backward pass computes attention again (a checkpoint or a reversible block) outside "
+            "performers.distributed.sequence_parallel, where its forward pass ran: call backward() "
+            "inside the context"
+        )
+    return sharding
 
 
 def check_not_sharded(name: str) -> None:

@@ -1,7 +1,7 @@
 """The context in which attention takes its length for one rank's shard of a row."""
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
@@ -98,6 +98,7 @@ class _Seen(NamedTuple):
     version: int
     header: tuple[int, ...]
     lengths: tuple[int, ...]
+    cuts: tuple[int, ...]
 
 
 class SequenceParallel:
@@ -120,12 +121,9 @@ class SequenceParallel:
     @_disable_dynamo
     def attend(self, call: AttentionCall, backend: str | None) -> Tensor:
         """The output ``(batch, key_heads, groups, L, value_dim)`` of this rank's shard."""
-        sinks, refusal, boundaries = call.sinks, None, self.boundaries
-        needs_grad = torch.is_grad_enabled() and any(
-            x.requires_grad
-            for x in (call.query, call.key, call.value, *call.feature_map.parameters())
-        )
-        given = call.cu_seqlens
+        sinks, given, boundaries = call.sinks, call.cu_seqlens, self.boundaries
+        header: tuple[int, ...] = ()
+        refusal = None
         try:
             _check_options(call)
             check_window_and_sinks(call, form_of_heads(call.feature_map, call.query, call.key))
@@ -133,15 +131,14 @@ class SequenceParallel:
             call.sinks, call.cu_seqlens = 0, None
             call = call.checked()
             if boundaries is None and given is not None:
-                boundaries = tuple(given.tolist())
+                boundaries, given = tuple(given.tolist()), None
+            header = _header(call, sinks, boundaries, given)
         except ValueError as error:
             refusal = error
-        header = () if refusal is not None else _header(call, sinks, boundaries, needs_grad)
-        lengths = self._agree(call, header, refusal)
-        rank = dist.get_rank(self.group)
-        layout = find_layout(lengths, rank, boundaries, call.window)
-        if self.boundaries is not None and given is not None:
-            _check_boundaries(given, self.boundaries, (0, *layout.inner), sum(lengths))
+        lengths, cuts = self._agree(call, header, refusal)
+        if self.boundaries is not None:
+            _check_cuts(cuts, lengths, self.boundaries)
+        layout = find_layout(lengths, dist.get_rank(self.group), boundaries, call.window)
         out, self.message_bytes = attend_shard(
             call, layout, sinks, self.group, backend, packed=boundaries is not None
         )
@@ -150,8 +147,8 @@ class SequenceParallel:
 
     def _agree(
         self, call: AttentionCall, header: tuple[int, ...], refusal: ValueError | None
-    ) -> tuple[int, ...]:
-        """Lengths of the shards of all ranks, whose other arguments are the same."""
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths of all shards, and their boundaries as hashes; the rest is the same on all."""
         features, device = call.feature_map, call.query.device
         version = features._buffers_version
         seen = self._seen.get(features)
@@ -162,8 +159,8 @@ class SequenceParallel:
                     "sequence_parallel block on a GPU, where ranks compare them once: enter a "
                     "block for each"
                 )
-            return seen.lengths
-        names = ("refused", "length", *_COMMON, "feature_map")
+            return seen.lengths, seen.cuts
+        names = ("refused", "length", "cut", *_COMMON, "feature_map")
         own = torch.zeros(len(names), dtype=torch.int64, device=device)
         if refusal is None:
             own[1:-1] = torch.tensor(header, device=device)
@@ -179,9 +176,15 @@ class SequenceParallel:
             raise ValueError(f"favor_attention refused its arguments on ranks {ranks}: see there")
         for name in _COMMON:
             if len(set(columns[name])) > 1:
+                hashed = name in ("scale", "cu_seqlens", "dtype")
                 raise ValueError(
-                    f"{name} must be the same on all ranks of sequence_parallel, got "
-                    f"{list(columns[name])} by rank"
+                    f"{name} must be the same on all ranks of sequence_parallel, but "
+                    + ("differs" if hashed else f"they have {list(columns[name])}")
+                    + (
+                        "; boundaries of the whole row go to sequence_parallel(cu_seqlens=...)"
+                        if name == "cu_seqlens"
+                        else ""
+                    )
                 )
         if len(set(columns["feature_map"])) > 1:
             raise ValueError(
@@ -189,8 +192,9 @@ class SequenceParallel:
                 f"its checksums are {list(columns['feature_map'])}: seed all processes alike "
                 "before the features are drawn, load one checkpoint, or broadcast from rank 0"
             )
-        self._seen[features] = _Seen(version, header, columns["length"])
-        return tuple(columns["length"])
+        seen = _Seen(version, header, columns["length"], columns["cut"])
+        self._seen[features] = seen
+        return seen.lengths, seen.cuts
 
 
 def _check_options(call: AttentionCall) -> None:
@@ -209,14 +213,18 @@ def _check_options(call: AttentionCall) -> None:
 
 
 def _header(
-    call: AttentionCall, sinks: int, boundaries: tuple[int, ...] | None, needs_grad: bool
+    call: AttentionCall, sinks: int, boundaries: tuple[int, ...] | None, given: Tensor | None
 ) -> tuple[int, ...]:
-    """The length, and the numbers of `_COMMON`; hashes where they are not integers."""
+    """The length, the boundaries of the shard, and `_COMMON`; hashes where they are no integers."""
     batch, key_heads, groups, length, head_dim = call.query.shape
     if boundaries is not None and batch != 1:
         raise ValueError(f"cu_seqlens needs batch size 1, got batch size {batch}")
+    tensors = (call.query, call.key, call.value, *call.feature_map.parameters())
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    cut = given.tolist() if given is not None and given.device.type == "cpu" else None
     return (
         length,
+        -1 if cut is None else _hash(cut),
         batch,
         key_heads * groups,
         key_heads,
@@ -226,11 +234,28 @@ def _header(
         int(call.is_causal),
         -1 if call.window is None else call.window,
         sinks,
-        zlib.crc32(repr(call.factor).encode()),
-        -1 if boundaries is None else zlib.crc32(repr(boundaries).encode()),
-        zlib.crc32(repr((call.dtype, call.key.dtype, call.value.dtype)).encode()),
+        _hash([call.factor]),
+        -1 if boundaries is None else _hash(boundaries),
+        _hash([call.dtype, call.key.dtype, call.value.dtype]),
         int(needs_grad),
     )
+
+
+def _hash(values: Iterable[object]) -> int:
+    return zlib.crc32(repr(tuple(values)).encode())
+
+
+def _check_cuts(
+    cuts: tuple[int, ...], lengths: tuple[int, ...], boundaries: tuple[int, ...]
+) -> None:
+    """Compare the boundaries that each rank passed, as hashes, with those of the context."""
+    for rank, cut in enumerate(cuts):
+        local = (0, *find_layout(lengths, rank, boundaries, None).inner)
+        if cut not in (-1, _hash(local), _hash(boundaries)):
+            raise ValueError(
+                f"cu_seqlens of rank {rank} are not those of sequence_parallel, whole or cut to "
+                f"its shard, {local}: pass one description of the packed row"
+            )
 
 
 def _checksum(features: FeatureMap) -> Tensor:
@@ -241,17 +266,3 @@ def _checksum(features: FeatureMap) -> Tensor:
         places = torch.arange(1, flat.numel() + 1, device=flat.device)
         total = total.to(flat.device) * 31 + (flat * places).sum()
     return total
-
-
-def _check_boundaries(
-    given: Tensor, whole: tuple[int, ...], local: tuple[int, ...], length: int
-) -> None:
-    """Compare the boundaries of a call with those of the context, on a CPU."""
-    if given.device.type != "cpu":
-        return
-    numbers = sorted(set(given.tolist()))
-    if numbers not in (sorted(set(whole)), list(local)):
-        raise ValueError(
-            f"cu_seqlens must be those of sequence_parallel, for the whole row of {length} or cut "
-            "to this rank's shard, got other boundaries: pass one description of the packed row"
-        )

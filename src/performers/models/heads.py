@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from performers.attention.sharding import check_not_sharded
 from performers.models.arguments import (
     CACHE_KEYWORD,
     CACHE_KEYWORDS,
@@ -330,6 +331,7 @@ def _run_rows(
     kwargs: dict[str, Any],
 ) -> Any:
     """Output of the base model of a head that answers once for each row; refuses packed rows."""
+    check_not_sharded(type(model).__name__)
     inputs = input_ids if inputs_embeds is None else inputs_embeds
     if inputs is not None:
         starts = sequence_starts(
