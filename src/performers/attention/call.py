@@ -92,6 +92,8 @@ class AttentionCall:
         sinks: How many first keys are exact.
         listed_keys: What chooses further exact keys by content, or None.
         state: The sums over the keys before the first of ``key``, for a causal call, or None.
+        following: Of a bidirectional call on a part of a row, the sums over the keys after the last
+            of ``key``; ``state`` then has those before the first. None for whole rows.
         return_state: Whether the sums that a later call continues from are wanted: those over all
             keys but the last ``window``.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
@@ -120,6 +122,9 @@ class AttentionCall:
     )
     state: FavorState | None = None
     return_state: bool = False
+    following: FavorState | None = field(
+        init=False, default=None, metadata={"backends": ("torch",)}
+    )
     form: FeatureForm = field(init=False)
     factor: float = field(init=False)
     segments: Tensor | None = field(init=False)

@@ -10,6 +10,7 @@ from performers.attention.call import AttentionCall, AttentionOptions, PairOptio
 from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
+from performers.attention.sharding import check_not_sharded, sharding_of_call
 from performers.attention.state import FavorState
 from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
@@ -126,7 +127,12 @@ def favor_attention(
         listed_keys=listed_keys,
         state=state,
         return_state=return_state,
-    ).checked()
+    )
+    sharding = sharding_of_call(call)
+    if sharding is not None:
+        out = sharding.attend(call, backend)
+        return out.flatten(1, 2).to(_output_dtype(query, key, value))
+    call = call.checked()
     out, sums = resolve_backend(backend, call).attend(call)
     out = out.flatten(1, 2).to(_output_dtype(query, key, value))
     if not return_state:
@@ -155,6 +161,7 @@ def favor_attention_weights(
         ValueError: An argument does not fit.
         TypeError: An option is unknown, or one of ``favor_attention`` alone.
     """
+    check_not_sharded("favor_attention_weights")
     unknown = [name for name in options if name not in _PAIR_OPTIONS]
     if unknown:
         raise TypeError(
