@@ -39,7 +39,7 @@ _BACKENDS = {
 }
 _USABLE = {"native": library.available, "triton": triton.available}
 # Arguments that not all backends compute, and those that do.
-_COMPUTED_BY = [(x.name, x.metadata["backends"]) for x in fields(AttentionCall) if x.metadata]
+_COMPUTED_BY = [(x.name, x.metadata) for x in fields(AttentionCall) if x.metadata]
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
@@ -109,9 +109,10 @@ def _best(call: AttentionCall) -> str:
 
 def _uncovered(name: str, call: AttentionCall) -> str | None:
     """Reason why a backend cannot compute a call, or None."""
-    for argument, computed_by in _COMPUTED_BY:
-        if name not in computed_by and getattr(call, argument) is not None:
-            return f"with {argument.replace('_', ' ')}"
+    for argument, declared in _COMPUTED_BY:
+        if name not in declared["backends"] and getattr(call, argument) is not None:
+            reason: str = declared["otherwise"]
+            return reason
     return _BACKENDS[name].uncovered(call)
 
 

@@ -116,14 +116,18 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     sinks: int = 0
-    # An argument that not every backend computes is None where it is not used, and names those.
+    # An argument that not every backend computes is None where it is not used; it names those that
+    # do, and says what keeps the others.
     listed_keys: ListedKeys | None = field(
-        default=None, metadata={"backends": ("native", "torch", "reference")}
+        default=None,
+        metadata={"backends": ("native", "torch", "reference"), "otherwise": "with listed keys"},
     )
     state: FavorState | None = None
     return_state: bool = False
     following: FavorState | None = field(
-        init=False, default=None, metadata={"backends": ("torch",)}
+        init=False,
+        default=None,
+        metadata={"backends": ("torch",), "otherwise": "for a part of a bidirectional row"},
     )
     form: FeatureForm = field(init=False)
     factor: float = field(init=False)
