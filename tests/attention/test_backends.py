@@ -124,7 +124,8 @@ def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_
 def test_an_argument_that_a_backend_does_not_compute(call, monkeypatch):
     """Refused by its name, and by default left to a backend that does."""
     module = import_module("performers.attention.backends")
-    monkeypatch.setattr(module, "_COMPUTED_BY", [("scale", ("torch",))])
+    declared = {"backends": ("torch",), "otherwise": "with scale"}
+    monkeypatch.setattr(module, "_COMPUTED_BY", [("scale", declared)])
     call = Call(call.case, call.feature_map, *call.inputs, {**call.options, "scale": 0.2})
     with pytest.raises(ValueError, match="backend must be 'torch' with scale, got 'native'"):
         call.run("native")
