@@ -166,10 +166,12 @@ def test_exact_terms_need_softmax_features(fn, options, match):
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="causal"):
         attend(causal=True)
+    x = zeros(1, 1, 2, 8)
     with pytest.raises(TypeError):
-        favor_attention(
-            zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), SoftmaxFeatures(8), True
-        )
+        favor_attention(x, x, x, SoftmaxFeatures(8), True)
+    for name in ("causal", "cu_seqlens", "state", "return_state", "backend"):
+        with pytest.raises(TypeError, match=f"weights takes no {name}: .*options is_causal"):
+            favor_attention_weights(x, x, SoftmaxFeatures(8), **{name: None})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from performers.attention.sharding import check_not_sharded
 from performers.models.arguments import (
     CACHE_KEYWORD,
     CACHE_KEYWORDS,
@@ -308,6 +309,7 @@ def _run(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dic
 
 def _run_rows(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """`_run` for a head that answers once for each row; refuses packed rows."""
+    check_not_sharded(type(model).__name__)
     input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds = inputs
     tokens = input_ids if inputs_embeds is None else inputs_embeds
     if tokens is not None:

@@ -59,6 +59,8 @@ def save_model_folder(folder: Path, *parts: Any) -> None:
         write_manifest(staging)
         files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
         for path in files:
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -85,7 +85,11 @@ class TorchModules(Family):
             and not isinstance(module, PerformerAttention)
         ]
         if not sites:
-            reason = "has no nn.MultiheadAttention"
+            reason = (
+                "has no nn.MultiheadAttention; if its modules call "
+                "torch.nn.functional.scaled_dot_product_attention, pass example=, inputs of the "
+                "model that show which ones do"
+            )
             if any(isinstance(x, PerformerAttention) for x in model.modules()):
                 reason = "is converted already: start from the original model"
             raise ValueError(f"{self.kind} has nothing to convert: it {reason}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
+from performers.attention.sharding import check_not_sharded
 from performers.convert.interface.cache import ConvertedCacheLayer
 from performers.convert.interface.masks import AttentionPattern
 from performers.convert.options import LEAVE_EXACT
@@ -65,6 +66,7 @@ class AttentionCall:
 
 def exact_attention(call: AttentionCall) -> Tensor:
     """Compute softmax attention by torch, under any mask."""
+    check_not_sharded(f"exact attention ({call.name})")
     for name in _UNKNOWN_TO_TORCH:
         if call.options.get(name) is not None:
             raise ValueError(
