@@ -13,13 +13,9 @@ from performers.attention import backends
 from performers.features import SoftmaxFeatures
 from performers.nn.approximation import as_integer
 from performers.planning.diagnosis import Diagnosis, diagnose
+from performers.planning.exact import exact_attention
 from performers.planning.fits import NUM_LISTS, Fits
-from performers.planning.measuring import (
-    Progress,
-    exact_attention,
-    measure_errors,
-    measure_times,
-)
+from performers.planning.measuring import Progress, measure_errors, measure_times
 from performers.planning.samples import Samples, checked_samples
 from performers.planning.settings import Setting, exact_multiply_adds, grid, multiply_adds
 from performers.planning.table import plan_text
