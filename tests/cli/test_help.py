@@ -1,7 +1,6 @@
 """The commands, their help, and arguments that do not parse."""
 
 import re
-from dataclasses import fields
 
 import pytest
 
@@ -9,7 +8,6 @@ from performers import features
 from performers.app import options as app_options
 from performers.models import registry
 from performers.proteins import options
-from performers.proteins.options import TrainingOptions
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import finish, start
 
@@ -43,15 +41,6 @@ def test_every_command_has_help_and_refuses_an_unknown_option(command):
     assert "--bogus" in line
     assert line.endswith(f" {command} --help")
     assert refusal(*command.split()).startswith("Missing ")
-
-
-def test_every_training_option_is_a_flag():
-    out, _ = run("train", "--help")
-    assert [
-        item.name
-        for item in fields(TrainingOptions)
-        if "option" in item.metadata and TrainingOptions.flag(item.name) not in out
-    ] == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["data"], ["benchmark"]], ids=str)

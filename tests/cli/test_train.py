@@ -35,30 +35,23 @@ def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
 
 
 def test_flags_reach_the_options(fasta, output):
+    """One of each type; all are made from the dataclass in the same way."""
     changes = {
         "objective": "clm",
         "attention": "favor-relu",
         "num_layers": 1,
         "num_heads": 4,
-        "intermediate_size": 20,
         "num_features": 12,
         "positions": "learned",
-        "dropout": 0.0,
         "packed": True,
         "across_sequences": True,
         "accumulation": 2,
         "learning_rate": 0.002,
-        "warmup_steps": 1,
-        "weight_decay": 0.2,
-        "max_grad_norm": 0.7,
-        "mask_probability": 0.2,
-        "seed": 9,
         "bf16": True,
         "gradient_checkpointing": True,
         "validation_fraction": 0.2,
         "steps": 2,
         "eval_steps": 1,
-        "hidden_size": 32,
         "estimator": "hyperbolic",
     }
     out, lines = run("train", fasta, "--output", output, *flags(**changes))

@@ -21,6 +21,7 @@ from performers.convert.interface.call import AttentionCall, check_linear, exact
 from performers.convert.interface.hooks import find_cache
 from performers.convert.interface.implementation import intercept_attention
 from performers.convert.interface.masks import check_reading
+from performers.convert.options import LEAVE_EXACT
 
 _ROWS, _LENGTH = 2, 12
 _TOLERANCE = 1e-3
@@ -54,7 +55,9 @@ def _inner_models(module: nn.Module) -> Iterator[Any]:
 
 def _try_inputs(model: Any, sites: Sequence[Site]) -> set[Site]:
     """Check a model on the first inputs that it accepts; returns the sites that it calls."""
-    for inputs in _candidates(model):
+    device = next(model.parameters(), torch.empty(0)).device
+    for candidate in _candidates(model):
+        inputs = {name: value.to(device) for name, value in candidate.items()}
         expected = _outputs(model, inputs)
         if expected is None:
             continue
@@ -86,7 +89,7 @@ def _compare(
         if site.module in running and not site.is_cross:
             raise ValueError(
                 f"{site.name} ({call.name}) attends more than once in a forward pass, for "
-                "which a cache has one state: leave it exact with to_performer(..., layers=...)"
+                f"which a cache has one state: {LEAVE_EXACT}"
             )
         running.add(site.module)
         called.add(site)
@@ -116,18 +119,17 @@ def _compare(
 
 def _check_heads(site: Site, call: AttentionCall) -> None:
     where = f"{site.name} ({call.name})"
-    remedy = "leave it exact with to_performer(..., layers=...)"
     length, size = call.query.shape[2], call.key.shape[2]
     if length != size and not site.is_cross:
         raise ValueError(
             f"{where} attends from {length} queries to {size} other keys, so that it is no "
-            f"self-attention: {remedy}"
+            f"self-attention: {LEAVE_EXACT}"
         )
     heads, width = call.key.shape[1], call.query.shape[-1]
     if (heads, width) != (site.key_heads, site.head_dim):
         raise ValueError(
             f"{where} has {heads} heads of width {width} in its keys, but its attributes say "
-            f"{site.key_heads} of {site.head_dim}: {remedy}"
+            f"{site.key_heads} of {site.head_dim}: {LEAVE_EXACT}"
         )
 
 
@@ -179,14 +181,11 @@ def find(config: Any, *names: str, default: Any = None) -> Any:
 def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     """Inputs to try, those with most kinds of data first."""
     config, names = model.config, set(inspect.signature(type(model).forward).parameters)
-    reference = next(model.parameters(), torch.empty(0))
+    dtype = next(model.parameters(), torch.empty(0)).dtype
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(reference)
-
-    def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(reference.device) for name, value in inputs.items()}
+        return torch.randn(shape, generator=random).to(dtype)
 
     ids = _token_ids(config, random)
     text: dict[str, Tensor] = {}
@@ -202,12 +201,10 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
     for other in _other_data(config, names, normal):
         for placed in _placeholders(config, text, other):
-            yield moved({**placed, **other, **decoder})
-        for inputs in ({**text, **other, **decoder}, {**other, **decoder}, other):
-            yield moved(inputs)
+            yield {**placed, **other, **decoder}
+        yield from ({**text, **other, **decoder}, {**other, **decoder}, other)
     if text:
-        for inputs in ({**text, **decoder}, text, {"input_ids": ids}):
-            yield moved(inputs)
+        yield from ({**text, **decoder}, text, {"input_ids": ids})
     width = find(config, "hidden_size", "d_model", default=32)
     for name in {"inputs_embeds", "hidden_states"} & names:
         yield {name: normal(_ROWS, _LENGTH, width)}
