@@ -168,7 +168,7 @@ class SdpaModules(TorchModules):
         for site, favor in favors.items():
             if isinstance(site, SdpaSite):
                 site.module.add_module(FAVOR, favor)
-                site.module.__class__ = _redirected(type(site.module))
+                site.module.__class__ = _redirected(site.module.__class__)
 
 
 def _read(call: dict[str, Any]) -> SdpaCall:
