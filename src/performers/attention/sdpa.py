@@ -16,6 +16,8 @@ _OTHER_MASK = (
     "act on; pass padding as (batch, 1, 1, keys), causal attention as is_causal=True, or leave "
     "this attention exact"
 )
+# One that programs do not take for their inputs, whose random numbers a projection would repeat.
+_SEED = 1_406_947_942
 _FEATURES: dict[str, SoftmaxFeatures] = {}
 
 
@@ -47,9 +49,9 @@ def scaled_dot_product_attention(
     zeros. Reading takes time proportional to the mask, and makes a GPU wait; under
     ``torch.compile`` such a mask is refused.
 
-    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with seed 0 at
-    the first call for a head_dim, device and dtype, and kept for all later ones: results do not
-    depend on torch's random numbers. All layers then share one projection, which nothing redraws or
+    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed
+    seed at the first call for a head_dim, device and dtype, and kept for all later ones: results do
+    not depend on torch's random numbers. All layers then share one projection, which nothing redraws or
     calibrates; pass a map for each layer for that.
 
     Args:
@@ -255,5 +257,5 @@ def _make_features(place: str, head_dim: int, device: torch.device, dtype: torch
     if place not in _FEATURES:
         # Made anywhere, used everywhere: inside inference mode and under a default device, too.
         with torch.inference_mode(False), torch.device("cpu"):
-            features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(0))
+            features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
             _FEATURES[place] = features.to(device, dtype)

@@ -168,8 +168,7 @@ class SdpaModules(TorchModules):
         for site, favor in favors.items():
             if isinstance(site, SdpaSite):
                 site.module.add_module(FAVOR, favor)
-                exact: Any = type(site.module)
-                site.module.__class__ = _redirected(exact)
+                site.module.__class__ = _redirected(site.module.__class__)
 
 
 def _read(call: dict[str, Any]) -> SdpaCall:
