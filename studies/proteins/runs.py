@@ -14,11 +14,11 @@ from performers.app.processes import is_first_process, process_count
 from performers.app.progress import Report
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.report.comparison import compare_learnt
 from performers.proteins.report.model_report import choose_protein
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.training.train import train_model
 from studies.proteins.data import StudyData
+from studies.proteins.learnt import compare_learnt
 from studies.proteins.presets import StudyPreset
 
 LEARNT = ("favor-relu", "favor-softmax", "exact")

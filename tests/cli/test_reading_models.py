@@ -92,5 +92,5 @@ def test_report_writes_its_page(model, fasta, tmp_path):
     out, _ = run("report", model, fasta, "--output", output, "--max-sequences", 5)
     assert out == f"report: {output / 'report.html'}\n"
     markup = (output / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in markup
+    assert "default-src 'none'" in markup
     assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)

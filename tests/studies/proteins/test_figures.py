@@ -1,6 +1,5 @@
 """Figures: panels, texts apart, hostile names."""
 
-import base64
 import math
 import os
 from xml.etree import ElementTree
@@ -9,25 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from performers.app.figures import Pictures, save_figure
+from performers.app.figures import save_figure
 from performers.proteins.reading.head_scores import local_global_score
 from performers.proteins.reading.mantel import load_reference_matrix
 from performers.proteins.reading.similarity import AMINO_ACIDS
-from performers.proteins.report.attention_figure import attention_maps_figure
-from performers.proteins.report.figures import (
-    RESIDUE_ORDER,
-    curves,
-    learning_curve_figure,
-    similarity_figure,
-)
+from studies.proteins.attention_figure import attention_maps_figure
+from studies.proteins.figures import RESIDUE_ORDER, heads_figure, similarity_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
-HISTORY = [
-    {"step": 10, "loss": 2.9, "learning_rate": 1e-3},
-    {"step": 20, "loss": 2.7},
-    {"step": 20, "eval_loss": 2.8, "eval_accuracy": 0.12, "eval_ood_loss": 2.85},
-    {"step": 20, "train_loss": 2.75, "train_runtime": 3.0},
-]
+SCORES = local_global_score([torch.eye(9)[None, None]], torch.ones(1, 9, dtype=torch.bool))
 
 
 def _maps(layers, heads, length):
@@ -131,52 +120,17 @@ def test_similarity_figure_shows_each_matrix_in_the_same_order():
     assert sorted(RESIDUE_ORDER) == sorted(AMINO_ACIDS)
 
 
-def test_curves_reads_a_trainer_log():
-    assert curves(HISTORY, "loss") == {
-        "train": ([10, 20], [2.9, 2.7]),
-        "validation": ([20], [2.8]),
-        "ood": ([20], [2.85]),
-    }
-    assert curves(HISTORY, "accuracy") == {"validation": ([20], [0.12])}
-    # No numbers are left out, and the last of a repeated step counts.
-    points = [(1, math.nan), (2, "2.0"), (None, 2.0), (4, 1.0), (3, np.float32(1.5)), (4, 1.25)]
-    history = [{"step": step, "loss": loss} for step, loss in points]
-    assert curves([*history, {"loss": 2.0}], "loss") == {"train": ([3, 4], [1.5, 1.25])}
-    figure = learning_curve_figure({"a": [{"step": 1, "loss": 2.0}]})
-    assert len(figure.axes) == 1, "no panel of accuracy"
-    assert figure.axes[0].lines[0].get_marker() == "o"
-    assert learning_curve_figure({"a": []}).axes
-
-
-def test_learning_curves_draw_every_split_and_hostile_names():
-    names = ["_hidden", "$\\frac{1$", "x" * 200]
-    figure = learning_curve_figure(
-        dict.fromkeys(names, HISTORY), baseline_loss=2.89, baseline_accuracy=0.097
-    )
-    loss, accuracy = figure.axes
-    assert len(loss.lines) == 3 * 3 + 1
-    assert len(accuracy.lines) == 3 + 1
-    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert labels[:2] == names[:2]
-    assert len(labels[2]) < 60
-    assert labels[3:] == ["train", "validation", "ood", "unigram baseline"]
-    _assert_texts_apart(figure)
-
-
-def test_files_and_uris_hold_images(tmp_path):
-    figure = learning_curve_figure({"a": HISTORY})
+def test_files_hold_images(tmp_path):
+    figure = heads_figure({"a": SCORES})
     path = save_figure(figure, tmp_path / "new" / "folder" / "curve.png")
     assert path.read_bytes().startswith(PNG)
     for name in ("curve.svg", "curve.pdf"):
         assert save_figure(figure, tmp_path / name).read_bytes()
     ElementTree.parse(tmp_path / "curve.svg")
-    uri = Pictures(tmp_path / "pictures").add("one", figure)
-    assert uri.startswith("data:image/png;base64,")
-    assert base64.b64decode(uri.split(",", 1)[1]) == (tmp_path / "pictures/one.png").read_bytes()
 
 
 def test_what_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
-    figure, path = learning_curve_figure({"a": HISTORY}), tmp_path / "curve.png"
+    figure, path = heads_figure({"a": SCORES}), tmp_path / "curve.png"
     path.write_bytes(b"old")
     with pytest.raises(ValueError, match=r"curve\.doc"):
         save_figure(figure, tmp_path / "curve.doc")

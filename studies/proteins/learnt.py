@@ -17,8 +17,8 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis, analyse_model
 from performers.proteins.reading.learnt import MATRICES, learnt_numbers
 from performers.proteins.reading.mantel import load_reference_matrix
-from performers.proteins.report.attention_figure import attention_maps_figure
-from performers.proteins.report.figures import heads_figure, similarity_figure
+from studies.proteins.attention_figure import attention_maps_figure
+from studies.proteins.figures import heads_figure, similarity_figure
 
 
 def compare_learnt(

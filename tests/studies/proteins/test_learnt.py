@@ -6,8 +6,8 @@ import pytest
 
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.reading.learnt import finite
-from performers.proteins.report.comparison import compare_learnt
-from performers.proteins.report.figures import heads_figure
+from studies.proteins.figures import heads_figure
+from studies.proteins.learnt import compare_learnt
 from tests.proteins.runs import make_model, proteins
 
 PROTEIN = ProteinRecord("enzyme", "", proteins(1, 30, 30)[0])

@@ -1,4 +1,4 @@
-"""Figures of the protein report: amino-acid similarity, head scores, learning curves.
+"""Figures of what models learnt: amino-acid similarity and head scores.
 
 Each function returns a matplotlib `Figure` drawn without pyplot, so that nothing global is touched.
 Colours follow Okabe and Ito (2008) for categories and perceptually uniform maps for values; both
@@ -8,10 +8,8 @@ survive colour blindness.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
-from numbers import Real
-from typing import Any, TypeGuard
 
 import numpy as np
 from matplotlib.colors import Colormap, LinearSegmentedColormap
@@ -20,24 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
-from performers.app.figures import INK, MUTED, PALETTE, add_legend, new_figure, shortened, styled
+from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, shortened, styled
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.head_scores import HeadScores
-
-__all__ = [
-    "RESIDUE_ORDER",
-    "curves",
-    "heads_figure",
-    "learning_curve_figure",
-    "similarity_figure",
-]
-
-RESIDUE_ORDER = "CSTPAGNDEQHRKMILVFYW"
-"""Amino acids as BLOSUM62 was printed (Henikoff and Henikoff, 1992), groups side by side."""
+from performers.proteins.report.charts import RESIDUE_ORDER
 
 _GROUP_SIZES = (1, 5, 4, 3, 4, 3)
-_LINES = (("-", ""), ("--", "o"), ("-.", "s"), (":", "^"), ((0, (5, 1, 1, 1, 1, 1)), "D"))
-_MARKERS_AT_MOST = 40
 
 
 @styled
@@ -98,82 +84,6 @@ def similarity_figure(
 
 
 @styled
-def learning_curve_figure(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]],
-    *,
-    baseline_loss: float | None = None,
-    baseline_accuracy: float | None = None,
-    title: str | None = None,
-) -> Figure:
-    """Draw loss and accuracy against the training step for several models.
-
-    Args:
-        histories: Model name to its log: dictionaries with "step" and any of "loss",
-            "<split>_loss", "accuracy" and "<split>_accuracy", as in the `log_history` of
-            transformers' trainer_state.json. "train_loss", a mean over the run, is left out.
-        baseline_loss: Loss of the unigram baseline, nats per residue; a dotted line.
-        baseline_accuracy: Accuracy of the unigram baseline, in [0, 1]; a dotted line.
-        title: Heading of the figure.
-
-    Returns:
-        The figure; the panel of accuracy is there only if some history has one.
-    """
-    losses = {name: curves(history, "loss") for name, history in histories.items()}
-    accuracies = {name: curves(history, "accuracy") for name, history in histories.items()}
-    panels = [("loss (nats per residue)", losses, baseline_loss)]
-    if any(accuracies.values()):
-        panels.append(("accuracy", accuracies, baseline_accuracy))
-    figure = new_figure((5.0 * len(panels), 3.7), title=title)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    splits = list(dict.fromkeys(s for _, data, _ in panels for c in data.values() for s in c))
-    styles = {
-        split: _LINES[i % len(_LINES)] for i, split in enumerate(sorted(splits, key=_split_rank))
-    }
-    for ax, (label, data, baseline) in zip(axes, panels, strict=True):
-        for colour, by_split in zip(cycle(PALETTE), data.values(), strict=False):
-            for split, (steps, values) in by_split.items():
-                dash, marker = styles[split]
-                if len(steps) > _MARKERS_AT_MOST:
-                    marker = ""
-                elif len(steps) == 1:
-                    # A single point has no line to show it.
-                    marker = marker or "o"
-                # Training loss is noisy: thin and pale, it does not hide the other splits.
-                width, alpha = (1.0, 0.55) if split == "train" else (1.6, 1.0)
-                ax.plot(
-                    steps,
-                    values,
-                    color=colour,
-                    ls=dash,
-                    marker=marker,
-                    lw=width,
-                    ms=3.5,
-                    alpha=alpha,
-                )
-        if baseline is not None and math.isfinite(baseline):
-            ax.axhline(baseline, color=MUTED, linewidth=1.2, linestyle=":")
-        ax.set_xlabel("training step")
-        ax.set_ylabel(label)
-        ax.grid()
-        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
-        if label == "accuracy":
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}%"))
-    names = [
-        (name, Line2D([], [], color=colour, lw=3))
-        for name, colour in zip(histories, cycle(PALETTE), strict=False)
-    ]
-    lines = [
-        (split, Line2D([], [], color=INK, ls=dash, marker=marker, lw=1.4, ms=3.5))
-        for split, (dash, marker) in styles.items()
-    ]
-    if baseline_loss is not None or baseline_accuracy is not None:
-        lines.append(("unigram baseline", Line2D([], [], color=MUTED, lw=1.2, ls=":")))
-    add_legend(figure, names, "outside upper center", 2 * len(panels))
-    add_legend(figure, lines, "outside lower center", 2 * len(panels))
-    return figure
-
-
-@styled
 def heads_figure(scores: Mapping[str, HeadScores], *, title: str | None = None) -> Figure:
     """Draw mean distance and share near the diagonal of every head against its layer.
 
@@ -223,49 +133,6 @@ def heads_figure(scores: Mapping[str, HeadScores], *, title: str | None = None) 
     entries.append(("uniform attention", Line2D([], [], color=MUTED, lw=1.0, ls=":")))
     add_legend(figure, entries, "outside upper center", 4)
     return figure
-
-
-def curves(
-    history: Sequence[Mapping[str, Any]], metric: str
-) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of one metric in a training log.
-
-    Args:
-        history: Dictionaries with "step" and metrics; see `learning_curve_figure`.
-        metric: "loss" or "accuracy".
-
-    Returns:
-        Name of the split to (steps, values), finite values only; "train" for the bare metric and
-        "validation" for "eval_<metric>".
-    """
-    found: dict[str, dict[float, float]] = {}
-    for entry in history:
-        step = entry.get("step")
-        for key, value in entry.items():
-            if key == metric:
-                split = "train"
-            elif key.endswith(f"_{metric}") and key != "train_loss" and "baseline" not in key:
-                split = key.removesuffix(f"_{metric}").removeprefix("eval_")
-                split = "validation" if split == "eval" else split
-            else:
-                continue
-            if _is_number(step) and _is_number(value):
-                # The last value wins where a resumed run logged a step again.
-                found.setdefault(split, {})[step] = value
-    return {
-        split: (sorted(points), [points[step] for step in sorted(points)])
-        for split, points in found.items()
-    }
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    # A log may hold None or a string; True would pass for 1.
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _split_rank(split: str) -> tuple[int, str]:
-    known = ("train", "validation", "test", "ood")
-    return (known.index(split) if split in known else len(known), split)
 
 
 def _diverging() -> Colormap:
