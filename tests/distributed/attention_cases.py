@@ -1,6 +1,8 @@
 """Attention of one row over processes against one process, for every kind of call."""
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import performers
 from performers.attention.backends import backends
@@ -34,6 +36,7 @@ CASES = {
     "trigonometric": {"features": "trigonometric", "dtype": torch.float64},
     "grouped heads": {"key_heads": 2, "window": 7},
     "a projection for each head": {"key_heads": 2, "num_heads": 4, "window": 7},
+    "balanced estimator": {"features": "data_aware", "window": 7, "sinks": 2},
     "trained features": {"features": "learned", "window": 7},
     "float64": {"dtype": torch.float64, "window": 7, "sinks": 2},
 }
@@ -44,10 +47,12 @@ def make_features(kind: str, num_heads: int | None, dtype: torch.dtype) -> torch
     generator = torch.Generator().manual_seed(1)
     if kind == "relu":
         return performers.GeneralizedFeatures(8, 32, fn="relu", generator=generator).to(dtype)
-    estimator = "trigonometric" if kind == "trigonometric" else "positive"
+    estimator = kind if kind in ("trigonometric", "data_aware") else "positive"
     features = performers.SoftmaxFeatures(
         8, 32, estimator=estimator, num_heads=num_heads, generator=generator
     )
+    if kind == "data_aware":
+        features.calibrate_(*torch.randn(2, 1, 4, 50, 8, generator=generator).unbind(0))
     return (performers.LearnedFeatures(features) if kind == "learned" else features).to(dtype)
 
 
@@ -68,6 +73,7 @@ def attention_errors(
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
     checkpointed: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Largest error of the output and of each gradient, relative to the largest entry."""
     lengths = lengths if lengths and len(lengths) == world else (96 // world,) * world
@@ -88,7 +94,7 @@ def attention_errors(
             # Two sinks are left for the second shard in one row, none in the other.
             mask[0, : lengths[0]] = torch.arange(lengths[0]) % 20 == 3
             mask[-1, 2:7] = True
-    feature_map = make_features(features, num_heads, dtype)
+    feature_map = make_features(features, num_heads, torch.promote_types(dtype, torch.float32))
     cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
     options = {"is_causal": is_causal, "window": window, "sinks": sinks, "backend": backend}
 
@@ -108,7 +114,7 @@ def attention_errors(
     def attend(*tensors: torch.Tensor) -> torch.Tensor:
         return performers.favor_attention(*tensors, feature_map, key_mask=local_mask, **options)
 
-    with sequence_parallel(cu_seqlens=cu_seqlens):
+    with sequence_parallel(group, cu_seqlens=cu_seqlens):
         if checkpointed:
             out = torch.utils.checkpoint.checkpoint(attend, *local, use_reentrant=False)
         else:
@@ -119,7 +125,7 @@ def attention_errors(
         errors[name] = relative(grad, full[:, :, here], full)
     for grad, full in zip(grads[3:], expected_grads[3:], strict=True):
         grad = grad.clone()
-        torch.distributed.all_reduce(grad)
+        dist.all_reduce(grad)
         errors["features"] = relative(grad, full, full)
     return errors
 
@@ -176,6 +182,10 @@ def all_errors(rank: int, world: int) -> dict[str, dict[str, float]]:
         found[f"checkpoint, causal={is_causal}"] = attention_errors(
             rank, world, is_causal, window=7, sinks=2, checkpointed=True
         )
+    for is_causal in (True, False):
+        found[f"bfloat16, causal={is_causal}"] = attention_errors(
+            rank, world, is_causal, window=7, sinks=2, dtype=torch.bfloat16
+        )
     found["not finite"] = nonfinite_errors(rank)
     found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}
     return found
@@ -194,4 +204,8 @@ def errors_of_four(rank: int) -> dict[str, dict[str, float]]:
             found[f"{name}, causal={is_causal}"] = attention_errors(
                 rank, 4, is_causal, **options, **more
             )
+    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"].get_group()
+    found["a dimension of a mesh"] = attention_errors(
+        dist.get_rank(group), 2, False, group=group, **options
+    )
     return found

@@ -1,5 +1,8 @@
 """Sequences of a row over ranks, and the cut of a batch."""
 
+import bisect
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -37,6 +40,29 @@ def test_sequences_that_cross_ranks():
 def test_refusals_are_the_same_on_all_ranks(lengths, ends, message, rank):
     with pytest.raises(ValueError, match=message):
         find_layout(lengths, rank, ends, 3)
+
+
+def test_layouts_of_random_rows():
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = tuple(draw.randint(1, 6) for _ in range(draw.randint(1, 5)))
+        total = sum(lengths)
+        ends = (0, *sorted(draw.randint(0, total) for _ in range(draw.randint(0, 6))), total)
+        owner = [rank for rank, length in enumerate(lengths) for _ in range(length)]
+        sequence = [bisect.bisect_right(ends, place) for place in range(total)]
+        for rank in range(len(lengths)):
+            local = [sequence[place] for place in range(total) if owner[place] == rank]
+            head, inner, tail = find_layout(lengths, rank, ends, None)
+            changes = [i for i in range(1, len(local)) if local[i] != local[i - 1]]
+            assert inner == (*changes, len(local))
+            for piece, which in ((head, local[0]), (tail, local[-1])):
+                assert (piece.start, piece.stop) == (
+                    local.index(which),
+                    len(local) - local[::-1].index(which),
+                )
+                ranks = {owner[place] for place in range(total) if sequence[place] == which}
+                assert piece.before == tuple(sorted(r for r in ranks if r < rank))
+                assert piece.after == tuple(sorted(r for r in ranks if r > rank))
 
 
 def test_short_shards_at_the_ends_of_a_sequence():

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from performers.attention.backends import backends
 from tests.distributed.attention_cases import CASES
@@ -61,6 +62,13 @@ def test_under_checkpoints(results_of, is_causal):
         assert max(rank["attention"][f"checkpoint, causal={is_causal}"].values()) < 2e-6
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_bfloat16(results_of, is_causal):
+    for rank in results_of(2):
+        errors = rank["attention"][f"bfloat16, causal={is_causal}"]
+        assert max(errors.values()) < 2 * torch.finfo(torch.bfloat16).eps, errors
+
+
 def test_nan_reaches_the_rows_that_see_it(results_of):
     for rank in results_of(2):
         assert set(rank["attention"]["not finite"].values()) == {0.0}
@@ -94,6 +102,6 @@ def test_refusals_on_every_rank(results_of, case, message):
 
 def test_four_processes(results_of):
     for rank in results_of(4):
-        assert len(rank["attention"]) == 6
+        assert len(rank["attention"]) == 7
         for errors in rank["attention"].values():
             assert max(errors.values()) < 2e-6, errors

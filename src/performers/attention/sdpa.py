@@ -49,9 +49,9 @@ def scaled_dot_product_attention(
     zeros. Reading takes time proportional to the mask, and makes a GPU wait; under
     ``torch.compile`` such a mask is refused.
 
-    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed
-    seed at the first call for a head_dim, device and dtype, and kept for all later ones: results do
-    not depend on torch's random numbers. All layers then share one projection, which nothing redraws or
+    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed seed
+    at the first call for a head_dim, device and dtype, and kept for all later ones: results do not
+    depend on torch's random numbers. All layers then share one projection, which nothing redraws or
     calibrates; pass a map for each layer for that.
 
     Args:

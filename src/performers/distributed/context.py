@@ -21,6 +21,8 @@ from performers.distributed.messages import gather
 from performers.features import FeatureMap
 from performers.features.base import form_of_heads
 
+# In place of the hash of boundaries that a call does not pass, or that a GPU holds.
+_UNSEEN = -1
 # What has to be the same on all ranks, besides the features.
 _COMMON = (
     "batch",
@@ -136,7 +138,7 @@ class SequenceParallel:
         except ValueError as error:
             refusal = error
         lengths, cuts = self._agree(call, header, refusal)
-        if self.boundaries is not None:
+        if self.boundaries is not None and set(cuts) != {_UNSEEN}:
             _check_cuts(cuts, lengths, self.boundaries)
         layout = find_layout(lengths, dist.get_rank(self.group), boundaries, call.window)
         out, self.message_bytes = attend_shard(
@@ -150,10 +152,12 @@ class SequenceParallel:
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths of all shards, and their boundaries as hashes; the rest is the same on all."""
         features, device = call.feature_map, call.query.device
-        version = features._buffers_version
-        seen = self._seen.get(features)
-        if refusal is None and device.type != "cpu" and seen and seen.version == version:
-            if seen.header != header:
+        seen = None
+        if refusal is None and device.type != "cpu":
+            seen = self._seen.get(features)
+        if seen is not None and seen.version == features._buffers_version:
+            # The last number is of gradients, which a recomputation needs and its first pass not.
+            if seen.header[:-1] != header[:-1]:
                 raise ValueError(
                     "query and the options of a layer must keep their shapes and values within one "
                     "sequence_parallel block on a GPU, where ranks compare them once: enter a "
@@ -192,7 +196,7 @@ class SequenceParallel:
                 f"its checksums are {list(columns['feature_map'])}: seed all processes alike "
                 "before the features are drawn, load one checkpoint, or broadcast from rank 0"
             )
-        seen = _Seen(version, header, columns["length"], columns["cut"])
+        seen = _Seen(features._buffers_version, header, columns["length"], columns["cut"])
         self._seen[features] = seen
         return seen.lengths, seen.cuts
 
@@ -224,7 +228,7 @@ def _header(
     cut = given.tolist() if given is not None and given.device.type == "cpu" else None
     return (
         length,
-        -1 if cut is None else _hash(cut),
+        _UNSEEN if cut is None else _hash(cut),
         batch,
         key_heads * groups,
         key_heads,
@@ -251,7 +255,7 @@ def _check_cuts(
     """Compare the boundaries that each rank passed, as hashes, with those of the context."""
     for rank, cut in enumerate(cuts):
         local = (0, *find_layout(lengths, rank, boundaries, None).inner)
-        if cut not in (-1, _hash(local), _hash(boundaries)):
+        if cut not in (_UNSEEN, _hash(local), _hash(boundaries)):
             raise ValueError(
                 f"cu_seqlens of rank {rank} are not those of sequence_parallel, whole or cut to "
                 f"its shard, {local}: pass one description of the packed row"

@@ -1,5 +1,7 @@
 """Positions of a row over processes, and the sequences packed into it."""
 
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -34,6 +36,8 @@ class Layout(NamedTuple):
     tail: Piece
 
 
+# The calls of a forward and a backward pass, of all ranks.
+@lru_cache(maxsize=256)
 def find_layout(
     lengths: tuple[int, ...], rank: int, boundaries: tuple[int, ...] | None, window: int | None
 ) -> Layout:
@@ -62,16 +66,17 @@ def find_layout(
         raise ValueError(
             f"cu_seqlens must rise from 0 to the length {starts[-1]} of the whole row, got {shown}"
         )
-    sequences = [(a, b) for a, b in pairwise(ends) if a < b]
+    ends = tuple(sorted(set(ends)))
     for r, (first, last) in enumerate(pairwise(starts)):
-        around = any(a < first and last < b for a, b in sequences)
+        # No sequence begins or ends from the first to the last edge of the shard.
+        around = bisect_left(ends, first) == bisect_right(ends, last)
         if around and last - first < (window or 0):
             raise ValueError(
                 f"window={window} reaches across the whole shard of rank {r}, {last - first} "
                 "positions: use fewer processes, or a window no longer than a shard"
             )
     first, last = starts[rank], starts[rank + 1]
-    local = [(a, b) for a, b in sequences if a < last and b > first]
+    local = list(pairwise(ends[bisect_right(ends, first) - 1 : bisect_left(ends, last) + 1]))
 
     def piece(a: int, b: int) -> Piece:
         ranks = [r for r in range(len(lengths)) if starts[r] < b and starts[r + 1] > a]
