@@ -72,3 +72,13 @@ def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
         favor.weights(query, key), favor_attention_weights(query, key, features, **options)
     )
     assert favor.buckets.offsets.abs().sum() > 0
+
+
+def test_trained_features_start_from_the_present_ones_and_stay():
+    query, key, value = inputs()
+    favor = Approximation(16).build(8, 2, generator=generator(1))
+    before = favor(query, key, value)[0]
+    learned = favor.learn_().feature_map
+    assert len(list(favor.parameters())) == 2
+    torch.testing.assert_close(favor(query, key, value)[0], before)
+    assert favor.learn_().feature_map is learned
