@@ -142,18 +142,32 @@ def test_a_card_without_licence_says_so(data, tmp_path):
     assert performers.convert.load_performer(tmp_path / "out")
 
 
-def test_the_best_measured_state_is_saved(data, tmp_path):
-    """A learning rate that harms: what attention transfer left is better."""
+@pytest.mark.parametrize(
+    ("harmful", "after"),
+    [
+        (
+            [
+                *["--loss", "hidden", "--learning-rate", 0.3, "--transfer-steps", 0],
+                *["--steps", 8, "--eval-steps", 1],
+            ],
+            "after 6 steps of fine-tuning",
+        ),
+        (["--learning-rate", 10.0, "--transfer-steps", 0], "before the training"),
+    ],
+    ids=["better", "worse"],
+)
+def test_the_best_measured_state_is_saved(data, tmp_path, harmful, after):
+    """Learning rates that harm, or bring another loss down than what is measured."""
     model, folder = save_llama(tmp_path / "llama"), tmp_path / "out"
-    harmful = ["--length", 24, "--learning-rate", 1.0]
-    out, _ = run_command("convert", model, *data, "--output", folder, *SMALL, *harmful)
+    options = [*SMALL, "--length", 24, *harmful]
+    out, _ = run_command("convert", model, *data, "--output", folder, *options)
     content = json.loads((folder / "conversion.json").read_text())
     history = [x for x in content["training"]["history"] if "perplexity" in x]
     rows = {row["model"]: row["perplexity"] for row in content["quality"]}
     best = min([rows["converted"], *(x["perplexity"] for x in history)])
     assert history[-1]["perplexity"] > best
     assert rows["converted, fine-tuned"] == pytest.approx(best, rel=1e-6)
-    assert "Saved: the best measured state by perplexity" in out
+    assert f"Saved: the best measured state by perplexity, {after}" in out
     # It is the one in the folder.
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = pipeline.split_text(tokenizer, data[1], 24, calibration=4, test=6).test

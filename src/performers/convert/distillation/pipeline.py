@@ -264,16 +264,16 @@ class _Pipeline:
                 "learning_rate is too high: the training diverged to weights that are not finite; "
                 "lower it and give another folder"
             )
-        # Runs of versions that kept no best state go on with the last one.
-        if not best.file.is_file():
-            return student
         measured = [entry for entry in result.history if "loss" not in entry]
         chosen = max(measured, key=score)
         untrained = self.record.row(ZERO_SHOT)
-        if untrained is not None and score(untrained) >= best.score:
+        if untrained is not None and score(untrained) >= score(chosen):
             student, chosen = self._untrained(), {"stage": "untrained", "step": 0}
-        else:
+        elif best.file.is_file():
             best.restore_(student)
+        else:
+            # A run of a version that kept no best state ends with the last one.
+            chosen = measured[-1]
         training["saved"] = {name: chosen[name] for name in ("stage", "step")}
         self.record.saved(self.record)
         return student
