@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         favor_attention_weights,
         favor_state,
         merge_states,
+        scaled_dot_product_attention,
         use_backend,
     )
     from performers.features import (
@@ -42,6 +43,7 @@ __all__ = [
     "merge_states",
     "plan",
     "redraw_features_",
+    "scaled_dot_product_attention",
     "use_backend",
 ]
 

@@ -42,11 +42,6 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     return (out, state) if touched is None else touched.marked(out, state)
 
 
-def uncovered(call: AttentionCall) -> str | None:
-    """Reason why the oracle cannot compute a call, or None."""
-    return None if call.following is None else "for a part of a bidirectional row"
-
-
 def attention_matrix(call: AttentionCall) -> Tensor:
     """The row-normalised matrix, shape ``(batch, key_heads, groups, L, S)``, float64.
 

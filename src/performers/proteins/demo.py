@@ -34,6 +34,7 @@ EVALUATED = ("test", "ood")
 _ATTENTION_SEQUENCES = 100
 _ATTENTION_LENGTH = 256
 _VALIDATION_STRIDE = 6
+_SHOWN_STRIDE = 7
 # The share of a model's work that is training, for the estimate of what is left.
 _TRAINING_PERCENT = 80
 _STOP_SECONDS = 60.0
@@ -274,12 +275,14 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
         job.folder,
         model,
         tokenizer,
-        sequences["test"],
+        job.splits["test"],
         choose_protein(job.splits["test"], None, _ATTENTION_LENGTH),
         name=job.name,
         metrics=scores,
         max_sequences=_ATTENTION_SEQUENCES,
         max_length=_ATTENTION_LENGTH,
+        # The page shows the proteins as one model reads them.
+        shown=job.splits["test"][::_SHOWN_STRIDE] if job.name == next(iter(MODELS)) else (),
         report=report,
     )
     return metrics, described

@@ -101,8 +101,6 @@ def uncovered(call: AttentionCall) -> str | None:
     form = call.form
     if call.query.device.type != "cpu":
         return f"for inputs on {call.query.device}"
-    if call.following is not None:
-        return "for a part of a bidirectional row"
     if call.dtype != torch.float32:
         return f"for {call.dtype} inputs"
     if form.kind == "trigonometric":

@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import _active_collector
 from performers.attention.sharding import check_not_sharded
 from performers.convert.interface.cache import ConvertedCacheLayer
 from performers.convert.interface.masks import AttentionPattern
+from performers.convert.options import LEAVE_EXACT
 from performers.models.arguments import is_tracing
 from performers.nn import FavorAttention
 
@@ -120,8 +121,7 @@ def check_linear(call: AttentionCall) -> None:
     problem = _problem(call)
     if problem is not None:
         raise ValueError(
-            f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
-            "exact with to_performer(..., layers=...)"
+            f"{call.name} asks for {problem}, which linear attention cannot do: {LEAVE_EXACT}"
         )
     if pattern.is_causal and length != size:
         raise ValueError(
