@@ -27,14 +27,15 @@
       range: { category: categories },
       font, background: "transparent", view: { stroke: line }, title: { color: ink, font, fontSize: 14 },
       axis: { ...text, gridColor: line, domainColor: line, tickColor: line },
-      legend: { ...text, ...(narrow.matches ? { orient: "bottom", columns: 2 } : {}) },
+      legend: text,
     };
   };
   const draw = async (element) => {
     const name = element.dataset.chart;
     const spec = structuredClone(data.charts[name]);
     const config = theme();
-    Object.assign(config.legend, spec.config?.legend);
+    Object.assign(config.legend, spec.config?.legend,
+      narrow.matches && { orient: "bottom", columns: 2, labelLimit: 110 });
     delete spec.config;
     if (name.startsWith("similarity")) {
       // Square cells in the width that there is.
