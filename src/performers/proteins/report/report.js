@@ -331,8 +331,10 @@
     const inside = (value) => Math.max(0, Math.min(head.size - 1, value));
     Object.assign(shown, { row: inside(row), column: inside(column) });
     const weight = head.weights[shown.row * head.size + shown.column];
-    const each = shown.maps.step > 1 ? "on average to each of " : "to ";
-    byId("value").textContent = `${span(shown.row)} gives ${percent(weight, 2)} of its attention ${each}${span(shown.column)}.`;
+    const [from, to, share] = [span(shown.row), span(shown.column), percent(weight, 2)];
+    byId("value").textContent = shown.maps.step > 1
+      ? `Residues ${from} each give ${share} of their attention to each of ${to}, on average.`
+      : `${from} gives ${share} of its attention to ${to}.`;
     show();
   };
   if (dialog) {
