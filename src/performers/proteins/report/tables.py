@@ -181,7 +181,7 @@ class Tables:
         return rows
 
     def sites(self) -> list[Row]:
-        """What each known site receives, for each model."""
+        """Attention that each known site receives, for each model."""
         return [
             (
                 name,
