@@ -74,7 +74,7 @@ class FeatureForm(NamedTuple):
         """The same form with cloned tensors, in the graph of the originals."""
         return self._mapped(torch.clone)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "FeatureForm":
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> FeatureForm:
         values: Any = [function(x) if isinstance(x, Tensor) else x for x in self]
         return FeatureForm(*values)
 

@@ -39,6 +39,17 @@ class Sums(NamedTuple):
             key_value, key_sum = key_value * decay.unsqueeze(-1), key_sum * decay
         return Sums(key_value + phi.mT @ value, key_sum + phi.sum(-2), log_scale)
 
+    def plus(self, other: "Sums") -> "Sums":
+        """Over the keys of both."""
+        log_scale = torch.maximum(self.log_scale, other.log_scale)
+        scale = finite(log_scale)
+        left, right = (self.log_scale - scale).exp(), (other.log_scale - scale).exp()
+        return Sums(
+            self.key_value * left.unsqueeze(-1) + other.key_value * right.unsqueeze(-1),
+            self.key_sum * left + other.key_sum * right,
+            log_scale,
+        )
+
 
 class Rows(NamedTuple):
     """Attention not yet divided: ``e^log_scale (numerator, denominator)``.
