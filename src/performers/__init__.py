@@ -4,6 +4,7 @@ Names are imported on first use, so that the command line starts before torch do
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from performers.nn import PerformerAttention
     from performers.planning import plan
 
+    __version__: str
+
 __all__ = [
     "FavorState",
     "GeneralizedFeatures",
@@ -51,7 +54,14 @@ _PACKAGES = ("attention", "features", "nn", "planning", "catalogue", "distribute
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or the package of that name."""
+    """Import a public name, or the package of that name; look up the version."""
+    if name == "__version__":
+        try:
+            globals()[name] = importlib.metadata.version("performers")
+        except importlib.metadata.PackageNotFoundError:
+            # Sources on the path, not installed.
+            globals()[name] = "0+unknown"
+        return globals()[name]
     if name in _PACKAGES:
         return importlib.import_module(f"performers.{name}")
     if name in __all__:
@@ -64,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, *_PACKAGES, "__version__"})

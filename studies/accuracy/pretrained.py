@@ -1,4 +1,4 @@
-"""Errors on the heads of a pretrained model beside times, and at the end of the whole model."""
+"""Errors and times on the heads of a pretrained model, and errors at its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MANY_LAYERS, _STEP = 8, 5
 # Errors allowed of a backend against the reference one. Long queries and keys cost digits, and
 # normalisers of either sign, which can come close to zero, cost more.
 _TOLERANCE, _SIGNED_TOLERANCE = 1e-3, 0.1
-_QUADRATIC = "made of a quadratic mask here, for its error and not its time"
+_QUADRATIC = "computed with a quadratic mask, for its error and not its time"
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class BigBirdMechanism(Comparator):
         )
         allowed = allowed.mT & valid.repeat_interleave(size, dim=-1).unsqueeze(-2)
         if context.is_causal:
-            # Of the blocks seen only the own one, the first, has later tokens.
+            # Of the blocks seen only the block itself, the first, has later tokens.
             earlier = allowed.new_ones(size, keys.shape[-2])
             earlier[:, :size].tril_()
             allowed = allowed & earlier

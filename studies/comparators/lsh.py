@@ -201,7 +201,7 @@ class LshMechanism(Comparator):
             Both of shape ``(N, H, rounds, longest)``.
         """
         group = self._buckets(query, context)
-        # What is no token has a bucket of its own, the last.
+        # Padding has a separate bucket, the last.
         group = group.masked_fill(~rows.real[:, None, None], self.feature_map.buckets)
         order = group.argsort(dim=-1, stable=True)
         group = group.gather(-1, order)

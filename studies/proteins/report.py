@@ -120,7 +120,7 @@ def gather(output: Path) -> dict[str, Any]:
     done = _done(runs)
     compared = [run for run in done if run["experiment"] == "comparison"]
     ablated = [run for run in done if run["experiment"] == "kernels"]
-    # With them the runs of the comparison that belong beside them.
+    # The runs of the comparison that the ablation is compared with.
     beside = [
         run
         for run in compared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,8 +48,8 @@ def train(folder: Path, length: int, steps: int) -> dict[str, Any]:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
-        store = f"file://{(folder / 'rendezvous').resolve()}"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        store = Path(tempfile.mkdtemp()) / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     world, rank = dist.get_world_size(), dist.get_rank()
     model = make_model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -1,9 +1,11 @@
 """The commands, their help, and arguments that do not parse."""
 
+import importlib.metadata
 import re
 
 import pytest
 
+import performers
 from performers import features
 from performers.app import options as app_options
 from performers.models import registry
@@ -30,6 +32,14 @@ def test_help_lists_the_commands():
             name, _, subcommand = command.partition(" ")
             if not group or name == group:
                 assert re.search(rf"\b{subcommand if group else name}\b", out)
+
+
+def test_the_version():
+    out, lines = run("--version")
+    assert (out, lines) == (f"performers {performers.__version__}\n", [])
+    installed = [x.version for x in importlib.metadata.distributions(name="performers")]
+    assert performers.__version__ == (installed or ["0+unknown"])[0]
+    assert "--version" in run("--help")[0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -332,17 +333,28 @@ DROPOUT = {
     ("name", "option"), [(name, option) for option, names in DROPOUT.items() for name in names]
 )
 def test_dropout_of_weights_is_switched_off_with_a_warning(name, option):
-    model = build(name, **{option: 0.3})
+    model = build(name, **{option: 0.3}).train()
     others = [x for x in model.modules() if isinstance(x, torch.nn.Dropout) and x.p == 0.3]
     with pytest.warns(UserWarning, match=r"dropout of attention weights \(0\.3\)") as caught:
         to_performer(model, num_features=16)
     assert caught[0].filename == __file__
-    model.train()(**inputs(name))
+    model(**inputs(name))
     if name == "torch_encoder":
         # Dropout of anything else stays.
         assert all(x.p == 0.3 for x in others)
         attention, x = model.layers[0].self_attn, inputs(name)["src"]
         assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "torch_encoder"])
+def test_dropout_is_switched_off_without_a_word_where_none_acts(name):
+    option = "dropout" if name == "torch_encoder" else "attention_probs_dropout_prob"
+    model = build(name, **{option: 0.3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_performer(model, num_features=16)
+        first, second = (output(model.eval(), inputs(name)) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize(

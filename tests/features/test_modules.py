@@ -154,6 +154,11 @@ def test_to_dtype(case, dtype):
         assert feature_map.to(dtype).redraw_().weight.dtype == torch.float64
 
 
+def test_a_map_without_a_form_is_not_implemented():
+    with pytest.raises(NotImplementedError):
+        FeatureMap(4, 8, num_rows=8, projection="gaussian")(torch.zeros(2, 4))
+
+
 def test_the_default_dtype_is_respected():
     torch.set_default_dtype(torch.float64)
     try:

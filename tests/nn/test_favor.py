@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from performers import SoftmaxFeatures, favor_attention, favor_attention_weights
-from performers.nn import Approximation
+from performers import (
+    PerformerAttention,
+    SoftmaxFeatures,
+    favor_attention,
+    favor_attention_weights,
+    scaled_dot_product_attention,
+)
+from performers.nn import Approximation, FavorAttention
 from tests.features.cases import generator
 
 EVERY = Approximation(16, "data_aware", "simplex", window=2, sinks=1, listed_keys=4)
@@ -72,3 +78,37 @@ def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
         favor.weights(query, key), favor_attention_weights(query, key, features, **options)
     )
     assert favor.buckets.offsets.abs().sum() > 0
+
+
+def test_trained_features_start_from_the_present_ones_and_stay():
+    query, key, value = inputs()
+    favor = Approximation(16).build(8, 2, generator=generator(1))
+    before = favor(query, key, value)[0]
+    learned = favor.learn_().feature_map
+    assert len(list(favor.parameters())) == 2
+    torch.testing.assert_close(favor(query, key, value)[0], before)
+    assert favor.learn_().feature_map is learned
+
+
+def test_estimators_that_are_not_calibrated_raise_on_every_surface():
+    features, x = SoftmaxFeatures(8, 16, estimator="data_aware"), torch.randn(1, 2, 9, 8)
+    tokens = torch.randn(1, 9, 16)
+    attention = PerformerAttention(16, 2, batch_first=True, feature_map=features)
+    calls = [
+        lambda: favor_attention(x, x, x, features),
+        lambda: favor_attention(x, x, x, features, window=9),
+        lambda: favor_attention_weights(x, x, features),
+        lambda: FavorAttention(features)(x, x, x),
+        lambda: FavorAttention(features).weights(x, x),
+        lambda: attention(tokens, tokens, tokens),
+        lambda: scaled_dot_product_attention(x, x, x, feature_map=features),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="estimator='data_aware' is fitted to data"):
+            call()
+    compiled = torch.compile(calls[0], fullgraph=True, backend="eager")
+    with pytest.raises(RuntimeError, match="estimator='data_aware' is fitted to data"):
+        compiled()
+    features.calibrate_(x, x)
+    for call in (*calls, compiled):
+        call()

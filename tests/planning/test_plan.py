@@ -103,6 +103,23 @@ def test_the_recommendation_in_words(plan):
     assert "prefer it here" not in str(faster).replace("\n", " ")
 
 
+def test_a_recommendation_that_is_no_good_is_called_so(plan):
+    good = replace(plan, recommended=replace(plan.recommended, error=0.5))
+    assert good.is_usable
+    assert "NO GOOD" not in str(good)
+    poor = replace(plan, recommended=replace(plan.recommended, error=0.51))
+    assert not poor.is_usable
+    least = min(plan.settings, key=lambda setting: setting.error)
+    words = " ".join(str(poor).split())
+    assert "NO GOOD: an error above 0.5 is more than half of the output" in words
+    assert f"the least is {least.error:.3f}, of {least.label()}. Measure larger" in words
+    worst = replace(poor, settings=(poor.recommended,), front=(poor.recommended,))
+    assert "no setting has less. Measure larger" in " ".join(str(worst).split())
+    # Independent queries and keys of length two have nothing that few features could find.
+    noise = torch.randn(3, 2, 1, 64, 16, generator=torch.Generator().manual_seed(0))
+    assert not performers.plan(*(3 * noise), **FEW).is_usable
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -24,7 +24,7 @@ class ConversionOptions(Options):
         "First keys that are exact; 4 for decoders, else 0.", None, at_least=0
     )
     listed_keys: int = option(
-        "Keys a query meets exactly for their content; encoders only.", 0, at_least=0
+        "Keys per query, chosen by content, that are exact; encoders only.", 0, at_least=0
     )
     num_features: int | None = option(
         "Random features per head; about d ln d by default.", None, at_least=1
@@ -59,7 +59,7 @@ class ConversionOptions(Options):
         "Train adapters of this rank instead of all weights.", None, at_least=1
     )
     redraw_steps: int | None = option(
-        "Draw features that are not trained anew every so many steps.", None, at_least=1
+        "Steps between redraws of features that are not trained.", None, at_least=1
     )
     loss: str | None = option(
         "logits, hidden, embedding or task; logits by default, embedding for a model without a "

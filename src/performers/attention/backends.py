@@ -97,6 +97,7 @@ def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
 
 
 def _best(call: AttentionCall) -> str:
+    reasons = []
     for name in _BACKENDS:
         usable = _is_usable(name)
         uncovered = _uncovered(name, call) if usable else None
@@ -104,7 +105,8 @@ def _best(call: AttentionCall) -> str:
             return name
         if name == "triton" and call.query.device.type == "cuda":
             triton.tell_unused(uncovered)
-    raise AssertionError("some backend covers every call")
+        reasons.append(f"{name} {uncovered or 'is not usable here'}")
+    raise ValueError(f"no backend covers this call: not {', not '.join(reasons)}")
 
 
 def _uncovered(name: str, call: AttentionCall) -> str | None:

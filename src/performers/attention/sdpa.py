@@ -49,10 +49,10 @@ def scaled_dot_product_attention(
     zeros. Reading takes time proportional to the mask, and makes a GPU wait; under
     ``torch.compile`` such a mask is refused.
 
-    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed seed
-    at the first call for a head_dim, device and dtype, and kept for all later ones: results do not
-    depend on torch's random numbers. All layers then share one projection, which nothing redraws or
-    calibrates; pass a map for each layer for that.
+    Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed
+    seed at the first call for a head_dim, device and dtype, and kept for all later ones: results do
+    not depend on torch's random numbers. All layers then share one projection, which nothing
+    redraws or calibrates: pass each layer a map of its own for that.
 
     Args:
         query: Shape ``(..., H, L, D)``.
@@ -251,11 +251,14 @@ def _kept_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> S
     return _FEATURES[place]
 
 
-# The compiler runs it, and need not trace how a projection is drawn.
-@torch.compiler.assume_constant_result
 def _make_features(place: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
     if place not in _FEATURES:
         # Made anywhere, used everywhere: inside inference mode and under a default device, too.
         with torch.inference_mode(False), torch.device("cpu"):
             features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
             _FEATURES[place] = features.to(device, dtype)
+
+
+# torch.compiler.assume_constant_result, without the import of the compiler: it runs the function
+# and need not trace how a projection is drawn.
+vars(_make_features)["_dynamo_marked_constant"] = True

@@ -1,4 +1,4 @@
-"""Refuses to time what computes the wrong thing."""
+"""Checks results before they are timed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASE_ERRORS = (RuntimeError, MemoryError, TypeError, ValueError, ArithmeticError
 
 
 class WrongResultError(RuntimeError):
-    """A result differs from what it should be."""
+    """A result differs from the expected one."""
 
 
 class Gate:
@@ -46,7 +46,7 @@ class Gate:
 
 
 def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare a tensor with what it should be; ``part`` is its name in the message.
+    """Compare a tensor with the expected one; ``part`` is its name in the message.
 
     Raises:
         WrongResultError: The shape differs, a value is not finite, or the relative error exceeds

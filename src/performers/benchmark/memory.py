@@ -1,9 +1,9 @@
-"""Measures the peak memory of a call, in a process of its own.
+"""Measures the peak memory of a call, in a separate process.
 
 In one process the peak of an earlier call hides that of a later one, and reuse of freed memory is
 not seen. Linux can reset the peak: writing 5 to ``/proc/self/clear_refs`` sets ``VmHWM`` of
 ``/proc/self/status`` to the resident size. Other systems give ``ru_maxrss``, the largest resident
-size since the process began; a call that stays below the memory of the start-up reads as zero.
+size since the process began, so a call that stays below the memory of the start-up reads as zero.
 """
 
 import ctypes
@@ -112,7 +112,7 @@ def run_apart(function: partial[_Result], *, threads: int, timeout: float | None
         raise ProbeError(f"no result after {error.timeout:.0f} s") from error
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode == _KILLED:
-        # Linux ends so what takes too much memory, and so may anybody.
+        # Linux kills a process that takes too much memory; so may a user.
         raise OutOfMemoryError("killed (out of memory?)")
     if is_out_of_memory(last):
         raise OutOfMemoryError(last)
@@ -128,7 +128,7 @@ def memory_is_measurable() -> bool:
 
 
 def is_out_of_memory(error: Exception | str) -> bool:
-    """True for an error, or its text, of memory that ran out."""
+    """True for an error (or its text) that says that memory ran out."""
     text = str(error)
     signs = ("MemoryError", "allocate memory", "bad_alloc", OUT_OF_MEMORY, "OutOfMemoryError")
     return isinstance(error, MemoryError | OutOfMemoryError) or any(sign in text for sign in signs)

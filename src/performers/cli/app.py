@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+import performers
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
@@ -34,6 +35,23 @@ app = App(
     no_args_is_help=True,
     help="Attention in linear time, and protein language models with it.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"performers {performers.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
+) -> None:
+    """Options of ``performers`` without a command."""
+
+
 app.command()(train)
 
 

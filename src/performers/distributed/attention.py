@@ -110,19 +110,18 @@ def _count(call: AttentionCall) -> Tensor:
 def _message(call: AttentionCall) -> Message:
     """Sums, edges and sinks of one sequence on this rank."""
     size, window = call.key.shape[2], call.window or 0
-    sinks = left = right = None
+    sinks = None
     if call.sink_keys is not None:
         key, value, _, place = call.sink_keys
         sinks = Keys(key, value, place >= 0)
     if not window:
-        total = key_sums(call, 0, size)
-        return Message(total, total, total, left, right, sinks)
+        return Message(key_sums(call, 0, size), sinks=sinks)
     kept = min(size, window)
     right = _edge(call, size - kept, size, (window - kept, 0))
     if call.is_causal:
         front = key_sums(call, 0, size - kept)
         total = front.plus(key_sums(call, size - kept, size))
-        return Message(total, front, total, left, right, sinks)
+        return Message(total, front, right=right, sinks=sinks)
     left = _edge(call, 0, kept, (0, window - kept))
     first, second = sorted((kept, size - kept))
     begin, middle, end = (
@@ -152,10 +151,10 @@ def _attend_between(
     before = [received[rank][-1] for rank in piece.before]
     after = [received[rank][0] for rank in piece.after]
     like = received[0][0].total
-    past = [*(x.total for x in before[:-1]), *(x.front for x in before[-1:])]
+    past = [*(x.total for x in before[:-1]), *(x.front or x.total for x in before[-1:])]
     call = call.replaced(state=FavorState(*merged(past, like, scaled=scaled)))
     if not call.is_causal:
-        future = [*(x.back for x in after[:1]), *(x.total for x in after[1:])]
+        future = [*(x.back or x.total for x in after[:1]), *(x.total for x in after[1:])]
         call.following = FavorState(*merged(future, like, scaled=scaled))
     if window:
         mask = every_key(call.key) if call.key_mask is None else call.key_mask

@@ -7,7 +7,7 @@ uses: a rank that left one out would leave the others waiting.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,19 +31,20 @@ class Message(NamedTuple):
 
     Attributes:
         total: Sums over all keys but sinks.
-        front: Sums over those without the last ``window``; ``total`` without window.
-        back: Sums over those without the first ``window``; ``total`` without window.
-        left: The first ``window`` keys.
-        right: The last ``window`` keys.
-        sinks: The sinks of the sequence that this rank holds.
+        front: Sums over those without the last ``window``, or None without window.
+        back: Sums over those without the first ``window``, or None without window and for causal
+            calls.
+        left: The first ``window`` keys, or None as ``back``.
+        right: The last ``window`` keys, or None as ``front``.
+        sinks: The sinks of the sequence that this rank holds, or None.
     """
 
     total: Sums
-    front: Sums
-    back: Sums
-    left: Keys | None
-    right: Keys | None
-    sinks: Keys | None
+    front: Sums | None = None
+    back: Sums | None = None
+    left: Keys | None = None
+    right: Keys | None = None
+    sinks: Keys | None = None
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -73,35 +74,38 @@ def exchange(
     messages: Sequence[Message], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> tuple[list[list[Message]], int]:
     """Messages of all ranks, by rank, and the bytes of a rank's."""
-    # Within a message, a tensor that stands in two places travels once.
-    fields = [{id(x): x for part in message for x in part or ()} for message in messages]
-    tensors = [x for named in fields for x in named.values()]
+    tensors = [x for message in messages for part in message if part is not None for x in part]
     packed = torch.cat([x.to(dtype).flatten() for x in tensors])
-    gathered = _Gather.apply(packed, group)
-
-    def unpacked(row: Tensor) -> list[Message]:
-        parts = iter(row.split([x.numel() for x in tensors]))
-        received = []
-        for message, named in zip(messages, fields, strict=True):
-            of = {
-                key: part if x.dtype != torch.bool else part > 0.5
-                for (key, x), part in (
-                    ((key, x), next(parts).view(x.shape)) for key, x in named.items()
-                )
-            }
-            received.append(_replaced(message, of))
-        return received
-
-    return [unpacked(row) for row in gathered.unbind(0)], packed.nbytes
+    sizes = [x.numel() for x in tensors]
+    received = [
+        _unpacked(messages, iter(row.split(sizes))) for row in _Gather.apply(packed, group).unbind()
+    ]
+    return received, packed.nbytes
 
 
-def _replaced(message: Message, of: dict[int, Tensor]) -> Message:
-    """The message with other tensors in the places of its own."""
-    total, front, back = (Sums(*(of[id(x)] for x in part)) for part in message[:3])
-    left, right, sinks = (
-        None if part is None else Keys(*(of[id(x)] for x in part)) for part in message[3:]
-    )
-    return Message(total, front, back, left, right, sinks)
+def _unpacked(messages: Sequence[Message], numbers: Iterator[Tensor]) -> list[Message]:
+    """Messages of the shapes of some, from their numbers in order."""
+
+    def sums(like: Sums) -> Sums:
+        return Sums(*(next(numbers).view(x.shape) for x in like))
+
+    def keys(like: Keys | None) -> Keys | None:
+        if like is None:
+            return None
+        key, value, mask = (next(numbers).view(x.shape) for x in like)
+        return Keys(key, value, mask > 0.5)
+
+    return [
+        Message(
+            sums(message.total),
+            None if message.front is None else sums(message.front),
+            None if message.back is None else sums(message.back),
+            keys(message.left),
+            keys(message.right),
+            keys(message.sinks),
+        )
+        for message in messages
+    ]
 
 
 def merged(parts: list[Sums], like: Sums, *, scaled: bool) -> Sums:

@@ -17,7 +17,13 @@ from performers.planning.exact import exact_attention
 from performers.planning.fits import NUM_LISTS, Fits
 from performers.planning.measuring import Progress, measure_errors, measure_times
 from performers.planning.samples import Samples, checked_samples
-from performers.planning.settings import Setting, exact_multiply_adds, grid, multiply_adds
+from performers.planning.settings import (
+    USABLE_ERROR,
+    Setting,
+    exact_multiply_adds,
+    grid,
+    multiply_adds,
+)
 from performers.planning.table import plan_text
 
 T = TypeVar("T")
@@ -60,6 +66,11 @@ class Plan:
     seed: int
     backend: str | None
     samples: Samples = field(repr=False, compare=False)
+
+    @property
+    def is_usable(self) -> bool:
+        """True if the recommended setting's error is at most 0.5, half of the output's norm."""
+        return self.recommended.error <= USABLE_ERROR
 
     def build(self, setting: Setting | None = None) -> tuple[SoftmaxFeatures, dict[str, Any]]:
         """A feature map calibrated on all samples, and options for ``favor_attention``.
@@ -136,6 +147,9 @@ def plan(
     which tells less: pass two rows or more. The error of a sequence is ``|out - exact| / |exact|``
     with ``exact`` softmax attention and Frobenius norms over heads and positions (without padding,
     where there are as many queries as keys).
+
+    A recommended setting with an error above 0.5 is called no good, in the text and by
+    ``Plan.is_usable``: half of the output is then error.
 
     Every combination of the options is measured, on ``num_draws`` projections. The default grid
     takes some tens of seconds on two cores for 12 heads and 512 positions, and more in proportion

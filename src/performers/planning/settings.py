@@ -12,6 +12,8 @@ from performers.nn import Approximation
 from performers.nn.approximation import as_integer
 from performers.planning.samples import Samples
 
+USABLE_ERROR = 0.5
+"""Error of the output, relative to its norm, above which a setting is no good; zeros have 1."""
 _NAMES = {"estimators": ESTIMATORS, "projections": PROJECTIONS, "heads": ("key", "query")}
 _FIELDS = (
     "num_features", "estimator", "projection", "heads", "window", "sinks", "listed_keys",

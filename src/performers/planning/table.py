@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import TYPE_CHECKING
 
-from performers.planning.settings import Setting
+from performers.planning.settings import USABLE_ERROR, Setting
 
 if TYPE_CHECKING:
     from performers.planning.planner import Plan
@@ -43,6 +43,7 @@ def plan_text(plan: Plan, *, every: bool = False) -> str:
         f"{length:,}, {number(1e3 * best.seconds)} ms for one of {plan.length:,}. Exact attention "
         f"(scaled_dot_product_attention) takes {exact} ms{' ' if best.ratio > 1 else ', '}"
         f"{comparison}",
+        *_warning(plan),
         f"{len(plan.settings)} settings, {heads} heads{grouped} of {head_dim}; errors on "
         f"{held_out} held-out sequence{'s' if held_out > 1 else ''} of {length:,}. Scaled: |q|^2 "
         f"{diagnosis.query_norm:.1f}, |k|^2 {diagnosis.key_norm:.1f}, |q+k|^2 "
@@ -59,6 +60,20 @@ def plan_text(plan: Plan, *, every: bool = False) -> str:
     rows.append(("", "exact", "", "", "", "", "", "", "0", exact, "1.00", adds))
     *texts, legend = (textwrap.fill(text, 100) for text in paragraphs)
     return "\n\n".join((*texts, _aligned(rows), legend))
+
+
+def _warning(plan: Plan) -> tuple[str, ...]:
+    """A paragraph if the recommended setting is no good."""
+    if plan.is_usable:
+        return ()
+    least = min(plan.settings, key=lambda setting: setting.error)
+    better = "no setting has less"
+    if least.error < plan.recommended.error:
+        better = f"the least is {least.error:.3f}, of {least.label()}"
+    return (
+        f"NO GOOD: an error above {USABLE_ERROR:g} is more than half of the output; {better}. "
+        "Measure larger windows, more features and more listed_keys, or keep this attention exact.",
+    )
 
 
 def number(x: float) -> str:

@@ -50,10 +50,10 @@ def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> T
         hidden_size=64,
         num_layers=2,
         num_heads=4,
-        # Within a family, the place in the protein tells much: this learns it fastest.
+        # Within a family the position in the protein is informative; these learn it fastest.
         position_embedding="learned",
         max_length=512,
-        # Small batches, many steps: what a minute on two cores is best spent on.
+        # Small batches and many steps make the best use of a minute on two cores.
         batch_tokens=1024,
         steps=steps,
         learning_rate=4e-3,
@@ -204,7 +204,7 @@ def _collect(
 
 
 def _child(job: _Job, pipe: connection.Connection) -> None:
-    """Do a job in a process of its own, and send progress, then the result or an error."""
+    """Do a job in this process, and send progress, then the result or an error."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A demo that is killed leaves nothing behind.

@@ -6,17 +6,36 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 _PATIENCE = 60
+_KEYS = {
+    "Enter": 13,
+    "Escape": 27,
+    "End": 35,
+    "Home": 36,
+    "ArrowLeft": 37,
+    "ArrowUp": 38,
+    "ArrowRight": 39,
+    "ArrowDown": 40,
+}
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-quic"),
     *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
+# The browser reads commands from file 3 and writes answers to file 4.
+_START = """
+import fcntl, os, sys
+files = [fcntl.fcntl(int(text), fcntl.F_DUPFD, 10) for text in sys.argv[1:3]]
+os.dup2(files[0], 3)
+os.dup2(files[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -24,10 +43,10 @@ class Browser:
 
     def __init__(self, profile):
         inwards, outwards = os.pipe(), os.pipe()
-        # The browser reads commands from descriptor 3 and writes answers to 4.
-        shell = f'exec 3<&{inwards[0]} 4>&{outwards[1]}; exec "$@"'
+        files = (str(inwards[0]), str(outwards[1]))
+        profile = f"--user-data-dir={profile}"
         self._process = subprocess.Popen(
-            ["sh", "-c", shell, "sh", CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"],
+            [sys.executable, "-c", _START, *files, CHROMIUM, *_FLAGS, profile],
             pass_fds=(inwards[0], outwards[1]),
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -85,8 +104,7 @@ class Browser:
             deviceScaleFactor=1,
             mobile=False,
         )
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.call("Emulation.setEmulatedMedia", features=[feature])
+        self.prefer(scheme)
         self.requests.clear()
         self.errors.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
@@ -94,6 +112,12 @@ class Browser:
             "document.readyState === 'complete' && document.querySelectorAll('[data-chart]').length"
             " === document.querySelectorAll('[data-chart] svg').length"
         )
+
+    def prefer(self, scheme):
+        """Set the colour scheme; nothing moves by itself."""
+        wanted = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
+        self.call("Emulation.setEmulatedMedia", features=features)
 
     def run(self, expression):
         """The value of an expression of JavaScript."""
@@ -119,6 +143,7 @@ class Browser:
                     type=kind,
                     key=key,
                     code=key,
+                    windowsVirtualKeyCode=_KEYS[key],
                     text="\r" if key == "Enter" and kind == "keyDown" else "",
                 )
 

@@ -1,9 +1,14 @@
 """Means, standard deviations and verdicts are those of the results."""
 
+import re
+
 import pytest
 
-from studies.proteins.report import tables
+from performers.app.files import read_json, write_json
+from studies.proteins import runs
+from studies.proteins.report import tables, write_report
 from studies.proteins.summary import claims, spread, spread_text, summarise
+from tests.studies.proteins.tiny import PRESET, data
 
 
 def result(attention, seed, test, ood=0.1, objective="mlm"):
@@ -135,6 +140,26 @@ def test_failures_stand_in_the_tables():
         ["8", "1.00 s, 1.00 GiB", "–"],
         ["16", "–", "no result after 3 s"],
     ]
+
+
+def test_a_page_is_made_of_the_files_of_a_study(tmp_path):
+    runs._check_same(tmp_path / "study.json", PRESET, data(), "tiny")
+    done = [result(name, seed, 0.2) for name in ("exact", "favor-relu") for seed in (0, 1)]
+    done.append({**result("favor-exp", 0, 0.22), "experiment": "kernels"})
+    failed = {"attention": "linformer", "objective": "mlm", "seed": 0, "failure": "nan; lower"}
+    done.append({"experiment": "comparison", **failed})
+    for number, content in enumerate(done):
+        write_json(tmp_path / "runs" / str(number) / "result.json", content)
+    rows = [{"attention": "exact", "length": 8, **cost(1.0, 2**30)}]
+    write_json(tmp_path / "contexts.json", {"rows": rows})
+    page = write_report(tmp_path).read_text()
+    made = tables(read_json(tmp_path / "results.json"))
+    assert list(made) == ["accuracy", "claims", "kernels", "contexts"]
+    assert all(table.markdown() in page for table in made.values())
+    assert "4 of 10 runs" in page
+    assert "Linformer, masked, seed 0: no result; nan." in page
+    for picture in re.findall(r"\]\((.+?)\)", page):
+        assert (tmp_path / picture).exists()
 
 
 def cost(seconds, nbytes, failure=""):

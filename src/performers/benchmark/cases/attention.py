@@ -33,10 +33,10 @@ from performers.benchmark.memory import Peak, peak_of
 from performers.benchmark.settings import PASSES, AttentionSettings, Workload, part
 
 MATMULS = "matmuls alone"
-"""The row of the products that stand around every call in a run between matmuls."""
+"""The row of the products around every call, with ``between_matmuls``."""
 
 _PARTS = ("output", "gradient of query", "gradient of key", "gradient of value")
-# Loads libraries and starts threads, which are not the call's own memory.
+# Loads libraries and starts threads, whose memory is not that of the call.
 _WARM_UP_LENGTH = 64
 _GROUP = ("direction", "passes", "length")
 
@@ -73,10 +73,10 @@ def run_attention(
 
 
 def make_matmul(workload: Workload, length: int) -> Callable[[], Tensor]:
-    """The product of a model's hidden states with a square matrix, into memory kept.
+    """The product of a model's hidden states with a square matrix, into preallocated memory.
 
-    Two thread pools that spin against each other look fast one at a time. Work of torch's own pool
-    between the calls of another shows what they cost each other.
+    Two thread pools that wait by spinning slow each other down, which no call alone shows. Products
+    on torch's pool between the calls make it visible.
     """
     hidden = workload.heads * workload.head_dim
     generator = torch.Generator().manual_seed(workload.seed)
@@ -111,7 +111,7 @@ def check(contestant: Contestant, workload: Workload, is_causal: bool, backward:
 def measure_peak(
     workload: dict[str, Any], contestant: str, length: int, is_causal: bool, backward: bool
 ) -> Peak:
-    """Peak memory of one call; runs in a process of its own."""
+    """Peak memory of one call; runs in a separate process."""
     shapes = Workload(**workload)
     attend = contestants()[contestant].build(shapes, is_causal)
 
@@ -220,7 +220,7 @@ def _group(
 
 
 def _subtract(row: Row, seconds: float | None) -> None:
-    """Take the time of what stands around a call off, and keep the whole beside."""
+    """Subtract the time of the products around a call; ``whole_seconds`` keeps the sum."""
     row["whole_seconds"] = row["seconds"]
     for column in ("seconds", "first_quartile", "third_quartile", "fastest"):
         if row[column] is not None and seconds is not None:

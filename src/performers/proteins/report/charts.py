@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from performers.app.figures import PALETTE, shortened
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
+from performers.proteins.report.payload import JOINED
 
 RESIDUE_ORDER = "CSTPAGNDEQHRKMILVFYW"
 """Amino acids as BLOSUM62 was printed (Henikoff and Henikoff, 1992), groups side by side."""
@@ -71,7 +72,7 @@ def map_chart(
     Returns:
         The chart, and for each way to colour it the encoding of the colour.
     """
-    values = [
+    points = [
         {**protein, "number": number, "x": round(float(x), 4), "y": round(float(y), 4)}
         for number, (protein, (x, y)) in enumerate(zip(proteins, places, strict=True))
     ]
@@ -80,11 +81,12 @@ def map_chart(
         "length": _colour("length", "length (residues)", "viridis"),
     }
     for number, label in enumerate(labels):
+        values = (protein[f"label{number}"] for protein in proteins)
         colours[label] = {
             "field": f"label{number}",
             "type": "nominal",
             "title": label,
-            "sort": None,
+            "scale": {"domain": sorted(dict.fromkeys(values), key=JOINED.__contains__)},
             "legend": {"labelLimit": 150, "symbolOpacity": 1},
         }
     axes = {
@@ -108,7 +110,7 @@ def map_chart(
         "description": "Map of the proteins. The table below has the same proteins.",
         "height": 400,
         "params": [{"name": "chosen", "value": -1}],
-        "data": {"values": values},
+        "data": {"values": points},
         "mark": {"type": "circle", "opacity": 0.85, "cursor": "pointer"},
         "encoding": {
             **axes,

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from performers.app.figures import shortened
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
-from performers.proteins.reading.head_scores import HeadScore, HeadScores
 from performers.proteins.reading.residues import ProteinReading
 
 LEVELS = "".join(c for c in map(chr, range(35, 127)) if c not in "&<>\\")
@@ -31,8 +30,9 @@ HEAD_CHARACTERS = 450_000
 _NAME, _DESCRIPTION = 60, 160
 _HEADER_LABEL = re.compile(r"(?:^|\s)(\w{1,20})=((?:(?!\s\w{1,20}=).)+)")
 _LABELS_AT_MOST = 3
-_VALUES_AT_MOST = 7
-_OTHER = "other"
+_VALUES_AT_MOST = 6
+JOINED = ("other", "none")
+"""Labels that stand for rare ones and for none."""
 
 
 def protein_rows(readings: Sequence[ProteinReading]) -> list[dict[str, Any]]:
@@ -71,7 +71,8 @@ def grouped(values: Sequence[str]) -> list[str]:
     """The commonest values as they are, the others as "other", the empty ones as "none"."""
     counts = Counter(filter(None, values))
     rare = {value for value, _ in counts.most_common()[_VALUES_AT_MOST:]}
-    return [_OTHER if value in rare else value or "none" for value in values]
+    other, none = JOINED
+    return [other if value in rare else value or none for value in values]
 
 
 def track(reading: ProteinReading) -> dict[str, str]:
@@ -109,7 +110,10 @@ def heads(analysis: ModelAnalysis, room: int) -> dict[str, Any]:
     while (size := sum(map(len, images))) > room and step < len(analysis.labels):
         step = max(step + 1, math.floor(step * math.sqrt(size / room)))
         images = [_grey(_binned(head, step)) for head in maps]
-    notes = _notes(analysis.scores) if analysis.scores else {}
+    notes: dict[tuple[int, int], list[str]] = {}
+    for kind, found in analysis.scores.kinds().items() if analysis.scores else ():
+        for score in found:
+            notes.setdefault((score.layer, score.head), []).append(kind)
     return {
         "protein": shortened(analysis.protein.name, _NAME),
         "residues": analysis.labels,
@@ -119,32 +123,13 @@ def heads(analysis: ModelAnalysis, room: int) -> dict[str, Any]:
             {
                 "layer": layer,
                 "head": head,
-                "note": notes.get((layer, head), ""),
+                "note": ", ".join(notes.get((layer, head), ())),
                 "max": float(f"{_binned(weights, step).max():.4g}"),
                 "limit": float(f"{_limit(_binned(weights, step)):.4g}"),
                 "image": image,
             }
             for (layer, head), weights, image in zip(names, maps, images, strict=True)
         ],
-    }
-
-
-def kinds(scores: HeadScores) -> dict[str, list[HeadScore]]:
-    """The local, global and vertical heads, compared with uniform attention."""
-    uniform = scores.uniform
-    found = [head for head in scores.heads if math.isfinite(head.mean_distance)]
-    return {
-        "local": [head for head in found if head.band_share >= 2 * uniform.band_share],
-        "global": [head for head in found if head.mean_distance >= 0.9 * uniform.mean_distance],
-        "vertical": [head for head in found if head.column_share >= 2 * uniform.column_share],
-    }
-
-
-def _notes(scores: HeadScores) -> Mapping[tuple[int, int], str]:
-    of_kind = kinds(scores)
-    return {
-        (head.layer, head.head): ", ".join(kind for kind, found in of_kind.items() if head in found)
-        for head in scores.heads
     }
 
 

@@ -27,14 +27,15 @@
       range: { category: categories },
       font, background: "transparent", view: { stroke: line }, title: { color: ink, font, fontSize: 14 },
       axis: { ...text, gridColor: line, domainColor: line, tickColor: line },
-      legend: { ...text, ...(narrow.matches ? { orient: "bottom", columns: 2 } : {}) },
+      legend: text,
     };
   };
   const draw = async (element) => {
     const name = element.dataset.chart;
     const spec = structuredClone(data.charts[name]);
     const config = theme();
-    Object.assign(config.legend, spec.config?.legend);
+    Object.assign(config.legend, spec.config?.legend,
+      narrow.matches && { orient: "bottom", columns: 2, labelLimit: 110 });
     delete spec.config;
     if (name.startsWith("similarity")) {
       // Square cells in the width that there is.
@@ -330,8 +331,10 @@
     const inside = (value) => Math.max(0, Math.min(head.size - 1, value));
     Object.assign(shown, { row: inside(row), column: inside(column) });
     const weight = head.weights[shown.row * head.size + shown.column];
-    const each = shown.maps.step > 1 ? "on average to each of " : "to ";
-    byId("value").textContent = `${span(shown.row)} gives ${percent(weight, 2)} of its attention ${each}${span(shown.column)}.`;
+    const [from, to, share] = [span(shown.row), span(shown.column), percent(weight, 2)];
+    byId("value").textContent = shown.maps.step > 1
+      ? `Residues ${from} each give ${share} of their attention to each of ${to}, on average.`
+      : `${from} gives ${share} of its attention to ${to}.`;
     show();
   };
   if (dialog) {

@@ -15,7 +15,6 @@ from performers.app.figures import shortened
 from performers.proteins.reading.learnt import KINDS
 from performers.proteins.reading.residues import ProteinReading
 from performers.proteins.reading.similarity import AMINO_ACIDS
-from performers.proteins.report.payload import kinds
 
 if TYPE_CHECKING:
     from performers.proteins.report.page import ModelReport
@@ -174,7 +173,7 @@ class Tables:
                 (
                     name,
                     len(scores.heads),
-                    *(len(found) for found in kinds(scores).values()),
+                    *(len(found) for found in scores.kinds().values()),
                     f"{number(distance, 1)} ({number(scores.uniform.mean_distance, 1)})",
                     f"{percent(near)} ({percent(scores.uniform.band_share)})",
                 )
@@ -182,7 +181,7 @@ class Tables:
         return rows
 
     def sites(self) -> list[Row]:
-        """What each known site receives, for each model."""
+        """Attention that each known site receives, for each model."""
         return [
             (
                 name,
