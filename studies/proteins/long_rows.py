@@ -17,6 +17,7 @@ from accelerate import PartialState
 from performers.app.errors import UserError
 from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
+from performers.app.progress import Report
 from performers.benchmark.memory import OutOfMemoryError, ProbeError, peak_of, run_apart
 from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
@@ -26,7 +27,7 @@ from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_rows
 from studies.proteins.data import StudyData
-from studies.proteins.runs import Report, train_once, wait_for
+from studies.proteins.runs import train_once, wait_for
 
 Cost = dict[str, Any]
 """``seconds`` (median) and ``peak_bytes`` above what the process held before, model included; both

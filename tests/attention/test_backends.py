@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
+from importlib import import_module
 
 import pytest
 import torch
 
 from performers import SoftmaxFeatures, backends, favor_attention, use_backend
-from tests.attention.cases import BACKENDS, POSITIVE, last_backend, make_call
+from tests.attention.cases import BACKENDS, POSITIVE, Call, last_backend, make_call
 from tests.features.cases import by_name
 
 NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
@@ -116,6 +117,18 @@ def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_
     context = use_backend("native") if by_context else contextlib.nullcontext()
     with context, pytest.raises(ValueError, match=message):
         call.run(None if by_context else "native")
+    assert used(call) == "torch"
+
+
+@NATIVE
+def test_an_argument_that_a_backend_does_not_compute(call, monkeypatch):
+    """Refused by its name, and by default left to a backend that does."""
+    module = import_module("performers.attention.backends")
+    declared = {"backends": ("torch",), "otherwise": "with scale"}
+    monkeypatch.setattr(module, "_COMPUTED_BY", [("scale", declared)])
+    call = Call(call.case, call.feature_map, *call.inputs, {**call.options, "scale": 0.2})
+    with pytest.raises(ValueError, match="backend must be 'torch' with scale, got 'native'"):
+        call.run("native")
     assert used(call) == "torch"
 
 

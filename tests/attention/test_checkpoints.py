@@ -27,18 +27,22 @@ def leaf(seed=0):
 
 def features(estimator="data_aware"):
     built = SoftmaxFeatures(DIM, 16, estimator=estimator, generator=generator(1))
-    return built.calibrate_(leaf(2).detach(), leaf(3).detach())
+    return calibrate(built, seed=2)
 
 
 def load(feature_map, listed_keys):
     other = SoftmaxFeatures(DIM, 16, estimator="data_aware")
-    feature_map.load_state_dict(other.state_dict())
+    feature_map.load_state_dict(calibrate(other).state_dict())
+
+
+def calibrate(feature_map, seed=4):
+    return feature_map.calibrate_(leaf(seed).detach(), leaf(seed + 1).detach())
 
 
 CHANGES = {
     "redraw": lambda f, b: redraw_features_(f),
-    "calibrate": lambda f, b: f.calibrate_(leaf(4).detach(), leaf(5).detach()),
-    "reset": lambda f, b: f.reset_parameters(),
+    "calibrate": lambda f, b: calibrate(f),
+    "reset": lambda f, b: (f.reset_parameters(), calibrate(f)),
     "load": load,
     "listed_keys": lambda f, b: b.calibrate_(leaf(4).detach()),
 }
@@ -148,10 +152,12 @@ def test_trained_projections_are_not_drawn():
     assert learned.weight.grad is not None
 
 
-def test_the_kernel_itself():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_features_and_the_kernel_themselves(use_reentrant):
     feature_map, x = features("positive"), leaf()
     for function in (feature_map, lambda x: feature_map.estimate_kernel(x, x)):
-        out = checkpoint(function, x, use_reentrant=False)
+        checkpoint(function, x, use_reentrant=use_reentrant).sum().backward()
+        out = checkpoint(function, x, use_reentrant=use_reentrant)
         feature_map.redraw_()
         with pytest.raises(RuntimeError, match=CHANGED):
             out.sum().backward()

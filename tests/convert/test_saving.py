@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -317,9 +316,7 @@ def test_loaded_dropout_stays_off(folder):
     with pytest.warns(UserWarning, match="switched off"):
         to_performer(model, num_features=16)
     model.save_pretrained(folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = load_performer(str(folder))
+    loaded = load_performer(str(folder))
     given = inputs("bert")
     assert torch.equal(output(loaded.train(), given), output(model, given))
 

@@ -42,12 +42,23 @@ def assert_same_fit(first, second, *, head=None, tolerance=1e-6):
         )
 
 
-def test_until_calibrated_an_estimator_is_positive(estimator):
-    feature_map, positive = build(estimator), build("positive")
-    query, key = (x[0, 0] for x in sample(HEAD_DIM))
-    torch.testing.assert_close(
-        feature_map.estimate_kernel(query, key), positive.estimate_kernel(query, key)
-    )
+def test_until_calibrated_an_estimator_raises(estimator):
+    feature_map, (query, key) = build(estimator), sample(HEAD_DIM)
+    message = f"estimator='{estimator}' is fitted to data: call calibrate_"
+    loaded = build(estimator)
+    loaded.load_state_dict(feature_map.state_dict())
+    for each in (feature_map, copy.deepcopy(feature_map), loaded):
+        assert not each.is_calibrated
+        with pytest.raises(ValueError, match=message):
+            each(key)
+        with pytest.raises(ValueError, match=message):
+            each.estimate_kernel(query, key)
+    fit = fitted(query, key, estimator)
+    loaded.load_state_dict(fit.state_dict())
+    assert loaded.is_calibrated
+    torch.testing.assert_close(loaded(key), fit(key))
+    with pytest.raises(ValueError, match=message):
+        fit.reset_calibration_()(key)
 
 
 def test_parts_that_each_estimator_fits(estimator):

@@ -101,7 +101,9 @@ def _put(owners, tensors, device):
 
 FEATURES = {
     "positive": lambda: SoftmaxFeatures(8, 16),
-    "data_aware": lambda: SoftmaxFeatures(8, 16, estimator="data_aware"),
+    "data_aware": lambda: SoftmaxFeatures(8, 16, estimator="data_aware").calibrate_(
+        *torch.randn(2, 1, 2, 50, 8)
+    ),
     "learned": lambda: LearnedFeatures(SoftmaxFeatures(8, 16, estimator="data_aware")),
 }
 

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import psutil
 import torch
 
 from performers.benchmark.case import OUT_OF_MEMORY
@@ -140,12 +141,11 @@ def limited_memory() -> Iterator[None]:
     Linux promises more memory than there is and kills whoever uses it; with a limit on the
     process's own data, torch's allocator raises an error that can be caught.
     """
-    available = _available_bytes()
-    if sys.platform == "win32" or available is None:
+    if sys.platform == "win32" or not _STATUS.exists():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _status("VmData") + int(_SHARE * available)
+    limit = _status("VmData") + int(_SHARE * _available_bytes())
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -155,15 +155,8 @@ def limited_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def total_bytes() -> int | None:
-    """Memory of the machine, where the system tells."""
-    return _meminfo("MemTotal")
-
-
-def _available_bytes() -> int | None:
-    available = _meminfo("MemAvailable")
-    if available is None or not _STATUS.exists():
-        return None
+def _available_bytes() -> int:
+    available: int = psutil.virtual_memory().available
     # A container may have less than the machine.
     folder = Path("/sys/fs/cgroup")
     try:
@@ -174,22 +167,10 @@ def _available_bytes() -> int | None:
     return min(available, limit - used)
 
 
-def _meminfo(name: str) -> int | None:
-    try:
-        return _kilobytes(Path("/proc/meminfo"), name)
-    except OSError:
-        return None
-
-
 def _status(name: str) -> int:
-    return _kilobytes(_STATUS, name)
-
-
-def _kilobytes(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"{path} has no line {name}")
+    """Bytes of a line of ``/proc/self/status``."""
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
 
 
 def _highest() -> int:

@@ -45,8 +45,7 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
     model, independent of the conversion of earlier layers. Padding before the first and after the
     last key of a row is left out, and so are the queries of the same tokens in self-attention.
 
-    A batch is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments;
-    its tensors are moved to the device of the model.
+    Batches are those of `run_batch`.
     """
     fitted = set()
 
@@ -69,26 +68,11 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
         except ValueError as error:
             raise ValueError(f"calibration of {site.name}: {error}") from error
 
-    parameters = family.model.parameters()
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
-
-    def moved(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
     ran = False
     with family.observe(favors, add), evaluation(family.model):
         for batch in batches:
             ran = True
-            if isinstance(batch, Mapping):
-                family.call(**{name: moved(value) for name, value in batch.items()})
-            elif isinstance(batch, (Tensor, tuple, list)):
-                family.call(*map(moved, (batch,) if isinstance(batch, Tensor) else batch))
-            else:
-                raise TypeError(
-                    "a batch of calibration must be a tensor, a tuple of the model's positional "
-                    "arguments or a mapping of its keyword arguments, got "
-                    f"{type(batch).__name__}"
-                )
+            run_batch(family, batch)
     if not ran:
         raise ValueError("calibration must yield at least one batch of model inputs, got none")
     for site, favor in favors.items():
@@ -98,6 +82,29 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
                 f"window={favor.window} and sinks={favor.sinks} cover all of the samples; pass "
                 "longer samples, a smaller window, or estimator='positive'"
             )
+
+
+def run_batch(family: Family, batch: Any) -> None:
+    """Run a model on a batch, its tensors moved to the device of the model.
+
+    A batch is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    """
+    parameters = family.model.parameters()
+    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        family.call(**{name: moved(value) for name, value in batch.items()})
+    elif isinstance(batch, (Tensor, tuple, list)):
+        family.call(*map(moved, (batch,) if isinstance(batch, Tensor) else batch))
+    else:
+        raise TypeError(
+            "a batch of calibration, or an example, must be a tensor, a tuple of the model's "
+            "positional arguments or a mapping of its keyword arguments, got "
+            f"{type(batch).__name__}"
+        )
 
 
 def _leaves_pairs(

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from performers.convert.families.base import Family
 from performers.convert.fitting import check_calibration, fit
 from performers.convert.options import Conversion
+from performers.convert.sentences import pad_inputs_, tokenized, transformer_of
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 
@@ -33,6 +34,7 @@ def to_performer(
     projection: Projection = "orthogonal",
     cross_attention: bool = False,
     generator: torch.Generator | None = None,
+    example: Any = None,
 ) -> Model:
     """Make the attention of a model linear in the length of its input, in place.
 
@@ -44,17 +46,28 @@ def to_performer(
 
     Layers with a sliding window stay exact (they are linear already), and so does attention from a
     decoder to an encoder without ``cross_attention``. Dropout on attention weights, which are never
-    formed, is switched off in the converted layers, with a warning.
+    formed, is switched off in the converted layers, with a warning if the model is in training
+    mode.
 
     A transformers model is saved with ``save_pretrained`` as usual and loaded with
-    `load_performer`. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
-    ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it into a
-    model converted with the same arguments.
+    `load_performer`; of a ``SentenceTransformer`` the transformer inside is converted, and it is
+    saved and loaded as any other. In a torch model each self-attention ``nn.MultiheadAttention``
+    becomes a ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it
+    into a model converted with the same arguments.
+
+    Any other torch model whose modules call ``torch.nn.functional.scaled_dot_product_attention``
+    is converted with ``example``. One pass in evaluation mode finds those modules; inside them the
+    calls become linear, whatever the import, with the masks of
+    ``performers.scaled_dot_product_attention``. Calls that the example does not reach stay exact,
+    unless they are made by a module inside a converted one. The dropout of a call is ignored with a
+    warning at the call. Checkpoint such a module as a whole, not a function inside its forward
+    pass. Its ``state_dict`` is saved and loaded as above; pickling works, too.
 
     Args:
         model: A transformers model whose attention goes through the attention interface, a model
-            of ``performers.models`` with exact attention, or a torch model with
-            ``nn.MultiheadAttention`` in it.
+            of sentence-transformers around one, a model of ``performers.models`` with exact
+            attention, or a torch model with ``nn.MultiheadAttention`` or calls of
+            ``scaled_dot_product_attention`` in it.
         num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
         estimator: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
@@ -63,14 +76,16 @@ def to_performer(
             fitted to the queries of ``calibration``, if any); 0: none. Only for encoders among
             transformers models: a running state holds no lists.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
-            input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few
-            thousand tokens suffice.
+            input; for sentence-transformers also lists of texts) that estimators such as
+            ``data_aware``, and lists of keys, are fitted to; a few thousand tokens suffice.
         layers: Indices of the attention layers that become linear, negative ones from the end; the
             others stay exact. Only layers that can become linear count, in the order of the model:
             not those with a sliding window. None: all.
         projection: As in ``SoftmaxFeatures``.
         cross_attention: Also convert attention from a decoder to an encoder (features alone).
         generator: Generator of the projections; None: torch's default.
+        example: Inputs of a torch model, a batch as in ``calibration``, on which its modules call
+            ``scaled_dot_product_attention``; None: only ``nn.MultiheadAttention`` is converted.
 
     Returns:
         The model.
@@ -105,7 +120,12 @@ def to_performer(
     )
     # Refuse unknown estimators and projections before the model is inspected.
     conversion.features(8, 1, torch.Generator())
-    names = convert(_family(model, conversion), calibration, generator)
+    inner = transformer_of(model)
+    if inner is not model and calibration is not None:
+        calibration = tokenized(model, calibration)
+    names = convert(_family(inner, conversion, example), calibration, generator)
+    if inner is not model:
+        pad_inputs_(model)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
 
@@ -119,7 +139,8 @@ def convert(
     conversion = family.conversion
     if conversion.listed_keys and not family.takes_lists:
         raise ValueError(
-            f"listed_keys={conversion.listed_keys} is for encoders among transformers models, and "
+            f"listed_keys={conversion.listed_keys} is for encoders among transformers models and "
+            f"models without nn.MultiheadAttention that are converted by an example, and "
             f"{family.kind} is none: pass listed_keys=0, with a larger window"
         )
     fits = not family.is_loading and check_calibration(conversion, calibration)
@@ -146,7 +167,8 @@ def convert(
     if not family.is_loading:
         if unseen := {site.name: favors[site] for site in sites if site not in called}:
             _ExpectedCalls(family.model, unseen)
-        if rates:
+        # In evaluation mode there is no dropout to miss.
+        if rates and family.model.training:
             values = ", ".join(map(str, sorted(set(rates))))
             warnings.warn(
                 f"the dropout of attention weights ({values}) is switched off in "
@@ -184,7 +206,7 @@ class _ExpectedCalls:
             )
 
 
-def _family(model: nn.Module, conversion: Conversion) -> Family:
+def _family(model: nn.Module, conversion: Conversion, example: Any) -> Family:
     try:
         from transformers import PreTrainedModel
     except ImportError:
@@ -192,6 +214,11 @@ def _family(model: nn.Module, conversion: Conversion) -> Family:
         pass
     else:
         if isinstance(model, PreTrainedModel):
+            if example is not None:
+                raise ValueError(
+                    f"example is for torch models, and {type(model).__name__} is a model of "
+                    "transformers, whose attention interface shows its attention: leave it out"
+                )
             from performers.models import PerformerConfig
 
             if isinstance(model.config, PerformerConfig):
@@ -202,6 +229,10 @@ def _family(model: nn.Module, conversion: Conversion) -> Family:
 
             return TransformersModels(model, conversion)
         _check_no_wrapper(model, PreTrainedModel)
+    if example is not None:
+        from performers.convert.families.sdpa import SdpaModules
+
+        return SdpaModules(model, conversion, example)
     from performers.convert.families.torch_modules import TorchModules
 
     return TorchModules(model, conversion)

@@ -144,6 +144,13 @@ class FeatureMap(VersionedModule):
         """
         return self
 
+    def check_calibrated(self) -> None:
+        """Check that an estimator that is fitted to data was calibrated.
+
+        Raises:
+            ValueError: It was not.
+        """
+
     def form(self) -> FeatureForm:
         """The tensors and constants that attention backends evaluate."""
         raise NotImplementedError
@@ -174,7 +181,12 @@ class FeatureMap(VersionedModule):
 
         Returns:
             Shape ``(..., L, num_features)``, or the form.
+
+        Raises:
+            ValueError: The estimator is fitted to data and was not calibrated, or ``x`` does not
+                fit.
         """
+        self.check_calibrated()
         form = self.form()
         if x is None:
             # A graph must keep this draw, and a hook may free the parameters that it loaded.

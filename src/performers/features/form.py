@@ -5,6 +5,8 @@ Every kernel estimate is ``K(q, k) = sum_i phi_i(q) phi_i(k)`` with features
 scale before it exponentiates: no feature overflows, and no additive constant biases the estimate.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -64,15 +66,15 @@ class FeatureForm(NamedTuple):
         """Return True if inner products of features estimate ``exp(q . k)``."""
         return self.kind == "trigonometric" or (self.kind == "exponential" and self.quadratic)
 
-    def to(self, dtype: torch.dtype) -> "FeatureForm":
+    def to(self, dtype: torch.dtype) -> FeatureForm:
         """The same form with its tensors in ``dtype``."""
         return self._mapped(lambda tensor: tensor.to(dtype))
 
-    def copied(self) -> "FeatureForm":
+    def copied(self) -> FeatureForm:
         """The same form with cloned tensors, in the graph of the originals."""
         return self._mapped(torch.clone)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "FeatureForm":
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> FeatureForm:
         def mapped(x: Tensor | None) -> Tensor | None:
             return None if x is None else function(x)
 

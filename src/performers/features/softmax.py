@@ -19,6 +19,7 @@ from performers.features.proposal import (
     proposed_rows,
     standard_proposal,
 )
+from performers.features.recomputation import is_traced, is_transformed
 
 Estimator = Literal[
     "positive", "hyperbolic", "trigonometric", "optimal", "sderf", "saderf", "data_aware"
@@ -41,7 +42,7 @@ class SoftmaxFeatures(FeatureMap):
 
     Four more draw their rows from a Gaussian fitted to queries and keys, and correct for that with
     a bias: ``phi(x) = exp(w_i . x' + b_i - |x'|^2 / 2) / sqrt(m)`` (``features/proposal.py`` has
-    the formulas). Call ``calibrate_`` first; until then they equal ``positive``.
+    the formulas). Call ``calibrate_`` first; until then attention with them raises.
 
     * ``data_aware``: centre and covariance fitted to pairs weighted by attention, after queries and
       keys have been transformed to one covariance. The most accurate on real heads.
@@ -83,6 +84,7 @@ class SoftmaxFeatures(FeatureMap):
     query_transform: Tensor
     key_transform: Tensor
     log_volume: Tensor
+    _is_calibrated = False
 
     def __init__(
         self,
@@ -199,6 +201,7 @@ class SoftmaxFeatures(FeatureMap):
             )
         self._moments = moments
         self._adopt(fit_proposal(self.estimator, moments))
+        self._is_calibrated = True
         return self
 
     @torch.no_grad()
@@ -207,7 +210,7 @@ class SoftmaxFeatures(FeatureMap):
         for name, tensor in fitted.named_buffers():
             if name != "weight":
                 self.get_buffer(name).copy_(tensor)
-        self._moments = fitted._moments
+        self._moments, self._is_calibrated = fitted._moments, fitted._is_calibrated
         self._changed()
         return self
 
@@ -218,12 +221,12 @@ class SoftmaxFeatures(FeatureMap):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The moments behind a fit are not saved: later samples must not be added to other ones.
-        self._moments = None
+        self._moments, self._is_calibrated = None, False
         super()._load_from_state_dict(*args, **kwargs)
 
     def reset_calibration_(self) -> "SoftmaxFeatures":
-        """Forget all samples: the estimator is ``positive`` again."""
-        self._moments = None
+        """Forget all samples."""
+        self._moments, self._is_calibrated = None, False
         if self.estimator in CALIBRATED:
             self._adopt(standard_proposal(self.num_heads or 1, self.head_dim))
         return self
@@ -259,6 +262,39 @@ class SoftmaxFeatures(FeatureMap):
             key = key.repeat_interleave(heads // key_heads, dim=1)
             key_heads = heads
         return query.unflatten(1, (key_heads, heads // key_heads)), key
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if the estimator is fitted to samples, as `calibrate_` or loading left it."""
+        if not self._is_calibrated and self.estimator in CALIBRATED:
+            # Libraries load in many ways: the buffers tell.
+            self._is_calibrated = bool(self._is_fitted())
+        return self._is_calibrated
+
+    def _is_fitted(self) -> Tensor:
+        eye = torch.eye(self.head_dim, device=self.transform.device)
+        matrices = (self.transform != eye).any() | (self.query_transform != eye).any()
+        return matrices | (self.center != 0).any()
+
+    def check_calibrated(self) -> None:
+        """Check that an estimator that is fitted to data was calibrated.
+
+        Raises:
+            ValueError: It was not.
+        """
+        if self.estimator not in CALIBRATED or self._is_calibrated:
+            return
+        message = (
+            f"estimator={self.estimator!r} is fitted to data: call calibrate_ with queries and "
+            "keys of the model first, or take estimator='positive'"
+        )
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                torch._assert_async(self._is_fitted(), message)
+            return
+        has_values = not (self.transform.is_meta or is_traced() or is_transformed())
+        if has_values and not self.is_calibrated:
+            raise ValueError(message)
 
     def form(self) -> FeatureForm:
         """The tensors and constants that attention backends evaluate."""

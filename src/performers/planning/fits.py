@@ -42,7 +42,12 @@ class Fits:
             fit = self.features(
                 approximation.estimator, num_heads, approximation.window, approximation.sinks
             )
-            favor.feature_map.adopt_calibration_(fit)
+            if fit.is_calibrated:
+                favor.feature_map.adopt_calibration_(fit)
+            else:
+                # All pairs are exact, and leave nothing to fit.
+                plain = replace(approximation, listed_keys=0, estimator="positive")
+                favor = self._build(plain, num_heads, self._seed + draw)
         if approximation.listed_keys:
             key = num_heads, approximation.listed_keys
             if key not in self._lists:

@@ -8,7 +8,7 @@ underflow: it is marked, and ``mend.py`` computes it again. Backward kernels lea
 import triton
 import triton.language as tl
 
-from performers.attention.triton.blocks import (
+from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
     LN2,

@@ -7,7 +7,8 @@ return at once.
 import triton
 import triton.language as tl
 
-from performers.attention.triton.blocks import (
+from performers.attention.triton.kernels.chunks import seen_pairs
+from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
     LN2,
@@ -24,7 +25,6 @@ from performers.attention.triton.blocks import (
     steps,
     store_rows,
 )
-from performers.attention.triton.chunks import seen_pairs
 
 
 @triton.jit

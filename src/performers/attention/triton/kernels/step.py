@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from performers.attention.triton.blocks import (
+from performers.attention.triton.kernels.parts import (
     INFINITY,
     LOWEST,
     head_of,

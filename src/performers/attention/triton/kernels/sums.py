@@ -12,7 +12,7 @@ no weight: ``a_if = 2^(e_if + s_f - log_i)``.
 import triton
 import triton.language as tl
 
-from performers.attention.triton.blocks import (
+from performers.attention.triton.kernels.parts import (
     INFINITY,
     LOWEST,
     dot,

@@ -8,7 +8,7 @@ which the features' lack ``normalizer e^(-scale |q|^2 / 2)``.
 import triton
 import triton.language as tl
 
-from performers.attention.triton.blocks import (
+from performers.attention.triton.kernels.parts import (
     INFINITY,
     LOWEST,
     dot,
@@ -67,7 +67,7 @@ def add_pairs(
 
 
 @triton.jit(do_not_specialize=["length", "size", "offset", "window", "sinks", "log_normalizer"])
-def near_rows(
+def exact_rows(
     Q, K, V, NORM, SEG, SINK_K, SINK_V, FIRST, PART_OUT, PART_LOG, OUT, LOG,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, spb, sph, spg, spl, sob, soh, sog, sol,
     stb, sth, sts, sub, suh, sus,
@@ -139,7 +139,7 @@ def near_rows(
 
 
 @triton.jit(do_not_specialize=["length", "size", "offset", "window", "sinks"])
-def near_query_gradients(
+def exact_query_gradients(
     Q, K, V, NORM, SEG, SINK_K, SINK_V, FIRST, GRAD_OUT, DELTA, LOG, GRAD_Q,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, sgb, sgh, sgg, sgl, sxb, sxh, sxg, sxl,
     stb, sth, sts, sub, suh, sus,
@@ -223,7 +223,7 @@ def key_gradients_of(
 
 
 @triton.jit(do_not_specialize=["length", "size", "offset", "window"])
-def near_key_gradients(
+def exact_key_gradients(
     Q, K, V, NORM, SEG, GRAD_OUT, DELTA, LOG, GRAD_K, GRAD_V,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, sgb, sgh, sgg, sgl,
     sxb, sxh, sxs, syb, syh, sys,
