@@ -22,7 +22,7 @@ def reading(command, model, fasta, tmp_path):
         ("train", "inputs.fasta.read_fasta"),
         ("evaluate", "scoring.evaluation.evaluate_model"),
         ("evaluate", "model_folder.load_model"),
-        ("embed", "scoring.embedding.embed_sequences"),
+        ("embed", "model.embed_sequences"),
         ("generate", "scoring.generation.generate_sequences"),
         ("report", "report.model_report.report_on_model"),
     ],
@@ -53,7 +53,7 @@ def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("performers.proteins.scoring.embedding.write_embeddings", fail)
+    monkeypatch.setattr("performers.proteins.model.embed_sequences", fail)
     output = tmp_path / "x.npz"
     _, lines = run("embed", masked, fasta, "--output", output, code=2)
     assert words in lines[-1]

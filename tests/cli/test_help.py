@@ -14,7 +14,7 @@ from tests.cli.commands import refusal, run
 from tests.proteins.runs import finish, start
 
 COMMANDS = [
-    *("train", "evaluate", "embed", "generate", "report", "demo", "probe", "convert"),
+    *("train", "evaluate", "embed", "score", "generate", "report", "demo", "probe", "convert"),
     "data swissprot",
     *("benchmark attention", "benchmark model", "benchmark decode"),
 ]

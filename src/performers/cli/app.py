@@ -14,8 +14,9 @@ from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
 from performers.cli import benchmark, data
 from performers.cli.commands import App
-from performers.cli.console import ProgressBars, note, output, print_metrics
+from performers.cli.console import ProgressBars, output, print_metrics
 from performers.cli.convert import convert
+from performers.cli.embed import embed
 from performers.cli.inputs import (
     BATCH_TOKENS,
     MODEL_AND_FASTA,
@@ -26,14 +27,17 @@ from performers.cli.inputs import (
     protein_records,
 )
 from performers.cli.probe import probe
+from performers.cli.score import score
 from performers.cli.train import train
-from performers.proteins.options import DEMO_STEPS, POOLINGS, SamplingOptions
+from performers.proteins.options import DEMO_STEPS, SamplingOptions
 
 app = App(
     no_args_is_help=True,
     help="Attention in linear time, and protein language models with it.",
 )
 app.command()(train)
+app.command()(embed)
+app.command()(score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,48 +85,6 @@ def evaluate(options: EvaluationOptions) -> None:
         print(json.dumps(metrics, indent=2))
     else:
         print_metrics({model.name: metrics})
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingOptions(Options):
-    """Options of ``performers embed``."""
-
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
-    output_file: Path = option(
-        "A .npz file (names: UTF-8 text, a name a line, as bytes; lengths; embeddings) or a "
-        ".parquet file (name, length, embedding).",
-        flag="--output",
-    )
-    pooling: str = option(
-        "mean: of the hidden states over the residues; mean-sd: their standard deviation besides, "
-        "twice as wide, which tells a little more of function.",
-        POOLINGS[0],
-        choices=POOLINGS,
-    )
-    batch_tokens: int = option(**BATCH_TOKENS)
-
-
-@app.command()
-def embed(options: EmbeddingOptions) -> None:
-    """One vector a sequence: the final hidden states, pooled over its residues."""
-    from performers.proteins.model_folder import load_model
-    from performers.proteins.scoring.embedding import embed_sequences, write_embeddings
-
-    prepare_output_file(options.output_file, (".npz", ".parquet"))
-    model, fasta = model_and_fasta(options.paths)
-    network, tokenizer = load_model(model)
-    records = protein_records(fasta)
-    with ProgressBars() as bars:
-        vectors = embed_sequences(
-            network,
-            tokenizer,
-            [record.sequence for record in records],
-            pooling=options.pooling,
-            batch_tokens=options.batch_tokens,
-            progress=bars.task("embedding"),
-        )
-    write_embeddings(options.output_file, records, vectors)
-    note(f"{len(records):,} vectors of width {vectors.shape[1]} in {options.output_file}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,6 +125,10 @@ class ProgressBars:
         """A callback of (done, total) for one piece of work."""
         return lambda done, total: self.update(name, done, total, {})
 
+    def part(self, name: str, before: int, total: int) -> Callable[[int, int], None]:
+        """A callback of (done, of the part) for a part of one piece of work."""
+        return lambda done, _: self.update(name, before + done, total, {})
+
     def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
         """A callback of (step, steps, log entry) for a training run."""
         return lambda done, total, log: self.update(name, done, total, log)

@@ -30,6 +30,15 @@ UNIPROT = (
 POOLINGS = ("mean", "mean-sd")
 """Ways from a sequence's hidden states to one vector: their mean, or that and their spread."""
 
+VECTOR_SUFFIXES = (".npz", ".parquet", ".h5", ".tsv")
+"""Formats of files of embeddings."""
+
+SCORE_METHODS = ("masked", "one-pass")
+"""Ways to score a residue with a masked model: hidden, by itself, or in sight."""
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types that a model computes in."""
+
 PROBE_FEATURES = ("embeddings", "random-weights", "composition", "dipeptides", "tripeptides")
 """Features that a probe compares, the model's own first; see `probe_features`."""
 

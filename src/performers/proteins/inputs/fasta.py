@@ -79,8 +79,10 @@ def read_fasta(
         paths = [paths]
     if not paths:
         raise ValueError("paths: expected at least one FASTA file, got none; name a file")
-    report, options = LetterReport(), {"skip_invalid": skip_invalid}
-    records = [record for path in paths for record in iter_fasta(path, report, **options)]
+    report = LetterReport()
+    records = [
+        record for path in paths for record in iter_fasta(path, report, skip_invalid=skip_invalid)
+    ]
     return records, report
 
 
@@ -250,7 +252,8 @@ class _CheckedLines:
                 if not self.headers_seen:
                     raise FastaError(
                         self.place,
-                        f"not FASTA: the first line must begin with '>', not with {residues[:12]!a}",
+                        "not FASTA: the first line must begin with '>', not with "
+                        f"{residues[:12]!a}",
                         "give a FASTA file",
                     )
                 fault = self._fault(residues)

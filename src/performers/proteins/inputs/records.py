@@ -116,14 +116,18 @@ class LetterReport:
             parts.append(f"non-standard letters kept: {counts}")
         if self.duplicate_names:
             parts.append(f"{self.duplicate_names:,} records repeat the name of an earlier one")
-        if self.skipped:
-            reasons = ", ".join(
-                f"{problem} {count:,} (first at {place})"
-                for problem, (count, place) in self.skipped.items()
-            )
-            total = sum(count for count, _ in self.skipped.values())
-            parts.append(f"{total:,} records skipped: {reasons}")
         return "; ".join(parts) or None
+
+    def skips(self) -> str | None:
+        """Describe the records that were left out in one line; None where there are none."""
+        if not self.skipped:
+            return None
+        reasons = ", ".join(
+            f"{problem} {count:,} (first at {place})"
+            for problem, (count, place) in self.skipped.items()
+        )
+        total = sum(count for count, _ in self.skipped.values())
+        return f"{total:,} records skipped: {reasons}"
 
     def skip(self, fault: FastaError) -> None:
         """Count a record that is left out."""
