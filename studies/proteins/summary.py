@@ -1,4 +1,4 @@
-"""Means over seeds, and verdicts on the paper's claims."""
+"""Means over seeds, and verdicts on the paper's claims by a paired bootstrap."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 METRICS = ("accuracy", "perplexity")
+
+_REPLICATES = 4000
+_CHUNK = 200
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Spread:
         return shown if self.sd is None else f"{shown} ± {factor * self.sd:.{digits}f}"
 
 
+Counts: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Correct predictions and targets, each ``(sequences,)``."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One attention under one objective.
@@ -44,6 +54,8 @@ class Row:
         baseline: The unigram baseline on the same residues by (split, metric).
         seconds: Seconds of training.
         parameters: Parameters of the model.
+        counts: Correct predictions and targets of each sequence, by split and then seed; empty
+            for runs that were scored without.
     """
 
     objective: str
@@ -52,6 +64,7 @@ class Row:
     baseline: dict[tuple[str, str], float]
     seconds: Spread
     parameters: int
+    counts: dict[str, dict[int, Counts]]
 
 
 def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -> list[Row]:
@@ -78,7 +91,18 @@ def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -
             (split, metric): first["scores"][split][f"baseline_{metric}"] for split, metric in cells
         }
         seconds = Spread({seed: run["seconds"] for seed, run in found.items()})
-        rows.append(Row(*key, scores, baseline, seconds, first["parameters"]))
+        counts = {
+            split: {
+                seed: (
+                    np.array(run["scores"][split]["correct_by_sequence"]),
+                    np.array(run["scores"][split]["tokens_by_sequence"]),
+                )
+                for seed, run in found.items()
+                if "correct_by_sequence" in run["scores"][split]
+            }
+            for split in first["scores"]
+        }
+        rows.append(Row(*key, scores, baseline, seconds, first["parameters"], counts))
     return rows
 
 
@@ -92,20 +116,62 @@ class Claim:
             accuracy.
         least: See ``difference``.
         strict: Whether it should be more than ``least``.
+        interval: 95% confidence interval of the difference; see `paired_interval`.
+        obstacle: Reason why there is no verdict.
     """
 
     text: str
     difference: Spread
     least: float
     strict: bool
+    interval: tuple[float, float] | None = None
+    obstacle: str = ""
 
     @property
     def verdict(self) -> str:
-        """A word; a difference within one standard deviation of ``least`` decides nothing."""
-        over = self.difference.mean - self.least
-        if self.difference.sd is not None and abs(over) < self.difference.sd:
-            return "undecided"
-        return "holds" if (over > 0 if self.strict else over >= 0) else "does not hold"
+        """A word where the interval lies on one side of ``least``; "undecided" elsewhere."""
+        if self.obstacle or self.interval is None:
+            return f"none: {self.obstacle or 'no scores by sequence'}"
+        low, high = self.interval
+        if low > self.least or (low >= self.least and not self.strict):
+            return "holds"
+        if high < self.least or (high <= self.least and self.strict):
+            return "does not hold"
+        return "undecided"
+
+
+def paired_interval(
+    ahead: Mapping[int, Counts], behind: Mapping[int, Counts]
+) -> tuple[float, float]:
+    """95% confidence interval of a difference of accuracies, in percentage points.
+
+    A bootstrap with two levels: each replicate draws sequences with replacement, the same ones for
+    both models and all seeds, and then seeds; percentiles of the replicates. Few seeds make it too
+    narrow rather than too wide.
+
+    Args:
+        ahead: Counts by seed.
+        behind: Counts on the same sequences and targets, by the same seeds.
+
+    Raises:
+        ValueError: The two were not scored on the same targets.
+    """
+    seeds = sorted(ahead)
+    tokens = np.stack([ahead[seed][1] for seed in seeds])
+    if not np.array_equal(tokens, np.stack([behind[seed][1] for seed in seeds])):
+        raise ValueError("ahead, behind: expected counts of the same targets")
+    won = np.stack([ahead[seed][0] - behind[seed][0] for seed in seeds])
+    random = np.random.default_rng(0)
+    sequences = tokens.shape[1]
+    shares = np.full(sequences, 1 / sequences)
+    found = []
+    for _ in range(_REPLICATES // _CHUNK):
+        drawn = random.multinomial(sequences, shares, size=_CHUNK)
+        differences = (drawn @ won.T) / np.maximum(drawn @ tokens.T, 1)
+        chosen = random.integers(len(seeds), size=differences.shape)
+        found.append(np.take_along_axis(differences, chosen, axis=1).mean(1))
+    low, high = 100 * np.percentile(np.concatenate(found), (2.5, 97.5))
+    return float(low), float(high)
 
 
 # Text, the attention ahead, the one behind, the split, the least difference, and whether a tie is
@@ -139,5 +205,26 @@ def claims(rows: Iterable[Row]) -> list[Claim]:
             both = sorted(one.keys() & other.keys())
             if both:
                 difference = Spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
-                found.append(Claim(f"{word}: {text}", difference, least, strict))
+                interval, obstacle = _judge(high, low, split, both)
+                claim = Claim(f"{word}: {text}", difference, least, strict, interval, obstacle)
+                found.append(claim)
     return found
+
+
+def _judge(
+    high: Row, low: Row, split: str, seeds: Sequence[int]
+) -> tuple[tuple[float, float] | None, str]:
+    """Confidence interval of a difference, and the reason why it allows no verdict."""
+    counts = [
+        {seed: row.counts[split][seed] for seed in seeds if seed in row.counts[split]}
+        for row in (high, low)
+    ]
+    interval = None
+    if all(len(part) == len(seeds) for part in counts):
+        interval = paired_interval(*counts)
+    if len(seeds) < 2:
+        return interval, "one seed"
+    for row in (high, low):
+        if row.scores[split, "accuracy"].mean <= row.baseline[split, "accuracy"]:
+            return interval, f"{row.attention} is not above the frequency baseline"
+    return interval, ""
