@@ -84,7 +84,9 @@ def test_scores_are_tables_and_json(masked, fasta, tmp_path):
     )
     assert substitutions[6] == ["b", "1", "X", *[""] * 20]
     run(*arguments, "--output", tmp_path / "x.json")
-    first, second = json.loads((tmp_path / "x.json").read_text())["proteins"]
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["provenance"]["model"]["path"] == str(masked)
+    first, second = content["proteins"]
     assert (first["name"], first["header"]) == ("P1", "sp|P1|ONE_HUMAN first")
     np.testing.assert_allclose(second["log_likelihoods"], expected[1].log_likelihoods, atol=1e-3)
 

@@ -12,6 +12,7 @@ import typer
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
+from performers.app.provenance import KEY, provenance
 from performers.cli import benchmark, data
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, output, print_metrics
@@ -35,9 +36,9 @@ app = App(
     no_args_is_help=True,
     help="Attention in linear time, and protein language models with it.",
 )
-app.command()(train)
-app.command()(embed)
-app.command()(score)
+app.command(example="performers train proteins.fasta.gz --output model --steps 10000")(train)
+app.command(example="performers embed proteins.fasta --output vectors.h5 --per-residue")(embed)
+app.command(example="performers score proteins.fasta --substitutions substitutions.tsv")(score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class EvaluationOptions(Options):
     seed: int = option(**SEED)
 
 
-@app.command()
+@app.command(example="performers evaluate model held-out.fasta --json")
 def evaluate(options: EvaluationOptions) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
     from performers.proteins.model_folder import load_model, model_max_length
@@ -82,7 +83,8 @@ def evaluate(options: EvaluationOptions) -> None:
             "diverged, or its files are damaged: train anew or copy it again"
         )
     if options.as_json:
-        print(json.dumps(metrics, indent=2))
+        made = provenance("evaluation", seed=options.seed, model=model)
+        print(json.dumps({**metrics, KEY: made}, indent=2))
     else:
         print_metrics({model.name: metrics})
 
@@ -97,7 +99,7 @@ class GenerationFiles(Options):
     )
 
 
-@app.command()
+@app.command(example="performers generate model --prompt MKT --num 5 --output new.fasta")
 def generate(files: GenerationFiles, options: SamplingOptions) -> None:
     """Sample new sequences from a causal model, as FASTA."""
     from performers.proteins.inputs.fasta import write_fasta
@@ -129,7 +131,7 @@ class ReportOptions(Options):
     max_length: int = option("Tokens read of each; attention maps are quadratic.", 256, at_least=3)
 
 
-@app.command()
+@app.command(example="performers report proteins.fasta --output report")
 def report(options: ReportOptions) -> None:
     """Attention maps, known sites and amino-acid similarity as one HTML page."""
     from performers.proteins.model_folder import load_model
@@ -167,7 +169,7 @@ class DemoOptions(Options):
     resume: bool = option("Continue an interrupted demo.", False)
 
 
-@app.command()
+@app.command(example="performers demo --output performers-demo")
 def demo(options: DemoOptions) -> None:
     """Train three small models on real proteins, compare them, and show what they learnt."""
     from performers.proteins.demo import EVALUATED, run_demo
@@ -187,7 +189,16 @@ def demo(options: DemoOptions) -> None:
     output.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
-app.command(extra="probe", lower="--batch-tokens, --max-length or --max-sequences")(probe)
-app.command(extra="convert", lower="--length or --batch-size")(convert)
+app.command(
+    extra="probe",
+    lower="--batch-tokens, --max-length or --max-sequences",
+    example="performers probe proteins.fasta --labels labels.tsv --groups clusters.tsv --output "
+    "probe",
+)(probe)
+app.command(
+    extra="convert",
+    lower="--length or --batch-size",
+    example="performers convert bert-folder --data texts.txt --output converted",
+)(convert)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")

@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from performers.app.errors import Interrupted, UserError
-from performers.app.files import (
-    prepare_output_folder,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from performers.app.files import prepare_output_folder, read_json, write_atomically
 from performers.app.options import Options, option
+from performers.app.provenance import write_result
 from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output
@@ -131,7 +127,7 @@ def measure_and_write(
         note(f"{len(results.rows):,} rows kept from {path}")
 
     def save(results: Results) -> None:
-        write_json(path, results.content())
+        write_result(path, results.content(), "benchmark", seed=results.settings.get("seed"))
         write_atomically(folder / "results.csv", results.csv().encode())
 
     results.saved = save

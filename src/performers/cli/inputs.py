@@ -31,6 +31,7 @@ DEVICE: dict[str, Any] = {
     "help": "cpu, cuda, cuda:1 or another device of torch; a CUDA device by default where there "
     "is one.",
     "default": None,
+    "group": "Computation",
 }
 DTYPE: dict[str, Any] = {
     "help": f"Type to compute in: {', '.join(DTYPES)}; as the model was saved by default.",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from performers.app.files import prepare_output_folder, write_json
+from performers.app.files import prepare_output_folder
 from performers.app.options import Options, argument, option
+from performers.app.provenance import write_result
 from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.inputs import (
     BATCH_TOKENS,
@@ -17,7 +18,8 @@ from performers.cli.inputs import (
     model_and_fasta,
     protein_records,
 )
-from performers.proteins.options import POOLINGS, PROBE_FEATURES, ProbeOptions
+from performers.proteins.options import POOLINGS
+from performers.proteins.probe.options import PROBE_FEATURES, ProbeOptions
 
 # <bos> and <eos> around every protein.
 _FRAME = 2
@@ -112,7 +114,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
         "pooling": inputs.pooling,
         **found,
     }
-    write_json(folder / "probe.json", found)
+    write_result(folder / "probe.json", found, "probe", seed=options.seed, model=model)
     save_figure(probe_figure(found), folder / "probe.png")
     # Those of the task were said before the long part.
     _print(found, found["notes"][len(task.notes) :])

@@ -13,6 +13,7 @@ from typing import IO, Any
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file, replacement
 from performers.app.options import Options, argument, option
+from performers.app.provenance import KEY, provenance
 from performers.cli.console import ProgressBars, note
 from performers.cli.inputs import (
     BATCH_TOKENS,
@@ -78,7 +79,7 @@ def score(options: ScoreOptions) -> None:
         model = load(folder, device=options.device, dtype=options.dtype)
         bars = stack.enter_context(ProgressBars())
         model.check_length(proteins.letters.longest)
-        write = stack.enter_context(_proteins(options.output_file))
+        write = stack.enter_context(_proteins(options.output_file, folder))
         place = ("name", "position", "residue")
         residues = stack.enter_context(_table(options.residues, (*place, "log_likelihood")))
         substitutions = stack.enter_context(_table(options.substitutions, (*place, *AMINO_ACIDS)))
@@ -103,7 +104,7 @@ def score(options: ScoreOptions) -> None:
 
 
 @contextmanager
-def _proteins(path: Path | None) -> Iterator[Callable[..., None]]:
+def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
     """Writer of a protein and its score, to a table or to JSON."""
     if path is None or path.suffix.lower() == ".tsv":
         with _table(path, _HEADINGS, sys.stdout) as row:
@@ -114,7 +115,9 @@ def _proteins(path: Path | None) -> Iterator[Callable[..., None]]:
             )
         return
     with replacement(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        separator = "{\n" + '"proteins": ['
+        made = json.dumps({KEY: provenance("score", model=model)}, indent=2)
+        # One object, written a protein at a time.
+        separator = made.removesuffix("\n}") + ',\n  "proteins": ['
 
         def write(record: Any, found: Any) -> None:
             nonlocal separator
@@ -131,7 +134,7 @@ def _proteins(path: Path | None) -> Iterator[Callable[..., None]]:
             separator = ","
 
         yield write
-        file.write("\n]\n}\n")
+        file.write("\n  ]\n}\n")
 
 
 @contextmanager

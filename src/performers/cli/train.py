@@ -62,6 +62,7 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             validation=held_out,
             resume=files.resume,
             progress=bars.training("training"),
+            announce=note,
         )
     note(f"{result['steps']:,} steps in {result['seconds']:.0f} s, model in {files.output_folder}")
     if "eval_accuracy" in result:

@@ -12,6 +12,7 @@ from typing import Any
 
 from performers.app.errors import UserError
 from performers.app.files import read_json, write_atomically, write_json
+from performers.app.provenance import write_result
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.shards import (
     FORMAT,
@@ -164,7 +165,7 @@ def prepare_corpus(
         "vocabulary": list(VOCABULARY),
         "splits": entries,
     }
-    write_json(manifest_file, manifest)
+    write_result(manifest_file, manifest, "corpus", seed=options.seed)
     shutil.rmtree(work)
     return manifest
 

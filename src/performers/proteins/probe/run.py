@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.progress import Progress
-from performers.proteins.options import ProbeOptions
 from performers.proteins.probe.fit import (
     ProbeFit,
     fit_probe,
     require_scikit_learn,
 )
-from performers.proteins.probe.splits import ProbeSplit, plan_splits
+from performers.proteins.probe.options import ProbeOptions
+from performers.proteins.probe.splits import ProbeSplit, plan_splits, split_groups
 from performers.proteins.probe.task import ProbeTask
 
 # Terms, and the classes of enzymes as tools/go_labels.py names them.
@@ -76,7 +76,7 @@ def run_probe(
             raise ValueError(f"features[{name!r}] must have {count} rows, got {matrix.shape[0]}")
     if not features:
         raise ValueError("features must hold at least one matrix, got none")
-    groups = task.groups if options.split == "groups" else np.arange(count)
+    groups = split_groups(task, options)
     splits, kept, dropped = plan_splits(task, options)
     targets: NDArray[np.bool_] = np.asarray(task.targets[:, kept])
     labels = [task.labels[column] for column in kept]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
-from performers.proteins.options import ProbeOptions
+from performers.proteins.probe.options import ProbeOptions
 from performers.proteins.probe.task import ProbeTask
 
 
@@ -83,6 +83,14 @@ def split_proteins(
     return ProbeSplit(*rows)
 
 
+def split_groups(task: ProbeTask, options: ProbeOptions) -> NDArray[np.int64]:
+    """Number of the group of each protein; for a random split each protein is its own."""
+    groups = task.groups if options.split == "groups" else np.arange(len(task.proteins))
+    if groups is None:
+        raise ValueError("task.groups must not be None for split='groups'")
+    return groups
+
+
 def plan_splits(
     task: ProbeTask, options: ProbeOptions
 ) -> tuple[list[ProbeSplit], list[int], dict[str, str]]:
@@ -95,9 +103,7 @@ def plan_splits(
     Raises:
         UserError: Labels are too rare, or the groups cannot be split.
     """
-    groups = task.groups if options.split == "groups" else np.arange(len(task.proteins))
-    if groups is None:
-        raise ValueError("task.groups must not be None for split='groups'")
+    groups = split_groups(task, options)
     splits = [
         split_proteins(groups, test=options.test, validation=options.validation, seed=seed)
         for seed in range(options.seed, options.seed + options.repeats)

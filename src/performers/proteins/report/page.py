@@ -25,7 +25,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from performers.app.figures import Pictures
-from performers.app.files import write_atomically, write_json
+from performers.app.files import write_atomically
+from performers.app.provenance import write_result
 from performers.proteins.reading.analysis import ModelAnalysis, analyse_model
 from performers.proteins.reading.head_scores import COLUMN_FRACTION, HeadScore, HeadScores
 from performers.proteins.reading.learnt import KINDS, MATRICES, finite, learnt_numbers
@@ -131,7 +132,8 @@ def write_report(
         column_fraction=COLUMN_FRACTION,
         **content,
     )
-    write_json(folder / "report.json", _numbers(title, models, [s["learnt"] for s in sections]))
+    numbers = _numbers(title, models, [s["learnt"] for s in sections])
+    write_result(folder / "report.json", numbers, "report")
     report = folder / "report.html"
     write_atomically(report, page.encode("utf-8"))
     return report
