@@ -39,7 +39,11 @@ class ResultFiles(Options):
     resume: bool = option("Keep what --output holds already, measure the rest.", False)
 
 
-@app.command(extra="benchmark", lower="--lengths or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--lengths or --batch",
+    example="performers benchmark attention --output attention-benchmark",
+)
 def attention(files: ResultFiles, settings: AttentionSettings) -> None:
     """Attention: ours, torch's exact attention, and other libraries that are installed."""
     from performers.benchmark.cases.attention import ATTENTION
@@ -47,7 +51,11 @@ def attention(files: ResultFiles, settings: AttentionSettings) -> None:
     _run(ATTENTION, files, settings)
 
 
-@app.command(extra="benchmark", lower="--lengths or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--lengths or --batch",
+    example="performers benchmark model --output model-benchmark",
+)
 def model(files: ResultFiles, settings: ModelSettings) -> None:
     """Training steps: forward, loss, backward and Adam, against attention that does nothing."""
     from performers.benchmark.cases.model import MODEL
@@ -55,7 +63,11 @@ def model(files: ResultFiles, settings: ModelSettings) -> None:
     _run(MODEL, files, settings)
 
 
-@app.command(extra="benchmark", lower="--contexts or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--contexts or --batch",
+    example="performers benchmark decode --output decode-benchmark",
+)
 def decode(files: ResultFiles, settings: DecodeSettings) -> None:
     """Decoding: time per token and bytes of state, against a cache of keys and values."""
     from performers.benchmark.cases.decode import DECODE

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class TrainingFiles(Options):
     """Files of a training run."""
 
-    fasta: list[Path] = argument("FASTA files, plain or gzipped, or a folder of performers data.")
+    fasta: list[Path] = argument(
+        "FASTA files, plain or compressed, - for standard input, or a folder of performers data."
+    )
     output_folder: Path = option("Folder of the model.", flag="--output")
     resume: bool = option("Continue the run in --output exactly.", False)
     validation: list[Path] | None = option("FASTA file to validate on (repeatable).", None)
