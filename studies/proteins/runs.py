@@ -148,6 +148,7 @@ def execute(run: Run, data: StudyData, folder: Path, report: Report = lambda *wo
             [record.sequence for record in records],
             max_length=options.max_length,
             batch_tokens=max(8192, options.max_length),
+            by_sequence=True,
         )
     report(f"scoring {run.name}", len(data.scored), len(data.scored), {})
     result |= {name: trained[name] for name in ("parameters", "steps", "seconds")}

@@ -1,18 +1,28 @@
-"""Means over seeds, and verdicts on the paper's claims, as JSON holds them."""
+"""Means over seeds and, by a paired bootstrap, verdicts on the paper's claims."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 METRICS = ("accuracy", "perplexity")
+
+_REPLICATES = 4000
+_CHUNK = 200
+
+Counts: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Correct predictions and targets, each ``(sequences,)``."""
 
 Row = Mapping[str, Any]
 """One attention under one objective: ``objective``, ``attention``, ``parameters``, ``seconds`` (a
 spread), ``scores`` (split to metric to spread) and ``baseline`` (split to metric to the number that
-the unigram baseline has on the same residues)."""
+the unigram baseline has on the same residues). Runs that were scored by sequence also give
+``counts``: split to seed to correct predictions and targets of each sequence."""
 
 
 def spread(values: Mapping[int, float]) -> dict[str, Any]:
@@ -63,9 +73,53 @@ def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -
                     split: {m: first["scores"][split][f"baseline_{m}"] for m in METRICS}
                     for split in splits
                 },
+                "counts": {
+                    split: {
+                        seed: [
+                            run["scores"][split][f"{x}_by_sequence"] for x in ("correct", "tokens")
+                        ]
+                        for seed, run in runs.items()
+                        if "correct_by_sequence" in run["scores"][split]
+                    }
+                    for split in splits
+                },
             }
         )
     return rows
+
+
+def paired_interval(
+    ahead: Mapping[int, Counts], behind: Mapping[int, Counts]
+) -> tuple[float, float]:
+    """95% confidence interval of a difference of accuracies, in percentage points.
+
+    A bootstrap with two levels: each replicate draws sequences with replacement, the same ones for
+    both models and all seeds, and then seeds; percentiles of the replicates. Few seeds make it too
+    narrow rather than too wide.
+
+    Args:
+        ahead: Counts by seed.
+        behind: Counts on the same sequences and targets, by the same seeds.
+
+    Raises:
+        ValueError: The two were not scored on the same targets.
+    """
+    seeds = sorted(ahead)
+    tokens = np.stack([ahead[seed][1] for seed in seeds])
+    if not np.array_equal(tokens, np.stack([behind[seed][1] for seed in seeds])):
+        raise ValueError("ahead, behind: expected counts of the same targets")
+    won = np.stack([ahead[seed][0] - behind[seed][0] for seed in seeds])
+    random = np.random.default_rng(0)
+    sequences = tokens.shape[1]
+    shares = np.full(sequences, 1 / sequences)
+    found = []
+    for _ in range(_REPLICATES // _CHUNK):
+        drawn = random.multinomial(sequences, shares, size=_CHUNK)
+        differences = (drawn @ won.T) / np.maximum(drawn @ tokens.T, 1)
+        chosen = random.integers(len(seeds), size=differences.shape)
+        found.append(np.take_along_axis(differences, chosen, axis=1).mean(1))
+    low, high = 100 * np.percentile(np.concatenate(found), (2.5, 97.5))
+    return float(low), float(high)
 
 
 # Text, the attention ahead, the one behind, the split, the least difference, and whether a tie is
@@ -91,32 +145,67 @@ def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Returns:
         For each its ``claim``, the ``difference`` (a spread, percentage points of accuracy) that
-        should be at least ``least``, or more (``strict``), and the ``verdict``; a difference within
-        one standard deviation of ``least`` decides nothing.
+        should be at least ``least``, or more (``strict``), its 95% ``interval`` (see
+        `paired_interval`) or None, and the ``verdict``: a word where the interval lies on one side
+        of ``least``, "undecided" elsewhere, and "none" with the reason where there can be none.
     """
-    by_name = {(row["objective"], row["attention"]): row["scores"] for row in rows}
+    by_name = {(row["objective"], row["attention"]): row for row in rows}
     found = []
     for objective, word in (("mlm", "masked"), ("clm", "causal")):
         for text, above, below, split, least, strict in _CLAIMS:
             high, low = by_name.get((objective, above)), by_name.get((objective, below))
             if high is None or low is None:
                 continue
-            one, other = (scores[split]["accuracy"]["values"] for scores in (high, low))
+            one, other = (row["scores"][split]["accuracy"]["values"] for row in (high, low))
             both = sorted(one.keys() & other.keys())
             if both:
                 difference = spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
-                over, sd = difference["mean"] - least, difference["sd"]
-                if sd is not None and abs(over) < sd:
-                    verdict = "undecided"
-                else:
-                    verdict = "holds" if over > 0 or (over == 0 and not strict) else "does not hold"
+                interval, obstacle = _judge(high, low, split, both)
                 found.append(
                     {
                         "claim": f"{word}: {text}",
                         "difference": difference,
                         "least": least,
                         "strict": strict,
-                        "verdict": verdict,
+                        "interval": interval,
+                        "verdict": _verdict(interval, obstacle, least, strict),
                     }
                 )
     return found
+
+
+def _judge(
+    high: Row, low: Row, split: str, seeds: Sequence[int]
+) -> tuple[tuple[float, float] | None, str]:
+    """Confidence interval of a difference, and the reason why it allows no verdict."""
+    counts = []
+    for row in (high, low):
+        by_seed = row["counts"].get(split, {})
+        counts.append({seed: _arrays(by_seed[seed]) for seed in seeds if seed in by_seed})
+    interval = None
+    if all(len(part) == len(seeds) for part in counts):
+        interval = paired_interval(*counts)
+    if len(seeds) < 2:
+        return interval, "one seed"
+    for row in (high, low):
+        if row["scores"][split]["accuracy"]["mean"] <= row["baseline"][split]["accuracy"]:
+            return interval, f"{row['attention']} is not above the frequency baseline"
+    return interval, "" if interval else "no scores by sequence"
+
+
+def _arrays(counts: Sequence[Sequence[int]]) -> Counts:
+    correct, tokens = (np.array(x) for x in counts)
+    return correct, tokens
+
+
+def _verdict(
+    interval: tuple[float, float] | None, obstacle: str, least: float, strict: bool
+) -> str:
+    if obstacle or interval is None:
+        return f"none: {obstacle}"
+    low, high = interval
+    if low > least or (low == least and not strict):
+        return "holds"
+    if high < least or (high == least and strict):
+        return "does not hold"
+    return "undecided"

@@ -19,6 +19,7 @@ SCORES = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "base
 
 def assert_complete(output, steps):
     metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics.pop("provenance")["schema"] == "performers/demo/1"
     assert metrics.keys() == MODELS
     for name, model in metrics.items():
         for split in ("test", "ood"):

@@ -12,7 +12,7 @@ from tests.cli.commands import refusal, run
         ("train {fasta} --output {new}", "inputs.fasta.read_fasta"),
         ("evaluate {model} {fasta}", "scoring.evaluation.evaluate_model"),
         ("evaluate {model} {fasta}", "model_folder.load_model"),
-        ("embed {model} {fasta} --output {new}.npz", "scoring.embedding.embed_sequences"),
+        ("embed {model} {fasta} --output {new}.npz", "model.embed_sequences"),
         ("generate {model}", "scoring.generation.generate_sequences"),
         ("report {model} {fasta} --output {new}", "report.model_report.report_on_model"),
     ],
@@ -40,7 +40,7 @@ def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_pat
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("performers.proteins.scoring.embedding.write_embeddings", fail)
+    monkeypatch.setattr("performers.proteins.model.embed_sequences", fail)
     output = tmp_path / "x.npz"
     _, lines = run("embed", masked, fasta, "--output", output, code=2)
     assert words in lines[-1]

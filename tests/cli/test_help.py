@@ -14,7 +14,7 @@ from tests.cli.commands import refusal, run
 from tests.proteins.runs import finish, start
 
 COMMANDS = [
-    *("train", "evaluate", "embed", "generate", "report", "demo", "probe", "convert"),
+    *("train", "evaluate", "embed", "score", "generate", "report", "demo", "probe", "convert"),
     "data swissprot",
     *("benchmark attention", "benchmark model", "benchmark decode"),
 ]
@@ -47,6 +47,7 @@ def test_every_command_has_help_and_refuses_an_unknown_option(command):
     out, _ = run(*command.split(), "--help")
     assert "Usage:" in out
     assert "--output" in out or command == "evaluate"
+    assert f"Example: performers {command} " in out
     line = refusal(*command.split(), "--bogus")
     assert "--bogus" in line
     assert line.endswith(f" {command} --help")
@@ -68,6 +69,33 @@ def test_help_needs_no_torch():
         "print(heavy & {*sys.modules})"
     )
     assert finish(start("-W", "error", "-c", code)) == (0, "set()\n", "")
+
+
+def test_options_of_training_are_grouped():
+    out, _ = run("train", "--help")
+    headings = re.findall(r"─ ([A-Z][a-z ]+) ─", out)
+    assert headings == [
+        *("Arguments", "Options", "Model", "Batches", "Optimisation", "Device and memory"),
+        "Validation and logs",
+    ]
+
+
+def test_a_typo_is_answered_and_completion_works_without_torch():
+    assert "Did you mean 'train'" in refusal("trian")
+    code = (
+        "import sys; sys.argv = ['performers']\n"
+        "try:\n"
+        "    from performers.cli import main; main()\n"
+        "finally:\n"
+        "    print({'torch', 'transformers', 'numpy'} & {*sys.modules})"
+    )
+    completing = {
+        "_PERFORMERS_COMPLETE": "complete_bash",
+        "COMP_WORDS": "performers tr",
+        "COMP_CWORD": "1",
+    }
+    _, out, error = finish(start("-c", code, **completing))
+    assert out.splitlines() == ["train", "set()"], error
 
 
 def test_names_that_help_spells_are_those_of_the_packages():

@@ -43,6 +43,32 @@ def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path):
         assert sum(words in line for line in out.splitlines()) == 1
     assert out.count("the C chosen is the") == sum("the C chosen" in n for n in found["notes"])
     assert any("fitting" in line for line in lines)
+    tables = [line for line in out.splitlines() if " ± " in line and not line.startswith("Note")]
+    # Whole rows: of five features, two tables of three metrics, and differences from the first.
+    assert len(tables) == 2 * 5 + 2 * 4
+    assert max(map(len, tables)) <= 80
+
+
+def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("performers.proteins.model_folder.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    table = tmp_path / "labels.tsv"
+    names = [record.name for record in motif_records()]
+    command = ["probe", masked, labelled, "--output", "new", "--labels", table, *FAST]
+    for content, words in (
+        ("# made by hand\nq1\tx\n", f"in the labels such as 'q1' ({table}:2)"),
+        (f"\n{names[0]}\tx\n", f"{table}:2: the 1 labelled proteins of the FASTA files have 1"),
+        (
+            "".join(f"{name}\t{'x' if n < 3 else 'y'}\n" for n, name in enumerate(names)),
+            f"{table}: 0 of 2 labels have 5 proteins with and without them in each part",
+        ),
+    ):
+        table.write_text(content)
+        assert words in refusal(*command)
+    assert not (tmp_path / "new").exists()
 
 
 def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):

@@ -1,5 +1,6 @@
 """``performers evaluate``, ``embed``, ``generate`` and ``report`` on models that are there."""
 
+import hashlib
 import json
 import re
 
@@ -28,10 +29,18 @@ def model(request):
 def test_evaluate_prints_what_the_library_computes(model, fasta):
     out, _ = run("evaluate", model, fasta, "--json")
     metrics = json.loads(out)
+    made = metrics.pop("provenance")
+    assert made["schema"] == "performers/evaluation/1"
+    assert made["seed"] == 0
+    weights = (model / "model.safetensors").read_bytes()
+    assert made["model"] == {"path": str(model), "sha256": hashlib.sha256(weights).hexdigest()}
+    assert made.keys() == {"schema", "date", "command", "versions", "seed", "model"}
     assert metrics.keys() == KEYS | {"sequences"}
     expected = evaluate_model(*load_model(model), proteins(), max_length=40)
     assert metrics == pytest.approx(expected, rel=1e-6)
-    assert json.loads(run("evaluate", model, fasta, "--json")[0]) == metrics
+    again = json.loads(run("evaluate", model, fasta, "--json")[0])
+    assert again.pop("provenance").keys() == made.keys()
+    assert again == metrics
     out, _ = run("evaluate", model, fasta)
     assert f"{100 * metrics['accuracy']:.2f}%" in out
     assert f"{metrics['baseline_perplexity']:.3f}" in out
@@ -40,6 +49,7 @@ def test_evaluate_prints_what_the_library_computes(model, fasta):
 def test_options_of_evaluate_reach_the_library(masked, fasta):
     arguments = ["--max-length", 20, "--mask-probability", 0.4, "--seed", 3, "--batch-tokens", 64]
     metrics = json.loads(run("evaluate", masked, fasta, "--json", *arguments)[0])
+    assert metrics.pop("provenance")["seed"] == 3
     expected = evaluate_model(
         *load_model(masked), proteins(), max_length=20, mask_probability=0.4, seed=3
     )

@@ -23,9 +23,9 @@ BAD_FASTA = {
     "truncated-gzip": (WHOLE[:-12], "the gzip data end too early"),
     "corrupt-gzip": (WHOLE[:20] + b"\x00" * 8 + WHOLE[28:], "the gzip data are corrupt"),
     "illegal-letter": (b">a\nMKT\n>b\nMKT\nM1T\n", ":5: illegal letter '1'"),
-    "gap": (b">a\nMK-T\n", ":2: illegal letter '-' in a sequence; remove the gaps"),
+    "gap": (b">a\nMK-T\n", ":2: illegal letter '-' in the record 'a'; remove the gaps"),
     "stop-inside": (b">a\nMK*T\n", ":2: illegal letter '*'"),
-    "zero-length": (b">a\nMKT\n>b\n>c\nMKT\n", ":3: the record 'b' has no residues"),
+    "zero-length": (b">a\nMKT\n>b\n>c\nMKT\n", ":3: no residues in the record 'b'"),
     "no-name": (b">\nMKT\n", ":1: the header has no name"),
     "utf-16": (">a\nMKT\n".encode("utf-16"), ": this is UTF-16 text"),
 }

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
     return folder
 
 
-def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
+def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "--output") -> Path:
     """Check that a result file can be written, before the work that fills it.
 
     Args:
         path: The file; one that exists is replaced.
         suffixes: The suffixes to choose from.
+        flag: The flag that names the file, for messages.
 
     Returns:
         The path.
@@ -60,9 +62,9 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
         UserError: The suffix is none of `suffixes`, or the file cannot be written.
     """
     if path.suffix.lower() not in suffixes:
-        raise UserError(f"--output {path} must end with {' or '.join(suffixes)}")
+        raise UserError(f"{flag} {path} must end with {' or '.join(suffixes)}")
     if path.is_dir():
-        raise UserError(f"--output {path} is a folder; give a file")
+        raise UserError(f"{flag} {path} is a folder; give a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,20 +74,27 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
         in_the_way = isinstance(error, FileExistsError)
         reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
         raise UserError(
-            f"--output {path} cannot be written ({reason}); give another place"
+            f"{flag} {path} cannot be written ({reason}); give another place"
         ) from error
     return path
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one in its folder, making missing folders."""
+@contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Context of a temporary file beside another, whose place it takes if nothing is raised."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file through a temporary one beside it, making missing folders."""
+    with replacement(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -64,6 +64,7 @@ class Declaration:
         rising: Whether the numbers of a tuple are positive and rise.
         config: Attribute of the model's configuration that the option sets.
         changes_result: Whether a run with another value is another run.
+        group: Heading of the help for this option and those after it.
     """
 
     help: str
@@ -78,6 +79,7 @@ class Declaration:
     rising: bool = False
     config: str | None = None
     changes_result: bool = True
+    group: str | None = None
 
     def check(self, flag: str, value: Any) -> None:
         """Check a value.

@@ -14,10 +14,12 @@ import performers
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import Options, argument, option
+from performers.app.provenance import KEY, provenance
 from performers.cli import benchmark, data
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output, print_metrics
 from performers.cli.convert import convert
+from performers.cli.embed import embed
 from performers.cli.inputs import (
     BATCH_TOKENS,
     MODEL_AND_FASTA,
@@ -28,8 +30,9 @@ from performers.cli.inputs import (
     protein_records,
 )
 from performers.cli.probe import probe
+from performers.cli.score import score
 from performers.cli.train import train
-from performers.proteins.options import DEMO_STEPS, POOLINGS, SamplingOptions
+from performers.proteins.options import DEMO_STEPS, SamplingOptions
 
 app = App(
     no_args_is_help=True,
@@ -52,7 +55,9 @@ def options(
     """Options of ``performers`` without a command."""
 
 
-app.command()(train)
+app.command(example="performers train proteins.fasta.gz --output model --steps 10000")(train)
+app.command(example="performers embed proteins.fasta --output vectors.h5 --per-residue")(embed)
+app.command(example="performers score proteins.fasta --substitutions substitutions.tsv")(score)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class EvaluationOptions(Options):
     seed: int = option(**SEED)
 
 
-@app.command()
+@app.command(example="performers evaluate model held-out.fasta --json")
 def evaluate(options: EvaluationOptions) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
     from performers.proteins.model_folder import load_model, model_max_length
@@ -97,51 +102,10 @@ def evaluate(options: EvaluationOptions) -> None:
             "diverged, or its files are damaged: train anew or copy it again"
         )
     if options.as_json:
-        print(json.dumps(metrics, indent=2))
+        made = provenance("evaluation", seed=options.seed, model=model)
+        print(json.dumps({**metrics, KEY: made}, indent=2))
     else:
         print_metrics({model.name: metrics})
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingOptions(Options):
-    """Options of ``performers embed``."""
-
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
-    output_file: Path = option(
-        "A .npz file (names: UTF-8 text, a name a line, as bytes; lengths; embeddings) or a "
-        ".parquet file (name, length, embedding).",
-        flag="--output",
-    )
-    pooling: str = option(
-        "mean: of the hidden states over the residues; mean-sd: their standard deviation besides, "
-        "twice as wide, which tells a little more of function.",
-        POOLINGS[0],
-        choices=POOLINGS,
-    )
-    batch_tokens: int = option(**BATCH_TOKENS)
-
-
-@app.command()
-def embed(options: EmbeddingOptions) -> None:
-    """One vector a sequence: the final hidden states, pooled over its residues."""
-    from performers.proteins.model_folder import load_model
-    from performers.proteins.scoring.embedding import embed_sequences, write_embeddings
-
-    prepare_output_file(options.output_file, (".npz", ".parquet"))
-    model, fasta = model_and_fasta(options.paths)
-    network, tokenizer = load_model(model)
-    records = protein_records(fasta)
-    with ProgressBars() as bars:
-        vectors = embed_sequences(
-            network,
-            tokenizer,
-            [record.sequence for record in records],
-            pooling=options.pooling,
-            batch_tokens=options.batch_tokens,
-            progress=bars.task("embedding"),
-        )
-    write_embeddings(options.output_file, records, vectors)
-    note(f"{len(records):,} vectors of width {vectors.shape[1]} in {options.output_file}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +118,7 @@ class GenerationFiles(Options):
     )
 
 
-@app.command()
+@app.command(example="performers generate model --prompt MKT --num 5 --output new.fasta")
 def generate(files: GenerationFiles, options: SamplingOptions) -> None:
     """Sample new sequences from a causal model, as FASTA."""
     from performers.proteins.inputs.fasta import write_fasta
@@ -198,7 +162,7 @@ class ReportOptions(Options):
     )
 
 
-@app.command()
+@app.command(example="performers report proteins.fasta --output report")
 def report(options: ReportOptions) -> None:
     """One HTML page: a map of the proteins, each residue's probability, attention, similarity."""
     from performers.proteins.model_folder import load_model
@@ -243,7 +207,7 @@ class DemoOptions(Options):
     resume: bool = option("Continue an interrupted demo.", False)
 
 
-@app.command()
+@app.command(example="performers demo --output performers-demo")
 def demo(options: DemoOptions) -> None:
     """Train three small models on real proteins, compare them, and show what they learnt."""
     from performers.proteins.demo import EVALUATED, run_demo
@@ -263,7 +227,16 @@ def demo(options: DemoOptions) -> None:
     output.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
-app.command(extra="probe", lower="--batch-tokens, --max-length or --max-sequences")(probe)
-app.command(extra="convert", lower="--length or --batch-size")(convert)
+app.command(
+    extra="probe",
+    lower="--batch-tokens, --max-length or --max-sequences",
+    example="performers probe proteins.fasta --labels labels.tsv --groups clusters.tsv --output "
+    "probe",
+)(probe)
+app.command(
+    extra="convert",
+    lower="--length or --batch-size",
+    example="performers convert bert-folder --data texts.txt --output converted",
+)(convert)
 app.add_typer(benchmark.app, name="benchmark")
 app.add_typer(data.app, name="data")

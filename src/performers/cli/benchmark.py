@@ -11,13 +11,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from performers.app.errors import Interrupted, UserError
-from performers.app.files import (
-    prepare_output_folder,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from performers.app.files import prepare_output_folder, read_json, write_atomically
 from performers.app.options import Options, option
+from performers.app.provenance import write_result
 from performers.benchmark.settings import AttentionSettings, DecodeSettings, ModelSettings
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output
@@ -43,7 +39,11 @@ class ResultFiles(Options):
     resume: bool = option("Keep what --output holds already, measure the rest.", False)
 
 
-@app.command(extra="benchmark", lower="--lengths or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--lengths or --batch",
+    example="performers benchmark attention --output attention-benchmark",
+)
 def attention(files: ResultFiles, settings: AttentionSettings) -> None:
     """Attention: ours, torch's exact attention, and other libraries that are installed."""
     from performers.benchmark.cases.attention import ATTENTION
@@ -51,7 +51,11 @@ def attention(files: ResultFiles, settings: AttentionSettings) -> None:
     _run(ATTENTION, files, settings)
 
 
-@app.command(extra="benchmark", lower="--lengths or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--lengths or --batch",
+    example="performers benchmark model --output model-benchmark",
+)
 def model(files: ResultFiles, settings: ModelSettings) -> None:
     """Training steps: forward, loss, backward and Adam, against attention that does nothing."""
     from performers.benchmark.cases.model import MODEL
@@ -59,7 +63,11 @@ def model(files: ResultFiles, settings: ModelSettings) -> None:
     _run(MODEL, files, settings)
 
 
-@app.command(extra="benchmark", lower="--contexts or --batch")
+@app.command(
+    extra="benchmark",
+    lower="--contexts or --batch",
+    example="performers benchmark decode --output decode-benchmark",
+)
 def decode(files: ResultFiles, settings: DecodeSettings) -> None:
     """Decoding: time per token and bytes of state, against a cache of keys and values."""
     from performers.benchmark.cases.decode import DECODE
@@ -131,7 +139,7 @@ def measure_and_write(
         note(f"{len(results.rows):,} rows kept from {path}")
 
     def save(results: Results) -> None:
-        write_json(path, results.content())
+        write_result(path, results.content(), "benchmark", seed=results.settings.get("seed"))
         write_atomically(folder / "results.csv", results.csv().encode())
 
     results.saved = save

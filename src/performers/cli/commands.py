@@ -29,9 +29,7 @@ class App(typer.Typer):
     """Commands that answer a mistake in their arguments in one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            cls=_Group, pretty_exceptions_enable=False, add_completion=False, **options
-        )
+        super().__init__(cls=_Group, pretty_exceptions_enable=False, **options)
 
     def command(
         self,
@@ -39,15 +37,17 @@ class App(typer.Typer):
         *,
         extra: str = "proteins",
         lower: str = _LOWER,
+        example: str | None = None,
         **options: Any,
     ) -> Callable[[Any], Any]:
         """Register a function of dataclasses of options as a command.
 
         The fields of every parameter that is a subclass of `Options` become flags; other
         parameters are typer's, as are other options. ``extra`` and ``lower`` are those of
-        `one_line_errors`.
+        `one_line_errors`; ``example`` is a call, shown below the help.
         """
-        register = super().command(name, cls=_Command, **options)
+        epilog = f"Example: {example}" if example else None
+        register = super().command(name, cls=_Command, epilog=epilog, **options)
 
         def decorate(function: Callable[..., None]) -> Callable[..., None]:
             register(_with_flags(function, extra, lower))
@@ -74,10 +74,13 @@ def _with_flags(function: Callable[..., None], extra: str, lower: str) -> Callab
     for name, parameter in inspect.signature(function).parameters.items():
         if isinstance(hints[name], type) and issubclass(hints[name], Options):
             groups[name] = hints[name]
+            panel = None
             for item in fields(hints[name]):
+                declared = item.metadata.get("option")
+                panel = (declared and declared.group) or panel
                 # An option of two groups is one flag.
                 if "option" in item.metadata and item.name not in parameters:
-                    parameters[item.name] = _parameter(hints[name], item)
+                    parameters[item.name] = _parameter(hints[name], item, panel)
         else:
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters[name] = parameter.replace(kind=keyword, annotation=hints[name])
@@ -93,8 +96,8 @@ def _with_flags(function: Callable[..., None], extra: str, lower: str) -> Callab
     return run
 
 
-def _parameter(group: type[Options], item: Field[Any]) -> inspect.Parameter:
-    """A field as a parameter of typer."""
+def _parameter(group: type[Options], item: Field[Any], panel: str | None) -> inspect.Parameter:
+    """A field as a parameter of typer, below a heading of the help."""
     declared, flag = item.metadata["option"], group.flag(item.name)
     hint = get_type_hints(group)[item.name]
     default = inspect.Parameter.empty if item.default is MISSING else item.default
@@ -110,7 +113,7 @@ def _parameter(group: type[Options], item: Field[Any]) -> inspect.Parameter:
     else:
         # A switch that is on has a flag to turn it off.
         names = f"{flag}/--no-{flag[2:]}" if default is True else flag
-        info = typer.Option(names, help=declared.help)
+        info = typer.Option(names, help=declared.help, rich_help_panel=panel)
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]
     )

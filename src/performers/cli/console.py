@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from performers.app.processes import is_first_process
+from performers.app.progress import duration
 
 output = Console(highlight=False)
 messages = Console(stderr=True, highlight=False)
@@ -118,18 +119,17 @@ class ProgressBars:
             self._tenths[name] = tenth
             left = (now - begun) * (total - done) / max(done - first, 1)
             if left >= 1 and done > first:
-                text = f"{text}  about {_duration(left)} left"
+                text = f"{text}  about {duration(left)} left"
             note(f"{name}: {done:,} of {total:,}  {text.strip()}".rstrip())
 
     def task(self, name: str) -> Callable[[int, int], None]:
         """A callback of (done, total) for one piece of work."""
         return lambda done, total: self.update(name, done, total, {})
 
+    def part(self, name: str, before: int, total: int) -> Callable[[int, int], None]:
+        """A callback of (done, of the part) for a part of one piece of work."""
+        return lambda done, _: self.update(name, before + done, total, {})
+
     def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
         """A callback of (step, steps, log entry) for a training run."""
         return lambda done, total, log: self.update(name, done, total, log)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

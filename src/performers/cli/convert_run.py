@@ -10,7 +10,8 @@ import torch
 from performers.app.conversion import ConversionOptions
 from performers.app.errors import Interrupted, UserError
 from performers.app.figures import save_figure
-from performers.app.files import read_json, write_atomically, write_json
+from performers.app.files import read_json, write_atomically
+from performers.app.provenance import write_result
 from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_speed
 from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
@@ -110,4 +111,11 @@ def _run(
 
 
 def _save(record: ConversionRecord, folder: Path) -> None:
-    write_json(folder / _RECORD, record.content())
+    options = record.options
+    write_result(
+        folder / _RECORD,
+        record.content(),
+        "conversion",
+        seed=options.get("seed"),
+        model=Path(options["model"]) if "model" in options else None,
+    )

@@ -37,7 +37,7 @@ class CorpusFiles(Options):
     resume: bool = option("Continue the preparation in --output.", False)
 
 
-@app.command()
+@app.command(example="performers data swissprot --output swissprot")
 def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
     """Swiss-Prot, or other sequences: distinct, clustered, split, and on disk as tokens.
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
 from performers.cli.console import note
 from performers.proteins.embedded import PRETRAINED, pretrained_folder
+from performers.proteins.options import DTYPES
 
 if TYPE_CHECKING:
-    from performers.proteins.inputs.fasta import ProteinRecord
+    from performers.proteins.inputs.records import LetterReport, ProteinRecord
 
 
 BATCH_TOKENS: dict[str, Any] = {
@@ -20,9 +23,24 @@ BATCH_TOKENS: dict[str, Any] = {
 }
 SEED: dict[str, Any] = {"help": "Random seed.", "default": 0, "at_least": 0, "below": 2**32}
 NEW_FOLDER: dict[str, Any] = {"help": "A new folder.", "flag": "--output"}
+SKIP_INVALID: dict[str, Any] = {
+    "help": "Leave out records that cannot be read as protein, and count them.",
+    "default": False,
+}
+DEVICE: dict[str, Any] = {
+    "help": "cpu, cuda, cuda:1 or another device of torch; a CUDA device by default where there "
+    "is one.",
+    "default": None,
+    "group": "Computation",
+}
+DTYPE: dict[str, Any] = {
+    "help": f"Type to compute in: {', '.join(DTYPES)}; as the model was saved by default.",
+    "default": None,
+    "choices": DTYPES,
+}
 MODEL_AND_FASTA: dict[str, Any] = {
     "help": f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then "
-    "FASTA files, plain or gzipped.",
+    "FASTA files, plain or compressed (gzip, bzip2, xz, Zstandard), or - for standard input.",
     "flag": "[MODEL] FASTA...",
 }
 """Options that several commands have; `model_and_fasta` reads the last."""
@@ -54,7 +72,7 @@ def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
         if not rest:
             raise UserError("give at least one FASTA file after the model")
         return first, rest
-    if not first.exists():
+    if not first.exists() and str(first) != "-":
         raise UserError(
             f"{first}: no such file or folder; give a model's folder and FASTA files, or FASTA "
             f"files alone to read them with {PRETRAINED}"
@@ -71,3 +89,63 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     if not records:
         raise UserError("the FASTA files hold no sequence")
     return records
+
+
+class ProteinFiles:
+    """Context of the proteins of FASTA files, which are checked whole before any is read.
+
+    Memory does not grow with the number of proteins but for their names.
+
+    Args:
+        paths: FASTA files; pipes and standard input are copied to temporary files.
+        skip_invalid: Leave out records at fault.
+
+    Raises:
+        UserError: A file or a record is at fault, or no sequence is left.
+    """
+
+    letters: LetterReport
+
+    def __init__(self, paths: list[Path], *, skip_invalid: bool) -> None:
+        self._paths = paths
+        self._skip_invalid = skip_invalid
+        self._stack = ExitStack()
+        self._sources: list[tuple[Path, str]] = []
+
+    def __enter__(self) -> ProteinFiles:
+        from performers.proteins.inputs.records import LetterReport
+        from performers.proteins.inputs.streams import rereadable
+
+        with ExitStack() as stack:
+            self._sources = stack.enter_context(rereadable(self._paths))
+            self.letters = LetterReport()
+            for _ in self._records(self.letters):
+                pass
+            note(self.letters.summary())
+            if not self.letters.records:
+                note(self.letters.skips())
+                raise UserError("the FASTA files hold no sequence")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def chunks(self, residues: int) -> Iterator[list[ProteinRecord]]:
+        """Neighbouring proteins, of about so many residues together."""
+        chunk: list[ProteinRecord] = []
+        size = 0
+        for record in self._records(None):
+            chunk.append(record)
+            size += len(record.sequence)
+            if size >= residues:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
+
+    def _records(self, letters: LetterReport | None) -> Iterator[ProteinRecord]:
+        from performers.proteins.inputs.fasta import iter_fasta
+
+        for path, name in self._sources:
+            yield from iter_fasta(path, letters, skip_invalid=self._skip_invalid, name=name)

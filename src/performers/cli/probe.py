@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from performers.app.files import prepare_output_folder, write_json
+from performers.app.files import prepare_output_folder
 from performers.app.options import Options, argument, option
+from performers.app.provenance import write_result
 from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.inputs import (
     BATCH_TOKENS,
@@ -17,7 +18,13 @@ from performers.cli.inputs import (
     model_and_fasta,
     protein_records,
 )
-from performers.proteins.options import POOLINGS, PROBE_FEATURES, ProbeOptions
+from performers.proteins.options import POOLINGS
+from performers.proteins.probe.options import PROBE_FEATURES, ProbeOptions
+
+# <bos> and <eos> around every protein.
+_FRAME = 2
+# Metrics side by side in 80 columns.
+_COLUMNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,33 +61,36 @@ class ProbeInputs(Options):
 
 def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     """Predict labels of proteins from embeddings, and from what embeddings must beat."""
-    from performers.app.figures import save_figure
-    from performers.proteins.model_folder import load_model
-    from performers.proteins.probe.features import feature_notes, probe_features
-    from performers.proteins.probe.figure import probe_figure
     from performers.proteins.probe.fit import require_scikit_learn
     from performers.proteins.probe.labels import read_groups, read_labels
-    from performers.proteins.probe.run import run_probe
+    from performers.proteins.probe.splits import plan_splits
     from performers.proteins.probe.task import build_task
 
     require_scikit_learn()
     model, fasta = model_and_fasta(inputs.paths)
-    network, tokenizer = load_model(model)
-    records = protein_records(fasta)
-    special = tokenizer.num_special_tokens_to_add()
     task = build_task(
-        records,
+        protein_records(fasta),
         labels=read_labels(inputs.labels) if inputs.labels else None,
         groups=read_groups(inputs.groups) if inputs.groups else None,
         grouped=options.split == "groups",
         max_per_group=inputs.per_group,
         max_sequences=inputs.max_sequences,
-        max_residues=inputs.max_length - special if inputs.max_length else None,
+        max_residues=inputs.max_length - _FRAME if inputs.max_length else None,
         seed=options.seed,
     )
     for line in task.notes:
         note(line)
+    # All that can be refused is refused before the model is loaded.
+    plan_splits(task, options)
     folder = prepare_output_folder(inputs.output_folder)
+
+    from performers.app.figures import save_figure
+    from performers.proteins.model_folder import load_model
+    from performers.proteins.probe.features import feature_notes, probe_features
+    from performers.proteins.probe.figure import probe_figure
+    from performers.proteins.probe.run import run_probe
+
+    network, tokenizer = load_model(model)
     with ProgressBars() as bars:
         found = run_probe(
             probe_features(
@@ -104,7 +114,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
         "pooling": inputs.pooling,
         **found,
     }
-    write_json(folder / "probe.json", found)
+    write_result(folder / "probe.json", found, "probe", seed=options.seed, model=model)
     save_figure(probe_figure(found), folder / "probe.png")
     # Those of the task were said before the long part.
     _print(found, found["notes"][len(task.notes) :])
@@ -132,20 +142,24 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
     metrics = [
         name for name in METRICS if name in next(iter(found["features"].values()))["metrics"]
     ]
-    headings = ("", *(METRICS[name] for name in metrics))
-    rows = [
-        (name, *(_with_sd(row["metrics"][metric]) for metric in metrics))
-        for name, row in found["features"].items()
-    ]
-    output.print(table(headings, rows))
+    tables = -(-len(metrics) // _COLUMNS)
+    size = -(-len(metrics) // tables)
+    parts_of_metrics = [metrics[start : start + size] for start in range(0, len(metrics), size)]
+    for part in parts_of_metrics:
+        rows = [
+            (name, *(_with_sd(row["metrics"][metric]) for metric in part))
+            for name, row in found["features"].items()
+        ]
+        output.print(table(("", *(METRICS[metric] for metric in part)), rows))
     if found["differences"]:
         first = next(iter(found["features"]))
-        output.print(f"{first} minus the others, paired by split (splits in which {first} won):")
-        rows = [
-            (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in metrics))
-            for name, row in found["differences"].items()
-        ]
-        output.print(table(headings, rows))
+        output.print(f"{first} minus the others, paired by split (and how many of them it won):")
+        for part in parts_of_metrics:
+            rows = [
+                (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in part))
+                for name, row in found["differences"].items()
+            ]
+            output.print(table(("", *(METRICS[metric] for metric in part)), rows))
     for line in notes:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
 

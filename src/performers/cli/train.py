@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 class TrainingFiles(Options):
     """Files of a training run."""
 
-    fasta: list[Path] = argument("FASTA files, plain or gzipped, or a folder of performers data.")
+    fasta: list[Path] = argument(
+        "FASTA files, plain or compressed, - for standard input, or a folder of performers data."
+    )
     output_folder: Path = option("Folder of the model.", flag="--output")
     resume: bool = option("Continue the run in --output exactly.", False)
     validation: list[Path] | None = option("FASTA file to validate on (repeatable).", None)
@@ -62,6 +64,7 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             validation=held_out,
             resume=files.resume,
             progress=bars.training("training"),
+            announce=note,
         )
     note(f"{result['steps']:,} steps in {result['seconds']:.0f} s, model in {files.output_folder}")
     if "eval_accuracy" in result:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import Interrupted, UserError
-from performers.app.files import read_json, write_json
+from performers.app.files import read_json
+from performers.app.provenance import write_result
 from performers.proteins.embedded import embedded_fasta
 from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
 from performers.proteins.options import DEMO_STEPS, TrainingOptions
@@ -127,7 +128,7 @@ def run_demo(
     described = [found[name][1] for name in MODELS]
     metrics = {name: found[name][0] for name in MODELS}
     write_report(output, models=described, title="Three protein models on Swiss-Prot families")
-    write_json(output / "metrics.json", metrics)
+    write_result(output / "metrics.json", metrics, "demo", seed=seed)
     return metrics
 
 

@@ -16,21 +16,29 @@ from performers.app.files import read_json
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import check_manifest
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
+from performers.proteins.options import DTYPES
 
 
-def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a protein language model and its tokenizer, in eval mode on the best device.
+def load_model(
+    folder: Path, *, device: str | None = None, dtype: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a protein language model and its tokenizer, in eval mode.
 
     Args:
         folder: A folder that ``performers train`` wrote.
+        device: Device of torch; by default a CUDA device where there is one.
+        dtype: One of ``DTYPES``; as saved by default.
 
     Returns:
         The model, masked or causal as it was trained, and the tokenizer.
 
     Raises:
         UserError: The folder holds no model, its files do not fit together, or they are not those
-            that its manifest lists.
+            that its manifest lists; the device is not available, or the type unknown.
     """
+    place = available_device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a model folder; give one that performers train wrote to --output"
@@ -79,8 +87,28 @@ def load_model(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"{folder} has a tokenizer of {len(tokenizer)} tokens but a model of "
             f"{model.config.vocab_size}; their files do not belong together"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
+    return model.to(place, getattr(torch, dtype) if dtype else None).eval(), tokenizer
+
+
+def available_device(name: str | None) -> torch.device:
+    """The device of a name; for None a CUDA device where there is one, and else the CPU.
+
+    Raises:
+        UserError: The name is none of a device, or the device is not available.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        usable = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
+        reason = str(error).partition("\n")[0][:120]
+        raise UserError(
+            f"--device {name} is not available ({reason}); the devices here are {usable}"
+        ) from error
+    return device
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

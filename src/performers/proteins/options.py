@@ -1,4 +1,4 @@
-"""Options of training runs, corpora and probes, and the names that they choose from."""
+"""Options of training runs, corpora and sampling, and the names that they choose from."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ ESTIMATORS = ("positive", "hyperbolic", "trigonometric")
 
 DEMO_STEPS = 2400
 
+TRACKERS = ("tensorboard", "wandb")
+"""Trackers of experiments that a training logs to."""
+
 UNIPROT = (
     "https://ftp.uniprot.org/pub/databases/uniprot/current_release/knowledgebase/complete/"
     "uniprot_sprot.fasta.gz"
@@ -30,16 +33,14 @@ UNIPROT = (
 POOLINGS = ("mean", "mean-sd")
 """Ways from a sequence's hidden states to one vector: their mean, or that and their spread."""
 
-PROBE_FEATURES = ("embeddings", "random-weights", "composition", "dipeptides", "tripeptides")
-"""Features that a probe compares, the model's own first; see `probe_features`."""
+VECTOR_SUFFIXES = (".npz", ".parquet", ".h5", ".tsv")
+"""Formats of files of embeddings."""
 
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Values that C is chosen from, the inverse strength of the L2 penalty in scikit-learn's terms.
+SCORE_METHODS = ("masked", "one-pass")
+"""Ways to score a residue with a masked model: hidden, by itself, or in sight."""
 
-Wide enough for hundreds of standardised columns, which want strong penalties, and for sparse rows
-of unit norm, which want weak ones.
-"""
-
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+"""Types that a model computes in."""
 
 COLDEST, HOTTEST = 1e-3, 1e3
 """Temperatures beyond which scaled logits are not finite or no longer differ."""
@@ -57,6 +58,7 @@ class TrainingOptions(Options):
         "mlm: predict masked residues; clm: predict the next residue.",
         "mlm",
         choices=("mlm", "clm"),
+        group="Model",
     )
     attention: str = option(
         f"One of {', '.join(ATTENTIONS)}.",
@@ -110,6 +112,7 @@ class TrainingOptions(Options):
         1024,
         at_least=3,
         config="max_position_embeddings",
+        group="Batches",
     )
     packed: bool = option("Fill rows of --max-length with several sequences.", False)
     across_sequences: bool = option("In packed rows, attend across sequences.", False)
@@ -117,7 +120,7 @@ class TrainingOptions(Options):
         "Tokens in a batch on each process, padding included.", 8192, at_least=1
     )
     accumulation: int = option("Batches per optimiser step.", 1, at_least=1)
-    steps: int = option("Optimiser steps.", 1000, at_least=1)
+    steps: int = option("Optimiser steps.", 1000, at_least=1, group="Optimisation")
     optimizer: str = option(
         "adamw, or muon for the matrices (torch 2.9 or later).", "adamw", choices=("adamw", "muon")
     )
@@ -140,7 +143,19 @@ class TrainingOptions(Options):
     seed: int = option(
         "Random seed of weights, data order, masks and features.", 0, at_least=0, below=2**32
     )
-    bf16: bool = option("Mixed precision in bfloat16.", False)
+    device: str = option(
+        "cpu, cuda or another kind of device of torch; auto takes an accelerator where there is "
+        "one.",
+        "auto",
+        changes_result=False,
+        group="Device and memory",
+    )
+    dtype: str | None = option(
+        "float32, the default, or bfloat16 for mixed precision.",
+        None,
+        choices=("float32", "bfloat16"),
+    )
+    bf16: bool = option("The same as --dtype bfloat16.", False)
     gradient_checkpointing: bool = option(
         "Recompute activations in the backward pass: less memory, more time.", False
     )
@@ -160,6 +175,7 @@ class TrainingOptions(Options):
         0.05,
         at_least=0,
         at_most=0.9,
+        group="Validation and logs",
     )
     log_steps: int = option("Steps between log entries.", 10, at_least=1, changes_result=False)
     eval_steps: int | None = option(
@@ -174,6 +190,12 @@ class TrainingOptions(Options):
         at_least=1,
         changes_result=False,
     )
+    report_to: tuple[str, ...] | None = option(
+        "Trackers to log to: tensorboard (into --output), wandb; with a comma between.",
+        None,
+        choices=TRACKERS,
+        changes_result=False,
+    )
 
     def __post_init__(self) -> None:
         """Check ranges, combinations of options and the memory of the model.
@@ -183,6 +205,11 @@ class TrainingOptions(Options):
                 trained in the memory of this machine; the message names the flag.
         """
         super().__post_init__()
+        if self.bf16 and self.dtype == "float32":
+            raise OptionError("--bf16 is --dtype bfloat16; leave out --bf16 or --dtype float32")
+        # One setting with two names, of which the older is recorded.
+        object.__setattr__(self, "bf16", self.bf16 or self.dtype == "bfloat16")
+        object.__setattr__(self, "dtype", None)
         if self.attention not in ATTENTIONS:
             # A program may have registered others.
             from performers.models.registry import ATTENTIONS as REGISTERED
@@ -328,44 +355,6 @@ class CorpusOptions(Options):
                 "--validation-fraction, --test-fraction and --ood-fraction leave less than a "
                 "tenth to train on; lower them"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeOptions(Options):
-    """Options of the fits of probes.
-
-    Attributes:
-        test: Share of the proteins to test on.
-        validation: Share of the proteins to choose the penalty on.
-        strengths: Values that C is chosen from.
-    """
-
-    split: str = option(
-        "groups: no group is both trained and tested on; random: relatives of the test sequences "
-        "are trained on.",
-        "groups",
-        choices=("groups", "random"),
-    )
-    repeats: int = option("Number of splits.", 5, at_least=1)
-    seed: int = option(
-        "Random seed; of the first split, the others follow.", 0, at_least=0, below=2**32
-    )
-    test: float = 0.2
-    validation: float = 0.1
-    min_count: int = option(
-        "Labels with or without fewer proteins in a part of a split are dropped.", 50, at_least=1
-    )
-    strengths: tuple[float, ...] = STRENGTHS
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UserError: An option is out of range; the message names its flag.
-        """
-        super().__post_init__()
-        if not self.strengths or min(self.strengths) <= 0:
-            raise OptionError(f"strengths must be values of C above 0, got {self.strengths}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,9 +60,9 @@ REFUSED = {
     "two stops": (b">a\nMK**\n", ":2: illegal letter '*'"),
     "two lines of stops": (b">a\nMK*\n*\n", ":2: illegal letter '*'"),
     "stop in the last": (b">a\nMK\n*\n>b\nA\n>c\nA*A", ":7: illegal letter '*'"),
-    "no residues": (b">a\nMKT\n\n>empty one\n\n", ":4: the record 'empty' has no residues"),
-    "only a stop": (b">a\nMKT\n>empty one\n*\n", ":3: the record 'empty' has no residues"),
-    "none before another": (b">empty one\n>c\nMK\n", ":1: the record 'empty' has no residues"),
+    "no residues": (b">a\nMKT\n\n>empty one\n\n", ":4: no residues in the record 'empty'"),
+    "only a stop": (b">a\nMKT\n>empty one\n*\n", ":3: no residues in the record 'empty'"),
+    "none before another": (b">empty one\n>c\nMK\n", ":1: no residues in the record 'empty'"),
     "no name": (b">a\nMKT\n> \nMKT\n", ":3: the header has no name"),
     "empty": (b"", ": the file is empty"),
     "blank": (b" \r\n\n", ": the file is empty"),
@@ -135,7 +135,7 @@ def test_reads_names_descriptions_and_sequences(file):
         ProteinRecord("a", "first protein", "MKTLLV"),
         ProteinRecord("b", "", "ACDE"),
     ]
-    assert report == LetterReport(records=2, residues=10)
+    assert report == LetterReport(records=2, residues=10, longest=6)
     assert report.summary() is None
 
 

@@ -9,10 +9,10 @@ import pytest
 from scipy import sparse
 
 from performers.app.errors import UserError
-from performers.proteins.options import STRENGTHS, ProbeOptions
 from performers.proteins.probe.features import kmer_frequencies
 from performers.proteins.probe.figure import probe_figure
 from performers.proteins.probe.fit import fit_probe
+from performers.proteins.probe.options import STRENGTHS, ProbeOptions
 from performers.proteins.probe.run import run_probe
 from performers.proteins.probe.splits import split_proteins
 from performers.proteins.probe.task import ProbeTask, build_task

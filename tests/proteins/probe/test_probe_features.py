@@ -6,7 +6,6 @@ import torch
 
 from performers.app.errors import UserError
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.options import PROBE_FEATURES
 from performers.proteins.probe.features import (
     feature_notes,
     kmer_frequencies,
@@ -14,6 +13,7 @@ from performers.proteins.probe.features import (
     probe_features,
     untrained,
 )
+from performers.proteins.probe.options import PROBE_FEATURES
 from performers.proteins.scoring.embedding import embed_sequences
 from tests.proteins.runs import make_model, proteins
 

@@ -1,14 +1,12 @@
 """One vector a sequence: the mean over its residues, alone or in a batch."""
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.tokenizer import encode_sequences
-from performers.proteins.scoring.embedding import embed_sequences, write_embeddings
+from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from tests.proteins.runs import make_model, proteins
 
 
@@ -67,39 +65,17 @@ def test_a_protein_of_40000_residues_is_read_whole(attention):
     assert np.abs(vector - changed).max() > 1e-4
 
 
-RECORDS = [ProteinRecord("b", "", "MKT"), ProteinRecord("a", "x", "M"), ProteinRecord("b", "", "W")]
-VECTORS = np.arange(12, dtype=np.float32).reshape(3, 4)
-
-
-def names_in(file):
-    return file["names"].tobytes().decode().split("\n")
-
-
-def test_files_hold_names_lengths_and_vectors(tmp_path):
-    for name in ("x.npz", "x.parquet"):
-        write_embeddings(tmp_path / name, RECORDS, VECTORS)
-    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
-        assert set(file) == {"names", "lengths", "embeddings"}
-        assert names_in(file) == ["b", "a", "b"]
-        assert file["lengths"].tolist() == [3, 1, 1]
-        np.testing.assert_array_equal(file["embeddings"], VECTORS)
-    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
-    assert table.column_names == ["name", "length", "embedding"]
-    assert table["name"].to_pylist() == ["b", "a", "b"]
-    assert table["length"].to_pylist() == [3, 1, 1]
-    assert table["embedding"].to_pylist() == VECTORS.tolist()
-    assert str(table["embedding"].type) == "fixed_size_list<element: float>[4]"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "x.parquet"]
-    with pytest.raises(ValueError, match=r"names of one line, got 'a\\nb'"):
-        write_embeddings(tmp_path / "x.npz", [ProteinRecord("a\nb", "", "MKT")], VECTORS[:1])
-
-
-def test_one_long_name_does_not_lengthen_the_others(tmp_path):
-    names = [*(f"p{n}" for n in range(500)), "n" * 20_000, "protéine"]
-    records = [ProteinRecord(name, "", "MKT") for name in names]
-    write_embeddings(tmp_path / "x.npz", records, np.zeros((len(names), 1), np.float32))
-    with np.load(tmp_path / "x.npz") as file:
-        assert names_in(file) == names
-    text = sum(len(name.encode()) + 1 for name in names)
-    # Eight bytes a length and four a vector; the rest is headers.
-    assert (tmp_path / "x.npz").stat().st_size < text + 12 * len(names) + 2000
+def test_residues_of_a_layer_are_its_hidden_states():
+    model, tokenizer = make_model()
+    sequences = ["MKTAYIAK", "W"]
+    for layer, state in ((0, 0), (-2, 1), (2, 2), (None, 2)):
+        residues = embed_residues(model, tokenizer, sequences, layer=layer, batch_tokens=50)
+        means = embed_sequences(model, tokenizer, sequences, layer=layer)
+        for sequence, vectors, mean in zip(sequences, residues, means, strict=True):
+            tokens = torch.from_numpy(encode_sequences(tokenizer, [sequence])[0])[None].long()
+            with torch.no_grad():
+                hidden = model.base_model(tokens, output_hidden_states=True).hidden_states[state]
+            np.testing.assert_allclose(vectors, hidden[0, 1:-1].numpy(), atol=2e-5)
+            np.testing.assert_allclose(vectors.mean(0), mean, atol=2e-5)
+    with pytest.raises(UserError, match=r"--layer must be 0 .* to 2 .* got 3"):
+        embed_residues(model, tokenizer, sequences, layer=3)

@@ -159,3 +159,19 @@ def test_the_model_and_the_random_state_are_left_as_they_were():
 def test_what_cannot_be_evaluated_is_refused(sequences, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_model(*make_model(), sequences, **options)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_sequences_are_counted_apart(objective):
+    model, tokenizer = make_model(objective)
+    sequences = [*proteins(4, longest=30), "M" * 50]
+    options = {"max_length": 40, "batch_tokens": 90}
+    found = evaluate_model(model, tokenizer, sequences, by_sequence=True, **options)
+    correct, tokens = found.pop("correct_by_sequence"), found.pop("tokens_by_sequence")
+    assert found == evaluate_model(model, tokenizer, sequences, **options)
+    assert sum(tokens) == found["tokens"]
+    assert sum(correct) == round(found["accuracy"] * found["tokens"])
+    if objective == "clm":
+        alone = [evaluate_model(model, tokenizer, [letters], **options) for letters in sequences]
+        assert tokens == [one["tokens"] for one in alone]
+        assert correct == [round(one["accuracy"] * one["tokens"]) for one in alone]

@@ -1,6 +1,8 @@
 """Training runs: what they write, what they learn, and what they refuse."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from performers.app.errors import UserError
 from performers.features import FeatureMap
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.training import arguments
 from performers.proteins.training import train as training
 from performers.proteins.training.train import train_model
 from tests.proteins.runs import history, losses, proteins, same_weights, small_options, weights
@@ -237,3 +240,55 @@ def test_what_cannot_be_trained_leaves_the_folder_empty(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--optimizer muon: .*2\.9 or later"):
         train(tmp_path, optimizer="muon")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_estimate_comes_before_the_first_step_and_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("performers.proteins.training.estimate._FEWEST_BATCHES", 1)
+    options, said = small_options(steps=2), []
+    train_model(proteins(), tmp_path / "without", options)
+    train_model(
+        *(proteins(), tmp_path / "with", options),
+        announce=lambda text: said.append(text),
+        progress=lambda *step: said.append(step),
+    )
+    assert re.match(r"about \d+ s for 2 steps, at [\d.e-]+ s a batch; ", said[0])
+    assert not isinstance(said[1], str)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+
+
+def test_trackers_log_what_the_run_logs(tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            written.append(Path(log_dir))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def __getattr__(self, name):
+            return lambda *_: None
+
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: name)
+    board = arguments.TensorBoardCallback
+    monkeypatch.setattr(arguments, "TensorBoardCallback", lambda: board.__new__(board))
+    monkeypatch.setattr(board, "_SummaryWriter", Writer, raising=False)
+    monkeypatch.setattr(board, "tb_writer", None, raising=False)
+    train_model(proteins(), tmp_path, small_options(report_to=("tensorboard",), steps=1))
+    assert written[0] == tmp_path / "tensorboard"
+    assert ("train/loss", 1) in written
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"report_to": ("wandb",)}, "--report-to wandb needs a package: pip install wandb"),
+        ({"device": "gpu"}, "--device gpu is not available"),
+        ({"device": "cpu:0"}, "--device cpu:0: training takes a kind of device"),
+    ],
+)
+def test_what_the_machine_lacks_is_refused(changes, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        train_model(proteins(), tmp_path, small_options(**changes))
+    assert not any(tmp_path.iterdir())

@@ -2,19 +2,30 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from performers.app.files import read_json, write_json
 from studies.proteins import runs
 from studies.proteins.report import tables, write_report
-from studies.proteins.summary import claims, spread, spread_text, summarise
+from studies.proteins.summary import claims, paired_interval, spread, spread_text, summarise
 from tests.studies.proteins.tiny import PRESET, data
+
+TOKENS = [20] * 50
+
+
+def counts(accuracy):
+    """Correct predictions of 50 sequences of 20 residues, most of them in the first."""
+    correct = round(accuracy * sum(TOKENS))
+    return [correct // 50 + (number < correct % 50) for number in range(50)]
 
 
 def result(attention, seed, test, ood=0.1, objective="mlm"):
     scores = {
         split: {
             "accuracy": value,
+            "correct_by_sequence": counts(value),
+            "tokens_by_sequence": TOKENS,
             "perplexity": 1 / value,
             "baseline_accuracy": 0.09,
             "baseline_perplexity": 18.0,
@@ -62,11 +73,12 @@ def test_rows_are_grouped_and_ordered():
 @pytest.mark.parametrize(
     ("relu", "verdict"),
     [
-        ((0.31, 0.32, 0.33), "holds"),
+        ((0.36, 0.37, 0.38), "holds"),
         ((0.27, 0.26, 0.28), "does not hold"),
-        ((0.31, 0.28, 0.30), "undecided"),
-        ((0.33, 0.28, 0.30), "undecided"),
+        ((0.36, 0.25, 0.30), "undecided"),
         ((0.30, 0.30, 0.30), "holds"),
+        ((0.36,), "none: one seed"),
+        ((0.08, 0.08, 0.08), "none: favor-relu is not above the frequency baseline"),
     ],
 )
 def test_claims_are_judged_by_paired_differences(relu, verdict):
@@ -75,25 +87,58 @@ def test_claims_are_judged_by_paired_differences(relu, verdict):
     claim = next(
         c for c in claims(summarise(found, ("exact", "favor-relu"))) if "at least" in c["claim"]
     )
-    assert claim["difference"]["mean"] == pytest.approx(100 * (sum(relu) / 3 - 0.3))
+    mean = sum(relu) / len(relu)
+    assert claim["difference"]["mean"] == pytest.approx(100 * (mean - 0.3))
     assert claim["verdict"] == verdict
-    assert claim["difference"]["seeds"] == 3
+    assert claim["difference"]["seeds"] == len(relu)
+    low, high = claim["interval"]
+    assert low <= claim["difference"]["mean"] <= high
+    (row,) = [row for row in tables({"claims": [claim]})["claims"].rows if row[0] == claim["claim"]]
+    assert row[2] == f"{low:+.2f} to {high:+.2f}"
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_a_tie_puts_no_one_ahead(seeds):
+def test_the_interval_is_that_of_a_bootstrap_over_sequences_and_seeds():
+    """On many sequences of the same length it is the normal one of their spread."""
+    random = np.random.default_rng(1)
+    tokens = np.full(2000, 30)
+    won = random.binomial(30, 0.3, 2000), random.binomial(30, 0.25, 2000)
+    low, high = paired_interval({0: (won[0], tokens)}, {0: (won[1], tokens)})
+    shares = 100 * (won[0] - won[1]) / 30
+    error = shares.std() / 2000**0.5
+    assert (low + high) / 2 == pytest.approx(shares.mean(), abs=0.2 * error)
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    # A second seed that differs from the first widens it, and sequences shared by both do not.
+    apart = {0: (won[0], tokens), 1: (won[1], tokens)}, dict.fromkeys((0, 1), (won[1], tokens))
+    low, high = paired_interval(*apart)
+    assert low < 0.5
+    assert high > shares.mean() - 0.5
+    same = paired_interval(*(dict.fromkeys((0, 1), (w, tokens)) for w in won))
+    assert same[1] - same[0] == pytest.approx(2 * 1.96 * error, rel=0.1)
+    with pytest.raises(ValueError, match="same targets"):
+        paired_interval({0: (won[0], tokens)}, {0: (won[1], tokens + 1)})
+
+
+def test_a_tie_puts_no_one_ahead():
     names = ("exact", "favor-relu", "favor-softmax", "lsh", "linformer")
-    found = [result(name, seed, 0.3) for name in names for seed in range(seeds)]
+    found = [result(name, seed, 0.3, 0.3) for name in names for seed in range(3)]
     judged = claims(summarise(found, names))
     assert len(judged) == 8
     for claim in judged:
-        tie_is_enough = any(x in claim["claim"] for x in ("at least", "within half a point"))
+        tie_is_enough = "at least" in claim["claim"] or "within half a point" in claim["claim"]
         assert claim["verdict"] == ("holds" if tie_is_enough else "does not hold"), claim["claim"]
-    asked = {row[0]: row[2] for row in tables({"claims": judged})["claims"].rows}
+    asked = {row[0]: row[3] for row in tables({"claims": judged})["claims"].rows}
     assert asked["masked: Reformer below the Transformer, test"] == "> 0"
     assert asked["masked: Performer-ReLU at least as accurate as the Transformer, test"] == "≥ 0"
-    ahead = [result("exact", 0, 0.31), result("lsh", 0, 0.3)]
-    assert claims(summarise(ahead, names))[0]["verdict"] == "holds"
+
+
+def test_runs_without_scores_by_sequence_give_no_verdict():
+    found = [result(name, seed, 0.3) for name in ("exact", "lsh") for seed in range(3)]
+    for run in found:
+        for scores in run["scores"].values():
+            del scores["correct_by_sequence"], scores["tokens_by_sequence"]
+    (claim,) = claims(summarise(found, ("exact", "lsh")))
+    assert claim["verdict"] == "none: no scores by sequence"
+    assert tables({"claims": [claim]})["claims"].rows[0][2] == ""
 
 
 def test_the_similarity_table_has_attention_and_embeddings_where_there_are_any():

@@ -12,6 +12,7 @@ from typing import Any
 
 from performers.app.errors import UserError
 from performers.app.files import read_json, write_atomically, write_json
+from performers.app.provenance import KEY, write_result
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.shards import (
     FORMAT,
@@ -91,7 +92,7 @@ def prepare_corpus(
             # Left by a run that was stopped between writing the manifest and this.
             shutil.rmtree(work, ignore_errors=True)
             report("the corpus is there already")
-            return dict(manifest)
+            return {key: value for key, value in manifest.items() if key != KEY}
         raise UserError(f"{output} holds another corpus; give another --output")
     work.mkdir(parents=True, exist_ok=True)
     settings = work / "settings.json"
@@ -164,7 +165,7 @@ def prepare_corpus(
         "vocabulary": list(VOCABULARY),
         "splits": entries,
     }
-    write_json(manifest_file, manifest)
+    write_result(manifest_file, manifest, "corpus", seed=options.seed)
     shutil.rmtree(work)
     return manifest
 

@@ -1,4 +1,4 @@
-"""Protein FASTA files in and out, plain or gzip-compressed, with one policy for odd letters.
+"""Protein FASTA files in and out, plain or compressed, with one policy for odd letters.
 
 Biopython's ``SimpleFastaParser`` does the parsing; it reads through a line checker of ours, so that
 every complaint names the file and the exact line.
@@ -10,8 +10,9 @@ The policy:
 - White space inside sequence lines, blank lines, Windows and old Macintosh line ends, a UTF-8
   byte order mark and a missing final newline are ignored.
 - Anything else in a sequence (a ``*`` inside it, gaps ``-`` and ``.``, digits, other symbols) is an
-  error that names the line and the letter. So are a record without residues, a header without a
-  name, text before the first header, and a file that is missing, empty, binary or a damaged gzip.
+  error that names the record, the line and the letter. So are a record without residues, a header
+  without a name, text before the first header, and a file that is missing, empty, binary or
+  damaged. On request, records at fault are left out and counted instead; files at fault never are.
 - Records that share a name are all kept; the repeats are counted.
 - Files of more than 200 residues that look like nucleotides are kept, with a warning: at least 90%
   of the letters other than ``N`` and ``X``, unknown in one alphabet or the other, are ``ACGTU``,
@@ -28,129 +29,44 @@ import gzip
 import io
 import os
 import re
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import TextIO, cast
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
-from performers.app.errors import UserError
+from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
+from performers.proteins.inputs.streams import (
+    DAMAGED,
+    STANDARD_INPUT,
+    compression,
+    decompressed,
+    open_bytes,
+    shown_name,
+)
 
 __all__ = ["FastaError", "LetterReport", "ProteinRecord", "iter_fasta", "read_fasta", "write_fasta"]
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_AMBIGUOUS = "XBZUOJ"
-# Residues from which on nucleotides are suspected, and the least share of the letters that they
-# are together (IUPAC codes of ambiguous bases are the rest) and that each of them is.
-_NUCLEOTIDE_RESIDUES = 200
-_NUCLEOTIDE_SHARE, _EACH_NUCLEOTIDE_SHARE = 0.9, 0.01
 # Bytes that are not UTF-8 reach us as lone surrogates (errors="surrogateescape").
 _BINARY = re.compile("[\x00\udc80-\udcff]")
 _ILLEGAL = re.compile(r"[^A-Za-z*]")
 _LOWER = re.compile(r"[a-z]")
 
 
-class FastaError(UserError, ValueError):
-    """A FASTA file that cannot be used: ``path:line: what is wrong; what to do``, in one line."""
-
-
-@dataclass(frozen=True)
-class ProteinRecord:
-    """One protein.
-
-    Attributes:
-        name: The first word of the header.
-        description: The rest of the header, without surrounding white space; may be empty.
-        sequence: The residues, upper case, one letter each, at least one.
-    """
-
-    name: str
-    description: str
-    sequence: str
-
-
-@dataclass
-class LetterReport:
-    """Counts of what was read, changed or is unusual.
-
-    Attributes:
-        records: Number of records.
-        residues: Number of residues, after trailing ``*`` were removed.
-        lower_case: Number of lower-case letters that were upper-cased.
-        stops_removed: Number of trailing ``*`` that were removed.
-        ambiguous: Count of each of the letters ``X B Z U O J`` that occurs.
-        duplicate_names: Number of records whose name an earlier record already has.
-    """
-
-    records: int = 0
-    residues: int = 0
-    lower_case: int = 0
-    stops_removed: int = 0
-    ambiguous: dict[str, int] = field(default_factory=dict)
-    duplicate_names: int = 0
-    _names: set[str] = field(default_factory=set, repr=False, compare=False)
-    _letters: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys("ACGTUNX", 0), repr=False, compare=False
-    )
-
-    @property
-    def looks_like_nucleotides(self) -> bool:
-        """True if the letters are those of DNA or RNA; see the module's policy."""
-        if self.residues <= _NUCLEOTIDE_RESIDUES:
-            return False
-        a, c, g, t, u, n, x = self._letters.values()
-        known = self.residues - n - x
-        return (
-            a + c + g + t + u >= _NUCLEOTIDE_SHARE * known
-            and min(a, c, g, t + u) >= _EACH_NUCLEOTIDE_SHARE * known
-            and known > 0
-        )
-
-    def summary(self) -> str | None:
-        """Describe the oddities in one line; None where there are none."""
-        parts = []
-        if self.looks_like_nucleotides:
-            share = sum(self._letters[letter] for letter in "ACGTUNX") / self.residues
-            parts.append(
-                f"warning: {share:.1%} of the letters are ACGTU, N or X, which looks like DNA or "
-                "RNA, not protein; translate it first"
-            )
-        if self.lower_case:
-            parts.append(f"{self.lower_case:,} lower-case letters read as upper case")
-        if self.stops_removed:
-            parts.append(f"{self.stops_removed:,} trailing '*' removed")
-        if self.ambiguous:
-            counts = ", ".join(f"{letter} {n:,}" for letter, n in sorted(self.ambiguous.items()))
-            parts.append(f"non-standard letters kept: {counts}")
-        if self.duplicate_names:
-            parts.append(f"{self.duplicate_names:,} records repeat the name of an earlier one")
-        return "; ".join(parts) or None
-
-    def _count(self, record: ProteinRecord) -> None:
-        self.records += 1
-        self.residues += len(record.sequence)
-        for letter in _AMBIGUOUS:
-            if count := record.sequence.count(letter):
-                self.ambiguous[letter] = self.ambiguous.get(letter, 0) + count
-        for letter in self._letters:
-            self._letters[letter] += record.sequence.count(letter)
-        if record.name in self._names:
-            self.duplicate_names += 1
-        self._names.add(record.name)
-
-
 def read_fasta(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    skip_invalid: bool = False,
 ) -> tuple[list[ProteinRecord], LetterReport]:
     """Read one or several FASTA files into memory.
 
     Args:
-        paths: A path or a sequence of paths; each file is plain or gzip-compressed, which is told
-            from its first bytes.
+        paths: A path or a sequence of paths; each file is plain or compressed (gzip, bzip2, xz,
+            Zstandard), which is told from its first bytes. ``-`` is standard input.
+        skip_invalid: Leave out records at fault and count them in the report.
 
     Returns:
         All records in the order of the files, and one report over all of them.
@@ -164,57 +80,77 @@ def read_fasta(
     if not paths:
         raise ValueError("paths: expected at least one FASTA file, got none; name a file")
     report = LetterReport()
-    records = [record for path in paths for record in iter_fasta(path, report)]
+    records = [
+        record for path in paths for record in iter_fasta(path, report, skip_invalid=skip_invalid)
+    ]
     return records, report
 
 
 def iter_fasta(
-    path: str | os.PathLike[str], report: LetterReport | None = None
+    path: str | os.PathLike[str],
+    report: LetterReport | None = None,
+    *,
+    skip_invalid: bool = False,
+    name: str | None = None,
 ) -> Iterator[ProteinRecord]:
     """Yield the records of one FASTA file, one in memory at a time.
 
     Args:
-        path: The file, plain or gzip-compressed.
+        path: The file, plain or compressed, or ``-`` for standard input.
         report: Counts are added to it as records are yielded; one report may serve many files.
+        skip_invalid: Leave out records at fault and count them in the report.
+        name: Name of the file in messages; its path by default.
 
     Yields:
         The records in file order.
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
+        ImportError: The file is compressed with Zstandard, whose package is missing.
     """
     path = Path(path)
+    name = name or shown_name(path)
     report = LetterReport() if report is None else report
-    lines = None
+    lines, kind = None, None
     try:
-        with path.open("rb") as raw:
-            start = raw.peek(2)[:2]
-            if start in _UTF16_MARKS:
-                raise _error(path, None, "this is UTF-16 text", "save it as UTF-8")
-            # gzip.GzipFile reads as a binary file does, though its type does not say so.
-            data = cast(IO[bytes], gzip.GzipFile(fileobj=raw) if start == _GZIP_MAGIC else raw)
+        with open_bytes(path) as raw:
+            start = raw.peek(8)[:8]
+            if start.startswith(_UTF16_MARKS):
+                raise FastaError(name, "this is UTF-16 text", "save it as UTF-8")
+            kind = compression(start)
+            data = decompressed(raw, kind)
             text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape")
-            lines = _CheckedLines(path, text, report)
-            for title, sequence in SimpleFastaParser(lines):
-                record = _to_record(path, lines.headers.popleft(), title, sequence, report)
-                report._count(record)
+            lines = _CheckedLines(name, text, skip_invalid)
+            for title, letters in SimpleFastaParser(lines):
+                header = lines.headers.popleft()
+                try:
+                    record = _to_record(header, title, letters, report)
+                except FastaError as fault:
+                    if not skip_invalid:
+                        raise
+                    report.skip(fault)
+                    continue
+                report.count(record)
                 yield record
-            if not lines.any_header:
-                raise _error(path, None, "the file is empty", "give a FASTA file with records")
+            if not lines.headers_seen:
+                raise FastaError(name, "the file is empty", "give a FASTA file with records")
+            if path == STANDARD_INPUT:
+                # Closing the wrapper would close standard input.
+                text.detach()
     except EOFError:
-        raise _error(path, lines, "the gzip data end too early", "copy the file again") from None
-    except (gzip.BadGzipFile, zlib.error) as fault:
-        raise _error(
-            path, lines, f"the gzip data are corrupt ({fault})", "copy the file again"
-        ) from None
+        raise _error(name, lines, f"the {kind} data end too early", "copy the file again") from None
+    except DAMAGED as fault:
+        raise _damaged(name, lines, kind, fault) from None
     except FileNotFoundError:
-        raise _error(path, None, "no such file", "check the path") from None
+        raise FastaError(name, "no such file", "check the path") from None
     except IsADirectoryError:
-        raise _error(path, None, "this is a directory", "name the FASTA files in it") from None
+        raise FastaError(name, "this is a directory", "name the FASTA files in it") from None
     except OSError as fault:
+        if fault.errno is None:
+            raise _damaged(name, lines, kind, fault) from None
         reason = fault.strerror or str(fault)
         raise _error(
-            path, lines, f"cannot be read ({reason})", "check the file and its permissions"
+            name, lines, f"cannot be read ({reason})", "check the file and its permissions"
         ) from None
 
 
@@ -260,87 +196,109 @@ def write_fasta(
         partial.unlink(missing_ok=True)
 
 
+@dataclass
+class _Header:
+    """A header whose record the parser has not yet yielded.
+
+    Attributes:
+        place: Name of the file and number of the line.
+        fault: First fault in the lines of its record.
+    """
+
+    place: str
+    fault: FastaError | None = None
+
+
 class _CheckedLines:
     """The lines of a FASTA text, checked and cleaned on their way to the parser.
 
     Attributes:
         number: The line last read, counted from 1; 0 before the first.
-        headers: Line numbers of the headers whose records the parser has not yet yielded.
-        any_header: Whether a header was seen.
+        headers: Headers whose records the parser has not yet yielded.
+        headers_seen: Number of headers.
     """
 
-    def __init__(self, path: Path, text: TextIO, report: LetterReport) -> None:
-        self.path = path
+    def __init__(self, name: str, text: TextIO, skip_invalid: bool) -> None:
+        self.name = name
         self.number = 0
-        self.headers: deque[int] = deque()
-        self.any_header = False
+        self.headers: deque[_Header] = deque()
+        self.headers_seen = 0
         self._text = text
-        self._report = report
-        self._stop_line: int | None = None
+        self._skip_invalid = skip_invalid
+        self._record = ""
+        self._stop_place: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Name of the file and number of the line last read."""
+        return f"{self.name}:{self.number}"
 
     def __iter__(self) -> Iterator[str]:
         for line in self._text:
             self.number += 1
             if _BINARY.search(line):
-                raise self._error(
+                raise FastaError(
+                    self.place,
                     "binary data or text that is not UTF-8",
-                    "give FASTA text in UTF-8, plain or gzip",
+                    "give FASTA text in UTF-8, plain or compressed",
                 )
             if line.startswith(">"):
-                self.headers.append(self.number)
-                self.any_header = True
-                self._stop_line = None
+                self.headers.append(_Header(self.place))
+                self.headers_seen += 1
+                self._record = next(iter(line[1:].split()), "")
+                self._stop_place = None
                 yield line
             elif residues := "".join(line.split()):
-                self._check(residues)
-                yield residues + "\n"
+                if not self.headers_seen:
+                    raise FastaError(
+                        self.place,
+                        "not FASTA: the first line must begin with '>', not with "
+                        f"{residues[:12]!a}",
+                        "give a FASTA file",
+                    )
+                fault = self._fault(residues)
+                if fault is None:
+                    yield residues + "\n"
+                elif not self._skip_invalid:
+                    raise fault
+                elif self.headers[-1].fault is None:
+                    self.headers[-1].fault = fault
 
-    def _check(self, residues: str) -> None:
-        if not self.any_header:
-            raise self._error(
-                f"not FASTA: the first line must begin with '>', not with {residues[:12]!a}",
-                "give a FASTA file",
-            )
+    def _fault(self, residues: str) -> FastaError | None:
         if illegal := _ILLEGAL.search(residues):
             letter = illegal.group()
-            raise self._error(f"illegal letter {letter!a} in a sequence", _remedy(letter))
-        if self._stop_line is not None:
-            raise self._stop_inside(self._stop_line)
+            return FastaError(
+                self.place, f"illegal letter {letter!a}", _remedy(letter), self._record
+            )
+        place = self._stop_place
         stop = residues.find("*")
-        if stop >= 0:
-            if stop < len(residues) - 1:
-                raise self._stop_inside(self.number)
+        if place is None and stop >= 0:
             # Legal only if the record has no residue after it, which later lines tell.
-            self._stop_line = self.number
-        if not residues.isupper():
-            self._report.lower_case += len(_LOWER.findall(residues))
-
-    def _stop_inside(self, line: int) -> FastaError:
-        return _error(
-            self.path,
-            line,
-            "illegal letter '*' (a stop) inside a sequence",
+            self._stop_place = self.place
+            place = self.place if stop < len(residues) - 1 else None
+        if place is None:
+            return None
+        return FastaError(
+            place,
+            "illegal letter '*' (a stop) before the end",
             "remove the record or cut it at the stop",
+            self._record,
         )
 
-    def _error(self, problem: str, remedy: str) -> FastaError:
-        return _error(self.path, self.number, problem, remedy)
 
-
-def _to_record(
-    path: Path, line: int, title: str, sequence: str, report: LetterReport
-) -> ProteinRecord:
-    """Build a record from what the parser yielded for the header on ``line``."""
+def _to_record(header: _Header, title: str, letters: str, report: LetterReport) -> ProteinRecord:
+    """Build a record from what the parser yielded for a header."""
+    if header.fault is not None:
+        raise header.fault
     words = title.split(None, 1)
     if not words:
-        raise _error(path, line, "the header has no name", "write a name right after '>'")
-    if sequence.endswith("*"):
-        sequence = sequence[:-1]
-        report.stops_removed += 1
+        raise FastaError(header.place, "the header has no name", "write a name right after '>'")
+    sequence = letters.removesuffix("*")
     if not sequence:
-        raise _error(
-            path, line, f"the record {words[0]!a} has no residues", "remove it or complete it"
-        )
+        raise FastaError(header.place, "no residues", "remove it or complete it", words[0])
+    report.stops_removed += len(letters) - len(sequence)
+    if not sequence.isupper():
+        report.lower_case += len(_LOWER.findall(sequence))
     description = words[1].strip() if len(words) > 1 else ""
     return ProteinRecord(words[0], description, sequence.upper())
 
@@ -356,11 +314,15 @@ def _remedy(letter: str) -> str:
     return "only the letters A to Z and a final '*' are read as protein"
 
 
-def _error(path: Path, where: int | _CheckedLines | None, problem: str, remedy: str) -> FastaError:
-    """Build the one-line error; ``where`` is a line number or the lines being read."""
-    line = where.number if isinstance(where, _CheckedLines) else where
-    place = f"{path}:{line}" if line else str(path)
-    return FastaError(f"{place}: {problem}; {remedy}")
+def _error(name: str, lines: _CheckedLines | None, problem: str, remedy: str) -> FastaError:
+    """An error at the line last read, if any was."""
+    return FastaError(lines.place if lines and lines.number else name, problem, remedy)
+
+
+def _damaged(
+    name: str, lines: _CheckedLines | None, kind: str | None, fault: Exception
+) -> FastaError:
+    return _error(name, lines, f"the {kind} data are corrupt ({fault})", "copy the file again")
 
 
 def _write_records(handle: TextIO, records: Iterable[ProteinRecord], width: int) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.app.errors import UserError
 from performers.app.progress import Report, part
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.options import PROBE_FEATURES
+from performers.proteins.probe.options import PROBE_FEATURES
 from performers.proteins.scoring.embedding import embed_sequences
 
 _KMERS = {"composition": 1, "dipeptides": 2, "tripeptides": 3}

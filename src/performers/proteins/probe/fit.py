@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from performers.proteins.options import STRENGTHS
+from performers.proteins.probe.options import STRENGTHS
 from performers.proteins.probe.splits import ProbeSplit
 
 _MAX_ITERATIONS = 300

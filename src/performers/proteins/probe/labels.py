@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from performers.app.errors import UserError
@@ -17,11 +17,19 @@ class ProteinLabels:
         labels: Protein to its labels, none for a protein that has none of them.
         groups: Protein to its group, where the table has a third column.
         names: Label to what it means, from lines `# label<TAB>name`.
+        source: The file, for messages.
+        lines: Protein to the number of its line.
     """
 
     labels: Mapping[str, tuple[str, ...]]
     groups: Mapping[str, str]
     names: Mapping[str, str]
+    source: str = "the FASTA headers"
+    lines: Mapping[str, int] = field(default_factory=dict)
+
+    def place(self, protein: str) -> str:
+        """File and line of a protein."""
+        return f"{self.source}:{self.lines[protein]}" if protein in self.lines else self.source
 
 
 def read_labels(path: Path) -> ProteinLabels:
@@ -41,6 +49,7 @@ def read_labels(path: Path) -> ProteinLabels:
     labels: dict[str, tuple[str, ...]] = {}
     groups: dict[str, str] = {}
     names: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for number, line in _lines(path):
         if line.startswith("#"):
             label, tab, meaning = line.removeprefix("#").strip().partition("\t")
@@ -61,12 +70,13 @@ def read_labels(path: Path) -> ProteinLabels:
                 "labels in one, with commas between"
             )
         given = (label.strip() for label in fields[1].split(","))
+        lines[fields[0]] = number
         labels[fields[0]] = tuple(dict.fromkeys(label for label in given if label))
         if len(fields) == 3:
             groups[fields[0]] = fields[2]
     if not any(labels.values()):
         raise UserError(f"{path} holds no label; expected lines of name, tab, labels")
-    return ProteinLabels(labels, groups, names)
+    return ProteinLabels(labels, groups, names, str(path), lines)
 
 
 def read_groups(path: Path) -> dict[str, str]:

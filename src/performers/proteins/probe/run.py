@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from performers.app.errors import UserError
 from performers.app.progress import Progress
-from performers.proteins.options import ProbeOptions
 from performers.proteins.probe.fit import (
     ProbeFit,
     fit_probe,
     require_scikit_learn,
 )
-from performers.proteins.probe.splits import ProbeSplit, split_proteins
+from performers.proteins.probe.options import ProbeOptions
+from performers.proteins.probe.splits import ProbeSplit, plan_splits, split_groups
 from performers.proteins.probe.task import ProbeTask
 
 # Terms, and the classes of enzymes as tools/go_labels.py names them.
@@ -77,22 +76,9 @@ def run_probe(
             raise ValueError(f"features[{name!r}] must have {count} rows, got {matrix.shape[0]}")
     if not features:
         raise ValueError("features must hold at least one matrix, got none")
-    groups = task.groups if options.split == "groups" else np.arange(count)
-    if groups is None:
-        raise ValueError("task.groups must not be None for split='groups'")
-    splits = [
-        split_proteins(groups, test=options.test, validation=options.validation, seed=seed)
-        for seed in range(options.seed, options.seed + options.repeats)
-    ]
-    kept, dropped = _frequent_enough(task, splits, options.min_count)
+    groups = split_groups(task, options)
+    splits, kept, dropped = plan_splits(task, options)
     targets: NDArray[np.bool_] = np.asarray(task.targets[:, kept])
-    if task.multiclass and dropped:
-        # A protein whose only label was dropped has nothing that could be predicted.
-        has_label = np.asarray(targets.any(1))
-        splits = [
-            ProbeSplit(*(rows[has_label[rows]] for rows in split.parts.values()))
-            for split in splits
-        ]
     labels = [task.labels[column] for column in kept]
     used = np.unique(np.concatenate(list(splits[0].parts.values())))
     done, total = 0, len(features) * len(splits) * len(options.strengths) * len(labels)
@@ -153,33 +139,6 @@ def run_probe(
     if task.multiclass:
         content["majority_accuracy"] = _spread([_majority(targets, split) for split in splits])
     return content
-
-
-def _frequent_enough(
-    task: ProbeTask, splits: Sequence[ProbeSplit], least: int
-) -> tuple[list[int], dict[str, str]]:
-    """Columns of the labels to keep, and why the others are dropped."""
-    parts = [(name, rows) for split in splits for name, rows in split.parts.items()]
-    dropped: dict[str, str] = {}
-    kept: list[int] = []
-    for column, label in enumerate(task.labels):
-        for kind, held in (
-            ("with", task.targets[:, column]),
-            ("without", ~task.targets[:, column]),
-        ):
-            fewest, name = min((int(held[rows].sum()), name) for name, rows in parts)
-            if fewest < least:
-                dropped[label] = f"{fewest} proteins {kind} it in a {name} part"
-                break
-        else:
-            kept.append(column)
-    if not kept or (task.multiclass and len(kept) < 2):
-        seen = "; ".join(f"{label}: {reason}" for label, reason in list(dropped.items())[:3])
-        raise UserError(
-            f"{len(kept)} of {len(task.labels)} labels have {least} proteins with and without them "
-            f"in each part of each split ({seen}); give more proteins, or lower --min-count"
-        )
-    return kept, dropped
 
 
 def _limits(labels: Sequence[str], repeats: int) -> list[str]:

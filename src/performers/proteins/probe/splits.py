@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
+from performers.proteins.probe.options import ProbeOptions
+from performers.proteins.probe.task import ProbeTask
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,67 @@ def split_proteins(
             "more proteins, or smaller groups"
         )
     return ProbeSplit(*rows)
+
+
+def split_groups(task: ProbeTask, options: ProbeOptions) -> NDArray[np.int64]:
+    """Number of the group of each protein; for a random split each protein is its own."""
+    groups = task.groups if options.split == "groups" else np.arange(len(task.proteins))
+    if groups is None:
+        raise ValueError("task.groups must not be None for split='groups'")
+    return groups
+
+
+def plan_splits(
+    task: ProbeTask, options: ProbeOptions
+) -> tuple[list[ProbeSplit], list[int], dict[str, str]]:
+    """Splits of a task's proteins, and the labels that are frequent enough in all of them.
+
+    Returns:
+        The splits, the columns of the labels that are kept, and labels that are not to the reason.
+        Proteins whose only label was dropped are in no split.
+
+    Raises:
+        UserError: Labels are too rare, or the groups cannot be split.
+    """
+    groups = split_groups(task, options)
+    splits = [
+        split_proteins(groups, test=options.test, validation=options.validation, seed=seed)
+        for seed in range(options.seed, options.seed + options.repeats)
+    ]
+    kept, dropped = _frequent_enough(task, splits, options.min_count)
+    if task.multiclass and dropped:
+        # A protein whose only label was dropped has nothing that could be predicted.
+        has_label = np.asarray(task.targets[:, kept].any(1))
+        splits = [
+            ProbeSplit(*(rows[has_label[rows]] for rows in split.parts.values()))
+            for split in splits
+        ]
+    return splits, kept, dropped
+
+
+def _frequent_enough(
+    task: ProbeTask, splits: Sequence[ProbeSplit], least: int
+) -> tuple[list[int], dict[str, str]]:
+    """Columns of the labels to keep, and why the others are dropped."""
+    parts = [(name, rows) for split in splits for name, rows in split.parts.items()]
+    dropped: dict[str, str] = {}
+    kept: list[int] = []
+    for column, label in enumerate(task.labels):
+        for kind, held in (
+            ("with", task.targets[:, column]),
+            ("without", ~task.targets[:, column]),
+        ):
+            fewest, name = min((int(held[rows].sum()), name) for name, rows in parts)
+            if fewest < least:
+                dropped[label] = f"{fewest} proteins {kind} it in a {name} part"
+                break
+        else:
+            kept.append(column)
+    if not kept or (task.multiclass and len(kept) < 2):
+        seen = "; ".join(f"{label}: {reason}" for label, reason in list(dropped.items())[:3])
+        raise UserError(
+            f"{task.source}: {len(kept)} of {len(task.labels)} labels have {least} proteins with "
+            f"and without them in each part of each split ({seen}); give more proteins, or lower "
+            "--min-count"
+        )
+    return kept, dropped

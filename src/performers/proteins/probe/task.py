@@ -46,6 +46,7 @@ class ProbeTask:
         multiclass: Whether every protein has exactly one label.
         label_names: Label to what it means, where that is known.
         notes: What was left out, and why.
+        source: Where the labels are from, for messages.
     """
 
     proteins: tuple[str, ...]
@@ -56,6 +57,7 @@ class ProbeTask:
     multiclass: bool
     label_names: Mapping[str, str]
     notes: tuple[str, ...]
+    source: str = "the FASTA headers"
 
 
 def build_task(
@@ -101,14 +103,16 @@ def build_task(
                     f"{option} has no use with --split random, which splits single proteins; "
                     "leave one of the two away"
                 )
-    labelled = labels.labels if labels else _header_labels(records)
+    if labels is None:
+        labels = ProteinLabels(_header_labels(records), {}, {})
+    labelled = labels.labels
     if not labelled:
         raise UserError(
             "the FASTA headers hold no labels=...; give a table of them as --labels (name, tab, "
             "labels with commas between)"
         )
     if groups is None:
-        groups = (labels.groups if labels else {}) or {
+        groups = labels.groups or {
             **_from_headers(records, "family"),
             **_from_headers(records, "group"),
         }
@@ -117,8 +121,8 @@ def build_task(
     left_out = Counter[str]()
     chosen: dict[str, tuple[str, tuple[str, ...], str]] = {}
     for record in records:
-        found = _look_up(labelled, record.name)
-        group = _look_up(groups, record.name)
+        found = _look_up(labelled, record)
+        group = _look_up(groups, record)
         if record.name in chosen:
             left_out["repeats of a name"] += 1
         elif found is None:
@@ -128,11 +132,13 @@ def build_task(
         else:
             chosen[record.name] = (record.sequence, found, group or "")
     if not chosen:
+        needed = "both labels and a group" if grouped else "labels"
         raise UserError(
-            f"none of the {len(records):,} proteins has both labels and a group: names in the "
+            f"none of the {len(records):,} proteins has {needed}: names in the "
             f"FASTA files are such as {records[0].name!r}, in the labels such as "
-            f"{next(iter(labelled))!r}"
+            f"{next(iter(labelled))!r} ({labels.place(next(iter(labelled)))})"
             + (f", in the groups such as {next(iter(groups))!r}" if grouped else "")
+            + "; write the same names, or the accessions of headers such as sp|P12345|NAME"
         )
     shuffled = random.Random(seed).sample(list(chosen), len(chosen))
     if max_per_group is not None:
@@ -150,8 +156,9 @@ def build_task(
     counts = Counter(label for name in names for label in chosen[name][1])
     if len(counts) < 2 and not (counts and any(not chosen[name][1] for name in names)):
         raise UserError(
-            f"the labelled proteins have {len(counts)} label(s) between them, so there is nothing "
-            "to tell apart; give at least two labels"
+            f"{labels.place(names[0])}: the {len(names):,} labelled proteins of the FASTA files "
+            f"have {len(counts)} label(s) between them, so there is nothing to tell apart; give at "
+            "least two labels"
         )
     order = {label: column for column, (label, _) in enumerate(counts.most_common())}
     targets = np.zeros((len(names), len(order)), dtype=bool)
@@ -169,8 +176,9 @@ def build_task(
         targets=targets,
         groups=_joined([chosen[name][2] for name in names], sequences) if grouped else None,
         multiclass=bool((targets.sum(1) == 1).all()),
-        label_names={k: v for k, v in (labels.names if labels else {}).items() if k in order},
+        label_names={k: v for k, v in labels.names.items() if k in order},
         notes=tuple(notes),
+        source=labels.source,
     )
 
 
@@ -190,11 +198,8 @@ def _from_headers(records: Sequence[ProteinRecord], field: str) -> dict[str, str
     return found
 
 
-def _look_up(table: Mapping[str, _T], name: str) -> _T | None:
-    if name in table:
-        return table[name]
-    parts = name.split("|")
-    return table.get(parts[1]) if len(parts) == 3 else None
+def _look_up(table: Mapping[str, _T], record: ProteinRecord) -> _T | None:
+    return table.get(record.name, table.get(record.accession))
 
 
 def _joined(groups: Sequence[str], sequences: Sequence[str]) -> NDArray[np.int64]:

@@ -23,7 +23,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from performers.app.figures import shortened
-from performers.app.files import write_atomically, write_json
+from performers.app.files import write_atomically
+from performers.app.provenance import write_result
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.learnt import MATRICES, finite, learnt_numbers
 from performers.proteins.reading.mantel import load_reference_matrix
@@ -158,7 +159,7 @@ def write_report(
     for name, chart in drawn.items():
         if name != "track":
             write_atomically(folder / "figures" / f"{name}.png", charts.png(chart))
-    write_json(folder / "report.json", _numbers(title, models, learnt))
+    write_result(folder / "report.json", _numbers(title, models, learnt), "report")
     report = folder / "report.html"
     write_atomically(report, page.encode("utf-8"))
     return report

@@ -1,19 +1,18 @@
-"""Embeddings: one vector a sequence."""
+"""Embeddings: hidden states of residues, and one vector a sequence."""
 
-from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
-from performers.app.files import write_atomically
 from performers.app.progress import Progress
 from performers.models.heads import mean_pool
-from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.objectives import CausalCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
@@ -27,6 +26,7 @@ def embed_sequences(
     sequences: Sequence[str],
     *,
     pooling: str = "mean",
+    layer: int | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> npt.NDArray[np.float32]:
@@ -43,6 +43,8 @@ def embed_sequences(
         tokenizer: Its tokenizer.
         sequences: Proteins as letters.
         pooling: One of ``POOLINGS``.
+        layer: Hidden states to take: 0 before the first block, ``n`` after block ``n``, negative
+            from the end; by default after the last.
         batch_tokens: Tokens in a batch, padding included; a longer sequence is a batch of its own.
         progress: Called with the sequences done and the sequences in all, after each batch.
 
@@ -50,10 +52,65 @@ def embed_sequences(
         Shape ``(sequences, hidden_size)``, twice as wide with ``"mean-sd"``, in the order given.
 
     Raises:
-        UserError: The pooling is unknown, or a sequence is longer than learned positions reach.
+        UserError: The pooling or the layer is unknown, or a sequence is longer than learned
+            positions reach.
     """
     if pooling not in POOLINGS:
         raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
+    width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
+    vectors = np.empty((len(sequences), width), dtype=np.float32)
+    for places, hidden, residues in _hidden_states(
+        model, tokenizer, sequences, layer, batch_tokens, progress
+    ):
+        pooled = mean_pool(hidden, residues)
+        if pooling == "mean-sd":
+            variance = mean_pool((hidden - pooled[:, None]).square(), residues)
+            pooled = torch.cat([pooled, variance.sqrt()], dim=-1)
+        vectors[places] = pooled.cpu().numpy()
+    return vectors
+
+
+def embed_residues(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str],
+    *,
+    layer: int | None = None,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[npt.NDArray[np.float32]]:
+    """Hidden states of the residues of each sequence; arguments as of `embed_sequences`.
+
+    Returns:
+        Arrays of shape ``(residues, hidden_size)``, in the order given.
+
+    Raises:
+        UserError: The layer is unknown, or a sequence is longer than learned positions reach.
+    """
+    vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
+    for places, hidden, residues in _hidden_states(
+        model, tokenizer, sequences, layer, batch_tokens, progress
+    ):
+        for row, place in enumerate(places):
+            vectors[place] = hidden[row][residues[row]].cpu().numpy()
+    return vectors
+
+
+def _hidden_states(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str],
+    layer: int | None,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Places of a batch's sequences, their hidden states in float32, and a mask of the residues."""
+    layers = model.config.num_hidden_layers
+    if layer is not None and not -layers - 1 <= layer <= layers:
+        raise UserError(
+            f"--layer must be 0 (before the first block) to {layers} (after the last), or "
+            f"{-layers - 1} to -1 from the end; got {layer}"
+        )
     dataset = TokenDataset(encode_sequences(tokenizer, sequences))
     check_input_length(model, int(dataset.lengths.max()))
     sampler = LengthBucketedBatchSampler(
@@ -61,69 +118,18 @@ def embed_sequences(
     )
     collator = CausalCollator(tokenizer)
     residues = torch.from_numpy(residue_ids(tokenizer)).to(model.device)
-    width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
-    vectors = np.empty((len(sequences), width), dtype=np.float32)
     done = 0
     for keys in sampler:
         batch = collator([dataset[key] for key in keys])
         input_ids = batch["input_ids"].to(model.device)
         attention_mask = batch["attention_mask"].to(model.device)
+        inner = layer is not None and layer not in (-1, layers)
         with torch.inference_mode():
-            output = model.base_model(input_ids, attention_mask, use_cache=False)
-            hidden = output.last_hidden_state.float()
-            taking_part = torch.isin(input_ids, residues)
-            pooled = mean_pool(hidden, taking_part)
-            if pooling == "mean-sd":
-                variance = mean_pool((hidden - pooled[:, None]).square(), taking_part)
-                pooled = torch.cat([pooled, variance.sqrt()], dim=-1)
-        vectors[[index for _, index in keys]] = pooled.cpu().numpy()
+            output = model.base_model(
+                input_ids, attention_mask, use_cache=False, output_hidden_states=inner
+            )
+        hidden = output.hidden_states[layer] if inner else output.last_hidden_state
+        yield [index for _, index in keys], hidden.float(), torch.isin(input_ids, residues)
         done += len(keys)
         if progress is not None:
             progress(done, len(dataset))
-    return vectors
-
-
-def write_embeddings(
-    path: Path, records: Sequence[ProteinRecord], vectors: npt.NDArray[np.float32]
-) -> None:
-    r"""Write names, lengths and vectors, whole or not at all.
-
-    An array of strings would take the longest name's space for every name. In ``.npz`` the names
-    are therefore one text, a name a line, as an array of bytes in UTF-8::
-
-        with np.load("proteins.npz") as file:
-            names = file["names"].tobytes().decode().split("\n")
-            vectors = file["embeddings"]
-
-    Args:
-        path: ``.npz`` with arrays ``names`` (uint8), ``lengths`` (int64) and ``embeddings``
-            (float32), or ``.parquet`` with columns ``name``, ``length`` and ``embedding`` (a list
-            of float32).
-        records: The sequences, in the order of the vectors.
-        vectors: Shape ``(sequences, width)``.
-
-    Raises:
-        ValueError: A name has a line break in it.
-    """
-    names = [record.name for record in records]
-    if broken := [name for name in names if "\n" in name]:
-        raise ValueError(
-            f"records: expected names of one line, got {broken[0]!r}; rename the record"
-        )
-    lengths = np.array([len(record.sequence) for record in records], dtype=np.int64)
-    buffer = BytesIO()
-    if path.suffix.lower() == ".npz":
-        text = np.frombuffer("\n".join(names).encode(), dtype=np.uint8)
-        np.savez(buffer, names=text, lengths=lengths, embeddings=vectors)
-    else:
-        import pyarrow
-        from pyarrow import parquet
-
-        embedding = pyarrow.FixedSizeListArray.from_arrays(
-            pyarrow.array(vectors.ravel()), vectors.shape[1]
-        )
-        table = pyarrow.table(
-            {"name": pyarrow.array(names), "length": pyarrow.array(lengths), "embedding": embedding}
-        )
-        parquet.write_table(table, buffer)
-    write_atomically(path, buffer.getvalue())

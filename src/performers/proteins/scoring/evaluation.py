@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ def evaluate_model(
     batch_tokens: int = 8192,
     mask_probability: float = 0.15,
     seed: int = 0,
+    by_sequence: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score predictions per residue, beside the best constant prediction on the same residues.
@@ -45,21 +48,23 @@ def evaluate_model(
         batch_tokens: Tokens in a batch, padding included.
         mask_probability: Share of residues that are targets of a masked model.
         seed: Seed of the masks.
+        by_sequence: Count each sequence apart as well.
         progress: Called with the rows done and the rows in all, after each batch.
 
     Returns:
         ``accuracy``, ``perplexity``, ``loss`` (nats per residue), ``tokens`` (residues scored),
-        ``baseline_accuracy``, ``baseline_perplexity``, ``sequences``.
+        ``baseline_accuracy``, ``baseline_perplexity``, ``sequences``; with ``by_sequence`` also
+        lists ``correct_by_sequence`` and ``tokens_by_sequence``, in the order of the sequences.
 
     Raises:
         ValueError: There is no sequence, or an option is out of range.
         UserError: Learned positions end before ``max_length`` does.
     """
-    dataset = TokenDataset(
-        window
-        for tokens in encode_sequences(tokenizer, sequences)
-        for window in split_windows(tokens, max_length)
-    )
+    windows = [
+        split_windows(tokens, max_length) for tokens in encode_sequences(tokenizer, sequences)
+    ]
+    dataset = TokenDataset(window for parts in windows for window in parts)
+    of_row = np.repeat(np.arange(len(windows)), [len(parts) for parts in windows])
     metrics = evaluate_rows(
         model,
         tokenizer,
@@ -67,6 +72,7 @@ def evaluate_model(
         batch_tokens=batch_tokens,
         mask_probability=mask_probability,
         seed=seed,
+        sequence_of_row=of_row if by_sequence else None,
         progress=progress,
     )
     return {**metrics, "sequences": len(sequences)}
@@ -81,6 +87,7 @@ def evaluate_rows(
     mask_probability: float = 0.15,
     seed: int = 0,
     across_sequences: bool = False,
+    sequence_of_row: npt.NDArray[np.int64] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """As ``evaluate_model``, on rows that are cut already.
@@ -93,11 +100,13 @@ def evaluate_rows(
         mask_probability: Share of residues that are targets of a masked model.
         seed: Seed of the masks.
         across_sequences: In packed rows, attention crosses the boundaries of sequences.
+        sequence_of_row: Number of the sequence that each row is of, to count sequences apart.
         progress: Called with the rows done and the rows in all, after each batch.
 
     Returns:
         ``accuracy``, ``perplexity``, ``loss``, ``tokens``, ``baseline_accuracy`` and
-        ``baseline_perplexity``.
+        ``baseline_perplexity``; with ``sequence_of_row`` also ``correct_by_sequence`` and
+        ``tokens_by_sequence``.
     """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
@@ -109,7 +118,8 @@ def evaluate_rows(
     sampler = LengthBucketedBatchSampler(
         dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
     )
-    metrics = ResidueMetrics(tokenizer, is_causal=is_causal)
+    count = 0 if sequence_of_row is None else int(sequence_of_row.max()) + 1
+    metrics = ResidueMetrics(tokenizer, is_causal=is_causal, sequences=count)
     was_training = model.training
     model.eval()
     done = 0
@@ -121,7 +131,7 @@ def evaluate_rows(
             # Its own generator: a validation draws nothing from the training's dropout.
             generator=torch.Generator(),
         )
-        for batch in loader:
+        for keys, batch in zip(sampler, loader, strict=True):
             input_ids = batch["input_ids"].to(model.device)
             attention_mask = batch["attention_mask"].to(model.device)
             options: dict[str, Any] = {"use_cache": False} if is_causal else {}
@@ -129,10 +139,17 @@ def evaluate_rows(
                 options["sequence_ids"] = batch["sequence_ids"].to(model.device)
             with torch.inference_mode():
                 logits = model(input_ids, attention_mask, **options).logits
-            metrics.update(logits, batch["labels"].to(logits.device))
+            numbers = None
+            if sequence_of_row is not None:
+                numbers = sequence_of_row[[index for _, index in keys]]
+            metrics.update(logits, batch["labels"].to(logits.device), numbers)
             done += len(batch["input_ids"])
             if progress is not None:
                 progress(done, len(dataset))
     finally:
         model.train(was_training)
-    return metrics.compute()
+    found = metrics.compute()
+    if sequence_of_row is not None:
+        found["correct_by_sequence"] = metrics.correct_of.tolist()
+        found["tokens_by_sequence"] = metrics.tokens_of.tolist()
+    return found

@@ -56,10 +56,21 @@ class ResidueMetrics:
         tokenizer: The protein tokenizer, which tells residues from other tokens.
         is_causal: Whether ``logits[t]`` predicts ``labels[t + 1]``, as in causal models of
             transformers, rather than ``labels[t]``.
+        sequences: Number of sequences to count apart.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, is_causal: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        is_causal: bool = False,
+        sequences: int = 0,
+    ) -> None:
         self.is_causal = is_causal
+        self.correct_of: npt.NDArray[np.int64] = np.zeros(sequences, dtype=np.int64)
+        """Correct predictions of each sequence."""
+        self.tokens_of: npt.NDArray[np.int64] = np.zeros(sequences, dtype=np.int64)
+        """Targets of each sequence."""
         self.loss_sum = 0.0
         self.correct = 0
         self.target_counts: npt.NDArray[np.int64] = np.zeros(len(tokenizer), dtype=np.int64)
@@ -72,13 +83,16 @@ class ResidueMetrics:
         return int(self.target_counts.sum())
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
+    def update(
+        self, logits: Tensor, labels: Tensor, sequences: npt.NDArray[np.int64] | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             logits: Unnormalised log-probabilities, (..., length, vocabulary), any float dtype. The
                 vocabulary may be larger than the tokenizer's.
             labels: Target ids, (..., length), -100 where there is none; not shifted.
+            sequences: Number of the sequence of each row, (batch,), for labels (batch, length).
 
         Raises:
             ValueError: The shapes do not fit, or the vocabulary lacks residues.
@@ -101,8 +115,13 @@ class ResidueMetrics:
         scores = logits[keep].cpu().double()
         log_probabilities = scores.log_softmax(-1).gather(-1, targets[:, None])
         self.loss_sum -= float(log_probabilities.sum())
-        self.correct += int((scores.argmax(-1) == targets).sum())
+        hits = scores.argmax(-1) == targets
+        self.correct += int(hits.sum())
         self.target_counts += np.bincount(targets.numpy(), minlength=self.target_counts.size)
+        if sequences is not None:
+            rows = sequences[keep.nonzero()[:, 0].cpu().numpy()]
+            np.add.at(self.tokens_of, rows, 1)
+            np.add.at(self.correct_of, rows, hits.numpy())
 
     def compute(self) -> dict[str, Any]:
         """Compute the metrics over all targets so far.

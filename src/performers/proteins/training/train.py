@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import Diverged, Interrupted, UserError
-from performers.app.files import write_json
 from performers.app.processes import is_first_process
+from performers.app.provenance import write_result
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import save_model_folder
 from performers.proteins.corpus import ShardedRows, TokenShards
@@ -37,6 +37,8 @@ from performers.proteins.inputs.tokenizer import (
 from performers.proteins.model_folder import quiet_transformers
 from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.training.arguments import tracker_callbacks, training_arguments
+from performers.proteins.training.estimate import EstimateCallback
 from performers.proteins.training.record import (
     check_same_run,
     last_complete_checkpoint,
@@ -65,6 +67,7 @@ def train_model(
     validation: Sequence[str] | None = None,
     resume: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train a model and save it, its tokenizer, its log and its options in ``output``.
 
@@ -84,6 +87,7 @@ def train_model(
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         progress: Called with the step, the steps in all and the latest log entry.
+        announce: Called with an estimate of the time, before the first step of a longer run.
 
     Returns:
         ``steps``, ``seconds`` (all parts of a resumed run together), ``parameters``, and the last
@@ -99,6 +103,8 @@ def train_model(
             check_muon()
         except RuntimeError as error:
             raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
+    arguments = training_arguments(output / "checkpoints", options)
+    trackers = tracker_callbacks(options.report_to or (), output)
     tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
     if validation is None:
         if isinstance(sequences, TokenShards):
@@ -121,7 +127,7 @@ def train_model(
     model = _build_model(options, tokenizer)
     dataset = _dataset(tokenizer, sequences, options)
     if is_first_process() and not continued:
-        write_json(settings, record)
+        write_result(settings, record, "training", seed=options.seed)
     stop = StopCallback()
     clock = ClockCallback(0.0 if checkpoint is None else ClockCallback.seconds_at(checkpoint))
     trainer = _ProteinTrainer(
@@ -130,18 +136,21 @@ def train_model(
         tokenizer=tokenizer,
         validation=validation,
         model=model,
-        args=_arguments(output / "checkpoints", options),
+        args=arguments,
         callbacks=[
             RedrawCallback(model, options.redraw_steps, options.seed),
             IntervalsCallback(),
             TrimCallback(),
             stop,
             clock,
+            *trackers,
         ],
     )
     # The progress display of transformers prints raw dictionaries.
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
+    if announce is not None:
+        trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
     if progress is not None:
         trainer.add_callback(ProgressCallback(progress))
     with quiet_transformers(), stop_on_signals(stop):
@@ -163,7 +172,8 @@ def train_model(
         with quiet_transformers():
             save_model_folder(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-        write_json(settings, {**record, "result": result})
+        ended = {**record, "result": result}
+        write_result(settings, ended, "training", seed=options.seed, model=output)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -203,20 +213,30 @@ class _ProteinTrainer(CheckpointTrainer):
         dataset = self.train_dataset
         assert isinstance(dataset, (TokenDataset, ShardedRows))
         batches = self.options.steps * self.options.accumulation * self.args.world_size
-        sampler = LengthBucketedBatchSampler(
-            dataset.lengths,
-            max_tokens=self.options.batch_tokens,
-            seed=self.options.seed,
-            num_batches=batches,
-        )
         loader = DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(dataset, batches),
             collate_fn=self.data_collator,
             # A separate generator, so that making an iterator draws nothing from dropout's.
             generator=torch.Generator().manual_seed(self.options.seed),
         )
         return self.accelerator.prepare(loader)
+
+    def first_batch(self) -> dict[str, torch.Tensor]:
+        """The first batch of the run."""
+        dataset = self.train_dataset
+        assert isinstance(dataset, (TokenDataset, ShardedRows))
+        return self._collate([dataset[key] for key in next(iter(self._sampler(dataset, 1)))])
+
+    def _sampler(
+        self, dataset: TokenDataset | ShardedRows, batches: int
+    ) -> LengthBucketedBatchSampler:
+        return LengthBucketedBatchSampler(
+            dataset.lengths,
+            max_tokens=self.options.batch_tokens,
+            seed=self.options.seed,
+            num_batches=batches,
+        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's AdamW, or Muon."""
@@ -283,43 +303,6 @@ def _build_model(
         name = newer if hasattr(model, newer) else "gradient_checkpointing_enable"
         getattr(model, name)({"use_reentrant": False})
     return model
-
-
-def _arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
-    tenth = max(1, options.steps // 10)
-    warmup = max(1, options.steps // 20)
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=options.steps,
-        gradient_accumulation_steps=options.accumulation,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=warmup if options.warmup_steps is None else options.warmup_steps,
-        weight_decay=options.weight_decay,
-        adam_beta1=0.9,
-        adam_beta2=0.98,
-        adam_epsilon=1e-9,
-        max_grad_norm=options.max_grad_norm,
-        bf16=options.bf16,
-        seed=options.seed,
-        logging_strategy="steps",
-        logging_steps=options.log_steps,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=options.eval_steps or tenth,
-        save_strategy="steps",
-        save_steps=options.save_steps or tenth,
-        save_total_limit=2,
-        report_to="none",
-        # Several processes without an accelerator would otherwise train apart.
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        # Token budgets give batches of different sizes; accelerate cannot even those out.
-        accelerator_config={"even_batches": False},
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
 
 
 def validation_sample(shards: TokenShards, seed: int) -> list[str]:

@@ -1,0 +1,79 @@
+"""``performers embed``: vectors of proteins, or of their residues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from performers.app.errors import UserError
+from performers.app.files import prepare_output_file
+from performers.app.options import Options, argument, option
+from performers.cli.console import ProgressBars, note
+from performers.cli.inputs import (
+    BATCH_TOKENS,
+    DEVICE,
+    DTYPE,
+    MODEL_AND_FASTA,
+    SKIP_INVALID,
+    ProteinFiles,
+    model_and_fasta,
+)
+from performers.proteins.options import POOLINGS, VECTOR_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingOptions(Options):
+    """Options of ``performers embed``."""
+
+    paths: list[Path] = argument(**MODEL_AND_FASTA)
+    output_file: Path = option(
+        "A .npz, .parquet, .h5 (a data set a protein) or .tsv file.", flag="--output"
+    )
+    per_residue: bool = option("A vector for each residue instead of each protein.", False)
+    pooling: str = option(
+        "mean: of the hidden states over the residues; mean-sd: their standard deviation besides, "
+        "twice as wide, which tells a little more of function.",
+        POOLINGS[0],
+        choices=POOLINGS,
+    )
+    layer: int | None = option(
+        "Hidden states to take: 0 before the first block, n after block n, negative from the end; "
+        "after the last by default.",
+        None,
+    )
+    skip_invalid: bool = option(**SKIP_INVALID)
+    device: str | None = option(**DEVICE)
+    dtype: str | None = option(**DTYPE)
+    batch_tokens: int = option(**BATCH_TOKENS)
+
+
+def embed(options: EmbeddingOptions) -> None:
+    """One vector a sequence: the final hidden states, pooled over its residues."""
+    if options.per_residue and options.pooling != POOLINGS[0]:
+        raise UserError("--pooling has no use with --per-residue; leave one of the two away")
+    prepare_output_file(options.output_file, VECTOR_SUFFIXES)
+    folder, fasta = model_and_fasta(options.paths)
+    with ProteinFiles(fasta, skip_invalid=options.skip_invalid) as files, ProgressBars() as bars:
+        from performers.proteins.model import load
+        from performers.proteins.scoring.vector_files import open_vectors
+
+        model = load(folder, device=options.device, dtype=options.dtype)
+        model.check_length(files.letters.longest)
+        width, done = 0, 0
+        with open_vectors(options.output_file, per_residue=options.per_residue) as write:
+            for records in files.chunks(8 * options.batch_tokens):
+                vectors = model.embed(
+                    records,
+                    per_residue=options.per_residue,
+                    pooling=options.pooling,
+                    layer=options.layer,
+                    batch_tokens=options.batch_tokens,
+                    progress=bars.part("embedding", done, files.letters.records),
+                )
+                for record, vector in zip(records, vectors, strict=True):
+                    write(record, vector)
+                    width = vector.shape[-1]
+                done += len(records)
+        count = files.letters.residues if options.per_residue else files.letters.records
+        note(files.letters.skips())
+    note(f"{count:,} vectors of width {width} in {options.output_file}")

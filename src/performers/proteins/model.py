@@ -1,0 +1,190 @@
+"""A protein language model with its tokenizer: embeddings and likelihoods of proteins."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.app.progress import Progress
+from performers.proteins.embedded import PRETRAINED, pretrained_folder
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.model_folder import check_input_length, load_model
+from performers.proteins.scoring.embedding import embed_residues, embed_sequences
+from performers.proteins.scoring.likelihood import ProteinScore, score_sequences
+
+
+@dataclass(frozen=True)
+class ProteinModel:
+    """A protein language model, masked or causal.
+
+    Attributes:
+        network: The model, an ordinary transformers model.
+        tokenizer: Its tokenizer.
+        folder: Folder that both were loaded from.
+    """
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    def check_length(self, residues: int) -> None:
+        """Check that the model reads a protein of so many residues.
+
+        Raises:
+            UserError: Its learned positions, or its attention, end before.
+        """
+        check_input_length(self.network, residues + 2)
+
+    def embed(
+        self,
+        proteins: Sequence[str | ProteinRecord],
+        *,
+        per_residue: bool = False,
+        pooling: str = "mean",
+        layer: int | None = None,
+        batch_tokens: int = 8192,
+        progress: Progress | None = None,
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+        """Embed proteins as vectors, one a protein or one a residue.
+
+        Args:
+            proteins: Sequences of residues, or records.
+            per_residue: Return a vector for each residue.
+            pooling: Of the residues' vectors: ``"mean"``, or ``"mean-sd"`` for their standard
+                deviation besides, twice as wide.
+            layer: Hidden states to take: 0 before the first block, ``n`` after block ``n``,
+                negative from the end; by default after the last.
+            batch_tokens: Tokens in a batch, padding included.
+            progress: Called with the proteins done and the proteins in all, after each batch.
+
+        Returns:
+            Shape ``(proteins, width)``; with ``per_residue`` one array of shape ``(residues,
+            width)`` for each protein.
+
+        Raises:
+            UserError: A protein is longer than the model can read, or an option is unknown.
+            ValueError: A sequence has other letters than residues.
+        """
+        if per_residue and pooling != "mean":
+            raise UserError("--pooling has no use with --per-residue; leave one of the two away")
+        sequences = _sequences(proteins)
+        model = (self.network, self.tokenizer)
+        if per_residue:
+            return embed_residues(
+                *model, sequences, layer=layer, batch_tokens=batch_tokens, progress=progress
+            )
+        return embed_sequences(
+            *model,
+            sequences,
+            pooling=pooling,
+            layer=layer,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+    def score(
+        self,
+        proteins: Sequence[str | ProteinRecord],
+        *,
+        method: str | None = None,
+        substitutions: bool = False,
+        batch_tokens: int = 8192,
+        progress: Progress | None = None,
+    ) -> list[ProteinScore]:
+        """Log-likelihood of each residue, and log-odds of substitutions; see `score_sequences`.
+
+        Args:
+            proteins: Sequences of residues, or records.
+            method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
+            substitutions: Compute log-odds of all substitutions.
+            batch_tokens: Tokens in a batch, padding included.
+            progress: Called with the residues done and the residues in all, after each batch.
+
+        Returns:
+            A score for each protein, in order.
+
+        Raises:
+            UserError: A protein is longer than the model can read, or ``method`` is unknown or
+                given for a causal model.
+            ValueError: A sequence has other letters than residues.
+        """
+        return score_sequences(
+            self.network,
+            self.tokenizer,
+            _sequences(proteins),
+            method=method,
+            substitutions=substitutions,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> ProteinModel:
+    """Load a protein language model, in evaluation mode.
+
+    Args:
+        path: A folder that ``performers train`` wrote, or ``"performers-protein-small"``, the model
+            that ships with the library and the default.
+        device: Device of torch, such as ``"cpu"`` or ``"cuda:1"``; by default a CUDA device where
+            there is one.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``; as saved by default.
+
+    Raises:
+        UserError: The folder holds no model or its files are damaged, or the device is not
+            available.
+    """
+    folder = Path(PRETRAINED if path is None else path)
+    if str(folder) == PRETRAINED and not folder.exists():
+        folder = pretrained_folder()
+    return ProteinModel(*load_model(folder, device=device, dtype=dtype), folder)
+
+
+def embed(
+    proteins: Sequence[str | ProteinRecord],
+    *,
+    per_residue: bool = False,
+    pooling: str = "mean",
+    layer: int | None = None,
+) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
+    """Embed proteins with the model that ships; see `ProteinModel.embed`."""
+    return load().embed(proteins, per_residue=per_residue, pooling=pooling, layer=layer)
+
+
+def score(
+    proteins: Sequence[str | ProteinRecord],
+    *,
+    method: str | None = None,
+    substitutions: bool = False,
+) -> list[ProteinScore]:
+    """Score proteins with the model that ships; see `ProteinModel.score`."""
+    return load().score(proteins, method=method, substitutions=substitutions)
+
+
+def _sequences(proteins: Sequence[str | ProteinRecord]) -> list[str]:
+    if isinstance(proteins, str):
+        raise ValueError("proteins: expected a list of sequences, got one string; put it in a list")
+    sequences = []
+    for number, protein in enumerate(proteins):
+        sequence = protein.sequence if isinstance(protein, ProteinRecord) else protein.upper()
+        if not re.fullmatch("[A-Z]+", sequence):
+            raise ValueError(
+                f"proteins[{number}]: expected one or more letters from A to Z, got "
+                f"{sequence[:30]!r}; remove gaps, stops and spaces"
+            )
+        sequences.append(sequence)
+    if not sequences:
+        raise ValueError("proteins: expected at least one sequence, got none")
+    return sequences

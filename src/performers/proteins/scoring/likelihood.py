@@ -1,0 +1,231 @@
+"""Log-likelihoods of residues, and log-odds of substitutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.app.progress import Progress
+from performers.proteins.inputs.objectives import CausalCollator
+from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
+from performers.proteins.model_folder import check_input_length
+from performers.proteins.options import SCORE_METHODS
+
+_Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ProteinScore:
+    """Score of a protein under a model.
+
+    Attributes:
+        log_likelihoods: Log-probability of each residue, ``(residues,)``, nats; over the whole
+            vocabulary of the model, as ``performers evaluate`` has it.
+        log_odds: Log-odds of each of the 20 amino acids, in the order ``ACDEFGHIKLMNPQRSTVWY``,
+            against the residue that is there, ``(residues, 20)``: 0 for that residue, below 0 for
+            what the model finds less likely, NaN where the residue is none of the 20. None unless
+            asked for.
+    """
+
+    log_likelihoods: _Floats
+    log_odds: _Floats | None = None
+
+    @property
+    def log_likelihood(self) -> float:
+        """Sum over the residues; of a masked model a pseudo-log-likelihood."""
+        return float(self.log_likelihoods.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean over the residues."""
+        return float(self.log_likelihoods.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(-mean)``; infinity where that is too large."""
+        return math.exp(-self.mean) if self.mean > -700 else math.inf
+
+
+def score_sequences(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str],
+    *,
+    method: str | None = None,
+    substitutions: bool = False,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> list[ProteinScore]:
+    """Score proteins residue by residue.
+
+    - A causal model gives the exact ``log p(x_i | x_<i)``; log-odds of a substitution compare the
+      whole protein with and without it, and take 19 runs of the model a residue.
+    - A masked model with ``"masked"`` gives ``log p(x_i | x without i)``, each residue hidden by
+      itself, a run of the model a residue; log-odds are of the same distributions (masked
+      marginals, Meier et al. 2021). Their sum is the pseudo-log-likelihood of Salazar et al. 2020.
+    - With ``"one-pass"`` no residue is hidden and one run serves all. The model sees what it is
+      asked for, which flatters the likelihoods; they compare proteins read in the same way only.
+
+    The end of a protein is not scored.
+
+    Args:
+        model: A masked or causal language model.
+        tokenizer: Its tokenizer.
+        sequences: Proteins as letters.
+        method: One of ``SCORE_METHODS``; of masked models alone, ``"masked"`` by default.
+        substitutions: Compute log-odds.
+        batch_tokens: Tokens in a batch, padding included.
+        progress: Called with the residues done and the residues in all, after each batch.
+
+    Returns:
+        A score for each sequence, in the order given.
+
+    Raises:
+        UserError: The method is unknown or given for a causal model, a sequence is longer than
+            learned positions reach, or the model gives values that are not finite.
+    """
+    causal = bool(model.config.is_decoder)
+    if method is not None and causal:
+        raise UserError("--method is for masked models; leave it out with a causal one")
+    if method is not None and method not in SCORE_METHODS:
+        raise UserError(f"--method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
+    scorer = _Scorer(model, tokenizer, batch_tokens)
+    encoded = [tokens.astype(np.int64) for tokens in encode_sequences(tokenizer, sequences)]
+    check_input_length(model, max(map(len, encoded)))
+    total = sum(map(len, sequences))
+    scores: list[ProteinScore | None] = [None] * len(encoded)
+    done = 0
+    for place, score in (
+        scorer.in_one_pass(encoded, causal=causal, substitutions=substitutions)
+        if causal or method == "one-pass"
+        else scorer.masked(encoded, substitutions=substitutions)
+    ):
+        if not np.isfinite(score.log_likelihoods).all():
+            raise UserError(
+                "the model gives log-likelihoods that are not finite; its training diverged, or "
+                "its files are damaged: train anew or copy it again"
+            )
+        scores[place] = score
+        done += len(score.log_likelihoods)
+        if progress is not None:
+            progress(done, total)
+    return [score for score in scores if score is not None]
+
+
+class _Scorer:
+    """Runs of a model on rows of tokens.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        batch_tokens: Tokens in a batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int
+    ) -> None:
+        self.model = model
+        self.batch_tokens = batch_tokens
+        self._collator = CausalCollator(tokenizer)
+        self._amino_acids = residue_ids(tokenizer, AMINO_ACIDS)
+        self._mask_id = tokenizer.mask_token_id
+
+    def in_one_pass(
+        self, encoded: Sequence[npt.NDArray[np.int64]], *, causal: bool, substitutions: bool
+    ) -> Iterator[tuple[int, ProteinScore]]:
+        """Scores from predictions at the residues themselves, or at those before them."""
+        # The residues are tokens 1 to -1.
+        first = 0 if causal else 1
+        for place, predicted in self._predictions(encoded):
+            tokens = encoded[place]
+            predicted = predicted[first : first + len(tokens) - 2]
+            found = _taken(predicted, tokens[1:-1])
+            log_odds = None
+            if substitutions and causal:
+                log_odds = self._against_mutants(tokens, float(found.sum()))
+            elif substitutions:
+                log_odds = self._log_odds(predicted, tokens[1:-1])
+            yield place, ProteinScore(found, log_odds)
+
+    def masked(
+        self, encoded: Sequence[npt.NDArray[np.int64]], *, substitutions: bool
+    ) -> Iterator[tuple[int, ProteinScore]]:
+        """Scores from predictions at residues that are hidden one at a time."""
+        for place, tokens in enumerate(encoded):
+            rows = np.repeat(tokens[None], len(tokens) - 2, axis=0)
+            positions = np.arange(1, len(tokens) - 1)
+            rows[positions - 1, positions] = self._mask_id
+            parts = []
+            size = max(1, self.batch_tokens // len(tokens))
+            for start in range(0, len(rows), size):
+                logits = self._logits(torch.from_numpy(rows[start : start + size]))
+                at = torch.from_numpy(positions[start : start + size]).to(logits.device)
+                hidden = logits[torch.arange(len(at), device=logits.device), at]
+                parts.append(_log_probabilities(hidden))
+            predicted = np.concatenate(parts)
+            log_odds = self._log_odds(predicted, tokens[1:-1]) if substitutions else None
+            yield place, ProteinScore(_taken(predicted, tokens[1:-1]), log_odds)
+
+    def _log_odds(self, predicted: _Floats, residues: npt.NDArray[np.int64]) -> _Floats:
+        odds = predicted[:, self._amino_acids] - _taken(predicted, residues)[:, None]
+        odds[~np.isin(residues, self._amino_acids)] = np.nan
+        return odds
+
+    def _against_mutants(self, tokens: npt.NDArray[np.int64], wild_type: float) -> _Floats:
+        """Log-likelihoods of all single mutants less that of the protein itself."""
+        odds = np.full((len(tokens) - 2, len(self._amino_acids)), np.nan)
+        standard = np.flatnonzero(np.isin(tokens[1:-1], self._amino_acids))
+        odds[standard] = tokens[1:-1][standard, None] != self._amino_acids
+        cells = np.argwhere(odds == 1)
+        odds[odds == 1] = 0
+        size = max(1, self.batch_tokens // len(tokens))
+        for start in range(0, len(cells), size):
+            part = cells[start : start + size]
+            rows = np.repeat(tokens[None], len(part), axis=0)
+            rows[np.arange(len(part)), part[:, 0] + 1] = self._amino_acids[part[:, 1]]
+            predicted = _log_probabilities(self._logits(torch.from_numpy(rows))[:, :-2])
+            found = np.take_along_axis(predicted, rows[:, 1:-1, None], axis=2).sum((1, 2))
+            odds[part[:, 0], part[:, 1]] = found - wild_type
+        return odds
+
+    def _predictions(
+        self, encoded: Sequence[npt.NDArray[np.int64]]
+    ) -> Iterator[tuple[int, _Floats]]:
+        """Log-probabilities at the tokens of each row, ``(tokens, vocabulary)``."""
+        dataset = TokenDataset(encoded)
+        longest = int(dataset.lengths.max())
+        sampler = LengthBucketedBatchSampler(
+            dataset.lengths, max_tokens=max(self.batch_tokens, longest), shuffle=False
+        )
+        for keys in sampler:
+            batch = self._collator([dataset[key] for key in keys])
+            logits = self._logits(batch["input_ids"], batch["attention_mask"])
+            for row, (_, place) in enumerate(keys):
+                yield place, _log_probabilities(logits[row, : len(encoded[place])])
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        options: dict[str, Any] = {"use_cache": False} if self.model.config.is_decoder else {}
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask.to(self.model.device)
+        with torch.inference_mode():
+            return self.model(input_ids.to(self.model.device), **options).logits
+
+
+def _log_probabilities(logits: Tensor) -> _Floats:
+    # Not every device has float64.
+    return logits.cpu().double().log_softmax(-1).numpy()
+
+
+def _taken(predicted: _Floats, tokens: npt.NDArray[np.int64]) -> _Floats:
+    """Entries of each row at a token, ``(rows,)``."""
+    return np.take_along_axis(predicted, tokens[:, None], axis=1)[:, 0]

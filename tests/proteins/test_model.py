@@ -1,0 +1,56 @@
+"""The public module: load, embed, score."""
+
+import numpy as np
+import pytest
+import torch
+
+from performers import proteins as public
+from performers.app.errors import UserError
+from performers.proteins.scoring.embedding import embed_residues, embed_sequences
+from tests.proteins.runs import make_model_folder, proteins
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model_folder(tmp_path_factory.mktemp("models") / "masked")
+
+
+def test_a_loaded_model_embeds_and_scores(folder):
+    model = public.load(folder, device="cpu")
+    sequences = proteins(4)
+    both = model.network, model.tokenizer
+    np.testing.assert_array_equal(model.embed(sequences), embed_sequences(*both, sequences))
+    records = [public.ProteinRecord("a", "", sequences[0])]
+    (residues,) = model.embed(records, per_residue=True)
+    np.testing.assert_array_equal(residues, *embed_residues(*both, sequences[:1]))
+    (score,) = model.score([sequences[0].lower()], substitutions=True)
+    assert score.log_odds.shape == (len(sequences[0]), 20)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_model_computes_in_another_type(folder, dtype):
+    sequences = proteins(3)
+    model = public.load(folder, dtype=dtype)
+    assert model.network.dtype == getattr(torch, dtype)
+    exact = public.load(folder)
+    vectors = model.embed(sequences)
+    assert vectors.dtype == np.float32
+    tolerance = 1e-4 if dtype == "float64" else 0.1
+    np.testing.assert_allclose(vectors, exact.embed(sequences), atol=tolerance)
+    (score,), (expected,) = model.score(sequences[:1]), exact.score(sequences[:1])
+    assert score.mean == pytest.approx(expected.mean, abs=tolerance)
+
+
+def test_what_cannot_be_read_is_refused(folder):
+    model = public.load(folder)
+    for wrong, words in ((["MK", "M-K"], r"proteins\[1\]"), ("MK", "one string"), ([], "none")):
+        with pytest.raises(ValueError, match=words):
+            model.embed(wrong)
+    with pytest.raises(UserError, match=r"--device gpu is not available .* devices here are cpu"):
+        public.load(folder, device="gpu")
+    with pytest.raises(UserError, match="--device meta is not available"):
+        public.load(folder, device="meta")
+    with pytest.raises(UserError, match="--dtype must be one of float32"):
+        public.load(folder, dtype="int8")
+    with pytest.raises(AttributeError):
+        public.nothing  # noqa: B018
