@@ -56,7 +56,7 @@ def sentences(model: ModelReport, learnt: Mapping[str, Any] | None) -> list[str]
     if model.proteins:
         lengths = [len(reading.record.sequence) for reading in model.proteins]
         of = f" of the {model.available:,}" if model.available > len(lengths) else ""
-        span = f"{min(lengths):,}" + (f" to {max(lengths):,}" if len(lengths) > 1 else "")
+        span = " to ".join(f"{length:,}" for length in sorted({min(lengths), max(lengths)}))
         told.append(
             f"This page shows {len(lengths):,}{of} protein{'s' * (len(lengths) > 1)} "
             f"({sum(lengths):,} amino acids; {span} long) as the model {shortened(model.name)} "
