@@ -63,8 +63,9 @@ class FavorAttention(nn.Module):
                 )
             query, key, value = (end_to_end(x) for x in (query, key, value))
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)
-        options |= {"key_mask": key_mask, "cu_seqlens": cu_seqlens, "return_state": return_state}
-        options |= self._exact_pairs()
+        # torch 2.7 compiles no update of a dictionary in place.
+        masks = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
+        options = {**options, **masks, **self._exact_pairs(), "return_state": return_state}
         result: Any = favor_attention(query, key, value, self.feature_map, **options)
         out, state = result if return_state else (result, None)
         if cu_seqlens is not None:
