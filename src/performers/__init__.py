@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         backends,
         favor_attention,
         favor_attention_weights,
+        favor_state,
+        merge_states,
         scaled_dot_product_attention,
         use_backend,
     )
@@ -40,13 +42,15 @@ __all__ = [
     "backends",
     "favor_attention",
     "favor_attention_weights",
+    "favor_state",
+    "merge_states",
     "plan",
     "redraw_features_",
     "scaled_dot_product_attention",
     "use_backend",
 ]
 
-_PACKAGES = ("attention", "features", "nn", "planning", "catalogue")
+_PACKAGES = ("attention", "features", "nn", "planning", "catalogue", "distributed")
 
 
 def __getattr__(name: str) -> Any:

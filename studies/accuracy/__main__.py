@@ -12,7 +12,7 @@ from performers.cli.benchmark import ResultFiles, measure_and_write
 from performers.cli.commands import App
 from performers.cli.console import note
 from performers.cli.interrupts import end_at_once
-from studies.accuracy.options import KernelOptions, PretrainedOptions
+from studies.accuracy.options import KernelOptions, PlanOptions, PretrainedOptions
 
 _Result = TypeVar("_Result")
 
@@ -34,7 +34,7 @@ def kernel(files: ResultFiles, options: KernelOptions) -> None:
         files.resume,
         partial(run_kernel, options, results),
         figure=report.kernel_figure,
-        tables=report.kernel_tables,
+        tables=report.console_tables,
         series="estimator",
     )
 
@@ -51,6 +51,12 @@ def models(files: ResultFiles, options: PretrainedOptions) -> None:
     _measure("models", files, options)
 
 
+@app.command(extra="convert", lower="--length or --passages")
+def plan(files: ResultFiles, options: PlanOptions) -> None:
+    """Errors that performers.plan promises on some passages, and those on others."""
+    _measure("plan", files, options)
+
+
 def _measure(name: str, files: ResultFiles, options: PretrainedOptions) -> None:
     from performers.benchmark.measure import Results
     from studies.accuracy import pretrained, report
@@ -60,14 +66,14 @@ def _measure(name: str, files: ResultFiles, options: PretrainedOptions) -> None:
         note(f"{options.model} has no language-modelling head: hidden states only, no perplexity")
     folder = prepare_output_folder(files.output_folder, resume=files.resume)
     results = Results.empty(f"accuracy {name}", options)
-    run = {"heads": pretrained.run_heads, "models": pretrained.run_models}[name]
+    run = getattr(pretrained, f"run_{name}")
     measure_and_write(
         results,
         folder,
         files.resume,
         lambda progress: _told(lambda: run(found, results, progress=progress)),
-        figure={"heads": report.heads_figure, "models": report.models_figure}[name],
-        tables={"heads": report.heads_tables, "models": report.models_tables}[name],
+        figure=getattr(report, f"{name}_figure"),
+        tables=report.console_tables,
         series="setting",
     )
 

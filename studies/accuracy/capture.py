@@ -9,7 +9,6 @@ connections and normalisation damp errors, depth accumulates them.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from performers.convert.distillation.pretrained import LoadedModel
+from performers.convert.distillation.quality import Quality, measure_quality
 from performers.convert.interface.call import AttentionCall, check_linear
 from performers.convert.interface.implementation import intercept_attention, interface_modules
+from performers.planning import exact
 from performers.planning.samples import Samples
-
-__all__ = ["HeadSample", "capture_heads", "exact_attention", "propagate", "replace_attention"]
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,9 @@ def capture_heads(
     return [sample for _, sample in sorted(samples.items()) if sample is not None]
 
 
-def exact_attention(
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    is_causal: bool,
-    key_mask: Tensor | None,
-) -> Tensor:
-    """Softmax attention of torch, with the call that `replace_attention` makes.
-
-    Queries that see no key get zeros.
-    """
-    mask = None
-    if key_mask is not None:
-        mask = key_mask[:, None, None, :].expand(-1, 1, query.shape[2], -1)
-        mask, is_causal = (mask.tril() if is_causal else mask), False
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=True
-    )
-    return output if mask is None else output.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
+def exact_attention(layer: int, *tensors: Tensor, **rest: Any) -> Tensor:
+    """Softmax attention of torch, with the call that `replace_attention` makes."""
+    return exact.exact_attention(*tensors, **rest)
 
 
 @contextlib.contextmanager
@@ -159,122 +139,65 @@ class Propagation:
 
     Attributes:
         errors: ``|replaced - original| / |original|`` of the hidden states after each layer, over
-            all tokens that are not padding; the last includes the model's final normalisation.
+            all tokens; the last includes the model's final normalisation.
         cosine: Mean cosine of final hidden states.
-        loss: Loss of the original model, nats a predicted token; None without a head.
-        replaced_loss: The same with the attention replaced.
-        predicted: Number of tokens that the losses are means over.
+        original: Predictions of the original model; None without a language-modelling head.
+        replaced: The same with the attention replaced.
     """
 
     errors: tuple[float, ...]
     cosine: float
-    loss: float | None = None
-    replaced_loss: float | None = None
-    predicted: int = 0
+    original: Quality | None
+    replaced: Quality | None
 
 
+@torch.no_grad()
 def propagate(
-    loaded: LoadedModel,
-    input_ids: Tensor,
-    attention: Callable[..., Tensor],
-    *,
-    attention_mask: Tensor | None = None,
-    mask_fraction: float = 0.15,
-    seed: int = 0,
+    loaded: LoadedModel, input_ids: Tensor, attention: Callable[..., Tensor], *, seed: int = 0
 ) -> Propagation:
-    """Compare a model with itself under another attention.
-
-    Sequences run one at a time. With a language-modelling head the loss is that of the next token
-    (causal), or that of tokens hidden behind the mask token, which are the same ones for both
-    models (masked); hidden states are always compared on the input as it is.
+    """Compare a model with itself under another attention, a sequence at a time.
 
     Args:
         loaded: The model.
         input_ids: Token ids (B, L).
         attention: The function that replaces its attention; see `replace_attention`.
-        attention_mask: (B, L), nonzero where a token takes part; None: all do.
-        mask_fraction: Share of the tokens that are hidden from a masked language model.
-        seed: Seed of the choice of these.
+        seed: Seed of the tokens that are hidden from a masked language model.
 
     Raises:
         ValueError: The inputs do not fit the model, there is nothing to predict, the tokenizer has
             no mask token, or no attention of the model could be replaced.
     """
-    if not 0 < mask_fraction <= 1:
-        raise ValueError(f"mask_fraction must be in (0, 1], got {mask_fraction}")
-    loaded.inputs(input_ids, attention_mask)
-    generator = torch.Generator().manual_seed(seed)
     difference = norm = torch.zeros((), dtype=torch.float64)
     cosines: list[Tensor] = []
-    losses, predicted, calls = [0.0, 0.0], 0, [0]
+    calls = 0
 
     def counted(*arguments: Any, **keywords: Any) -> Tensor:
-        calls[0] += 1
+        nonlocal calls
+        calls += 1
         return attention(*arguments, **keywords)
 
-    def run(ids: Tensor, mask: Tensor) -> tuple[Any, Any]:
-        arguments = loaded.inputs(ids, mask)
-        original = loaded.model(**arguments, output_hidden_states=True)
+    def states(row: Tensor) -> Tensor:
+        output = loaded.model(**loaded.inputs(row[None], None), output_hidden_states=True)
+        return torch.stack(output.hidden_states[1:])[:, 0].double().cpu()
+
+    def quality() -> Quality | None:
+        if not loaded.has_head:
+            return None
+        kind = "causal" if loaded.is_causal else "masked"
+        batches = [{"input_ids": row[None]} for row in input_ids]
+        return measure_quality(loaded.model, None, batches, kind, loaded.tokenizer, seed=seed)
+
+    for row in input_ids:
+        expected = states(row)
         with replace_attention(loaded.model, counted):
-            return original, loaded.model(**arguments, output_hidden_states=True)
-
-    for row in range(len(input_ids)):
-        ids = input_ids[row : row + 1].to("cpu", torch.long, copy=True)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask[row : row + 1]
-        valid = mask[0].cpu() != 0
-        with torch.no_grad():
-            outputs = run(ids, mask)
-            states = [torch.stack(x.hidden_states[1:])[:, 0, valid].double() for x in outputs]
-            difference = difference + (states[1] - states[0]).square().sum(dim=(1, 2)).cpu()
-            norm = norm + states[0].square().sum(dim=(1, 2)).cpu()
-            cosines.append(F.cosine_similarity(states[0][-1], states[1][-1], dim=-1).cpu())
-            if not loaded.has_head:
-                continue
-            if loaded.is_causal:
-                positions = torch.nonzero(valid[:-1] & valid[1:])[:, 0]
-                targets = ids[0, positions + 1]
-            else:
-                positions = _hidden_positions(loaded, ids[0], valid, mask_fraction, generator)
-                targets = ids[0, positions]
-                ids[0, positions] = loaded.tokenizer.mask_token_id
-                outputs = run(ids, mask)
-            predicted += len(positions)
-            for index, output in enumerate(outputs):
-                logits = output.logits[0, positions].float().cpu()
-                losses[index] += float(F.cross_entropy(logits, targets, reduction="sum"))
-    if not calls[0]:
+            actual = states(row)
+        difference = difference + (actual - expected).square().sum(dim=(1, 2))
+        norm = norm + expected.square().sum(dim=(1, 2))
+        cosines.append(F.cosine_similarity(expected[-1], actual[-1], dim=-1))
+    if not calls:
         raise ValueError(f"{type(loaded.model).__name__} called none of its attention: no layers?")
+    original = quality()
+    with replace_attention(loaded.model, counted):
+        replaced = quality()
     errors = tuple((difference / norm).sqrt().tolist())
-    cosine = float(torch.cat(cosines).mean())
-    if not loaded.has_head:
-        return Propagation(errors, cosine)
-    if not predicted:
-        raise ValueError("input_ids has nothing to predict: sequences of two tokens or more do")
-    return Propagation(errors, cosine, losses[0] / predicted, losses[1] / predicted, predicted)
-
-
-def _hidden_positions(
-    loaded: LoadedModel, ids: Tensor, valid: Tensor, fraction: float, generator: torch.Generator
-) -> Tensor:
-    """Positions to hide from a masked language model: ordinary tokens, drawn without repeats."""
-    tokenizer = loaded.tokenizer
-    if tokenizer is None or tokenizer.mask_token_id is None:
-        raise ValueError(
-            f"the loss of a masked language model needs a tokenizer with a mask token, and "
-            f"{loaded.path} has none: load it with head=False"
-        )
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    ordinary = torch.nonzero(valid & ~special)[:, 0]
-    number = min(len(ordinary), max(1, round(fraction * len(ordinary))))
-    chosen = torch.randperm(len(ordinary), generator=generator)[:number]
-    return ordinary[chosen].sort().values
-
-
-def perplexity(loss: float | None) -> float | None:
-    """``exp(loss)``; infinite where it overflows, None for None."""
-    if loss is None:
-        return None
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    return Propagation(errors, float(torch.cat(cosines).mean()), original, replaced)

@@ -137,7 +137,7 @@ def run_kernel(
 ) -> None:
     """Measure, group by group, into results that may hold some groups already.
 
-    Every draw has data of its own, the same for all estimators, projections and numbers of
+    Every draw has its own data, the same for all estimators, projections and numbers of
     features; estimators that are calibrated are fitted to other data of the same distribution.
     """
     pairs = options.pairs()

@@ -129,3 +129,10 @@ class PretrainedOptions(Rounds):
             from performers import backends
 
             Declaration(help="", choices=backends()).check("--backend", self.backend)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PretrainedOptions):
+    """Options of ``plan``."""
+
+    target_error: float = option("The error that plan is asked for.", 0.3, above=0)

@@ -1,4 +1,4 @@
-"""Errors on the heads of a pretrained model beside times, and at the end of the whole model."""
+"""Errors and times on the heads of a pretrained model, and errors at its end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from performers import favor_attention, plan
 from performers.benchmark.case import MEASURED, Case, Group, Ratio, Row, add_ratios, select
 from performers.benchmark.gate import (
     CASE_ERRORS,
@@ -18,13 +19,13 @@ from performers.benchmark.gate import (
     Gate,
     WrongResultError,
     judge,
-    relative_error,
 )
 from performers.benchmark.measure import Results, measure_group, verdict
 from performers.benchmark.timing import threads_of_torch
 from performers.convert.distillation.pretrained import LoadedModel, load_model
 from performers.convert.distillation.texts import text_windows
 from performers.nn import Approximation
+from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
 from studies.accuracy.approximations import (
     SDPA,
@@ -37,10 +38,9 @@ from studies.accuracy.capture import (
     HeadSample,
     capture_heads,
     exact_attention,
-    perplexity,
     propagate,
 )
-from studies.accuracy.options import PretrainedOptions
+from studies.accuracy.options import PlanOptions, PretrainedOptions
 
 MEAN, FINAL = "mean", "final"
 """In the column of the layer: the mean of the errors over layers with the time of a call, and the
@@ -51,7 +51,7 @@ _MANY_LAYERS, _STEP = 8, 5
 # Errors allowed of a backend against the reference one. Long queries and keys cost digits, and
 # normalisers of either sign, which can come close to zero, cost more.
 _TOLERANCE, _SIGNED_TOLERANCE = 1e-3, 0.1
-_QUADRATIC = "made of a quadratic mask here, for its error and not its time"
+_QUADRATIC = "computed with a quadratic mask, for its error and not its time"
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _layer_row(
         if approximation.num_features:
             _check(fits, test, approximation, backend)
         output = _run(fitted_attention(fits, approximation, backend), test)
-        error = relative_error(output, _run(exact_attention, test))
+        error = float(relative_error(output, _run(exact_attention, test)))
         if not math.isfinite(error):
             raise WrongResultError("wrong result: the output is not finite")
         row["error"] = error
@@ -318,10 +318,52 @@ def _model_rows(
         "layer": FINAL,
         "error": found.errors[-1],
         "cosine": found.cosine,
-        "loss": found.loss,
-        "replaced_loss": found.replaced_loss,
-        "perplexity": perplexity(found.loss),
-        "replaced_perplexity": perplexity(found.replaced_loss),
-        "predicted": found.predicted,
+        "perplexity": found.original and found.original.perplexity,
+        "replaced_perplexity": found.replaced and found.replaced.perplexity,
+        "predicted": found.original and found.original.tokens,
     }
     return [*rows, final]
+
+
+def run_plan(
+    pretrained: Pretrained,
+    results: Results,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Plan each layer on the passages to fit to, and measure the recommended setting on the others.
+
+    Raises:
+        ValueError: The model's attention cannot be captured, or a layer is not there.
+    """
+    options = pretrained.options
+    assert isinstance(options, PlanOptions)
+    with threads_of_torch(options.threads):
+        fitted = {x.layer: x for x in capture_heads(pretrained.loaded, pretrained.calibration)}
+        layers = pretrained.chosen_layers(list(fitted))
+        tests = capture_heads(pretrained.loaded, pretrained.test, layers=layers)
+        for number, test in enumerate(tests):
+            if not results.holds({"layer": test.layer}, [{}]):
+                sample = fitted[test.layer]
+                found = plan(
+                    sample.query,
+                    sample.key,
+                    sample.value,
+                    is_causal=sample.is_causal,
+                    key_mask=sample.key_mask,
+                    scale=sample.scale,
+                    target_error=options.target_error,
+                    seed=options.seed,
+                    backend=options.backend,
+                    show=False,
+                )
+                features, arguments = found.build()
+                with torch.no_grad():
+                    tensors = (test.query, test.key, test.value)
+                    arguments["key_mask"] = test.key_mask
+                    output = favor_attention(*tensors, features, **arguments)
+                row = {"layer": test.layer, **setting_columns(found.recommended)}
+                row |= {"status": MEASURED, "reason": None, "promised": found.recommended.error}
+                row["error"] = float(relative_error(output, _run(exact_attention, test)))
+                results.put({"layer": test.layer}, [row])
+            progress(number + 1, len(tests))

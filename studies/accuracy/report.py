@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import rich.table
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, NullLocator
-from rich.table import Table
 
+from performers.app.figures import INK, MUTED, PALETTE, new_figure, styled
 from performers.benchmark.case import MEASURED, Row, select
 from performers.benchmark.measure import Results
-from performers.benchmark.plot import INK, MARKERS, MUTED, PALETTE, look, new_figure, style
-from performers.benchmark.table import new_table, seconds, times
+from performers.benchmark.plot import MARKERS, draw_lines, look, shared_legend, style
 from performers.features import ESTIMATORS, PROJECTIONS
 from studies.accuracy.approximations import SDPA
 from studies.accuracy.kernel import ISOTROPIC
 from studies.accuracy.pretrained import FINAL, MEAN
+from studies.pages import Table, digits, pivot
 
-_MEASURES = {
-    "kernel_relative": "squared relative error of exp(scale q . k)",
-    "output_error": "relative error of the output",
-}
 _LABELS = {
     "kernel_mse": "mean squared error of A",
     "output_mse": "mean squared error of the output",
@@ -45,104 +42,131 @@ _PANELS: list[tuple[str, list[tuple[str, str]], int | None]] = [
 _WORST = 2.0
 
 
-def kernel_tables(results: Results) -> list[Table]:
-    """Errors against the number of features: two tables for each kind of data, means over draws."""
-    tables = []
-    for data in _distinct(results.rows, "data"):
-        rows = select(results.rows, {"data": data})
-        counts = _distinct(rows, "num_features")
-        pairs = list(dict.fromkeys((row["estimator"], row["projection"]) for row in rows))
-        values = {(row["estimator"], row["projection"], row["num_features"]): row for row in rows}
-        for measure, label in _MEASURES.items():
-            headings = [f"{count:,}" for count in counts]
-            table = new_table(f"{data}: {label}", ["estimator", "projection"], headings)
-            for number, pair in enumerate(pairs):
-                first = number == 0 or pairs[number - 1][0] != pair[0]
-                cells = [values.get((*pair, count), {}).get(measure) for count in counts]
-                table.add_row(pair[0] if first else "", pair[1], *map(error, cells))
-            tables.append(table)
-    return tables
+def tables(content: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables of a command's ``results.json``, by name."""
+    make = {
+        "accuracy kernel": _kernel_tables,
+        "accuracy heads": _heads_tables,
+        "accuracy models": _models_tables,
+        "accuracy plan": _plan_tables,
+    }[content["benchmark"]]
+    return make(content["rows"], content["settings"])
 
 
-def heads_tables(results: Results) -> list[Table]:
-    """Errors by layer, and the means beside the times; captions give the reasons of failures."""
-    means = select(results.rows, {"layer": MEAN})
-    rows = [row for row in results.rows if row["layer"] != MEAN]
-    layers = _distinct(rows, "layer")
-    middle = results.settings["num_features"]
-    title = f"relative error of the output by layer, {middle} features"
-    by_layer = new_table(title, ["setting"], map(str, layers))
-    errors = {(row["setting"], row["num_features"], row["layer"]): row["error"] for row in rows}
-    for setting, count in dict.fromkeys((row["setting"], row["num_features"]) for row in rows):
-        if count in (0, middle):
-            cells = [errors.get((setting, count, layer)) for layer in layers]
-            by_layer.add_row(setting, *map(error, cells))
-    title = "mean over layers; front: no other is both faster and better"
-    by_time = _columns(
-        title,
-        means,
-        {
-            "features": _features,
-            "mean\nerror": lambda row: error(row["error"]),
-            "a call": lambda row: seconds(row["seconds"]),
-            "SDPA\n/ this": lambda row: times(row["sdpa_ratio"]),
-            "": lambda row: "front" if row.get("front") else "",
-        },
-    )
-    by_time.caption = _reasons(results.rows)
-    return [by_layer, by_time]
-
-
-def models_tables(results: Results) -> list[Table]:
-    """Final hidden states and perplexity under each setting."""
-    rows = select(results.rows, {"layer": FINAL})
-    table = _columns(
-        "the end of the model",
-        rows,
-        {
-            "features": _features,
-            "error of\nhidden states": lambda row: error(row.get("error")),
-            "cosine": lambda row: "" if row.get("cosine") is None else f"{row['cosine']:.3f}",
-            "perplexity": lambda row: error(row.get("replaced_perplexity")),
-            "of the\noriginal": lambda row: error(row.get("perplexity")),
-        },
-    )
-    table.caption = _reasons(rows)
-    return [table]
-
-
-def error(value: float | None) -> str:
-    """An error with three digits; powers of ten where it is tiny or huge; empty for None."""
-    if value is None:
-        return ""
-    if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return f"{value:.3g}" if abs(value) < 1e3 else f"{value:.0f}"
-    return f"{value:.1e}"
-
-
-def _features(row: Row) -> str:
-    return f"{row['num_features']:,}" if row["num_features"] else ""
-
-
-def _columns(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]]) -> Table:
-    """A table of settings; columns without a value are left out."""
-    shown = {name: show for name, show in columns.items() if any(show(row) for row in rows)}
-    table = new_table(title, ["setting"], shown)
-    for row in rows:
-        table.add_row(row["setting"], *(show(row) for show in shown.values()))
-    return table
-
-
-def _reasons(rows: Iterable[Row]) -> str | None:
-    """Reasons of failed settings, one each."""
+def console_tables(results: Results) -> list[rich.table.Table]:
+    """The tables for the console; a caption gives the reason of each setting that failed."""
+    made = tables(results.content())
+    shown = [table.rich(name) for name, table in made.items() if table.rows]
     reasons: dict[str, str] = {}
-    for row in rows:
-        if row["status"] != MEASURED:
+    for row in results.rows:
+        if row["status"] != MEASURED and "layer" in row:
             setting = f"{row['setting']}, {row['num_features']:,} features"
             reasons.setdefault(setting, f"layer {row['layer']}: {row['reason']}")
-    return "\n".join(f"{name}: {reason}" for name, reason in reasons.items()) or None
+    if shown and reasons:
+        shown[-1].caption = "\n".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return shown
 
 
+def _kernel_tables(rows: list[Row], settings: Mapping[str, Any]) -> dict[str, Table]:
+    """Means over draws of the output's squared error, medians of the kernel's relative one."""
+    counts = sorted({row["num_features"] for row in rows})
+    isotropic = [row for row in rows if row["data"].startswith(ISOTROPIC)]
+    paper = [row for row in isotropic if (row["estimator"], row["projection"]) in _PAPER]
+    most = select(isotropic, {"num_features": counts[-1]})
+    middle = [
+        {**row, "column": f"{row['data']}: {name}", "value": row[measure]}
+        for row in select(
+            rows, {"projection": "orthogonal", "num_features": counts[len(counts) // 2]}
+        )
+        if row not in isotropic
+        for name, measure in (
+            ("mean", "kernel_relative"),
+            ("median", "kernel_relative_median"),
+            ("output", "output_error_median"),
+        )
+    ]
+    kinds = ("data", "estimator", "projection")
+    return {
+        "paper": pivot(paper, kinds, "num_features", lambda row: digits(row["output_mse"])),
+        "estimators": pivot(
+            most, kinds[:2], "projection", lambda row: digits(row["kernel_relative_median"])
+        ),
+        "anisotropic": pivot(middle, kinds[1:2], "column", lambda row: digits(row["value"])),
+    }
+
+
+def _heads_tables(rows: list[Row], settings: Mapping[str, Any]) -> dict[str, Table]:
+    """Errors by layer, by number of features, and of the settings on the front with times."""
+    means = [row for row in rows if row["layer"] == MEAN]
+    some = [row for row in rows if row["num_features"] in (0, settings["num_features"])]
+    front = sorted((row for row in means if row.get("front")), key=lambda row: row["seconds"])
+    names = _with_several_counts(rows)
+    counted = [row for row in means if row["setting"] in names]
+
+    def error(row: Mapping[str, Any]) -> str:
+        return digits(row["error"])
+
+    return {
+        "layers": pivot(
+            (row for row in some if row["setting"] != SDPA), ("setting",), "layer", error
+        ),
+        "counts": pivot(counted, ("setting",), "num_features", error),
+        "front": Table(
+            ("on the front", "features", "error", "ms a call", "SDPA / this"),
+            [
+                (
+                    row["setting"],
+                    str(row["num_features"] or ""),
+                    error(row),
+                    digits(1e3 * row["seconds"]),
+                    digits(row["sdpa_ratio"]),
+                )
+                for row in front
+            ],
+        ),
+    }
+
+
+def _models_tables(rows: list[Row], settings: Mapping[str, Any]) -> dict[str, Table]:
+    """Final hidden states and perplexity under each setting, after those of the model itself."""
+    final = select(rows, {"layer": FINAL})
+    lines = [
+        [row["setting"], *(digits(row.get(x)) for x in ("error", "cosine", "replaced_perplexity"))]
+        for row in final
+    ]
+    original = next((row["perplexity"] for row in final if row.get("perplexity")), None)
+    columns = ["setting", "error of the hidden states", "cosine", "perplexity"]
+    if original is None:
+        return {"end": Table(columns[:-1], [line[:-1] for line in lines])}
+    return {"end": Table(columns, [["exact attention", "0", "1", digits(original)], *lines])}
+
+
+def _plan_tables(rows: list[Row], settings: Mapping[str, Any]) -> dict[str, Table]:
+    """The setting that ``plan`` recommends for each layer, its promised and its measured error."""
+    lines = [
+        (
+            f"{row['layer']}",
+            f"{row['setting']}, {row['num_features']} features",
+            digits(row["promised"]),
+            digits(row["error"]),
+            f"{row['error'] / row['promised']:.2f}",
+        )
+        for row in rows
+        if row["status"] == MEASURED
+    ]
+    columns = ("layer", "recommended", "promised", "measured", "measured / promised")
+    return {"layers": Table(columns, lines, names=2)}
+
+
+def _with_several_counts(rows: Iterable[Row]) -> list[str]:
+    """The settings that were measured with several numbers of features."""
+    counts: dict[str, set[int]] = {}
+    for row in rows:
+        counts.setdefault(row["setting"], set()).add(row["num_features"])
+    return [name for name, found in counts.items() if len(found) > 1]
+
+
+@styled
 def kernel_figure(results: Results) -> Figure:
     """Errors on random data against the number of features.
 
@@ -151,15 +175,14 @@ def kernel_figure(results: Results) -> Figure:
     projections of two of them. Then the kernel matrix of the anisotropic data. Lines are means over
     draws, bands go from the smallest draw to the largest.
     """
-    names = _distinct(results.rows, "data")
+    names = list(dict.fromkeys(row["data"] for row in results.rows))
     isotropic = [name for name in names if name.startswith(ISOTROPIC)]
     grid = [
         [(name, *panel, measure) for panel in _PANELS]
         for name in isotropic
         for measure in ("kernel_mse", "output_mse")
     ]
-    others = [name for name in names if name not in isotropic]
-    if others:
+    if others := [name for name in names if name not in isotropic]:
         grid.append([(name, "", *_PANELS[1][1:], "kernel_relative") for name in others])
     width, height = max(map(len, grid), default=1), max(len(grid), 1)
     figure = new_figure((3.5 * width, 2.9 * height))
@@ -169,7 +192,7 @@ def kernel_figure(results: Results) -> Figure:
             _draw_kernel(place, select(results.rows, {"data": name}), pairs, which, measure)
             style(place, f"{name}: {title}" if title else name)
             if place is places[0]:
-                place.set_ylabel(_LABELS[measure], fontsize=8, color=INK)
+                place.set_ylabel(_LABELS[measure])
         for place in places[len(line) :]:
             place.set_axis_off()
     return figure
@@ -190,12 +213,13 @@ def _draw_kernel(
             axes.plot(counts, mean, label=label, **look(number))
             axes.fill_between(counts, low, high, color=look(number)["color"], alpha=0.12)
     axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
-    feature_axis(axes, _distinct(rows, "num_features"))
+    _plain_ticks(axes.yaxis)
+    _feature_axis(axes, rows)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=6.5, frameon=False)
+        axes.legend(fontsize=6.5)
 
 
+@styled
 def heads_figure(results: Results) -> Figure:
     """Errors on the heads of a model.
 
@@ -204,53 +228,59 @@ def heads_figure(results: Results) -> Figure:
     beats and the time of exact attention.
     """
     means = select(results.rows, {"layer": MEAN})
-    counted: dict[str, set[int]] = {}
-    for row in results.rows:
-        counted.setdefault(row["setting"], set()).add(row["num_features"])
-    main = [name for name, counts in counted.items() if len(counts) > 1]
+    main = _with_several_counts(results.rows)
     middle = int(results.settings["num_features"])
     figure = new_figure((13.8, 3.9))
     by_layer, by_count, by_time = figure.subplots(1, 3)
     rows = [row for row in select(results.rows, {"num_features": middle}) if row["layer"] != MEAN]
-    _draw_settings(by_layer, main, rows, "layer")
-    by_layer.set_xlabel("layer", fontsize=8, color=INK)
+    _draw_errors(by_layer, rows, "layer", main)
     style(by_layer, f"by layer, {middle} features")
-    _draw_settings(by_count, main, means, "num_features")
+    _draw_errors(by_count, means, "num_features", main)
     style(by_count, "mean over layers")
     if means:
-        feature_axis(by_count, sorted(set().union(*(counted[name] for name in main))))
+        _feature_axis(by_count, [row for row in means if row["setting"] in main])
     _draw_times(by_time, means, main)
-    for axes in (by_layer, by_count):
-        axes.set_ylabel("relative error of the output", fontsize=8, color=INK)
-    _legend(figure, by_count if means else by_layer, 3)
+    shared_legend(figure, 3)
     return figure
 
 
+@styled
 def models_figure(results: Results) -> Figure:
     """The error of the hidden states after each layer, a line for each setting."""
     rows = [row for row in results.rows if row["layer"] != FINAL]
     figure = new_figure((6.4, 4.4))
     axes = figure.subplots()
-    _draw_settings(axes, _distinct(rows, "setting"), rows, "layer")
-    axes.set_xlabel("layer", fontsize=8, color=INK)
-    axes.set_ylabel("relative error of the hidden states", fontsize=8, color=INK)
+    _draw_errors(axes, rows, "layer", list(dict.fromkeys(row["setting"] for row in rows)))
+    axes.set_ylabel("relative error of the hidden states")
     style(axes)
-    _legend(figure, axes, 2)
+    shared_legend(figure, 2)
     return figure
 
 
-def _draw_settings(axes: Axes, names: Sequence[str], rows: Iterable[Row], across: str) -> None:
-    rows = list(rows)
-    for number, name in enumerate(names):
-        points = sorted(
-            (row[across], row["error"])
-            for row in select(rows, {"setting": name})
-            if row["error"] is not None
-        )
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name, **look(number))
+@styled
+def plan_figure(results: Results) -> Figure:
+    """Promised and measured errors by layer."""
+    figure = new_figure((6.4, 4.4))
+    axes = figure.subplots()
+    rows = [
+        {"layer": row["layer"], "error": row[column], "of": name}
+        for row in results.rows
+        for name, column in (("promised", "promised"), ("measured", "error"))
+    ]
+    _draw_errors(axes, rows, "layer", ["promised", "measured"], series="of")
+    style(axes)
+    shared_legend(figure, 2)
+    return figure
+
+
+def _draw_errors(
+    axes: Axes, rows: Sequence[Row], across: str, names: list[str], series: str = "setting"
+) -> None:
+    draw_lines(axes, rows, across, "error", series, names)
     axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
+    _plain_ticks(axes.yaxis)
+    axes.set_xlabel(across)
+    axes.set_ylabel("relative error of the output")
 
 
 def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
@@ -273,33 +303,23 @@ def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
         axes.step(*zip(*front, strict=True), where="post", color=INK, linewidth=0.9, zorder=1)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        plain_ticks(axes.xaxis)
-        plain_ticks(axes.yaxis)
-    axes.set_xlabel("milliseconds a call", fontsize=8, color=INK)
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
+    axes.set_xlabel("milliseconds a call")
     style(axes, "error against time; the line: none is faster and better")
 
 
-def feature_axis(axes: Axes, counts: Sequence[int]) -> None:
+def _feature_axis(axes: Axes, rows: Iterable[Row]) -> None:
     """A logarithmic axis of numbers of features, a tick at each."""
+    counts = sorted({row["num_features"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [f"{count:,}" for count in counts])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("random features", fontsize=8, color=INK)
+    axes.set_xlabel("random features")
 
 
-def plain_ticks(axis: Axis) -> None:
+def _plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis with plain numbers, also between powers of ten where it is short."""
     axis.set_major_formatter(LogFormatter())
     axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     axis.set_tick_params(which="minor", labelsize=7.5)
-
-
-def _legend(figure: Figure, axes: Axes, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        place = "outside lower center"
-        figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=8)
-
-
-def _distinct(rows: Iterable[Row], column: str) -> list[Any]:
-    return list(dict.fromkeys(row[column] for row in rows))

@@ -40,6 +40,9 @@ class CatalogueOptions(Options):
         (1200, 3000),
         rising=True,
     )
+    rating_seeds: int = option(
+        "Number of seeds of the section recommendation, from 0.", 10, at_least=1
+    )
     epochs: int = option("Training passes over the ratings.", 40, at_least=1)
     words_steps: int = option("Training steps on words.", 1000, at_least=1)
     classes: int = option("Most different words.", 100_000, at_least=2)
@@ -66,12 +69,15 @@ def catalogue(options: CatalogueOptions) -> None:
     from studies.parts import run_parts
 
     torch.set_num_threads(1)
-    names = ("seeds", "quality_steps", "epochs", "words_steps", "classes", "items")
+    names = (
+        "seeds", "quality_steps", "rating_seeds", "epochs", "words_steps", "classes", "items"
+    )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
     # As JSON gives it back.
     settings["quality_steps"] = list(options.quality_steps)
     if options.quick:
-        settings |= {"seeds": 1, "quality_steps": [2], "epochs": 1, "words_steps": 2, "items": 4096}
+        settings |= {"seeds": 1, "quality_steps": [2], "rating_seeds": 1, "epochs": 1}
+        settings |= {"words_steps": 2, "items": 4096}
     parts = _parts(options, settings)
     run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
 
@@ -94,7 +100,7 @@ def _parts(
                 )
     if "recommendation" in options.sections:
         rows, count = recommendation.read_sequences(str(options.ratings))
-        for seed in seeds:
+        for seed in range(settings["rating_seeds"]):
             for name in recommendation.LOSSES:
                 parts[f"recommendation, {name}, seed {seed}"] = partial(
                     recommendation.train_and_rank, rows, count, name, settings["epochs"], seed

@@ -147,6 +147,15 @@ def feature_sampler(
     return log_q
 
 
+def two_level_sampler(
+    items: Tensor, scale: float, num_blocks: int | None, generator: torch.Generator
+) -> LogQ:
+    """`CatalogueSampler`, with as many blocks as it chooses or as given."""
+    sampler = CatalogueSampler(items, scale=scale, num_blocks=num_blocks, generator=generator)
+    every = torch.arange(len(items))
+    return lambda query: sampler.log_prob(query, every.expand(len(query), -1))
+
+
 def chi_squared(query: Tensor, items: Tensor, scale: float, log_q: LogQ) -> Tensor:
     """``χ²(p‖q)`` of each query."""
     parts = []
@@ -182,9 +191,9 @@ def _samplers(
             f"RF-softmax, 1,024 {estimator} features",
             feature_sampler(items, best, estimator, 1024, generator()),
         )
-    sampler = CatalogueSampler(items, scale=scale, generator=generator())
-    every = torch.arange(len(items))
-    yield "CatalogueSampler", lambda query: sampler.log_prob(query, every.expand(len(query), -1))
+    yield "CatalogueSampler", two_level_sampler(items, scale, None, generator())
+    if len(items) >= 64:
+        yield "CatalogueSampler, 64 blocks", two_level_sampler(items, scale, 64, generator())
 
 
 def measure_quality(index: Callable[[], str], steps: int, seed: int) -> Part:

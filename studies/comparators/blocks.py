@@ -1,90 +1,142 @@
-"""Functions shared by mechanisms that work on blocks of tokens."""
+"""Parts that the mechanisms share: sequences as rows, rows as blocks, attention under a mask."""
+
+from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performers.models.context import AttentionContext
 
+# The place of what fills up rows; its distance to any token is still an integer.
+_FAR = torch.iinfo(torch.int64).max // 2
+
+
+class SequenceRows:
+    """The sequences of a call, one to a row, without masked tokens and padded on the right.
+
+    Args:
+        context: The call.
+        shape: Batch size and length of its rows.
+        device: Device of its tensors.
+
+    Attributes:
+        real: True where a row has a token, ``(N, longest)``.
+        lengths: Tokens of each sequence, ``(N,)``.
+        places: The place of each token in its row of the call, ``(N, longest)``; far away
+            where there is none.
+    """
+
+    def __init__(
+        self, context: AttentionContext, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        batch, length = shape
+        sequence = torch.arange(batch, device=device)[:, None].expand(-1, length)
+        if context.sequence_ids is not None:
+            sequence = sequence * (length + 1) + context.sequence_ids
+        self._shape = shape
+        self._tokens = torch.arange(batch * length, device=device)
+        if context.key_mask is not None:
+            self._tokens = context.key_mask.flatten().nonzero()[:, 0]
+        _, self.lengths = sequence.flatten()[self._tokens].unique_consecutive(return_counts=True)
+        longest = int(self.lengths.max()) if len(self.lengths) else 0
+        self.real = torch.arange(longest, device=device) < self.lengths[:, None]
+        self._source = torch.zeros_like(self.real, dtype=torch.int64)
+        self._source[self.real] = self._tokens
+        self.places = (self._source % max(length, 1)).masked_fill(~self.real, _FAR)
+
+    def split(self, x: Tensor) -> Tensor:
+        """``(B, H, L, width)`` as ``(N, H, longest, width)``, zeros where there is no token."""
+        rows = x.transpose(1, 2).flatten(0, 1)[self._source].transpose(1, 2)
+        return rows.masked_fill(~self.real[:, None, :, None], 0)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """``(N, H, longest, width)`` as ``(B, H, L, width)``, zeros for masked tokens."""
+        tokens = rows.transpose(1, 2)[self.real]
+        out = tokens.new_zeros(self._shape[0] * self._shape[1], *tokens.shape[1:])
+        return out.index_copy(0, self._tokens, tokens).unflatten(0, self._shape).transpose(1, 2)
+
+
+class Comparator(nn.Module):
+    """A mechanism that computes on sequences, one to a row; subclasses implement ``attend``."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: SequenceRows,
+        context: AttentionContext,
+        layer: int,
+    ) -> Tensor:
+        """Attention within each row.
+
+        Args:
+            query: Shape ``(N, H, longest, head_dim)``, as are keys; zeros behind a sequence.
+            key: Keys.
+            value: Shape ``(N, H, longest, width)``.
+            rows: Lengths and places of the tokens.
+            context: Context of the call; masks and sequences are those of ``rows``.
+            layer: Index of the layer.
+
+        Returns:
+            Shape ``(N, H, longest, width)``; anything behind a sequence.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all of shape ``(B, H, L, head_dim)``, the matrix ``(B, H, L, L)`` or None.
+
+        The matrix is what multiplies the values: the output for the identity in their place.
+        """
+        batch, heads, length, _ = query.shape
+        rows = SequenceRows(context, (batch, length), query.device)
+
+        def run(value: Tensor) -> Tensor:
+            if not len(rows.lengths):
+                return torch.zeros_like(value)
+            parts = [rows.split(x) for x in (query, key, value)]
+            out = self.attend(parts[0], parts[1], parts[2], rows, context, layer)
+            return rows.join(out)
+
+        if not context.need_weights:
+            return run(value), None
+        identity = torch.eye(length, dtype=value.dtype, device=value.device)
+        return run(value), run(identity.expand(batch, heads, -1, -1))
+
 
 def split_blocks(x: Tensor, size: int, fill: float = 0) -> Tensor:
-    """Cut a sequence into blocks, the last one filled up.
+    """Cut ``(..., L, width)`` into blocks ``(..., ceil(L / size), size, width)``."""
+    return F.pad(x, (0, 0, 0, -x.shape[-2] % size), value=fill).unflatten(-2, (-1, size))
 
-    Args:
-        x: Shape ``(..., L, width)``.
-        size: Tokens in a block.
-        fill: Value that fills up the last block.
 
-    Returns:
-        Shape ``(..., ceil(L / size), size, width)``.
+def with_neighbours(blocks: Tensor, after: int, fill: float = 0) -> Tensor:
+    """Each block behind the one before it and, where ``after`` is 1, before the one after it.
+
+    ``(..., N, size, width)`` becomes ``(..., N, (2 + after) * size, width)``.
     """
-    missing = -x.shape[-2] % size
-    if missing:
-        x = F.pad(x, (0, 0, 0, missing), value=fill)
-    return x.unflatten(-2, (-1, size))
-
-
-def with_neighbours(blocks: Tensor, before: int, after: int, fill: float = 0) -> Tensor:
-    """Each block with those next to it, in order.
-
-    Args:
-        blocks: Shape ``(..., N, size, width)``.
-        before: Blocks in front of each one.
-        after: Blocks behind it.
-        fill: Value beyond the ends.
-
-    Returns:
-        Shape ``(..., N, (before + 1 + after) * size, width)``.
-    """
-    if before == after == 0:
-        return blocks
     count = blocks.shape[-3]
-    padded = F.pad(blocks, (0, 0, 0, 0, before, after), value=fill)
-    return torch.cat([padded.narrow(-3, i, count) for i in range(before + 1 + after)], dim=-2)
+    padded = F.pad(blocks, (0, 0, 0, 0, 1, after), value=fill)
+    return torch.cat([padded.narrow(-3, i, count) for i in range(2 + after)], dim=-2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
+def distances(places: Tensor, size: int, after: int) -> Tensor:
+    """Places of a block's tokens less those of its neighbours' tokens.
+
+    ``(..., L)`` becomes ``(..., ceil(L / size), size, (2 + after) * size)``.
+    """
+    far = torch.iinfo(places.dtype).max // 2
+    blocks = split_blocks(places.unsqueeze(-1), size, far)
+    return blocks - with_neighbours(blocks, after, far).mT
+
+
+def attend_allowed(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
     """Softmax attention to the allowed keys; zeros for a query that has none.
 
-    Args:
-        query: Shape ``(N, H, L, head_dim)``.
-        key: Shape ``(N, H, S, head_dim)``.
-        value: Shape ``(N, H, S, head_dim)``.
-        allowed: Boolean, broadcastable to ``(N, H, L, S)``.
-
-    Returns:
-        Shape ``(N, H, L, head_dim)``.
+    ``allowed`` is boolean and broadcastable to ``(N, H, L, S)``.
     """
     blind = ~allowed.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | blind)
     return out.masked_fill(blind, 0.0)
-
-
-def dense_weights(query: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
-    """The matrix of softmax attention to the allowed keys, quadratic on purpose.
-
-    Args:
-        query: Shape ``(B, H, L, head_dim)``.
-        key: Shape ``(B, H, L, head_dim)``.
-        allowed: Boolean, broadcastable to ``(B, H, L, L)``.
-
-    Returns:
-        Shape ``(B, H, L, L)``; rows sum to one, or are zero where nothing is allowed.
-    """
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(~allowed, 0.0)
-
-
-def visible_pairs(context: AttentionContext, length: int, device: torch.device) -> Tensor:
-    """Mask of the keys that full attention lets each query see, ``(B or 1, 1, L, L)``."""
-    pairs = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
-    if context.is_causal:
-        pairs = pairs.tril()
-    if context.key_mask is not None:
-        real = context.key_mask
-        pairs = pairs & real[:, None, None, :] & real[:, None, :, None]
-    if context.sequence_ids is not None:
-        ids = context.sequence_ids
-        pairs = pairs & (ids[:, None, :, None] == ids[:, None, None, :])
-    return pairs

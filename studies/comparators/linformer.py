@@ -5,15 +5,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from performers.models.context import AttentionContext
+from studies.comparators.blocks import Comparator, SequenceRows
 
 
-class LinformerMechanism(nn.Module):
+class LinformerMechanism(Comparator):
     """``softmax(Q (E K)^T / sqrt(d)) F V`` with trained ``E`` and ``F`` of shape ``(rank, L_max)``.
 
     ``O(L * rank)``. All heads of a layer share ``E`` and ``F`` (the paper's headwise sharing,
-    section 4). Masked keys and values are zeroed, and tokens take their columns of ``E`` and ``F``
-    by their place among the tokens that are not masked, so that padding changes nothing. A mixture
-    of all positions has no causal form and cannot keep packed sequences apart.
+    section 4). Tokens take their columns of ``E`` and ``F`` by their place among the tokens that
+    are not masked, so that padding changes nothing. A mixture of all positions has no causal form
+    and cannot keep packed sequences apart. Entries of its matrix may be negative, and rows do not
+    sum to one.
 
     Args:
         rank: Rows of ``E`` and ``F``: keys that are left.
@@ -32,13 +34,16 @@ class LinformerMechanism(nn.Module):
         for projection in (self.key_projection, self.value_projection):
             projection.normal_(0.0, projection.shape[0] ** -0.5)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend; all of shape ``(B, H, L, head_dim)``.
-
-        The matrix, when asked for, is ``softmax(Q (E K)^T / sqrt(d)) F``, ``(B, H, L, L)``: what
-        multiplies the values. Its entries may be negative and its rows do not sum to one.
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: SequenceRows,
+        context: AttentionContext,
+        layer: int,
+    ) -> Tensor:
+        """See `Comparator.attend`.
 
         Raises:
             ValueError: The call is causal or packed, or a row is too long.
@@ -52,46 +57,15 @@ class LinformerMechanism(nn.Module):
                 "attention='linformer' cannot keep packed sequences apart: leave out sequence_ids "
                 "and pass one sequence in a row with an attention_mask, or use another attention"
             )
-        mask, length = context.key_mask, key.shape[-2]
-        order = None
-        if mask is not None:
-            order = (~mask).to(torch.uint8).argsort(dim=-1, stable=True)
-            key, value = (
-                _take(x.masked_fill(~mask[:, None, :, None], 0.0), order) for x in (key, value)
-            )
-        longest = length if mask is None else int(mask.sum(-1).max())
-        limit = self.key_projection.shape[1]
+        longest, limit = key.shape[2], self.key_projection.shape[1]
         if longest > limit:
             raise ValueError(
                 f"the input has {longest} tokens but attention='linformer' was built for at most "
                 f"{limit}: shorten the input, or train a model with a larger "
                 "max_position_embeddings"
             )
-        kept = min(length, limit)
         key, value = (
-            projection[:, :kept].to(x.dtype) @ x[:, :, :kept]
+            projection[:, :longest].to(x.dtype) @ x
             for projection, x in ((self.key_projection, key), (self.value_projection, value))
         )
-        out = F.scaled_dot_product_attention(query, key, value)
-        if mask is not None:
-            out = out.masked_fill(~mask[:, None, :, None], 0.0)
-        if not context.need_weights:
-            return out, None
-        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-        weights = scores.softmax(-1) @ self.value_projection[:, :kept].to(query.dtype)
-        weights = F.pad(weights, (0, length - kept))
-        if mask is not None and order is not None:
-            places = order.argsort(dim=-1)[:, None, None, :].expand_as(weights)
-            weights = weights.gather(-1, places)
-            weights = weights.masked_fill(~(mask[:, None, :, None] & mask[:, None, None, :]), 0.0)
-        return out, weights
-
-    def extra_repr(self) -> str:
-        """The sizes, for printing."""
-        rank, max_length = self.key_projection.shape
-        return f"rank={rank}, max_length={max_length}"
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Tokens of ``(B, H, L, width)`` in another order ``(B, L)``."""
-    return x.gather(2, order[:, None, :, None].expand_as(x))
+        return F.scaled_dot_product_attention(query, key, value)

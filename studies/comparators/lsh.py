@@ -4,14 +4,20 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from performers.features import FeatureMap
 from performers.features.form import FeatureForm
 from performers.features.precision import without_autocast
 from performers.models.context import AttentionContext
-from studies.comparators.blocks import split_blocks, visible_pairs, with_neighbours
+from studies.comparators.blocks import (
+    Comparator,
+    SequenceRows,
+    distances,
+    split_blocks,
+    with_neighbours,
+)
 
 # More columns than this and the hash is split into two, of which a bucket is a pair.
 _MOST_COLUMNS = 64
@@ -130,7 +136,7 @@ def _factors(buckets: int) -> tuple[int, ...]:
     return (buckets,)
 
 
-class LshMechanism(nn.Module):
+class LshMechanism(Comparator):
     """Softmax attention to the tokens that hash into the same bucket.
 
     Queries are keys too: the key of a token is its query at length ``sqrt(head_dim)``, so that the
@@ -160,76 +166,54 @@ class LshMechanism(nn.Module):
         self.feature_map = feature_map
         self.chunk_size = chunk_size
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None.
-
-        Args:
-            query: Queries, which make the keys too.
-            key: Not used.
-            value: Values.
-            context: Context of the call.
-            layer: Not used.
-        """
-        del key
-        batch, heads, length, _ = query.shape
-        if not batch * length:
-            empty = value.new_zeros(batch, heads, length, length) if context.need_weights else None
-            return value, empty
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: SequenceRows,
+        context: AttentionContext,
+        layer: int,
+    ) -> Tensor:
+        """See `Comparator.attend`; ``key`` is not used."""
         with without_autocast(query.device):
             dtype = torch.promote_types(query.dtype, torch.float32)
             queries, values = query.to(dtype), value.to(dtype)
             keys = F.normalize(queries, dim=-1, eps=_LEAST_NORM)
-            reach = min(self.chunk_size, length)
-            order, places = self._sort(query, context, reach)
-            weights = None
-            if context.need_weights:
-                pairs = visible_pairs(context, length, query.device)
-                weights = _dense_weights(queries @ keys.transpose(-1, -2), places, pairs, reach)
-                weights = weights.to(query.dtype)
+            reach = min(self.chunk_size, query.shape[2])
+            order, places = self._sort(query, rows, context, reach)
             rounds = [
-                _attend_sorted(queries, keys, values, order[:, :, r], places, r, reach, context)
-                for r in range(order.shape[2])
+                _attend_sorted(queries, keys, values, order, places, number, reach, context)
+                for number in range(order.shape[2])
             ]
-            largest = torch.stack([high for _, _, high in rounds]).amax(0)
-            shares = [(high - largest).exp() for _, _, high in rounds]
-            total = sum(share * total for share, (_, total, _) in zip(shares, rounds, strict=True))
-            out = sum(share * part for share, (part, _, _) in zip(shares, rounds, strict=True))
-            assert isinstance(out, Tensor)
-            out = (out / total).to(value.dtype)
-        if context.key_mask is not None:
-            out = out.masked_fill(~context.key_mask[:, None, :, None], 0.0)
-        return out, weights
+            outputs, normalisers = (torch.stack(x) for x in zip(*rounds, strict=True))
+            return (normalisers.softmax(0) * outputs).sum(0).to(value.dtype)
 
     @torch.no_grad()
-    def _sort(self, query: Tensor, context: AttentionContext, reach: int) -> tuple[Tensor, Tensor]:
+    def _sort(
+        self, query: Tensor, rows: SequenceRows, context: AttentionContext, reach: int
+    ) -> tuple[Tensor, Tensor]:
         """The order of each round, and where it puts each token.
 
         Returns:
             The indices of the tokens in order, and the place of each token: a number that differs
             by as much as the order within a bucket and by more than ``reach`` between buckets.
-            Both of shape ``(B, H, rounds, L)``.
+            Both of shape ``(N, H, rounds, longest)``.
         """
         group = self._buckets(query, context)
-        length = group.shape[-1]
-        if context.sequence_ids is not None:
-            group = group + (context.sequence_ids * self.feature_map.buckets)[:, None, None]
-        alone = torch.zeros_like(group, dtype=torch.bool)
-        if context.key_mask is not None:
-            # Last, and each by itself: no place of a real token depends on them.
-            alone = ~context.key_mask[:, None, None].expand_as(group)
-            group = group.masked_fill(alone, torch.iinfo(group.dtype).max)
+        # Padding has a separate bucket, the last.
+        group = group.masked_fill(~rows.real[:, None, None], self.feature_map.buckets)
         order = group.argsort(dim=-1, stable=True)
         group = group.gather(-1, order)
-        starts = alone.gather(-1, order)
-        starts[..., 1:] |= group[..., 1:] != group[..., :-1]
-        index = torch.arange(length, device=query.device)
-        sorted_places = index + (reach + 1) * (1 + starts.long().cumsum(-1))
-        if 3 * _beyond(length, reach) < 2**31:
+        starts = torch.zeros_like(group, dtype=torch.bool)
+        starts[..., 1:] = group[..., 1:] != group[..., :-1]
+        places = (reach + 1) * starts.cumsum(-1) + torch.arange(
+            group.shape[-1], device=query.device
+        )
+        if group.shape[-1] * (reach + 2) < 2**30:
             # Comparing them is most of the work.
-            sorted_places = sorted_places.int()
-        return order, torch.empty_like(sorted_places).scatter_(-1, order, sorted_places)
+            places = places.int()
+        return order, torch.empty_like(places).scatter_(-1, order, places)
 
     def _buckets(self, query: Tensor, context: AttentionContext) -> Tensor:
         """The bucket of each token in each round, the one it had if this is computed once more."""
@@ -250,85 +234,32 @@ def _attend_sorted(
     number: int,
     reach: int,
     context: AttentionContext,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One round of attention.
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``(N, H, L, width)`` of one round, and logarithms of normalisers ``(N, H, L, 1)``."""
+    order, after = order[:, :, number, :, None], 0 if context.is_causal else 1
 
-    Args:
-        queries: Shape ``(B, H, L, head_dim)``.
-        keys: Same shape.
-        values: Same shape.
-        order: Order of this round, ``(B, H, L)``.
-        places: Places in all rounds, ``(B, H, rounds, L)``.
-        number: Index of this round.
-        reach: See ``LshMechanism._sort``.
-        context: Context of the call.
-
-    Returns:
-        Sums of exponentials of scores times values ``(B, H, L, head_dim)``, of exponentials alone
-        and what was subtracted from the scores, ``(B, H, L, 1)`` each.
-    """
-    length = order.shape[-1]
-    after = 0 if context.is_causal else 1
-
-    def sort(x: Tensor, fill: float = 0) -> Tensor:
-        return split_blocks(x.gather(-2, order.unsqueeze(-1).expand_as(x)), reach, fill)
-
-    spots = places.transpose(-1, -2)
-    # What fills up the last block is far from all tokens, and it sees itself.
-    beyond = _beyond(length, reach)
-    own = sort(spots, 2 * beyond)
-    there = with_neighbours(own, 1, after, -beyond).transpose(-1, -2).unsqueeze(-2)
-    own = own.transpose(-1, -2).unsqueeze(-1)
-    difference = own[..., number, :, :] - there[..., number, :, :]
-    far = difference.abs() > reach
-    if context.is_causal:
-        far |= difference < 0
-    itself = difference == 0
-    del difference
-    scores = sort(queries) @ with_neighbours(sort(keys), 1, after).transpose(-1, -2)
-    if places.shape[2] > 1:
-        scores = scores - _meetings(own, there, number, reach).to(scores.dtype).log()
-    scores = scores.masked_fill(far, -torch.inf).masked_fill(itself, _OWN_SCORE)
-    high = scores.detach().amax(-1, keepdim=True)
-    exponentials = (scores - high).exp()
-    part = exponentials @ with_neighbours(sort(values), 1, after)
-    back = order.argsort(dim=-1).unsqueeze(-1)
+    def sort(x: Tensor) -> Tensor:
+        return split_blocks(x.gather(2, order.expand(*x.shape[:2], -1, x.shape[-1])), reach)
 
     def unsort(x: Tensor) -> Tensor:
-        x = x.flatten(-3, -2)[..., :length, :]
-        return x.gather(-2, back.expand_as(x))
+        x = x.flatten(2, 3)[:, :, : order.shape[2]]
+        return torch.empty_like(x).scatter(2, order.expand_as(x), x)
 
-    return unsort(part), unsort(exponentials.sum(-1, keepdim=True)), unsort(high)
+    def gap(place: Tensor) -> Tensor:
+        return distances(place.gather(2, order.squeeze(-1)), reach, after)
 
-
-def _beyond(length: int, reach: int) -> int:
-    """A number whose double and whose negative are further than ``reach`` from all places.
-
-    Places lie between ``reach + 1`` and ``length * (reach + 2) + reach``.
-    """
-    return length * (reach + 3)
-
-
-@torch.no_grad()
-def _meetings(own: Tensor, there: Tensor, number: int, reach: int) -> Tensor:
-    """In how many rounds each pair of one round meets, at least 1."""
-    count = None
-    for other in range(own.shape[-3]):
-        if other == number:
-            continue
-        distance = own[..., other, :, :] - there[..., other, :, :]
-        near = distance.abs_() <= reach
-        count = near.to(torch.uint8) + 1 if count is None else count.add_(near)
-    assert count is not None
-    return count
-
-
-def _dense_weights(scores: Tensor, places: Tensor, pairs: Tensor, reach: int) -> Tensor:
-    """The matrix that all rounds together amount to, ``(B, H, L, L)``."""
-    met = torch.zeros_like(scores, dtype=torch.bool)
-    for spots in places.unbind(2):
-        met |= (spots.unsqueeze(-1) - spots.unsqueeze(-2)).abs() <= reach
-    met &= pairs
-    own = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    scores = scores.masked_fill(~met, -torch.inf).masked_fill(own & met, _OWN_SCORE)
-    return scores.softmax(-1).masked_fill(~met, 0.0)
+    difference = gap(places[:, :, number])
+    hidden, itself = difference.abs() > reach, difference == 0
+    if context.is_causal:
+        hidden |= difference < 0
+    del difference
+    # In how many rounds each pair meets.
+    met = torch.zeros((), dtype=torch.uint8, device=order.device)
+    for place in places.unbind(2):
+        met = met + (gap(place).abs() <= reach)
+    scores = sort(queries) @ with_neighbours(sort(keys), after).mT
+    scores = scores - met.clamp_min(1).to(scores.dtype).log()
+    scores = scores.masked_fill(hidden, -torch.inf).masked_fill(itself, _OWN_SCORE)
+    normaliser = scores.logsumexp(-1, keepdim=True)
+    out = (scores - normaliser).exp() @ with_neighbours(sort(values), after)
+    return unsort(out), unsort(normaliser)

@@ -56,7 +56,7 @@ class StudyData:
 
 
 def embedded_data(scored: int, seed: int = 0) -> StudyData:
-    """The proteins that ship with the library: 15 families, and 5 held out."""
+    """The proteins embedded in the package: 15 families, and 5 that are held out."""
     records = {
         name: read_fasta(embedded_fasta(name))[0]
         for name in ("train", "validation", *SCORED_SPLITS)

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from performers.app.errors import UserError
 from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
+from performers.app.progress import Report
 from performers.benchmark.memory import OutOfMemoryError, ProbeError, peak_of, run_apart
 from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
@@ -26,11 +27,11 @@ from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_rows
 from studies.proteins.data import StudyData
-from studies.proteins.runs import Report, train_once, wait_for
+from studies.proteins.runs import train_once, wait_for
 
 Cost = dict[str, Any]
-"""``seconds`` (median) and ``peak_bytes`` above what the process held before, model included; both
-None where there is a ``failure``."""
+"""``seconds`` (median) and ``peak_bytes`` above the memory of the process before, model included;
+both None where there is a ``failure``."""
 
 _MOST_ROWS = 40
 _WARM_UP_LENGTH = 64
@@ -54,7 +55,7 @@ def run_concatenated(
     begun = is_first_process() and plan_file.exists()
     if begun and any(entry["cost"]["failure"] for entry in read_json(plan_file).values()):
         plan_file.replace(before)
-    # Or the others could still read the plan that is to be made anew.
+    # Otherwise the others could still read the plan that is to be replaced.
     if process_count() > 1:
         PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
     if is_first_process() and not plan_file.exists():
@@ -189,7 +190,7 @@ def measure_cost(
     repeats: int = 3,
     timeout: float = 1800.0,
 ) -> Cost:
-    """Time and memory of a training step or a forward pass, in a process of its own.
+    """Time and memory of a training step or a forward pass, in a separate process.
 
     Args:
         options: The model; see ``TrainingOptions``.
@@ -219,9 +220,9 @@ def measure_cost(
 
 
 def time_and_peak(options: dict[str, Any], row: list[int], backward: bool, repeats: int) -> Cost:
-    """The cost of one call; runs in a process of its own."""
+    """The cost of one call; runs in a separate process."""
     given, tokens = TrainingOptions(**options), torch.tensor(row)
-    # Loads libraries and starts threads, which are not the call's own.
+    # Loads libraries and starts threads, whose memory is not that of the call.
     _call(given, tokens[:_WARM_UP_LENGTH], backward)()
     seconds: list[float] = []
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from performers.app.figures import save_figure
+from performers.app.figures import MUTED, PALETTE, new_figure, save_figure, styled
 from performers.app.files import read_json, write_atomically, write_json
-from performers.benchmark.plot import MUTED, PALETTE, draw_lines, new_figure, size_axis, style
-from studies.pages import Table
-from studies.proteins.summary import Claim, Row, claims, summarise
+from performers.benchmark.plot import draw_lines, size_axis, style
+from performers.benchmark.table import nbytes
+from studies.pages import Table, pivot
+from studies.proteins.summary import METRICS, Row, claims, spread_text, summarise
 
 LABELS = {
     "exact": "Transformer",
@@ -42,29 +43,38 @@ _CAPTIONS = {
 
 def label(attention: str) -> str:
     """Name of an attention in tables and figures."""
-    return LABELS.get(attention, f"Performer-{attention.removeprefix('favor-')}")
+    kernel = attention.startswith("favor-")
+    return LABELS.get(attention, f"Performer-{attention[6:]}" if kernel else attention)
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, Table]:
+    """The tables of a study's ``results.json``, by name.
+
+    Also those of the other files behind the page: a corpus's ``manifest.json``, and the
+    ``report.json`` of ``performers report``.
+    """
+    models = content.get("learnt", {}).get("models", {})
+    models = {**models, **{model["name"]: model["learnt"] for model in content.get("models", ())}}
+    made = {
+        "data": _splits_table(content.get("splits", {})),
+        "accuracy": _accuracy_table(content.get("summary", ())),
+        "claims": _claims_table(content.get("claims", ())),
+        "kernels": _accuracy_table(content.get("kernels", ())),
+        "concatenated": _concatenated_table(
+            content.get("plan", {}), content.get("concatenated", {})
+        ),
+        "contexts": _contexts_table(content.get("contexts", ())),
+        "similarity": _similarity_table(models),
+        "pairs": _pairs_table(models),
+    }
+    return {name: table.filled() for name, table in made.items() if table.rows}
 
 
 def write_report(output: Path) -> Path:
     """Write ``results.json``, ``figures/`` and ``report.md`` from the files of a study."""
     content = gather(output)
-    settings, ended = content["settings"], content["runs"]
-    done = [run for run in ended if "failure" not in run]
-    compared = [run for run in done if run["experiment"] == "comparison"]
-    rows = summarise(compared, list(dict.fromkeys([*settings["masked"], *settings["causal"]])))
-    kernels = _kernel_rows(settings, done)
-    tables = {
-        "accuracy": accuracy_table(rows),
-        "claims": claims_table(claims(rows)),
-        "kernels": accuracy_table(kernels),
-        "concatenated": concatenated_table(content["plan"], content["concatenated"]),
-        "contexts": contexts_table(content["contexts"]),
-        "similarity": similarity_table(content["learnt"].get("models", {})),
-        "pairs": pairs_table(content["learnt"].get("models", {})),
-    }
-    tables = {name: table for name, table in tables.items() if table.rows}
-    shown = {name: table._asdict() for name, table in tables.items()}
-    write_json(output / "results.json", {**content, "tables": shown})
+    write_json(output / "results.json", content)
+    settings, rows, kernels = (content[name] for name in ("settings", "summary", "kernels"))
     figures: dict[str, Callable[[], Figure]] = {
         "accuracy": lambda: accuracy_figure(rows, "Accuracy by attention"),
         "kernels": lambda: accuracy_figure(kernels, "Accuracy by kernel"),
@@ -73,19 +83,19 @@ def write_report(output: Path) -> Path:
     planned = [*settings["masked"], *settings["causal"]]
     repeated = sum(attention not in settings["once"] for attention in planned)
     wanted = len(planned) + (len(settings["seeds"]) - 1) * repeated
-    title = f"Attention on proteins: {settings['data_name']}, preset {settings['preset']}"
+    compared = sum(run["experiment"] == "comparison" for run in _done(content["runs"]))
     parts = [
-        f"# {title}",
-        f"{len(compared)} of {wanted} runs of the comparison are done. Accuracy and perplexity "
+        f"# Attention on proteins: {settings['data_name']}, preset {settings['preset']}",
+        f"{compared} of {wanted} runs of the comparison are done. Accuracy and perplexity "
         "per residue, all of them hidden behind the mask token under the masked objective.",
         *(
             f"{label(run['attention'])}, {OBJECTIVES[run['objective']]}, seed {run['seed']}: no "
             f"result; {run['failure'].partition(';')[0]}."
-            for run in ended
+            for run in content["runs"]
             if "failure" in run
         ),
     ]
-    for name, table in tables.items():
+    for name, table in tables(content).items():
         parts += [_CAPTIONS[name], table.markdown()]
         if name in figures:
             save_figure(figures[name](), output / "figures" / f"{name}.png")
@@ -100,15 +110,32 @@ def write_report(output: Path) -> Path:
 
 
 def gather(output: Path) -> dict[str, Any]:
-    """The results of a study so far, from its files."""
+    """The results of a study so far, from its files, with means over seeds."""
 
     def read(path: Path) -> Any:
         return read_json(path) if path.exists() else {}
 
-    long = output / "concatenated"
+    long, settings = output / "concatenated", read_json(output / "study.json")
+    runs = [read_json(path) for path in sorted(output.glob("runs/*/result.json"))]
+    done = _done(runs)
+    compared = [run for run in done if run["experiment"] == "comparison"]
+    ablated = [run for run in done if run["experiment"] == "kernels"]
+    # The runs of the comparison that the ablation is compared with.
+    beside = [
+        run
+        for run in compared
+        if run["objective"] == "mlm"
+        and run["attention"] in ("favor-relu", "favor-softmax")
+        and run["seed"] in settings["kernel_seeds"]
+    ]
+    rows = summarise(compared, list(dict.fromkeys([*settings["masked"], *settings["causal"]])))
+    kernels = ["favor-relu", "favor-softmax", *settings["kernels"]]
     return {
-        "settings": read_json(output / "study.json"),
-        "runs": [read_json(path) for path in sorted(output.glob("runs/*/result.json"))],
+        "settings": settings,
+        "runs": runs,
+        "summary": rows,
+        "claims": claims(rows),
+        "kernels": summarise([*beside, *ablated], kernels) if ablated else [],
         "plan": read(long / "plan.json"),
         "concatenated": {x.parent.name: read_json(x) for x in sorted(long.glob("*/result.json"))},
         "contexts": read(output / "contexts.json").get("rows", []),
@@ -116,64 +143,68 @@ def gather(output: Path) -> dict[str, Any]:
     }
 
 
-def _kernel_rows(settings: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows of the kernels, with those of the comparison that belong beside them."""
-    ablated = [run for run in done if run["experiment"] == "kernels"]
-    beside = [
-        run
-        for run in done
-        if run["experiment"] == "comparison"
-        and run["objective"] == "mlm"
-        and run["attention"] in ("favor-relu", "favor-softmax")
-        and run["seed"] in settings["kernel_seeds"]
-    ]
-    order = ["favor-relu", "favor-softmax", *settings["kernels"]]
-    return summarise([*beside, *ablated], order) if ablated else []
+def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [run for run in runs if "failure" not in run]
 
 
-def accuracy_table(rows: Sequence[Row]) -> Table:
+def _splits_table(splits: Mapping[str, Mapping[str, int]]) -> Table:
+    """Sequences, residues and clusters of the splits of a corpus."""
+    counts = ("sequences", "residues", "clusters")
+    rows = [(name, *(f"{split[count]:,}" for count in counts)) for name, split in splits.items()]
+    return Table(("split", *counts), rows)
+
+
+def _accuracy_table(rows: Sequence[Row]) -> Table:
     """Accuracy and perplexity of every split, mean ± sd over seeds, with the unigram baseline."""
-    if not rows:
-        return Table((), [])
-    splits = list(dict.fromkeys(split for split, _ in rows[0].scores))
-    header = ["objective", "attention"]
-    header += [x for split in splits for x in (f"{split} accuracy %", f"{split} perplexity")]
+    splits = list(rows[0]["scores"]) if rows else []
+    cells = [(split, metric) for split in splits for metric in METRICS]
+    factors = {"accuracy": 100.0, "perplexity": 1.0}
     lines: list[tuple[str, ...]] = []
     for number, row in enumerate(rows):
-        objective = OBJECTIVES[row.objective]
-        if number == 0 or rows[number - 1].objective != row.objective:
-            cells = [objective, "unigram baseline"]
-            for split in splits:
-                cells.append(f"{100 * row.baseline[split, 'accuracy']:.2f}")
-                cells.append(f"{row.baseline[split, 'perplexity']:.2f}")
-            lines.append((*cells, "", "", ""))
-        cells = [objective, label(row.attention)]
-        for split in splits:
-            cells.append(row.scores[split, "accuracy"].text(factor=100))
-            cells.append(row.scores[split, "perplexity"].text())
-        cells += [row.seconds.text(0), f"{row.parameters:,}", f"{len(row.seconds.values)}"]
-        lines.append(tuple(cells))
-    return Table([*header, "training, s", "parameters", "seeds"], lines, names=2)
+        objective = OBJECTIVES[row["objective"]]
+        if number == 0 or rows[number - 1]["objective"] != row["objective"]:
+            baseline = (f"{factors[m] * row['baseline'][s][m]:.2f}" for s, m in cells)
+            lines.append((objective, "unigram baseline", *baseline, "", "", ""))
+        lines.append(
+            (
+                objective,
+                label(row["attention"]),
+                *(spread_text(row["scores"][s][m], factor=factors[m]) for s, m in cells),
+                spread_text(row["seconds"], 0) if row["seconds"] else "",
+                f"{row['parameters']:,}" if row["parameters"] else "",
+                f"{row['scores'][splits[0]]['accuracy']['seeds']}",
+            )
+        )
+    headings = (f"{s} {m}{' %' if m == 'accuracy' else ''}" for s, m in cells)
+    columns = ("objective", "attention", *headings, "training, s", "parameters", "seeds")
+    return Table(columns, lines, names=2)
 
 
-def claims_table(found: Sequence[Claim]) -> Table:
+def _claims_table(found: Sequence[Mapping[str, Any]]) -> Table:
     """The paper's claims as measured."""
     rows = []
     for claim in found:
-        difference = claim.difference
-        spread = "" if difference.sd is None else f" ± {difference.sd:.2f}"
-        asked = f"{'>' if claim.strict else '≥'} {claim.least:g}"
-        seeds = f"{len(difference.values)}"
-        rows.append((claim.text, f"{difference.mean:+.2f}{spread}", asked, seeds, claim.verdict))
+        difference = claim["difference"]
+        sign = "+" if difference["mean"] >= 0 else ""
+        asked = f"{'>' if claim['strict'] else '≥'} {claim['least']:g}"
+        rows.append(
+            (
+                claim["claim"],
+                f"{sign}{spread_text(difference)}",
+                asked,
+                f"{difference['seeds']}",
+                claim["verdict"],
+            )
+        )
     return Table(("claim", "measured", "asked", "seeds", "verdict"), rows)
 
 
-def concatenated_table(plan: Mapping[str, Any], done: Mapping[str, Any]) -> Table:
+def _concatenated_table(plan: Mapping[str, Any], done: Mapping[str, Any]) -> Table:
     """Models on rows of concatenated proteins: cost of a step, and scores at equal time."""
     rows = []
     for name, entry in plan.items():
         cost, options, result = entry["cost"], entry["options"], done.get(name)
-        cells = [name, cost["failure"] or f"{cost['seconds']:.2f}", _gib(cost["peak_bytes"])]
+        cells = [name, cost["failure"] or f"{cost['seconds']:.2f}", nbytes(cost["peak_bytes"])]
         cells += [str(options["num_layers"]), f"{options['steps']:,}"] if options else ["", ""]
         cells += [f"{result['seconds']:.0f}"] if result else [""] * 5
         for split in ("test", "ood"):
@@ -182,28 +213,24 @@ def concatenated_table(plan: Mapping[str, Any], done: Mapping[str, Any]) -> Tabl
                 cells += [f"{100 * scores['accuracy']:.2f}", f"{scores['perplexity']:.2f}"]
         rows.append(tuple(cells))
     header = (
-        *("model", "step, s", "memory of a step, GiB", "layers", "steps", "training, s"),
+        *("model", "step, s", "memory of a step", "layers", "steps", "training, s"),
         *("test accuracy %", "test perplexity", "ood accuracy %", "ood perplexity"),
     )
     return Table(header, rows)
 
 
-def contexts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _contexts_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Seconds and memory of a forward pass, attention by length."""
-    attentions = list(dict.fromkeys(row["attention"] for row in rows))
-    cells = {
-        (row["attention"], row["length"]): row["failure"]
-        or f"{row['seconds']:.2f} s, {_gib(row['peak_bytes'])} GiB"
-        for row in rows
-    }
-    lines = [
-        (f"{length:,}", *(cells.get((attention, length), "not run") for attention in attentions))
-        for length in sorted({row["length"] for row in rows})
-    ]
-    return Table(("tokens", *map(label, attentions)), lines)
+    named = ({"tokens": row["length"], "name": label(row["attention"]), **row} for row in rows)
+    return pivot(
+        named,
+        ("tokens",),
+        "name",
+        lambda row: row["failure"] or f"{row['seconds']:.2f} s, {nbytes(row['peak_bytes'])}",
+    )
 
 
-def similarity_table(models: Mapping[str, Any]) -> Table:
+def _similarity_table(models: Mapping[str, Any]) -> Table:
     """Amino-acid similarity, of attention and of embeddings, against substitution matrices."""
     rows: list[tuple[str, ...]] = []
     for name, numbers in models.items():
@@ -219,58 +246,55 @@ def similarity_table(models: Mapping[str, Any]) -> Table:
         for kind, part in parts.items():
             for matrix, found in part["matrices"].items():
                 values = [found["pearson"], found["spearman"], found["p_value"]]
-                shown = ["" if x is None else f"{x:.{3 + n // 2}f}" for n, x in enumerate(values)]
+                shown = ("" if x is None else f"{x:.3g}" for x in values)
                 rows.append((label(name), kind, matrix, *shown, f"{part['heads']}"))
     header = ("model", "read from", "matrix", "Pearson", "Spearman", "p", "heads")
     return Table(header, rows, names=3)
 
 
-def pairs_table(models: Mapping[str, Any]) -> Table:
+def _pairs_table(models: Mapping[str, Any]) -> Table:
     """The most similar pairs, and the rank of those that biochemistry would expect."""
     rows = []
     for name, numbers in models.items():
-        if numbers["similarity"] is None:
-            continue
-        part = numbers["similarity"]["all"]
-        expected = (f"{x['pair']} {x['rank']} of {x['of']}" for x in part["expected_pairs"])
-        top = ", ".join(pair["pair"] for pair in part["top_pairs"])
-        rows.append((label(name), top, ", ".join(expected)))
+        part = (numbers["similarity"] or {}).get("all", {})
+        if "top_pairs" in part:
+            expected = (f"{x['pair']} {x['rank']} of {x['of']}" for x in part["expected_pairs"])
+            top = ", ".join(pair["pair"] for pair in part["top_pairs"])
+            rows.append((label(name), top, ", ".join(expected)))
     return Table(("model", "most similar pairs", "rank of the expected pairs"), rows, names=3)
 
 
-def _gib(nbytes: int | None) -> str:
-    return "" if nbytes is None else f"{nbytes / 2**30:.2f}"
-
-
+@styled
 def accuracy_figure(rows: Sequence[Row], title: str) -> Figure:
     """A point per seed, a bar at the mean, the unigram baseline as a line; a panel an objective."""
-    objectives = list(dict.fromkeys(row.objective for row in rows))
-    tallest = max(sum(row.objective == objective for row in rows) for objective in objectives)
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    tallest = max(sum(row["objective"] == objective for row in rows) for objective in objectives)
     figure = new_figure((5.4 * len(objectives), 1.2 + 0.42 * tallest))
     axes = figure.subplots(1, len(objectives), squeeze=False)[0]
     for ax, objective in zip(axes, objectives, strict=True):
-        shown = [row for row in rows if row.objective == objective]
+        shown = [row for row in rows if row["objective"] == objective]
         for number, (split, colour) in enumerate(_COLOURS.items()):
-            baseline = 100 * shown[0].baseline[split, "accuracy"]
+            baseline = 100 * shown[0]["baseline"][split]["accuracy"]
             ax.axvline(baseline, color=colour, linestyle=":", linewidth=1)
             for place, row in enumerate(shown):
-                spread = row.scores[split, "accuracy"]
+                found = row["scores"][split]["accuracy"]
                 height = place + 0.16 * (2 * number - 1)
-                values = [100 * value for value in spread.values.values()]
+                values = [100 * value for value in found["values"].values()]
                 ax.plot(values, [height] * len(values), "o", color=colour, markersize=4, alpha=0.6)
-                ax.plot([100 * spread.mean], [height], "|", color=colour, markersize=14, mew=2)
-        ax.set_yticks(range(len(shown)), [label(row.attention) for row in shown])
+                ax.plot([100 * found["mean"]], [height], "|", color=colour, markersize=14, mew=2)
+        ax.set_yticks(range(len(shown)), [label(row["attention"]) for row in shown])
         ax.invert_yaxis()
         ax.set_xlabel("accuracy, %")
         style(ax, OBJECTIVES[objective])
     for split, colour in _COLOURS.items():
         axes[-1].plot([], [], "o", color=colour, label=split)
     axes[-1].plot([], [], ":", color=MUTED, label="unigram baseline")
-    axes[-1].legend(frameon=False, fontsize=8, loc="best")
-    figure.suptitle(title, fontsize=11)
+    axes[-1].legend(loc="best")
+    figure.suptitle(title)
     return figure
 
 
+@styled
 def contexts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Seconds and memory of a forward pass against length, on logarithmic axes."""
     figure = new_figure((9.6, 3.8))
@@ -283,5 +307,5 @@ def contexts_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_xlabel("tokens in one context")
         size_axis(ax, column, text)
         style(ax)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend()
     return figure

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,15 @@ from typing import Any
 from performers.app.errors import Diverged, UserError
 from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
+from performers.app.progress import Report
 from performers.proteins.model_folder import load_model
 from performers.proteins.options import TrainingOptions
-from performers.proteins.report.comparison import compare_learnt
 from performers.proteins.report.model_report import choose_protein
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.training.train import train_model
 from studies.proteins.data import StudyData
+from studies.proteins.learnt import compare_learnt
 from studies.proteins.presets import StudyPreset
-
-Report = Callable[[str, int, int, Mapping[str, float]], None]
-"""Called with a piece of work, how much of it is done, how much there is, and a log entry."""
 
 LEARNT = ("favor-relu", "favor-softmax", "exact")
 """Attentions whose masked models are read for what they learnt."""
@@ -209,22 +207,17 @@ def _read_models(output: Path, data: StudyData, preset: StudyPreset, report: Rep
     write_json(folder / "learnt.json", found)
 
 
-def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def _check_same(file: Path, preset: StudyPreset, data: StudyData, name: str) -> None:
     """Write the settings of a new study, or compare them with those of the one in the folder."""
     settings = {
         "preset": name,
-        **_plain(asdict(preset)),
+        **asdict(preset),
         **data.identity,
         "data_name": data.name,
         "processes": process_count(),
     }
+    # As JSON gives them back.
+    settings = json.loads(json.dumps(settings))
     if not file.exists():
         write_json(file, settings)
         return
@@ -232,7 +225,8 @@ def _check_same(file: Path, preset: StudyPreset, data: StudyData, name: str) -> 
     for key in ("training", "long"):
         if isinstance(earlier.get(key), dict):
             # Options that are newer than the study were at their defaults.
-            earlier[key] = _plain({**TrainingOptions().to_dict(), **earlier[key]})
+            defaults = json.loads(json.dumps(TrainingOptions().to_dict()))
+            earlier[key] = {**defaults, **earlier[key]}
     changed = [key for key in settings if earlier.get(key) != settings[key]]
     if changed:
         raise UserError(

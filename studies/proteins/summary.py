@@ -1,57 +1,32 @@
-"""Means over seeds, and verdicts on the paper's claims."""
+"""Means over seeds, and verdicts on the paper's claims, as JSON holds them."""
 
 from __future__ import annotations
 
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 METRICS = ("accuracy", "perplexity")
 
-
-@dataclass(frozen=True)
-class Spread:
-    """A number by seed."""
-
-    values: dict[int, float]
-
-    @property
-    def mean(self) -> float:
-        """The mean over seeds."""
-        return statistics.fmean(self.values.values())
-
-    @property
-    def sd(self) -> float | None:
-        """The sample standard deviation over seeds; None for a single one."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
-
-    def text(self, digits: int = 2, factor: float = 1.0) -> str:
-        """``mean ± sd``."""
-        shown = f"{factor * self.mean:.{digits}f}"
-        return shown if self.sd is None else f"{shown} ± {factor * self.sd:.{digits}f}"
+Row = Mapping[str, Any]
+"""One attention under one objective: ``objective``, ``attention``, ``parameters``, ``seconds`` (a
+spread), ``scores`` (split to metric to spread) and ``baseline`` (split to metric to the number that
+the unigram baseline has on the same residues)."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One attention under one objective.
+def spread(values: Mapping[int, float]) -> dict[str, Any]:
+    """Mean and sample standard deviation (None for a single seed) of a number by seed."""
+    numbers = list(values.values())
+    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+    mean = statistics.fmean(numbers)
+    return {"mean": mean, "sd": sd, "seeds": len(numbers), "values": dict(values)}
 
-    Attributes:
-        objective: ``"mlm"`` or ``"clm"``.
-        attention: Its name.
-        scores: Spread over seeds by (split, metric).
-        baseline: The unigram baseline on the same residues by (split, metric).
-        seconds: Seconds of training.
-        parameters: Parameters of the model.
-    """
 
-    objective: str
-    attention: str
-    scores: dict[tuple[str, str], Spread]
-    baseline: dict[tuple[str, str], float]
-    seconds: Spread
-    parameters: int
+def spread_text(found: Mapping[str, Any], digits: int = 2, factor: float = 1.0) -> str:
+    """``mean ± sd``."""
+    shown = f"{factor * found['mean']:.{digits}f}"
+    return shown if found["sd"] is None else f"{shown} ± {factor * found['sd']:.{digits}f}"
 
 
 def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -> list[Row]:
@@ -62,50 +37,35 @@ def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -
         attentions: Attentions in the order of the rows.
     """
     grouped: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = defaultdict(dict)
-    for result in results:
+    for result in sorted(results, key=lambda result: result["seed"]):
         grouped[result["objective"], result["attention"]][result["seed"]] = result
-    rows = []
-    for key in ((x, y) for x in ("mlm", "clm") for y in attentions):
-        if not (found := dict(sorted(grouped.get(key, {}).items()))):
+    rows: list[Row] = []
+    for objective, attention in ((x, y) for x in ("mlm", "clm") for y in attentions):
+        runs = grouped.get((objective, attention))
+        if not runs:
             continue
-        first = next(iter(found.values()))
-        cells = [(split, metric) for split in first["scores"] for metric in METRICS]
-        scores = {
-            (split, metric): Spread({s: run["scores"][split][metric] for s, run in found.items()})
-            for split, metric in cells
-        }
-        baseline = {
-            (split, metric): first["scores"][split][f"baseline_{metric}"] for split, metric in cells
-        }
-        seconds = Spread({seed: run["seconds"] for seed, run in found.items()})
-        rows.append(Row(*key, scores, baseline, seconds, first["parameters"]))
+        first = next(iter(runs.values()))
+        splits = list(first["scores"])
+        rows.append(
+            {
+                "objective": objective,
+                "attention": attention,
+                "parameters": first["parameters"],
+                "seconds": spread({seed: run["seconds"] for seed, run in runs.items()}),
+                "scores": {
+                    split: {
+                        metric: spread({s: run["scores"][split][metric] for s, run in runs.items()})
+                        for metric in METRICS
+                    }
+                    for split in splits
+                },
+                "baseline": {
+                    split: {m: first["scores"][split][f"baseline_{m}"] for m in METRICS}
+                    for split in splits
+                },
+            }
+        )
     return rows
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper, and the difference that bears it out or not.
-
-    Attributes:
-        text: The claim.
-        difference: Difference by seed that should be at least ``least``, percentage points of
-            accuracy.
-        least: See ``difference``.
-        strict: Whether it should be more than ``least``.
-    """
-
-    text: str
-    difference: Spread
-    least: float
-    strict: bool
-
-    @property
-    def verdict(self) -> str:
-        """A word; a difference within one standard deviation of ``least`` decides nothing."""
-        over = self.difference.mean - self.least
-        if self.difference.sd is not None and abs(over) < self.difference.sd:
-            return "undecided"
-        return "holds" if (over > 0 if self.strict else over >= 0) else "does not hold"
 
 
 # Text, the attention ahead, the one behind, the split, the least difference, and whether a tie is
@@ -126,18 +86,37 @@ _CLAIMS = (
 )  # fmt: skip
 
 
-def claims(rows: Iterable[Row]) -> list[Claim]:
-    """The paper's claims on accuracy (Choromanski et al. 2021, section 4.4), as measured."""
-    by_name = {(row.objective, row.attention): row for row in rows}
+def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The paper's claims on accuracy (Choromanski et al. 2021, section 4.4), as measured.
+
+    Returns:
+        For each its ``claim``, the ``difference`` (a spread, percentage points of accuracy) that
+        should be at least ``least``, or more (``strict``), and the ``verdict``; a difference within
+        one standard deviation of ``least`` decides nothing.
+    """
+    by_name = {(row["objective"], row["attention"]): row["scores"] for row in rows}
     found = []
     for objective, word in (("mlm", "masked"), ("clm", "causal")):
         for text, above, below, split, least, strict in _CLAIMS:
             high, low = by_name.get((objective, above)), by_name.get((objective, below))
             if high is None or low is None:
                 continue
-            one, other = (row.scores[split, "accuracy"].values for row in (high, low))
+            one, other = (scores[split]["accuracy"]["values"] for scores in (high, low))
             both = sorted(one.keys() & other.keys())
             if both:
-                difference = Spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
-                found.append(Claim(f"{word}: {text}", difference, least, strict))
+                difference = spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
+                over, sd = difference["mean"] - least, difference["sd"]
+                if sd is not None and abs(over) < sd:
+                    verdict = "undecided"
+                else:
+                    verdict = "holds" if over > 0 or (over == 0 and not strict) else "does not hold"
+                found.append(
+                    {
+                        "claim": f"{word}: {text}",
+                        "difference": difference,
+                        "least": least,
+                        "strict": strict,
+                        "verdict": verdict,
+                    }
+                )
     return found

@@ -121,67 +121,42 @@ def test_states_need_a_causal_unpacked_call():
         ({"sinks": 1.5}, r"sinks must be .*1\.5"),
         ({"sinks": None}, r"sinks must be .*None"),
         ({"window": 4, "sinks": -3}, r"sinks must be .*-3"),
+        *(
+            ({"window": window, "size": size}, rf"window needs as many keys as queries.*{size}")
+            for window in (0, 4)
+            for size in (5, 7)
+        ),
+        # The exact weight is that of softmax, which other kernels do not estimate.
+        *(
+            ({"features": GeneralizedFeatures(8, fn=fn), **terms}, r"(window|sinks) .*SoftmaxF")
+            for fn in ("relu", "exp", "cos")
+            for terms in ({"window": 4}, {"window": 0}, {"sinks": 1})
+        ),
+        ({"query": (4, 6, 8)}, r"query must have 4 dimensions"),
+        ({"key": (1, 2, 6, 9)}, r"key must have shape"),
+        ({"size": 7, "is_causal": True}, r"is_causal needs"),
+        ({"size": 7, "key_mask": torch.ones(1, 6).bool()}, r"key_mask must be"),
+        ({"size": 7, "scale": -1.0}, r"scale must be"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_refused_exact_terms(is_causal, options, match):
+def test_refused_by_the_matrix_too(options, match):
+    options = dict(options)
+    size = options.pop("size", 6)
+    query, key = options.pop("query", (1, 4, 6, 8)), options.pop("key", (1, 2, size, 8))
+    features = options.pop("features", SoftmaxFeatures(8))
     with pytest.raises(ValueError, match=match):
-        attend(is_causal=is_causal, **options)
-    call = make_call(POSITIVE, 5, "causal" if is_causal else "bidirectional")
+        attend(query, key, (1, 2, size, 5), features, **options)
     with pytest.raises(ValueError, match=match):
-        favor_attention_weights(call.query, call.key, call.feature_map, **call.options, **options)
-
-
-@pytest.mark.parametrize("window", [0, 4])
-def test_a_window_needs_as_many_keys_as_queries(window):
-    for size in (5, 7):
-        with pytest.raises(ValueError, match=rf"window needs as many keys as queries.*{size}"):
-            attend(key=(1, 2, size, 8), value=(1, 2, size, 5), window=window)
-        with pytest.raises(ValueError, match="window needs as many keys as queries"):
-            favor_attention_weights(
-                zeros(1, 4, 6, 8), zeros(1, 2, size, 8), SoftmaxFeatures(8), window=window
-            )
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"window": 4}, r"window .*SoftmaxFeatures"),
-        ({"window": 0}, r"window .*SoftmaxFeatures"),
-        ({"sinks": 1}, r"sinks .*SoftmaxFeatures"),
-    ],
-)
-@pytest.mark.parametrize("fn", ["relu", "exp", "cos"])
-def test_exact_terms_need_softmax_features(fn, options, match):
-    """The exact weight is that of softmax, which other kernels do not estimate."""
-    features = GeneralizedFeatures(8, fn=fn)
-    with pytest.raises(ValueError, match=match):
-        attend(features=features, **options)
-    with pytest.raises(ValueError, match=match):
-        favor_attention_weights(zeros(1, 4, 6, 8), zeros(1, 2, 6, 8), features, **options)
-    assert attend(features=features, window=None, sinks=0).shape == (1, 4, 6, 5)
+        favor_attention_weights(zeros(*query), zeros(*key), features, **options)
 
 
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match="causal"):
         attend(causal=True)
+    x = zeros(1, 1, 2, 8)
     with pytest.raises(TypeError):
-        favor_attention(
-            zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), zeros(1, 1, 2, 8), SoftmaxFeatures(8), True
-        )
-
-
-@pytest.mark.parametrize(
-    ("query", "key", "options", "match"),
-    [
-        ((4, 6, 8), (1, 2, 6, 8), {}, r"query must have 4 dimensions"),
-        ((1, 4, 6, 8), (1, 2, 6, 9), {}, r"key must have shape"),
-        ((1, 4, 6, 8), (1, 2, 7, 8), {"is_causal": True}, r"is_causal needs"),
-        ((1, 4, 6, 8), (1, 2, 7, 8), {"key_mask": torch.ones(1, 6).bool()}, r"key_mask must be"),
-        ((1, 4, 6, 8), (1, 2, 7, 8), {"scale": -1.0}, r"scale must be"),
-    ],
-)
-def test_weights_check_the_same_arguments(query, key, options, match):
-    with pytest.raises(ValueError, match=match):
-        favor_attention_weights(zeros(*query), zeros(*key), SoftmaxFeatures(8), **options)
+        favor_attention(x, x, x, SoftmaxFeatures(8), True)
+    for name in ("causal", "cu_seqlens", "state", "return_state", "backend"):
+        with pytest.raises(TypeError, match=f"weights takes no {name}: .*options is_causal"):
+            favor_attention_weights(x, x, SoftmaxFeatures(8), **{name: None})

@@ -1,15 +1,21 @@
 """The choice of a backend: by name, by context, by default, and under export."""
 
 import contextlib
+import re
 import threading
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from performers import SoftmaxFeatures, backends, favor_attention, use_backend
-from tests.attention.cases import BACKENDS, POSITIVE, last_backend, make_call
+from performers import ListedKeys, SoftmaxFeatures, backends, favor_attention, use_backend
+from performers.attention.call import AttentionCall
+from tests.attention.cases import BACKENDS, POSITIVE, Call, last_backend, make_call
 from tests.features.cases import by_name
 
+# The package has a function of this name.
+MODULE = import_module("performers.attention.backends")
 NATIVE = pytest.mark.skipif("native" not in BACKENDS, reason="needs the native library")
 
 
@@ -117,6 +123,40 @@ def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_
     with context, pytest.raises(ValueError, match=message):
         call.run(None if by_context else "native")
     assert used(call) == "torch"
+
+
+@NATIVE
+def test_an_argument_that_a_backend_does_not_compute(call, monkeypatch):
+    """Refused by its name, and by default left to a backend that does; or to none."""
+    declared = {"backends": ("torch",), "otherwise": "with scale"}
+    monkeypatch.setattr(MODULE, "_COMPUTED_BY", [("scale", declared)])
+    call = Call(call.case, call.feature_map, *call.inputs, {**call.options, "scale": 0.2})
+    with pytest.raises(ValueError, match="backend must be 'torch' with scale, got 'native'"):
+        call.run("native")
+    assert used(call) == "torch"
+    declared["backends"] = ("native",)
+    assert used(call) == "native"
+    with pytest.raises(ValueError, match=r"no backend covers .*not native for torch.float64.*"):
+        call.leaves(torch.float64).run()
+
+
+@pytest.mark.parametrize(
+    ("usable", "reason"),
+    [(True, "with listed keys, which the triton"), (False, r"without Triton|capability")],
+)
+def test_a_call_on_a_gpu_without_the_triton_backend_is_told_once(
+    monkeypatch, caplog, usable, reason
+):
+    monkeypatch.setattr(MODULE.triton, "_told", set())
+    monkeypatch.setitem(MODULE._USABLE, "triton", lambda: usable)
+    call = make_call(POSITIVE, 4, listed_keys=ListedKeys(16)).to("meta")
+    checked = AttentionCall(*call.inputs, call.feature_map, **call.options)
+    checked.form = call.feature_map.form()
+    checked.query = SimpleNamespace(device=torch.device("cuda"))
+    for _ in range(2):
+        assert MODULE._best(checked) == "torch"
+    assert len(caplog.records) == 1
+    assert re.search(reason, caplog.text)
 
 
 def exported(strict=False, backend=None):

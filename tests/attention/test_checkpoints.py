@@ -152,10 +152,12 @@ def test_trained_projections_are_not_drawn():
     assert learned.weight.grad is not None
 
 
-def test_the_kernel_itself():
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_features_and_the_kernel_themselves(use_reentrant):
     feature_map, x = features("positive"), leaf()
     for function in (feature_map, lambda x: feature_map.estimate_kernel(x, x)):
-        out = checkpoint(function, x, use_reentrant=False)
+        checkpoint(function, x, use_reentrant=use_reentrant).sum().backward()
+        out = checkpoint(function, x, use_reentrant=use_reentrant)
         feature_map.redraw_()
         with pytest.raises(RuntimeError, match=CHANGED):
             out.sum().backward()

@@ -75,6 +75,15 @@ def test_calibration_and_state_dict():
     assert torch.isfinite(few.centers).all()
 
 
+def test_samples_are_limited_and_arguments_are_printed():
+    listed_keys = ListedKeys(DIM, 8, 16, num_heads=KEY_HEADS).calibrate_(inputs(4200)[0][:1])
+    assert listed_keys._samples.shape == (KEY_HEADS, 4096, DIM)
+    assert listed_keys.centers.isfinite().all()
+    expected = "head_dim=16, num_buckets=8, num_keys=16, num_rounds=1, refresh=128, num_heads=2"
+    assert repr(listed_keys) == f"ListedKeys({expected})"
+    assert "num_heads" not in repr(ListedKeys(DIM))
+
+
 def test_angular_buckets_are_opposite_rows_of_a_rotation():
     centers = ListedKeys(DIM, 8, generator=generator(11)).centers[0, 0]
     torch.testing.assert_close(centers[:4] @ centers[:4].mT, torch.eye(4), rtol=0, atol=1e-6)

@@ -54,4 +54,3 @@ def test_the_floor_is_the_best_of_the_rates():
     floor = measure_floor(torch.float32, 2, seconds=0.01)
     assert floor.flops_per_second == max(floor.rates.values()) > 1e6
     assert len(floor.rates) == 6 + ("native" in performers.backends())
-    assert floor.seconds(2 * int(floor.flops_per_second)) > 1.9

@@ -3,6 +3,7 @@
 import subprocess
 from functools import partial
 
+import psutil
 import pytest
 import torch
 
@@ -85,7 +86,7 @@ def test_a_failing_probe_says_why():
 
 @linux
 def test_a_probe_that_needs_more_than_there_is():
-    total = memory.total_bytes()
+    total = psutil.virtual_memory().total
     length = 2 * total // (8 * 64 * 4)
     with pytest.raises(OutOfMemoryError, match="allocate"):
         run_apart(probe(length=length), threads=1)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -129,36 +127,3 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
 def test_bad_options_name_their_flag(arguments, words, tmp_path):
     assert words in refusal("benchmark", *arguments, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def in_a_process_without(modules, *arguments):
-    code = (
-        f"import sys\nfor name in {modules!r}: sys.modules[name] = None\n"
-        f"sys.argv = ['performers', *{list(arguments)!r}]\n"
-        "from performers.cli import main\nmain()"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-
-def test_it_needs_no_package_that_reads_proteins():
-    done = in_a_process_without(["Bio", "pyarrow", "accelerate"], "benchmark", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "performers benchmark" in done.stdout
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    ("module", "arguments", "extra"),
-    [
-        ("rich", ["benchmark", "attention", "--help"], "benchmark"),
-        ("matplotlib", ["benchmark", "decode", "--output", "OUT"], "benchmark"),
-        ("Bio", ["evaluate", __file__], "proteins"),
-        ("transformers", ["convert", __file__, "--data", __file__, "--output", "OUT"], "convert"),
-    ],
-    ids=str,
-)
-def test_what_is_missing_is_named_with_its_extra(module, arguments, extra, tmp_path):
-    out = str(tmp_path / "out")
-    done = in_a_process_without([module], *(out if x == "OUT" else x for x in arguments))
-    assert done.returncode == 2
-    assert f"pip install 'performers[{extra}]'" in done.stderr

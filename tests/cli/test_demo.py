@@ -1,14 +1,12 @@
 """``performers demo`` on a little data, and once on its own."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import sys
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from performers.proteins import demo
@@ -71,7 +69,6 @@ def test_a_process_that_fails_is_told_and_ends_the_others(little_data, tmp_path,
         demo.run_demo(tmp_path, steps=10**6)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked for in /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_demo_that_is_stopped_leaves_no_process(tmp_path, number):
     code = "from performers.cli import main; main()"
@@ -79,7 +76,7 @@ def test_a_demo_that_is_stopped_leaves_no_process(tmp_path, number):
     for line in process.stderr:
         if "training transformer" in line:
             break
-    mine = _descendants(process.pid)
+    mine = psutil.Process(process.pid).children(recursive=True)
     assert len(mine) >= len(MODELS)
     os.kill(process.pid, number)
     code, _, err = finish(process)
@@ -88,25 +85,15 @@ def test_a_demo_that_is_stopped_leaves_no_process(tmp_path, number):
         assert "--resume goes on from there" in err
         assert len(list(tmp_path.glob("demo/models/*/checkpoints/checkpoint-*"))) >= len(MODELS)
     end = time.monotonic() + 30
-    while any(_runs(pid) for pid in mine) and time.monotonic() < end:
+    while any(map(_runs, mine)) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not any(_runs(pid) for pid in mine)
+    assert not any(map(_runs, mine))
 
 
-def _descendants(pid):
-    children = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    found = children.get(pid, [])
-    return [*found, *(grandchild for child in found for grandchild in _descendants(child))]
-
-
-def _runs(pid):
+def _runs(process):
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
 
 

@@ -3,28 +3,18 @@
 import pytest
 
 from tests.cli.commands import refusal, run
-from tests.proteins.runs import flags
-
-
-def reading(command, model, fasta, tmp_path):
-    return {
-        "evaluate": ["evaluate", model, fasta],
-        "embed": ["embed", model, fasta, "--output", tmp_path / "x.npz"],
-        "generate": ["generate", model],
-        "report": ["report", model, fasta, "--output", tmp_path / "report"],
-    }[command]
 
 
 @pytest.mark.parametrize(
     ("command", "function"),
     [
-        ("train", "training.train.train_model"),
-        ("train", "inputs.fasta.read_fasta"),
-        ("evaluate", "scoring.evaluation.evaluate_model"),
-        ("evaluate", "model_folder.load_model"),
-        ("embed", "scoring.embedding.embed_sequences"),
-        ("generate", "scoring.generation.generate_sequences"),
-        ("report", "report.model_report.report_on_model"),
+        ("train {fasta} --output {new}", "training.train.train_model"),
+        ("train {fasta} --output {new}", "inputs.fasta.read_fasta"),
+        ("evaluate {model} {fasta}", "scoring.evaluation.evaluate_model"),
+        ("evaluate {model} {fasta}", "model_folder.load_model"),
+        ("embed {model} {fasta} --output {new}.npz", "scoring.embedding.embed_sequences"),
+        ("generate {model}", "scoring.generation.generate_sequences"),
+        ("report {model} {fasta} --output {new}", "report.model_report.report_on_model"),
     ],
 )
 def test_ctrl_c_anywhere_exits_with_130(command, function, fasta, causal, tmp_path, monkeypatch):
@@ -32,10 +22,7 @@ def test_ctrl_c_anywhere_exits_with_130(command, function, fasta, causal, tmp_pa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"performers.proteins.{function}", interrupt)
-    if command == "train":
-        arguments = ["train", fasta, "--output", tmp_path / "model", *flags()]
-    else:
-        arguments = reading(command, causal, fasta, tmp_path)
+    arguments = command.format(fasta=fasta, model=causal, new=tmp_path / "new").split()
     assert refusal(*arguments, code=130) == "interrupted"
 
 

@@ -21,21 +21,12 @@ def default(masked, monkeypatch):
 
 
 @pytest.mark.parametrize("named", [[], [PRETRAINED]], ids=["default", "named"])
-def test_evaluate_without_a_model_reads_with_the_one_that_ships(default, fasta, named):
+def test_without_a_model_the_one_that_ships_reads(default, fasta, named, tmp_path):
     assert run("evaluate", *named, fasta, "--json") == run("evaluate", default, fasta, "--json")
-
-
-def test_embed_without_a_model_reads_with_the_one_that_ships(default, fasta, tmp_path):
-    run("embed", fasta, "--output", tmp_path / "without.npz")
-    run("embed", default, fasta, "--output", tmp_path / "with.npz")
+    for model, place in ((named, "without.npz"), ([default], "with.npz")):
+        run("embed", *model, fasta, "--output", tmp_path / place)
     without, given = arrays(tmp_path / "without.npz"), arrays(tmp_path / "with.npz")
     assert np.array_equal(without["embeddings"], given["embeddings"])
-
-
-def test_report_without_a_model_reads_with_the_one_that_ships(default, fasta, tmp_path):
-    out, _ = run("report", fasta, "--output", tmp_path / "report", "--max-sequences", "5")
-    assert (tmp_path / "report" / "report.html").is_file()
-    assert "report.html" in out
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

@@ -1,20 +1,11 @@
 """What only a process shows: exit codes, signals, several processes, what is printed unasked."""
 
 import json
-import os
-import signal
-import time
 
 import pytest
 
 from tests.cli.commands import run
-from tests.proteins.runs import (
-    finish,
-    flags,
-    losses,
-    same_weights,
-    start,
-)
+from tests.proteins.runs import finish, flags, losses, same_weights, start
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
@@ -27,52 +18,32 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_ctrl_c_from_outside_leaves_a_run_that_resumes(tmp_path, fasta):
-    arguments = [fasta, *flags(steps=80, save_steps=5, redraw_steps=7, dropout=0.2)]
-    output = tmp_path / "model"
-    process = start("-m", "performers", "train", *arguments, "--output", output)
-    deadline = time.monotonic() + 90
-    while not list(output.glob("checkpoints/checkpoint-*/trainer_state.json")):
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGINT)
-    code, out, err = finish(process)
-    assert (code, out) == (130, "")
-    assert "Traceback" not in err
-    assert "Warning" not in err
-    lines = err.splitlines()
-    assert all(line.startswith("training: ") for line in lines[:-1])
-    assert lines[-1].startswith("performers: stopped after step ")
-    assert "run the same command with --resume to continue" in lines[-1]
-    assert not (output / "config.json").exists()
-
-    run("train", *arguments, "--output", output, "--resume")
-    run("train", *arguments, "--output", tmp_path / "whole")
-    assert len(losses(output)) == 80
-    assert losses(output) == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
-    assert same_weights(output, tmp_path / "whole")
-
-
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("missing", "arguments"),
-    [("typer", ["--help"]), ("transformers", ["train", "x.fasta", "--output", "x"])],
-    ids=["typer", "transformers"],
+    ("missing", "arguments", "extra"),
+    [
+        ("typer", ["--help"], "proteins"),
+        ("transformers", ["train", "x.fasta", "--output", "OUT"], "proteins"),
+        ("transformers", ["convert", __file__, "--data", __file__, "--output", "OUT"], "convert"),
+        ("Bio", ["evaluate", __file__], "proteins"),
+        ("rich", ["benchmark", "attention", "--help"], "benchmark"),
+        ("matplotlib", ["benchmark", "decode", "--output", "OUT"], "benchmark"),
+    ],
+    ids=str,
 )
-def test_without_its_packages_the_command_says_what_to_install(missing, arguments):
+def test_without_its_packages_the_command_says_what_to_install(missing, arguments, extra, tmp_path):
+    out = str(tmp_path / "out")
     script = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from performers.cli import main\n"
-        f"sys.argv = ['performers', *{arguments}]\n"
+        f"sys.argv = ['performers', *{[out if x == 'OUT' else x for x in arguments]}]\n"
         "main()\n"
     )
     code, out, err = finish(start("-c", script))
     assert (code, out) == (2, "")
-    assert err.startswith("performers: ")
-    assert missing in err
-    assert "pip install 'performers[" in err
-    assert err.count("\n") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("performers: ")
+    assert missing in last
+    assert f"pip install 'performers[{extra}]'" in last
 
 
 _STOPPED = """

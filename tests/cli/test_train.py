@@ -35,30 +35,23 @@ def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
 
 
 def test_flags_reach_the_options(fasta, output):
+    """One of each type; all are made from the dataclass in the same way."""
     changes = {
         "objective": "clm",
         "attention": "favor-relu",
         "num_layers": 1,
         "num_heads": 4,
-        "intermediate_size": 20,
         "num_features": 12,
         "positions": "learned",
-        "dropout": 0.0,
         "packed": True,
         "across_sequences": True,
         "accumulation": 2,
         "learning_rate": 0.002,
-        "warmup_steps": 1,
-        "weight_decay": 0.2,
-        "max_grad_norm": 0.7,
-        "mask_probability": 0.2,
-        "seed": 9,
         "bf16": True,
         "gradient_checkpointing": True,
         "validation_fraction": 0.2,
         "steps": 2,
         "eval_steps": 1,
-        "hidden_size": 32,
         "estimator": "hyperbolic",
     }
     out, lines = run("train", fasta, "--output", output, *flags(**changes))
@@ -81,17 +74,15 @@ def test_a_validation_file_is_used_and_nothing_is_held_out(fasta, output, tmp_pa
     assert record["result"]["eval_sequences"] == 4
 
 
-def test_several_files_are_one_data_set(fasta, output, tmp_path):
+@pytest.mark.parametrize(("fraction", "counts"), [(0.5, (20, 20)), (0, (40, 0))])
+def test_several_files_are_one_data_set(fasta, output, tmp_path, fraction, counts):
+    """Without validation there is no table."""
     more = write_sequences(tmp_path / "more.fasta", proteins(10, seed=2))
     arguments = ["train", fasta, more, "--output", output]
-    run(*arguments, *flags(steps=1, validation_fraction=0.5))
+    out, _ = run(*arguments, *flags(steps=1, validation_fraction=fraction))
     data = json.loads((output / "training.json").read_text())["data"]
-    assert (data["sequences"], data["validation_sequences"]) == (20, 20)
-
-
-def test_without_validation_there_is_no_table(fasta, output):
-    out, _ = run("train", fasta, "--output", output, *flags(steps=1, validation_fraction=0))
-    assert out == ""
+    assert (data["sequences"], data["validation_sequences"]) == counts
+    assert bool(out) == bool(fraction)
 
 
 def test_ctrl_c_exits_with_130_and_resume_continues(fasta, output, tmp_path, monkeypatch):

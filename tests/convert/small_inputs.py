@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from performers.convert.families.trial import find
 from tests.convert.small_models import VOCABULARY
 
 # Tokens with a meaning of their own have larger ids than these.
@@ -17,18 +18,6 @@ PLAIN_TOKENS = (5, 70)
 ROWS, LENGTH = 2, 20
 _MEL = ("num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim")
 _MEL += ("n_mels", "input_size", "mel_dim")
-
-
-def find(config: Any, *names: str, default: Any = None) -> Any:
-    """The first of some attributes that a configuration or one within it has."""
-    parts = [config]
-    while parts:
-        part = parts.pop(0)
-        for name in names:
-            if (value := getattr(part, name, None)) is not None:
-                return value
-        parts += [each for each in vars(part).values() if isinstance(each, PreTrainedConfig)]
-    return default
 
 
 class Inputs:

@@ -343,17 +343,7 @@ def small_model(
     seed: int = 0,
     flags: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A model with random weights, in evaluation mode.
-
-    Args:
-        kind: Its class.
-        sizes: Sizes of its configuration.
-        sharp: Weights of `sharpen`; False: as the class initialises them.
-        flags: Other values of its configuration's fields.
-
-    Raises:
-        ValueError: It has too many parameters.
-    """
+    """A model with random weights, sharp or as initialised, in evaluation mode."""
     config = _Shrinking(sizes, flags or {}).config(kind.config_class())
     with torch.device("meta"):
         count = sum(p.numel() for p in kind(config).parameters())

@@ -336,15 +336,11 @@ def _one_line(text: str) -> str:
 
 
 class Examiner:
-    """A process that examines classes one by one, and is started again when one of them kills it.
+    """A process that examines classes one by one, started again when one of them kills it."""
 
-    Attributes:
-        seconds: Limit for one class.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = SECONDS
-        self._pool: Any = None
+    # Limit for one class.
+    seconds = SECONDS
+    _pool: Any = None
 
     def __enter__(self) -> Examiner:
         return self

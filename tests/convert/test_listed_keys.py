@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from performers import LearnedFeatures
-from performers.convert import distill, to_performer
+from performers.convert import distill
 from tests.convert.models import (
-    ENCODERS,
     build,
     converted,
     favors,
@@ -17,7 +16,6 @@ from tests.convert.models import (
     padding_mask,
     token_ids,
 )
-from tests.convert.test_refusals import snapshot
 
 FITTED = {"num_features": 16, "estimator": "data_aware", "window": 1}
 LONG = inputs("bert", rows=4, length=60)
@@ -27,25 +25,12 @@ def centers(model):
     return [x.buckets.centers for x in favors(model)]
 
 
-@pytest.mark.parametrize("name", [*ENCODERS, "vit", "dinov2", "clip_vision", "hubert"])
-def test_lists_of_every_key_give_the_original(name):
-    model, given = build(name), inputs(name)
-    got = output(converted(model, num_features=16, listed_keys=1000), given)
-    torch.testing.assert_close(got, output(model, given), atol=2e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_listed(side):
     given, mask = inputs("bert"), padding_mask(2, 20, side)
     linear = converted(build("bert"), num_features=16, window=1, listed_keys=6)
-    first, second = (
-        output(
-            linear,
-            {"input_ids": torch.where(mask.bool(), given["input_ids"], x)},
-            attention_mask=mask,
-        )
-        for x in (7, 30)
-    )
+    rows = (torch.where(mask.bool(), given["input_ids"], x) for x in (7, 30))
+    first, second = (output(linear, {"input_ids": x}, attention_mask=mask) for x in rows)
     assert torch.equal(first[mask.bool()], second[mask.bool()])
 
 
@@ -81,29 +66,6 @@ def test_distillation_keeps_the_lists():
         favor.buckets = None
     expected, without = output(teacher, given), output(student, given)
     assert (with_lists - expected).norm() < 0.8 * (without - expected).norm()
-
-
-DECODER = "a decoder's running sums hold no lists"
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
-        ("gpt2", {"listed_keys": 4}, DECODER),
-        ("bart", {"listed_keys": 4}, DECODER),
-        ("bert", {"listed_keys": -1}, "listed_keys must be an integer of at least 0, got -1"),
-        ("bert", {"listed_keys": 2.0}, "listed_keys must be an integer"),
-        ("bert", {"listed_keys": 4, "estimator": "trigonometric"}, "needs positive features"),
-        ("performer", {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
-        ("torch_encoder", {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
-    ],
-)
-def test_what_cannot_have_lists_is_refused(name, options, words):
-    model = build(name)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
-        to_performer(model, **options)
-    assert snapshot(model) == before
 
 
 def test_the_encoder_of_an_encoder_decoder_can_have_lists():

@@ -9,6 +9,7 @@ from transformers import masking_utils as utils
 import performers.convert  # noqa: F401  (registers "favor")
 from performers.models.arguments import CACHE_KEYWORD
 from tests.convert.models import build, converted, token_ids
+from tests.models.memory import HeldBytes
 
 LENGTH = 9
 KINDS = {
@@ -237,19 +238,8 @@ def test_local_attention_of_grouped_heads_in_other_precisions(heads, key_heads, 
 
 def test_memory_of_local_attention_is_linear_in_the_length():
     """No tensor of the computation has as many elements as there are pairs."""
-    largest = 0
-
-    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            out = function(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     length, window = 4096, 8
     given, pattern = [x.detach() for x in tensors(length, 1, 1)], local(window, length)
-    with Largest():
+    with HeldBytes() as held:
         exact(given, pattern)
-    assert 0 < largest <= length * 4 * (window + 64)
+    assert 0 < max(held.largest.values()) <= length * 4 * (window + 64)

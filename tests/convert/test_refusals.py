@@ -158,6 +158,11 @@ CONVERSIONS = [
     (lambda: performer(attention="favor-softmax"), {}, f"linear attention already.*{EXACT}"),
     (lambda: performer(attention="favor-relu"), {}, f"linear attention already.*{EXACT}"),
     (lambda: performer(attention="identity"), {}, f"computes no attention.*{EXACT}"),
+    # Lists of keys, which only encoders can have.
+    (lambda: build("gpt2"), {"listed_keys": 4}, "a decoder's running sums hold no lists"),
+    (lambda: build("bart"), {"listed_keys": 4}, "a decoder's running sums hold no lists"),
+    (performer, {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
+    (torch_model, {"listed_keys": 4}, "listed_keys=4 is for encoders among transformers"),
 ]
 ARGUMENTS = [
     ({"window": -1}, "window must be"),
@@ -172,6 +177,9 @@ ARGUMENTS = [
     ({"num_features": 0}, "num_features"),
     ({"num_features": 7, "estimator": "hyperbolic"}, "num_features must be a positive even"),
     ({"estimator": "data_aware"}, "pass calibration"),
+    ({"listed_keys": -1}, "listed_keys must be an integer of at least 0, got -1"),
+    ({"listed_keys": 2.0}, "listed_keys must be an integer"),
+    ({"listed_keys": 4, "estimator": "trigonometric"}, "needs positive features"),
 ]
 FAMILIES = ("bert", "performer_masked", "torch_encoder")
 CONVERSIONS += [(functools.partial(build, x), *case) for x in FAMILIES for case in ARGUMENTS]

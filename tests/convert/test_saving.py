@@ -314,7 +314,9 @@ def test_features_stay_float32_in_half_precision(dtype, folder):
 
 def test_loaded_dropout_stays_off(folder):
     model = build("bert", attention_probs_dropout_prob=0.3)
-    to_performer(model, num_features=16).save_pretrained(folder)
+    with pytest.warns(UserWarning, match="switched off"):
+        to_performer(model.train(), num_features=16)
+    model.eval().save_pretrained(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded = load_performer(str(folder))

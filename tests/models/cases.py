@@ -17,23 +17,21 @@ from performers.models import (
     PerformerForSequenceClassification,
     PerformerForTokenClassification,
     PerformerModel,
+    registry,
 )
-from performers.models.configuration import POSITIONS
-from performers.models.registry import ATTENTIONS
 
-POSITION_NAMES = POSITIONS
 VOCABULARY = 31
 PAD = 0
 KINDS = pytest.mark.parametrize("is_causal", [False, True], ids=["bidirectional", "causal"])
 
 # One of each kind: exponential features, elementwise ones, keys and values, nothing.
 MAIN = ("favor-softmax", "favor-relu", "exact", "identity")
-COMPARATORS = tuple(x for x in ("linformer", "lsh", "local", "bigbird") if x in ATTENTIONS)
+# Studies register others, and test them.
+ATTENTIONS = tuple(name for name in registry.ATTENTIONS if name in MAIN or name[:6] == "favor-")
 # Kernels of both signs, whose normalisers come near zero.
 SIGNED = ("favor-tanh", "favor-gelu", "favor-identity")
 
-# Options of the models that names stand for. Comparators have sizes at which attention to a part
-# of a short row is not attention to all of it.
+# Options of the models that names stand for.
 MODELS: dict[str, dict[str, Any]] = {
     **{name: {"attention": name} for name in ATTENTIONS},
     "window": {"window": 3},
@@ -43,19 +41,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid, inner": {"exact_layers": [1], "num_hidden_layers": 3},
     "reversible": {"reversible": True},
 }
-if COMPARATORS:
-    MODELS["linformer"] |= {"linformer_rank": 8}
-    MODELS["lsh"] |= {"lsh_buckets": 4, "lsh_chunk_size": 3, "lsh_rounds": 3}
-    MODELS["local"] |= {"window": 3}
-    MODELS["bigbird"] |= {
-        "bigbird_block_size": 2,
-        "bigbird_global_blocks": 1,
-        "bigbird_random_blocks": 1,
-    }
 EXACT_TERMS = ("window and sinks", "hybrid, outer", "hybrid, inner")
 
 # Names that a law is tried on by default.
-_TRIED = (*MAIN, SIGNED[0], "window", "reversible", *EXACT_TERMS, *COMPARATORS)
+_TRIED = (*MAIN, SIGNED[0], "window", "reversible", *EXACT_TERMS)
 
 
 def _case(name: str, *more: Any) -> Any:
@@ -65,19 +54,10 @@ def _case(name: str, *more: Any) -> Any:
     return pytest.param(name, *more, marks=pytest.mark.exhaustive)
 
 
-# A projection along the sequence has no causal form.
-CAUSAL = [_case(name) for name in (*ATTENTIONS, "window", "reversible") if name != "linformer"]
-EVERY = [
-    _case(name, causal)
-    for name in (*ATTENTIONS, "window", "reversible")
-    for causal in (False, True)
-    if not (causal and name == "linformer")
-]
-CACHED = [
-    _case(name)
-    for name in (*ATTENTIONS, *EXACT_TERMS, "window", "reversible")
-    if name not in COMPARATORS
-]
+_NAMES = (*ATTENTIONS, "window", "reversible")
+CAUSAL = [_case(name) for name in _NAMES]
+EVERY = [_case(name, causal) for name in _NAMES for causal in (False, True)]
+CACHED = [_case(name) for name in (*ATTENTIONS, *EXACT_TERMS, "window", "reversible")]
 
 # Two ways to the same numbers in float64. Maps of both signs have normalisers near zero, which
 # make more of rounding.

@@ -1,6 +1,7 @@
 """Arguments of forward calls: the cache under both its names, packing, and what is refused."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_positions_with_gaps_are_those_of_one_sequence():
     want = model(ids, **options, attention_mask=torch.ones(1, 6)).logits
     torch.testing.assert_close(model(ids, **options).logits, want, **TOLERANCE)
     # Beside a mask they may be of any kind.
-    model(ids, position_ids=torch.tensor([[0, 1, 2, 1, 2, 3]]), attention_mask=torch.ones(1, 6))
+    model(ids, position_ids=FALLING, attention_mask=torch.ones(1, 6))
 
 
 @pytest.mark.parametrize("name", ["encoder_hidden_states", "token_type_ids", "state"])
@@ -85,102 +86,81 @@ def test_unknown_arguments_are_refused(make, name):
     make()(tokens(1, 4), **{name: None})
 
 
-def packed_batch(**changes):
-    return flattened(3, 3)[0] | changes
-
-
-# Arguments of a call on two rows of six tokens, made when the test runs, and words of the error.
+TWO_ROWS = partial(past, rows=2)
+ROW = {"input_ids": tokens(1, 6)}
+FALLING = torch.tensor([[0, 1, 2, 1, 2, 3]])
+ELSEWHERE = (
+    "is the cache of a model with attention=.*, . layers and exact_layers=.*, but this one has "
+    r"'favor-softmax', 2 and \(\)"
+)
+PACKED = flattened(3, 3)[0]
+# Arguments of a call on two rows of six tokens, where functions stand for what they return, and
+# words of the error.
 CAUSAL = [
+    ({"cache": past, "past_key_values": past}, "cache and past_key_values name the same argument"),
     (
-        lambda: {"cache": past(), "past_key_values": past()},
-        "cache and past_key_values name the same argument",
-    ),
-    (
-        lambda: {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
+        {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[7]])},
         f"no cache of the tokens before it: pass {CACHE_KEYWORD}",
     ),
     (
-        lambda: {"cache": past(rows=2), "cache_position": torch.arange(9, 15)},
+        {"cache": TWO_ROWS, "cache_position": torch.arange(9, 15)},
         "cache_position begins at 9, but the cache holds 3",
     ),
+    ({"past_key_values": DynamicCache()}, "must be the PerformerCache"),
+    ({"past_key_values": ((torch.zeros(1),) * 2,)}, "must be the PerformerCache"),
     *(
-        (lambda cache=cache: {"past_key_values": cache}, "must be the PerformerCache")
-        for cache in (DynamicCache(), ((torch.zeros(1), torch.zeros(1)),))
-    ),
-    *(
-        (
-            lambda other=other: {"past_key_values": past(other, rows=2)},
-            "is the cache of a model with attention=.*, . layers and exact_layers=.*, but this one "
-            r"has 'favor-softmax', 2 and \(\)",
-        )
+        ({"past_key_values": partial(past, other, rows=2)}, ELSEWHERE)
         for other in ("favor-relu", "exact", "hybrid", "hybrid, outer")
     ),
     *(
         (
-            lambda rows=rows: {"past_key_values": past(rows=rows)},
+            {"past_key_values": partial(past, rows=rows)},
             rf"past_key_values holds {rows} row\(s\) but the input has 2",
         )
         for rows in (1, 3)
     ),
     (
-        lambda: {"sequence_ids": torch.zeros(2, 6), "past_key_values": past(rows=2)},
+        {"sequence_ids": torch.zeros(2, 6), "past_key_values": TWO_ROWS},
         "packed sequences.*cannot be combined with past_key_values",
     ),
     (
-        lambda: {"past_key_values": past(rows=2), "attention_mask": torch.ones(2, 5)},
+        {"past_key_values": TWO_ROWS, "attention_mask": torch.ones(2, 5)},
         r"shape \(2, 6\) or \(2, 9\), got \(2, 5\)",
     ),
     (
-        lambda: packed_batch(position_ids=torch.tensor([[0, 1, 0, 1, 2, 3]])),
+        {**PACKED, "position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]])},
         "tell different boundaries",
     ),
 ]
 MASKED = [
-    (lambda: {"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs"),
-    (lambda: {"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
-    (lambda: {"past_key_values": past(rows=2)}, "past_key_values needs a causal model"),
+    ({"inputs_embeds": torch.zeros(2, 6, 32)}, "exactly one of input_ids and inputs_embeds"),
+    ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+    ({"past_key_values": TWO_ROWS}, "past_key_values needs a causal model"),
     *(
-        (
-            lambda shape=shape: {"attention_mask": torch.ones(shape)},
-            r"attention_mask must have shape \(2, 6\), got",
-        )
+        ({"attention_mask": torch.ones(shape)}, r"attention_mask must have shape \(2, 6\), got")
         for shape in ((2, 5), (1, 6), (2, 7), (2, 1, 6, 6))
     ),
     *(
-        (
-            lambda values=values: {"attention_mask": torch.tensor([values] * 2)},
-            "attention_mask must be bool or hold 0",
-        )
+        ({"attention_mask": torch.tensor([values] * 2)}, "attention_mask must be bool or hold 0")
         for values in ((0.0, -1e4) * 3, (1, 2) * 3)
     ),
+    ({"sequence_ids": torch.zeros(1, 6)}, r"sequence_ids must have shape \(2, 6\), got \(1, 6\)"),
     (
-        lambda: {"sequence_ids": torch.zeros(1, 6)},
-        r"sequence_ids must have shape \(2, 6\), got \(1, 6\)",
-    ),
-    (
-        lambda: {"input_ids": tokens(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 5])},
+        {**ROW, "cu_seq_lens_q": torch.tensor([0, 2, 5])},
         r"cu_seq_lens_q must run from 0 to the length of a single row \(6\), got \(3,\) offsets",
     ),
-    (
-        lambda: {"position_ids": torch.tensor([[0, 1, 2, 1, 2, 3]])},
-        "do not tell where packed sequences begin",
-    ),
+    ({"position_ids": FALLING}, "do not tell where packed sequences begin"),
 ]
+ANSWERS = partial(build, PerformerForQuestionAnswering)
 OTHERS = [
     (
-        lambda: masked_model("window and sinks"),
-        lambda: packed_batch(output_attentions=True),
+        partial(masked_model, "window and sinks"),
+        {**PACKED, "output_attentions": True},
         "output_attentions is not available for packed sequences with sinks",
     ),
-    *(
-        (lambda head=head: build(head), packed_batch, "answers once for each row")
-        for head in (PerformerForSequenceClassification, PerformerForQuestionAnswering)
-    ),
-    (
-        lambda: build(PerformerForQuestionAnswering),
-        lambda: {"start_positions": torch.tensor([1, 2])},
-        "pass both start_positions and end_positions",
-    ),
+    (partial(build, PerformerForSequenceClassification), PACKED, "answers once for each row"),
+    (ANSWERS, PACKED, "answers once for each row"),
+    (ANSWERS, {"start_positions": torch.tensor([1, 2])}, "pass both start_positions and end_"),
 ]
 
 
@@ -194,8 +174,9 @@ OTHERS = [
     ],
 )
 def test_calls_that_are_refused(make, arguments, words):
+    arguments = {name: x() if callable(x) else x for name, x in arguments.items()}
     with pytest.raises(ValueError, match=words):
-        make()(**{"input_ids": tokens(2, 6), **arguments()})
+        make()(**{"input_ids": tokens(2, 6), **arguments})
 
 
 def test_a_step_at_the_start_needs_no_past():

@@ -9,11 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from performers.features import ESTIMATORS, FUNCTIONS
+from performers.features import ESTIMATORS
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
 from performers.models.positions import sinusoids
-from performers.models.registry import ATTENTIONS
 from tests.models.cases import causal_model, make_config, masked_model, tokens
 
 
@@ -25,16 +24,6 @@ def test_the_default_is_the_regular_model_of_the_paper():
     assert config.position_embedding == "rotary"
     assert config.tie_word_embeddings
     assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
-
-
-def test_every_kernel_is_an_attention():
-    # Studies register more.
-    assert set(ATTENTIONS) >= {
-        "favor-softmax",
-        "exact",
-        "identity",
-        *(f"favor-{name}" for name in FUNCTIONS),
-    }
 
 
 @pytest.mark.parametrize(

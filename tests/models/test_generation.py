@@ -1,7 +1,6 @@
 """``generate()``: with the cache as without it, alone as in a batch, at a constant cost."""
 
 import logging
-import warnings
 
 import pytest
 import torch
@@ -9,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import set_seed
 
 from performers.models import PerformerForCausalLM
+from performers.models.configuration import POSITIONS
 from tests.models.cases import (
     CACHED,
     EXACT_TERMS,
     MAIN,
-    POSITION_NAMES,
     build,
     causal_model,
     left_padded,
@@ -58,7 +57,7 @@ def test_greedy_decoding_with_and_without_a_cache(name):
     assert torch.equal(generate(model, ids, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("name", MAIN)
 def test_batched_prompts_equal_prompts_alone(name, positions):
     model = generator_model(name, position_embedding=positions)
@@ -182,17 +181,15 @@ def test_assisted_decoding_is_refused(name):
 
 
 def test_no_deprecation_of_transformers_reaches_a_user(caplog):
-    """Python warnings and log entries alike, whichever name the cache has."""
+    """Log entries, whichever name the cache has; warnings are errors in all tests."""
     model, ids = causal_model(), tokens(1, 6)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            out = model(ids, use_cache=True)
-            model(ids[:, :1], past_key_values=out.past_key_values)
-            cache = model(ids[:, :4], use_cache=True).cache
-            model.generate(ids, max_new_tokens=2, past_key_values=cache, eos_token_id=None)
+        out = model(ids, use_cache=True)
+        model(ids[:, :1], past_key_values=out.past_key_values)
+        cache = model(ids[:, :4], use_cache=True).cache
+        model.generate(ids, max_new_tokens=2, past_key_values=cache, eos_token_id=None)
     finally:
         logger.removeHandler(caplog.handler)
     assert "deprecated" not in caplog.text

@@ -8,6 +8,7 @@ from performers.models import (
     PerformerForCausalLM,
     PerformerForSequenceClassification,
 )
+from performers.models.configuration import POSITIONS
 from tests.models.cases import (
     CACHED,
     CAUSAL,
@@ -16,7 +17,6 @@ from tests.models.cases import (
     MAIN,
     MODELS,
     PAD,
-    POSITION_NAMES,
     TOLERANCE,
     assert_same,
     build,
@@ -66,20 +66,15 @@ ARRANGEMENTS = {
 ARRANGED = pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 
 
-def arrange(arrangement, name, rows):
-    """Linformer refuses packed rows."""
-    return ARRANGEMENTS["left" if name == "linformer" else arrangement](rows)
-
-
 @ARRANGED
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(("name", "is_causal"), EVERY)
 def test_sequences_together_equal_sequences_alone(name, is_causal, positions, arrangement):
     """Rows may be longer than the table of learned positions: neither they nor padding count."""
-    options = {} if name == "linformer" else {"max_position_embeddings": 9}
-    model = make_model(name, is_causal, position_embedding=positions, **options)
+    options = {"position_embedding": positions, "max_position_embeddings": 9}
+    model = make_model(name, is_causal, **options)
     rows = rows_of(4, 1, 6, 9)
-    inputs, places = arrange(arrangement, name, rows)
+    inputs, places = ARRANGEMENTS[arrangement](rows)
     together = model(**inputs).logits
     assert torch.isfinite(together).all()
     for place, row in zip(places, rows, strict=True):
@@ -96,7 +91,7 @@ def test_sequences_together_equal_sequences_alone(name, is_causal, positions, ar
 def test_so_do_their_gradients(name, is_causal, arrangement):
     model = make_model(name, is_causal)
     rows = rows_of(4, 1, 6, 9)
-    inputs, places = arrange(arrangement, name, rows)
+    inputs, places = ARRANGEMENTS[arrangement](rows)
     logits = model(**inputs).logits
     sum(logits[place].square().sum() for place in places).backward()
     together = gradients(model)
@@ -111,7 +106,7 @@ def test_attention_matrices(name, is_causal, arrangement):
     """They are those of each sequence alone, and what the layers did."""
     model = make_model(name, is_causal)
     rows = rows_of(4, 1, 6, 9)
-    inputs, places = arrange(arrangement, name, rows)
+    inputs, places = ARRANGEMENTS[arrangement](rows)
     results = []
     for layer in model.performer.layers:
         layer.attention.mechanism.register_forward_hook(
@@ -121,11 +116,8 @@ def test_attention_matrices(name, is_causal, arrangement):
     results.clear()
     shown = model(**inputs, use_cache=False, output_attentions=True)
     for (value, out, _), weights in zip(results, shown.attentions, strict=True):
-        assert weights.shape == (
-            *inputs["input_ids"].shape[:1],
-            2,
-            *inputs["input_ids"].shape[1:] * 2,
-        )
+        batch, length = inputs["input_ids"].shape
+        assert weights.shape == (batch, 2, length, length)
         assert not (is_causal and weights.triu(1).any())
         attended = weights @ value
         for row, place in places:
@@ -135,9 +127,8 @@ def test_attention_matrices(name, is_causal, arrangement):
             seen = weights[row][:, place]
             inside = seen[:, :, place]
             assert torch.count_nonzero(seen) == torch.count_nonzero(inside)
-            if name != "linformer":
-                ones = torch.ones_like(inside[..., 0])
-                torch.testing.assert_close(inside.sum(-1), ones, **TOLERANCE)
+            ones = torch.ones_like(inside[..., 0])
+            torch.testing.assert_close(inside.sum(-1), ones, **TOLERANCE)
             matrix = model(alone[None], use_cache=False, output_attentions=True).attentions[layer]
             torch.testing.assert_close(inside, matrix[0], rtol=1e-5, atol=1e-7)
     for place in places:
@@ -165,7 +156,7 @@ def test_other_sequences_of_a_row_do_not_matter(name, is_causal):
 def test_content_of_padding_is_irrelevant(name, is_causal, arrangement):
     """Also where its sequence id is that of the last sequence of the row."""
     model = make_model(name, is_causal)
-    inputs, _ = arrange(arrangement, name, rows_of(4, 1, 6, 9))
+    inputs, _ = ARRANGEMENTS[arrangement](rows_of(4, 1, 6, 9))
     real = inputs["attention_mask"].bool()
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     before = model(inputs_embeds=embedded, **inputs).logits
@@ -261,7 +252,7 @@ def test_nor_do_they_in_single_precision(name):
 
 @pytest.mark.parametrize("masks", ["none", "own", "whole"])
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("name", CACHED)
 def test_pieces_equal_the_whole(name, positions, cuts, masks):
     """Rows are padded on the left, and between a prompt and what continues it."""

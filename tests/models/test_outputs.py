@@ -7,12 +7,12 @@ import torch
 
 from performers import SoftmaxFeatures
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.configuration import POSITIONS
 from performers.models.positions import rotate
 from tests.models.cases import (
     CAUSAL,
     EVERY,
     MAIN,
-    POSITION_NAMES,
     TOLERANCE,
     VOCABULARY,
     assert_same,
@@ -26,7 +26,7 @@ from tests.models.cases import (
 )
 
 
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize(("name", "is_causal"), EVERY)
 def test_forward_and_backward(name, positions, is_causal):
     model = make_model(name, is_causal, position_embedding=positions).train()
@@ -40,7 +40,7 @@ def test_forward_and_backward(name, positions, is_causal):
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "identity"])
 def test_positions_are_seen(name, positions):
     """Swapping two tokens does more than swap their outputs."""
@@ -52,7 +52,7 @@ def test_positions_are_seen(name, positions):
     assert (before[:, 0] - after[:, 0]).abs().max() > 1e-6
 
 
-@pytest.mark.parametrize("positions", POSITION_NAMES)
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_position_ids_are_used(positions):
     """Of rotary positions only the distances count."""
     model, ids = masked_model("exact", position_embedding=positions), tokens(1, 6)

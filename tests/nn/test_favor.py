@@ -80,6 +80,16 @@ def test_it_computes_favor_attention_and_calibrates_itself(num_heads):
     assert favor.buckets.offsets.abs().sum() > 0
 
 
+def test_trained_features_start_from_the_present_ones_and_stay():
+    query, key, value = inputs()
+    favor = Approximation(16).build(8, 2, generator=generator(1))
+    before = favor(query, key, value)[0]
+    learned = favor.learn_().feature_map
+    assert len(list(favor.parameters())) == 2
+    torch.testing.assert_close(favor(query, key, value)[0], before)
+    assert favor.learn_().feature_map is learned
+
+
 def test_estimators_that_are_not_calibrated_raise_on_every_surface():
     features, x = SoftmaxFeatures(8, 16, estimator="data_aware"), torch.randn(1, 2, 9, 8)
     tokens = torch.randn(1, 9, 16)

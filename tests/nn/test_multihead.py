@@ -268,6 +268,10 @@ def test_it_is_projections_around_favor_attention(options, masked, is_causal, fe
 
 
 def test_default_feature_map():
+    """Drawn at construction; one of the caller is taken as it is."""
+    given = SoftmaxFeatures(6, 32)
+    before = given.weight.clone()
+    assert torch.equal(module(feature_map=given).feature_map.weight, before)
     feature_map = PerformerAttention(128, 2).feature_map
     assert isinstance(feature_map, SoftmaxFeatures)
     assert isinstance(PerformerAttention(16, 2), FavorAttention)
@@ -377,16 +381,3 @@ def test_a_layer_with_it_trains():
             assert redraw_features_(model, random) == 1
     assert sum(losses[:5]) / 5 > 1.2
     assert sum(losses[-5:]) / 5 < 0.6, losses[-5:]
-
-
-def test_a_feature_map_of_the_caller_is_not_redrawn():
-    features = SoftmaxFeatures(6, 32)
-    before = features.weight.clone()
-    assert torch.equal(module(feature_map=features).feature_map.weight, before)
-
-
-def test_materialised_meta_modules_get_features():
-    attention = PerformerAttention(E, HEADS, device="meta").to_empty(device="cpu")
-    attention.feature_map.weight.fill_(torch.nan)
-    attention.reset_parameters()
-    assert attention.feature_map.weight.isfinite().all()

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from studies.pages import PAGES, RESULTS, STUDIES, Table, render
+from studies.pages import PAGES, RESULTS, STUDIES, Table, digits, pivot, render
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -22,6 +22,23 @@ def test_no_table_is_in_the_text(page):
 def test_a_table_in_markdown():
     table = Table(("a", "b"), [("x", "1")])
     assert table.markdown() == "| a | b |\n| --- | ---: |\n| x | 1 |"
+
+
+def test_a_pivot():
+    rows = [
+        {"a": "x", "n": 1024, "y": 1},
+        {"a": "x", "n": 2048, "y": 2},
+        {"a": "z", "n": 2048, "y": 3},
+    ]
+    table = pivot(rows, ("a",), "n", lambda row: str(row["y"]))
+    assert table == (["a", "1,024", "2,048"], [("x", "1", "2"), ("z", "–", "3")], 1)
+    assert Table(("a", "b"), [("x", ""), ("y", "–")]).filled() == (["a"], [["x"], ["y"]], 1)
+
+
+def test_numbers_have_three_digits():
+    assert [digits(x) for x in (None, 0, 0.12345, 12.345, 1234.5, 2e-5, 123456)] == [
+        "–", "0", "0.123", "12.3", "1234", "2.0e-05", "1.2e+05",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder", [path for path in STUDIES.iterdir() if path.is_dir()], ids=str)

@@ -167,14 +167,6 @@ def test_groups_cannot_be_added():
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
 
 
-def test_gradients_are_cleared():
-    model = make_model()
-    optimizer = MuonAdamW(model, lr=0.01)
-    fill_gradients(model, 0)
-    optimizer.zero_grad()
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_a_closure_is_called_with_gradients_and_its_loss_comes_back():
     model = make_model()
     optimizer = MuonAdamW(model, lr=0.01)

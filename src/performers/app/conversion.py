@@ -11,7 +11,11 @@ from performers.app.options import ESTIMATORS, Estimator, OptionError, Options, 
 class ConversionOptions(Options):
     """Options of a run; each is a flag of ``performers convert``."""
 
-    model: str = argument("Folder of a pretrained transformers model, or a .gguf file.", path=True)
+    model: str = argument(
+        "Folder of a pretrained model of transformers or sentence-transformers, its name on the "
+        "Hugging Face Hub, or a .gguf file.",
+        path=True,
+    )
     data: str = option("Text or FASTA file; its end is held out for testing.", path=True)
     window: int | None = option(
         "Pairs this close are exact; 0: features for all pairs.", 64, at_least=0
@@ -20,7 +24,7 @@ class ConversionOptions(Options):
         "First keys that are exact; 4 for decoders, else 0.", None, at_least=0
     )
     listed_keys: int = option(
-        "Keys a query meets exactly for their content; encoders only.", 0, at_least=0
+        "Keys per query, chosen by content, that are exact; encoders only.", 0, at_least=0
     )
     num_features: int | None = option(
         "Random features per head; about d ln d by default.", None, at_least=1
@@ -34,7 +38,10 @@ class ConversionOptions(Options):
         None,
     )
     length: int | None = option(
-        "Tokens in an example; 1,024 for decoders, else 512, by default.", None, at_least=3
+        "Tokens in an example; 1,024 for decoders, else 512, by default. A table of learned "
+        "positions is extended to them.",
+        None,
+        at_least=3,
     )
     calibration: int = option("Examples that features are fitted to.", 16, at_least=1)
     test: int | float = option("Examples to test on; with a point, their share of the file.", 32)
@@ -52,7 +59,7 @@ class ConversionOptions(Options):
         "Train adapters of this rank instead of all weights.", None, at_least=1
     )
     redraw_steps: int | None = option(
-        "Draw features that are not trained anew every so many steps.", None, at_least=1
+        "Steps between redraws of features that are not trained.", None, at_least=1
     )
     loss: str | None = option(
         "logits, hidden, embedding or task; logits by default, embedding for a model without a "
@@ -69,7 +76,7 @@ class ConversionOptions(Options):
     )
     save_steps: int = option("Steps between checkpoints.", 50, at_least=1)
     max_positions: int | None = option(
-        "Give a model with a learned table of positions that many.", None, at_least=1
+        "Extend a table of learned positions further than to --length.", None, at_least=1
     )
     seed: int = option("Random seed.", 0, at_least=0, below=2**32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -106,25 +105,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
         raise ValueError(f"path must end with .png, .svg or .pdf, got {path.name!r}")
     write_atomically(path, _render(figure, image_format, dpi))
     return path
-
-
-class Pictures:
-    """A folder of PNG files, each handed out as a data URI as well.
-
-    Args:
-        folder: The folder; made when the first picture comes.
-        dpi: Pixels per inch.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], *, dpi: int = 120) -> None:
-        self.folder = Path(folder)
-        self.dpi = dpi
-
-    def add(self, name: str, figure: Figure) -> str:
-        """Write the figure to `<name>.png`, replacing one that exists, and return its URI."""
-        data = _render(figure, "png", self.dpi)
-        write_atomically(self.folder / f"{name}.png", data)
-        return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _render(figure: Figure, image_format: str, dpi: int) -> bytes:

@@ -78,7 +78,7 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...]) -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one beside it, making missing folders."""
+    """Write a file through a temporary one in its folder, making missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -3,6 +3,7 @@
 from performers.attention.backends import backends, use_backend
 from performers.attention.exact_keys.listed_keys import KeyBuckets, ListedKeys
 from performers.attention.functional import favor_attention, favor_attention_weights
+from performers.attention.key_sums import favor_state, merge_states
 from performers.attention.sdpa import scaled_dot_product_attention
 from performers.attention.state import FavorState
 
@@ -13,6 +14,8 @@ __all__ = [
     "backends",
     "favor_attention",
     "favor_attention_weights",
+    "favor_state",
+    "merge_states",
     "scaled_dot_product_attention",
     "use_backend",
 ]

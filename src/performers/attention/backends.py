@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,6 +38,8 @@ _BACKENDS = {
     "reference": Backend(reference.attend),
 }
 _USABLE = {"native": library.available, "triton": triton.available}
+# Arguments that not all backends compute, and those that do.
+_COMPUTED_BY = [(x.name, x.metadata) for x in fields(AttentionCall) if x.metadata]
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
@@ -83,25 +86,36 @@ def resolve_backend(name: str | None, call: AttentionCall) -> Backend:
     if name is None:
         return _BACKENDS[_best(call)]
     _check_name(name)
-    backend = _BACKENDS[name]
-    uncovered = backend.uncovered(call)
+    uncovered = _uncovered(name, call)
     if uncovered is not None:
         best = _best(call)
         raise ValueError(
             f"backend must be {best!r} {uncovered}, got {name!r}, which does not cover it; "
             f'pass backend=None or "{best}", outside performers.use_backend("{name}")'
         )
-    return backend
+    return _BACKENDS[name]
 
 
 def _best(call: AttentionCall) -> str:
-    for name, backend in _BACKENDS.items():
+    reasons = []
+    for name in _BACKENDS:
         usable = _is_usable(name)
-        if usable and backend.uncovered(call) is None:
+        uncovered = _uncovered(name, call) if usable else None
+        if usable and uncovered is None:
             return name
         if name == "triton" and call.query.device.type == "cuda":
-            triton.tell_unused(call if usable else None)
-    raise AssertionError("the reference backend covers every call")
+            triton.tell_unused(uncovered)
+        reasons.append(f"{name} {uncovered or 'is not usable here'}")
+    raise ValueError(f"no backend covers this call: not {', not '.join(reasons)}")
+
+
+def _uncovered(name: str, call: AttentionCall) -> str | None:
+    """Reason why a backend cannot compute a call, or None."""
+    for argument, declared in _COMPUTED_BY:
+        if name not in declared["backends"] and getattr(call, argument) is not None:
+            reason: str = declared["otherwise"]
+            return reason
+    return _BACKENDS[name].uncovered(call)
 
 
 def _is_usable(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,32 +21,33 @@ from performers.features.base import form_of_heads, resolve_scale
 from performers.features.precision import autocast_dtype, without_autocast
 from performers.features.recomputation import guard_recomputation
 
-if TYPE_CHECKING:
-    from typing_extensions import TypedDict
 
-    class MaskOptions(TypedDict, total=False):
-        """Options of a layer's attention and of its matrix."""
+class MaskOptions(TypedDict, total=False):
+    """Options of a layer's attention and of its matrix."""
 
-        is_causal: bool
-        key_mask: Tensor | None
-        scale: float | None
+    is_causal: bool
+    key_mask: Tensor | None
+    scale: float | None
 
-    class PairOptions(MaskOptions, total=False):
-        """Options of ``favor_attention_weights``."""
 
-        window: int | None
-        sinks: int
-        listed_keys: ListedKeys | None
+class PairOptions(MaskOptions, total=False):
+    """Options of ``favor_attention_weights``."""
 
-    class SequenceOptions(MaskOptions, total=False):
-        """Options of a layer's attention."""
+    window: int | None
+    sinks: int
+    listed_keys: ListedKeys | None
 
-        cu_seqlens: Tensor | None
-        state: FavorState | None
-        backend: str | None
 
-    class AttentionOptions(PairOptions, SequenceOptions, total=False):
-        """Options of ``favor_attention`` that do not change the type of its result."""
+class SequenceOptions(MaskOptions, total=False):
+    """Options of a layer's attention."""
+
+    cu_seqlens: Tensor | None
+    state: FavorState | None
+    backend: str | None
+
+
+class AttentionOptions(PairOptions, SequenceOptions, total=False):
+    """Options of ``favor_attention`` that do not change the type of its result."""
 
 
 class Columns(NamedTuple):
@@ -91,6 +92,8 @@ class AttentionCall:
         sinks: How many first keys are exact.
         listed_keys: What chooses further exact keys by content, or None.
         state: The sums over the keys before the first of ``key``, for a causal call, or None.
+        following: Of a bidirectional call on a part of a row, the sums over the keys after the last
+            of ``key``; ``state`` then has those before the first. None for whole rows.
         return_state: Whether the sums that a later call continues from are wanted: those over all
             keys but the last ``window``.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
@@ -113,9 +116,19 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     sinks: int = 0
-    listed_keys: ListedKeys | None = None
+    # An argument that not every backend computes is None where it is not used; it names those that
+    # do, and says what keeps the others.
+    listed_keys: ListedKeys | None = field(
+        default=None,
+        metadata={"backends": ("native", "torch", "reference"), "otherwise": "with listed keys"},
+    )
     state: FavorState | None = None
     return_state: bool = False
+    following: FavorState | None = field(
+        init=False,
+        default=None,
+        metadata={"backends": ("torch",), "otherwise": "for a part of a bidirectional row"},
+    )
     form: FeatureForm = field(init=False)
     factor: float = field(init=False)
     segments: Tensor | None = field(init=False)

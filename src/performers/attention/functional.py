@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from performers.attention.backends import resolve_backend
-from performers.attention.call import AttentionCall
+from performers.attention.call import AttentionCall, AttentionOptions, PairOptions
 from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
+from performers.attention.sharding import check_not_sharded, sharding_of_call
 from performers.attention.state import FavorState
 from performers.features import FeatureMap
 from performers.features.precision import autocast_dtype, without_autocast
@@ -17,7 +18,7 @@ from performers.features.precision import autocast_dtype, without_autocast
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from performers.attention.call import AttentionOptions, PairOptions
+_PAIR_OPTIONS = tuple(PairOptions.__annotations__)
 
 
 @overload
@@ -126,7 +127,12 @@ def favor_attention(
         listed_keys=listed_keys,
         state=state,
         return_state=return_state,
-    ).checked()
+    )
+    sharding = sharding_of_call(call)
+    if sharding is not None:
+        out = sharding.attend(call, backend)
+        return out.flatten(1, 2).to(_output_dtype(query, key, value))
+    call = call.checked()
     out, sums = resolve_backend(backend, call).attend(call)
     out = out.flatten(1, 2).to(_output_dtype(query, key, value))
     if not return_state:
@@ -153,14 +159,16 @@ def favor_attention_weights(
 
     Raises:
         ValueError: An argument does not fit.
+        TypeError: An option is unknown, or one of ``favor_attention`` alone.
     """
-    call = AttentionCall(query, key, key, feature_map, **options)
-    if call.cu_seqlens is not None or call.state is not None or call.return_state:
+    check_not_sharded("favor_attention_weights")
+    unknown = [name for name in options if name not in _PAIR_OPTIONS]
+    if unknown:
         raise TypeError(
-            "favor_attention_weights takes no cu_seqlens, state or return_state: the matrix is "
-            "that of one whole sequence; pass its queries and keys alone"
+            f"favor_attention_weights takes no {', '.join(unknown)}: the matrix is that of one "
+            f"whole sequence, with the options {', '.join(_PAIR_OPTIONS)}"
         )
-    call = call.checked()
+    call = AttentionCall(query, key, key, feature_map, **options).checked()
     with without_autocast(query.device):
         weights = attention_matrix(call)
     return weights.flatten(1, 2).to(_output_dtype(query, key))

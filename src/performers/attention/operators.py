@@ -11,9 +11,13 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.window_and_sinks import SinkKeys
+
+_LIBRARY = torch.library.Library("performers", "FRAGMENT")
+_ALL_DEVICES = "CompositeExplicitAutograd"
 
 
 class Inputs(NamedTuple):
@@ -53,23 +57,31 @@ class Inputs(NamedTuple):
         form, state, sinks = call.form, call.state, call.sink_keys
         weight, bias = kernel_weights(call)
         exponential = form.kind == "exponential"
-        derived: dict[str, Any] = {
-            "weight": weight,
-            "bias": bias,
-            "past_key_value": None if state is None else state.key_value,
-            "past_key_sum": None if state is None else state.key_sum,
-            "past_log_scale": None if state is None else state.log_scale.detach(),
-            "sink_key": None if sinks is None else sinks.key,
-            "sink_value": None if sinks is None else sinks.value,
-            "sink_first": None if sinks is None else sinks.first,
-            "kind": "exponential" if exponential else "rectified",
-            "quadratic": exponential and form.quadratic,
-            "epsilon": form.epsilon,
-            "normalizer": form.normalizer,
-            "scale": call.factor,
-            "part": part,
-        }
-        return cls(*[derived[n] if n in derived else getattr(call, n) for n in cls._fields])
+        return cls(
+            query=call.query,
+            key=call.key,
+            value=call.value,
+            weight=weight,
+            bias=bias,
+            key_mask=call.key_mask,
+            segments=call.segments,
+            past_key_value=None if state is None else state.key_value,
+            past_key_sum=None if state is None else state.key_sum,
+            past_log_scale=None if state is None else state.log_scale.detach(),
+            sink_key=None if sinks is None else sinks.key,
+            sink_value=None if sinks is None else sinks.value,
+            sink_first=None if sinks is None else sinks.first,
+            kind="exponential" if exponential else "rectified",
+            quadratic=exponential and form.quadratic,
+            epsilon=form.epsilon,
+            normalizer=form.normalizer,
+            scale=call.factor,
+            is_causal=call.is_causal,
+            window=call.window,
+            offset=call.offset,
+            part=part,
+            return_state=call.return_state,
+        )
 
     @property
     def sink_keys(self) -> SinkKeys | None:
@@ -121,11 +133,11 @@ class Gradients(NamedTuple):
 
 def kernel_weights(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Projection and bias of the feature map as kernels read them, one bias for each projection."""
-    form = call.form.to(call.dtype)
-    weight, bias = form.weight, form.bias
+    weight, bias = call.form.weight, call.form.bias
     if weight is None:
-        size = call.key.shape[-1]
-        weight = torch.eye(size, dtype=call.dtype, device=call.key.device).unsqueeze(0)
+        weight = torch.eye(call.key.shape[-1], device=call.key.device).unsqueeze(0)
+    weight = weight.to(call.dtype)
+    bias = None if bias is None else bias.to(call.dtype)
     if bias is not None and bias.shape[0] != weight.shape[0]:
         bias = bias.expand(weight.shape[0], -1)
     return weight, bias
@@ -137,7 +149,7 @@ def define(
     backward: Callable[[Any, Any, Any, bool], Any],
     new_results: Callable[[Any], Any],
     new_gradients: Callable[[Any, bool], Any],
-    device_types: str | None = None,
+    dispatch_key: str = _ALL_DEVICES,
 ) -> tuple[Any, Any]:
     """The operators ``<name>_forward`` and ``<name>_backward``, the derivative of the first.
 
@@ -145,21 +157,26 @@ def define(
     operators have the fields of the named tuples below, one after the other.
 
     Args:
-        name: With its namespace.
+        name: In the namespace ``performers``.
         forward: From inputs, tensors first, to results.
         backward: From gradients of results (``grad_<result>``), inputs, results and whether
             ``weight`` and ``bias`` are trained, to gradients of inputs (``<input>``).
         new_results: Empty results for inputs, of the shapes that ``forward`` returns.
         new_gradients: Empty gradients for inputs, and whether ``weight`` and ``bias`` are trained.
-        device_types: Devices the functions run on; None for all.
+        dispatch_key: Devices the functions run on.
     """
     inputs, results = get_type_hints(forward).values()
     upstream, _, _, _, gradients = get_type_hints(backward).values()
     tensors = sum(hint in (Tensor, Tensor | None) for hint in get_type_hints(inputs).values())
     arriving = [
-        (field.removeprefix("grad_"), hint is Tensor)
+        (results._fields.index(field.removeprefix("grad_")), hint is Tensor)
         for field, hint in get_type_hints(upstream).items()
     ]
+    # The places of the gradients that inputs have.
+    leaving = [
+        gradients._fields.index(n) if n in gradients._fields else None for n in inputs._fields
+    ]
+    weight, bias = (inputs._fields.index(name) for name in ("weight", "bias"))
 
     def fake_backward(upstream: Any, inputs: Any, results: Any, trained: bool) -> Any:
         return new_gradients(inputs, trained)
@@ -172,23 +189,27 @@ def define(
     def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: under torch.utils.checkpoint a second look is an error.
         saved = ctx.saved_tensors
-        given = dict(zip(results._fields, zip(grads, saved[tensors:], strict=True), strict=True))
+        output, wanted = saved[tensors:], ctx.needs_input_grad
         arrived = []
-        for name, required in arriving:
-            grad, result = given[name]
+        for place, required in arriving:
+            grad = grads[place]
             if grad is None and required:
-                grad = result.new_zeros(()).expand(result.shape)
+                grad = output[place].new_zeros(()).expand(output[place].shape)
             arrived.append(grad)
-        wanted = dict(zip(inputs._fields, ctx.needs_input_grad, strict=True))
-        trained = wanted["weight"] or wanted["bias"]
-        kept = (*saved[:tensors], *ctx.constants, *saved[tensors:])
-        found = gradients(*backward_operator(*arrived, *kept, trained))
-        return tuple(getattr(found, n) if wanted[n] else None for n in inputs._fields)
+        trained = wanted[weight] or wanted[bias]
+        found = backward_operator(*arrived, *saved[:tensors], *ctx.constants, *output, trained)
+        return tuple(
+            found[place] if place is not None and want else None
+            for place, want in zip(leaving, wanted, strict=True)
+        )
 
-    forward_operator = operator(f"{name}_forward", forward, new_results, device_types)
-    backward_operator = operator(f"{name}_backward", backward, fake_backward, device_types)
-    forward_operator.register_autograd(derivative, setup_context=setup_context)
-    backward_operator.register_autograd(_refuse_second_derivative)
+    forward_operator = operator(f"{name}_forward", forward, new_results, dispatch_key)
+    backward_operator = operator(f"{name}_backward", backward, fake_backward, dispatch_key)
+    for made, formula, setup in (
+        (forward_operator, derivative, setup_context),
+        (backward_operator, _refuse_second_derivative, None),
+    ):
+        torch.library.register_autograd(made, formula, setup_context=setup, lib=_LIBRARY)
     return forward_operator, backward_operator
 
 
@@ -200,7 +221,10 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 
 
 def operator(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], device_types: str | None
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    dispatch_key: str = _ALL_DEVICES,
 ) -> Any:
     """An operator of a function of named tuples and booleans, whose schema is inferred."""
     kinds = get_type_hints(function)
@@ -231,6 +255,9 @@ def operator(
         ],
         return_annotation=tuple[(Tensor,) * len(results)],  # type: ignore[misc]
     )
-    made = torch.library.custom_op(name, implementation, mutates_args=(), device_types=device_types)
-    made.register_fake(grouped(fake))
+    # What torch.library.custom_op does, without what it puts around every call.
+    _LIBRARY.define(name + torch.library.infer_schema(implementation, mutates_args=()))
+    _LIBRARY.impl(name, _disable_dynamo(implementation), dispatch_key)
+    made = getattr(torch.ops.performers, name).default
+    torch.library.register_fake(made, grouped(fake), lib=_LIBRARY)
     return made

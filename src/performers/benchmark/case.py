@@ -27,7 +27,7 @@ class Case:
         prepare: Makes the call that is timed; runs after memory was measured.
         gate: Must pass before anything is measured.
         probe: A function that returns a `Peak`, with arguments that JSON can hold; runs in a
-            process of its own.
+            separate process.
         ours: Whether an error is a failure of this package.
         skip: The reason why the case is not measured.
         growth: Time grows with the length to this power; 0: it is not predicted.

@@ -1,4 +1,4 @@
-"""Refuses to time what computes the wrong thing."""
+"""Checks results before they are timed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from torch import Tensor
+
+from performers.planning.exact import relative_error
 
 CHECKED_LENGTH = 200
 """Tokens of a comparison: several blocks of every backend, the last one incomplete."""
@@ -20,7 +22,7 @@ CASE_ERRORS = (RuntimeError, MemoryError, TypeError, ValueError, ArithmeticError
 
 
 class WrongResultError(RuntimeError):
-    """A result differs from what it should be."""
+    """A result differs from the expected one."""
 
 
 class Gate:
@@ -43,23 +45,27 @@ class Gate:
         return None
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """``|actual - expected| / |expected|``, Frobenius norms in float64."""
-    actual, expected = actual.double(), expected.double()
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
 def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare a tensor with what it should be.
-
-    Args:
-        part: Its name in the message.
-        actual: The tensor.
-        expected: The right tensor.
-        tolerance: Largest relative error.
+    """Compare a tensor with the expected one; ``part`` is its name in the message.
 
     Raises:
-        WrongResultError: The shape differs, a value is not finite, or the error is too large.
+        WrongResultError: The shape differs, a value is not finite, or the relative error exceeds
+            ``tolerance``.
+    """
+    check_shape(part, actual, expected)
+    error = float(relative_error(actual, expected))
+    if not error <= tolerance:
+        raise WrongResultError(
+            f"wrong result: {part} differs from the reference by {error:.2g} of its norm, "
+            f"{tolerance:.2g} is allowed"
+        )
+
+
+def check_shape(part: str, actual: Tensor, expected: Tensor) -> None:
+    """Check that a tensor has another's shape, and finite values.
+
+    Raises:
+        WrongResultError: The shape differs, or a value is not finite.
     """
     if actual.shape != expected.shape:
         raise WrongResultError(
@@ -67,12 +73,6 @@ def judge(part: str, actual: Tensor, expected: Tensor, tolerance: float) -> None
             f"{tuple(expected.shape)}"
         )
     check_finite(part, actual)
-    error = relative_error(actual, expected)
-    if not error <= tolerance:
-        raise WrongResultError(
-            f"wrong result: {part} differs from the reference by {error:.2g} of its norm, "
-            f"{tolerance:.2g} is allowed"
-        )
 
 
 def check_finite(part: str, actual: Tensor) -> None:

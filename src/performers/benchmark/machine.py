@@ -10,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from performers import backends
-from performers.benchmark.memory import total_bytes
 
 # Those that decide how wide the products are.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
@@ -31,7 +31,7 @@ def describe(threads: int) -> dict[str, Any]:
         "cpu": processor.get("model name") or platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in _FLAGS if flag in _words(processor)],
         "cores": os.cpu_count(),
-        "memory_bytes": total_bytes(),
+        "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,9 +1,9 @@
-"""Measures the peak memory of a call, in a process of its own.
+"""Measures the peak memory of a call, in a separate process.
 
 In one process the peak of an earlier call hides that of a later one, and reuse of freed memory is
 not seen. Linux can reset the peak: writing 5 to ``/proc/self/clear_refs`` sets ``VmHWM`` of
 ``/proc/self/status`` to the resident size. Other systems give ``ru_maxrss``, the largest resident
-size since the process began; a call that stays below the memory of the start-up reads as zero.
+size since the process began, so a call that stays below the memory of the start-up reads as zero.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import psutil
 import torch
 
 from performers.benchmark.case import OUT_OF_MEMORY
@@ -111,7 +112,7 @@ def run_apart(function: partial[_Result], *, threads: int, timeout: float | None
         raise ProbeError(f"no result after {error.timeout:.0f} s") from error
     last = (done.stderr.strip().splitlines() or ["no message"])[-1]
     if done.returncode == _KILLED:
-        # Linux ends so what takes too much memory, and so may anybody.
+        # Linux kills a process that takes too much memory; so may a user.
         raise OutOfMemoryError("killed (out of memory?)")
     if is_out_of_memory(last):
         raise OutOfMemoryError(last)
@@ -127,7 +128,7 @@ def memory_is_measurable() -> bool:
 
 
 def is_out_of_memory(error: Exception | str) -> bool:
-    """True for an error, or its text, of memory that ran out."""
+    """True for an error (or its text) that says that memory ran out."""
     text = str(error)
     signs = ("MemoryError", "allocate memory", "bad_alloc", OUT_OF_MEMORY, "OutOfMemoryError")
     return isinstance(error, MemoryError | OutOfMemoryError) or any(sign in text for sign in signs)
@@ -140,12 +141,11 @@ def limited_memory() -> Iterator[None]:
     Linux promises more memory than there is and kills whoever uses it; with a limit on the
     process's own data, torch's allocator raises an error that can be caught.
     """
-    available = _available_bytes()
-    if sys.platform == "win32" or available is None:
+    if sys.platform == "win32" or not _STATUS.exists():
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _status("VmData") + int(_SHARE * available)
+    limit = _status("VmData") + int(_SHARE * _available_bytes())
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -155,15 +155,8 @@ def limited_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def total_bytes() -> int | None:
-    """Memory of the machine, where the system tells."""
-    return _meminfo("MemTotal")
-
-
-def _available_bytes() -> int | None:
-    available = _meminfo("MemAvailable")
-    if available is None or not _STATUS.exists():
-        return None
+def _available_bytes() -> int:
+    available: int = psutil.virtual_memory().available
     # A container may have less than the machine.
     folder = Path("/sys/fs/cgroup")
     try:
@@ -174,22 +167,10 @@ def _available_bytes() -> int | None:
     return min(available, limit - used)
 
 
-def _meminfo(name: str) -> int | None:
-    try:
-        return _kilobytes(Path("/proc/meminfo"), name)
-    except OSError:
-        return None
-
-
 def _status(name: str) -> int:
-    return _kilobytes(_STATUS, name)
-
-
-def _kilobytes(path: Path, name: str) -> int:
-    for line in path.read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"{path} has no line {name}")
+    """Bytes of a line of ``/proc/self/status``."""
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return 1024 * int(lines[name].split()[0])
 
 
 def _highest() -> int:

@@ -6,17 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, styled
 from performers.benchmark.case import Benchmark, Row, select
 from performers.benchmark.table import nbytes
 
-INK, MUTED = "#222222", "#767676"
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours that can be told apart with any colour vision (Okabe and Ito 2008)."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "*")
 
 # Attention that returns its values, drawn as the paper draws it.
@@ -29,6 +25,7 @@ _QUALITY = {
 }
 
 
+@styled
 def benchmark_figure(benchmark: Benchmark, rows: Sequence[Row]) -> Figure:
     """Draw the rows of a benchmark.
 
@@ -65,6 +62,7 @@ def benchmark_figure(benchmark: Benchmark, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+@styled
 def conversion_figure(content: dict[str, Any]) -> Figure:
     """Draw a conversion.
 
@@ -94,7 +92,7 @@ def conversion_figure(content: dict[str, Any]) -> Figure:
         size_axis(place, column, label)
         style(place, title)
     for place in axes:
-        place.legend(frameon=False, fontsize=8)
+        place.legend()
     return figure
 
 
@@ -118,17 +116,9 @@ def _draw_quality(axes: Axes, content: dict[str, Any]) -> None:
     if figure == "perplexity":
         axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("fine-tuning steps (attention transfer shaded)", color=INK)
-    axes.set_ylabel(label, color=INK)
+    axes.set_xlabel("fine-tuning steps (attention transfer shaded)")
+    axes.set_ylabel(label)
     style(axes, "quality on held-out text")
-
-
-def new_figure(size: tuple[float, float]) -> Figure:
-    """An empty white figure of a size in inches."""
-    engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04)
-    figure = Figure(figsize=size, layout=engine, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def look(number: int) -> dict[str, Any]:
@@ -168,7 +158,7 @@ def length_axis(axes: Axes, lengths: Sequence[int], across: str) -> None:
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelrotation=45 if len(ticks) > 6 else 0)
-    axes.set_xlabel(f"{across}, tokens", color=INK)
+    axes.set_xlabel(f"{across}, tokens")
 
 
 def size_axis(axes: Axes, column: str, label: str) -> None:
@@ -176,17 +166,13 @@ def size_axis(axes: Axes, column: str, label: str) -> None:
     axes.set_yscale("log", base=2 if column.endswith("bytes") else 10)
     if column.endswith("bytes"):
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: nbytes(value)))
-    axes.set_ylabel(label, color=INK)
+    axes.set_ylabel(label)
 
 
 def style(axes: Axes, title: str = "") -> None:
-    """A title, a light grid, two sides, small figures."""
-    if title:
-        axes.set_title(title, fontsize=10, color=INK)
-    axes.tick_params(labelsize=8)
-    axes.grid(True, which="major", linewidth=0.4, color="#DDDDDD")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    """A title and a grid."""
+    axes.set_title(title)
+    axes.grid(True)
 
 
 def shared_legend(figure: Figure, columns: int) -> None:
@@ -196,12 +182,4 @@ def shared_legend(figure: Figure, columns: int) -> None:
         for place in figure.axes
         for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
-    if handles:
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=min(len(handles), columns),
-            frameon=False,
-            fontsize=9,
-        )
+    add_legend(figure, list(handles.items()), "outside lower center", columns)

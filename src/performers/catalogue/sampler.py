@@ -32,7 +32,8 @@ class CatalogueSampler(nn.Module):
     Args:
         items: Shape ``(n, d)``; a copy is kept.
         scale: Factor of the inner products.
-        num_blocks: A power of two of at most ``n``; by default the one nearest to ``√n``.
+        num_blocks: A power of two of at most ``n``; by default the one nearest to ``√n``. Fewer are
+            closer to the softmax, and a draw costs more: at a quarter twice as much.
         mix: Share of the uniform distribution, in (0, 1): it bounds ``1/q`` by ``n / mix``.
         generator: Source of the first directions along which blocks are cut.
 

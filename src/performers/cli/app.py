@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,21 +182,36 @@ class ReportOptions(Options):
         "its header.",
         None,
     )
-    max_sequences: int = option("Sequences read for amino-acid similarity.", 200, at_least=1)
-    max_length: int = option("Tokens read of each; attention maps are quadratic.", 256, at_least=3)
+    labels: Path | None = option(
+        "Table of labels to colour the map by, as for probe: name, tab, labels; by default those "
+        "in the headers, such as OS=Homo sapiens.",
+        None,
+    )
+    max_sequences: int = option(
+        "Proteins on the page, and sequences read for amino-acid similarity.", 200, at_least=1
+    )
+    max_length: int = option(
+        "Tokens read of each for attention, whose maps are quadratic.", 256, at_least=3
+    )
+    max_residues: int = option(
+        "Residues whose guesses the page holds, 8 bytes each.", 50_000, at_least=1
+    )
 
 
 @app.command()
 def report(options: ReportOptions) -> None:
-    """Attention maps, known sites and amino-acid similarity as one HTML page."""
+    """One HTML page: a map of the proteins, each residue's probability, attention, similarity."""
     from performers.proteins.model_folder import load_model
+    from performers.proteins.probe.labels import read_labels
     from performers.proteins.report.model_report import report_on_model
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
     others = [(path, *load_model(path)) for path in map(model_folder, options.compare or [])]
     records = protein_records(fasta)
+    labels = None if options.labels is None else read_labels(options.labels).labels
     prepare_output_folder(options.output_folder)
+    started = time.monotonic()
     with ProgressBars() as bars:
         page = report_on_model(
             model,
@@ -206,10 +222,14 @@ def report(options: ReportOptions) -> None:
             compare=others,
             protein=options.protein,
             sites=options.sites,
+            labels=labels,
             max_sequences=options.max_sequences,
             max_length=options.max_length,
+            max_residues=options.max_residues,
             report=bars.update,
         )
+    size, seconds = page.stat().st_size / 1e6, time.monotonic() - started
+    note(f"a page of {size:.1f} MB, made in {seconds:.0f} s")
     output.print(f"report: {page}", soft_wrap=True)
 
 

@@ -100,16 +100,16 @@ def measure_and_write(
     tables: Callable[[Results], list[Table]],
     series: str,
 ) -> None:
-    """Measure, write the rows as they come, draw them and print them.
+    """Measure, write the rows into a folder as they come, draw them and print them.
 
     Args:
         results: Empty results.
-        folder: Where to write; it exists.
-        resume: Whether to keep the rows in the folder.
+        folder: An existing folder.
+        resume: Keep the rows in the folder.
         measure: Fills the results; called with ``progress``.
-        figure: Draws them.
-        tables: Makes tables of them.
-        series: The column that names contestants.
+        figure: Draws the results.
+        tables: Makes tables of the results.
+        series: Column that names contestants.
 
     Raises:
         UserError: The folder holds results of other settings.

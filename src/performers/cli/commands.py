@@ -44,13 +44,8 @@ class App(typer.Typer):
         """Register a function of dataclasses of options as a command.
 
         The fields of every parameter that is a subclass of `Options` become flags; other
-        parameters are typer's.
-
-        Args:
-            name: Name of the command; the function's by default.
-            extra: The extra that has the packages of the command.
-            lower: What to lower when memory runs out.
-            options: Likewise of typer.
+        parameters are typer's, as are other options. ``extra`` and ``lower`` are those of
+        `one_line_errors`.
         """
         register = super().command(name, cls=_Command, **options)
 

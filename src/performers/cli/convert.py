@@ -28,9 +28,12 @@ class ConversionFiles(Options):
 
 def convert(options: ConversionOptions, files: ConversionFiles) -> None:
     """Make a pretrained model's attention linear, fine-tune it, and measure what became of it."""
-    for path, flag in ((options.model, "MODEL"), (options.data, "--data")):
-        if not Path(path).exists():
-            raise UserError(f"{flag} {path} does not exist")
+    from performers.convert.hub import is_hub_name
+
+    if not Path(options.data).exists():
+        raise UserError(f"--data {options.data} does not exist")
+    if not (Path(options.model).exists() or is_hub_name(options.model)):
+        raise UserError(f"MODEL {options.model} does not exist")
     prepare_output_folder(files.output_folder, resume=files.resume)
     from performers.cli.convert_run import convert_and_measure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -91,25 +92,80 @@ def report_page(content: Mapping[str, Any]) -> str:
     Args:
         content: JSON of ``ConversionRecord.content``.
     """
-    options, model, machine = content["options"], content["model"], content["machine"]
+    machine = content["machine"]
+    foot = "\n".join(
+        (
+            "![Quality against steps, time and memory against length](conversion.png)\n",
+            f"Made by `{machine['command']}` on {_machine(content)}. "
+            "`performers.convert.load_performer` loads the model in this folder.\n",
+        )
+    )
+    return "\n".join((f"# {content['model']['class']}, converted\n", _body(content), foot))
+
+
+def model_card(content: Mapping[str, Any]) -> str:
+    """A conversion as the card of its model: front matter, tables, and how to load it.
+
+    Args:
+        content: JSON of ``ConversionRecord.content``.
+    """
+    from huggingface_hub import ModelCardData
+
+    model, base = content["model"], content["options"]["model"]
+    card, is_sentence_model = model["card"], model["is_sentence_model"]
+    named = {"base_model": base} if model["is_hub_name"] else {}
+    library = "sentence-transformers" if is_sentence_model else "transformers"
+    front = ModelCardData(**card, **named, library_name=library, tags=["performers"]).to_yaml()
+    licence = "The original's card states no licence: see to its terms before you share this one."
+    if "license" in card:
+        licence = f"Licence: {card['license']}, that of the original."
+    load = (
+        "from performers.convert import load_performer\n\n"
+        "model = load_performer(FOLDER)  # or the name of this model on the Hub"
+    )
+    if is_sentence_model:
+        load = (
+            "import performers.convert\n"
+            "from sentence_transformers import SentenceTransformer\n\n"
+            "model = SentenceTransformer(FOLDER)  # or the name of this model on the Hub"
+        )
+    name = base if model["is_hub_name"] else Path(base).name
+    parts = (
+        f"---\n{front}\n---\n",
+        f"# {name}, with linear attention\n",
+        f"`{name}` ({model['class']}), converted by performers:\n",
+        f"```\n{content['machine']['command']}\n```\n",
+        f"```python\n{load}\n```\n",
+        _body(content),
+        f"Measured on {_machine(content)}.\n",
+        f"{licence}\n",
+    )
+    return "\n".join(parts)
+
+
+def _body(content: Mapping[str, Any]) -> str:
+    """The settings and the tables."""
+    options, model = content["options"], content["model"]
     settings = ", ".join(
         f"{name} {options[name]}" for name in _SETTINGS if options.get(name) is not None
     )
     head = (
-        f"# {model['class']}, converted\n\n"
         f"{model['parameters']:,} parameters. Attention: {settings}. Tested on "
         f"{model['tested_examples']:,} examples from the end of `{options['data']}`, which nothing "
         "was trained or fitted on.\n"
     )
-    foot = "\n".join(
-        (
-            "![Quality against steps, time and memory against length](conversion.png)\n",
-            f"Made by `{machine['command']}` on {machine['cpu']}, {machine['threads']} threads, "
-            f"torch {machine['torch']}, {machine['date']}. "
-            "`performers.convert.load_performer` loads the model in this folder.\n",
-        )
+    positions, trained = model["positions"], model["trained_positions"]
+    if positions != trained:
+        head += f"\nPositions: {trained:,} of the original, repeated up to {positions:,}.\n"
+    return "\n".join((head, *(table.markdown() for table in report_tables(content))))
+
+
+def _machine(content: Mapping[str, Any]) -> str:
+    machine = content["machine"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['date']}"
     )
-    return "\n".join((head, *(table.markdown() for table in report_tables(content)), foot))
 
 
 def _quality(content: Mapping[str, Any]) -> ReportTable:
@@ -131,6 +187,14 @@ def _quality(content: Mapping[str, Any]) -> ReportTable:
             f"Training: {' and '.join(parts)}, {training['tokens']:,} tokens, "
             f"{training['seconds'] / 60:.1f} minutes."
         )
+        if (saved := training.get("saved")) is not None:
+            after = f"after {saved['step']:,} steps of {_STAGES.get(saved['stage'], '')}"
+            if saved["stage"] == "untrained":
+                after = "before the training"
+            notes.append(
+                f"Saved: the best measured state by {_QUALITY[shown[0]][0]}, {after}; the choice "
+                "was made on this text."
+            )
     notes.append(f"{BASELINE}: as many features, no window, no sinks, no calibration, untrained.")
     return ReportTable(
         "Quality on held-out text", ["", *(_QUALITY[x][0] for x in shown)], cells, notes

@@ -16,12 +16,13 @@ from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
 from performers.benchmark.settings import Sampling
 from performers.cli.console import ProgressBars, note, output
-from performers.cli.convert_report import report_page, report_tables
+from performers.cli.convert_report import model_card, report_page, report_tables
 from performers.convert.distillation.pipeline import run_conversion
 from performers.convert.distillation.results import ConversionRecord
 from performers.convert.interface.positions import extend_positions_, learned_positions
 
 _RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"
+_CARD = "README.md"
 # Positions that decoding needs beyond its contexts.
 _STEPS = 16
 
@@ -89,7 +90,7 @@ def _run(
             lengths,
             sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=memory),
             seed=options.seed,
-            folders=(Path(options.model), folder),
+            folders=(loaded.path, folder),
             progress=bars.task("timing"),
         )
         if record.model["kind"] == "causal":
@@ -105,6 +106,7 @@ def _run(
     content: dict[str, Any] = record.content()
     save_figure(conversion_figure(content), folder / _FIGURE)
     write_atomically(folder / _PAGE, report_page(content).encode())
+    write_atomically(folder / _CARD, model_card(content).encode())
 
 
 def _save(record: ConversionRecord, folder: Path) -> None:

@@ -34,13 +34,7 @@ def model_folder(path: Path) -> Path:
 
 
 def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
-    """Tell a model from the FASTA files after it.
-
-    Args:
-        paths: The model's folder or ``performers-protein-small``, or neither; FASTA files.
-
-    Returns:
-        The folder of the model and the files.
+    """Tell a model, by default the one that ships, from the FASTA files after it.
 
     Raises:
         UserError: The first path does not exist or is a folder without a model, a model comes
@@ -69,11 +63,7 @@ def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
 
 
 def protein_records(paths: list[Path]) -> list[ProteinRecord]:
-    """Read the proteins of FASTA files.
-
-    Raises:
-        UserError: The files hold no sequence.
-    """
+    """Read the proteins of FASTA files, at least one."""
     from performers.proteins.inputs.fasta import read_fasta
 
     records, letters = read_fasta(paths)

@@ -12,6 +12,9 @@ from performers.nn.approximation import as_integer
 FAVOR = "favor"
 """Submodule of a converted attention module; None marks a layer that stays exact."""
 
+LEAVE_EXACT = "leave it exact with to_performer(..., layers=...)"
+"""Remedy of all refusals of a layer."""
+
 # Lists of keys per head: of 128 keys each, 32 left embeddings of all-MiniLM-L6-v2 at a cosine of
 # 0.9980 to the original's, 16 at 0.9976.
 _LISTS = 32

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from performers.convert.families.transformers_models import TransformersModels
+from performers.convert.hub import model_folder
 from performers.convert.options import Conversion
 from performers.convert.record import METHOD, PARTS, RECORD
 from performers.convert.to_performer import convert
@@ -35,7 +36,7 @@ def load_performer(path: str | Path, *, model_class: Any = None, **options: Any)
     function also opens folders of earlier versions, and finds the class.
 
     Args:
-        path: The folder.
+        path: The folder, or the name of a model on the Hugging Face Hub.
         model_class: Class of the model; None: the class with the saved name.
         **options: Options of the class's ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
@@ -43,11 +44,11 @@ def load_performer(path: str | Path, *, model_class: Any = None, **options: Any)
         The model, in evaluation mode.
 
     Raises:
-        FileNotFoundError: ``path`` holds no saved model.
+        FileNotFoundError: ``path`` holds no saved model, or the Hub has none of that name.
         ValueError: The model is not a converted one, its class is unknown, its files have changed
             since they were saved, or tensors of its features are missing.
     """
-    folder = Path(path)
+    folder = model_folder(path, "path")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no config.json: expected a folder written by save_pretrained"

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from performers.convert.families.base import Family
 from performers.convert.fitting import check_calibration, fit
 from performers.convert.options import Conversion
+from performers.convert.sentences import pad_inputs_, tokenized, transformer_of
 from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 
@@ -49,9 +50,10 @@ def to_performer(
     mode.
 
     A transformers model is saved with ``save_pretrained`` as usual and loaded with
-    `load_performer`. In a torch model each self-attention ``nn.MultiheadAttention`` becomes a
-    ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it into a
-    model converted with the same arguments.
+    `load_performer`; of a ``SentenceTransformer`` the transformer inside is converted, and it is
+    saved and loaded as any other. In a torch model each self-attention ``nn.MultiheadAttention``
+    becomes a ``PerformerAttention`` with the same parameters; save its ``state_dict``, and load it
+    into a model converted with the same arguments.
 
     Any other torch model whose modules call ``torch.nn.functional.scaled_dot_product_attention``
     is converted with ``example``. One pass in evaluation mode finds those modules; inside them the
@@ -63,8 +65,9 @@ def to_performer(
 
     Args:
         model: A transformers model whose attention goes through the attention interface, a model
-            of ``performers.models`` with exact attention, or a torch model with
-            ``nn.MultiheadAttention`` or calls of ``scaled_dot_product_attention`` in it.
+            of sentence-transformers around one, a model of ``performers.models`` with exact
+            attention, or a torch model with ``nn.MultiheadAttention`` or calls of
+            ``scaled_dot_product_attention`` in it.
         num_features: Length of a feature vector; None: the default of ``SoftmaxFeatures``.
         estimator: As in ``SoftmaxFeatures``.
         window: Exact softmax where ``|i - j| <= window``; None: features for every pair.
@@ -73,8 +76,8 @@ def to_performer(
             fitted to the queries of ``calibration``, if any); 0: none. Only for encoders among
             transformers models: a running state holds no lists.
         calibration: Batches of model inputs (mappings of keyword arguments, or tensors of the main
-            input) that estimators such as ``data_aware``, and lists of keys, are fitted to; a few
-            thousand tokens suffice.
+            input; for sentence-transformers also lists of texts) that estimators such as
+            ``data_aware``, and lists of keys, are fitted to; a few thousand tokens suffice.
         layers: Indices of the attention layers that become linear, negative ones from the end; the
             others stay exact. Only layers that can become linear count, in the order of the model:
             not those with a sliding window. None: all.
@@ -117,7 +120,12 @@ def to_performer(
     )
     # Refuse unknown estimators and projections before the model is inspected.
     conversion.features(8, 1, torch.Generator())
-    names = convert(_family(model, conversion, example), calibration, generator)
+    inner = transformer_of(model)
+    if inner is not model and calibration is not None:
+        calibration = tokenized(model, calibration)
+    names = convert(_family(inner, conversion, example), calibration, generator)
+    if inner is not model:
+        pad_inputs_(model)
     _LOG.info("converted %d attention layers: %s", len(names), ", ".join(names))
     return model
 

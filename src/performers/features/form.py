@@ -75,16 +75,8 @@ class FeatureForm(NamedTuple):
         return self._mapped(torch.clone)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> FeatureForm:
-        def mapped(x: Tensor | None) -> Tensor | None:
-            return None if x is None else function(x)
-
-        return replaced(
-            self,
-            weight=mapped(self.weight),
-            bias=mapped(self.bias),
-            query_transform=mapped(self.query_transform),
-            key_transform=mapped(self.key_transform),
-        )
+        values: Any = [function(x) if isinstance(x, Tensor) else x for x in self]
+        return FeatureForm(*values)
 
     def transformed(self, x: Tensor, *, is_query: bool) -> Tensor:
         """``M x`` of every vector, shape ``(..., heads, T, head_dim)``."""

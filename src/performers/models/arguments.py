@@ -25,14 +25,7 @@ def is_tracing() -> bool:
 
 
 def cache_keyword(function: Callable[..., Any]) -> str:
-    """Name of the cache among the arguments of a function of transformers.
-
-    Args:
-        function: Function such as the ``forward`` of a causal model.
-
-    Raises:
-        ValueError: The signature has neither name.
-    """
+    """Name of the cache among the arguments of a function of transformers."""
     parameters = inspect.signature(function).parameters
     name = next((name for name in CACHE_KEYWORDS if name in parameters), None)
     if name is None:
@@ -48,11 +41,7 @@ CACHE_KEYWORD = cache_keyword(GenerationMixin.prepare_inputs_for_generation)
 
 
 def either_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache of a call, passed under either name.
-
-    Raises:
-        ValueError: Both were passed.
-    """
+    """The cache of a call, passed under one of its names."""
     if past_key_values is not None and cache is not None:
         raise ValueError("cache and past_key_values name the same argument: pass one of them")
     return cache if past_key_values is None else past_key_values
@@ -71,11 +60,7 @@ def take_loss_options(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_cache_position(position: Tensor | None, past: int) -> None:
-    """Check the position that some releases of transformers pass with the cache.
-
-    Raises:
-        ValueError: The position does not begin where the cache ends.
-    """
+    """Check that the position that some releases of transformers pass is the cache's end."""
     if position is None or is_tracing():
         return
     if position.numel() and int(position.reshape(-1)[0]) != past:
@@ -86,11 +71,7 @@ def check_cache_position(position: Tensor | None, past: int) -> None:
 
 
 def check_no_others(model: object, arguments: Mapping[str, Any]) -> None:
-    """Refuse unknown arguments.
-
-    Raises:
-        TypeError: An unknown argument is not None.
-    """
+    """Refuse unknown arguments that are not None."""
     others = sorted(name for name, value in arguments.items() if value is not None)
     if others:
         raise TypeError(
@@ -118,7 +99,7 @@ def sequence_starts(
         shape: Rows and tokens of the call.
         device: Device of the model.
         position_ids: Positions, or None.
-        sequence_ids: Neighbouring tokens with different ids belong to different sequences.
+        sequence_ids: As in ``PerformerModel.forward``.
         masked: The call has a mask or a past, and positions do not describe packing.
         packing: Values of `PACKING` arguments.
 

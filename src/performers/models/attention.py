@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicLayer
 
+from performers.attention.sharding import check_not_sharded
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
 from performers.models.cache import FavorCacheLayer
 from performers.models.configuration import PerformerConfig
@@ -62,6 +63,7 @@ class ExactMechanism(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, S)`` or None."""
+        check_not_sharded('attention="exact"')
         key_mask = context.key_mask
         if context.cache is not None:
             key, value = context.cache.layers[layer].update(key, value)

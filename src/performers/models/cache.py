@@ -33,6 +33,11 @@ class FavorCacheLayer(DynamicLayer):
         # Some models ask an initialised layer how many keys it holds.
         self.keys = self.values = state.key_sum.new_empty(0)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return 0 if self.state is None else self.state.nbytes
+
     def get_seq_length(self) -> int:
         """Tokens read so far, padding included."""
         return self.length
@@ -69,15 +74,8 @@ class PerformerCache(Cache):
     """Cache of a causal Performer: a state per layer, or keys and values in exact layers.
 
     It also records the padding of the past, so that a continued call needs a mask for the new
-    tokens only.
-
-    Args:
-        attention: See ``PerformerConfig.attention``.
-        num_layers: Number of layers.
-        exact_layers: See ``PerformerConfig.exact_layers``.
-
-    Attributes:
-        keeps_keys: Whether all layers keep keys and values.
+    tokens only. ``attention`` and ``exact_layers`` are those of ``PerformerConfig``;
+    ``keeps_keys`` is True if all layers keep keys and values.
     """
 
     def __init__(
@@ -96,16 +94,9 @@ class PerformerCache(Cache):
         self.key_mask: Tensor | None = None
 
     def extend(self, mask: Tensor) -> Tensor:
-        """Count the tokens of a call.
+        """Count the tokens of a call, True in a mask ``(B, L)`` where they are no padding.
 
-        Args:
-            mask: Shape ``(B, L)``, True for tokens that are not padding.
-
-        Returns:
-            Positions among the tokens that are not padding, ``(B, L)``.
-
-        Raises:
-            ValueError: The cache has another number of rows.
+        Returns the positions ``(B, L)`` among the tokens that are not padding.
         """
         past = mask.new_zeros(mask.shape[0], 1, dtype=torch.int64)
         if self.real_tokens is not None:
@@ -131,7 +122,7 @@ class PerformerCache(Cache):
         total = 0
         for layer in self.layers:
             if isinstance(layer, FavorCacheLayer):
-                total += 0 if layer.state is None else layer.state.nbytes
+                total += layer.nbytes
             elif layer.keys is not None and layer.values is not None:
                 total += layer.keys.nbytes + layer.values.nbytes
         return total
@@ -162,14 +153,7 @@ class PerformerCache(Cache):
         self._select(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens (exact attention only).
-
-        Args:
-            tokens_to_remove: As in ``transformers.Cache.crop``: minus the number of tokens.
-
-        Raises:
-            ValueError: A layer has a state, which cannot be cropped.
-        """
+        """Remove the last tokens, as ``transformers.Cache.crop`` does; refused with sums."""
         # Early releases of transformers 5 take 0 for the length to keep.
         if not tokens_to_remove:
             return

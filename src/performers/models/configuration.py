@@ -137,11 +137,7 @@ class PerformerConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check all options; ``kwargs`` are those common to transformers configurations.
-
-        Raises:
-            ValueError: An option is unknown or out of range.
-        """
+        """Check all options; ``kwargs`` are those common to transformers configurations."""
         if self.attention not in ATTENTIONS:
             raise ValueError(
                 f"attention must be one of {tuple(ATTENTIONS)}, got {self.attention!r}; import the "
@@ -159,10 +155,9 @@ class PerformerConfig(PreTrainedConfig):
             size = getattr(self, name)
             if size is not None and size < least:
                 raise ValueError(f"{name} must be at least {least}, got {size}")
-        if not 0 <= self.hidden_dropout_prob < 1:
+        if not 0 <= (probability := self.hidden_dropout_prob) < 1:
             raise ValueError(
-                "hidden_dropout_prob must be at least 0 and below 1, got "
-                f"{self.hidden_dropout_prob}"
+                f"hidden_dropout_prob must be at least 0 and below 1, got {probability}"
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from performers.attention.sharding import check_not_sharded
 from performers.models.arguments import (
     CACHE_KEYWORD,
     CACHE_KEYWORDS,
@@ -79,16 +80,8 @@ class PerformerForMaskedLM(_LanguageModel):
         are those of ``PerformerModel.forward`` and options of the loss (``num_items_in_batch``,
         ``ignore_index``, ``shift_labels``).
         """
-        loss_options = take_loss_options(kwargs)
-        output = self.performer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            sequence_ids=sequence_ids,
-            inputs_embeds=inputs_embeds,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds
+        output, loss_options = _run(self, inputs, kwargs)
         return MaskedLMOutput(
             **self._predict(output.last_hidden_state, labels, loss_options),
             hidden_states=output.hidden_states,
@@ -162,18 +155,9 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
         (0: all), or for the indices that it holds. All other arguments are those of
         ``PerformerModel.forward`` and options of the loss, see ``PerformerForMaskedLM.forward``.
         """
-        loss_options = take_loss_options(kwargs)
-        output = self.performer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            sequence_ids=sequence_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            cache=cache,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds
+        kwargs |= {"past_key_values": past_key_values, "cache": cache}
+        output, loss_options = _run(self, inputs, kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return PerformerCausalLMOutput(
             **self._predict(output.last_hidden_state[:, keep], labels, loss_options),
@@ -217,8 +201,8 @@ class PerformerForSequenceClassification(_Classifier):
         Raises:
             ValueError: Rows are packed: there is one label for a row.
         """
-        loss_options = take_loss_options(kwargs)
-        output = _run_rows(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        inputs = input_ids, attention_mask, position_ids, kwargs.pop("sequence_ids", None)
+        output, loss_options = _run_rows(self, (*inputs, inputs_embeds), kwargs)
         logits = self.classifier(self.dropout(mean_pool(output.last_hidden_state, attention_mask)))
         loss = None
         if labels is not None:
@@ -251,17 +235,8 @@ class PerformerForTokenClassification(_Classifier):
 
         The arguments are those of ``PerformerForMaskedLM.forward``.
         """
-        loss_options = take_loss_options(kwargs)
-        output = self.performer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            sequence_ids=sequence_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=False,
-            return_dict=True,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds
+        output, loss_options = _run(self, inputs, {**kwargs, "use_cache": False})
         logits = self.classifier(self.dropout(output.last_hidden_state))
         loss = None
         if labels is not None:
@@ -304,10 +279,10 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         Raises:
             ValueError: One of the two positions is missing, or rows are packed.
         """
-        loss_options = take_loss_options(kwargs)
         if (start_positions is None) != (end_positions is None):
             raise ValueError("pass both start_positions and end_positions, or neither")
-        output = _run_rows(self, input_ids, attention_mask, position_ids, inputs_embeds, kwargs)
+        inputs = input_ids, attention_mask, position_ids, kwargs.pop("sequence_ids", None)
+        output, loss_options = _run_rows(self, (*inputs, inputs_embeds), kwargs)
         starts, ends = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None:
@@ -321,24 +296,30 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         )
 
 
-def _run_rows(
-    model: Any,
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Output of the base model of a head that answers once for each row; refuses packed rows."""
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
-    if inputs is not None:
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "sequence_ids", "inputs_embeds")
+_Inputs = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _run(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Output of the base model of a head, and the options of the loss among those of the call."""
+    loss_options = take_loss_options(options)
+    named = dict(zip(_INPUTS, inputs, strict=True))
+    return model.performer(**named, return_dict=True, **options), loss_options
+
+
+def _run_rows(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`_run` for a head that answers once for each row; refuses packed rows."""
+    check_not_sharded(type(model).__name__)
+    input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds = inputs
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    if tokens is not None:
         starts = sequence_starts(
-            (inputs.shape[0], inputs.shape[1]),
-            device=inputs.device,
+            (tokens.shape[0], tokens.shape[1]),
+            device=tokens.device,
             position_ids=position_ids,
-            sequence_ids=kwargs.get("sequence_ids"),
+            sequence_ids=sequence_ids,
             masked=attention_mask is not None,
-            packing={name: kwargs[name] for name in PACKING if name in kwargs},
+            packing={name: options[name] for name in PACKING if name in options},
         )
         if starts is not None:
             raise ValueError(
@@ -346,15 +327,7 @@ def _run_rows(
                 "sequences (position_ids that begin again, cu_seq_lens_q, seq_idx or "
                 "sequence_ids): pass a padded batch with an attention_mask"
             )
-    return model.performer(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        inputs_embeds=inputs_embeds,
-        use_cache=False,
-        return_dict=True,
-        **kwargs,
-    )
+    return _run(model, inputs, {**options, "use_cache": False})
 
 
 def mean_pool(hidden_states: Tensor, mask: Tensor | None) -> Tensor:

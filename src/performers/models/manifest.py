@@ -46,14 +46,10 @@ def write_manifest(folder: Path) -> None:
 
 
 def save_model_folder(folder: Path, *parts: Any) -> None:
-    """Save a model and what goes with it into a folder, with their manifest; ``config.json`` last.
+    """Save a model and its tokenizer into a folder, with their manifest; ``config.json`` last.
 
     Until ``config.json`` is there the folder is not a model folder, so that an interrupted save
-    leaves nothing that loads.
-
-    Args:
-        folder: The folder; other files in it stay, and are not in the manifest.
-        *parts: Objects with a ``save_pretrained`` method, such as a model and its tokenizer.
+    leaves nothing that loads. Other files in the folder stay, and are not in the manifest.
     """
     staging = folder / f".saving-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
@@ -63,6 +59,8 @@ def save_model_folder(folder: Path, *parts: Any) -> None:
         write_manifest(staging)
         files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
         for path in files:
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from performers.attention.sharding import current_sharding
 from performers.features import FeatureMap, SoftmaxFeatures
 from performers.models.arguments import (
     CACHE_KEYWORD,
@@ -306,6 +307,11 @@ class PerformerModel(PerformerPreTrainedModel):
             offsets = starts.flatten().nonzero().squeeze(-1)
             cu_seqlens = torch.cat((offsets, offsets.new_tensor([starts.numel()])))
         if position_ids is None:
+            if current_sharding() is not None:
+                raise ValueError(
+                    "position_ids must be passed inside performers.distributed.sequence_parallel, "
+                    "where a row begins on another rank: performers.distributed.shard makes them"
+                )
             position_ids = positions
         rotary = None
         if self.config.position_embedding == "rotary":

@@ -46,11 +46,7 @@ class LearnedPositions(nn.Embedding):
     """A vector per position, up to a fixed length."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """Look up ``(B, L)`` positions.
-
-        Raises:
-            ValueError: A position is beyond the table.
-        """
+        """Look up ``(B, L)`` positions; refuse those beyond the table."""
         if not is_tracing() and position_ids.numel():
             longest = int(position_ids.max()) + 1
             if longest > self.num_embeddings:

@@ -37,11 +37,7 @@ class AttentionEntry:
             )
 
     def complete_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options, with defaults for missing ones.
-
-        Raises:
-            ValueError: An option is unknown or out of range.
-        """
+        """Check options and add the defaults of missing ones."""
         known = [] if self.options is None else [field.name for field in fields(self.options)]
         unknown = [name for name in given if name not in known]
         if unknown:

@@ -53,8 +53,8 @@ def run_reversible(
         keep_hidden_states: Also return the mean of the streams before each block.
 
     Returns:
-        The mean of the streams, of the shape and dtype of ``hidden_states``; the means before each
-        block; the attention matrices.
+        The mean of the streams, like ``hidden_states``; the means before each block; the attention
+        matrices.
 
     Raises:
         ValueError: A block has hooks, or weights that only its hooks could gather.

@@ -63,9 +63,9 @@ class FavorAttention(nn.Module):
                 )
             query, key, value = (end_to_end(x) for x in (query, key, value))
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)
-        # torch 2.7 compiles no update of a dictionary in place.
-        masks = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
-        options = {**options, **masks, **self._exact_pairs(), "return_state": return_state}
+        # torch 2.7 compiles update, but no |= of dictionaries.
+        options.update(key_mask=key_mask, cu_seqlens=cu_seqlens, return_state=return_state)
+        options.update(self._exact_pairs())
         result: Any = favor_attention(query, key, value, self.feature_map, **options)
         out, state = result if return_state else (result, None)
         if cu_seqlens is not None:
@@ -77,7 +77,7 @@ class FavorAttention(nn.Module):
 
         Arguments are those of ``favor_attention_weights``.
         """
-        options |= self._exact_pairs()
+        options.update(self._exact_pairs())
         return favor_attention_weights(query, key, self.feature_map, **options)
 
     def _exact_pairs(self) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Multi-head attention in linear time, with the arguments and call of ``nn.MultiheadAttention``."""
 
+# torch.compile (2.7) cannot evaluate the annotations of local functions.
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import torch

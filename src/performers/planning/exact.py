@@ -15,17 +15,7 @@ def exact_attention(
 ) -> Tensor:
     """``softmax(scale q k^T) v`` by ``scaled_dot_product_attention``; zeros where no key is left.
 
-    Args:
-        query: Shape ``(B, H, L, D)``.
-        key: Shape ``(B, Hkv, S, D)``.
-        value: Shape ``(B, Hkv, S, Dv)``.
-        scale: ``1 / sqrt(D)`` when None.
-        is_causal: Query ``i`` attends to keys ``0..i`` only.
-        key_mask: Bool, shape ``(B, S)``, True where a key takes part; masked keys and values must
-            be finite.
-
-    Returns:
-        Shape ``(B, H, L, Dv)``.
+    Arguments are those of ``favor_attention``; masked keys and values must be finite.
     """
     grouped = query.shape[1] != key.shape[1]
     if key_mask is None:

@@ -15,13 +15,7 @@ from performers.features.base import resolve_scale
 class Samples:
     """A batch of sequences as attention receives them.
 
-    Attributes:
-        query: Shape ``(B, H, L, D)``.
-        key: Shape ``(B, Hkv, S, D)``.
-        value: Shape ``(B, Hkv, S, Dv)``.
-        key_mask: Bool, shape ``(B, S)``, True where a key takes part, or None.
-        scale: Factor on ``q . k``.
-        is_causal: Query ``i`` attends to keys ``0..i`` only.
+    Shapes are those of ``favor_attention``.
     """
 
     query: Tensor

@@ -34,6 +34,7 @@ EVALUATED = ("test", "ood")
 _ATTENTION_SEQUENCES = 100
 _ATTENTION_LENGTH = 256
 _VALIDATION_STRIDE = 6
+_SHOWN_STRIDE = 7
 # The share of a model's work that is training, for the estimate of what is left.
 _TRAINING_PERCENT = 80
 _STOP_SECONDS = 60.0
@@ -49,10 +50,10 @@ def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> T
         hidden_size=64,
         num_layers=2,
         num_heads=4,
-        # Within a family, the place in the protein tells much: this learns it fastest.
+        # Within a family the position in the protein is informative; these learn it fastest.
         position_embedding="learned",
         max_length=512,
-        # Small batches, many steps: what a minute on two cores is best spent on.
+        # Small batches and many steps make the best use of a minute on two cores.
         batch_tokens=1024,
         steps=steps,
         learning_rate=4e-3,
@@ -203,7 +204,7 @@ def _collect(
 
 
 def _child(job: _Job, pipe: connection.Connection) -> None:
-    """Do a job in a process of its own, and send progress, then the result or an error."""
+    """Do a job in this process, and send progress, then the result or an error."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     # A demo that is killed leaves nothing behind.
@@ -274,12 +275,14 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
         job.folder,
         model,
         tokenizer,
-        sequences["test"],
+        job.splits["test"],
         choose_protein(job.splits["test"], None, _ATTENTION_LENGTH),
         name=job.name,
         metrics=scores,
         max_sequences=_ATTENTION_SEQUENCES,
         max_length=_ATTENTION_LENGTH,
+        # The page shows the proteins as one model reads them.
+        shown=job.splits["test"][::_SHOWN_STRIDE] if job.name == next(iter(MODELS)) else (),
         report=report,
     )
     return metrics, described

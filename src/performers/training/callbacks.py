@@ -36,11 +36,7 @@ class RedrawCallback(TrainerCallback):
 
 
 class ClockCallback(TrainerCallback, ExportableState):
-    """Seconds of training over all parts of a resumed run, saved in the checkpoints.
-
-    Args:
-        seconds: Seconds of earlier parts.
-    """
+    """Seconds of training over all parts of a resumed run, saved in the checkpoints."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -73,10 +69,8 @@ class TrimCallback(TrainerCallback):
     Varying batch shapes fragment glibc's heap: the process of a small model grew to 7 GB where a
     step needs 1. The need of a step is the largest growth in the first step after a trim; above
     twice that over the level after the trim, free pages are returned (``malloc_trim``), which takes
-    some tenths of a second. Without ``malloc_trim`` in the C library nothing is done.
-
-    Args:
-        slack: Bytes tolerated beyond twice the need of a step.
+    some tenths of a second; ``slack`` bytes beyond that are tolerated. Without ``malloc_trim`` in
+    the C library nothing is done.
     """
 
     def __init__(self, slack: int = 256 << 20) -> None:
@@ -135,15 +129,12 @@ class ProgressCallback(TrainerCallback):
     def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
         self.report = report
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the first step."""
-        if state.is_world_process_zero:
-            self.report(state.global_step, state.max_steps, {})
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step."""
         if state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, {})
+
+    on_train_begin = on_step_end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Report a log entry."""

@@ -24,8 +24,7 @@ class MuonAdamW(Optimizer):
         model: A transformers model. The layer of a classifier counts as a matrix inside.
         lr: Learning rate of all groups, which schedulers set for each group.
         weight_decay: Weight decay of all parameters but vectors (biases, norms).
-        betas: Betas of AdamW.
-        eps: Epsilon of AdamW.
+        betas: Those of AdamW, as ``eps`` is its epsilon.
 
     Raises:
         RuntimeError: torch is older than 2.9 and has no Muon.
@@ -86,11 +85,7 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not supported after construction: a new group could belong to either optimizer.
-
-        Raises:
-            NotImplementedError: Always, after construction.
-        """
+        """Refuse groups after construction: they could belong to either optimizer."""
         if getattr(self, "_made", False):
             raise NotImplementedError(
                 "MuonAdamW takes its parameters from the model; unfreeze them and make a new one"
@@ -107,11 +102,7 @@ class MuonAdamW(Optimizer):
 
 
 def check_muon() -> None:
-    """Check that torch has Muon.
-
-    Raises:
-        RuntimeError: torch is older than 2.9.
-    """
+    """Raise RuntimeError if torch is older than 2.9 and has no Muon."""
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(
             f"Muon needs torch 2.9 or later, this is {torch.__version__}: upgrade torch, or train "

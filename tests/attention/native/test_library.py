@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -242,6 +243,17 @@ def test_the_best_instruction_set_comes_first():
     chosen, best, last = execute(code, environment).stdout.split()
     assert chosen == best
     assert last == "portable"
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [(1, MemoryError, "a shorter sequence or a smaller batch"), (3, RuntimeError, "with code 3")],
+)
+def test_codes_of_failures_are_errors(monkeypatch, code, error, message):
+    failing = SimpleNamespace(performers_forward=lambda call: code)
+    monkeypatch.setattr(library, "load", lambda: failing)
+    with pytest.raises(error, match=message):
+        Call().run("forward")
 
 
 @BUILT

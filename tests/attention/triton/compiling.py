@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from performers import SoftmaxFeatures
 from performers.attention.call import AttentionCall
 from performers.attention.operators import Inputs
-from performers.attention.triton import launch
+from performers.attention.triton import launcher, passes
 from performers.attention.triton.operators import Upstream
 
 _TYPES = {
@@ -44,8 +44,8 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
     def record(self: Any, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
         found.append((kernel, args, options))
 
-    launch.Launcher.launch = record
-    launch._device = lambda device: (capability, 132)
+    launcher.Launcher.launch = record
+    launcher.device_of = lambda device: (capability, 132)
     feature_map = SoftmaxFeatures(head_dim, features).to("meta")
     for options in calls():
         batch = 1 if "cu_seqlens" in options else 2
@@ -55,12 +55,12 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
         )
         call = AttentionCall(query, key, value, feature_map, **options).checked()
         inputs = Inputs.of(call)
-        results = launch.forward(inputs)
+        results = passes.forward(inputs)
         upstream = Upstream(torch.empty_like(results.out), None, None)
-        launch.backward(upstream, inputs, results)
+        passes.backward(upstream, inputs, results)
     query, key, value = (x[:, :, :1] for x in (query, key, value))
     call = AttentionCall(query, key, value, feature_map, is_causal=True).checked()
-    launch.step(Inputs.of(call))
+    passes.step(Inputs.of(call))
     return iter(found)
 
 

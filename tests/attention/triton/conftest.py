@@ -28,6 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def short_splits(monkeypatch):
     """Cut sequences of a test's length into several splits."""
-    from performers.attention.triton import launch
+    from performers.attention.triton import launcher
 
-    monkeypatch.setattr(launch, "LEAST_SPAN", 64)
+    monkeypatch.setattr(launcher, "LEAST_SPAN", 64)

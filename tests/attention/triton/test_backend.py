@@ -83,7 +83,7 @@ def test_calls_it_does_not_cover_are_told_once(caplog, monkeypatch):
     call = make_call(by_name("trigonometric"), 10)
     checked = AttentionCall(*call.inputs, call.feature_map).checked()
     for _ in range(2):
-        backend.tell_unused(checked)
+        backend.tell_unused(backend.uncovered(checked))
         backend.tell_unused(None)
     assert len(caplog.records) == 2
     assert "the torch backend runs calls on a GPU for trigonometric features, which" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performers import favor_attention
-from performers.attention.triton import launch
+from performers.attention.triton import causal, launcher, passes
 from tests.attention.cases import random_mask
 from tests.attention.triton.support import check, small_call
 
@@ -22,7 +22,7 @@ def lost_rows(call):
     from performers.attention.operators import Inputs
 
     checked = AttentionCall(*call.inputs, call.feature_map, **call.options).checked()
-    return int(launch.forward(Inputs.of(checked)).lost.sum())
+    return int(passes.forward(Inputs.of(checked)).lost.sum())
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 150])
@@ -43,7 +43,7 @@ def test_one_head_of_many_splits_equals_one_split(monkeypatch):
     call = small_call(330, "causal", heads=1).leaves()
     results = []
     for span in (64, 1000):
-        monkeypatch.setattr(launch, "LEAST_SPAN", span)
+        monkeypatch.setattr(launcher, "LEAST_SPAN", span)
         out = call.run("triton")
         results.append((out, *torch.autograd.grad(out.square().sum(), call.inputs)))
     for a, b in zip(*results, strict=True):
@@ -55,7 +55,7 @@ def test_heads_in_groups(monkeypatch):
     call = small_call(70, "causal", heads=4, key_heads=2).leaves()
     results = []
     for size in (1 << 29, 1):
-        monkeypatch.setattr(launch, "STATE_BYTES", size)
+        monkeypatch.setattr(causal, "STATE_BYTES", size)
         out = call.run("triton")
         results.append((out, *torch.autograd.grad(out.square().sum(), call.inputs)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -25,9 +25,9 @@ HOT = {
     "chunk_rows",
     "chunk_query_gradients",
     "chunk_key_gradients",
-    "near_rows",
-    "near_query_gradients",
-    "near_key_gradients",
+    "exact_rows",
+    "exact_query_gradients",
+    "exact_key_gradients",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performers import favor_attention
-from performers.attention.triton import launch
+from performers.attention.triton import launcher
 from tests.attention.cases import random_mask
 from tests.attention.triton.support import check, small_call
 
@@ -33,7 +33,7 @@ def test_masks_windows_and_sinks(mode):
 
 def test_one_long_sequence_among_short_ones(monkeypatch):
     """Sums that go on through a split, and that end in one."""
-    monkeypatch.setattr(launch, "LEAST_SPAN", 64)
+    monkeypatch.setattr(launcher, "LEAST_SPAN", 64)
     check(packed_call("causal", torch.tensor([0, 60, 210, 250]), heads=1))
 
 

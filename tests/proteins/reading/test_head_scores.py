@@ -61,7 +61,7 @@ def test_uniform_reference_has_the_closed_form(length):
     assert causal.mean_distance == pytest.approx((length - 1) / 4)
 
 
-def test_rankings_find_planted_local_global_and_vertical_heads():
+def test_kinds_are_those_of_planted_local_global_and_vertical_heads():
     length = 40
     position = torch.arange(length)
     gap = (position[:, None] - position[None, :]).abs().double()
@@ -71,14 +71,15 @@ def test_rankings_find_planted_local_global_and_vertical_heads():
     even = torch.full((length, length), 1 / length, dtype=torch.float64)
     layers = [torch.stack([even, local])[None], torch.stack([vertical, far])[None]]
     scores = local_global_score(layers, _everywhere(1, length))
-    assert scores.most_local(1)[0].label == "1.2"
-    assert scores.most_global(1)[0].label == "2.2"
-    assert scores.most_vertical(1)[0].label == "2.1"
+    labels = {kind: [head.label for head in found] for kind, found in scores.kinds().items()}
+    # What looks far away looks at the ends.
+    vertical = ["2.1", "2.2"]
+    assert labels == {"local": ["1.2"], "global": ["1.1", "2.2"], "vertical": vertical}
     assert scores.heads[0].mean_distance == pytest.approx(scores.uniform.mean_distance)
     assert scores.heads[0].band_share == pytest.approx(scores.uniform.band_share)
 
 
-def test_head_that_only_reads_special_tokens_is_undefined_and_not_ranked():
+def test_head_that_only_reads_special_tokens_is_undefined_and_of_no_kind():
     weights = _random_attention(1, 2, 6)
     weights[0, 0] = torch.nn.functional.one_hot(torch.zeros(6, dtype=torch.long), 6).float()
     residues = _everywhere(1, 6)
@@ -86,7 +87,7 @@ def test_head_that_only_reads_special_tokens_is_undefined_and_not_ranked():
     scores = local_global_score([weights], residues)
     assert math.isnan(scores.heads[0].mean_distance)
     assert scores.heads[0].special_share == pytest.approx(1.0)
-    assert [score.label for score in scores.most_global(5)] == ["1.2"]
+    assert all(scores.heads[0] not in found for found in scores.kinds().values())
 
 
 def test_garbage_attention_of_padding_changes_nothing():

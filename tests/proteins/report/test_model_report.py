@@ -49,8 +49,9 @@ def test_the_page_tells_settings_and_escapes_names(folder, tmp_path):
     for words in ("<img/src=x>", "a <b>model", "123", "4321", "98.76", "77", "favor-softmax"):
         assert words in text
     assert "Learning curve" in text
-    assert "No training log" not in text
-    assert seen == {"evaluating", "reading attention, a <b>model"}
+    assert "no training log" not in text
+    steps = ("reading attention", "guessing each residue")
+    assert seen == {"evaluating", *(f"{step}, a <b>model" for step in steps)}
 
 
 @pytest.mark.exhaustive
@@ -59,7 +60,7 @@ def test_the_page_tells_settings_and_escapes_names(folder, tmp_path):
 def test_every_kind_of_model_has_a_report(tmp_path, attention, objective):
     folder = make_model_folder(tmp_path / "model", objective, attention=attention)
     text, _, _ = write(folder, tmp_path / "report", max_sequences=4)
-    assert "No training log" in text
+    assert "no training log" in text
     assert "BLOSUM62" in text
 
 
@@ -97,7 +98,7 @@ def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
     text, numbers, seen = write(
         folder, tmp_path / "report", [named, *RECORDS], protein="enzyme", compare=compare
     )
-    assert "side by side" in text
+    assert "The models" in text
     assert {"evaluating", "evaluating exact", "reading attention, exact"} <= seen
     assert [model["name"] for model in numbers] == ["a <b>model", "exact"]
     for model in numbers:
@@ -105,6 +106,19 @@ def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
         assert model["metrics"]["given sequences"]["tokens"] > 0
     _, numbers, _ = write(folder, tmp_path / "given", [named], sites="7")
     assert [s["site"] for s in numbers[0]["learnt"]["sites"]["sites"]] == [7]
+
+
+def test_the_page_shows_so_many_proteins_with_labels(folder, tmp_path):
+    labels = {"p1": ("kinase", "membrane"), "p7": ("kinase",)}
+    text, numbers, _ = write(folder, tmp_path, max_sequences=3, protein="p7", labels=labels)
+    shown = [protein["name"] for protein in numbers[0]["proteins"]]
+    assert len(shown) == 3
+    assert "p7" in shown
+    assert "3 of 8 proteins are shown" in text
+    data = Page(tmp_path / "report.html").data
+    assert data["labels"] == ["label"]
+    assert [protein["name"] for protein in data["proteins"]] == shown
+    assert {p["name"]: p["label0"] for p in data["proteins"]}["p7"] == "kinase"
 
 
 @pytest.mark.parametrize(

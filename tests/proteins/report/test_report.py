@@ -1,4 +1,4 @@
-"""The page, its figures and its numbers."""
+"""The page, its charts and its numbers."""
 
 import json
 import math
@@ -10,12 +10,16 @@ from transformers import BertConfig, BertForMaskedLM
 
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
+from performers.proteins.reading.analysis import analyse_model
 from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
 from performers.proteins.reading.similarity import AMINO_ACIDS, top_pairs
-from performers.proteins.report.page import ModelReport, analyse_model, write_report
+from performers.proteins.report import page
+from performers.proteins.report.charts import RESIDUE_ORDER, curves, learning_chart
+from performers.proteins.report.page import ModelReport, write_report
 from tests.proteins.report.page import Page
+from tests.proteins.report.test_payload import reading
 
-HOSTILE = "<script>alert(1)</script>\"'&$\\x_\x00\ud800é"
+HOSTILE = "</script><script>alert(1)</script><!--\"'&$\\x_\x00\ud800\u2028é"
 METRICS = {
     "test": {
         "accuracy": 0.2345,
@@ -26,7 +30,13 @@ METRICS = {
     },
     "ood": {"accuracy": math.nan, "perplexity": np.float32(14.25), "loss": 2.6568},
 }
-HISTORY = [{"step": 10, "loss": 2.9}, {"step": 20, "eval_loss": 2.7, "eval_accuracy": 0.15}]
+HISTORY = [
+    {"step": 10, "loss": 2.9, "learning_rate": 1e-3},
+    {"step": 20, "loss": 2.7},
+    {"step": 20, "eval_loss": 2.8, "eval_accuracy": 0.12, "eval_ood_loss": 2.85},
+    {"step": 20, "train_loss": 2.75, "train_runtime": 3.0},
+]
+SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 
 
 def _analysis(attention="eager", layers=2, heads=4, sites=(), **fields):
@@ -60,22 +70,28 @@ def _analysis(attention="eager", layers=2, heads=4, sites=(), **fields):
 def full(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new"
     analysis = _analysis(name=HOSTILE, description=HOSTILE)
+    proteins = [
+        reading(HOSTILE, SEQUENCE, f"{HOSTILE} kind={HOSTILE}", 1),
+        reading("x" * 10_000, SEQUENCE[:20], "kind=b " + "y" * 10_000, 2),
+        *(reading(f"p{n}", SEQUENCE * 2, "kind=b", n) for n in range(3, 6)),
+    ]
+    fields = {"proteins": proteins, "available": 7}
     models = [
-        ModelReport(HOSTILE, {HOSTILE: HOSTILE, "layers": 2}, METRICS, HISTORY, analysis),
+        ModelReport(HOSTILE, {HOSTILE: HOSTILE, "layers": 2}, METRICS, HISTORY, analysis, **fields),
         ModelReport("exact", {}, METRICS, HISTORY, _analysis("sdpa")),
         ModelReport("exact"),
     ]
-    return write_report(folder, models=models, title=HOSTILE, permutations=99)
+    return write_report(folder, models=models, title=HOSTILE, permutations=99, max_residues=190)
 
 
 def test_the_page_is_self_contained_and_holds_what_was_given_and_read(full):
-    page = Page(full)
-    page.assert_self_contained()
+    found = Page(full)
+    found.assert_self_contained()
+    assert len(found.source) < 2_000_000
     for shown in ("prefers-color-scheme: dark", "@media print", "é"):
-        assert shown in page.source
-    assert "<script" not in page.source
-    assert "\x00" not in page.source
-    text = page.text
+        assert shown in found.source
+    assert "\x00" not in found.source
+    assert "x" * 100 not in found.source
     for expected in (
         "23.45%",
         "9.67%",
@@ -86,44 +102,67 @@ def test_the_page_is_self_contained_and_holds_what_was_given_and_read(full):
         "2.888",
         "14.25",
         "–",
-        "40 of 60 residues",
+        "first 40 of 60 residues",
         "5 of 6 sequences",
-        "first 42 tokens",
-        "uniform attention",
-        "most local",
-        "most vertical",
-        "All attention",
-        "Attention above 0.1",
+        "attention above 0.1",
         "BLOSUM62",
-        "99 relabellings",
         "no attention weights",
-        "was not analysed",
         "alert(1)</script>",
-        "No training log",
-        "No metrics",
+        "5 of 7 proteins are shown",
+        "--max-sequences",
+        "--max-residues",
     ):
-        assert expected in text, expected
+        assert expected in found.text, expected
 
 
-def test_figures_lie_beside_the_page(full):
-    names = sorted(file.name for file in (full.parent / "figures").iterdir())
-    hostile = "1-script-alert-1-script-x"
-    assert names == [
-        f"{hostile}-attention.png",
-        f"{hostile}-embeddings.png",
-        f"{hostile}-learning-curve.png",
-        f"{hostile}-similarity.png",
-        "2-exact-embeddings.png",
-        "2-exact-learning-curve.png",
-        "learning-curves.png",
-    ]
-    assert len(Page(full).values("src")) == len(names)
+def test_three_sentences_come_first(full):
+    source = full.read_text(encoding="utf-8")
+    first, second, third = (text.strip() for text in source.split('<p class="lead">')[1:])
+    assert first.startswith("This page shows 5 of the 7 proteins (251 amino acids; 20 to 66 long)")
+    assert "guesses 23.4% right, against 9.7%" in second
+    assert "11.5 equally likely amino acids (18.0 by frequencies alone)" in second
+    assert third.startswith("The most familiar protein to it is p")
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "verdict"), [(0.101, "no better than 10.0%"), (0.2, "against 10.0%")]
+)
+def test_a_model_that_learnt_nothing_is_told(accuracy, verdict, tmp_path):
+    metrics = {"x": {"accuracy": accuracy, "baseline_accuracy": 0.1, "tokens": 1000}}
+    models = [ModelReport("m", metrics=metrics, proteins=[reading("one", SEQUENCE)], available=1)]
+    text = Page(write_report(tmp_path, models=models)).text
+    assert verdict in text
+    assert "the stretch it knows best is residues" in text
+
+
+def test_the_data_hold_each_protein_and_the_guesses_that_fit(full):
+    data = Page(full).data
+    assert [protein["length"] for protein in data["proteins"]] == [33, 20, 66, 66, 66]
+    assert data["proteins"][1]["name"] == "x" * 59 + "…"
+    assert list(data["tracks"]) == ["0", "1", "2", "3"]
+    assert data["tracks"]["2"]["sequence"] == SEQUENCE * 2
+    assert data["labels"] == ["kind"]
+    assert list(data["colours"]) == ["surprise", "length", "kind"]
+    assert len(data["charts"]["map"]["data"]["values"]) == 5
+    assert list(data["maps"]) == ["maps-0"]
+    assert [head["layer"] for head in data["maps"]["maps-0"]["heads"]] == [1] * 4 + [2] * 4
+
+
+def test_pictures_of_the_charts_lie_beside_the_page(full):
+    names = {file.name for file in (full.parent / "figures").iterdir()}
+    assert names == {
+        *("map.png", "learning-loss.png", "learning-accuracy.png"),
+        *(f"similarity-{n}.png" for n in range(4)),
+    }
+    assert {name.removesuffix(".png") for name in names} | {"track"} == set(
+        Page(full).data["charts"]
+    )
     files = sorted(file.name for file in full.parent.iterdir())
     assert files == ["figures", "report.html", "report.json"]
 
 
 def test_values_of_the_analysis_are_the_ones_printed(tmp_path):
-    analysis = _analysis(layers=14, heads=2)
+    analysis = _analysis(layers=3, heads=2)
     reference = load_reference_matrix("PAM250", AMINO_ACIDS)
     matrix = analysis.similarity.similarity()
     found = compare_matrices(matrix, reference, name="PAM250", permutations=199)
@@ -135,13 +174,15 @@ def test_values_of_the_analysis_are_the_ones_printed(tmp_path):
         permutations=199,
     )
     text = Page(report).text
-    assert f"{found.pearson:.3f}" in text
-    assert f"{found.spearman:.3f}" in text
-    assert f"{found.p_value:.4f}" in text
+    for value, digits in ((found.pearson, 3), (found.spearman, 3), (found.p_value, 4)):
+        assert f"{value:.{digits}f}" in text
     assert f"{first}–{second}" in text
-    assert analysis.scores.most_vertical(1)[0].label in text
-    assert "12 of 14 layers are drawn" in text
-    assert "PAM250" in text
+    drawn = Page(report).data["charts"]["similarity-1"]["data"]["values"]
+    assert len(drawn) == 380
+    for cell in drawn[::37]:
+        row, column = (AMINO_ACIDS.index(cell[key]) for key in ("row", "column"))
+        assert cell["value"] == pytest.approx(matrix[row, column], abs=6e-4)
+    assert sorted(RESIDUE_ORDER) == sorted(AMINO_ACIDS)
 
 
 def test_the_numbers_of_the_page_are_beside_it(full):
@@ -153,77 +194,84 @@ def test_the_numbers_of_the_page_are_beside_it(full):
     assert shown["metrics"]["ood"] == {"accuracy": None, "perplexity": 14.25, "loss": 2.6568}
     assert shown["history"] == HISTORY
     assert len(shown["learnt"]["heads"]) == 8
+    assert [protein["length"] for protein in shown["proteins"]] == [33, 20, 66, 66, 66]
     similarity = shown["learnt"]["similarity"]
-    assert similarity["sequences"] == 5
     assert list(similarity["all"]["matrices"]) == ["BLOSUM62", "BLOSUM45", "BLOSUM80"]
     text = Page(full).text
-    for kind in ("all", "thresholded"):
-        for result in similarity[kind]["matrices"].values():
-            for name, digits in (("pearson", 3), ("spearman", 3), ("spearman_p_value", 4)):
-                assert f"{result[name]:.{digits}f}" in text
-        for pair in similarity[kind]["expected_pairs"]:
-            assert f"{pair['rank']} of 190" in text
     for model in (shown, fused):
-        embeddings = model["learnt"]["embeddings"]
-        for result in embeddings["matrices"].values():
-            assert f"{result['pearson']:.3f}" in text
-            assert f"{result['p_value']:.4f}" in text
-        for pair in embeddings["expected_pairs"]:
-            assert f"{pair['rank']} of 190" in text
-        assert ", ".join(pair["pair"] for pair in embeddings["top_pairs"]) in text
+        learnt = model["learnt"]
+        parts = [learnt["embeddings"], *([] if model is fused else [similarity["all"]])]
+        for part in parts:
+            for result in part["matrices"].values():
+                for name, digits in (("pearson", 3), ("spearman", 3), ("spearman_p_value", 4)):
+                    assert f"{result[name]:.{digits}f}" in text
+            for pair in part["expected_pairs"]:
+                assert f"{pair['pair']} {pair['rank']}" in text
     assert "no attention weights" in fused["learnt"]["problem"]
     assert fused["learnt"]["similarity"] is None
     assert bare["learnt"] is None
 
 
-def test_models_are_put_side_by_side(tmp_path):
-    sites = (3, 7, 39)
+def test_models_are_put_side_by_side_and_sites_are_tabled(tmp_path):
+    sites = (3, 7, 50)
     models = [
         ModelReport("one", analysis=_analysis(sites=sites)),
         ModelReport("one", analysis=_analysis(layers=3, heads=2, sites=sites)),
         ModelReport("fused", analysis=_analysis("sdpa")),
     ]
-    page = Page(write_report(tmp_path, models=models, permutations=9))
-    text = page.text.split("Settings")[0]
-    assert "side by side" in text
-    pairs = ("D–E", "F–Y", "I–V", "K–R")
-    for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "embeddings", *pairs):
-        assert expected in text, expected
-    figures = {file.name for file in (tmp_path / "figures").iterdir()}
-    assert {"heads.png", "similarities.png", "1-one-attention.png"} <= figures
+    found = Page(write_report(tmp_path, models=models, permutations=9))
+    for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "D–E", "F–Y", "I–V", "K–R"):
+        assert expected in found.text, expected
+    assert list(found.data["maps"]) == ["maps-0", "maps-1"]
+    assert found.values("data-maps") == ["maps-0", "maps-1"]
+    assert found.data["maps"]["maps-0"]["sites"] == [3, 7]
+    assert "Beyond the residues that were read: 50." in found.text
     for analysis in (models[0].analysis, models[1].analysis):
-        assert analysis is not None
-        assert analysis.sites is not None
+        assert f"p = {analysis.sites.p_value:.4f}" in found.text
         for site in analysis.sites.sites:
-            assert f"{site.residue}{site.site}" in text
-            assert f"{site.enrichment:.2f}× ({site.head})" in text
+            assert f"{site.residue}{site.site}" in found.text
+            assert f"{site.enrichment:.2f}×" in found.text
 
 
-@pytest.mark.exhaustive
-def test_known_sites_are_marked_and_tabled(tmp_path):
-    plain, marked, beyond = (_analysis(sites=sites) for sites in ((), (3, 7), (3, 41, 50)))
-    pages = [
-        write_report(tmp_path / name, models=[ModelReport("m", analysis=analysis)], permutations=9)
-        for name, analysis in (("plain", plain), ("marked", marked), ("beyond", beyond))
-    ]
-    maps = [(page.parent / "figures" / "1-m-attention.png").read_bytes() for page in pages]
-    assert len(set(maps)) == 3
-    without, with_sites, further = (Page(page).text for page in pages)
-    assert "known site" not in without
-    assert f"p = {marked.sites.p_value:.4f}" in with_sites
-    assert "Beyond the residues that were read: 41, 50." in further
-
-
-def test_what_is_missing_is_explained_and_what_is_more_is_listed(tmp_path):
-    metrics = {"test": {"accuracy": 0.5, "seconds": 12.5}}
-    models = [ModelReport("small", metrics=metrics, analysis=_analysis(layers=1, heads=2))]
+def test_what_is_missing_is_explained(tmp_path):
+    models = [ModelReport("small", analysis=_analysis(layers=1, heads=2))]
     text = Page(write_report(tmp_path / "a", models=models)).text
-    for words in ("a correlation needs at least 3", "no comparison with BLOSUM62 could be made"):
+    for words in (
+        "a correlation needs at least 3",
+        "no comparison with BLOSUM62 could be made",
+        "No metrics",
+        "no training log",
+    ):
         assert words in text
-    assert "seconds" in text
-    assert "12.5000" in text
     again = write_report(tmp_path / "b", models=models)
     assert again.read_bytes() == (tmp_path / "a" / "report.html").read_bytes()
+
+
+def test_many_long_proteins_stay_below_two_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(page.charts, "png", lambda chart: b"")
+    proteins = [
+        reading(f"protein-{n}", SEQUENCE * 60, f"kind={n % 9} " + "long description " * 30)
+        for n in range(300)
+    ]
+    analysis = _analysis(layers=24, heads=8, sequence=SEQUENCE * 10)
+    model = ModelReport("m", {}, METRICS, HISTORY, analysis, proteins=proteins, available=300)
+    found = Page(write_report(tmp_path, models=[model], permutations=9))
+    assert len(found.source.encode()) < 2_000_000
+    assert "holds the residues of 25 of these 300 proteins" in found.text
+
+
+def test_a_trainer_log_becomes_curves():
+    assert curves(HISTORY, "loss") == {
+        "train": ([10, 20], [2.9, 2.7]),
+        "validation": ([20], [2.8]),
+        "ood": ([20], [2.85]),
+    }
+    assert curves(HISTORY, "accuracy") == {"validation": ([20], [0.12])}
+    # No numbers are left out, and the last of a repeated step counts.
+    points = [(1, math.nan), (2, "2.0"), (None, 2.0), (4, 1.0), (3, np.float32(1.5)), (4, 1.25)]
+    history = [{"step": step, "loss": loss} for step, loss in points]
+    assert curves([*history, {"loss": 2.0}], "loss") == {"train": ([3, 4], [1.5, 1.25])}
+    assert learning_chart({"a": []}, "loss", None) is None
 
 
 def test_report_is_replaced_whole(tmp_path):
@@ -232,9 +280,9 @@ def test_report_is_replaced_whole(tmp_path):
         write_report(
             tmp_path, models=[ModelReport("second", analysis=_analysis())], matrix_name="BLOSUM1"
         )
-    assert "model one" in Page(tmp_path / "report.html").text
-    write_report(tmp_path, models=[ModelReport("third")])
-    assert "model one" not in Page(tmp_path / "report.html").text
+    assert "model one" in Page(tmp_path / "report.html").source
+    write_report(tmp_path, models=[ModelReport("third", {"a": 1})])
+    assert "model one" not in Page(tmp_path / "report.html").source
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -1,7 +1,5 @@
 """Attention layers of tiny models: captured, replaced, and the errors that come of it."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,12 +10,10 @@ from performers.models.arguments import CACHE_KEYWORD
 from studies.accuracy.capture import (
     capture_heads,
     exact_attention,
-    perplexity,
     propagate,
     replace_attention,
 )
 from tests.benchmark.tiny_models import (
-    VOCABULARY,
     bert_config,
     forward,
     identity,
@@ -221,76 +217,33 @@ def test_errors_are_those_of_the_hidden_states(family, request):
     assert propagate(loaded, ids, exact_attention).cosine == pytest.approx(1, rel=1e-5)
 
 
-def test_the_causal_loss_is_the_models_own(llama):
+def test_the_causal_perplexity_is_that_of_the_models_loss(llama):
     ids = token_ids(2, 12, vocabulary=50)
     result = propagate(llama, ids, identity)
     with torch.no_grad():
-        expected = float(llama.model(ids, labels=ids).loss)
+        expected = llama.model(ids, labels=ids).loss.exp().item()
         with replace_attention(llama.model, identity):
-            replaced = float(llama.model(ids, labels=ids, use_cache=False).loss)
-    assert result.predicted == 22
-    assert result.loss == pytest.approx(expected, rel=1e-5)
-    assert result.replaced_loss == pytest.approx(replaced, rel=1e-5)
+            replaced = llama.model(ids, labels=ids, use_cache=False).loss.exp().item()
+    assert result.original.tokens == 22
+    assert result.original.perplexity == pytest.approx(expected, rel=1e-5)
+    assert result.replaced.perplexity == pytest.approx(replaced, rel=1e-5)
     assert abs(replaced - expected) > 1e-3
 
 
-def test_the_masked_loss_is_that_of_the_hidden_tokens(bert):
-    ids = token_ids(2, 12)
-    ids[:, 0], ids[:, -1] = 2, 3
-    given = ids.clone()
-    result = propagate(bert, ids, identity, mask_fraction=1.0)
-    assert torch.equal(ids, given)
-    hidden = ids.clone()
-    hidden[:, 1:-1] = VOCABULARY.index("[MASK]")
-    logits = forward(bert, hidden).logits[:, 1:-1]
-    expected = float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:-1].flatten()))
-    assert result.predicted == 20
-    assert result.loss == pytest.approx(expected, rel=1e-5)
-    assert result.replaced_loss != pytest.approx(expected, rel=1e-3)
-
-
-def test_the_choice_of_hidden_tokens_follows_the_seed(bert):
+def test_the_same_tokens_are_hidden_from_both_models(bert):
     ids = token_ids(2, 30)
     one, again = (propagate(bert, ids, exact_attention, seed=3) for _ in range(2))
     assert one == again
-    assert one.predicted == 2 * round(0.15 * 30)
-    assert propagate(bert, ids, exact_attention, seed=4).loss != one.loss
+    assert one.original.tokens == 2 * round(0.15 * 30)
+    assert one.replaced.perplexity == pytest.approx(one.original.perplexity, rel=1e-5)
+    assert propagate(bert, ids, exact_attention, seed=4).original != one.original
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_padding_does_not_count(family, request):
-    loaded = request.getfixturevalue(family)
-    ids = token_ids(1, 9)
-    padded = torch.cat([ids, torch.full((1, 4), 7)], dim=1)
-    mask = torch.tensor([[1] * 9 + [0] * 4])
-    plain = propagate(loaded, ids, identity, mask_fraction=1.0)
-    result = propagate(loaded, padded, identity, attention_mask=mask, mask_fraction=1.0)
-    assert result.predicted == plain.predicted
-    assert result.loss == pytest.approx(plain.loss, rel=1e-4)
-    assert result.replaced_loss == pytest.approx(plain.replaced_loss, rel=1e-4)
-    assert list(result.errors) == pytest.approx(plain.errors, rel=1e-4)
-
-
-def test_a_model_without_head_has_errors_and_no_loss(tmp_path):
+def test_a_model_without_head_has_errors_and_no_perplexity(tmp_path):
     loaded = load_model(save(transformers.BertModel, bert_config(), tmp_path / "base"))
     result = propagate(loaded, token_ids(1, 8), identity)
     assert result.errors[-1] > 0.01
-    assert (result.loss, result.replaced_loss, result.predicted) == (None, None, 0)
-    assert perplexity(None) is None
-    assert perplexity(1e4) == math.inf
-
-
-def test_what_cannot_be_predicted_is_refused(bert, llama, tmp_path):
-    with pytest.raises(ValueError, match="nothing to predict"):
-        propagate(llama, token_ids(2, 1), exact_attention)
-    with pytest.raises(ValueError, match="nothing to predict"):
-        propagate(bert, torch.tensor([[2, 3]]), exact_attention)
-    for fraction in (0.0, 1.5):
-        with pytest.raises(ValueError, match=r"mask_fraction must be in \(0, 1\]"):
-            propagate(bert, token_ids(1, 4), exact_attention, mask_fraction=fraction)
-    folder = save(transformers.BertForMaskedLM, bert_config(), tmp_path / "bare" / "bert")
-    with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
-        propagate(load_model(folder, head=True), token_ids(1, 6), exact_attention)
+    assert result.original is result.replaced is None
 
 
 def test_a_model_that_never_attends_is_refused(tmp_path):

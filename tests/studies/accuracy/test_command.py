@@ -7,7 +7,7 @@ import pytest
 
 from performers.convert.distillation import pretrained
 from studies.accuracy.__main__ import app
-from studies.accuracy.report import error
+from studies.pages import digits
 from tests.benchmark.runs import break_backend, read_csv
 from tests.cli import commands
 from tests.studies.accuracy.runs import pretrained_options
@@ -66,10 +66,9 @@ def test_the_kernel(tmp_path, undrawn):
     assert (tmp_path / "benchmark.png").read_text() == "12 panels"
     assert content["benchmark"] == "accuracy kernel"
     assert len(content["rows"]) == 2 * 2 * 3 * 2
-    assert "isotropic 1: squared relative error" in text
-    assert "anisotropic 2: relative error of the output" in text
-    shown = error(content["rows"][0]["kernel_relative"])
-    assert re.search(rf"positive +orthogonal +{re.escape(shown)} ", out)
+    assert "anisotropic 2: output" in text
+    shown = digits(content["rows"][0]["output_mse"])
+    assert re.search(rf"isotropic 1 +positive +orthogonal +{re.escape(shown)} ", out)
     assert any(re.match(r"benchmark accuracy kernel: \d+ of 8", line) for line in lines)
 
 
@@ -77,13 +76,17 @@ def test_heads_and_models(tmp_path):
     options = [*SMALL, *given(tmp_path, "llama")]
     out, lines = run("heads", *options, "--output", tmp_path / "heads")
     assert read(tmp_path / "heads")["benchmark"] == "accuracy heads"
-    words = ("relative error of the output by layer, 16 features", "front", "SDPA")
+    words = ("layers", "on the front", "SDPA")
     assert all(word in out for word in words)
     assert any(line.startswith("benchmark accuracy heads: 4 of 4") for line in lines)
     out, _ = run("models", *options, "--output", tmp_path / "models")
     assert read(tmp_path / "models")["benchmark"] == "accuracy models"
-    words = ("the end of the model", "perplexity", "data_aware, window 8, 2 sinks")
+    words = ("exact attention", "perplexity", "data_aware, window 8, 2 sinks")
     assert all(word in out for word in words)
+    out, _ = run("plan", *options, "--layers", 1, "--output", tmp_path / "plan")
+    (row,) = read(tmp_path / "plan")["rows"]
+    assert row["layer"] == 1
+    assert f"{row['error'] / row['promised']:.2f}" in out
 
 
 def test_a_wrong_backend_ends_with_code_1(tmp_path, undrawn, monkeypatch):
@@ -128,6 +131,14 @@ def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn):
         (["kernel", "--norms", "a"], "--norms must be whole numbers"),
         (["kernel", "--kernel-feature-counts", "7"], "--kernel-feature-counts must be even"),
         (["kernel", "--estimators", "best"], "--estimators must be one of positive"),
+        (
+            ["kernel", "--estimators", "hyperbolic", "--projections", "antithetic"],
+            "--projections must have one besides antithetic for hyperbolic",
+        ),
+        (
+            ["heads", "--model", "a", "--text", "b", "--num-features", "15"],
+            "--num-features must be even and positive, got 15",
+        ),
         (["heads", "--model", "a"], "--text"),
         (["models", "--model", "a", "--text", "b"], "a: no such model folder or .gguf file"),
         (["heads", "--model", "a", "--text", "b", "--backend", "cuda"], "--backend must be one of"),

@@ -158,21 +158,6 @@ def test_every_layer_has_every_setting_and_the_mean_its_time(run):
     assert exact["front"]
 
 
-def test_exact_terms_lower_the_error(run):
-    pretrained, results = run
-    wanted = {"layer": MEAN, "num_features": 16, "projection": "orthogonal"}
-
-    def error(**more):
-        return pick(results, **wanted, **more)["error"]
-
-    for name in ("positive", "data_aware"):
-        near = error(estimator=name, window=8, keys=0)
-        assert near < error(estimator=name, window=None)
-        if not pretrained.loaded.is_causal:
-            # Causal lists hold keys of 128 positions before at the least, and there are 32.
-            assert error(estimator=name, window=8, keys=4) < near
-
-
 def test_settings_are_told_apart():
     variants = head_approximations(
         Approximation(256, window=64, sinks=4, listed_keys=32), (64, 1024)
@@ -263,21 +248,3 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "above" / "vocab.txt").unlink()
     with pytest.raises(ValueError, match="has no tokenizer files"):
         read_pretrained(settings)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"length": 11}, r"length must exceed window \+ sinks \+ 1 = 11"),
-        ({"num_features": 15}, "--num-features must be even and positive, got 15"),
-        ({"feature_counts": ()}, "--feature-counts must be positive and rise"),
-        ({"backend": "cuda"}, "backend must be one of"),
-        ({"window": 1}, "window must be at least 2"),
-        ({"keys": 0}, "keys must be at least 1"),
-        ({"passages": 0}, "passages must be at least 1"),
-        ({"repeats": 0}, "repeats must be at least 1"),
-    ],
-)
-def test_settings_out_of_range(changes, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        pretrained_options(tmp_path, "llama", **changes)

@@ -130,31 +130,6 @@ def test_rows_name_every_pair_that_there_is(tiny):
     assert tiny.steps == [(done, 12) for done in range(1, 13)]
 
 
-def test_more_features_orthogonal_rows_and_calibration_all_help():
-    settings = KernelOptions(
-        kernel_length=2,
-        anisotropic_length=64,
-        norms=(1,),
-        anisotropic_norms=(2,),
-        kernel_feature_counts=(16, 64),
-        estimators=("positive", "trigonometric", "data_aware"),
-        projections=("orthogonal", "gaussian"),
-        draws=20,
-    )
-    results = measure(settings)
-
-    def median(count, estimator, projection):
-        pair = {"estimator": estimator, "projection": projection}
-        row = pick(results, data="anisotropic 2", num_features=count, **pair)
-        return row["kernel_relative_median"]
-
-    positive = median(64, "positive", "orthogonal")
-    assert positive < median(16, "positive", "orthogonal")
-    assert positive < median(64, "positive", "gaussian")
-    assert median(64, "data_aware", "orthogonal") < 0.8 * positive
-    assert median(64, "trigonometric", "orthogonal") > 10 * positive
-
-
 def test_results_can_be_resumed(tiny, monkeypatch):
     shorter = measure(replace(TINY, kernel_feature_counts=(8,)))
     calls = []
@@ -189,24 +164,3 @@ def test_what_is_not_finite_has_failed(monkeypatch):
     assert row["output_mse"] is row["output_mse_median"] is None
     assert row["output_error"] > 0
     assert pick(results, projection="orthogonal", data="isotropic 1")["status"] == "measured"
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"kernel_length": 1}, "--kernel-length must be at least 2"),
-        ({"draws": 0}, "draws must be at least 1"),
-        ({"norms": (4, 2)}, "norms must be positive and rise"),
-        ({"anisotropic_norms": ()}, "--anisotropic-norms must be positive and rise"),
-        ({"kernel_feature_counts": (8, 15)}, r"--kernel-feature-counts must be even.*\[8, 15\]"),
-        ({"estimators": ("best",)}, "estimators must be one of positive, .*; got 'best'"),
-        ({"projections": ("sobol",)}, "projections must be one of orthogonal"),
-        (
-            {"estimators": ("hyperbolic",), "projections": ("antithetic",)},
-            "projections must have one besides antithetic for hyperbolic",
-        ),
-    ],
-)
-def test_settings_out_of_range(changes, words):
-    with pytest.raises(ValueError, match=words):
-        replace(TINY, **changes)

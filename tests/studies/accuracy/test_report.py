@@ -5,12 +5,7 @@ import pytest
 from performers.benchmark.measure import Results
 from performers.features import ESTIMATORS, PROJECTIONS
 from studies.accuracy.kernel import MEASURES
-from studies.accuracy.report import (
-    error,
-    heads_figure,
-    kernel_figure,
-    models_figure,
-)
+from studies.accuracy.report import heads_figure, kernel_figure, models_figure
 
 
 def kernel_rows(data=("isotropic 1", "anisotropic 2", "anisotropic 4")):
@@ -118,9 +113,3 @@ def test_runs_that_were_cut_short_can_be_drawn(tmp_path):
     ):
         figure_of(draw, rows).savefig(tmp_path / "x.png")
         assert (tmp_path / "x.png").stat().st_size > 0
-
-
-def test_errors_have_three_digits():
-    assert [error(x) for x in (None, 0, 0.12345, 12.345, 1234.5, 2e-5, 123456)] == [
-        "", "0", "0.123", "12.3", "1234", "2.0e-05", "1.2e+05",
-    ]  # fmt: skip

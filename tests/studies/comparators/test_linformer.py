@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from performers.models import PerformerForMaskedLM
-from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from studies.comparators import LinformerMechanism
 from tests.models.cases import tokens
@@ -106,9 +105,3 @@ def test_initial_projections_and_a_checkpoint_without_them(tmp_path):
     for layer in started.performer.layers:
         for projection in layer.attention.mechanism.parameters():
             assert abs(projection.std().item() * 4 - 1) < 0.05
-
-
-def test_the_rank_is_at_most_the_length_unless_asked_for():
-    for length, rank in ((128, 128), (1000, 256)):
-        config = make_config("linformer", {"rank": None}, max_position_embeddings=length)
-        assert build_mechanism(config).key_projection.shape == (rank, length)

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from performers.models import PerformerForMaskedLM
-from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from studies.comparators import HashFeatures, LshMechanism
 from tests.studies.comparators.oracle import (
@@ -116,28 +114,6 @@ def test_within_one_chunk_it_is_the_attention_of_transformers(is_causal):
     torch.testing.assert_close(out[mask], expected[mask], rtol=1e-4, atol=1e-5)
 
 
-def test_more_rounds_come_nearer_to_full_attention():
-    """On average over hashes, with many tokens in each bucket."""
-    query, _, value = inputs(300, heads=2)
-    context = AttentionContext(is_causal=False)
-    full = mechanism(1, 300, 1)(query, query, value, context, 0)[0]
-    errors = []
-    for rounds in (1, 2, 8):
-        found = mechanism(8, 300, rounds)(query, query, value, context, 0)[0]
-        errors.append((found - full).norm().item() / full.norm().item())
-    assert errors[0] > 1.3 * errors[1] > 1.3 * 1.5 * errors[2]
-
-
-def test_equal_tokens_share_their_weight():
-    """Zero queries too, which have no direction."""
-    value = torch.randn(1, 1, 12, 8, dtype=torch.float64)
-    module = mechanism(2, 64, 2)
-    for query in (torch.zeros_like(value), torch.ones_like(value)):
-        out = module(query, query, value, AttentionContext(is_causal=False), 0)[0]
-        mean = (value.sum(2, keepdim=True) - value) / 11
-        torch.testing.assert_close(out, mean)
-
-
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_the_gradient_of_a_query_near_zero_is_bounded(need_weights):
     """Padding that no mask hides has such queries in the first layer."""
@@ -183,21 +159,3 @@ def test_the_projection_has_two_parts():
         p.numel() for p in model.parameters()
     )
     assert difference == 2 * (32 * 32 + 32)
-
-
-def test_the_number_of_buckets_follows_from_the_longest_input():
-    for length, chunk, expected in ((8192, 64, 128), (1024, 64, 16), (600, 64, 16), (40, 64, 2)):
-        options = {"buckets": None, "chunk_size": chunk}
-        config = make_config("lsh", options, max_position_embeddings=length)
-        assert build_mechanism(config).feature_map.buckets == expected
-
-
-def test_gradients_reach_queries_through_both_parts():
-    """As far as autograd's of the dense formula, which ``compare`` checks; here that they exist."""
-    query, _, value = inputs(20)
-    out = mechanism(2, 8, 2)(query, query, value, AttentionContext(is_causal=False), 0)[0]
-    gradient = torch.autograd.grad(out.square().sum(), query)[0]
-    assert (gradient.norm(dim=-1) > 0).all()
-    direction = F.normalize(query, dim=-1)
-    # Not only along the query: its key turns too.
-    assert ((gradient * direction).sum(-1).abs() < 0.999 * gradient.norm(dim=-1)).all()

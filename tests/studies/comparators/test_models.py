@@ -14,13 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from performers.app.errors import UserError
-from performers.models import PerformerCache, PerformerConfig, PerformerForCausalLM
+from performers.models import PerformerCache, PerformerConfig
 from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from performers.proteins.model_folder import check_input_length
 from studies.comparators import COMPARATORS, HashFeatures
-from tests.models.cases import TOLERANCE, gradients, right_padded, tokens
-from tests.models.test_laws import packed
+from tests.models.cases import TOLERANCE, gradients, tokens
 from tests.studies.comparators.oracle import CAUSAL, EVERY, make_config, make_model
 
 KINDS = pytest.mark.parametrize(("attention", "is_causal"), EVERY)
@@ -62,7 +61,7 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
         mask = ids = None
         if kind == "masked":
             mask = torch.ones(1, length, dtype=torch.bool)
-            mask[:, -100:] = False
+            mask[:, -length // 16 :] = False
         if kind == "packed":
             ids = (torch.arange(length) // 300)[None]
         context = AttentionContext(is_causal, key_mask=mask, sequence_ids=ids)
@@ -79,43 +78,6 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
     assert sizes[0] < 2048**2
     assert sizes[1] <= 2.05 * sizes[0]
     assert 1.9 * flops[0] < flops[1] < 2.1 * flops[0]
-
-
-@KINDS
-def test_gradients_of_padded_rows(attention, is_causal):
-    model = make_model(attention, is_causal)
-    rows = [tokens(1, length, seed=length)[0] for length in (30, 17)]
-    ids, mask = right_padded(rows)
-    model(ids, attention_mask=mask).logits[mask.bool()].square().sum().backward()
-    together = gradients(model)
-    for row in rows:
-        model(row[None]).logits.square().sum().backward()
-    for name, gradient in gradients(model).items():
-        torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
-
-
-@pytest.mark.parametrize("attention", CAUSAL)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_packed_sequences_equal_sequences_alone(attention, is_causal):
-    model = make_model(attention, is_causal)
-    call, places = packed([tokens(1, length, seed=length)[0] for length in (4, 1, 6, 9)])
-    together = model(**call).logits
-    for place in places:
-        alone = model(call["input_ids"][place][None]).logits[0]
-        torch.testing.assert_close(together[place], alone, **TOLERANCE)
-
-
-@pytest.mark.parametrize("attention", COMPARATORS)
-def test_holes_inside_a_row_are_masked(attention):
-    model = make_model(attention)
-    ids = tokens(1, 20)
-    mask = torch.ones_like(ids)
-    mask[0, [3, 11]] = 0
-    other = ids.clone()
-    other[0, [3, 11]] = 7
-    real = mask.bool()
-    before, after = (model(x, attention_mask=mask).logits[real] for x in (ids, other))
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attention", CAUSAL)
@@ -224,37 +186,6 @@ def test_autocast(attention, is_causal):
     assert half.logits.dtype == torch.bfloat16
     assert abs(half.loss.item() - full.item()) < 0.2
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("attention", CAUSAL)
-def test_models_learn_to_copy(attention):
-    """Eight letters again in order, which takes attention to tokens eight away."""
-    torch.manual_seed(0)
-    config = make_config(
-        attention,
-        {"local": {"window": 12}, "bigbird": {"block_size": 4}}.get(attention),
-        hidden_size=64,
-        intermediate_size=128,
-        initializer_range=0.02,
-        vocab_size=12,
-        position_embedding="learned",
-    )
-    model = PerformerForCausalLM(config).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(60):
-        half = torch.randint(4, 12, (32, 8), generator=generator)
-        ids = torch.cat((half, half), dim=1)
-        labels = ids.clone()
-        labels[:, :8] = -100
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.6 * sum(losses[:3]) / 3
 
 
 @pytest.mark.parametrize(

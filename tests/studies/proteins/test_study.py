@@ -8,8 +8,7 @@ import pytest
 
 from performers.app.errors import Diverged, UserError
 from performers.proteins.training import train as training
-from studies.pages import Table
-from studies.proteins import runs
+from studies.proteins import report, runs
 from studies.proteins.presets import KERNELS, PRESETS
 from studies.proteins.runs import planned_runs, run_study
 from tests.studies.proteins.tiny import PRESET, data
@@ -48,11 +47,11 @@ def test_tables_hold_the_results(finished):
 
 def test_the_page_shows_what_results_hold(finished):
     page = (finished / "report.md").read_text()
-    tables = json.loads((finished / "results.json").read_text())["tables"]
+    tables = report.tables(json.loads((finished / "results.json").read_text()))
     assert list(tables) == [
         *("accuracy", "claims", "kernels", "concatenated", "contexts", "similarity", "pairs"),
     ]
-    assert all(Table(**table).markdown() in page for table in tables.values())
+    assert all(table.markdown() in page for table in tables.values())
     assert "10 of 10 runs" in page
     pictures = re.findall(r"\]\((.+?)\)", page)
     assert len(pictures) >= 5

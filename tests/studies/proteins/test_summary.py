@@ -1,15 +1,14 @@
 """Means, standard deviations and verdicts are those of the results."""
 
+import re
+
 import pytest
 
-from studies.proteins.report import (
-    accuracy_table,
-    claims_table,
-    concatenated_table,
-    contexts_table,
-    similarity_table,
-)
-from studies.proteins.summary import Spread, claims, summarise
+from performers.app.files import read_json, write_json
+from studies.proteins import runs
+from studies.proteins.report import tables, write_report
+from studies.proteins.summary import claims, spread, spread_text, summarise
+from tests.studies.proteins.tiny import PRESET, data
 
 
 def result(attention, seed, test, ood=0.1, objective="mlm"):
@@ -35,10 +34,10 @@ def result(attention, seed, test, ood=0.1, objective="mlm"):
 
 
 def test_mean_and_standard_deviation():
-    spread = Spread({2: 3.0, 0: 1.0, 1: 5.0})
-    assert (spread.mean, spread.sd) == (3.0, 2.0)
-    assert spread.text() == "3.00 ± 2.00"
-    assert Spread({0: 0.5}).text(1, 100) == "50.0"
+    found = spread({2: 3.0, 0: 1.0, 1: 5.0})
+    assert (found["mean"], found["sd"], found["seeds"]) == (3.0, 2.0, 3)
+    assert spread_text(found) == "3.00 ± 2.00"
+    assert spread_text(spread({0: 0.5}), 1, 100) == "50.0"
 
 
 def test_rows_are_grouped_and_ordered():
@@ -49,13 +48,13 @@ def test_rows_are_grouped_and_ordered():
         result("favor-relu", 0, 0.25),
     ]
     rows = summarise(found, ("favor-relu", "exact"))
-    names = [(row.objective, row.attention) for row in rows]
+    names = [(row["objective"], row["attention"]) for row in rows]
     assert names == [("mlm", "favor-relu"), ("mlm", "exact"), ("clm", "favor-relu")]
-    assert rows[1].scores["test", "accuracy"].values == {0: 0.2, 1: 0.22}
-    assert rows[1].seconds.mean == 10.5
-    table = accuracy_table(rows)
-    assert table.rows[0][:3] == ("masked", "unigram baseline", "9.00")
-    assert table.rows[2][:3] == ("masked", "Transformer", "21.00 ± 1.41")
+    assert rows[1]["scores"]["test"]["accuracy"]["values"] == {0: 0.2, 1: 0.22}
+    assert rows[1]["seconds"]["mean"] == 10.5
+    table = tables({"summary": rows})["accuracy"]
+    assert table.rows[0][:3] == ["masked", "unigram baseline", "9.00"]
+    assert table.rows[2][:3] == ["masked", "Transformer", "21.00 ± 1.41"]
     assert len(table.rows) == 5
     assert table.markdown().count("\n| ") == 6
 
@@ -74,11 +73,11 @@ def test_claims_are_judged_by_paired_differences(relu, verdict):
     found = [result("exact", seed, 0.30) for seed in range(3)]
     found += [result("favor-relu", seed, value) for seed, value in enumerate(relu)]
     claim = next(
-        c for c in claims(summarise(found, ("exact", "favor-relu"))) if "at least" in c.text
+        c for c in claims(summarise(found, ("exact", "favor-relu"))) if "at least" in c["claim"]
     )
-    assert claim.difference.mean == pytest.approx(100 * (sum(relu) / 3 - 0.3))
-    assert claim.verdict == verdict
-    assert len(claim.difference.values) == 3
+    assert claim["difference"]["mean"] == pytest.approx(100 * (sum(relu) / 3 - 0.3))
+    assert claim["verdict"] == verdict
+    assert claim["difference"]["seeds"] == 3
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -88,13 +87,13 @@ def test_a_tie_puts_no_one_ahead(seeds):
     judged = claims(summarise(found, names))
     assert len(judged) == 8
     for claim in judged:
-        tie_is_enough = "at least" in claim.text or "within half a point" in claim.text
-        assert claim.verdict == ("holds" if tie_is_enough else "does not hold"), claim.text
-    asked = {row[0]: row[2] for row in claims_table(judged).rows}
+        tie_is_enough = any(x in claim["claim"] for x in ("at least", "within half a point"))
+        assert claim["verdict"] == ("holds" if tie_is_enough else "does not hold"), claim["claim"]
+    asked = {row[0]: row[2] for row in tables({"claims": judged})["claims"].rows}
     assert asked["masked: Reformer below the Transformer, test"] == "> 0"
     assert asked["masked: Performer-ReLU at least as accurate as the Transformer, test"] == "≥ 0"
     ahead = [result("exact", 0, 0.31), result("lsh", 0, 0.3)]
-    assert claims(summarise(ahead, names))[0].verdict == "holds"
+    assert claims(summarise(ahead, names))[0]["verdict"] == "holds"
 
 
 def test_the_similarity_table_has_attention_and_embeddings_where_there_are_any():
@@ -105,7 +104,9 @@ def test_the_similarity_table_has_attention_and_embeddings_where_there_are_any()
         "favor-relu": {"problem": "", "similarity": counted},
         "lsh": {"problem": "no attention", "similarity": None, "embeddings": part},
     }
-    rows = [row[:3] for row in similarity_table(models).rows]
+    made = tables({"learnt": {"models": models}})
+    assert list(made) == ["similarity"]
+    rows = [tuple(row[:3]) for row in made["similarity"].rows]
     both = [("attention", "BLOSUM62"), ("attention above 0.1", "BLOSUM62")]
     assert rows == [
         *(("Transformer", *kind) for kind in [*both, ("embeddings", "BLOSUM62")]),
@@ -118,8 +119,8 @@ def test_the_similarity_table_has_attention_and_embeddings_where_there_are_any()
 def test_only_seeds_of_both_sides_count():
     found = [result("exact", 0, 0.30), result("favor-relu", 1, 0.9), result("favor-relu", 0, 0.29)]
     claim = claims(summarise(found, ("exact", "favor-relu")))[0]
-    assert claim.difference.mean == pytest.approx(-1.0)
-    assert claim.difference.sd is None
+    assert claim["difference"]["mean"] == pytest.approx(-1.0)
+    assert claim["difference"]["sd"] is None
 
 
 def test_failures_stand_in_the_tables():
@@ -127,18 +128,38 @@ def test_failures_stand_in_the_tables():
         "performer": {"options": {"num_layers": 6, "steps": 9}, "cost": cost(1.5, 2**31)},
         "transformer": {"options": None, "cost": cost(None, None, "out of memory")},
     }
-    table = concatenated_table(plan, {})
-    assert table.rows[0][:5] == ("performer", "1.50", "2.00", "6", "9")
+    table = tables({"plan": plan})["concatenated"]
+    assert table.rows[0] == ["performer", "1.50", "2.00 GiB", "6", "9"]
     assert table.rows[1][1] == "out of memory"
     rows = [
         {"attention": "exact", "length": 8, **cost(1.0, 2**30)},
         {"attention": "favor-relu", "length": 16, **cost(None, None, "no result after 3 s")},
     ]
-    table = contexts_table(rows)
+    table = tables({"contexts": rows})["contexts"]
     assert table.rows == [
-        ("8", "1.00 s, 1.00 GiB", "not run"),
-        ("16", "not run", "no result after 3 s"),
+        ["8", "1.00 s, 1.00 GiB", "–"],
+        ["16", "–", "no result after 3 s"],
     ]
+
+
+def test_a_page_is_made_of_the_files_of_a_study(tmp_path):
+    runs._check_same(tmp_path / "study.json", PRESET, data(), "tiny")
+    done = [result(name, seed, 0.2) for name in ("exact", "favor-relu") for seed in (0, 1)]
+    done.append({**result("favor-exp", 0, 0.22), "experiment": "kernels"})
+    failed = {"attention": "linformer", "objective": "mlm", "seed": 0, "failure": "nan; lower"}
+    done.append({"experiment": "comparison", **failed})
+    for number, content in enumerate(done):
+        write_json(tmp_path / "runs" / str(number) / "result.json", content)
+    rows = [{"attention": "exact", "length": 8, **cost(1.0, 2**30)}]
+    write_json(tmp_path / "contexts.json", {"rows": rows})
+    page = write_report(tmp_path).read_text()
+    made = tables(read_json(tmp_path / "results.json"))
+    assert list(made) == ["accuracy", "claims", "kernels", "contexts"]
+    assert all(table.markdown() in page for table in made.values())
+    assert "4 of 10 runs" in page
+    assert "Linformer, masked, seed 0: no result; nan." in page
+    for picture in re.findall(r"\]\((.+?)\)", page):
+        assert (tmp_path / picture).exists()
 
 
 def cost(seconds, nbytes, failure=""):

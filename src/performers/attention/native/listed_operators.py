@@ -142,5 +142,5 @@ def _new_gradients(inputs: ListedInputs, trained: bool) -> ListedGradients:
 
 
 listed_forward, listed_backward = define(
-    "performers::listed", _forward, _backward, _new_results, _new_gradients, "cpu"
+    "listed", _forward, _backward, _new_results, _new_gradients, "CPU"
 )

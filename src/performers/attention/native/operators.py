@@ -168,5 +168,5 @@ def _backward(upstream: Upstream, inputs: Inputs, results: Results, trained: boo
 
 
 favor_forward, favor_backward = define(
-    "performers::favor", _forward, _backward, _new_results, _new_gradients, "cpu"
+    "favor", _forward, _backward, _new_results, _new_gradients, "CPU"
 )

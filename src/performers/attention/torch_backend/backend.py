@@ -50,7 +50,7 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     features = Features.of_call(call)
     call, touched = without_nonfinite(call)
     past = call.past()
-    sums = Sums(past.key_value, past.key_sum, past.log_scale)
+    sums = _sums_of(past)
     with without_autocast(call.query.device):
         if call.query.shape[-2] == 0:
             return _empty_output(call), past
@@ -59,6 +59,10 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
         out = _with_exact_pairs(call, features, Rows(*rows)) if exact else rows[0]
     state = FavorState(*sums) if call.return_state else None
     return (out, state) if touched is None else touched.marked(out, state)
+
+
+def _sums_of(state: FavorState) -> Sums:
+    return Sums(state.key_value, state.key_sum, state.log_scale)
 
 
 def _empty_output(call: AttentionCall) -> Tensor:
@@ -77,13 +81,15 @@ def _feature_rows(
     host and no padding: each sequence attends to its past, then to its future.
     """
     strict = call.window is not None
+    after = sums if call.following is None else _sums_of(call.following)
     if not (strict or call.is_causal or call.segments is not None):
-        return _bidirectional_rows(call, features, sums, divided=divided)
+        everything = sums if call.following is None else sums.plus(after)
+        return _bidirectional_rows(call, features, everything, divided=divided)
     past = _delayed(call) if strict else call
     if call.is_causal:
         return causal_rows(past, features, sums, strict=strict, divided=divided)
     rows, _ = causal_rows(past, features, sums, strict=strict, divided=False)
-    future = _future(call, features, sums)
+    future = _future(call, features, after)
     both = Rows(*rows).plus(future, scaled=features.has_exponent())
     return (both.out(),) if divided else both, sums
 

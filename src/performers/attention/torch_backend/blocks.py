@@ -220,9 +220,11 @@ def in_blocks(
             results = checkpoint(
                 step, *block, *carry, use_reentrant=False, preserve_rng_state=False
             )
+        # torch 2.7 compiles no slice of a named tuple.
+        results = tuple(results)
         count = len(results) - len(carry)
-        parts.append(tuple(results[:count]))
-        carry = tuple(results[count:])
+        parts.append(results[:count])
+        carry = results[count:]
     if len(parts) == 1:
         return parts[0], carry
     return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True)), carry

@@ -83,11 +83,15 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     """
     numerator, denominator, log_scale = (x.flatten(2, 3) for x in rows)
     whole, exact = denominator.detach(), None
+    # Beyond, rounding has made an estimate larger than the sum that holds it: the row is left
+    # without features below, and a factor of infinity would make its gradient NaN.
+    largest = int(math.log(torch.finfo(log_scale.dtype).max))
     for pairs in listed_pairs(call):
         estimated, more = _dense_rows(call, features, pairs)
-        share = (estimated.log_scale - log_scale).masked_fill(estimated.denominator == 0, -math.inf)
-        numerator = numerator - estimated.numerator * share.exp()
-        denominator = denominator - estimated.denominator * share.exp()
+        share = (estimated.log_scale - log_scale).clamp_max(largest)
+        share = share.masked_fill(estimated.denominator == 0, -math.inf).exp()
+        numerator = numerator - estimated.numerator * share
+        denominator = denominator - estimated.denominator * share
         exact = more if exact is None else exact.plus(more)
     assert exact is not None
     # Written so that NaN stays.

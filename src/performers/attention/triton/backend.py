@@ -41,15 +41,15 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def tell_unused(call: AttentionCall | None) -> None:
+def tell_unused(uncovered: str | None) -> None:
     """Say once why calls on a GPU run without these kernels: they do not cover one, or cannot run.
 
     A warning, because that is the lowest level that Python shows unasked.
     """
     if torch.compiler.is_compiling():
         return
-    if call is not None:
-        reason = f"{uncovered(call)}, which the triton backend does not cover"
+    if uncovered is not None:
+        reason = f"{uncovered}, which the triton backend does not cover"
     elif _INSTALLED:
         reason = "below compute capability 8.0, the least of the triton backend"
     else:
@@ -132,8 +132,6 @@ def _uncovered_options(call: AttentionCall) -> str | None:
     most = _LARGEST_HEAD_DIM[dtype]
     if max(call.query.shape[-1], call.value.shape[-1]) > most:
         return f"for {dtype} inputs with a head_dim or value_dim above {most}"
-    if call.lists is not None:
-        return "with listed keys"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
     if is_transformed():
         return "inside transforms of torch.func and forward-mode differentiation"

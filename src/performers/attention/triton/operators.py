@@ -116,15 +116,15 @@ def _float32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _forward(inputs: Inputs) -> Results:
-    from performers.attention.triton import launch
+    from performers.attention.triton import passes
 
-    return launch.forward(inputs)
+    return passes.forward(inputs)
 
 
 def _backward(upstream: Upstream, inputs: Inputs, results: Results, trained: bool) -> Gradients:
-    from performers.attention.triton import launch
+    from performers.attention.triton import passes
 
-    return launch.backward(upstream, inputs, results)
+    return passes.backward(upstream, inputs, results)
 
 
 class StepResults(NamedTuple):
@@ -149,13 +149,11 @@ def new_step(inputs: Inputs) -> StepResults:
 
 
 def _step(inputs: Inputs) -> StepResults:
-    from performers.attention.triton import launch
+    from performers.attention.triton import passes
 
-    return launch.step(inputs)
+    return passes.step(inputs)
 
 
-triton_forward, triton_backward = define(
-    "performers::triton", _forward, _backward, new_results, new_gradients
-)
+triton_forward, triton_backward = define("triton", _forward, _backward, new_results, new_gradients)
 # Without gradients: a position that has some is a call of its own.
-triton_step = operator("performers::triton_step", _step, new_step, None)
+triton_step = operator("triton_step", _step, new_step)

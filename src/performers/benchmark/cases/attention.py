@@ -25,8 +25,7 @@ from performers.benchmark.gate import (
     CHECKED_LENGTH,
     TOLERANCES,
     Gate,
-    WrongResultError,
-    check_finite,
+    check_shape,
     first_checked,
     judge,
 )
@@ -34,57 +33,50 @@ from performers.benchmark.memory import Peak, peak_of
 from performers.benchmark.settings import PASSES, AttentionSettings, Workload, part
 
 MATMULS = "matmuls alone"
-"""The row of the products that stand around every call in a run between matmuls."""
+"""The row of the products around every call, with ``between_matmuls``."""
 
 _PARTS = ("output", "gradient of query", "gradient of key", "gradient of value")
-# Loads libraries and starts threads, which are not the call's own memory.
+# Loads libraries and starts threads, whose memory is not that of the call.
 _WARM_UP_LENGTH = 64
 _GROUP = ("direction", "passes", "length")
 
 
-class AttentionCall:
-    """Runs attention on fixed inputs, forward or forward and backward.
+def run_attention(
+    attend: Attention,
+    inputs: Inputs,
+    *,
+    backward: bool,
+    between: Callable[[], object] = lambda: None,
+) -> tuple[Tensor | None, ...]:
+    """Run attention forward, or forward and backward.
 
     Args:
         attend: The attention.
         inputs: Its inputs; requiring gradients for a backward pass.
         backward: Whether gradients of query, key and value are computed.
         between: Called before, after and between the passes, as other layers of a model would be.
+
+    Returns:
+        The output, and the gradients where asked for (None for what has no influence).
     """
-
-    def __init__(
-        self,
-        attend: Attention,
-        inputs: Inputs,
-        *,
-        backward: bool,
-        between: Callable[[], object] = lambda: None,
-    ) -> None:
-        self._attend = attend
-        self._inputs = inputs
-        self._backward = backward
-        self._between = between
-
-    def __call__(self) -> tuple[Tensor | None, ...]:
-        """The output, and the gradients where asked for (None for what has no influence)."""
-        query, key, value, grad = self._inputs
-        self._between()
-        with torch.set_grad_enabled(self._backward):
-            out = self._attend(query, key, value)
-        self._between()
-        if not self._backward:
-            return (out,)
-        # Not backward(): it would add to gradients kept from call to call.
-        gradients = torch.autograd.grad(out, (query, key, value), grad, allow_unused=True)
-        self._between()
-        return (out.detach(), *gradients)
+    query, key, value, grad = inputs
+    between()
+    with torch.set_grad_enabled(backward):
+        out = attend(query, key, value)
+    between()
+    if not backward:
+        return (out,)
+    # Not backward(): it would add to gradients kept from call to call.
+    gradients = torch.autograd.grad(out, (query, key, value), grad, allow_unused=True)
+    between()
+    return (out.detach(), *gradients)
 
 
 def make_matmul(workload: Workload, length: int) -> Callable[[], Tensor]:
-    """The product of a model's hidden states with a square matrix, into memory kept.
+    """The product of a model's hidden states with a square matrix, into preallocated memory.
 
-    Two thread pools that spin against each other look fast one at a time. Work of torch's own pool
-    between the calls of another shows what they cost each other.
+    Two thread pools that wait by spinning slow each other down, which no call alone shows. Products
+    on torch's pool between the calls make it visible.
     """
     hidden = workload.heads * workload.head_dim
     generator = torch.Generator().manual_seed(workload.seed)
@@ -104,34 +96,28 @@ def check(contestant: Contestant, workload: Workload, is_causal: bool, backward:
         WrongResultError: A result is wrong.
     """
     inputs = make_inputs(workload, CHECKED_LENGTH, requires_grad=backward)
-    results = AttentionCall(contestant.build(workload, is_causal), inputs, backward=backward)()
+    results = run_attention(contestant.build(workload, is_causal), inputs, backward=backward)
+    expected: tuple[Tensor | None, ...] = (None,) * len(results)
     if contestant.backend is not None:
         oracle = favor("reference", workload, is_causal)
-        expected = AttentionCall(oracle, inputs, backward=backward)()
-        for name, result, right in zip(_PARTS, results, expected, strict=False):
-            if result is not None and right is not None:
-                judge(name, result, right, TOLERANCES[workload.dtype])
-        return
-    for name, result in zip(_PARTS, results, strict=False):
-        if result is not None:
-            if result.shape != inputs.value.shape:
-                raise WrongResultError(
-                    f"wrong result: {name} has shape {tuple(result.shape)}, expected "
-                    f"{tuple(inputs.value.shape)}"
-                )
-            check_finite(name, result)
+        expected = run_attention(oracle, inputs, backward=backward)
+    for name, result, right in zip(_PARTS, results, expected, strict=False):
+        if result is not None and right is not None:
+            judge(name, result, right, TOLERANCES[workload.dtype])
+        elif result is not None:
+            check_shape(name, result, inputs.value)
 
 
 def measure_peak(
     workload: dict[str, Any], contestant: str, length: int, is_causal: bool, backward: bool
 ) -> Peak:
-    """Peak memory of one call; runs in a process of its own."""
+    """Peak memory of one call; runs in a separate process."""
     shapes = Workload(**workload)
     attend = contestants()[contestant].build(shapes, is_causal)
 
-    def call(length: int) -> AttentionCall:
+    def call(length: int) -> Callable[[], object]:
         inputs = make_inputs(shapes, length, requires_grad=backward)
-        return AttentionCall(attend, inputs, backward=backward)
+        return partial(run_attention, attend, inputs, backward=backward)
 
     call(_WARM_UP_LENGTH)()
     return peak_of(call(length))
@@ -178,7 +164,7 @@ def _group(
     def prepare(contestant: Contestant) -> Callable[[], None]:
         attend = contestant.build(settings, is_causal)
         between = {"between": matmul()} if settings.between_matmuls else {}
-        call = AttentionCall(attend, inputs(), backward=backward, **between)
+        call = partial(run_attention, attend, inputs(), backward=backward, **between)
         return first_checked(call, _PARTS)
 
     def prepare_matmuls() -> Callable[[], None]:
@@ -190,6 +176,8 @@ def _group(
 
         return call
 
+    flops = {one.name: one.flops for one in chosen}
+
     def finish(rows: list[Row]) -> None:
         if settings.between_matmuls:
             alone = next(row for row in rows if row["contestant"] == MATMULS)["seconds"]
@@ -197,44 +185,42 @@ def _group(
                 _subtract(row, 0.0 if row["contestant"] == MATMULS else alone)
         for row in rows:
             row |= dict.fromkeys(("flops", "gflops_per_second", "floor_seconds", "floor_share"))
-            contestant = next((one for one in chosen if one.name == row["contestant"]), None)
-            if contestant is None or contestant.flops is None:
+            count = flops.get(row["contestant"])
+            if count is None:
                 continue
-            row["flops"] = pass_flops(contestant.flops(settings, length, is_causal), passes)
+            row["flops"] = pass_flops(count(settings, length, is_causal), passes)
             row["floor_seconds"] = row["flops"] / flops_per_second
             if row["seconds"] is not None and row["seconds"] > 0:
                 row["gflops_per_second"] = row["flops"] / row["seconds"] / 1e9
                 row["floor_share"] = row["floor_seconds"] / row["seconds"]
 
-    cases = []
-    for contestant in chosen:
-        arguments: dict[str, Any] = {
-            "workload": part(settings, Workload),
-            "contestant": contestant.name,
-            "length": length,
-            "is_causal": is_causal,
-            "backward": backward,
-        }
-        cases.append(
-            Case(
-                {"contestant": contestant.name},
-                partial(prepare, contestant),
-                gate=gates[contestant.name, direction],
-                probe=partial(measure_peak, **arguments)
-                if settings.measures_memory(length)
-                else None,
-                ours=contestant.backend is not None,
-                skip=settings.skip_exact(length) if contestant.growth > 1 else None,
-                growth=contestant.growth,
-            )
+    probe = partial(
+        measure_peak,
+        workload=part(settings, Workload),
+        length=length,
+        is_causal=is_causal,
+        backward=backward,
+    )
+    measures = settings.measures_memory(length)
+    cases = [
+        Case(
+            {"contestant": contestant.name},
+            partial(prepare, contestant),
+            gate=gates[contestant.name, direction],
+            probe=partial(probe, contestant=contestant.name) if measures else None,
+            ours=contestant.backend is not None,
+            skip=settings.skip_exact(length) if contestant.growth > 1 else None,
+            growth=contestant.growth,
         )
+        for contestant in chosen
+    ]
     if settings.between_matmuls:
         cases.append(Case({"contestant": MATMULS}, prepare_matmuls))
     return Group({"direction": direction, "passes": passes, "length": length}, cases, finish)
 
 
 def _subtract(row: Row, seconds: float | None) -> None:
-    """Take the time of what stands around a call off, and keep the whole beside."""
+    """Subtract the time of the products around a call; ``whole_seconds`` keeps the sum."""
     row["whole_seconds"] = row["seconds"]
     for column in ("seconds", "first_quartile", "third_quartile", "fastest"):
         if row[column] is not None and seconds is not None:

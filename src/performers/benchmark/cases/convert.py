@@ -193,7 +193,7 @@ def forward_call(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
 
 
 def measure_peak(folder: str, converted: bool, length: int, batch_size: int, seed: int) -> Peak:
-    """Peak memory of a forward pass of a saved model; runs in a process of its own."""
+    """Peak memory of a forward pass of a saved model; runs in a separate process."""
     from performers.convert import extend_positions_, load_performer
     from performers.convert.distillation.pretrained import load_model
 

@@ -249,23 +249,15 @@ def _fill(cache: Any, length: int, context: int) -> bool:
 
 
 def _layer_bytes(layer: Any) -> int:
-    nbytes = getattr(layer, "nbytes", None)
-    if nbytes is not None:
-        return int(nbytes)
-    state = getattr(layer, "state", None)
-    if state is not None:
-        return int(state.nbytes)
+    for one in (layer, getattr(layer, "state", None)):
+        if (nbytes := getattr(one, "nbytes", None)) is not None:
+            return int(nbytes)
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def check(actual: Callable[[], Decoder], expected: Callable[[], Decoder], dtype: str) -> None:
-    """Compare prefill and steps of a decoder with those of another.
-
-    Args:
-        actual: Makes the decoder.
-        expected: Makes the right one; ``backend="reference"`` is forced where it names none.
-        dtype: A key of ``TOLERANCES``.
+    """Compare steps of a decoder with those of another, on the reference backend if it names none.
 
     Raises:
         WrongResultError: The results differ by more than the tolerance.

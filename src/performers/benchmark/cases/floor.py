@@ -40,10 +40,6 @@ class Floor(NamedTuple):
     flops_per_second: float
     rates: dict[str, float]
 
-    def seconds(self, flops: int) -> float:
-        """Seconds of that many operations at the best rate."""
-        return flops / self.flops_per_second
-
 
 def measure_floor(dtype: torch.dtype, threads: int, *, seconds: float = _SECONDS_A_SHAPE) -> Floor:
     """Measure products on operands that stay in cache.

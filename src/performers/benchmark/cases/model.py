@@ -110,7 +110,7 @@ def check(shape: Shape, attention: str) -> None:
 
 
 def measure_peak(shape: dict[str, Any], attention: str, length: int) -> Peak:
-    """Peak memory of a model, its optimiser and two steps; runs in a process of its own."""
+    """Peak memory of a model, its optimiser and two steps; runs in a separate process."""
     model = Shape(**shape)
     TrainingStep(model, attention, _WARM_UP_LENGTH)()
 

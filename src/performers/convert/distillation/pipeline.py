@@ -16,6 +16,7 @@ from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
 from performers.convert.distillation.batches import Collator
+from performers.convert.distillation.best import BestState, score
 from performers.convert.distillation.pretrained import (
     LoadedModel,
     load_model,
@@ -31,16 +32,18 @@ from performers.convert.distillation.results import (
 )
 from performers.convert.distillation.texts import Example, split_text
 from performers.convert.distillation.training import check_adapters, distill
+from performers.convert.hub import is_hub_name, model_folder, read_card
 from performers.convert.interface.positions import extend_positions_, learned_positions
 from performers.convert.options import Conversion
 from performers.convert.record import read_record
 from performers.convert.saving import load_performer
+from performers.convert.sentences import SentenceFiles
 from performers.convert.to_performer import to_performer
 from performers.models.manifest import save_model_folder
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
-_CHECKPOINTS = "training"
+_CHECKPOINTS, _BEST = "training", "best.safetensors"
 _LENGTHS = {"causal": 1024, "masked": 512, "encoder": 512}
 _SINKS = {"causal": 4, "masked": 0, "encoder": 0}
 _LOSSES = {"causal": "logits", "masked": "logits", "encoder": "embedding"}
@@ -67,22 +70,29 @@ def run_conversion(
     ``folder`` gets the new model and, until it is done, the checkpoints; ``record`` the results
     that it does not have. ``resume`` is called once the record has the options of the run, to add
     earlier results. ``progress`` is called with a piece of work, the amounts done and in all, and
-    figures. Returns the original and the converted model.
+    figures. Returns the original and the converted model: of all states of the training that were
+    measured, the best.
 
     Raises:
+        FileNotFoundError: There is no such model.
         KeyboardInterrupt: A signal stopped the training, after a checkpoint.
         ValueError: The model, the text or an option cannot be used.
     """
     with without_progress_bars(), warnings.catch_warnings():
         # No run uses the dropout of attention weights.
         warnings.filterwarnings("ignore", "the dropout of attention weights")
-        loaded = load_model(options.model, head=None)
+        source = model_folder(options.model, "MODEL")
+        sentences = SentenceFiles.of(source)
+        if sentences is None:
+            loaded = load_model(source, head=None)
+        else:
+            loaded = load_model(sentences.transformer)
         if read_record(loaded.model) is not None:
             raise ValueError(
                 f"{options.model} holds a converted model: pass its original, or train it further "
                 "with performers.convert.distill"
             )
-        pipeline = _Pipeline(options, loaded, folder, record, progress)
+        pipeline = _Pipeline(options, loaded, sentences, folder, record, progress)
         record.options, record.model = pipeline.options_in_full(), pipeline.description()
         resume(record)
         return loaded, pipeline.run()
@@ -95,17 +105,20 @@ class _Pipeline:
         self,
         options: ConversionOptions,
         loaded: LoadedModel,
+        sentences: SentenceFiles | None,
         folder: Path,
         record: ConversionRecord,
         progress: Progress,
     ) -> None:
         self.options, self.folder = options, folder
         self.record, self.progress = record, progress
+        self.sentences = sentences
+        self.card = read_card(loaded.path if sentences is None else sentences.folder)
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
-        if options.max_positions is not None:
-            extend_positions_(self.original, options.max_positions)
+        self.trained_positions = learned_positions(self.original)
+        self._extend_positions()
         self.kind = kind_of(self.original)
         if options.lora_rank is not None:
             check_adapters()
@@ -135,15 +148,19 @@ class _Pipeline:
             seed=options.seed,
         )
 
+    def _extend_positions(self) -> None:
+        """Give the model the positions, and its tokenizer the length, that the options ask for."""
+        asked = max(self.options.length or 0, self.options.max_positions or 0)
+        if self.trained_positions is not None and asked > self.trained_positions:
+            extend_positions_(self.original, asked)
+            self.tokenizer.model_max_length = max(asked, self.tokenizer.model_max_length)
+        if self.sentences is not None and asked > (self.sentences.max_seq_length or asked):
+            self.sentences.max_seq_length = asked
+
     def _length(self) -> int:
-        limit, length = learned_positions(self.original), self.options.length
-        if length is None:
-            return min(_LENGTHS[self.kind], limit or _LENGTHS[self.kind])
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"length must be at most {limit}, the positions that {self.options.model} has, "
-                f"got {length}; max_positions gives it more"
-            )
+        length = self.options.length or _LENGTHS[self.kind]
+        if self.options.length is None and self.trained_positions is not None:
+            return min(length, learned_positions(self.original) or length)
         return length
 
     def options_in_full(self) -> dict[str, Any]:
@@ -165,6 +182,11 @@ class _Pipeline:
             "kind": self.kind,
             "parameters": sum(x.numel() for x in self.original.parameters()),
             "tested_examples": len(self.texts.test),
+            "trained_positions": self.trained_positions,
+            "positions": learned_positions(self.original),
+            "is_sentence_model": self.sentences is not None,
+            "is_hub_name": is_hub_name(self.options.model),
+            "card": self.card,
         }
 
     def run(self) -> Any:
@@ -173,23 +195,26 @@ class _Pipeline:
         self._measure(BASELINE, self._convert)
         if self.record.is_saved:
             return load_performer(self.folder)
-        options = self.options
-        student = self._convert(
-            estimator=options.estimator,
-            window=options.window,
-            sinks=self.sinks,
-            listed_keys=options.listed_keys,
-        )
+        student = self._untrained()
         self._measure(ZERO_SHOT, lambda: student)
-        if options.steps or self.transfer_steps:
-            self._distil(student)
+        if self.options.steps or self.transfer_steps:
+            student = self._distil(student)
             self._measure(FINE_TUNED, lambda: student)
-        save_model_folder(self.folder, student, self.tokenizer)
+        parts = [self.tokenizer] if self.sentences is None else [self.tokenizer, self.sentences]
+        save_model_folder(self.folder, student, *parts)
         self.record.is_saved = True
         self.record.saved(self.record)
         # Checkpoints take three times the model's space and are not needed any more.
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
         return student
+
+    def _untrained(self) -> Any:
+        return self._convert(
+            estimator=self.options.estimator,
+            window=self.options.window,
+            sinks=self.sinks,
+            listed_keys=self.options.listed_keys,
+        )
 
     def _convert(self, **approximation: Any) -> Any:
         samples = None
@@ -204,8 +229,16 @@ class _Pipeline:
             **approximation,
         )
 
-    def _distil(self, student: Any) -> None:
+    def _distil(self, student: Any) -> Any:
+        """Train the model; returns the best state of those measured, the untrained one included."""
         steps = max(self.options.steps, self.transfer_steps)
+        best = BestState(self.folder / _CHECKPOINTS / _BEST)
+
+        def evaluate(model: Any) -> dict[str, float]:
+            figures = self._quality(model, "measuring meanwhile").figures()
+            best.offer(model, figures)
+            return figures
+
         result = distill(
             student,
             self.original,
@@ -215,7 +248,7 @@ class _Pipeline:
             collator=self.collator,
             output_dir=self.folder / _CHECKPOINTS,
             eval_steps=self.options.eval_steps or max(1, -(-steps // 5)),
-            evaluate=lambda model: self._quality(model, "measuring meanwhile").figures(),
+            evaluate=evaluate,
             resume=(self.folder / _CHECKPOINTS).is_dir(),
             progress=lambda stage, *state: self.progress(f"training, {stage}", *state),
             **{name: getattr(self.options, name) for name in _TRAINING},
@@ -231,6 +264,19 @@ class _Pipeline:
                 "learning_rate is too high: the training diverged to weights that are not finite; "
                 "lower it and give another folder"
             )
+        measured = [entry for entry in result.history if "loss" not in entry]
+        chosen = max(measured, key=score)
+        untrained = self.record.row(ZERO_SHOT)
+        if untrained is not None and score(untrained) >= score(chosen):
+            student, chosen = self._untrained(), {"stage": "untrained", "step": 0}
+        elif best.file.is_file():
+            best.restore_(student)
+        else:
+            # A run of a version that kept no best state ends with the last one.
+            chosen = measured[-1]
+        training["saved"] = {name: chosen[name] for name in ("stage", "step")}
+        self.record.saved(self.record)
+        return student
 
     def _measure(self, name: str, make: Callable[[], Any]) -> None:
         """Add a row to the record unless it has one of that name."""

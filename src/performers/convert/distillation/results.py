@@ -19,9 +19,12 @@ class ConversionRecord:
 
     Attributes:
         options: Options of the run, defaults included.
-        model: ``class``, ``kind``, ``parameters``, ``tested_examples``.
+        model: ``class``, ``kind``, ``parameters``, ``tested_examples``, ``trained_positions``,
+            ``positions``, ``is_sentence_model``, ``is_hub_name``, and entries of the original's
+            ``card``.
         quality: A row for each measured model: ``model``, ``tokens`` and the figures.
-        training: ``history``, ``tokens`` and ``seconds`` of `distill`; empty without it.
+        training: ``history``, ``tokens`` and ``seconds`` of `distill`, and the ``saved`` stage and
+            step; empty without it.
         speed: Rows of ``benchmark.cases.convert.measure_speed``.
         decoding: Rows of ``benchmark.cases.convert.measure_decoding``.
         machine: Description of the machine.
@@ -64,7 +67,8 @@ class ConversionRecord:
                 f"the run in the folder is another one: {'; '.join(changed)}; repeat its options, "
                 "or give another folder"
             )
-        vars(self).update({name: content[name] for name in self.content()})
+        # The description of the model is this run's: versions differ in what it has.
+        vars(self).update({name: content[name] for name in self.content() if name != "model"})
 
     def row(self, name: str) -> dict[str, Any] | None:
         """Row of a measured model, or None."""

@@ -20,6 +20,7 @@ from performers.convert.distillation.stages import Distillation, DistillationRun
 from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.convert.options import FAVOR
 from performers.convert.record import read_record, write_record
+from performers.convert.sentences import transformer_of
 from performers.models.manifest import find_damage, write_manifest
 from performers.nn import FavorAttention
 
@@ -63,7 +64,8 @@ def distill(
     (arXiv 2410.10254).
 
     Args:
-        student: A model that `to_performer` converted.
+        student: A model that `to_performer` converted; of sentence-transformers, the transformer
+            inside is trained.
         teacher: The original model; None if only transfer or the task's loss is wanted.
         data: Examples, mappings with ``input_ids`` (and ``attention_mask``) or other inputs of the
             model: a list or map-style dataset, which is shuffled, or an iterable, whose order is
@@ -99,6 +101,7 @@ def distill(
     Raises:
         ValueError: An argument is out of range, or the student was not converted.
     """
+    student, teacher = transformer_of(student), transformer_of(teacher)
     if transfer_steps < 0 or steps < 0 or not transfer_steps + steps:
         raise ValueError(
             "transfer_steps and steps must be at least 0 and not both 0, got "

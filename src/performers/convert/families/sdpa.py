@@ -16,7 +16,7 @@ from performers.attention.sdpa import SdpaCall, read_call
 from performers.convert.families.base import Site
 from performers.convert.families.torch_modules import TorchModules
 from performers.convert.fitting import evaluation, run_batch
-from performers.convert.options import FAVOR, Conversion
+from performers.convert.options import FAVOR, LEAVE_EXACT, Conversion
 from performers.nn import FavorAttention
 
 
@@ -74,7 +74,7 @@ class SdpaSite(Site):
             reason = "has a forward of its own, set on the instance, which would not be converted"
         elif reason is None and hasattr(self.module, FAVOR):
             reason = f"has an attribute {FAVOR!r}, the name of the converted attention; rename it"
-        return reason and f"{reason}; or leave it exact: name the others with layers"
+        return reason and f"{reason}; or {LEAVE_EXACT}"
 
 
 class SdpaModules(TorchModules):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from performers.convert.families.base import Family, Site, pre_hooks
+from performers.convert.options import LEAVE_EXACT
 from performers.nn import FavorAttention, PerformerAttention
 
 _PARAMETERS = (
@@ -43,10 +44,7 @@ class TorchSite(Site):
             reason = "has hooks; remove them, and register them again on its replacement"
         else:
             return None
-        return (
-            f"{reason}, which a PerformerAttention in its place would not have; or leave it exact: "
-            "name the others with layers"
-        )
+        return f"{reason}, which a PerformerAttention in its place would not have; or {LEAVE_EXACT}"
 
     def remove_dropout(self) -> float:
         """Return the dropout probability, which the replacement does not have."""
@@ -151,7 +149,7 @@ class TorchModules(Family):
                 remedy = "" if exact_terms else ", or pass cross_attention=True"
                 raise ValueError(
                     f"{site.name} attends from {length} tokens to {size} others, so that it is no "
-                    f"self-attention; leave it exact: name the others with layers{remedy}"
+                    f"self-attention: {LEAVE_EXACT}{remedy}"
                 )
             try:
                 heads = favor.head_inputs(**{name: call[name] for name in _INPUTS})

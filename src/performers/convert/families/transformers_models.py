@@ -23,7 +23,7 @@ from performers.convert.interface.implementation import (
     interface_modules,
     set_implementation,
 )
-from performers.convert.options import FAVOR
+from performers.convert.options import FAVOR, LEAVE_EXACT
 from performers.convert.record import separate_configurations_, write_record
 from performers.nn import FavorAttention
 
@@ -77,8 +77,7 @@ class AttentionModule(Site):
         if not reasons:
             return None
         return (
-            f"{reasons[0]}, which linear attention cannot do: name the layers that can be "
-            "converted with layers=, or use another model"
+            f"{reasons[0]}, which linear attention cannot do: {LEAVE_EXACT}, or use another model"
         )
 
     def remove_dropout(self) -> float:

@@ -21,6 +21,7 @@ from performers.convert.interface.call import AttentionCall, check_linear, exact
 from performers.convert.interface.hooks import find_cache
 from performers.convert.interface.implementation import intercept_attention
 from performers.convert.interface.masks import check_reading
+from performers.convert.options import LEAVE_EXACT
 
 _ROWS, _LENGTH = 2, 12
 _TOLERANCE = 1e-3
@@ -54,7 +55,9 @@ def _inner_models(module: nn.Module) -> Iterator[Any]:
 
 def _try_inputs(model: Any, sites: Sequence[Site]) -> set[Site]:
     """Check a model on the first inputs that it accepts; returns the sites that it calls."""
-    for inputs in _candidates(model):
+    device = next(model.parameters(), torch.empty(0)).device
+    for candidate in _candidates(model):
+        inputs = {name: value.to(device) for name, value in candidate.items()}
         expected = _outputs(model, inputs)
         if expected is None:
             continue
@@ -86,7 +89,7 @@ def _compare(
         if site.module in running and not site.is_cross:
             raise ValueError(
                 f"{site.name} ({call.name}) attends more than once in a forward pass, for "
-                "which a cache has one state: leave it exact with to_performer(..., layers=...)"
+                f"which a cache has one state: {LEAVE_EXACT}"
             )
         running.add(site.module)
         called.add(site)
@@ -116,18 +119,17 @@ def _compare(
 
 def _check_heads(site: Site, call: AttentionCall) -> None:
     where = f"{site.name} ({call.name})"
-    remedy = "leave it exact with to_performer(..., layers=...)"
     length, size = call.query.shape[2], call.key.shape[2]
     if length != size and not site.is_cross:
         raise ValueError(
             f"{where} attends from {length} queries to {size} other keys, so that it is no "
-            f"self-attention: {remedy}"
+            f"self-attention: {LEAVE_EXACT}"
         )
     heads, width = call.key.shape[1], call.query.shape[-1]
     if (heads, width) != (site.key_heads, site.head_dim):
         raise ValueError(
             f"{where} has {heads} heads of width {width} in its keys, but its attributes say "
-            f"{site.key_heads} of {site.head_dim}: {remedy}"
+            f"{site.key_heads} of {site.head_dim}: {LEAVE_EXACT}"
         )
 
 
@@ -165,7 +167,7 @@ def _close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
     return True
 
 
-def _find(config: Any, *names: str, default: Any) -> Any:
+def find(config: Any, *names: str, default: Any = None) -> Any:
     """Find the first of some attributes in a configuration or those within it."""
     queue = [config]
     for part in queue:
@@ -179,14 +181,11 @@ def _find(config: Any, *names: str, default: Any) -> Any:
 def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     """Inputs to try, those with most kinds of data first."""
     config, names = model.config, set(inspect.signature(type(model).forward).parameters)
-    reference = next(model.parameters(), torch.empty(0))
+    dtype = next(model.parameters(), torch.empty(0)).dtype
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random).to(reference)
-
-    def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(reference.device) for name, value in inputs.items()}
+        return torch.randn(shape, generator=random).to(dtype)
 
     ids = _token_ids(config, random)
     text: dict[str, Tensor] = {}
@@ -202,20 +201,18 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     decoder = {"decoder_input_ids": ids} if "decoder_input_ids" in names else {}
     for other in _other_data(config, names, normal):
         for placed in _placeholders(config, text, other):
-            yield moved({**placed, **other, **decoder})
-        for inputs in ({**text, **other, **decoder}, {**other, **decoder}, other):
-            yield moved(inputs)
+            yield {**placed, **other, **decoder}
+        yield from ({**text, **other, **decoder}, {**other, **decoder}, other)
     if text:
-        for inputs in ({**text, **decoder}, text, {"input_ids": ids}):
-            yield moved(inputs)
-    width = _find(config, "hidden_size", "d_model", default=32)
+        yield from ({**text, **decoder}, text, {"input_ids": ids})
+    width = find(config, "hidden_size", "d_model", default=32)
     for name in {"inputs_embeds", "hidden_states"} & names:
         yield {name: normal(_ROWS, _LENGTH, width)}
 
 
 def _token_ids(config: Any, random: torch.Generator) -> Tensor:
     """Token ids, none of them special in the configuration."""
-    vocabulary = _find(config, "vocab_size", default=32)
+    vocabulary = find(config, "vocab_size", default=32)
     parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]
     special = {
         value
@@ -232,14 +229,14 @@ def _placeholders(
     config: Any, text: dict[str, Tensor], other: dict[str, Tensor]
 ) -> Iterator[dict[str, Tensor]]:
     """Insert as many placeholders of an image into the text as the model may expect."""
-    token = _find(config, "image_token_id", "image_token_index", default=None)
+    token = find(config, "image_token_id", "image_token_index")
     pixels = other.get("pixel_values")
     if token is None or pixels is None or "input_ids" not in text or len(pixels) != _ROWS:
         return
     vision = getattr(config, "vision_config", None) or config
-    patch = _find(vision, "patch_size", default=8)
+    patch = find(vision, "patch_size", default=8)
     cells = pixels[0].numel() // (pixels.shape[-3] if pixels.ndim > 3 else 1) // patch**2
-    resampled = _find(config, "image_seq_length", "resampler_n_latents", default=cells)
+    resampled = find(config, "image_seq_length", "resampler_n_latents", default=cells)
     ids, mask = text["input_ids"], text.get("attention_mask")
     for count in dict.fromkeys((cells, resampled, cells + 1, cells // 4, cells // 16)):
         marks = ids.new_full((_ROWS, count), token)
@@ -254,12 +251,12 @@ def _other_data(
 ) -> Iterator[dict[str, Tensor]]:
     """Images, sounds and time series."""
     vision = getattr(config, "vision_config", None) or config
-    size = _find(vision, "image_size", "img_size", "input_image_size", default=32)
+    size = find(vision, "image_size", "img_size", "input_image_size", default=32)
     if isinstance(size, dict):
         size = (size.get("height", 32), size.get("width", 32))
     height, width = (size[0], size[-1]) if isinstance(size, (list, tuple)) else (size, size)
-    channels = _find(vision, "num_channels", "in_channels", "in_chans", default=3)
-    patch = _find(vision, "patch_size", default=8)
+    channels = find(vision, "num_channels", "in_channels", "in_chans", default=3)
+    patch = find(vision, "patch_size", default=8)
     numbers = all(isinstance(x, int) for x in (height, width, channels, patch))
     if "pixel_values" in names and numbers:
         if {"spatial_shapes", "pixel_attention_mask"} <= names:
@@ -268,21 +265,21 @@ def _other_data(
                 "spatial_shapes": torch.tensor([[4, 4]] * _ROWS),
                 "pixel_attention_mask": torch.ones(_ROWS, 16, dtype=torch.int64),
             }
-        frames = _find(config, "num_frames", default=2)
+        frames = find(config, "num_frames", default=2)
         for shape in ((1,), (_ROWS,), (_ROWS, frames), (_ROWS, 1)):
             yield {"pixel_values": normal(*shape, channels, height, width)}
     widths = "num_mel_bins input_feat_per_channel feature_projection_input_dim n_mels mel_dim"
-    mel = _find(config, *widths.split(), default=80)
+    mel = find(config, *widths.split(), default=80)
     if "input_features" in names:
-        source = _find(config, "max_source_positions", default=50)
+        source = find(config, "max_source_positions", default=50)
         for shape in ((mel, 2 * source), (64, mel), (64, 4 * mel)):
             yield {"input_features": normal(_ROWS, *shape)}
         ones = torch.ones(_ROWS, 64, dtype=torch.int64)
         yield {"input_features": normal(_ROWS, 64, mel), "attention_mask": ones}
     if "input_values" in names:
         yield {"input_values": normal(_ROWS, 6000)}
-        yield {"input_values": normal(_ROWS, _find(config, "max_length", default=64), mel)}
-    length = _find(config, "context_length", default=32)
+        yield {"input_values": normal(_ROWS, find(config, "max_length", default=64), mel)}
+    length = find(config, "context_length", default=32)
     for axes in ((length,), (length, 1)) if "past_values" in names else ():
         inputs = {
             "past_values": normal(_ROWS, *axes),

@@ -56,11 +56,6 @@ class ConvertedCacheLayer(FavorCacheLayer):
         if self.padding is not None:
             self.padding = self.padding.index_select(0, beam_idx.to(self.padding.device))
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the state in bytes."""
-        return 0 if self.state is None else self.state.nbytes
-
 
 def state_layer(cache: Any, index: int) -> ConvertedCacheLayer:
     """Return the layer of a cache that holds a state, created in a new cache."""

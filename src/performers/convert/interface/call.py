@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.output_capturing import _active_collector
 
+from performers.attention.sharding import check_not_sharded
 from performers.convert.interface.cache import ConvertedCacheLayer
 from performers.convert.interface.masks import AttentionPattern
+from performers.convert.options import LEAVE_EXACT
 from performers.models.arguments import is_tracing
 from performers.nn import FavorAttention
 
@@ -64,6 +66,7 @@ class AttentionCall:
 
 def exact_attention(call: AttentionCall) -> Tensor:
     """Compute softmax attention by torch, under any mask."""
+    check_not_sharded(f"exact attention ({call.name})")
     for name in _UNKNOWN_TO_TORCH:
         if call.options.get(name) is not None:
             raise ValueError(
@@ -118,8 +121,7 @@ def check_linear(call: AttentionCall) -> None:
     problem = _problem(call)
     if problem is not None:
         raise ValueError(
-            f"{call.name} asks for {problem}, which linear attention cannot do: leave this layer "
-            "exact with to_performer(..., layers=...)"
+            f"{call.name} asks for {problem}, which linear attention cannot do: {LEAVE_EXACT}"
         )
     if pattern.is_causal and length != size:
         raise ValueError(

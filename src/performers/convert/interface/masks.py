@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from performers.convert.options import LEAVE_EXACT
 from performers.models.arguments import is_tracing
 
 
@@ -180,6 +181,5 @@ def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) 
     if not bool(((seen == read) | ~counts).all()):
         raise ValueError(
             f"{name} attends by a mask that is neither causal, nor padding, a window or packed "
-            "sequences, which linear attention cannot do: leave this layer exact with "
-            "to_performer(..., layers=...)"
+            f"sequences, which linear attention cannot do: {LEAVE_EXACT}"
         )

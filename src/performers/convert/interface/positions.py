@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from performers.convert.sentences import transformer_of
+
 Model = TypeVar("Model", bound=nn.Module)
 # Names of the table in the families of BERT, of OPT and BART, of GPT-2, and in ours.
 _TABLES = ("position_embeddings", "embed_positions", "wpe", "positions")
@@ -24,12 +26,14 @@ def extend_positions_(model: Model, length: int) -> Model:
     position ``i mod n``, which keeps the local order; training teaches the rest. The trained
     positions, and hence the outputs for shorter inputs, do not change. The configuration is changed
     with the table, so that the model is saved and loaded as usual. Source: Beltagy et al. 2020
-    (arXiv 2004.05150), section 5.
+    (arXiv 2004.05150), section 5. Stretching the table by interpolation found fewer documents of
+    2,048 tokens (docs/results/long_documents.md).
 
     A model with rotary or relative positions needs no table and is not changed.
 
     Args:
-        model: A transformers model, converted or not; it is returned.
+        model: A transformers model, converted or not, or a model of sentence-transformers, whose
+            ``max_seq_length`` is raised too; it is returned.
         length: Maximum number of tokens of an input.
 
     Raises:
@@ -38,6 +42,12 @@ def extend_positions_(model: Model, length: int) -> Model:
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
+    inner = transformer_of(model)
+    if inner is not model:
+        extend_positions_(inner, length)
+        whole: Any = model
+        whole.max_seq_length = max(length, whole.max_seq_length or 0)
+        return model
     now = learned_positions(model)
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -11,7 +11,7 @@ from performers.app.errors import UserError
 
 
 class Mmseqs:
-    """The mmseqs program, working in one folder of its own.
+    """The program mmseqs, which works in one folder.
 
     Args:
         work: The folder, which exists.

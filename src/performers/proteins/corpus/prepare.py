@@ -31,13 +31,13 @@ from performers.proteins.options import CorpusOptions
 
 Report = Callable[[str], None]
 
-# Held out are clusters without relatives in the rest; many have some.
+# Only clusters without relatives in the rest are held out; many have some.
 _CANDIDATES_PER_HELD_OUT = 6
-# Clusters up to here are candidates even where a tenth of what is held out is less.
+# Clusters of this size are candidates even if they exceed a tenth of the sequences held out.
 _ALWAYS_SMALL = 10
-# Finds the close relatives, which most of the candidates have, in a fraction of the time.
+# A quick search drops the candidates with close relatives, which are most of them.
 _QUICK_SENSITIVITY = 1.0
-# One relative is enough to drop a cluster; the prefilter may pass on some that are none.
+# One relative is enough to drop a cluster; not all hits of the prefilter are relatives.
 _HITS_PER_QUERY = 50
 
 

@@ -63,7 +63,7 @@ def open_source(
     if not paths:
         address = url or UNIPROT
         path = downloads / address.rpartition("/")[2]
-        # Which release it is of is known at the time of the download only.
+        # The release is known at the time of the download only.
         release_file = path.with_name(path.name + ".release")
         if not (path.exists() and release_file.exists()):
             expected = describe_release(address)

@@ -57,20 +57,19 @@ class HeadScores:
     band: int
     residues: int
 
-    def most_local(self, count: int) -> list[HeadScore]:
-        """The heads with the smallest mean distance, smallest first; undefined ones left out."""
-        return sorted(self._defined(), key=lambda score: score.mean_distance)[:count]
+    def kinds(self) -> dict[str, list[HeadScore]]:
+        """Local, global and vertical heads; those without attention between residues are none.
 
-    def most_global(self, count: int) -> list[HeadScore]:
-        """The heads with the largest mean distance, largest first; undefined ones left out."""
-        return sorted(self._defined(), key=lambda score: -score.mean_distance)[:count]
-
-    def most_vertical(self, count: int) -> list[HeadScore]:
-        """The heads whose attention falls on the fewest residues, most vertical first."""
-        return sorted(self._defined(), key=lambda score: -score.column_share)[:count]
-
-    def _defined(self) -> list[HeadScore]:
-        return [score for score in self.heads if math.isfinite(score.mean_distance)]
+        A local head has at least twice the band share of uniform attention, a vertical one at
+        least twice its column share, a global one at least 90% of its mean distance.
+        """
+        uniform = self.uniform
+        found = [score for score in self.heads if math.isfinite(score.mean_distance)]
+        return {
+            "local": [h for h in found if h.band_share >= 2 * uniform.band_share],
+            "global": [h for h in found if h.mean_distance >= 0.9 * uniform.mean_distance],
+            "vertical": [h for h in found if h.column_share >= 2 * uniform.column_share],
+        }
 
 
 def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Reports on trained models: what ``performers report`` and the demo write."""
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
+from performers.app.figures import shortened
 from performers.app.files import read_json
 from performers.app.progress import Report, part
 from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.model_folder import model_max_length
+from performers.proteins.reading.analysis import analyse_model
+from performers.proteins.reading.residues import read_proteins
 from performers.proteins.reading.site_scores import header_sites, parse_sites
-from performers.proteins.report.page import ModelReport, analyse_model, write_report
+from performers.proteins.report.page import ModelReport, write_report
+from performers.proteins.report.payload import grouped
 from performers.proteins.scoring.evaluation import evaluate_model
 
 __all__ = ["Report", "choose_protein", "describe_model", "report_on_model"]
@@ -30,8 +35,10 @@ def report_on_model(
     compare: Sequence[LoadedModel] = (),
     protein: str | None = None,
     sites: str | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
     max_sequences: int = 200,
     max_length: int = 256,
+    max_residues: int = 50_000,
     report: Report | None = None,
 ) -> Path:
     """Write ``report.html`` and ``report.json`` on a model and the sequences given.
@@ -47,8 +54,11 @@ def report_on_model(
             enough to show structure and short enough to be read whole.
         sites: Numbers of residues of that protein to mark, with commas between; by default those
             of ``sites=`` in its header.
-        max_sequences: Sequences read for amino-acid similarity.
-        max_length: Tokens read of each.
+        labels: Protein to its labels, which the map shows; by default those of the headers.
+        max_sequences: Proteins on the page, and sequences read for amino-acid similarity; drawn at
+            random where there are more.
+        max_length: Tokens read of each for attention.
+        max_residues: See ``write_report``.
         report: Called with the name of a step, the units done, the units in all, and a log entry.
 
     Returns:
@@ -58,6 +68,7 @@ def report_on_model(
         UserError: No sequence has that name, or a site is none of its residues.
     """
     drawn = choose_protein(records, protein, max_length)
+    shown = _sample(records, max_sequences, drawn)
     marked = header_sites(drawn) if sites is None else parse_sites(sites, len(drawn.sequence))
     sequences = [record.sequence for record in records]
     described = []
@@ -77,24 +88,29 @@ def report_on_model(
                 place,
                 network,
                 its_tokenizer,
-                sequences,
+                records,
                 drawn,
                 name=name,
                 metrics={"given sequences": metrics},
                 max_sequences=max_sequences,
                 max_length=max_length,
                 sites=marked,
+                shown=() if number else shown,
                 report=report,
             )
         )
-    return write_report(output, models=described)
+    columns = None
+    if labels is not None:
+        joined = [", ".join(labels.get(record.name, ())) for record in shown]
+        columns = {"label": grouped([shortened(text, 40) for text in joined])}
+    return write_report(output, models=described, labels=columns, max_residues=max_residues)
 
 
 def describe_model(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequence[str],
+    records: Sequence[ProteinRecord],
     protein: ProteinRecord,
     *,
     name: str,
@@ -102,21 +118,23 @@ def describe_model(
     max_sequences: int,
     max_length: int,
     sites: Sequence[int] = (),
+    shown: Sequence[ProteinRecord] = (),
     report: Report | None = None,
 ) -> ModelReport:
-    """One model's part of a report: settings, metrics, learning curve and attention.
+    """One model's part of a report: settings, metrics, learning curve, guesses and attention.
 
     Args:
         folder: The model's folder, for its options and training log.
         model: The model.
         tokenizer: Its tokenizer.
-        sequences: Proteins behind the amino-acid similarity.
+        records: Proteins behind the amino-acid similarity.
         protein: The protein whose attention is drawn.
         name: Heading.
         metrics: Split to metrics.
         max_sequences: Sequences read for amino-acid similarity.
-        max_length: Tokens read of each.
+        max_length: Tokens read of each for attention.
         sites: Numbers, from 1, of residues of the protein to mark.
+        shown: Proteins whose residues are guessed one by one.
         report: See ``report_on_model``.
 
     Returns:
@@ -125,12 +143,19 @@ def describe_model(
     analysis = analyse_model(
         model,
         tokenizer,
-        sequences,
+        [record.sequence for record in records],
         protein=protein,
         max_sequences=max_sequences,
         max_length=max_length,
         sites=sites,
         progress=part(report, f"reading attention, {name}"),
+    )
+    proteins = read_proteins(
+        model,
+        tokenizer,
+        shown,
+        max_length=model_max_length(tokenizer),
+        progress=part(report, f"guessing each residue, {name}"),
     )
     return ModelReport(
         name=name,
@@ -138,6 +163,9 @@ def describe_model(
         metrics=metrics,
         history=_history(folder),
         analysis=analysis,
+        is_causal=bool(model.config.is_decoder),
+        proteins=proteins,
+        available=len(records),
     )
 
 
@@ -160,6 +188,19 @@ def choose_protein(
             if low <= len(record.sequence) <= max_length - 2:
                 return record
     return records[0]
+
+
+def _sample(
+    records: Sequence[ProteinRecord], count: int, protein: ProteinRecord
+) -> list[ProteinRecord]:
+    """At most so many of the records, in their order, `protein` among them."""
+    if len(records) <= count:
+        return list(records)
+    kept = set(random.Random(0).sample(range(len(records)), count))
+    place = next(i for i, record in enumerate(records) if record is protein)
+    if place not in kept:
+        kept = {*sorted(kept)[1:], place}
+    return [records[i] for i in sorted(kept)]
 
 
 def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def train_model(
             clock,
         ],
     )
-    # The library's own progress display prints raw dictionaries.
+    # The progress display of transformers prints raw dictionaries.
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if progress is not None:
@@ -213,7 +213,7 @@ class _ProteinTrainer(CheckpointTrainer):
             dataset,
             batch_sampler=sampler,
             collate_fn=self.data_collator,
-            # Its own generator, so that making an iterator draws nothing from dropout's.
+            # A separate generator, so that making an iterator draws nothing from dropout's.
             generator=torch.Generator().manual_seed(self.options.seed),
         )
         return self.accelerator.prepare(loader)

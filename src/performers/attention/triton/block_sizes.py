@@ -1,0 +1,95 @@
+"""Block sizes of the kernels."""
+
+from typing import NamedTuple
+
+
+class Blocks(NamedTuple):
+    """The shape of a kernel's blocks: features and rows at a time, warps, stages of loads."""
+
+    features: int
+    rows: int
+    warps: int
+    stages: int
+
+
+# By kernel: blocks for a head_dim up to 64 and 128, on sm_80 and on sm_90 and later. They are about
+# the largest that compile without spills; tests/attention/triton/test_compiles.py keeps them so.
+_TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
+    "key_norms": {
+        64: (Blocks(0, 64, 4, 1), Blocks(0, 64, 4, 1)),
+        128: (Blocks(0, 32, 4, 1), Blocks(0, 32, 4, 1)),
+    },
+    "key_sums": {
+        64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    "key_states": {
+        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    "combine": {
+        64: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
+        128: (Blocks(16, 0, 4, 1), Blocks(16, 0, 4, 1)),
+    },
+    "read_rows": {
+        64: (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    "row_terms": {
+        64: (Blocks(0, 64, 4, 1), Blocks(0, 64, 4, 1)),
+        128: (Blocks(0, 32, 4, 1), Blocks(0, 32, 4, 1)),
+    },
+    "query_sums": {
+        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    "query_states": {
+        64: (Blocks(32, 64, 4, 2), Blocks(64, 64, 8, 2)),
+        128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    "query_gradients": {
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    "key_gradients": {
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    "chunk_rows": {
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    "chunk_query_gradients": {
+        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    # Rows are keys, of a chunk.
+    "chunk_key_gradients": {
+        64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
+    },
+    # Rows at a time, of a chunk.
+    "mend": {
+        64: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
+        128: (Blocks(0, 16, 4, 1), Blocks(0, 16, 4, 1)),
+    },
+    "mend_key_gradients": {
+        64: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+        128: (Blocks(0, 16, 8, 1), Blocks(0, 16, 8, 1)),
+    },
+    # Features are keys.
+    "exact_pairs": {
+        64: (Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 2)),
+        128: (Blocks(32, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    },
+    # Rows are columns of values.
+    "decode_step": {
+        64: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
+        128: (Blocks(32, 64, 4, 1), Blocks(32, 64, 4, 1)),
+    },
+}
+
+
+def blocks_of(kernel: str, width: int, capability: int) -> Blocks:
+    """The blocks of a kernel for a padded head_dim, the larger of those of keys and values."""
+    return _TABLE[kernel][64 if width <= 64 else 128][capability >= 90]

@@ -1,0 +1,340 @@
+"""Launches of causal passes, chunk by chunk."""
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from performers.attention.operators import Gradients
+from performers.attention.triton.bidirectional import combine
+from performers.attention.triton.kernels import chunks, mend, sums
+from performers.attention.triton.kernels.parts import LOWEST
+from performers.attention.triton.launcher import Launcher, Sums
+from performers.attention.triton.operators import Results, Upstream, is_swept
+
+# Bytes of the sums before all chunks that are held at a time; calls go head by head beyond.
+STATE_BYTES = 1 << 29
+# A binary scale this close to an integer, relative to its size, is one: rounded by a conversion.
+_INTEGRAL = 1e-5
+_LOWEST = float(LOWEST.value)
+
+
+class Sweep(NamedTuple):
+    """A causal pass over the sequence: slots from one end, and the key that each slot brings.
+
+    Attributes:
+        norms: Of the key of each slot; see ``Launcher.key_norms``.
+        delay: How far the key of a slot lies behind its query.
+        strict: Whether a query does not see the key of its own slot.
+        reverse: Whether slots run from the end.
+    """
+
+    norms: Tensor
+    delay: int = 0
+    strict: bool = False
+    reverse: bool = False
+
+
+class Heads(NamedTuple):
+    """Key heads, of all sequences, that a pass works on at a time."""
+
+    first: int
+    size: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Their part of a tensor ``(batch, heads, ...)`` or ``(batch * heads, ...)``."""
+        return x[self.first : self.first + self.size]
+
+
+def sweeps(launcher: Launcher, norms: Tensor) -> list[Sweep]:
+    """The causal passes of a call: none where every query sees all keys through features.
+
+    Keys beyond the window are those of slots before a query's, delayed by the window.
+    """
+    inputs = launcher.inputs
+    if not is_swept(inputs):
+        return []
+    delay = (inputs.window or 0) - inputs.offset
+    found = [Sweep(norms[0], delay, strict=inputs.window is not None)]
+    if not inputs.is_causal:
+        found.append(Sweep(norms[1], delay, strict=True, reverse=True))
+    return found
+
+
+def chunk_size(launcher: Launcher) -> int:
+    """Rows of a chunk of causal calls."""
+    return launcher.blocks("chunk_rows").rows
+
+
+def num_chunks(launcher: Launcher) -> int:
+    """Chunks of the length."""
+    return -(-launcher.length // chunk_size(launcher))
+
+
+def parts_of_heads(launcher: Launcher) -> list[Heads]:
+    """Heads in groups whose sums before all chunks are held at a time."""
+    size = num_chunks(launcher) * launcher.features * (launcher.value_dim + 2) * 4
+    count = max(1, STATE_BYTES // size)
+    return [Heads(n, min(count, launcher.count - n)) for n in range(0, launcher.count, count)]
+
+
+def _sweep(launcher: Launcher, sweep: Sweep) -> dict[str, Any]:
+    return {
+        "BT": chunk_size(launcher),
+        "HAS_SEG": launcher.inputs.segments is not None,
+        "REVERSE": sweep.reverse,
+    }
+
+
+def states(launcher: Launcher, sweep: Sweep, heads: Heads, start: Sums | None) -> tuple[Sums, Sums]:
+    """Sums before each chunk, ``(heads, chunks, ...)``, and those after the last one.
+
+    There is one scale more than there are chunks: that of the sums after the last.
+    """
+    blocks = launcher.blocks("key_states")
+    span, splits = launcher.spans(launcher.length, blocks, heads.size)
+    options = _sweep(launcher, sweep)
+
+    def run(start: Sums | None, states: tuple[Tensor | None, ...], ends: Sums) -> None:
+        launcher.launch(
+            sums.key_sums,
+            launcher.features // blocks.features * splits * heads.size,
+            launcher.key, launcher.value, sweep.norms, launcher.inputs.segments,
+            *launcher.projection,
+            *(start or (None, None, None)), *states, *ends,
+            *launcher.key.stride()[:3], *launcher.value.stride()[:3],
+            launcher.heads, heads.first, launcher.length, sweep.delay, span, splits,
+            num_chunks(launcher), launcher.features,
+            **launcher.widths, **launcher.products, **options, BM=blocks.features,
+            HAS_START=start is not None, STATES=states[0] is not None,
+            blocks=blocks,
+        )  # fmt: skip
+
+    ends = launcher.new_sums(heads.size, splits)
+    if splits > 1:
+        run(None, (None, None, None), ends)
+        parts, ends = ends, launcher.new_sums(heads.size, splits)
+        total = launcher.new_sums(heads.size, 1)
+        flags = {name: options[name] for name in ("HAS_SEG", "REVERSE")}
+        combine(launcher, parts, start, total, launcher.length, span, **flags)
+        start = parts
+    shape = (heads.size, num_chunks(launcher), launcher.features)
+    scale = launcher.new(heads.size, num_chunks(launcher) + 1, launcher.features)
+    before = Sums(launcher.new(*shape, launcher.value_dim), launcher.new(*shape), scale)
+    run(start, before, ends)
+    return before, Sums(*(x[:, -1] for x in ends))
+
+
+def _chunk_inputs(launcher: Launcher, sweep: Sweep) -> tuple[Any, ...]:
+    return launcher.query, launcher.key, launcher.value, sweep.norms, launcher.inputs.segments
+
+
+def _chunk_sizes(launcher: Launcher, sweep: Sweep, heads: Heads) -> tuple[int, ...]:
+    sizes = (launcher.length, sweep.delay, num_chunks(launcher), launcher.features)
+    return launcher.heads, launcher.groups, heads.first, *sizes
+
+
+def chunk_rows(
+    launcher: Launcher,
+    sweep: Sweep,
+    heads: Heads,
+    before: Sums,
+    results: tuple[Tensor, Tensor, Tensor],
+    part: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Causal output, logarithms of normalisers and lost rows, which are mended.
+
+    ``part`` holds output and logarithms of what the rows see besides.
+    """
+    out = results[0]
+    strides = (*launcher.strides(), *(part or results)[0].stride()[:4], *out.stride()[:4])
+    arguments = (
+        *_chunk_inputs(launcher, sweep), *launcher.projection, *before, *(part or (None, None)),
+        *results, *strides, *_chunk_sizes(launcher, sweep, heads),
+    )  # fmt: skip
+    options = {**_sweep(launcher, sweep), "STRICT": sweep.strict, "MERGE": part is not None}
+    programs = num_chunks(launcher) * heads.size * launcher.groups
+    blocks = launcher.blocks("chunk_rows")
+    launcher.launch(
+        chunks.chunk_rows, programs, *arguments,
+        **launcher.widths, **launcher.products, **options, BM=blocks.features,
+        blocks=blocks,
+    )  # fmt: skip
+    _mend(launcher, mend.mend_rows, programs, arguments, options)
+
+
+def _mend(
+    launcher: Launcher,
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    table: str = "mend",
+) -> None:
+    """Run a kernel of ``mend.py``: on a part of each chunk, and on the real features only."""
+    blocks = launcher.blocks(table)
+    launcher.launch(
+        kernel, programs * (chunk_size(launcher) // blocks.rows),
+        *arguments, launcher.inputs.weight.shape[-2],
+        **launcher.widths, **options, BR=blocks.rows,
+        PER_HEAD=launcher.products["PER_HEAD"], SPLIT=launcher.products["SPLIT"],
+        PRECISION=launcher.products["PRECISION"],
+        blocks=blocks,
+    )  # fmt: skip
+
+
+def gradient_states(
+    launcher: Launcher,
+    sweep: Sweep,
+    heads: Heads,
+    rows: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    start: tuple[Tensor, Tensor] | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Gradients of the sums after each chunk, and of those before the first one.
+
+    ``rows`` are upstream gradients, deltas and logarithms; ``start`` is the upstream gradient
+    of the sums after the last chunk.
+    """
+    blocks = launcher.blocks("query_states")
+    span, splits = launcher.spans(launcher.length, blocks, heads.size)
+    options = _sweep(launcher, sweep)
+    grad_out = rows[0]
+
+    def run(
+        start: tuple[Tensor, ...] | None,
+        states: tuple[Tensor | None, ...],
+        ends: tuple[Tensor, ...],
+    ) -> None:
+        launcher.launch(
+            sums.query_sums,
+            launcher.features // blocks.features * splits * heads.size,
+            launcher.query, *rows, launcher.inputs.segments, *launcher.projection, scale,
+            *(start or (None, None)), *states, *ends,
+            *launcher.query.stride()[:4], *grad_out.stride()[:4],
+            launcher.heads, launcher.groups, heads.first, launcher.length, span, splits,
+            num_chunks(launcher), launcher.features,
+            **launcher.widths, **launcher.products, **options, BM=blocks.features,
+            HAS_START=start is not None, CAUSAL=True, STATES=states[0] is not None,
+            blocks=blocks,
+        )  # fmt: skip
+
+    ends = launcher.new_sums(heads.size, splits)[:2]
+    if splits > 1:
+        run(None, (None, None), ends)
+        parts, ends = ends, launcher.new_sums(heads.size, splits)[:2]
+        combining = launcher.blocks("combine")
+        launcher.launch(
+            sums.combine_gradients,
+            launcher.features // combining.features * heads.size,
+            *parts, scale, *(start or (None, None)), launcher.inputs.segments,
+            launcher.length, span, splits, num_chunks(launcher), launcher.features,
+            DV=launcher.value_dim, BV=launcher.widths["BV"], BM=combining.features, **options,
+            HAS_START=start is not None,
+            blocks=combining,
+        )  # fmt: skip
+        start = parts
+    shape = (heads.size, num_chunks(launcher), launcher.features)
+    after = launcher.new(*shape, launcher.value_dim), launcher.new(*shape)
+    run(start, after, ends)
+    return after, (ends[0][:, 0], ends[1][:, 0])
+
+
+def chunk_gradients(
+    launcher: Launcher,
+    sweep: Sweep,
+    heads: Heads,
+    rows: tuple[Tensor, Tensor, Tensor],
+    lost: Tensor,
+    before: Sums,
+    after: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    *,
+    add: bool = False,
+) -> None:
+    """Gradients of the queries, keys and values of a causal pass."""
+    inputs = (*_chunk_inputs(launcher, sweep), *rows, lost, *launcher.projection)
+    strides = (*launcher.strides(), *rows[0].stride()[:4])
+    sizes = _chunk_sizes(launcher, sweep, heads)
+    options = {**_sweep(launcher, sweep), "STRICT": sweep.strict}
+    query, key, value = gradients
+    arguments = (
+        *inputs, *before, query, *strides, *query.stride()[:4], *sizes, launcher.query_pull,
+    )  # fmt: skip
+    programs = num_chunks(launcher) * heads.size * launcher.groups
+    blocks = launcher.blocks("chunk_query_gradients")
+    launcher.launch(
+        chunks.chunk_query_gradients, programs, *arguments,
+        **launcher.widths, **launcher.products, **options, ADD=add, BM=blocks.features,
+        blocks=blocks,
+    )  # fmt: skip
+    _mend(launcher, mend.mend_query_gradients, programs, arguments, options)
+    ends = (key, value, *strides, *key.stride()[:3], *value.stride()[:3], *sizes, launcher.pull)
+    programs = num_chunks(launcher) * heads.size
+    blocks = launcher.blocks("chunk_key_gradients")
+    launcher.launch(
+        chunks.chunk_key_gradients, programs * (chunk_size(launcher) // blocks.rows),
+        *inputs, *after, before.scale, *ends,
+        **launcher.widths, **launcher.products, **options, ADD=add,
+        BM=blocks.features, BK=blocks.rows,
+        blocks=blocks,
+    )  # fmt: skip
+    _mend(
+        launcher, mend.mend_key_gradients, programs, (*inputs, *ends), options, "mend_key_gradients"
+    )
+
+
+def past_sums(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:
+    """The sums that a call continues from at integer scales, and what they were multiplied by."""
+    inputs = launcher.inputs
+    if inputs.past_key_value is None:
+        return None, None
+    assert inputs.past_key_sum is not None
+    assert inputs.past_log_scale is not None
+    scale = inputs.past_log_scale.flatten(0, 1) * math.log2(math.e)
+    nearest = scale.round()
+    snaps = (scale - nearest).abs() <= _INTEGRAL * scale.abs().clamp_min(1.0)
+    whole = nearest.where(snaps, scale.ceil())
+    factor = (scale - whole).exp2().masked_fill(snaps | scale.isinf(), 1.0)
+    past = launcher.new_sums(launcher.count, 1)
+    for x, padding in zip(past, (0.0, 0.0, _LOWEST), strict=True):
+        x.fill_(padding)
+    count = scale.shape[-1]
+    past.key_value[:, 0, :count] = inputs.past_key_value.flatten(0, 1) * factor.unsqueeze(-1)
+    past.key_sum[:, 0, :count] = inputs.past_key_sum.flatten(0, 1) * factor
+    past.scale[:, 0, :count] = whole.clamp_min(_LOWEST)
+    return past, factor
+
+
+def copy_state(launcher: Launcher, heads: Heads, last: Sums, results: Results) -> None:
+    """Set the state after the last key: real features, natural logarithms of scales."""
+    count = launcher.inputs.weight.shape[-2]
+    scale = last.scale[:, :count]
+    log_scale = (scale * math.log(2)).masked_fill(scale == _LOWEST, -math.inf)
+    for to, x in zip(
+        results[-3:], (last.key_value[:, :count], last.key_sum[:, :count], log_scale), strict=True
+    ):
+        heads.of(to.flatten(0, 1)).copy_(x)
+
+
+def final_gradients(launcher: Launcher, upstream: Upstream) -> tuple[Tensor, Tensor] | None:
+    """Upstream gradients of the state, padded: ``(batch * heads, 1, features, ...)``."""
+    if upstream.grad_key_value is None and upstream.grad_key_sum is None:
+        return None
+    padded_sums = launcher.new_sums(launcher.count, 1)[:2]
+    count = launcher.inputs.weight.shape[-2]
+    for x, grad in zip(padded_sums, (upstream.grad_key_value, upstream.grad_key_sum), strict=True):
+        x.zero_()
+        if grad is not None:
+            x[:, 0, :count] = grad.flatten(0, 1)
+    return padded_sums
+
+
+def copy_past_gradients(
+    heads: Heads, first: tuple[Tensor, Tensor], factor: Tensor, gradients: Gradients
+) -> None:
+    """Set the gradients of the sums that a call continues from."""
+    count, factor = factor.shape[-1], heads.of(factor)
+    of_value, of_sum = (x[:, :count] for x in first)
+    heads.of(gradients.past_key_value.flatten(0, 1)).copy_(of_value * factor.unsqueeze(-1))
+    heads.of(gradients.past_key_sum.flatten(0, 1)).copy_(of_sum * factor)

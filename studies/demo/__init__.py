@@ -1,0 +1,1 @@
+"""The demo's models: a table of what ``performers demo`` wrote."""

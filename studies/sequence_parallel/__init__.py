@@ -1,0 +1,1 @@
+"""One long row over processes against one process: losses, parameters, memory, traffic."""

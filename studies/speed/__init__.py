@@ -1,0 +1,1 @@
+"""Time and memory against length: tables of what ``performers benchmark`` wrote."""

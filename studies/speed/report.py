@@ -1,0 +1,86 @@
+"""Tables of the results of ``performers benchmark attention``, ``model`` and ``decode``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from performers.benchmark.table import digits, nbytes, percent, seconds, times
+from studies.pages import Table, pivot
+
+Shown = tuple[str, Callable[[Mapping[str, Any]], str]]
+"""Heading of a column, a format of the row, and its cell; rows whose cell is empty have none."""
+
+NATIVE = "performers native"
+
+
+def tables(content: Mapping[str, Any]) -> dict[str, Table]:
+    """Tables of a ``results.json``: contestants across, a line for each length."""
+    make = {"attention": _attention, "model": _model, "decode": _decode}[content["benchmark"]]
+    return {name: table for name, table in make(content["rows"]).items() if table.rows}
+
+
+def _attention(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
+    def native(name: str, unit: Callable[[float | None], str]) -> Callable[..., str]:
+        return lambda row: unit(row[name]) if row["contestant"] == NATIVE else ""
+
+    time = [
+        ("{contestant}", lambda row: seconds(row["seconds"])),
+        ("SDPA / native", native("sdpa_ratio", times)),
+        ("native GFLOP/s", native("gflops_per_second", digits)),
+        ("of the floor", native("floor_share", percent)),
+    ]
+    made = {}
+    for direction in ("bidirectional", "causal"):
+        for passes in ("forward", "forward+backward"):
+            some = [x for x in rows if (x["direction"], x["passes"]) == (direction, passes)]
+            made[f"{direction}_{passes.replace('+', '_')}"] = _table(some, ("length",), time)
+    memory = [("{contestant}", lambda row: nbytes(row["peak_bytes"]))]
+    return {**made, "memory": _table(rows, ("length", "direction", "passes"), memory)}
+
+
+def _model(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
+    return {
+        "time": _table(
+            rows,
+            ("length",),
+            [
+                ("{attention}", lambda row: seconds(row["seconds"])),
+                ("{attention} / identity", _compared("over_identity")),
+            ],
+        ),
+        "memory": _table(
+            rows,
+            ("length",),
+            [
+                ("{attention}", lambda row: nbytes(row["peak_bytes"])),
+                ("{attention} / identity", _compared("memory_over_identity")),
+            ],
+        ),
+    }
+
+
+def _compared(name: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda row: "" if row["attention"] == "identity" else times(row[name])
+
+
+def _decode(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
+    shown = [
+        ("{contestant}", lambda row: seconds(row["seconds"])),
+        ("{contestant}, state", lambda row: nbytes(row["state_bytes"])),
+    ]
+    levels = dict.fromkeys(row["level"] for row in rows)
+    return {
+        level: _table([row for row in rows if row["level"] == level], ("context",), shown)
+        for level in levels
+    }
+
+
+def _table(rows: list[Mapping[str, Any]], lines: tuple[str, ...], shown: list[Shown]) -> Table:
+    cells = (
+        {**row, "column": heading.format(**row), "cell": cell}
+        for heading, show in shown
+        for row in rows
+        if (cell := show(row))
+    )
+    return pivot(cells, lines, "column", lambda row: str(row["cell"]))

@@ -1,0 +1,169 @@
+"""Models on one row over processes against one process: losses, gradients, training."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from performers.convert import to_performer
+from performers.distributed import count_labels, sequence_parallel, shard
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+
+from .attention_cases import relative
+
+ENDS = (0, 30, 101, 160)
+
+
+def make_model(kind: str) -> torch.nn.Module:
+    """A small model, the same on all ranks."""
+    torch.manual_seed(3)
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=40,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+        )
+        model = to_performer(LlamaForCausalLM(config), num_features=32, window=8, sinks=2)
+        model.config.use_cache = False
+        return model
+    options: dict[str, Any] = {
+        "relu": {"attention": "favor-relu", "position_embedding": "sinusoidal"},
+        "reversible": {"reversible": True, "window": 8},
+        "masked": {"window": 8},
+    }.get(kind, {"window": 8, "sinks": 2, "position_embedding": "rotary"})
+    config = PerformerConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_features=32,
+        hidden_dropout_prob=0.0,
+        use_cache=False,
+        **options,
+    )
+    if kind == "masked":
+        return PerformerForMaskedLM(config)
+    model = PerformerForCausalLM(config)
+    if kind == "checkpoints":
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def make_batch(kind: str, length: int = 160) -> dict[str, torch.Tensor]:
+    """A row and its labels."""
+    generator = torch.Generator().manual_seed(11)
+    rows = 1 if kind == "packed" else 2
+    ids = torch.randint(3, 40, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    if kind in ("masked", "llama"):
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][0, -9:] = 0
+        labels[0, -9:] = -100
+    if kind == "packed":
+        batch["position_ids"] = torch.cat([torch.arange(b - a) for a, b in pairwise(ENDS)])[None]
+    return batch
+
+
+def sharded_loss(
+    model: Any, batch: dict[str, torch.Tensor], *, is_causal: bool = True
+) -> torch.Tensor:
+    """Part of this rank in the mean loss."""
+    local = shard(batch, is_causal=is_causal)
+    return model(**local, num_items_in_batch=count_labels(local["labels"])).loss
+
+
+def model_errors(kind: str) -> dict[str, float]:
+    """Errors of the loss and of the worst gradient."""
+    model, batch = make_model(kind).train(), make_batch(kind)
+    alone = copy.deepcopy(model)
+    expected = alone(**batch).loss
+    expected.backward()
+    run = torch.compile(model, backend="eager") if kind == "compiled" else model
+    if kind == "fsdp":
+        for layer in model.performer.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    with sequence_parallel(cu_seqlens=ENDS if kind == "packed" else None):
+        loss = sharded_loss(run, batch, is_causal=kind != "masked")
+        # FSDP takes the mean of gradients over ranks.
+        (loss * dist.get_world_size() if kind == "fsdp" else loss).backward()
+    return {"loss": summed_error(loss, expected), "gradients": gradient_error(model, alone)}
+
+
+def summed_error(loss: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error of the sum over ranks."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return relative(total, expected.detach(), expected.detach())
+
+
+def gradient_error(model: torch.nn.Module, alone: torch.nn.Module) -> float:
+    """Worst error of a gradient summed over ranks; the sums stay in the model."""
+    worst = 0.0
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        if theirs.grad is None:
+            continue
+        if isinstance(ours.grad, DTensor):
+            grad = ours.grad.full_tensor()
+        else:
+            grad = ours.grad
+            dist.all_reduce(grad)
+        worst = max(worst, relative(grad, theirs.grad, theirs.grad))
+    return worst
+
+
+def training_errors(length: int, steps: int = 5) -> dict[str, float]:
+    """Errors of the losses and of the parameters after some steps on one row."""
+    model = make_model("causal").train()
+    alone = copy.deepcopy(model)
+    batch = {name: x[:1] for name, x in make_batch("causal", length).items()}
+    ours, theirs = (torch.optim.SGD(x.parameters(), lr=0.1, momentum=0.9) for x in (model, alone))
+    worst = 0.0
+    for _ in range(steps):
+        expected = alone(**batch).loss
+        expected.backward()
+        with sequence_parallel():
+            loss = sharded_loss(model, batch)
+            loss.backward()
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+        worst = max(worst, summed_error(loss, expected))
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    parameters = max(
+        relative(a.detach(), b.detach(), b.detach())
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True)
+    )
+    return {"loss": worst, "parameters": parameters}
+
+
+KINDS = (
+    "causal",
+    "masked",
+    "packed",
+    "relu",
+    "checkpoints",
+    "reversible",
+    "compiled",
+    "fsdp",
+    "llama",
+)
+
+
+def all_errors() -> dict[str, dict[str, float]]:
+    """Errors of all models and of a short training run."""
+    found = {f"model {kind}": model_errors(kind) for kind in KINDS}
+    return {**found, "five steps": training_errors(512)}
