@@ -187,5 +187,6 @@ def test_compiled_as_one_graph():
         each.square().sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         assert compiled(*inputs, mask).dtype == attend(*inputs, mask).dtype == torch.bfloat16
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cannot be read under torch.compile"):
+    # Some versions of torch leave the message of the ValueError out.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="ValueError"):
         compiled(*inputs, CAUSAL)
