@@ -112,15 +112,15 @@ def test_without_the_performers_time_there_is_advice_and_no_plan(tmp_path, costs
 
 
 def test_stopped_between_the_model_and_its_result_it_goes_on(tmp_path, costs, monkeypatch):
-    write = training.write_json
+    write = training.write_result
 
-    def stops(path, content):
+    def stops(path, content, *arguments, **options):
         if "result" in content:
             raise KeyboardInterrupt
-        write(path, content)
+        write(path, content, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "write_json", stops)
+        patched.setattr(training, "write_result", stops)
         with pytest.raises(KeyboardInterrupt):
             concatenated(tmp_path)
     assert (tmp_path / "performer" / "config.json").exists()

@@ -103,8 +103,6 @@ def train_model(
             check_muon()
         except RuntimeError as error:
             raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
-    arguments = training_arguments(output / "checkpoints", options)
-    trackers = tracker_callbacks(options.report_to or (), output)
     tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
     if validation is None:
         if isinstance(sequences, TokenShards):
@@ -123,6 +121,8 @@ def train_model(
             "--output of that run, or a new folder"
         )
 
+    arguments = training_arguments(output / "checkpoints", options)
+    trackers = tracker_callbacks(options.report_to or (), output)
     transformers.set_seed(options.seed)
     model = _build_model(options, tokenizer)
     dataset = _dataset(tokenizer, sequences, options)
