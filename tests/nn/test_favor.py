@@ -90,7 +90,7 @@ def test_trained_features_start_from_the_present_ones_and_stay():
     assert favor.learn_().feature_map is learned
 
 
-def test_estimators_that_are_not_calibrated_raise_on_every_surface():
+def test_estimators_that_are_not_calibrated_raise_on_every_surface(monkeypatch):
     features, x = SoftmaxFeatures(8, 16, estimator="data_aware"), torch.randn(1, 2, 9, 8)
     tokens = torch.randn(1, 9, 16)
     attention = PerformerAttention(16, 2, batch_first=True, feature_map=features)
@@ -109,6 +109,11 @@ def test_estimators_that_are_not_calibrated_raise_on_every_surface():
     compiled = torch.compile(calls[0], fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match="estimator='data_aware' is fitted to data"):
         compiled()
+    with monkeypatch.context() as patched:
+        # The code that the compiler traces.
+        patched.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match="estimator='data_aware' is fitted to data"):
+            features.check_calibrated()
     features.calibrate_(x, x)
     for call in (*calls, compiled):
         call()

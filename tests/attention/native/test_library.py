@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import performers
 from performers.attention.native import library
@@ -69,20 +70,6 @@ def execute(code, environment):
 @pytest.fixture
 def installation(tmp_path):
     return Installation(tmp_path)
-
-
-def compiled(source, path):
-    """A shared library of one C file."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        pytest.skip("no C compiler")
-    subprocess.run(
-        [compiler, "-x", "c", "-shared", "-fPIC", "-o", path, "-"],
-        input=source,
-        text=True,
-        check=True,
-    )
-    return path
 
 
 def test_without_the_library_everything_else_works_and_one_line_says_why(installation):
@@ -171,32 +158,61 @@ def test_a_named_library_that_cannot_be_used_is_an_error(installation, tmp_path,
     assert message in last
 
 
-OTHER_LIBRARIES = {
-    f"int performers_abi_version(void) {{ return {library.ABI_VERSION + 1}; }}\n"
-    "const char *performers_isa(void) { return 0; }\n"
-    "const char *performers_available_isas(void) { return 0; }\n"
-    "const char *performers_error(void) { return 0; }\n": (
-        f"version {library.ABI_VERSION + 1} of the interface, expected {library.ABI_VERSION}"
-    ),
-    "int unrelated(void) { return 0; }\n": "is not the library of performers",
-}
+@BUILT
+@pytest.mark.parametrize(
+    ("path", "version", "message"),
+    [
+        ("nowhere", 0, "is not a file"),
+        (__file__, 0, "does not load"),
+        (torch._C.__file__, 0, "is not the library of performers"),
+        (
+            library._library and library._library._name,
+            1,
+            "has version . of the interface, expected",
+        ),
+    ],
+    ids=["missing", "no library", "another library", "another version"],
+)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_a_library_that_cannot_be_used(monkeypatch, path, version, message, is_named):
+    """An error if a variable names it, and else a reason to do without."""
+    monkeypatch.setattr(library, "ABI_VERSION", library.ABI_VERSION + version)
+    if is_named:
+        monkeypatch.setenv("PERFORMERS_NATIVE_LIBRARY", path)
+    elif message == "is not a file":
+        monkeypatch.setattr(library, "_NAME", path)
+        message = "not in this installation"
+    else:
+        monkeypatch.setattr(library, "_locate", lambda: (Path(path), False))
+    with pytest.raises(library._Unusable, match=message) as raised:
+        library._open()
+    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.setattr(library, "_reason", str(raised.value))
+    monkeypatch.setattr(library, "_demanded", raised.value.demanded)
+    monkeypatch.setattr(library, "_told", False)
+    assert raised.value.demanded == is_named
+    if is_named:
+        with pytest.raises(RuntimeError, match=message):
+            library.available()
+    else:
+        assert not library.available()
+    with pytest.raises(RuntimeError, match=message):
+        library.load()
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("source", OTHER_LIBRARIES, ids=["another version", "another library"])
-def test_a_library_of_other_sources(installation, tmp_path, source):
-    message = OTHER_LIBRARIES[source]
-    path = compiled(source, installation.native / NAME)
-    result = installation.run("print(performers.backends())")
-    assert result.returncode == 0, result.stderr
-    assert "native" not in result.stdout
-    assert message in result.stderr
-
-    named = path.rename(tmp_path / NAME)
-    result = installation.run("performers.backends()", PERFORMERS_NATIVE_LIBRARY=str(named))
-    assert result.returncode == 1
-    assert message in result.stderr.splitlines()[-1]
-    assert "PERFORMERS_NATIVE_LIBRARY" in result.stderr.splitlines()[-1]
+@BUILT
+def test_an_instruction_set_that_the_library_has_not(monkeypatch):
+    """The library says so when it is asked; a variable makes it an error."""
+    fake = SimpleNamespace(
+        performers_abi_version=lambda: library.ABI_VERSION,
+        performers_isa=lambda: None,
+        performers_available_isas=lambda: b"",
+        performers_error=lambda: b"no such set",
+    )
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: fake)
+    with pytest.raises(library._Unusable, match="no such set") as raised:
+        library._open()
+    assert not raised.value.demanded
 
 
 @BUILT
