@@ -1,13 +1,14 @@
 """Models of sentence-transformers: converted, saved, opened, and with longer inputs."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
 from performers.convert import distill, extend_positions_, load_performer, to_performer
-from performers.convert.sentences import SentenceFiles, transformer_of
+from performers.convert.sentences import SentenceFiles, tokenized, transformer_of
 from tests.benchmark.tiny_models import words
 from tests.convert.sentence_models import LIMIT, POSITIONS, save_sentence_model
 
@@ -59,6 +60,34 @@ def test_saved_and_opened_it_gives_the_same_embeddings(model, original, tmp_path
     means = (states * weights).sum(1) / weights.sum(1)
     cosines = torch.cosine_similarity(means, torch.tensor(expected))
     torch.testing.assert_close(cosines, torch.ones(3))
+
+
+def test_calibration_texts_are_read_as_encode_reads_them(model):
+    """With the default prompt, cut at the model's maximum length."""
+    model.prompts["query"], model.default_prompt_name = "w9 w8 ", "query"
+    expected = []
+
+    def keep(module, arguments):
+        expected.extend(arguments)
+
+    with transformer_of(model).get_input_embeddings().register_forward_pre_hook(keep):
+        for text in TEXTS:
+            model.encode(text)
+    batches = tokenized(model, [[text] for text in TEXTS])
+    for batch, ids in zip(batches, expected, strict=True):
+        assert torch.equal(batch["input_ids"], ids)
+
+
+@pytest.mark.parametrize(("limit", "length"), [(7, 7), (int(1e30), 32), (None, 32)])
+def test_calibration_texts_are_cut_at_the_limit_of_the_model(original, limit, length):
+    """Not at the tokenizer's, which another version of the library does not set."""
+    tokenizer = copy.deepcopy(original.tokenizer)
+    tokenizer.model_max_length = POSITIONS
+    model = SimpleNamespace(
+        tokenizer=tokenizer, max_seq_length=limit, prompts={}, default_prompt_name=None
+    )
+    (batch,) = tokenized(model, [words(30, 1)])
+    assert batch["input_ids"].shape == (1, length)
 
 
 def test_longer_texts_where_positions_allow(model):

@@ -44,12 +44,26 @@ def pad_inputs_(model: Any) -> None:
 
 
 def tokenized(model: Any, batches: Iterable[Any]) -> Iterator[Any]:
-    """Replace batches of texts by the inputs of the transformer, cut at ``max_seq_length``."""
+    """Replace batches of texts by the inputs of the transformer that ``model.encode`` makes.
+
+    They begin with the default prompt of the model and are cut at its ``max_seq_length``.
+    """
+    prompt = model.prompts.get(model.default_prompt_name) or ""
+    limit = model.max_seq_length
+    if limit is not None:
+        # No limit is a number that tokenizers cannot represent.
+        limit = min(limit, 2**31 - 1)
     for batch in batches:
         texts = [batch] if isinstance(batch, str) else batch
         if not isinstance(texts, Mapping) and all(isinstance(text, str) for text in texts):
             batch = dict(
-                model.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+                model.tokenizer(
+                    [prompt + text for text in texts],
+                    padding=True,
+                    truncation=True,
+                    max_length=limit,
+                    return_tensors="pt",
+                )
             )
         yield batch
 
