@@ -6,7 +6,9 @@ import sys
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
 
-from performers.app.provenance import provenance, write_result
+import pytest
+
+from performers.app.provenance import provenance, weights_sha256, write_result
 
 
 def test_origin(tmp_path, monkeypatch):
@@ -25,6 +27,34 @@ def test_origin(tmp_path, monkeypatch):
     assert found["model"] == {"path": str(tmp_path), "sha256": digest}
     age = datetime.now(timezone.utc) - datetime.fromisoformat(found["date"])
     assert timedelta(0) <= age < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"],
+        ["pytorch_model.bin"],
+        ["model.gguf"],
+    ],
+)
+def test_weights_in_several_files_and_other_formats(names, tmp_path):
+    for name in names:
+        (tmp_path / name).write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    first = weights_sha256(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert weights_sha256(tmp_path) == first
+    for name in names:
+        (tmp_path / name).write_bytes(b"other weights")
+        assert weights_sha256(tmp_path) not in (None, first)
+        (tmp_path / name).write_bytes(b"weights")
+    assert weights_sha256(tmp_path) == first
+
+
+def test_a_file_of_weights(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"weights")
+    assert weights_sha256(path) == hashlib.sha256(b"weights").hexdigest()
 
 
 def test_changed_weights_have_another_hash(tmp_path):

@@ -1,5 +1,6 @@
 """Output folders and files: checked before work starts, written whole or not at all."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -100,6 +101,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -12,11 +12,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from performers.app.files import write_json
+from performers.app.files import sha256, write_json
 
 KEY = "provenance"
-"""Key of JSON results that two runs of one command do not share."""
+"""Entry of JSON results that differs between two runs of one command."""
 
+# Files of weights, the first of these patterns that any file matches.
+_WEIGHTS = ("model.safetensors", "*.safetensors", "pytorch_model*.bin", "*.gguf")
 _PACKAGES = ("performers", "torch", "transformers", "numpy")
 
 
@@ -28,7 +30,7 @@ def provenance(
     Args:
         schema: Name of their layout, such as ``"evaluation"``; numbered 1 until it changes.
         seed: Seed that they depend on.
-        model: Folder of the model that they are of.
+        model: Folder, or file of weights, of the model that they are of.
 
     Returns:
         ``schema``, ``date`` (UTC), ``command``, ``versions``, and ``seed`` and ``model`` (its
@@ -43,7 +45,7 @@ def provenance(
     if seed is not None:
         found["seed"] = seed
     if model is not None:
-        found["model"] = {"path": str(model), "sha256": _weights(model)}
+        found["model"] = {"path": str(model), "sha256": weights_sha256(model)}
     return found
 
 
@@ -59,6 +61,26 @@ def write_result(
     write_json(path, {KEY: provenance(schema, seed=seed, model=model), **content})
 
 
+def weights_sha256(model: Path) -> str | None:
+    """SHA-256 of a model's weights.
+
+    That of the file, or of the list of hashes where there are several; None without files.
+
+    Args:
+        model: Folder, or file of weights.
+    """
+    files = [model] if model.is_file() else []
+    for pattern in _WEIGHTS:
+        files = files or sorted(model.glob(pattern))
+    hashes = []
+    for path in files:
+        status = path.stat()
+        hashes.append(_hash(path, status.st_mtime_ns, status.st_size))
+    if len(hashes) > 1:
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return hashes[0] if hashes else None
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
@@ -69,18 +91,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _weights(folder: Path) -> str | None:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return _hash(path, status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=256)
 def _hash(path: Path, *changes: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(path)

@@ -1,17 +1,17 @@
 """Manifests of saved folders: sizes and SHA-256 hashes that reveal changed files."""
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from performers.app.files import sha256
+
 MANIFEST = "manifest.json"
 """Name of the manifest in its folder."""
 
 _SCHEMA = 1
-_CHUNK = 1 << 20
 
 
 class FileEntry(NamedTuple):
@@ -34,8 +34,7 @@ def write_manifest(folder: Path) -> None:
             relative = path.relative_to(folder).as_posix()
             if name.startswith(".") or relative == MANIFEST or not path.is_file():
                 continue
-            digest, size = _hash(path)
-            files[relative] = {"size": size, "sha256": digest}
+            files[relative] = {"size": path.stat().st_size, "sha256": sha256(path)}
     text = json.dumps({"schema": _SCHEMA, "files": files}, indent=1) + "\n"
     temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
     try:
@@ -100,7 +99,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} has {size:,} bytes, expected {entry.size:,}"
     for name, entry in files.items():
         try:
-            digest, _ = _hash(folder / name)
+            digest = sha256(folder / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if digest != entry.sha256:
@@ -137,12 +136,3 @@ def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
     ):
         raise ValueError(f"{MANIFEST} does not give the size and SHA-256 of each file")
     return {name: FileEntry(**entry) for name, entry in files.items()}
-
-
-def _hash(path: Path) -> tuple[str, int]:
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return digest.hexdigest(), size

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import hashlib
 import shutil
 import time
 import warnings
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
+from performers.app.files import sha256
 from performers.convert.distillation.batches import Collator
 from performers.convert.distillation.best import BestState, score
 from performers.convert.distillation.pretrained import (
@@ -172,7 +172,7 @@ class _Pipeline:
             "layers": None if layers is None else list(layers),
             "transfer_steps": self.transfer_steps,
             "loss": self.loss,
-            "data_sha256": _digest(Path(self.options.data)),
+            "data_sha256": sha256(Path(self.options.data)),
         }
 
     def description(self) -> dict[str, Any]:
@@ -309,11 +309,3 @@ class _Pipeline:
         for first in range(0, len(examples), rows):
             yield collate(examples[first : first + rows])
             self.progress(name, min(first + rows, len(examples)), len(examples), {})
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from performers.app.errors import UserError
+from performers.app.files import sha256
 from performers.app.progress import Progress
 from performers.proteins.corpus.download import describe_release, download
 from performers.proteins.inputs.fasta import iter_fasta
@@ -88,8 +88,4 @@ def open_source(
 
 def fingerprint(file: Path) -> dict[str, Any]:
     """Name, bytes and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
