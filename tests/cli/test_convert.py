@@ -308,6 +308,22 @@ def test_another_run_is_not_resumed(causal, tmp_path, undrawn):
     assert "data_sha256 was" in line
 
 
+def test_another_original_under_the_same_path_is_not_resumed(masked, tmp_path, undrawn):
+    untrained = ["--steps", 0, "--transfer-steps", 0, "--no-speed"]
+    arguments = ["convert", *masked, *SMALL, *untrained, "--output", tmp_path / "out"]
+    run_command(*arguments)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(masked[0])
+    model.get_input_embeddings().weight.data.mul_(1.5)
+    model.save_pretrained(masked[0])
+    assert "model_sha256 was" in refusal(*arguments, "--resume")
+    # Records of earlier versions have no hash.
+    record = read(tmp_path / "out")
+    del record["options"]["model_sha256"]
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(record))
+    _, lines = run_command(*arguments, "--resume")
+    assert "3 measurements kept" in "\n".join(lines)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
 from performers.app.files import sha256
+from performers.app.provenance import weights_sha256
 from performers.convert.distillation.batches import Collator
 from performers.convert.distillation.best import BestState, score
 from performers.convert.distillation.pretrained import (
@@ -114,6 +115,7 @@ class _Pipeline:
         self.record, self.progress = record, progress
         self.sentences = sentences
         self.card = read_card(loaded.path if sentences is None else sentences.folder)
+        self.source = loaded.path
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
@@ -172,6 +174,7 @@ class _Pipeline:
             "layers": None if layers is None else list(layers),
             "transfer_steps": self.transfer_steps,
             "loss": self.loss,
+            "model_sha256": weights_sha256(self.source),
             "data_sha256": sha256(Path(self.options.data)),
         }
 

@@ -54,6 +54,8 @@ class ConversionRecord:
         defaults = {
             x.name: x.default for x in fields(ConversionOptions) if x.default is not MISSING
         }
+        # Records of versions without the hash of the weights pass.
+        defaults["model_sha256"] = self.options["model_sha256"]
         earlier = defaults | content["options"]
         # key_list is the name of the option in earlier versions.
         earlier["listed_keys"] = earlier.pop("key_list", earlier["listed_keys"])
@@ -67,8 +69,9 @@ class ConversionRecord:
                 f"the run in the folder is another one: {'; '.join(changed)}; repeat its options, "
                 "or give another folder"
             )
-        # The description of the model is this run's: versions differ in what it has.
-        vars(self).update({name: content[name] for name in self.content() if name != "model"})
+        # The options and the description of the model are this run's: versions differ in them.
+        kept = self.content().keys() - {"options", "model"}
+        vars(self).update({name: content[name] for name in kept})
 
     def row(self, name: str) -> dict[str, Any] | None:
         """Row of a measured model, or None."""
