@@ -1,6 +1,7 @@
 """``performers convert`` with models of the Hub and of sentence-transformers, and its cards."""
 
 import copy
+import hashlib
 import json
 import shutil
 
@@ -95,6 +96,9 @@ def test_a_transformer_in_a_folder_of_its_own(data, tmp_path):
     expected = torch.tensor(before.encode(texts))
     torch.testing.assert_close(torch.tensor(after.encode(texts)), expected, atol=1e-5, rtol=1e-5)
     assert after.max_seq_length == before.max_seq_length
+    weights = hashlib.sha256((inner / "model.safetensors").read_bytes()).hexdigest()
+    content = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert content["provenance"]["model"] == {"path": str(inner), "sha256": weights}
 
 
 def test_names_on_the_hub(data, tmp_path):
@@ -103,6 +107,10 @@ def test_names_on_the_hub(data, tmp_path):
     folder = tmp_path / "out"
     untrained = [*SMALL, "--steps", 0, "--transfer-steps", 0]
     run_command("convert", "someone/tiny", *data, "--output", folder, *untrained)
+    content = json.loads((folder / "conversion.json").read_text())
+    assert content["options"]["model"] == "someone/tiny"
+    weights = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
+    assert content["provenance"]["model"]["sha256"] == weights
     card = ModelCard.load(folder / "README.md")
     assert card.data.base_model == "someone/tiny"
     assert card.data.license == "apache-2.0"

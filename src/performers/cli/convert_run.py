@@ -111,11 +111,10 @@ def _run(
 
 
 def _save(record: ConversionRecord, folder: Path) -> None:
-    options = record.options
     write_result(
         folder / _RECORD,
         record.content(),
         "conversion",
-        seed=options.get("seed"),
-        model=Path(options["model"]) if "model" in options else None,
+        seed=record.options["seed"],
+        model=record.source,
     )

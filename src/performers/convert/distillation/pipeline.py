@@ -94,6 +94,7 @@ def run_conversion(
                 "with performers.convert.distill"
             )
         pipeline = _Pipeline(options, loaded, sentences, folder, record, progress)
+        record.source = loaded.path
         record.options, record.model = pipeline.options_in_full(), pipeline.description()
         resume(record)
         return loaded, pipeline.run()

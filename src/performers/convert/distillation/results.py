@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from performers.app.conversion import ConversionOptions
@@ -29,6 +30,7 @@ class ConversionRecord:
         decoding: Rows of ``benchmark.cases.convert.measure_decoding``.
         machine: Description of the machine.
         is_saved: Whether the folder holds the model.
+        source: Folder, or GGUF file, of the original's transformer; no part of the content.
         saved: Called after each addition.
     """
 
@@ -40,11 +42,12 @@ class ConversionRecord:
     decoding: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     is_saved: bool = False
+    source: Path | None = None
     saved: Callable[[ConversionRecord], None] = lambda record: None
 
     def content(self) -> dict[str, Any]:
         """Results as a JSON object."""
-        return {name: value for name, value in vars(self).items() if name != "saved"}
+        return {x: value for x, value in vars(self).items() if x not in ("source", "saved")}
 
     def resume(self, content: Mapping[str, Any]) -> None:
         """Adopt the results of an earlier run with the same options."""
