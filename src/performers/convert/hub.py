@@ -14,8 +14,7 @@ _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Return True for ``owner/name`` and ``name`` where there is no such path."""
-    # The name of a folder may be spelt alike.
+    """Return True for ``owner/name`` and ``name``; False for a path, which wins over the Hub."""
     return _NAME.fullmatch(str(name)) is not None and not Path(name).exists()
 
 
