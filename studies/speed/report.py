@@ -15,7 +15,13 @@ NATIVE = "performers native"
 
 
 def tables(content: Mapping[str, Any]) -> dict[str, Table]:
-    """Tables of a ``results.json``: contestants across, a line for each length."""
+    """Tables of a ``results.json``: contestants across, a line for each length.
+
+    Of several results of ``benchmark attention``, as ``{"runs": [...]}``, a table of SDPA's time to
+    ours by instruction set and threads.
+    """
+    if "runs" in content:
+        return {"ratios": _instruction_sets(content["runs"])}
     make = {"attention": _attention, "model": _model, "decode": _decode}[content["benchmark"]]
     return {name: table for name, table in make(content["rows"]).items() if table.rows}
 
@@ -37,6 +43,17 @@ def _attention(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
             made[f"{direction}_{passes.replace('+', '_')}"] = _table(some, ("length",), time)
     memory = [("{contestant}", lambda row: nbytes(row["peak_bytes"]))]
     return {**made, "memory": _table(rows, ("length", "direction", "passes"), memory)}
+
+
+def _instruction_sets(runs: list[Mapping[str, Any]]) -> Table:
+    cells = [
+        {**row, "column": f"{run['machine']['native']}, {run['settings']['threads']} thread(s)"}
+        for run in runs
+        for row in run["rows"]
+        if row["contestant"] == NATIVE
+    ]
+    lines = ("direction", "passes", "length")
+    return pivot(cells, lines, "column", lambda row: times(row["sdpa_ratio"])).filled()
 
 
 def _model(rows: list[Mapping[str, Any]]) -> dict[str, Table]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,18 +165,47 @@ def test_others_may_fail_without_ending_the_run(monkeypatch, error, status):
 def test_what_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(contestants, "absence", lambda module: "not installed")
     found = run_tiny(contestants=(), lengths=(16,), directions=("causal",), passes=("forward",))
-    assert ATTENTION.absences(AttentionSettings()) == dict.fromkeys(
+    absent = ATTENTION.absences(AttentionSettings())
+    kernels = [absent.pop(name) for name in ("SDPA flash", "SDPA cuDNN")]
+    assert kernels == 2 * ["needs a GPU: --device cuda"]
+    assert absent == dict.fromkeys(
         ("performer-pytorch", "fast-transformers", "fla"), "not installed"
     )
     assert [row["contestant"] for row in found.rows][-2:] == ["SDPA", "identity"]
 
 
-def test_fla_needs_a_gpu(monkeypatch):
+def test_contestants_of_a_device(monkeypatch):
     monkeypatch.setattr(contestants, "absence", lambda module: None)
-    fla = contestants.contestants()["fla"]
-    assert fla.absence.startswith("needs a GPU")
-    with pytest.raises(RuntimeError, match="needs a GPU"):
+    names = ("native", "triton", "torch", "reference")
+    monkeypatch.setattr(contestants, "backends", lambda: names)
+    for name in ("SDPA flash", "SDPA cuDNN", "fla"):
+        assert contestants.contestants()[name].absence.startswith("needs a GPU")
+        assert contestants.contestants("cuda")[name].absence is None
+    assert "performers triton" not in contestants.contestants()
+    assert list(contestants.contestants("cuda"))[:3] == [
+        "performers triton",
+        "performers torch",
+        "SDPA",
+    ]
+    fla = contestants.contestants("cuda")["fla"]
+    with pytest.raises(RuntimeError, match="no bidirectional form"):
         fla.build(Workload(), False)
+
+
+def test_fla_is_called_with_features(monkeypatch):
+    """Its operator, here by the formula, gives attention through the same features."""
+
+    def chunk_linear_attn(q, k, v, scale, normalize):
+        pairs = torch.einsum("bihm,bjhm->bhij", q, k).tril() * scale
+        return torch.einsum("bhij,bjhd->bihd", pairs / pairs.sum(-1, keepdim=True), v), None
+
+    operators = SimpleNamespace(chunk_linear_attn=chunk_linear_attn)
+    monkeypatch.setattr(contestants, "_import", lambda name: operators)
+    workload = Workload(heads=2, head_dim=8, num_features=64)
+    query, key, value, _ = make_inputs(workload, 40)
+    out = contestants.contestants()["fla"].build(workload, True)(query, key, value)
+    expected = contestants.favor("reference", workload, True)(query, key, value)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("features", ["softmax", "relu"])
@@ -296,6 +326,8 @@ def test_threads_are_torchs_own_again_afterwards():
         ({"passes": ("forward", "forward")}, "passes must name each"),
         ({"contestants": ("flash",)}, "contestants must be one of performers"),
         ({"contestants": ("fla",)}, r"contestants has none that can run here \(fla: "),
+        ({"device": "gpu"}, "--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "cuda:64"}, r"--device cuda:64 is not available: torch sees \d+ CUDA devices"),
         ({"repeats": 0}, "repeats must be at least 1"),
         ({"min_time": math.nan}, "--min-time must be at least 0"),
         ({"threads": 0}, "threads must be at least 1"),

@@ -17,7 +17,7 @@ from performers import backends
 
 # Those that decide how wide the products are.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
-_LIBRARIES = ("performer-pytorch", "pytorch-fast-transformers", "flash-linear-attention")
+_LIBRARIES = ("performer-pytorch", "pytorch-fast-transformers", "flash-linear-attention", "triton")
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def describe(threads: int) -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_parallel": parallel_info(torch.__config__.parallel_info()),
         "threads": threads,
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
         "performers": _version("performers"),
         "backends": list(backends()),
         "native": native_kernels(),

@@ -48,20 +48,28 @@ class Peak(NamedTuple):
     """Peak memory of a call.
 
     Attributes:
-        nbytes: Bytes above the resident size before the call.
-        method: ``"VmHWM"`` or ``"ru_maxrss"``.
+        nbytes: Bytes above the resident size before the call, or above what was allocated on a GPU.
+        method: ``"VmHWM"``, ``"ru_maxrss"`` or ``"CUDA allocator"``.
     """
 
     nbytes: int
     method: str
 
 
-def peak_of(call: Callable[[], object]) -> Peak:
+def peak_of(call: Callable[[], object], device: torch.device | None = None) -> Peak:
     """Run a call once and measure the rise of resident memory to its peak, result included.
+
+    On a CUDA ``device`` the memory is that which torch has allocated there.
 
     Raises:
         ProbeError: The system is Windows, which tells neither figure.
     """
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return Peak(torch.cuda.max_memory_allocated(device) - before, "CUDA allocator")
     _give_back_freed()
     if _reset_peak():
         before = _status("VmRSS")

@@ -97,6 +97,7 @@ class Workload(Options):
         f"Features of linear attention: {' or '.join(FEATURES)}.", "softmax", choices=FEATURES
     )
     dtype: str = option(f"Inputs: {', '.join(DTYPES)}.", "float32", choices=DTYPES)
+    device: str = "cpu"
     seed: int = option(**SEED)
 
 
@@ -105,9 +106,11 @@ class AttentionSettings(Workload, SweptSampling):
     """Settings of ``performers benchmark attention``."""
 
     lengths: tuple[int, ...] = option(default=(512, 1024, 2048, 4096, 8192, 16384), **LENGTHS)
+    device: str = option("Device of the calls: cpu, or a GPU as cuda or cuda:1.", "cpu")
     contestants: tuple[str, ...] = option(
-        "Names with commas between: performers native, performers torch, SDPA, identity, "
-        "performer-pytorch, fast-transformers, fla; all of them by default.",
+        "Names with commas between: performers native, performers triton, performers torch, SDPA, "
+        "SDPA flash, SDPA cuDNN, identity, performer-pytorch, fast-transformers, fla; all that "
+        "run on the device by default.",
         (),
     )
     directions: tuple[str, ...] = option(
@@ -125,14 +128,34 @@ class AttentionSettings(Workload, SweptSampling):
             OptionError: An option is out of range or unknown, or no contestant can run.
         """
         super().__post_init__()
+        _check_device(self.device)
         if self.contestants:
             from performers.benchmark.cases.contestants import contestants
 
-            known = contestants()
+            known = contestants(self.device)
             Declaration(help="", choices=tuple(known)).check("--contestants", self.contestants)
             if all(known[name].absence for name in self.contestants):
                 reasons = ", ".join(f"{name}: {known[name].absence}" for name in self.contestants)
                 raise OptionError(f"--contestants has none that can run here ({reasons})")
+
+
+def _check_device(name: str) -> None:
+    """Check that calls can be timed on a device.
+
+    Raises:
+        OptionError: It is neither the processor nor a CUDA device that is available.
+    """
+    import torch
+
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise OptionError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise OptionError(
+            f"--device {name} is not available: torch sees {count} CUDA devices here; use --device "
+            "cpu, or a build of torch for the GPU"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

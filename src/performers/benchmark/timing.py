@@ -127,6 +127,18 @@ def _time(
     return (clock() - start) / count
 
 
+def finished(call: Callable[[], None], device: str) -> Callable[[], None]:
+    """The call, which on a GPU waits for what it has launched."""
+    if torch.device(device).type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep Python's garbage collector out of the times, and collections between them short."""

@@ -31,6 +31,7 @@ from performers.benchmark.gate import (
 )
 from performers.benchmark.memory import Peak, peak_of
 from performers.benchmark.settings import PASSES, AttentionSettings, Workload, part
+from performers.benchmark.timing import finished
 
 MATMULS = "matmuls alone"
 """The row of the products around every call, with ``between_matmuls``."""
@@ -81,8 +82,9 @@ def make_matmul(workload: Workload, length: int) -> Callable[[], Tensor]:
     hidden = workload.heads * workload.head_dim
     generator = torch.Generator().manual_seed(workload.seed)
     states = torch.randn(workload.batch * length, hidden, generator=generator)
-    states = states.to(dtype_of(workload))
-    weight = torch.randn(hidden, hidden, generator=generator).to(dtype_of(workload))
+    states = states.to(workload.device, dtype_of(workload))
+    weight = torch.randn(hidden, hidden, generator=generator)
+    weight = weight.to(workload.device, dtype_of(workload))
     return partial(torch.mm, states, weight, out=torch.empty_like(states))
 
 
@@ -113,27 +115,27 @@ def measure_peak(
 ) -> Peak:
     """Peak memory of one call; runs in a separate process."""
     shapes = Workload(**workload)
-    attend = contestants()[contestant].build(shapes, is_causal)
+    attend = contestants(shapes.device)[contestant].build(shapes, is_causal)
 
     def call(length: int) -> Callable[[], object]:
         inputs = make_inputs(shapes, length, requires_grad=backward)
         return partial(run_attention, attend, inputs, backward=backward)
 
     call(_WARM_UP_LENGTH)()
-    return peak_of(call(length))
+    return peak_of(call(length), torch.device(shapes.device))
 
 
 def _absences(settings: AttentionSettings) -> dict[str, str]:
-    known = contestants()
+    known = contestants(settings.device)
     names = settings.contestants or tuple(known)
     return {name: reason for name in names if (reason := known[name].absence)}
 
 
 def _groups(settings: AttentionSettings, notes: dict[str, Any]) -> list[Group]:
-    known = contestants()
+    known = contestants(settings.device)
     chosen = [known[name] for name in settings.contestants or known if not known[name].absence]
     backward = PASSES[1] in settings.passes
-    floor = measure_floor(dtype_of(settings), torch.get_num_threads())
+    floor = measure_floor(dtype_of(settings), torch.get_num_threads(), settings.device)
     notes["floor"] = floor._asdict()
     gates = {
         (one.name, direction): Gate(partial(check, one, settings, direction == "causal", backward))
@@ -165,7 +167,7 @@ def _group(
         attend = contestant.build(settings, is_causal)
         between = {"between": matmul()} if settings.between_matmuls else {}
         call = partial(run_attention, attend, inputs(), backward=backward, **between)
-        return first_checked(call, _PARTS)
+        return finished(first_checked(call, _PARTS), settings.device)
 
     def prepare_matmuls() -> Callable[[], None]:
         product, times = matmul(), 3 if backward else 2
@@ -174,7 +176,7 @@ def _group(
             for _ in range(times):
                 product()
 
-        return call
+        return finished(call, settings.device)
 
     flops = {one.name: one.flops for one in chosen}
 

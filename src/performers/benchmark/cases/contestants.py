@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from performers import backends, favor_attention
 from performers.benchmark.cases.inputs import dtype_of, make_features
@@ -30,6 +31,10 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From query, key and value, each ``(batch, heads, length, head_dim)``, to the same shape."""
 
 SDPA, IDENTITY, PERFORMER_PYTORCH = "SDPA", "identity", "performer-pytorch"
+_SDPA_KERNELS = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+}
 NOT_INSTALLED = "not installed"
 CAUSAL_CHUNK = 64
 """Tokens in a block of chunked causal attention, as the counts of operations assume."""
@@ -60,19 +65,26 @@ class Contestant:
     absence: str | None = None
 
 
-def contestants() -> dict[str, Contestant]:
+def contestants(device: str = "cpu") -> dict[str, Contestant]:
     """All contestants by name, in the order of tables.
 
-    The backends are those usable here, without the quadratic reference. Libraries that are not
-    installed have the reason in ``absence``.
+    The backends are those usable here on the device, without the quadratic reference. What is not
+    installed, or does not run on the device, has the reason in ``absence``.
     """
+    is_cpu = torch.device(device).type == "cpu"
+    elsewhere = "triton" if is_cpu else "native"
+    needs_gpu = "needs a GPU: --device cuda" if is_cpu else None
     entries = [
         Contestant(f"performers {name}", partial(favor, name), favor_flops, backend=name)
         for name in backends()
-        if name != "reference"
+        if name not in ("reference", elsewhere)
     ]
     entries += [
         Contestant(SDPA, _sdpa, exact_flops, growth=2),
+        *(
+            Contestant(name, partial(_sdpa_of, kernel), exact_flops, growth=2, absence=needs_gpu)
+            for name, kernel in _SDPA_KERNELS.items()
+        ),
         Contestant(IDENTITY, _identity, None),
         Contestant(
             PERFORMER_PYTORCH,
@@ -86,7 +98,7 @@ def contestants() -> dict[str, Contestant]:
             _hyperbolic_flops,
             absence=absence("fast_transformers"),
         ),
-        Contestant("fla", _fla, None, absence=_fla_absence()),
+        Contestant("fla", _fla, favor_flops, absence=absence("fla") or needs_gpu),
     ]
     return {entry.name: entry for entry in entries}
 
@@ -103,6 +115,16 @@ def favor(backend: str, workload: Workload, is_causal: bool) -> Attention:
 
 def _sdpa(workload: Workload, is_causal: bool) -> Attention:
     return partial(F.scaled_dot_product_attention, is_causal=is_causal)
+
+
+def _sdpa_of(kernel: SDPBackend, workload: Workload, is_causal: bool) -> Attention:
+    """`SDPA` by one kernel alone, where it raises what it does not cover."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+
+    return attend
 
 
 def _identity(workload: Workload, is_causal: bool) -> Attention:
@@ -126,7 +148,7 @@ def _performer_pytorch(workload: Workload, is_causal: bool) -> Attention:
             causal=is_causal,
             generalized_attention=workload.features == "relu",
         )
-    built: Attention = attention.to(dtype_of(workload))
+    built: Attention = attention.to(workload.device, dtype_of(workload))
     return built
 
 
@@ -154,8 +176,8 @@ def _fast_transformers(workload: Workload, is_causal: bool) -> Attention:
     with warnings.catch_warnings():
         # Its projection is drawn with a function that torch deprecates.
         warnings.simplefilter("ignore")
-        attention.feature_map.new_feature_map(torch.device("cpu"))
-    attention.to(dtype_of(workload))
+        attention.feature_map.new_feature_map(torch.device(workload.device))
+    attention.to(workload.device, dtype_of(workload))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, _, length, _ = query.shape
@@ -168,18 +190,29 @@ def _fast_transformers(workload: Workload, is_causal: bool) -> Attention:
 
 
 def _fla(workload: Workload, is_causal: bool) -> Attention:
-    raise RuntimeError(f"fla: {_fla_absence()}")
+    """``chunk_linear_attn`` of flash-linear-attention on features computed by torch.
+
+    It has no bidirectional form and no feature map of this kind. The features are not stabilised,
+    which standard normal inputs allow.
+    """
+    if not is_causal:
+        raise RuntimeError("fla has no bidirectional form")
+    chunk_linear_attn = _import("fla.ops.linear_attn").chunk_linear_attn
+    feature_map = make_features(workload)
+    dtype = dtype_of(workload)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        phi = feature_map(query, is_query=True), feature_map(key)
+        phi_q, phi_k = (x.transpose(1, 2).to(dtype) for x in phi)
+        out, _ = chunk_linear_attn(phi_q, phi_k, value.transpose(1, 2), scale=1.0, normalize=True)
+        return out.transpose(1, 2)
+
+    return attend
 
 
 def absence(module: str) -> str | None:
     """The reason why a library cannot be used, or None, without importing it."""
     return None if importlib.util.find_spec(module) else NOT_INSTALLED
-
-
-def _fla_absence() -> str:
-    if absence("fla"):
-        return NOT_INSTALLED
-    return "needs a GPU: its kernels do not run on a processor, which is what is measured here"
 
 
 def _import(name: str) -> Any:

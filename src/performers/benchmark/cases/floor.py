@@ -14,6 +14,7 @@ import torch
 
 from performers.attention.native import library
 from performers.attention.native.interface import Call
+from performers.benchmark.timing import finished
 
 _SECONDS_A_SHAPE = 0.1
 
@@ -22,6 +23,7 @@ _SECONDS_A_SHAPE = 0.1
 _BLOCKS = ((64, 64, 256), (256, 64, 256), (256, 256, 64))
 _BLOCKS_A_THREAD = 4
 _SQUARES = (256, 512, 768)
+_LARGE_SQUARES = (2048, 4096, 8192)
 
 # Sizes of the products that the kernels are asked for: a few blocks of 64 positions to each thread.
 _LENGTH, _HEAD_DIM, _FEATURES = 512, 64, 256
@@ -41,13 +43,25 @@ class Floor(NamedTuple):
     rates: dict[str, float]
 
 
-def measure_floor(dtype: torch.dtype, threads: int, *, seconds: float = _SECONDS_A_SHAPE) -> Floor:
-    """Measure products on operands that stay in cache.
+def measure_floor(
+    dtype: torch.dtype,
+    threads: int,
+    device: str = "cpu",
+    *,
+    seconds: float = _SECONDS_A_SHAPE,
+) -> Floor:
+    """Measure products on operands that stay in cache, on a GPU large square ones.
 
     Returns:
         The rates, each the best of many calls: a floor is what the machine can do.
     """
     rates = {}
+    if device != "cpu":
+        for size in _LARGE_SQUARES:
+            left, right = torch.randn(2, size, size, device=device).to(dtype)
+            waiting = finished(partial(_multiply, left, right), device)
+            rates[f"{size} x {size} x {size}"] = _best_rate(waiting, 2 * size**3, seconds)
+        return Floor(max(rates.values()), rates)
     for rows, inner, columns in _BLOCKS:
         batch = _BLOCKS_A_THREAD * threads
         left = torch.randn(batch, rows, inner).to(dtype)
@@ -73,6 +87,10 @@ def measure_floor(dtype: torch.dtype, threads: int, *, seconds: float = _SECONDS
         operations = 8 * heads * _LENGTH * _HEAD_DIM * _FEATURES
         rates[NATIVE] = _best_rate(partial(call.run, "products"), operations, seconds)
     return Floor(max(rates.values()), rates)
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.mm(left, right)
 
 
 def _best_rate(function: Callable[[], object], operations: int, seconds: float) -> float:

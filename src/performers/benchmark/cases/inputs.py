@@ -27,12 +27,12 @@ def dtype_of(workload: Workload) -> torch.dtype:
 def make_inputs(
     workload: Workload, length: int, *, requires_grad: bool = False, offset: int = 0
 ) -> Inputs:
-    """Random tensors, the same for the same seed, offset and length."""
+    """Random tensors, the same for the same seed, offset and length on every device."""
     generator = torch.Generator().manual_seed(workload.seed + offset)
     shape = (workload.batch, workload.heads, length, workload.head_dim)
 
     def draw() -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype_of(workload))
+        return torch.randn(shape, generator=generator).to(workload.device, dtype_of(workload))
 
     query, key, value = (draw().requires_grad_(requires_grad) for _ in range(3))
     return Inputs(query, key, value, draw())
@@ -43,5 +43,5 @@ def make_features(workload: Workload) -> FeatureMap:
     generator = torch.Generator().manual_seed(workload.seed)
     sizes = (workload.head_dim, workload.num_features)
     if workload.features == "relu":
-        return GeneralizedFeatures(*sizes, fn="relu", generator=generator)
-    return SoftmaxFeatures(*sizes, generator=generator)
+        return GeneralizedFeatures(*sizes, fn="relu", generator=generator).to(workload.device)
+    return SoftmaxFeatures(*sizes, generator=generator).to(workload.device)
