@@ -1,5 +1,6 @@
 """``scaled_dot_product_attention`` by random features, and its arguments in linear terms."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ _OTHER_MASK = (
     "act on; pass padding as (batch, 1, 1, keys), causal attention as is_causal=True, or leave "
     "this attention exact"
 )
-# One that programs do not take for their inputs, whose random numbers a projection would repeat.
+# An unusual seed: with a common one (0, 42) the projection would equal the user's own randn.
 _SEED = 1_406_947_942
 _FEATURES: dict[str, SoftmaxFeatures] = {}
 
@@ -252,11 +253,15 @@ def _kept_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> S
 
 
 def _make_features(place: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    def make() -> None:
+        features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
+        _FEATURES[place] = features.to(device, dtype)
+
     if place not in _FEATURES:
-        # Made anywhere, used everywhere: inside inference mode and under a default device, too.
-        with torch.inference_mode(False), torch.device("cpu"):
-            features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
-            _FEATURES[place] = features.to(device, dtype)
+        # A thread has none of the modes of this call, which later calls must not depend on: fake
+        # tensors of torch.export, levels of torch.func, inference mode, a default device.
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(make).result()
 
 
 # torch.compiler.assume_constant_result, without the import of the compiler: it runs the function
