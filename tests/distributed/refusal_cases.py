@@ -55,6 +55,10 @@ def refusals(rank: int) -> dict[str, str]:
         with sequence_parallel():
             performers.favor_attention_weights(query, key, features)
 
+    def state_of_keys() -> None:
+        with sequence_parallel():
+            performers.favor_state(key, value, features)
+
     def bidirectional() -> None:
         with sequence_parallel():
             performers.favor_attention(query, key, value, features, backend="reference")
@@ -95,6 +99,7 @@ def refusals(rank: int) -> dict[str, str]:
         "rows of a mask": lambda: drop_in(query, key, value, attn_mask=rows),
         "heads of a mask": lambda: drop_in(query, key, value, attn_mask=heads),
         "weights": weights,
+        "state of keys": state_of_keys,
         "backend": bidirectional,
         "backward outside": backward_outside,
         "reversible": reversible,

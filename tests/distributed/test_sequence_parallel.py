@@ -34,6 +34,7 @@ REFUSALS = {
     "rows of a mask": "attn_mask with a row for each query, .* cannot be read from the shard",
     "heads of a mask": "attn_mask .* or for each head, cannot be read from the shard",
     "weights": "favor_attention_weights inside performers.distributed.sequence_parallel",
+    "state of keys": "favor_state inside performers.distributed.sequence_parallel",
     "backend": "backend must be 'torch' for a part of a bidirectional row",
     "backward outside": r"call backward\(\) inside the context",
     "reversible": r"call backward\(\) inside the context",
