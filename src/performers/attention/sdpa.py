@@ -47,7 +47,9 @@ def scaled_dot_product_attention(
 
     The first eight arguments and the result are torch's. Queries and keys may have any leading
     axes; without a head axis (three dimensions) the first is the batch. With ``is_causal`` query
-    ``i`` sees keys ``0..i``, for any numbers of queries and keys, as in torch.
+    ``i`` sees keys ``0..i``, for any numbers of queries and keys, as in torch. Keys and values must
+    have the same number of heads: one key head is not broadcast to several value heads, as torch
+    does, nor the reverse.
 
     A bool ``attn_mask`` of shape ``(..., 1, S)`` is padding. One that has a row for each query is
     read: it may mean padding, causal attention, or both, and a query that sees nothing gives

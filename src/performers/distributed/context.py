@@ -177,7 +177,10 @@ class SequenceParallel:
         columns = dict(zip(names, zip(*rows, strict=True), strict=True))
         if any(columns["refused"]):
             ranks = [rank for rank, refused in enumerate(columns["refused"]) if refused]
-            raise ValueError(f"favor_attention refused its arguments on ranks {ranks}: see there")
+            raise ValueError(
+                f"favor_attention refused its arguments on ranks {ranks}: see the error of those "
+                "processes"
+            )
         for name in _COMMON:
             if len(set(columns[name])) > 1:
                 hashed = name in ("scale", "cu_seqlens", "dtype")

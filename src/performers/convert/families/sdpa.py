@@ -81,6 +81,8 @@ class SdpaSite(Site):
 class SdpaModules(TorchModules):
     """Conversion of the modules that call ``scaled_dot_product_attention`` on an example.
 
+    Unequal numbers of queries and keys mark attention between two sequences, unless it is causal.
+
     A module counts as the caller if it is the innermost one whose forward pass runs. It gets a
     `SdpaAttention` as a submodule, and a subclass of its class whose forward pass sends its calls
     there, however the function was imported. Modules with ``nn.MultiheadAttention`` are converted
