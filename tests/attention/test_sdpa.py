@@ -115,6 +115,28 @@ def test_features_are_kept_and_owe_nothing_to_random_numbers():
     torch.testing.assert_close(out, favor_attention(*inputs, given))
 
 
+def exported(attend, x):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return attend(x, x, x)
+
+    return torch.export.export(Model(), (x,)).module()(x)
+
+
+def mapped(attend, x):
+    return torch.vmap(attend)(*(3 * [x[None]]))[0]
+
+
+@pytest.mark.parametrize("first_call", [exported, mapped])
+def test_features_do_not_depend_on_the_first_call(first_call):
+    (x,) = draw((1, 2, L, 8))
+    attend = performers.scaled_dot_product_attention
+    expected = attend(x, x, x)
+    sdpa._FEATURES.clear()
+    torch.testing.assert_close(first_call(attend, x), expected)
+    assert torch.equal(attend(x, x, x), expected)
+
+
 def test_features_approximate():
     query, key, value = draw(*[(1, 2, 60, 8)] * 3)
     inputs = 0.6 * query, 0.6 * key, value

@@ -248,6 +248,38 @@ def test_beside_multihead_attention():
         convert(exact, x, listed_keys=4)
 
 
+class MultiHead(nn.Module):
+    """Attention by ``multi_head_attention_forward``, from all positions or from a few."""
+
+    def __init__(self, queries=LENGTH):
+        super().__init__()
+        self.queries = queries
+        self.into, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        weights = self.into.weight, self.into.bias, None, None, False, 0.0
+        out, _ = F.multi_head_attention_forward(
+            x[: self.queries], x, x, WIDTH, HEADS, *weights,
+            self.out.weight, self.out.bias, need_weights=False,
+        )  # fmt: skip
+        return out.transpose(0, 1)
+
+
+def test_multi_head_attention_forward():
+    exact, x = nn.Sequential(Block(ImageAttention()), MultiHead()), torch.randn(2, LENGTH, WIDTH)
+    with pytest.raises(ValueError, match=r"1 \(MultiHead\) called .*multi_head_attention_forward"):
+        convert(exact, x)
+    ours = convert(exact, x, layers=[0], window=LENGTH)
+    assert len(favors(ours)) == 1
+    torch.testing.assert_close(ours(x), exact(x), rtol=1e-5, atol=1e-5)
+    # Pooling is attention to another sequence, which stays exact.
+    pooled = nn.Sequential(Block(ImageAttention()), MultiHead(queries=1))
+    assert len(favors(convert(pooled, x))) == 1
+    with pytest.raises(ValueError, match="multi_head_attention_forward"):
+        convert(pooled, x, cross_attention=True)
+
+
 def test_dropout_is_told_where_it_would_act():
     exact, x = build(GPT, dropout=0.5), example(GPT)
     with warnings.catch_warnings():

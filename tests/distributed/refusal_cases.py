@@ -47,9 +47,17 @@ def refusals(rank: int) -> dict[str, str]:
         with sequence_parallel():
             performers.favor_attention(query[:, :, :5], key, value, features)
 
+    def drop_in(*inputs: torch.Tensor, **options: Any) -> None:
+        with sequence_parallel():
+            performers.scaled_dot_product_attention(*inputs, **options)
+
     def weights() -> None:
         with sequence_parallel():
             performers.favor_attention_weights(query, key, features)
+
+    def state_of_keys() -> None:
+        with sequence_parallel():
+            performers.favor_state(key, value, features)
 
     def bidirectional() -> None:
         with sequence_parallel():
@@ -71,6 +79,8 @@ def refusals(rank: int) -> dict[str, str]:
             out = model(reversible=True).train()(ids, position_ids=ids + 12 * rank)
         out.logits.sum().backward()
 
+    # On rank 1 all keys are hidden.
+    rows, heads = (torch.full((1, *x, 12), rank == 0) for x in ((1, 12), (2, 1)))
     wrong_mask = torch.ones(1, 3 if rank == 0 else 12, dtype=torch.bool)
     cases: dict[str, Callable[[], None]] = {
         "features": lambda: attend(unlike),
@@ -85,7 +95,11 @@ def refusals(rank: int) -> dict[str, str]:
             boundaries=(0, 5, 24), cu_seqlens=torch.tensor((0, 7, 12))
         ),
         "cross attention": cross,
+        "causal cross attention": lambda: drop_in(query[:, :, :5], key, value, is_causal=True),
+        "rows of a mask": lambda: drop_in(query, key, value, attn_mask=rows),
+        "heads of a mask": lambda: drop_in(query, key, value, attn_mask=heads),
         "weights": weights,
+        "state of keys": state_of_keys,
         "backend": bidirectional,
         "backward outside": backward_outside,
         "reversible": reversible,

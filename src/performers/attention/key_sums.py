@@ -5,6 +5,7 @@ from torch import Tensor
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.nonfinite import without_nonfinite
+from performers.attention.sharding import check_not_sharded
 from performers.attention.state import FavorState
 from performers.attention.torch_backend.blocks import (
     Features,
@@ -42,7 +43,7 @@ def favor_state(
         sinks: As in ``favor_attention``.
 
     Raises:
-        ValueError: An argument does not fit.
+        ValueError: An argument does not fit, or a sequence-parallel context is active.
 
     Example:
         >>> import torch, performers
@@ -51,6 +52,7 @@ def favor_state(
         >>> performers.favor_state(k, v, features).key_value.shape
         torch.Size([1, 8, 256, 64])
     """
+    check_not_sharded("favor_state")
     query = key
     if key.ndim == 4:
         heads = key.shape[1]

@@ -1,5 +1,6 @@
 """``scaled_dot_product_attention`` by random features, and its arguments in linear terms."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from performers.attention.exact_keys.listed_keys import ListedKeys
 from performers.attention.functional import favor_attention
+from performers.attention.sharding import current_sharding
 from performers.features import FeatureMap, SoftmaxFeatures
 
 _OTHER_MASK = (
@@ -16,7 +18,10 @@ _OTHER_MASK = (
     "act on; pass padding as (batch, 1, 1, keys), causal attention as is_causal=True, or leave "
     "this attention exact"
 )
-# One that programs do not take for their inputs, whose random numbers a projection would repeat.
+_PASS_INSTEAD = (
+    "pass padding as (batch, 1, 1, keys) or key_mask, causal attention as is_causal=True"
+)
+# An unusual seed: with a common one (0, 42) the projection would equal the user's own randn.
 _SEED = 1_406_947_942
 _FEATURES: dict[str, SoftmaxFeatures] = {}
 
@@ -42,12 +47,15 @@ def scaled_dot_product_attention(
 
     The first eight arguments and the result are torch's. Queries and keys may have any leading
     axes; without a head axis (three dimensions) the first is the batch. With ``is_causal`` query
-    ``i`` sees keys ``0..i``, for any numbers of queries and keys, as in torch.
+    ``i`` sees keys ``0..i``, for any numbers of queries and keys, as in torch. Keys and values must
+    have the same number of heads: one key head is not broadcast to several value heads, as torch
+    does, nor the reverse.
 
     A bool ``attn_mask`` of shape ``(..., 1, S)`` is padding. One that has a row for each query is
     read: it may mean padding, causal attention, or both, and a query that sees nothing gives
     zeros. Reading takes time proportional to the mask, and makes a GPU wait; under
-    ``torch.compile`` such a mask is refused.
+    ``torch.compile`` and inside ``performers.distributed.sequence_parallel`` such a mask is
+    refused.
 
     Without ``feature_map`` the features are ``SoftmaxFeatures(head_dim)``, drawn with a fixed
     seed at the first call for a head_dim, device and dtype, and kept for all later ones: results do
@@ -185,11 +193,13 @@ def read_call(
         mask = _laid_out(mask, leading, (heads, length, size))
         is_causal, keys, sees = _read_mask(mask, mask_is_causal)
         key_mask = keys if key_mask is None else keys & key_mask
-    if is_causal and length < size:
+    # In a shard of a row, causal keys and queries that differ in number are refused, not aligned.
+    is_aligned = is_causal and current_sharding() is None
+    if is_aligned and length < size:
         # Nobody sees the keys after the last query.
         key, value = key[:, :, :length], value[:, :, :length]
         key_mask = None if key_mask is None else key_mask[:, :length]
-    elif is_causal and length > size:
+    elif is_aligned and length > size:
         if key_mask is None:
             key_mask = torch.ones(len(key), size, dtype=torch.bool, device=key.device)
         key_mask = F.pad(key_mask, (0, length - size))
@@ -222,6 +232,11 @@ def _read_mask(mask: Tensor, mask_is_causal: bool | None) -> tuple[bool, Tensor,
     """Read ``is_causal``, ``key_mask`` and the queries that see a key from a mask."""
     if mask.shape[1] == mask.shape[2] == 1:
         return False, mask[:, 0, 0], None
+    if current_sharding() is not None:
+        raise ValueError(
+            "attn_mask with a row for each query, or for each head, cannot be read from the shard "
+            f"of a process inside performers.distributed.sequence_parallel: {_PASS_INSTEAD}"
+        )
     rows = mask[:, 0]
     same, key_mask, sees = (mask == mask[:, :1]).all(), rows.any(1), rows.any(2, keepdim=True)
 
@@ -233,8 +248,8 @@ def _read_mask(mask: Tensor, mask_is_causal: bool | None) -> tuple[bool, Tensor,
     if torch.compiler.is_compiling():
         if mask_is_causal is None:
             raise ValueError(
-                "attn_mask with a row for each query cannot be read under torch.compile: pass "
-                "padding as (batch, 1, 1, keys) or key_mask, causal attention as is_causal=True"
+                "attn_mask with a row for each query cannot be read under torch.compile: "
+                f"{_PASS_INSTEAD}"
             )
         torch._assert_async(means(mask_is_causal), _OTHER_MASK)
         is_causal = mask_is_causal
@@ -252,11 +267,15 @@ def _kept_features(head_dim: int, device: torch.device, dtype: torch.dtype) -> S
 
 
 def _make_features(place: str, head_dim: int, device: torch.device, dtype: torch.dtype) -> None:
+    def make() -> None:
+        features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
+        _FEATURES[place] = features.to(device, dtype)
+
     if place not in _FEATURES:
-        # Made anywhere, used everywhere: inside inference mode and under a default device, too.
-        with torch.inference_mode(False), torch.device("cpu"):
-            features = SoftmaxFeatures(head_dim, generator=torch.Generator().manual_seed(_SEED))
-            _FEATURES[place] = features.to(device, dtype)
+        # A thread has none of the modes of this call, which later calls must not depend on: fake
+        # tensors of torch.export, levels of torch.func, inference mode, a default device.
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(make).result()
 
 
 # torch.compiler.assume_constant_result, without the import of the compiler: it runs the function

@@ -86,6 +86,9 @@ def to_performer(
         generator: Generator of the projections; None: torch's default.
         example: Inputs of a torch model, a batch as in ``calibration``, on which its modules call
             ``scaled_dot_product_attention``; None: only ``nn.MultiheadAttention`` is converted.
+            Two sequences, of which one attends to the other, must differ in length: with equal
+            lengths a call is taken for self-attention, converted without ``cross_attention`` and
+            given ``window`` and ``sinks``.
 
     Returns:
         The model.

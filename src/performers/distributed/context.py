@@ -23,22 +23,6 @@ from performers.features.base import form_of_heads
 
 # In place of the hash of boundaries that a call does not pass, or that a GPU holds.
 _UNSEEN = -1
-# What has to be the same on all ranks, besides the features.
-_COMMON = (
-    "batch",
-    "query heads",
-    "key heads",
-    "head_dim",
-    "value_dim",
-    "num_features",
-    "is_causal",
-    "window",
-    "sinks",
-    "scale",
-    "cu_seqlens",
-    "dtype",
-    "requires_grad",
-)
 
 
 @contextmanager
@@ -60,7 +44,8 @@ def sequence_parallel(
 
     Shards may have different lengths. On a CPU lengths, arguments and features are compared at each
     call. On a GPU reading them would make it wait: they are compared at the first call with each
-    feature map in a block, and must not change within it.
+    feature map in a block, and must not change within it; a process that refuses a later call
+    leaves the others waiting until the timeout of the group.
 
     Args:
         group: The processes of the row; None for all.
@@ -96,9 +81,38 @@ def sequence_parallel(
         yield parallel
 
 
+class _Header(NamedTuple):
+    """A call as ranks compare it: all but its length and cut must be the same.
+
+    Attributes:
+        length: Positions of the shard.
+        cut: Hash of the boundaries that the call itself has, or `_UNSEEN`.
+    """
+
+    length: int
+    cut: int
+    batch: int
+    query_heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    num_features: int
+    is_causal: int
+    window: int
+    sinks: int
+    scale: int
+    cu_seqlens: int
+    dtype: int
+    requires_grad: int
+
+
+# Compared by hashes, which say nothing in a message.
+_HASHED = ("scale", "cu_seqlens", "dtype")
+
+
 class _Seen(NamedTuple):
     version: int
-    header: tuple[int, ...]
+    header: _Header
     lengths: tuple[int, ...]
     cuts: tuple[int, ...]
 
@@ -124,8 +138,7 @@ class SequenceParallel:
     def attend(self, call: AttentionCall, backend: str | None) -> Tensor:
         """The output ``(batch, key_heads, groups, L, value_dim)`` of this rank's shard."""
         sinks, given, boundaries = call.sinks, call.cu_seqlens, self.boundaries
-        header: tuple[int, ...] = ()
-        refusal = None
+        header: _Header | ValueError
         try:
             _check_options(call)
             check_window_and_sinks(call, form_of_heads(call.feature_map, call.query, call.key))
@@ -136,8 +149,8 @@ class SequenceParallel:
                 boundaries, given = tuple(given.tolist()), None
             header = _header(call, sinks, boundaries, given)
         except ValueError as error:
-            refusal = error
-        lengths, cuts = self._agree(call, header, refusal)
+            header = error
+        lengths, cuts = self._agree(call, header)
         if self.boundaries is not None and set(cuts) != {_UNSEEN}:
             _check_cuts(cuts, lengths, self.boundaries)
         layout = find_layout(lengths, dist.get_rank(self.group), boundaries, call.window)
@@ -148,14 +161,17 @@ class SequenceParallel:
         return out
 
     def _agree(
-        self, call: AttentionCall, header: tuple[int, ...], refusal: ValueError | None
+        self, call: AttentionCall, header: _Header | ValueError
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths of all shards, and their boundaries as hashes; the rest is the same on all."""
         features, device = call.feature_map, call.query.device
         seen = None
-        if refusal is None and device.type != "cpu":
+        if device.type != "cpu" and isinstance(features, FeatureMap):
             seen = self._seen.get(features)
         if seen is not None and seen.version == features._buffers_version:
+            # No comparison: the other ranks take part in none.
+            if isinstance(header, ValueError):
+                raise header
             # The last number is of gradients, which a recomputation needs and its first pass not.
             if seen.header[:-1] != header[:-1]:
                 raise ValueError(
@@ -164,31 +180,30 @@ class SequenceParallel:
                     "block for each"
                 )
             return seen.lengths, seen.cuts
-        names = ("refused", "length", "cut", *_COMMON, "feature_map")
+        names = ("refused", *_Header._fields, "feature_map")
         own = torch.zeros(len(names), dtype=torch.int64, device=device)
-        if refusal is None:
+        if isinstance(header, ValueError):
+            own[0] = 1
+        else:
             own[1:-1] = torch.tensor(header, device=device)
             own[-1] = _checksum(features)
-        else:
-            own[0] = 1
         rows = gather(own, self.group).tolist()
-        if refusal is not None:
-            raise refusal
+        if isinstance(header, ValueError):
+            raise header
         columns = dict(zip(names, zip(*rows, strict=True), strict=True))
         if any(columns["refused"]):
             ranks = [rank for rank, refused in enumerate(columns["refused"]) if refused]
-            raise ValueError(f"favor_attention refused its arguments on ranks {ranks}: see there")
-        for name in _COMMON:
+            raise ValueError(
+                f"favor_attention refused its arguments on ranks {ranks}: see the error of those "
+                "processes"
+            )
+        for name in _Header._fields[2:]:
             if len(set(columns[name])) > 1:
-                hashed = name in ("scale", "cu_seqlens", "dtype")
+                values = "differs" if name in _HASHED else f"they have {list(columns[name])}"
+                remedy = "; boundaries of the whole row go to sequence_parallel(cu_seqlens=...)"
                 raise ValueError(
-                    f"{name} must be the same on all ranks of sequence_parallel, but "
-                    + ("differs" if hashed else f"they have {list(columns[name])}")
-                    + (
-                        "; boundaries of the whole row go to sequence_parallel(cu_seqlens=...)"
-                        if name == "cu_seqlens"
-                        else ""
-                    )
+                    f"{name} must be the same on all ranks of sequence_parallel, but {values}"
+                    f"{remedy if name == 'cu_seqlens' else ''}"
                 )
         if len(set(columns["feature_map"])) > 1:
             raise ValueError(
@@ -218,30 +233,29 @@ def _check_options(call: AttentionCall) -> None:
 
 def _header(
     call: AttentionCall, sinks: int, boundaries: tuple[int, ...] | None, given: Tensor | None
-) -> tuple[int, ...]:
-    """The length, the boundaries of the shard, and `_COMMON`; hashes where they are no integers."""
+) -> _Header:
     batch, key_heads, groups, length, head_dim = call.query.shape
     if boundaries is not None and batch != 1:
         raise ValueError(f"cu_seqlens needs batch size 1, got batch size {batch}")
     tensors = (call.query, call.key, call.value, *call.feature_map.parameters())
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     cut = given.tolist() if given is not None and given.device.type == "cpu" else None
-    return (
-        length,
-        _UNSEEN if cut is None else _hash(cut),
-        batch,
-        key_heads * groups,
-        key_heads,
-        head_dim,
-        call.value.shape[-1],
-        call.form.num_features,
-        int(call.is_causal),
-        -1 if call.window is None else call.window,
-        sinks,
-        _hash([call.factor]),
-        -1 if boundaries is None else _hash(boundaries),
-        _hash([call.dtype, call.key.dtype, call.value.dtype]),
-        int(needs_grad),
+    return _Header(
+        length=length,
+        cut=_UNSEEN if cut is None else _hash(cut),
+        batch=batch,
+        query_heads=key_heads * groups,
+        key_heads=key_heads,
+        head_dim=head_dim,
+        value_dim=call.value.shape[-1],
+        num_features=call.form.num_features,
+        is_causal=int(call.is_causal),
+        window=-1 if call.window is None else call.window,
+        sinks=sinks,
+        scale=_hash([call.factor]),
+        cu_seqlens=-1 if boundaries is None else _hash(boundaries),
+        dtype=_hash([call.dtype, call.key.dtype, call.value.dtype]),
+        requires_grad=int(needs_grad),
     )
 
 

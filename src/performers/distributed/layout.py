@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     tail: Piece
 
 
-# The calls of a forward and a backward pass, of all ranks.
+# Room for all ranks' layouts in one step.
 @lru_cache(maxsize=256)
 def find_layout(
     lengths: tuple[int, ...], rank: int, boundaries: tuple[int, ...] | None, window: int | None
@@ -68,7 +68,7 @@ def find_layout(
         )
     ends = tuple(sorted(set(ends)))
     for r, (first, last) in enumerate(pairwise(starts)):
-        # No sequence begins or ends from the first to the last edge of the shard.
+        # The shard lies strictly inside one sequence.
         around = bisect_left(ends, first) == bisect_right(ends, last)
         if around and last - first < (window or 0):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Messages between the ranks of a row: one for each attention call, of a size without length.
+"""Messages between ranks, one per attention call, whose size does not depend on the row's length.
 
 A rank publishes, for its last sequence and in bidirectional calls also for its first, sums over its
 keys, the keys next to its edges, and its sinks. One ``all_gather`` takes them to all ranks; in the

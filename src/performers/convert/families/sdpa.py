@@ -1,6 +1,7 @@
 """Models whose modules call ``scaled_dot_product_attention`` themselves."""
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -79,6 +80,8 @@ class SdpaSite(Site):
 
 class SdpaModules(TorchModules):
     """Conversion of the modules that call ``scaled_dot_product_attention`` on an example.
+
+    Unequal numbers of queries and keys mark attention between two sequences, unless it is causal.
 
     A module counts as the caller if it is the innermost one whose forward pass runs. It gets a
     `SdpaAttention` as a submodule, and a subclass of its class whose forward pass sends its calls
@@ -172,8 +175,18 @@ class SdpaModules(TorchModules):
 
 
 def _read(call: dict[str, Any]) -> SdpaCall:
-    names = ("query", "key", "value", "attn_mask", "is_causal", "enable_gqa")
-    return read_call(**{name: call[name] for name in names if name in call})
+    if "num_heads" in call:
+        raise ValueError(
+            "called torch.nn.functional.multi_head_attention_forward, inside which no call can be "
+            "replaced: use an nn.MultiheadAttention, or call scaled_dot_product_attention"
+        )
+    others = ("dropout_p", "scale")
+    try:
+        return read_call(**{name: call[name] for name in call if name not in others})
+    except ValueError as error:
+        raise ValueError(
+            f"called scaled_dot_product_attention in a way that is not linear: {error}"
+        ) from error
 
 
 def _site(name: str, module: nn.Module, calls: Sequence[dict[str, Any]]) -> SdpaSite:
@@ -184,8 +197,7 @@ def _site(name: str, module: nn.Module, calls: Sequence[dict[str, Any]]) -> Sdpa
         try:
             masks = _read(call).masks
         except ValueError as error:
-            problem = f"called scaled_dot_product_attention in a way that is not linear: {error}"
-            masks = {"is_causal": False}
+            problem, masks = str(error), {"is_causal": False}
         if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
             causal.add(masks["is_causal"])
         is_cross = query.shape[-2] != key.shape[-2] and not masks["is_causal"]
@@ -206,28 +218,40 @@ def _site(name: str, module: nn.Module, calls: Sequence[dict[str, Any]]) -> Sdpa
     return SdpaSite(name, module, is_cross, head_dim, key_heads, like, mask_is_causal, problem)
 
 
-_NAMES = (
-    "query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa",
-)  # fmt: skip
+_NAMES = tuple(inspect.signature(SdpaAttention.attend).parameters)[1:]
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
 
 
 class _Watch(TorchFunctionMode):
-    """Reports calls of ``scaled_dot_product_attention``, by the names of their arguments."""
+    """Reports calls of attention functions, by the names of their arguments.
+
+    Of ``multi_head_attention_forward``, whose own calls no mode sees, it reports ``num_heads``, and
+    query and key as one head.
+    """
 
     def __init__(self, seen: Callable[[dict[str, Any]], None]) -> None:
         super().__init__()
         self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.seen({**dict(zip(_NAMES, args, strict=False)), **(kwargs or {})})
-        return func(*args, **(kwargs or {}))
+            self.seen({**dict(zip(_NAMES, args, strict=False)), **kwargs})
+        elif func is F.multi_head_attention_forward:
+            call = _MULTI_HEAD.bind(*args, **kwargs).arguments
+            query, key = (call[name].movedim(0, -2).unsqueeze(-3) for name in ("query", "key"))
+            self.seen({"query": query, "key": key, "num_heads": call["num_heads"]})
+        return func(*args, **kwargs)
 
 
 @contextmanager
 def _watched(model: nn.Module, seen: Callable[[nn.Module, dict[str, Any]], None]) -> Iterator[None]:
-    """Report the calls of ``scaled_dot_product_attention`` and the innermost module of each."""
+    """Report the calls of attention functions and the innermost module of each."""
     running: list[nn.Module] = []
+
+    def report(call: dict[str, Any]) -> None:
+        if not ("num_heads" in call and isinstance(running[-1], nn.MultiheadAttention)):
+            seen(running[-1], call)
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append(module)
@@ -241,7 +265,7 @@ def _watched(model: nn.Module, seen: Callable[[nn.Module, dict[str, Any]], None]
             stack.enter_context(module.register_forward_hook(leave, always_call=True))
         # A compiled part would hide its calls.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_Watch(lambda call: seen(running[-1], call)))
+        stack.enter_context(_Watch(report))
         yield
 
 
