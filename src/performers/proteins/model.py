@@ -106,7 +106,7 @@ class ProteinModel:
             method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
             substitutions: Compute log-odds of all substitutions.
             batch_tokens: Tokens in a batch, padding included.
-            progress: Called with the residues done and the residues in all, after each batch.
+            progress: Called with the residues done and the residues in all, after each protein.
 
         Returns:
             A score for each protein, in order.
