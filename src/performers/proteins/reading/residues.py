@@ -164,11 +164,11 @@ def _rows(
         fold = np.random.default_rng((seed, protein)).permutation(len(tokens)) % folds
         fold[~np.isin(tokens, residues)] = -1
         start = 0
-        for window in split_windows(tokens.astype(np.int64), max_length):
+        for window in split_windows(tokens, max_length):
             for number in range(folds):
                 targets = np.flatnonzero(fold[start : start + len(window)] == number)
                 if targets.size:
-                    shown = window.copy()
+                    shown = np.array(window, np.int64)
                     if folds > 1:
                         shown[targets] = tokenizer.mask_token_id
                     # The protein's first token is <bos>.
