@@ -46,12 +46,14 @@ def test_what_cannot_be_read_is_refused(folder):
     for wrong, words in ((["MK", "M-K"], r"proteins\[1\]"), ("MK", "one string"), ([], "none")):
         with pytest.raises(ValueError, match=words):
             model.embed(wrong)
-    with pytest.raises(UserError, match=r"--device gpu is not available .* devices here are cpu"):
+    with pytest.raises(UserError, match=r"^device gpu is not available .* devices here are cpu"):
         public.load(folder, device="gpu")
-    with pytest.raises(UserError, match="--device meta is not available"):
+    with pytest.raises(UserError, match=r"^device meta is not available"):
         public.load(folder, device="meta")
-    with pytest.raises(UserError, match="--dtype must be one of float32"):
+    with pytest.raises(UserError, match=r"^dtype must be one of float32"):
         public.load(folder, dtype="int8")
+    with pytest.raises(UserError, match=r"^pooling has no use with per_residue"):
+        model.embed(["MK"], per_residue=True, pooling="mean-sd")
     with pytest.raises(AttributeError):
         public.nothing  # noqa: B018
 

@@ -74,7 +74,7 @@ class ProteinModel:
             ValueError: A sequence has other letters than residues.
         """
         if per_residue and pooling != "mean":
-            raise UserError("--pooling has no use with --per-residue; leave one of the two away")
+            raise UserError("pooling has no use with per_residue; leave one of the two away")
         sequences = _sequences(proteins)
         model = (self.network, self.tokenizer)
         if per_residue:

@@ -293,7 +293,7 @@ def test_trackers_log_what_the_run_logs(tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"report_to": ("wandb",)}, "--report-to wandb needs a package: pip install wandb"),
-        ({"device": "gpu"}, "--device gpu is not available"),
+        ({"device": "gpu"}, "device gpu is not available"),
         ({"device": "cpu:0"}, "--device cpu:0: training takes a kind of device"),
     ],
 )

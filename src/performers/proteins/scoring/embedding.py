@@ -56,7 +56,7 @@ def embed_sequences(
             positions reach.
     """
     if pooling not in POOLINGS:
-        raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
+        raise UserError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
     width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
     vectors = np.empty((len(sequences), width), dtype=np.float32)
     for places, hidden, residues in _hidden_states(
@@ -108,7 +108,7 @@ def _hidden_states(
     layers = model.config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UserError(
-            f"--layer must be 0 (before the first block) to {layers} (after the last), or "
+            f"layer must be 0 (before the first block) to {layers} (after the last), or "
             f"{-layers - 1} to -1 from the end; got {layer}"
         )
     inner = layer is not None and layer not in (-1, layers)

@@ -97,9 +97,9 @@ def score_sequences(
     """
     causal = bool(model.config.is_decoder)
     if method is not None and causal:
-        raise UserError("--method is for masked models; leave it out with a causal one")
+        raise UserError("method is for masked models; leave it out with a causal one")
     if method is not None and method not in SCORE_METHODS:
-        raise UserError(f"--method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
+        raise UserError(f"method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
     scorer = _Scorer(model, tokenizer, batch_tokens)
     encoded = [tokens.astype(np.int64) for tokens in encode_sequences(tokenizer, sequences)]
     check_input_length(model, max(map(len, encoded)))
