@@ -7,7 +7,7 @@ import torch
 from performers import proteins as public
 from performers.app.errors import UserError
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
-from tests.proteins.runs import make_model_folder, proteins
+from tests.proteins.runs import make_model, make_model_folder, proteins
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,33 @@ def test_what_cannot_be_read_is_refused(folder):
     for wrong, words in ((["MK", "M-K"], r"proteins\[1\]"), ("MK", "one string"), ([], "none")):
         with pytest.raises(ValueError, match=words):
             model.embed(wrong)
-    with pytest.raises(UserError, match=r"--device gpu is not available .* devices here are cpu"):
+    with pytest.raises(UserError, match=r"^device gpu is not available .* devices here are cpu"):
         public.load(folder, device="gpu")
-    with pytest.raises(UserError, match="--device meta is not available"):
+    with pytest.raises(UserError, match=r"^device meta is not available"):
         public.load(folder, device="meta")
-    with pytest.raises(UserError, match="--dtype must be one of float32"):
+    with pytest.raises(UserError, match=r"^dtype must be one of float32"):
         public.load(folder, dtype="int8")
+    with pytest.raises(UserError, match=r"^pooling has no use with per_residue"):
+        model.embed(["MK"], per_residue=True, pooling="mean-sd")
     with pytest.raises(AttributeError):
         public.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_a_network_in_training_mode_is_run_in_evaluation_mode(objective, tmp_path):
+    network, tokenizer = make_model(objective, hidden_dropout_prob=0.5)
+    model = public.ProteinModel(network, tokenizer, tmp_path)
+
+    def results():
+        (score,) = model.score(["MKTAY"], substitutions=True)
+        return [
+            *(model.embed(["MKTAY"]), *model.embed(["MKTAY"], per_residue=True)),
+            *(score.log_likelihoods, score.log_odds),
+        ]
+
+    expected = results()
+    frozen = network.train().base_model.layers[0].eval()
+    for found, exact in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(found, exact)
+    assert network.training, "the mode is given back"
+    assert not frozen.training, "and that of each module"

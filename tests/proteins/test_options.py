@@ -149,6 +149,13 @@ def test_what_changes_the_result_makes_another_run():
     ]
 
 
+def test_the_type_is_one_setting_under_either_flag():
+    mixed = TrainingOptions(dtype="bfloat16")
+    assert mixed.differences(TrainingOptions(bf16=True).to_dict()) == []
+    differences = mixed.differences(TrainingOptions().to_dict())
+    assert differences == ["--dtype was float32, now bfloat16"]
+
+
 def test_how_a_run_is_watched_does_not():
     watched = TrainingOptions(log_steps=7, eval_steps=3, save_steps=2)
     assert watched.differences(TrainingOptions().to_dict()) == []

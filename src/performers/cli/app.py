@@ -140,7 +140,7 @@ class ReportOptions(Options):
     paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_folder: Path = option(**NEW_FOLDER)
     compare: list[Path] | None = option("Another model to show beside it (repeatable).", None)
-    protein: str | None = option("Name of the protein whose attention is drawn.", None)
+    protein: str | None = option("Name or accession of the protein whose attention is drawn.", None)
     sites: str | None = option(
         "Known sites of that protein to mark, such as 57,102,195; by default those of sites= in "
         "its header.",

@@ -74,7 +74,7 @@ class ProteinModel:
             ValueError: A sequence has other letters than residues.
         """
         if per_residue and pooling != "mean":
-            raise UserError("--pooling has no use with --per-residue; leave one of the two away")
+            raise UserError("pooling has no use with per_residue; leave one of the two away")
         sequences = _sequences(proteins)
         model = (self.network, self.tokenizer)
         if per_residue:
@@ -106,7 +106,7 @@ class ProteinModel:
             method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
             substitutions: Compute log-odds of all substitutions.
             batch_tokens: Tokens in a batch, padding included.
-            progress: Called with the residues done and the residues in all, after each batch.
+            progress: Called with the residues done and the residues in all, after each protein.
 
         Returns:
             A score for each protein, in order.

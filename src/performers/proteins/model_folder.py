@@ -38,7 +38,7 @@ def load_model(
     """
     place = available_device(device)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     if not folder.is_dir():
         raise UserError(
             f"{folder} is not a model folder; give one that performers train wrote to --output"
@@ -106,7 +106,7 @@ def available_device(name: str | None) -> torch.device:
         usable = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
         reason = str(error).partition("\n")[0][:120]
         raise UserError(
-            f"--device {name} is not available ({reason}); the devices here are {usable}"
+            f"device {name} is not available ({reason}); the devices here are {usable}"
         ) from error
     return device
 

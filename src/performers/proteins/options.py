@@ -310,10 +310,14 @@ class TrainingOptions(Options):
             for item in fields(self)
             if "option" not in item.metadata or item.metadata["option"].changes_result
         }
+        now = {name: getattr(self, name) for name in before}
+        # Recorded as bf16, whichever of the two flags was given.
+        for options in (before, now):
+            options["dtype"] = "bfloat16" if options.pop("bf16") else "float32"
         return [
-            f"{self.flag(name)} was {value}, now {getattr(self, name)}"
+            f"{self.flag(name)} was {value}, now {now[name]}"
             for name, value in before.items()
-            if getattr(self, name) != value
+            if now[name] != value
         ]
 
 

@@ -59,7 +59,9 @@ def test_each_residue_is_hidden_once_and_a_seventh_of_them_together():
     model, tokenizer = make_model()
     (letters,) = proteins(1, 90, 90)
     seen = []
-    handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    handle = model.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"].clone()), with_kwargs=True
+    )
     (reading,) = read_proteins(model, tokenizer, records(letters), max_length=40, batch_tokens=1)
     handle.remove()
     hidden = [(row == tokenizer.mask_token_id).sum().item() for rows in seen for row in rows]

@@ -86,6 +86,9 @@ def test_a_protein_is_chosen_by_name_or_by_length():
     assert choose_protein(records, "long", 256).name == "long"
     assert choose_protein(records[:2], None, 256).name == "short"
     assert choose_protein(records[:1], None, 256).name == "long"
+    accessions = [ProteinRecord(name, "", "M") for name in ("sp|P1|A_X", "sp|P2|B_X", "P1")]
+    assert choose_protein(accessions, "P2", 256) is accessions[1]
+    assert choose_protein(accessions, "P1", 256) is accessions[2], "a name comes first"
     with pytest.raises(UserError, match=r"--protein 'x' is not in .* first are long, short, fits"):
         choose_protein(records, "x", 256)
 
@@ -119,6 +122,15 @@ def test_the_page_shows_so_many_proteins_with_labels(folder, tmp_path):
     assert data["labels"] == ["label"]
     assert [protein["name"] for protein in data["proteins"]] == shown
     assert {p["name"]: p["label0"] for p in data["proteins"]}["p7"] == "kinase"
+
+
+def test_labels_are_of_names_or_accessions(folder, tmp_path):
+    records = [ProteinRecord(f"sp|P{n}|A_X", "", RECORDS[n].sequence) for n in range(3)]
+    write(folder, tmp_path, records, labels={"P1": ("kinase",), "sp|P2|A_X": ("membrane",)})
+    data = Page(tmp_path / "report.html").data
+    assert [p["label0"] for p in data["proteins"]] == ["none", "kinase", "membrane"]
+    with pytest.raises(UserError, match=r"--labels names none .* 'sp\|P0\|A_X', .* such as 'Q1'"):
+        write(folder, tmp_path, records, labels={"Q1": ("kinase",)})
 
 
 @pytest.mark.parametrize(

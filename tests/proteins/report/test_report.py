@@ -142,10 +142,22 @@ def test_the_data_hold_each_protein_and_the_guesses_that_fit(full):
     assert list(data["tracks"]) == ["0", "1", "2", "3"]
     assert data["tracks"]["2"]["sequence"] == SEQUENCE * 2
     assert data["labels"] == ["kind"]
-    assert list(data["colours"]) == ["surprise", "length", "kind"]
+    titles = [colour["title"] for colour in data["colours"]]
+    assert titles == ["surprise (bits)", "length (residues)", "kind"]
     assert len(data["charts"]["map"]["data"]["values"]) == 5
     assert list(data["maps"]) == ["maps-0"]
     assert [head["layer"] for head in data["maps"]["maps-0"]["heads"]] == [1] * 4 + [2] * 4
+
+
+def test_a_label_of_the_name_of_a_number_is_a_colouring_of_its_own(tmp_path):
+    proteins = [reading(f"p{n}", SEQUENCE, f"length={'ab'[n % 2]}", seed=n) for n in range(4)]
+    data = Page(write_report(tmp_path, models=[ModelReport("m", proteins=proteins)])).data
+    fields = {colour["title"]: colour["field"] for colour in data["colours"]}
+    assert fields == {
+        "surprise (bits)": "surprise",
+        "length (residues)": "length",
+        "length": "label0",
+    }
 
 
 def test_pictures_of_the_charts_lie_beside_the_page(full):

@@ -34,7 +34,7 @@ def test_what_cannot_be_embedded_is_refused():
     assert embed_sequences(model, tokenizer, ["M" * 18]).shape == (1, 16)
     with pytest.raises(UserError, match="cannot read 21"):
         embed_sequences(model, tokenizer, ["MK", "M" * 19])
-    with pytest.raises(UserError, match=r"--pooling must be one of mean, mean-sd; got 'max'"):
+    with pytest.raises(UserError, match=r"^pooling must be one of mean, mean-sd; got 'max'"):
         embed_sequences(model, tokenizer, ["MK"], pooling="max")
 
 
@@ -77,5 +77,5 @@ def test_residues_of_a_layer_are_its_hidden_states():
                 hidden = model.base_model(tokens, output_hidden_states=True).hidden_states[state]
             np.testing.assert_allclose(vectors, hidden[0, 1:-1].numpy(), atol=2e-5)
             np.testing.assert_allclose(vectors.mean(0), mean, atol=2e-5)
-    with pytest.raises(UserError, match=r"--layer must be 0 .* to 2 .* got 3"):
+    with pytest.raises(UserError, match=r"^layer must be 0 .* to 2 .* got 3"):
         embed_residues(model, tokenizer, sequences, layer=3)

@@ -83,9 +83,9 @@ def test_substitutions_of_a_causal_model_compare_whole_proteins():
 
 def test_what_cannot_be_scored_is_refused():
     causal, masked = make_model("clm"), make_model()
-    with pytest.raises(UserError, match="--method is for masked models"):
+    with pytest.raises(UserError, match=r"^method is for masked models"):
         score_sequences(*causal, ["MK"], method="masked")
-    with pytest.raises(UserError, match="--method must be one of masked, one-pass"):
+    with pytest.raises(UserError, match=r"^method must be one of masked, one-pass"):
         score_sequences(*masked, ["MK"], method="fast")
     with torch.no_grad():
         masked[0].lm_head.bias.fill_(float("nan"))

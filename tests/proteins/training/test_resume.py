@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from performers.app.errors import Interrupted, UserError
-from performers.proteins.training.record import last_complete_checkpoint
+from performers.proteins.training.record import check_same_run, last_complete_checkpoint
 from performers.proteins.training.train import train_model
 from tests.proteins.runs import (
     finish,
@@ -226,6 +226,15 @@ def test_another_run_is_refused(
     with pytest.raises(UserError, match=message):
         train(folder, resume=True, sequences=sequences, **options)
     assert_same_run(folder, whole)
+
+
+def test_a_record_older_than_runs_of_several_processes_is_of_one(tmp_path, whole):
+    earlier = json.loads((whole / "training.json").read_text())
+    assert earlier.pop("processes") == 1
+    (tmp_path / "training.json").write_text(json.dumps(earlier))
+    record = {**earlier, "processes": 2}
+    with pytest.raises(UserError, match="ran in 1 processes and this in 2"):
+        check_same_run(tmp_path / "training.json", record, small_options(**STEPS))
 
 
 @pytest.mark.parametrize(

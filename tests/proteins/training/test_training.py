@@ -2,7 +2,9 @@
 
 import json
 import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,13 +246,21 @@ def test_what_cannot_be_trained_leaves_the_folder_empty(tmp_path, monkeypatch):
 
 def test_the_estimate_comes_before_the_first_step_and_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("performers.proteins.training.estimate._FEWEST_BATCHES", 1)
+    clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
+    monkeypatch.setattr("performers.training.callbacks.time", clock)
     options, said = small_options(steps=2), []
+
+    def announce(text):
+        clock.late = 1000.0
+        said.append(text)
+
     train_model(proteins(), tmp_path / "without", options)
-    train_model(
+    result = train_model(
         *(proteins(), tmp_path / "with", options),
-        announce=lambda text: said.append(text),
+        announce=announce,
         progress=lambda *step: said.append(step),
     )
+    assert 0 < result["seconds"] < 1000, "the estimate is no training"
     assert re.match(r"about \d+ s for 2 steps, at [\d.e-]+ s a batch; ", said[0])
     assert not isinstance(said[1], str)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
@@ -283,7 +293,7 @@ def test_trackers_log_what_the_run_logs(tmp_path, monkeypatch):
     ("changes", "words"),
     [
         ({"report_to": ("wandb",)}, "--report-to wandb needs a package: pip install wandb"),
-        ({"device": "gpu"}, "--device gpu is not available"),
+        ({"device": "gpu"}, "device gpu is not available"),
         ({"device": "cpu:0"}, "--device cpu:0: training takes a kind of device"),
     ],
 )

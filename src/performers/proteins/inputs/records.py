@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from performers.app.errors import UserError
 
+_T = TypeVar("_T")
 _AMBIGUOUS = "XBZUOJ"
 # Residues from which on nucleotides are suspected, and the least share of the letters that they
 # are together (IUPAC codes of ambiguous bases are the rest) and that each of them is.
@@ -55,6 +58,10 @@ class ProteinRecord:
     def header(self) -> str:
         """The header without its ``>``."""
         return f"{self.name} {self.description}".rstrip()
+
+    def look_up(self, table: Mapping[str, _T]) -> _T | None:
+        """Entry of a table under the name or else the accession; None where there is neither."""
+        return table.get(self.name, table.get(self.accession))
 
 
 @dataclass

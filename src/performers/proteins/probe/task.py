@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,6 @@ _HOW_TO_GROUP = (
     "the headers. "
     "--split random goes without, and then relatives of the test sequences are trained on"
 )
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -121,8 +119,8 @@ def build_task(
     left_out = Counter[str]()
     chosen: dict[str, tuple[str, tuple[str, ...], str]] = {}
     for record in records:
-        found = _look_up(labelled, record)
-        group = _look_up(groups, record)
+        found = record.look_up(labelled)
+        group = record.look_up(groups)
         if record.name in chosen:
             left_out["repeats of a name"] += 1
         elif found is None:
@@ -196,10 +194,6 @@ def _from_headers(records: Sequence[ProteinRecord], field: str) -> dict[str, str
             if name == field:
                 found.setdefault(record.name, value)
     return found
-
-
-def _look_up(table: Mapping[str, _T], record: ProteinRecord) -> _T | None:
-    return table.get(record.name, table.get(record.accession))
 
 
 def _joined(groups: Sequence[str], sequences: Sequence[str]) -> NDArray[np.int64]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +16,7 @@ from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.reading.head_scores import HeadScores, local_global_score, residue_mask
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
 from performers.proteins.reading.site_scores import SiteScores, score_sites
+from performers.proteins.scoring.batches import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -140,39 +140,34 @@ def analyse_model(
             embeddings=embeddings,
         )
 
-    training = model.training
-    model.eval()
-    try:
-        tokens = _encode(tokenizer, [protein.sequence[:room]])
-        attentions = _attentions(model, tokens)
-        if attentions is None:
-            return analysis(
-                problem="This model returned no attention weights, so there is nothing to map or "
-                "to compare. A model that computes exact attention in a fused kernel keeps none: "
-                'load it with attn_implementation="eager".'
-            )
-        residues = residue_mask(tokens["input_ids"], tokens["attention_mask"], special)
-        keep = residues[0].cpu()
-        letters = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].cpu()[keep].tolist())
-        maps = tuple(w[0].float().cpu()[:, keep][:, :, keep].numpy() for w in attentions)
-        scores = None
-        if keep.any():
-            scores = local_global_score(
-                attentions, residues, band=band, is_causal=_looks_causal(attentions)
-            )
-        marked = None
-        # A tokenizer that lacks a letter leaves a gap, and numbers would name other residues.
-        if sites and "".join(letters) == protein.sequence[: len(letters)]:
-            marked = score_sites(maps, "".join(letters), sites, seed=seed)
-        for start in range(0, len(chosen), batch_size):
-            batch = [sequence[:room] for sequence in chosen[start : start + batch_size]]
-            tokens = _encode(tokenizer, batch)
-            weights = _attentions(model, tokens) or ()
-            similarity.update(tokens["input_ids"], tokens["attention_mask"], weights)
-            if progress is not None:
-                progress(min(start + batch_size, len(chosen)), len(chosen))
-    finally:
-        model.train(training)
+    tokens = _encode(tokenizer, [protein.sequence[:room]])
+    attentions = _attentions(model, tokens)
+    if attentions is None:
+        return analysis(
+            problem="This model returned no attention weights, so there is nothing to map or "
+            "to compare. A model that computes exact attention in a fused kernel keeps none: "
+            'load it with attn_implementation="eager".'
+        )
+    residues = residue_mask(tokens["input_ids"], tokens["attention_mask"], special)
+    keep = residues[0].cpu()
+    letters = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].cpu()[keep].tolist())
+    maps = tuple(w[0].float().cpu()[:, keep][:, :, keep].numpy() for w in attentions)
+    scores = None
+    if keep.any():
+        scores = local_global_score(
+            attentions, residues, band=band, is_causal=_looks_causal(attentions)
+        )
+    marked = None
+    # A tokenizer that lacks a letter leaves a gap, and numbers would name other residues.
+    if sites and "".join(letters) == protein.sequence[: len(letters)]:
+        marked = score_sites(maps, "".join(letters), sites, seed=seed)
+    for start in range(0, len(chosen), batch_size):
+        batch = [sequence[:room] for sequence in chosen[start : start + batch_size]]
+        tokens = _encode(tokenizer, batch)
+        weights = _attentions(model, tokens) or ()
+        similarity.update(tokens["input_ids"], tokens["attention_mask"], weights)
+        if progress is not None:
+            progress(min(start + batch_size, len(chosen)), len(chosen))
     return analysis("".join(letters), maps, scores, similarity, sites=marked)
 
 
@@ -181,11 +176,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, sequences: list[str]) -> dict[st
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-@torch.no_grad()
 def _attentions(model: PreTrainedModel, tokens: dict[str, Tensor]) -> tuple[Tensor, ...] | None:
     """One (B, H, L, L) per layer, or None where the model gives none."""
     inputs = {name: tensor.to(model.device) for name, tensor in tokens.items()}
-    attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
+    with evaluation_mode(model):
+        attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
     if not attentions or any(weights is None for weights in attentions):
         return None
     return tuple(attentions)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
 from performers.proteins.inputs.fasta import ProteinRecord
-from performers.proteins.inputs.packing import split_windows
+from performers.proteins.inputs.objectives import CausalCollator
+from performers.proteins.inputs.packing import TokenDataset, split_windows
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
+from performers.proteins.scoring.batches import run_batches
 from performers.proteins.scoring.embedding import embed_sequences
 
 FOLDS = 7
@@ -61,7 +61,6 @@ class ProteinReading:
         return float(right.mean()) if found.any() else float("nan")
 
 
-@torch.inference_mode()
 def read_proteins(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,25 +93,28 @@ def read_proteins(
     guesses = [np.full((len(s), len(AMINO_ACIDS)), np.nan, np.float32) for s in sequences]
     is_causal = bool(model.config.is_decoder)
     rows = _rows(tokenizer, sequences, max_length, 1 if is_causal else FOLDS, seed)
-    done, training = 0, model.training
-    model.eval()
-    try:
-        for batch in _batches(rows, batch_tokens):
-            logits = _logits(model, tokenizer, batch, is_causal)
-            for row, scores in zip(batch, logits, strict=True):
-                # A causal model's scores at a place are of the next token.
-                source = row.targets - 1 if is_causal else row.targets
-                kept = row.targets[source >= 0]
-                shares = scores[torch.from_numpy(source[source >= 0])].softmax(-1)[:, letters]
-                guesses[row.protein][row.start + kept] = shares.numpy()
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(rows))
-        longest = getattr(model.config, "longest_input", None)
-        cropped = [s if longest is None else s[: longest - 2] for s in sequences]
-        vectors = embed_sequences(model, tokenizer, cropped, batch_tokens=batch_tokens)
-    finally:
-        model.train(training)
+    batches = (
+        run_batches(
+            model,
+            TokenDataset(row.tokens for row in rows),
+            CausalCollator(tokenizer),
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        if rows
+        else ()
+    )
+    for places, _, output in batches:
+        for place, scores in zip(places, output.logits.float().cpu(), strict=True):
+            row = rows[place]
+            # A causal model's scores at a place are of the next token.
+            source = row.targets - 1 if is_causal else row.targets
+            kept = row.targets[source >= 0]
+            shares = scores[torch.from_numpy(source[source >= 0])].softmax(-1)[:, letters]
+            guesses[row.protein][row.start + kept] = shares.numpy()
+    longest = getattr(model.config, "longest_input", None)
+    cropped = [s if longest is None else s[: longest - 2] for s in sequences]
+    vectors = embed_sequences(model, tokenizer, cropped, batch_tokens=batch_tokens)
     return [_reading(*found) for found in zip(records, guesses, vectors, strict=True)]
 
 
@@ -144,7 +146,8 @@ class _Row:
     protein: int
     start: int
     """Index in the protein of what the window's first token would be, were it a residue."""
-    tokens: NDArray[np.integer[Any]]
+    tokens: NDArray[np.int64]
+    """The window, of a masked model with the targets hidden."""
     targets: NDArray[np.int64]
 
 
@@ -161,42 +164,17 @@ def _rows(
         fold = np.random.default_rng((seed, protein)).permutation(len(tokens)) % folds
         fold[~np.isin(tokens, residues)] = -1
         start = 0
-        for window in split_windows(tokens.astype(np.int64), max_length):
+        for window in split_windows(tokens, max_length):
             for number in range(folds):
                 targets = np.flatnonzero(fold[start : start + len(window)] == number)
                 if targets.size:
+                    shown = np.array(window, np.int64)
+                    if folds > 1:
+                        shown[targets] = tokenizer.mask_token_id
                     # The protein's first token is <bos>.
-                    rows.append(_Row(protein, start - 1, window, targets))
+                    rows.append(_Row(protein, start - 1, shown, targets))
             start += len(window)
-    # Alike lengths side by side waste least on padding.
-    return sorted(rows, key=lambda row: len(row.tokens))
-
-
-def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    batch: list[_Row] = []
-    for row in rows:
-        if batch and (len(batch) + 1) * len(row.tokens) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _logits(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch: list[_Row], is_causal: bool
-) -> Tensor:
-    longest = len(batch[-1].tokens)
-    inputs = torch.full((len(batch), longest), int(tokenizer.pad_token_id))
-    mask = torch.zeros(len(batch), longest, dtype=torch.long)
-    for number, row in enumerate(batch):
-        inputs[number, : len(row.tokens)] = torch.from_numpy(row.tokens)
-        mask[number, : len(row.tokens)] = 1
-        if not is_causal:
-            inputs[number, torch.from_numpy(row.targets)] = int(tokenizer.mask_token_id)
-    options: dict[str, Any] = {"use_cache": False} if is_causal else {}
-    output = model(inputs.to(model.device), mask.to(model.device), **options)
-    return output.logits.float().cpu()
+    return rows
 
 
 def _reading(

@@ -38,7 +38,14 @@ NAMES = dict(
 """Amino acids by letter."""
 
 Chart = dict[str, Any]
-_COLOURS = (*PALETTE[:6], "#8c6d31", "#8a8a8a")
+CATEGORIES = {
+    "light": (*PALETTE[:6], "#8c6d31", "#8a8a8a"),
+    "dark": (
+        *("#5fb0e8", "#ff9a4d", "#2fc49a", "#e29ac6"),
+        *("#ffc14d", "#a8dcff", "#c9a66b", "#a0a0a0"),
+    ),
+}
+"""Colours of categories on a light and on a dark page."""
 
 
 @cache
@@ -50,7 +57,7 @@ def chart_script() -> str:
 def png(chart: Chart) -> bytes:
     """A picture of a chart."""
     steps = {"width": chart["height"] if isinstance(chart["height"], dict) else 460}
-    config = {**chart.get("config", {}), "range": {"category": list(_COLOURS)}}
+    config = {**chart.get("config", {}), "range": {"category": list(CATEGORIES["light"])}}
     still = {**chart, **steps, "background": "white", "config": config}
     return vl_convert.vegalite_to_png(still, scale=2)
 
@@ -60,7 +67,7 @@ def map_chart(
     shares: Sequence[float],
     proteins: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
-) -> tuple[Chart, dict[str, Chart]]:
+) -> tuple[Chart, list[Chart]]:
     """Proteins as points, coloured by surprise.
 
     Args:
@@ -70,25 +77,27 @@ def map_chart(
         labels: Keys of the labels.
 
     Returns:
-        The chart, and for each way to colour it the encoding of the colour.
+        The chart, and the encodings of the colour to choose from, each with its title.
     """
     points = [
         {**protein, "number": number, "x": round(float(x), 4), "y": round(float(y), 4)}
         for number, (protein, (x, y)) in enumerate(zip(proteins, places, strict=True))
     ]
-    colours: dict[str, Chart] = {
-        "surprise": _colour("surprise", "surprise (bits)", "viridis"),
-        "length": _colour("length", "length (residues)", "viridis"),
-    }
+    colours = [
+        _colour("surprise", "surprise (bits)", "viridis"),
+        _colour("length", "length (residues)", "viridis"),
+    ]
     for number, label in enumerate(labels):
         values = (protein[f"label{number}"] for protein in proteins)
-        colours[label] = {
-            "field": f"label{number}",
-            "type": "nominal",
-            "title": label,
-            "scale": {"domain": sorted(dict.fromkeys(values), key=JOINED.__contains__)},
-            "legend": {"labelLimit": 150, "symbolOpacity": 1},
-        }
+        colours.append(
+            {
+                "field": f"label{number}",
+                "type": "nominal",
+                "title": label,
+                "scale": {"domain": sorted(dict.fromkeys(values), key=JOINED.__contains__)},
+                "legend": {"labelLimit": 150, "symbolOpacity": 1},
+            }
+        )
     axes = {
         axis: {
             "field": axis,
@@ -114,7 +123,7 @@ def map_chart(
         "mark": {"type": "circle", "opacity": 0.85, "cursor": "pointer"},
         "encoding": {
             **axes,
-            "color": colours["surprise"],
+            "color": colours[0],
             "size": _where_chosen("number", 240, 70),
             "stroke": _where_chosen("number", PALETTE[1], None),
             "strokeWidth": {"value": 3},

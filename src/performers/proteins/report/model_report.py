@@ -50,11 +50,12 @@ def report_on_model(
         records: Proteins to read its attention from and to score it on.
         output: Folder of the report.
         compare: Folder, model and tokenizer of others to show beside it.
-        protein: Name of the one whose attention is drawn; by default the first that is long
-            enough to show structure and short enough to be read whole.
+        protein: Name or accession of the one whose attention is drawn; by default the first that is
+            long enough to show structure and short enough to be read whole.
         sites: Numbers of residues of that protein to mark, with commas between; by default those
             of ``sites=`` in its header.
-        labels: Protein to its labels, which the map shows; by default those of the headers.
+        labels: Name or accession of a protein to its labels, which the map shows; by default those
+            of the headers.
         max_sequences: Proteins on the page, and sequences read for amino-acid similarity; drawn at
             random where there are more.
         max_length: Tokens read of each for attention.
@@ -65,8 +66,15 @@ def report_on_model(
         The path of the page.
 
     Raises:
-        UserError: No sequence has that name, or a site is none of its residues.
+        UserError: No sequence has that name, no label is of a sequence, or a site is none of its
+            residues.
     """
+    if labels is not None and all(record.look_up(labels) is None for record in records):
+        raise UserError(
+            f"--labels names none of the proteins: names in the FASTA files are such as "
+            f"{records[0].name!r}, in the labels such as {next(iter(labels), '')!r}; write the "
+            "same names, or the accessions of headers such as sp|P12345|NAME"
+        )
     drawn = choose_protein(records, protein, max_length)
     shown = _sample(records, max_sequences, drawn)
     marked = header_sites(drawn) if sites is None else parse_sites(sites, len(drawn.sequence))
@@ -101,7 +109,7 @@ def report_on_model(
         )
     columns = None
     if labels is not None:
-        joined = [", ".join(labels.get(record.name, ())) for record in shown]
+        joined = [", ".join(record.look_up(labels) or ()) for record in shown]
         columns = {"label": grouped([shortened(text, 40) for text in joined])}
     return write_report(output, models=described, labels=columns, max_residues=max_residues)
 
@@ -172,15 +180,16 @@ def describe_model(
 def choose_protein(
     records: Sequence[ProteinRecord], name: str | None, max_length: int
 ) -> ProteinRecord:
-    """The protein with a name, or the first of a length that makes a readable map.
+    """The protein of a name or accession, or the first of a length that makes a readable map.
 
     Raises:
         UserError: No sequence has that name.
     """
     if name is not None:
-        for record in records:
-            if record.name == name:
-                return record
+        named = {record.accession: record for record in reversed(records)}
+        named |= {record.name: record for record in reversed(records)}
+        if name in named:
+            return named[name]
         known = ", ".join(record.name for record in records[:5])
         raise UserError(f"--protein {name!r} is not in the FASTA files; the first are {known}")
     for low in (80, 1):

@@ -114,6 +114,7 @@ def write_report(
     unique = [n if names.count(n) == 1 else f"{i}. {n}" for i, n in enumerate(names, start=1)]
     drawn: dict[str, charts.Chart] = {}
     data: dict[str, Any] = {"levels": payload.LEVELS, "names": charts.NAMES, "charts": drawn}
+    data["categories"] = charts.CATEGORIES
     reader = next((model for model in models if model.proteins), models[0])
     data |= _proteins(reader, labels, max_residues, drawn)
     mapped = {i: m.analysis for i, m in enumerate(models) if m.analysis and m.analysis.labels}
@@ -174,7 +175,7 @@ def _proteins(
     """Rows of the proteins, their guesses, and the charts of both."""
     readings = reader.proteins
     if not readings:
-        return {"proteins": [], "tracks": {}, "labels": [], "colours": {}, "chosen": 0}
+        return {"proteins": [], "tracks": {}, "labels": [], "colours": [], "chosen": 0}
     rows = payload.protein_rows(readings)
     if labels is None:
         labels = payload.header_labels([reading.record for reading in readings])

@@ -20,11 +20,8 @@
     const font = getComputedStyle(document.body).fontFamily;
     const text = { labelColor: soft, titleColor: soft, labelFont: font, titleFont: font,
       labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" };
-    const categories = dark.matches
-      ? ["#5fb0e8", "#ff9a4d", "#2fc49a", "#e29ac6", "#ffc14d", "#a8dcff", "#c9a66b", "#a0a0a0"]
-      : ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c6d31", "#8a8a8a"];
     return {
-      range: { category: categories },
+      range: { category: data.categories[dark.matches ? "dark" : "light"] },
       font, background: "transparent", view: { stroke: line }, title: { color: ink, font, fontSize: 14 },
       axis: { ...text, gridColor: line, domainColor: line, tickColor: line },
       legend: text,
@@ -46,7 +43,7 @@
     }
     if (name === "map") {
       const chosen = document.querySelector("input[name=colour]:checked");
-      spec.encoding.color = Object.values(data.colours)[chosen ? +chosen.value : 0];
+      spec.encoding.color = data.colours[chosen ? +chosen.value : 0];
       spec.params[0].value = current;
     }
     if (name === "track") {

@@ -14,10 +14,10 @@ from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.models.heads import mean_pool
 from performers.proteins.inputs.objectives import CausalCollator
-from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.packing import TokenDataset
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
-from performers.proteins.model_folder import check_input_length
 from performers.proteins.options import POOLINGS
+from performers.proteins.scoring.batches import run_batches
 
 
 def embed_sequences(
@@ -56,7 +56,7 @@ def embed_sequences(
             positions reach.
     """
     if pooling not in POOLINGS:
-        raise UserError(f"--pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
+        raise UserError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
     width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
     vectors = np.empty((len(sequences), width), dtype=np.float32)
     for places, hidden, residues in _hidden_states(
@@ -108,28 +108,18 @@ def _hidden_states(
     layers = model.config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UserError(
-            f"--layer must be 0 (before the first block) to {layers} (after the last), or "
+            f"layer must be 0 (before the first block) to {layers} (after the last), or "
             f"{-layers - 1} to -1 from the end; got {layer}"
         )
-    dataset = TokenDataset(encode_sequences(tokenizer, sequences))
-    check_input_length(model, int(dataset.lengths.max()))
-    sampler = LengthBucketedBatchSampler(
-        dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
-    )
-    collator = CausalCollator(tokenizer)
+    inner = layer is not None and layer not in (-1, layers)
     residues = torch.from_numpy(residue_ids(tokenizer)).to(model.device)
-    done = 0
-    for keys in sampler:
-        batch = collator([dataset[key] for key in keys])
-        input_ids = batch["input_ids"].to(model.device)
-        attention_mask = batch["attention_mask"].to(model.device)
-        inner = layer is not None and layer not in (-1, layers)
-        with torch.inference_mode():
-            output = model.base_model(
-                input_ids, attention_mask, use_cache=False, output_hidden_states=inner
-            )
+    for places, batch, output in run_batches(
+        model.base_model,
+        TokenDataset(encode_sequences(tokenizer, sequences)),
+        CausalCollator(tokenizer),
+        batch_tokens=batch_tokens,
+        progress=progress,
+        output_hidden_states=inner,
+    ):
         hidden = output.hidden_states[layer] if inner else output.last_hidden_state
-        yield [index for _, index in keys], hidden.float(), torch.isin(input_ids, residues)
-        done += len(keys)
-        if progress is not None:
-            progress(done, len(dataset))
+        yield places, hidden.float(), torch.isin(batch["input_ids"], residues)

@@ -5,19 +5,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
-from performers.proteins.inputs.packing import (
-    LengthBucketedBatchSampler,
-    TokenDataset,
-    split_windows,
-)
+from performers.proteins.inputs.packing import TokenDataset, split_windows
 from performers.proteins.inputs.tokenizer import encode_sequences
-from performers.proteins.model_folder import check_input_length
+from performers.proteins.scoring.batches import run_batches
 from performers.proteins.scoring.metrics import ResidueMetrics
 
 
@@ -114,40 +109,20 @@ def evaluate_rows(
         collator = MaskedCollator(
             tokenizer, mask_probability=mask_probability, seed=seed, replaced=ALL_HIDDEN
         )
-    check_input_length(model, int(dataset.lengths.max()))
-    sampler = LengthBucketedBatchSampler(
-        dataset.lengths, max_tokens=max(batch_tokens, int(dataset.lengths.max())), shuffle=False
-    )
+
+    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = collator(rows)
+        if across_sequences:
+            batch.pop("sequence_ids", None)
+        return batch
+
     count = 0 if sequence_of_row is None else int(sequence_of_row.max()) + 1
     metrics = ResidueMetrics(tokenizer, is_causal=is_causal, sequences=count)
-    was_training = model.training
-    model.eval()
-    done = 0
-    try:
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=collator,
-            # Its own generator: a validation draws nothing from the training's dropout.
-            generator=torch.Generator(),
-        )
-        for keys, batch in zip(sampler, loader, strict=True):
-            input_ids = batch["input_ids"].to(model.device)
-            attention_mask = batch["attention_mask"].to(model.device)
-            options: dict[str, Any] = {"use_cache": False} if is_causal else {}
-            if "sequence_ids" in batch and not across_sequences:
-                options["sequence_ids"] = batch["sequence_ids"].to(model.device)
-            with torch.inference_mode():
-                logits = model(input_ids, attention_mask, **options).logits
-            numbers = None
-            if sequence_of_row is not None:
-                numbers = sequence_of_row[[index for _, index in keys]]
-            metrics.update(logits, batch["labels"].to(logits.device), numbers)
-            done += len(batch["input_ids"])
-            if progress is not None:
-                progress(done, len(dataset))
-    finally:
-        model.train(was_training)
+    for places, batch, output in run_batches(
+        model, dataset, collate, batch_tokens=batch_tokens, progress=progress
+    ):
+        numbers = None if sequence_of_row is None else sequence_of_row[places]
+        metrics.update(output.logits, batch["labels"], numbers)
     found = metrics.compute()
     if sequence_of_row is not None:
         found["correct_by_sequence"] = metrics.correct_of.tolist()

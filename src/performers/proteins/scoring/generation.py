@@ -11,6 +11,7 @@ from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import check_input_length, quiet_transformers
 from performers.proteins.options import SamplingOptions
+from performers.proteins.scoring.batches import evaluation_mode
 
 
 def generate_sequences(
@@ -62,7 +63,7 @@ def generate_sequences(
     while len(records) < options.num_sequences:
         rows = min(batch_size, options.num_sequences - len(records))
         input_ids = torch.tensor([tokens] * rows, device=model.device)
-        with torch.inference_mode(), quiet_transformers():
+        with evaluation_mode(model), quiet_transformers():
             output = model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),

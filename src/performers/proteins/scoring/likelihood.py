@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.proteins.inputs.objectives import CausalCollator
-from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.packing import TokenDataset
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.model_folder import check_input_length
 from performers.proteins.options import SCORE_METHODS
+from performers.proteins.scoring.batches import evaluation_mode, run_batches
 
 _Floats = npt.NDArray[np.float64]
 
@@ -85,7 +86,7 @@ def score_sequences(
         method: One of ``SCORE_METHODS``; of masked models alone, ``"masked"`` by default.
         substitutions: Compute log-odds.
         batch_tokens: Tokens in a batch, padding included.
-        progress: Called with the residues done and the residues in all, after each batch.
+        progress: Called with the residues done and the residues in all, after each protein.
 
     Returns:
         A score for each sequence, in the order given.
@@ -96,9 +97,9 @@ def score_sequences(
     """
     causal = bool(model.config.is_decoder)
     if method is not None and causal:
-        raise UserError("--method is for masked models; leave it out with a causal one")
+        raise UserError("method is for masked models; leave it out with a causal one")
     if method is not None and method not in SCORE_METHODS:
-        raise UserError(f"--method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
+        raise UserError(f"method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
     scorer = _Scorer(model, tokenizer, batch_tokens)
     encoded = [tokens.astype(np.int64) for tokens in encode_sequences(tokenizer, sequences)]
     check_input_length(model, max(map(len, encoded)))
@@ -168,7 +169,7 @@ class _Scorer:
             parts = []
             size = max(1, self.batch_tokens // len(tokens))
             for start in range(0, len(rows), size):
-                logits = self._logits(torch.from_numpy(rows[start : start + size]))
+                logits = self._logits(rows[start : start + size])
                 at = torch.from_numpy(positions[start : start + size]).to(logits.device)
                 hidden = logits[torch.arange(len(at), device=logits.device), at]
                 parts.append(_log_probabilities(hidden))
@@ -193,7 +194,7 @@ class _Scorer:
             part = cells[start : start + size]
             rows = np.repeat(tokens[None], len(part), axis=0)
             rows[np.arange(len(part)), part[:, 0] + 1] = self._amino_acids[part[:, 1]]
-            predicted = _log_probabilities(self._logits(torch.from_numpy(rows))[:, :-2])
+            predicted = _log_probabilities(self._logits(rows)[:, :-2])
             found = np.take_along_axis(predicted, rows[:, 1:-1, None], axis=2).sum((1, 2))
             odds[part[:, 0], part[:, 1]] = found - wild_type
         return odds
@@ -202,23 +203,17 @@ class _Scorer:
         self, encoded: Sequence[npt.NDArray[np.int64]]
     ) -> Iterator[tuple[int, _Floats]]:
         """Log-probabilities at the tokens of each row, ``(tokens, vocabulary)``."""
-        dataset = TokenDataset(encoded)
-        longest = int(dataset.lengths.max())
-        sampler = LengthBucketedBatchSampler(
-            dataset.lengths, max_tokens=max(self.batch_tokens, longest), shuffle=False
-        )
-        for keys in sampler:
-            batch = self._collator([dataset[key] for key in keys])
-            logits = self._logits(batch["input_ids"], batch["attention_mask"])
-            for row, (_, place) in enumerate(keys):
-                yield place, _log_probabilities(logits[row, : len(encoded[place])])
+        for places, _, output in run_batches(
+            self.model, TokenDataset(encoded), self._collator, batch_tokens=self.batch_tokens
+        ):
+            for row, place in enumerate(places):
+                yield place, _log_probabilities(output.logits[row, : len(encoded[place])])
 
-    def _logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def _logits(self, rows: npt.NDArray[np.int64]) -> Tensor:
+        """Logits of rows of one length."""
         options: dict[str, Any] = {"use_cache": False} if self.model.config.is_decoder else {}
-        if attention_mask is not None:
-            options["attention_mask"] = attention_mask.to(self.model.device)
-        with torch.inference_mode():
-            return self.model(input_ids.to(self.model.device), **options).logits
+        with evaluation_mode(self.model):
+            return self.model(torch.from_numpy(rows).to(self.model.device), **options).logits
 
 
 def _log_probabilities(logits: Tensor) -> _Floats:

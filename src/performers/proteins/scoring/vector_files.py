@@ -1,6 +1,6 @@
 r"""Files of embeddings, written a protein at a time: NumPy, Parquet, HDF5 and text.
 
-Each names a protein by its accession and keeps the whole header:
+Each names a protein by its accession; all but ``.tsv`` keep the whole header:
 
 - ``.npz``: ``names`` and ``headers`` (texts, a protein a line, as arrays of bytes in UTF-8, since
   an array of strings would take the longest one's space for every one), ``lengths`` (int64) and

@@ -55,7 +55,7 @@ class EstimateCallback(TrainerCallback):
         inputs = {name: value.to(accelerator.device) for name, value in self.batch().items()}
         accelerated = accelerator.device.type == "cuda"
         seconds = 0.0
-        # CUDA devices are forked by themselves.
+        # fork_rng restores the states of CUDA devices too.
         with torch.random.fork_rng(), self.trainer.compute_loss_context_manager():
             for _ in range(2):
                 begun = time.perf_counter()

@@ -63,9 +63,10 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
             "--resume continues the run in the folder, but the sequences are not the same; give "
             "the same FASTA files, or another --output"
         )
-    if earlier.get("processes", 1) != record["processes"]:
+    processes = earlier.get("processes", 1)
+    if processes != record["processes"]:
         raise UserError(
-            f"--resume continues the run in the folder, but that ran in {earlier['processes']} "
+            f"--resume continues the run in the folder, but that ran in {processes} "
             f"processes and this in {record['processes']}; start as many, or give another --output"
         )
 

@@ -142,7 +142,6 @@ def train_model(
             IntervalsCallback(),
             TrimCallback(),
             stop,
-            clock,
             *trackers,
         ],
     )
@@ -151,6 +150,8 @@ def train_model(
     trainer.remove_callback(transformers.PrinterCallback)
     if announce is not None:
         trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
+    # After the estimate, whose batches are no training.
+    trainer.add_callback(clock)
     if progress is not None:
         trainer.add_callback(ProgressCallback(progress))
     with quiet_transformers(), stop_on_signals(stop):
