@@ -1,10 +1,10 @@
 """The sequence-parallel context that `favor_attention` runs in, per thread."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from performers.features import FeatureMap
 class Sharding(Protocol):
     """Attention of one row whose positions are spread over processes."""
 
+    @property
+    def row(self) -> Hashable:
+        """The processes and the sequences of the row, equal where a call gives the same output."""
+
     def attend(self, call: AttentionCall, backend: str | None) -> Tensor:
         """The output ``(batch, key_heads, groups, L, value_dim)`` for an unchecked local call."""
 
@@ -23,8 +27,8 @@ class Sharding(Protocol):
 # Per thread, as `use_backend` is; and all of them, for the threads of autograd.
 _thread = threading.local()
 _entered: list[Sharding] = []
-# Feature maps whose last forward pass ran in a context.
-_used: WeakSet[FeatureMap] = WeakSet()
+# Rows of the feature maps whose last forward pass ran in a context.
+_used: WeakKeyDictionary[FeatureMap, Hashable] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -42,33 +46,42 @@ def sharded(sharding: Sharding) -> Iterator[None]:
 
 def current_sharding() -> Sharding | None:
     """The innermost context of this thread, or None."""
+    return next(iter(_contexts()), None)
+
+
+def _contexts() -> list[Sharding]:
+    """The contexts that a call may belong to, innermost first."""
     sharding: Sharding | None = getattr(_thread, "sharding", None)
-    if sharding is not None or not _entered:
-        return sharding
+    if sharding is not None:
+        return [sharding]
     # On a GPU a checkpoint is computed again by a thread of autograd, which entered no context.
-    return _entered[-1] if torch._C._current_graph_task_id() != -1 else None
+    return _entered[::-1] if _entered and torch._C._current_graph_task_id() != -1 else []
 
 
 def sharding_of_call(call: AttentionCall) -> Sharding | None:
     """The context that a call runs in, or None.
 
     Raises:
-        RuntimeError: A backward pass outside the context computes a call again that ran in it.
+        RuntimeError: A backward pass computes a call again that ran in a context, and is outside
+            it or inside that of another row.
     """
     sharding, features = current_sharding(), call.feature_map
     if torch.compiler.is_compiling() or not isinstance(features, FeatureMap):
         return sharding
     if torch._C._current_graph_task_id() == -1:
         if sharding is not None:
-            _used.add(features)
+            _used[features] = sharding.row
         elif _used:
-            _used.discard(features)
-    elif sharding is None and features in _used:
-        raise RuntimeError(
-            "a backward pass computes attention again (a checkpoint or a reversible block) outside "
-            "performers.distributed.sequence_parallel, where its forward pass ran: call backward() "
-            "inside the context"
-        )
+            _used.pop(features, None)
+    elif features in _used:
+        row = _used[features]
+        sharding = next((context for context in _contexts() if context.row == row), None)
+        if sharding is None:
+            raise RuntimeError(
+                "a backward pass computes attention again (a checkpoint or a reversible block) "
+                "outside performers.distributed.sequence_parallel, where its forward pass ran, or "
+                "with another group or cu_seqlens: call backward() inside the context"
+            )
     return sharding
 
 

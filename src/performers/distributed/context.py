@@ -133,6 +133,11 @@ class SequenceParallel:
         self.calls = self.message_bytes = 0
         self._seen: WeakKeyDictionary[FeatureMap, _Seen] = WeakKeyDictionary()
 
+    @property
+    def row(self) -> tuple[str, tuple[int, ...] | None]:
+        """Name of the group, and the boundaries."""
+        return self.group.group_name, self.boundaries
+
     # A graph break to torch.compile, as collectives and numbers read from tensors are.
     @_disable_dynamo
     def attend(self, call: AttentionCall, backend: str | None) -> Tensor:
