@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from performers.proteins.corpus import Corpus, TokenShards
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
+from performers.proteins.inputs.fasta import read_fasta
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.training.train import validation_sample
 

@@ -14,11 +14,11 @@ from tests.proteins.runs import flags, proteins
 
 
 @pytest.fixture
-def default(masked, monkeypatch):
+def default(masked, monkeypatch, tmp_path):
     """A small model in the place of the one that ships."""
-    monkeypatch.setattr("performers.proteins.embedded._DATA", masked.parent)
-    monkeypatch.setattr("performers.proteins.embedded.PRETRAINED", masked.name)
-    return masked
+    (tmp_path / PRETRAINED).symlink_to(masked)
+    monkeypatch.setattr("performers.proteins.embedded._DATA", tmp_path)
+    return tmp_path / PRETRAINED
 
 
 @pytest.mark.parametrize("named", [[], [PRETRAINED]], ids=["default", "named"])

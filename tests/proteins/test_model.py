@@ -1,11 +1,14 @@
 """The public module: load, embed, score."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 
 from performers import proteins as public
 from performers.app.errors import UserError
+from performers.proteins import model as module
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from tests.proteins.runs import make_model, make_model_folder, proteins
 
@@ -39,6 +42,20 @@ def test_a_model_computes_in_another_type(folder, dtype):
     np.testing.assert_allclose(vectors, exact.embed(sequences), atol=tolerance)
     (score,), (expected,) = model.score(sequences[:1]), exact.score(sequences[:1])
     assert score.mean == pytest.approx(expected.mean, abs=tolerance)
+
+
+def test_the_model_that_ships_is_loaded_once(folder, monkeypatch):
+    loaded = []
+
+    def load():
+        loaded.append(public.load(folder))
+        return loaded[-1]
+
+    monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(module, "_shipped", cache(module._shipped.__wrapped__))
+    np.testing.assert_array_equal(public.embed(["MK"]), public.embed(["MK"]))
+    assert public.score(["MK"])[0].log_likelihoods.shape == (2,)
+    assert len(loaded) == 1
 
 
 def test_what_cannot_be_read_is_refused(folder):

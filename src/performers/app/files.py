@@ -83,7 +83,6 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
 @contextmanager
 def replacement(path: Path) -> Iterator[Path]:
     """Context of a temporary file beside another, whose place it takes if nothing is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -94,6 +93,7 @@ def replacement(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file through a temporary one beside it, making missing folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacement(path) as temporary:
         temporary.write_bytes(data)
 

@@ -26,12 +26,12 @@ from performers.cli.inputs import (
     NEW_FOLDER,
     SEED,
     model_and_fasta,
-    model_folder,
     protein_records,
 )
 from performers.cli.probe import probe
 from performers.cli.score import score
 from performers.cli.train import train
+from performers.proteins.embedded import model_folder
 from performers.proteins.options import DEMO_STEPS, SamplingOptions
 
 app = App(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
 from performers.cli.console import note
-from performers.proteins.embedded import PRETRAINED, pretrained_folder
+from performers.proteins.embedded import PRETRAINED, model_folder, pretrained_folder
 from performers.proteins.options import DTYPES
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ MODEL_AND_FASTA: dict[str, Any] = {
     "flag": "[MODEL] FASTA...",
 }
 """Options that several commands have; `model_and_fasta` reads the last."""
-
-
-def model_folder(path: Path) -> Path:
-    """Return the folder of a model, which may be named ``performers-protein-small``."""
-    return pretrained_folder() if str(path) == PRETRAINED and not path.exists() else path
 
 
 def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:

@@ -18,7 +18,8 @@ from performers.app.errors import Interrupted, UserError
 from performers.app.files import read_json
 from performers.app.provenance import write_result
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.inputs.fasta import ProteinRecord, read_fasta
+from performers.proteins.inputs.fasta import read_fasta
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.options import DEMO_STEPS, TrainingOptions
 
 if TYPE_CHECKING:

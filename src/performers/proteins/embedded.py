@@ -6,6 +6,7 @@ Consortium) in whole families; `data/README.md` says how they were chosen.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PRETRAINED = "performers-protein-small"
@@ -47,3 +48,9 @@ def pretrained_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is missing; reinstall performers")
     return folder
+
+
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the folder of a model, which may be named ``performers-protein-small``."""
+    folder = Path(path)
+    return pretrained_folder() if str(folder) == PRETRAINED and not folder.exists() else folder

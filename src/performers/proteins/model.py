@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.app.progress import Progress
-from performers.proteins.embedded import PRETRAINED, pretrained_folder
+from performers.proteins.embedded import PRETRAINED, model_folder
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.model_folder import check_input_length, load_model
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
@@ -146,9 +147,7 @@ def load(
         UserError: The folder holds no model or its files are damaged, or the device is not
             available.
     """
-    folder = Path(PRETRAINED if path is None else path)
-    if str(folder) == PRETRAINED and not folder.exists():
-        folder = pretrained_folder()
+    folder = model_folder(PRETRAINED if path is None else path)
     return ProteinModel(*load_model(folder, device=device, dtype=dtype), folder)
 
 
@@ -159,8 +158,8 @@ def embed(
     pooling: str = "mean",
     layer: int | None = None,
 ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
-    """Embed proteins with the model that ships; see `ProteinModel.embed`."""
-    return load().embed(proteins, per_residue=per_residue, pooling=pooling, layer=layer)
+    """Embed proteins with the model that ships, loaded once; see `ProteinModel.embed`."""
+    return _shipped().embed(proteins, per_residue=per_residue, pooling=pooling, layer=layer)
 
 
 def score(
@@ -169,8 +168,13 @@ def score(
     method: str | None = None,
     substitutions: bool = False,
 ) -> list[ProteinScore]:
-    """Score proteins with the model that ships; see `ProteinModel.score`."""
-    return load().score(proteins, method=method, substitutions=substitutions)
+    """Score proteins with the model that ships, loaded once; see `ProteinModel.score`."""
+    return _shipped().score(proteins, method=method, substitutions=substitutions)
+
+
+@cache
+def _shipped() -> ProteinModel:
+    return load()
 
 
 def _sequences(proteins: Sequence[str | ProteinRecord]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import random
 
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 
 MOTIFS = {"forward": "KD", "backward": "DK"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.probe.labels import read_groups, read_labels
 from performers.proteins.probe.task import build_task
 

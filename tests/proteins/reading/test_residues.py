@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.reading import residues
 from performers.proteins.reading.residues import principal_components, read_proteins

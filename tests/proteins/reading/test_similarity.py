@@ -9,10 +9,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from performers.proteins.inputs.tokenizer import build_protein_tokenizer, residue_ids
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer, residue_ids
 from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
 from performers.proteins.reading.similarity import (
-    AMINO_ACIDS,
     AttentionSimilarity,
     embedding_similarity,
     pair_ranks,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.reading.site_scores import header_sites, parse_sites, score_sites
 
 LABELS = "ACDEFGHIKLMNPQRSTVWY" * 2

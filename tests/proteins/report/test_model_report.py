@@ -6,7 +6,7 @@ import pytest
 
 from performers.app.errors import UserError
 from performers.app.files import write_json
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.model_folder import load_model
 from performers.proteins.report.model_report import choose_protein, report_on_model
 from tests.proteins.report.page import Page

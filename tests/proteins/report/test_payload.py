@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.residues import ProteinReading

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from performers.proteins.inputs.fasta import ProteinRecord
-from performers.proteins.inputs.tokenizer import build_protein_tokenizer
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer
 from performers.proteins.reading.analysis import analyse_model
 from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
-from performers.proteins.reading.similarity import AMINO_ACIDS, top_pairs
+from performers.proteins.reading.similarity import top_pairs
 from performers.proteins.report import page
 from performers.proteins.report.charts import RESIDUE_ORDER, curves, learning_chart
 from performers.proteins.report.page import ModelReport, write_report

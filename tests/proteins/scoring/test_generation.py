@@ -152,3 +152,10 @@ def test_a_model_saved_with_closed_prompts_generates(causal, tmp_path):
     save_model_folder(tmp_path, causal[0], build_protein_tokenizer(40))
     options = {"prompt": "MKT", "num_sequences": 5, "max_length": 30}
     assert generated(load_model(tmp_path), **options) == generated(causal, **options)
+
+
+def test_a_model_in_training_mode_generates_without_dropout():
+    model, tokenizer = make_model("clm", hidden_dropout_prob=0.5)
+    expected = generated((model, tokenizer), temperature=0)
+    assert generated((model.train(), tokenizer), temperature=0) == expected
+    assert model.training

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from performers.app.figures import save_figure
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.head_scores import local_global_score
 from performers.proteins.reading.mantel import load_reference_matrix
-from performers.proteins.reading.similarity import AMINO_ACIDS
 from studies.proteins.attention_figure import attention_maps_figure
 from studies.proteins.figures import RESIDUE_ORDER, heads_figure, similarity_figure
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.reading.learnt import finite
 from studies.proteins.figures import heads_figure
 from studies.proteins.learnt import compare_learnt

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.options import TrainingOptions
 from studies.proteins.data import StudyData
 from studies.proteins.presets import StudyPreset

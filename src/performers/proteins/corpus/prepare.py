@@ -27,7 +27,8 @@ from performers.proteins.corpus.splitting import (
     independent_clusters,
     whole_groups,
 )
-from performers.proteins.inputs.fasta import ProteinRecord, iter_fasta, write_fasta
+from performers.proteins.inputs.fasta import iter_fasta, write_fasta
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.options import CorpusOptions
 
 Report = Callable[[str], None]

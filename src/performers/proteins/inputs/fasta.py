@@ -37,6 +37,7 @@ from typing import TextIO, cast
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
+from performers.app.files import replacement
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 from performers.proteins.inputs.streams import (
     DAMAGED,
@@ -186,14 +187,12 @@ def write_fasta(
         with path.open("w", encoding="utf-8", newline="\n") as handle:
             _write_records(handle, records, width)
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with cast(TextIO, opener(partial, "wt", encoding="utf-8", newline="\n")) as handle:
-            _write_records(handle, records, width)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacement(path) as temporary,
+        cast(TextIO, opener(temporary, "wt", encoding="utf-8", newline="\n")) as handle,
+    ):
+        _write_records(handle, records, width)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.probe.labels import ProteinLabels
 
 _FIELDS = re.compile(r"(?:^|\s)(labels|family|group)=(\S+)")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.reading.head_scores import HeadScores, local_global_score, residue_mask
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
 from performers.proteins.reading.site_scores import SiteScores, score_sites

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
 from performers.proteins.reading.similarity import (
-    AMINO_ACIDS,
     EXPECTED_PAIRS,
     AttentionSimilarity,
     pair_ranks,

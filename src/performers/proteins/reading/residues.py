@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
-from performers.proteins.inputs.fasta import ProteinRecord
 from performers.proteins.inputs.objectives import CausalCollator
 from performers.proteins.inputs.packing import TokenDataset, split_windows
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.scoring.batches import run_batches
 from performers.proteins.scoring.embedding import embed_sequences

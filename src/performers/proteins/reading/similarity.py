@@ -32,7 +32,6 @@ from performers.proteins.reading.head_scores import (
 )
 
 __all__ = [
-    "AMINO_ACIDS",
     "EXPECTED_PAIRS",
     "AminoAcidPair",
     "AttentionSimilarity",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 
 FEWEST_SETS = 20
 """With fewer possible sets no p-value could be as low as 0.05, so none is given."""

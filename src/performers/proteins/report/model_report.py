@@ -11,7 +11,7 @@ from performers.app.errors import UserError
 from performers.app.figures import shortened
 from performers.app.files import read_json
 from performers.app.progress import Report, part
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.reading.analysis import analyse_model
 from performers.proteins.reading.residues import read_proteins

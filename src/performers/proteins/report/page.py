@@ -25,11 +25,11 @@ from markupsafe import Markup
 from performers.app.figures import shortened
 from performers.app.files import write_atomically
 from performers.app.provenance import write_result
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.learnt import MATRICES, finite, learnt_numbers
 from performers.proteins.reading.mantel import load_reference_matrix
 from performers.proteins.reading.residues import FOLDS, ProteinReading, principal_components
-from performers.proteins.reading.similarity import AMINO_ACIDS
 from performers.proteins.reading.site_scores import FEWEST_SETS
 from performers.proteins.report import charts, payload
 from performers.proteins.report.tables import Tables, number, percent, sentences, with_losses

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from performers.app.figures import shortened
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.residues import ProteinReading

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.figures import shortened
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.learnt import KINDS
 from performers.proteins.reading.residues import ProteinReading
-from performers.proteins.reading.similarity import AMINO_ACIDS
 
 if TYPE_CHECKING:
     from performers.proteins.report.page import ModelReport

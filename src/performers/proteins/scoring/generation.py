@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from performers.app.errors import UserError
 from performers.app.progress import Progress
-from performers.proteins.inputs.fasta import ProteinRecord
+from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import check_input_length, quiet_transformers
 from performers.proteins.options import SamplingOptions
