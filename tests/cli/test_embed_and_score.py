@@ -37,7 +37,7 @@ def test_residues_are_embedded_into_hdf5(masked, fasta, tmp_path):
     options = ["--per-residue", "--skip-invalid", "--layer", 1, "--batch-tokens", 1]
     _, lines = run("embed", masked, fasta, "--output", output, *options)
     assert lines[-2:] == [
-        f"1 records skipped: illegal letter '-' 1 (first at {fasta}:4)",
+        f"1 record skipped: illegal letter '-' 1 (first at {fasta}:4)",
         f"7 vectors of width 16 in {output}",
     ]
     expected = load(masked).embed(["MKTAY", "XW"], per_residue=True, layer=1)

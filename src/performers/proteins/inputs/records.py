@@ -134,7 +134,7 @@ class LetterReport:
             for problem, (count, place) in self.skipped.items()
         )
         total = sum(count for count, _ in self.skipped.values())
-        return f"{total:,} records skipped: {reasons}"
+        return f"{total:,} record{'s' * (total > 1)} skipped: {reasons}"
 
     def skip(self, fault: FastaError) -> None:
         """Count a record that is left out."""
