@@ -1,4 +1,4 @@
-"""What is written beside a measurement."""
+"""Description of the machine beside a measurement."""
 
 import json
 import sys

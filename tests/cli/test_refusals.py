@@ -43,7 +43,7 @@ BAD_MODELS = {
 
 @pytest.fixture(scope="session")
 def places(tmp_path_factory, fasta, masked, causal):
-    """What command lines name, by its name in them."""
+    """Paths that command lines name, by their names in them."""
     here = tmp_path_factory.mktemp("places")
     for name in ("full", "folder.npz", "folder.fasta", "empty", "begun/checkpoints", "corpus"):
         (here / name).mkdir(parents=True)

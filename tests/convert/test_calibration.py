@@ -39,7 +39,7 @@ def calibrated(model, batches, **options):
 
 
 def fits(model):
-    """What was fitted: all tensors of the features but their draws."""
+    """Fitted tensors: all tensors of the features but their draws."""
     return {
         f"{index}.{name}": tensor
         for index, favor in enumerate(favors(model))

@@ -126,7 +126,10 @@ def test_the_whole_model_comes_closer_to_its_original(kind, loss):
 def test_a_copy_has_nothing_to_learn_from_its_original(loss):
     student = student_of(teacher_of(), estimator="positive")
     options = {"transfer_steps": 0, "steps": 1, "loss": loss, "log_steps": 1}
-    evaluate = lambda model: {"in training": float(model.training)}  # noqa: E731
+
+    def evaluate(model):
+        return {"in training": float(model.training)}
+
     result = distill(student, copy.deepcopy(student), examples(4), evaluate=evaluate, **options)
     merged = {key: x for entry in result.history for key, x in entry.items()}
     assert merged["loss"] == pytest.approx(0, abs=1e-5)

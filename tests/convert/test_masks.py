@@ -32,7 +32,7 @@ PADDING = {
 
 
 def make(kind, implementation="favor", mask=None, length=LENGTH, cache=None, settings=None, **more):
-    """What transformers hands to the attention of a model."""
+    """Mask that transformers hands to the attention of a model."""
     function, config_class, options = KINDS[kind]
     config = config_class(**(settings or options), attn_implementation=implementation)
     if "bidirectional" in kind:

@@ -25,7 +25,7 @@ from tests.convert.models import (
 
 
 def snapshot(model):
-    """What a conversion changes: modules, hooks, modes, tensors and configurations."""
+    """Parts that a conversion changes: modules, hooks, modes, tensors and configurations."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     configs = [x.config for x in model.modules() if hasattr(x, "config")]
     return (

@@ -17,7 +17,7 @@ _SECONDS = 600
 
 @pytest.fixture(scope="session")
 def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    """What the processes of a group wrote, by rank."""
+    """Results that the processes of a group wrote, by rank."""
     folder = tmp_path_factory.mktemp("distributed")
     found: dict[int, list[Any]] = {}
     program = "tests.distributed.workers"

@@ -25,7 +25,7 @@ def rounded(weight):
 
 
 class Int8Linear(nn.Module):
-    """What dynamic quantisation puts in the place of a layer: weight and bias are methods."""
+    """Layer as dynamic quantisation replaces it: weight and bias are methods."""
 
     def __init__(self, linear):
         super().__init__()

@@ -148,7 +148,7 @@ class FeatureMap(VersionedModule):
         """Check that an estimator that is fitted to data was calibrated.
 
         Raises:
-            ValueError: It was not.
+            ValueError: The estimator is fitted to data and was not calibrated.
         """
 
     def form(self) -> FeatureForm:

@@ -280,7 +280,7 @@ class SoftmaxFeatures(FeatureMap):
         """Check that an estimator that is fitted to data was calibrated.
 
         Raises:
-            ValueError: It was not.
+            ValueError: The estimator is fitted to data and was not calibrated.
         """
         if self.estimator not in CALIBRATED or self._is_calibrated:
             return

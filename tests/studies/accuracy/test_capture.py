@@ -52,7 +52,7 @@ def softmax_attention(sample):
 
 
 def attention_outputs(loaded, ids, mask):
-    """What the model's own attention layers give, before their output projections (B, L, H*Dv)."""
+    """Outputs of the model's attention layers before their output projections (B, L, H*Dv)."""
     outputs = []
     suffix = "attention.self" if loaded.model.config.model_type == "bert" else "self_attn.o_proj"
 
