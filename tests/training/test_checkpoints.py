@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from performers.app.errors import UserError
-from performers.proteins.training.record import last_complete_checkpoint
 from performers.proteins.training.train import train_model
+from performers.training.record import last_complete_checkpoint
 from tests.proteins.runs import (
     losses,
     proteins,

@@ -1,7 +1,5 @@
 """Folders of trained models, recognised before they are loaded."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from performers.models import PerformerConfig, PerformerForCausalLM, PerformerFo
 from performers.models.manifest import check_manifest
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 from performers.proteins.options import DTYPES
+from performers.training.environment import available_device, quiet_transformers
 
 
 def load_model(
@@ -90,27 +89,6 @@ def load_model(
     return model.to(place, getattr(torch, dtype) if dtype else None).eval(), tokenizer
 
 
-def available_device(name: str | None) -> torch.device:
-    """The device of a name; for None a CUDA device where there is one, and else the CPU.
-
-    Raises:
-        UserError: The name is none of a device, or the device is not available.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        usable = "cpu" if accelerator is None else f"cpu or {accelerator.type}"
-        reason = str(error).partition("\n")[0][:120]
-        raise UserError(
-            f"device {name} is not available ({reason}); the devices here are {usable}"
-        ) from error
-    return device
-
-
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a tokenizer that reads each amino acid as one token.
 
@@ -129,21 +107,6 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if read != expected:
         raise ValueError(f"tokenizer.json: {AMINO_ACIDS} is read as {read}, expected {expected}")
     return tokenizer
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Context in which transformers shows neither progress bars nor warnings of its own."""
-    logging = transformers.utils.logging
-    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_progress:
-            logging.enable_progress_bar()
 
 
 def check_input_length(model: PreTrainedModel, tokens: int) -> None:

@@ -121,6 +121,12 @@ class TrainingOptions(Options):
     )
     accumulation: int = option("Batches per optimiser step.", 1, at_least=1)
     steps: int = option("Optimiser steps.", 1000, at_least=1, group="Optimisation")
+    time_limit: float | None = option(
+        "Processor seconds of training steps after which the run ends and the learning rate is "
+        "zero.",
+        None,
+        above=0,
+    )
     optimizer: str = option(
         "adamw, or muon for the matrices (torch 2.9 or later).", "adamw", choices=("adamw", "muon")
     )

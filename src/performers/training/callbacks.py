@@ -63,6 +63,50 @@ class ClockCallback(TrainerCallback, ExportableState):
         return float(callbacks.get(cls.__name__, {}).get("attributes", {}).get("seconds", 0.0))
 
 
+class TimeLimitCallback(ClockCallback):
+    """Ends a run after so many seconds of processor time, with a checkpoint.
+
+    Counted is the time of all threads of the process within steps, without loading, validations and
+    checkpoints, over all parts of a resumed run. Of several processes the slowest decides.
+
+    Args:
+        limit: Processor seconds.
+        seconds: Those that are spent.
+    """
+
+    def __init__(self, limit: float, seconds: float = 0.0) -> None:
+        super().__init__(seconds)
+        self.limit = limit
+
+    @property
+    def share(self) -> float:
+        """Share of the limit that is spent."""
+        return self.seconds / self.limit
+
+    @property
+    def reached(self) -> bool:
+        """True once the limit is spent."""
+        return self.seconds >= self.limit
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count nothing before the first step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._last = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the time of the step, and stop at the limit."""
+        self.seconds += time.process_time() - self._last
+        if args.world_size > 1:
+            slowest = torch.tensor([self.seconds], dtype=torch.float32, device=args.device)
+            distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
+            self.seconds = slowest.item()
+        if self.reached:
+            control.should_save = True
+            control.should_training_stop = True
+
+
 class TrimCallback(TrainerCallback):
     """Returns free memory to the system when the process has much more than a step needs.
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from performers.app.errors import Interrupted, UserError
-from performers.proteins.training.record import check_same_run, last_complete_checkpoint
 from performers.proteins.training.train import train_model
+from performers.training.record import check_same_run, last_complete_checkpoint
 from tests.proteins.runs import (
     finish,
     history,
@@ -212,7 +212,7 @@ def test_a_run_without_a_checkpoint_begins_anew(tmp_path, whole):
         (None, {"steps": 9}, 1, "--steps was 8, now 9"),
         (None, {"packed": True}, 1, "--packed was False, now True"),
         *[
-            (sequences, {}, 1, "the sequences are not the same; give the same FASTA")
+            (sequences, {}, 1, "the data are not the same; give the same files")
             for sequences in (proteins(seed=1), proteins()[::-1], proteins()[:-1])
         ],
         (None, {}, 2, "ran in 1 processes and this in 2; start as many"),

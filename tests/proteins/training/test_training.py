@@ -13,9 +13,9 @@ from performers.app.errors import UserError
 from performers.features import FeatureMap
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.evaluation import evaluate_model
-from performers.proteins.training import arguments
 from performers.proteins.training import train as training
 from performers.proteins.training.train import train_model
+from performers.training import arguments
 from tests.proteins.runs import history, losses, proteins, same_weights, small_options, weights
 
 FILES = {
@@ -245,7 +245,7 @@ def test_what_cannot_be_trained_leaves_the_folder_empty(tmp_path, monkeypatch):
 
 
 def test_the_estimate_comes_before_the_first_step_and_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("performers.proteins.training.estimate._FEWEST_BATCHES", 1)
+    monkeypatch.setattr("performers.training.estimate._FEWEST_BATCHES", 1)
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
     monkeypatch.setattr("performers.training.callbacks.time", clock)
     options, said = small_options(steps=2), []

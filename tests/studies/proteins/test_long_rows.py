@@ -11,7 +11,7 @@ import pytest
 from performers.app.errors import UserError
 from performers.benchmark.memory import OutOfMemoryError, ProbeError
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
-from performers.proteins.training import train as training
+from performers.training import run as training
 from studies.proteins import long_rows, runs
 from studies.proteins.long_rows import measure_contexts, measure_cost, run_concatenated
 from tests.proteins.runs import SOURCE, finish, start

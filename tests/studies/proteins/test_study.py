@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from performers.app import provenance
 from performers.app.errors import Diverged, UserError
-from performers.proteins.training import train as training
 from studies.proteins import report, runs
 from studies.proteins.presets import KERNELS, PRESETS
 from studies.proteins.runs import planned_runs, run_study
@@ -105,7 +105,7 @@ def test_stopped_anywhere_it_ends_the_same(finished, tmp_path, monkeypatch):
         if (what, done) == (f"training {first}", 3):
             raise Killed
 
-    write = training.write_json
+    write = provenance.write_json
 
     def kill_before_the_result(path, content):
         if "result" in content:
@@ -121,7 +121,7 @@ def test_stopped_anywhere_it_ends_the_same(finished, tmp_path, monkeypatch):
         killed()
     assert not (tmp_path / "runs" / first / "result.json").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(training, "write_json", kill_before_the_result)
+        patched.setattr(provenance, "write_json", kill_before_the_result)
         killed()
     assert "1 of 10 runs" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "runs" / second / "config.json").exists()

@@ -9,9 +9,10 @@ from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.model_folder import check_input_length, quiet_transformers
+from performers.proteins.model_folder import check_input_length
 from performers.proteins.options import SamplingOptions
 from performers.proteins.scoring.batches import evaluation_mode
+from performers.training.environment import quiet_transformers
 
 
 def generate_sequences(

@@ -5,21 +5,17 @@ run, redraws of the seed and the step, and the rest (weights, optimiser, schedul
 state) is in the checkpoint.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from performers.app.errors import Diverged, Interrupted, UserError
-from performers.app.processes import is_first_process
-from performers.app.provenance import write_result
+from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.models.manifest import save_model_folder
 from performers.proteins.corpus import ShardedRows, TokenShards
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import (
@@ -34,27 +30,12 @@ from performers.proteins.inputs.tokenizer import (
     encode_sequences,
     residue_ids,
 )
-from performers.proteins.model_folder import quiet_transformers
 from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_model
-from performers.proteins.training.arguments import tracker_callbacks, training_arguments
-from performers.proteins.training.estimate import EstimateCallback
-from performers.proteins.training.record import (
-    check_same_run,
-    last_complete_checkpoint,
-    run_record,
-)
-from performers.training.callbacks import (
-    ClockCallback,
-    IntervalsCallback,
-    ProgressCallback,
-    RedrawCallback,
-    StopCallback,
-    TrimCallback,
-    stop_on_signals,
-)
-from performers.training.checkpoints import CheckpointTrainer
-from performers.training.optimizers import MuonAdamW, check_muon
+from performers.training.arguments import tracker_callbacks, training_arguments
+from performers.training.record import run_record
+from performers.training.run import TrainingRun
+from performers.training.trainer import RunTrainer
 
 _HELD_OUT_AT_MOST = 500
 
@@ -98,140 +79,71 @@ def train_model(
             to resume, all its checkpoints are damaged, or the loss or the weights are not finite
             (``Diverged``).
     """
-    if options.optimizer == "muon":
-        try:
-            check_muon()
-        except RuntimeError as error:
-            raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
     tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
     if validation is None:
         if isinstance(sequences, TokenShards):
             raise ValueError("validation: expected proteins to go with a split of a corpus")
         sequences, validation = _hold_out(sequences, options)
-    record = run_record(options, sequences, validation)
-    settings = output / "training.json"
-    checkpoint = None
-    continued = resume and settings.exists()
-    if continued:
-        check_same_run(settings, record, options)
-        checkpoint = last_complete_checkpoint(output / "checkpoints")
-    elif resume and is_first_process() and output.is_dir() and any(output.glob("[!.]*")):
-        raise UserError(
-            f"--resume: {output} has no training.json, so it holds no run to continue; give the "
-            "--output of that run, or a new folder"
-        )
-
-    arguments = training_arguments(output / "checkpoints", options)
+    record = run_record(options, _fingerprint(sequences, validation))
+    run = TrainingRun(output, record, options, resume=resume)
+    arguments = training_arguments(run.checkpoints, options)
     trackers = tracker_callbacks(options.report_to or (), output)
-    transformers.set_seed(options.seed)
-    model = _build_model(options, tokenizer)
-    dataset = _dataset(tokenizer, sequences, options)
-    if is_first_process() and not continued:
-        write_result(settings, record, "training", seed=options.seed)
-    stop = StopCallback()
-    clock = ClockCallback(0.0 if checkpoint is None else ClockCallback.seconds_at(checkpoint))
-    trainer = _ProteinTrainer(
-        options=options,
-        dataset=dataset,
-        tokenizer=tokenizer,
-        validation=validation,
-        model=model,
-        args=arguments,
-        callbacks=[
-            RedrawCallback(model, options.redraw_steps, options.seed),
-            IntervalsCallback(),
-            TrimCallback(),
-            stop,
-            *trackers,
-        ],
-    )
-    # The progress display of transformers prints raw dictionaries.
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
-    if announce is not None:
-        trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
-    # After the estimate, whose batches are no training.
-    trainer.add_callback(clock)
-    if progress is not None:
-        trainer.add_callback(ProgressCallback(progress))
-    with quiet_transformers(), stop_on_signals(stop):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.requested:
-        raise Interrupted(
-            f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint is "
-            "in the output folder: run the same command with --resume to continue"
+
+    def trainer() -> _ProteinTrainer:
+        model = _build_model(options, tokenizer)
+        return _ProteinTrainer(
+            options=options,
+            dataset=_dataset(tokenizer, sequences, options),
+            tokenizer=tokenizer,
+            validation=validation,
+            model=model,
+            args=arguments,
+            callbacks=trackers,
         )
-    # Already at hand, but for a run that had ended before it was resumed.
-    validated = trainer.evaluate()
-    result = {
-        "steps": trainer.state.global_step,
-        "seconds": round(clock.seconds, 2),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **validated,
-    }
-    if trainer.is_world_process_zero():
-        with quiet_transformers():
-            save_model_folder(output, trainer.accelerator.unwrap_model(trainer.model), tokenizer)
-        trainer.state.save_to_json(str(output / "trainer_state.json"))
-        ended = {**record, "result": result}
-        write_result(settings, ended, "training", seed=options.seed, model=output)
-    trainer.accelerator.wait_for_everyone()
-    return result
+
+    return run.train(trainer, tokenizer, progress=progress, announce=announce)
 
 
-class _ProteinTrainer(CheckpointTrainer):
-    """Trainer with token budgets, metrics per residue, and an end to runs that diverge."""
+class _ProteinTrainer(RunTrainer):
+    """Trainer with token budgets and metrics per residue."""
 
     def __init__(
         self,
         *,
         options: TrainingOptions,
-        dataset: TokenDataset | ShardedRows,
         tokenizer: PreTrainedTokenizerBase,
         validation: Sequence[str],
         **arguments: Any,
     ) -> None:
-        self.options = options
-        self.tokenizer = tokenizer
-        self.validation = validation
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
             self.collator = MaskedCollator(
                 tokenizer, mask_probability=options.mask_probability, seed=options.seed
             )
-        super().__init__(
-            train_dataset=dataset, eval_dataset=dataset, data_collator=self._collate, **arguments
-        )
 
-    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        def measure(model: Any) -> dict[str, float]:
+            return evaluate_model(
+                model,
+                tokenizer,
+                validation,
+                max_length=options.max_length,
+                batch_tokens=options.batch_tokens,
+                mask_probability=options.mask_probability,
+                seed=options.seed,
+            )
+
+        super().__init__(options=options, measure=measure if validation else None, **arguments)
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of some rows, masked where the objective is to fill in."""
         batch = self.collator(examples)
         if self.options.across_sequences:
             batch.pop("sequence_ids", None)
         return batch
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """The whole run as one pass, so that to resume is to skip batches."""
-        dataset = self.train_dataset
-        assert isinstance(dataset, (TokenDataset, ShardedRows))
-        batches = self.options.steps * self.options.accumulation * self.args.world_size
-        loader = DataLoader(
-            dataset,
-            batch_sampler=self._sampler(dataset, batches),
-            collate_fn=self.data_collator,
-            # A separate generator, so that making an iterator draws nothing from dropout's.
-            generator=torch.Generator().manual_seed(self.options.seed),
-        )
-        return self.accelerator.prepare(loader)
-
-    def first_batch(self) -> dict[str, torch.Tensor]:
-        """The first batch of the run."""
-        dataset = self.train_dataset
-        assert isinstance(dataset, (TokenDataset, ShardedRows))
-        return self._collate([dataset[key] for key in next(iter(self._sampler(dataset, 1)))])
-
-    def _sampler(
-        self, dataset: TokenDataset | ShardedRows, batches: int
-    ) -> LengthBucketedBatchSampler:
+    def sampler(self, batches: int) -> LengthBucketedBatchSampler:
+        """Batches of rows of similar lengths, within a budget of tokens."""
+        dataset: Any = self.train_dataset
         return LengthBucketedBatchSampler(
             dataset.lengths,
             max_tokens=self.options.batch_tokens,
@@ -239,57 +151,29 @@ class _ProteinTrainer(CheckpointTrainer):
             num_batches=batches,
         )
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's AdamW, or Muon."""
-        if self.options.optimizer == "muon" and getattr(self, "optimizer", None) is None:
-            self.optimizer = MuonAdamW(
-                self.accelerator.unwrap_model(self.model),
-                lr=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-            )
-        return super().create_optimizer(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Train on one batch; a loss that is not finite raises ``Diverged``."""
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise _diverged(f"the loss became {loss.item()} at", self.state.global_step + 1)
-        return loss
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Metrics per residue on the validation sequences, logged as ``eval_...``."""
-        if not self.validation:
-            return {}
-        for entry in reversed(self.state.log_history):
-            if entry.get("step") == self.state.global_step and "eval_loss" in entry:
-                return {name: value for name, value in entry.items() if name.startswith("eval_")}
-        metrics = evaluate_model(
-            self.accelerator.unwrap_model(self.model),
-            self.tokenizer,
-            self.validation,
-            max_length=self.options.max_length,
-            batch_tokens=self.options.batch_tokens,
-            mask_probability=self.options.mask_probability,
-            seed=self.options.seed,
-        )
-        logged = {f"eval_{name}": float(value) for name, value in metrics.items()}
-        self.log(dict(logged))
-        return logged
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        weights = self.model.parameters()
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights):
-            raise _diverged("the weights are not finite after", self.state.global_step)
-        super()._save_checkpoint(*args, **kwargs)
-
-
-def _diverged(what: str, step: int) -> Diverged:
-    return Diverged(
-        f"{what} step {step}; lower --learning-rate or raise --warmup-steps and train anew, or "
-        "--resume from the last checkpoint with the same options if the machine was at fault"
-    )
+def _fingerprint(
+    training: Sequence[str] | TokenShards, validation: Sequence[str]
+) -> dict[str, Any]:
+    """Data of a run: how much, and the SHA-256 of its content."""
+    digest = hashlib.sha256()
+    if isinstance(training, TokenShards):
+        residues = training.entry["residues"]
+        digest.update(training.fingerprint().encode())
+        groups = [validation]
+    else:
+        residues = sum(map(len, training))
+        groups = [training, validation]
+    for group in groups:
+        for sequence in group:
+            digest.update(sequence.encode() + b"\n")
+        digest.update(b"\n")
+    return {
+        "sequences": len(training),
+        "residues": residues,
+        "validation_sequences": len(validation),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _build_model(

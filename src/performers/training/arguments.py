@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from performers.app.errors import UserError
-from performers.proteins.model_folder import available_device
-from performers.proteins.options import TrainingOptions
+from performers.training.environment import available_device
+
+if TYPE_CHECKING:
+    from performers.proteins.options import TrainingOptions
 
 
 def training_arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:

@@ -1,40 +1,21 @@
 """Record of a training run, so that it is resumed as itself or not at all."""
 
-import hashlib
-from collections.abc import Sequence
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
 from performers.app.files import read_json
 from performers.app.processes import process_count
-from performers.proteins.corpus import TokenShards
-from performers.proteins.options import TrainingOptions
 from performers.training.checkpoints import newest_checkpoint
 
+if TYPE_CHECKING:
+    from performers.proteins.options import TrainingOptions
 
-def run_record(
-    options: TrainingOptions, training: Sequence[str] | TokenShards, validation: Sequence[str]
-) -> dict[str, Any]:
-    """Content of ``training.json``: options, a fingerprint of the data, number of processes."""
-    digest = hashlib.sha256()
-    if isinstance(training, TokenShards):
-        residues = training.entry["residues"]
-        digest.update(training.fingerprint().encode())
-        groups = [validation]
-    else:
-        residues = sum(map(len, training))
-        groups = [training, validation]
-    for group in groups:
-        for sequence in group:
-            digest.update(sequence.encode() + b"\n")
-        digest.update(b"\n")
-    data = {
-        "sequences": len(training),
-        "residues": residues,
-        "validation_sequences": len(validation),
-        "sha256": digest.hexdigest(),
-    }
+
+def run_record(options: TrainingOptions, data: dict[str, Any]) -> dict[str, Any]:
+    """Content of ``training.json``: options, data with a ``sha256``, number of processes."""
     return {"options": options.to_dict(), "data": data, "processes": process_count()}
 
 
@@ -60,8 +41,8 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
         )
     if earlier["data"].get("sha256") != record["data"]["sha256"]:
         raise UserError(
-            "--resume continues the run in the folder, but the sequences are not the same; give "
-            "the same FASTA files, or another --output"
+            "--resume continues the run in the folder, but the data are not the same; give the "
+            "same files, or another --output"
         )
     processes = earlier.get("processes", 1)
     if processes != record["processes"]:

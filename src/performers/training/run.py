@@ -1,0 +1,161 @@
+"""A training run in a folder: begun or resumed, stopped by signals, saved when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from performers.app.errors import Interrupted, UserError
+from performers.app.processes import is_first_process
+from performers.app.provenance import write_result
+from performers.models.manifest import save_model_folder
+from performers.training.callbacks import (
+    ClockCallback,
+    IntervalsCallback,
+    ProgressCallback,
+    RedrawCallback,
+    StopCallback,
+    TimeLimitCallback,
+    TrimCallback,
+    stop_on_signals,
+)
+from performers.training.environment import quiet_transformers
+from performers.training.estimate import EstimateCallback
+from performers.training.optimizers import check_muon
+from performers.training.record import check_same_run, last_complete_checkpoint
+from performers.training.trainer import RunTrainer
+
+if TYPE_CHECKING:
+    from performers.proteins.options import TrainingOptions
+
+ReportStep = Callable[[int, int, dict[str, float]], None]
+"""Called with the step, the steps in all and the latest log entry."""
+
+
+class TrainingRun:
+    """A run in a folder, checked against the one that the folder holds.
+
+    Args:
+        output: Folder of the run.
+        record: Content of ``training.json``, see ``run_record``.
+        options: Options of the run.
+        resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
+            from the start if the saving of none had ended.
+
+    Attributes:
+        checkpoint: Checkpoint to continue from, or None.
+        checkpoints: Folder of the checkpoints.
+
+    Raises:
+        UserError: The folder holds another run or something else, all checkpoints are damaged, or
+            torch lacks the optimizer.
+    """
+
+    def __init__(
+        self, output: Path, record: dict[str, Any], options: TrainingOptions, *, resume: bool
+    ) -> None:
+        if options.optimizer == "muon":
+            try:
+                check_muon()
+            except RuntimeError as error:
+                raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
+        self.output, self.record, self.options = output, record, options
+        self.checkpoints = output / "checkpoints"
+        self.checkpoint: Path | None = None
+        self._settings = output / "training.json"
+        self._continued = resume and self._settings.exists()
+        if self._continued:
+            check_same_run(self._settings, record, options)
+            self.checkpoint = last_complete_checkpoint(self.checkpoints)
+        elif resume and is_first_process() and output.is_dir() and any(output.glob("[!.]*")):
+            raise UserError(
+                f"--resume: {output} has no training.json, so it holds no run to continue; give "
+                "the --output of that run, or a new folder"
+            )
+
+    def train(
+        self,
+        make_trainer: Callable[[], RunTrainer],
+        tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        progress: ReportStep | None = None,
+        announce: Callable[[str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Train, and save the model, its tokenizer, its log and its options in the folder.
+
+        A signal stops the run, which saves a checkpoint and raises ``Interrupted``.
+
+        Args:
+            make_trainer: Returns the trainer; everything random is seeded before the call.
+            tokenizer: Saved with the model, if any.
+            progress: Called after each step and with each log entry.
+            announce: Called with an estimate of the time, before the first step of a longer run.
+
+        Returns:
+            ``steps``, ``seconds`` (all parts of a resumed run together), ``processor_seconds``
+            with a time limit, ``parameters``, and the last validation metrics.
+
+        Raises:
+            Interrupted: A signal stopped the run.
+        """
+        options, checkpoint = self.options, self.checkpoint
+        transformers.set_seed(options.seed)
+        trainer = make_trainer()
+        model: Any = trainer.model
+        if is_first_process() and not self._continued:
+            write_result(self._settings, self.record, "training", seed=options.seed)
+        stop = StopCallback()
+        clock = ClockCallback()
+        if checkpoint is not None:
+            clock.seconds = ClockCallback.seconds_at(checkpoint)
+            if trainer.limit is not None:
+                trainer.limit.seconds = TimeLimitCallback.seconds_at(checkpoint)
+        # The progress display of transformers prints raw dictionaries.
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.remove_callback(transformers.PrinterCallback)
+        for callback in (
+            RedrawCallback(model, options.redraw_steps, options.seed),
+            IntervalsCallback(),
+            TrimCallback(),
+            stop,
+        ):
+            trainer.add_callback(callback)
+        if announce is not None:
+            trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
+        # After the estimate, whose batches are no training.
+        trainer.add_callback(clock)
+        if progress is not None:
+            trainer.add_callback(ProgressCallback(progress))
+        if trainer.limit is not None and trainer.limit.reached and checkpoint is not None:
+            # To load the last checkpoint and take no step.
+            trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
+        with quiet_transformers(), stop_on_signals(stop):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if stop.requested:
+            raise Interrupted(
+                f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint "
+                "is in the output folder: run the same command with --resume to continue"
+            )
+        # Already at hand, but for a run that had ended before it was resumed.
+        validated = trainer.evaluate()
+        result = {
+            "steps": trainer.state.global_step,
+            "seconds": round(clock.seconds, 2),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            **validated,
+        }
+        if trainer.limit is not None:
+            result["processor_seconds"] = round(trainer.limit.seconds, 2)
+        if trainer.is_world_process_zero():
+            with quiet_transformers():
+                trained: Any = trainer.accelerator.unwrap_model(trainer.model)
+                save_model_folder(self.output, trained, tokenizer)
+            trainer.state.save_to_json(str(self.output / "trainer_state.json"))
+            ended = {**self.record, "result": result}
+            write_result(self._settings, ended, "training", seed=options.seed, model=self.output)
+        trainer.accelerator.wait_for_everyone()
+        return result
