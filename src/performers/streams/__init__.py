@@ -1,0 +1,1 @@
+"""Long sequences as streams: text as bytes or subwords, pixels of images."""
