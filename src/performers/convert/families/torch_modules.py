@@ -35,20 +35,25 @@ class TorchSite(Site):
 
     def refusal(self) -> str | None:
         """Reason why a replacement would differ from the module, and the remedy, or None."""
-        module = self.module
-        if type(module).forward is not nn.MultiheadAttention.forward:
-            reason = "has a forward of its own"
-        elif parametrize.is_parametrized(module):
-            reason = "has parametrized weights; remove_parametrizations leaves plain ones"
-        elif any(getattr(module, hooks) for hooks in _HOOKS):
-            reason = "has hooks; remove them, and register them again on its replacement"
-        else:
+        reason = not_replaceable(self.module, nn.MultiheadAttention)
+        if reason is None:
             return None
         return f"{reason}, which a PerformerAttention in its place would not have; or {LEAVE_EXACT}"
 
     def remove_dropout(self) -> float:
         """Return the dropout probability, which the replacement does not have."""
         return self.module.dropout
+
+
+def not_replaceable(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Reason why a module is more than its parameters and class, and the remedy, or None."""
+    if type(module).forward is not kind.forward:
+        return "has a forward of its own"
+    if parametrize.is_parametrized(module):
+        return "has parametrized weights; remove_parametrizations leaves plain ones"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "has hooks; remove them, and register them again on its replacement"
+    return None
 
 
 class TorchModules(Family):

@@ -1,0 +1,207 @@
+"""GraphAttention: masks, batches, and what PyTorch Geometric asks of its own."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("torch_geometric")
+
+from torch_geometric.nn import PerformerAttention
+
+import performers
+from performers.graphs import GraphAttention, graph_boundaries
+
+SIZES = [7, 1, 40, 12]
+
+
+def layer(**options):
+    torch.manual_seed(0)
+    return GraphAttention(32, heads=4, head_channels=8, **options).eval()
+
+
+MAPS = {
+    "relu": lambda: performers.GeneralizedFeatures(8, 64),
+    "softmax": lambda: performers.SoftmaxFeatures(8, 64),
+    "sigmoid": lambda: performers.GeneralizedFeatures(8, 64, fn=torch.nn.Sigmoid()),
+}
+
+
+@pytest.fixture(params=MAPS)
+def attention(request):
+    torch.manual_seed(1)
+    return layer(feature_map=MAPS[request.param]())
+
+
+def nodes(sizes=SIZES):
+    batch = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return torch.randn(len(batch), 32, generator=torch.Generator().manual_seed(2)), batch
+
+
+def padded(x, batch):
+    sizes = torch.bincount(batch).tolist()
+    rows = torch.nn.utils.rnn.pad_sequence(x.split(sizes), batch_first=True, padding_value=9.0)
+    return rows, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
+
+
+def oracle(attention, x):
+    """One graph, in float64, by the matrix of all pairs."""
+    attention = copy.deepcopy(attention).double()
+    x = x.double()
+    q, k, v = (
+        f(x).view(len(x), 4, 8).transpose(0, 1) for f in (attention.q, attention.k, attention.v)
+    )
+    features, weight = attention.feature_map, attention.feature_map.weight.double()
+    q, k = (y / math.sqrt(math.sqrt(8)) for y in (q, k))
+    if isinstance(features, performers.SoftmaxFeatures):
+        q, k = ((y @ weight.mT - y.square().sum(-1, keepdim=True) / 2).exp() for y in (q, k))
+    else:
+        fn = torch.relu if features.fn == "relu" else torch.sigmoid
+        q, k = (fn(y @ weight.mT) + features.epsilon for y in (q, k))
+    matrix = q @ k.mT
+    out = (matrix / matrix.sum(-1, keepdim=True)) @ v
+    return attention.attn_out(out.transpose(0, 1).flatten(1))
+
+
+def test_a_packed_batch_is_each_graph_alone(attention):
+    x, batch = nodes()
+    expected = torch.cat([oracle(attention, part) for part in x.split(SIZES)])
+    torch.testing.assert_close(attention(x, batch=batch).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_no_part_of_any_sum(attention):
+    x, batch = nodes()
+    rows, mask = padded(x, batch)
+    packed = attention(x, batch=batch)
+    torch.testing.assert_close(attention(rows, mask)[mask], packed, rtol=0, atol=1e-6)
+
+
+def test_a_graph_does_not_depend_on_its_batch(attention):
+    x, batch = nodes()
+    alone = attention(x[:7])
+    torch.testing.assert_close(attention(x, batch=batch)[:7], alone, rtol=0, atol=1e-6)
+    rows, mask = padded(x, batch)
+    torch.testing.assert_close(attention(rows, mask)[0, :7], alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(attention(rows[:1, :7])[0], alone, rtol=0, atol=1e-6)
+
+
+def test_gradients_do_not_depend_on_the_batch(attention):
+    x, batch = nodes()
+    x.requires_grad_()
+    (alone,) = torch.autograd.grad(attention(x[:7]).square().sum(), x)
+    (together,) = torch.autograd.grad(attention(x, batch=batch)[:7].square().sum(), x)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    assert not together[7:].any()
+
+
+def test_nodes_in_another_order_give_outputs_in_that_order(attention):
+    x, batch = nodes()
+    order = torch.cat([torch.randperm(n) + s for n, s in zip(SIZES, (0, 7, 8, 48), strict=True)])
+    expected = attention(x, batch=batch)[order]
+    torch.testing.assert_close(attention(x[order], batch=batch), expected, rtol=0, atol=1e-6)
+
+
+def test_the_layer_of_pytorch_geometric_depends_on_the_batch():
+    """The defect that the tests above would see."""
+    torch.manual_seed(0)
+    theirs = PerformerAttention(32, 4, 8).eval()
+    rows, mask = padded(*nodes())
+    assert (theirs(rows, mask)[0, :7] - theirs(rows[:1, :7])[0]).abs().max() > 1e-3
+
+
+def test_graphs_without_nodes():
+    attention = layer()
+    assert attention(torch.empty(0, 32)).shape == (0, 32)
+    assert attention(torch.empty(0, 32), batch=torch.empty(0, dtype=torch.int64)).shape == (0, 32)
+    x, batch = nodes([3, 0, 4])
+    expected = attention(x, batch=batch.clamp_max(1))
+    torch.testing.assert_close(attention(x, batch=batch), expected, rtol=0, atol=0)
+    rows = attention(torch.randn(2, 4, 32), torch.zeros(2, 4, dtype=torch.bool))
+    assert rows.isfinite().all()
+
+
+def test_boundaries_of_graphs():
+    boundaries = graph_boundaries(torch.tensor([0, 0, 2, 2, 2]))
+    assert boundaries.tolist() == [0, 2, 2, 5]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.tensor([0, 1, 0]), "batch must be sorted"),
+        (torch.tensor([-1, 0, 0]), "batch must number the graphs from 0"),
+        (torch.tensor([0, 0]), r"batch must have shape \(3,\)"),
+        (torch.tensor([0.0, 0.0, 0.0]), "batch must be an int64 tensor"),
+    ],
+)
+def test_batch_vectors_that_are_none(batch, message):
+    with pytest.raises(ValueError, match=message):
+        layer()(torch.randn(3, 32), batch=batch)
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.randn(3, 16), {}, "x must have shape"),
+        (torch.randn(1, 3, 32), {"batch": torch.zeros(3).long()}, "batch is for nodes"),
+        (torch.randn(3, 32), {"mask": torch.ones(1, 3).bool()}, "mask is for rows"),
+        (torch.randn(1, 3, 32), {"mask": torch.ones(1, 4).bool()}, "key_mask must be"),
+    ],
+)
+def test_shapes_that_do_not_fit(x, options, message):
+    with pytest.raises(ValueError, match=message):
+        layer()(x, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 30}, "channels must be a positive multiple of heads"),
+        ({"feature_map": performers.SoftmaxFeatures(16)}, "feature_map must have head_dim=8"),
+        (
+            {"kernel": torch.relu, "feature_map": performers.SoftmaxFeatures(8)},
+            "kernel and feature_map",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        GraphAttention(**{"channels": 32, "heads": 4, "head_channels": 8, **options})
+
+
+def test_the_constructor_and_call_of_pytorch_geometric():
+    """Its own test of its layer, and all its arguments by position."""
+    x, mask = torch.randn(1, 4, 16), torch.ones(1, 4, dtype=torch.bool)
+    attention = GraphAttention(channels=16, heads=4)
+    assert isinstance(attention, PerformerAttention)
+    assert attention(x, mask).shape == (1, 4, 16)
+    assert attention.head_channels == 64
+    assert "heads=4, head_channels=64" in str(attention)
+    attention = GraphAttention(16, 4, None, torch.nn.ReLU(), True, False, 0.5)
+    assert attention.head_channels == 4
+    assert attention.q.bias is not None
+    assert attention.attn_out.bias is None
+    assert (attention(x, mask) == 0).any()
+    assert attention.feature_map.fn == "relu"
+    before = attention.feature_map.weight.clone()
+    attention.redraw_projection_matrix()
+    assert not torch.equal(attention.feature_map.weight, before)
+
+
+def test_weights_of_pytorch_geometric_load():
+    theirs = PerformerAttention(32, 4, 8)
+    ours = layer()
+    result = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert result.missing_keys == ["feature_map.weight"]
+    assert result.unexpected_keys == ["fast_attn.projection_matrix"]
+    assert torch.equal(ours.v.weight, theirs.v.weight)
+
+
+def test_a_layer_is_copied_and_saved(tmp_path):
+    attention, (x, batch) = layer(), nodes()
+    expected = attention(x, batch=batch)
+    torch.testing.assert_close(copy.deepcopy(attention)(x, batch=batch), expected, rtol=0, atol=0)
+    other = GraphAttention(32, 4, 8).eval()
+    other.load_state_dict(attention.state_dict())
+    torch.testing.assert_close(other(x, batch=batch), expected, rtol=0, atol=0)
