@@ -1,15 +1,18 @@
 """Efficient attentions to compare with: importing this package registers them for models.
 
 ``PerformerConfig(attention="linformer", attention_options={"rank": 64})`` and so on: ``linformer``,
-``lsh`` (Reformer), ``local`` (a sliding window) and ``bigbird``. Each takes any queries, keys and
-values, masks and packed rows, and forms no L×L matrix unless one is asked for. They are written
-here because the implementations in transformers own their projections and pad to whole blocks, and
-none handles packed rows: Reformer's chunks and BigBird's random blocks depend on later tokens or on
-the training mode, Longformer's window has no causal form.
+``lsh`` (Reformer), ``routing``, ``local`` (a sliding window), ``longformer``, ``bigbird`` and
+``sparse`` (the Sparse Transformer). Each takes any queries, keys and values, masks and packed rows,
+and forms no L×L matrix unless one is asked for. All are dense attention on rearranged tokens and
+run wherever torch does. They are written here because the implementations in transformers own their
+projections and pad to whole blocks, and none handles packed rows: Reformer's chunks and BigBird's
+random blocks depend on later tokens or on the training mode, Longformer's window has no causal
+form.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,9 +21,12 @@ from performers.models import PerformerConfig, register_attention
 from studies.comparators.bigbird import BigBirdMechanism
 from studies.comparators.linformer import LinformerMechanism
 from studies.comparators.local import LocalMechanism
+from studies.comparators.longformer import LongformerMechanism
 from studies.comparators.lsh import HashFeatures, LshMechanism
+from studies.comparators.routing import RoutingMechanism
+from studies.comparators.sparse import PATTERNS, Pattern, SparseMechanism
 
-COMPARATORS = ("lsh", "linformer", "local", "bigbird")
+COMPARATORS = ("lsh", "routing", "linformer", "local", "longformer", "bigbird", "sparse")
 
 # What no options stand for is resolved when a mechanism is built: a choice that is kept would stay
 # when the longest input changes.
@@ -101,6 +107,74 @@ class BigBirdOptions:
         _at_least(0, global_blocks=self.global_blocks, random_blocks=self.random_blocks)
 
 
+@dataclass
+class SparseOptions:
+    """Options of ``sparse``.
+
+    Attributes:
+        stride: Tokens of a block, and of the window; None is the square root of
+            ``max_position_embeddings``, rounded up, or ``summary`` where that is more.
+        pattern: ``"strided"`` or ``"fixed"``.
+        summary: Last tokens of each block that the fixed pattern shows to all.
+    """
+
+    stride: int | None = None
+    pattern: Pattern = "strided"
+    summary: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least(1, stride=self.stride, summary=self.summary)
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {PATTERNS}, got {self.pattern!r}")
+        if self.pattern == "fixed" and self.stride is not None and self.summary > self.stride:
+            raise ValueError(
+                f"summary must be at most the stride, {self.stride}, got {self.summary}"
+            )
+
+
+@dataclass
+class LongformerOptions:
+    """Options of ``longformer``.
+
+    Attributes:
+        window: Tokens seen to each side.
+        dilation: Difference between the places of two of them.
+        global_tokens: First tokens of a sequence that all see and that see all.
+    """
+
+    window: int = 128
+    dilation: int = 1
+    global_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least(0, window=self.window, global_tokens=self.global_tokens)
+        _at_least(1, dilation=self.dilation)
+
+
+@dataclass
+class RoutingOptions:
+    """Options of ``routing``.
+
+    Attributes:
+        clusters: Centroids of a head; None is the square root of ``max_position_embeddings``,
+            rounded up.
+        window: Tokens of a cluster seen to each side.
+        decay: What is left of a centroid after a step of training.
+    """
+
+    clusters: int | None = None
+    window: int = 128
+    decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _at_least(1, clusters=self.clusters, window=self.window)
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be between 0 and 1, got {self.decay}")
+
+
 def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
@@ -136,6 +210,33 @@ def _bigbird(config: PerformerConfig, generator: torch.Generator | None) -> BigB
     return BigBirdMechanism(options.block_size, options.global_blocks, options.random_blocks)
 
 
+def _sparse(config: PerformerConfig, generator: torch.Generator | None) -> SparseMechanism:
+    options = SparseOptions(**config.attention_options)
+    stride = options.stride or max(_root(config.max_position_embeddings), options.summary)
+    return SparseMechanism(stride, options.pattern, options.summary)
+
+
+def _longformer(config: PerformerConfig, generator: torch.Generator | None) -> LongformerMechanism:
+    options = LongformerOptions(**config.attention_options)
+    return LongformerMechanism(options.window, options.dilation, options.global_tokens)
+
+
+def _routing(config: PerformerConfig, generator: torch.Generator | None) -> RoutingMechanism:
+    options = RoutingOptions(**config.attention_options)
+    return RoutingMechanism(
+        config.num_attention_heads,
+        config.head_dim,
+        options.clusters or _root(config.max_position_embeddings),
+        options.window,
+        options.decay,
+        generator,
+    )
+
+
+def _root(longest: int) -> int:
+    return math.isqrt(longest - 1) + 1
+
+
 register_attention(
     "linformer",
     _linformer,
@@ -146,3 +247,6 @@ register_attention(
 register_attention("lsh", _lsh, options=LshOptions, shares_query=True)
 register_attention("local", _local, options=LocalOptions)
 register_attention("bigbird", _bigbird, options=BigBirdOptions)
+register_attention("sparse", _sparse, options=SparseOptions)
+register_attention("longformer", _longformer, options=LongformerOptions)
+register_attention("routing", _routing, options=RoutingOptions, shares_query=True)

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from performers.models.context import AttentionContext
 from studies.comparators.blocks import Comparator, SequenceRows, attend_allowed, split_blocks
 
 
@@ -28,15 +27,7 @@ class BigBirdMechanism(Comparator):
         self.global_blocks = global_blocks
         self.random_blocks = random_blocks
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: SequenceRows,
-        context: AttentionContext,
-        layer: int,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`."""
         size, (_, heads, longest, _) = self.block_size, query.shape
         chosen, valid = chosen_blocks(
@@ -44,22 +35,22 @@ class BigBirdMechanism(Comparator):
             num_heads=heads,
             num_global=self.global_blocks,
             num_random=self.random_blocks,
-            is_causal=context.is_causal,
-            layer=layer,
+            is_causal=rows.is_causal,
+            layer=rows.layer,
         )
         real = rows.real[:, None, :, None].expand(-1, heads, -1, -1)
         keys, values, allowed = (
             _take_blocks(split_blocks(x, size), chosen) for x in (key, value, real)
         )
         allowed = allowed.mT & valid.repeat_interleave(size, dim=-1).unsqueeze(-2)
-        if context.is_causal:
+        if rows.is_causal:
             # Of the blocks seen only the block itself, the first, has later tokens.
             earlier = allowed.new_ones(size, keys.shape[-2])
             earlier[:, :size].tril_()
             allowed = allowed & earlier
         blocks = (x.flatten(0, 1) for x in (split_blocks(query, size), keys, values, allowed))
         out = attend_allowed(*blocks).unflatten(0, (-1, heads)).flatten(2, 3)[:, :, :longest]
-        end = 0 if context.is_causal else self.global_blocks * size
+        end = 0 if rows.is_causal else self.global_blocks * size
         first = attend_allowed(query[:, :, :end], key, value, rows.real[:, None, None])
         return torch.cat((first, out[:, :, end:]), dim=2)
 

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.attention.sharding import check_not_sharded
 from performers.models.context import AttentionContext
 
 # The place of what fills up rows; its distance to any token is still an integer.
-_FAR = torch.iinfo(torch.int64).max // 2
+FAR = torch.iinfo(torch.int64).max // 2
+
+# Narrower blocks would spend more on calls than on products.
+_LEAST_BLOCK = 16
 
 
 class SequenceRows:
@@ -17,19 +21,26 @@ class SequenceRows:
 
     Args:
         context: The call.
+        layer: Index of the layer.
         shape: Batch size and length of its rows.
         device: Device of its tensors.
 
     Attributes:
+        context: The call; masks and sequences are those of the rows.
+        is_causal: Whether later tokens are hidden.
+        layer: Index of the layer.
         real: True where a row has a token, ``(N, longest)``.
         lengths: Tokens of each sequence, ``(N,)``.
         places: The place of each token in its row of the call, ``(N, longest)``; far away
             where there is none.
+        ranks: The place of each token in its sequence, ``(N, longest)``; far away where there is
+            none.
     """
 
     def __init__(
-        self, context: AttentionContext, shape: tuple[int, int], device: torch.device
+        self, context: AttentionContext, layer: int, shape: tuple[int, int], device: torch.device
     ) -> None:
+        self.context, self.is_causal, self.layer = context, context.is_causal, layer
         batch, length = shape
         sequence = torch.arange(batch, device=device)[:, None].expand(-1, length)
         if context.sequence_ids is not None:
@@ -40,10 +51,12 @@ class SequenceRows:
             self._tokens = context.key_mask.flatten().nonzero()[:, 0]
         _, self.lengths = sequence.flatten()[self._tokens].unique_consecutive(return_counts=True)
         longest = int(self.lengths.max()) if len(self.lengths) else 0
-        self.real = torch.arange(longest, device=device) < self.lengths[:, None]
+        ranks = torch.arange(longest, device=device)
+        self.real = ranks < self.lengths[:, None]
+        self.ranks = ranks.where(self.real, FAR)
         self._source = torch.zeros_like(self.real, dtype=torch.int64)
         self._source[self.real] = self._tokens
-        self.places = (self._source % max(length, 1)).masked_fill(~self.real, _FAR)
+        self.places = (self._source % max(length, 1)).masked_fill(~self.real, FAR)
 
     def split(self, x: Tensor) -> Tensor:
         """``(B, H, L, width)`` as ``(N, H, longest, width)``, zeros where there is no token."""
@@ -60,24 +73,14 @@ class SequenceRows:
 class Comparator(nn.Module):
     """A mechanism that computes on sequences, one to a row; subclasses implement ``attend``."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: SequenceRows,
-        context: AttentionContext,
-        layer: int,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """Attention within each row.
 
         Args:
             query: Shape ``(N, H, longest, head_dim)``, as are keys; zeros behind a sequence.
             key: Keys.
             value: Shape ``(N, H, longest, width)``.
-            rows: Lengths and places of the tokens.
-            context: Context of the call; masks and sequences are those of ``rows``.
-            layer: Index of the layer.
+            rows: Lengths and places of the tokens, and the call.
 
         Returns:
             Shape ``(N, H, longest, width)``; anything behind a sequence.
@@ -91,15 +94,15 @@ class Comparator(nn.Module):
 
         The matrix is what multiplies the values: the output for the identity in their place.
         """
+        check_not_sharded(type(self).__name__)
         batch, heads, length, _ = query.shape
-        rows = SequenceRows(context, (batch, length), query.device)
+        rows = SequenceRows(context, layer, (batch, length), query.device)
 
         def run(value: Tensor) -> Tensor:
             if not len(rows.lengths):
                 return torch.zeros_like(value)
             parts = [rows.split(x) for x in (query, key, value)]
-            out = self.attend(parts[0], parts[1], parts[2], rows, context, layer)
-            return rows.join(out)
+            return rows.join(self.attend(parts[0], parts[1], parts[2], rows))
 
         if not context.need_weights:
             return run(value), None
@@ -140,3 +143,67 @@ def attend_allowed(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -
     blind = ~allowed.any(-1, keepdim=True)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | blind)
     return out.masked_fill(blind, 0.0)
+
+
+def attend_window(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    places: Tensor,
+    window: int,
+    *,
+    is_causal: bool,
+    spacing: int = 1,
+    first: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Softmax attention to the keys whose places are at most ``window * spacing`` away.
+
+    ``O(L * window)``: blocks of at least ``window`` tokens attend to themselves and to the blocks
+    next to them, and a mask cuts out the window.
+
+    Args:
+        query: Shape ``(N, H, L, head_dim)``, as are keys.
+        key: Keys.
+        value: Shape ``(N, H, L, width)``.
+        places: Rising numbers, ``(N, L)``.
+        window: Tokens to each side.
+        is_causal: Whether later tokens are hidden.
+        spacing: Least difference between the places of two tokens.
+        first: Keys, values and places, ``(N, E)``, of tokens that all see: those with places
+            below ``E``, which the window leaves out; far away where there is none.
+    """
+    size, after = max(window, _LEAST_BLOCK), 0 if is_causal else 1
+    queries = split_blocks(query, size)
+    keys, values = (with_neighbours(split_blocks(x, size), after) for x in (key, value))
+    distance = distances(places, size, after)
+    allowed = distance.abs() <= window * spacing
+    if is_causal:
+        allowed &= distance >= 0
+    if first is not None:
+        more_keys, more_values, more = first
+        own = split_blocks(places.unsqueeze(-1), size, FAR)
+        seen = (more < FAR)[:, None, None].expand(-1, *own.shape[1:3], -1)
+        if is_causal:
+            seen = seen & (more[:, None, None] <= own)
+        known = with_neighbours(own, after, FAR).mT < more.shape[1]
+        allowed = torch.cat((allowed & ~known, seen), dim=-1)
+        count = queries.shape[2]
+        keys, values = (
+            torch.cat((x, y.unsqueeze(2).expand(-1, -1, count, -1, -1)), dim=3)
+            for x, y in ((keys, more_keys), (values, more_values))
+        )
+    # One row of blocks after the other, so that heads share a block's mask.
+    queries, keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (queries, keys, values))
+    out = attend_allowed(queries, keys, values, allowed.flatten(0, 1).unsqueeze(1))
+    out = out.unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
+    return out[:, :, : query.shape[2]]
+
+
+def take_columns(x: Tensor, step: int, fill: float = 0) -> Tensor:
+    """Every ``step``-th token: ``(N, H, L, width)`` as ``(N * step, H, ceil(L / step), width)``."""
+    return split_blocks(x, step, fill).permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+def join_columns(x: Tensor, step: int, length: int) -> Tensor:
+    """The inverse of `take_columns`, cut to ``length`` tokens."""
+    return x.unflatten(0, (-1, step)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, :length]

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from performers.models.context import AttentionContext
 from studies.comparators.blocks import Comparator, SequenceRows
 
 
@@ -34,25 +33,17 @@ class LinformerMechanism(Comparator):
         for projection in (self.key_projection, self.value_projection):
             projection.normal_(0.0, projection.shape[0] ** -0.5)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: SequenceRows,
-        context: AttentionContext,
-        layer: int,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`.
 
         Raises:
             ValueError: The call is causal or packed, or a row is too long.
         """
-        if context.is_causal:
+        if rows.is_causal:
             raise ValueError(
                 "attention='linformer' has no causal form: a projected key mixes all positions"
             )
-        if context.sequence_ids is not None:
+        if rows.context.sequence_ids is not None:
             raise ValueError(
                 "attention='linformer' cannot keep packed sequences apart: leave out sequence_ids "
                 "and pass one sequence in a row with an attention_mask, or use another attention"

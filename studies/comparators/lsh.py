@@ -10,14 +10,8 @@ from torch.nn import functional as F
 from performers.features import FeatureMap
 from performers.features.form import FeatureForm
 from performers.features.precision import without_autocast
-from performers.models.context import AttentionContext
-from studies.comparators.blocks import (
-    Comparator,
-    SequenceRows,
-    distances,
-    split_blocks,
-    with_neighbours,
-)
+from studies.comparators.blocks import SequenceRows
+from studies.comparators.groups import GroupedComparator, Sorted
 
 # More columns than this and the hash is split into two, of which a bucket is a pair.
 _MOST_COLUMNS = 64
@@ -136,7 +130,7 @@ def _factors(buckets: int) -> tuple[int, ...]:
     return (buckets,)
 
 
-class LshMechanism(Comparator):
+class LshMechanism(GroupedComparator):
     """Softmax attention to the tokens that hash into the same bucket.
 
     Queries are keys too: the key of a token is its query at length ``sqrt(head_dim)``, so that the
@@ -162,104 +156,39 @@ class LshMechanism(Comparator):
     """
 
     def __init__(self, feature_map: HashFeatures, chunk_size: int) -> None:
-        super().__init__()
+        super().__init__(feature_map.buckets, chunk_size)
         self.feature_map = feature_map
-        self.chunk_size = chunk_size
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rows: SequenceRows,
-        context: AttentionContext,
-        layer: int,
-    ) -> Tensor:
+    def group(self, query: Tensor, rows: SequenceRows) -> Tensor:
+        """The bucket of each token in each round."""
+        return self.feature_map.hash(query)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`; ``key`` is not used."""
         with without_autocast(query.device):
             dtype = torch.promote_types(query.dtype, torch.float32)
             queries, values = query.to(dtype), value.to(dtype)
             keys = F.normalize(queries, dim=-1, eps=_LEAST_NORM)
-            reach = min(self.chunk_size, query.shape[2])
-            order, places = self._sort(query, rows, context, reach)
-            rounds = [
-                _attend_sorted(queries, keys, values, order, places, number, reach, context)
-                for number in range(order.shape[2])
-            ]
+            order = self.sort(query, rows)
+            rounds = [_round(queries, keys, values, order, n) for n in range(order.rounds)]
             outputs, normalisers = (torch.stack(x) for x in zip(*rounds, strict=True))
             return (normalisers.softmax(0) * outputs).sum(0).to(value.dtype)
 
-    @torch.no_grad()
-    def _sort(
-        self, query: Tensor, rows: SequenceRows, context: AttentionContext, reach: int
-    ) -> tuple[Tensor, Tensor]:
-        """The order of each round, and where it puts each token.
 
-        Returns:
-            The indices of the tokens in order, and the place of each token: a number that differs
-            by as much as the order within a bucket and by more than ``reach`` between buckets.
-            Both of shape ``(N, H, rounds, longest)``.
-        """
-        group = self._buckets(query, context)
-        # Padding has a separate bucket, the last.
-        group = group.masked_fill(~rows.real[:, None, None], self.feature_map.buckets)
-        order = group.argsort(dim=-1, stable=True)
-        group = group.gather(-1, order)
-        starts = torch.zeros_like(group, dtype=torch.bool)
-        starts[..., 1:] = group[..., 1:] != group[..., :-1]
-        places = (reach + 1) * starts.cumsum(-1) + torch.arange(
-            group.shape[-1], device=query.device
-        )
-        if group.shape[-1] * (reach + 2) < 2**30:
-            # Comparing them is most of the work.
-            places = places.int()
-        return order, torch.empty_like(places).scatter_(-1, order, places)
-
-    def _buckets(self, query: Tensor, context: AttentionContext) -> Tensor:
-        """The bucket of each token in each round, the one it had if this is computed once more."""
-        if context.choices is None:
-            return self.feature_map.hash(query)
-        if self not in context.choices:
-            dtype = torch.int16 if self.feature_map.buckets <= 2**15 else torch.int32
-            context.choices[self] = self.feature_map.hash(query).to(dtype)
-        return context.choices[self].long()
-
-
-def _attend_sorted(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    order: Tensor,
-    places: Tensor,
-    number: int,
-    reach: int,
-    context: AttentionContext,
+def _round(
+    queries: Tensor, keys: Tensor, values: Tensor, order: Sorted, number: int
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``(N, H, L, width)`` of one round, and logarithms of normalisers ``(N, H, L, 1)``."""
-    order, after = order[:, :, number, :, None], 0 if context.is_causal else 1
-
-    def sort(x: Tensor) -> Tensor:
-        return split_blocks(x.gather(2, order.expand(*x.shape[:2], -1, x.shape[-1])), reach)
-
-    def unsort(x: Tensor) -> Tensor:
-        x = x.flatten(2, 3)[:, :, : order.shape[2]]
-        return torch.empty_like(x).scatter(2, order.expand_as(x), x)
-
-    def gap(place: Tensor) -> Tensor:
-        return distances(place.gather(2, order.squeeze(-1)), reach, after)
-
-    difference = gap(places[:, :, number])
-    hidden, itself = difference.abs() > reach, difference == 0
-    if context.is_causal:
-        hidden |= difference < 0
+    difference = order.gaps(order.places[:, :, number], number)
+    hidden, itself = order.hidden(difference), difference == 0
     del difference
     # In how many rounds each pair meets.
-    met = torch.zeros((), dtype=torch.uint8, device=order.device)
-    for place in places.unbind(2):
-        met = met + (gap(place).abs() <= reach)
-    scores = sort(queries) @ with_neighbours(sort(keys), after).mT
+    met = torch.zeros((), dtype=torch.uint8, device=queries.device)
+    for places in order.places.unbind(2):
+        met = met + (order.gaps(places, number).abs() <= order.reach)
+    scores = order.blocks(queries, number) @ order.seen(keys, number).mT
     scores = scores - met.clamp_min(1).to(scores.dtype).log()
     scores = scores.masked_fill(hidden, -torch.inf).masked_fill(itself, _OWN_SCORE)
     normaliser = scores.logsumexp(-1, keepdim=True)
-    out = (scores - normaliser).exp() @ with_neighbours(sort(values), after)
-    return unsort(out), unsort(normaliser)
+    out = (scores - normaliser).exp() @ order.seen(values, number)
+    return order.join(out, number), order.join(normaliser, number)

@@ -15,7 +15,10 @@ EVERY = (*((name, False) for name in COMPARATORS), *((name, True) for name in CA
 SMALL = {
     "linformer": {"rank": 8},
     "lsh": {"buckets": 4, "chunk_size": 3, "rounds": 3},
+    "routing": {"clusters": 3, "window": 4},
     "local": {"window": 3},
+    "longformer": {"window": 2, "dilation": 2, "global_tokens": 1},
+    "sparse": {"stride": 4, "summary": 2},
     "bigbird": {"block_size": 2, "global_blocks": 1, "random_blocks": 1},
 }
 
@@ -71,6 +74,19 @@ def rows(context, batch, length):
                 yield row, places
 
 
+def pattern(context, batch, heads, length, sees):
+    """The pairs allowed where a function says which ranks of a sequence see which."""
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for row, places in rows(context, batch, length):
+        index, rank = torch.tensor(places), torch.arange(len(places))
+        for head in range(heads):
+            seen = sees(rank[:, None], rank[None], head)
+            if context.is_causal:
+                seen = seen & (rank[None] <= rank[:, None])
+            allowed[row, head, index[:, None], index] = seen
+    return allowed
+
+
 def dense(scores: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the allowed pairs, and what it averages; zeros where there is none."""
     blind = ~allowed.any(-1, keepdim=True)
@@ -89,7 +105,7 @@ def compare(mechanism, tensors, context, expected, layer=0):
     silent, none = mechanism(*tensors, context._replace(need_weights=False), layer)
     assert none is None
     torch.testing.assert_close(silent, out, rtol=0, atol=0)
-    trained = [*tensors, *mechanism.parameters()]
+    trained = [*tensors, *(p for p in mechanism.parameters() if p.requires_grad)]
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
     found, wanted = (
         torch.autograd.grad((x * probe).sum(), trained, allow_unused=True, retain_graph=True)

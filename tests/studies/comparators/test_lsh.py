@@ -36,8 +36,8 @@ def pattern(module, query, context):
                     members.setdefault(bucket[i], []).append(i)
                 for list_ in members.values():
                     for rank, i in enumerate(list_):
-                        end = rank if context.is_causal else rank + module.chunk_size
-                        for j in list_[max(0, rank - module.chunk_size) : end + 1]:
+                        end = rank if context.is_causal else rank + module.reach
+                        for j in list_[max(0, rank - module.reach) : end + 1]:
                             allowed[row, head, i, j] = True
     own = torch.eye(length, dtype=torch.bool)
     others = (allowed & ~own).any(-1, keepdim=True)

@@ -46,18 +46,21 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
     """Forward and backward, with sizes as they are used."""
     if attention == "linformer" and kind == "packed":
         pytest.skip("linformer refuses packed rows")
-    options = {"linformer": {"rank": 64}, "local": {"window": 64}}.get(attention, {})
-    config = PerformerConfig(
-        hidden_size=32,
-        num_attention_heads=2,
-        attention=attention,
-        attention_options=options,
-        max_position_embeddings=4096,
-        is_decoder=is_causal,
-    )
-    mechanism = build_mechanism(config)
+    window = {"window": 64}
+    options = {"linformer": {"rank": 64}, "local": window, "longformer": window, "routing": window}
+    # The stride of ``sparse`` is the root of the length that it is built for.
+    rooted = attention == "sparse" and kind != "packed"
     sizes, flops = [], []
     for length in (2048, 4096):
+        config = PerformerConfig(
+            hidden_size=32,
+            num_attention_heads=2,
+            attention=attention,
+            attention_options=options.get(attention, {}),
+            max_position_embeddings=length if rooted else 4096,
+            is_decoder=is_causal,
+        )
+        mechanism = build_mechanism(config)
         mask = ids = None
         if kind == "masked":
             mask = torch.ones(1, length, dtype=torch.bool)
@@ -75,9 +78,10 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
             mechanism(*tensors, context, 0)[0].sum().backward()
         sizes.append(largest.size)
         flops.append(counter.get_total_flops())
+    growth = 2**1.5 if rooted else 2
     assert sizes[0] < 2048**2
-    assert sizes[1] <= 2.05 * sizes[0]
-    assert 1.9 * flops[0] < flops[1] < 2.1 * flops[0]
+    assert sizes[1] <= 1.025 * growth * sizes[0]
+    assert 0.95 * growth * flops[0] < flops[1] < 1.05 * growth * flops[0]
 
 
 @pytest.mark.parametrize("attention", CAUSAL)
@@ -185,7 +189,7 @@ def test_autocast(attention, is_causal):
     half.loss.backward()
     assert half.logits.dtype == torch.bfloat16
     assert abs(half.loss.item() - full.item()) < 0.2
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,14 @@ def test_without_the_study_a_saved_model_is_refused_by_name(tmp_path):
         ("bigbird", {"block_size": 0}, "block_size must be at"),
         ("bigbird", {"random_blocks": -1}, "random_blocks must be at"),
         ("bigbird", {"global_blocks": -1}, "global_blocks must be at"),
+        ("sparse", {"stride": 0}, "stride must be at least 1"),
+        ("sparse", {"pattern": "random"}, "pattern must be one of"),
+        ("sparse", {"pattern": "fixed", "stride": 1}, "summary must be at most the stride, 1"),
+        ("longformer", {"dilation": 0}, "dilation must be at least 1"),
+        ("longformer", {"window": -1}, "window must be at least 0"),
+        ("routing", {"clusters": 0}, "clusters must be at least 1"),
+        ("routing", {"window": 0}, "window must be at least 1"),
+        ("routing", {"decay": 1.5}, "decay must be between 0 and 1"),
     ],
 )
 def test_options_that_are_refused(attention, options, words):
@@ -266,11 +278,22 @@ def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention):
         return {
             "linformer": lambda: len(found.key_projection),
             "lsh": lambda: found.feature_map.buckets,
+            "routing": lambda: found.num_groups,
             "local": lambda: found.window,
+            "longformer": lambda: found.window,
             "bigbird": lambda: found.block_size,
+            "sparse": lambda: found.stride,
         }[attention]()
 
-    expected = {"linformer": [128, 256], "lsh": [2, 16], "local": [128] * 2, "bigbird": [64] * 2}
+    expected = {
+        "linformer": [128, 256],
+        "lsh": [2, 16],
+        "routing": [12, 32],
+        "local": [128, 128],
+        "longformer": [128, 128],
+        "bigbird": [64, 64],
+        "sparse": [12, 32],
+    }
     assert [size(128), size(1024)] == expected[attention]
     # Also for an attention that is set later.
     config = PerformerConfig(attention="exact")

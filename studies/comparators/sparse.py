@@ -1,0 +1,104 @@
+"""The factorised patterns of the Sparse Transformer (Child et al. 2019, arXiv 1904.10509)."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from studies.comparators.blocks import (
+    Comparator,
+    SequenceRows,
+    attend_allowed,
+    attend_window,
+    join_columns,
+    split_blocks,
+    take_columns,
+)
+
+Pattern = Literal["strided", "fixed"]
+PATTERNS: tuple[str, ...] = get_args(Pattern)
+
+
+class SparseMechanism(Comparator):
+    """Softmax attention in two patterns that reach every token in two steps.
+
+    With ``s`` for the stride, a token ``i`` sees in one half of the heads the tokens near it and in
+    the other half some that are spread over the sequence:
+
+    * ``strided``: ``|i - j| <= s``; and ``i - j`` a multiple of ``s``.
+    * ``fixed``: its block of ``s`` tokens; and the last ``summary`` tokens of every block. A token
+      that sees none of them, in the causal form the first of a sequence, gets zeros.
+
+    The causal form hides later tokens. Heads alternate, and begin with the other half in the next
+    layer (the paper's section 5.2 names heads and layers). Each half is dense attention on
+    rearranged tokens: blocks, or columns of the sequence written in rows of ``s``. ``O(L * (s + L /
+    s))``, and ``O(L * (s + summary * L / s))``; tokens are counted from the first of each sequence,
+    masked ones left out.
+
+    Args:
+        stride: ``s``.
+        pattern: ``"strided"`` or ``"fixed"``.
+        summary: Tokens of a block that the fixed pattern shows to all.
+    """
+
+    def __init__(self, stride: int, pattern: str, summary: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.pattern = pattern
+        self.summary = summary
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        """See `Comparator.attend`."""
+        strided = self.pattern == "strided"
+        halves = (self._near, self._columns) if strided else (self._block, self._summaries)
+        out = torch.empty_like(value)
+        for begin, half in enumerate(halves):
+            heads = slice((begin + rows.layer) % 2, None, 2)
+            if query[:, heads].shape[1]:
+                out[:, heads] = half(query[:, heads], key[:, heads], value[:, heads], rows)
+        return out
+
+    def _near(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        return attend_window(query, key, value, rows.ranks, self.stride, is_causal=rows.is_causal)
+
+    def _columns(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        real = take_columns(rows.real[:, None, :, None], self.stride)
+        queries, keys, values = (take_columns(x, self.stride) for x in (query, key, value))
+        out = _attend_real(queries, keys, values, real, rows)
+        return join_columns(out, self.stride, query.shape[2])
+
+    def _block(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        real = _blocks(rows.real[:, None, :, None], self.stride)
+        queries, keys, values = (_blocks(x, self.stride) for x in (query, key, value))
+        out = _attend_real(queries, keys, values, real, rows).unflatten(0, (len(query), -1))
+        return out.transpose(1, 2).flatten(2, 3)[:, :, : query.shape[2]]
+
+    def _summaries(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        keys, values, real, ranks = (
+            split_blocks(x, self.stride)[..., -self.summary :, :].flatten(-3, -2)
+            for x in (key, value, rows.real.unsqueeze(-1), rows.ranks.unsqueeze(-1))
+        )
+        allowed = real.mT[:, None]
+        if rows.is_causal:
+            allowed = allowed & (ranks.mT <= rows.ranks.unsqueeze(-1))[:, None]
+        return attend_allowed(query, keys, values, allowed)
+
+    def extra_repr(self) -> str:
+        """The arguments, for printing."""
+        return f"stride={self.stride}, pattern={self.pattern!r}, summary={self.summary}"
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """``(N, H, L, width)`` as ``(N * T, H, size, width)``."""
+    return split_blocks(x, size).transpose(1, 2).flatten(0, 1)
+
+
+def _attend_real(
+    query: Tensor, key: Tensor, value: Tensor, real: Tensor, rows: SequenceRows
+) -> Tensor:
+    """Attention within each part of a sequence, ``real`` of shape ``(N, 1, L, 1)``."""
+    if rows.is_causal:
+        # What fills up a part is behind its tokens.
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return attend_allowed(query, key, value, real.mT)

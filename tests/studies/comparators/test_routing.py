@@ -1,0 +1,118 @@
+"""Routing attention against lists of clusters, and its centroids."""
+
+import pytest
+import torch
+
+from performers.models import PerformerForMaskedLM
+from performers.models.context import AttentionContext
+from studies.comparators import RoutingMechanism
+from tests.models.cases import tokens
+from tests.studies.comparators.oracle import (
+    compare,
+    contexts,
+    dense,
+    inputs,
+    make_config,
+    make_model,
+    rows,
+)
+
+
+def mechanism(clusters, window, *, decay=0.9):
+    generator = torch.Generator().manual_seed(0)
+    return RoutingMechanism(3, 8, clusters, window, decay, generator).double().eval()
+
+
+def normalised(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def nearest(module, query):
+    return (normalised(query) @ module.centroids.mT).argmax(-1)
+
+
+def pattern(module, query, context):
+    """Token by token: its neighbours among the tokens of its cluster, or itself."""
+    batch, heads, length, _ = query.shape
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    cluster = nearest(module, query)
+    for row, places in rows(context, batch, length):
+        for head in range(heads):
+            members = {}
+            for i in places:
+                members.setdefault(cluster[row, head, i].item(), []).append(i)
+            for list_ in members.values():
+                for rank, i in enumerate(list_):
+                    end = rank if context.is_causal else rank + module.reach
+                    near = [j for j in list_[max(0, rank - module.reach) : end + 1] if j != i]
+                    allowed[row, head, i, near or [i]] = True
+    return allowed
+
+
+@pytest.mark.parametrize(
+    ("length", "options"),
+    [(1, (3, 4)), (5, (2, 1)), (33, (4, 3)), (40, (1, 4)), (40, (5, 50)), (60, (50, 3))],
+    ids=str,
+)
+def test_the_clusters_of_the_definition(length, options):
+    module = mechanism(*options)
+    query, _, value = inputs(length)
+    for context in contexts(length):
+        scores = normalised(query) @ normalised(query).mT / 8**0.5
+        expected = dense(scores, value, pattern(module, query, context))
+        compare(module, (query, query, value), context, expected)
+
+
+def test_centroids_move_in_training_towards_their_tokens():
+    module = mechanism(4, 8).train()
+    query, _, value = inputs(50)
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, 20:] = False
+    before = module.centroids.clone()
+    cluster = nearest(module, query)
+    context = AttentionContext(is_causal=True, key_mask=mask)
+    module.eval()(query, query, value, context, 0)
+    assert torch.equal(module.centroids, before)
+    module.train()(query, query, value, context, 0)
+    for head in range(3):
+        for number in range(4):
+            chosen = (cluster[:, head] == number) & mask
+            members = normalised(query)[:, head][chosen]
+            mean = (members / members.norm(dim=-1, keepdim=True)).sum(0)
+            expected = before[head, number]
+            if len(members):
+                expected = 0.9 * expected + 0.1 * mean / mean.norm()
+            expected = expected / expected.norm()
+            torch.testing.assert_close(module.centroids[head, number], expected)
+
+
+def test_a_layer_that_is_computed_again_has_the_clusters_it_had():
+    """And moves its centroids once."""
+    model = make_model("routing", reversible=True, num_hidden_layers=4).train()
+    ids = tokens(2, 30)
+    loss = model(ids, labels=ids).loss
+    centroids = [p.clone() for name, p in model.named_parameters() if "centroids" in name]
+    assert len(centroids) == 4
+    loss.backward()
+    after = [p for name, p in model.named_parameters() if "centroids" in name]
+    assert all(torch.equal(x, y) for x, y in zip(centroids, after, strict=True))
+
+
+def test_centroids_are_saved_and_drawn_where_a_file_lacks_them(tmp_path):
+    model = PerformerForMaskedLM(make_config("routing"))
+    centroids = model.performer.layers[1].attention.mechanism.centroids
+    assert centroids.shape == (2, 3, 16)
+    torch.testing.assert_close(centroids.norm(dim=-1), torch.ones(2, 3))
+    with torch.no_grad():
+        centroids[0, 0] = -centroids[0, 0]
+    model.save_pretrained(tmp_path / "whole")
+    loaded = PerformerForMaskedLM.from_pretrained(tmp_path / "whole")
+    assert torch.equal(loaded.performer.layers[1].attention.mechanism.centroids, centroids)
+    # Queries are keys in lsh too, whose file has no centroids.
+    other = PerformerForMaskedLM(make_config("lsh"))
+    other.save_pretrained(tmp_path / "other")
+    started = PerformerForMaskedLM.from_pretrained(tmp_path / "other", config=model.config)
+    for layer in started.performer.layers:
+        drawn = layer.attention.mechanism.centroids
+        torch.testing.assert_close(drawn.norm(dim=-1), torch.ones(2, 3))
