@@ -25,6 +25,7 @@ PAGES = {
     "catalogue.md": "catalogue",
     "cpu.md": "speed",
     "demo.md": "demo",
+    "families.md": "families",
     "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",

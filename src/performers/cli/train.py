@@ -35,6 +35,7 @@ class TrainingFiles(Options):
 def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions) -> None:
     """Train a protein language model from FASTA files or a prepared corpus."""
     from performers.proteins.corpus import Corpus, is_corpus
+    from performers.proteins.training.families import corpus_families, header_families
     from performers.proteins.training.train import train_model, validation_sample
 
     from_corpus = any(is_corpus(path) for path in files.fasta)
@@ -43,6 +44,8 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
         whose = "--validation" if files.validation else "the corpus, which has a validation split"
         raise OptionError(f"--validation-fraction holds out nothing beside {whose}; leave it out")
     sequences: Sequence[str] | TokenShards
+    families: Sequence[str] | None = None
+    validation_families: Sequence[str] | None = None
     if from_corpus:
         if len(files.fasta) > 1:
             raise UserError("a corpus is trained on by itself; give the one folder")
@@ -50,11 +53,23 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
         sequences = corpus.split("train")
         options.check_memory(sequences.entry["tokens"])
         held_out = validation_sample(corpus.split("validation"), options.seed)
+        if options.families:
+            families = corpus_families(corpus, "train")
+            validation = corpus.split("validation")
+            names = corpus_families(corpus, "validation")
+            family_of = {validation.sequence(place): name for place, name in enumerate(names)}
+            validation_families = [family_of[sequence] for sequence in held_out]
     else:
-        sequences, held_out = [record.sequence for record in protein_records(files.fasta)], None
+        records = protein_records(files.fasta)
+        sequences, held_out = [record.sequence for record in records], None
+        if options.families:
+            families = header_families(records)
         options.check_memory(sum(len(sequence) for sequence in sequences))
     if files.validation:
-        held_out = [record.sequence for record in protein_records(files.validation)]
+        records = protein_records(files.validation)
+        held_out = [record.sequence for record in records]
+        if options.families:
+            validation_families = header_families(records)
     prepare_output_folder(files.output_folder, resume=files.resume)
     with ProgressBars() as bars:
         result = train_model(
@@ -62,6 +77,8 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             files.output_folder,
             options,
             validation=held_out,
+            families=families,
+            validation_families=validation_families,
             resume=files.resume,
             progress=bars.training("training"),
             announce=note,

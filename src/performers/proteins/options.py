@@ -116,6 +116,12 @@ class TrainingOptions(Options):
     )
     packed: bool = option("Fill rows of --max-length with several sequences.", False)
     across_sequences: bool = option("In packed rows, attend across sequences.", False)
+    families: str | None = option(
+        "Rows of proteins with relatives (those of a corpus, or family=NAME in FASTA headers), "
+        "which read each other; residues to predict are in all of them, or in one (all, one).",
+        None,
+        choices=("all", "one"),
+    )
     batch_tokens: int = option(
         "Tokens in a batch on each process, padding included.", 8192, at_least=1
     )
@@ -249,6 +255,8 @@ class TrainingOptions(Options):
             )
         if self.across_sequences and not self.packed:
             raise OptionError("--across-sequences needs --packed")
+        if self.families and self.packed:
+            raise OptionError("--families makes rows of relatives; leave out --packed")
         if self.reversible and self.gradient_checkpointing:
             raise OptionError(
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "

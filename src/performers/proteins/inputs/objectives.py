@@ -1,13 +1,15 @@
 """Training objectives as data collators: masked residues (BERT's rule) and next residues.
 
 A collator is called with examples, mappings that hold ``input_ids`` and, as `TokenDataset` gives
-them, ``index``, ``epoch`` and, for packed rows, ``sequence_ids``. It returns int64 tensors of shape
-(batch, length), padded on the right to the longest example:
+them, ``index``, ``epoch`` and, for packed rows, ``sequence_ids``; as `FamilyRows` gives them,
+``position_ids`` and ``may_be_target``, the tokens among which targets are. It returns int64 tensors
+of shape (batch, length), padded on the right to the longest example:
 
 - ``input_ids``, padding = the tokenizer's pad token;
 - ``attention_mask``, 1 at tokens, 0 at padding;
 - ``labels``, -100 where there is no target;
-- ``sequence_ids``, if the examples have them, -1 at padding.
+- ``sequence_ids``, if the examples have them, -1 at padding;
+- ``position_ids``, if the examples have them, 0 at padding.
 
 Collators hold no state. What is random in an example is a pure function of (seed, epoch, index),
 all read from the example and the constructor: it does not depend on the batch, on the number of
@@ -99,7 +101,7 @@ class MaskedCollator:
 
         Args:
             examples: Each has ``input_ids`` (length,) and ``index``, and may have ``epoch``
-                (0 if absent) and ``sequence_ids`` (length,).
+                (0 if absent), ``sequence_ids``, ``position_ids`` and ``may_be_target`` (length,).
 
         Returns:
             The tensors that the module describes.
@@ -124,7 +126,10 @@ class MaskedCollator:
                 "a TokenDataset, and remove_unused_columns=False with Trainer"
             )
         labels = np.full_like(tokens, IGNORE_INDEX)
-        residues = np.flatnonzero(np.isin(tokens, self._residues))
+        candidates = np.isin(tokens, self._residues)
+        if "may_be_target" in example:
+            candidates &= example["may_be_target"]
+        residues = np.flatnonzero(candidates)
         if not residues.size:
             return tokens, labels
         key = (self.seed, int(example.get("epoch", 0)), int(example["index"]))
@@ -161,7 +166,8 @@ class CausalCollator:
         """Pad a batch and copy its inputs to its labels.
 
         Args:
-            examples: Each has ``input_ids`` (length,) and may have ``sequence_ids`` (length,).
+            examples: Each has ``input_ids`` (length,) and may have ``sequence_ids``,
+                ``position_ids`` and ``may_be_target`` (length,).
 
         Returns:
             The tensors that the module describes.
@@ -175,6 +181,8 @@ class CausalCollator:
             if "sequence_ids" in example:
                 starts = np.flatnonzero(np.diff(np.asarray(example["sequence_ids"]))) + 1
                 targets[starts] = IGNORE_INDEX
+            if "may_be_target" in example:
+                targets[~np.asarray(example["may_be_target"])] = IGNORE_INDEX
         return self._padding.batch(examples, inputs, labels)
 
 
@@ -194,19 +202,20 @@ class _Padding:
     ) -> dict[str, Tensor]:
         if not examples:
             raise ValueError("examples: expected at least one, got an empty batch")
-        packed = sum("sequence_ids" in example for example in examples)
-        if packed not in (0, len(examples)):
-            raise ValueError(
-                f"examples: {packed} of {len(examples)} have 'sequence_ids'; give it in all or none"
-            )
         batch = {
             "input_ids": self._stack(inputs, self._pad_id),
             "attention_mask": self._stack([np.ones_like(row) for row in inputs], 0),
             "labels": self._stack(labels, IGNORE_INDEX),
         }
-        if packed:
-            sequence_ids = [np.asarray(example["sequence_ids"]) for example in examples]
-            batch["sequence_ids"] = self._stack(sequence_ids, -1)
+        for name, fill in (("sequence_ids", -1), ("position_ids", 0)):
+            rows = [np.asarray(example[name]) for example in examples if name in example]
+            if len(rows) not in (0, len(examples)):
+                raise ValueError(
+                    f"examples: {len(rows)} of {len(examples)} have {name!r}; give it in all or "
+                    "none"
+                )
+            if rows:
+                batch[name] = self._stack(rows, fill)
         return batch
 
     def _stack(self, rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:

@@ -15,6 +15,7 @@ _AMBIGUOUS = "XBZUOJ"
 # are together (IUPAC codes of ambiguous bases are the rest) and that each of them is.
 _NUCLEOTIDE_RESIDUES = 200
 _NUCLEOTIDE_SHARE, _EACH_NUCLEOTIDE_SHARE = 0.9, 0.01
+_FIELD = re.compile(r"(?:^|\s)(\w+)=(\S+)")
 # Databases whose identifiers are written database|accession|name.
 _ACCESSION = re.compile(r"(?:sp|tr|gb|emb|dbj|ref)\|([^|]+)\|[^|]*")
 
@@ -58,6 +59,10 @@ class ProteinRecord:
     def header(self) -> str:
         """The header without its ``>``."""
         return f"{self.name} {self.description}".rstrip()
+
+    def field(self, name: str) -> str | None:
+        """Value of the first ``name=value`` in the header, or None."""
+        return next((value for key, value in _FIELD.findall(self.description) if key == name), None)
 
     def look_up(self, table: Mapping[str, _T]) -> _T | None:
         """Entry of a table under the name or else the accession; None where there is neither."""

@@ -8,7 +8,6 @@ the headers.
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from performers.app.errors import UserError
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.probe.labels import ProteinLabels
 
-_FIELDS = re.compile(r"(?:^|\s)(labels|family|group)=(\S+)")
 _HOW_TO_GROUP = (
     "group related sequences with `mmseqs easy-cluster proteins.fasta clusters tmp --min-seq-id "
     "0.3` and give its clusters_cluster.tsv as --groups, or the clusters.tsv in a folder that "
@@ -190,9 +188,9 @@ def _header_labels(records: Sequence[ProteinRecord]) -> dict[str, tuple[str, ...
 def _from_headers(records: Sequence[ProteinRecord], field: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in records:
-        for name, value in _FIELDS.findall(record.description):
-            if name == field:
-                found.setdefault(record.name, value)
+        value = record.field(field)
+        if value is not None:
+            found.setdefault(record.name, value)
     return found
 
 

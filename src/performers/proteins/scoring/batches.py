@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from performers.app.progress import Progress
+from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.model_folder import check_input_length
 
@@ -30,7 +31,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def run_batches(
     model: PreTrainedModel,
-    dataset: TokenDataset,
+    dataset: TokenDataset | FamilyRows,
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     *,
     batch_tokens: int,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
+from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import TokenDataset, split_windows
 from performers.proteins.inputs.tokenizer import encode_sequences
@@ -76,7 +77,7 @@ def evaluate_model(
 def evaluate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: TokenDataset,
+    dataset: TokenDataset | FamilyRows,
     *,
     batch_tokens: int = 8192,
     mask_probability: float = 0.15,

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.corpus import ShardedRows, TokenShards
+from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import (
     LengthBucketedBatchSampler,
@@ -31,13 +32,15 @@ from performers.proteins.inputs.tokenizer import (
     residue_ids,
 )
 from performers.proteins.options import TrainingOptions
-from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
 from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
 
 _HELD_OUT_AT_MOST = 500
+# A row with relatives is many times a protein.
+_FAMILY_ROWS_AT_MOST = 50
 
 
 def train_model(
@@ -46,6 +49,8 @@ def train_model(
     options: TrainingOptions,
     *,
     validation: Sequence[str] | None = None,
+    families: Sequence[str] | None = None,
+    validation_families: Sequence[str] | None = None,
     resume: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     announce: Callable[[str], None] | None = None,
@@ -65,6 +70,9 @@ def train_model(
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
             ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
             validation split, of which ``validation_sample`` takes as many.
+        families: With ``options.families``, the family of each of ``sequences``.
+        validation_families: Those of ``validation``, whose relatives are in ``sequences``; the
+            first 50 are read.
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         progress: Called with the step, the steps in all and the latest log entry.
@@ -80,22 +88,33 @@ def train_model(
             (``Diverged``).
     """
     tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
+    if (families is None) != (options.families is None):
+        raise ValueError("families: expected with options.families, and without it none")
+    if families is not None and (validation is None) != (validation_families is None):
+        raise ValueError("validation_families: expected with families and validation")
     if validation is None:
         if isinstance(sequences, TokenShards):
             raise ValueError("validation: expected proteins to go with a split of a corpus")
-        sequences, validation = _hold_out(sequences, options)
-    record = run_record(options, _fingerprint(sequences, validation))
+        kept, held = _hold_out(len(sequences), options)
+        validation = [sequences[index] for index in held]
+        sequences = [sequences[index] for index in kept]
+        if families is not None:
+            validation_families = [families[index] for index in held]
+            families = [families[index] for index in kept]
+    named = None if families is None else (families, validation_families or [])
+    record = run_record(options, _fingerprint(sequences, validation, named or ()))
     run = TrainingRun(output, record, options, resume=resume)
     arguments = training_arguments(run.checkpoints, options)
     trackers = tracker_callbacks(options.report_to or (), output)
 
     def trainer() -> _ProteinTrainer:
         model = _build_model(options, tokenizer)
+        dataset, validated = _data(tokenizer, sequences, validation, named, options)
         return _ProteinTrainer(
             options=options,
-            dataset=_dataset(tokenizer, sequences, options),
+            dataset=dataset,
             tokenizer=tokenizer,
-            validation=validation,
+            validation=validated,
             model=model,
             args=arguments,
             callbacks=trackers,
@@ -112,7 +131,7 @@ class _ProteinTrainer(RunTrainer):
         *,
         options: TrainingOptions,
         tokenizer: PreTrainedTokenizerBase,
-        validation: Sequence[str],
+        validation: Sequence[str] | FamilyRows,
         **arguments: Any,
     ) -> None:
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
@@ -122,15 +141,15 @@ class _ProteinTrainer(RunTrainer):
             )
 
         def measure(model: Any) -> dict[str, float]:
-            return evaluate_model(
-                model,
-                tokenizer,
-                validation,
-                max_length=options.max_length,
-                batch_tokens=options.batch_tokens,
-                mask_probability=options.mask_probability,
-                seed=options.seed,
-            )
+            settings: dict[str, Any] = {
+                "batch_tokens": options.batch_tokens,
+                "mask_probability": options.mask_probability,
+                "seed": options.seed,
+            }
+            if isinstance(validation, FamilyRows):
+                return evaluate_rows(model, tokenizer, validation, **settings)
+            settings["max_length"] = options.max_length
+            return evaluate_model(model, tokenizer, validation, **settings)
 
         super().__init__(options=options, measure=measure if validation else None, **arguments)
 
@@ -153,9 +172,11 @@ class _ProteinTrainer(RunTrainer):
 
 
 def _fingerprint(
-    training: Sequence[str] | TokenShards, validation: Sequence[str]
+    training: Sequence[str] | TokenShards,
+    validation: Sequence[str],
+    families: Sequence[Sequence[str]],
 ) -> dict[str, Any]:
-    """Data of a run: how much, and the SHA-256 of its content."""
+    """Data of a run: how much, and the SHA-256 of its content and of the names of families."""
     digest = hashlib.sha256()
     if isinstance(training, TokenShards):
         residues = training.entry["residues"]
@@ -164,9 +185,9 @@ def _fingerprint(
     else:
         residues = sum(map(len, training))
         groups = [training, validation]
-    for group in groups:
-        for sequence in group:
-            digest.update(sequence.encode() + b"\n")
+    for group in (*groups, *families):
+        for text in group:
+            digest.update(text.encode() + b"\n")
         digest.update(b"\n")
     return {
         "sequences": len(training),
@@ -194,6 +215,32 @@ def validation_sample(shards: TokenShards, seed: int) -> list[str]:
     """Draw at most 500 proteins of a validation split with the seed."""
     order = np.random.default_rng(seed).permutation(len(shards))[:_HELD_OUT_AT_MOST]
     return [shards.sequence(index) for index in sorted(order.tolist())]
+
+
+def _data(
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: Sequence[str] | TokenShards,
+    validation: Sequence[str],
+    families: tuple[Sequence[str], Sequence[str]] | None,
+    options: TrainingOptions,
+) -> tuple[TokenDataset | ShardedRows | FamilyRows, Sequence[str] | FamilyRows]:
+    """Rows to train on, and proteins to validate on, in rows with relatives to train on."""
+    if families is None:
+        return _dataset(tokenizer, sequences, options), validation
+    sizes: dict[str, Any] = {"max_length": options.max_length, "seed": options.seed}
+    tokens: Sequence[Any] = sequences
+    if not isinstance(sequences, TokenShards):
+        tokens = encode_sequences(tokenizer, sequences)
+    known = ProteinFamilies(tokens, families[0])
+    try:
+        rows = FamilyRows(known, hidden=options.families or "all", **sizes)
+    except ValueError as error:
+        raise UserError(f"--families: {error}") from error
+    validated = encode_sequences(tokenizer, validation[:_FAMILY_ROWS_AT_MOST])
+    if not validated:
+        return rows, []
+    proteins = ProteinFamilies(validated, families[1][:_FAMILY_ROWS_AT_MOST])
+    return rows, FamilyRows(proteins, hidden="one", relatives=known, **sizes)
 
 
 def _dataset(
@@ -234,9 +281,8 @@ def _rows(
     return rows
 
 
-def _hold_out(sequences: Sequence[str], options: TrainingOptions) -> tuple[list[str], list[str]]:
-    count = min(int(options.validation_fraction * len(sequences)), _HELD_OUT_AT_MOST)
-    held = np.random.default_rng(options.seed).permutation(len(sequences))[:count]
-    chosen = set(held.tolist())
-    kept = [sequence for index, sequence in enumerate(sequences) if index not in chosen]
-    return kept, [sequences[index] for index in sorted(chosen)]
+def _hold_out(count: int, options: TrainingOptions) -> tuple[list[int], list[int]]:
+    """Indices of the sequences to train on, and of those to validate on, in order."""
+    held_out = min(int(options.validation_fraction * count), _HELD_OUT_AT_MOST)
+    held = set(np.random.default_rng(options.seed).permutation(count)[:held_out].tolist())
+    return [index for index in range(count) if index not in held], sorted(held)

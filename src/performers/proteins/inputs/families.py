@@ -1,0 +1,169 @@
+"""Training rows of proteins with their relatives, unaligned, in one context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from performers.proteins.inputs.packing import split_windows
+
+__all__ = ["HIDDEN_IN", "FamilyRows", "ProteinFamilies"]
+
+HIDDEN_IN = ("all", "one")
+"""Members of a family's row with residues to predict."""
+
+_Tokens = npt.NDArray[np.integer[Any]]
+
+
+class ProteinFamilies(NamedTuple):
+    """Proteins and the family of each.
+
+    Attributes:
+        tokens: Token sequences with their begin and end tokens, (proteins,).
+        names: Name of the family of each, (proteins,).
+    """
+
+    tokens: Sequence[_Tokens]
+    names: Sequence[str]
+
+
+class FamilyRows(Dataset[dict[str, Any]]):
+    """Rows of a protein and relatives of it, laid end to end.
+
+    There is a row for each protein, or window of one that is longer than ``max_length``. Members of
+    its family precede it in random order until the row has ``max_length`` tokens; the first of them
+    may be cut at its end. Begin and end tokens separate the members.
+
+    Keys are those of `TokenDataset`. An example has ``input_ids``, ``index`` and ``epoch``, and
+
+    - ``position_ids``: positions that restart at 0 in each member, (length,);
+    - ``may_be_target``: whether a token may be predicted, (length,): all but the first token of
+      each member, or those of the protein itself.
+
+    The row is a function of the seed, the epoch and the index alone. No ``sequence_ids`` are given:
+    members attend to each other. Proteins are best distinct: a copy shows what is hidden.
+
+    Args:
+        proteins: The proteins, one or more.
+        max_length: Most tokens of a row.
+        hidden: Members that may have targets: ``"all"``, or the protein itself (``"one"``).
+        relatives: Proteins that relatives are drawn from; None: the other ones of ``proteins``.
+        max_relatives: Most relatives in a row; None: as many as ``max_length`` allows. The
+            relatives of a smaller number are the last ones of a larger number.
+        seed: Seed of the draws, at least 0.
+
+    Raises:
+        ValueError: An argument is out of range, names do not fit, or no row has two residues.
+    """
+
+    def __init__(
+        self,
+        proteins: ProteinFamilies,
+        *,
+        max_length: int,
+        hidden: str = "all",
+        relatives: ProteinFamilies | None = None,
+        max_relatives: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if hidden not in HIDDEN_IN:
+            raise ValueError(f"hidden must be one of {', '.join(HIDDEN_IN)}, got {hidden!r}")
+        for name, value, least in (
+            ("max_length", max_length, 3),
+            ("max_relatives", max_relatives, 0),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for argument, given in (("proteins", proteins), ("relatives", relatives)):
+            if given is not None and len(given.tokens) != len(given.names):
+                raise ValueError(
+                    f"{argument} has {len(given.tokens)} token sequences and {len(given.names)} "
+                    "names of families; give one for each"
+                )
+        self._proteins = proteins
+        self._among_themselves = relatives is None
+        self._relatives = proteins if relatives is None else relatives
+        self._max_length, self._max_relatives = max_length, max_relatives
+        self._hidden, self._seed = hidden, seed
+        members: dict[str, list[int]] = {}
+        for index, name in enumerate(self._relatives.names):
+            members.setdefault(name, []).append(index)
+        self._members = {name: np.array(group) for name, group in members.items()}
+        self._windows = [
+            (index, start, size)
+            for index, length in enumerate(_lengths(proteins.tokens).tolist())
+            for start, size in _cut(length, max_length)
+            if size - (start == 0) - (start + size == length) > 1
+        ]
+        if not self._windows:
+            raise ValueError("proteins: no row has two residues in it to learn from")
+        self.lengths: npt.NDArray[np.int64] = self._most_tokens()
+        """Most tokens of each row, (rows,); the tokens, without ``max_relatives``."""
+
+    def _most_tokens(self) -> npt.NDArray[np.int64]:
+        lengths = _lengths(self._relatives.tokens)
+        rows = []
+        for index, _, size in self._windows:
+            name = self._proteins.names[index]
+            others = lengths[self._members.get(name, [])]
+            total = int(others.sum()) - (int(lengths[index]) if self._among_themselves else 0)
+            if self._max_relatives is not None:
+                total = min(total, self._max_relatives * int(others.max(initial=0)))
+            rows.append(min(self._max_length, size + total))
+        return np.array(rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, row = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= row < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {row}")
+        index, start, size = self._windows[row]
+        pieces = [np.asarray(self._proteins.tokens[index])[start : start + size]]
+        room = self._max_length - size
+        random = np.random.default_rng((self._seed, epoch, row))
+        pool = random.permutation(self._members.get(self._proteins.names[index], []))
+        if self._among_themselves:
+            pool = pool[pool != index]
+        for relative in pool[: self._max_relatives].tolist():
+            if not room:
+                break
+            piece = np.asarray(self._relatives.tokens[relative])[:room]
+            pieces.append(piece)
+            room -= piece.size
+        pieces.reverse()
+        allowed = [
+            np.full(piece.size, self._hidden == "all" or place == len(pieces) - 1)
+            for place, piece in enumerate(pieces)
+        ]
+        for member in allowed:
+            member[0] = False
+        return {
+            "input_ids": np.concatenate(pieces).astype(np.int16),
+            "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
+            "may_be_target": np.concatenate(allowed),
+            "index": row,
+            "epoch": epoch,
+        }
+
+
+def _lengths(tokens: Sequence[_Tokens]) -> npt.NDArray[np.int64]:
+    # Token files know the lengths without being read.
+    found: Any = getattr(tokens, "lengths", None)
+    if found is None:
+        found = [len(sequence) for sequence in tokens]
+    return np.array(found, dtype=np.int64)
+
+
+def _cut(length: int, max_length: int) -> list[tuple[int, int]]:
+    """Start and size of each window of a sequence, as `split_windows` cuts it."""
+    if length <= max_length:
+        return [(0, length)]
+    windows = split_windows(np.arange(length), max_length)
+    return [(int(window[0]), window.size) for window in windows]

@@ -1,0 +1,122 @@
+"""Training on rows of relatives: from FASTA headers and from a corpus, and resumed."""
+
+import json
+
+import pytest
+import torch
+
+from performers.app.errors import Interrupted
+from performers.app.files import write_json
+from performers.proteins.corpus import Corpus
+from performers.proteins.corpus.shards import FORMAT, VOCABULARY, write_shards
+from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
+from performers.proteins.inputs.tokenizer import encode_sequences
+from performers.proteins.training.families import corpus_families
+from performers.proteins.training.train import train_model
+from tests.cli.commands import refusal, run
+from tests.proteins.runs import (
+    flags,
+    history,
+    losses,
+    make_model,
+    proteins,
+    same_weights,
+    small_options,
+)
+from tests.proteins.training.test_resume import stop_at
+
+SEQUENCES = proteins(24, longest=20)
+FAMILIES = [f"f{index % 5}" for index in range(24)]
+OPTIONS = {"max_length": 60, "steps": 6, "save_steps": 2, "dropout": 0.2}
+
+
+def train(folder, objective="mlm", families="one", **arguments):
+    options = small_options(**OPTIONS, objective=objective, families=families)
+    return train_model(SEQUENCES, folder, options, families=FAMILIES, **arguments)
+
+
+@pytest.mark.parametrize(("objective", "hidden"), [("mlm", "one"), ("mlm", "all"), ("clm", "all")])
+def test_a_run_that_was_stopped_continues_exactly(tmp_path, objective, hidden):
+    result = train(tmp_path / "whole", objective, hidden)
+    assert result["eval_tokens"] > 0
+    with pytest.raises(Interrupted):
+        train(tmp_path / "parts", objective, hidden, progress=stop_at(3))
+    train(tmp_path / "parts", objective, hidden, resume=True)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_families_belong_to_the_run(tmp_path):
+    fasta = tmp_path / "a.fasta"
+
+    def write(names):
+        lines = zip(SEQUENCES, names, strict=True)
+        fasta.write_text("".join(f">p{n} family={f}\n{s}\n" for n, (s, f) in enumerate(lines)))
+
+    write(FAMILIES)
+    arguments = ["train", fasta, *flags(**OPTIONS, families="all"), "--output", tmp_path / "model"]
+    run(*arguments)
+    assert json.loads((tmp_path / "model" / "training.json").read_text())["options"]["families"]
+    write(FAMILIES[::-1])
+    assert "not the same" in refusal(*arguments, "--resume")
+    fasta.write_text(">p1\nMKTA\n")
+    assert "names no family" in refusal(*arguments[:-1], tmp_path / "other")
+    assert "--packed" in refusal(*arguments[:-1], tmp_path / "other", "--packed")
+
+
+def test_a_corpus_has_its_families(tmp_path):
+    folder = tmp_path / "corpus"
+    records = [(f"p{n}", sequence) for n, sequence in enumerate(SEQUENCES)]
+    splits = {
+        name: write_shards(folder / name, part, shard_tokens=100)
+        for name, part in {"train": records[:20], "validation": records[20:]}.items()
+    }
+    write_json(
+        folder / "manifest.json",
+        {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits},
+    )
+    clusters = zip(FAMILIES, records, strict=True)
+    (folder / "clusters.tsv").write_text("".join(f"{f}\t{name}\n" for f, (name, _) in clusters))
+    assert corpus_families(Corpus(folder), "validation") == FAMILIES[20:]
+    run("train", folder, *flags(**OPTIONS, families="one"), "--output", tmp_path / "disk")
+    options = small_options(**OPTIONS, families="one")
+    train_model(
+        SEQUENCES[:20],
+        tmp_path / "memory",
+        options,
+        validation=SEQUENCES[20:],
+        families=FAMILIES[:20],
+        validation_families=FAMILIES[20:],
+    )
+    assert same_weights(tmp_path / "disk", tmp_path / "memory")
+    scores = [eval_losses(tmp_path / name) for name in ("disk", "memory")]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def eval_losses(folder):
+    return [entry["eval_loss"] for entry in history(folder) if "eval_loss" in entry]
+
+
+def test_families_go_with_the_option(tmp_path):
+    with pytest.raises(ValueError, match="families: expected with options"):
+        train_model(SEQUENCES, tmp_path, small_options(), families=FAMILIES)
+    options = small_options(families="all")
+    with pytest.raises(ValueError, match="families: expected with options"):
+        train_model(SEQUENCES, tmp_path, options)
+    with pytest.raises(ValueError, match="validation_families: expected"):
+        train_model(SEQUENCES, tmp_path, options, families=FAMILIES, validation=SEQUENCES)
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_a_protein_reads_its_relatives(objective):
+    model, tokenizer = make_model(objective, max_length=100)
+    collate = CausalCollator(tokenizer) if objective == "clm" else MaskedCollator(tokenizer, seed=1)
+    logits = []
+    for relative in ("MKTAYIAKQR", "MKTAYIAKQW"):
+        tokens = encode_sequences(tokenizer, [relative, "MSTAYLAKHR"])
+        rows = FamilyRows(ProteinFamilies(tokens, ["f", "f"]), max_length=100, hidden="one")
+        batch = collate([rows[1]])
+        with torch.no_grad():
+            logits.append(model(**batch).logits[0, -12:])
+    assert (logits[0] - logits[1]).abs().amax(-1).min() > 1e-6

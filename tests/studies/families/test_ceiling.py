@@ -1,0 +1,97 @@
+"""Hidden residues from alignments: right where the answer is known."""
+
+import random
+
+import numpy as np
+import pytest
+
+from performers.proteins.inputs.families import ProteinFamilies
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences
+from studies.families.ceiling import (
+    aligned_residues,
+    measure_ceiling,
+    profile,
+    substitutions,
+    vote,
+)
+from studies.families.scored import TOKENIZER, draw_scored
+
+UNIFORM = np.full(20, 0.05)
+
+
+def families(count=3, members=4, changed=0.0):
+    """Families of random ancestors whose members differ from them by substitutions."""
+    source = random.Random(1)
+    sequences, names = [], []
+    for family in range(count):
+        ancestor = source.choices(AMINO_ACIDS, k=80)
+        for _ in range(members):
+            letters = [
+                source.choice(AMINO_ACIDS) if source.random() < changed else x for x in ancestor
+            ]
+            sequences.append("".join(letters))
+            names.append(f"f{family}")
+    return ProteinFamilies(encode_sequences(TOKENIZER, sequences), names)
+
+
+def test_an_alignment_finds_its_way_around_gaps():
+    found, identity = aligned_residues("MKTAYIAKQXQISFVKSHFSRQ", "MKTAYIAKQRQISFVKWWWSHFSRQ")
+    assert found[9] == "R"
+    assert "".join(found[place] for place in range(22)) == "MKTAYIAKQRQISFVKSHFSRQ"
+    assert identity == 1
+
+
+def test_votes():
+    assert vote([]) is None
+    assert vote([("A", 0.3), ("C", 0.9), ("C", 0.2)]) == "C"
+    assert vote([("A", 0.3), ("C", 0.9)]) == "A"
+
+
+def test_a_profile_is_a_distribution():
+    np.testing.assert_allclose(profile([], UNIFORM), UNIFORM)
+    one = profile([("W", 0.5)], UNIFORM)
+    # (0.5 + 0.1 / 20) / 1.1
+    assert one[AMINO_ACIDS.index("W")] == pytest.approx(0.505 / 1.1)
+    assert one.sum() == pytest.approx(1)
+    # The nearer relative counts for more; BLOSUM62 prefers I to W in the place of a V.
+    both = profile([("W", 0.4), ("V", 0.9)], UNIFORM)
+    assert AMINO_ACIDS[both.argmax()] == "V"
+    far = profile([("V", 0.1)], UNIFORM)
+    assert far[AMINO_ACIDS.index("I")] > far[AMINO_ACIDS.index("W")]
+    np.testing.assert_allclose(substitutions().sum(1), 1)
+    np.testing.assert_allclose(substitutions().diagonal(), 0)
+
+
+def test_copies_give_all_residues_and_strangers_few():
+    part = measure_ceiling(draw_scored(families(), 6, 3, 100, 0), (0, 1, 3))
+    assert part["tokens"] == 6 * 12
+    assert part["relatives"]["1"]["accuracy"] == part["relatives"]["3"]["vote"] == 1
+    assert part["relatives"]["3"]["perplexity"] < 1.1
+    assert part["relatives"]["0"]["aligned"] == 0
+    assert part["relatives"]["0"]["accuracy"] < 0.3
+    shuffled = families()
+    shuffled = shuffled._replace(names=[f"g{n % 4}" for n in range(12)])
+    strangers = measure_ceiling(draw_scored(shuffled, 6, 2, 100, 0), (1,))
+    assert strangers["relatives"]["1"]["accuracy"] < 0.4
+
+
+def test_more_relatives_help():
+    found = measure_ceiling(draw_scored(families(2, 12, 0.4), 20, 11, 100, 0), (1, 11))
+    one, many = (found["relatives"][k] for k in ("1", "11"))
+    assert many["accuracy"] > one["accuracy"] + 0.1
+    assert many["perplexity"] < one["perplexity"]
+
+
+def test_what_is_scored():
+    proteins = families(3, 5)
+    scored = draw_scored(proteins, 6, 4, 100, 0)
+    # In turns from each family.
+    assert sorted(proteins.names[index] for index in scored.indices[:3]) == ["f0", "f1", "f2"]
+    assert len(set(scored.indices)) == 6
+    relatives, protein, hidden = scored.letters(scored.indices[0])
+    assert len(relatives) == 4
+    assert protein.count("X") == len(hidden) == 12
+    restored = "".join(hidden.get(place, letter) for place, letter in enumerate(protein))
+    assert set(relatives) == {restored}
+    with pytest.raises(ValueError, match="no family has more than 5 members"):
+        draw_scored(proteins, 6, 5, 100, 0)
