@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from performers.features import ESTIMATORS
 from performers.convert import extend_positions_
+from performers.features import ESTIMATORS
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
 from performers.models.positions import AxialPositions, sinusoids
