@@ -37,6 +37,7 @@ def images(options: ImagesOptions) -> None:
     """Train Performers, sparse patterns and exact attention on pixels; complete lower halves."""
     import torch
 
+    from performers.app.files import prepare_output_folder
     from performers.cli.console import note
     from performers.streams.images import (
         CentreCrops,
@@ -58,6 +59,7 @@ def images(options: ImagesOptions) -> None:
     if options.quick:
         size = replace(size, **models.QUICK)
     pictures = open_pictures(Path(options.folder), size=size.size, least=least_side(size.size))
+    prepare_output_folder(options.output_folder, resume=options.resume)
     note(pictures.summary())
     trained, scored = split_pictures(pictures, size.scored, size.seed)
     tests = CentreCrops(pictures, scored, size=size.size)

@@ -16,6 +16,7 @@ from torch import Tensor
 from performers.app.files import read_json
 from performers.models import PerformerForCausalLM
 from performers.streams.images import BEGIN, CentreCrops, row_picture
+from performers.training.environment import quiet_transformers
 from studies.images.models import Size
 from studies.parts import Part
 
@@ -60,7 +61,8 @@ def complete_best(
     performers = [name for name in folders if name.startswith("Performer") and name in parts]
     common = min(len(parts[name]["bits"]) for name in performers)
     best = min(performers, key=lambda name: fmean(parts[name]["bits"][:common]))
-    model = PerformerForCausalLM.from_pretrained(folders[best])
+    with quiet_transformers():
+        model = PerformerForCausalLM.from_pretrained(folders[best])
     part = draw_completions(
         model, tests, size.completions, output / "completions.png", seed=size.seed
     )

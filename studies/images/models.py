@@ -83,7 +83,7 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
     """A model with axial positions.
 
     Embeddings of values and coordinates begin as waves of the number, so that neighbours are alike;
-    all are trained. Weights are the same for all attentions, as far as these have the same.
+    they are trained like all weights.
     """
     config = PerformerConfig(
         vocab_size=VOCABULARY,

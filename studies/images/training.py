@@ -18,6 +18,7 @@ from performers.models import PerformerForCausalLM
 from performers.proteins.options import TrainingOptions
 from performers.streams.images import CentreCrops, RandomCrops
 from performers.training.arguments import training_arguments
+from performers.training.environment import quiet_transformers
 from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
@@ -137,5 +138,6 @@ def train_and_score(
 ) -> Part:
     """Result of a contestant: that of ``train``, and ``bits`` of each test picture it scored."""
     result = train(options, size, crops, folder, name=name)
-    model = PerformerForCausalLM.from_pretrained(folder)
+    with quiet_transformers():
+        model = PerformerForCausalLM.from_pretrained(folder)
     return {**result, "bits": score(model, tests, size.score_seconds)}
