@@ -1,5 +1,6 @@
 """Small models of every kind, and the inputs they are put through."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -113,7 +114,12 @@ def make_config(name: str = "favor-softmax", **options: Any) -> PerformerConfig:
         # Large enough for attention to depart from uniform.
         "initializer_range": 0.2,
     }
-    return PerformerConfig(**{**settings, **MODELS[name], **options})
+    settings |= MODELS[name] | options
+    if settings.get("position_embedding") == "axial" and "axial_shape" not in settings:
+        length = settings["max_position_embeddings"]
+        rows = next(n for n in range(math.isqrt(length), 0, -1) if length % n == 0)
+        settings["axial_shape"] = (rows, length // rows)
+    return PerformerConfig(**settings)
 
 
 def build(head: type, name: str = "favor-softmax", *, seed: int = 0, **options: Any) -> Any:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from performers.convert import extend_positions_
 from performers.features import ESTIMATORS
-from performers.models import PerformerConfig, PerformerForMaskedLM
+from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
-from performers.models.positions import sinusoids
-from tests.models.cases import causal_model, make_config, masked_model, tokens
+from performers.models.positions import AxialPositions, sinusoids
+from tests.models.cases import MAIN, causal_model, make_config, masked_model, tokens
 
 
 def test_the_default_is_the_regular_model_of_the_paper():
@@ -33,6 +34,15 @@ def test_the_default_is_the_regular_model_of_the_paper():
         ({"attention": "favor-rlu"}, ("attention", "'favor-rlu'", "favor-relu")),
         ({"attention": None}, ("attention", "None")),
         ({"position_embedding": "alibi"}, ("position_embedding", "'alibi'", "rotary")),
+        ({"axial_shape": (4, 32)}, ("axial_shape", "position_embedding='axial'", "'rotary'")),
+        *(
+            ({"position_embedding": "axial", "axial_shape": shape}, ("axial_shape must be", "grid"))
+            for shape in (None, (), (0, 4), (128.0,), (128, True))
+        ),
+        (
+            {"position_embedding": "axial", "axial_shape": (4, 4, 3)},
+            ("axial_shape", "48 places", "max_position_embeddings is 128"),
+        ),
         ({"estimator": "favor"}, ("estimator", "'favor'", *ESTIMATORS)),
         ({"projection": "qr"}, ("projection", "'qr'", "orthogonal")),
         ({"projection": None}, ("projection", "favor-softmax")),
@@ -137,6 +147,51 @@ def test_learned_positions_end_with_their_table():
     past = causal(tokens(1, 12), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="max_position_embeddings"):
         causal(tokens(1, 1), past_key_values=past)
+
+
+def test_axial_positions_are_sums_of_coordinates():
+    """Against nested loops over rows, columns and channels."""
+    positions = AxialPositions((3, 4, 2), 5)
+    rows, columns, channels = (table.weight for table in positions.tables)
+    expected = [
+        rows[row] + columns[column] + channels[channel]
+        for row in range(3)
+        for column in range(4)
+        for channel in range(2)
+    ]
+    torch.testing.assert_close(positions(torch.arange(24)[None])[0], torch.stack(expected))
+    shuffled = torch.tensor([[7, 0], [23, 7]])
+    found = positions(shuffled)
+    torch.testing.assert_close(found, torch.stack(expected)[shuffled])
+
+
+def test_axial_positions_end_with_their_grid():
+    options = {"position_embedding": "axial", "axial_shape": (2, 2, 3)}
+    options["max_position_embeddings"] = 12
+    model = causal_model(**options)
+    assert model.config.longest_input == 12
+    tables = model.performer.positions.tables
+    assert [len(table.weight) for table in tables] == [2, 2, 3]
+    past = model(tokens(1, 12), use_cache=True).past_key_values
+    for call in ({"input_ids": tokens(1, 13)}, {"input_ids": tokens(1, 1), "cache": past}):
+        with pytest.raises(ValueError, match=r"13 positions .*max_position_embeddings is 12"):
+            model(**call)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_axial_positions_are_saved(tmp_path, name):
+    model = causal_model(name, position_embedding="axial", axial_shape=(4, 8, 4))
+    model.save_pretrained(tmp_path)
+    loaded = PerformerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert loaded.config.axial_shape == [4, 8, 4]
+    ids = tokens(2, 100)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_positions_of_a_grid_are_not_extended():
+    model = causal_model(position_embedding="axial", axial_shape=(8, 16))
+    with pytest.raises(ValueError, match="positions of a grid"):
+        extend_positions_(model, 256)
 
 
 @pytest.mark.parametrize("name", ["rotary", "sinusoidal"])

@@ -1,5 +1,6 @@
 """Configuration of a Performer model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, ClassVar
@@ -12,7 +13,8 @@ from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 from performers.models.registry import ATTENTIONS
 
-POSITIONS = ("rotary", "sinusoidal", "learned")
+POSITIONS = ("rotary", "sinusoidal", "learned", "axial")
+_TABLES = ("learned", "axial")
 
 _LEAST = {
     "vocab_size": 1,
@@ -56,9 +58,13 @@ class PerformerConfig(PreTrainedConfig):
         intermediate_size: Width inside the feed-forward blocks.
         hidden_act: Activation of the feed-forward blocks, by its transformers name.
         hidden_dropout_prob: Dropout on embeddings and on each block's two outputs.
-        position_embedding: ``"rotary"``, ``"sinusoidal"`` or ``"learned"``.
-        max_position_embeddings: Longest input; a hard limit for learned positions and registered
-            attentions of a fixed length only, see ``longest_input``.
+        position_embedding: ``"rotary"``, ``"sinusoidal"``, ``"learned"``, or ``"axial"``: the sum
+            of a learned vector for each coordinate of a place in a grid, see ``axial_shape``.
+        max_position_embeddings: Longest input; a hard limit for learned and axial positions and
+            registered attentions of a fixed length only, see ``longest_input``.
+        axial_shape: Sizes of the axes of axial positions, the outermost first, such as rows,
+            columns and channels of images in raster order; their product is
+            ``max_position_embeddings``. None for all other positions.
         rope_theta: Base of the rotary wavelengths.
         attention: ``"favor-softmax"``; ``"favor-relu"`` or another of the generalized kernels;
             ``"exact"`` for softmax attention; ``"identity"`` for attention that returns its
@@ -113,6 +119,7 @@ class PerformerConfig(PreTrainedConfig):
     hidden_dropout_prob: float = 0.1
     position_embedding: str = "rotary"
     max_position_embeddings: int = 8192
+    axial_shape: Sequence[int] | None = None
     rope_theta: float = 10000.0
     attention: str = "favor-softmax"
     attention_options: dict[str, Any] = field(default_factory=dict)
@@ -174,6 +181,7 @@ class PerformerConfig(PreTrainedConfig):
                 "rotary positions need an even head_dim (hidden_size / num_attention_heads), got "
                 f"{self.head_dim}"
             )
+        self._check_axial_shape()
         if self.projection is None and self.attention == "favor-softmax":
             raise ValueError("projection must not be None for favor-softmax")
         entry = ATTENTIONS[self.attention]
@@ -188,6 +196,29 @@ class PerformerConfig(PreTrainedConfig):
         self._check_exact_layers()
         self.attention_options = entry.complete_options({**former, **self.attention_options})
         super().__post_init__(**kwargs)
+
+    def _check_axial_shape(self) -> None:
+        """Check that ``axial_shape`` goes with the positions, and make it a list, or None."""
+        shape = None if self.axial_shape is None else list(self.axial_shape)
+        self.axial_shape = shape
+        if self.position_embedding != "axial":
+            if shape is not None:
+                raise ValueError(
+                    f"axial_shape={shape} needs position_embedding='axial', got "
+                    f"{self.position_embedding!r}"
+                )
+            return
+        # Not isinstance: True would be an axis of size 1.
+        if not shape or any(type(size) is not int or size < 1 for size in shape):
+            raise ValueError(
+                "axial_shape must be the sizes of the axes of a grid, such as (64, 64, 3), for "
+                f"position_embedding='axial', got {shape}"
+            )
+        if math.prod(shape) != self.max_position_embeddings:
+            raise ValueError(
+                f"axial_shape={shape} has {math.prod(shape)} places, but max_position_embeddings "
+                f"is {self.max_position_embeddings}: make them equal"
+            )
 
     def _check_exact_layers(self) -> None:
         """Check ``exact_layers`` and make them a sorted list, or None."""
@@ -230,9 +261,14 @@ class PerformerConfig(PreTrainedConfig):
         return self.num_attention_heads if self.features_per_head else None
 
     @property
+    def has_position_table(self) -> bool:
+        """True if positions are learned tables, which end with the longest input."""
+        return self.position_embedding in _TABLES
+
+    @property
     def longest_input(self) -> int | None:
-        """Length limit of learned positions and of some mechanisms, or None."""
-        limited = self.position_embedding == "learned" or ATTENTIONS[self.attention].fixed_length
+        """Length limit of tables of positions and of some mechanisms, or None."""
+        limited = self.has_position_table or ATTENTIONS[self.attention].fixed_length
         return self.max_position_embeddings if limited else None
 
     def layer_attention(self, layer: int) -> str:

@@ -30,7 +30,12 @@ from performers.models.cache import PerformerCache
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.manifest import MANIFEST, check_manifest
-from performers.models.positions import LearnedPositions, rotary_angles, sinusoids
+from performers.models.positions import (
+    AxialPositions,
+    LearnedPositions,
+    rotary_angles,
+    sinusoids,
+)
 from performers.models.registry import ATTENTIONS
 from performers.models.reversible import run_reversible
 
@@ -111,11 +116,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
-        self.positions = (
-            LearnedPositions(config.max_position_embeddings, config.hidden_size)
-            if config.position_embedding == "learned"
-            else None
-        )
+        self.positions = _position_table(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(
             PerformerBlock(config, layer) for layer in range(config.num_hidden_layers)
@@ -334,6 +335,15 @@ class PerformerModel(PerformerPreTrainedModel):
             waves = sinusoids(position_ids, self.config.hidden_size) * self.config.initializer_range
             return hidden_states + waves.to(hidden_states.dtype)
         return hidden_states
+
+
+def _position_table(config: PerformerConfig) -> nn.Module | None:
+    """The learned table that a configuration asks for, or None."""
+    if config.position_embedding == "learned":
+        return LearnedPositions(config.max_position_embeddings, config.hidden_size)
+    if config.position_embedding == "axial":
+        return AxialPositions(config.axial_shape or (), config.hidden_size)
+    return None
 
 
 def _loaded(tensors: Iterable[Any]) -> bool:

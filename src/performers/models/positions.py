@@ -1,6 +1,7 @@
-"""Positions: rotary (Su et al. 2021), sinusoidal (Vaswani et al. 2017) and learned."""
+"""Positions: rotary (Su et al. 2021), sinusoidal (Vaswani et al. 2017), learned and axial."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,12 +48,42 @@ class LearnedPositions(nn.Embedding):
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """Look up ``(B, L)`` positions; refuse those beyond the table."""
-        if not is_tracing() and position_ids.numel():
-            longest = int(position_ids.max()) + 1
-            if longest > self.num_embeddings:
-                raise ValueError(
-                    f"the input has {longest} positions but max_position_embeddings is "
-                    f"{self.num_embeddings}: learned positions do not extend; shorten the input "
-                    "or train with rotary positions"
-                )
+        _check_length(position_ids, self.num_embeddings)
         return super().forward(position_ids)
+
+
+class AxialPositions(nn.Module):
+    """The sum of a learned vector per coordinate of a place in a grid, such as that of an image.
+
+    Position ``p`` has the coordinates of the ``p``-th cell in raster order, the last axis
+    innermost: with the axes (rows, columns, channels) its vector is ``r[p // (W C)] + c[p // C mod
+    W] + h[p mod C]``. The tables together have as many vectors as the axes' sum, not their product
+    (Ho et al. 2019, arXiv 1912.12180).
+
+    Args:
+        shape: Sizes of the axes, the outermost first.
+        width: Width of the vectors.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in shape)
+        self.shape = tuple(shape)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Vectors ``(B, L, width)`` of ``(B, L)`` positions; refuse those beyond the grid."""
+        _check_length(position_ids, math.prod(self.shape))
+        coordinates = torch.unravel_index(position_ids, self.shape)
+        vectors = [table(x) for table, x in zip(self.tables, coordinates, strict=True)]
+        return torch.stack(vectors).sum(0)
+
+
+def _check_length(position_ids: Tensor, limit: int) -> None:
+    if is_tracing() or not position_ids.numel():
+        return
+    longest = int(position_ids.max()) + 1
+    if longest > limit:
+        raise ValueError(
+            f"the input has {longest} positions but max_position_embeddings is {limit}: learned "
+            "positions do not extend; shorten the input or train with rotary positions"
+        )

@@ -119,7 +119,7 @@ def check_input_length(model: PreTrainedModel, tokens: int) -> None:
     longest = getattr(model.config, "longest_input", None)
     if longest is None or tokens <= longest:
         return
-    if model.config.position_embedding == "learned":
+    if model.config.has_position_table:
         what, instead = "learned positions", "with --positions rotary"
     else:
         what = f"{model.config.attention} attention"

@@ -153,7 +153,7 @@ class TrainingRun:
         if trainer.is_world_process_zero():
             with quiet_transformers():
                 trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-                save_model_folder(self.output, trained, tokenizer)
+                save_model_folder(self.output, *filter(None, (trained, tokenizer)))
             trainer.state.save_to_json(str(self.output / "trainer_state.json"))
             ended = {**self.record, "result": result}
             write_result(self._settings, ended, "training", seed=options.seed, model=self.output)

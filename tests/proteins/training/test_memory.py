@@ -19,6 +19,7 @@ SIZES |= {"intermediate_size": 200, "max_position_embeddings": 128, "hidden_drop
     [
         {},
         {"position_embedding": "learned"},
+        {"position_embedding": "axial", "axial_shape": (8, 16)},
         {"attention": "exact"},
     ],
     ids=str,

@@ -37,8 +37,8 @@ def extend_positions_(model: Model, length: int) -> Model:
         length: Maximum number of tokens of an input.
 
     Raises:
-        ValueError: ``length`` is below 1, or the positions are those of an image, sinusoidal, or
-            of an encoder-decoder.
+        ValueError: ``length`` is below 1, or the positions are those of an image or another grid,
+            sinusoidal, or of an encoder-decoder.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
@@ -59,6 +59,9 @@ def extend_positions_(model: Model, length: int) -> Model:
     ]
     if images:
         raise ValueError(f"{kind} has positions of an image ({images[0]}), which are no sequence")
+    grid = getattr(getattr(model, "config", None), "axial_shape", None)
+    if grid is not None:
+        raise ValueError(f"{kind} has positions of a grid ({grid}), which are no sequence")
     if now is None or length <= now:
         return model
     tables = _tables(model)

@@ -80,7 +80,9 @@ def parameter_count(config: PerformerConfig) -> int:
     width, inner = config.hidden_size, config.intermediate_size
     parts = 2 if ATTENTIONS[config.attention].shares_query else 3
     block = (parts + 1) * (width * width + width) + 2 * width * inner + inner + 5 * width
-    positions = config.max_position_embeddings if config.position_embedding == "learned" else 0
+    positions = sum(config.axial_shape or ())
+    if config.position_embedding == "learned":
+        positions = config.max_position_embeddings
     return config.num_hidden_layers * block + (config.vocab_size + positions + 2) * width
 
 

@@ -1,0 +1,119 @@
+"""Contestants of the study: one model, seven attentions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import studies.comparators  # noqa: F401  (registers attentions)
+from performers.models import PerformerConfig, PerformerForCausalLM
+from performers.streams.images import BEGIN, VOCABULARY
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers that the results depend on.
+
+    Attributes:
+        size: Rows and columns of a picture.
+        seconds: Processor seconds of training.
+        scored: Test pictures.
+        score_seconds: Processor seconds after which a model is scored on no further picture.
+        completions: Pictures that are completed; two samples each.
+        seed: Random seed of the split, crops, weights, features and samples.
+    """
+
+    size: int = 64
+    seconds: float = 480.0
+    scored: int = 100
+    score_seconds: float = 60.0
+    completions: int = 4
+    seed: int = 0
+    width: int = 64
+    layers: int = 2
+    heads: int = 2
+    inner: int = 192
+    features: int = 64
+    learning_rate: float = 2e-2
+    warmup_steps: int = 5
+
+    @property
+    def length(self) -> int:
+        """Values of a picture."""
+        return 3 * self.size * self.size
+
+    @property
+    def line(self) -> int:
+        """Values of a row of pixels."""
+        return 3 * self.size
+
+
+QUICK: dict[str, Any] = {
+    "size": 8, "seconds": 0.3, "scored": 2, "score_seconds": 0.1, "completions": 1, "width": 16,
+    "layers": 1, "inner": 16, "features": 8,
+}  # fmt: skip
+"""Changes of a size that runs in seconds."""
+
+MOST_STEPS = 100_000
+"""More than any limit of time allows."""
+
+
+def contestants(size: Size) -> dict[str, dict[str, Any]]:
+    """Options of ``PerformerConfig`` by name; windows and strides are a row of pixels."""
+    line = size.line
+    return {
+        f"Performer, softmax, window {line}": {"attention": "favor-softmax", "window": line},
+        "Performer, ReLU": {"attention": "favor-relu"},
+        "Performer, softmax, regularised": {"attention": "favor-softmax", "regularized": True},
+        f"Sparse Transformer, stride {line}": {
+            "attention": "sparse",
+            "attention_options": {"stride": line},
+        },
+        "Reformer": {"attention": "lsh"},
+        f"local, window {line}": {"attention": "local", "attention_options": {"window": line}},
+        "exact": {"attention": "exact"},
+    }
+
+
+def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
+    """A model with axial positions.
+
+    Embeddings of values and coordinates begin as waves of the number, so that neighbours are alike;
+    they are trained like all weights.
+    """
+    config = PerformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=size.inner,
+        hidden_dropout_prob=0.0,
+        position_embedding="axial",
+        axial_shape=(size.size, size.size, 3),
+        max_position_embeddings=size.length,
+        num_features=size.features,
+        is_decoder=True,
+        pad_token_id=None,
+        bos_token_id=BEGIN,
+        eos_token_id=None,
+        **options,
+    )
+    torch.manual_seed(size.seed)
+    model = PerformerForCausalLM(config)
+    rows, columns, _ = model.performer.positions.tables
+    with torch.no_grad():
+        model.performer.embeddings.weight[:256] = _waves(256, size.width)
+        for table in (rows, columns):
+            table.weight.copy_(_waves(size.size, size.width))
+    return model
+
+
+def _waves(count: int, width: int) -> Tensor:
+    """Sines and cosines of 0, 1, ...: wavelengths from 4 to four times ``count``, amplitude 0.1."""
+    lengths = 4 * count ** torch.linspace(0, 1, width // 2)
+    angles = 2 * math.pi * torch.arange(count)[:, None] / lengths
+    return 0.1 * torch.cat((angles.sin(), angles.cos()), dim=1)

@@ -1,0 +1,122 @@
+"""Tables and figure of ``python -m studies.images``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, save_figure, styled
+from studies.images.codecs import CODECS
+from studies.images.models import Size, contestants
+from studies.pages import Table
+from studies.parts import Part
+
+FLOORS, COMPLETIONS = "codecs", "completions"
+"""Names of the parts that are no contestants."""
+
+# Pictures in a point of a curve.
+_SPAN = 20
+
+
+def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
+    """Bits per dimension, floors and completions, as far as they are measured."""
+    made: dict[str, Table] = {}
+    trained = {name: parts[name] for name in contestants(size) if name in parts}
+    floors = parts.get(FLOORS)
+    if trained:
+        common = min(len(part["bits"]) for part in trained.values())
+        png = fmean(floors["PNG"][:common]) if floors else None
+        rows = [
+            (
+                name,
+                f"{part['steps']:,}",
+                f"{part['processor_seconds'] / part['steps']:.2f}",
+                f"{part['steps'] * size.length / 1e6:.2f}",
+                f"{fmean(part['bits'][:common]):.2f}",
+                f"{fmean(part['bits'][:common]) - png:+.2f}" if png else "",
+                f"{fmean(part['bits']):.2f} ({len(part['bits'])})",
+            )
+            for name, part in trained.items()
+        ]
+        columns = (
+            "attention",
+            "steps",
+            "s a step",
+            "million positions",
+            f"bits/dim, first {common}",
+            "to PNG",
+            "bits/dim, all scored",
+        )
+        made["contestants"] = Table(columns, rows)
+    if floors:
+        rows = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
+        for codec in CODECS:
+            pixels = fmean(floors[f"{codec}, pixels"])
+            rows.append((codec, f"{fmean(floors[codec]):.2f}", f"{pixels:.2f}"))
+        columns = ("", "bits/dim, whole file", "compressed pixels alone")
+        made["codecs"] = Table(columns, rows)
+    if part := parts.get(COMPLETIONS):
+        drawn = part["pictures"] * part["samples"]
+        row = (
+            part["contestant"],
+            f"{part['values']:,}",
+            str(drawn),
+            f"{part['seconds']:.0f}",
+            f"{1e3 * part['seconds'] / part['values'] / drawn:.2f}",
+            f"{part['cache_bytes'] / 1024:,.0f}",
+            f"{part['exact_bytes'] / 1024:,.0f}",
+        )
+        columns = (
+            "attention",
+            "values each",
+            "pictures",
+            "seconds",
+            "ms a value",
+            "state, KiB",
+            "keys and values, KiB",
+        )
+        made["completions"] = Table(columns, [row])
+    return made
+
+
+def draw_curves(size: Size, parts: Mapping[str, Part], file: Path) -> None:
+    """Draw the curves of training into a file, if there are any."""
+    if any(name in parts for name in contestants(size)):
+        save_figure(curves(size, parts), file)
+
+
+@styled
+def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
+    """Bits per dimension in training against processor time, with the files' sizes as lines.
+
+    A point is the mean over 20 pictures, or a single one of a model that was trained on fewer.
+    """
+    figure = new_figure((7.0, 4.6))
+    axes = figure.add_subplot()
+    entries = []
+    for number, (name, colour) in enumerate(zip(contestants(size), cycle(PALETTE), strict=False)):
+        if name not in parts:
+            continue
+        part = parts[name]
+        seconds = part["processor_seconds"] / part["steps"]
+        bits = [value for _, value in part["curve"]]
+        span = _SPAN if len(bits) > _SPAN else 1
+        ends = range(span, len(bits) + 1)
+        means = [fmean(bits[end - span : end]) for end in ends]
+        times = [seconds * (end - span / 2) for end in ends]
+        marker = "osv^D<>"[number % 7]
+        (line,) = axes.plot(times, means, color=colour, marker=marker, markevery=0.15)
+        entries.append((name, line))
+    if FLOORS in parts:
+        for codec in ("unigram", *CODECS):
+            height = fmean(parts[FLOORS][codec])
+            axes.axhline(height, color=MUTED, linestyle="--", linewidth=0.8)
+            axes.text(size.seconds, height, codec, color=MUTED, ha="right", va="bottom")
+    axes.set_xlabel("processor seconds of training")
+    axes.set_ylabel("bits per dimension")
+    add_legend(figure, entries, "outside lower center", 3)
+    return figure

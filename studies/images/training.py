@@ -1,0 +1,143 @@
+"""Training of a contestant within a limit of processor time, and bits per dimension on pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from performers.cli.console import note
+from performers.models import PerformerForCausalLM
+from performers.proteins.options import TrainingOptions
+from performers.streams.images import CentreCrops, RandomCrops
+from performers.training.arguments import training_arguments
+from performers.training.environment import quiet_transformers
+from performers.training.record import run_record
+from performers.training.run import TrainingRun
+from performers.training.trainer import RunTrainer
+from studies.images.models import MOST_STEPS, Size, make_model
+from studies.parts import Part
+
+_SAVED = 20
+
+
+class _Places(Sampler[list[int]]):
+    """Batches of one place each, in order."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([place] for place in range(self.count))
+
+
+class _PixelTrainer(RunTrainer):
+    """Trainer on one picture a step, in the order of places."""
+
+    def sampler(self, batches: int) -> _Places:
+        """The first places."""
+        return _Places(batches)
+
+
+def train(
+    options: dict[str, Any], size: Size, crops: RandomCrops, folder: Path, *, name: str
+) -> dict[str, Any]:
+    """Train a model in a folder, or continue the run in it.
+
+    Returns:
+        ``steps``, ``processor_seconds``, ``parameters``, and the ``curve``: steps and bits per
+        dimension of single pictures.
+    """
+    training = TrainingOptions(
+        objective="clm",
+        attention=options["attention"],
+        attention_options=options.get("attention_options"),
+        window=options.get("window"),
+        hidden_size=size.width,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        intermediate_size=size.inner,
+        num_features=size.features,
+        dropout=0.0,
+        max_length=size.length,
+        batch_tokens=size.length,
+        steps=MOST_STEPS,
+        time_limit=size.seconds,
+        optimizer="muon",
+        learning_rate=size.learning_rate,
+        warmup_steps=size.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        redraw_steps=0,
+        seed=size.seed,
+        log_steps=1,
+        save_steps=_SAVED,
+        eval_steps=MOST_STEPS,
+        device="cpu",
+    )
+    data = {"sha256": crops.pictures.fingerprint(), "model": options, "size": asdict(size)}
+    record = run_record(training, data)
+    run = TrainingRun(folder, record, training, resume=(folder / "training.json").exists())
+
+    def make_trainer() -> RunTrainer:
+        return _PixelTrainer(
+            options=training,
+            dataset=crops,
+            measure=None,
+            model=make_model(options, size),
+            args=training_arguments(run.checkpoints, training),
+        )
+
+    result = run.train(make_trainer, None, progress=_progress(name))
+    log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    curve = [
+        [entry["step"], round(entry["loss"] / math.log(2), 4)] for entry in log if "loss" in entry
+    ]
+    names = ("steps", "processor_seconds", "parameters")
+    return {**{key: result[key] for key in names}, "curve": curve}
+
+
+def _progress(name: str) -> Callable[[int, int, dict[str, float]], None]:
+    def report(step: int, steps: int, logs: dict[str, float]) -> None:
+        if "loss" in logs and step % 10 == 0:
+            note(f"{name}: step {step}, {logs['loss'] / math.log(2):.2f} bits/dim")
+
+    return report
+
+
+@torch.no_grad()
+def score(model: PerformerForCausalLM, crops: CentreCrops, seconds: float) -> list[float]:
+    """Bits per dimension of the first pictures, as many as are scored within a processor time."""
+    model.eval()
+    start, bits = time.process_time(), []
+    for index in range(len(crops)):
+        if bits and time.process_time() - start > seconds:
+            break
+        row = {name: values[None] for name, values in crops[index].items()}
+        bits.append(model(**row, use_cache=False).loss.item() / math.log(2))
+    return bits
+
+
+def train_and_score(
+    name: str,
+    options: dict[str, Any],
+    size: Size,
+    crops: RandomCrops,
+    tests: CentreCrops,
+    folder: Path,
+) -> Part:
+    """Result of a contestant: that of ``train``, and ``bits`` of each test picture it scored."""
+    result = train(options, size, crops, folder, name=name)
+    with quiet_transformers():
+        model = PerformerForCausalLM.from_pretrained(folder)
+    return {**result, "bits": score(model, tests, size.score_seconds)}
