@@ -8,10 +8,11 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
+import torch_geometric
 from torch_geometric.nn import PerformerAttention
 
 import performers
-from performers.graphs import GraphAttention, graph_boundaries
+from performers.graphs import GraphAttention, graph_boundaries, neighbour_lists
 
 SIZES = [7, 1, 40, 12]
 
@@ -45,13 +46,18 @@ def padded(x, batch):
     return rows, torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
 
 
+def heads(attention, x):
+    """Queries, keys and values of one graph, ``(heads, N, head_channels)``."""
+    return [
+        f(x).view(len(x), 4, 8).transpose(0, 1) for f in (attention.q, attention.k, attention.v)
+    ]
+
+
 def oracle(attention, x):
     """One graph, in float64, by the matrix of all pairs."""
     attention = copy.deepcopy(attention).double()
     x = x.double()
-    q, k, v = (
-        f(x).view(len(x), 4, 8).transpose(0, 1) for f in (attention.q, attention.k, attention.v)
-    )
+    q, k, v = heads(attention, x)
     features, weight = attention.feature_map, attention.feature_map.weight.double()
     q, k = (y / math.sqrt(math.sqrt(8)) for y in (q, k))
     if isinstance(features, performers.SoftmaxFeatures):
@@ -205,3 +211,59 @@ def test_a_layer_is_copied_and_saved(tmp_path):
     other = GraphAttention(32, 4, 8).eval()
     other.load_state_dict(attention.state_dict())
     torch.testing.assert_close(other(x, batch=batch), expected, rtol=0, atol=0)
+
+
+def test_neighbours_of_a_batch():
+    """Edges exact, each graph alone or in a batch, dense where all nodes are neighbours."""
+    attention, (x, batch) = layer(feature_map=performers.SoftmaxFeatures(8, 32)), nodes()
+    edges = [
+        batch.eq(graph).nonzero()[:, 0][torch.randint(count, (2, 3 * count))]
+        for graph, count in enumerate(SIZES)
+    ]
+    edges = torch.cat(edges, dim=1)
+    edges = torch_geometric.utils.coalesce(edges)
+    neighbours, order = neighbour_lists(edges, len(x))
+    bias = torch.randn(4, edges.shape[1])
+    options = {"neighbours": neighbours, "neighbour_bias": bias[:, order]}
+    out = attention(x, batch=batch, **options)
+    mine = (edges < 7).all(0)
+    neighbours, order = neighbour_lists(edges[:, mine], 7)
+    options = {"neighbours": neighbours, "neighbour_bias": bias[:, mine][:, order]}
+    torch.testing.assert_close(attention(x[:7], **options), out[:7], rtol=0, atol=1e-6)
+    every = torch.cartesian_prod(torch.arange(7), torch.arange(7)).T
+    neighbours, _ = neighbour_lists(every, 7)
+    q, k, v = (
+        f(x[:7]).view(7, 4, 8).transpose(0, 1) for f in (attention.q, attention.k, attention.v)
+    )
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    expected = attention.attn_out(exact.transpose(0, 1).flatten(1))
+    torch.testing.assert_close(attention(x[:7], neighbours=neighbours), expected, rtol=0, atol=1e-5)
+
+
+def test_neighbours_are_the_sources_of_edges():
+    edges = torch.tensor([[2, 0, 1, 1], [0, 1, 1, 0]])
+    (indptr, indices), order = neighbour_lists(edges, 4)
+    assert indptr.tolist() == [0, 2, 4, 4, 4]
+    assert indices.tolist() == [1, 2, 0, 1]
+    assert order.tolist() == [3, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        (torch.zeros(3, 2).long(), r"edge_index must be an int64 tensor \(2, E\)"),
+        (torch.zeros(2, 2), r"edge_index must be an int64 tensor \(2, E\)"),
+        (torch.tensor([[0, 4], [1, 1]]), r"edge_index must name nodes 0\.\.3"),
+        (torch.tensor([[0, -1], [1, 1]]), r"edge_index must name nodes 0\.\.3"),
+        (torch.tensor([[0, 1, 0], [1, 1, 1]]), "edge_index must have each edge once"),
+    ],
+)
+def test_edges_that_do_not_fit(edges, message):
+    with pytest.raises(ValueError, match=message):
+        neighbour_lists(edges, 4)
+
+
+def test_neighbours_need_softmax_features():
+    neighbours, _ = neighbour_lists(torch.tensor([[0], [1]]), 2)
+    with pytest.raises(ValueError, match="neighbours needs positive softmax features"):
+        layer()(torch.randn(2, 32), neighbours=neighbours)

@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from performers.attention.exact_keys.listed_keys import KeyLists, ListedKeys, check_listed_keys
+from performers.attention.exact_keys.neighbours import (
+    NeighbourLists,
+    Neighbours,
+    find_neighbours,
+)
 from performers.attention.exact_keys.window_and_sinks import (
     SinkKeys,
     check_window_and_sinks,
@@ -36,6 +40,8 @@ class PairOptions(MaskOptions, total=False):
     window: int | None
     sinks: int
     listed_keys: ListedKeys | None
+    neighbours: Neighbours | None
+    neighbour_bias: Tensor | None
 
 
 class SequenceOptions(MaskOptions, total=False):
@@ -48,23 +54,6 @@ class SequenceOptions(MaskOptions, total=False):
 
 class AttentionOptions(PairOptions, SequenceOptions, total=False):
     """Options of ``favor_attention`` that do not change the type of its result."""
-
-
-class Columns(NamedTuple):
-    """Columns that queries meet one by one.
-
-    Attributes:
-        key: Shape ``(batch, key_heads, columns, head_dim)``.
-        value: Shape ``(batch, key_heads, columns, value_dim)``.
-        visible: Which query sees which column, shape ``(batch or 1, 1, 1, L, columns)``, bool.
-        exact: Which pairs are exact, a shape that broadcasts with
-            ``(batch, key_heads, groups, L, columns)``, bool.
-    """
-
-    key: Tensor
-    value: Tensor
-    visible: Tensor
-    exact: Tensor
 
 
 @dataclass(eq=False)
@@ -91,6 +80,8 @@ class AttentionCall:
         window: The reach of exact pairs, or None for no exact pairs.
         sinks: How many first keys are exact.
         listed_keys: What chooses further exact keys by content, or None.
+        neighbours: The exact keys of each query as a sparse matrix in CSR form, or None.
+        neighbour_bias: Added to ``factor q . k`` of these pairs, or None.
         state: The sums over the keys before the first of ``key``, for a causal call, or None.
         following: Of a bidirectional call on a part of a row, the sums over the keys after the last
             of ``key``; ``state`` then has those before the first. None for whole rows.
@@ -101,8 +92,8 @@ class AttentionCall:
         segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.
         offset: Keys before the position of the first query: ``window`` with a state, else 0.
         sink_keys: The sinks of each sequence, or None.
-        lists: The listed keys of each query, or None. They are among the keys of ``key_mask``;
-            pairs within the window do not count twice.
+        lists: The listed keys of each query, by content or along edges, or None. They are among
+            the keys of ``key_mask``; pairs within the window do not count twice.
         dtype: The dtype to compute in: float32, or float64 for float64 inputs.
     """
 
@@ -122,6 +113,11 @@ class AttentionCall:
         default=None,
         metadata={"backends": ("native", "torch", "reference"), "otherwise": "with listed keys"},
     )
+    neighbours: Neighbours | None = field(
+        default=None,
+        metadata={"backends": ("torch", "reference"), "otherwise": "with neighbours"},
+    )
+    neighbour_bias: Tensor | None = None
     state: FavorState | None = None
     return_state: bool = False
     following: FavorState | None = field(
@@ -134,7 +130,7 @@ class AttentionCall:
     segments: Tensor | None = field(init=False)
     offset: int = field(init=False)
     sink_keys: SinkKeys | None = field(init=False)
-    lists: KeyLists | None = field(init=False)
+    lists: KeyLists | NeighbourLists | None = field(init=False)
     dtype: torch.dtype = field(init=False)
 
     def replaced(self, **changes: Any) -> "AttentionCall":
@@ -148,47 +144,6 @@ class AttentionCall:
     def has_exact_pairs(self) -> bool:
         """Return True if some keys are met exactly."""
         return not (self.window is None and self.sink_keys is None and self.lists is None)
-
-    def columns(self) -> Columns:
-        """The keys and, after them, the sinks of all sequences, with zeros for masked keys."""
-        length, size = self.query.shape[-2], self.key.shape[2]
-        row = torch.arange(length, device=self.query.device)[:, None]
-        position, place = row + self.offset, torch.arange(size, device=row.device)
-        key, value = (masked(x, self.key_mask) for x in (self.key, self.value))
-        visible = torch.ones(length, size, dtype=torch.bool, device=row.device)
-        if self.is_causal:
-            visible = visible.tril(self.offset)
-        if self.segments is not None:
-            visible = visible & (self.segments[:, None] == self.segments)
-        visible = visible[None, None, None]
-        if self.key_mask is not None:
-            visible = visible & self.key_mask[:, None, None, None]
-        exact = torch.zeros_like(visible)
-        if self.window is not None:
-            exact = exact | ((position - place).abs() <= self.window)
-        for listed, taken, of_query in zip(*(self.lists or ((), (), ())), strict=True):
-            # One column more than there are keys takes the places that are not taken.
-            member = exact.new_zeros(*listed.shape[:3], size + 1)
-            member = member.scatter(3, listed.where(taken, size), True)[..., :size]
-            rows = of_query.flatten(2).unsqueeze(-1).expand(-1, -1, -1, size)
-            exact = exact | member.gather(2, rows).unflatten(2, of_query.shape[2:])
-        if self.sink_keys is None:
-            return Columns(key, value, visible, exact)
-        sink_key, sink_value, first, _ = self.sink_keys
-        sees = (row >= first[:, None])[:, None, None]
-        if self.segments is not None:
-            sequence = torch.arange(len(first), device=row.device)[:, None, None, None, None]
-            sees = sees & (self.segments[:, None] == sequence)
-            sees = sees.movedim(0, 3).flatten(3, 4).unsqueeze(0)
-            sink_key, sink_value = (
-                x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (sink_key, sink_value)
-            )
-        return Columns(
-            torch.cat((key, sink_key), dim=2),
-            torch.cat((value, sink_value), dim=2),
-            torch.cat((visible, sees), dim=-1),
-            F.pad(exact, (0, sink_key.shape[2]), value=True),
-        )
 
     def past(self) -> FavorState:
         """The sums before the first key; zeros without a state."""
@@ -248,6 +203,10 @@ class AttentionCall:
             self.lists = self.listed_keys(
                 given_query, given_key, self.key_mask, is_causal=self.is_causal
             )
+        if self.neighbours is not None:
+            self.lists = find_neighbours(self, form)
+        elif self.neighbour_bias is not None:
+            raise ValueError("neighbour_bias needs neighbours, the edges that it is for")
         if self.window and state is not None:
             join_recent_(self)
         return self

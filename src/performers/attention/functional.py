@@ -8,6 +8,7 @@ from torch import Tensor
 from performers.attention.backends import resolve_backend
 from performers.attention.call import AttentionCall, AttentionOptions, PairOptions
 from performers.attention.exact_keys.listed_keys import ListedKeys
+from performers.attention.exact_keys.neighbours import Neighbours
 from performers.attention.exact_keys.window_and_sinks import complete_state
 from performers.attention.reference import attention_matrix
 from performers.attention.sharding import check_not_sharded, sharding_of_call
@@ -58,6 +59,8 @@ def favor_attention(
     window: int | None = None,
     sinks: int = 0,
     listed_keys: ListedKeys | None = None,
+    neighbours: Neighbours | None = None,
+    neighbour_bias: Tensor | None = None,
     state: FavorState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -94,6 +97,15 @@ def favor_attention(
         sinks: Meet the first ``sinks`` keys that take part exactly; softmax features only.
         listed_keys: Meet the keys that these list for a query exactly; positive softmax features
             only, without ``cu_seqlens`` and states.
+        neighbours: Meet the neighbours of a node exactly: ``indptr`` of shape ``(L + 1,)`` and
+            ``indices`` of shape ``(E,)`` of a sparse matrix in CSR form, so that query ``i`` meets
+            the keys ``indices[indptr[i]:indptr[i + 1]]``, in any order, each once. All heads and
+            batch rows share them; with ``cu_seqlens`` they count from the start of the packed row,
+            and stay within a sequence. Positive softmax features only, in both directions, without
+            window, sinks and listed keys. Their numbers are checked, which a GPU waits for, but
+            not under ``torch.compile``.
+        neighbour_bias: Added to ``scale * q . k`` of these pairs, shape ``(E,)`` or ``(H, E)``;
+            minus infinity takes a pair out.
         state: Past of a causal call, as returned by an earlier one.
         return_state: Also return the state after the last key (causal only).
         backend: One of ``performers.backends()``, which has to cover the call; None chooses the
@@ -125,6 +137,8 @@ def favor_attention(
         window=window,
         sinks=sinks,
         listed_keys=listed_keys,
+        neighbours=neighbours,
+        neighbour_bias=neighbour_bias,
         state=state,
         return_state=return_state,
     )
@@ -150,8 +164,8 @@ def favor_attention_weights(
         query: Shape ``(B, H, L, D)``.
         key: Shape ``(B, Hkv, S, D)``.
         feature_map: As in ``favor_attention``.
-        **options: ``is_causal``, ``key_mask``, ``scale``, ``window``, ``sinks`` and
-            ``listed_keys``, as in ``favor_attention``.
+        **options: ``is_causal``, ``key_mask``, ``scale``, ``window``, ``sinks``, ``listed_keys``,
+            ``neighbours`` and ``neighbour_bias``, as in ``favor_attention``.
 
     Returns:
         Shape ``(B, H, L, S)``. Rows sum to one; the row of a query with nothing to attend to is

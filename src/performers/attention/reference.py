@@ -7,7 +7,8 @@ Every other backend is tested against this one. With ``phi`` the features of ``s
 over the columns ``j`` that query ``i`` sees:
 
     keys        K_ij = phi(q_i) . phi(k_j),         n_j = 1
-    exact keys  K_ij = exp(scale q_i . k_j),        n_j = 1    (window, listed keys, sinks)
+    exact keys  K_ij = exp(scale q_i . k_j + b_ij), n_j = 1    (window, listed keys, sinks;
+                                                                neighbours, with a bias b)
     a state     K_if = phi_f(q_i) e^{log_scale_f},  n_f = key_sum_f,  v_f = key_value_f
 
 and zeros for a query that sees nothing. A kernel is kept as ``factor e^log``, so that nothing
@@ -15,11 +16,13 @@ overflows, and each row is scaled by its largest ``log``, as in a softmax.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from performers.attention.call import AttentionCall, Columns, masked
+from performers.attention.call import AttentionCall, masked
 from performers.attention.nonfinite import without_nonfinite
 from performers.attention.state import FavorState
 
@@ -27,10 +30,29 @@ from performers.attention.state import FavorState
 _SMALLEST_SAFE_SUM = 1e-200
 
 
+class _Columns(NamedTuple):
+    """Columns that queries meet one by one.
+
+    Attributes:
+        key: Shape ``(batch, key_heads, columns, head_dim)``.
+        value: Shape ``(batch, key_heads, columns, value_dim)``.
+        visible: Which query sees which column, shape ``(batch or 1, 1, 1, L, columns)``, bool.
+        exact: Which pairs are exact, a shape that broadcasts with
+            ``(batch, key_heads, groups, L, columns)``, bool.
+        bias: Added to the logits of exact pairs, of the same kind of shape, or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    visible: Tensor
+    exact: Tensor
+    bias: Tensor | None
+
+
 def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     """Attention and, when asked for, the state after the last key; see ``Backend``."""
     call, touched = without_nonfinite(call)
-    past, columns = call.past(), call.columns()
+    past, columns = call.past(), _columns(call)
     values = torch.cat((columns.value.double(), past.key_value.double()), dim=2)
     ones = torch.ones_like(columns.value[..., 0], dtype=torch.float64)
     counts = torch.cat((ones, past.key_sum.double()), dim=2)
@@ -48,7 +70,7 @@ def attention_matrix(call: AttentionCall) -> Tensor:
     For calls without packed sequences and state.
     """
     call, touched = without_nonfinite(call)
-    size, kernel = call.key.shape[2], _kernel(call, call.columns())
+    size, kernel = call.key.shape[2], _kernel(call, _columns(call))
     matrix = kernel[..., :size]
     if call.sink_keys is not None and size:
         # Back to where the sinks stand among the keys.
@@ -60,7 +82,48 @@ def attention_matrix(call: AttentionCall) -> Tensor:
     return matrix if touched is None else touched.marked(matrix, None)[0]
 
 
-def _kernel(call: AttentionCall, columns: Columns) -> Tensor:
+def _columns(call: AttentionCall) -> _Columns:
+    """The keys and, after them, the sinks of all sequences, with zeros for masked keys."""
+    length, size = call.query.shape[-2], call.key.shape[2]
+    row = torch.arange(length, device=call.query.device)[:, None]
+    position, place = row + call.offset, torch.arange(size, device=row.device)
+    key, value = (masked(x, call.key_mask) for x in (call.key, call.value))
+    visible = torch.ones(length, size, dtype=torch.bool, device=row.device)
+    if call.is_causal:
+        visible = visible.tril(call.offset)
+    if call.segments is not None:
+        visible = visible & (call.segments[:, None] == call.segments)
+    visible = visible[None, None, None]
+    if call.key_mask is not None:
+        visible = visible & call.key_mask[:, None, None, None]
+    exact = torch.zeros_like(visible)
+    if call.window is not None:
+        exact = exact | ((position - place).abs() <= call.window)
+    bias = None
+    if call.lists is not None:
+        exact = exact | call.lists.pairs(length, size)
+        bias = call.lists.biases(length, size)
+    if call.sink_keys is None:
+        return _Columns(key, value, visible, exact, bias)
+    sink_key, sink_value, first, _ = call.sink_keys
+    sees = (row >= first[:, None])[:, None, None]
+    if call.segments is not None:
+        sequence = torch.arange(len(first), device=row.device)[:, None, None, None, None]
+        sees = sees & (call.segments[:, None] == sequence)
+        sees = sees.movedim(0, 3).flatten(3, 4).unsqueeze(0)
+        sink_key, sink_value = (
+            x.transpose(0, 1).flatten(1, 2).unsqueeze(0) for x in (sink_key, sink_value)
+        )
+    return _Columns(
+        torch.cat((key, sink_key), dim=2),
+        torch.cat((value, sink_value), dim=2),
+        torch.cat((visible, sees), dim=-1),
+        F.pad(exact, (0, sink_key.shape[2]), value=True),
+        bias,
+    )
+
+
+def _kernel(call: AttentionCall, columns: _Columns) -> Tensor:
     """``K`` over columns and the features of the state, each row divided by ``e^`` its scale."""
     query, key = call.query.double(), columns.key.double().unsqueeze(2)
     # What all features of a query have in common counts only beside exact pairs.
@@ -78,7 +141,10 @@ def _kernel(call: AttentionCall, columns: Columns) -> Tensor:
         apart = exponent[batch, head, group, i] + key_exponent[batch, head, 0, j]
         factor, log = factor.masked_fill(lost, 1.0), log.index_put(pair, apart.logsumexp(-1))
     factor = factor.masked_fill(columns.exact, 1.0)
-    log = (call.factor * query @ key.mT).where(columns.exact, log)
+    logits = call.factor * query @ key.mT
+    if columns.bias is not None:
+        logits = logits + columns.bias.double()
+    log = logits.where(columns.exact, log)
     log = log.masked_fill(~columns.visible, -math.inf)
     past = exponent + call.past().log_scale.double()[:, :, None, None]
     factor, log = torch.cat((factor, base), dim=-1), torch.cat((log, past), dim=-1)

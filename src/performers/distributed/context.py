@@ -222,8 +222,9 @@ class SequenceParallel:
 
 
 def _check_options(call: AttentionCall) -> None:
-    for name in ("state", "return_state", "listed_keys"):
-        if getattr(call, name) not in (None, False):
+    for name in ("state", "return_state", "listed_keys", "neighbours"):
+        value = getattr(call, name)
+        if value is not None and value is not False:
             raise ValueError(
                 f"{name} cannot be combined with performers.distributed.sequence_parallel: call "
                 "favor_attention on whole rows, outside the context (of a model: use_cache=False)"

@@ -10,6 +10,6 @@ except ImportError as error:
 
 from performers.graphs.attention import GraphAttention
 from performers.graphs.replacement import replace_
-from performers.graphs.structure import graph_boundaries
+from performers.graphs.structure import graph_boundaries, neighbour_lists
 
-__all__ = ["GraphAttention", "graph_boundaries", "replace_"]
+__all__ = ["GraphAttention", "graph_boundaries", "neighbour_lists", "replace_"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch_geometric.nn.attention import PerformerAttention
 
 from performers.attention import favor_attention
+from performers.attention.exact_keys.neighbours import Neighbours
 from performers.features import FeatureMap, GeneralizedFeatures
 from performers.graphs.structure import graph_boundaries
 
@@ -109,7 +110,13 @@ class GraphAttention(PerformerAttention):
         self.feature_map.redraw_(generator)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, batch: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        batch: Tensor | None = None,
+        neighbours: Neighbours | None = None,
+        neighbour_bias: Tensor | None = None,
     ) -> Tensor:
         """Compute attention among the nodes of each graph.
 
@@ -120,12 +127,16 @@ class GraphAttention(PerformerAttention):
                 the output at padding mean nothing.
             batch: The graph of each node, shape ``(N,)``, sorted, for the second shape; None: one
                 graph.
+            neighbours: As in ``favor_attention``, for a ``feature_map`` of positive softmax
+                features; `neighbour_lists` makes them from edges.
+            neighbour_bias: As in ``favor_attention``, shape ``(E,)`` or ``(heads, E)``.
 
         Returns:
             The shape of ``x``.
 
         Raises:
-            ValueError: A shape does not fit, or ``batch`` is not sorted.
+            ValueError: A shape does not fit, ``batch`` is not sorted, or ``neighbours`` do not go
+                with the features.
         """
         if x.ndim not in (2, 3) or x.shape[-1] != self.channels:
             raise ValueError(
@@ -152,7 +163,14 @@ class GraphAttention(PerformerAttention):
             for layer in (self.q, self.k, self.v)
         )
         out = favor_attention(
-            query, key, value, self.feature_map, key_mask=mask, cu_seqlens=cu_seqlens
+            query,
+            key,
+            value,
+            self.feature_map,
+            key_mask=mask,
+            cu_seqlens=cu_seqlens,
+            neighbours=neighbours,
+            neighbour_bias=neighbour_bias,
         )
         out = self.dropout(self.attn_out(out.transpose(1, 2).flatten(2)))
         return out.squeeze(0) if x.ndim == 2 else out

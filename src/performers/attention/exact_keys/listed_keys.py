@@ -39,6 +39,21 @@ class KeyLists(NamedTuple):
     taken: Tensor
     of_query: Tensor
 
+    def pairs(self, length: int, size: int) -> Tensor:
+        """Matrix of the pairs, ``(batch, key_heads, groups, length, size)``, bool."""
+        batch, key_heads, groups = self.of_query.shape[1:4]
+        matrix = self.taken.new_zeros(batch, key_heads, groups, length, size)
+        for listed, taken, of_query in zip(*self, strict=True):
+            # One column more than there are keys takes the places that are not taken.
+            member = matrix.new_zeros(*listed.shape[:3], size + 1)
+            member = member.scatter(3, listed.where(taken, size), True)[..., :size]
+            rows = of_query.flatten(2).unsqueeze(-1).expand(-1, -1, -1, size)
+            matrix = matrix | member.gather(2, rows).unflatten(2, of_query.shape[2:])
+        return matrix
+
+    def biases(self, length: int, size: int) -> None:
+        """Matrix of the biases; there are none."""
+
 
 class ListedKeys(VersionedModule):
     """Directions that send queries into buckets, and list keys for each.
@@ -242,11 +257,7 @@ def check_listed_keys(
         raise ValueError(
             f"listed_keys must be ListedKeys or None, got {type(listed_keys).__name__}"
         )
-    if form.kind != "exponential" or not form.quadratic:
-        raise ValueError(
-            "listed_keys needs positive softmax features (SoftmaxFeatures, not trigonometric): "
-            "other estimates cannot be exchanged for exp(q . k) key by key"
-        )
+    check_positive("listed_keys", form)
     head_dim = call.query.shape[-1]
     if listed_keys.head_dim != head_dim:
         raise ValueError(
@@ -262,6 +273,19 @@ def check_listed_keys(
         raise ValueError(
             f"listed_keys cannot be combined with {name}: their lists are made from one whole "
             "sequence; call without listed_keys, or with the sequences as rows of a padded batch"
+        )
+
+
+def check_positive(name: str, form: FeatureForm) -> None:
+    """Check that the estimate of a listed pair can be taken out of a sum.
+
+    Raises:
+        ValueError: The features are not positive softmax features.
+    """
+    if form.kind != "exponential" or not form.quadratic:
+        raise ValueError(
+            f"{name} needs positive softmax features (SoftmaxFeatures, not trigonometric): other "
+            "estimates cannot be exchanged for exp(q . k) key by key"
         )
 
 

@@ -1,14 +1,16 @@
 """Listed keys: exact in place of their estimate.
 
-Keys in the list of a query's bucket are in the sums of the features like all others, so each such
-pair is corrected: its estimate is taken out and its exact weight put in. Queries of one list stand
-together in blocks, so that both are small dense products: here by torch, in ``native`` by kernels.
+Keys in the list of a query are in the sums of the features like all others, so each such pair is
+corrected: its estimate is taken out and its exact weight put in. Queries that share the list of a
+bucket stand together in blocks, so that both are small dense products: here by torch, in ``native``
+by kernels. Lists along the edges of a graph are each query's own (``neighbours.py``).
 """
 
 # torch.compile (2.6) cannot evaluate the annotations of local functions.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall, masked
+from performers.attention.exact_keys.listed_keys import KeyLists
+from performers.attention.exact_keys.neighbours import NeighbourLists
 from performers.attention.torch_backend.blocks import (
     Features,
     Rows,
@@ -25,6 +29,7 @@ from performers.attention.torch_backend.blocks import (
     query_features,
     softmax_rows,
 )
+from performers.attention.torch_backend.neighbours import neighbour_rows
 
 _BLOCK_ELEMENTS = 1 << 21
 _ROWS = (8, 64)
@@ -86,8 +91,7 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     # Beyond, rounding has made an estimate larger than the sum that holds it: the row is left
     # without features below, and a factor of infinity would make its gradient NaN.
     largest = int(math.log(torch.finfo(log_scale.dtype).max))
-    for pairs in listed_pairs(call):
-        estimated, more = _dense_rows(call, features, pairs)
+    for estimated, more in _parts(call, features):
         share = (estimated.log_scale - log_scale).clamp_max(largest)
         share = share.masked_fill(estimated.denominator == 0, -math.inf).exp()
         numerator = numerator - estimated.numerator * share
@@ -103,10 +107,19 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     )
 
 
+def _parts(call: AttentionCall, features: Features) -> Iterator[tuple[Rows, Rows]]:
+    """Estimates and exact weights of pairs, ``(B, H, queries, ...)``; no pair is in two parts."""
+    if isinstance(call.lists, NeighbourLists):
+        yield neighbour_rows(call, features, call.lists)
+    else:
+        for pairs in listed_pairs(call):
+            yield _dense_rows(call, features, pairs)
+
+
 def listed_pairs(call: AttentionCall) -> list[ListedPairs]:
     """The pairs of each round of lists; none is in two rounds."""
-    assert call.lists is not None
     lists = call.lists
+    assert isinstance(lists, KeyLists)
     rounds = []
     for index in range(len(lists.key)):
         key, value = (
