@@ -391,8 +391,8 @@ def test_features_keep_their_heads_in_blocks(monkeypatch):
     neighbours, matrix = edges(50)
     import performers.attention.torch_backend.neighbours as module
 
-    monkeypatch.setattr(module, "_FEATURE_ELEMENTS", 1)
-    monkeypatch.setattr(module, "_GATHERED_ELEMENTS", 64)
+    monkeypatch.setattr(module, "_FEATURE_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(module, "_GATHERED_ELEMENTS", {"cpu": 64})
     compare(
         inputs(50, batch=2, heads=6, key_heads=3),
         features(num_heads=3),
@@ -449,9 +449,11 @@ def test_autograd_keeps_no_features_of_pairs():
         )
         with hooks:
             tensors = inputs(nodes, dtype=torch.float32)
-            favor_attention(*tensors, features(num_features), neighbours=neighbours)
+            favor_attention(
+                *tensors, features(num_features), neighbours=neighbours, backend="torch"
+            )
         counts.append(sum(saved))
-    assert counts[1] - counts[0] < nodes * degree * num_features / 8
+    assert counts[1] - counts[0] < nodes * num_features / 2
 
 
 def csr(indptr, indices):

@@ -89,6 +89,7 @@ def refusals(rank: int) -> dict[str, str]:
         "state": lambda: attend(state=performers.favor_state(key, value, features)),
         "return_state": lambda: attend(return_state=True),
         "listed_keys": lambda: attend(listed_keys=performers.KeyBuckets(8)),
+        "neighbours": lambda: attend(neighbours=(torch.zeros(13).long(), torch.zeros(0).long())),
         "short boundaries": lambda: attend(boundaries=(0, 5, 20)),
         "boundaries of a shard": lambda: attend(cu_seqlens=torch.tensor((0, 5 + rank, 12))),
         "other boundaries": lambda: attend(

@@ -26,6 +26,7 @@ REFUSALS = {
     "state": "state cannot be combined",
     "return_state": "return_state cannot be combined",
     "listed_keys": "listed_keys cannot be combined",
+    "neighbours": "neighbours cannot be combined",
     "short boundaries": "cu_seqlens must rise from 0 to the length 24 of the whole row",
     "boundaries of a shard": r"go to sequence_parallel\(cu_seqlens=...\)",
     "other boundaries": "cu_seqlens of rank 0 are not those of sequence_parallel",

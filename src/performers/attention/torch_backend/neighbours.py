@@ -25,9 +25,11 @@ from performers.attention.torch_backend.blocks import (
     query_features,
 )
 
-# Elements held at a time: of gathered rows, and of features.
-_GATHERED_ELEMENTS = 1 << 20
-_FEATURE_ELEMENTS = 1 << 23
+# Elements held at a time, of gathered rows and of features: what allocators of a CPU use again, and
+# elsewhere enough for launches to cost less than the work.
+_GATHERED_ELEMENTS = {"cpu": 1 << 18}
+_FEATURE_ELEMENTS = {"cpu": 1 << 21}
+_ACCELERATOR_ELEMENTS = 1 << 26
 
 
 def neighbour_rows(
@@ -80,7 +82,8 @@ def neighbour_rows(
         )
 
     per_head = batch * groups * max(length, key.shape[2]) * features.form.num_features
-    sizes = block_sizes(heads, max(1, _FEATURE_ELEMENTS // max(1, per_head)))
+    most = _FEATURE_ELEMENTS.get(key.device.type, _ACCELERATOR_ELEMENTS)
+    sizes = block_sizes(heads, max(1, most // max(1, per_head)))
     inputs = [(x, 1) for x in (call.query, key, value)]
     index = torch.arange(heads, device=key.device)
     results, _ = in_blocks(step, sizes, [*inputs, (index, 0), (lists.bias, 0)], keep=False)
@@ -145,7 +148,8 @@ def pair_sums(weight: Tensor, value: Tensor, lists: NeighbourLists, length: int)
 
 
 def _blocks(pairs: int, like: Tensor) -> range:
-    return range(0, pairs, max(1, _GATHERED_ELEMENTS // max(1, math.prod(like.shape[1:]))))
+    most = _GATHERED_ELEMENTS.get(like.device.type, _ACCELERATOR_ELEMENTS)
+    return range(0, pairs, max(1, most // max(1, math.prod(like.shape[1:]))))
 
 
 class _Products(torch.autograd.Function):
