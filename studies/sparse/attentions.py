@@ -17,7 +17,11 @@ from performers.models.attention import FavorMechanism, build_mechanism
 EXACT, LOCAL = "exact", "local"
 SOFTMAX, WINDOW = "Performer, softmax", "Performer, features and window"
 RELU, LISTED = "Performer, ReLU", "Performer, features and listed keys"
-STRIDED, FIXED, LONGFORMER = "Sparse Transformer, strided", "Sparse Transformer, fixed", "Longformer"
+STRIDED, FIXED, LONGFORMER = (
+    "Sparse Transformer, strided",
+    "Sparse Transformer, fixed",
+    "Longformer",
+)
 ROUTING, REFORMER, BIGBIRD = "Routing Transformer", "Reformer", "BigBird"
 PERFORMERS = (SOFTMAX, WINDOW, RELU, LISTED)
 PATTERNS = (STRIDED, FIXED, LONGFORMER, BIGBIRD, LOCAL)
@@ -80,7 +84,11 @@ def settings(length: int, keys: int, *, is_causal: bool) -> dict[str, Setting]:
         SOFTMAX: Setting("favor-softmax", fields={"num_features": keys}),
         WINDOW: Setting("favor-softmax", fields={**features, "window": max(side // 2, 1)}),
         RELU: Setting("favor-relu", fields={"num_features": keys}),
-        LISTED: Setting("favor-listed", {"keys": max(keys // 2, 1)}, features),
+        LISTED: Setting(
+            "favor-listed",
+            {"keys": max(keys // 2, 1), "refresh": max(length // 32, 16)},
+            features,
+        ),
         STRIDED: Setting("sparse", {"stride": side}),
         FIXED: Setting("sparse", {"stride": keys, "pattern": "fixed", "summary": summary}),
         LONGFORMER: Setting("longformer", {"window": max(side - 1, 1), "global_tokens": 1}),

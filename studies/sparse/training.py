@@ -68,9 +68,10 @@ class Solver(nn.Module):
             hidden_dropout_prob=0.0,
             initializer_range=0.2,
         )
-        self.parts = nn.ModuleList(nn.Embedding(count, size.hidden) for count in task.parts)
-        for embedding in self.parts:
+        parts = [nn.Embedding(count, size.hidden) for count in task.parts]
+        for embedding in parts:
             nn.init.normal_(embedding.weight, std=_SPREAD)
+        self.parts = nn.ModuleList(parts)
         self.model = PerformerModel(config)
         self.classes = nn.Linear(size.hidden, task.classes)
 
