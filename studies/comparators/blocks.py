@@ -42,10 +42,17 @@ class SequenceRows:
     ) -> None:
         self.context, self.is_causal, self.layer = context, context.is_causal, layer
         batch, length = shape
+        self._shape = shape
+        # Without masks and packed rows the sequences are the rows.
+        self._whole = context.key_mask is None and context.sequence_ids is None
+        if self._whole:
+            self.lengths = torch.full((batch if length else 0,), length, device=device)
+            self.real = torch.ones(shape, dtype=torch.bool, device=device)
+            self.ranks = self.places = torch.arange(length, device=device).expand(batch, -1)
+            return
         sequence = torch.arange(batch, device=device)[:, None].expand(-1, length)
         if context.sequence_ids is not None:
             sequence = sequence * (length + 1) + context.sequence_ids
-        self._shape = shape
         self._tokens = torch.arange(batch * length, device=device)
         if context.key_mask is not None:
             self._tokens = context.key_mask.flatten().nonzero()[:, 0]
@@ -60,11 +67,15 @@ class SequenceRows:
 
     def split(self, x: Tensor) -> Tensor:
         """``(B, H, L, width)`` as ``(N, H, longest, width)``, zeros where there is no token."""
+        if self._whole:
+            return x
         rows = x.transpose(1, 2).flatten(0, 1)[self._source].transpose(1, 2)
         return rows.masked_fill(~self.real[:, None, :, None], 0)
 
     def join(self, rows: Tensor) -> Tensor:
         """``(N, H, longest, width)`` as ``(B, H, L, width)``, zeros for masked tokens."""
+        if self._whole:
+            return rows
         tokens = rows.transpose(1, 2)[self.real]
         out = tokens.new_zeros(self._shape[0] * self._shape[1], *tokens.shape[1:])
         return out.index_copy(0, self._tokens, tokens).unflatten(0, self._shape).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Performers and sparse attention: four claims of the Performer article, measured."""

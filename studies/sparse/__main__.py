@@ -1,0 +1,114 @@
+"""``python -m studies.sparse``: four claims about sparse attention, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from performers.app.errors import UserError
+from performers.app.options import Options, option
+from performers.cli.commands import App
+from performers.cli.interrupts import end_at_once
+
+app = App()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOptions(Options):
+    """Options of the study."""
+
+    output_folder: Path = option("Folder of results.json.", flag="--output")
+    resume: bool = option("Skip the parts that results.json has.", False)
+    quick: bool = option("Sizes of seconds, to see that it runs.", False)
+    encoder: str | None = option("Pretrained encoder: a folder.", None, path=True)
+    decoder: str | None = option("Pretrained decoder: a folder or GGUF file.", None, path=True)
+    calibration: str | None = option("Text that estimators are fitted to.", None, path=True)
+    text: str | None = option("Text that models are measured on.", None, path=True)
+    seeds: int = option("Seeds of the trained models.", 3, at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check that models come with texts."""
+        super().__post_init__()
+        models = self.encoder is not None or self.decoder is not None
+        if models and (self.calibration is None or self.text is None):
+            raise UserError("--encoder and --decoder need --calibration and --text")
+
+
+@app.command()
+def sparse(options: SparseOptions) -> None:
+    """Compare Performers with sparse attention: times, reach, depth, pretrained models."""
+    import torch
+
+    from performers.app.figures import save_figure
+    from studies.parts import Part, run_parts
+    from studies.sparse import attentions, pretrained, reach, report, tasks, times, training
+
+    torch.set_num_threads(1)
+    sizes = (reach.ReachSize(), times.TimeSize(), training.TrainingSize())
+    models = pretrained.PretrainedSize()
+    if options.quick:
+        sizes = (
+            replace(sizes[0], length=64, keys=8, sources=4),
+            replace(sizes[1], length=64, keys=8, heads=2, head_dim=8, rounds=2, steps=(64, 128)),
+            replace(sizes[2], depths=(1,), length=32, keys=6, steps=2, rows=2, test_rows=4),
+        )
+        models = replace(
+            models,
+            length=32,
+            passages=1,
+            keys=8,
+            budgets=(4, 8),
+            counts=(16,),
+            layers=(0,),
+            draws=1,
+        )
+    reach_size, time_size, training_size = sizes
+
+    def reached(name: str) -> Part:
+        count = partial(reach.keys_per_query, name)
+        return {
+            **reach.measure_reach(name, reach_size),
+            "long": count(models.length, models.keys, is_causal=False),
+            "short": count(training_size.length, training_size.keys, is_causal=True),
+        }
+
+    parts: dict[str, Callable[[], Part]] = {"times": partial(times.measure_times, time_size)}
+    parts |= {f"reach, {name}": partial(reached, name) for name in attentions.ALL}
+    for kind, path in (("encoder", options.encoder), ("decoder", options.decoder)):
+        if path is not None:
+            assert options.calibration is not None
+            assert options.text is not None
+            calibration, text = Path(options.calibration), Path(options.text)
+            model = pretrained.Pretrained(path, calibration, text, models)
+            parts |= {f"{kind}, {name}": partial(model.measure, name) for name in pretrained.ALL}
+            if kind == "encoder":
+                names = (attentions.SOFTMAX, pretrained.FITTED, *attentions.PATTERNS)
+                parts |= {f"errors, {name}": partial(model.errors, name) for name in names}
+    for name in attentions.ALL:
+        parts[f"step, {name}"] = partial(times.measure_step, name, time_size)
+    for seed in range(options.seeds):
+        for task in tasks.TASKS:
+            for name in attentions.ALL:
+                deepen = partial(training.deepen, task, name, seed, training_size)
+                parts[f"{task}, {name}, seed {seed}"] = deepen
+    settings = {
+        "reach": asdict(reach_size),
+        "times": asdict(time_size),
+        "training": asdict(training_size),
+        "pretrained": asdict(models),
+    }
+    # As JSON gives them back.
+    settings = {
+        kind: {name: list(x) if isinstance(x, tuple) else x for name, x in one.items()}
+        for kind, one in settings.items()
+    }
+    folder = options.output_folder
+    done = run_parts(folder, settings, parts, report.tables, resume=options.resume)
+    save_figure(report.draw_steps(done), folder / "steps.svg")
+
+
+if __name__ == "__main__":
+    end_at_once()
+    app()

@@ -1,0 +1,207 @@
+"""Pretrained models with another attention in the place of their own, weights untouched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from performers.convert.distillation.pretrained import load_model
+from performers.convert.distillation.texts import text_windows
+from performers.features.softmax import Estimator
+from performers.models.context import AttentionContext
+from performers.nn import Approximation
+from performers.planning.exact import relative_error
+from performers.planning.fits import Fits
+from studies.accuracy.approximations import fitted_attention
+from studies.accuracy.capture import HeadSample, capture_heads, exact_attention, replace_attention
+from studies.parts import Part
+from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, settings
+
+FITTED = "Performer, fitted features and window"
+ALL = (SOFTMAX, WINDOW, FITTED, LISTED, *PATTERNS)
+"""Attentions that weights can be kept for: the others need queries that are keys, or training."""
+_SINKS = 4
+
+
+@dataclass(frozen=True)
+class PretrainedSize:
+    """Sizes of the measurements.
+
+    Attributes:
+        length: Tokens of a passage.
+        passages: Passages to measure on.
+        keys: Keys or features of a query.
+        budgets: Keys or features of a query for errors on heads.
+        counts: More features, for Performers alone.
+        layers: Layers whose heads they are.
+        draws: Draws of the features.
+    """
+
+    length: int = 512
+    passages: int = 2
+    keys: int = 64
+    budgets: tuple[int, ...] = (16, 32, 64, 128, 256)
+    counts: tuple[int, ...] = (512, 1024, 2048, 4096)
+    layers: tuple[int, ...] = (0, 2, 5)
+    draws: int = 4
+
+
+class Pretrained:
+    """A pretrained model and passages of text.
+
+    Args:
+        path: Folder or file of the model.
+        calibration: Text that estimators are fitted to.
+        text: Text that is measured on.
+        size: Sizes.
+    """
+
+    def __init__(self, path: str, calibration: Path, text: Path, size: PretrainedSize) -> None:
+        self.size = size
+        self._path, self._texts = path, (calibration, text)
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The model with its language-modelling head, where it has one."""
+        return load_model(self._path, head=None)
+
+    def _passages(self, text: int, count: int) -> Tensor:
+        return text_windows(self.loaded.tokenizer, self._texts[text], self.size.length, count)
+
+    @cached_property
+    def _fits(self) -> dict[int, Fits]:
+        samples = capture_heads(self.loaded, self._passages(0, 1))
+        return {sample.layer: Fits(sample, sample.layer) for sample in samples}
+
+    @cached_property
+    def _original(self) -> list[tuple[Tensor, Tensor | None]]:
+        return [self._run(row) for row in self._passages(1, self.size.passages)]
+
+    @torch.no_grad()
+    def _run(self, row: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Final hidden states, and the log-likelihoods of the next tokens of a decoder."""
+        inputs = self.loaded.inputs(row[None], None)
+        output = self.loaded.model(**inputs, output_hidden_states=True)
+        if not (self.loaded.has_head and self.loaded.is_causal):
+            return output.hidden_states[-1][0], None
+        losses = F.cross_entropy(output.logits[0, :-1], row[1:], reduction="none")
+        return output.hidden_states[-1][0], losses
+
+    def approximation(self, name: str, keys: int) -> Approximation:
+        """A Performer's features and exact keys, ``keys`` together."""
+        causal = self.loaded.is_causal
+        window, sinks = (keys // 2 if causal else keys // 4), (_SINKS if causal else 0)
+        return {
+            SOFTMAX: Approximation(keys),
+            WINDOW: Approximation(keys // 2, window=window),
+            FITTED: Approximation(keys // 2, "data_aware", window=window, sinks=sinks),
+            LISTED: Approximation(
+                keys // 4, "data_aware", window=window // 2, sinks=sinks, listed_keys=keys // 2
+            ),
+        }[name]
+
+    def _attention(self, name: str) -> Callable[..., Tensor]:
+        if name in PATTERNS:
+            return pattern_attention(name, self.size.length, self.size.keys)
+        chosen = self.approximation(name, self.size.keys)
+        functions = {n: fitted_attention(fits, chosen, None) for n, fits in self._fits.items()}
+
+        def attend(layer: int, *tensors: Tensor, **options: Any) -> Tensor:
+            return functions[layer](layer, *tensors, **options)
+
+        return attend
+
+    def measure(self, name: str) -> Part:
+        """Cosine of final hidden states, and perplexities of a decoder (None for an encoder)."""
+        cosines, before, after = [], [], []
+        rows = self._passages(1, self.size.passages)
+        for row, (states, losses) in zip(rows, self._original, strict=True):
+            with replace_attention(self.loaded.model, self._attention(name)):
+                found, changed = self._run(row)
+            cosines.append(F.cosine_similarity(states.double(), found.double(), dim=-1))
+            if losses is not None and changed is not None:
+                before.append(losses)
+                after.append(changed)
+        return {
+            "cosine": float(torch.cat(cosines).mean()),
+            "perplexity": float(torch.cat(after).double().mean().exp()) if after else None,
+            "original": float(torch.cat(before).double().mean().exp()) if before else None,
+        }
+
+    @torch.no_grad()
+    def errors(self, name: str) -> Part:
+        """Squared relative errors of the outputs of heads against keys or features of a query.
+
+        Returns:
+            By number as text: the mean over layers and draws.
+        """
+        size = self.size
+        tests = capture_heads(self.loaded, self._passages(1, 1), layers=size.layers)
+        exact = [_call(exact_attention, test) for test in tests]
+        found: dict[str, float] = {}
+        counts = size.budgets if name in PATTERNS else (*size.budgets, *size.counts)
+        for keys in counts:
+            errors = []
+            for test, expected in zip(tests, exact, strict=True):
+                for attention in self._drawn(name, keys, test):
+                    errors.append(float(relative_error(_call(attention, test), expected)) ** 2)
+            found[str(keys)] = sum(errors) / len(errors)
+        return found
+
+    def _drawn(self, name: str, keys: int, test: HeadSample) -> list[Callable[..., Tensor]]:
+        if name in PATTERNS:
+            return [pattern_attention(name, self.size.length, keys)]
+        fits, heads = self._fits[test.layer], test.query.shape[1]
+        estimator: Estimator = "positive" if name == SOFTMAX else "data_aware"
+        window = None if name == SOFTMAX else self.approximation(name, self.size.keys).window
+        chosen = Approximation(keys, estimator, window=window)
+        modules = [fits.attention(chosen, heads, draw) for draw in range(self.size.draws)]
+
+        def called(module: nn.Module) -> Callable[..., Tensor]:
+            return lambda layer, *tensors, **options: module(*tensors, **options)[0]
+
+        return [called(module) for module in modules]
+
+
+def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor]:
+    """A pattern as a function with the call of ``studies.accuracy.capture.exact_attention``."""
+
+    def attend(
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        is_causal: bool,
+        key_mask: Tensor | None,
+    ) -> Tensor:
+        heads, width = query.shape[1], query.shape[-1]
+        setting = settings(length, keys, is_causal=is_causal)[name]
+        module = setting.mechanism(heads, width, length, is_causal=is_causal)
+        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
+        context = AttentionContext(is_causal, key_mask=key_mask)
+        out: Tensor = module(query * (scale * math.sqrt(width)), key, value, context, layer)[0]
+        return out
+
+    return attend
+
+
+def _call(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
+    return attention(
+        sample.layer,
+        sample.query,
+        sample.key,
+        sample.value,
+        scale=sample.scale,
+        is_causal=sample.is_causal,
+        key_mask=sample.key_mask,
+    )
