@@ -1,0 +1,185 @@
+"""GPS models whose layers differ in their attention alone, of one size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_geometric.nn import GATConv, GINEConv, GPSConv, SAGEConv, global_add_pool
+from torch_geometric.nn.attention import PerformerAttention
+
+from performers import SoftmaxFeatures, favor_attention
+from performers.graphs import GraphAttention, replace_
+from studies.graphs.debian import GRAMS, NodeTask
+from studies.graphs.molecules import WALKS
+from studies.graphs.neighbours import Neighbours, neighbours_of
+
+NOTHING = "no attention"
+EXACT = "exact"
+PYG = "PyG's Performer"
+OURS = "ours"
+EDGES = "ours, edges exact"
+ATTENTIONS = (NOTHING, EXACT, PYG, OURS, EDGES)
+SAGE, GAT = "SAGE", "GAT"
+HEADS = 4
+WIDTH = 64
+FEATURES = 44
+"""As many as PyG's Performer draws for a head of 16."""
+
+
+class NodeMap(PerformerAttention):
+    """A map of each node for itself, with as many parameters as attention, in its place.
+
+    ``GPSConv`` calls an attention only if it is PyG's.
+
+    Args:
+        channels: Width of nodes.
+    """
+
+    def __init__(self, channels: int) -> None:
+        nn.Module.__init__(self)
+        self.map = nn.Sequential(
+            nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels)
+        )
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The map of ``(B, N, channels)``."""
+        return self.map(x)
+
+
+class EdgeAttention(GraphAttention):
+    """Softmax attention, exact on edges and by features elsewhere, with one normaliser.
+
+    ``neighbours`` are those of all nodes of the batch, set before each call (`set_neighbours`):
+    ``GPSConv`` hands no edges to its attention.
+    """
+
+    neighbours: Neighbours | None = None
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, batch: Tensor | None = None
+    ) -> Tensor:
+        """Attention among the nodes of each row of ``(B, N, channels)`` that ``mask`` names."""
+        if mask is None:
+            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
+        nodes, boundaries = x[mask], None
+        if len(x) > 1:
+            boundaries = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        query, key, value = (
+            layer(nodes).unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
+            for layer in (self.q, self.k, self.v)
+        )
+        found = favor_attention(
+            query, key, value, self.feature_map, cu_seqlens=boundaries, neighbours=self.neighbours
+        )
+        out = torch.zeros_like(x)
+        out[mask] = self.attn_out(found[0].transpose(0, 1).flatten(1))
+        return out
+
+
+def set_neighbours(model: nn.Module, neighbours: Neighbours) -> None:
+    """Hand neighbours to the layers that attend to them exactly."""
+    for module in model.modules():
+        if isinstance(module, EdgeAttention):
+            module.neighbours = neighbours
+
+
+def gps_layer(attention: str, conv: nn.Module, width: int = WIDTH) -> GPSConv:
+    """A layer of GPS with batch normalisation and four heads.
+
+    PyG's Performer has a head width of 64 and no biases by default; here it has those of exact
+    attention.
+    """
+    if attention == EXACT:
+        return GPSConv(width, conv, heads=HEADS, attn_type="multihead")
+    options = {"head_channels": width // HEADS, "qkv_bias": True}
+    layer = GPSConv(width, conv, heads=HEADS, attn_type="performer", attn_kwargs=options)
+    if attention == NOTHING:
+        layer.attn = NodeMap(width)
+    elif attention == OURS:
+        replace_(layer, num_features=FEATURES)
+    elif attention == EDGES:
+        features = SoftmaxFeatures(width // HEADS, FEATURES)
+        layer.attn = EdgeAttention(width, HEADS, None, qkv_bias=True, feature_map=features)
+    return layer
+
+
+class MoleculeModel(nn.Module):
+    """GPS with GINE: a number for each molecule.
+
+    Args:
+        attention: One of `ATTENTIONS`.
+        layers: Number of layers.
+        atoms: Types of atoms.
+        bonds: Types of bonds.
+    """
+
+    def __init__(self, attention: str, layers: int, atoms: int, bonds: int) -> None:
+        super().__init__()
+        self.atoms = nn.Embedding(atoms, WIDTH)
+        self.walks = nn.Linear(WALKS, WIDTH)
+        self.bonds = nn.Embedding(bonds, WIDTH)
+        self.layers = nn.ModuleList(
+            gps_layer(attention, GINEConv(_two_layers(WIDTH, WIDTH, WIDTH))) for _ in range(layers)
+        )
+        self.head = _two_layers(WIDTH, WIDTH, 1)
+
+    def forward(self, graphs: Any) -> Tensor:
+        """Predictions ``(graphs,)`` of a batch of graphs."""
+        x = self.atoms(graphs.x) + self.walks(graphs.walks)
+        edges = self.bonds(graphs.edge_attr)
+        set_neighbours(self, neighbours_of(graphs.edge_index, len(x)))
+        for layer in self.layers:
+            x = layer(x, graphs.edge_index, batch=graphs.batch, edge_attr=edges)
+        return self.head(global_add_pool(x, graphs.batch, size=graphs.num_graphs)).squeeze(-1)
+
+
+class NodeModel(nn.Module):
+    """GPS with SAGE or GAT: logits for each package.
+
+    Args:
+        conv: `SAGE` or `GAT`.
+        attention: One of `ATTENTIONS`.
+        layers: Number of layers.
+        classes: Number of sections.
+        dropout: Probability of dropout on the first representation.
+    """
+
+    def __init__(
+        self, conv: str, attention: str, layers: int, classes: int, dropout: float = 0.2
+    ) -> None:
+        super().__init__()
+        self.grams = nn.EmbeddingBag(GRAMS, WIDTH, mode="mean")
+        self.degrees = nn.Linear(2, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(gps_layer(attention, _conv(conv)) for _ in range(layers))
+        self.head = nn.Linear(WIDTH, classes)
+
+    def forward(self, task: NodeTask) -> Tensor:
+        """Logits ``(N, classes)``."""
+        x = self.grams(task.grams, task.offsets) + self.degrees(task.degrees)
+        x = self.dropout(x)
+        set_neighbours(self, task.neighbours)
+        for layer in self.layers:
+            x = layer(x, task.edge_index)
+        return self.head(x)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of trained parameters."""
+    return sum(x.numel() for x in model.parameters() if x.requires_grad)
+
+
+def _two_layers(width: int, inner: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, out))
+
+
+def _conv(name: str) -> nn.Module:
+    if name == SAGE:
+        return SAGEConv(WIDTH, WIDTH)
+    return GATConv(WIDTH, WIDTH // HEADS, heads=HEADS)

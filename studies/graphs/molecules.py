@@ -1,0 +1,158 @@
+"""Molecules of MOSES as graphs, with the penalised logP of the ZINC benchmark as target."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import random
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+from torch_geometric.transforms import AddRandomWalkPE
+
+from performers.app.errors import UserError
+
+WALKS = 16
+"""Length of the random walks whose returns are a node's structural encoding."""
+_MEMBER = "moses/dataset/data/{}.csv.gz"
+_LARGEST_FREE_RING = 6
+
+
+class Molecules(NamedTuple):
+    """Graphs with target ``y``, split by scaffold.
+
+    Attributes:
+        train: Molecules of MOSES' training set.
+        validation: Molecules of MOSES' scaffold test set.
+        test: Molecules of the same, none of whose scaffolds is in ``validation``.
+        atoms: Number of types of atoms.
+        bonds: Number of types of bonds.
+    """
+
+    train: list[Data]
+    validation: list[Data]
+    test: list[Data]
+    atoms: int
+    bonds: int
+
+
+def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecules:
+    """Draw molecules from the wheel of ``molsets``.
+
+    Types are ``(element, charge, hydrogens)`` of atoms and orders of bonds.
+
+    Args:
+        wheel: The file.
+        sizes: Numbers of molecules in training, validation and test.
+        seed: Random seed of the draw.
+
+    Raises:
+        UserError: The file cannot be read, or has fewer molecules.
+    """
+    from rdkit.Chem import MolFromSmiles
+    from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
+
+    source = random.Random(seed)
+    pools = {name: _smiles(wheel, name) for name in ("train", "test_scaffolds")}
+    for pool in pools.values():
+        source.shuffle(pool)
+    chosen: dict[str, list[str]] = {"train": pools["train"][: sizes[0]], "validation": [], "test": []}
+    wanted = dict(zip(chosen, sizes, strict=True))
+    place: dict[str, str] = {}
+    for smiles in pools["test_scaffolds"]:
+        open_ = [name for name in ("validation", "test") if len(chosen[name]) < wanted[name]]
+        if not open_:
+            break
+        # A scaffold is drawn for one of the two sets once.
+        scaffold = MurckoScaffoldSmiles(smiles)
+        name = place.setdefault(scaffold, source.choice(("validation", "test")))
+        if name in open_:
+            chosen[name].append(smiles)
+    for name, size in wanted.items():
+        if len(chosen[name]) < size:
+            raise UserError(f"{wheel} has {len(chosen[name])} molecules for {name}, not {size}")
+    molecules = {name: [MolFromSmiles(x) for x in lines] for name, lines in chosen.items()}
+    atoms = _numbers(_atom(atom) for group in molecules.values() for x in group for atom in x.GetAtoms())
+    bonds = _numbers(_bond(bond) for group in molecules.values() for x in group for bond in x.GetBonds())
+    graphs = {
+        name: [_graph(x, atoms, bonds) for x in group] for name, group in molecules.items()
+    }
+    return Molecules(**graphs, atoms=len(atoms), bonds=len(bonds))
+
+
+def penalised_logp(molecule: Any) -> float:
+    """``logP - SA - max(largest ring - 6, 0)``, not normalised.
+
+    logP by Wildman and Crippen, synthetic accessibility by Ertl and Schuffenhauer.
+    """
+    from rdkit.Chem import Crippen
+
+    ring = max((len(ring) for ring in molecule.GetRingInfo().AtomRings()), default=0)
+    accessibility = _accessibility().calculateScore(molecule)
+    return float(Crippen.MolLogP(molecule) - accessibility - max(ring - _LARGEST_FREE_RING, 0))
+
+
+def targets(graphs: Sequence[Data]) -> Tensor:
+    """The targets of graphs."""
+    return torch.cat([graph.y for graph in graphs])
+
+
+def _smiles(wheel: Path, name: str) -> list[str]:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            text = gzip.decompress(archive.read(_MEMBER.format(name))).decode()
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{wheel} is not the wheel of molsets: {error}") from error
+    return text.split()[1:]
+
+
+def _accessibility() -> Any:
+    """Module ``sascorer``, which rdkit ships as a script among its contributions."""
+    from rdkit import RDConfig
+
+    if "sascorer" not in _MODULES:
+        file = Path(RDConfig.RDContribDir) / "SA_Score" / "sascorer.py"
+        spec = importlib.util.spec_from_file_location("sascorer", file)
+        if spec is None or spec.loader is None or not file.exists():
+            raise UserError(f"rdkit has no {file}; install the wheel of PyPI: pip install rdkit")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _MODULES["sascorer"] = module
+    return _MODULES["sascorer"]
+
+
+_MODULES: dict[str, Any] = {}
+
+
+def _atom(atom: Any) -> tuple[int, int, int]:
+    return atom.GetAtomicNum(), atom.GetFormalCharge(), atom.GetTotalNumHs()
+
+
+def _bond(bond: Any) -> tuple[int, int, int]:
+    return int(bond.GetBondType()), 0, 0
+
+
+def _numbers(types: Any) -> Mapping[tuple[int, int, int], int]:
+    return {name: number for number, name in enumerate(sorted(set(types)))}
+
+
+def _graph(
+    molecule: Any,
+    atoms: Mapping[tuple[int, int, int], int],
+    bonds: Mapping[tuple[int, int, int], int],
+) -> Data:
+    ends = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()]
+    kinds = torch.tensor([bonds[_bond(bond)] for bond in molecule.GetBonds()], dtype=torch.int64)
+    edges = torch.tensor(ends, dtype=torch.int64).reshape(-1, 2).T
+    graph = Data(
+        x=torch.tensor([atoms[_atom(atom)] for atom in molecule.GetAtoms()]),
+        edge_index=torch.cat([edges, edges.flip(0)], dim=1),
+        edge_attr=torch.cat([kinds, kinds]),
+        y=torch.tensor([penalised_logp(molecule)]),
+    )
+    return AddRandomWalkPE(WALKS, attr_name="walks")(graph)
