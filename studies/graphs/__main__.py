@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,6 @@ def graphs(options: GraphsOptions) -> None:
     """Compare attention on molecules and packages, and its time and memory."""
     import torch
 
-    from studies.graphs.report import tables
     from studies.parts import run_parts
 
     torch.set_num_threads(1)
@@ -72,24 +72,32 @@ def graphs(options: GraphsOptions) -> None:
     if options.quick:
         settings |= {"seeds": 1, "train": 64, "test": 8, "epochs": 1, "steps": 2, "nodes": [64]}
     parts = _parts(options, settings)
-    run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
+    # After the check that torch_geometric is there.
+    from studies.graphs.report import tables
+
+    done = run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
+    if any(name.startswith("scaling") for name in done):
+        from performers.app.figures import save_figure
+        from studies.graphs.figure import scaling_figure
+
+        save_figure(scaling_figure(done), options.output_folder / "scaling.png")
 
 
 def _parts(
     options: GraphsOptions, settings: dict[str, Any]
 ) -> dict[str, Callable[[], dict[str, object]]]:
     try:
-        from studies.graphs import debian, models, molecules, training
+        from studies.graphs import debian, models, molecules, scaling, training
     except ImportError as error:
-        raise UserError(
-            f"the study needs torch_geometric and rdkit: pip install torch_geometric rdkit ({error})"
-        ) from error
+        raise UserError(f"the study needs torch_geometric: {error}") from error
 
     parts: dict[str, Callable[[], dict[str, object]]] = {}
     folder = Path(options.data or "")
     seeds = range(settings["seeds"])
     if "molecules" in options.sections:
         wheels = sorted(folder.glob("molsets-*.whl"))
+        if find_spec("rdkit") is None:
+            raise UserError("the section molecules needs rdkit: pip install rdkit")
         if not wheels:
             raise UserError(f"--data {folder} has no molsets-*.whl: pip download --no-deps molsets")
         sizes = (settings["train"], settings["test"], settings["test"])
@@ -106,6 +114,18 @@ def _parts(
                     compared=256,
                     seed=seed,
                 )
+    if "debian" in options.sections:
+        task = cache(lambda: debian.node_task(debian.load_packages(folder / "debian.npz")))
+        for seed in seeds:
+            for name in models.NODE_MODELS:
+                parts[f"debian, {name}, seed {seed}"] = partial(
+                    training.train_nodes, task, name, layers=2, steps=settings["steps"], every=10,
+                    seed=seed,
+                )  # fmt: skip
+    if "scaling" in options.sections:
+        for nodes in settings["nodes"]:
+            exact = nodes <= settings["exact_up_to"]
+            parts[f"scaling, {nodes} nodes"] = partial(scaling.measure_scaling, nodes, exact=exact)
     return parts
 
 

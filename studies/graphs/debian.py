@@ -105,11 +105,13 @@ def parse_packages(index: str) -> Packages:
 def save_packages(packages: Packages, file: Path) -> None:
     """Write a graph as ``.npz``."""
     content = io.BytesIO()
-    arrays = {
-        name: np.array(value if isinstance(value, list) else value.numpy().astype(np.int32))
-        for name, value in packages._asdict().items()
-    }
-    np.savez_compressed(content, **arrays)
+    np.savez_compressed(
+        content,
+        names=np.array(packages.names),
+        sources=np.array(packages.sources),
+        sections=np.array(packages.sections),
+        edges=packages.edges.numpy().astype(np.int32),
+    )
     write_atomically(file, content.getvalue())
 
 
@@ -121,8 +123,12 @@ def load_packages(file: Path) -> Packages:
     """
     try:
         with np.load(file) as arrays:
-            texts = [arrays[name].tolist() for name in Packages._fields[:3]]
-            return Packages(*texts, torch.from_numpy(arrays["edges"]).long())
+            return Packages(
+                arrays["names"].tolist(),
+                arrays["sources"].tolist(),
+                arrays["sections"].tolist(),
+                torch.from_numpy(arrays["edges"]).long(),
+            )
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{file} is not a graph of packages: {error}") from error
 

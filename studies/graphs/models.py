@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,11 +21,21 @@ NOTHING = "no attention"
 EXACT = "exact"
 PYG = "PyG's Performer"
 OURS = "ours"
+CORRECTED = "PyG's Performer, replaced after training"
 EDGES = "ours, edges exact"
 ATTENTIONS = (NOTHING, EXACT, PYG, OURS, EDGES)
 SAGE, GAT = "SAGE", "GAT"
-HEADS = 4
-WIDTH = 64
+NODE_MODELS = {
+    "names alone": (None, NOTHING),
+    "SAGE": (SAGE, NOTHING),
+    "GAT": (GAT, NOTHING),
+    "SAGE, ours": (SAGE, OURS),
+    "SAGE, ours, edges exact": (SAGE, EDGES),
+}
+"""Convolution and attention of the layers on packages."""
+WIDTH, NODE_WIDTH = 64, 32
+"""Widths of the models of molecules and of packages."""
+HEAD = 16
 FEATURES = 44
 """As many as PyG's Performer draws for a head of 16."""
 
@@ -89,23 +100,24 @@ def set_neighbours(model: nn.Module, neighbours: Neighbours) -> None:
             module.neighbours = neighbours
 
 
-def gps_layer(attention: str, conv: nn.Module, width: int = WIDTH) -> GPSConv:
-    """A layer of GPS with batch normalisation and four heads.
+def gps_layer(attention: str, conv: nn.Module | None, width: int = WIDTH) -> GPSConv:
+    """A layer of GPS with batch normalisation and heads of 16.
 
     PyG's Performer has a head width of 64 and no biases by default; here it has those of exact
     attention.
     """
+    heads = width // HEAD
     if attention == EXACT:
-        return GPSConv(width, conv, heads=HEADS, attn_type="multihead")
-    options = {"head_channels": width // HEADS, "qkv_bias": True}
-    layer = GPSConv(width, conv, heads=HEADS, attn_type="performer", attn_kwargs=options)
+        return GPSConv(width, conv, heads=heads, attn_type="multihead")
+    options = {"head_channels": HEAD, "qkv_bias": True}
+    layer = GPSConv(width, conv, heads=heads, attn_type="performer", attn_kwargs=options)
     if attention == NOTHING:
         layer.attn = NodeMap(width)
     elif attention == OURS:
         replace_(layer, num_features=FEATURES)
     elif attention == EDGES:
-        features = SoftmaxFeatures(width // HEADS, FEATURES)
-        layer.attn = EdgeAttention(width, HEADS, None, qkv_bias=True, feature_map=features)
+        features = SoftmaxFeatures(HEAD, FEATURES)
+        layer.attn = EdgeAttention(width, heads, None, qkv_bias=True, feature_map=features)
     return layer
 
 
@@ -140,10 +152,10 @@ class MoleculeModel(nn.Module):
 
 
 class NodeModel(nn.Module):
-    """GPS with SAGE or GAT: logits for each package.
+    """GPS with SAGE, GAT or no convolution: logits for each package.
 
     Args:
-        conv: `SAGE` or `GAT`.
+        conv: `SAGE`, `GAT` or None.
         attention: One of `ATTENTIONS`.
         layers: Number of layers.
         classes: Number of sections.
@@ -151,14 +163,16 @@ class NodeModel(nn.Module):
     """
 
     def __init__(
-        self, conv: str, attention: str, layers: int, classes: int, dropout: float = 0.2
+        self, conv: str | None, attention: str, layers: int, classes: int, dropout: float = 0.2
     ) -> None:
         super().__init__()
-        self.grams = nn.EmbeddingBag(GRAMS, WIDTH, mode="mean")
-        self.degrees = nn.Linear(2, WIDTH)
+        self.grams = nn.EmbeddingBag(GRAMS, NODE_WIDTH, mode="mean")
+        self.degrees = nn.Linear(2, NODE_WIDTH)
         self.dropout = nn.Dropout(dropout)
-        self.layers = nn.ModuleList(gps_layer(attention, _conv(conv)) for _ in range(layers))
-        self.head = nn.Linear(WIDTH, classes)
+        self.layers = nn.ModuleList(
+            gps_layer(attention, _conv(conv), NODE_WIDTH) for _ in range(layers)
+        )
+        self.head = nn.Linear(NODE_WIDTH, classes)
 
     def forward(self, task: NodeTask) -> Tensor:
         """Logits ``(N, classes)``."""
@@ -170,6 +184,18 @@ class NodeModel(nn.Module):
         return self.head(x)
 
 
+def corrected(model: nn.Module) -> nn.Module:
+    """A copy in which PyG's Performers are replaced, with their parameters and projections."""
+    found = copy.deepcopy(model)
+    layers = [x for x in found.modules() if isinstance(x, GPSConv)]
+    projections = [layer.attn.fast_attn.projection_matrix for layer in layers]
+    replace_(found, num_features=FEATURES)
+    for layer, projection in zip(layers, projections, strict=True):
+        # Ours multiplies queries and keys by head_dim ** -1/4 first.
+        layer.attn.feature_map.weight.copy_(projection * projection.shape[1] ** 0.25)
+    return found
+
+
 def parameters(model: nn.Module) -> int:
     """Number of trained parameters."""
     return sum(x.numel() for x in model.parameters() if x.requires_grad)
@@ -179,7 +205,9 @@ def _two_layers(width: int, inner: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, out))
 
 
-def _conv(name: str) -> nn.Module:
+def _conv(name: str | None) -> nn.Module | None:
     if name == SAGE:
-        return SAGEConv(WIDTH, WIDTH)
-    return GATConv(WIDTH, WIDTH // HEADS, heads=HEADS)
+        return SAGEConv(NODE_WIDTH, NODE_WIDTH)
+    if name == GAT:
+        return GATConv(NODE_WIDTH, HEAD, heads=NODE_WIDTH // HEAD)
+    return None

@@ -6,7 +6,8 @@ import gzip
 import importlib.util
 import random
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,9 +43,23 @@ class Molecules(NamedTuple):
 
 
 def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecules:
-    """Draw molecules from the wheel of ``molsets``.
+    """Draw molecules from the wheel of ``molsets`` (`chosen_smiles`) and make them graphs.
 
     Types are ``(element, charge, hydrogens)`` of atoms and orders of bonds.
+    """
+    from rdkit.Chem import MolFromSmiles
+
+    chosen = chosen_smiles(wheel, sizes, seed)
+    molecules = {name: [MolFromSmiles(x) for x in lines] for name, lines in chosen.items()}
+    every = [x for group in molecules.values() for x in group]
+    atoms = _numbers(_atom(atom) for x in every for atom in x.GetAtoms())
+    bonds = _numbers(_bond(bond) for x in every for bond in x.GetBonds())
+    graphs = {name: [_graph(x, atoms, bonds) for x in group] for name, group in molecules.items()}
+    return Molecules(**graphs, atoms=len(atoms), bonds=len(bonds))
+
+
+def chosen_smiles(wheel: Path, sizes: Sequence[int], seed: int = 0) -> dict[str, list[str]]:
+    """SMILES of ``train``, ``validation`` and ``test``.
 
     Args:
         wheel: The file.
@@ -54,35 +69,29 @@ def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecule
     Raises:
         UserError: The file cannot be read, or has fewer molecules.
     """
-    from rdkit.Chem import MolFromSmiles
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
     source = random.Random(seed)
     pools = {name: _smiles(wheel, name) for name in ("train", "test_scaffolds")}
     for pool in pools.values():
         source.shuffle(pool)
-    chosen: dict[str, list[str]] = {"train": pools["train"][: sizes[0]], "validation": [], "test": []}
-    wanted = dict(zip(chosen, sizes, strict=True))
+    wanted = dict(zip(("train", "validation", "test"), sizes, strict=True))
+    chosen: dict[str, list[str]] = {name: [] for name in wanted}
+    chosen["train"] = pools["train"][: wanted["train"]]
     place: dict[str, str] = {}
     for smiles in pools["test_scaffolds"]:
-        open_ = [name for name in ("validation", "test") if len(chosen[name]) < wanted[name]]
-        if not open_:
+        missing = [x for x in ("validation", "test") if len(chosen[x]) < wanted[x]]
+        if not missing:
             break
         # A scaffold is drawn for one of the two sets once.
         scaffold = MurckoScaffoldSmiles(smiles)
         name = place.setdefault(scaffold, source.choice(("validation", "test")))
-        if name in open_:
+        if name in missing:
             chosen[name].append(smiles)
     for name, size in wanted.items():
         if len(chosen[name]) < size:
             raise UserError(f"{wheel} has {len(chosen[name])} molecules for {name}, not {size}")
-    molecules = {name: [MolFromSmiles(x) for x in lines] for name, lines in chosen.items()}
-    atoms = _numbers(_atom(atom) for group in molecules.values() for x in group for atom in x.GetAtoms())
-    bonds = _numbers(_bond(bond) for group in molecules.values() for x in group for bond in x.GetBonds())
-    graphs = {
-        name: [_graph(x, atoms, bonds) for x in group] for name, group in molecules.items()
-    }
-    return Molecules(**graphs, atoms=len(atoms), bonds=len(bonds))
+    return chosen
 
 
 def penalised_logp(molecule: Any) -> float:
@@ -111,41 +120,37 @@ def _smiles(wheel: Path, name: str) -> list[str]:
     return text.split()[1:]
 
 
+@cache
 def _accessibility() -> Any:
-    """Module ``sascorer``, which rdkit ships as a script among its contributions."""
+    """Module ``sascorer``, which rdkit ships as a script among its contributions.
+
+    Raises:
+        UserError: This rdkit has no contributions.
+    """
     from rdkit import RDConfig
 
-    if "sascorer" not in _MODULES:
-        file = Path(RDConfig.RDContribDir) / "SA_Score" / "sascorer.py"
-        spec = importlib.util.spec_from_file_location("sascorer", file)
-        if spec is None or spec.loader is None or not file.exists():
-            raise UserError(f"rdkit has no {file}; install the wheel of PyPI: pip install rdkit")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        _MODULES["sascorer"] = module
-    return _MODULES["sascorer"]
-
-
-_MODULES: dict[str, Any] = {}
+    file = Path(RDConfig.RDContribDir) / "SA_Score" / "sascorer.py"
+    spec = importlib.util.spec_from_file_location("sascorer", file) if file.exists() else None
+    if spec is None or spec.loader is None:
+        raise UserError(f"rdkit has no {file}; that of PyPI has: pip install rdkit")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _atom(atom: Any) -> tuple[int, int, int]:
     return atom.GetAtomicNum(), atom.GetFormalCharge(), atom.GetTotalNumHs()
 
 
-def _bond(bond: Any) -> tuple[int, int, int]:
-    return int(bond.GetBondType()), 0, 0
+def _bond(bond: Any) -> int:
+    return int(bond.GetBondType())
 
 
-def _numbers(types: Any) -> Mapping[tuple[int, int, int], int]:
+def _numbers(types: Iterable[Any]) -> dict[Any, int]:
     return {name: number for number, name in enumerate(sorted(set(types)))}
 
 
-def _graph(
-    molecule: Any,
-    atoms: Mapping[tuple[int, int, int], int],
-    bonds: Mapping[tuple[int, int, int], int],
-) -> Data:
+def _graph(molecule: Any, atoms: dict[Any, int], bonds: dict[Any, int]) -> Data:
     ends = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in molecule.GetBonds()]
     kinds = torch.tensor([bonds[_bond(bond)] for bond in molecule.GetBonds()], dtype=torch.int64)
     edges = torch.tensor(ends, dtype=torch.int64).reshape(-1, 2).T
