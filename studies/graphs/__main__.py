@@ -36,8 +36,8 @@ class GraphsOptions(Options):
     layers: int = option("Layers on molecules; packages have 2.", 3, at_least=1)
     train: int = option("Molecules in training.", 10_000, at_least=64)
     test: int = option("Molecules in validation, and in the test.", 1000, at_least=1)
-    epochs: int = option("Passes over the molecules.", 4, at_least=1)
-    steps: int = option("Training steps on packages.", 40, at_least=1)
+    epochs: int = option("Passes over the molecules.", 3, at_least=1)
+    steps: int = option("Training steps on packages.", 25, at_least=1)
     nodes: tuple[int, ...] = option(
         "Numbers of nodes in the section scaling, rising.",
         (1024, 4096, 16384, 65536),
@@ -111,7 +111,7 @@ def _parts(
                     name,
                     layers=settings["layers"],
                     epochs=settings["epochs"],
-                    compared=256,
+                    compared=128,
                     seed=seed,
                 )
     if "debian" in options.sections:
