@@ -27,7 +27,7 @@ from performers.cli.interrupts import end_at_once
 from studies.catalogue.quality import read_index
 from studies.graphs.neighbours import Neighbours, neighbours_of
 
-GRAMS = 4096
+GRAMS = 256
 """Number of hash values of 3-grams."""
 _FIELD = re.compile(r"^([A-Z][\w-]*): (.*)$", re.MULTILINE)
 _FIELDS = ("Depends", "Pre-Depends", "Recommends")
@@ -56,9 +56,8 @@ class NodeTask(NamedTuple):
     """Classification of packages by section.
 
     Attributes:
-        grams: Hash values of the 3-grams of all names, one name after the other.
-        offsets: Place in ``grams`` where a name begins, ``(N,)``.
-        degrees: Logarithms of 1 plus the out-degree and the in-degree, ``(N, 2)``.
+        features: Shares of the hash values among the 3-grams of a name, and logarithms of 1 plus
+            the out-degree and the in-degree, ``(N, GRAMS + 2)``.
         edge_index: Edges in both directions, each once, sorted by the second row, no loops.
         neighbours: The other end of the edges of each node, and the node.
         labels: Number of the section.
@@ -66,9 +65,7 @@ class NodeTask(NamedTuple):
         split: 0 training, 1 validation, 2 test; the packages of a source are in one.
     """
 
-    grams: Tensor
-    offsets: Tensor
-    degrees: Tensor
+    features: Tensor
     edge_index: Tensor
     neighbours: Neighbours
     labels: Tensor
@@ -135,25 +132,31 @@ def load_packages(file: Path) -> Packages:
 
 def node_task(packages: Packages) -> NodeTask:
     """Features, labels and split of a graph of packages."""
-    names = [f"^{name}$" for name in packages.names]
-    grams = [[name[i : i + 3] for i in range(len(name) - 2)] for name in names]
     sections = {name: number for number, name in enumerate(sorted(set(packages.sections)))}
-    count = len(names)
+    count = len(packages.names)
+    places = [
+        number * GRAMS + zlib.crc32(gram.encode()) % GRAMS
+        for number, name in enumerate(packages.names)
+        for gram in _grams(f"^{name}$")
+    ]
+    grams = torch.tensor(places).bincount(minlength=count * GRAMS).reshape(count, GRAMS).float()
     degrees = torch.stack([row.bincount(minlength=count) for row in packages.edges], dim=1)
     both = torch.cat([packages.edges, packages.edges.flip(0)], dim=1)
     # Sorted by the second row.
     keys = torch.unique(both[1] * count + both[0])
     edges = torch.stack([keys % count, keys // count])
     return NodeTask(
-        torch.tensor([zlib.crc32(gram.encode()) % GRAMS for row in grams for gram in row]),
-        torch.tensor([0, *map(len, grams[:-1])]).cumsum(0),
-        degrees.float().log1p(),
+        torch.cat([grams / grams.sum(1, keepdim=True), degrees.float().log1p()], dim=1),
         edges,
         neighbours_of(edges, count),
         torch.tensor([sections[name] for name in packages.sections]),
         len(sections),
         torch.tensor([_part(source) for source in packages.sources]),
     )
+
+
+def _grams(name: str) -> list[str]:
+    return [name[i : i + 3] for i in range(len(name) - 2)]
 
 
 def _part(source: str) -> int:

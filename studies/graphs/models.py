@@ -166,8 +166,8 @@ class NodeModel(nn.Module):
         self, conv: str | None, attention: str, layers: int, classes: int, dropout: float = 0.2
     ) -> None:
         super().__init__()
-        self.grams = nn.EmbeddingBag(GRAMS, NODE_WIDTH, mode="mean")
-        self.degrees = nn.Linear(2, NODE_WIDTH)
+        self.features = nn.Linear(GRAMS + 2, NODE_WIDTH)
+        self.norm = nn.BatchNorm1d(NODE_WIDTH)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
             gps_layer(attention, _conv(conv), NODE_WIDTH) for _ in range(layers)
@@ -176,8 +176,7 @@ class NodeModel(nn.Module):
 
     def forward(self, task: NodeTask) -> Tensor:
         """Logits ``(N, classes)``."""
-        x = self.grams(task.grams, task.offsets) + self.degrees(task.degrees)
-        x = self.dropout(x)
+        x = self.dropout(self.norm(self.features(task.features)))
         set_neighbours(self, task.neighbours)
         for layer in self.layers:
             x = layer(x, task.edge_index)
