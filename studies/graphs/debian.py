@@ -25,7 +25,6 @@ from performers.cli.commands import App
 from performers.cli.console import note
 from performers.cli.interrupts import end_at_once
 from studies.catalogue.quality import read_index
-from studies.graphs.neighbours import Neighbours, neighbours_of
 
 GRAMS = 256
 """Number of hash values of 3-grams."""
@@ -58,8 +57,7 @@ class NodeTask(NamedTuple):
     Attributes:
         features: Shares of the hash values among the 3-grams of a name, and logarithms of 1 plus
             the out-degree and the in-degree, ``(N, GRAMS + 2)``.
-        edge_index: Edges in both directions, each once, sorted by the second row, no loops.
-        neighbours: The other end of the edges of each node, and the node.
+        edge_index: Edges in both directions, each once, no loops.
         labels: Number of the section.
         classes: Number of sections.
         split: 0 training, 1 validation, 2 test; the packages of a source are in one.
@@ -67,7 +65,6 @@ class NodeTask(NamedTuple):
 
     features: Tensor
     edge_index: Tensor
-    neighbours: Neighbours
     labels: Tensor
     classes: int
     split: Tensor
@@ -141,14 +138,9 @@ def node_task(packages: Packages) -> NodeTask:
     ]
     grams = torch.tensor(places).bincount(minlength=count * GRAMS).reshape(count, GRAMS).float()
     degrees = torch.stack([row.bincount(minlength=count) for row in packages.edges], dim=1)
-    both = torch.cat([packages.edges, packages.edges.flip(0)], dim=1)
-    # Sorted by the second row.
-    keys = torch.unique(both[1] * count + both[0])
-    edges = torch.stack([keys % count, keys // count])
     return NodeTask(
         torch.cat([grams / grams.sum(1, keepdim=True), degrees.float().log1p()], dim=1),
-        edges,
-        neighbours_of(edges, count),
+        torch.cat([packages.edges, packages.edges.flip(0)], dim=1).unique(dim=1),
         torch.tensor([sections[name] for name in packages.sections]),
         len(sections),
         torch.tensor([_part(source) for source in packages.sources]),

@@ -6,16 +6,15 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GINEConv, GPSConv, SAGEConv, global_add_pool
 from torch_geometric.nn.attention import PerformerAttention
+from torch_geometric.utils import add_self_loops, coalesce
 
-from performers import SoftmaxFeatures, favor_attention
-from performers.graphs import GraphAttention, replace_
+from performers import SoftmaxFeatures
+from performers.graphs import GraphAttention, neighbour_lists, replace_
 from studies.graphs.debian import GRAMS, NodeTask
 from studies.graphs.molecules import WALKS
-from studies.graphs.neighbours import Neighbours, neighbours_of
 
 NOTHING = "no attention"
 EXACT = "exact"
@@ -38,6 +37,10 @@ WIDTH, NODE_WIDTH = 64, 32
 HEAD = 16
 FEATURES = 44
 """As many as PyG's Performer draws for a head of 16."""
+
+
+Neighbours = tuple[Tensor, Tensor]
+"""The ``neighbours`` of ``favor_attention``."""
 
 
 class NodeMap(PerformerAttention):
@@ -72,25 +75,18 @@ class EdgeAttention(GraphAttention):
 
     neighbours: Neighbours | None = None
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, batch: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Attention among the nodes of each row of ``(B, N, channels)`` that ``mask`` names."""
-        if mask is None:
-            mask = x.new_ones(x.shape[:2], dtype=torch.bool)
-        nodes, boundaries = x[mask], None
-        if len(x) > 1:
-            boundaries = F.pad(mask.sum(1).cumsum(0), (1, 0))
-        query, key, value = (
-            layer(nodes).unflatten(-1, (self.heads, -1)).transpose(0, 1)[None]
-            for layer in (self.q, self.k, self.v)
-        )
-        found = favor_attention(
-            query, key, value, self.feature_map, cu_seqlens=boundaries, neighbours=self.neighbours
-        )
+        batch = mask.nonzero()[:, 0] if len(x) > 1 else None
         out = torch.zeros_like(x)
-        out[mask] = self.attn_out(found[0].transpose(0, 1).flatten(1))
+        out[mask] = super().forward(x[mask], batch=batch, neighbours=self.neighbours)
         return out
+
+
+def neighbours_of(edge_index: Tensor, count: int) -> Neighbours:
+    """The nodes with an edge to each node, and the node itself."""
+    edges = coalesce(add_self_loops(edge_index, num_nodes=count)[0])
+    return neighbour_lists(edges, count)[0]
 
 
 def set_neighbours(model: nn.Module, neighbours: Neighbours) -> None:
@@ -154,6 +150,8 @@ class MoleculeModel(nn.Module):
 class NodeModel(nn.Module):
     """GPS with SAGE, GAT or no convolution: logits for each package.
 
+    `set_neighbours` once before the first call.
+
     Args:
         conv: `SAGE`, `GAT` or None.
         attention: One of `ATTENTIONS`.
@@ -177,7 +175,6 @@ class NodeModel(nn.Module):
     def forward(self, task: NodeTask) -> Tensor:
         """Logits ``(N, classes)``."""
         x = self.dropout(self.norm(self.features(task.features)))
-        set_neighbours(self, task.neighbours)
         for layer in self.layers:
             x = layer(x, task.edge_index)
         return self.head(x)

@@ -9,8 +9,16 @@ import torch
 
 from performers.benchmark.memory import OutOfMemoryError, peak_of, run_apart
 from performers.benchmark.timing import interleave
-from studies.graphs.models import EDGES, EXACT, OURS, PYG, WIDTH, gps_layer, set_neighbours
-from studies.graphs.neighbours import neighbours_of
+from studies.graphs.models import (
+    EDGES,
+    EXACT,
+    OURS,
+    PYG,
+    WIDTH,
+    gps_layer,
+    neighbours_of,
+    set_neighbours,
+)
 from studies.parts import Part
 
 CONTESTANTS = (EXACT, PYG, OURS, EDGES)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch_geometric.loader import DataLoader
 
 from studies.graphs.debian import NodeTask
-from studies.graphs.models import NODE_MODELS, PYG, MoleculeModel, NodeModel, corrected, parameters
+from studies.graphs.models import (
+    NODE_MODELS,
+    PYG,
+    MoleculeModel,
+    NodeModel,
+    corrected,
+    neighbours_of,
+    parameters,
+    set_neighbours,
+)
 from studies.graphs.molecules import Molecules, targets
 from studies.parts import Part
 
@@ -131,6 +140,7 @@ def train_nodes(
     task = read()
     torch.manual_seed(seed)
     model = NodeModel(*NODE_MODELS[name], layers, task.classes)
+    set_neighbours(model, neighbours_of(task.edge_index, len(task.labels)))
     optimizer, schedule = _optimizer(model, 1e-2, steps)
     train = (task.split == 0).nonzero().squeeze(1)
     start = time.process_time()
