@@ -75,11 +75,13 @@ class EdgeAttention(GraphAttention):
 
     neighbours: Neighbours | None = None
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
         """Attention among the nodes of each row of ``(B, N, channels)`` that ``mask`` names."""
+        if mask is None:
+            return super().forward(x, neighbours=self.neighbours, **options)
         batch = mask.nonzero()[:, 0] if len(x) > 1 else None
         out = torch.zeros_like(x)
-        out[mask] = super().forward(x[mask], batch=batch, neighbours=self.neighbours)
+        out[mask] = super().forward(x[mask], batch=batch, neighbours=self.neighbours, **options)
         return out
 
 

@@ -98,11 +98,11 @@ def penalised_logp(molecule: Any) -> float:
 
     logP by Wildman and Crippen, synthetic accessibility by Ertl and Schuffenhauer.
     """
-    from rdkit.Chem import Crippen
+    from rdkit.Chem.rdMolDescriptors import CalcCrippenDescriptors
 
     ring = max((len(ring) for ring in molecule.GetRingInfo().AtomRings()), default=0)
     accessibility = _accessibility().calculateScore(molecule)
-    return float(Crippen.MolLogP(molecule) - accessibility - max(ring - _LARGEST_FREE_RING, 0))
+    return float(CalcCrippenDescriptors(molecule)[0] - accessibility - max(ring - _LARGEST_FREE_RING, 0))
 
 
 def returns(edge_index: Tensor, count: int, length: int) -> Tensor:
