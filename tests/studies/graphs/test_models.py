@@ -209,14 +209,3 @@ def test_targets_and_split(molsets):
         for name, lines in chosen_smiles(molsets, (20, 5, 5)).items()
     }
     assert not scaffolds["validation"] & scaffolds["test"]
-
-
-def test_returns_of_walks_are_those_of_pyg():
-    from torch_geometric.transforms import AddRandomWalkPE
-
-    from studies.graphs.molecules import returns
-
-    graph = graphs()[1]
-    edges = torch.unique(graph.edge_index, dim=1)
-    graph = AddRandomWalkPE(5, attr_name="wanted")(Data(edge_index=edges, num_nodes=17))
-    torch.testing.assert_close(returns(edges, 17, 5), graph.wanted)
