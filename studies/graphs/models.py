@@ -25,7 +25,6 @@ EDGES = "ours, edges exact"
 ATTENTIONS = (NOTHING, EXACT, PYG, OURS, EDGES)
 SAGE, GAT = "SAGE", "GAT"
 NODE_MODELS = {
-    "names alone": (None, NOTHING),
     "SAGE": (SAGE, NOTHING),
     "GAT": (GAT, NOTHING),
     "SAGE, ours": (SAGE, OURS),
@@ -150,12 +149,12 @@ class MoleculeModel(nn.Module):
 
 
 class NodeModel(nn.Module):
-    """GPS with SAGE, GAT or no convolution: logits for each package.
+    """GPS with SAGE or GAT: logits for each package.
 
     `set_neighbours` once before the first call.
 
     Args:
-        conv: `SAGE`, `GAT` or None.
+        conv: `SAGE` or `GAT`.
         attention: One of `ATTENTIONS`.
         layers: Number of layers.
         classes: Number of sections.
@@ -163,7 +162,7 @@ class NodeModel(nn.Module):
     """
 
     def __init__(
-        self, conv: str | None, attention: str, layers: int, classes: int, dropout: float = 0.2
+        self, conv: str, attention: str, layers: int, classes: int, dropout: float = 0.2
     ) -> None:
         super().__init__()
         self.features = nn.Linear(GRAMS + 2, NODE_WIDTH)
@@ -203,9 +202,7 @@ def _two_layers(width: int, inner: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, out))
 
 
-def _conv(name: str | None) -> nn.Module | None:
+def _conv(name: str) -> nn.Module:
     if name == SAGE:
         return SAGEConv(NODE_WIDTH, NODE_WIDTH)
-    if name == GAT:
-        return GATConv(NODE_WIDTH, HEAD, heads=NODE_WIDTH // HEAD)
-    return None
+    return GATConv(NODE_WIDTH, HEAD, heads=NODE_WIDTH // HEAD)

@@ -26,7 +26,7 @@ DEGREE = 9
 """Mean number of neighbours, about that of Debian's packages."""
 
 
-def measure_scaling(nodes: int, *, exact: bool, repeats: int = 5) -> Part:
+def measure_scaling(nodes: int, *, exact: bool, repeats: int = 3) -> Part:
     """Times in turns in this process, and peak memory in a process for each attention.
 
     Args:
