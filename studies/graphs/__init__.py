@@ -1,0 +1,1 @@
+"""Attention on graphs: molecules, the dependency graph of Debian, time and memory."""

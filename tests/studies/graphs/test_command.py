@@ -1,0 +1,64 @@
+"""``python -m studies.graphs``: its results on made-up data, and refusals."""
+
+import json
+
+import pytest
+
+pytest.importorskip("torch_geometric")
+
+from studies.graphs import scaling
+from studies.graphs.__main__ import app
+from studies.graphs.debian import app as debian
+from studies.pages import Table
+from tests.cli import commands
+
+
+@pytest.fixture
+def data(molsets, tmp_path):
+    index = tmp_path / "Packages"
+    index.write_text(
+        "\n\n".join(
+            f"Package: p{i}\nSection: {'libs' if i % 3 else 'doc'}\nDepends: p{i // 2}, p{3 * i}"
+            for i in range(60)
+        )
+    )
+    _, lines = commands.run(molsets.parent / "debian.npz", "--packages", index, app=debian)
+    assert "60 packages, 78 edges, 2 sections, 60 sources" in lines[-1]
+    return molsets.parent
+
+
+def test_the_study(data, tmp_path, monkeypatch):
+    pytest.importorskip("rdkit", reason="rdkit makes the molecules")
+    monkeypatch.setattr(scaling, "run_apart", lambda call, threads: call())
+    arguments = ["--output", tmp_path / "out", "--quick", "--data", data]
+    _, lines = commands.run(*arguments, app=app)
+    assert lines[-1] == "scaling, 64 nodes: 10 of 10"
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    tables = {name: Table(**table) for name, table in content["tables"].items()}
+    assert set(tables) == {"molecules", "batches", "debian", "scaling", "verdicts"}
+    assert all(table.markdown() for table in tables.values())
+    # A line for each attention but one, each attention's batches, each model of packages but one,
+    # each attention but the exact one.
+    assert len(tables["verdicts"].rows) == 4 + 6 + 3 + 3
+    assert (tmp_path / "out" / "scaling.png").stat().st_size > 1000
+    _, lines = commands.run(*arguments, "--resume", app=app)
+    assert all(line.endswith("kept") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--data is needed for the section molecules"),
+        (["--sections", "debian"], "--data is needed for the section debian"),
+        (["--sections", "trees"], "--sections must be one of molecules"),
+        (["--sections", "debian", "--data", "absent"], "is not a graph of packages"),
+    ],
+)
+def test_what_is_missing_is_named(arguments, words, tmp_path):
+    assert words in commands.refusal(*arguments, "--output", tmp_path / "out", app=app)
+
+
+def test_a_folder_without_molecules_is_refused(tmp_path):
+    pytest.importorskip("rdkit", reason="rdkit makes the molecules")
+    arguments = ["--sections", "molecules", "--data", tmp_path, "--output", tmp_path / "out"]
+    assert "pip download --no-deps molsets" in commands.refusal(*arguments, app=app)
