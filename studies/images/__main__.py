@@ -28,7 +28,7 @@ class ImagesOptions(Options):
         "Processor seconds after which a model is scored on no further picture.", 60.0, above=0
     )
     completions: int = option("Pictures to complete.", 4, at_least=1)
-    learning_rate: float = option("Peak learning rate of all models.", 2e-2, above=0)
+    learning_rate: float = option("Peak learning rate of all models.", 1e-2, above=0)
     seed: int = option("Random seed.", 0, at_least=0)
 
 

@@ -25,6 +25,10 @@ class Size:
         score_seconds: Processor seconds after which a model is scored on no further picture.
         completions: Pictures that are completed; two samples each.
         seed: Random seed of the split, crops, weights, features and samples.
+        width: Width of the model, with its ``layers``, ``heads``, ``inner`` width of feed-forward
+            blocks and random ``features`` a head.
+        initial: Standard deviation of initial weights.
+        learning_rate: Peak learning rate, after ``warmup_steps``.
     """
 
     size: int = 64
@@ -33,12 +37,13 @@ class Size:
     score_seconds: float = 60.0
     completions: int = 4
     seed: int = 0
-    width: int = 64
+    width: int = 32
     layers: int = 2
     heads: int = 2
-    inner: int = 192
-    features: int = 64
-    learning_rate: float = 2e-2
+    inner: int = 128
+    features: int = 32
+    initial: float = 0.08
+    learning_rate: float = 1e-2
     warmup_steps: int = 5
 
     @property
@@ -96,6 +101,7 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
         axial_shape=(size.size, size.size, 3),
         max_position_embeddings=size.length,
         num_features=size.features,
+        initializer_range=size.initial,
         is_decoder=True,
         pad_token_id=None,
         bos_token_id=BEGIN,
@@ -106,14 +112,14 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
     model = PerformerForCausalLM(config)
     rows, columns, _ = model.performer.positions.tables
     with torch.no_grad():
-        model.performer.embeddings.weight[:256] = _waves(256, size.width)
+        model.performer.embeddings.weight[:256] = 0.1 * _waves(256, size.width)
         for table in (rows, columns):
-            table.weight.copy_(_waves(size.size, size.width))
+            table.weight.copy_(0.02 * _waves(size.size, size.width))
     return model
 
 
 def _waves(count: int, width: int) -> Tensor:
-    """Sines and cosines of 0, 1, ...: wavelengths from 4 to four times ``count``, amplitude 0.1."""
+    """Sines and cosines of 0, 1, ...: wavelengths from 4 to four times ``count``."""
     lengths = 4 * count ** torch.linspace(0, 1, width // 2)
     angles = 2 * math.pi * torch.arange(count)[:, None] / lengths
-    return 0.1 * torch.cat((angles.sin(), angles.cos()), dim=1)
+    return torch.cat((angles.sin(), angles.cos()), dim=1)
