@@ -1,7 +1,7 @@
 """Every token but the first of a text is predicted once in an epoch; rows of streams go on."""
 
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_an_epoch_predicts_everything_once(texts, length):
 
 def test_rows_are_streams_and_say_where_a_text_begins(texts):
     batches = list(StreamSegments(texts.lengths, 8, rows=3, seed=0, num_batches=60))
-    for before, after in zip(batches, batches[1:], strict=False):
+    for before, after in pairwise(batches):
         for old, new in zip(before, after, strict=True):
             ended = old.start + 8 >= texts.lengths[old.document] - 1
             assert new.begins == ended
@@ -64,9 +64,7 @@ def test_rows_are_streams_and_say_where_a_text_begins(texts):
 
 
 def test_each_process_has_streams_of_its_own(texts):
-    batches = list(
-        StreamSegments(texts.lengths, 8, rows=2, seed=0, num_batches=40, processes=2)
-    )
+    batches = list(StreamSegments(texts.lengths, 8, rows=2, seed=0, num_batches=40, processes=2))
     for process in range(2):
         for before, after in zip(batches[process::2], batches[process + 2 :: 2], strict=False):
             for old, new in zip(before, after, strict=True):
@@ -75,10 +73,12 @@ def test_each_process_has_streams_of_its_own(texts):
 
 def test_batches_depend_on_the_seed_alone(texts):
     for kind in (ShuffledSegments, StreamSegments):
-        make = lambda seed, n=20: list(kind(texts.lengths, 8, rows=2, seed=seed, num_batches=n))  # noqa: B023, E731
-        assert make(1) == make(1)
-        assert make(1, 5) == list(islice(make(1), 5))
-        assert make(1) != make(2)
+        first, again, other = (
+            list(kind(texts.lengths, 8, rows=2, seed=seed, num_batches=20)) for seed in (1, 1, 2)
+        )
+        assert first == again != other
+        fewer = kind(texts.lengths, 8, rows=2, seed=1, num_batches=5)
+        assert list(fewer) == list(islice(first, 5))
 
 
 def test_texts_are_read_from_the_places_of_their_files(texts):
