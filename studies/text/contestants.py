@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Importing the comparators registers them.
 from performers.models import PerformerForCausalLM
 from performers.proteins.options import TrainingOptions
 from performers.streams.evaluation import evaluate_texts
 from performers.streams.text import Texts, read_bytes
 from performers.streams.training import train_texts
+from studies.comparators import COMPARATORS
 from studies.pages import Table, digits
 from studies.parts import Part
 from studies.text.redraw import REDRAWS, measure_draws, redraw_tables
@@ -21,9 +21,9 @@ from studies.text.redraw import REDRAWS, measure_draws, redraw_tables
 CONTEXT = 8192
 MODEL: dict[str, Any] = {
     "objective": "clm",
-    "hidden_size": 128,
+    "hidden_size": 96,
     "num_layers": 2,
-    "num_heads": 4,
+    "num_heads": 3,
     "num_features": 64,
     "batch_tokens": CONTEXT,
     "max_length": CONTEXT,
@@ -53,6 +53,8 @@ class Contestant:
     changes: Mapping[str, Any]
 
 
+# Registered by the import of the comparators.
+assert {"lsh", "sparse"} <= set(COMPARATORS)
 CONTESTANTS = (
     Contestant("softmax", "Performer-softmax, window 64", {"window": 64}),
     Contestant("exact", "exact", {"attention": "exact"}),

@@ -36,8 +36,8 @@ def measure_draws(
 
     Returns:
         ``own``, ``fresh`` (a list), and ``layers``: of each layer the mean of ``|q + k|^2``
-        (scaled) and the median of the logarithm of the relative variance of the kernel's estimate, of pairs
-        at random and of pairs as exact softmax attention would draw them.
+        (scaled) and the median of the logarithm of the relative variance of the kernel's estimate,
+        of pairs at random and of pairs as exact softmax attention would draw them.
     """
     layers = _statistics(model, torch.from_numpy(texts.read(0, 0, context))[None])
     own, fresh = bits(), []
