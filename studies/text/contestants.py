@@ -21,15 +21,15 @@ from studies.text.redraw import REDRAWS, measure_draws, redraw_tables
 CONTEXT = 8192
 MODEL: dict[str, Any] = {
     "objective": "clm",
-    "hidden_size": 96,
+    "hidden_size": 64,
     "num_layers": 2,
-    "num_heads": 3,
+    "num_heads": 2,
     "num_features": 64,
     "batch_tokens": CONTEXT,
     "max_length": CONTEXT,
     "dropout": 0.0,
     "optimizer": "muon",
-    "learning_rate": 5e-3,
+    "learning_rate": 8e-3,
     "weight_decay": 0.05,
     "max_grad_norm": 1.0,
     "warmup_steps": 10,

@@ -98,7 +98,7 @@ def test_a_saved_model_loads_and_evaluates(texts, tmp_path):
     nats = 0.0
     for document in range(len(read.documents)):
         ids = torch.from_numpy(read.read(document, 0, 10**6))[None]
-        logits = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        logits = model(ids, use_cache=False).logits[0, :-1].detach().log_softmax(-1)
         nats -= float(logits.gather(-1, ids[0, 1:, None]).sum())
     assert found["loss"] == pytest.approx(nats / found["tokens"], abs=1e-5)
 
@@ -118,7 +118,7 @@ def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, tex
         for place in range(1, count):
             begun = (place - 1) // reach * reach
             ids = torch.from_numpy(read.read(document, begun, place))[None]
-            logits = model(ids, use_cache=False).logits[0, -1].log_softmax(-1)
+            logits = model(ids, use_cache=False).logits[0, -1].detach().log_softmax(-1)
             target = int(read.read(document, place, place + 1)[0])
             part = (place - 1) % 32 // 2
             sums[part] += torch.tensor([-float(logits[target]), 1.0])

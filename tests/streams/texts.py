@@ -17,6 +17,7 @@ SMALL = {
     "redraw_steps": 3,
     "save_steps": 2,
     "log_steps": 1,
+    "eval_steps": 8,
     "dropout": 0.1,
 }
 

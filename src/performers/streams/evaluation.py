@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.models.arguments import CACHE_KEYWORD
+from performers.models.registry import ATTENTIONS
+from performers.proteins.model_folder import check_input_length, load_model, model_max_length
 from performers.streams.segments import IGNORED, Segment, Segments, collate
-from performers.streams.text import Texts
+from performers.streams.text import Texts, find_texts, is_bytes, read_bytes, write_subwords
 
 PLACES = 16
 """Parts of the context whose bits per byte are told apart."""
@@ -76,6 +81,54 @@ def evaluate_texts(
     finally:
         model.train(was_training)
     return _metrics(texts, sums, width)
+
+
+def evaluate_folder(
+    model: Path,
+    paths: Sequence[Path],
+    *,
+    length: int | None,
+    batch_tokens: int,
+    carry: bool,
+    report: Callable[[str], None],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """`evaluate_texts` of the model in a folder on the texts at some paths.
+
+    Args:
+        model: A folder that ``performers train`` wrote from texts.
+        paths: Files of texts, or folders of them.
+        length: Tokens of a segment; as trained by default.
+        batch_tokens: Tokens in a batch.
+        carry: Hand the state from segment to segment.
+        report: Called with lines on files that are left out.
+        progress: As in `evaluate_texts`.
+
+    Raises:
+        UserError: The model is none of text or has no state to hand on, or no text can be read.
+    """
+    network, tokenizer = load_model(model, of_text=True)
+    config: Any = network.config
+    length = length or model_max_length(tokenizer)
+    if carry and ATTENTIONS[config.attention].cache is None:
+        raise UserError(
+            f"--carry-state: {config.attention} attention has no state; leave the flag out"
+        )
+    check_input_length(network, length)
+    files = find_texts(paths)
+    with tempfile.TemporaryDirectory() as folder:
+        if is_bytes(tokenizer):
+            texts = read_bytes(files, report)
+        else:
+            texts = write_subwords(files, tokenizer, Path(folder), report)
+        return evaluate_texts(
+            network,
+            texts,
+            length=length,
+            carry=carry,
+            rows=max(1, batch_tokens // length),
+            progress=progress,
+        )
 
 
 Block = tuple[int, int, int]

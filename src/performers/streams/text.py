@@ -164,6 +164,12 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
+def is_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True for a `byte_tokenizer`, also one that was saved."""
+    letters = bytes_to_unicode()
+    return tokenizer.get_vocab() == {letters[value]: value for value in range(BYTES)}
+
+
 def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerBase:
     """Load a tokenizer of subwords from a ``tokenizer.json`` or the folder of a model.
 
