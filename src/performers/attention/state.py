@@ -1,5 +1,6 @@
 """The recurrent state of causal attention."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -57,6 +58,23 @@ class FavorState:
         """
         for name, tensor in self._tensors().items():
             setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        return self
+
+    def forget_(self, rows: Tensor) -> "FavorState":
+        """Bring batch rows to the state before the first key, in place of their past.
+
+        Args:
+            rows: Bool tensor of shape ``(batch,)``, True for the rows to forget.
+
+        Returns:
+            Self.
+        """
+        # Scales that are zero throughout are those of features without exponent.
+        start = -math.inf if bool(self.log_scale.detach().any()) else 0.0
+        for name, tensor in self._tensors().items():
+            forgotten = rows.to(tensor.device).view(-1, *(1,) * (tensor.ndim - 1))
+            empty = start if name == "log_scale" else 0
+            setattr(self, name, tensor.masked_fill(forgotten, empty))
         return self
 
     def detach(self) -> "FavorState":

@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -73,14 +74,22 @@ class EvaluationOptions(Options):
     mask_probability: float = option(
         "Share of residues to predict (mlm).", 0.15, above=0, at_most=1
     )
+    carry_state: bool = option("Hand the state from segment to segment (texts).", False)
     seed: int = option(**SEED)
 
 
 @app.command(example="performers evaluate model held-out.fasta --json")
 def evaluate(options: EvaluationOptions) -> None:
-    """Accuracy, perplexity and loss per residue, beside the unigram baseline."""
+    """Accuracy, perplexity and loss per residue, beside the unigram baseline; bits per byte."""
     from performers.proteins.model_folder import load_model, model_max_length
     from performers.proteins.scoring.evaluation import evaluate_model
+    from performers.streams.text import is_text
+
+    if any(map(is_text, options.paths[1:])):
+        _evaluate_texts(options)
+        return
+    if options.carry_state:
+        raise UserError("--carry-state is for texts (.txt files); leave it out for proteins")
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
@@ -96,6 +105,32 @@ def evaluate(options: EvaluationOptions) -> None:
             seed=options.seed,
             progress=bars.task("evaluating"),
         )
+    _show_metrics(model, metrics, options)
+
+
+def _evaluate_texts(options: EvaluationOptions) -> None:
+    from performers.streams.evaluation import evaluate_folder
+
+    model = options.paths[0]
+    with ProgressBars() as bars:
+        metrics = evaluate_folder(
+            model,
+            options.paths[1:],
+            length=options.max_length,
+            batch_tokens=options.batch_tokens,
+            carry=options.carry_state,
+            report=note,
+            progress=bars.task("evaluating"),
+        )
+    places = metrics["places"] if options.as_json else metrics.pop("places")
+    _show_metrics(model, metrics, options)
+    if not options.as_json:
+        for place in places:
+            bits = f"{place['bits_per_byte']:.3f} bits per byte"
+            output.print(f"places {place['start']:,} to {place['stop']:,}: {bits}")
+
+
+def _show_metrics(model: Path, metrics: dict[str, Any], options: EvaluationOptions) -> None:
     if not math.isfinite(metrics["loss"]):
         raise UserError(
             f"{model} predicts no finite probabilities (loss {metrics['loss']}); its training "

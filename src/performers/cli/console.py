@@ -50,21 +50,25 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, title: str 
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print a row per model or split beside the unigram baseline, in the first process."""
+    """Print a row per model or split, in the first process.
+
+    Metrics of proteins stand beside the unigram baseline, those of texts have bits per byte.
+    """
     if not is_first_process():
         return
-    rows = [
-        (
-            name,
-            f"{100 * row['accuracy']:.2f}%",
-            f"{row['perplexity']:.3f}",
-            f"{row['tokens']:,.0f}",
-            f"{100 * row['baseline_accuracy']:.2f}%",
-            f"{row['baseline_perplexity']:.3f}",
-        )
-        for name, row in metrics.items()
-    ]
+    of_texts = all("bits_per_byte" in row for row in metrics.values())
+    rows = []
+    for name, row in metrics.items():
+        shown = [name, f"{100 * row['accuracy']:.2f}%", f"{row['perplexity']:.3f}"]
+        if of_texts:
+            rows.append((*shown, f"{row['tokens']:,.0f}", f"{row['bits_per_byte']:.4f}"))
+            continue
+        baseline = f"{100 * row['baseline_accuracy']:.2f}%", f"{row['baseline_perplexity']:.3f}"
+        rows.append((*shown, f"{row['tokens']:,.0f}", *baseline))
+    headings: tuple[str, ...]
     headings = ("", "accuracy", "perplexity", "residues", "unigram\naccuracy", "\nperplexity")
+    if of_texts:
+        headings = ("", "accuracy", "perplexity", "tokens", "bits per byte")
     output.print(table(headings, rows))
 
 

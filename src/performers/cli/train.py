@@ -1,11 +1,11 @@
-"""``performers train``: a protein language model from FASTA files or a corpus."""
+"""``performers train``: a language model from FASTA files, a corpus of proteins, or texts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -25,15 +25,21 @@ class TrainingFiles(Options):
     """Files of a training run."""
 
     fasta: list[Path] = argument(
-        "FASTA files, plain or compressed, - for standard input, or a folder of performers data."
+        "FASTA files, plain or compressed, - for standard input, or a folder of performers data; "
+        "or .txt files and folders of them, for a causal model of text.",
     )
     output_folder: Path = option("Folder of the model.", flag="--output")
     resume: bool = option("Continue the run in --output exactly.", False)
-    validation: list[Path] | None = option("FASTA file to validate on (repeatable).", None)
+    validation: list[Path] | None = option(
+        "FASTA file, or text, to validate on (repeatable).", None
+    )
+    tokenizer: Path | None = option(
+        "A tokenizer.json or its folder, for subwords; bytes by default (texts).", None
+    )
 
 
 def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions) -> None:
-    """Train a protein language model from FASTA files or a prepared corpus."""
+    """Train a language model from FASTA files or a prepared corpus, or from texts."""
     from performers.proteins.corpus import Corpus, is_corpus
     from performers.proteins.training.families import corpus_families, header_families
     from performers.proteins.training.train import train_model, validation_sample
@@ -43,6 +49,14 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
     if source and source.name == "COMMANDLINE" and (files.validation or from_corpus):
         whose = "--validation" if files.validation else "the corpus, which has a validation split"
         raise OptionError(f"--validation-fraction holds out nothing beside {whose}; leave it out")
+    from performers.streams.text import is_text
+
+    if not from_corpus and any(map(is_text, files.fasta)):
+        _train_on_texts(files, options)
+        return
+    for flag, given in (("--tokenizer", files.tokenizer), ("--carry-state", options.carry_state)):
+        if given:
+            raise UserError(f"{flag} is for texts (.txt files); leave it out for proteins")
     sequences: Sequence[str] | TokenShards
     families: Sequence[str] | None = None
     validation_families: Sequence[str] | None = None
@@ -83,6 +97,28 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             progress=bars.training("training"),
             announce=note,
         )
+    _show(files, result)
+
+
+def _train_on_texts(files: TrainingFiles, options: TrainingOptions) -> None:
+    from performers.streams.training import train_texts
+
+    prepare_output_folder(files.output_folder, resume=files.resume)
+    with ProgressBars() as bars:
+        result = train_texts(
+            files.fasta,
+            files.output_folder,
+            options,
+            tokenizer=files.tokenizer,
+            validation=files.validation,
+            resume=files.resume,
+            progress=bars.training("training"),
+            announce=note,
+        )
+    _show(files, result)
+
+
+def _show(files: TrainingFiles, result: dict[str, Any]) -> None:
     note(f"{result['steps']:,} steps in {result['seconds']:.0f} s, model in {files.output_folder}")
     if "eval_accuracy" in result:
         scores = {key.removeprefix("eval_"): value for key, value in result.items()}

@@ -26,6 +26,11 @@ class VersionedModule(nn.Module):
         super().__init__()
         self._buffers_version = self._last_used_version = next(_numbers)
 
+    @property
+    def version(self) -> int:
+        """Number of the present values of the buffers."""
+        return self._buffers_version
+
     def _changed(self) -> None:
         """Give changed buffers a new version."""
         self._buffers_version = next(_numbers)

@@ -1,5 +1,6 @@
 """The attention mechanisms a model can be built with, behind one call."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -9,7 +10,8 @@ from transformers.cache_utils import DynamicLayer
 
 from performers.attention.sharding import check_not_sharded
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
-from performers.models.cache import FavorCacheLayer
+from performers.models.arguments import is_tracing
+from performers.models.cache import FavorCacheLayer, MemoryCacheLayer
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
@@ -27,6 +29,10 @@ class FavorMechanism(FavorAttention):
         weights = self._weights(query, key, context) if context.need_weights else None
         entry = None if context.cache is None else context.cache.layers[layer]
         assert entry is None or isinstance(entry, FavorCacheLayer)
+        # Not asked for while the compiler traces, which would compile again for each version.
+        version = None if is_tracing() else self.feature_map.version
+        if entry is not None and entry.state is not None:
+            entry.check_version(version)
         out, state = super().forward(
             query,
             key,
@@ -38,7 +44,7 @@ class FavorMechanism(FavorAttention):
             return_state=entry is not None,
         )
         if entry is not None and state is not None:
-            entry.set_state(state, query.shape[-2])
+            entry.set_state(state, query.shape[-2], version)
         return out, weights
 
     def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
@@ -56,8 +62,30 @@ class FavorMechanism(FavorAttention):
         return weights / total.where(total != 0, 1.0)
 
 
+@dataclass
+class ExactOptions:
+    """Options of exact attention: ``memory``, the keys of the past that its cache keeps.
+
+    Segment by segment that is the recurrence of Transformer-XL (Dai et al. 2019, arXiv
+    1901.02860), but for two differences: keys and values are kept where the paper keeps hidden
+    states and projects them anew, and relative positions are those of the model (rotary) and not
+    the paper's bias. None keeps all keys.
+    """
+
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.memory is not None and self.memory < 1:
+            raise ValueError(f"memory must be None or at least 1 key, got {self.memory}")
+
+
 class ExactMechanism(nn.Module):
-    """Softmax attention through torch's ``scaled_dot_product_attention``."""
+    """Softmax attention through torch's ``scaled_dot_product_attention``; see `ExactOptions`."""
+
+    def __init__(self, memory: int | None = None) -> None:
+        super().__init__()
+        self.memory = memory
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -66,8 +94,12 @@ class ExactMechanism(nn.Module):
         check_not_sharded('attention="exact"')
         key_mask = context.key_mask
         if context.cache is not None:
-            key, value = context.cache.layers[layer].update(key, value)
+            entry = context.cache.layers[layer]
+            key, value = entry.update(key, value)
             key_mask = context.cache.key_mask
+            if isinstance(entry, MemoryCacheLayer):
+                assert self.memory is not None
+                entry.keep_last(self.memory)
         length, size = query.shape[-2], key.shape[-2]
         allowed = None
         if context.is_causal and length > 1:
@@ -160,7 +192,14 @@ def _generalized(
 register_attention("favor-softmax", _softmax, cache=FavorCacheLayer)
 for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
-register_attention("exact", lambda config, generator: ExactMechanism(), cache=DynamicLayer)
+register_attention(
+    "exact",
+    lambda config, generator: ExactMechanism(
+        config.attention_options.get("memory") if config.attention == "exact" else None
+    ),
+    options=ExactOptions,
+    cache=DynamicLayer,
+)
 register_attention("identity", lambda config, generator: IdentityMechanism(), cache=FavorCacheLayer)
 
 

@@ -19,19 +19,35 @@ class FavorCacheLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()
         self.state: FavorState | None = None
+        self.version: int | None = None
         self.length = 0
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refused: a state has neither keys nor values."""
         raise TypeError("linear attention keeps a state, not keys and values: call set_state")
 
-    def set_state(self, state: FavorState, new_tokens: int) -> None:
-        """Replace the state after reading ``new_tokens`` more tokens."""
-        self.state = state
+    def set_state(self, state: FavorState, new_tokens: int, version: int | None = None) -> None:
+        """Replace the state after reading ``new_tokens`` more tokens.
+
+        ``version`` is that of the feature map that the state is of; None: unknown.
+        """
+        self.state, self.version = state, version
         self.length += new_tokens
         self.is_initialized = True
         # Some models ask an initialised layer how many keys it holds.
         self.keys = self.values = state.key_sum.new_empty(0)
+
+    def check_version(self, version: int | None) -> None:
+        """Check that features are those of the state, as far as both versions are known.
+
+        Raises:
+            ValueError: The features have been redrawn or loaded since.
+        """
+        if version != self.version and None not in (version, self.version):
+            raise ValueError(
+                "past_key_values holds sums over features that were redrawn or loaded since: "
+                "redraw between sequences, or begin the sequence again with an empty cache"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -70,25 +86,66 @@ class FavorCacheLayer(DynamicLayer):
             )
 
 
+class MemoryCacheLayer(DynamicLayer):
+    """The last keys and values of exact attention, a limited number of them."""
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+
+    def update(
+        self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory and of a call, which are kept until ``keep_last``."""
+        self.length += key.shape[-2]
+        joined: tuple[Tensor, Tensor] = super().update(key, value, *args, **kwargs)
+        return joined
+
+    def keep_last(self, count: int) -> None:
+        """Forget all keys but the last ones."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[..., -count:, :], self.values[..., -count:, :]
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, those included whose keys are gone."""
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, unless no token is to be removed: keys that are gone do not come back."""
+        if tokens_to_remove:
+            raise ValueError(
+                "the memory of exact attention cannot be cropped: use a decoding method that does "
+                "not roll back (greedy, sampling, beam search)"
+            )
+
+
 class PerformerCache(Cache):
     """Cache of a causal Performer: a state per layer, or keys and values in exact layers.
 
     It also records the padding of the past, so that a continued call needs a mask for the new
-    tokens only. ``attention`` and ``exact_layers`` are those of ``PerformerConfig``;
-    ``keeps_keys`` is True if all layers keep keys and values.
+    tokens only. ``attention`` and ``exact_layers`` are those of ``PerformerConfig``, ``memory`` is
+    the option of exact attention; ``keeps_keys`` is True if all layers keep all keys and values.
     """
 
     def __init__(
-        self, attention: str, num_layers: int, exact_layers: Iterable[int] | None = None
+        self,
+        attention: str,
+        num_layers: int,
+        exact_layers: Iterable[int] | None = None,
+        memory: int | None = None,
     ) -> None:
         self.attention = attention
         self.exact_layers = tuple(exact_layers or ())
         layer = ATTENTIONS[attention].cache or FavorCacheLayer
+        if memory is not None:
+            layer = MemoryCacheLayer
         kinds = [DynamicLayer if i in self.exact_layers else layer for i in range(num_layers)]
-        keeps = [kind is DynamicLayer for kind in kinds]
         super().__init__(layers=[kind() for kind in kinds])
-        self.keeps_keys = all(keeps)
-        self._keeps_some = any(keeps)
+        self.keeps_keys = all(kind is DynamicLayer for kind in kinds)
+        self._keeps_some = DynamicLayer in kinds or MemoryCacheLayer in kinds
         self.real_tokens: Tensor | None = None
         # True for keys that are not padding; None while none is padding.
         self.key_mask: Tensor | None = None
@@ -110,11 +167,80 @@ class PerformerCache(Cache):
         counts = mask.long().cumsum(-1)
         self.real_tokens = past + counts[:, -1:]
         if self._keeps_some and (self.key_mask is not None or not bool(mask.all())):
-            before = self.key_mask
-            if before is None:
-                before = mask.new_ones(mask.shape[0], self.get_seq_length())
-            self.key_mask = torch.cat((before, mask), dim=-1)
+            self.key_mask = torch.cat((self._held_mask(len(mask), mask.device), mask), dim=-1)
         return (past + counts - 1).clamp_min(0)
+
+    def _held_mask(self, rows: int, device: torch.device) -> Tensor:
+        """``key_mask`` of the keys that are held; of a memory, these are the last."""
+        layers = (layer for layer in self.layers if not isinstance(layer, FavorCacheLayer))
+        keys = getattr(next(layers), "keys", None)
+        held = 0 if keys is None or not keys.numel() else keys.shape[-2]
+        if self.key_mask is None:
+            return torch.ones(rows, held, dtype=torch.bool, device=device)
+        return self.key_mask[:, self.key_mask.shape[1] - held :]
+
+    def detach_(self) -> "PerformerCache":
+        """Take the past out of the autograd graph (truncated back-propagation); returns self."""
+        for layer in self.layers:
+            if isinstance(layer, FavorCacheLayer):
+                layer.state = None if layer.state is None else layer.state.detach()
+            elif layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        return self
+
+    def forget_(self, rows: Tensor) -> "PerformerCache":
+        """Forget the past of some rows, whose sequences begin anew; returns self.
+
+        Args:
+            rows: Bool tensor of shape ``(B,)``, True for the rows to forget.
+        """
+        if self.real_tokens is None or not bool(rows.any()):
+            return self
+        if bool(rows.all()):
+            self.reset()
+            return self
+        rows = rows.to(self.real_tokens.device)
+        self.real_tokens = self.real_tokens.masked_fill(rows[:, None], 0)
+        for layer in self.layers:
+            if isinstance(layer, FavorCacheLayer) and layer.state is not None:
+                layer.state.forget_(rows)
+        if self._keeps_some:
+            held = self._held_mask(len(rows), rows.device)
+            self.key_mask = held & ~rows[:, None]
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """The past as tensors and ``FavorState``, which ``torch.load`` reads with weights only."""
+        layers: list[Any] = []
+        for layer in self.layers:
+            if isinstance(layer, FavorCacheLayer):
+                layers.append((layer.state, None, layer.length))
+            else:
+                layers.append((layer.keys, layer.values, layer.get_seq_length()))
+        return {"layers": layers, "real_tokens": self.real_tokens, "key_mask": self.key_mask}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a ``state_dict`` of a cache with the same arguments.
+
+        Raises:
+            ValueError: The numbers of layers differ.
+        """
+        if len(state["layers"]) != len(self.layers):
+            raise ValueError(
+                f"state has {len(state['layers'])} layers, expected {len(self.layers)}: use that "
+                "of a model of the same shape"
+            )
+        self.reset()
+        for layer, (first, second, length) in zip(self.layers, state["layers"], strict=True):
+            if first is None:
+                continue
+            if isinstance(layer, FavorCacheLayer):
+                layer.set_state(first, length)
+            else:
+                layer.update(first, second)
+                if isinstance(layer, MemoryCacheLayer):
+                    layer.length = length
+        self.real_tokens, self.key_mask = state["real_tokens"], state["key_mask"]
 
     @property
     def nbytes(self) -> int:
@@ -132,8 +258,8 @@ class PerformerCache(Cache):
         super().reset()
         # In some releases of transformers a layer that is reset keeps its length, of zeros.
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = DynamicLayer()
+            if not isinstance(layer, FavorCacheLayer):
+                self.layers[index] = type(layer)()
         self.real_tokens = self.key_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -159,7 +285,7 @@ class PerformerCache(Cache):
             return
         # Refused before any layer is cropped.
         for layer in self.layers:
-            if isinstance(layer, FavorCacheLayer):
+            if isinstance(layer, (FavorCacheLayer, MemoryCacheLayer)):
                 layer.crop(tokens_to_remove)
         before = self.get_seq_length()
         super().crop(tokens_to_remove)

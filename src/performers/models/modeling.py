@@ -219,6 +219,17 @@ class PerformerModel(PerformerPreTrainedModel):
             **{CACHE_KEYWORD: cache},
         )
 
+    def new_cache(self) -> PerformerCache:
+        """An empty cache for ``past_key_values``."""
+        config = self.config
+        exact = config.attention == "exact"
+        return PerformerCache(
+            config.attention,
+            config.num_hidden_layers,
+            config.exact_layers,
+            memory=config.attention_options["memory"] if exact else None,
+        )
+
     def _cache(
         self, past: PerformerCache | None, use_cache: bool | None, *, packed: bool
     ) -> PerformerCache | None:
@@ -256,7 +267,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 "past_key_values: continue each sequence in a row of its own"
             )
         if past is None:
-            return PerformerCache(config.attention, config.num_hidden_layers, config.exact_layers)
+            return self.new_cache()
         theirs = past.attention, len(past), past.exact_layers
         ours = config.attention, config.num_hidden_layers, tuple(config.exact_layers or ())
         if theirs != ours:

@@ -17,16 +17,20 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 from performers.proteins.options import DTYPES
 from performers.training.environment import available_device, quiet_transformers
 
+_MOST_LETTERS = 64
+"""Tokens of a tokenizer of proteins at most: letters, and those for special places."""
+
 
 def load_model(
-    folder: Path, *, device: str | None = None, dtype: str | None = None
+    folder: Path, *, device: str | None = None, dtype: str | None = None, of_text: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a protein language model and its tokenizer, in eval mode.
+    """Load a protein language model, or one of text, and its tokenizer, in eval mode.
 
     Args:
         folder: A folder that ``performers train`` wrote.
         device: Device of torch; by default a CUDA device where there is one.
         dtype: One of ``DTYPES``; as saved by default.
+        of_text: Load a model of text and refuse one of proteins, and not the reverse.
 
     Returns:
         The model, masked or causal as it was trained, and the tokenizer.
@@ -69,7 +73,7 @@ def load_model(
             model, report = model_class.from_pretrained(
                 folder, local_files_only=True, output_loading_info=True
             )
-            tokenizer = _load_tokenizer(folder)
+            tokenizer = _load_tokenizer(folder, of_text)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
@@ -89,11 +93,12 @@ def load_model(
     return model.to(place, getattr(torch, dtype) if dtype else None).eval(), tokenizer
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that reads each amino acid as one token.
+def _load_tokenizer(folder: Path, of_text: bool) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that reads each amino acid as one token, or one of text.
 
     Raises:
         ValueError: The tokenizer cannot be read, or splits differently.
+        UserError: It is of the other kind.
     """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -102,6 +107,17 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if type(error) is not Exception:
             raise
         raise ValueError(f"tokenizer.json: {error}") from error
+    # A tokenizer of proteins knows few letters; one of bytes has no token for a sequence's end.
+    is_text = tokenizer.eos_token_id is None or len(tokenizer) > _MOST_LETTERS
+    if is_text and not of_text:
+        raise UserError(
+            f"{folder} is a model of text: performers evaluate reads it with .txt files, and "
+            "transformers with AutoModelForCausalLM; this command reads proteins"
+        )
+    if of_text:
+        if not is_text:
+            raise UserError(f"{folder} is a model of proteins; give FASTA files, or another model")
+        return tokenizer
     expected = residue_ids(tokenizer)[: len(AMINO_ACIDS)].tolist()
     read = tokenizer(AMINO_ACIDS, add_special_tokens=False)["input_ids"]
     if read != expected:

@@ -133,6 +133,15 @@ class TrainingOptions(Options):
         None,
         above=0,
     )
+    carry_state: bool = option(
+        "Hand the state of a text's segment on to the next one (texts).", False, group="Batches"
+    )
+    memory: int | None = option(
+        "Keys before a segment that exact attention sees with --carry-state (texts).",
+        None,
+        at_least=1,
+        group="Batches",
+    )
     optimizer: str = option(
         "adamw, or muon for the matrices (torch 2.9 or later).", "adamw", choices=("adamw", "muon")
     )
@@ -266,7 +275,30 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--window needs --attention favor-softmax, got --attention {self.attention}"
             )
+        self._check_carry()
         self._check_memory()
+
+    def _check_carry(self) -> None:
+        if self.memory is not None and not (self.attention == "exact" and self.carry_state):
+            raise OptionError("--memory needs --attention exact and --carry-state")
+        if not self.carry_state:
+            return
+        if self.objective != "clm":
+            raise OptionError("--carry-state needs --objective clm: a state is of the past")
+        if self.attention == "exact" and self.memory is None:
+            raise OptionError(
+                "--carry-state with --attention exact needs --memory, the number of keys to keep"
+            )
+        if self.position_embedding == "learned":
+            raise OptionError(
+                "--carry-state has no last position, learned ones do: use --positions rotary"
+            )
+        for flag, given in (
+            ("--gradient-checkpointing", self.gradient_checkpointing),
+            ("--reversible", self.reversible),
+        ):
+            if given:
+                raise OptionError(f"--carry-state cannot be combined with {flag}; leave it out")
 
     def model_config(self, tokenizer: Any) -> PerformerConfig:
         """The configuration of the model to train, for a tokenizer."""
@@ -299,7 +331,9 @@ class TrainingOptions(Options):
     def _config(self, **tokens: Any) -> PerformerConfig:
         from performers.models import PerformerConfig
 
-        chosen: dict[str, Any] = {"attention_options": self.attention_options or {}}
+        chosen: dict[str, Any] = {"attention_options": dict(self.attention_options or {})}
+        if self.memory is not None:
+            chosen["attention_options"]["memory"] = self.memory
         chosen |= {
             item.metadata["option"].config: getattr(self, item.name)
             for item in fields(self)

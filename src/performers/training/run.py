@@ -93,7 +93,8 @@ class TrainingRun:
             make_trainer: Returns the trainer; everything random is seeded before the call.
             tokenizer: Saved with the model, if any.
             progress: Called after each step and with each log entry.
-            announce: Called with an estimate of the time, before the first step of a longer run.
+            announce: Called with an estimate of the time, before the first step of a longer run
+                without a limit.
 
         Returns:
             ``steps``, ``seconds`` (all parts of a resumed run together), ``processor_seconds``
@@ -124,7 +125,7 @@ class TrainingRun:
             stop,
         ):
             trainer.add_callback(callback)
-        if announce is not None:
+        if announce is not None and trainer.limit is None:
             trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
         # After the estimate, whose batches are no training.
         trainer.add_callback(clock)

@@ -1,0 +1,151 @@
+"""Texts in segments of one length: shuffled, or in streams whose state is handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from performers.streams.text import Texts
+
+IGNORED = -100
+"""Label of places without a prediction."""
+
+
+class Segment(NamedTuple):
+    """Place of a segment: the text, its first token there, and whether the past is another's."""
+
+    document: int
+    start: int
+    begins: bool
+
+
+def segment_counts(lengths: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+    """Segments of each text, of which every token but the first is predicted once."""
+    return np.maximum(-(-(lengths - 1) // length), 0)
+
+
+class Segments(Dataset[dict[str, Tensor]]):
+    """Examples by `Segment`: ``length`` tokens and the token that follows each.
+
+    Places after the end of a text have token 0 and no label. As predictions look back only, they
+    change nothing before them.
+    """
+
+    def __init__(self, texts: Texts, length: int) -> None:
+        self.texts, self.length = texts, length
+
+    def __getitem__(self, key: Segment) -> dict[str, Tensor]:
+        document, start, begins = key
+        read = torch.from_numpy(self.texts.read(document, start, start + self.length + 1))
+        tokens = torch.zeros(self.length, dtype=torch.int64)
+        labels = torch.full((self.length,), IGNORED)
+        tokens[: len(read[:-1])] = read[:-1]
+        labels[: len(read[1:])] = read[1:]
+        return {
+            "input_ids": tokens,
+            "labels": labels,
+            "shift_labels": labels,
+            "begins": torch.tensor(begins),
+        }
+
+
+class ShuffledSegments(Sampler[list[Segment]]):
+    """Batches of segments from anywhere, all of them once in each epoch, each without a past.
+
+    A function of the seed, in 8 bytes of memory a segment.
+
+    Args:
+        lengths: Tokens of each text.
+        length: Tokens of a segment.
+        rows: Segments in a batch.
+        seed: Base of the seeds of the epochs.
+        num_batches: Batches to yield.
+    """
+
+    def __init__(
+        self, lengths: NDArray[np.int64], length: int, *, rows: int, seed: int, num_batches: int
+    ) -> None:
+        self.length, self.rows, self.seed, self.num_batches = length, rows, seed, num_batches
+        self.ends = segment_counts(lengths, length).cumsum()
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        segments = self._segments()
+        for _ in range(self.num_batches):
+            yield [next(segments) for _ in range(self.rows)]
+
+    def _segments(self) -> Iterator[Segment]:
+        epoch, count = 0, int(self.ends[-1])
+        while True:
+            for index in np.random.default_rng((self.seed, epoch)).permutation(count):
+                document = int(np.searchsorted(self.ends, index, side="right"))
+                before = 0 if document == 0 else int(self.ends[document - 1])
+                yield Segment(document, (int(index) - before) * self.length, True)
+            epoch += 1
+
+
+class StreamSegments(Sampler[list[Segment]]):
+    """Batches whose rows are streams: row ``r`` of a batch goes on from row ``r`` of the last one.
+
+    A row reads a text from its first segment to its last and then takes the next of all texts,
+    which are shuffled in each epoch. A function of the seed. With several processes, of which each
+    takes every so-maniest batch, each has streams of its own.
+
+    Args:
+        lengths: Tokens of each text.
+        length: Tokens of a segment.
+        rows: Streams in a batch.
+        seed: Base of the seeds of the epochs.
+        num_batches: Batches to yield.
+        processes: Number of processes.
+    """
+
+    def __init__(
+        self,
+        lengths: NDArray[np.int64],
+        length: int,
+        *,
+        rows: int,
+        seed: int,
+        num_batches: int,
+        processes: int = 1,
+    ) -> None:
+        self.length, self.rows, self.seed = length, rows, seed
+        self.num_batches, self.processes = num_batches, processes
+        self.counts = segment_counts(lengths, length)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        order = self._order()
+        streams = [self._stream(order) for _ in range(self.rows * self.processes)]
+        for batch in range(self.num_batches):
+            first = batch % self.processes * self.rows
+            yield [next(stream) for stream in streams[first : first + self.rows]]
+
+    def _stream(self, order: Iterator[int]) -> Iterator[Segment]:
+        while True:
+            document = next(order)
+            for index in range(int(self.counts[document])):
+                yield Segment(document, index * self.length, index == 0)
+
+    def _order(self) -> Iterator[int]:
+        epoch = 0
+        while True:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
+            yield from (int(index) for index in order if self.counts[index])
+            epoch += 1
+
+
+def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The batch of a list of examples of one length."""
+    return {name: torch.stack([row[name] for row in examples]) for name in examples[0]}

@@ -1,0 +1,215 @@
+"""Training of causal models of texts, whose segments may hand their state on, exactly resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.features import FeatureMap
+from performers.models import PerformerForCausalLM
+from performers.models.arguments import CACHE_KEYWORD
+from performers.models.cache import PerformerCache
+from performers.streams.evaluation import evaluate_texts
+from performers.streams.segments import Segments, ShuffledSegments, StreamSegments
+from performers.streams.text import (
+    Texts,
+    byte_tokenizer,
+    find_texts,
+    load_tokenizer,
+    read_bytes,
+    write_subwords,
+)
+from performers.training.arguments import tracker_callbacks, training_arguments
+from performers.training.record import run_record
+from performers.training.run import ReportStep, TrainingRun
+from performers.training.trainer import RunTrainer
+
+if TYPE_CHECKING:
+    from performers.proteins.options import TrainingOptions
+
+_VALIDATED_AT_MOST = 1 << 18
+
+
+def train_texts(
+    paths: Sequence[Path],
+    output: Path,
+    options: TrainingOptions,
+    *,
+    tokenizer: Path | None = None,
+    validation: Sequence[Path] | None = None,
+    resume: bool = False,
+    progress: ReportStep | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Train a causal model on texts and save it, its tokenizer, its log and its options.
+
+    Args:
+        paths: Files of texts, or folders of them.
+        output: Folder to write to; see ``prepare_output_folder``.
+        options: Options of the run: ``max_length`` is the length of a segment, of which a batch has
+            ``batch_tokens // max_length``.
+        tokenizer: A ``tokenizer.json`` or its folder; None for bytes.
+        validation: Texts to validate on (262,144 tokens at most, at equal distances); without them
+            whole texts of ``paths``, drawn with the seed, with about
+            ``options.validation_fraction`` of the tokens, or the end of a single one.
+        resume: Continue the run in ``output``.
+        progress: Called with the step, the steps in all and the latest log entry.
+        announce: Called with lines on files that are left out, and on the time of the run.
+
+    Returns:
+        See ``TrainingRun.train``; the metrics are those of ``evaluate_texts``.
+
+    Raises:
+        UserError: The texts or options cannot be used, see ``TrainingRun``.
+    """
+    _check_options(options)
+    if tokenizer is None:
+        coder: PreTrainedTokenizerBase = byte_tokenizer(options.max_length)
+    else:
+        coder = load_tokenizer(tokenizer, options.max_length)
+
+    def read(files: Sequence[Path], name: str) -> Texts:
+        found = find_texts(files)
+        if tokenizer is None:
+            return read_bytes(found, announce)
+        return write_subwords(found, coder, output / name, announce)
+
+    texts = read(paths, "tokens")
+    if validation:
+        held_out = read(validation, "validation_tokens")
+    else:
+        texts, held_out = texts.split(options.validation_fraction, options.seed)
+    data = {
+        "texts": len(texts.documents),
+        "bytes": texts.size,
+        "tokens": texts.tokens,
+        "validation_texts": len(held_out.documents),
+        "sha256": f"{texts.fingerprint()}{held_out.fingerprint()}",
+    }
+    run = TrainingRun(output, run_record(options, data), options, resume=resume)
+    arguments = training_arguments(run.checkpoints, options)
+    trackers = tracker_callbacks(options.report_to or (), output)
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        found = evaluate_texts(
+            model,
+            held_out,
+            length=options.max_length,
+            carry=options.carry_state,
+            rows=options.batch_tokens // options.max_length,
+            tokens_at_most=_VALIDATED_AT_MOST,
+        )
+        del found["places"]
+        return found
+
+    def trainer() -> TextTrainer:
+        model = PerformerForCausalLM(options.model_config(coder))
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return TextTrainer(
+            options=options,
+            dataset=Segments(texts, options.max_length),
+            measure=measure if held_out.documents else None,
+            model=model,
+            args=arguments,
+            callbacks=trackers,
+        )
+
+    return run.train(trainer, coder, progress=progress, announce=announce)
+
+
+class TextTrainer(RunTrainer):
+    """Trainer on segments; with ``carry_state`` each goes on from the one before it in its row.
+
+    Gradients end where a segment begins (truncated back-propagation). A row forgets the past where
+    a text begins, and all rows do after a redraw of the features, whose sums are of another draw.
+    """
+
+    past: PerformerCache | None = None
+    _versions: list[int] | None = None
+
+    def sampler(self, batches: int) -> Sampler[Any]:
+        """Streams, or segments from anywhere."""
+        dataset: Any = self.train_dataset
+        options = self.options
+        shape = {
+            "rows": options.batch_tokens // options.max_length,
+            "seed": options.seed,
+            "num_batches": batches,
+        }
+        lengths = dataset.texts.lengths
+        if not options.carry_state:
+            return ShuffledSegments(lengths, options.max_length, **shape)
+        return StreamSegments(lengths, options.max_length, **shape, processes=self.args.world_size)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Loss of a batch, after the past of its rows."""
+        inputs = dict(inputs)
+        begins = inputs.pop("begins")
+        if not self.options.carry_state:
+            inputs["use_cache"] = False
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        past = self._present_past()
+        if past is not None:
+            past.forget_(begins)
+        inputs |= {CACHE_KEYWORD: past, "use_cache": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.past = getattr(outputs, CACHE_KEYWORD).detach_()
+        return (loss, outputs) if return_outputs else loss
+
+    def _present_past(self) -> PerformerCache | None:
+        """The past, or None if features were redrawn since."""
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        versions = [part.version for part in model.modules() if isinstance(part, FeatureMap)]
+        if versions != self._versions:
+            self.past, self._versions = None, versions
+        return self.past
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.options.carry_state:
+            past = self._present_past()
+            state = None if past is None else past.state_dict()
+            torch.save(state, self._past_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if not self.options.carry_state or checkpoint is None:
+            return
+        # Marks the features as those that the state is of.
+        self.past, self._versions = None, None
+        self._present_past()
+        device = self.args.device
+        state = torch.load(self._past_file(checkpoint), weights_only=True, map_location=device)
+        if state is not None:
+            model: Any = self.accelerator.unwrap_model(self.model)
+            self.past = model.performer.new_cache()
+            self.past.load_state_dict(state)
+
+    def _past_file(self, folder: str) -> Path:
+        return Path(folder, f"past_{self.args.process_index}.pth")
+
+
+def _check_options(options: TrainingOptions) -> None:
+    """Refuse options that are of sequences and would change nothing here."""
+    if options.objective != "clm":
+        raise UserError("texts are trained on with --objective clm")
+    for flag, given in (
+        ("--packed", options.packed),
+        ("--across-sequences", options.across_sequences),
+    ):
+        if given:
+            raise UserError(f"{flag} is for sequences (FASTA); segments of texts are full anyway")

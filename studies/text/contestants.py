@@ -1,0 +1,216 @@
+"""Contestants: an attention and how rows are cut, each trained for one time and read once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from performers.models import PerformerForCausalLM
+from performers.proteins.options import TrainingOptions
+from performers.streams.evaluation import evaluate_texts
+from performers.streams.text import Texts, read_bytes
+from performers.streams.training import train_texts
+from studies.comparators import COMPARATORS
+from studies.pages import Table, digits
+from studies.parts import Part
+from studies.text.redraw import REDRAWS, measure_draws, redraw_tables
+
+CONTEXT = 8192
+MODEL: dict[str, Any] = {
+    "objective": "clm",
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_features": 64,
+    "batch_tokens": CONTEXT,
+    "max_length": CONTEXT,
+    "dropout": 0.0,
+    "optimizer": "muon",
+    "learning_rate": 8e-3,
+    "weight_decay": 0.05,
+    "max_grad_norm": 1.0,
+    "warmup_steps": 10,
+    "redraw_steps": 0,
+    "validation_fraction": 0.0,
+    # The time ends a run.
+    "steps": 100_000,
+    "save_steps": 25,
+    "eval_steps": 100_000,
+    "device": "cpu",
+}
+"""Options of all models; a step is of 8,192 bytes for each."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An attention, and the options of training that differ from `MODEL`."""
+
+    name: str
+    title: str
+    changes: Mapping[str, Any]
+
+
+# Registered by the import of the comparators.
+assert {"lsh", "sparse"} <= set(COMPARATORS)
+CONTESTANTS = (
+    Contestant("softmax", "Performer-softmax, window 64", {"window": 64}),
+    Contestant("exact", "exact", {"attention": "exact"}),
+    Contestant("relu", "Performer-ReLU", {"attention": "favor-relu"}),
+    Contestant(
+        "carried",
+        "Performer-softmax, window 64, segments of 1,024, state carried",
+        {"window": 64, "max_length": 1024, "carry_state": True},
+    ),
+    Contestant("exact_512", "exact", {"attention": "exact", "max_length": 512}),
+    Contestant(
+        "memory",
+        "exact, memory of 512 keys (Transformer-XL)",
+        {"attention": "exact", "max_length": 512, "carry_state": True, "memory": 512},
+    ),
+    Contestant(
+        "lsh",
+        "Reformer",
+        {"attention": "lsh", "attention_options": {"chunk_size": 64, "rounds": 2}},
+    ),
+    Contestant(
+        "sparse",
+        "Sparse Transformer, strided",
+        {"attention": "sparse", "attention_options": {"stride": 128}},
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The study: its texts, its times and where models go."""
+
+    novels: list[Path]
+    unseen: list[Path]
+    folder: Path
+    seconds: float
+    redraw_seconds: float
+    contexts: int
+    seed: int
+    say: Callable[[str], None]
+
+    def settings(self) -> dict[str, Any]:
+        """Numbers that the results depend on."""
+        return {
+            "novels": [len(self.novels), sum(file.stat().st_size for file in self.novels)],
+            "unseen": [len(self.unseen), sum(file.stat().st_size for file in self.unseen)],
+            "seconds": self.seconds,
+            "redraw_seconds": self.redraw_seconds,
+            "contexts": self.contexts,
+            "seed": self.seed,
+            "model": MODEL,
+        }
+
+    def parts(self) -> dict[str, Callable[[], Part]]:
+        """Measurements by their names."""
+        found: dict[str, Callable[[], Part]] = {
+            contestant.name: partial(self._compete, contestant) for contestant in CONTESTANTS
+        }
+        for name, steps in REDRAWS.items():
+            found[name] = partial(self._redraw, name, steps)
+        return found
+
+    def _train(
+        self, name: str, seconds: float, changes: Mapping[str, Any]
+    ) -> tuple[PerformerForCausalLM, dict[str, Any], TrainingOptions]:
+        options = TrainingOptions(**{**MODEL, "seed": self.seed, "time_limit": seconds, **changes})
+        output = self.folder / "models" / name
+        output.mkdir(parents=True, exist_ok=True)
+
+        def progress(step: int, steps: int, log: dict[str, float]) -> None:
+            if "loss" in log:
+                self.say(f"{name}: step {step}, loss {log['loss']:.3f}")
+
+        result = train_texts(
+            self.novels,
+            output,
+            options,
+            resume=(output / "training.json").exists(),
+            progress=progress,
+            announce=self.say,
+        )
+        return PerformerForCausalLM.from_pretrained(output), result, options
+
+    def _read(self, model: Any, options: TrainingOptions, **changes: Any) -> dict[str, Any]:
+        length = options.max_length
+        shape = {
+            "length": length,
+            "context": CONTEXT,
+            "carry": options.carry_state,
+            "tokens_at_most": self.contexts * CONTEXT,
+            "rows": 1,
+        }
+        return evaluate_texts(model, self._austen(), **{**shape, **changes})
+
+    def _austen(self) -> Texts:
+        return read_bytes(self.unseen, self.say)
+
+    def _compete(self, contestant: Contestant) -> Part:
+        model, result, options = self._train(contestant.name, self.seconds, contestant.changes)
+        found = self._read(model, options)
+        part = {
+            "title": contestant.title,
+            "length": options.max_length,
+            "steps": result["steps"],
+            "processor_seconds": result["processor_seconds"],
+            "parameters": result["parameters"],
+            "tokens": found["tokens"],
+            "bits_per_byte": found["bits_per_byte"],
+            "places": found["places"],
+        }
+        if options.carry_state:
+            alone = self._read(model, options, carry=False)
+            part["bits_per_byte_without_past"] = alone["bits_per_byte"]
+        return part
+
+    def _redraw(self, name: str, steps: int) -> Part:
+        model, result, options = self._train(name, self.redraw_seconds, {"redraw_steps": steps})
+        read = partial(self._read, model, options, tokens_at_most=self.contexts * CONTEXT // 4)
+        found = measure_draws(model, self._austen(), lambda: read()["bits_per_byte"], CONTEXT)
+        return {"redraw_steps": steps, "steps": result["steps"], **found}
+
+
+def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
+    """Bits per byte, by place in the context, and of the redraws."""
+    done = [parts[entry.name] for entry in CONTESTANTS if entry.name in parts]
+    found = redraw_tables(parts)
+    if not done:
+        return found
+    best = min(part["bits_per_byte"] for part in done)
+    rows = []
+    for part in sorted(done, key=lambda part: part["bits_per_byte"]):
+        without = part.get("bits_per_byte_without_past")
+        rows.append(
+            (
+                part["title"],
+                f"{part['length']:,}",
+                f"{part['steps']:,}",
+                f"{part['bits_per_byte']:.3f}",
+                f"{part['bits_per_byte'] - best:+.3f}",
+                digits(None) if without is None else f"{without:.3f}",
+            )
+        )
+    columns = ("attention", "segment", "steps", "bits per byte", "to the best", "without past")
+    found["bits"] = Table(columns, rows)
+    shown = [0, 1, 2, 4, 8, 12, 15]
+    headings = [f"{512 * place:,}–{512 * (place + 1):,}" for place in shown]
+    found["places"] = Table(
+        ("attention", "segment", *headings),
+        [
+            (
+                part["title"],
+                f"{part['length']:,}",
+                *(f"{part['places'][place]['bits_per_byte']:.3f}" for place in shown),
+            )
+            for part in sorted(done, key=lambda part: part["bits_per_byte"])
+        ],
+        names=2,
+    )
+    return found

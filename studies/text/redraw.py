@@ -1,0 +1,117 @@
+"""Redraws of random features: a model under its own draw and others, and what predicts the gap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from performers.features import redraw_features_
+from performers.features.theory import log_relative_variance
+from performers.models import PerformerForCausalLM
+from performers.nn import FavorAttention
+from performers.streams.text import Texts
+from studies.pages import Table
+from studies.parts import Part
+
+REDRAWS = {"fixed": 0, "every_20": 20, "every_4": 4}
+"""Steps between redraws, by the names of the models; 0 keeps the first draw."""
+
+FRESH = 5
+_PAIRS = 2048
+
+
+def measure_draws(
+    model: PerformerForCausalLM, texts: Texts, bits: Callable[[], float], context: int
+) -> dict[str, Any]:
+    """Bits per byte under the draw that a model was trained with last, and under fresh ones.
+
+    Args:
+        model: The model; its features are redrawn.
+        texts: Texts whose first context the statistics are of.
+        bits: Returns the bits per byte of the model as it is.
+        context: Tokens of a context.
+
+    Returns:
+        ``own``, ``fresh`` (a list), and ``layers``: of each layer the mean of ``|q + k|^2``
+        (scaled) and the median of the logarithm of the relative variance of the kernel's estimate,
+        of pairs at random and of pairs as exact softmax attention would draw them.
+    """
+    layers = _statistics(model, torch.from_numpy(texts.read(0, 0, context))[None])
+    own, fresh = bits(), []
+    for draw in range(FRESH):
+        redraw_features_(model, torch.Generator().manual_seed(1000 + draw))
+        fresh.append(bits())
+    return {"own": own, "fresh": fresh, "layers": layers}
+
+
+@torch.no_grad()
+def _statistics(model: PerformerForCausalLM, tokens: Tensor) -> list[dict[str, float]]:
+    found: list[dict[str, float]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def look(module: Any, inputs: tuple[Any, ...]) -> None:
+        query, key = inputs[0][0], inputs[1][0]
+        length = query.shape[-2]
+        rows = torch.randint(length // 2, length, (_PAIRS,), generator=generator)
+        entry: dict[str, float] = {}
+        scores = query[:, rows] @ key.mT / query.shape[-1] ** 0.5
+        future = torch.arange(length) > rows[:, None]
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        uniform = (~future).float().expand_as(weights)
+        for name, share in (("random", uniform), ("attended", weights)):
+            columns = torch.multinomial(share.flatten(0, 1), 1, generator=generator)
+            columns = columns.view(len(query), _PAIRS)
+            chosen = key.gather(1, columns[..., None].expand(-1, -1, key.shape[-1]))
+            total = (query[:, rows] + chosen) * query.shape[-1] ** -0.25
+            entry[f"norm_{name}"] = float(total.square().sum(-1).mean())
+            variance = log_relative_variance(module.feature_map, query[:, rows], chosen)
+            entry[f"log_variance_{name}"] = float(variance.median())
+        found.append(entry)
+
+    kinds = [module for module in model.modules() if isinstance(module, FavorAttention)]
+    handles = [module.register_forward_pre_hook(look) for module in kinds]
+    try:
+        model.eval()(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def redraw_tables(parts: Mapping[str, Part]) -> dict[str, Table]:
+    """Own and fresh draws, and the statistics of queries and keys."""
+    done = {name: parts[name] for name in REDRAWS if name in parts}
+    if not done:
+        return {}
+    rows, layers = [], []
+    for part in done.values():
+        steps = part["redraw_steps"]
+        name = f"every {steps} steps" if steps else "never"
+        mean = sum(part["fresh"]) / len(part["fresh"])
+        rows.append(
+            (
+                name,
+                f"{part['steps']:,}",
+                f"{part['own']:.3f}",
+                f"{mean:.3f}",
+                f"{min(part['fresh']):.3f}–{max(part['fresh']):.3f}",
+                f"{mean - part['own']:+.3f}",
+            )
+        )
+        layers += [
+            (
+                name,
+                str(number),
+                f"{entry['norm_random']:.2f}",
+                f"{entry['norm_attended']:.2f}",
+                f"{entry['log_variance_random']:.2f}",
+                f"{entry['log_variance_attended']:.2f}",
+            )
+            for number, entry in enumerate(part["layers"])
+        ]
+    columns = ("redrawn", "steps", "own draw", "five fresh draws", "their range", "fresh − own")
+    names = ("redrawn", "layer", "mean, random", "mean, attended", "ln var, random", "attended")
+    return {"redraws": Table(columns, rows), "variances": Table(names, layers, names=2)}

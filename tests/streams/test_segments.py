@@ -1,0 +1,89 @@
+"""Every token but the first of a text is predicted once in an epoch; rows of streams go on."""
+
+from collections import Counter
+from itertools import islice, pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from performers.streams.segments import IGNORED, Segment, Segments, ShuffledSegments, StreamSegments
+from performers.streams.text import read_bytes
+from tests.streams.texts import write_texts
+
+
+@pytest.fixture
+def texts(tmp_path):
+    files = sorted(write_texts(tmp_path).iterdir())
+    return read_bytes(files, print)
+
+
+def predicted(texts, keys, length):
+    """How often each place of each text is predicted; every target is the token at its place."""
+    seen = Counter()
+    dataset = Segments(texts, length)
+    for key in keys:
+        row = dataset[key]
+        known = row["labels"] != IGNORED
+        assert row["input_ids"].shape == row["labels"].shape == (length,)
+        for offset in known.nonzero().flatten().tolist():
+            place = key.start + offset + 1
+            whole = texts.documents[key.document].path.read_bytes()
+            assert row["labels"][offset] == whole[place]
+            assert row["input_ids"][offset] == whole[place - 1]
+            seen[key.document, place] += 1
+    return seen
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 200])
+def test_an_epoch_predicts_everything_once(texts, length):
+    every = {(text, place) for text, n in enumerate(texts.lengths) for place in range(1, n)}
+    count = sum(-(-(n - 1) // length) for n in texts.lengths.tolist())
+    shuffled = ShuffledSegments(texts.lengths, length, rows=1, seed=3, num_batches=2 * count)
+    keys = [key for batch in shuffled for key in batch]
+    for epoch in (keys[:count], keys[count:]):
+        assert predicted(texts, epoch, length) == dict.fromkeys(every, 1)
+    assert keys[:count] != keys[count:] or count < 7
+    streams = StreamSegments(texts.lengths, length, rows=1, seed=3, num_batches=count)
+    assert predicted(texts, [key for batch in streams for key in batch], length) == dict.fromkeys(
+        every, 1
+    )
+
+
+def test_rows_are_streams_and_say_where_a_text_begins(texts):
+    batches = list(StreamSegments(texts.lengths, 8, rows=3, seed=0, num_batches=60))
+    for before, after in pairwise(batches):
+        for old, new in zip(before, after, strict=True):
+            ended = old.start + 8 >= texts.lengths[old.document] - 1
+            assert new.begins == ended
+            if not ended:
+                assert new == Segment(old.document, old.start + 8, False)
+            else:
+                assert new.start == 0
+    assert all(key.begins for key in batches[0])
+
+
+def test_each_process_has_streams_of_its_own(texts):
+    batches = list(StreamSegments(texts.lengths, 8, rows=2, seed=0, num_batches=40, processes=2))
+    for process in range(2):
+        for before, after in zip(batches[process::2], batches[process + 2 :: 2], strict=False):
+            for old, new in zip(before, after, strict=True):
+                assert new.begins or new == Segment(old.document, old.start + 8, False)
+
+
+def test_batches_depend_on_the_seed_alone(texts):
+    for kind in (ShuffledSegments, StreamSegments):
+        first, again, other = (
+            list(kind(texts.lengths, 8, rows=2, seed=seed, num_batches=20)) for seed in (1, 1, 2)
+        )
+        assert first == again != other
+        fewer = kind(texts.lengths, 8, rows=2, seed=1, num_batches=5)
+        assert list(fewer) == list(islice(first, 5))
+
+
+def test_texts_are_read_from_the_places_of_their_files(texts):
+    read = texts.read(0, 5, 12)
+    assert bytes(read.tolist()) == texts.documents[0].path.read_bytes()[5:12]
+    assert read.dtype == np.int64
+    assert len(texts.read(0, 95, 500)) == 5
+    assert torch.equal(Segments(texts, 8)[Segment(0, 0, True)]["begins"], torch.tensor(True))

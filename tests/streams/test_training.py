@@ -1,0 +1,166 @@
+"""Training on texts: exact resume with a carried state, forgetting, redraws, other draws."""
+
+import json
+
+import pytest
+import torch
+
+from performers.app.errors import Interrupted, UserError
+from performers.models import PerformerForCausalLM
+from performers.streams.evaluation import evaluate_texts
+from performers.streams.text import read_bytes
+from performers.streams.training import TextTrainer
+from tests.proteins.runs import losses, same_weights, weights
+from tests.proteins.training.test_resume import stop_at
+from tests.streams.texts import train, write_texts
+
+KINDS = {
+    "carried": {"carry_state": True},
+    "carried window": {"carry_state": True, "window": 3},
+    "carried relu": {"carry_state": True, "attention": "favor-relu", "accumulation": 2},
+    "memory": {"carry_state": True, "attention": "exact", "memory": 10},
+    "shuffled": {},
+}
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_run_ends_as_one_that_was_not(kind, texts, tmp_path):
+    """Stopped within texts, right after a redraw (3) and between redraws."""
+    options = KINDS[kind]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(texts, whole, **options)
+    for step in (2, 4):
+        with pytest.raises(Interrupted):
+            train(texts, parts, resume=step > 2, progress=stop_at(step), **options)
+    train(texts, parts, resume=True, **options)
+    assert losses(parts) == losses(whole)
+    assert same_weights(parts, whole)
+    ours, theirs = weights(parts), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_past_counts_and_is_that_of_the_row(texts, tmp_path, monkeypatch):
+    """The loss of each batch is that of the texts' tokens so far, run at once without a cache."""
+    seen = []
+    compute = TextTrainer.compute_loss
+
+    def spy(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        model.eval()
+        seen.append((inputs["input_ids"], inputs["begins"], inputs["shift_labels"]))
+        loss, outputs = compute(self, model, inputs, True, num_items_in_batch)
+        starts = [
+            max(n for n, (_, begins, _) in enumerate(seen) if begins[row]) for row in range(3)
+        ]
+        for row, start in enumerate(starts):
+            so_far = torch.cat([ids[row] for ids, _, _ in seen[start:]])
+            alone = model(so_far[None], use_cache=False).logits[0, -16:]
+            kept = seen[-1][2][row] != -100
+            assert torch.allclose(outputs.logits[row][kept], alone[kept], atol=1e-5)
+        model.train()
+        return loss
+
+    monkeypatch.setattr(TextTrainer, "compute_loss", spy)
+    # The weights stay as they are, so that the past is that of the present model.
+    train(texts, tmp_path, carry_state=True, learning_rate=0.0, redraw_steps=0)
+    assert sum(len(begins) - int(begins.sum()) for _, begins, _ in seen) > 8
+
+
+def test_a_redraw_makes_all_rows_forget(texts, tmp_path, monkeypatch):
+    lengths = []
+    compute = TextTrainer.compute_loss
+
+    def spy(self, *args, **kwargs):
+        past = self._present_past()
+        lengths.append(0 if past is None else past.get_seq_length())
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(TextTrainer, "compute_loss", spy)
+    long = write_texts(tmp_path / "long", (900, 900, 900, 900))
+    train(long, tmp_path / "model", carry_state=True)
+    assert lengths == [0, 16, 32, 0, 16, 32, 0, 16], "redraws after steps 3 and 6"
+
+
+def test_a_saved_model_loads_and_evaluates(texts, tmp_path):
+    result = train(texts, tmp_path, carry_state=True, validation_fraction=0.3)
+    model = PerformerForCausalLM.from_pretrained(tmp_path)
+    held = json.loads((tmp_path / "training.json").read_text())["data"]
+    assert held["validation_texts"] >= 1
+    assert result["eval_bits_per_byte"] == pytest.approx(result["eval_loss"] / 0.6931471805599453)
+    read = read_bytes(sorted(texts.iterdir()), print)
+    found = evaluate_texts(model, read, length=16, carry=True, rows=3)
+    assert found["tokens"] == sum(n - 1 for n in read.lengths)
+    # The oracle reads each text at once.
+    nats = 0.0
+    for document in range(len(read.documents)):
+        ids = torch.from_numpy(read.read(document, 0, 10**6))[None]
+        logits = model(ids, use_cache=False).logits[0, :-1].detach().log_softmax(-1)
+        nats -= float(logits.gather(-1, ids[0, 1:, None]).sum())
+    assert found["loss"] == pytest.approx(nats / found["tokens"], abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(
+    ("length", "context", "carry"), [(32, None, False), (8, 32, True), (8, 32, False)]
+)
+def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, texts, tmp_path):
+    train(texts, tmp_path, steps=1)
+    model = PerformerForCausalLM.from_pretrained(tmp_path)
+    read = read_bytes(sorted(texts.iterdir()), print)
+    found = evaluate_texts(model, read, length=length, context=context, carry=carry, rows=rows)
+    reach = 32 if carry or context is None else length
+    sums = torch.zeros(16, 2, dtype=torch.float64)
+    for document, count in enumerate(read.lengths.tolist()):
+        for place in range(1, count):
+            begun = (place - 1) // reach * reach
+            ids = torch.from_numpy(read.read(document, begun, place))[None]
+            logits = model(ids, use_cache=False).logits[0, -1].detach().log_softmax(-1)
+            target = int(read.read(document, place, place + 1)[0])
+            part = (place - 1) % 32 // 2
+            sums[part] += torch.tensor([-float(logits[target]), 1.0])
+    bits = (sums[:, 0] / sums[:, 1] / 0.6931471805599453).tolist()
+    assert [place["bits_per_byte"] for place in found["places"]] == pytest.approx(bits, abs=1e-4)
+    assert [place["start"] for place in found["places"]] == list(range(0, 32, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objective": "mlm"}, "texts are trained on with --objective clm"),
+        ({"packed": True}, r"--packed is for sequences"),
+        ({"objective": "mlm", "carry_state": True}, "--carry-state needs --objective clm"),
+        ({"memory": 4}, "--memory needs --attention exact and --carry-state"),
+        ({"attention": "exact", "carry_state": True}, "needs --memory"),
+        ({"carry_state": True, "reversible": True}, "cannot be combined with --reversible"),
+        ({"carry_state": True, "position_embedding": "learned"}, "use --positions rotary"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes, words, texts, tmp_path):
+    with pytest.raises(UserError, match=words):
+        train(texts, tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_texts_are_another_run(texts, tmp_path):
+    train(texts, tmp_path / "run", steps=2)
+    other = write_texts(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="the data are not the same"):
+        train(other, tmp_path / "run", steps=2, resume=True)
+
+
+@pytest.mark.slow
+def test_long_rows_resume_exactly(tmp_path):
+    """At 8,192 tokens, with a state from segment to segment."""
+    long = write_texts(tmp_path / "long", (60_000, 50_000))
+    shape = {"max_length": 8192, "batch_tokens": 8192, "carry_state": True, "steps": 4}
+    train(long, tmp_path / "whole", **shape)
+    with pytest.raises(Interrupted):
+        train(long, tmp_path / "parts", progress=stop_at(2), **shape)
+    train(long, tmp_path / "parts", resume=True, **shape)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
