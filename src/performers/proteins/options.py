@@ -288,7 +288,7 @@ class TrainingOptions(Options):
 
     @property
     def sharded(self) -> bool:
-        """Whether processes share the weights."""
+        """Sharing of the weights by processes."""
         return self.fsdp or self.sequence_parallel > 1
 
     def model_config(self, tokenizer: Any) -> PerformerConfig:
