@@ -2,16 +2,19 @@
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from performers.convert import to_performer
-from performers.distributed import count_labels, sequence_parallel, shard
+import performers
+from performers.convert import load_performer, to_performer
+from performers.distributed import check_alike, count_labels, sequence_parallel, shard
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 
 from .attention_cases import relative
@@ -22,7 +25,7 @@ ENDS = (0, 30, 101, 160)
 def make_model(kind: str) -> torch.nn.Module:
     """A small model, the same on all ranks."""
     torch.manual_seed(3)
-    if kind == "llama":
+    if "llama" in kind:
         config = LlamaConfig(
             vocab_size=40,
             hidden_size=32,
@@ -67,7 +70,7 @@ def make_batch(kind: str, length: int = 160) -> dict[str, torch.Tensor]:
     labels = ids.clone()
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
     batch = {"input_ids": ids, "labels": labels}
-    if kind in ("masked", "llama"):
+    if kind == "masked" or "llama" in kind:
         batch["attention_mask"] = torch.ones_like(ids)
         batch["attention_mask"][0, -9:] = 0
         labels[0, -9:] = -100
@@ -91,14 +94,15 @@ def model_errors(kind: str) -> dict[str, float]:
     expected = alone(**batch).loss
     expected.backward()
     run = torch.compile(model, backend="eager") if kind == "compiled" else model
-    if kind == "fsdp":
-        for layer in model.performer.layers:
+    sharded = kind.startswith("fsdp")
+    if sharded:
+        for layer in model.base_model.layers:
             fully_shard(layer)
         fully_shard(model)
     with sequence_parallel(cu_seqlens=ENDS if kind == "packed" else None):
         loss = sharded_loss(run, batch, is_causal=kind != "masked")
         # FSDP takes the mean of gradients over ranks.
-        (loss * dist.get_world_size() if kind == "fsdp" else loss).backward()
+        (loss * dist.get_world_size() if sharded else loss).backward()
     return {"loss": summed_error(loss, expected), "gradients": gradient_error(model, alone)}
 
 
@@ -160,10 +164,40 @@ KINDS = (
     "compiled",
     "fsdp",
     "llama",
+    "fsdp llama",
 )
 
 
-def all_errors() -> dict[str, dict[str, float]]:
-    """Errors of all models and of a short training run."""
+def saved_error(folder: Path) -> dict[str, float]:
+    """Difference of a converted model, sharded and saved as one file, from what is loaded."""
+    model = make_model("llama").eval()
+    batch = make_batch("llama")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = model(**inputs).logits
+    fully_shard(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder, state_dict=whole)
+    dist.barrier()
+    loaded = load_performer(folder).eval()
+    return {"logits": relative(loaded(**inputs).logits, expected, expected)}
+
+
+def unlike_models(rank: int) -> str:
+    """The refusal of models whose features differ between ranks."""
+    model = make_model("causal")
+    check_alike(model)
+    if rank:
+        performers.redraw_features_(model, torch.Generator().manual_seed(rank))
+    try:
+        check_alike(model)
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+def all_errors(folder: Path) -> dict[str, dict[str, float]]:
+    """Errors of all models, of a saved one and of a short training run."""
     found = {f"model {kind}": model_errors(kind) for kind in KINDS}
-    return {**found, "five steps": training_errors(512)}
+    return {**found, "saved": saved_error(folder / "llama"), "five steps": training_errors(512)}

@@ -18,6 +18,7 @@ MODELS = (
     "compiled",
     "fsdp",
     "llama",
+    "fsdp llama",
 )
 REFUSALS = {
     "features": "feature_map must hold the same numbers on all ranks",
@@ -92,6 +93,17 @@ def test_models(results_of, kind):
     for rank in results_of(2):
         errors = rank["models"][f"model {kind}"]
         assert max(errors.values()) < 2e-6, errors
+
+
+def test_a_sharded_model_is_saved_as_one(results_of):
+    for rank in results_of(2):
+        assert rank["models"]["saved"]["logits"] < 1e-6
+
+
+def test_models_that_differ_between_ranks(results_of):
+    for rank in results_of(2):
+        found = rank["unlike models"]
+        assert re.search(r"feature_map\.weight.* must hold the same numbers on all ranks", found)
 
 
 def test_five_steps_of_training(results_of):

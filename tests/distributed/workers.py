@@ -21,7 +21,8 @@ def main(rank: int, world: int, folder: Path) -> None:
 
         results = {
             "attention": attention_cases.all_errors(rank, world),
-            "models": model_cases.all_errors(),
+            "models": model_cases.all_errors(folder),
+            "unlike models": model_cases.unlike_models(rank),
             "refusals": refusal_cases.refusals(rank),
         }
     else:

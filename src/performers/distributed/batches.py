@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.distributed.messages import gather
+
 _IGNORED = -100
 
 
@@ -54,6 +56,8 @@ def shard(
         counts = mask.long().cumsum(1)
         if cu_seqlens is not None:
             starts = torch.as_tensor(cu_seqlens, device=inputs.device)[:-1].long()
+            # None begins after the end, where empty sequences may be.
+            starts = starts[starts < counts.shape[1]]
             first = torch.zeros_like(counts).index_fill_(1, starts, 1).cumsum(1) - 1
             before = F.pad(counts, (1, 0)).gather(1, starts[first])
             counts = counts - before
@@ -63,6 +67,44 @@ def shard(
         whole["shift_labels"] = whole["labels"]
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     return {name: x.tensor_split(size, dim=1)[rank].contiguous() for name, x in whole.items()}
+
+
+def one_row(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+    """Rows of packed sequences as one row, and the boundaries of its sequences.
+
+    Args:
+        batch: Tensors of shape ``(B, L)``; ``sequence_ids``, with -1 at padding, among them.
+    """
+    ids = batch["sequence_ids"]
+    rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+    # An id of one row is no sequence of the next.
+    ids = ids + rows * (ids.max() + 2)
+    whole = {name: x.flatten().unsqueeze(0) for name, x in {**batch, "sequence_ids": ids}.items()}
+    if "labels" in batch:
+        # The first token of a row follows from none.
+        whole["labels"] = F.pad(batch["labels"][:, 1:], (1, 0), value=_IGNORED).flatten()[None]
+    changes = whole["sequence_ids"][0].diff().nonzero().squeeze(1) + 1
+    return whole, [0, *changes.tolist(), ids.numel()]
+
+
+def with_least_length(batch: Mapping[str, Tensor], length: int, *, pad: int) -> dict[str, Tensor]:
+    """A batch of tensors ``(B, L)``, padded at the end to ``length`` where that is longer."""
+    missing = length - batch["input_ids"].shape[1]
+    if missing <= 0:
+        return dict(batch)
+    whole = dict(batch)
+    whole.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+    fills = {"input_ids": pad, "attention_mask": 0, "labels": _IGNORED, "sequence_ids": -1}
+    return {name: F.pad(x, (0, missing), value=fills[name]) for name, x in whole.items()}
+
+
+def gather_positions(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The whole row, ``(B, L, ...)``, of the shards ``(B, L / size, ...)`` that `shard` cut."""
+    size = torch.tensor(x.shape[1], device=x.device)
+    lengths = gather(size, group).tolist()
+    room = x.new_zeros(x.shape[0], max(lengths), *x.shape[2:])
+    room[:, : x.shape[1]] = x
+    return torch.cat([y[:, :n] for y, n in zip(gather(room, group), lengths, strict=True)], dim=1)
 
 
 def count_labels(labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from performers.attention.call import AttentionCall
@@ -23,6 +23,7 @@ from performers.features.base import form_of_heads
 
 # In place of the hash of boundaries that a call does not pass, or that a GPU holds.
 _UNSEEN = -1
+_CHECKED_BYTES = 1 << 24
 
 
 @contextmanager
@@ -69,16 +70,19 @@ def sequence_parallel(
     if cu_seqlens is not None:
         listed = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
         boundaries = tuple(int(x) for x in listed)
+    parallel = SequenceParallel(_world() if group is None else group, boundaries)
+    with sharded(parallel):
+        yield parallel
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD if dist.is_initialized() else None
     if group is None:
-        group = dist.group.WORLD
-    if group is None or not dist.is_initialized():
         raise ValueError(
             "sequence_parallel needs a process group: call torch.distributed.init_process_group "
             "first, under torchrun or with an init_method"
         )
-    parallel = SequenceParallel(group, boundaries)
-    with sharded(parallel):
-        yield parallel
+    return group
 
 
 class _Header(NamedTuple):
@@ -282,11 +286,43 @@ def _check_cuts(
             )
 
 
+def check_alike(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Compare all parameters and buffers of a module over processes.
+
+    FSDP2 broadcasts neither, DistributedDataParallel both.
+
+    Args:
+        module: The same module on all ranks, before its parameters are sharded.
+        group: The processes; None for all.
+
+    Raises:
+        ValueError: A parameter or a buffer differs between ranks; the same on all ranks.
+    """
+    group = _world() if group is None else group
+    named = [*module.named_parameters(), *module.named_buffers()]
+    own = torch.stack([_checksum_of([tensor]) for _, tensor in named])
+    rows = gather(own, group)
+    differs = (rows != rows[0]).any(0).tolist()
+    names = [name for (name, _), different in zip(named, differs, strict=True) if different]
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise ValueError(
+            f"{shown} must hold the same numbers on all ranks: seed all processes alike before the "
+            "model is made, or load one checkpoint"
+        )
+
+
 def _checksum(features: FeatureMap) -> Tensor:
     """A number of the bits of all parameters and buffers."""
+    named = sorted(chain(features.named_parameters(), features.named_buffers()))
+    return _checksum_of(tensor for _, tensor in named)
+
+
+def _checksum_of(tensors: Iterable[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64)
-    for _, tensor in sorted(chain(features.named_parameters(), features.named_buffers())):
-        flat = tensor.detach().flatten().contiguous().view(torch.uint8).long()
-        places = torch.arange(1, flat.numel() + 1, device=flat.device)
-        total = total.to(flat.device) * 31 + (flat * places).sum()
+    for tensor in tensors:
+        # In parts, since the products take eight times the memory.
+        for part in tensor.detach().flatten().contiguous().view(torch.uint8).split(_CHECKED_BYTES):
+            places = torch.arange(1, part.numel() + 1, device=part.device)
+            total = total.to(part.device) * 31 + (part.long() * places).sum()
     return total

@@ -44,7 +44,9 @@ def write_manifest(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_model_folder(folder: Path, *parts: Any) -> None:
+def save_model_folder(
+    folder: Path, model: Any, *parts: Any, state_dict: dict[str, Any] | None = None
+) -> None:
     """Save a model and its tokenizer into a folder, with their manifest; ``config.json`` last.
 
     Until ``config.json`` is there the folder is not a model folder, so that an interrupted save
@@ -53,6 +55,7 @@ def save_model_folder(folder: Path, *parts: Any) -> None:
     staging = folder / f".saving-{os.getpid()}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
+        model.save_pretrained(staging, state_dict=state_dict)
         for part in parts:
             part.save_pretrained(staging)
         write_manifest(staging)

@@ -185,6 +185,14 @@ class TrainingOptions(Options):
         False,
         config="reversible",
     )
+    sequence_parallel: int = option(
+        "Processes of torchrun that share each row (favor attention); includes --fsdp.",
+        1,
+        at_least=1,
+    )
+    fsdp: bool = option(
+        "Weights and optimiser state sharded over the processes of torchrun (FSDP2).", False
+    )
     feed_forward_chunk: int = option(
         "Tokens in feed-forward blocks at a time; 0 for all.",
         0,
@@ -271,6 +279,16 @@ class TrainingOptions(Options):
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
                 "keep no activations anyway"
             )
+        if self.sequence_parallel > 1 and not self.attention.startswith("favor-"):
+            raise OptionError(
+                "--sequence-parallel needs an --attention whose name begins with favor-, got "
+                f"{self.attention}"
+            )
+        if self.sharded and self.optimizer == "muon":
+            raise OptionError(
+                "--optimizer muon needs whole matrices, and --fsdp or --sequence-parallel shards "
+                "them: use --optimizer adamw"
+            )
         if self.window is not None and self.attention != "favor-softmax":
             raise OptionError(
                 f"--window needs --attention favor-softmax, got --attention {self.attention}"
@@ -296,9 +314,16 @@ class TrainingOptions(Options):
         for flag, given in (
             ("--gradient-checkpointing", self.gradient_checkpointing),
             ("--reversible", self.reversible),
+            ("--sequence-parallel", self.sequence_parallel > 1),
+            ("--fsdp", self.fsdp),
         ):
             if given:
                 raise OptionError(f"--carry-state cannot be combined with {flag}; leave it out")
+
+    @property
+    def sharded(self) -> bool:
+        """Sharing of the weights by processes."""
+        return self.fsdp or self.sequence_parallel > 1
 
     def model_config(self, tokenizer: Any) -> PerformerConfig:
         """The configuration of the model to train, for a tokenizer."""
@@ -321,7 +346,8 @@ class TrainingOptions(Options):
         if not (self.gradient_checkpointing or self.bf16):
             # A batch ends where one more row would exceed the budget: half of it is always reached.
             trained = int((1 - self.validation_fraction) * tokens)
-            self._check_memory(min(trained, self.batch_tokens) // 2)
+            batch = min(trained, self.batch_tokens)
+            self._check_memory(batch // (2 * self.sequence_parallel))
 
     def _check_memory(self, tokens: int = 0) -> None:
         from performers.proteins.training.memory import check_training_memory

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from performers.app.errors import UserError
+from performers.app.processes import process_count
 from performers.training.environment import available_device
+from performers.training.parallel import mesh_arguments
 
 if TYPE_CHECKING:
     from performers.proteins.options import TrainingOptions
@@ -29,6 +31,7 @@ def training_arguments(folder: Path, options: TrainingOptions) -> TrainingArgume
         UserError: The device is not available, or cannot compute in bfloat16.
     """
     use_cpu = _use_cpu(options.device)
+    mesh = _mesh_arguments(options) if options.sharded else {}
     tenth = max(1, options.steps // 10)
     warmup = max(1, options.steps // 20)
     try:
@@ -62,6 +65,7 @@ def training_arguments(folder: Path, options: TrainingOptions) -> TrainingArgume
             # Token budgets give batches of different sizes; accelerate cannot even those out.
             accelerator_config={"even_batches": False},
             dataloader_pin_memory=not use_cpu and torch.cuda.is_available(),
+            **mesh,
         )
     except ValueError as error:
         if not options.bf16:
@@ -88,6 +92,22 @@ def tracker_callbacks(trackers: Sequence[str], output: Path) -> list[TrainerCall
     if "wandb" in trackers:
         callbacks.append(WandbCallback())
     return callbacks
+
+
+def _mesh_arguments(options: TrainingOptions) -> dict[str, Any]:
+    share = options.sequence_parallel
+    flag = f"--sequence-parallel {share}" if share > 1 else "--fsdp"
+    try:
+        return mesh_arguments(
+            process_count(), sequence_parallel=share, reversible=options.reversible
+        )
+    except RuntimeError as error:
+        raise UserError(f"{flag} {error}; upgrade it, or leave out {flag}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{flag} {error}; start them with torchrun --nproc-per-node {max(2, share)} -m "
+            "performers train"
+        ) from error
 
 
 def _use_cpu(name: str) -> bool:

@@ -26,6 +26,7 @@ from performers.training.callbacks import (
 from performers.training.environment import quiet_transformers
 from performers.training.estimate import EstimateCallback
 from performers.training.optimizers import check_muon
+from performers.training.parallel import lost_processes
 from performers.training.record import check_same_run, last_complete_checkpoint
 from performers.training.trainer import RunTrainer
 
@@ -70,7 +71,7 @@ class TrainingRun:
         self._continued = resume and self._settings.exists()
         if self._continued:
             check_same_run(self._settings, record, options)
-            self.checkpoint = last_complete_checkpoint(self.checkpoints)
+            self.checkpoint = last_complete_checkpoint(self.checkpoints, sharded=options.sharded)
         elif resume and is_first_process() and output.is_dir() and any(output.glob("[!.]*")):
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "
@@ -134,15 +135,19 @@ class TrainingRun:
         if trainer.limit is not None and trainer.limit.reached and checkpoint is not None:
             # To load the last checkpoint and take no step.
             trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
-        with quiet_transformers(), stop_on_signals(stop):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if stop.requested:
-            raise Interrupted(
-                f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint "
-                "is in the output folder: run the same command with --resume to continue"
-            )
-        # Already at hand, but for a run that had ended before it was resumed.
-        validated = trainer.evaluate()
+        again = "repeat the command with --resume, which continues from the last checkpoint"
+        with lost_processes(again):
+            with quiet_transformers(), stop_on_signals(stop):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            if stop.requested:
+                raise Interrupted(
+                    f"stopped after step {trainer.state.global_step} of {options.steps}; a "
+                    "checkpoint is in the output folder: run the same command with --resume to "
+                    "continue"
+                )
+            # Already at hand, but for a run that had ended before it was resumed.
+            validated = trainer.evaluate()
+            state_dict = trainer.full_state_dict()
         result = {
             "steps": trainer.state.global_step,
             "seconds": round(clock.seconds, 2),
@@ -154,7 +159,8 @@ class TrainingRun:
         if trainer.is_world_process_zero():
             with quiet_transformers():
                 trained: Any = trainer.accelerator.unwrap_model(trainer.model)
-                save_model_folder(self.output, *filter(None, (trained, tokenizer)))
+                parts = filter(None, (trained, tokenizer))
+                save_model_folder(self.output, *parts, state_dict=state_dict)
             trainer.state.save_to_json(str(self.output / "trainer_state.json"))
             ended = {**self.record, "result": result}
             write_result(self._settings, ended, "training", seed=options.seed, model=self.output)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from performers.app.errors import Diverged
 from performers.training.callbacks import TimeLimitCallback
-from performers.training.checkpoints import CheckpointTrainer
 from performers.training.optimizers import MuonAdamW
+from performers.training.parallel import ParallelTrainer
 
 if TYPE_CHECKING:
     from performers.proteins.options import TrainingOptions
@@ -53,7 +53,7 @@ class ShuffledBatches(Sampler[list[int]]):
             epoch += 1
 
 
-class RunTrainer(CheckpointTrainer):
+class RunTrainer(ParallelTrainer):
     """Trainer whose run is one pass over a sampler of batches, so that to resume is to skip.
 
     By default a batch is ``batch_tokens // max_length`` rows of the data set in random order, and
@@ -107,7 +107,8 @@ class RunTrainer(CheckpointTrainer):
         """The whole run as one pass."""
         dataset: Any = self.train_dataset
         arguments = self.args
-        batches = arguments.max_steps * arguments.gradient_accumulation_steps * arguments.world_size
+        readers = arguments.world_size // self.options.sequence_parallel
+        batches = arguments.max_steps * arguments.gradient_accumulation_steps * readers
         loader = DataLoader(
             dataset,
             batch_sampler=self.sampler(batches),
@@ -164,7 +165,8 @@ class RunTrainer(CheckpointTrainer):
         for entry in reversed(self.state.log_history):
             if entry.get("step") == self.state.global_step and "eval_loss" in entry:
                 return {name: value for name, value in entry.items() if name.startswith("eval_")}
-        metrics = self.measure(self.accelerator.unwrap_model(self.model))
+        with self.whole_rows():
+            metrics = self.measure(self.accelerator.unwrap_model(self.model))
         logged = {f"eval_{name}": float(value) for name, value in metrics.items()}
         self.log(dict(logged))
         return logged

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from performers.attention.sharding import check_not_sharded
 from performers.convert.distillation.batches import Collator, Stream
 from performers.convert.distillation.stages import Distillation, DistillationRun
 from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
@@ -99,8 +100,15 @@ def distill(
         The results; the student is in evaluation mode.
 
     Raises:
-        ValueError: An argument is out of range, or the student was not converted.
+        ValueError: An argument is out of range, the student was not converted, or rows are to be
+            cut over processes.
     """
+    check_not_sharded("distill")
+    if (options or {}).get("parallelism_config") is not None:
+        raise ValueError(
+            "parallelism_config is not available: distill gives each process whole rows, for the "
+            "teacher's attention is exact; leave it out, and torchrun trains data parallel"
+        )
     student, teacher = transformer_of(student), transformer_of(teacher)
     if transfer_steps < 0 or steps < 0 or not transfer_steps + steps:
         raise ValueError(

@@ -1,0 +1,205 @@
+"""Runs of several processes on accelerate's mesh: FSDP2, and rows cut over processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+
+from performers.app.errors import UserError
+from performers.distributed import check_alike, sequence_parallel, shard
+from performers.distributed.batches import gather_positions, one_row, with_least_length
+from performers.training.checkpoints import CheckpointTrainer
+
+_NEEDED = {"accelerate": "1.15", "transformers": "5.24", "torch": "2.9"}
+
+
+def mesh_arguments(
+    processes: int, *, sequence_parallel: int = 1, reversible: bool = False
+) -> dict[str, Any]:
+    """Arguments of ``TrainingArguments`` for a model whose weights are sharded by FSDP2.
+
+    Args:
+        processes: Processes of the run.
+        sequence_parallel: Processes of each row: ``cp`` of accelerate's mesh. The others are
+            ``dp_shard``, data parallel.
+        reversible: Blocks are reversible: the model is sharded, and not each block.
+
+    Raises:
+        ValueError: There is one process, or their number is not a multiple of
+            ``sequence_parallel``.
+        RuntimeError: accelerate, transformers or torch is too old.
+    """
+    versions = {
+        "accelerate": accelerate.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    for name, least in _NEEDED.items():
+        if Version(versions[name]) < Version(least):
+            raise RuntimeError(f"needs {name} {least} or later, this is {versions[name]}")
+    if processes == 1 or processes % sequence_parallel:
+        raise ValueError(
+            f"needs several processes, a multiple of {sequence_parallel}, and this run has "
+            f"{processes}"
+        )
+    return {
+        "parallelism_config": accelerate.ParallelismConfig(
+            dp_shard_size=processes // sequence_parallel, cp_size=sequence_parallel
+        ),
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "auto_wrap_policy": "NO_WRAP" if reversible else "TRANSFORMER_BASED_WRAP",
+        },
+    }
+
+
+class ParallelTrainer(CheckpointTrainer):
+    """Trainer whose processes share weights (FSDP2) and rows, on the mesh of `mesh_arguments`.
+
+    Rows are cut over the processes of ``cp`` in accelerate's mesh, which all read the same batch.
+    The loss is divided by the labels of all processes, so that gradients are those of one process
+    on the whole batch. Weights and random features of all processes are compared before the first
+    step: FSDP2 does not broadcast them.
+
+    Raises:
+        UserError: Weights or random features differ between processes.
+    """
+
+    sequence_group: dist.ProcessGroup | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, and a group for the messages of rows."""
+        if self.args.fsdp:
+            _enable_fsdp_on_cpu()
+            # Of accelerate's mesh; and of losses that Trainer scales in place, which are no views.
+            for text in ("Slicing a flattened dim", "FSDP2-wrapped module"):
+                warnings.filterwarnings("ignore", message=text, category=UserWarning)
+        super().create_accelerator_and_postprocess()
+        if self.get_cp_size() > 1:
+            # A communicator of their own: messages must not be mixed up with FSDP's.
+            ranks = self.accelerator.torch_device_mesh["cp"].mesh.tolist()
+            world = torch.arange(self.args.world_size).view(-1, len(ranks)).tolist()
+            self.sequence_group, _ = dist.new_subgroups_by_enumeration(world)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Compare the weights of all processes, and train."""
+        if self.args.fsdp:
+            try:
+                check_alike(self.model)
+            except ValueError as error:
+                raise UserError(
+                    f"the processes do not begin with one model: {error}; processors of different "
+                    "kinds draw features that differ by rounding, so run on one kind"
+                ) from error
+        if self.sequence_group is not None:
+            # Dropout of one shard must not be that of another.
+            torch.manual_seed(self.args.seed + dist.get_rank())
+        return super().train(*args, **kwargs)
+
+    def _prepare_context_parallel_inputs(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        if self.sequence_group is None:
+            return nullcontext, inputs
+        shards, boundaries = self._cut(inputs)
+        return partial(sequence_parallel, self.sequence_group, cu_seqlens=boundaries), shards
+
+    def _cut(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[int] | None]:
+        """This process's shard of a batch, and the boundaries of the sequences in its row."""
+        config, boundaries = self.model.config, None
+        if "sequence_ids" in inputs:
+            inputs, boundaries = one_row(inputs)
+        least = dist.get_world_size(self.sequence_group) * max(1, config.window or 0)
+        inputs = with_least_length(inputs, least, pad=config.pad_token_id)
+        if boundaries is not None:
+            boundaries = [*boundaries, inputs["input_ids"].shape[1]]
+        shards = shard(
+            inputs, self.sequence_group, is_causal=config.is_decoder, cu_seqlens=boundaries
+        )
+        return shards, boundaries
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """Context in which the model takes whole rows and computes its logits in shards."""
+        if self.sequence_group is None:
+            yield
+            return
+        group, length = self.sequence_group, 0
+
+        def cut(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            nonlocal length
+            rows = {name: x for name, x in kwargs.items() if isinstance(x, Tensor)}
+            length = rows["input_ids"].shape[1]
+            return args, {**kwargs, **self._cut(rows)[0]}
+
+        def join(module: nn.Module, args: Any, output: Any) -> Any:
+            output["logits"] = gather_positions(output["logits"], group)[:, :length]
+            return output
+
+        handles = [
+            self.model.register_forward_pre_hook(cut, with_kwargs=True),
+            self.model.register_forward_hook(join),
+        ]
+        try:
+            with sequence_parallel(group):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """Sharded weights as whole ones, in the first process; None where they are not sharded.
+
+        All processes call it.
+        """
+        if not self.args.fsdp:
+            return None
+        whole: dict[str, Tensor] = self.accelerator.get_state_dict(self.model)
+        # Tied weights once.
+        once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
+        return {name: x for name, x in whole.items() if name in once}
+
+
+@contextmanager
+def lost_processes(remedy: str) -> Iterator[None]:
+    """Context of a run that ends with one line when another of its processes has ended.
+
+    Raises:
+        UserError: A collective found another process gone, or waited for it in vain.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        # Without the place in gloo's sources.
+        reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().split("\n")[0]).split(". ")[0]
+        raise UserError(
+            f"process {os.environ.get('RANK', '0')} lost another one of this run, which has ended "
+            f"or cannot be reached ({reason}); {remedy}"
+        ) from error
+
+
+def _enable_fsdp_on_cpu() -> None:
+    """Let accelerate shard models in processes without accelerators, too.
+
+    FSDP2 is torch's and runs on gloo; accelerate looks for it in a list of kinds of devices, and
+    replaces this kind by ``FSDP``.
+    """
+    state = accelerate.PartialState()
+    if state.distributed_type == accelerate.DistributedType.MULTI_CPU:
+        state.distributed_type = accelerate.DistributedType.MULTI_GPU
