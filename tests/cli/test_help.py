@@ -15,7 +15,7 @@ from tests.proteins.runs import finish, start
 
 COMMANDS = [
     *("train", "evaluate", "embed", "score", "generate", "report", "demo", "probe", "convert"),
-    "data swissprot",
+    *(f"data {name}" for name in ("swissprot", "uniref50", "trembl", "merge", "export")),
     *("benchmark attention", "benchmark model", "benchmark decode"),
 ]
 

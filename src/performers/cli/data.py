@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from performers.app.errors import UserError
 from performers.app.files import prepare_output_folder
-from performers.app.options import Options, option
+from performers.app.options import OptionError, Options, argument, option
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output, table
-from performers.proteins.options import UNIPROT, CorpusOptions
+from performers.proteins.options import UNIPROT, CorpusOptions, SplitOptions
 
 app = App(no_args_is_help=True, help="Make sequences ready for training.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusFiles(Options):
-    """Sources of a corpus, and the means to prepare it."""
+class CorpusOutput(Options):
+    """Folder of a corpus, and the means to prepare it."""
 
     output_folder: Path = option("Folder of the corpus.", flag="--output")
+    threads: int = option("Threads of mmseqs2.", 2, at_least=1, at_most=1024)
+    memory: int = option("MiB that the index of mmseqs2 may take.", 1500, at_least=64)
+    resume: bool = option("Continue the preparation in --output.", False)
+
+    def prepare(self) -> Path:
+        """Make the folder.
+
+        Raises:
+            UserError: It cannot be used.
+        """
+        return prepare_output_folder(self.output_folder, resume=self.resume)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusFiles(CorpusOutput):
+    """Sources of a corpus that is clustered as it is made."""
+
     source: list[Path] | None = option(
         "FASTA file (repeatable); the current release of Swiss-Prot is downloaded without one.",
         None,
@@ -32,9 +52,44 @@ class CorpusFiles(Options):
     clusters: Path | None = option(
         "Table of representative and member, instead of clustering.", None
     )
-    threads: int = option("Threads of mmseqs2.", 2, at_least=1, at_most=1024)
-    memory: int = option("MiB that the index of mmseqs2 may take.", 1500, at_least=64)
-    resume: bool = option("Continue the preparation in --output.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamFiles(CorpusOutput):
+    """Sources of a corpus that is read as a stream."""
+
+    fasta: list[Path] = argument("FASTA files, plain or compressed.")
+    part: str | None = option(
+        "Read part i of n, as i/n; performers data merge makes a corpus of all parts.", None
+    )
+    licence: str | None = option("Licence of the sequences, for the manifest.", None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(Options):
+    """Clusters of sequences whose headers name none."""
+
+    clusters: Path | None = option(
+        "Table of cluster and member, or UniProt's idmapping_selected.tab or idmapping.dat, whose "
+        "UniRef50 clusters are taken; plain or compressed.",
+        None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeFiles(CorpusOutput):
+    """Parts of a corpus."""
+
+    parts: list[Path] = argument("Folders made with --part, all of them, in any order.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFiles(Options):
+    """A corpus, and the folder and format of its copy."""
+
+    corpus: Path = argument("Folder of performers data.")
+    output_folder: Path = option("Folder of the copy.", flag="--output")
+    format: str = option("Format: mds, of mosaicml-streaming.", choices=("mds",))
 
 
 @app.command(example="performers data swissprot --output swissprot")
@@ -46,7 +101,7 @@ def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
     from performers.proteins.corpus import prepare_corpus
     from performers.proteins.corpus.sources import open_source
 
-    folder = prepare_output_folder(files.output_folder, resume=files.resume)
+    folder = files.prepare()
     with ProgressBars() as bars:
         source = open_source(
             files.source or [],
@@ -64,6 +119,100 @@ def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
         memory=files.memory << 20,
         report=note,
     )
+    _print_splits(manifest)
+
+
+@app.command(example="performers data uniref50 uniref50.fasta.gz --output uniref50")
+def uniref50(files: StreamFiles, options: SplitOptions) -> None:
+    """UniRef50 as a stream, in constant memory: split by the clusters that its headers name."""
+    _stream(files, options, None)
+
+
+@app.command(
+    example="performers data trembl uniprot_trembl.fasta.gz --clusters idmapping_selected.tab.gz "
+    "--output trembl"
+)
+def trembl(files: StreamFiles, membership: TableOptions, options: SplitOptions) -> None:
+    """TrEMBL, or other sequences, as a stream: split by the clusters of a table."""
+    if membership.clusters is None:
+        raise OptionError(
+            "--clusters is missing: TrEMBL's headers name no cluster; give UniProt's "
+            "idmapping_selected.tab.gz of the same release, or a table of cluster and member "
+            "(UniRef50, whose headers do, is made by performers data uniref50)"
+        )
+    if not membership.clusters.is_file():
+        raise OptionError(f"--clusters {membership.clusters} is no file; check the path")
+    _stream(files, options, membership.clusters)
+
+
+def _stream(files: StreamFiles, options: SplitOptions, clusters: Path | None) -> None:
+    from performers.proteins.corpus import Part, prepare_clustered, prepare_part
+    from performers.proteins.corpus.sources import given_source
+
+    part = None if files.part is None else Part.read(files.part)
+    source = given_source(files.fasta, licence=files.licence)
+    folder = files.prepare()
+    with ProgressBars() as bars:
+        if part is not None:
+            prepare_part(
+                source,
+                folder,
+                options,
+                part,
+                clusters=clusters,
+                report=note,
+                progress=bars.task("reading"),
+            )
+            note(f"part {part.number} of {part.of} is in {folder}; next: performers data merge")
+            return
+        manifest = prepare_clustered(
+            source,
+            folder,
+            options,
+            clusters=clusters,
+            threads=files.threads,
+            memory=files.memory << 20,
+            report=note,
+            reading=bars.task("reading"),
+            writing=bars.task("writing"),
+        )
+    _print_splits(manifest)
+
+
+@app.command(example="performers data merge part1 part2 part3 part4 --output uniref50")
+def merge(files: MergeFiles) -> None:
+    """Parts of a corpus, made with --part anywhere, as one corpus: that of the whole, exactly."""
+    from performers.proteins.corpus import merge_parts
+
+    inside = [path for path in files.parts if path.resolve() == files.output_folder.resolve()]
+    if inside:
+        raise UserError(f"--output {inside[0]} is one of the parts; give another folder")
+    folder = files.prepare()
+    with ProgressBars() as bars:
+        manifest = merge_parts(
+            files.parts,
+            folder,
+            threads=files.threads,
+            memory=files.memory << 20,
+            report=note,
+            progress=bars.task("writing"),
+        )
+    _print_splits(manifest)
+
+
+@app.command(example="performers data export uniref50 --format mds --output uniref50-mds")
+def export(files: ExportFiles) -> None:
+    """A corpus in a format for object stores."""
+    from performers.proteins.corpus import Corpus
+    from performers.proteins.corpus.export import export_mds
+
+    corpus = Corpus(files.corpus)
+    folder = prepare_output_folder(files.output_folder)
+    with ProgressBars() as bars:
+        export_mds(corpus, folder, progress=bars.task("writing"))
+
+
+def _print_splits(manifest: Mapping[str, Any]) -> None:
     columns = ("sequences", "residues", "clusters")
     rows = [
         (name, *(f"{entry[column]:,}" for column in columns))

@@ -396,19 +396,18 @@ class TrainingOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusOptions(Options):
+class SplitOptions(Options):
     """Options that decide the splits of a corpus; recorded in its manifest."""
 
-    identity: float = option("Least identity within a cluster.", 0.3, above=0, at_most=1)
-    coverage: float = option(
-        "Least coverage of both sequences within a cluster.", 0.8, above=0, at_most=1
-    )
     validation_fraction: float = option(
         "Share of the sequences to validate on.", 0.005, above=0, below=1
     )
     test_fraction: float = option("Share of the sequences to test on.", 0.01, above=0, below=1)
     ood_fraction: float = option(
-        "Share of the sequences held out as whole clusters.", 0.01, above=0, below=1
+        "Share of the sequences held out as whole clusters without relatives in the rest.",
+        1e-4,
+        above=0,
+        below=1,
     )
     sensitivity: float = option(
         "Sensitivity of the search for relatives of clusters to hold out (mmseqs2's -s).",
@@ -433,6 +432,19 @@ class CorpusOptions(Options):
                 "--validation-fraction, --test-fraction and --ood-fraction leave less than a "
                 "tenth to train on; lower them"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions(SplitOptions):
+    """Options of a corpus that is clustered as it is made."""
+
+    ood_fraction: float = option(
+        "Share of the sequences held out as whole clusters.", 0.01, above=0, below=1
+    )
+    identity: float = option("Least identity within a cluster.", 0.3, above=0, at_most=1)
+    coverage: float = option(
+        "Least coverage of both sequences within a cluster.", 0.8, above=0, at_most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

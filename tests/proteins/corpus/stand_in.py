@@ -9,7 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
-_PROGRAM = """#!{python}
+_PROGRAM = """#!{python} -IS
 import sys
 from pathlib import Path
 

@@ -8,8 +8,8 @@ import pytest
 
 from performers.app.errors import UserError
 from performers.proteins.corpus import Corpus, CorpusOptions, prepare_corpus
-from performers.proteins.corpus.shards import SPLITS
 from performers.proteins.corpus.sources import open_source
+from performers.proteins.corpus.splitting import SPLITS
 from tests.proteins.corpus import stand_in
 
 OPTIONS = CorpusOptions(validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1)
@@ -77,7 +77,7 @@ def test_splits(fasta, tmp_path):
 
 
 def test_a_search_that_reports_few_hits_misses_no_relative(fasta, tmp_path, monkeypatch):
-    monkeypatch.setattr("performers.proteins.corpus.prepare._HITS_PER_QUERY", 1)
+    monkeypatch.setattr("performers.proteins.corpus.relatives._HITS_PER_QUERY", 1)
     manifest = prepare(fasta, tmp_path / "corpus")
     corpus = Corpus(tmp_path / "corpus")
     tails = {
@@ -156,7 +156,7 @@ def test_own_clusters(fasta, tmp_path):
     table.write_text(table.read_text() + "nobody\tnobody\n")
     with pytest.raises(UserError, match="another corpus"):
         prepare(fasta, tmp_path / "corpus", clusters=table)
-    with pytest.raises(UserError, match="nobody"):
+    with pytest.raises(UserError, match=r"mine\.tsv lists 301 members, but there are 300"):
         prepare(fasta, tmp_path / "other", clusters=table)
 
 

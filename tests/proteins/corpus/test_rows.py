@@ -5,9 +5,8 @@ import pytest
 
 from performers.app.errors import UserError
 from performers.proteins.corpus import ShardedRows, TokenShards
-from performers.proteins.corpus.shards import write_shards
 from performers.proteins.inputs.packing import pack_sequences, split_windows
-from tests.proteins.corpus.test_shards import proteins
+from tests.proteins.corpus.test_shards import proteins, write_shards
 
 
 @pytest.fixture(scope="module")

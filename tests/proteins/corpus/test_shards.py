@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from performers.app.errors import UserError
-from performers.proteins.corpus.shards import TokenShards, write_shards
+from performers.proteins.corpus.shards import ShardWriter, TokenShards, encode
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBZUOJ"
@@ -16,6 +16,14 @@ def proteins(count=57, seed=0):
         (f"P{i}", "".join(random.choice(list(LETTERS), random.integers(1, 40))))
         for i in range(count)
     ]
+
+
+def write_shards(folder, records, shard_tokens=1 << 25, at_once=7):
+    writer = ShardWriter(folder, shard_tokens)
+    for start in range(0, len(records), at_once):
+        some = records[start : start + at_once]
+        writer.extend([name for name, _ in some], *encode(some))
+    return writer.close()
 
 
 def test_tokens_are_the_tokenizers(tmp_path):
@@ -50,10 +58,24 @@ def test_fingerprint_tells_residues_apart(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-@pytest.mark.parametrize("sequence", ["", "MKa", "MK-V", "MKé"])
-def test_no_residue(tmp_path, sequence):
+def test_shards_end_at_the_same_sequences_however_many_come_at_once(tmp_path):
+    entries = [
+        write_shards(tmp_path / str(i), proteins(), shard_tokens=100, at_once=i) for i in (1, 5, 57)
+    ]
+    assert entries[0] == entries[1] == entries[2]
+    # Each has its tokens, and had fewer before its last sequence.
+    shards = TokenShards(tmp_path / "5", entries[0])
+    lengths, start = shards.lengths, 0
+    for shard in entries[0]["shards"][:-1]:
+        inside = lengths[start : start + shard["sequences"]]
+        assert inside[:-1].sum() < 100 <= inside.sum() == shard["tokens"]
+        start += shard["sequences"]
+
+
+@pytest.mark.parametrize("sequence", ["", "MKa", "MK-V", "MKé", "MK\1", "M\2\1K", "\2\1"])
+def test_no_residue(sequence):
     with pytest.raises(UserError, match="P9 is empty or has a letter"):
-        write_shards(tmp_path, [("P9", sequence)])
+        encode([("P8", "MKV"), ("P9", sequence)])
 
 
 def test_damaged_shards(tmp_path):

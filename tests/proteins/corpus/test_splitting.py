@@ -1,25 +1,29 @@
 """Held-out clusters have no relatives in the rest, and every sequence is in one split."""
 
-import pytest
+import hashlib
 
-from performers.app.errors import UserError
+import numpy as np
+
 from performers.proteins.corpus.splitting import (
-    assign_splits,
+    SPLITS,
     candidate_clusters,
+    draws,
     independent_clusters,
-    shuffled,
+    split_bounds,
     whole_groups,
 )
 
 CLUSTERS = {f"c{i}": [f"c{i}", *(f"m{i}.{j}" for j in range(i % 3))] for i in range(60)}
 
 
-def test_order_depends_on_seed_and_draw_alone():
+def test_draws_depend_on_name_seed_and_draw_alone():
     names = [f"n{i}" for i in range(50)]
-    order = shuffled(names, 1, "a")
-    assert order == shuffled(reversed(names), 1, "a")
-    assert order != shuffled(names, 2, "a")
-    assert order != shuffled(names, 1, "b")
+    drawn = draws(names, 1, "a")
+    expected = [int(hashlib.sha256(f"1:a:{name}".encode()).hexdigest()[:16], 16) for name in names]
+    assert drawn.tolist() == expected
+    assert (drawn != draws(names, 2, "a")).all()
+    assert (drawn != draws(names, 1, "b")).all()
+    assert draws([], 1, "a").size == 0
 
 
 def test_candidates_reach_the_number_without_large_clusters():
@@ -37,9 +41,10 @@ def relatives_of(pairs):
     calls = []
 
     def relatives(held, others, thorough):
-        assert not set(held) & set(others)
-        calls.append((list(held), list(others), thorough))
-        return [name for name in held if thorough and any((name, o) in both for o in others)]
+        calls.append((list(held), others, thorough))
+        targets = CLUSTERS.keys() - set(held) if others is None else others
+        assert not set(held) & set(targets)
+        return [name for name in held if thorough and any((name, o) in both for o in targets)]
 
     return relatives, calls
 
@@ -47,28 +52,26 @@ def relatives_of(pairs):
 def test_related_to_the_rest_or_to_such_is_not_held_out():
     # c1-c2 are related to each other only; c4 is related to c3, which is to the rest; c5 to none.
     relatives, calls = relatives_of([("c1", "c2"), ("c4", "c3"), ("c3", "c50")])
-    held = independent_clusters(["c4", "c1", "c5", "c2", "c3"], CLUSTERS, relatives)
+    held = independent_clusters(["c4", "c1", "c5", "c2", "c3"], relatives)
     assert held == ["c1", "c5", "c2"]
     # Quickly, thoroughly, in what that dropped, and in what that dropped: nothing is left to find.
     assert [thorough for _, _, thorough in calls] == [False, True, True, True]
-    assert [others for _, others, _ in calls[2:]] == [["c3"], ["c4"]]
-    for _, others, _ in calls[:2]:
-        assert sorted(others) == sorted(CLUSTERS.keys() - {"c1", "c2", "c3", "c4", "c5"})
+    assert [others for _, others, _ in calls] == [None, None, ["c3"], ["c4"]]
 
 
 def test_what_a_quick_search_finds_is_searched_for_relatives_too():
     def relatives(held, others, thorough):
         if not thorough:
             return ["c3"]
-        return [name for name in held if name == "c4" and "c3" in others]
+        return [name for name in held if name == "c4" and others is None and "c3" not in held]
 
-    assert independent_clusters(["c4", "c3", "c6"], CLUSTERS, relatives) == ["c6"]
+    assert independent_clusters(["c4", "c3", "c6"], relatives) == ["c6"]
 
 
 def test_no_candidate_is_left():
     relatives, _ = relatives_of([("c3", "c50")])
-    assert independent_clusters(["c3"], CLUSTERS, relatives) == []
-    assert independent_clusters([], CLUSTERS, relatives) == []
+    assert independent_clusters(["c3"], relatives) == []
+    assert independent_clusters([], relatives) == []
 
 
 def test_related_clusters_are_taken_together():
@@ -83,13 +86,19 @@ def test_a_group_too_large_for_what_is_asked_is_passed_over():
     assert whole_groups(["c2", "c5", "c8", "c0", "c3"], hits, CLUSTERS, 2) == ["c0", "c3"]
 
 
+def splits_of(names, held_out, validation, test, seed, drawn=None):
+    """Names in each split; ``drawn`` is what each one's split is drawn by, its name by default."""
+    numbers = draws(drawn or names, seed, "sequences")
+    held = np.isin(names, list(held_out))
+    codes = split_bounds(numbers[~held], validation, test).codes(numbers, held)
+    return {s: [n for n, c in zip(names, codes, strict=True) if SPLITS[c] == s] for s in SPLITS}
+
+
 def test_the_draws_are_independent():
     """Clusters that are not held out have their share of every other split."""
     clusters = {f"c{i}": [f"c{i}"] for i in range(4000)}
     candidates = candidate_clusters(clusters, 0, 400, 1)
-    splits = assign_splits(
-        clusters, candidates[:40], validation_fraction=0.25, test_fraction=0.25, seed=0
-    )
+    splits = splits_of(list(clusters), candidates[:40], 1000, 1000, 0)
     passed_over = set(candidates[40:])
     for name in ("validation", "test"):
         # 90 expected, standard deviation 8.
@@ -97,16 +106,35 @@ def test_the_draws_are_independent():
 
 
 def test_every_sequence_is_in_one_split():
-    splits = assign_splits(
-        CLUSTERS, ["c7", "c8"], validation_fraction=0.05, test_fraction=0.1, seed=3
-    )
     members = [name for group in CLUSTERS.values() for name in group]
+    held_out = CLUSTERS["c7"] + CLUSTERS["c8"]
+    splits = splits_of(members, held_out, 6, 12, 3)
     assert sorted(name for names in splits.values() for name in names) == sorted(members)
-    assert splits["ood"] == sorted(CLUSTERS["c7"] + CLUSTERS["c8"])
-    assert len(splits["validation"]) == round(0.05 * len(members))
-    assert len(splits["test"]) == round(0.1 * len(members))
+    assert sorted(splits["ood"]) == sorted(held_out)
+    assert len(splits["validation"]) == 6
+    assert len(splits["test"]) == 12
+    # The smallest draws, by an order that owes `draws` nothing.
+    order = sorted(
+        (name for name in members if name not in held_out),
+        key=lambda name: hashlib.sha256(f"3:sequences:{name}".encode()).hexdigest(),
+    )
+    assert set(splits["validation"]) == set(order[:6])
+    assert set(splits["test"]) == set(order[6:18])
 
 
-def test_empty_split_is_named():
-    with pytest.raises(UserError, match="none is left for ood"):
-        assign_splits(CLUSTERS, [], validation_fraction=0.1, test_fraction=0.1, seed=0)
+def test_clusters_are_drawn_whole():
+    names = [name for group in CLUSTERS.values() for name in group]
+    cluster = [name for name, group in CLUSTERS.items() for _ in group]
+    splits = splits_of(names, [], 12, 20, 0, cluster)
+    of = dict(zip(names, cluster, strict=True))
+    found = {split: {of[name] for name in members} for split, members in splits.items()}
+    assert sum(map(len, found.values())) == len(CLUSTERS)
+    assert 9 < len(splits["validation"]) <= 12
+    assert 17 < len(splits["test"]) <= 22
+
+
+def test_bounds_of_few_sequences():
+    numbers = draws(["a", "b", "c"], 0, "sequences")
+    nobody = np.zeros(3, dtype=bool)
+    assert sorted(split_bounds(numbers, 1, 2).codes(numbers, nobody).tolist()) == [1, 2, 2]
+    assert split_bounds(numbers, 0, 0).codes(numbers, nobody).tolist() == [0, 0, 0]

@@ -1,46 +1,27 @@
-"""From sequences to a corpus: distinct, clustered, split, tokenised; in stages that resume."""
+"""From sequences to a corpus, in stages that resume: one part, or all of it."""
 
 from __future__ import annotations
 
-import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from performers.app.errors import UserError
-from performers.app.files import read_json, write_atomically, write_json
-from performers.app.provenance import KEY, write_result
+from performers.app.files import read_json, write_json
+from performers.app.progress import Progress
+from performers.proteins.corpus.blocks import Clusters, Part, write_part
+from performers.proteins.corpus.clusters import HeaderClusters, TableClusters
+from performers.proteins.corpus.merge import Report, finished, merge_parts
 from performers.proteins.corpus.mmseqs import Mmseqs
-from performers.proteins.corpus.shards import (
-    FORMAT,
-    SPLITS,
-    VOCABULARY,
-    write_shards,
-)
-from performers.proteins.corpus.sources import Source, fingerprint
-from performers.proteins.corpus.splitting import (
-    assign_splits,
-    candidate_clusters,
-    independent_clusters,
-    whole_groups,
-)
-from performers.proteins.inputs.fasta import iter_fasta, write_fasta
+from performers.proteins.corpus.relatives import read_pairs, write_pairs
+from performers.proteins.corpus.sources import Source, fingerprint, protein_name
+from performers.proteins.inputs.fasta import write_fasta
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.options import CorpusOptions
+from performers.proteins.options import CorpusOptions, SplitOptions
 
-Report = Callable[[str], None]
-
-# Only clusters without relatives in the rest are held out; many have some.
-_CANDIDATES_PER_HELD_OUT = 6
-# Clusters of this size are candidates even if they exceed a tenth of the sequences held out.
-_ALWAYS_SMALL = 10
-# A quick search drops the candidates with close relatives, which are most of them.
-_QUICK_SENSITIVITY = 1.0
-# One relative is enough to drop a cluster; not all hits of the prefilter are relatives.
-_HITS_PER_QUERY = 50
+_WHOLE = Part(1, 1)
 
 
 def prepare_corpus(
@@ -52,6 +33,7 @@ def prepare_corpus(
     threads: int = 2,
     memory: int = 1500 << 20,
     report: Report = lambda text: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a corpus: token shards of four splits, FASTA of the three small ones, a manifest.
 
@@ -60,10 +42,7 @@ def prepare_corpus(
 
     1. Distinct sequences, each under the first of its names in alphabetical order.
     2. Clusters (mmseqs2, or the table given), also kept as ``clusters.tsv``.
-    3. Out of distribution: clusters drawn with the seed, of which no member has a hit in what is
-       not held out (mmseqs2 search, repeated until it finds none); clusters that are related to
-       each other are held out together.
-    4. Validation and test by sequence from what is left; the rest is for training.
+    3. Splits (`merge_parts`): validation and test by sequence.
 
     Args:
         source: The sequences.
@@ -73,6 +52,7 @@ def prepare_corpus(
         threads: Threads of mmseqs2.
         memory: Bytes for the index of mmseqs2.
         report: Called with a line as each stage begins.
+        progress: Called with blocks of token files written and blocks in all.
 
     Returns:
         The manifest.
@@ -81,29 +61,11 @@ def prepare_corpus(
         UserError: The data or options cannot be used, mmseqs2 is not there or fails, or the folder
             holds a corpus or a run of another kind.
     """
-    wanted = {
-        "source": source.description,
-        "options": asdict(options),
-        "clusters_file": None if clusters is None else fingerprint(clusters),
-    }
-    manifest_file, work = output / "manifest.json", output / "work"
-    if manifest_file.exists():
-        manifest = read_json(manifest_file)
-        if {key: manifest.get(key) for key in wanted} == wanted:
-            # Left by a run that was stopped between writing the manifest and this.
-            shutil.rmtree(work, ignore_errors=True)
-            report("the corpus is there already")
-            return {key: value for key, value in manifest.items() if key != KEY}
-        raise UserError(f"{output} holds another corpus; give another --output")
-    work.mkdir(parents=True, exist_ok=True)
-    settings = work / "settings.json"
-    if settings.exists() and read_json(settings) != wanted:
-        raise UserError(
-            f"{output} holds a run with other options or data; repeat those, or give another "
-            "--output"
-        )
-    write_json(settings, wanted)
-
+    settings = _settings(source, options, clusters)
+    done = finished(output, settings, report)
+    if done is not None:
+        return done
+    work = output / "work"
     distinct = work / "sequences.fasta"
     if not distinct.exists():
         report("reading sequences")
@@ -113,62 +75,125 @@ def prepare_corpus(
     table = output / "clusters.tsv"
     if not table.exists():
         report(f"clustering {read['distinct']:,} sequences (mmseqs2, minutes)")
-        _write_pairs(table, _clusters(clusters, mmseqs, options))
-    members = _read_clusters(table)
-    _check_names(members, distinct, table)
-    target = max(1, round(options.ood_fraction * read["distinct"]))
-    candidates = candidate_clusters(
-        members,
-        options.seed,
-        min(_CANDIDATES_PER_HELD_OUT * target, read["distinct"] // 2),
-        max(target // 10, min(target, _ALWAYS_SMALL)),
+        write_pairs(table, _clusters(clusters, mmseqs, options))
+    part = work / "part"
+    find = TableClusters(table, work / "members")
+    if len(find) != read["distinct"]:
+        raise UserError(
+            f"{clusters or table} lists {len(find):,} members, but there are {read['distinct']:,} "
+            "distinct sequences; cluster the same sequences"
+        )
+    write_part(
+        part, [distinct], _WHOLE, settings, options, find, name=lambda word: word, by_cluster=False
     )
-    search = _RelativesSearch(mmseqs, distinct, members, options, report)
-    independent = independent_clusters(candidates, members, search)
-    held_out = whole_groups(independent, search.among(independent), members, target)
-    splits = assign_splits(
-        members,
-        held_out,
-        validation_fraction=options.validation_fraction,
-        test_fraction=options.test_fraction,
-        seed=options.seed,
+    return merge_parts(
+        [part],
+        output,
+        threads=threads,
+        memory=memory,
+        read=read,
+        report=report,
+        progress=progress,
     )
-    report("writing token files")
-    sequences = dict(_records(distinct))
-    cluster_of = {member: name for name, group in members.items() for member in group}
-    entries = {}
-    for name in SPLITS:
-        shutil.rmtree(output / name, ignore_errors=True)
-        entries[name] = {
-            **write_shards(
-                output / name,
-                ((member, sequences[member]) for member in splits[name]),
-                options.shard_tokens,
-            ),
-            "clusters": len({cluster_of[member] for member in splits[name]}),
-        }
-        if name != "train":
-            write_fasta(
-                output / f"{name}.fasta.gz",
-                (
-                    ProteinRecord(member, f"family={cluster_of[member]}", sequences[member])
-                    for member in splits[name]
-                ),
-            )
-    manifest = {
-        "format": FORMAT,
-        **wanted,
-        "read": read,
-        "mmseqs_version": mmseqs.version,
-        "clusters": len(members),
-        "ood_candidates": len(candidates),
-        "ood_searches": search.record,
-        "vocabulary": list(VOCABULARY),
-        "splits": entries,
+
+
+def prepare_part(
+    source: Source,
+    output: Path,
+    options: SplitOptions,
+    part: Part,
+    *,
+    clusters: Path | None = None,
+    report: Report = lambda text: None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a part of a corpus, for `merge_parts`, as a stream: memory does not grow with it.
+
+    Args:
+        source: The sequences.
+        output: The folder; made if missing. A run that was stopped goes on from there.
+        options: What decides the splits.
+        part: The part. Every part reads all of the input, and parses its own blocks.
+        clusters: A table of cluster and member; None where the headers are those of UniRef50.
+        report: Called with a line as each stage begins.
+        progress: Called with the bytes that were read and the bytes in all.
+
+    Raises:
+        UserError: The data cannot be used, or the folder holds another part.
+    """
+    settings = _settings(source, options, clusters)
+    find: Clusters = HeaderClusters()
+    if clusters is not None:
+        report("sorting the table of clusters")
+        find = TableClusters(clusters, output / "members")
+    write_part(
+        output,
+        source.files,
+        part,
+        settings,
+        options,
+        find,
+        name=protein_name,
+        by_cluster=True,
+        progress=progress,
+    )
+
+
+def prepare_clustered(
+    source: Source,
+    output: Path,
+    options: SplitOptions,
+    *,
+    clusters: Path | None = None,
+    threads: int = 2,
+    memory: int = 1500 << 20,
+    report: Report = lambda text: None,
+    reading: Progress | None = None,
+    writing: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a corpus of sequences whose clusters are known, as a stream.
+
+    Splits are of whole clusters. It is `prepare_part` for one part in ``output/work``, and
+    `merge_parts`.
+
+    Args:
+        source: The sequences.
+        output: The folder; made if missing.
+        options: What decides the splits.
+        clusters: A table of cluster and member; None where the headers are those of UniRef50.
+        threads: Threads of mmseqs2.
+        memory: Bytes for the index of mmseqs2.
+        report: Called with a line as each stage begins.
+        reading: Called with the bytes that were read and the bytes in all.
+        writing: Called with blocks of token files written and blocks in all.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UserError: The data cannot be used, mmseqs2 is not there or fails, or the folder holds a
+            corpus or a run of another kind.
+    """
+    done = finished(output, _settings(source, options, clusters), report)
+    if done is not None:
+        return done
+    # Before the hours of reading.
+    Mmseqs(output / "work", threads, memory)
+    part = output / "work" / "part"
+    report("reading sequences")
+    prepare_part(source, part, options, _WHOLE, clusters=clusters, progress=reading)
+    return merge_parts(
+        [part], output, threads=threads, memory=memory, report=report, progress=writing
+    )
+
+
+def _settings(source: Source, options: SplitOptions, clusters: Path | None) -> dict[str, Any]:
+    """Settings that decide a corpus."""
+    return {
+        "source": source.description,
+        "options": asdict(options),
+        "clusters_file": None if clusters is None else fingerprint(clusters),
     }
-    write_result(manifest_file, manifest, "corpus", seed=options.seed)
-    shutil.rmtree(work)
-    return manifest
 
 
 def _write_distinct(source: Source, path: Path, min_length: int) -> None:
@@ -202,133 +227,6 @@ def _clusters(
     given: Path | None, mmseqs: Mmseqs, options: CorpusOptions
 ) -> Iterable[tuple[str, str]]:
     if given is not None:
-        return _read_pairs(given)
+        return read_pairs(given)
     mmseqs.create_database("sequences.fasta", "all")
     return mmseqs.cluster("all", options.identity, options.coverage)
-
-
-class _RelativesSearch:
-    """Searches for relatives of clusters in other clusters, each kept for a run that goes on.
-
-    Args:
-        mmseqs: The program.
-        distinct: FASTA file of all sequences, in its folder.
-        clusters: All clusters.
-        options: Sensitivity and e-value.
-        report: Called with a line as each search begins.
-    """
-
-    def __init__(
-        self,
-        mmseqs: Mmseqs,
-        distinct: Path,
-        clusters: dict[str, list[str]],
-        options: CorpusOptions,
-        report: Report,
-    ) -> None:
-        self._mmseqs, self._distinct, self._clusters = mmseqs, distinct, clusters
-        self._options, self._report = options, report
-        self._cluster_of = {m: name for name, group in clusters.items() for m in group}
-        self.record: list[dict[str, Any]] = []
-        self._searches = 0
-
-    def __call__(self, held: Sequence[str], others: Sequence[str], thorough: bool) -> list[str]:
-        """Names of the clusters of ``held`` with a relative in ``others``, in order."""
-        quick = min(_QUICK_SENSITIVITY, self._options.sensitivity)
-        sensitivity = self._options.sensitivity if thorough else quick
-        if not thorough and sensitivity == self._options.sensitivity:
-            return []
-        pairs = self._search(held, others, sensitivity, _HITS_PER_QUERY, first_only=True)
-        related = {self._cluster_of[query] for query, _ in pairs}
-        self.record.append(
-            {
-                "sensitivity": sensitivity,
-                "clusters": len(held),
-                "in_clusters": len(others),
-                "related": len(related),
-            }
-        )
-        return [name for name in held if name in related]
-
-    def among(self, held: Sequence[str]) -> list[tuple[str, str]]:
-        """All relations between members of these clusters."""
-        count = sum(len(self._clusters[name]) for name in held)
-        return self._search(held, held, self._options.sensitivity, count) if held else []
-
-    def _search(
-        self,
-        held: Sequence[str],
-        others: Sequence[str],
-        sensitivity: float,
-        max_hits: int,
-        *,
-        first_only: bool = False,
-    ) -> list[tuple[str, str]]:
-        work = self._distinct.parent
-        self._searches += 1
-        file = work / f"relatives-{self._searches}.tsv"
-        if not file.exists():
-            self._report(
-                f"looking for relatives of {len(held):,} clusters in {len(others):,} (mmseqs2, "
-                f"sensitivity {sensitivity:g})"
-            )
-            self._write("queries.fasta", held)
-            self._write("targets.fasta", others)
-            hits = self._mmseqs.search(
-                "queries.fasta",
-                "targets.fasta",
-                sensitivity=sensitivity,
-                max_evalue=self._options.max_evalue,
-                max_hits=max_hits,
-                first_only=first_only,
-            )
-            _write_pairs(file, ((query, target) for query, target, *_ in hits if query != target))
-        return list(_read_pairs(file))
-
-    def _write(self, name: str, clusters: Sequence[str]) -> None:
-        wanted = {member for cluster in clusters for member in self._clusters[cluster]}
-        records = (
-            ProteinRecord(name, "", sequence)
-            for name, sequence in _records(self._distinct)
-            if name in wanted
-        )
-        write_fasta(self._distinct.with_name(name), records, 10**9)
-
-
-def _records(path: Path) -> Iterator[tuple[str, str]]:
-    return ((record.name, record.sequence) for record in iter_fasta(path))
-
-
-def _read_clusters(path: Path) -> dict[str, list[str]]:
-    members: dict[str, list[str]] = defaultdict(list)
-    for representative, member in _read_pairs(path):
-        members[representative].append(member)
-    return dict(members)
-
-
-def _check_names(members: dict[str, list[str]], distinct: Path, table: Path) -> None:
-    known = {name for name, _ in _records(distinct)}
-    listed = [member for group in members.values() for member in group]
-    if len(listed) != len(known) or set(listed) != known:
-        odd = next(iter(set(listed) ^ known), "a name that is there twice")
-        raise UserError(
-            f"{table} does not list every distinct sequence once ({odd}); cluster the same "
-            "sequences"
-        )
-
-
-def _read_pairs(path: Path) -> Iterator[tuple[str, str]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) != 2:
-                raise UserError(
-                    f"{path}:{number}: expected two columns, representative and member, got "
-                    f"{len(fields)}"
-                )
-            yield fields[0], fields[1]
-
-
-def _write_pairs(path: Path, pairs: Iterable[Sequence[str]]) -> None:
-    text = "".join(f"{first}\t{second}\n" for first, second in pairs)
-    write_atomically(path, text.encode())

@@ -9,7 +9,7 @@ arrays: ``numpy.load(path, mmap_mode="r")`` reads them anywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,82 +20,122 @@ import numpy.typing as npt
 from performers.app.errors import UserError
 from performers.app.files import read_json
 from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
-from performers.proteins.options import CorpusOptions
+from performers.proteins.options import SplitOptions
+
+Tokens = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int64]
 
 FORMAT = "performers-corpus-1"
-SPLITS = ("train", "validation", "test", "ood")
 VOCABULARY = (*SPECIAL_TOKENS, *AMINO_ACIDS, *AMBIGUOUS)
 
 _BOS, _EOS = SPECIAL_TOKENS.index("<bos>"), SPECIAL_TOKENS.index("<eos>")
 _FIRST_RESIDUE = len(SPECIAL_TOKENS)
+_RESIDUES = frozenset(AMINO_ACIDS + AMBIGUOUS)
 _LETTERS = np.frombuffer((AMINO_ACIDS + AMBIGUOUS).encode(), dtype=np.uint8)
 _IDS = np.full(256, 255, dtype=np.uint8)
 _IDS[_LETTERS] = np.arange(_FIRST_RESIDUE, len(VOCABULARY), dtype=np.uint8)
+# Bytes that stand for the tokens around a sequence, and the tokens' in decoded text.
+_IDS[[1, 2]] = _BOS, _EOS
+_SYMBOLS = np.full(256, ord("?"), dtype=np.uint8)
+_SYMBOLS[_FIRST_RESIDUE : len(VOCABULARY)] = _LETTERS
 
 
-def write_shards(
-    folder: Path, records: Iterable[tuple[str, str]], shard_tokens: int = CorpusOptions.shard_tokens
-) -> dict[str, Any]:
-    """Write (name, sequence) records as shards.
+def encode(records: Sequence[tuple[str, str]]) -> tuple[Tokens, Lengths]:
+    """Tokens of (name, sequence) records one after another, and the number of tokens of each.
+
+    Raises:
+        UserError: A sequence is empty or has a letter that is no residue.
+    """
+    text = "".join(f"\1{sequence}\2" for _, sequence in records)
+    tokens = _IDS[np.frombuffer(text.encode("ascii", errors="replace"), dtype=np.uint8)]
+    lengths = np.fromiter((len(s) + 2 for _, s in records), dtype=np.int64, count=len(records))
+    odd = (tokens < _FIRST_RESIDUE) | (tokens == 255)
+    if (lengths == 2).any() or np.count_nonzero(odd) != 2 * len(records):
+        for name, sequence in records:
+            if not sequence or not set(sequence) <= _RESIDUES:
+                raise UserError(
+                    f"{name} is empty or has a letter that is no residue: {sequence[:60]}"
+                )
+    return tokens, lengths
+
+
+def decode(tokens: Tokens) -> str:
+    """Letters of tokens, with a ``?`` for each that is no residue."""
+    return _SYMBOLS[tokens].tobytes().decode("ascii")
+
+
+class ShardWriter:
+    """The shards of one split, written as sequences come.
 
     Args:
         folder: Where to; made if missing.
-        records: Names without white space, and sequences of residue letters.
         shard_tokens: A shard is closed once it has so many tokens.
-
-    Returns:
-        The split's entry in the manifest: ``sequences``, ``residues``, ``tokens``, and of each of
-        ``shards`` its ``name``, ``sequences``, ``tokens`` and ``sha256`` of the tokens.
-
-    Raises:
-        UserError: A sequence has a letter that is no residue.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Any]] = []
-    names: list[str] = []
-    parts: list[npt.NDArray[np.uint8]] = []
-    size = 0
 
-    def close() -> None:
-        nonlocal size
-        tokens = np.concatenate(parts)
-        offsets = np.concatenate(([0], np.cumsum([part.size for part in parts], dtype=np.int64)))
-        name = f"{len(shards):05d}"
-        np.save(folder / f"{name}.tokens.npy", tokens)
-        np.save(folder / f"{name}.offsets.npy", offsets)
-        (folder / f"{name}.names.txt").write_text(
-            "".join(f"{n}\n" for n in names), encoding="utf-8"
+    def __init__(self, folder: Path, shard_tokens: int = SplitOptions.shard_tokens) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._shard_tokens = folder, shard_tokens
+        self._shards: list[dict[str, Any]] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._names: list[str] = []
+        self._tokens: list[Tokens] = []
+        self._lengths: list[Lengths] = []
+        self._size = 0
+
+    def extend(self, names: Sequence[str], tokens: Tokens, lengths: Lengths) -> None:
+        """Add sequences: their names, their tokens one after another, and the tokens of each."""
+        ends = np.cumsum(lengths)
+        first = begin = 0
+        while first < len(names):
+            room = self._shard_tokens - self._size
+            last = min(int(np.searchsorted(ends, begin + room)) + 1, len(names))
+            end = int(ends[last - 1])
+            self._names += names[first:last]
+            # Copies, so that a shard does not hold all that its pieces were cut from.
+            self._tokens.append(tokens[begin:end].copy())
+            self._lengths.append(lengths[first:last].copy())
+            self._size += end - begin
+            first, begin = last, end
+            if self._size >= self._shard_tokens:
+                self._close_shard()
+
+    def _close_shard(self) -> None:
+        tokens = np.concatenate(self._tokens)
+        offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths), dtype=np.int64)))
+        name = f"{len(self._shards):05d}"
+        np.save(self._folder / f"{name}.tokens.npy", tokens)
+        np.save(self._folder / f"{name}.offsets.npy", offsets)
+        (self._folder / f"{name}.names.txt").write_text(
+            "".join(f"{n}\n" for n in self._names), encoding="utf-8"
         )
         digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        shards.append(
-            {"name": name, "sequences": len(names), "tokens": tokens.size, "sha256": digest}
+        self._shards.append(
+            {"name": name, "sequences": len(self._names), "tokens": tokens.size, "sha256": digest}
         )
-        names.clear()
-        parts.clear()
-        size = 0
+        self._start()
 
-    for name, sequence in records:
-        ids = _IDS[np.frombuffer(sequence.encode("ascii", errors="replace"), dtype=np.uint8)]
-        if not ids.size or (ids == 255).any():
-            raise UserError(f"{name} is empty or has a letter that is no residue: {sequence[:60]}")
-        parts.append(np.concatenate(([_BOS], ids, [_EOS])).astype(np.uint8))
-        names.append(name)
-        size += parts[-1].size
-        if size >= shard_tokens:
-            close()
-    if parts:
-        close()
-    sequences = sum(shard["sequences"] for shard in shards)
-    tokens = sum(shard["tokens"] for shard in shards)
-    return {
-        "sequences": sequences,
-        "residues": tokens - 2 * sequences,
-        "tokens": tokens,
-        "shards": shards,
-    }
+    def close(self) -> dict[str, Any]:
+        """Write the last shard.
+
+        Returns:
+            The split's entry in the manifest: ``sequences``, ``residues``, ``tokens``, and of each
+            of ``shards`` its ``name``, ``sequences``, ``tokens`` and ``sha256`` of the tokens.
+        """
+        if self._names:
+            self._close_shard()
+        sequences = sum(shard["sequences"] for shard in self._shards)
+        tokens = sum(shard["tokens"] for shard in self._shards)
+        return {
+            "sequences": sequences,
+            "residues": tokens - 2 * sequences,
+            "tokens": tokens,
+            "shards": self._shards,
+        }
 
 
-class TokenShards(Sequence[npt.NDArray[np.uint8]]):
+class TokenShards(Sequence[Tokens]):
     """The sequences of one split, as read-only views of memory-mapped files.
 
     Args:
@@ -151,14 +191,23 @@ class TokenShards(Sequence[npt.NDArray[np.uint8]]):
 
     def sequence(self, index: int) -> str:
         """One protein as letters."""
-        ids = np.asarray(self[index][1:-1])
-        return _LETTERS[ids - _FIRST_RESIDUE].tobytes().decode("ascii")
+        return decode(self[index][1:-1])
 
     @cached_property
     def names(self) -> list[str]:
         """The name of each sequence."""
-        files = [self.folder / f"{shard['name']}.names.txt" for shard in self.entry["shards"]]
-        return [name for file in files for name in file.read_text(encoding="utf-8").split()]
+        return [name for shard in self.entry["shards"] for name in self._shard_names(shard)]
+
+    def _shard_names(self, shard: Mapping[str, Any]) -> list[str]:
+        return (self.folder / f"{shard['name']}.names.txt").read_text(encoding="utf-8").split()
+
+    def named(self) -> Iterator[tuple[str, Tokens]]:
+        """Yield the name and the tokens of each sequence, with one shard's names in memory."""
+        index = 0
+        for shard in self.entry["shards"]:
+            for name in self._shard_names(shard):
+                yield name, self[index]
+                index += 1
 
     def fingerprint(self) -> str:
         """SHA-256 over the hashes of the shards."""

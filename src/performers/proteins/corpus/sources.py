@@ -34,8 +34,13 @@ class Source(NamedTuple):
         """Yield (accession or name, sequence)."""
         for path in self.files:
             for record in iter_fasta(path):
-                uniprot = _UNIPROT_NAME.match(record.name)
-                yield uniprot[1] if uniprot else record.name, record.sequence
+                yield protein_name(record.name), record.sequence
+
+
+def protein_name(word: str) -> str:
+    """The accession in the first word of a header of UniProt; other words as they are."""
+    uniprot = _UNIPROT_NAME.match(word)
+    return uniprot[1] if uniprot else word
 
 
 def open_source(
@@ -77,12 +82,33 @@ def open_source(
         return Source((path,), {**about, "files": [fingerprint(path)]})
     if url is not None:
         raise UserError("--url is where Swiss-Prot is downloaded from without --source; give one")
+    return given_source(paths, licence=licence, flag="--source ")
+
+
+def given_source(paths: Sequence[Path], *, licence: str | None = None, flag: str = "") -> Source:
+    """The sequences of files.
+
+    Args:
+        paths: FASTA files, plain or compressed.
+        licence: What the manifest says; that none was stated when None.
+        flag: The flag that names a file, for messages.
+
+    Raises:
+        UserError: A path is no regular file, or two files are the same.
+    """
     for path in paths:
         if not path.exists():
-            raise UserError(f"--source {path} does not exist")
+            raise UserError(f"{flag}{path} does not exist")
         if path.is_dir():
-            raise UserError(f"--source {path} is a folder; name the FASTA files in it")
+            raise UserError(f"{flag}{path} is a folder; name the FASTA files in it")
+        if not path.is_file():
+            raise UserError(f"{flag}{path} is no regular file, and is read twice; write it to one")
     files = [fingerprint(path) for path in paths]
+    hashes = [file["sha256"] for file in files]
+    for number, digest in enumerate(hashes):
+        if digest in hashes[:number]:
+            same = paths[hashes.index(digest)]
+            raise UserError(f"{flag}{paths[number]} has the content of {same}; name it once")
     return Source(tuple(paths), {"licence": licence or "not stated", "files": files})
 
 

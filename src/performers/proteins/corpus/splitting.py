@@ -4,38 +4,52 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from performers.app.errors import UserError
+import numpy as np
+import numpy.typing as npt
+
+SPLITS = ("train", "validation", "test", "ood")
 
 Clusters = Mapping[str, Sequence[str]]
 """The members of each cluster, by its name (the representative's)."""
 
+Relatives = Callable[[Sequence[str], Sequence[str] | None, bool], Collection[str]]
+"""The clusters of the first ones that have a member with a relative in the second ones (None: in
+all others); the last argument says whether to look thoroughly, or quickly for the close ones."""
 
-Relatives = Callable[[Sequence[str], Sequence[str], bool], Collection[str]]
-"""Which of the first clusters have a member with a relative in the second ones; the last argument
-says whether to look thoroughly, or quickly for the close ones."""
+Draws = npt.NDArray[np.uint64]
 
 # A group of related clusters may exceed what is asked for by this much.
 _GREATEST_SHARE = 1.2
 
 
-def shuffled(names: Iterable[str], seed: int, draw: str) -> list[str]:
-    """Names in an order that seed and draw alone fix, the same with every library version.
+def draws(names: Iterable[str], seed: int, draw: str) -> Draws:
+    """A number for each name, that seed and draw alone fix, the same with every library version.
 
     Args:
         names: In any order.
         seed: Seed of all draws.
-        draw: What is drawn. Two draws in one order would not be independent: what the first takes
-            from the front is not left for the second.
+        draw: What is drawn. Two draws with one number would not be independent: what the first
+            takes from the smallest numbers is not left for the second.
+
+    Returns:
+        The first 64 bits of SHA-256, uniform.
     """
-    return sorted(names, key=lambda n: hashlib.sha256(f"{seed}:{draw}:{n}".encode()).hexdigest())
+    start = hashlib.sha256(f"{seed}:{draw}:".encode())
+    digests = []
+    for name in names:
+        digest = start.copy()
+        digest.update(name.encode())
+        digests.append(digest.digest()[:8])
+    return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
 
 def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: int) -> list[str]:
-    """The first clusters in shuffled order that together have so many sequences.
+    """The clusters with the smallest draws that together have so many sequences.
 
     Args:
-        clusters: All of them.
+        clusters: All of them, or those with the smallest draws; the sequences may then be fewer.
         seed: Seed of the order.
         sequences: How many.
         largest: A cluster with more members is passed over: it alone would decide what out of
@@ -43,7 +57,9 @@ def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: i
     """
     chosen: list[str] = []
     total = 0
-    for name in shuffled(clusters, seed, "clusters"):
+    names = list(clusters)
+    for place in np.argsort(draws(names, seed, "clusters"), kind="stable").tolist():
+        name = names[place]
         if total >= sequences:
             break
         if len(clusters[name]) <= largest:
@@ -52,9 +68,7 @@ def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: i
     return chosen
 
 
-def independent_clusters(
-    candidates: Sequence[str], clusters: Clusters, relatives: Relatives
-) -> list[str]:
+def independent_clusters(candidates: Sequence[str], relatives: Relatives) -> list[str]:
     """Candidates without a relative among all that is not returned.
 
     A candidate with a relative outside is dropped, and is then outside itself, until a round drops
@@ -63,7 +77,6 @@ def independent_clusters(
 
     Args:
         candidates: Names of clusters.
-        clusters: All clusters.
         relatives: Finds those with relatives.
 
     Returns:
@@ -71,8 +84,7 @@ def independent_clusters(
     """
     held, outside = list(candidates), []
     for thorough in (False, True):
-        everything_else = _without(clusters, held)
-        outside = list(relatives(held, everything_else, thorough)) if held else []
+        outside = list(relatives(held, None, thorough)) if held else []
         held = _without(held, outside)
     while held and outside:
         outside = list(relatives(held, outside, True))
@@ -136,37 +148,44 @@ def _connected(start: str, related: Mapping[str, set[str]]) -> set[str]:
     return group
 
 
-def assign_splits(
-    clusters: Clusters,
-    held_out: Iterable[str],
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    seed: int,
-) -> dict[str, list[str]]:
-    """Names of the sequences of each split, sorted.
+class SplitBounds(NamedTuple):
+    """The draws from which on a sequence is in the next split.
 
-    ``ood`` is every member of the clusters held out; of the rest a fraction each, drawn by
-    sequence, is ``validation`` and ``test``, and what is left is ``train``.
-
-    Raises:
-        UserError: A split would be empty.
+    Attributes:
+        validation: Smaller draws are for validation.
+        test: Smaller ones of the others are for testing, and what is left is for training.
     """
-    ood = {member for name in held_out for member in clusters[name]}
-    everything = [member for members in clusters.values() for member in members]
-    order = shuffled((name for name in everything if name not in ood), seed, "sequences")
-    validation = round(validation_fraction * len(everything))
-    test = round(test_fraction * len(everything))
-    splits = {
-        "train": sorted(order[validation + test :]),
-        "validation": sorted(order[:validation]),
-        "test": sorted(order[validation : validation + test]),
-        "ood": sorted(ood),
-    }
-    empty = [name for name, members in splits.items() if not members]
-    if empty:
-        raise UserError(
-            f"of {len(everything)} sequences none is left for {', '.join(empty)}; raise "
-            "--validation-fraction, --test-fraction or --ood-fraction, or give more sequences"
-        )
-    return splits
+
+    validation: int
+    test: int
+
+    def codes(self, draws: Draws, held_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
+        """The split of each sequence, as its place in `SPLITS`.
+
+        Args:
+            draws: Of each sequence.
+            held_out: Whether its cluster is held out.
+        """
+        codes = np.zeros(draws.size, dtype=np.int8)
+        codes[draws < np.uint64(self.test)] = SPLITS.index("test")
+        codes[draws < np.uint64(self.validation)] = SPLITS.index("validation")
+        codes[held_out] = SPLITS.index("ood")
+        return codes
+
+
+def split_bounds(smallest: Draws, validation: int, test: int) -> SplitBounds:
+    """Bounds that give two splits their numbers of sequences.
+
+    Sequences with one draw (those of a cluster, where clusters are drawn) go to one split; a split
+    then is the smaller for those that would exceed it.
+
+    Args:
+        smallest: The smallest draws of the sequences that are not held out, more than are asked
+            for, or else all; in any order.
+        validation: Sequences for validation.
+        test: Sequences for testing.
+    """
+    ordered = np.sort(smallest)
+    last = np.iinfo(np.uint64).max
+    ends = (validation, validation + test)
+    return SplitBounds(*(int(ordered[end]) if end < ordered.size else int(last) for end in ends))

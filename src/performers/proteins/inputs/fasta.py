@@ -29,15 +29,16 @@ import gzip
 import io
 import os
 import re
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, cast
+from typing import IO, TextIO, cast
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 
 from performers.app.files import replacement
+from performers.proteins.inputs.lines import CheckedLines, Header
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 from performers.proteins.inputs.streams import (
     DAMAGED,
@@ -48,13 +49,20 @@ from performers.proteins.inputs.streams import (
     shown_name,
 )
 
-__all__ = ["FastaError", "LetterReport", "ProteinRecord", "iter_fasta", "read_fasta", "write_fasta"]
+__all__ = [
+    "FastaError",
+    "LetterReport",
+    "ProteinRecord",
+    "iter_fasta",
+    "iter_fasta_blocks",
+    "open_fasta",
+    "read_fasta",
+    "write_fasta",
+]
 
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-# Bytes that are not UTF-8 reach us as lone surrogates (errors="surrogateescape").
-_BINARY = re.compile("[\x00\udc80-\udcff]")
-_ILLEGAL = re.compile(r"[^A-Za-z*]")
 _LOWER = re.compile(r"[a-z]")
+_HEADER = re.compile(rb"[\r\n]>")
 
 
 def read_fasta(
@@ -110,49 +118,53 @@ def iter_fasta(
         ImportError: The file is compressed with Zstandard, whose package is missing.
     """
     path = Path(path)
-    name = name or shown_name(path)
-    report = LetterReport() if report is None else report
-    lines, kind = None, None
-    try:
-        with open_bytes(path) as raw:
-            start = raw.peek(8)[:8]
-            if start.startswith(_UTF16_MARKS):
-                raise FastaError(name, "this is UTF-16 text", "save it as UTF-8")
-            kind = compression(start)
-            data = decompressed(raw, kind)
-            text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape")
-            lines = _CheckedLines(name, text, skip_invalid)
-            for title, letters in SimpleFastaParser(lines):
-                header = lines.headers.popleft()
-                try:
-                    record = _to_record(header, title, letters, report)
-                except FastaError as fault:
-                    if not skip_invalid:
-                        raise
-                    report.skip(fault)
-                    continue
-                report.count(record)
-                yield record
+    with _reading(path, name or shown_name(path)) as reading:
+        text = io.TextIOWrapper(reading.data, encoding="utf-8-sig", errors="surrogateescape")
+        lines = reading.lines = CheckedLines(reading.name, text, skip_invalid)
+        yield from _parsed(lines, LetterReport() if report is None else report)
+        if not lines.headers_seen:
+            raise _empty(reading.name)
+        if path == STANDARD_INPUT:
+            # Closing the wrapper would close standard input.
+            text.detach()
+
+
+def iter_fasta_blocks(
+    path: Path,
+    wanted: Callable[[int], bool],
+    *,
+    block: int = 1 << 24,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, list[ProteinRecord]]]:
+    """Yield the number and the records of blocks of a FASTA file; the others are not parsed.
+
+    Block k has the records whose header begins in bytes ``k * block`` to ``(k + 1) * block`` of the
+    file, decompressed. What is in memory is one block, or one record where that is longer.
+
+    Args:
+        path: A file, plain or compressed.
+        wanted: Of a block's number, whether to yield it.
+        block: Bytes.
+        progress: Called after each block with the bytes of the file that were read, as compressed.
+
+    Raises:
+        FastaError: The file cannot be used; raised when the iteration reaches the fault.
+        ImportError: The file is compressed with Zstandard, whose package is missing.
+    """
+    with _reading(path, str(path)) as reading:
+        for number, line, content in _cut(reading, block, wanted):
+            text = io.TextIOWrapper(
+                io.BytesIO(content),
+                encoding="utf-8" if number else "utf-8-sig",
+                errors="surrogateescape",
+            )
+            lines = reading.lines = CheckedLines(reading.name, text, False, line)
+            records = list(_parsed(lines, LetterReport()))
             if not lines.headers_seen:
-                raise FastaError(name, "the file is empty", "give a FASTA file with records")
-            if path == STANDARD_INPUT:
-                # Closing the wrapper would close standard input.
-                text.detach()
-    except EOFError:
-        raise _error(name, lines, f"the {kind} data end too early", "copy the file again") from None
-    except DAMAGED as fault:
-        raise _damaged(name, lines, kind, fault) from None
-    except FileNotFoundError:
-        raise FastaError(name, "no such file", "check the path") from None
-    except IsADirectoryError:
-        raise FastaError(name, "this is a directory", "name the FASTA files in it") from None
-    except OSError as fault:
-        if fault.errno is None:
-            raise _damaged(name, lines, kind, fault) from None
-        reason = fault.strerror or str(fault)
-        raise _error(
-            name, lines, f"cannot be read ({reason})", "check the file and its permissions"
-        ) from None
+                raise _empty(reading.name)
+            yield number, records
+            if progress is not None:
+                progress(reading.raw.tell())
 
 
 def write_fasta(
@@ -187,105 +199,143 @@ def write_fasta(
         with path.open("w", encoding="utf-8", newline="\n") as handle:
             _write_records(handle, records, width)
         return
-    opener = gzip.open if path.suffix == ".gz" else open
-    with (
-        replacement(path) as temporary,
-        cast(TextIO, opener(temporary, "wt", encoding="utf-8", newline="\n")) as handle,
-    ):
+    with open_fasta(path) as handle:
         _write_records(handle, records, width)
 
 
+@contextmanager
+def open_fasta(path: Path) -> Iterator[TextIO]:
+    """Context of a FASTA file to write; it takes its place if nothing is raised.
+
+    A path that ends in ``.gz`` is gzip-compressed, without a date: the same records are the same
+    bytes.
+    """
+    with replacement(path) as temporary, temporary.open("wb") as raw:
+        if path.suffix != ".gz":
+            with io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as handle:
+                yield handle
+            return
+        with (
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as data,
+            io.TextIOWrapper(cast(IO[bytes], data), encoding="utf-8", newline="\n") as handle,
+        ):
+            yield handle
+
+
 @dataclass
-class _Header:
-    """A header whose record the parser has not yet yielded.
+class _Reading:
+    """A file that is read.
 
     Attributes:
-        place: Name of the file and number of the line.
-        fault: First fault in the lines of its record.
+        name: Its name in messages.
+        raw: The file as it is.
+        kind: Its compression.
+        data: The file decompressed.
+        lines: Lines being parsed.
     """
 
-    place: str
-    fault: FastaError | None = None
+    name: str
+    raw: io.BufferedReader
+    kind: str | None
+    data: IO[bytes]
+    lines: CheckedLines | None = None
 
 
-class _CheckedLines:
-    """The lines of a FASTA text, checked and cleaned on their way to the parser.
-
-    Attributes:
-        number: The line last read, counted from 1; 0 before the first.
-        headers: Headers whose records the parser has not yet yielded.
-        headers_seen: Number of headers.
-    """
-
-    def __init__(self, name: str, text: TextIO, skip_invalid: bool) -> None:
-        self.name = name
-        self.number = 0
-        self.headers: deque[_Header] = deque()
-        self.headers_seen = 0
-        self._text = text
-        self._skip_invalid = skip_invalid
-        self._record = ""
-        self._stop_place: str | None = None
-
-    @property
-    def place(self) -> str:
-        """Name of the file and number of the line last read."""
-        return f"{self.name}:{self.number}"
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self._text:
-            self.number += 1
-            if _BINARY.search(line):
-                raise FastaError(
-                    self.place,
-                    "binary data or text that is not UTF-8",
-                    "give FASTA text in UTF-8, plain or compressed",
-                )
-            if line.startswith(">"):
-                self.headers.append(_Header(self.place))
-                self.headers_seen += 1
-                self._record = next(iter(line[1:].split()), "")
-                self._stop_place = None
-                yield line
-            elif residues := "".join(line.split()):
-                if not self.headers_seen:
-                    raise FastaError(
-                        self.place,
-                        "not FASTA: the first line must begin with '>', not with "
-                        f"{residues[:12]!a}",
-                        "give a FASTA file",
-                    )
-                fault = self._fault(residues)
-                if fault is None:
-                    yield residues + "\n"
-                elif not self._skip_invalid:
-                    raise fault
-                elif self.headers[-1].fault is None:
-                    self.headers[-1].fault = fault
-
-    def _fault(self, residues: str) -> FastaError | None:
-        if illegal := _ILLEGAL.search(residues):
-            letter = illegal.group()
-            return FastaError(
-                self.place, f"illegal letter {letter!a}", _remedy(letter), self._record
-            )
-        place = self._stop_place
-        stop = residues.find("*")
-        if place is None and stop >= 0:
-            # Legal only if the record has no residue after it, which later lines tell.
-            self._stop_place = self.place
-            place = self.place if stop < len(residues) - 1 else None
-        if place is None:
-            return None
-        return FastaError(
-            place,
-            "illegal letter '*' (a stop) before the end",
-            "remove the record or cut it at the stop",
-            self._record,
-        )
+@contextmanager
+def _reading(path: Path, name: str) -> Iterator[_Reading]:
+    """Context of an open file, in which faults become a `FastaError`."""
+    reading, kind = None, None
+    try:
+        with open_bytes(path) as raw:
+            start = raw.peek(8)[:8]
+            if start.startswith(_UTF16_MARKS):
+                raise FastaError(name, "this is UTF-16 text", "save it as UTF-8")
+            kind = compression(start)
+            reading = _Reading(name, raw, kind, decompressed(raw, kind))
+            yield reading
+    except EOFError:
+        raise _error(
+            name, reading, f"the {kind} data end too early", "copy the file again"
+        ) from None
+    except DAMAGED as fault:
+        raise _damaged(name, reading, kind, fault) from None
+    except FileNotFoundError:
+        raise FastaError(name, "no such file", "check the path") from None
+    except IsADirectoryError:
+        raise FastaError(name, "this is a directory", "name the FASTA files in it") from None
+    except OSError as fault:
+        if fault.errno is None:
+            raise _damaged(name, reading, kind, fault) from None
+        reason = fault.strerror or str(fault)
+        raise _error(
+            name, reading, f"cannot be read ({reason})", "check the file and its permissions"
+        ) from None
 
 
-def _to_record(header: _Header, title: str, letters: str, report: LetterReport) -> ProteinRecord:
+def _cut(
+    reading: _Reading, block: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield the number, the lines before and the text of the blocks wanted."""
+    number = lines = first_line = 0
+    parts: list[bytes] = []
+    before = b""
+    place = -1
+    while piece := _read(reading.data, block):
+        place += 1
+        header = _HEADER.search(before + piece) if place else None
+        start = header.end() - 1 - len(before) if header else len(piece)
+        if header or not place:
+            if place and wanted(number):
+                yield number, first_line, b"".join([*parts, piece[:start]])
+            head = piece[:start] if place else b""
+            first_line = lines + _count_lines(before, head)
+            number, parts, kept = place, [], piece[len(head) :]
+        else:
+            kept = piece
+        if wanted(number):
+            parts.append(kept)
+        lines += _count_lines(before, piece)
+        before = piece[-1:]
+    if wanted(number):
+        yield number, first_line, b"".join(parts)
+
+
+def _read(data: IO[bytes], size: int) -> bytes:
+    """So many bytes, or fewer at the end only."""
+    pieces: list[bytes] = []
+    while size and (piece := data.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _count_lines(before: bytes, text: bytes) -> int:
+    """Ends of lines in a text that follows another; a carriage return with a newline is one."""
+    returns = text.count(b"\r")
+    both = text.count(b"\r\n") if returns else 0
+    return text.count(b"\n") + returns - both - (before == b"\r" and text[:1] == b"\n")
+
+
+def _parsed(lines: CheckedLines, report: LetterReport) -> Iterator[ProteinRecord]:
+    """The records in lines, counted."""
+    for title, letters in SimpleFastaParser(lines):
+        header = lines.headers.popleft()
+        try:
+            record = _to_record(header, title, letters, report)
+        except FastaError as fault:
+            if not lines.skip_invalid:
+                raise
+            report.skip(fault)
+            continue
+        report.count(record)
+        yield record
+
+
+def _empty(name: str) -> FastaError:
+    return FastaError(name, "the file is empty", "give a FASTA file with records")
+
+
+def _to_record(header: Header, title: str, letters: str, report: LetterReport) -> ProteinRecord:
     """Build a record from what the parser yielded for a header."""
     if header.fault is not None:
         raise header.fault
@@ -302,26 +352,14 @@ def _to_record(header: _Header, title: str, letters: str, report: LetterReport) 
     return ProteinRecord(words[0], description, sequence.upper())
 
 
-def _remedy(letter: str) -> str:
-    """Name the remedy for an illegal letter."""
-    if letter in "-.":
-        return "remove the gaps of the alignment"
-    if letter.isdigit():
-        return "remove the position numbers"
-    if letter == ">":
-        return "a header's '>' must be the first character of its line"
-    return "only the letters A to Z and a final '*' are read as protein"
-
-
-def _error(name: str, lines: _CheckedLines | None, problem: str, remedy: str) -> FastaError:
+def _error(name: str, reading: _Reading | None, problem: str, remedy: str) -> FastaError:
     """An error at the line last read, if any was."""
+    lines = reading and reading.lines
     return FastaError(lines.place if lines and lines.number else name, problem, remedy)
 
 
-def _damaged(
-    name: str, lines: _CheckedLines | None, kind: str | None, fault: Exception
-) -> FastaError:
-    return _error(name, lines, f"the {kind} data are corrupt ({fault})", "copy the file again")
+def _damaged(name: str, reading: _Reading | None, kind: str | None, fault: Exception) -> FastaError:
+    return _error(name, reading, f"the {kind} data are corrupt ({fault})", "copy the file again")
 
 
 def _write_records(handle: TextIO, records: Iterable[ProteinRecord], width: int) -> None:

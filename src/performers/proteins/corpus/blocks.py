@@ -1,0 +1,334 @@
+"""Blocks: the proteins of a part of the input as tokens, each with its cluster and two draws.
+
+A block of FASTA text (`iter_fasta_blocks`) becomes one file, whatever part of the input it is read
+for: the blocks of all parts are those of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import compress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+
+from performers.app.errors import UserError
+from performers.app.files import read_json, replacement, write_json
+from performers.app.progress import Progress
+from performers.proteins.corpus.shards import Lengths, Tokens, decode, encode
+from performers.proteins.corpus.splitting import Draws, draws
+from performers.proteins.inputs.fasta import iter_fasta_blocks
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.options import SplitOptions
+
+FORMAT = "performers-corpus-part-1"
+_PART, _SETTINGS = "part.json", "settings.json"
+
+
+class Clusters(Protocol):
+    """The cluster of each of some proteins."""
+
+    def find(self, names: Sequence[str], /) -> list[str]:
+        """Names of clusters."""
+
+
+class Part(NamedTuple):
+    """One of several parts of the input, counted from 1.
+
+    Attributes:
+        number: Which.
+        of: How many there are.
+    """
+
+    number: int
+    of: int
+
+    @classmethod
+    def read(cls, text: str) -> Part:
+        """Read ``i/n``.
+
+        Raises:
+            UserError: The text is not of this form, or i is not from 1 to n.
+        """
+        first, _, last = text.partition("/")
+        if not (first.isdecimal() and last.isdecimal()):
+            raise UserError(f"--part must be i/n, such as 1/8 for the first of eight; got {text}")
+        part = cls(int(first), int(last))
+        if not 1 <= part.number <= part.of:
+            raise UserError(f"--part {text}: parts are counted from 1 to {part.of}")
+        return part
+
+    def has(self, file: int, block: int) -> bool:
+        """Membership of a block of a file in this part."""
+        return (file + block) % self.of == self.number - 1
+
+
+class Block:
+    """The proteins of one block, read from its file when they are asked for.
+
+    Attributes:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _read(self, name: str) -> npt.NDArray[Any]:
+        try:
+            with np.load(self.path) as arrays:
+                return arrays[name]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise UserError(
+                f"{self.path} cannot be read ({error}); delete it and make its part again with "
+                "--resume"
+            ) from error
+
+    def _lines(self, name: str) -> list[str]:
+        text = self._read(name).tobytes().decode()
+        return text.split("\n") if text else []
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Name of each protein."""
+        return self._lines("names")
+
+    @cached_property
+    def clusters(self) -> list[str]:
+        """Cluster of each protein."""
+        # Not written where each protein is named as its cluster.
+        return self._lines("clusters") or self.names
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Number of tokens of each protein."""
+        return self._read("lengths")
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """Tokens of the proteins one after another."""
+        return self._read("tokens")
+
+    @cached_property
+    def cluster_draws(self) -> Draws:
+        """Draw of each protein's cluster."""
+        return self._read("cluster_draws")
+
+    @cached_property
+    def split_draws(self) -> Draws:
+        """Draw that decides each protein's split, if its cluster is not held out."""
+        return self._read("split_draws")
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Counts of what was read: ``records``, ``left_out``, ``residues``."""
+        return dict(
+            zip(("records", "left_out", "residues"), self._read("counts").tolist(), strict=True)
+        )
+
+    def chosen(self, mask: npt.NDArray[np.bool_]) -> tuple[list[str], Tokens, Lengths]:
+        """Names, tokens and lengths of some of the proteins."""
+        tokens = self.tokens[np.repeat(mask, self.lengths)]
+        return list(compress(self.names, mask.tolist())), tokens, self.lengths[mask]
+
+    def records(
+        self, mask: npt.NDArray[np.bool_], *, described: bool = False
+    ) -> Iterator[ProteinRecord]:
+        """Yield some of the proteins; ``described`` by ``family=`` and their cluster."""
+        letters = decode(self.tokens)
+        ends = np.cumsum(self.lengths)
+        for i in np.flatnonzero(mask).tolist():
+            sequence = letters[int(ends[i] - self.lengths[i]) + 1 : int(ends[i]) - 1]
+            description = f"family={self.clusters[i]}" if described else ""
+            yield ProteinRecord(self.names[i], description, sequence)
+
+
+def write_part(
+    folder: Path,
+    files: Sequence[Path],
+    part: Part,
+    settings: Mapping[str, Any],
+    options: SplitOptions,
+    clusters: Clusters,
+    *,
+    name: Callable[[str], str],
+    by_cluster: bool,
+    progress: Progress | None = None,
+) -> None:
+    """Write the blocks of a part of the input; those that are there already are kept.
+
+    Args:
+        folder: Where to; made if missing.
+        files: FASTA files.
+        part: The part.
+        settings: What decides the corpus, recorded.
+        options: Seed and least length.
+        clusters: Finds clusters.
+        name: Name of a protein, of the first word of its header.
+        by_cluster: Draw the split of a cluster, not of each protein.
+        progress: Called with the bytes that were read and the bytes in all.
+
+    Raises:
+        UserError: The input cannot be used, or the folder holds another part.
+    """
+    wanted = {"format": FORMAT, "part": list(part), **settings}
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file = folder / _SETTINGS
+    if settings_file.exists() and read_json(settings_file) != wanted:
+        raise UserError(
+            f"{folder} holds a part with other options or data; repeat those, or give another "
+            "--output"
+        )
+    write_json(settings_file, wanted)
+    if (folder / _PART).exists():
+        return
+    total, before = sum(path.stat().st_size for path in files), 0
+    for number, path in enumerate(files):
+        blocks = _BlockFiles(folder, number, part)
+        report = None if progress is None else partial(_add, progress, before, total)
+        for block, records in iter_fasta_blocks(path, blocks.is_missing, progress=report):
+            try:
+                _write_block(blocks.path(block), records, options, clusters, name, by_cluster)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
+        before += path.stat().st_size
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npz"))}
+    write_json(folder / _PART, {"blocks": sizes})
+
+
+class _BlockFiles(NamedTuple):
+    """The files of the blocks of one FASTA file that belong to a part."""
+
+    folder: Path
+    file: int
+    part: Part
+
+    def path(self, block: int) -> Path:
+        return self.folder / f"{self.file:04d}-{block:07d}.npz"
+
+    def is_missing(self, block: int) -> bool:
+        return self.part.has(self.file, block) and not self.path(block).exists()
+
+
+def _add(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _write_block(
+    path: Path,
+    records: Sequence[ProteinRecord],
+    options: SplitOptions,
+    clusters: Clusters,
+    name: Callable[[str], str],
+    by_cluster: bool,
+) -> None:
+    kept = [
+        (name(record.name), record.sequence)
+        for record in records
+        if len(record.sequence) >= options.min_length
+    ]
+    names = [name for name, _ in kept]
+    found = clusters.find(names) if names else []
+    tokens, lengths = encode(kept)
+    counts = (len(records), len(records) - len(kept), tokens.size - 2 * len(kept))
+    with replacement(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            names=_bytes(names),
+            clusters=_bytes([] if found == names else found),
+            tokens=tokens,
+            lengths=lengths,
+            cluster_draws=draws(found, options.seed, "clusters"),
+            split_draws=draws(found if by_cluster else names, options.seed, "sequences"),
+            counts=np.array(counts),
+        )
+
+
+def _bytes(names: Sequence[str]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer("\n".join(names).encode(), dtype=np.uint8)
+
+
+class Parts(NamedTuple):
+    """All parts of one input.
+
+    Attributes:
+        settings: What decides the corpus, as `write_part` recorded it.
+        blocks: Their blocks, in the order of the input.
+    """
+
+    settings: dict[str, Any]
+    blocks: list[Block]
+
+    @classmethod
+    def open(cls, folders: Sequence[Path]) -> Parts:
+        """Open the folders of all parts, in any order.
+
+        Raises:
+            UserError: A folder is no part or not finished, was made with other options or of other
+                data than the first, is there twice or is missing, or lacks a block.
+        """
+        if not folders:
+            raise UserError("expected the folders of the parts, got none; name them")
+        settings = [_settings(folder) for folder in folders]
+        seen: dict[int, Path] = {}
+        for folder, one in zip(folders, settings, strict=True):
+            _refuse_difference(folders[0], settings[0], folder, one)
+            number = one["part"][0]
+            if number in seen:
+                raise UserError(
+                    f"{seen[number]} and {folder} are both part {number} of {one['part'][1]}; name "
+                    "each part once"
+                )
+            seen[number] = folder
+        of = settings[0]["part"][1]
+        absent = [f"{number}/{of}" for number in range(1, of + 1) if number not in seen]
+        if absent:
+            raise UserError(
+                f"of {of} parts {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing; "
+                "name the folders of all, and make with --part those that there are not"
+            )
+        paths = [path for folder in folders for path in _blocks(folder)]
+        common = {key: value for key, value in settings[0].items() if key not in ("format", "part")}
+        return cls(common, [Block(path) for path in sorted(paths, key=lambda path: path.name)])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    if not (folder / _SETTINGS).is_file():
+        raise UserError(f"{folder} is not a part of a corpus; name folders made with --part")
+    settings: dict[str, Any] = read_json(folder / _SETTINGS)
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{folder} is not a part of format {FORMAT}; make it again")
+    if not (folder / _PART).is_file():
+        raise UserError(f"{folder} is not finished; run its command again with --resume")
+    return settings
+
+
+def _refuse_difference(
+    first: Path, expected: Mapping[str, Any], folder: Path, got: Mapping[str, Any]
+) -> None:
+    def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+        parts = {"number of parts": settings["part"][1]}
+        options = settings["options"]
+        others = {key: settings[key] for key in settings if key not in ("part", "options")}
+        return {**parts, **options, **others}
+
+    one, other = plain(expected), plain(got)
+    for key in one.keys() | other.keys():
+        if one.get(key) != other.get(key):
+            values = f"{one.get(key)} and {other.get(key)}"
+            raise UserError(
+                f"{first} and {folder} are parts of different corpora: their {key} differs "
+                f"({values}); make all parts with one command"
+            )
+
+
+def _blocks(folder: Path) -> list[Path]:
+    sizes: dict[str, int] = read_json(folder / _PART)["blocks"]
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path} is missing or cut short; copy the part again")
+    return [folder / name for name in sizes]

@@ -1,0 +1,206 @@
+"""The cluster of a protein: named by its header, or looked up in a table on disk."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from performers.app.errors import UserError
+from performers.app.files import replacement
+from performers.proteins.corpus.splitting import Draws, draws
+from performers.proteins.inputs.streams import DAMAGED, compression, decompressed, open_bytes
+
+_UNIREF = re.compile(r"(UniRef(?:50|90|100))_\S+")
+# Columns of UniProt's idmapping_selected.tab, and its first and its tenth, counted from 0.
+_SELECTED_COLUMNS, _UNIREF50_COLUMN = 22, 9
+_LINES = 1 << 18
+_BUCKETS = 256
+# A member, and the place of its cluster's name in the file of names.
+Pairs = npt.NDArray[np.void]
+_PAIR = np.dtype([("member", "<u8"), ("place", "<u8")])
+
+
+class HeaderClusters:
+    """Clusters of UniRef50, each with one sequence, named as the cluster."""
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """The cluster of each sequence.
+
+        Raises:
+            UserError: A name is not that of a cluster of UniRef50.
+        """
+        for name in names:
+            match = _UNIREF.fullmatch(name)
+            if match is None:
+                raise UserError(
+                    f"the record {name} names no cluster; expected UniRef50_ and an identifier, as "
+                    "in uniref50.fasta.gz; for other sequences use performers data trembl with "
+                    "--clusters"
+                )
+            if match[1] != "UniRef50":
+                raise UserError(
+                    f"the record {name} is of {match[1]}, whose clusters have relatives in each "
+                    "other; give UniRef50 alone, or use performers data trembl with a --clusters "
+                    "table of the UniRef50 cluster of each"
+                )
+        return list(names)
+
+
+class TableClusters:
+    """Clusters of a table, kept sorted on disk: memory does not grow with its lines.
+
+    The table has two columns, cluster and member; or is UniProt's ``idmapping_selected.tab`` or
+    ``idmapping.dat``, whose UniRef50 clusters are taken. It may be compressed.
+
+    Args:
+        table: The table.
+        work: Folder for the sorted copy, 16 bytes and a name for each line. One that is complete is
+            not made again.
+
+    Raises:
+        UserError: A line has other columns, or a member is in two clusters.
+    """
+
+    def __init__(self, table: Path, work: Path) -> None:
+        self._table = table
+        files = [work / name for name in ("members.bin", "places.bin", "clusters.txt")]
+        if not files[0].exists():
+            _sort(table, *files)
+        if not files[0].stat().st_size:
+            raise UserError(f"{table} names no cluster of a protein; give a table that does")
+        self._members, self._places = (np.memmap(file, np.uint64, "r") for file in files[:2])
+        with files[2].open("rb") as text:
+            self._names = mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def find(self, names: Sequence[str]) -> list[str]:
+        """The cluster of each sequence.
+
+        Raises:
+            UserError: The table has no line for one.
+        """
+        wanted = _keys(names)
+        order = np.argsort(wanted)
+        rows = np.empty(len(names), dtype=np.int64)
+        rows[order] = np.searchsorted(self._members, wanted[order])
+        rows = np.minimum(rows, len(self._members) - 1)
+        absent = self._members[rows] != wanted
+        if absent.any():
+            raise UserError(
+                f"{self._table} names no cluster for {names[int(absent.argmax())]}; give the table "
+                "of the same release (proteins of fewer than 11 residues are in no cluster of "
+                "UniRef50: --min-length 11 leaves them out)"
+            )
+        return [self._name(int(place)) for place in self._places[rows]]
+
+    def _name(self, place: int) -> str:
+        return self._names[place : self._names.find(b"\n", place)].decode()
+
+    def __len__(self) -> int:
+        """Members in the table."""
+        return len(self._members)
+
+
+def _keys(names: Sequence[str]) -> Draws:
+    return draws(names, 0, "members")
+
+
+def _sort(table: Path, members_file: Path, places_file: Path, names_file: Path) -> None:
+    """Write keys of members in order, the place of each one's cluster, and the clusters' names."""
+    members_file.parent.mkdir(parents=True, exist_ok=True)
+    buckets = [members_file.with_name(f"bucket-{number:03d}.tmp") for number in range(_BUCKETS)]
+    for bucket in buckets:
+        bucket.unlink(missing_ok=True)
+    with names_file.open("wb") as names:
+        for members, clusters in _batches(table):
+            pairs = np.empty(len(members), dtype=_PAIR)
+            pairs["member"] = _keys(members)
+            pairs["place"] = _write_names(names, clusters)
+            _distribute(pairs, buckets)
+    with (
+        replacement(members_file) as temporary,
+        temporary.open("wb") as sorted_members,
+        places_file.open("wb") as places,
+    ):
+        for bucket in buckets:
+            if bucket.exists():
+                pairs = np.sort(np.fromfile(bucket, dtype=_PAIR), order="member")
+                _refuse_repeats(pairs, table, names_file)
+                pairs["member"].tofile(sorted_members)
+                pairs["place"].tofile(places)
+                bucket.unlink()
+
+
+def _write_names(file: BinaryIO, clusters: Sequence[str]) -> list[int]:
+    """Write names of clusters; return the place of each, of repeats that of the first."""
+    places: dict[str, int] = {}
+    start = file.tell()
+    for name in clusters:
+        if name not in places:
+            places[name] = start
+            start += file.write(f"{name}\n".encode())
+    return [places[name] for name in clusters]
+
+
+def _distribute(pairs: Pairs, buckets: Sequence[Path]) -> None:
+    number = pairs["member"] >> np.uint64(56)
+    order = np.argsort(number, kind="stable")
+    ends = np.searchsorted(number[order], np.arange(_BUCKETS), side="right").tolist()
+    for bucket, start, end in zip(buckets, [0, *ends], ends, strict=False):
+        if end > start:
+            with bucket.open("ab") as file:
+                pairs[order[start:end]].tofile(file)
+
+
+def _refuse_repeats(pairs: Pairs, table: Path, names: Path) -> None:
+    same = pairs["member"][1:] == pairs["member"][:-1]
+    if same.any():
+        with names.open("rb") as file:
+            file.seek(int(pairs["place"][int(same.argmax())]))
+            cluster = file.readline().decode().strip()
+        raise UserError(f"{table} lists a member of {cluster} twice; remove one of its lines")
+
+
+def _batches(table: Path) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield members and their clusters, some lines at a time."""
+    members: list[str] = []
+    clusters: list[str] = []
+    try:
+        for member, cluster in _rows(table):
+            members.append(member)
+            clusters.append(cluster)
+            if len(members) == _LINES:
+                yield members, clusters
+                members, clusters = [], []
+    except (EOFError, *DAMAGED) as error:
+        raise UserError(f"{table} is damaged ({error}); copy it again") from error
+    if members:
+        yield members, clusters
+
+
+def _rows(table: Path) -> Iterator[tuple[str, str]]:
+    with open_bytes(table) as raw:
+        data = decompressed(raw, compression(raw.peek(8)[:8]))
+        columns = 0
+        for number, line in enumerate(data, start=1):
+            fields = line.decode(errors="replace").rstrip("\r\n").split("\t")
+            columns = columns or len(fields)
+            if len(fields) != columns or columns not in (2, 3, _SELECTED_COLUMNS):
+                raise UserError(
+                    f"{table}:{number}: expected two columns, cluster and member, or those of "
+                    f"UniProt's idmapping_selected.tab or idmapping.dat, got {len(fields)}"
+                )
+            if columns == 2:
+                cluster, member = fields
+            elif columns == 3:
+                member, kind, cluster = fields
+                cluster = cluster if kind == "UniRef50" else ""
+            else:
+                member, cluster = fields[0], fields[_UNIREF50_COLUMN]
+            if cluster:
+                yield member, cluster

@@ -1,0 +1,143 @@
+"""Searches for relatives between clusters of a corpus, with mmseqs2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from performers.app.errors import UserError
+from performers.app.files import replacement
+from performers.proteins.corpus.blocks import Block
+from performers.proteins.corpus.mmseqs import Mmseqs
+from performers.proteins.corpus.splitting import Clusters, draws
+from performers.proteins.inputs.fasta import write_fasta
+from performers.proteins.inputs.records import ProteinRecord
+
+# A quick search drops the candidates with close relatives, which are most of them.
+_QUICK_SENSITIVITY = 1.0
+# One relative is enough to drop a cluster; not all hits of the prefilter are relatives.
+_HITS_PER_QUERY = 50
+
+
+class RelativesSearch:
+    """Searches for relatives of clusters in other clusters, each kept for a run that goes on.
+
+    Args:
+        mmseqs: The program.
+        work: Its folder.
+        blocks: All proteins, in any number of passes.
+        members: The members of each cluster that may be held out.
+        clusters: Number of all clusters.
+        options: The options of the corpus: seed, sensitivity and e-value.
+        report: Called with a line as each search begins.
+    """
+
+    def __init__(
+        self,
+        mmseqs: Mmseqs,
+        work: Path,
+        blocks: Callable[[], Iterable[Block]],
+        members: Clusters,
+        clusters: int,
+        options: Mapping[str, Any],
+        report: Callable[[str], None],
+    ) -> None:
+        self._mmseqs, self._work, self._blocks = mmseqs, work, blocks
+        self._members, self._clusters = members, clusters
+        self._options, self._report = options, report
+        self._cluster_of = {m: name for name, group in members.items() for m in group}
+        self.record: list[dict[str, Any]] = []
+        self._searches = 0
+
+    def __call__(
+        self, held: Sequence[str], others: Sequence[str] | None, thorough: bool
+    ) -> list[str]:
+        """Names of the clusters of ``held`` with a relative in ``others``, or in all others."""
+        most = self._options["sensitivity"]
+        sensitivity = most if thorough else min(_QUICK_SENSITIVITY, most)
+        if not thorough and sensitivity == most:
+            return []
+        pairs = self._search(held, others, sensitivity, _HITS_PER_QUERY, first_only=True)
+        related = {self._cluster_of[query] for query, _ in pairs}
+        self.record.append(
+            {
+                "sensitivity": sensitivity,
+                "clusters": len(held),
+                "in_clusters": self._clusters - len(held) if others is None else len(others),
+                "related": len(related),
+            }
+        )
+        return [name for name in held if name in related]
+
+    def among(self, held: Sequence[str]) -> list[tuple[str, str]]:
+        """All relations between members of these clusters."""
+        count = sum(len(self._members[name]) for name in held)
+        return self._search(held, held, self._options["sensitivity"], count) if held else []
+
+    def _search(
+        self,
+        held: Sequence[str],
+        others: Sequence[str] | None,
+        sensitivity: float,
+        max_hits: int,
+        *,
+        first_only: bool = False,
+    ) -> list[tuple[str, str]]:
+        self._searches += 1
+        file = self._work / f"relatives-{self._searches}.tsv"
+        if not file.exists():
+            count = self._clusters - len(held) if others is None else len(others)
+            self._report(
+                f"looking for relatives of {len(held):,} clusters in {count:,} (mmseqs2, "
+                f"sensitivity {sensitivity:g})"
+            )
+            self._write("queries.fasta", held)
+            self._write("targets.fasta", held if others is None else others, others is None)
+            hits = self._mmseqs.search(
+                "queries.fasta",
+                "targets.fasta",
+                sensitivity=sensitivity,
+                max_evalue=self._options["max_evalue"],
+                max_hits=max_hits,
+                first_only=first_only,
+            )
+            write_pairs(file, ((query, target) for query, target, *_ in hits if query != target))
+        return list(read_pairs(file))
+
+    def _write(self, name: str, clusters: Sequence[str], all_others: bool = False) -> None:
+        """Write the members of these clusters, or of all others, as FASTA."""
+        wanted = draws(clusters, self._options["seed"], "clusters")
+
+        def records() -> Iterator[ProteinRecord]:
+            for block in self._blocks():
+                mask = np.isin(block.cluster_draws, wanted, invert=all_others)
+                if mask.any():
+                    yield from block.records(mask)
+
+        write_fasta(self._work / name, records(), 10**9)
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the two columns of a table.
+
+    Raises:
+        UserError: A line has another number of columns.
+    """
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            fields = line.rstrip("\n").split("\t")
+            if len(fields) != 2:
+                raise UserError(
+                    f"{path}:{number}: expected two columns, representative and member, got "
+                    f"{len(fields)}"
+                )
+            yield fields[0], fields[1]
+
+
+def write_pairs(path: Path, pairs: Iterable[Sequence[str]]) -> None:
+    """Write a table of two columns, whole or not at all."""
+    with replacement(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(f"{first}\t{second}\n" for first, second in pairs)
