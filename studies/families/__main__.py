@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,13 @@ class FamiliesOptions(Options):
     corpus: Path | None = option("Folder of performers data, for its held-out clusters.", None)
     resume: bool = option("Skip the parts that results.json has.", False)
     relatives: tuple[int, ...] = option("Numbers of relatives, rising.", (1, 5, 30), rising=True)
-    scored: int = option("Held-out proteins to score on.", 200, at_least=1)
+    scored: int = option("Held-out proteins to score on.", 60, at_least=1)
     longest: int = option("Most residues of a protein of the corpus.", 256, at_least=3)
+    copy_steps: int = option("Training steps on synthetic families.", 300, at_least=1)
+    family_steps: int = option("Training steps on families of the corpus.", 400, at_least=1)
+    row_tokens: int = option("Most tokens of a row of the corpus to train on.", 1024, at_least=8)
+    batch_tokens: int = option("Tokens of a batch.", 2048, at_least=1)
+    hidden_size: int = option("Width of the models.", 64, at_least=8)
     seed: int = option("Random seed.", 0, at_least=0)
     threads: int = option("Threads of torch.", 1, at_least=1)
 
@@ -34,8 +39,10 @@ def families(options: FamiliesOptions) -> None:
 
     from performers.proteins.corpus import Corpus
     from studies.families.ceiling import measure_ceiling
+    from studies.families.experiments import REAL, copying, copying_scored, real_families
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
+    from studies.families.training import CONTESTANTS, Shape
     from studies.parts import run_parts
 
     torch.set_num_threads(options.threads)
@@ -52,12 +59,31 @@ def families(options: FamiliesOptions) -> None:
         f"ceiling, {name}": partial(measure_ceiling, scored, counts)
         for name, scored in sets.items()
     }
+    shape = Shape(
+        hidden_size=options.hidden_size,
+        batch_tokens=options.batch_tokens,
+        steps=options.copy_steps,
+        every=max(1, options.copy_steps // 8),
+    )
+    copied = copying_scored(4 * options.scored, options.seed)
+    weights = options.output_folder / "weights"
+    parts["ceiling, synthetic"] = partial(measure_ceiling, copied, (0, 1))
+    for name in CONTESTANTS:
+        parts[f"copying, {name}"] = partial(
+            copying, name, shape, 4 * options.scored, options.seed, weights
+        )
+    if options.corpus is not None:
+        steps = {"steps": options.family_steps, "every": max(1, options.family_steps // 4)}
+        known = corpus_split(corpus, "train")
+        for name in REAL:
+            parts[f"families, {name}"] = partial(
+                real_families, name, replace(shape, **steps), known, sets, counts,
+                options.row_tokens, options.seed, weights,
+            )  # fmt: skip
     settings = {
-        "relatives": list(options.relatives),
-        "scored": options.scored,
-        "longest": options.longest,
-        "seed": options.seed,
-        "threads": options.threads,
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(options).items()
+        if name not in ("output_folder", "corpus", "resume")
     }
     run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
 

@@ -11,26 +11,76 @@ from studies.parts import Part
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the parts that are done."""
-    return {"ceiling": ceiling_table(parts)}
+    made = {"ceiling": ceiling_table(_named(parts, "ceiling"))}
+    if copied := _named(parts, "copying"):
+        made["copying"] = copying_table(copied)
+    if trained := _named(parts, "families"):
+        made["families"] = families_table(trained, _named(parts, "ceiling"))
+    return made
+
+
+def _named(parts: Mapping[str, Part], kind: str) -> dict[str, Part]:
+    start = f"{kind}, "
+    return {name.removeprefix(start): x for name, x in parts.items() if name.startswith(start)}
 
 
 def ceiling_table(parts: Mapping[str, Part]) -> Table:
     """A line for each set of proteins and number of relatives."""
     columns = ("families", "relatives", "vote", "profile", "perplexity", "aligned", "residues")
+    rows = [
+        (
+            name,
+            relatives,
+            *(percent(found[key]) for key in ("vote", "accuracy")),
+            f"{found['perplexity']:.2f}",
+            percent(found["aligned"]),
+            f"{part['tokens']:,}",
+        )
+        for name, part in parts.items()
+        for relatives, found in part["relatives"].items()
+    ]
+    return Table(columns, rows, names=2)
+
+
+def copying_table(parts: Mapping[str, Part]) -> Table:
+    """A line for each attention: accuracy by training step, and without the relative."""
+    steps = list(dict.fromkeys(int(x["step"]) for part in parts.values() for x in part["curve"]))
     rows = []
     for name, part in parts.items():
-        if name.startswith("ceiling, "):
-            rows += [
-                (
-                    name.removeprefix("ceiling, "),
-                    relatives,
-                    *(percent(found[key]) for key in ("vote", "accuracy")),
-                    f"{found['perplexity']:.2f}",
-                    percent(found["aligned"]),
-                    f"{part['tokens']:,}",
-                )
-                for relatives, found in part["relatives"].items()
-            ]
+        found = {int(x["step"]): x for x in part["curve"]}
+        rows.append(
+            (
+                name,
+                *(percent(found[step]["accuracy"]) if step in found else "–" for step in steps),
+                percent(part["alone"]["accuracy"]),
+                f"{part['curve'][-1]['cpu_seconds']:.0f}",
+            )
+        )
+    columns = ("attention", *(f"step {step:,}" for step in steps), "no relative", "CPU seconds")
+    return Table(columns, rows)
+
+
+def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> Table:
+    """Accuracy and perplexity by number of relatives, beside the profile of the ceiling."""
+    lines: list[tuple[str, str, Mapping[str, Any]]] = []
+    for source in next(iter(parts.values()))["scores"]:
+        lines.append((source, "profile of alignments", ceilings[source]["relatives"]))
+        lines += [(source, name, part["scores"][source]) for name, part in parts.items()]
+    counts = list(dict.fromkeys(count for *_, found in lines for count in found))
+    rows = [
+        (
+            *names,
+            *(percent(found[count]["accuracy"]) for count in counts),
+            *(f"{found[count]['perplexity']:.1f}" for count in counts),
+        )
+        for *names, found in lines
+    ]
+    columns = (
+        "families",
+        "predicted by",
+        *(f"accuracy, {count}" for count in counts),
+        *(f"perplexity, {count}" for count in counts),
+    )
     return Table(columns, rows, names=2)
 
 

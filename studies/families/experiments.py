@@ -1,0 +1,112 @@
+"""The experiments with models: copying from a synthetic relative, and real families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from performers.cli.console import note
+from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from studies.families.scored import Scored, draw_scored
+from studies.families.synthetic import synthetic_families
+from studies.families.training import CONTESTANTS, Shape, make_model, score, train
+from studies.parts import Part
+
+REAL = ("exact", "features", "features, window over positions")
+"""Contestants that are trained on real families."""
+
+# Synthetic families to train on; the ones to score on are drawn with another seed.
+_FAMILIES = 8000
+_LENGTH = 40
+_SCORED_SEED = 1_000_000
+# Families without relatives teach nothing of them.
+_LEAST_MEMBERS = 8
+
+
+def copying_scored(count: int, seed: int) -> Scored:
+    """Synthetic proteins with one relative each."""
+    drawn = synthetic_families(count, length=_LENGTH, seed=_SCORED_SEED + seed)
+    return draw_scored(drawn, count, 1, 4 * _LENGTH, seed)
+
+
+def copying(name: str, shape: Shape, count: int, seed: int, folder: Path) -> Part:
+    """Train on pairs of relatives of 80% identity; the model is kept for `real_families`.
+
+    Args:
+        name: One of `CONTESTANTS`.
+        shape: Size of the model and of its training.
+        count: Proteins to score.
+        seed: Random seed.
+        folder: Receives the weights.
+
+    Returns:
+        ``curve``, see `train`, and ``alone``: scores without the relative.
+    """
+    note(f"copying: {name}")
+    drawn = synthetic_families(_FAMILIES, length=_LENGTH, seed=seed)
+    rows = FamilyRows(drawn, max_length=8 * _LENGTH, seed=seed)
+    scored = copying_scored(count, seed)
+    model, curve = train(CONTESTANTS[name], shape, rows, scored, 1, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / f"{name}.partial")
+    (folder / f"{name}.partial").rename(folder / f"{name}.pt")
+    return {"curve": curve, "alone": score(model, CONTESTANTS[name], scored, 0)}
+
+
+def training_rows(proteins: ProteinFamilies, max_length: int, seed: int) -> FamilyRows:
+    """Rows of the proteins whose families have eight members or more."""
+    names, counts = np.unique(np.array(proteins.names), return_counts=True)
+    large = set(names[counts >= _LEAST_MEMBERS].tolist())
+    kept = [index for index, name in enumerate(proteins.names) if name in large]
+    chosen = ProteinFamilies(
+        [np.array(proteins.tokens[index]) for index in kept],
+        [proteins.names[index] for index in kept],
+    )
+    return FamilyRows(chosen, max_length=max_length, seed=seed)
+
+
+def real_families(
+    name: str,
+    shape: Shape,
+    proteins: ProteinFamilies,
+    scored: dict[str, Scored],
+    relatives: Sequence[int],
+    max_length: int,
+    seed: int,
+    copied: Path | None,
+) -> Part:
+    """Train on families of a corpus, and score on held-out ones by number of relatives.
+
+    Args:
+        name: One of `CONTESTANTS`.
+        shape: Size of the model and of its training.
+        proteins: Proteins to train on.
+        scored: Held-out proteins by the name of their source.
+        relatives: Numbers of relatives.
+        max_length: Most tokens of a row to train on.
+        seed: Random seed.
+        copied: Folder of the weights that `copying` kept, to begin with; None begins anew.
+
+    Returns:
+        ``curve``, see `train` (one relative, first source), and ``scores`` by source and number of
+        relatives.
+    """
+    note(f"families: {name}")
+    contestant = CONTESTANTS[name]
+    model = make_model(contestant, shape, seed)
+    if copied is not None:
+        model.load_state_dict(torch.load(copied / f"{name}.pt", weights_only=True))
+    rows = training_rows(proteins, max_length, seed)
+    first = next(iter(scored.values()))
+    quick = replace(first, indices=first.indices[:30])
+    model, curve = train(contestant, shape, rows, quick, relatives[1], seed, model=model)
+    scores: dict[str, Any] = {}
+    for source, held_out in scored.items():
+        scores[source] = {str(k): score(model, contestant, held_out, k) for k in relatives}
+        note(f"  {source}: {[round(x['accuracy'], 3) for x in scores[source].values()]}")
+    return {"curve": curve, "scores": scores}
