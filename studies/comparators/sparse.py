@@ -30,11 +30,11 @@ class SparseMechanism(Comparator):
     * ``fixed``: its block of ``s`` tokens; and the last ``summary`` tokens of every block. A token
       that sees none of them, in the causal form the first of a sequence, gets zeros.
 
-    The causal form hides later tokens. Heads alternate, and begin with the other half in the next
-    layer (the paper's section 5.2 names heads and layers). Each half is dense attention on
-    rearranged tokens: blocks, or columns of the sequence written in rows of ``s``. ``O(L * (s + L /
-    s))``, and ``O(L * (s + summary * L / s))``; tokens are counted from the first of each sequence,
-    masked ones left out.
+    The causal form hides later tokens. The halves change places from layer to layer, so that a
+    single head alternates (the paper's section 5.2 names heads and layers). Each half is dense
+    attention on rearranged tokens: blocks, or columns of the sequence written in rows of ``s``.
+    ``O(L * (s + L / s))``, and ``O(L * (s + summary * L / s))``; tokens are counted from the first
+    of each sequence, masked ones left out.
 
     Args:
         stride: ``s``.
@@ -52,12 +52,11 @@ class SparseMechanism(Comparator):
         """See `Comparator.attend`."""
         strided = self.pattern == "strided"
         halves = (self._near, self._columns) if strided else (self._block, self._summaries)
-        out = torch.empty_like(value)
-        for begin, half in enumerate(halves):
-            heads = slice((begin + rows.layer) % 2, None, 2)
-            if query[:, heads].shape[1]:
-                out[:, heads] = half(query[:, heads], key[:, heads], value[:, heads], rows)
-        return out
+        first, count = rows.layer % 2, -(-query.shape[1] // 2)
+        parts = zip(*(x.split(count, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat(
+            [halves[(first + n) % 2](*part, rows) for n, part in enumerate(parts)], dim=1
+        )
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         return attend_window(query, key, value, rows.ranks, self.stride, is_causal=rows.is_causal)
