@@ -28,8 +28,7 @@ MODEL: dict[str, Any] = {
     "batch_tokens": CONTEXT,
     "max_length": CONTEXT,
     "dropout": 0.0,
-    "optimizer": "muon",
-    "learning_rate": 8e-3,
+    "learning_rate": 2e-3,
     "weight_decay": 0.05,
     "max_grad_norm": 1.0,
     "warmup_steps": 10,
@@ -42,6 +41,19 @@ MODEL: dict[str, Any] = {
     "device": "cpu",
 }
 """Options of all models; a step is of 8,192 bytes for each."""
+
+SHORT: dict[str, Any] = {
+    "max_length": 256,
+    "batch_tokens": 2048,
+    "learning_rate": 4e-3,
+    "warmup_steps": 20,
+    "carry_state": False,
+    "memory": None,
+}
+"""Options of the first part of each training: short rows, with the attention of the contestant."""
+
+SHORT_SHARE = 0.3
+"""Share of the time that goes to short rows."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ CONTESTANTS = (
     Contestant(
         "lsh",
         "Reformer",
-        {"attention": "lsh", "attention_options": {"chunk_size": 64, "rounds": 2}},
+        {"attention": "lsh", "attention_options": {"buckets": 128, "chunk_size": 64, "rounds": 2}},
     ),
     Contestant(
         "sparse",
@@ -118,10 +130,10 @@ class Study:
         return found
 
     def _train(
-        self, name: str, seconds: float, changes: Mapping[str, Any]
+        self, name: str, seconds: float, changes: Mapping[str, Any], start: str | None = None
     ) -> tuple[PerformerForCausalLM, dict[str, Any], TrainingOptions]:
         options = TrainingOptions(**{**MODEL, "seed": self.seed, "time_limit": seconds, **changes})
-        output = self.folder / "models" / name
+        output, begun = self.folder / "models" / name, self.folder / "models" / str(start)
         output.mkdir(parents=True, exist_ok=True)
 
         def progress(step: int, steps: int, log: dict[str, float]) -> None:
@@ -132,6 +144,7 @@ class Study:
             self.novels,
             output,
             options,
+            start=None if start is None else begun,
             resume=(output / "training.json").exists(),
             progress=progress,
             announce=self.say,
@@ -153,13 +166,20 @@ class Study:
         return read_bytes(self.unseen, self.say)
 
     def _compete(self, contestant: Contestant) -> Part:
-        model, result, options = self._train(contestant.name, self.seconds, contestant.changes)
+        short, long = SHORT_SHARE * self.seconds, (1 - SHORT_SHARE) * self.seconds
+        _, first, _ = self._train(
+            f"{contestant.name}-short", short, {**contestant.changes, **SHORT}
+        )
+        model, result, options = self._train(
+            contestant.name, long, contestant.changes, start=f"{contestant.name}-short"
+        )
         found = self._read(model, options)
         part = {
             "title": contestant.title,
             "length": options.max_length,
+            "short_steps": first["steps"],
             "steps": result["steps"],
-            "processor_seconds": result["processor_seconds"],
+            "processor_seconds": first["processor_seconds"] + result["processor_seconds"],
             "parameters": result["parameters"],
             "tokens": found["tokens"],
             "bits_per_byte": found["bits_per_byte"],
@@ -171,7 +191,11 @@ class Study:
         return part
 
     def _redraw(self, name: str, steps: int) -> Part:
-        model, result, options = self._train(name, self.redraw_seconds, {"redraw_steps": steps})
+        short, long = (share * self.redraw_seconds for share in (SHORT_SHARE, 1 - SHORT_SHARE))
+        self._train("plain-short", short, SHORT)
+        model, result, options = self._train(
+            name, long, {"redraw_steps": steps}, start="plain-short"
+        )
         read = partial(self._read, model, options, tokens_at_most=self.contexts * CONTEXT // 4)
         found = measure_draws(model, self._austen(), lambda: read()["bits_per_byte"], CONTEXT)
         return {"redraw_steps": steps, "steps": result["steps"], **found}
@@ -191,13 +215,22 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
             (
                 part["title"],
                 f"{part['length']:,}",
+                f"{part['short_steps']:,}",
                 f"{part['steps']:,}",
                 f"{part['bits_per_byte']:.3f}",
                 f"{part['bits_per_byte'] - best:+.3f}",
                 digits(None) if without is None else f"{without:.3f}",
             )
         )
-    columns = ("attention", "segment", "steps", "bits per byte", "to the best", "without past")
+    columns = (
+        "attention",
+        "segment",
+        "short steps",
+        "steps",
+        "bits per byte",
+        "to the best",
+        "without past",
+    )
     found["bits"] = Table(columns, rows)
     shown = [0, 1, 2, 4, 8, 12, 15]
     headings = [f"{512 * place:,}–{512 * (place + 1):,}" for place in shown]

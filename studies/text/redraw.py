@@ -16,7 +16,7 @@ from performers.streams.text import Texts
 from studies.pages import Table
 from studies.parts import Part
 
-REDRAWS = {"fixed": 0, "every_20": 20, "every_4": 4}
+REDRAWS = {"fixed": 0, "every_50": 50, "every_5": 5}
 """Steps between redraws, by the names of the models; 0 keeps the first draw."""
 
 FRESH = 5

@@ -28,6 +28,13 @@ def texts(tmp_path_factory):
     return write_texts(tmp_path_factory.mktemp("texts"))
 
 
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(texts, folder, steps=1)
+    return folder
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_ends_as_one_that_was_not(kind, texts, tmp_path):
     """Stopped within texts, right after a redraw (3) and between redraws."""
@@ -107,21 +114,20 @@ def test_a_saved_model_loads_and_evaluates(texts, tmp_path):
 @pytest.mark.parametrize(
     ("length", "context", "carry"), [(32, None, False), (8, 32, True), (8, 32, False)]
 )
-def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, texts, tmp_path):
-    train(texts, tmp_path, steps=1)
-    model = PerformerForCausalLM.from_pretrained(tmp_path)
+def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, texts, trained):
+    model = PerformerForCausalLM.from_pretrained(trained)
     read = read_bytes(sorted(texts.iterdir()), print)
     found = evaluate_texts(model, read, length=length, context=context, carry=carry, rows=rows)
     reach = 32 if carry or context is None else length
     sums = torch.zeros(16, 2, dtype=torch.float64)
     for document, count in enumerate(read.lengths.tolist()):
-        for place in range(1, count):
-            begun = (place - 1) // reach * reach
-            ids = torch.from_numpy(read.read(document, begun, place))[None]
-            logits = model(ids, use_cache=False).logits[0, -1].detach().log_softmax(-1)
-            target = int(read.read(document, place, place + 1)[0])
-            part = (place - 1) % 32 // 2
-            sums[part] += torch.tensor([-float(logits[target]), 1.0])
+        whole = torch.from_numpy(read.read(document, 0, count))
+        for begun in range(0, count - 1, reach):
+            ids = whole[begun : begun + reach + 1]
+            logits = model(ids[None, :-1], use_cache=False).logits[0].detach()
+            nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            for offset, value in enumerate(nats.tolist()):
+                sums[(begun + offset) % 32 // 2] += torch.tensor([value, 1.0])
     bits = (sums[:, 0] / sums[:, 1] / 0.6931471805599453).tolist()
     assert [place["bits_per_byte"] for place in found["places"]] == pytest.approx(bits, abs=1e-4)
     assert [place["start"] for place in found["places"]] == list(range(0, 32, 2))
@@ -143,6 +149,15 @@ def test_what_does_not_go_together_is_refused(changes, words, texts, tmp_path):
     with pytest.raises(UserError, match=words):
         train(texts, tmp_path, **changes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_begins_with_the_weights_of_another(texts, trained, tmp_path):
+    shape = {"start": trained, "max_length": 8, "learning_rate": 0.0, "redraw_steps": 0}
+    train(texts, tmp_path / "next", **shape, steps=2)
+    ours, theirs = weights(tmp_path / "next"), weights(trained)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(UserError, match="the data are not the same"):
+        train(texts, tmp_path / "next", **{**shape, "start": None}, steps=2, resume=True)
 
 
 def test_other_texts_are_another_run(texts, tmp_path):

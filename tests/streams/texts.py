@@ -37,7 +37,9 @@ def write_texts(folder, sizes=(100, 40, 75, 33, 17, 120), seed=0):
 
 
 def train(texts, output, *, resume=False, progress=None, announce=lambda line: None, **changes):
-    extra = {name: changes.pop(name) for name in ("tokenizer", "validation") if name in changes}
+    extra = {
+        name: changes.pop(name) for name in ("tokenizer", "validation", "start") if name in changes
+    }
     return train_texts(
         [texts],
         output,

@@ -287,18 +287,17 @@ def write_subwords(
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """Text of a file in pieces that end with a line, or after 1 MB without one."""
+    """Text of a file in pieces of about 1 MB that end with a line, or else before a space."""
     rest, place = b"", 0
     with file.open("rb") as source:
         while block := source.read(_PIECE):
-            block = rest + block
-            cut = block.rfind(b"\n") + 1
-            # A line longer than a piece is cut between characters.
-            cut = cut or max(block.rfind(b" "), 0)
-            rest = block[cut:]
+            rest += block
+            if len(block) < _PIECE:
+                break
+            cut = rest.rfind(b"\n") + 1 or max(rest.rfind(b" "), 0)
             if cut:
-                yield _decoded(block[:cut], place)
-                place += cut
+                yield _decoded(rest[:cut], place)
+                rest, place = rest[cut:], place + cut
     if rest:
         yield _decoded(rest, place)
 

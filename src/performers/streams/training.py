@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
+from performers.app.provenance import weights_sha256
 from performers.features import FeatureMap
 from performers.models import PerformerForCausalLM
 from performers.models.arguments import CACHE_KEYWORD
@@ -44,6 +45,7 @@ def train_texts(
     *,
     tokenizer: Path | None = None,
     validation: Sequence[Path] | None = None,
+    start: Path | None = None,
     resume: bool = False,
     progress: ReportStep | None = None,
     announce: Callable[[str], None] = lambda line: None,
@@ -59,6 +61,7 @@ def train_texts(
         validation: Texts to validate on (262,144 tokens at most, at equal distances); without them
             whole texts of ``paths``, drawn with the seed, with about
             ``options.validation_fraction`` of the tokens, or the end of a single one.
+        start: Folder of a model whose weights and features the run begins with.
         resume: Continue the run in ``output``.
         progress: Called with the step, the steps in all and the latest log entry.
         announce: Called with lines on files that are left out, and on the time of the run.
@@ -93,6 +96,9 @@ def train_texts(
         "validation_texts": len(held_out.documents),
         "sha256": f"{texts.fingerprint()}{held_out.fingerprint()}",
     }
+    if start is not None:
+        data["start"] = weights_sha256(start)
+        data["sha256"] += str(data["start"])
     run = TrainingRun(output, run_record(options, data), options, resume=resume)
     arguments = training_arguments(run.checkpoints, options)
     trackers = tracker_callbacks(options.report_to or (), output)
@@ -111,6 +117,8 @@ def train_texts(
 
     def trainer() -> TextTrainer:
         model = PerformerForCausalLM(options.model_config(coder))
+        if start is not None:
+            model.load_state_dict(PerformerForCausalLM.from_pretrained(start).state_dict())
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return TextTrainer(
