@@ -1,8 +1,9 @@
-"""Contestants of the study: one model, seven attentions."""
+"""Contestants of the study: one model, seven attentions, two kinds of positions."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import studies.comparators  # noqa: F401  (registers attentions)
 from performers.models import PerformerConfig, PerformerForCausalLM
+from performers.models.positions import rotary_angles, rotate
 from performers.streams.images import BEGIN, VOCABULARY
 
 
@@ -42,7 +44,7 @@ class Size:
     heads: int = 2
     inner: int = 128
     features: int = 32
-    initial: float = 0.08
+    initial: float = 0.04
     learning_rate: float = 1e-2
     warmup_steps: int = 5
 
@@ -70,25 +72,32 @@ MOST_STEPS = 100_000
 def contestants(size: Size) -> dict[str, dict[str, Any]]:
     """Options of ``PerformerConfig`` by name; windows and strides are a row of pixels."""
     line = size.line
+    window = {"attention": "favor-softmax", "window": line}
     return {
-        f"Performer, softmax, window {line}": {"attention": "favor-softmax", "window": line},
+        f"Performer, softmax, window {line}": window,
         "Performer, ReLU": {"attention": "favor-relu"},
         "Performer, softmax, regularised": {"attention": "favor-softmax", "regularized": True},
         f"Sparse Transformer, stride {line}": {
             "attention": "sparse",
             "attention_options": {"stride": line},
         },
-        "Reformer": {"attention": "lsh"},
         f"local, window {line}": {"attention": "local", "attention_options": {"window": line}},
+        "Reformer": {"attention": "lsh"},
         "exact": {"attention": "exact"},
+        f"Performer, softmax, window {line}, axial positions": {
+            **window,
+            "position_embedding": "axial",
+            "axial_shape": [size.size, size.size, 3],
+        },
     }
 
 
 def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
-    """A model with axial positions.
+    """A model whose weights begin with what is known of pixels; they are trained like all others.
 
-    Embeddings of values and coordinates begin as waves of the number, so that neighbours are alike;
-    they are trained like all weights.
+    Embeddings of values, and of the rows and columns of axial positions, are waves of the number,
+    so that neighbours are alike. With rotary positions the biases of queries and keys look at the
+    input that is the same channel of the pixel to the left (even heads) or above (odd heads).
     """
     config = PerformerConfig(
         vocab_size=VOCABULARY,
@@ -97,8 +106,6 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
         num_attention_heads=size.heads,
         intermediate_size=size.inner,
         hidden_dropout_prob=0.0,
-        position_embedding="axial",
-        axial_shape=(size.size, size.size, 3),
         max_position_embeddings=size.length,
         num_features=size.features,
         initializer_range=size.initial,
@@ -110,12 +117,33 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
     )
     torch.manual_seed(size.seed)
     model = PerformerForCausalLM(config)
-    rows, columns, _ = model.performer.positions.tables
     with torch.no_grad():
         model.performer.embeddings.weight[:256] = 0.1 * _waves(256, size.width)
-        for table in (rows, columns):
-            table.weight.copy_(0.02 * _waves(size.size, size.width))
+        if config.position_embedding == "axial":
+            for table in model.performer.positions.tables[:2]:
+                table.weight.copy_(0.02 * _waves(size.size, size.width))
+        else:
+            for layer in model.performer.layers:
+                _look_back(layer.attention.query_key_value.bias, config, (2, size.line - 1))
     return model
+
+
+def _look_back(bias: Tensor, config: PerformerConfig, distances: Sequence[int]) -> None:
+    """Set biases of queries and keys so that heads prefer inputs at distances, in turns.
+
+    The query's is 3 in half of the dimensions and the key's is the same rotated by the distance,
+    so that their product is largest there. Where queries serve as keys, the distance is 0.
+    """
+    query = torch.zeros(1, 1, 1, config.head_dim)
+    query[..., : config.head_dim // 2] = 3.0
+    # Parts, heads, dimensions: the last part is that of values.
+    parts = bias.view(-1, config.num_attention_heads, config.head_dim)
+    parts[0] = query
+    if len(parts) == 3:
+        for head in range(config.num_attention_heads):
+            place = torch.tensor([[distances[head % len(distances)]]])
+            angles = rotary_angles(place, config.head_dim, config.rope_theta)
+            parts[1, head] = rotate(query, angles).flatten()
 
 
 def _waves(count: int, width: int) -> Tensor:

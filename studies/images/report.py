@@ -108,7 +108,7 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
         ends = range(span, len(bits) + 1)
         means = [fmean(bits[end - span : end]) for end in ends]
         times = [seconds * (end - span / 2) for end in ends]
-        marker = "osv^D<>"[number % 7]
+        marker = "osv^D<>P"[number % 8]
         (line,) = axes.plot(times, means, color=colour, marker=marker, markevery=0.15)
         entries.append((name, line))
     if FLOORS in parts:
