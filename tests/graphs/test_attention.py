@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("torch_geometric")
 
 import torch_geometric
-from torch_geometric.nn import PerformerAttention
+from torch_geometric.nn.attention import PerformerAttention
 
 import performers
 from performers.graphs import GraphAttention, graph_boundaries, neighbour_lists

@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("torch_geometric")
 
-from torch_geometric.nn import GINConv, GPSConv, PerformerAttention, SAGEConv
+from torch_geometric.nn import GINConv, GPSConv, SAGEConv
+from torch_geometric.nn.attention import PerformerAttention
 
 import performers
 from performers.convert import to_performer

@@ -15,7 +15,7 @@ from performers.graphs.structure import graph_boundaries
 
 
 class GraphAttention(PerformerAttention):
-    """``torch_geometric.nn.PerformerAttention`` whose masks act on features, numerator and sum.
+    """``PerformerAttention`` of PyTorch Geometric, whose masks act on both sums.
 
     ``out = concat_h(favor_attention(x W_q, x W_k, x W_v)) W_o``, each node to all nodes of its
     graph. The output of a graph does not depend on the others of its batch, as it does in PyTorch

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch_geometric.nn import GPSConv, PerformerAttention
+from torch_geometric.nn import GPSConv
+from torch_geometric.nn.attention import PerformerAttention
 
 from performers.convert.families.torch_modules import TorchModules, TorchSite, not_replaceable
 from performers.convert.options import Conversion
