@@ -14,7 +14,7 @@ from studies.parts import Part
 Values = Mapping[str, Sequence[Part]]
 """The parts of all seeds by model."""
 
-BATCH_TOLERANCE = 1e-3
+BATCH_TOLERANCE = 1e-5
 """Largest change of a prediction that counts as rounding, in units of the target."""
 _LEAST_SEEDS = 3
 
