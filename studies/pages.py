@@ -26,6 +26,7 @@ PAGES = {
     "cpu.md": "speed",
     "demo.md": "demo",
     "families.md": "families",
+    "graphs.md": "graphs",
     "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",

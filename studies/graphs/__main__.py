@@ -37,7 +37,7 @@ class GraphsOptions(Options):
     train: int = option("Molecules in training.", 10_000, at_least=64)
     test: int = option("Molecules in validation, and in the test.", 1000, at_least=1)
     epochs: int = option("Passes over the molecules.", 3, at_least=1)
-    steps: int = option("Training steps on packages.", 25, at_least=1)
+    steps: int = option("Training steps on packages.", 12, at_least=1)
     nodes: tuple[int, ...] = option(
         "Numbers of nodes in the section scaling, rising.",
         (1024, 4096, 16384, 65536),
@@ -119,7 +119,7 @@ def _parts(
         for seed in seeds:
             for name in models.NODE_MODELS:
                 parts[f"debian, {name}, seed {seed}"] = partial(
-                    training.train_nodes, task, name, layers=2, steps=settings["steps"], every=10,
+                    training.train_nodes, task, name, layers=2, steps=settings["steps"], every=4,
                     seed=seed,
                 )  # fmt: skip
     if "scaling" in options.sections:

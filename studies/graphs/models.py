@@ -19,10 +19,10 @@ from studies.graphs.molecules import WALKS
 NOTHING = "no attention"
 EXACT = "exact"
 PYG = "PyG's Performer"
+PYG_BIASED = "PyG's Performer, biases"
 OURS = "ours"
-CORRECTED = "PyG's Performer, replaced after training"
 EDGES = "ours, edges exact"
-ATTENTIONS = (NOTHING, EXACT, PYG, OURS, EDGES)
+ATTENTIONS = (NOTHING, EXACT, PYG, PYG_BIASED, OURS, EDGES)
 SAGE, GAT = "SAGE", "GAT"
 NODE_MODELS = {
     "SAGE": (SAGE, NOTHING),
@@ -100,13 +100,13 @@ def set_neighbours(model: nn.Module, neighbours: Neighbours) -> None:
 def gps_layer(attention: str, conv: nn.Module | None, width: int = WIDTH) -> GPSConv:
     """A layer of GPS with batch normalisation and heads of 16.
 
-    PyG's Performer has a head width of 64 and no biases by default; here it has those of exact
-    attention.
+    Queries, keys and values have biases, as those of exact attention, but for `PYG`, which has none
+    by default. Its heads have a width of 64 by default; here they have that of the others.
     """
     heads = width // HEAD
     if attention == EXACT:
         return GPSConv(width, conv, heads=heads, attn_type="multihead")
-    options = {"head_channels": HEAD, "qkv_bias": True}
+    options = {"head_channels": HEAD, "qkv_bias": attention != PYG}
     layer = GPSConv(width, conv, heads=heads, attn_type="performer", attn_kwargs=options)
     if attention == NOTHING:
         layer.attn = NodeMap(width)

@@ -16,6 +16,7 @@ from studies.graphs.debian import NodeTask
 from studies.graphs.models import (
     NODE_MODELS,
     PYG,
+    PYG_BIASED,
     MoleculeModel,
     NodeModel,
     corrected,
@@ -86,7 +87,7 @@ def train_molecules(
     model.load_state_dict(kept)
     some = molecules.test[:compared]
     by_batch = {"by_batch": compare_batches(predict, some)}
-    if attention == PYG:
+    if attention in (PYG, PYG_BIASED):
         by_batch["corrected"] = compare_batches(partial(predict, by=corrected(model)), some)
     return {
         "test_mae": error(molecules.test),

@@ -32,14 +32,14 @@ def test_the_study(data, tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "run_apart", lambda call, threads: call())
     arguments = ["--output", tmp_path / "out", "--quick", "--data", data]
     _, lines = commands.run(*arguments, app=app)
-    assert lines[-1] == "scaling, 64 nodes: 10 of 10"
+    assert lines[-1] == "scaling, 64 nodes: 11 of 11"
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     tables = {name: Table(**table) for name, table in content["tables"].items()}
     assert set(tables) == {"molecules", "batches", "debian", "scaling", "verdicts"}
     assert all(table.markdown() for table in tables.values())
     # A line for each attention but one, each attention's batches, each model of packages but one,
     # each attention but the exact one.
-    assert len(tables["verdicts"].rows) == 4 + 6 + 3 + 3
+    assert len(tables["verdicts"].rows) == 5 + 8 + 3 + 3
     assert (tmp_path / "out" / "scaling.png").stat().st_size > 1000
     _, lines = commands.run(*arguments, "--resume", app=app)
     assert all(line.endswith("kept") for line in lines)
