@@ -8,13 +8,14 @@ import torch
 from performers.app.errors import Interrupted
 from performers.app.files import write_json
 from performers.proteins.corpus import Corpus
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY, write_shards
+from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.tokenizer import encode_sequences
 from performers.proteins.training.families import corpus_families
 from performers.proteins.training.train import train_model
 from tests.cli.commands import refusal, run
+from tests.proteins.corpus.test_shards import write_shards
 from tests.proteins.runs import (
     flags,
     history,
