@@ -46,12 +46,12 @@ class PretrainedSize:
     """
 
     length: int = 512
-    passages: int = 2
+    passages: int = 1
     keys: int = 64
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256)
-    counts: tuple[int, ...] = (512, 1024, 2048, 4096)
+    counts: tuple[int, ...] = (512, 1024)
     layers: tuple[int, ...] = (0, 2, 5)
-    draws: int = 4
+    draws: int = 3
 
 
 class Pretrained:

@@ -70,10 +70,9 @@ def _times(times: Part) -> Table:
 def _reach(parts: Parts) -> Table:
     rows = []
     for name, part in _named(parts, "reach"):
-        layers = part["layers"]
-        text = f"{statistics.mean(layers):.1f}" if len(layers) > 1 else str(layers[0])
-        rows.append((name, text, *(f"{part[kind]:.1f}" for kind in ("long", "short"))))
-    columns = ("layers", "keys of a query, encoder", "keys of a query, training")
+        layers = (f"{statistics.mean(part[kind]):g}" for kind in ("layers", "most"))
+        rows.append((name, *layers, *(f"{part[kind]:.1f}" for kind in ("long", "short"))))
+    columns = ("layers", "for 99% of pairs", "keys, encoder", "keys, training")
     return Table(("attention", *columns), rows)
 
 
