@@ -16,7 +16,7 @@ from performers.streams.training import train_texts
 from studies.comparators import COMPARATORS
 from studies.pages import Table, digits
 from studies.parts import Part
-from studies.text.redraw import REDRAWS, measure_draws, redraw_tables
+from studies.text.redraw import REDRAWS, Schedule, measure_draws, redraw_tables
 
 CONTEXT = 8192
 MODEL: dict[str, Any] = {
@@ -125,8 +125,8 @@ class Study:
         found: dict[str, Callable[[], Part]] = {
             contestant.name: partial(self._compete, contestant) for contestant in CONTESTANTS
         }
-        for name, steps in REDRAWS.items():
-            found[name] = partial(self._redraw, name, steps)
+        for name, schedule in REDRAWS.items():
+            found[name] = partial(self._redraw, name, schedule)
         return found
 
     def _train(
@@ -190,15 +190,20 @@ class Study:
             part["bits_per_byte_without_past"] = alone["bits_per_byte"]
         return part
 
-    def _redraw(self, name: str, steps: int) -> Part:
-        short, long = (share * self.redraw_seconds for share in (SHORT_SHARE, 1 - SHORT_SHARE))
-        self._train("plain-short", short, SHORT)
-        model, result, options = self._train(
-            name, long, {"redraw_steps": steps}, start="plain-short"
-        )
+    def _redraw(self, name: str, schedule: Schedule) -> Part:
+        changes: dict[str, Any] = {"redraw_steps": schedule.steps}
+        if schedule.long:
+            half = self.redraw_seconds / 2
+            self._train("plain-short", SHORT_SHARE * half, SHORT)
+            time, start = (1 - SHORT_SHARE) * half, "plain-short"
+        else:
+            changes |= SHORT
+            time, start = self.redraw_seconds, None
+        model, result, options = self._train(name, time, changes, start)
         read = partial(self._read, model, options, tokens_at_most=self.contexts * CONTEXT // 4)
-        found = measure_draws(model, self._austen(), lambda: read()["bits_per_byte"], CONTEXT)
-        return {"redraw_steps": steps, "steps": result["steps"], **found}
+        length = options.max_length
+        found = measure_draws(model, self._austen(), lambda: read()["bits_per_byte"], length)
+        return {"length": length, "steps": result["steps"], **found}
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,26 @@ from performers.streams.text import Texts
 from studies.pages import Table
 from studies.parts import Part
 
-REDRAWS = {"fixed": 0, "every_50": 50, "every_5": 5}
-"""Steps between redraws, by the names of the models; 0 keeps the first draw."""
+
+class Schedule(NamedTuple):
+    """Steps between redraws, 0 for none, and whether rows are of 8,192 bytes, or else of 256."""
+
+    steps: int
+    long: bool
+
+    def __str__(self) -> str:
+        return f"every {self.steps} steps" if self.steps else "never"
+
+
+REDRAWS = {
+    "fixed": Schedule(0, False),
+    "every_100": Schedule(100, False),
+    "every_10": Schedule(10, False),
+    "long_fixed": Schedule(0, True),
+    "long_every_50": Schedule(50, True),
+    "long_every_5": Schedule(5, True),
+}
+"""Models by their names."""
 
 FRESH = 5
 _PAIRS = 2048
@@ -87,12 +105,12 @@ def redraw_tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     if not done:
         return {}
     rows, layers = [], []
-    for part in done.values():
-        steps = part["redraw_steps"]
-        name = f"every {steps} steps" if steps else "never"
+    for key, part in done.items():
+        name = str(REDRAWS[key])
         mean = sum(part["fresh"]) / len(part["fresh"])
         rows.append(
             (
+                f"{part['length']:,}",
                 name,
                 f"{part['steps']:,}",
                 f"{part['own']:.3f}",
@@ -103,6 +121,7 @@ def redraw_tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         )
         layers += [
             (
+                f"{part['length']:,}",
                 name,
                 str(number),
                 f"{entry['norm_random']:.2f}",
@@ -112,6 +131,22 @@ def redraw_tables(parts: Mapping[str, Part]) -> dict[str, Table]:
             )
             for number, entry in enumerate(part["layers"])
         ]
-    columns = ("redrawn", "steps", "own draw", "five fresh draws", "their range", "fresh − own")
-    names = ("redrawn", "layer", "mean, random", "mean, attended", "ln var, random", "attended")
-    return {"redraws": Table(columns, rows), "variances": Table(names, layers, names=2)}
+    columns = (
+        "rows",
+        "redrawn",
+        "steps",
+        "own draw",
+        "five fresh draws",
+        "their range",
+        "fresh − own",
+    )
+    names = (
+        "rows",
+        "redrawn",
+        "layer",
+        "mean, random",
+        "mean, attended",
+        "ln var, random",
+        "attended",
+    )
+    return {"redraws": Table(columns, rows, names=2), "variances": Table(names, layers, names=3)}

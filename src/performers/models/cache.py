@@ -105,9 +105,8 @@ class MemoryCacheLayer(DynamicLayer):
 
     def keep_last(self, count: int) -> None:
         """Forget all keys but the last ones."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[..., -count:, :], self.values[..., -count:, :]
+        for name in ("keys", "values"):
+            setattr(self, name, getattr(self, name)[..., -count:, :])
 
     def get_seq_length(self) -> int:
         """Tokens read so far, those included whose keys are gone."""

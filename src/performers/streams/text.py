@@ -103,9 +103,9 @@ class Texts:
             if held < 2 or len(only) - held < 2:
                 return self, replace(self, documents=())
             cut, size = only.stop - held, round(only.size * held / len(only))
-            kept = replace(only, stop=cut, size=only.size - size)
-            rest = replace(only, start=cut, size=size)
-            return replace(self, documents=(kept,)), replace(self, documents=(rest,))
+            begun = replace(only, stop=cut, size=only.size - size)
+            ended = replace(only, start=cut, size=size)
+            return replace(self, documents=(begun,)), replace(self, documents=(ended,))
         wanted, taken = share * self.tokens, set[int]()
         for index in np.random.default_rng(seed).permutation(len(self.documents)).tolist():
             if sum(len(self.documents[i]) for i in taken) + len(self.documents[index]) > wanted:

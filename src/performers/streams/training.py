@@ -89,7 +89,7 @@ def train_texts(
         held_out = read(validation, "validation_tokens")
     else:
         texts, held_out = texts.split(options.validation_fraction, options.seed)
-    data = {
+    data: dict[str, Any] = {
         "texts": len(texts.documents),
         "bytes": texts.size,
         "tokens": texts.tokens,
@@ -98,7 +98,7 @@ def train_texts(
     }
     if start is not None:
         data["start"] = weights_sha256(start)
-        data["sha256"] += str(data["start"])
+        data["sha256"] += data["start"] or ""
     run = TrainingRun(output, run_record(options, data), options, resume=resume)
     arguments = training_arguments(run.checkpoints, options)
     trackers = tracker_callbacks(options.report_to or (), output)
