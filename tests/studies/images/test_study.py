@@ -165,8 +165,8 @@ def test_the_study(folder, tmp_path):
     again = json.loads(file.read_text())["parts"]["exact"]
     assert (again["steps"], again["bits"][0]) == (exact["steps"], exact["bits"][0])
     assert again["curve"] == exact["curve"]
-    line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
-    assert "give another folder" in line
+    _, lines = commands.run(*arguments, "--resume", "--seed", 1, code=2, app=app)
+    assert "give another folder" in lines[-1]
 
 
 @pytest.mark.parametrize(
