@@ -12,14 +12,15 @@ from matplotlib.figure import Figure
 from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, save_figure, styled
 from studies.images.codecs import CODECS
 from studies.images.models import Size, contestants
+from studies.images.training import GROUP
 from studies.pages import Table
 from studies.parts import Part
 
 FLOORS, COMPLETIONS = "codecs", "completions"
 """Names of the parts that are no contestants."""
 
-# Pictures in a point of a curve.
-_SPAN = 20
+# Groups of pictures in a point of the figure.
+_SPAN = 4
 
 
 def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
@@ -93,7 +94,7 @@ def draw_curves(size: Size, parts: Mapping[str, Part], file: Path) -> None:
 def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
     """Bits per dimension in training against processor time, with the files' sizes as lines.
 
-    A point is the mean over 20 pictures, or a single one of a model that was trained on fewer.
+    A point is the mean over 20 pictures, or over 5 of a model that was trained on few.
     """
     figure = new_figure((7.0, 4.6))
     axes = figure.add_subplot()
@@ -102,9 +103,9 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
         if name not in parts:
             continue
         part = parts[name]
-        seconds = part["processor_seconds"] / part["steps"]
-        bits = [value for _, value in part["curve"]]
-        span = _SPAN if len(bits) > _SPAN else 1
+        seconds = GROUP * part["processor_seconds"] / part["steps"]
+        bits = part["curve"]
+        span = _SPAN if len(bits) > 2 * _SPAN else 1
         ends = range(span, len(bits) + 1)
         means = [fmean(bits[end - span : end]) for end in ends]
         times = [seconds * (end - span / 2) for end in ends]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
 from studies.images.models import MOST_STEPS, Size, make_model
 from studies.parts import Part
+
+GROUP = 5
+"""Steps of a point of a curve."""
 
 _SAVED = 20
 
@@ -55,8 +59,8 @@ def train(
     """Train a model in a folder, or continue the run in it.
 
     Returns:
-        ``steps``, ``processor_seconds``, ``parameters``, and the ``curve``: steps and bits per
-        dimension of single pictures.
+        ``steps``, ``processor_seconds``, ``parameters``, and the ``curve``: bits per dimension of
+        ``GROUP`` training pictures each, and of what is left.
     """
     training = TrainingOptions(
         objective="clm",
@@ -100,9 +104,9 @@ def train(
 
     result = run.train(make_trainer, None, progress=_progress(name))
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    curve = [
-        [entry["step"], round(entry["loss"] / math.log(2), 4)] for entry in log if "loss" in entry
-    ]
+    losses = [entry["loss"] / math.log(2) for entry in log if "loss" in entry]
+    groups = range(0, len(losses), GROUP)
+    curve = [round(fmean(losses[start : start + GROUP]), 3) for start in groups]
     names = ("steps", "processor_seconds", "parameters")
     return {**{key: result[key] for key in names}, "curve": curve}
 

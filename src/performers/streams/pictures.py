@@ -243,7 +243,7 @@ def read_photograph(path: Path) -> tuple[Picture, tuple[str, ...]]:
         The values, and the changes that were made to those of the file.
 
     Raises:
-        UnusablePicture: The file is empty, cut off, no picture, or has values without a range.
+        UserError: The file is empty, cut off, no picture, or has values without a range.
     """
     if not path.is_file():
         raise UnusablePicture(path, "not a regular file")
