@@ -482,6 +482,9 @@ def test_autograd_keeps_no_features_of_pairs():
     assert counts[1] - counts[0] < nodes * num_features / 2
 
 
+# torch's compiler makes an instance of autograd functions.
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", LINEAR)
 def test_compiled_calls(backend):
     """One graph, forward and backward."""
