@@ -115,7 +115,7 @@ class AttentionCall:
     )
     neighbours: Neighbours | None = field(
         default=None,
-        metadata={"backends": ("torch", "reference"), "otherwise": "with neighbours"},
+        metadata={"backends": ("native", "torch", "reference"), "otherwise": "with neighbours"},
     )
     neighbour_bias: Tensor | None = None
     state: FavorState | None = None

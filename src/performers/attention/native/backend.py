@@ -1,6 +1,7 @@
 """The ``native`` backend: which calls the kernels take, and how they are put to them."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,12 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.neighbours import NeighbourLists
 from performers.attention.native.listed_operators import kernel_rows
 from performers.attention.native.operators import favor_forward
 from performers.attention.operators import Inputs
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
+from performers.attention.torch_backend.blocks import Features, Rows
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
+from performers.attention.torch_backend.neighbours import neighbour_rows
+from performers.features.precision import without_autocast
 from performers.features.recomputation import is_traced, is_transformed
 
 _RECTIFIERS = (torch.relu, F.relu)
@@ -49,9 +54,20 @@ class _Part(NamedTuple):
     out: Tensor
     log: Tensor
 
+    @classmethod
+    def of(cls, rows: Rows) -> "_Part":
+        """That of rows that are not yet divided."""
+        there = rows.denominator != 0
+        total = rows.denominator.where(there, 1.0)
+        log = rows.log_scale.double() + total.double().log()
+        return cls(rows.numerator / total, log.masked_fill(~there, -math.inf).squeeze(-1))
+
 
 def _attend_with_lists(call: AttentionCall) -> Tensor:
-    """Features, exact pairs and listed keys, each by kernels of their own, and joined."""
+    """Features, exact pairs and listed keys, each by kernels of their own, and joined.
+
+    Pairs along the edges of a graph are gathered by torch.
+    """
     squares = call.query.to(call.dtype).square()
     log_factor = math.log(call.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
         call.factor / 2
@@ -59,11 +75,26 @@ def _attend_with_lists(call: AttentionCall) -> Tensor:
     feature = _part(call, "feature")
     exact = call.window is not None or call.sink_keys is not None
     estimates, parts = [], [_part(call, "exact")] if exact else []
-    for pairs in listed_pairs(call):
-        rows = [x.unflatten(2, call.query.shape[2:4]) for x in kernel_rows(call, pairs)]
-        estimates.append(_Part(rows[0], rows[1] + log_factor))
-        parts.append(_Part(rows[2], rows[3]))
+    for estimate, more in _listed_parts(call):
+        estimates.append(_Part(estimate.out, estimate.log + log_factor))
+        parts.append(more)
     return _join(feature, estimates, parts)
+
+
+def _listed_parts(call: AttentionCall) -> Iterator[tuple[_Part, _Part]]:
+    """Estimates, but for their common factor, and exact weights of pairs."""
+    heads = call.query.shape[2:4]
+    if isinstance(call.lists, NeighbourLists):
+        with without_autocast(call.query.device):
+            both = neighbour_rows(call, Features.of_call(call), call.lists)
+            estimate, exact = (
+                _Part.of(Rows(*(x.unflatten(2, heads) for x in rows))) for rows in both
+            )
+        yield estimate, exact
+        return
+    for pairs in listed_pairs(call):
+        rows = [x.unflatten(2, heads) for x in kernel_rows(call, pairs)]
+        yield _Part(rows[0], rows[1]), _Part(rows[2], rows[3])
 
 
 def _join(feature: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
