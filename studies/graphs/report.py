@@ -187,7 +187,7 @@ def _scaling(group: Mapping[str, Part]) -> Table:
         for attention in names:
             if attention in part["seconds"]:
                 time, memory = part["seconds"][attention], part["nbytes"][attention]
-                cells.append(f"{seconds(time)}; {nbytes(memory) or 'out of memory'}")
+                cells.append(f"{seconds(time)}; {nbytes(memory)}")
             else:
                 cells.append(ABSENT)
         rows.append((f"{_nodes(name):,}", *cells))
