@@ -97,17 +97,21 @@ def set_neighbours(model: nn.Module, neighbours: Neighbours) -> None:
             module.neighbours = neighbours
 
 
-def gps_layer(attention: str, conv: nn.Module | None, width: int = WIDTH) -> GPSConv:
+def gps_layer(
+    attention: str, conv: nn.Module | None, width: int = WIDTH, momentum: float = 0.1
+) -> GPSConv:
     """A layer of GPS with batch normalisation and heads of 16.
 
     Queries, keys and values have biases, as those of exact attention, but for `PYG`, which has none
     by default. Its heads have a width of 64 by default; here they have that of the others.
     """
-    heads = width // HEAD
+    heads, norm = width // HEAD, {"momentum": momentum}
     if attention == EXACT:
-        return GPSConv(width, conv, heads=heads, attn_type="multihead")
+        return GPSConv(width, conv, heads=heads, attn_type="multihead", norm_kwargs=norm)
     options = {"head_channels": HEAD, "qkv_bias": attention != PYG}
-    layer = GPSConv(width, conv, heads=heads, attn_type="performer", attn_kwargs=options)
+    layer = GPSConv(
+        width, conv, heads=heads, attn_type="performer", attn_kwargs=options, norm_kwargs=norm
+    )
     if attention == NOTHING:
         layer.attn = NodeMap(width)
     elif attention == OURS:
@@ -166,10 +170,11 @@ class NodeModel(nn.Module):
     ) -> None:
         super().__init__()
         self.features = nn.Linear(GRAMS + 2, NODE_WIDTH)
-        self.norm = nn.BatchNorm1d(NODE_WIDTH)
+        # Every batch is the whole graph: the last one's statistics are those of evaluation.
+        self.norm = nn.BatchNorm1d(NODE_WIDTH, momentum=1.0)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
-            gps_layer(attention, _conv(conv), NODE_WIDTH) for _ in range(layers)
+            gps_layer(attention, _conv(conv), NODE_WIDTH, momentum=1.0) for _ in range(layers)
         )
         self.head = nn.Linear(NODE_WIDTH, classes)
 

@@ -17,29 +17,30 @@ Values = Mapping[str, Sequence[Part]]
 BATCH_TOLERANCE = 1e-5
 """Largest change of a prediction that counts as rounding, in units of the target."""
 _LEAST_SEEDS = 3
+_NOT_MEASURED = "not measured"
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
-    """A table for each section that is begun, and the verdicts."""
-    groups: dict[str, dict[str, Part]] = {}
+    """A table for each section and the verdicts; what is not measured is there and says so."""
+    groups: dict[str, dict[str, Part]] = {"molecules": {}, "debian": {}, "scaling": {}}
     for name, part in parts.items():
         section, rest = name.split(", ", 1)
-        groups.setdefault(section, {})[rest] = part
-    made: dict[str, Table] = {}
-    verdicts: list[tuple[str, str]] = []
-    if molecules := _by_model(groups.get("molecules", {}), ATTENTIONS):
-        made["molecules"] = _accuracy(molecules, "test_mae", NOTHING, "test MAE", lower=True)
-        made["batches"] = _batches(molecules)
-        verdicts += comparisons("molecules", molecules, "test_mae", NOTHING, lower=True)
-        verdicts += batch_verdicts(molecules)
-    if packages := _by_model(groups.get("debian", {}), NODE_MODELS):
-        made["debian"] = _accuracy(packages, "test", SAGE, "test accuracy", lower=False)
-        verdicts += comparisons("packages", packages, "test", SAGE, lower=False)
-    if scaling := groups.get("scaling"):
-        made["scaling"] = _scaling(scaling)
-        verdicts += scaling_verdicts(scaling)
-    made["verdicts"] = Table(("question", "answer"), verdicts, names=2)
-    return made
+        groups[section][rest] = part
+    molecules = _by_model(groups["molecules"], ATTENTIONS)
+    packages = _by_model(groups["debian"], NODE_MODELS)
+    verdicts = [
+        *comparisons("molecules", molecules, "test_mae", NOTHING, lower=True),
+        *batch_verdicts(molecules),
+        *comparisons("packages", packages, "test", SAGE, lower=False),
+        *scaling_verdicts(groups["scaling"]),
+    ]
+    return {
+        "molecules": _accuracy(molecules, "test_mae", NOTHING, "test MAE", lower=True),
+        "batches": _batches(molecules),
+        "debian": _accuracy(packages, "test", SAGE, "test accuracy", lower=False),
+        "scaling": _scaling(groups["scaling"]),
+        "verdicts": Table(("question", "answer"), verdicts, names=2),
+    }
 
 
 def rows_of_scaling(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
@@ -74,17 +75,17 @@ def comparisons(
     noun: str, models: Values, key: str, reference: str, *, lower: bool
 ) -> list[tuple[str, str]]:
     """The verdict on each model against a reference, and the mean difference."""
-    if reference not in models:
-        return []
     base = [part[key] for part in models[reference]]
     found = []
     for name, parts in models.items():
         if name == reference:
             continue
-        values = [part[key] for part in parts]
-        change = fmean(values) - fmean(base)
-        said = verdict(values, base, lower=lower)
-        found.append((f"{noun}: {name} against {reference}", f"{said} ({_signed(change, lower)})"))
+        answer = _NOT_MEASURED
+        if base and parts:
+            values = [part[key] for part in parts]
+            change = _signed(fmean(values) - fmean(base), lower)
+            answer = f"{verdict(values, base, lower=lower)} ({change})"
+        found.append((f"{noun}: {name} against {reference}", answer))
     return found
 
 
@@ -126,13 +127,16 @@ def _by_model(group: Mapping[str, Part], names: Iterable[str]) -> dict[str, list
     found: dict[str, list[Part]] = {name: [] for name in names}
     for name, part in group.items():
         found[name.rsplit(", seed ", 1)[0]].append(part)
-    return {name: parts for name, parts in found.items() if parts}
+    return found
 
 
 def _accuracy(models: Values, key: str, reference: str, heading: str, *, lower: bool) -> Table:
-    base = [part[key] for part in models.get(reference, ())]
+    base = [part[key] for part in models[reference]]
     rows = []
     for name, parts in models.items():
+        if not parts:
+            rows.append((name, "", "0", _NOT_MEASURED, "", "", "", ""))
+            continue
         values = [part[key] for part in parts]
         compared = ("", "")
         if base and name != reference:
@@ -159,6 +163,8 @@ def _accuracy(models: Values, key: str, reference: str, heading: str, *, lower: 
 def _with_corrected(models: Values) -> dict[str, list[Part]]:
     found = {}
     for name, parts in models.items():
+        if not parts:
+            continue
         found[name] = [part["by_batch"] for part in parts]
         if all("corrected" in part for part in parts):
             found[f"{name}, replaced after training"] = [part["corrected"] for part in parts]
@@ -181,13 +187,13 @@ def _batches(models: Values) -> Table:
 
 def _scaling(group: Mapping[str, Part]) -> Table:
     names = list(dict.fromkeys(name for part in group.values() for name in part["seconds"]))
-    rows = []
+    rows = [] if group else [(_NOT_MEASURED,)]
     for name, part in group.items():
         cells = []
         for attention in names:
             if attention in part["seconds"]:
                 time, memory = part["seconds"][attention], part["nbytes"][attention]
-                cells.append(f"{seconds(time)}; {nbytes(memory) or 'out of memory'}")
+                cells.append(f"{seconds(time)}; {nbytes(memory)}")
             else:
                 cells.append(ABSENT)
         rows.append((f"{_nodes(name):,}", *cells))

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from performers.benchmark.memory import OutOfMemoryError, peak_of, run_apart
+from performers.benchmark.memory import peak_of, run_apart
 from performers.benchmark.timing import interleave
 from studies.graphs.models import (
     EDGES,
@@ -27,7 +27,7 @@ DEGREE = 9
 
 
 def measure_scaling(nodes: int, *, exact: bool, repeats: int = 3) -> Part:
-    """Times in turns in this process, and peak memory in a process for each attention.
+    """Times in turns in this process, and peak memory in another one.
 
     Args:
         nodes: Number of nodes of the one graph.
@@ -45,20 +45,18 @@ def measure_scaling(nodes: int, *, exact: bool, repeats: int = 3) -> Part:
     timings, errors = interleave(calls, repeats=repeats, min_time=0.0)
     if errors:
         raise RuntimeError(f"failed with {nodes:,} nodes: {errors}")
-    nbytes: dict[str, int | None] = {}
-    for name in names:
-        try:
-            nbytes[name] = run_apart(partial(peak_memory, name=name, nodes=nodes), threads=1)
-        except OutOfMemoryError:
-            nbytes[name] = None
+    nbytes = run_apart(partial(peak_memory, names=names, nodes=nodes), threads=1)
     return {"seconds": {name: x.median for name, x in timings.items()}, "nbytes": nbytes}
 
 
-def peak_memory(name: str, nodes: int) -> int:
-    """Bytes of a forward and a backward pass above what was there before."""
-    # Libraries load with the first call.
-    training_step(name, 64)()
-    return peak_of(training_step(name, nodes)).nbytes
+def peak_memory(names: list[str], nodes: int) -> dict[str, int]:
+    """Bytes of a forward and a backward pass above what was there before, by attention."""
+    found = {}
+    for name in names:
+        # Libraries load with the first call.
+        training_step(name, 64)()
+        found[name] = peak_of(training_step(name, nodes)).nbytes
+    return found
 
 
 def training_step(name: str, nodes: int) -> Callable[[], None]:

@@ -142,7 +142,7 @@ def train_nodes(
     torch.manual_seed(seed)
     model = NodeModel(*NODE_MODELS[name], layers, task.classes)
     set_neighbours(model, neighbours_of(task.edge_index, len(task.labels)))
-    optimizer, schedule = _optimizer(model, 1e-2, steps)
+    optimizer, schedule = _optimizer(model, 2e-2, steps)
     train = (task.split == 0).nonzero().squeeze(1)
     start = time.process_time()
     best: dict[str, float] = {"validation": -1.0}

@@ -27,7 +27,7 @@ from studies.graphs.models import (
     parameters,
     set_neighbours,
 )
-from studies.graphs.report import comparisons, scaling_verdicts, verdict
+from studies.graphs.report import comparisons, scaling_verdicts, tables, verdict
 
 INDEX = """Package: b
 Source: s (1.0)
@@ -183,6 +183,17 @@ def test_verdicts_are_rules():
     assert scaling_verdicts(parts)[0][1] == "from 256 nodes; 2 times as fast with 256"
     del parts["scaling, 256 nodes"]
     assert scaling_verdicts(parts)[0][1].startswith("not up to 128 nodes")
+
+
+def test_tables_say_what_is_not_measured():
+    part = {"test": 0.5, "parameters": 10, "cpu_seconds": 1.0}
+    made = tables({"debian, SAGE, seed 0": part, "debian, GAT, seed 0": {**part, "test": 0.6}})
+    assert [row[3] for row in made["debian"].rows[:2]] == ["50.0%", "60.0%"]
+    assert made["debian"].rows[1][5:7] == ("+10.0 points", "too few seeds to tell")
+    assert {row[3] for row in made["molecules"].rows} == {"not measured"}
+    answers = dict(made["verdicts"].rows)
+    assert answers["packages: SAGE, ours against SAGE"] == "not measured"
+    assert made["scaling"].rows == [("not measured",)]
 
 
 def test_targets_and_split(molsets):
