@@ -152,7 +152,7 @@ def write_part(
     part: Part,
     settings: Mapping[str, Any],
     options: SplitOptions,
-    clusters: Clusters,
+    open_clusters: Callable[[], Clusters],
     *,
     name: Callable[[str], str],
     by_cluster: bool,
@@ -166,7 +166,7 @@ def write_part(
         part: The part.
         settings: What decides the corpus, recorded.
         options: Seed and least length.
-        clusters: Finds clusters.
+        open_clusters: Called if there are blocks to write; finds clusters.
         name: Name of a protein, of the first word of its header.
         by_cluster: Draw the split of a cluster, not of each protein.
         progress: Called with the bytes that were read and the bytes in all.
@@ -185,6 +185,7 @@ def write_part(
     write_json(settings_file, wanted)
     if (folder / _PART).exists():
         return
+    clusters = open_clusters()
     total, before = sum(path.stat().st_size for path in files), 0
     for number, path in enumerate(files):
         blocks = _BlockFiles(folder, number, part)
@@ -194,6 +195,7 @@ def write_part(
                 _write_block(blocks.path(block), records, options, clusters, name, by_cluster)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
+            del records
         before += path.stat().st_size
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npz"))}
     write_json(folder / _PART, {"blocks": sizes})

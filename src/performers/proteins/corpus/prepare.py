@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
@@ -77,14 +78,18 @@ def prepare_corpus(
         report(f"clustering {read['distinct']:,} sequences (mmseqs2, minutes)")
         write_pairs(table, _clusters(clusters, mmseqs, options))
     part = work / "part"
-    find = TableClusters(table, work / "members")
-    if len(find) != read["distinct"]:
-        raise UserError(
-            f"{clusters or table} lists {len(find):,} members, but there are {read['distinct']:,} "
-            "distinct sequences; cluster the same sequences"
-        )
+
+    def checked() -> TableClusters:
+        found = TableClusters(table, work / "members")
+        if len(found) != read["distinct"]:
+            raise UserError(
+                f"{clusters or table} lists {len(found):,} members, but there are "
+                f"{read['distinct']:,} distinct sequences; cluster the same sequences"
+            )
+        return found
+
     write_part(
-        part, [distinct], _WHOLE, settings, options, find, name=lambda word: word, by_cluster=False
+        part, [distinct], _WHOLE, settings, options, checked, name=lambda w: w, by_cluster=False
     )
     return merge_parts(
         [part],
@@ -121,22 +126,26 @@ def prepare_part(
     Raises:
         UserError: The data cannot be used, or the folder holds another part.
     """
-    settings = _settings(source, options, clusters)
-    find: Clusters = HeaderClusters()
-    if clusters is not None:
+    members = output / "members"
+
+    def find() -> Clusters:
+        if clusters is None:
+            return HeaderClusters()
         report("sorting the table of clusters")
-        find = TableClusters(clusters, output / "members")
+        return TableClusters(clusters, members)
+
     write_part(
         output,
         source.files,
         part,
-        settings,
+        _settings(source, options, clusters),
         options,
         find,
         name=protein_name,
         by_cluster=True,
         progress=progress,
     )
+    shutil.rmtree(members, ignore_errors=True)
 
 
 def prepare_clustered(
@@ -181,7 +190,7 @@ def prepare_clustered(
     Mmseqs(output / "work", threads, memory)
     part = output / "work" / "part"
     report("reading sequences")
-    prepare_part(source, part, options, _WHOLE, clusters=clusters, progress=reading)
+    prepare_part(source, part, options, _WHOLE, clusters=clusters, report=report, progress=reading)
     return merge_parts(
         [part], output, threads=threads, memory=memory, report=report, progress=writing
     )

@@ -163,6 +163,8 @@ def iter_fasta_blocks(
             if not lines.headers_seen:
                 raise _empty(reading.name)
             yield number, records
+            # Not kept while the next block is parsed.
+            del records
             if progress is not None:
                 progress(reading.raw.tell())
 
