@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import time
 
 import pytest
@@ -93,13 +94,16 @@ def test_short_rows_are_padded():
     }
 
 
-def test_a_lost_process_is_one_line():
+def test_a_lost_process_is_one_line(monkeypatch):
+    ignored = []
+    monkeypatch.setattr(signal, "signal", lambda *given: ignored.append(given))
     gone = "[/x/gloo/transport/tcp/pair.cc:537] Connection closed by peer [::1]:1. Check the logs."
     with (
         pytest.raises(UserError, match=r"^process 0 .* \(Connection closed by peer .*\); resume$"),
         lost_processes("resume"),
     ):
         raise RuntimeError(gone)
+    assert ignored == [(signal.SIGTERM, signal.SIG_IGN)]
     with pytest.raises(RuntimeError, match="shapes"), lost_processes("resume"):
         raise RuntimeError("shapes")
 

@@ -232,4 +232,6 @@ def stop_on_signals(stop: StopCallback) -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # Not one that was set inside.
+            if signal.getsignal(number) is handle:
+                signal.signal(number, handler)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -186,6 +188,9 @@ def lost_processes(remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
+        if threading.current_thread() is threading.main_thread():
+            # The launcher's; it must not end the process before the line is printed.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # Without the place in gloo's sources.
         reason = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().split("\n")[0]).split(". ")[0]
         raise UserError(

@@ -136,15 +136,14 @@ class TrainingRun:
             # To load the last checkpoint and take no step.
             trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
         again = "repeat the command with --resume, which continues from the last checkpoint"
+        with quiet_transformers(), stop_on_signals(stop), lost_processes(again):
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.requested:
+            raise Interrupted(
+                f"stopped after step {trainer.state.global_step} of {options.steps}; a checkpoint "
+                "is in the output folder: run the same command with --resume to continue"
+            )
         with lost_processes(again):
-            with quiet_transformers(), stop_on_signals(stop):
-                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-            if stop.requested:
-                raise Interrupted(
-                    f"stopped after step {trainer.state.global_step} of {options.steps}; a "
-                    "checkpoint is in the output folder: run the same command with --resume to "
-                    "continue"
-                )
             # Already at hand, but for a run that had ended before it was resumed.
             validated = trainer.evaluate()
             state_dict = trainer.full_state_dict()
