@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ class FamiliesOptions(Options):
     relatives: tuple[int, ...] = option("Numbers of relatives, rising.", (1, 5, 30), rising=True)
     scored: int = option("Held-out proteins to score on.", 60, at_least=1)
     longest: int = option("Most residues of a protein of the corpus.", 256, at_least=3)
-    copy_steps: int = option("Training steps on synthetic families.", 300, at_least=1)
-    family_steps: int = option("Training steps on families of the corpus.", 400, at_least=1)
+    copy_steps: int = option("Training steps on synthetic families.", 200, at_least=1)
+    family_steps: int = option("Training steps on families of the corpus.", 200, at_least=1)
+    long_steps: int = option("Training steps of the longest training on them.", 600, at_least=1)
     row_tokens: int = option("Most tokens of a row of the corpus to train on.", 1024, at_least=8)
     batch_tokens: int = option("Tokens of a batch.", 2048, at_least=1)
     hidden_size: int = option("Width of the models.", 64, at_least=8)
@@ -43,7 +45,7 @@ def families(options: FamiliesOptions) -> None:
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
     from studies.families.training import CONTESTANTS, Shape
-    from studies.parts import run_parts
+    from studies.parts import Part, run_parts
 
     torch.set_num_threads(options.threads)
     counts = (0, *options.relatives)
@@ -55,7 +57,7 @@ def families(options: FamiliesOptions) -> None:
     if options.corpus is not None:
         corpus = Corpus(options.corpus)
         sets["corpus"] = draw(corpus_split(corpus, "ood"))
-    parts = {
+    parts: dict[str, Callable[[], Part]] = {
         f"ceiling, {name}": partial(measure_ceiling, scored, counts)
         for name, scored in sets.items()
     }
@@ -63,23 +65,30 @@ def families(options: FamiliesOptions) -> None:
         hidden_size=options.hidden_size,
         batch_tokens=options.batch_tokens,
         steps=options.copy_steps,
-        every=max(1, options.copy_steps // 8),
+        every=max(1, options.copy_steps // 4),
     )
     copied = copying_scored(4 * options.scored, options.seed)
     weights = options.output_folder / "weights"
     parts["ceiling, synthetic"] = partial(measure_ceiling, copied, (0, 1))
-    for name in CONTESTANTS:
-        parts[f"copying, {name}"] = partial(
-            copying, name, shape, 4 * options.scored, options.seed, weights
-        )
+    copies: dict[str, Callable[[], Part]] = {
+        f"copying, {name}": partial(copying, name, shape, 4 * options.scored, options.seed, weights)
+        for name in CONTESTANTS
+    }
+    parts |= {name: copies.pop(name) for name in [f"copying, {name}" for name in REAL]}
     if options.corpus is not None:
-        steps = {"steps": options.family_steps, "every": max(1, options.family_steps // 4)}
         known = corpus_split(corpus, "train")
-        for name in REAL:
-            parts[f"families, {name}"] = partial(
-                real_families, name, replace(shape, **steps), known, sets, counts,
+
+        def trained(name: str, steps: int) -> Callable[[], Part]:
+            longer = replace(shape, steps=steps, every=max(1, steps // 4))
+            return partial(
+                real_families, name, longer, known, {"corpus": sets["corpus"]}, counts,
                 options.row_tokens, options.seed, weights,
             )  # fmt: skip
+
+        parts |= {f"families, {name}": trained(name, options.family_steps) for name in REAL}
+        longest = f"families, {REAL[0]}, {options.long_steps:,} steps"
+        parts[longest] = trained(REAL[0], options.long_steps)
+    parts |= copies
     settings = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(options).items()

@@ -17,12 +17,11 @@ from studies.families.synthetic import synthetic_families
 from studies.families.training import CONTESTANTS, Shape, make_model, score, train
 from studies.parts import Part
 
-REAL = ("exact", "features", "features, window over positions")
+REAL = ("features, window over positions", "exact")
 """Contestants that are trained on real families."""
 
-# Synthetic families to train on; the ones to score on are drawn with another seed.
-_FAMILIES = 8000
 _LENGTH = 40
+# The families to score on are drawn with another seed than those to train on.
 _SCORED_SEED = 1_000_000
 # Families without relatives teach nothing of them.
 _LEAST_MEMBERS = 8
@@ -48,7 +47,9 @@ def copying(name: str, shape: Shape, count: int, seed: int, folder: Path) -> Par
         ``curve``, see `train`, and ``alone``: scores without the relative.
     """
     note(f"copying: {name}")
-    drawn = synthetic_families(_FAMILIES, length=_LENGTH, seed=seed)
+    # As many as the training reads; each is two rows of two members.
+    families = -(-shape.steps * shape.batch_tokens // (4 * _LENGTH))
+    drawn = synthetic_families(families, length=_LENGTH, seed=seed)
     rows = FamilyRows(drawn, max_length=8 * _LENGTH, seed=seed)
     scored = copying_scored(count, seed)
     model, curve = train(CONTESTANTS[name], shape, rows, scored, 1, seed)

@@ -94,19 +94,31 @@ def inputs(batch: dict[str, Tensor], contestant: Contestant) -> dict[str, Tensor
 
 
 def score(
-    model: PerformerForMaskedLM, contestant: Contestant, scored: Scored, relatives: int
+    model: PerformerForMaskedLM,
+    contestant: Contestant,
+    scored: Scored,
+    relatives: int,
+    batch_tokens: int = 4096,
 ) -> dict[str, float]:
     """Accuracy and perplexity of the hidden residues of the scored proteins.
 
-    One row at a time, so that no padding and no other row matters.
+    Args:
+        model: The model.
+        contestant: Its attention and positions.
+        scored: The proteins.
+        relatives: Number of relatives that each is read with.
+        batch_tokens: Tokens of a batch, padding included; a longer row is one by itself.
     """
     rows, collator = scored.rows(relatives), scored.collator()
     metrics = ResidueMetrics(TOKENIZER)
+    indices = sorted(scored.indices, key=lambda index: (-int(rows.lengths[index]), index))
     with evaluation_mode(model):
-        for index in scored.indices:
-            batch = collator([rows[index]])
+        while indices:
+            size = max(1, batch_tokens // int(rows.lengths[indices[0]]))
+            batch = collator([rows[index] for index in indices[:size]])
             labels = batch.pop("labels")
             metrics.update(model(**inputs(batch, contestant)).logits, labels)
+            indices = indices[size:]
     found = metrics.compute()
     return {name: found[name] for name in ("accuracy", "perplexity", "tokens")}
 

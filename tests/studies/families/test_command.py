@@ -1,0 +1,66 @@
+"""``python -m studies.families``: its results, and resuming."""
+
+import json
+import random
+
+import pytest
+
+from performers.app.files import write_json
+from performers.proteins.corpus.shards import FORMAT, VOCABULARY, write_shards
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
+from studies.families.__main__ import app
+from studies.families.experiments import REAL
+from studies.families.training import CONTESTANTS
+from studies.pages import Table
+from tests.cli import commands
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    source = random.Random(0)
+    folder, clusters, splits = tmp_path / "corpus", "", {}
+    for split, count in (("train", 2), ("ood", 2)):
+        records = []
+        for family in range(count):
+            ancestor = source.choices(AMINO_ACIDS, k=20)
+            for member in range(8):
+                name = f"{split}{family}.{member}"
+                clusters += f"{split}{family}\t{name}\n"
+                ancestor[source.randrange(20)] = source.choice(AMINO_ACIDS)
+                records.append((name, "".join(ancestor)))
+        splits[split] = write_shards(folder / split, records)
+    (folder / "clusters.tsv").write_text(clusters)
+    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits}
+    write_json(folder / "manifest.json", manifest)
+    return folder
+
+
+def test_the_study(corpus, tmp_path):
+    arguments = [
+        "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2,
+        "--copy-steps", 2, "--family-steps", 2, "--long-steps", 3,
+        "--row-tokens", 100, "--batch-tokens", 320,
+        "--hidden-size", 16,
+    ]  # fmt: skip
+    commands.run(*arguments, app=app)
+    file = tmp_path / "out" / "results.json"
+    content = json.loads(file.read_text())
+    assert set(content["tables"]) == {"ceiling", "copying", "families"}
+    assert all(Table(**table).markdown() for table in content["tables"].values())
+    parts = content["parts"]
+    assert {f"copying, {name}" for name in CONTESTANTS} < set(parts)
+    for name in REAL:
+        scores = parts[f"families, {name}"]["scores"]["corpus"]
+        assert set(scores) == {"0", "1", "2"}
+        # The same residues as in the alignments.
+        assert {x["tokens"] for x in scores.values()} == {parts["ceiling, corpus"]["tokens"]}
+    assert f"families, {REAL[0]}, 3 steps" in parts
+    parts["copying, exact"]["curve"] = parts["copying, exact"]["curve"][:1]
+    del parts["families, exact"]
+    file.write_text(json.dumps(content))
+    assert "--resume" in commands.refusal(*arguments, app=app)
+    _, lines = commands.run(*arguments, "--resume", app=app)
+    assert "copying, exact: 5 of 12, kept" in lines
+    assert "families, exact" in json.loads(file.read_text())["parts"]
+    line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
+    assert "give another folder" in line
