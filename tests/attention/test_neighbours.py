@@ -1,6 +1,5 @@
 """``favor_attention(neighbours=)``: exact along edges, features elsewhere, one normaliser."""
 
-import copy
 import math
 from functools import partial
 from itertools import pairwise
@@ -11,118 +10,27 @@ from torch.nn import functional as F
 
 import performers
 from performers import (
-    GeneralizedFeatures,
     LearnedFeatures,
-    ListedKeys,
     SoftmaxFeatures,
     favor_attention,
     favor_attention_weights,
 )
 from performers.benchmark.memory import memory_is_measurable, peak_of, run_apart
 from performers.features import FeatureMap
-
-# The compiled kernels take float32 and shorter.
-BACKENDS = ("torch", "reference")
-LINEAR = tuple(name for name in performers.backends() if name in ("native", "torch"))
-SHORT = tuple(name for name in (*BACKENDS, "native") if name in performers.backends())
-DIM, WIDTH = 8, 6
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def edges(length, size=None, degree=4, seed=0, blocks=None):
-    """A random graph of isolated nodes, hubs and self loops: CSR and the matrix it is made from."""
-    size = length if size is None else size
-    matrix = torch.rand(length, size, generator=generator(seed)) < degree / size
-    matrix.fill_diagonal_(True)
-    matrix[length // 2] = False
-    matrix[:, size // 2] = False
-    matrix[length // 3] = True
-    if blocks is not None:
-        matrix &= torch.block_diag(*(torch.ones(n, n) for n in blocks)).bool()
-    indptr = F.pad(matrix.sum(1).cumsum(0), (1, 0))
-    return (indptr, matrix.nonzero()[:, 1]), matrix
-
-
-def inputs(length, size=None, batch=1, heads=2, key_heads=2, dtype=torch.float64, scale=1.5):
-    size, random = length if size is None else size, generator(1)
-
-    def draw(*shape):
-        x = torch.randn(shape, dtype=torch.float64, generator=random) * scale
-        return x.to(dtype).requires_grad_()
-
-    return (
-        draw(batch, heads, length, DIM),
-        draw(batch, key_heads, size, DIM),
-        draw(batch, key_heads, size, WIDTH),
-    )
-
-
-def features(num_features=24, **options):
-    return SoftmaxFeatures(DIM, num_features, generator=generator(2), **options)
-
-
-def oracle(query, key, value, feature_map, matrix, bias=None, key_mask=None, blocks=None):
-    """All pairs, in float64, from the formulas."""
-    heads = query.shape[1]
-    query, key, value = (x.double() for x in (query, key, value))
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    root, weight = DIM**-0.25, feature_map.weight.double()
-    if len(weight) > 1:
-        weight = weight.repeat_interleave(heads // len(weight), dim=0)
-    logs = [
-        (x * root) @ weight.mT - (x * root).square().sum(-1, keepdim=True) / 2 for x in (query, key)
-    ]
-    log = torch.logsumexp(logs[0].unsqueeze(-2) + logs[1].unsqueeze(-3), dim=-1)
-    log = log - math.log(feature_map.num_features)
-    exact = query @ key.mT / math.sqrt(DIM)
-    if bias is not None:
-        place = matrix.nonzero(as_tuple=True)
-        every = torch.zeros(heads, *matrix.shape, dtype=torch.float64)
-        exact = exact + every.index_put(
-            (torch.arange(heads)[:, None], *place), bias.double().expand(heads, -1)
-        )
-    log = torch.where(matrix, exact, log)
-    if blocks is not None:
-        same = torch.block_diag(*(torch.ones(n, n) for n in blocks)).bool()
-        log = log.masked_fill(~same, -math.inf)
-    if key_mask is not None:
-        log = log.masked_fill(~key_mask[:, None, None], -math.inf)
-    return log.softmax(-1).nan_to_num() @ value
-
-
-def compare(tensors, feature_map, neighbours, matrix, *, bias=None, backend, tolerance, **options):
-    """Outputs, and gradients of inputs and bias, against the oracle."""
-    blocks, wanted = options.pop("blocks", None), [*tensors]
-    expected = oracle(
-        *tensors, feature_map, matrix, bias, key_mask=options.get("key_mask"), blocks=blocks
-    )
-    if blocks is not None:
-        options["cu_seqlens"] = F.pad(torch.tensor(blocks).cumsum(0), (1, 0))
-    out = favor_attention(
-        *tensors,
-        feature_map,
-        neighbours=neighbours,
-        neighbour_bias=bias,
-        backend=backend,
-        **options,
-    )
-    assert out.dtype == tensors[0].dtype
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    wanted += [bias] if bias is not None and bias.requires_grad else []
-    upstream = torch.randn(out.shape, generator=generator(5), dtype=torch.float64)
-    gradients = torch.autograd.grad((out.double() * upstream).sum(), wanted)
-    others = torch.autograd.grad((expected * upstream).sum(), wanted)
-    for ours, theirs in zip(gradients, others, strict=True):
-        scale = max(theirs.abs().max().item(), 1e-3)
-        assert (ours - theirs).abs().max() < 10 * tolerance * scale
-
-
-def biases(*shape, dtype=torch.float64):
-    x = torch.randn(shape, generator=generator(3), dtype=torch.float64)
-    return x.to(dtype).requires_grad_()
+from tests.attention.neighbour_cases import (
+    BACKENDS,
+    DIM,
+    LINEAR,
+    SHORT,
+    WIDTH,
+    biases,
+    compare,
+    edges,
+    features,
+    generator,
+    inputs,
+    oracle,
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -502,62 +410,3 @@ def test_compiled_calls(backend):
         results.append((out, *torch.autograd.grad(out.square().sum(), [*tensors, bias])))
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
-
-
-def csr(indptr, indices):
-    return torch.tensor(indptr), torch.tensor(indices, dtype=torch.int64)
-
-
-GOOD = ([0, 1, 2, 3], [0, 1, 2])
-
-
-@pytest.mark.parametrize(
-    ("neighbours", "options", "message"),
-    [
-        (csr([0, 1, 2], [0, 1]), {}, "indptr of shape"),
-        (csr([0, 2, 1, 3], [0, 1, 2]), {}, "indptr that rises"),
-        (csr([0, 1, 2, 2], [0, 1, 2]), {}, "indptr that rises"),
-        (csr([0, 1, 2, 3], [0, 1, 3]), {}, r"indices of keys, 0\.\.2"),
-        (csr([0, 1, 2, 3], [0, -1, 2]), {}, r"indices of keys, 0\.\.2"),
-        (csr([0, 3, 3, 3], [0, 1, 0]), {}, "each key of a query once"),
-        (csr([0, 2, 3, 3], [1, 1, 0]), {}, "each key of a query once"),
-        (torch.eye(3), {}, "neighbours must be a pair"),
-        ((torch.zeros(4), torch.zeros(0)), {}, "neighbours must be a pair"),
-        (csr(*GOOD), {"is_causal": True}, "neighbours cannot be combined with is_causal"),
-        (csr(*GOOD), {"window": 1}, "neighbours cannot be combined with window"),
-        (csr(*GOOD), {"sinks": 1}, "neighbours cannot be combined with sinks"),
-        (
-            csr(*GOOD),
-            {"listed_keys": ListedKeys(DIM)},
-            "neighbours cannot be combined with listed_keys",
-        ),
-        (
-            csr([0, 1, 2, 3], [0, 2, 2]),
-            {"cu_seqlens": torch.tensor([0, 2, 3])},
-            "an edge joins two",
-        ),
-        (csr(*GOOD), {"neighbour_bias": torch.zeros(2)}, r"neighbour_bias must have shape \(3,\)"),
-        (csr(*GOOD), {"neighbour_bias": torch.zeros(3).long()}, "floating-point"),
-        (csr(*GOOD), {"neighbour_bias": 1.0}, r"neighbour_bias must have shape \(3,\)"),
-        (None, {"neighbour_bias": torch.zeros(3)}, "neighbour_bias needs neighbours"),
-        (csr(*GOOD), {"is_causal": True, "return_state": True}, "cannot be combined with"),
-    ],
-)
-def test_what_does_not_fit_is_refused(neighbours, options, message):
-    with pytest.raises(ValueError, match=message):
-        favor_attention(*inputs(3), features(), neighbours=neighbours, **options)
-
-
-@pytest.mark.parametrize(
-    "feature_map", [GeneralizedFeatures(DIM), SoftmaxFeatures(DIM, estimator="trigonometric")]
-)
-def test_other_kernels_are_refused(feature_map):
-    with pytest.raises(ValueError, match="neighbours needs positive softmax features"):
-        favor_attention(*inputs(3), feature_map, neighbours=csr(*GOOD))
-
-
-def test_copies_of_a_call_leave_its_tensors_alone():
-    neighbours, _ = edges(20)
-    before = copy.deepcopy(neighbours)
-    favor_attention(*inputs(20), features(), neighbours=neighbours)
-    assert all(torch.equal(x, y) for x, y in zip(neighbours, before, strict=True))
