@@ -6,13 +6,14 @@ import random
 import pytest
 
 from performers.app.files import write_json
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY, write_shards
+from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from studies.families.__main__ import app
 from studies.families.experiments import REAL
 from studies.families.training import CONTESTANTS
 from studies.pages import Table
 from tests.cli import commands
+from tests.proteins.corpus.test_shards import write_shards
 
 
 @pytest.fixture
