@@ -30,6 +30,7 @@ PAGES = {
     "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",
+    "sparse.md": "sparse",
     "text.md": "text",
 }
 """Pages of docs/results, and the folders below ``studies`` that they are written from."""

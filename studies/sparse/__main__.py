@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from performers.app.errors import UserError
@@ -88,11 +89,10 @@ def sparse(options: SparseOptions) -> None:
                 parts |= {f"errors, {name}": partial(model.errors, name) for name in names}
     for name in attentions.ALL:
         parts[f"step, {name}"] = partial(times.measure_step, name, time_size)
-    for seed in range(options.seeds):
-        for task in tasks.TASKS:
-            for name in attentions.ALL:
-                deepen = partial(training.deepen, task, name, seed, training_size)
-                parts[f"{task}, {name}, seed {seed}"] = deepen
+    for seed, depth in product(range(options.seeds), training_size.depths):
+        for task, name in product(tasks.TASKS, attentions.ALL):
+            train = partial(training.train, task, name, depth, seed, training_size)
+            parts[f"{task}, {name}, depth {depth}, seed {seed}"] = train
     settings = {
         "reach": asdict(reach_size),
         "times": asdict(time_size),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -10,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from performers.cli.console import note
 from performers.models import PerformerModel
 from studies.parts import Part
 from studies.sparse.attentions import settings
 from studies.sparse.tasks import IGNORED, TASKS, Task
 
 SOLVED = 0.95
-"""Accuracy of a task that is solved; deeper models are then not trained."""
+"""Accuracy of a task that is solved."""
 _LEARNT, _RECENT = 0.995, 10
 _SPREAD = 0.5
 _WARM_UP = 0.2
@@ -83,26 +81,12 @@ class Solver(nn.Module):
         return logits
 
 
-def deepen(task: str, name: str, seed: int, size: TrainingSize) -> Part:
-    """Train deeper and deeper models until one solves the task.
+def train(task: str, name: str, depth: int, seed: int, size: TrainingSize) -> Part:
+    """Train a model until it solves the task or its steps are over.
 
     Returns:
-        ``accuracy`` and ``steps``, by depth as text, and ``seconds`` of processor time.
+        ``accuracy`` on rows it was not trained on, and ``steps``.
     """
-    started = time.process_time()
-    accuracy: dict[str, float] = {}
-    steps: dict[str, int] = {}
-    for depth in size.depths:
-        accuracy[str(depth)], steps[str(depth)] = _train(task, name, depth, seed, size)
-        note(f"{task}, {name}, seed {seed}, depth {depth}: {accuracy[str(depth)]:.3f}")
-        if accuracy[str(depth)] >= SOLVED:
-            break
-    seconds = time.process_time() - started
-    return {"accuracy": accuracy, "steps": steps, "seconds": seconds}
-
-
-def _train(task: str, name: str, depth: int, seed: int, size: TrainingSize) -> tuple[float, int]:
-    """Accuracy of one model on rows it was not trained on, and the steps it took."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = Solver(name, depth, TASKS[task], size).train()
@@ -130,7 +114,8 @@ def _train(task: str, name: str, depth: int, seed: int, size: TrainingSize) -> t
         step += 1
     test = TASKS[task].draw(size.test_rows, size.length, torch.Generator().manual_seed(2**20))
     with torch.no_grad():
-        return _accuracy(model.eval()(test[0]), test[1]), step
+        accuracy = _accuracy(model.eval()(test[0]), test[1])
+    return {"accuracy": accuracy, "steps": step}
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:

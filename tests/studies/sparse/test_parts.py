@@ -82,15 +82,18 @@ def test_keys_of_a_query():
 
 
 def test_verdicts_follow_from_the_numbers():
-    def trained(task, name, accuracy):
-        return {f"{task}, {name}, seed 0": {"accuracy": accuracy}}
+    def trained(task, name, accuracies):
+        return {
+            f"{task}, {name}, depth {depth}, seed 0": {"accuracy": accuracy}
+            for depth, accuracy in accuracies.items()
+        }
 
     parts = {
-        **trained("recall", EXACT, {"1": 0.99}),
-        **trained("recall", PERFORMERS[0], {"1": 0.3, "2": 0.5}),
-        **trained("recall", STRIDED, {"1": 0.3, "2": 0.97}),
-        **trained("majority", PERFORMERS[0], {"1": 1.0}),
-        **trained("majority", STRIDED, {"1": 0.6, "2": 1.0}),
+        **trained("recall", EXACT, {1: 0.99}),
+        **trained("recall", PERFORMERS[0], {1: 0.3, 2: 0.5}),
+        **trained("recall", STRIDED, {1: 0.3, 2: 0.97}),
+        **trained("majority", PERFORMERS[0], {1: 1.0}),
+        **trained("majority", STRIDED, {1: 0.6, 2: 1.0}),
     }
     rows = {row[0].rpartition(": ")[2]: row[1] for row in report.tables(parts)["verdicts"].rows}
     assert rows["recall"].startswith("the reverse")
