@@ -139,6 +139,7 @@ def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, tex
         ({"objective": "mlm"}, "texts are trained on with --objective clm"),
         ({"packed": True}, r"--packed is for sequences"),
         ({"objective": "mlm", "carry_state": True}, "--carry-state needs --objective clm"),
+        ({"fsdp": True}, "--fsdp and --sequence-parallel are for sequences"),
         ({"memory": 4}, "--memory needs --attention exact and --carry-state"),
         ({"attention": "exact", "carry_state": True}, "needs --memory"),
         ({"carry_state": True, "reversible": True}, "cannot be combined with --reversible"),

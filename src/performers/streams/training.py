@@ -221,3 +221,7 @@ def _check_options(options: TrainingOptions) -> None:
     ):
         if given:
             raise UserError(f"{flag} is for sequences (FASTA); segments of texts are full anyway")
+    if options.sharded:
+        raise UserError(
+            "--fsdp and --sequence-parallel are for sequences (FASTA); leave them out for texts"
+        )
