@@ -43,7 +43,7 @@ class GraphsOptions(Options):
         (1024, 4096, 16384, 65536),
         rising=True,
     )
-    exact_up_to: int = option("Most nodes of exact attention in the section scaling.", 16384)
+    exact_up_to: int = option("Most nodes of exact attention in the section scaling.", 4096)
 
     def __post_init__(self) -> None:
         """Check that the data of the sections are given.
