@@ -69,18 +69,19 @@ def shard(
     return {name: x.tensor_split(size, dim=1)[rank].contiguous() for name, x in whole.items()}
 
 
-def one_row(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+def one_row(batch: Mapping[str, Tensor], *, is_causal: bool) -> tuple[dict[str, Tensor], list[int]]:
     """Rows of packed sequences as one row, and the boundaries of its sequences.
 
     Args:
         batch: Tensors of shape ``(B, L)``; ``sequence_ids``, with -1 at padding, among them.
+        is_causal: Whether labels are the next token's.
     """
     ids = batch["sequence_ids"]
     rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
     # An id of one row is no sequence of the next.
     ids = ids + rows * (ids.max() + 2)
     whole = {name: x.flatten().unsqueeze(0) for name, x in {**batch, "sequence_ids": ids}.items()}
-    if "labels" in batch:
+    if is_causal and "labels" in batch:
         # The first token of a row follows from none.
         whole["labels"] = F.pad(batch["labels"][:, 1:], (1, 0), value=_IGNORED).flatten()[None]
     changes = whole["sequence_ids"][0].diff().nonzero().squeeze(1) + 1
