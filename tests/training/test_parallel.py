@@ -96,6 +96,12 @@ def test_short_rows_are_padded():
     }
 
 
+def test_an_unknown_tensor_is_not_padded():
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="rows of 2 tokens are too short to be cut, and weights"):
+        with_least_length({"input_ids": ids, "weights": ids}, 4, pad=1)
+
+
 def test_a_lost_process_is_one_line(monkeypatch):
     ignored = []
     monkeypatch.setattr(signal, "signal", lambda *given: ignored.append(given))

@@ -89,13 +89,23 @@ def one_row(batch: Mapping[str, Tensor], *, is_causal: bool) -> tuple[dict[str, 
 
 
 def with_least_length(batch: Mapping[str, Tensor], length: int, *, pad: int) -> dict[str, Tensor]:
-    """A batch of tensors ``(B, L)``, padded at the end to ``length`` where that is longer."""
+    """A batch of tensors ``(B, L)``, padded at the end to ``length`` where that is longer.
+
+    Raises:
+        ValueError: The batch has a tensor whose padding is not known.
+    """
     missing = length - batch["input_ids"].shape[1]
     if missing <= 0:
         return dict(batch)
     whole = dict(batch)
     whole.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     fills = {"input_ids": pad, "attention_mask": 0, "labels": _IGNORED, "sequence_ids": -1}
+    others = sorted(whole.keys() - fills.keys())
+    if others:
+        raise ValueError(
+            f"rows of {length - missing} tokens are too short to be cut, and {', '.join(others)} "
+            "cannot be padded: use longer rows, fewer processes or a shorter window"
+        )
     return {name: F.pad(x, (0, missing), value=fills[name]) for name, x in whole.items()}
 
 
