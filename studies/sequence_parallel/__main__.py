@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from performers.app.options import OptionError, Options, option
+from performers.app.options import Options, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
 
@@ -19,21 +19,6 @@ class SequenceParallelOptions(Options):
     output_folder: Path = option("Folder of the results.", flag="--output")
     length: int = option("Residues of the row.", 65_536, at_least=1)
     steps: int = option("Training steps.", 5, at_least=1)
-    trainer: bool = option("Train as performers train does, and not by hand.", False)
-    sequence_parallel: int = option(
-        "Processes that share a row, with --trainer; all of them otherwise.", 1, at_least=1
-    )
-    fsdp: bool = option("Sharded weights, with --trainer.", False)
-
-    def __post_init__(self) -> None:
-        """Check that options go together.
-
-        Raises:
-            OptionError: An option of the trainer is given without it.
-        """
-        super().__post_init__()
-        if not self.trainer and (self.fsdp or self.sequence_parallel > 1):
-            raise OptionError("--sequence-parallel and --fsdp need --trainer")
 
 
 @app.command()
@@ -43,22 +28,10 @@ def sequence_parallel(options: SequenceParallelOptions) -> None:
 
     import torch
 
-    from performers.app.processes import is_first_process
+    from studies.sequence_parallel.training import train
 
     torch.set_num_threads(1)
-    files = options.output_folder, options.length, options.steps
-    if options.trainer:
-        from studies.sequence_parallel.trainer import train_by_command
-
-        seen = train_by_command(
-            *files, sequence_parallel=options.sequence_parallel, fsdp=options.fsdp
-        )
-    else:
-        from studies.sequence_parallel.training import train
-
-        seen = train(*files)
-    if is_first_process():
-        print(json.dumps(seen))
+    print(json.dumps(train(options.output_folder, options.length, options.steps)))
 
 
 if __name__ == "__main__":

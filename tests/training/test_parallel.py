@@ -76,11 +76,13 @@ def test_rows_of_packed_sequences_as_one():
         # The last id of the first row is the first of the second.
         "sequence_ids": torch.tensor([[0, 0, 1, 1], [1, 1, 1, -1]]),
     }
-    whole, boundaries = one_row(batch)
+    whole, boundaries = one_row(batch, is_causal=True)
     assert boundaries == [0, 2, 4, 7, 8]
     assert whole["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 0]]
-    # The first token of a row follows from none.
+    # The first token of a row follows from none, and is hidden like any other.
     assert whole["labels"].tolist() == [[-100, 6, -100, 8, -100, 10, 11, -100]]
+    masked = one_row(batch, is_causal=False)[0]["labels"]
+    assert masked.tolist() == [[5, 6, -100, 8, 9, 10, 11, -100]]
 
 
 def test_short_rows_are_padded():
@@ -92,6 +94,12 @@ def test_short_rows_are_padded():
         "labels": [[5, 6, -100, -100]],
         "attention_mask": [[1, 1, 0, 0]],
     }
+
+
+def test_an_unknown_tensor_is_not_padded():
+    ids = torch.tensor([[5, 6]])
+    with pytest.raises(ValueError, match="rows of 2 tokens are too short to be cut, and weights"):
+        with_least_length({"input_ids": ids, "weights": ids}, 4, pad=1)
 
 
 def test_a_lost_process_is_one_line(monkeypatch):

@@ -69,18 +69,19 @@ def shard(
     return {name: x.tensor_split(size, dim=1)[rank].contiguous() for name, x in whole.items()}
 
 
-def one_row(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
+def one_row(batch: Mapping[str, Tensor], *, is_causal: bool) -> tuple[dict[str, Tensor], list[int]]:
     """Rows of packed sequences as one row, and the boundaries of its sequences.
 
     Args:
         batch: Tensors of shape ``(B, L)``; ``sequence_ids``, with -1 at padding, among them.
+        is_causal: Whether labels are the next token's.
     """
     ids = batch["sequence_ids"]
     rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
     # An id of one row is no sequence of the next.
     ids = ids + rows * (ids.max() + 2)
     whole = {name: x.flatten().unsqueeze(0) for name, x in {**batch, "sequence_ids": ids}.items()}
-    if "labels" in batch:
+    if is_causal and "labels" in batch:
         # The first token of a row follows from none.
         whole["labels"] = F.pad(batch["labels"][:, 1:], (1, 0), value=_IGNORED).flatten()[None]
     changes = whole["sequence_ids"][0].diff().nonzero().squeeze(1) + 1
@@ -88,13 +89,23 @@ def one_row(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[int]]:
 
 
 def with_least_length(batch: Mapping[str, Tensor], length: int, *, pad: int) -> dict[str, Tensor]:
-    """A batch of tensors ``(B, L)``, padded at the end to ``length`` where that is longer."""
+    """A batch of tensors ``(B, L)``, padded at the end to ``length`` where that is longer.
+
+    Raises:
+        ValueError: The batch has a tensor whose padding is not known.
+    """
     missing = length - batch["input_ids"].shape[1]
     if missing <= 0:
         return dict(batch)
     whole = dict(batch)
     whole.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
     fills = {"input_ids": pad, "attention_mask": 0, "labels": _IGNORED, "sequence_ids": -1}
+    others = sorted(whole.keys() - fills.keys())
+    if others:
+        raise ValueError(
+            f"rows of {length - missing} tokens are too short to be cut, and {', '.join(others)} "
+            "cannot be padded: use longer rows, fewer processes or a shorter window"
+        )
     return {name: F.pad(x, (0, missing), value=fills[name]) for name, x in whole.items()}
 
 

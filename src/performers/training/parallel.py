@@ -124,7 +124,7 @@ class ParallelTrainer(CheckpointTrainer):
         """This process's shard of a batch, and the boundaries of the sequences in its row."""
         config, boundaries = self.model.config, None
         if "sequence_ids" in inputs:
-            inputs, boundaries = one_row(inputs)
+            inputs, boundaries = one_row(inputs, is_causal=config.is_decoder)
         least = dist.get_world_size(self.sequence_group) * max(1, config.window or 0)
         inputs = with_least_length(inputs, least, pad=config.pad_token_id)
         if boundaries is not None:
