@@ -321,7 +321,7 @@ class _Kinds:
         self.files.setdefault(kind, []).append(f"{file.name}{where}")
 
     def usable(self, file: Path, size: int) -> bool:
-        """Whether a file can be read as text; if not, it is added."""
+        """True for a file that can be read as text; any other is added."""
         if not os.access(file, os.R_OK):
             self.add("not readable", file)
         elif not size:
