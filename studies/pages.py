@@ -27,6 +27,7 @@ PAGES = {
     "demo.md": "demo",
     "families.md": "families",
     "graphs.md": "graphs",
+    "images.md": "images",
     "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",

@@ -110,7 +110,10 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
         means = [fmean(bits[end - span : end]) for end in ends]
         times = [seconds * (end - span / 2) for end in ends]
         marker = "osv^D<>P"[number % 8]
-        (line,) = axes.plot(times, means, color=colour, marker=marker, markevery=0.15)
+        style = "-" if number < len(PALETTE) else "--"
+        (line,) = axes.plot(
+            times, means, color=colour, marker=marker, markevery=0.15, linestyle=style
+        )
         entries.append((name, line))
     if FLOORS in parts:
         for codec in ("unigram", *CODECS):
@@ -119,5 +122,5 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
             axes.text(size.seconds, height, codec, color=MUTED, ha="right", va="bottom")
     axes.set_xlabel("processor seconds of training")
     axes.set_ylabel("bits per dimension")
-    add_legend(figure, entries, "outside lower center", 3)
+    add_legend(figure, entries, "outside lower center", 2)
     return figure

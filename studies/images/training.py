@@ -60,7 +60,7 @@ def train(
 
     Returns:
         ``steps``, ``processor_seconds``, ``parameters``, and the ``curve``: bits per dimension of
-        ``GROUP`` training pictures each, and of what is left.
+        ``GROUP`` training pictures each.
     """
     training = TrainingOptions(
         objective="clm",
@@ -105,7 +105,7 @@ def train(
     result = run.train(make_trainer, None, progress=_progress(name))
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     losses = [entry["loss"] / math.log(2) for entry in log if "loss" in entry]
-    groups = range(0, len(losses), GROUP)
+    groups = range(0, len(losses) - GROUP + 1, GROUP)
     curve = [round(fmean(losses[start : start + GROUP]), 3) for start in groups]
     names = ("steps", "processor_seconds", "parameters")
     return {**{key: result[key] for key in names}, "curve": curve}
