@@ -55,7 +55,7 @@ class SparseMechanism(Comparator):
         first, count = rows.layer % 2, -(-query.shape[1] // 2)
         parts = zip(*(x.split(count, dim=1) for x in (query, key, value)), strict=True)
         return torch.cat(
-            [halves[(first + n) % 2](*part, rows) for n, part in enumerate(parts)], dim=1
+            [halves[(first + n) % 2](q, k, v, rows) for n, (q, k, v) in enumerate(parts)], dim=1
         )
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:

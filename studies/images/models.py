@@ -117,13 +117,14 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
     )
     torch.manual_seed(size.seed)
     model = PerformerForCausalLM(config)
+    performer: Any = model.performer
     with torch.no_grad():
-        model.performer.embeddings.weight[:256] = 0.1 * _waves(256, size.width)
+        performer.embeddings.weight[:256] = 0.1 * _waves(256, size.width)
         if config.position_embedding == "axial":
-            for table in model.performer.positions.tables[:2]:
+            for table in performer.positions.tables[:2]:
                 table.weight.copy_(0.02 * _waves(size.size, size.width))
         else:
-            for layer in model.performer.layers:
+            for layer in performer.layers:
                 _look_back(layer.attention.query_key_value.bias, config, (2, size.line - 1))
     return model
 

@@ -54,12 +54,12 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
         )
         made["contestants"] = Table(columns, rows)
     if floors:
-        rows = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
+        files = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
         for codec in CODECS:
             pixels = fmean(floors[f"{codec}, pixels"])
-            rows.append((codec, f"{fmean(floors[codec]):.2f}", f"{pixels:.2f}"))
-        columns = ("", "bits/dim, whole file", "compressed pixels alone")
-        made["codecs"] = Table(columns, rows)
+            files.append((codec, f"{fmean(floors[codec]):.2f}", f"{pixels:.2f}"))
+        headings = ("", "bits/dim, whole file", "compressed pixels alone")
+        made["codecs"] = Table(headings, files)
     if part := parts.get(COMPLETIONS):
         drawn = part["pictures"] * part["samples"]
         row = (

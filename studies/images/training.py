@@ -123,7 +123,8 @@ def _progress(name: str) -> Callable[[int, int, dict[str, float]], None]:
 def score(model: PerformerForCausalLM, crops: CentreCrops, seconds: float) -> list[float]:
     """Bits per dimension of the first pictures, as many as are scored within a processor time."""
     model.eval()
-    start, bits = time.process_time(), []
+    start = time.process_time()
+    bits: list[float] = []
     for index in range(len(crops)):
         if bits and time.process_time() - start > seconds:
             break
