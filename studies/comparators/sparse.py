@@ -53,10 +53,9 @@ class SparseMechanism(Comparator):
         strided = self.pattern == "strided"
         halves = (self._near, self._columns) if strided else (self._block, self._summaries)
         first, count = rows.layer % 2, -(-query.shape[1] // 2)
-        parts = zip(*(x.split(count, dim=1) for x in (query, key, value)), strict=True)
-        return torch.cat(
-            [halves[(first + n) % 2](q, k, v, rows) for n, (q, k, v) in enumerate(parts)], dim=1
-        )
+        queries, keys, values = (x.split(count, dim=1) for x in (query, key, value))
+        parts = enumerate(zip(queries, keys, values, strict=True))
+        return torch.cat([halves[(first + n) % 2](q, k, v, rows) for n, (q, k, v) in parts], dim=1)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         return attend_window(query, key, value, rows.ranks, self.stride, is_causal=rows.is_causal)
