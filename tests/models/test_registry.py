@@ -108,7 +108,7 @@ def test_a_mechanism_has_options_and_draws_its_parameters(registered, tmp_path):
     started = PerformerForCausalLM.from_pretrained(tmp_path / "without", config=config)
     assert (started.performer.layers[0].attention.mechanism.factors == 3.0).all()
     config.attention = "exact"
-    with pytest.raises(ValueError, match="attention='exact' are none, got scale, rounds: leave"):
+    with pytest.raises(ValueError, match="attention='exact' are memory, got scale, rounds: leave"):
         PerformerForCausalLM(config)
 
 

@@ -227,7 +227,7 @@ class PerformerModel(PerformerPreTrainedModel):
             config.attention,
             config.num_hidden_layers,
             config.exact_layers,
-            memory=config.attention_options["memory"] if exact else None,
+            memory=config.attention_options.get("memory") if exact else None,
         )
 
     def _cache(
