@@ -187,7 +187,7 @@ def _batches(models: Values) -> Table:
 
 def _scaling(group: Mapping[str, Part]) -> Table:
     names = list(dict.fromkeys(name for part in group.values() for name in part["seconds"]))
-    rows = [] if group else [(_NOT_MEASURED,)]
+    rows: list[tuple[str, ...]] = [] if group else [(_NOT_MEASURED,)]
     for name, part in group.items():
         cells = []
         for attention in names:
