@@ -48,7 +48,7 @@ def tables(parts: Parts) -> dict[str, Table]:
 
 
 def ratios(times: Part, name: str, kind: str) -> float:
-    """How many times as fast as exact attention, the median of the rounds."""
+    """Speed relative to exact attention, the median of the rounds."""
     pairs = zip(times[EXACT][kind], times[name][kind], strict=True)
     return statistics.median(exact / own for exact, own in pairs)
 

@@ -126,7 +126,7 @@ def test_resume_with_something_else_is_one_line(fasta, output, tmp_path):
     line = refusal("train", fasta, *resumed, *flags(steps=1, seed=4, num_layers=1))
     assert "--layers was 2, now 1; --seed was 0, now 4" in line
     other = write_sequences(tmp_path / "other.fasta", proteins(5, seed=7))
-    assert "the sequences are not the same" in refusal("train", other, *resumed, *flags(steps=1))
+    assert "the data are not the same" in refusal("train", other, *resumed, *flags(steps=1))
     assert sorted(path.name for path in output.iterdir()) == before
     out, lines = run("train", fasta, *resumed, *flags(steps=1))
     assert "validation" in out, "a finished run still tells its scores"

@@ -37,8 +37,13 @@ class AttentionEntry:
             )
 
     def complete_options(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Check options and add the defaults of missing ones."""
+        """Check options and add the defaults of missing ones.
+
+        What is None of other mechanisms, in the configuration of a model that is loaded with
+        another attention, is left out.
+        """
         known = [] if self.options is None else [field.name for field in fields(self.options)]
+        given = {name: value for name, value in given.items() if name in known or value is not None}
         unknown = [name for name in given if name not in known]
         if unknown:
             raise ValueError(
