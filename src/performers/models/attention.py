@@ -155,7 +155,8 @@ def build_mechanism(
     entry = ATTENTIONS[attention]
     entry.check_causal(config.is_decoder)
     if attention == config.attention:
-        entry.complete_options(config.attention_options)
+        # An attention that was set after the configuration was made brings options of its own.
+        config.attention_options = entry.complete_options(config.attention_options)
     return entry.build(config, generator)
 
 
