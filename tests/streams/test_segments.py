@@ -19,7 +19,7 @@ def texts(tmp_path):
 
 
 def predicted(texts, keys, length):
-    """How often each place of each text is predicted; every target is the token at its place."""
+    """Count predictions of each place of each text; every target is the token at its place."""
     seen = Counter()
     dataset = Segments(texts, length)
     for key in keys:

@@ -9,7 +9,7 @@ from tests.studies.comparators.oracle import compare, contexts, dense, inputs, p
 
 
 def sees(mechanism, layer):
-    """Which ranks see which in each of three heads, from section 4.2 of the paper."""
+    """Mask of ranks by ranks for each of three heads, from section 4.2 of the paper."""
     stride, summary = mechanism.stride, mechanism.summary
 
     def strided(i, j, head):
