@@ -42,8 +42,8 @@ class TrainingSize:
     keys: int = 12
     hidden: int = 32
     heads: int = 2
-    steps: int = 120
-    rows: int = 6
+    steps: int = 300
+    rows: int = 8
     test_rows: int = 64
     learning_rate: float = 1e-2
 
