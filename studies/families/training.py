@@ -27,18 +27,22 @@ class Contestant:
     Attributes:
         attention: Name of its attention.
         options: Options of that attention.
+        config: Other options of the configuration.
         restart: Positions restart in each member; otherwise they count through the row.
     """
 
     attention: str = NAME
     options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     restart: bool = True
 
 
 CONTESTANTS = {
     "exact": Contestant("exact"),
     "features": Contestant(),
-    "features, window over positions": Contestant(options={"positions_window": 16}),
+    "features, window over positions": Contestant(
+        "favor-softmax", config={"window": 8, "position_window": 8}
+    ),
     "exact, positions of the row": Contestant("exact", restart=False),
     "learned features": Contestant(options={"learned": True}),
     "features, listed keys": Contestant(options={"listed_keys": 16}),
@@ -84,6 +88,7 @@ def make_model(contestant: Contestant, shape: Shape, seed: int) -> PerformerForM
         num_features=shape.num_features,
         attention=contestant.attention,
         attention_options=contestant.options,
+        **contestant.config,
     )
     return PerformerForMaskedLM(config)
 

@@ -49,10 +49,13 @@ def exact(
     sinks: int = 0,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Which pairs are exact, bool, ``(batch or 1, 1, L, S)``, seen or not."""
     near = torch.zeros(length, size, dtype=torch.bool)
-    if window is not None:
+    if positions is not None:
+        near = ((positions[:, None] - positions[..., None]).abs() <= window)[:, None]
+    elif window is not None:
         near = (torch.arange(length)[:, None] - torch.arange(size)).abs() <= window
     first = torch.zeros(1 if key_mask is None else key_mask.shape[0], size, dtype=torch.bool)
     offsets = [0, size] if cu_seqlens is None else cu_seqlens.tolist()
@@ -136,6 +139,7 @@ def weights(
     sinks: int = 0,
     listed_keys: ListedKeys | None = None,
     is_causal: bool = False,
+    positions: Tensor | None = None,
     **who: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The normalised matrix ``(B, H, L, S)`` and the conditioning of each row ``(B, H, L, 1)``.
@@ -150,7 +154,7 @@ def weights(
     if window is None and not sinks and listed_keys is None:
         level = column.masked_fill(~seen, -math.inf)
     else:
-        close = exact(length, size, window=window, sinks=sinks, **who)
+        close = exact(length, size, window=window, sinks=sinks, positions=positions, **who)
         if listed_keys is not None:
             options = {"sinks": sinks, "is_causal": is_causal, **who}
             close = close | listed(listed_keys, query, key, **options)

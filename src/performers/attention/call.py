@@ -13,6 +13,7 @@ from performers.attention.exact_keys.neighbours import (
     Neighbours,
     find_neighbours,
 )
+from performers.attention.exact_keys.positions import check_positions
 from performers.attention.exact_keys.window_and_sinks import (
     SinkKeys,
     check_window_and_sinks,
@@ -42,6 +43,7 @@ class PairOptions(MaskOptions, total=False):
     listed_keys: ListedKeys | None
     neighbours: Neighbours | None
     neighbour_bias: Tensor | None
+    positions: Tensor | None
 
 
 class SequenceOptions(MaskOptions, total=False):
@@ -63,6 +65,7 @@ class AttentionCall:
     In a checked call, query ``i`` stands at the position of key ``i + offset``. It meets exactly,
     that is with ``exp(factor q . k)``, the sinks it sees, the keys ``j`` of its own sequence with
     ``|i + offset - j| <= window``, and those in its list; all others it meets through features.
+    With ``positions`` the window is of these in place of ``i + offset`` and ``j``.
 
     Attributes:
         query: Shape ``(B, H, L, D)``; checked, ``(batch, key_heads, groups, L, head_dim)``: the
@@ -82,6 +85,8 @@ class AttentionCall:
         listed_keys: What chooses further exact keys by content, or None.
         neighbours: The exact keys of each query as a sparse matrix in CSR form, or None.
         neighbour_bias: Added to ``factor q . k`` of these pairs, or None.
+        positions: Shape ``(batch, S)``, what the window is measured in, or None for places in the
+            row.
         state: The sums over the keys before the first of ``key``, for a causal call, or None.
         following: Of a bidirectional call on a part of a row, the sums over the keys after the last
             of ``key``; ``state`` then has those before the first. None for whole rows.
@@ -118,6 +123,13 @@ class AttentionCall:
         metadata={"backends": ("native", "torch", "reference"), "otherwise": "with neighbours"},
     )
     neighbour_bias: Tensor | None = None
+    positions: Tensor | None = field(
+        default=None,
+        metadata={
+            "backends": ("torch", "reference"),
+            "otherwise": "with a window measured in positions",
+        },
+    )
     state: FavorState | None = None
     return_state: bool = False
     following: FavorState | None = field(
@@ -171,6 +183,7 @@ class AttentionCall:
             # Every query head has features of its own, so no key features are shared.
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         check_window_and_sinks(self, form)
+        check_positions(self)
         if self.listed_keys is None:
             query, key, value = guard_recomputation((query, key, value), self.feature_map)
         else:

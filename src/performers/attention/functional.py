@@ -61,6 +61,7 @@ def favor_attention(
     listed_keys: ListedKeys | None = None,
     neighbours: Neighbours | None = None,
     neighbour_bias: Tensor | None = None,
+    positions: Tensor | None = None,
     state: FavorState | None = None,
     return_state: bool = False,
     backend: str | None = None,
@@ -106,6 +107,10 @@ def favor_attention(
             not under ``torch.compile``.
         neighbour_bias: Added to ``scale * q . k`` of these pairs, shape ``(E,)`` or ``(H, E)``;
             minus infinity takes a pair out.
+        positions: Integers of shape ``(B, S)`` in which the window is measured in place of places
+            in the row: exact where ``|p_i - p_j| <= window``. Tokens may share a position, as those
+            of unaligned relatives laid end to end do. Not causal, without listed keys and
+            neighbours. Time and memory are those of a window of as many tokens as lie within it.
         state: Past of a causal call, as returned by an earlier one.
         return_state: Also return the state after the last key (causal only).
         backend: One of ``performers.backends()``, which has to cover the call; None chooses the
@@ -139,6 +144,7 @@ def favor_attention(
         listed_keys=listed_keys,
         neighbours=neighbours,
         neighbour_bias=neighbour_bias,
+        positions=positions,
         state=state,
         return_state=return_state,
     )
@@ -165,7 +171,7 @@ def favor_attention_weights(
         key: Shape ``(B, Hkv, S, D)``.
         feature_map: As in ``favor_attention``.
         **options: ``is_causal``, ``key_mask``, ``scale``, ``window``, ``sinks``, ``listed_keys``,
-            ``neighbours`` and ``neighbour_bias``, as in ``favor_attention``.
+            ``neighbours``, ``neighbour_bias`` and ``positions``, as in ``favor_attention``.
 
     Returns:
         Shape ``(B, H, L, S)``. Rows sum to one; the row of a query with nothing to attend to is

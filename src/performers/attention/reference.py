@@ -98,7 +98,11 @@ def _columns(call: AttentionCall) -> _Columns:
         visible = visible & call.key_mask[:, None, None, None]
     exact = torch.zeros_like(visible)
     if call.window is not None:
-        exact = exact | ((position - place).abs() <= call.window)
+        distance = position - place
+        if call.positions is not None:
+            of_keys = call.positions.to(row.device).long()[:, None, None]
+            distance = of_keys.unsqueeze(-1) - of_keys.unsqueeze(-2)
+        exact = exact | (distance.abs() <= call.window)
     bias = None
     if call.lists is not None:
         exact = exact | call.lists.pairs(length, size)

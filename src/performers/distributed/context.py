@@ -226,7 +226,7 @@ class SequenceParallel:
 
 
 def _check_options(call: AttentionCall) -> None:
-    for name in ("state", "return_state", "listed_keys", "neighbours"):
+    for name in ("state", "return_state", "listed_keys", "neighbours", "positions"):
         value = getattr(call, name)
         if value is not None and value is not False:
             raise ValueError(

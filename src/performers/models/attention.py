@@ -20,7 +20,13 @@ from performers.nn import FavorAttention
 
 
 class FavorMechanism(FavorAttention):
-    """`FavorAttention` called with the context of a model's forward pass."""
+    """`FavorAttention` called with the context of a model's forward pass.
+
+    Attributes:
+        over_positions: The window is measured in positions, not in places of the row.
+    """
+
+    over_positions = False
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
@@ -40,6 +46,7 @@ class FavorMechanism(FavorAttention):
             is_causal=context.is_causal,
             key_mask=context.key_mask,
             cu_seqlens=context.cu_seqlens,
+            positions=context.position_ids if self.over_positions else None,
             state=None if entry is None else entry.state,
             return_state=entry is not None,
         )
@@ -53,13 +60,46 @@ class FavorMechanism(FavorAttention):
                 "output_attentions is not available for packed sequences with sinks; pass one "
                 "sequence in a row, or output_attentions=False"
             )
-        weights = self.weights(query, key, is_causal=context.is_causal, key_mask=context.key_mask)
+        weights = self.weights(
+            query,
+            key,
+            is_causal=context.is_causal,
+            key_mask=context.key_mask,
+            positions=context.position_ids if self.over_positions else None,
+        )
         if context.sequence_ids is None:
             return weights
         ids = context.sequence_ids
         weights = weights * (ids[:, None, :, None] == ids[:, None, None, :])
         total = weights.sum(-1, keepdim=True)
         return weights / total.where(total != 0, 1.0)
+
+
+class PositionWindowMechanism(nn.Module):
+    """Heads with a window in the row, then as many with a window of positions.
+
+    Attributes:
+        near: Mechanism of the first half of the heads.
+        across: Mechanism of the second half, see ``PerformerConfig.position_window``.
+    """
+
+    def __init__(self, near: FavorMechanism, across: FavorMechanism) -> None:
+        super().__init__()
+        self.near, self.across = near, across
+        across.over_positions = True
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; all of shape ``(B, H, L, head_dim)``; the matrix is ``(B, H, L, L)`` or None."""
+        heads = query.shape[1]
+        halves = (x.split((heads // 2, heads - heads // 2), dim=1) for x in (query, key, value))
+        first, second = zip(*halves, strict=True)
+        out, weights = self.near(*first, context, layer)
+        more, more_weights = self.across(*second, context, layer)
+        if weights is not None and more_weights is not None:
+            weights = torch.cat((weights, more_weights), dim=1)
+        return torch.cat((out, more), dim=1), weights
 
 
 @dataclass
@@ -160,19 +200,28 @@ def build_mechanism(
     return entry.build(config, generator)
 
 
-def _softmax(config: PerformerConfig, generator: torch.Generator | None) -> FavorMechanism:
-    if config.projection is None:
+def _softmax(config: PerformerConfig, generator: torch.Generator | None) -> nn.Module:
+    projection = config.projection
+    if projection is None:
         raise ValueError("projection must not be None for favor-softmax")
-    features = SoftmaxFeatures(
-        config.head_dim,
-        config.num_features,
-        estimator=config.estimator,
-        projection=config.projection,
-        regularized=config.regularized,
-        num_heads=config.projected_heads,
-        generator=generator,
-    )
-    return FavorMechanism(features, window=config.window, sinks=config.sinks)
+
+    def build(heads: int, window: int | None) -> FavorMechanism:
+        features = SoftmaxFeatures(
+            config.head_dim,
+            config.num_features,
+            estimator=config.estimator,
+            projection=projection,
+            regularized=config.regularized,
+            num_heads=heads if config.features_per_head else None,
+            generator=generator,
+        )
+        return FavorMechanism(features, window=window, sinks=config.sinks)
+
+    heads = config.num_attention_heads
+    if config.position_window is None:
+        return build(heads, config.window)
+    near = build(heads // 2, config.window)
+    return PositionWindowMechanism(near, build(heads - heads // 2, config.position_window))
 
 
 def _generalized(

@@ -25,6 +25,7 @@ _LEAST = {
     "max_position_embeddings": 1,
     "num_features": 1,
     "window": 0,
+    "position_window": 0,
     "sinks": 0,
     "chunk_size_feed_forward": 0,
 }
@@ -79,6 +80,12 @@ class PerformerConfig(PreTrainedConfig):
         regularized: Fixed row lengths for softmax features (SMREG).
         window: ``favor-softmax`` only: tokens at most this far apart attend to each other exactly.
             None is features alone.
+        position_window: ``favor-softmax`` only, not causal: the second half of the heads attend
+            exactly to the tokens whose ``position_ids`` are at most this far from their own, and
+            have no ``window``. Where members of a row have positions that each begin at 0, as
+            unaligned relatives do, those are the tokens at and beside the same place of all of
+            them; where one sequence is a row, it is ``window`` for these heads. Time and memory
+            are those of a window of as many tokens. None for no such heads.
         sinks: ``favor-softmax`` only: every token attends exactly to the first ``sinks`` ones.
         exact_layers: Favor attentions only: layers, from 0, that have softmax attention in place
             of it; None for none.
@@ -128,6 +135,7 @@ class PerformerConfig(PreTrainedConfig):
     projection: Projection | None = "orthogonal"
     regularized: bool = False
     window: int | None = None
+    position_window: int | None = None
     sinks: int = 0
     exact_layers: Sequence[int] | None = None
     kernel_epsilon: float = 1e-3
@@ -193,6 +201,7 @@ class PerformerConfig(PreTrainedConfig):
                 f"window and sinks need attention='favor-softmax', got {self.attention!r} with "
                 f"window={self.window} and sinks={self.sinks}"
             )
+        self._check_position_window()
         self._check_exact_layers()
         self.attention_options = entry.complete_options({**former, **self.attention_options})
         super().__post_init__(**kwargs)
@@ -218,6 +227,26 @@ class PerformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"axial_shape={shape} has {math.prod(shape)} places, but max_position_embeddings "
                 f"is {self.max_position_embeddings}: make them equal"
+            )
+
+    def _check_position_window(self) -> None:
+        """Check that ``position_window`` goes with the attention and the heads."""
+        if self.position_window is None:
+            return
+        found = f"got position_window={self.position_window} with "
+        if self.attention != "favor-softmax":
+            raise ValueError(
+                f"position_window needs attention='favor-softmax', {found}{self.attention!r}"
+            )
+        if self.is_decoder:
+            raise ValueError(
+                f"position_window has no causal form, {found}is_decoder=True: tokens at one "
+                "position come before and after each other in a row; leave it out"
+            )
+        if self.num_attention_heads < 2:
+            raise ValueError(
+                f"position_window is for half of the heads, {found}num_attention_heads="
+                f"{self.num_attention_heads}: use 2 at least"
             )
 
     def _check_exact_layers(self) -> None:

@@ -18,6 +18,7 @@ class AttentionContext(NamedTuple):
         cu_seqlens: The same as boundaries along the concatenated rows, or None.
         cache: Cache of the past, or None.
         rotary: Cosines and sines of the angles, or None.
+        position_ids: Positions, shape ``(B, L)``, or None.
         need_weights: Also return the attention matrix.
         choices: Discrete choices of modules, such as buckets, which a module stores and reads in
             this dictionary where a layer is recomputed from inputs that differ by rounding. None:
@@ -30,5 +31,6 @@ class AttentionContext(NamedTuple):
     cu_seqlens: Tensor | None = None
     cache: PerformerCache | None = None
     rotary: tuple[Tensor, Tensor] | None = None
+    position_ids: Tensor | None = None
     need_weights: bool = False
     choices: dict[nn.Module, Tensor] | None = None

@@ -335,6 +335,7 @@ class PerformerModel(PerformerPreTrainedModel):
             cu_seqlens=cu_seqlens,
             cache=cache,
             rotary=rotary,
+            position_ids=position_ids.expand(batch, length),
             need_weights=output_attentions,
         )
         return context, position_ids

@@ -42,6 +42,7 @@ class FavorAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
         return_state: bool = False,
         **options: Any,
     ) -> tuple[Tensor, FavorState | None]:
@@ -63,8 +64,10 @@ class FavorAttention(nn.Module):
                 )
             query, key, value = (end_to_end(x) for x in (query, key, value))
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)
+            positions = None if positions is None else positions.reshape(1, -1)
         # torch 2.7 compiles update, but no |= of dictionaries.
         options.update(key_mask=key_mask, cu_seqlens=cu_seqlens, return_state=return_state)
+        options.update(positions=positions)
         options.update(self._exact_pairs())
         result: Any = favor_attention(query, key, value, self.feature_map, **options)
         out, state = result if return_state else (result, None)

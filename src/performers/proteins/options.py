@@ -97,6 +97,13 @@ class TrainingOptions(Options):
         at_least=0,
         config="window",
     )
+    position_window: int | None = option(
+        "Positions seen exactly to each side, in all members of a row of --families, by half of "
+        "the heads (favor-softmax, mlm).",
+        None,
+        at_least=0,
+        config="position_window",
+    )
     position_embedding: str = option(
         "rotary, sinusoidal or learned.",
         "rotary",
@@ -293,8 +300,24 @@ class TrainingOptions(Options):
             raise OptionError(
                 f"--window needs --attention favor-softmax, got --attention {self.attention}"
             )
+        self._check_position_window()
         self._check_carry()
         self._check_memory()
+
+    def _check_position_window(self) -> None:
+        if self.position_window is None:
+            return
+        for flag, needed, found in (
+            ("--attention favor-softmax", self.attention == "favor-softmax", self.attention),
+            ("--objective mlm", self.objective == "mlm", self.objective),
+            ("two --heads or more", self.num_heads > 1, self.num_heads),
+        ):
+            if not needed:
+                raise OptionError(f"--position-window needs {flag}, got {found}")
+        if self.sequence_parallel > 1:
+            raise OptionError(
+                "--position-window cannot be combined with --sequence-parallel; leave out one"
+            )
 
     def _check_carry(self) -> None:
         if self.memory is not None and not (self.attention == "exact" and self.carry_state):

@@ -42,6 +42,10 @@ from performers.attention.torch_backend.blocks import (
 from performers.attention.torch_backend.causal import causal_rows
 from performers.attention.torch_backend.exact import sink_rows, window_rows
 from performers.attention.torch_backend.listed import split_listed
+from performers.attention.torch_backend.positions import (
+    position_feature_rows,
+    position_window_rows,
+)
 from performers.features.precision import without_autocast
 
 
@@ -80,6 +84,8 @@ def _feature_rows(
     Running sums that restart at the boundaries of packed sequences need no list of lengths on the
     host and no padding: each sequence attends to its past, then to its future.
     """
+    if call.positions is not None:
+        return position_feature_rows(call, features), sums
     strict = call.window is not None
     after = sums if call.following is None else _sums_of(call.following)
     if not (strict or call.is_causal or call.segments is not None):
@@ -141,7 +147,8 @@ def _with_exact_pairs(call: AttentionCall, features: Features, rows: Rows) -> Te
         rows, listed = split_listed(call, features, rows)
         exact.append(listed)
     if call.window is not None:
-        exact.append(window_rows(call))
+        rows_of_window = window_rows if call.positions is None else position_window_rows
+        exact.append(rows_of_window(call))
     if call.sink_keys is not None:
         exact.append(sink_rows(call))
     # What cancels without exact pairs counts here: a query's own factor, and the mean over draws.

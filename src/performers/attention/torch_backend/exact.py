@@ -25,7 +25,7 @@ from performers.attention.torch_backend.blocks import (
 )
 
 # Pairs held at a time (elements over batch, heads and rows).
-_BLOCK_PAIRS = 1 << 21
+BLOCK_PAIRS = 1 << 21
 
 
 def window_rows(call: AttentionCall) -> Rows:
@@ -44,7 +44,7 @@ def window_rows(call: AttentionCall) -> Rows:
         return tuple(x.flatten(3, 4) for x in rows)
 
     pairs = math.prod(call.query.shape[:3]) * chunk * key.shape[3]
-    sizes = block_sizes(count, max(1, _BLOCK_PAIRS // max(1, pairs)))
+    sizes = block_sizes(count, max(1, BLOCK_PAIRS // max(1, pairs)))
     rows, _ = in_blocks(step, sizes, [(query, 3), (key, 2), (value, 2), (seen, 1)])
     return Rows(*(x[..., :length, :] for x in rows))
 
@@ -102,7 +102,7 @@ def sink_rows(call: AttentionCall) -> Rows:
         return tuple(x.squeeze(3).movedim(0, 2).unsqueeze(0) for x in rows)
 
     pairs = math.prod(call.query.shape[:3]) * key.shape[2] * (key.shape[-1] if packed else 1)
-    sizes = block_sizes(length, max(1, _BLOCK_PAIRS // max(1, pairs)))
+    sizes = block_sizes(length, max(1, BLOCK_PAIRS // max(1, pairs)))
     position = torch.arange(length, device=key.device)
     rows, _ = in_blocks(step, sizes, [(call.query, 3), (position, 0), (call.segments, 0)])
     return Rows(*rows)

@@ -11,6 +11,7 @@ from performers.app.errors import UserError
 from performers.app.figures import shortened
 from performers.app.files import read_json
 from performers.app.progress import Report, part
+from performers.features import FeatureMap
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.reading.analysis import analyse_model
@@ -222,9 +223,8 @@ def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
     if config.attention.startswith("favor"):
-        mechanisms = (layer.attention.mechanism for layer in model.base_model.layers)
         # Layers in exact_layers have none; the others are alike.
-        maps = [m.feature_map for m in mechanisms if hasattr(m, "feature_map")]
+        maps = [module for module in model.modules() if isinstance(module, FeatureMap)]
         if maps:
             settings["random features per head"] = maps[0].num_features
     record = folder / "training.json"

@@ -1,0 +1,132 @@
+"""Windows measured in positions, in the ``torch`` backend.
+
+Exact pairs: queries are taken in chunks of the order of their coordinates, and meet the blocks of
+keys that hold their windows. Features: keys and queries are merged into one row, in which a key
+comes ``window + 1`` positions after its own and so is in the strict past of the queries beyond its
+window; the reversed order has the other direction. Nothing is subtracted. The cost is that of two
+causal passes over rows twice as long, and of as many exact pairs as tokens share a window.
+"""
+
+# torch.compile (2.6) cannot evaluate the annotations of local functions.
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from performers.attention.call import AttentionCall, masked
+from performers.attention.exact_keys.positions import find_coordinates
+from performers.attention.exact_keys.window_and_sinks import every_key
+from performers.attention.torch_backend.blocks import (
+    CHUNK,
+    Features,
+    Rows,
+    Sums,
+    block_sizes,
+    in_blocks,
+    softmax_rows,
+)
+from performers.attention.torch_backend.causal import causal_rows
+from performers.attention.torch_backend.exact import BLOCK_PAIRS
+
+
+def position_feature_rows(call: AttentionCall, features: Features) -> Rows:
+    """Every query against the keys whose positions are beyond the window."""
+    row, places = _end_to_end(call), find_coordinates(call)
+    past = _strictly_before(row, places.coordinate, places.sequence, features)
+    future = _strictly_before(row, -places.coordinate, places.sequence, features)
+    return _in_rows(past.plus(future, scaled=features.has_exponent()), len(call.query))
+
+
+def position_window_rows(call: AttentionCall) -> Rows:
+    """Every query against the keys of its window of positions: sums of ``exp(scale q . k)``."""
+    row, window = _end_to_end(call), call.window
+    assert window is not None
+    coordinate = find_coordinates(call).coordinate
+    key, value = (masked(x, row.key_mask)[0] for x in (row.key, row.value))
+    # Keys that take no part, and those that fill up the last block, are in no window.
+    nowhere = coordinate.max() + window + 1
+    of_keys = coordinate if row.key_mask is None else coordinate.where(row.key_mask[0], nowhere)
+    length = len(coordinate)
+    count = -(-length // CHUNK)
+    missing = count * CHUNK - length
+
+    key_order, query_order = (x.argsort(stable=True) for x in (of_keys, coordinate))
+    of_keys = torch.cat((of_keys[key_order], nowhere.expand(missing)))
+    of_queries = coordinate[query_order]
+    of_queries = torch.cat((of_queries, of_queries[-1:].expand(missing))).view(count, CHUNK)
+    key, value = (
+        F.pad(x[:, key_order], (0, 0, 0, missing)).unflatten(1, (count, CHUNK))
+        for x in (key, value)
+    )
+    query = F.pad(row.query[..., query_order, :], (0, 0, 0, missing))
+
+    first = torch.searchsorted(of_keys, of_queries[:, 0] - window) // CHUNK
+    end = torch.searchsorted(of_keys, of_queries[:, -1] + window, right=True)
+    width = max(1, int(((end + CHUNK - 1) // CHUNK - first).max()))
+    blocks = first.unsqueeze(1) + torch.arange(width, device=first.device)
+    of_blocks = of_keys.view(count, CHUNK)
+
+    def step(query: Tensor, of_queries: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
+        inside = blocks.clamp_max(count - 1)
+        keys, values = (
+            x.index_select(1, inside.flatten())
+            .unflatten(1, inside.shape)
+            .flatten(2, 3)
+            .unsqueeze(1)
+            for x in (key.to(call.dtype), value.to(call.dtype))
+        )
+        distance = of_queries.unsqueeze(2) - of_blocks[inside].flatten(1).unsqueeze(1)
+        present = (blocks < count).repeat_interleave(CHUNK, dim=1).unsqueeze(1)
+        seen = (distance.abs() <= window) & present
+        rows = softmax_rows(query[0].to(call.dtype) * call.factor, keys, values, seen)
+        return tuple(x.flatten(2, 3).unsqueeze(0) for x in rows)
+
+    pairs = math.prod(query.shape[:3]) * CHUNK * CHUNK * width
+    sizes = block_sizes(count, max(1, BLOCK_PAIRS // max(1, pairs)))
+    query = query.unflatten(3, (count, CHUNK))
+    rows, _ = in_blocks(step, sizes, [(query, 3), (of_queries, 0), (blocks, 0)])
+    back = query_order.argsort()
+    return _in_rows(Rows(*(x.index_select(3, back) for x in rows)), len(call.query))
+
+
+def _strictly_before(
+    row: AttentionCall, coordinate: Tensor, sequence: Tensor | None, features: Features
+) -> Rows:
+    """Queries of one row against the keys whose coordinate is less by more than the window."""
+    assert row.window is not None
+    size = len(coordinate)
+    # Twice the coordinates: at the same place a key comes before a query.
+    place = torch.cat((2 * coordinate + 1, 2 * (coordinate + row.window + 1)))
+    order = place.argsort(stable=True)
+    token, is_key = order % size, order >= size
+    mask = every_key(row.key) if row.key_mask is None else row.key_mask
+    merged = row.replaced(
+        query=row.query.index_select(3, token),
+        key=row.key.index_select(2, token),
+        value=row.value.index_select(2, token),
+        key_mask=mask[:, token] & is_key,
+        segments=None if sequence is None else sequence[token],
+    )
+    past = merged.past()
+    sums = Sums(past.key_value, past.key_sum, past.log_scale)
+    rows, _ = causal_rows(merged, features, sums, strict=True, divided=False)
+    back = order.argsort()[:size]
+    return Rows(*(x.index_select(3, back) for x in rows))
+
+
+def _end_to_end(call: AttentionCall) -> AttentionCall:
+    """The call as one row of all its rows."""
+    return call.replaced(
+        query=call.query.movedim(0, 2).flatten(2, 3).unsqueeze(0),
+        key=call.key.transpose(0, 1).flatten(1, 2).unsqueeze(0),
+        value=call.value.transpose(0, 1).flatten(1, 2).unsqueeze(0),
+        key_mask=None if call.key_mask is None else call.key_mask.reshape(1, -1),
+    )
+
+
+def _in_rows(rows: Rows, batch: int) -> Rows:
+    """Rows of `_end_to_end` as those of its call."""
+    return Rows(*(x.squeeze(0).unflatten(2, (batch, -1)).movedim(2, 0) for x in rows))
