@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
 from performers.app.errors import UserError
-from performers.models import PerformerCache, PerformerConfig
+from performers.models import PerformerCache, PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
+from performers.models.registry import ATTENTIONS
 from performers.proteins.model_folder import check_input_length
 from studies.comparators import COMPARATORS, HashFeatures
 from tests.models.cases import TOLERANCE, gradients, tokens
@@ -51,13 +50,13 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
     # The stride of ``sparse`` is the root of the length that it is built for.
     rooted = attention == "sparse" and kind != "packed"
     sizes, flops = [], []
-    for length in (2048, 4096):
+    for length in (1024, 2048):
         config = PerformerConfig(
             hidden_size=32,
             num_attention_heads=2,
             attention=attention,
             attention_options=options.get(attention, {}),
-            max_position_embeddings=length if rooted else 4096,
+            max_position_embeddings=length if rooted else 2048,
             is_decoder=is_causal,
         )
         mechanism = build_mechanism(config)
@@ -66,7 +65,7 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
             mask = torch.ones(1, length, dtype=torch.bool)
             mask[:, -length // 16 :] = False
         if kind == "packed":
-            ids = (torch.arange(length) // 300)[None]
+            ids = (torch.arange(length) // 256)[None]
         context = AttentionContext(is_causal, key_mask=mask, sequence_ids=ids)
         tensors = [torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3)]
         # The fused kernels for the processor are not counted.
@@ -79,8 +78,9 @@ def test_work_and_memory_grow_with_length_and_not_with_its_square(attention, is_
         sizes.append(largest.size)
         flops.append(counter.get_total_flops())
     growth = 2**1.5 if rooted else 2
-    assert sizes[0] < 2048**2
-    assert sizes[1] <= 1.025 * growth * sizes[0]
+    assert sizes[1] < 2048**2
+    # Strides are whole numbers.
+    assert sizes[1] <= 1.03 * growth * sizes[0]
     assert 0.95 * growth * flops[0] < flops[1] < 1.05 * growth * flops[0]
 
 
@@ -227,17 +227,15 @@ def test_options_survive_saving_and_those_of_earlier_versions_are_read(
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_without_the_study_a_saved_model_is_refused_by_name(tmp_path):
+def test_without_the_study_a_saved_model_is_refused_by_name(tmp_path, monkeypatch):
     make_model("lsh").float().save_pretrained(tmp_path)
-    code = (
-        "import sys; from performers.models import PerformerForMaskedLM\n"
-        f"PerformerForMaskedLM.from_pretrained({str(tmp_path)!r})"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: attention must be one of ('favor-softmax', ")
-    assert "got 'lsh'; import the package that registers it" in last
-    assert "linformer" not in last
+    for name in COMPARATORS:
+        monkeypatch.delitem(ATTENTIONS, name)
+    with pytest.raises(ValueError, match=r"^attention must be one of") as error:
+        PerformerForMaskedLM.from_pretrained(tmp_path)
+    assert "('favor-softmax', " in str(error.value)
+    assert "got 'lsh'; import the package that registers it" in str(error.value)
+    assert "linformer" not in str(error.value)
 
 
 @pytest.mark.parametrize(
