@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from performers.catalogue.blocks import balanced_blocks
-
-# Scores held at a time.
-_SCORES = 1 << 24
+from performers.catalogue.items import BlockedItems, split_queries
 
 
-class CatalogueSampler(nn.Module):
+class CatalogueSampler(BlockedItems):
     r"""Sampler whose distribution is close to the softmax of inner products with all items.
 
     For a query ``x`` and items ``e_i`` the target is ``p(i|x) ∝ exp(scale x·e_i)``. Items lie in
@@ -46,13 +42,6 @@ class CatalogueSampler(nn.Module):
     (arXiv 1907.10747).
     """
 
-    items: Tensor  # (K, S, d), by block
-    ids: Tensor  # (K, S), -1 pads
-    place: Tensor  # (n,), index into the flat ids
-    mean: Tensor  # (K, d)
-    variance: Tensor  # (K, d)
-    radius: Tensor  # (K,)
-
     def __init__(
         self,
         items: Tensor,
@@ -62,90 +51,10 @@ class CatalogueSampler(nn.Module):
         mix: float = 0.05,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         if not 0 < mix < 1:
             raise ValueError(f"mix must lie between 0 and 1, got {mix}")
-        self.scale = scale
+        super().__init__(items, scale, num_blocks, generator)
         self.mix = mix
-        self._num_blocks = num_blocks
-        for name in ("items", "ids", "place", "mean", "variance", "radius"):
-            self.register_buffer(name, torch.empty(0))
-        self.refresh_(items, generator)
-
-    @property
-    def num_items(self) -> int:
-        """Number of items."""
-        return len(self.place)
-
-    @torch.no_grad()
-    def refresh_(self, items: Tensor, generator: torch.Generator | None = None) -> CatalogueSampler:
-        """Copy the items and cut them into blocks anew.
-
-        Args:
-            items: Shape ``(n, d)``; ``n`` may differ from that before.
-            generator: Source of the first directions along which blocks are cut.
-
-        Raises:
-            ValueError: ``items`` is not a matrix of finite numbers, or has fewer rows than
-                ``num_blocks``.
-        """
-        items = _finite(items.detach(), "items")
-        if items.dim() != 2 or items.numel() == 0:
-            raise ValueError(f"items must have the shape (n, d), got {tuple(items.shape)}")
-        count = len(items)
-        blocks = self._num_blocks or 2 ** round(math.log2(math.sqrt(count)))
-        if blocks & (blocks - 1) or not 1 <= blocks <= count:
-            raise ValueError(
-                f"num_blocks must be a power of two of at most {count} items, got {blocks}"
-            )
-        self.ids = balanced_blocks(items, blocks, generator)
-        flat = self.ids.flatten()
-        kept = (flat >= 0).nonzero().squeeze(1)
-        self.place = torch.empty(count, dtype=torch.int64, device=items.device)
-        self.place[flat[kept]] = kept
-        self.items = items[self.ids.clamp_min(0)]
-        self._describe(torch.arange(blocks, device=items.device))
-        return self
-
-    @torch.no_grad()
-    def update_(self, ids: Tensor, items: Tensor) -> CatalogueSampler:
-        """Replace items where they lie; blocks are not cut anew.
-
-        Args:
-            ids: Row numbers, shape ``(k,)``, each at most once.
-            items: Their new values, shape ``(k, d)``.
-
-        Raises:
-            ValueError: An id is out of range or given twice, or ``items`` has another shape or is
-                not finite.
-        """
-        ids = self._checked(ids, "ids").to(self.ids.device)
-        items = _finite(items.detach(), "items")
-        if ids.dim() != 1 or items.shape != (len(ids), self.items.shape[-1]):
-            raise ValueError(
-                f"items must have the shape ({ids.numel()}, {self.items.shape[-1]}), "
-                f"got {tuple(items.shape)}"
-            )
-        if len(ids.unique()) < len(ids):
-            raise ValueError("ids must name each item at most once")
-        place = self.place[ids]
-        self.items.view(-1, self.items.shape[-1])[place] = items.to(self.items)
-        self._describe((place // self.ids.shape[1]).unique())
-        return self
-
-    def _describe(self, blocks: Tensor) -> None:
-        """Mean, variances and radius of some blocks."""
-        if len(self.mean) != len(self.ids):
-            shape = (len(self.ids), self.items.shape[-1])
-            self.mean, self.variance = self.items.new_zeros(shape), self.items.new_zeros(shape)
-            self.radius = self.items.new_zeros(len(self.ids))
-        items, kept = self.items[blocks], (self.ids[blocks] >= 0).unsqueeze(-1)
-        count = kept.sum(1)
-        mean = (items * kept).sum(1) / count
-        offset = (items - mean.unsqueeze(1)) * kept
-        self.mean[blocks] = mean
-        self.variance[blocks] = offset.square().sum(1) / count
-        self.radius[blocks] = torch.linalg.vector_norm(offset, dim=-1).amax(1)
 
     @torch.no_grad()
     def sample(
@@ -184,9 +93,7 @@ class CatalogueSampler(nn.Module):
             return ids, log_q
         parts = [
             self._sample(part, log_share, num_samples, generator)
-            for part, log_share in zip(
-                *_split(num_samples * self.ids.shape[1], query, share), strict=True
-            )
+            for part, log_share in split_queries(num_samples * self.ids.shape[1], query, share)
         ]
         ids, log_q = (
             torch.cat(column).view(*shape, num_samples) for column in zip(*parts, strict=True)
@@ -212,9 +119,8 @@ class CatalogueSampler(nn.Module):
         flat = ids.reshape(len(query), -1)
         parts = [
             self._log_prob(part, share, self.place[numbers])
-            for part, share, numbers in zip(
-                *_split(flat.shape[1] * self.ids.shape[1], query, self._log_share(query), flat),
-                strict=True,
+            for part, share, numbers in split_queries(
+                flat.shape[1] * self.ids.shape[1], query, self._log_share(query), flat
             )
         ]
         return torch.cat(parts).view(*shape, -1)
@@ -246,7 +152,7 @@ class CatalogueSampler(nn.Module):
         if num_samples >= blocks:
             parts = [
                 torch.logsumexp(self._scores(part @ self.items.flatten(0, 1).T), dim=-1)
-                for (part,) in zip(*_split(blocks * size, query), strict=True)
+                for (part,) in split_queries(blocks * size, query)
             ]
             value = torch.cat(parts)
             return value.view(shape), torch.zeros_like(value).view(shape)
@@ -259,107 +165,12 @@ class CatalogueSampler(nn.Module):
         error = ratio.std(1) / (math.sqrt(num_samples) * mean)
         return (top.squeeze(1) + mean.log()).view(shape), error.view(shape)
 
-    @torch.no_grad()
-    def top_k(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The items with the largest inner products, exactly.
-
-        Blocks are searched in the order of the bound ``x·μ_b + |x| r_b`` until no block can hold a
-        better item. Where bounds exclude little, as for items without clusters, the search ends in
-        the product with all items.
-
-        Args:
-            query: Shape ``(..., d)``.
-            k: Number of items, at most all.
-
-        Returns:
-            ``scale x·e``, descending, and item numbers, shapes ``(..., k)``.
-
-        Raises:
-            ValueError: ``k`` is out of range, or ``query`` has another width than the items.
-        """
-        query, shape = self._flat(query)
-        if not 1 <= k <= self.num_items:
-            raise ValueError(f"k must lie between 1 and {self.num_items}, got {k}")
-        parts = [
-            self._top_k(part, k) for (part,) in zip(*_split(self.ids.numel(), query), strict=True)
-        ]
-        values, ids = (torch.cat(column).view(*shape, k) for column in zip(*parts, strict=True))
-        return values, ids
-
-    def _flat(self, query: Tensor) -> tuple[Tensor, torch.Size]:
-        """Queries times scale as a matrix, in the items' precision, and the leading shape."""
-        if query.dim() < 1 or query.shape[-1] != self.items.shape[-1]:
-            raise ValueError(
-                f"query must have the shape (..., {self.items.shape[-1]}), got {tuple(query.shape)}"
-            )
-        flat = _finite(query.detach(), "query").to(self.items)
-        return self.scale * flat.reshape(-1, flat.shape[-1]), query.shape[:-1]
-
-    def _checked(self, ids: Tensor, name: str) -> Tensor:
-        if ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(f"{name} must be integers, got {ids.dtype}")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_items:
-            raise ValueError(
-                f"{name} must lie between 0 and {self.num_items - 1}, got "
-                f"{int(ids.min())} to {int(ids.max())}"
-            )
-        return ids
-
     def _log_share(self, query: Tensor) -> Tensor:
         """Logarithms of the estimated shares of the blocks, shape (Q, K)."""
         norm = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
         spread = torch.minimum(query.square() @ self.variance.T / 2, norm * self.radius)
         count = (self.ids >= 0).sum(1).log()
         return (query @ self.mean.T + spread + count).log_softmax(dim=-1)
-
-    def _scores(self, products: Tensor) -> Tensor:
-        """Products with all places, -inf where there is no item."""
-        return products.masked_fill_(self.ids.flatten() < 0, -math.inf)
-
-    def _groups(self, pair_query: Tensor, pair_block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of a query and a block in groups of one matrix product each.
-
-        Yields:
-            Blocks of the group, shape ``(g,)``, and numbers of pairs for each, ``(g, c)``, padded
-            by repetition. Blocks of a group have similarly many pairs.
-        """
-        order = pair_block.argsort()
-        blocks, counts = torch.unique_consecutive(pair_block[order], return_counts=True)
-        start = counts.cumsum(0) - counts
-        width = counts.double().log2().ceil()
-        for level in width.unique().tolist():
-            chosen = (width == level).nonzero().squeeze(1)
-            most = int(counts[chosen].max())
-            column = torch.arange(most, device=order.device)
-            column = torch.minimum(column, (counts[chosen] - 1).unsqueeze(1))
-            yield blocks[chosen], order[start[chosen].unsqueeze(1) + column]
-
-    def _pair_scores(self, query: Tensor, pair_query: Tensor, pair_block: Tensor) -> Tensor:
-        """Scores of the items of a block for pairs of a query and a block, shape (P, S)."""
-        scores = query.new_empty(len(pair_query), self.ids.shape[1])
-        for blocks, pairs in self._groups(pair_query, pair_block):
-            product = query[pair_query[pairs]] @ self.items[blocks].mT
-            product.masked_fill_((self.ids[blocks] < 0).unsqueeze(1), -math.inf)
-            scores[pairs] = product
-        return scores
-
-    def _pairs(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distinct pairs of a query and a block among draws (Q, n), and each draw's pair."""
-        blocks = len(self.ids)
-        code = torch.arange(len(drawn), device=drawn.device).unsqueeze(1) * blocks + drawn
-        code, pair = code.unique(return_inverse=True)
-        return code // blocks, code % blocks, pair
-
-    def _log_sums(self, query: Tensor, drawn: Tensor) -> Tensor:
-        """Logarithms of the sums over drawn blocks, shape (Q, n)."""
-        parts = []
-        for part, blocks in zip(
-            *_split(drawn.shape[1] * self.ids.shape[1], query, drawn), strict=True
-        ):
-            pair_query, pair_block, pair = self._pairs(blocks)
-            sums = torch.logsumexp(self._pair_scores(part, pair_query, pair_block), dim=-1)
-            parts.append(sums[pair])
-        return torch.cat(parts)
 
     def _sample(
         self, query: Tensor, share: Tensor, count: int, generator: torch.Generator | None
@@ -421,36 +232,6 @@ class CatalogueSampler(nn.Module):
             log_two_level + math.log1p(-self.mix), log_two_level.new_tensor(floor)
         )
 
-    def _top_k(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        blocks, size = self.ids.shape
-        norm = torch.linalg.vector_norm(query, dim=-1, keepdim=True)
-        reach = norm * self.radius
-        bound = query @ self.mean.T + reach
-        # Rounding of the bound and of the scores.
-        bound += 1e-5 * (bound.abs() + reach)
-        bound, order = bound.sort(dim=1, descending=True)
-        values = query.new_full((len(query), k), -math.inf)
-        places = torch.zeros(len(query), k, dtype=torch.int64, device=query.device)
-        active, done = torch.arange(len(query), device=query.device), 0
-        step = max(1, math.ceil(k / size))
-        while len(active) and done < blocks:
-            if 4 * done >= blocks:
-                scores = self._scores(query[active] @ self.items.flatten(0, 1).T)
-                values[active], places[active] = scores.topk(k)
-                break
-            step = min(step, blocks - done)
-            drawn = order[active, done : done + step]
-            pair_query, pair_block, pair = self._pairs(drawn)
-            scores = self._pair_scores(query[active], pair_query, pair_block)[pair].flatten(1)
-            place = (drawn.unsqueeze(-1) * size).expand(-1, -1, size)
-            place = (place + torch.arange(size, device=query.device)).flatten(1)
-            values[active], best = torch.cat((values[active], scores), dim=1).topk(k)
-            places[active] = torch.cat((places[active], place), dim=1).gather(1, best)
-            done, step = done + step, 2 * step
-            if done < blocks:
-                active = active[values[active, -1] < bound[active, done]]
-        return values, self.ids.flatten()[places]
-
     def extra_repr(self) -> str:
         """Sizes and options."""
         blocks, size = self.ids.shape
@@ -460,27 +241,7 @@ class CatalogueSampler(nn.Module):
         )
 
 
-def _finite(x: Tensor, name: str) -> Tensor:
-    """The tensor in float32 at least.
-
-    Raises:
-        ValueError: A row holds NaN or infinity.
-    """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if not bool(torch.isfinite(x.sum())):
-        wrong = (~torch.isfinite(x)).any(-1).nonzero()
-        if len(wrong):
-            raise ValueError(f"{name} holds NaN or infinity in row {wrong[0].tolist()}")
-    return x
-
-
 def _random(
     shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, device=device, generator=generator)
-
-
-def _split(elements_per_query: int, *tensors: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    """Tensors cut along the queries so that a part has about as many scores as are held."""
-    rows = max(1, _SCORES // max(1, elements_per_query))
-    return tuple(tensor.split(rows) for tensor in tensors)
