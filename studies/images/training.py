@@ -16,10 +16,10 @@ from torch.utils.data import Sampler
 
 from performers.cli.console import note
 from performers.models import PerformerForCausalLM
-from performers.proteins.options import TrainingOptions
 from performers.streams.images import CentreCrops, RandomCrops
 from performers.training.arguments import training_arguments
 from performers.training.environment import quiet_transformers
+from performers.training.options import TrainingOptions
 from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer

@@ -24,8 +24,8 @@ from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.inputs.packing import TokenDataset, pack_sequences
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.model_folder import load_model
-from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_rows
+from performers.training.options import TrainingOptions
 from studies.proteins.data import StudyData
 from studies.proteins.runs import train_once, wait_for
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from performers.features import FUNCTIONS
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 from studies.comparators import COMPARATORS
 
 PERFORMERS = ("favor-relu", "favor-softmax")

@@ -13,10 +13,10 @@ from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
 from performers.app.progress import Report
 from performers.proteins.model_folder import load_model
-from performers.proteins.options import TrainingOptions
 from performers.proteins.report.model_report import choose_protein
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.training.train import train_model
+from performers.training.options import TrainingOptions
 from studies.proteins.data import StudyData
 from studies.proteins.learnt import compare_learnt
 from studies.proteins.presets import StudyPreset

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from performers.models import PerformerForCausalLM
-from performers.proteins.options import TrainingOptions
 from performers.streams.evaluation import evaluate_texts
 from performers.streams.text import Texts, read_bytes
 from performers.streams.training import train_texts
+from performers.training.options import TrainingOptions
 from studies.comparators import COMPARATORS
 from studies.pages import Table, digits
 from studies.parts import Part

@@ -9,7 +9,7 @@ import performers
 from performers import features
 from performers.app import options as app_options
 from performers.models import registry
-from performers.proteins import options
+from performers.training import options
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import finish, start
 

@@ -7,7 +7,7 @@ import pytest
 
 from performers.proteins.embedded import PRETRAINED
 from performers.proteins.inputs.fasta import write_fasta
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 from tests.cli.commands import refusal
 from tests.proteins.probe.probe_data import motif_records
 from tests.proteins.runs import flags, make_model_folder, write_sequences

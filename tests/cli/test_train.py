@@ -8,7 +8,7 @@ import pytest
 
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.proteins.training import train as training
-from performers.proteins.training.memory import training_bytes
+from performers.training.memory import training_bytes
 from tests.cli.commands import refusal, run
 from tests.proteins.runs import (
     flags,
@@ -27,7 +27,7 @@ def output(tmp_path):
 
 def test_activations_beyond_memory_are_refused(fasta, output, monkeypatch):
     weights = training_bytes(small_options().model_config(build_protein_tokenizer()), "adamw")
-    monkeypatch.setattr("performers.proteins.training.memory.machine_bytes", lambda: weights)
+    monkeypatch.setattr("performers.training.memory.machine_bytes", lambda: weights)
     line = refusal("train", fasta, "--output", output, *flags())
     assert "activations of 100 tokens" in line
     assert "or --batch-tokens" in line

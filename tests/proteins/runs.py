@@ -14,7 +14,7 @@ import performers
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import save_model_folder
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 
 # The package that the tests import, installed or not: in processes it must be the same one.
 SOURCE = Path(performers.__file__).resolve().parents[1]

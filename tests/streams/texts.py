@@ -2,8 +2,8 @@
 
 import random
 
-from performers.proteins.options import TrainingOptions
 from performers.streams.training import train_texts
+from performers.training.options import TrainingOptions
 
 SMALL = {
     "objective": "clm",

@@ -14,7 +14,7 @@ from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, argument, option
 from performers.cli.console import ProgressBars, note, print_metrics
 from performers.cli.inputs import protein_records
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from performers.proteins.corpus import TokenShards

@@ -20,7 +20,8 @@ from performers.app.provenance import write_result
 from performers.proteins.embedded import embedded_fasta
 from performers.proteins.inputs.fasta import read_fasta
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.options import DEMO_STEPS, TrainingOptions
+from performers.proteins.options import DEMO_STEPS
+from performers.training.options import TrainingOptions
 
 if TYPE_CHECKING:
     from performers.proteins.report.model_report import Report

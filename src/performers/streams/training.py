@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,12 +28,10 @@ from performers.streams.text import (
     write_subwords,
 )
 from performers.training.arguments import tracker_callbacks, training_arguments
+from performers.training.options import TrainingOptions
 from performers.training.record import run_record
 from performers.training.run import ReportStep, TrainingRun
 from performers.training.trainer import RunTrainer
-
-if TYPE_CHECKING:
-    from performers.proteins.options import TrainingOptions
 
 _VALIDATED_AT_MOST = 1 << 18
 

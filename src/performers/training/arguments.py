@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -14,10 +14,8 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 from performers.app.errors import UserError
 from performers.app.processes import process_count
 from performers.training.environment import available_device
+from performers.training.options import TrainingOptions
 from performers.training.parallel import mesh_arguments
-
-if TYPE_CHECKING:
-    from performers.proteins.options import TrainingOptions
 
 
 def training_arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:

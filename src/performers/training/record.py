@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from performers.app.errors import UserError
 from performers.app.files import read_json
 from performers.app.processes import process_count
 from performers.training.checkpoints import newest_checkpoint
-
-if TYPE_CHECKING:
-    from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 
 
 def run_record(options: TrainingOptions, data: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerBase
@@ -26,12 +26,10 @@ from performers.training.callbacks import (
 from performers.training.environment import quiet_transformers
 from performers.training.estimate import EstimateCallback
 from performers.training.optimizers import check_muon
+from performers.training.options import TrainingOptions
 from performers.training.parallel import lost_processes
 from performers.training.record import check_same_run, last_complete_checkpoint
 from performers.training.trainer import RunTrainer
-
-if TYPE_CHECKING:
-    from performers.proteins.options import TrainingOptions
 
 ReportStep = Callable[[int, int, dict[str, float]], None]
 """Called with the step, the steps in all and the latest log entry."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from performers.app.errors import Diverged
 from performers.training.callbacks import TimeLimitCallback
 from performers.training.optimizers import MuonAdamW
+from performers.training.options import TrainingOptions
 from performers.training.parallel import ParallelTrainer
-
-if TYPE_CHECKING:
-    from performers.proteins.options import TrainingOptions
 
 
 class ShuffledBatches(Sampler[list[int]]):

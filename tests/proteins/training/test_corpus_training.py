@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from performers.app.files import write_json
 from performers.proteins.corpus import Corpus
 from performers.proteins.corpus.shards import FORMAT, VOCABULARY
-from performers.proteins.options import TrainingOptions
 from performers.proteins.training.train import train_model
+from performers.training.options import TrainingOptions
 from tests.cli.commands import refusal, run
 from tests.proteins.corpus.test_shards import proteins, write_shards
 from tests.proteins.runs import SMALL

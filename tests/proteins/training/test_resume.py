@@ -71,7 +71,7 @@ def test_a_run_killed_between_checkpoints(tmp_path, whole):
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from performers.proteins.options import TrainingOptions\n"
+        "from performers.training.options import TrainingOptions\n"
         "from performers.proteins.training.train import train_model\n"
         "import json\n"
         "sequences, options, folder = json.loads(sys.argv[1])\n"

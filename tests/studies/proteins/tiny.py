@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 from studies.proteins.data import StudyData
 from studies.proteins.presets import StudyPreset
 from tests.proteins.runs import proteins

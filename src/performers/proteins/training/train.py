@@ -31,9 +31,9 @@ from performers.proteins.inputs.tokenizer import (
     encode_sequences,
     residue_ids,
 )
-from performers.proteins.options import TrainingOptions
 from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
 from performers.training.arguments import tracker_callbacks, training_arguments
+from performers.training.options import TrainingOptions
 from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer

@@ -6,9 +6,9 @@ import torch
 
 from performers.app.errors import UserError
 from performers.models import PerformerConfig, PerformerForMaskedLM
-from performers.proteins.options import TrainingOptions
-from performers.proteins.training import memory
-from performers.proteins.training.memory import machine_bytes, parameter_count, training_bytes
+from performers.training import memory
+from performers.training.memory import machine_bytes, parameter_count, training_bytes
+from performers.training.options import TrainingOptions
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"intermediate_size": 200, "max_position_embeddings": 128, "hidden_dropout_prob": 0.0}

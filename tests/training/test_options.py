@@ -11,7 +11,7 @@ from performers.app.errors import UserError
 from performers.cli.app import app
 from performers.models.attention import build_mechanism
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
-from performers.proteins.options import TrainingOptions
+from performers.training.options import TrainingOptions
 
 
 @pytest.mark.parametrize(
