@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 import studies.comparators  # noqa: F401  (registers attentions)
 from performers.models import PerformerConfig, PerformerForCausalLM
-from performers.models.positions import rotary_angles, rotate
 from performers.streams.images import BEGIN, VOCABULARY
+from studies.starts import look_back_
 
 
 @dataclass(frozen=True)
@@ -124,27 +123,8 @@ def make_model(options: dict[str, Any], size: Size) -> PerformerForCausalLM:
             for table in performer.positions.tables[:2]:
                 table.weight.copy_(0.02 * _waves(size.size, size.width))
         else:
-            for layer in performer.layers:
-                _look_back(layer.attention.query_key_value.bias, config, (2, size.line - 1))
+            look_back_(model, (2, size.line - 1))
     return model
-
-
-def _look_back(bias: Tensor, config: PerformerConfig, distances: Sequence[int]) -> None:
-    """Set biases of queries and keys so that heads prefer inputs at distances, in turns.
-
-    The query's is 3 in half of the dimensions and the key's is the same rotated by the distance,
-    so that their product is largest there. Where queries serve as keys, the distance is 0.
-    """
-    query = torch.zeros(1, 1, 1, config.head_dim)
-    query[..., : config.head_dim // 2] = 3.0
-    # Parts, heads, dimensions: the last part is that of values.
-    parts = bias.view(-1, config.num_attention_heads, config.head_dim)
-    parts[0] = query
-    if len(parts) == 3:
-        for head in range(config.num_attention_heads):
-            place = torch.tensor([[distances[head % len(distances)]]])
-            angles = rotary_angles(place, config.head_dim, config.rope_theta)
-            parts[1, head] = rotate(query, angles).flatten()
 
 
 def _waves(count: int, width: int) -> Tensor:

@@ -8,14 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from performers.models import PerformerForCausalLM
 from performers.streams.evaluation import evaluate_texts
-from performers.streams.text import Texts, read_bytes
+from performers.streams.text import Texts, byte_tokenizer, read_bytes
 from performers.streams.training import train_texts
 from performers.training.options import TrainingOptions
 from studies.comparators import COMPARATORS
 from studies.pages import Table, digits
 from studies.parts import Part
+from studies.starts import look_back_
 from studies.text.redraw import REDRAWS, Schedule, measure_draws, redraw_tables
 
 CONTEXT = 8192
@@ -42,6 +45,9 @@ MODEL: dict[str, Any] = {
 }
 """Options of all models; a step is of 8,192 bytes for each."""
 
+START: dict[str, Any] = {"learning_rate": 4e-3, "look_back": [1, 2]}
+"""How contestants begin: the heads of a layer prefer the byte before, and the one before that."""
+
 SHORT: dict[str, Any] = {
     "max_length": 256,
     "batch_tokens": 2048,
@@ -50,10 +56,10 @@ SHORT: dict[str, Any] = {
     "carry_state": False,
     "memory": None,
 }
-"""Options of the first part of each training: short rows, with the attention of the contestant."""
+"""Options of short rows, which models of the redraws are trained on, at least at first."""
 
 SHORT_SHARE = 0.3
-"""Share of the time that goes to short rows."""
+"""Share of the time of a redraw on long rows that goes to short ones before."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Study:
             "contexts": self.contexts,
             "seed": self.seed,
             "model": MODEL,
+            "start": START,
         }
 
     def parts(self) -> dict[str, Callable[[], Part]]:
@@ -151,6 +158,14 @@ class Study:
         )
         return PerformerForCausalLM.from_pretrained(output), result, options
 
+    def _begin(self, name: str, changes: Mapping[str, Any]) -> None:
+        """Save a model that is not trained yet, whose heads look back."""
+        options = TrainingOptions(**{**MODEL, **changes})
+        torch.manual_seed(self.seed)
+        model = PerformerForCausalLM(options.model_config(byte_tokenizer(options.max_length)))
+        look_back_(model, START["look_back"])
+        model.save_pretrained(self.folder / "models" / name)
+
     def _read(self, model: Any, options: TrainingOptions, **changes: Any) -> dict[str, Any]:
         length = options.max_length
         shape = {
@@ -166,20 +181,16 @@ class Study:
         return read_bytes(self.unseen, self.say)
 
     def _compete(self, contestant: Contestant) -> Part:
-        short, long = SHORT_SHARE * self.seconds, (1 - SHORT_SHARE) * self.seconds
-        _, first, _ = self._train(
-            f"{contestant.name}-short", short, {**contestant.changes, **SHORT}
-        )
-        model, result, options = self._train(
-            contestant.name, long, contestant.changes, start=f"{contestant.name}-short"
-        )
+        changes = {"learning_rate": START["learning_rate"], **contestant.changes}
+        begun = f"{contestant.name}-start"
+        self._begin(begun, changes)
+        model, result, options = self._train(contestant.name, self.seconds, changes, start=begun)
         found = self._read(model, options)
         part = {
             "title": contestant.title,
             "length": options.max_length,
-            "short_steps": first["steps"],
             "steps": result["steps"],
-            "processor_seconds": first["processor_seconds"] + result["processor_seconds"],
+            "processor_seconds": result["processor_seconds"],
             "parameters": result["parameters"],
             "tokens": found["tokens"],
             "bits_per_byte": found["bits_per_byte"],
@@ -220,7 +231,6 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
             (
                 part["title"],
                 f"{part['length']:,}",
-                f"{part['short_steps']:,}",
                 f"{part['steps']:,}",
                 f"{part['bits_per_byte']:.3f}",
                 f"{part['bits_per_byte'] - best:+.3f}",
@@ -230,7 +240,6 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     columns = (
         "attention",
         "segment",
-        "short steps",
         "steps",
         "bits per byte",
         "to the best",

@@ -1,0 +1,40 @@
+"""Weights that the trainings of studies begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from performers.models import PerformerForCausalLM
+from performers.models.positions import rotary_angles, rotate
+
+
+def look_back_(model: PerformerForCausalLM, distances: Sequence[int]) -> None:
+    """Set biases of queries and keys so that heads prefer tokens at distances, in turns.
+
+    The query's is 3 in half of the dimensions and the key's is the same rotated by the distance,
+    so that their product is largest there. Where queries serve as keys, the distance is 0.
+
+    Args:
+        model: Model with rotary positions.
+        distances: Tokens back, of the first head, the second and so on, from the start again where
+            there are more heads.
+    """
+    config, performer = model.config, model.performer
+    layers: Any = performer.layers
+    query = torch.zeros(1, 1, 1, config.head_dim)
+    query[..., : config.head_dim // 2] = 3.0
+    with torch.no_grad():
+        for layer in layers:
+            # Parts, heads, dimensions: the last part is that of values.
+            bias = layer.attention.query_key_value.bias
+            parts = bias.view(-1, config.num_attention_heads, config.head_dim)
+            parts[0] = query
+            if len(parts) < 3:
+                continue
+            for head in range(config.num_attention_heads):
+                place = torch.tensor([[distances[head % len(distances)]]])
+                angles = rotary_angles(place, config.head_dim, config.rope_theta)
+                parts[1, head] = rotate(query, angles).flatten()
