@@ -12,7 +12,8 @@ import pytest
 
 from performers.proteins import load
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from tests.cli.commands import refusal, run
+from tests.cli.commands import arrays, refusal, run
+from tests.proteins.runs import make_model_folder
 
 TEXT = ">sp|P1|ONE_HUMAN first\nMKTAY\n>bad\nMK-\n>b\nXW\n"
 
@@ -112,3 +113,70 @@ def test_mistakes_are_one_line(masked, causal, tmp_path, monkeypatch, command, w
     filled = command.replace("{fasta}", f"{first} p.fasta").format(causal=causal)
     assert words in refusal(*filled.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.fasta"]
+
+
+@pytest.fixture(scope="module")
+def family_model(tmp_path_factory):
+    folder = make_model_folder(tmp_path_factory.mktemp("model") / "m", position_window=1)
+    (folder / "training.json").write_text(json.dumps({"options": {"families": "all"}}))
+    return folder
+
+
+def test_proteins_are_read_with_relatives(family_model, masked, tmp_path):
+    proteins, relatives = tmp_path / "p.fasta", tmp_path / "r.fasta"
+    proteins.write_text(">a\nMKTAYIAK\n>b\nMKTAW\n")
+    relatives.write_text(">x\nMRTAYLAR\n>y\nMKTAW\n")
+    model = load(family_model)
+    read = model.relatives(["MRTAYLAR", "MKTAW"], 25)
+    options = ["--relatives", relatives, "--relatives-tokens", 25]
+    counted = (
+        "read with 1 to 2 relatives, 25 tokens at most; 1 that are the protein, or overlap with "
+        "it whole, left out"
+    )
+    output = tmp_path / "x.npz"
+    _, lines = run("embed", family_model, proteins, "--output", output, *options)
+    assert lines[0] == counted
+    expected = model.embed(["MKTAYIAK", "MKTAW"], relatives=read)
+    np.testing.assert_allclose(arrays(output)["embeddings"], expected, atol=2e-5)
+    out, lines = run("score", family_model, proteins, *options)
+    assert lines[0] == counted
+    scores = model.score(["MKTAYIAK", "MKTAW"], relatives=read)
+    found = [float(row[2]) for row in cells(out)[1:]]
+    np.testing.assert_allclose(found, [score.log_likelihood for score in scores], rtol=1e-4)
+    out, lines = run("evaluate", family_model, proteins, "--json", *options)
+    assert lines[0] == counted
+    assert json.loads(out)["sequences"] == 2
+    _, lines = run("score", masked, proteins, *options)
+    assert lines[0] == (
+        "masked was not trained on rows of relatives (performers train --families): do not expect "
+        "it to read them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("relatives", "options", "message"),
+    [
+        (None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
+        ("", [], "the file is empty"),
+        (">y\nMKTAW\n", [], "'b' has no relative in the file of relatives but 1 of its own"),
+        (">y\nMKC\n", ["--relatives-tokens", 12], "'a' with its 8 residues leaves no place"),
+        (">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+    ],
+)
+def test_relatives_that_cannot_be_used(family_model, tmp_path, relatives, options, message):
+    proteins, path = tmp_path / "p.fasta", tmp_path / "r.fasta"
+    proteins.write_text(">a\nMKTAYIAK\n>b\nMKTAW\n")
+    if relatives is not None:
+        path.write_text(relatives)
+        options = ["--relatives", path, *options]
+    for command in ("embed", "score", "evaluate"):
+        output = ["--output", tmp_path / "x.tsv"] if command != "evaluate" else []
+        assert message in refusal(command, family_model, proteins, *output, *options)
+        assert not (tmp_path / "x.tsv").exists()
+
+
+def test_windows_of_evaluate_and_relatives_do_not_go_together(family_model, fasta):
+    arguments = ["--relatives", fasta, "--max-length", 20]
+    assert "with --relatives use --relatives-tokens" in refusal(
+        "evaluate", family_model, fasta, *arguments
+    )

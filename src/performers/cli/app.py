@@ -25,9 +25,13 @@ from performers.cli.inputs import (
     BATCH_TOKENS,
     MODEL_AND_FASTA,
     NEW_FOLDER,
+    RELATIVES,
+    RELATIVES_TOKENS,
     SEED,
+    check_relatives_tokens,
     model_and_fasta,
     protein_records,
+    read_relatives,
 )
 from performers.cli.probe import probe
 from performers.cli.score import score
@@ -76,6 +80,8 @@ class EvaluationOptions(Options):
     )
     carry_state: bool = option("Hand the state from segment to segment (texts).", False)
     seed: int = option(**SEED)
+    relatives: Path | None = option(**RELATIVES)
+    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
 
 
 @app.command(example="performers evaluate model held-out.fasta --json")
@@ -85,7 +91,15 @@ def evaluate(options: EvaluationOptions) -> None:
     from performers.proteins.scoring.evaluation import evaluate_model
     from performers.streams.text import is_text
 
+    check_relatives_tokens(options.relatives, options.relatives_tokens)
+    if options.relatives is not None and options.max_length is not None:
+        raise UserError(
+            "--max-length is of windows of proteins without relatives; with --relatives use "
+            "--relatives-tokens"
+        )
     if any(map(is_text, options.paths[1:])):
+        if options.relatives is not None:
+            raise UserError("--relatives is for proteins; leave it out for texts (.txt files)")
         _evaluate_texts(options)
         return
     if options.carry_state:
@@ -93,12 +107,19 @@ def evaluate(options: EvaluationOptions) -> None:
 
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
-    sequences = [record.sequence for record in protein_records(fasta)]
+    records = protein_records(fasta)
+    rows = None
+    if options.relatives is not None:
+        relatives = read_relatives(
+            options.relatives, options.relatives_tokens, model, tokenizer, records
+        )
+        rows = relatives.rows(records)
     with ProgressBars() as bars:
         metrics = evaluate_model(
             network,
             tokenizer,
-            sequences,
+            [record.sequence for record in records],
+            relatives=rows,
             max_length=options.max_length or model_max_length(tokenizer),
             batch_tokens=options.batch_tokens,
             mask_probability=options.mask_probability,

@@ -14,9 +14,13 @@ from performers.cli.inputs import (
     DEVICE,
     DTYPE,
     MODEL_AND_FASTA,
+    RELATIVES,
+    RELATIVES_TOKENS,
     SKIP_INVALID,
     ProteinFiles,
+    check_relatives_tokens,
     model_and_fasta,
+    read_relatives,
 )
 from performers.proteins.options import POOLINGS, VECTOR_SUFFIXES
 
@@ -42,6 +46,8 @@ class EmbeddingOptions(Options):
         None,
     )
     skip_invalid: bool = option(**SKIP_INVALID)
+    relatives: Path | None = option(**RELATIVES)
+    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
     device: str | None = option(**DEVICE)
     dtype: str | None = option(**DTYPE)
     batch_tokens: int = option(**BATCH_TOKENS)
@@ -51,6 +57,7 @@ def embed(options: EmbeddingOptions) -> None:
     """One vector a sequence: the final hidden states, pooled over its residues."""
     if options.per_residue and options.pooling != POOLINGS[0]:
         raise UserError("--pooling has no use with --per-residue; leave one of the two away")
+    check_relatives_tokens(options.relatives, options.relatives_tokens)
     prepare_output_file(options.output_file, VECTOR_SUFFIXES)
     folder, fasta = model_and_fasta(options.paths)
     with ProteinFiles(fasta, skip_invalid=options.skip_invalid) as files, ProgressBars() as bars:
@@ -59,6 +66,15 @@ def embed(options: EmbeddingOptions) -> None:
 
         model = load(folder, device=options.device, dtype=options.dtype)
         model.check_length(files.letters.longest)
+        relatives = None
+        if options.relatives is not None:
+            relatives = read_relatives(
+                options.relatives,
+                options.relatives_tokens,
+                folder,
+                model.tokenizer,
+                files.records(),
+            )
         width, done = 0, 0
         with open_vectors(options.output_file, per_residue=options.per_residue) as write:
             for records in files.chunks(8 * options.batch_tokens):
@@ -67,6 +83,7 @@ def embed(options: EmbeddingOptions) -> None:
                     per_residue=options.per_residue,
                     pooling=options.pooling,
                     layer=options.layer,
+                    relatives=relatives,
                     batch_tokens=options.batch_tokens,
                     progress=bars.part("embedding", done, files.letters.records),
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,10 @@ from performers.proteins.embedded import PRETRAINED, model_folder, pretrained_fo
 from performers.proteins.options import DTYPES
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from performers.proteins.inputs.records import LetterReport, ProteinRecord
+    from performers.proteins.inputs.relatives import Relatives
 
 
 BATCH_TOKENS: dict[str, Any] = {
@@ -43,7 +46,18 @@ MODEL_AND_FASTA: dict[str, Any] = {
     "FASTA files, plain or compressed (gzip, bzip2, xz, Zstandard), or - for standard input.",
     "flag": "[MODEL] FASTA...",
 }
-"""Options that several commands have; `model_and_fasta` reads the last."""
+RELATIVES: dict[str, Any] = {
+    "help": "FASTA file of relatives to read the proteins with: of all of them, or, where headers "
+    "have family=NAME, of those of the same family.",
+    "default": None,
+    "group": "Relatives",
+}
+RELATIVES_TOKENS: dict[str, Any] = {
+    "help": "Most tokens of a protein and its relatives; as trained by default.",
+    "default": None,
+    "at_least": 6,
+}
+"""Options that several commands have; `model_and_fasta` and `read_relatives` read some."""
 
 
 def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
@@ -84,6 +98,52 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     if not records:
         raise UserError("the FASTA files hold no sequence")
     return records
+
+
+def check_relatives_tokens(relatives: Path | None, tokens: int | None) -> None:
+    """Refuse --relatives-tokens without --relatives."""
+    if tokens is not None and relatives is None:
+        raise UserError("--relatives-tokens needs --relatives, the file of relatives")
+
+
+def read_relatives(
+    path: Path,
+    tokens: int | None,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    proteins: Iterable[ProteinRecord],
+) -> Relatives:
+    """Read --relatives, check that every protein has some, and say how many.
+
+    Args:
+        path: FASTA file.
+        tokens: Most tokens of a protein and its relatives; None: as trained.
+        folder: Folder of the model.
+        tokenizer: Its tokenizer.
+        proteins: All proteins that will be read.
+
+    Raises:
+        UserError: The file holds no sequence, headers do not fit, or a protein has no relative or
+            leaves no place for one.
+    """
+    from performers.proteins.inputs.fasta import read_fasta
+    from performers.proteins.inputs.relatives import Relatives
+    from performers.proteins.model_folder import model_max_length, reads_families
+
+    records, letters = read_fasta([path])
+    if not records:
+        raise UserError(f"--relatives {path} holds no sequence; give relatives of the proteins")
+    relatives = Relatives(records, tokenizer, tokens or model_max_length(tokenizer))
+    for protein in proteins:
+        relatives.count(protein)
+    note(letters.summary())
+    if not reads_families(folder):
+        note(
+            f"{folder.name} was not trained on rows of relatives (performers train --families): "
+            "do not expect it to read them"
+        )
+    note(relatives.summary())
+    return relatives
 
 
 class ProteinFiles:
@@ -138,6 +198,10 @@ class ProteinFiles:
                 chunk, size = [], 0
         if chunk:
             yield chunk
+
+    def records(self) -> Iterator[ProteinRecord]:
+        """All proteins, one at a time."""
+        return self._records(None)
 
     def _records(self, letters: LetterReport | None) -> Iterator[ProteinRecord]:
         from performers.proteins.inputs.fasta import iter_fasta

@@ -20,9 +20,13 @@ from performers.cli.inputs import (
     DEVICE,
     DTYPE,
     MODEL_AND_FASTA,
+    RELATIVES,
+    RELATIVES_TOKENS,
     SKIP_INVALID,
     ProteinFiles,
+    check_relatives_tokens,
     model_and_fasta,
+    read_relatives,
 )
 from performers.proteins.options import SCORE_METHODS
 
@@ -54,6 +58,8 @@ class ScoreOptions(Options):
         choices=SCORE_METHODS,
     )
     skip_invalid: bool = option(**SKIP_INVALID)
+    relatives: Path | None = option(**RELATIVES)
+    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
     device: str | None = option(**DEVICE)
     dtype: str | None = option(**DTYPE)
     batch_tokens: int = option(**BATCH_TOKENS)
@@ -70,6 +76,7 @@ def score(options: ScoreOptions) -> None:
         if file is not None:
             suffixes = (".tsv", ".json") if flag == "--output" else (".tsv",)
             prepare_output_file(file, suffixes, flag=flag)
+    check_relatives_tokens(options.relatives, options.relatives_tokens)
     folder, fasta = model_and_fasta(options.paths)
     with ExitStack() as stack:
         proteins = stack.enter_context(ProteinFiles(fasta, skip_invalid=options.skip_invalid))
@@ -79,6 +86,15 @@ def score(options: ScoreOptions) -> None:
         model = load(folder, device=options.device, dtype=options.dtype)
         bars = stack.enter_context(ProgressBars())
         model.check_length(proteins.letters.longest)
+        relatives = None
+        if options.relatives is not None:
+            relatives = read_relatives(
+                options.relatives,
+                options.relatives_tokens,
+                folder,
+                model.tokenizer,
+                proteins.records(),
+            )
         write = stack.enter_context(_proteins(options.output_file, folder))
         place = ("name", "position", "residue")
         residues = stack.enter_context(_table(options.residues, (*place, "log_likelihood")))
@@ -89,6 +105,7 @@ def score(options: ScoreOptions) -> None:
                 records,
                 method=options.method,
                 substitutions=options.substitutions is not None,
+                relatives=relatives,
                 batch_tokens=options.batch_tokens,
                 progress=bars.part("scoring", done, proteins.letters.residues),
             )

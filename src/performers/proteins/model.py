@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,12 @@ from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.proteins.embedded import PRETRAINED, model_folder
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.model_folder import check_input_length, load_model
+from performers.proteins.inputs.relatives import Relatives
+from performers.proteins.model_folder import (
+    check_input_length,
+    load_model,
+    model_max_length,
+)
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.likelihood import ProteinScore, score_sequences
 
@@ -44,6 +50,24 @@ class ProteinModel:
         """
         check_input_length(self.network, residues + 2)
 
+    def relatives(
+        self, proteins: Sequence[str | ProteinRecord], max_tokens: int | None = None
+    ) -> Relatives:
+        """Relatives to read proteins with, as arguments of `embed` and `score`.
+
+        Args:
+            proteins: Sequences of residues, or records, whose headers may name families; see
+                `Relatives`.
+            max_tokens: Most tokens of a protein and its relatives; by default the length that the
+                model was trained at.
+
+        Raises:
+            UserError: Some headers name a family and some do not.
+            ValueError: A sequence has other letters than residues.
+        """
+        limit = model_max_length(self.tokenizer) if max_tokens is None else max_tokens
+        return Relatives(_records(proteins), self.tokenizer, limit)
+
     def embed(
         self,
         proteins: Sequence[str | ProteinRecord],
@@ -51,6 +75,7 @@ class ProteinModel:
         per_residue: bool = False,
         pooling: str = "mean",
         layer: int | None = None,
+        relatives: Relatives | None = None,
         batch_tokens: int = 8192,
         progress: Progress | None = None,
     ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]:
@@ -63,6 +88,7 @@ class ProteinModel:
                 deviation besides, twice as wide.
             layer: Hidden states to take: 0 before the first block, ``n`` after block ``n``,
                 negative from the end; by default after the last.
+            relatives: Relatives to read them with, see `relatives`.
             batch_tokens: Tokens in a batch, padding included.
             progress: Called with the proteins done and the proteins in all, after each batch.
 
@@ -71,25 +97,23 @@ class ProteinModel:
             width)`` for each protein.
 
         Raises:
-            UserError: A protein is longer than the model can read, or an option is unknown.
+            UserError: A protein is longer than the model can read or has no relatives, or an
+                option is unknown.
             ValueError: A sequence has other letters than residues.
         """
         if per_residue and pooling != "mean":
             raise UserError("pooling has no use with per_residue; leave one of the two away")
-        sequences = _sequences(proteins)
-        model = (self.network, self.tokenizer)
+        records = _records(proteins)
+        options: dict[str, Any] = {
+            "layer": layer,
+            "relatives": None if relatives is None else relatives.rows(records),
+            "batch_tokens": batch_tokens,
+            "progress": progress,
+        }
+        model = (self.network, self.tokenizer, [record.sequence for record in records])
         if per_residue:
-            return embed_residues(
-                *model, sequences, layer=layer, batch_tokens=batch_tokens, progress=progress
-            )
-        return embed_sequences(
-            *model,
-            sequences,
-            pooling=pooling,
-            layer=layer,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
+            return embed_residues(*model, **options)
+        return embed_sequences(*model, pooling=pooling, **options)
 
     def score(
         self,
@@ -97,6 +121,7 @@ class ProteinModel:
         *,
         method: str | None = None,
         substitutions: bool = False,
+        relatives: Relatives | None = None,
         batch_tokens: int = 8192,
         progress: Progress | None = None,
     ) -> list[ProteinScore]:
@@ -106,6 +131,7 @@ class ProteinModel:
             proteins: Sequences of residues, or records.
             method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
             substitutions: Compute log-odds of all substitutions.
+            relatives: Relatives to read them with, see `relatives`.
             batch_tokens: Tokens in a batch, padding included.
             progress: Called with the residues done and the residues in all, after each protein.
 
@@ -113,16 +139,18 @@ class ProteinModel:
             A score for each protein, in order.
 
         Raises:
-            UserError: A protein is longer than the model can read, or ``method`` is unknown or
-                given for a causal model.
+            UserError: A protein is longer than the model can read or has no relatives, or
+                ``method`` is unknown or given for a causal model.
             ValueError: A sequence has other letters than residues.
         """
+        records = _records(proteins)
         return score_sequences(
             self.network,
             self.tokenizer,
-            _sequences(proteins),
+            [record.sequence for record in records],
             method=method,
             substitutions=substitutions,
+            relatives=None if relatives is None else relatives.rows(records),
             batch_tokens=batch_tokens,
             progress=progress,
         )
@@ -177,18 +205,20 @@ def _shipped() -> ProteinModel:
     return load()
 
 
-def _sequences(proteins: Sequence[str | ProteinRecord]) -> list[str]:
+def _records(proteins: Sequence[str | ProteinRecord]) -> list[ProteinRecord]:
     if isinstance(proteins, str):
         raise ValueError("proteins: expected a list of sequences, got one string; put it in a list")
-    sequences = []
+    records = []
     for number, protein in enumerate(proteins):
-        sequence = protein.sequence if isinstance(protein, ProteinRecord) else protein.upper()
-        if not re.fullmatch("[A-Z]+", sequence):
+        record = protein
+        if not isinstance(record, ProteinRecord):
+            record = ProteinRecord(f"proteins[{number}]", "", record.upper())
+        if not re.fullmatch("[A-Z]+", record.sequence):
             raise ValueError(
                 f"proteins[{number}]: expected one or more letters from A to Z, got "
-                f"{sequence[:30]!r}; remove gaps, stops and spaces"
+                f"{record.sequence[:30]!r}; remove gaps, stops and spaces"
             )
-        sequences.append(sequence)
-    if not sequences:
+        records.append(record)
+    if not records:
         raise ValueError("proteins: expected at least one sequence, got none")
-    return sequences
+    return records

@@ -150,3 +150,9 @@ def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) ->
     """Length in tokens that a model was trained at, from its tokenizer."""
     length = int(tokenizer.model_max_length)
     return length if length < 10**9 else default
+
+
+def reads_families(folder: Path) -> bool:
+    """True if the record of a model's training has rows of relatives."""
+    record = folder / "training.json"
+    return record.exists() and bool(read_json(record).get("options", {}).get("families"))

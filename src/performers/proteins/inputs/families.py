@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from performers.proteins.inputs.packing import split_windows
 
-__all__ = ["HIDDEN_IN", "FamilyRows", "ProteinFamilies"]
+__all__ = ["HIDDEN_IN", "FamilyRows", "ProteinFamilies", "family_row"]
 
 HIDDEN_IN = ("all", "one")
 """Members of a family's row with residues to predict."""
@@ -125,32 +125,51 @@ class FamilyRows(Dataset[dict[str, Any]]):
         if not 0 <= row < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {row}")
         index, start, size = self._windows[row]
-        pieces = [np.asarray(self._proteins.tokens[index])[start : start + size]]
-        room = self._max_length - size
+        protein = np.asarray(self._proteins.tokens[index])[start : start + size]
         random = np.random.default_rng((self._seed, epoch, row))
         pool = random.permutation(self._members.get(self._proteins.names[index], []))
         if self._among_themselves:
             pool = pool[pool != index]
-        for relative in pool[: self._max_relatives].tolist():
-            if not room:
-                break
-            piece = np.asarray(self._relatives.tokens[relative])[:room]
-            pieces.append(piece)
-            room -= piece.size
-        pieces.reverse()
-        allowed = [
-            np.full(piece.size, self._hidden == "all" or place == len(pieces) - 1)
-            for place, piece in enumerate(pieces)
-        ]
-        for member in allowed:
-            member[0] = False
-        return {
-            "input_ids": np.concatenate(pieces).astype(np.int16),
-            "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
-            "may_be_target": np.concatenate(allowed),
-            "index": row,
-            "epoch": epoch,
-        }
+        relatives = (
+            np.asarray(self._relatives.tokens[relative])
+            for relative in pool[: self._max_relatives].tolist()
+        )
+        made = family_row(protein, relatives, max_length=self._max_length, hidden=self._hidden)
+        return {**made, "index": row, "epoch": epoch}
+
+
+def family_row(
+    protein: _Tokens, relatives: Iterable[_Tokens], *, max_length: int, hidden: str = "one"
+) -> dict[str, Any]:
+    """Tokens of a protein after those of its relatives; see `FamilyRows` for the keys.
+
+    Args:
+        protein: Tokens of the protein, (length,), ``max_length`` at most.
+        relatives: Tokens of relatives, the nearest to the protein first; those without a place are
+            left out, and the last may be cut at its end.
+        max_length: Most tokens of the row.
+        hidden: Members that may have targets, ``"all"`` or ``"one"``.
+    """
+    pieces = [protein]
+    room = max_length - protein.size
+    for relative in relatives:
+        if not room:
+            break
+        piece = relative[:room]
+        pieces.append(piece)
+        room -= piece.size
+    pieces.reverse()
+    allowed = [
+        np.full(piece.size, hidden == "all" or place == len(pieces) - 1)
+        for place, piece in enumerate(pieces)
+    ]
+    for member in allowed:
+        member[0] = False
+    return {
+        "input_ids": np.concatenate(pieces).astype(np.int16),
+        "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
+        "may_be_target": np.concatenate(allowed),
+    }
 
 
 def _lengths(tokens: Sequence[_Tokens]) -> npt.NDArray[np.int64]:

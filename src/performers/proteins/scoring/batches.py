@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from performers.app.progress import Progress
 from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.relatives import RelativesRows
 from performers.proteins.model_folder import check_input_length
 
 
@@ -31,7 +32,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def run_batches(
     model: PreTrainedModel,
-    dataset: TokenDataset | FamilyRows,
+    dataset: TokenDataset | FamilyRows | RelativesRows,
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     *,
     batch_tokens: int,

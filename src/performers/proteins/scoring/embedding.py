@@ -15,6 +15,7 @@ from performers.app.progress import Progress
 from performers.models.heads import mean_pool
 from performers.proteins.inputs.objectives import CausalCollator
 from performers.proteins.inputs.packing import TokenDataset
+from performers.proteins.inputs.relatives import RelativesRows
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
 from performers.proteins.options import POOLINGS
 from performers.proteins.scoring.batches import run_batches
@@ -27,6 +28,7 @@ def embed_sequences(
     *,
     pooling: str = "mean",
     layer: int | None = None,
+    relatives: RelativesRows | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> npt.NDArray[np.float32]:
@@ -45,6 +47,8 @@ def embed_sequences(
         pooling: One of ``POOLINGS``.
         layer: Hidden states to take: 0 before the first block, ``n`` after block ``n``, negative
             from the end; by default after the last.
+        relatives: Rows in which the sequences are read after relatives; the vectors are those of
+            the sequences' own residues.
         batch_tokens: Tokens in a batch, padding included; a longer sequence is a batch of its own.
         progress: Called with the sequences done and the sequences in all, after each batch.
 
@@ -60,7 +64,7 @@ def embed_sequences(
     width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
     vectors = np.empty((len(sequences), width), dtype=np.float32)
     for places, hidden, residues in _hidden_states(
-        model, tokenizer, sequences, layer, batch_tokens, progress
+        model, tokenizer, sequences, layer, relatives, batch_tokens, progress
     ):
         pooled = mean_pool(hidden, residues)
         if pooling == "mean-sd":
@@ -76,6 +80,7 @@ def embed_residues(
     sequences: Sequence[str],
     *,
     layer: int | None = None,
+    relatives: RelativesRows | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> list[npt.NDArray[np.float32]]:
@@ -89,7 +94,7 @@ def embed_residues(
     """
     vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
     for places, hidden, residues in _hidden_states(
-        model, tokenizer, sequences, layer, batch_tokens, progress
+        model, tokenizer, sequences, layer, relatives, batch_tokens, progress
     ):
         for row, place in enumerate(places):
             vectors[place] = hidden[row][residues[row]].cpu().numpy()
@@ -101,6 +106,7 @@ def _hidden_states(
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
     layer: int | None,
+    relatives: RelativesRows | None,
     batch_tokens: int,
     progress: Progress | None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -112,14 +118,19 @@ def _hidden_states(
             f"{-layers - 1} to -1 from the end; got {layer}"
         )
     inner = layer is not None and layer not in (-1, layers)
-    residues = torch.from_numpy(residue_ids(tokenizer)).to(model.device)
+    letters = torch.from_numpy(residue_ids(tokenizer)).to(model.device)
     for places, batch, output in run_batches(
         model.base_model,
-        TokenDataset(encode_sequences(tokenizer, sequences)),
+        relatives or TokenDataset(encode_sequences(tokenizer, sequences)),
         CausalCollator(tokenizer),
         batch_tokens=batch_tokens,
         progress=progress,
         output_hidden_states=inner,
     ):
         hidden = output.hidden_states[layer] if inner else output.last_hidden_state
-        yield places, hidden.float(), torch.isin(batch["input_ids"], residues)
+        residues = torch.isin(batch["input_ids"], letters)
+        if relatives is not None:
+            starts = torch.from_numpy(relatives.starts[places]).to(model.device)
+            place = torch.arange(residues.shape[1], device=model.device)
+            residues &= place >= starts.unsqueeze(1)
+        yield places, hidden.float(), residues

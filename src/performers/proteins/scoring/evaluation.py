@@ -12,6 +12,7 @@ from performers.app.progress import Progress
 from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import TokenDataset, split_windows
+from performers.proteins.inputs.relatives import RelativesRows
 from performers.proteins.inputs.tokenizer import encode_sequences
 from performers.proteins.scoring.batches import run_batches
 from performers.proteins.scoring.metrics import ResidueMetrics
@@ -22,6 +23,7 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
     *,
+    relatives: RelativesRows | None = None,
     max_length: int = 1024,
     batch_tokens: int = 8192,
     mask_probability: float = 0.15,
@@ -40,7 +42,10 @@ def evaluate_model(
         model: A masked or causal (``config.is_decoder``) language model.
         tokenizer: Its tokenizer.
         sequences: Proteins as letters, at least one.
-        max_length: Longest input in tokens; longer sequences are split into windows.
+        relatives: Rows in which the sequences are read after relatives; residues of these are not
+            scored, and those that are hidden are the same as without relatives.
+        max_length: Longest input in tokens without relatives; longer sequences are split into
+            windows.
         batch_tokens: Tokens in a batch, padding included.
         mask_probability: Share of residues that are targets of a masked model.
         seed: Seed of the masks.
@@ -56,6 +61,18 @@ def evaluate_model(
         ValueError: There is no sequence, or an option is out of range.
         UserError: Learned positions end before ``max_length`` does.
     """
+    if relatives is not None:
+        metrics = evaluate_rows(
+            model,
+            tokenizer,
+            relatives,
+            batch_tokens=batch_tokens,
+            mask_probability=mask_probability,
+            seed=seed,
+            sequence_of_row=np.arange(len(sequences)) if by_sequence else None,
+            progress=progress,
+        )
+        return {**metrics, "sequences": len(sequences)}
     windows = [
         split_windows(tokens, max_length) for tokens in encode_sequences(tokenizer, sequences)
     ]
@@ -77,7 +94,7 @@ def evaluate_model(
 def evaluate_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: TokenDataset | FamilyRows,
+    dataset: TokenDataset | FamilyRows | RelativesRows,
     *,
     batch_tokens: int = 8192,
     mask_probability: float = 0.15,
@@ -91,7 +108,7 @@ def evaluate_rows(
     Args:
         model: A masked or causal language model.
         tokenizer: Its tokenizer.
-        dataset: The rows, packed or not.
+        dataset: The rows, packed or not, or of proteins after their relatives.
         batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
         mask_probability: Share of residues that are targets of a masked model.
         seed: Seed of the masks.

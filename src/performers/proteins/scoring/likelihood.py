@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,14 @@ from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.proteins.inputs.objectives import CausalCollator
 from performers.proteins.inputs.packing import TokenDataset
+from performers.proteins.inputs.relatives import RelativesRows
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.model_folder import check_input_length
 from performers.proteins.options import SCORE_METHODS
 from performers.proteins.scoring.batches import evaluation_mode, run_batches
 
 _Floats = npt.NDArray[np.float64]
+_Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ def score_sequences(
     *,
     method: str | None = None,
     substitutions: bool = False,
+    relatives: RelativesRows | None = None,
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> list[ProteinScore]:
@@ -85,6 +88,7 @@ def score_sequences(
         sequences: Proteins as letters.
         method: One of ``SCORE_METHODS``; of masked models alone, ``"masked"`` by default.
         substitutions: Compute log-odds.
+        relatives: Rows in which the sequences are read after relatives, which stay in sight.
         batch_tokens: Tokens in a batch, padding included.
         progress: Called with the residues done and the residues in all, after each protein.
 
@@ -100,16 +104,17 @@ def score_sequences(
         raise UserError("method is for masked models; leave it out with a causal one")
     if method is not None and method not in SCORE_METHODS:
         raise UserError(f"method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
-    scorer = _Scorer(model, tokenizer, batch_tokens)
+    scorer = RowScorer(model, tokenizer, batch_tokens)
     encoded = [tokens.astype(np.int64) for tokens in encode_sequences(tokenizer, sequences)]
-    check_input_length(model, max(map(len, encoded)))
+    rows = TokenDataset(encoded) if relatives is None else relatives
+    check_input_length(model, int(rows.lengths.max()))
     total = sum(map(len, sequences))
     scores: list[ProteinScore | None] = [None] * len(encoded)
     done = 0
     for place, score in (
-        scorer.in_one_pass(encoded, causal=causal, substitutions=substitutions)
+        scorer.in_one_pass(encoded, relatives, causal=causal, substitutions=substitutions)
         if causal or method == "one-pass"
-        else scorer.masked(encoded, substitutions=substitutions)
+        else scorer.masked(encoded, relatives, substitutions=substitutions)
     ):
         if not np.isfinite(score.log_likelihoods).all():
             raise UserError(
@@ -123,7 +128,28 @@ def score_sequences(
     return [score for score in scores if score is not None]
 
 
-class _Scorer:
+class Before(NamedTuple):
+    """Tokens of relatives that a protein is read after.
+
+    Attributes:
+        tokens: Shape ``(tokens,)``.
+        positions: Positions of these and of the protein's own tokens.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+
+    @classmethod
+    def of_row(cls, relatives: RelativesRows | None, row: int) -> Before | None:
+        """Those of a row; None without relatives."""
+        if relatives is None:
+            return None
+        example = relatives[row]
+        tokens = example["input_ids"][: relatives.starts[row]].astype(np.int64)
+        return cls(tokens, example["position_ids"])
+
+
+class RowScorer:
     """Runs of a model on rows of tokens.
 
     Args:
@@ -142,78 +168,115 @@ class _Scorer:
         self._mask_id = tokenizer.mask_token_id
 
     def in_one_pass(
-        self, encoded: Sequence[npt.NDArray[np.int64]], *, causal: bool, substitutions: bool
+        self,
+        encoded: Sequence[_Tokens],
+        relatives: RelativesRows | None,
+        *,
+        causal: bool,
+        substitutions: bool,
     ) -> Iterator[tuple[int, ProteinScore]]:
         """Scores from predictions at the residues themselves, or at those before them."""
         # The residues are tokens 1 to -1.
         first = 0 if causal else 1
-        for place, predicted in self._predictions(encoded):
+        for place, predicted in self._predictions(encoded, relatives):
             tokens = encoded[place]
             predicted = predicted[first : first + len(tokens) - 2]
             found = _taken(predicted, tokens[1:-1])
             log_odds = None
             if substitutions and causal:
-                log_odds = self._against_mutants(tokens, float(found.sum()))
+                before = Before.of_row(relatives, place)
+                log_odds = self._against_mutants(tokens, before, float(found.sum()))
             elif substitutions:
                 log_odds = self._log_odds(predicted, tokens[1:-1])
             yield place, ProteinScore(found, log_odds)
 
     def masked(
-        self, encoded: Sequence[npt.NDArray[np.int64]], *, substitutions: bool
+        self, encoded: Sequence[_Tokens], relatives: RelativesRows | None, *, substitutions: bool
     ) -> Iterator[tuple[int, ProteinScore]]:
         """Scores from predictions at residues that are hidden one at a time."""
         for place, tokens in enumerate(encoded):
-            rows = np.repeat(tokens[None], len(tokens) - 2, axis=0)
-            positions = np.arange(1, len(tokens) - 1)
-            rows[positions - 1, positions] = self._mask_id
-            parts = []
-            size = max(1, self.batch_tokens // len(tokens))
-            for start in range(0, len(rows), size):
-                logits = self._logits(rows[start : start + size])
-                at = torch.from_numpy(positions[start : start + size]).to(logits.device)
-                hidden = logits[torch.arange(len(at), device=logits.device), at]
-                parts.append(_log_probabilities(hidden))
-            predicted = np.concatenate(parts)
+            before = Before.of_row(relatives, place)
+            predicted = self.hidden(tokens, np.arange(1, len(tokens) - 1), before)
             log_odds = self._log_odds(predicted, tokens[1:-1]) if substitutions else None
             yield place, ProteinScore(_taken(predicted, tokens[1:-1]), log_odds)
 
-    def _log_odds(self, predicted: _Floats, residues: npt.NDArray[np.int64]) -> _Floats:
+    def hidden(
+        self, tokens: _Tokens, places: npt.NDArray[np.int64], before: Before | None
+    ) -> _Floats:
+        """Log-probabilities at tokens that are hidden one at a time, ``(places, vocabulary)``."""
+        parts = []
+        size = self._rows_at_once(tokens, before)
+        for start in range(0, len(places), size):
+            at = places[start : start + size]
+            rows = np.repeat(tokens[None], len(at), axis=0)
+            rows[np.arange(len(at)), at] = self._mask_id
+            logits = self._logits(rows, before)
+            parts.append(_log_probabilities(logits[np.arange(len(at)), at]))
+        return np.concatenate(parts)
+
+    def log_likelihoods(self, rows: _Tokens, before: Before | None) -> _Floats:
+        """Log-likelihood of each row ``(rows, tokens)`` under a causal model, its end left out."""
+        size = self._rows_at_once(rows[0], before)
+        parts = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            predicted = _log_probabilities(self._logits(part, before)[:, :-2])
+            found = np.take_along_axis(predicted, part[:, 1:-1, None], axis=2)
+            parts.append(found.sum((1, 2)))
+        return np.concatenate(parts)
+
+    def _log_odds(self, predicted: _Floats, residues: _Tokens) -> _Floats:
         odds = predicted[:, self._amino_acids] - _taken(predicted, residues)[:, None]
         odds[~np.isin(residues, self._amino_acids)] = np.nan
         return odds
 
-    def _against_mutants(self, tokens: npt.NDArray[np.int64], wild_type: float) -> _Floats:
+    def _against_mutants(self, tokens: _Tokens, before: Before | None, wild_type: float) -> _Floats:
         """Log-likelihoods of all single mutants less that of the protein itself."""
         odds = np.full((len(tokens) - 2, len(self._amino_acids)), np.nan)
         standard = np.flatnonzero(np.isin(tokens[1:-1], self._amino_acids))
         odds[standard] = tokens[1:-1][standard, None] != self._amino_acids
         cells = np.argwhere(odds == 1)
         odds[odds == 1] = 0
-        size = max(1, self.batch_tokens // len(tokens))
+        size = self._rows_at_once(tokens, before)
         for start in range(0, len(cells), size):
             part = cells[start : start + size]
             rows = np.repeat(tokens[None], len(part), axis=0)
             rows[np.arange(len(part)), part[:, 0] + 1] = self._amino_acids[part[:, 1]]
-            predicted = _log_probabilities(self._logits(rows)[:, :-2])
-            found = np.take_along_axis(predicted, rows[:, 1:-1, None], axis=2).sum((1, 2))
-            odds[part[:, 0], part[:, 1]] = found - wild_type
+            odds[part[:, 0], part[:, 1]] = self.log_likelihoods(rows, before) - wild_type
         return odds
 
     def _predictions(
-        self, encoded: Sequence[npt.NDArray[np.int64]]
+        self, encoded: Sequence[_Tokens], relatives: RelativesRows | None
     ) -> Iterator[tuple[int, _Floats]]:
-        """Log-probabilities at the tokens of each row, ``(tokens, vocabulary)``."""
+        """Log-probabilities at the tokens of each protein, ``(tokens, vocabulary)``."""
+        rows = TokenDataset(encoded) if relatives is None else relatives
         for places, _, output in run_batches(
-            self.model, TokenDataset(encoded), self._collator, batch_tokens=self.batch_tokens
+            self.model, rows, self._collator, batch_tokens=self.batch_tokens
         ):
             for row, place in enumerate(places):
-                yield place, _log_probabilities(output.logits[row, : len(encoded[place])])
+                start = 0 if relatives is None else int(relatives.starts[place])
+                own = output.logits[row, start : start + len(encoded[place])]
+                yield place, _log_probabilities(own)
 
-    def _logits(self, rows: npt.NDArray[np.int64]) -> Tensor:
-        """Logits of rows of one length."""
+    def _rows_at_once(self, tokens: _Tokens, before: Before | None) -> int:
+        length = len(tokens) if before is None else len(before.positions)
+        return max(1, self.batch_tokens // length)
+
+    def _logits(self, rows: _Tokens, before: Before | None) -> Tensor:
+        """Logits at the tokens of rows of one length, each read after the same relatives."""
         options: dict[str, Any] = {"use_cache": False} if self.model.config.is_decoder else {}
+        own = slice(None)
+        if before is not None:
+            own = slice(len(before.tokens), None)
+            ahead = np.repeat(before.tokens[None], len(rows), axis=0)
+            rows = np.concatenate((ahead, rows), axis=1)
+            positions = np.repeat(before.positions[None], len(rows), axis=0)
+            options["position_ids"] = torch.from_numpy(positions).to(self.model.device)
+            # Without a mask, positions that restart are those of packed sequences.
+            options["attention_mask"] = torch.ones_like(options["position_ids"])
         with evaluation_mode(self.model):
-            return self.model(torch.from_numpy(rows).to(self.model.device), **options).logits
+            found = self.model(torch.from_numpy(rows).to(self.model.device), **options)
+            return found.logits[:, own]
 
 
 def _log_probabilities(logits: Tensor) -> _Floats:

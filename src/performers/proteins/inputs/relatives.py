@@ -1,0 +1,177 @@
+"""Relatives that a protein is read with, and rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from performers.app.errors import UserError
+from performers.proteins.inputs.families import family_row
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.tokenizer import encode_sequences
+
+_Tokens = npt.NDArray[np.integer[Any]]
+
+# A relative has a residue between its begin and its end token.
+_LEAST = 3
+
+
+class Relatives:
+    """Relatives of proteins, and the rows in which they are read.
+
+    Where headers have ``family=NAME``, a protein's relatives are those of the family that its own
+    header names; where none has, they are those of every protein. They precede the protein in the
+    order that they are listed in, the first one next to it, until the row is full; the last may be
+    cut at its end. A relative that is the protein, or a part of it, or holds it, is left out: the
+    protein's hidden residues could be read from it.
+
+    Args:
+        records: Relatives, one or more.
+        tokenizer: The model's tokenizer.
+        max_tokens: Most tokens of a protein and its relatives.
+
+    Attributes:
+        max_tokens: Most tokens of a row.
+
+    Raises:
+        UserError: There are no relatives, or some headers name a family and some do not.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ProteinRecord],
+        tokenizer: PreTrainedTokenizerBase,
+        max_tokens: int,
+    ) -> None:
+        if not records:
+            raise UserError("there is no relative; give a FASTA file with one at least")
+        self.max_tokens = max_tokens
+        self._tokenizer = tokenizer
+        families = [record.field("family") for record in records]
+        self._by_family = families[0] is not None
+        odd = next((n for n, x in enumerate(families) if (x is not None) != self._by_family), None)
+        if odd is not None:
+            raise UserError(
+                f"of the relatives, {records[0].name!a} and {records[odd].name!a} differ: write "
+                "family=NAME into each header, or into none where all are relatives of every "
+                "protein"
+            )
+        self._members: dict[str | None, list[tuple[str, _Tokens]]] = {}
+        tokens = encode_sequences(tokenizer, [record.sequence for record in records])
+        for family, record, encoded in zip(families, records, tokens, strict=True):
+            self._members.setdefault(family, []).append((record.sequence, encoded))
+        self._counts: list[int] = []
+        self._longest = self._copies = self._without_place = 0
+
+    def rows(self, proteins: Sequence[ProteinRecord]) -> RelativesRows:
+        """Rows of proteins and their relatives.
+
+        Raises:
+            UserError: A protein has no relative, or leaves no place for one.
+        """
+        encoded = encode_sequences(self._tokenizer, [protein.sequence for protein in proteins])
+        chosen = [self._of(protein)[0] for protein in proteins]
+        return RelativesRows(encoded, chosen, self.max_tokens)
+
+    def count(self, protein: ProteinRecord) -> None:
+        """Check that a protein has relatives, and count them for `summary`.
+
+        Raises:
+            UserError: The protein has no relative, or leaves no place for one.
+        """
+        relatives, copies, others = self._of(protein)
+        self._counts.append(len(relatives))
+        self._copies += copies
+        self._without_place += others
+        total = len(protein.sequence) + 2 + sum(len(x) for x in relatives)
+        self._longest = max(self._longest, min(total, self.max_tokens))
+
+    def summary(self) -> str:
+        """Numbers of relatives and tokens of the proteins that were counted, in a line."""
+        least, most = min(self._counts, default=0), max(self._counts, default=0)
+        number = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+        text = f"read with {number} relative{'s' * (most != 1)}, {self._longest:,} tokens at most"
+        if self._copies:
+            text += f"; {self._copies:,} that are the protein, or overlap with it whole, left out"
+        if self._without_place:
+            text += f"; {self._without_place:,} without a place in {self.max_tokens:,} tokens"
+        return text
+
+    def _of(self, protein: ProteinRecord) -> tuple[list[_Tokens], int, int]:
+        """Relatives of a protein in a row, and the numbers of copies and of others left out."""
+        family = protein.field("family") if self._by_family else None
+        if self._by_family and family is None:
+            raise UserError(
+                f"the header of {protein.name!a} names no family, those of the relatives do; write "
+                "family=NAME into it"
+            )
+        members = self._members.get(family, [])
+        sequence = protein.sequence
+        others = [
+            tokens for other, tokens in members if other not in sequence and sequence not in other
+        ]
+        copies = len(members) - len(others)
+        if not others:
+            of_family = f" of the family {family!a}" if family is not None else ""
+            raise UserError(
+                f"{protein.name!a} has no relative{of_family} in the file of relatives"
+                + (f" but {copies:,} of its own copies or parts" if copies else "")
+                + "; add some, or leave the protein out"
+            )
+        room = self.max_tokens - len(sequence) - 2
+        if room < _LEAST:
+            raise UserError(
+                f"{protein.name!a} with its {len(sequence):,} residues leaves no place for "
+                f"relatives in {self.max_tokens:,} tokens; raise --relatives-tokens"
+            )
+        chosen = []
+        for tokens in others:
+            if room < _LEAST:
+                break
+            chosen.append(tokens[:room])
+            room -= len(chosen[-1])
+        return chosen, copies, len(others) - len(chosen)
+
+
+class RelativesRows(Dataset[dict[str, Any]]):
+    """Rows of proteins after their relatives; keys are those of `TokenDataset`.
+
+    Examples have the fields of `FamilyRows`; only residues of the protein may be predicted.
+
+    Args:
+        proteins: Tokens of the proteins.
+        relatives: Tokens of the relatives of each, the nearest to it first.
+        max_tokens: Most tokens of a row.
+
+    Attributes:
+        lengths: Tokens of each row, (rows,).
+        starts: Place of each protein's first token in its row, (rows,).
+    """
+
+    def __init__(
+        self,
+        proteins: Sequence[_Tokens],
+        relatives: Sequence[Sequence[_Tokens]],
+        max_tokens: int,
+    ) -> None:
+        self._proteins, self._relatives, self._max_tokens = proteins, relatives, max_tokens
+        self.starts: npt.NDArray[np.int64] = np.array(
+            [sum(len(piece) for piece in before) for before in relatives], dtype=np.int64
+        )
+        own = np.array([len(protein) for protein in proteins], dtype=np.int64)
+        self.lengths: npt.NDArray[np.int64] = self.starts + own
+
+    def __len__(self) -> int:
+        return len(self._proteins)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        epoch, row = key if isinstance(key, tuple) else (0, key)
+        made = family_row(
+            np.asarray(self._proteins[row]), self._relatives[row], max_length=self._max_tokens
+        )
+        return {**made, "index": row, "epoch": epoch}

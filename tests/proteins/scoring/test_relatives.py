@@ -1,0 +1,198 @@
+"""Proteins read with relatives: their rows, and what is scored of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from performers.app.errors import UserError
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.relatives import Relatives
+from performers.proteins.inputs.tokenizer import (
+    AMINO_ACIDS,
+    build_protein_tokenizer,
+    encode_sequences,
+    residue_ids,
+)
+from performers.proteins.model import ProteinModel
+from performers.proteins.scoring.embedding import embed_residues, embed_sequences
+from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.scoring.likelihood import score_sequences
+from tests.proteins.runs import make_model
+
+TOKENIZER = build_protein_tokenizer()
+PROTEINS = ["MKTAYIAKQR", "GGWC"]
+OTHERS = ["MKTAYLAKQK", "MRTAWIARQ", "MKSAYV"]
+
+
+def record(sequence, name="x", description=""):
+    return ProteinRecord(name, description, sequence)
+
+
+def records(sequences):
+    return [record(sequence, f"p{n}") for n, sequence in enumerate(sequences)]
+
+
+def rows(proteins=PROTEINS, others=OTHERS, max_tokens=100):
+    return Relatives(records(others), TOKENIZER, max_tokens).rows(records(proteins))
+
+
+def by_hand(protein, others=OTHERS):
+    """Tokens and positions of a row, and the place of the protein."""
+    pieces = [*encode_sequences(TOKENIZER, others)[::-1], *encode_sequences(TOKENIZER, [protein])]
+    tokens = torch.from_numpy(np.concatenate(pieces)).long()
+    positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
+    return tokens, positions, len(tokens) - len(pieces[-1])
+
+
+def read(model, tokens, positions, **options):
+    with torch.no_grad():
+        return model(
+            tokens[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones(1, len(tokens)),
+            **options,
+        )
+
+
+def test_a_row_is_a_protein_after_its_relatives_the_first_one_nearest():
+    found = rows()
+    for index, protein in enumerate(PROTEINS):
+        tokens, positions, start = by_hand(protein)
+        example = found[index]
+        assert example["input_ids"].tolist() == tokens.tolist()
+        assert example["position_ids"].tolist() == positions.tolist()
+        assert found.starts[index] == start
+        assert found.lengths[index] == len(tokens)
+        assert not example["may_be_target"][: start + 1].any()
+        assert example["may_be_target"][start + 1 :].all()
+
+
+@pytest.mark.parametrize(
+    ("room", "sizes"), [(31, [12, 11, 8]), (30, [12, 11, 7]), (25, [12, 11]), (3, [3])]
+)
+def test_what_has_no_place_is_left_out_or_cut(room, sizes):
+    own = len(PROTEINS[0]) + 2
+    relatives = Relatives(records(OTHERS), TOKENIZER, own + room)
+    (chosen,) = relatives.rows(records(PROTEINS[:1]))._relatives
+    encoded = encode_sequences(TOKENIZER, OTHERS)
+    assert [x.tolist() for x in chosen] == [
+        x[:size].tolist() for x, size in zip(encoded, sizes, strict=False)
+    ]
+    relatives.count(record(PROTEINS[0]))
+    missing = len(OTHERS) - len(sizes)
+    assert f"read with {len(sizes)} relative" in relatives.summary()
+    assert (f"{missing} without a place in {own + room}" in relatives.summary()) == (missing > 0)
+
+
+@pytest.mark.parametrize("copy", [PROTEINS[0], "WW" + PROTEINS[0], PROTEINS[0][2:6]])
+def test_the_protein_itself_is_no_relative(copy):
+    relatives = Relatives(records([copy, *OTHERS, copy]), TOKENIZER, 100)
+    assert relatives.rows(records(PROTEINS[:1])).lengths[0] == rows().lengths[0]
+    relatives.count(record(PROTEINS[0]))
+    assert "; 2 that are the protein, or overlap with it whole, left out" in relatives.summary()
+    with pytest.raises(UserError, match="no relative in the file of relatives but 1 of its own"):
+        Relatives(records([copy]), TOKENIZER, 100).rows(records(PROTEINS[:1]))
+
+
+def test_families_are_named_in_headers():
+    others = [record(x, "r", f"family={'AB'[n % 2]}") for n, x in enumerate(OTHERS)]
+    relatives = Relatives(others, TOKENIZER, 100)
+    made = relatives.rows(
+        [record(PROTEINS[0], "a", "x family=B"), record(PROTEINS[1], "b", "family=A")]
+    )
+    assert [len(x) for x in made._relatives] == [1, 2]
+    for protein, message in (
+        (record("MK"), "names no family"),
+        (record("MK", "m", "family=C"), "no relative of the family 'C'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            relatives.rows([protein])
+    with pytest.raises(UserError, match="'r' and 'x' differ"):
+        Relatives([*others, record("MK")], TOKENIZER, 100)
+    with pytest.raises(UserError, match="there is no relative"):
+        Relatives([], TOKENIZER, 100)
+
+
+def test_a_protein_that_leaves_no_place():
+    with pytest.raises(UserError, match=r"10 residues leaves no place .* raise --relatives-tokens"):
+        rows(max_tokens=14)
+
+
+def test_vectors_are_those_of_the_protein():
+    model, tokenizer = make_model(window=2, position_window=1)
+    plain = embed_residues(model, tokenizer, PROTEINS)
+    options = {"relatives": rows(), "batch_tokens": 50}
+    found = embed_residues(model, tokenizer, PROTEINS, **options)
+    means = embed_sequences(model, tokenizer, PROTEINS, **options)
+    for protein, vectors, mean, alone in zip(PROTEINS, found, means, plain, strict=True):
+        tokens, positions, start = by_hand(protein)
+        output = read(model.base_model, tokens, positions).last_hidden_state[0]
+        expected = output[start + 1 : -1].numpy()
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+        np.testing.assert_allclose(mean, expected.mean(0), atol=1e-5)
+        assert np.abs(vectors - alone).max() > 1e-3
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200])
+def test_residues_are_hidden_in_the_protein_alone(batch_tokens):
+    model, tokenizer = make_model(position_window=1)
+    options = {"substitutions": True, "relatives": rows(), "batch_tokens": batch_tokens}
+    scores = score_sequences(model, tokenizer, PROTEINS, **options)
+    ids = residue_ids(tokenizer, AMINO_ACIDS)
+    for protein, score in zip(PROTEINS, scores, strict=True):
+        tokens, positions, start = by_hand(protein)
+        for place in range(len(protein)):
+            row = tokens.clone()
+            row[start + 1 + place] = tokenizer.mask_token_id
+            expected = read(model, row, positions).logits[0, start + 1 + place]
+            expected = expected.double().log_softmax(-1)
+            own = float(expected[tokens[start + 1 + place]])
+            assert score.log_likelihoods[place] == pytest.approx(own, abs=1e-4)
+            np.testing.assert_allclose(score.log_odds[place], expected[ids] - own, atol=2e-4)
+
+
+def test_a_causal_model_reads_them_before_the_protein():
+    model, tokenizer = make_model("clm")
+    options = {"substitutions": True, "relatives": rows(), "batch_tokens": 150}
+    for protein, score in zip(
+        PROTEINS, score_sequences(model, tokenizer, PROTEINS, **options), strict=True
+    ):
+        tokens, positions, start = by_hand(protein)
+        predicted = read(model, tokens, positions).logits[0].double().log_softmax(-1)
+        expected = predicted[torch.arange(start, len(tokens) - 2), tokens[start + 1 : -1]]
+        np.testing.assert_allclose(score.log_likelihoods, expected, atol=1e-4)
+        mutant = tokens.clone()
+        mutant[start + 2] = residue_ids(tokenizer, "W")[0]
+        other = read(model, mutant, positions).logits[0].double().log_softmax(-1)
+        other = other[torch.arange(start, len(tokens) - 2), mutant[start + 1 : -1]]
+        odds = float(other.sum() - expected.sum())
+        assert score.log_odds[1, AMINO_ACIDS.index("W")] == pytest.approx(odds, abs=2e-4)
+
+
+def test_evaluation_hides_the_same_residues_with_relatives_as_without():
+    model, tokenizer = make_model(position_window=1)
+    options = {"mask_probability": 0.4, "by_sequence": True}
+    alone = evaluate_model(model, tokenizer, PROTEINS, max_length=100, **options)
+    found = evaluate_model(model, tokenizer, PROTEINS, relatives=rows(), **options)
+    same = ("tokens", "tokens_by_sequence", "baseline_accuracy", "baseline_perplexity", "sequences")
+    assert [found[name] for name in same] == [alone[name] for name in same]
+    assert found["loss"] != pytest.approx(alone["loss"], abs=1e-4)
+
+
+def test_the_model_reads_with_relatives(tmp_path):
+    model = ProteinModel(*make_model(position_window=1, max_length=60), tmp_path)
+    relatives = model.relatives(OTHERS)
+    assert relatives.max_tokens == 60
+    for found, expected in (
+        (
+            model.embed(PROTEINS, relatives=relatives),
+            embed_sequences(model.network, model.tokenizer, PROTEINS, relatives=rows()),
+        ),
+        (
+            model.score(PROTEINS, relatives=relatives)[0].log_likelihoods,
+            score_sequences(model.network, model.tokenizer, PROTEINS, relatives=rows())[
+                0
+            ].log_likelihoods,
+        ),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
