@@ -28,6 +28,7 @@ from performers.cli.inputs import (
     model_and_fasta,
     read_relatives,
 )
+from performers.cli.variants import COLUMNS, VARIANTS, WITH_RELATIVES, VariantTable, score_variants
 from performers.proteins.options import SCORE_METHODS
 
 _HEADINGS = ("name", "length", "log_likelihood", "mean", "perplexity")
@@ -50,6 +51,7 @@ class ScoreOptions(Options):
         "it.",
         None,
     )
+    variants: Path | None = option(**VARIANTS)
     method: str | None = option(
         "Of a masked model. masked, the default: each residue is hidden by itself, one run of the "
         "model a residue; one-pass: none is hidden, fast, and flattering since the model sees "
@@ -67,6 +69,13 @@ class ScoreOptions(Options):
 
 def score(options: ScoreOptions) -> None:
     """Log-likelihood of each protein and residue, and log-odds of substitutions."""
+    if options.variants is not None:
+        for flag, file in (
+            ("--residues", options.residues),
+            ("--substitutions", options.substitutions),
+        ):
+            if file is not None:
+                raise UserError(f"{flag} cannot be combined with --variants; leave out one")
     files = (options.output_file, options.residues, options.substitutions)
     named = [file.absolute() for file in files if file is not None]
     if len(set(named)) < len(named):
@@ -74,7 +83,8 @@ def score(options: ScoreOptions) -> None:
     flags = ("--output", "--residues", "--substitutions")
     for flag, file in zip(flags, files, strict=True):
         if file is not None:
-            suffixes = (".tsv", ".json") if flag == "--output" else (".tsv",)
+            both = flag == "--output" and options.variants is None
+            suffixes = (".tsv", ".json") if both else (".tsv",)
             prepare_output_file(file, suffixes, flag=flag)
     check_relatives_tokens(options.relatives, options.relatives_tokens)
     folder, fasta = model_and_fasta(options.paths)
@@ -84,8 +94,11 @@ def score(options: ScoreOptions) -> None:
         from performers.proteins.model import load
 
         model = load(folder, device=options.device, dtype=options.dtype)
-        bars = stack.enter_context(ProgressBars())
-        model.check_length(proteins.letters.longest)
+        table = None
+        if options.variants is not None:
+            table = VariantTable(options.variants, proteins)
+        else:
+            model.check_length(proteins.letters.longest)
         relatives = None
         if options.relatives is not None:
             relatives = read_relatives(
@@ -93,8 +106,23 @@ def score(options: ScoreOptions) -> None:
                 options.relatives_tokens,
                 folder,
                 model.tokenizer,
-                proteins.records(),
+                proteins.records() if table is None else set(table.proteins.values()),
             )
+        bars = stack.enter_context(ProgressBars())
+        if table is not None:
+            columns = COLUMNS if relatives is None else (*COLUMNS, WITH_RELATIVES)
+            row = stack.enter_context(_table(options.output_file, columns, sys.stdout))
+            score_variants(
+                table,
+                model,
+                relatives,
+                row,
+                bars,
+                method=options.method,
+                batch_tokens=options.batch_tokens,
+            )
+            note(proteins.letters.skips())
+            return
         write = stack.enter_context(_proteins(options.output_file, folder))
         place = ("name", "position", "residue")
         residues = stack.enter_context(_table(options.residues, (*place, "log_likelihood")))

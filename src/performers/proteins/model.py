@@ -26,6 +26,7 @@ from performers.proteins.model_folder import (
 )
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.likelihood import ProteinScore, score_sequences
+from performers.proteins.scoring.variants import VariantScorer, parse_variant
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,58 @@ class ProteinModel:
             batch_tokens=batch_tokens,
             progress=progress,
         )
+
+    def variant_scorer(
+        self,
+        protein: str | ProteinRecord,
+        *,
+        relatives: Relatives | None = None,
+        method: str | None = None,
+        batch_tokens: int = 8192,
+    ) -> VariantScorer:
+        """Scorer of substitutions in a protein; see `VariantScorer`.
+
+        Raises:
+            UserError: The protein is longer than the model can read or has no relatives, or
+                ``method`` is unknown or given for a causal model.
+            ValueError: The sequence has other letters than residues.
+        """
+        records = _records([protein])
+        return VariantScorer(
+            self.network,
+            self.tokenizer,
+            records[0].sequence,
+            relatives=None if relatives is None else relatives.rows(records),
+            method=method,
+            batch_tokens=batch_tokens,
+        )
+
+    def score_variants(
+        self,
+        protein: str | ProteinRecord,
+        variants: Sequence[str],
+        *,
+        relatives: Relatives | None = None,
+        method: str | None = None,
+        batch_tokens: int = 8192,
+    ) -> npt.NDArray[np.float64]:
+        """Log-odds of variants of a protein, ``(variants,)``, nats; see `VariantScorer`.
+
+        Args:
+            protein: Sequence of residues, or a record.
+            variants: Substitutions such as ``"A123V"``, or several, ``"A123V:G7D"``.
+            relatives: Relatives to read it with, see `relatives`.
+            method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
+            batch_tokens: Tokens in a batch, padding included.
+
+        Raises:
+            UserError: As in `variant_scorer`, or a variant is not one of the protein.
+            ValueError: The sequence has other letters than residues.
+        """
+        scorer = self.variant_scorer(
+            protein, relatives=relatives, method=method, batch_tokens=batch_tokens
+        )
+        return scorer([parse_variant(variant) for variant in variants])
 
 
 def load(

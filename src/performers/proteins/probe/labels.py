@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from performers.app.errors import UserError
+from performers.app.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_labels(path: Path) -> ProteinLabels:
     groups: dict[str, str] = {}
     names: dict[str, str] = {}
     lines: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         if line.startswith("#"):
             label, tab, meaning = line.removeprefix("#").strip().partition("\t")
             if tab:
@@ -93,7 +94,7 @@ def read_groups(path: Path) -> dict[str, str]:
             clusters.
     """
     groups: dict[str, str] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         fields = line.split("\t")
         if len(fields) != 2 or not all(field.strip() for field in fields):
             raise UserError(
@@ -110,16 +111,3 @@ def read_groups(path: Path) -> dict[str, str]:
     if not groups:
         raise UserError(f"{path} is empty; expected the *_cluster.tsv of mmseqs2")
     return groups
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and text of each line that is not blank."""
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as tab-separated text") from None

@@ -100,10 +100,7 @@ def score_sequences(
             learned positions reach, or the model gives values that are not finite.
     """
     causal = bool(model.config.is_decoder)
-    if method is not None and causal:
-        raise UserError("method is for masked models; leave it out with a causal one")
-    if method is not None and method not in SCORE_METHODS:
-        raise UserError(f"method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
+    check_method(model, method)
     scorer = RowScorer(model, tokenizer, batch_tokens)
     encoded = [tokens.astype(np.int64) for tokens in encode_sequences(tokenizer, sequences)]
     rows = TokenDataset(encoded) if relatives is None else relatives
@@ -116,16 +113,37 @@ def score_sequences(
         if causal or method == "one-pass"
         else scorer.masked(encoded, relatives, substitutions=substitutions)
     ):
-        if not np.isfinite(score.log_likelihoods).all():
-            raise UserError(
-                "the model gives log-likelihoods that are not finite; its training diverged, or "
-                "its files are damaged: train anew or copy it again"
-            )
+        check_finite(score.log_likelihoods)
         scores[place] = score
         done += len(score.log_likelihoods)
         if progress is not None:
             progress(done, total)
     return [score for score in scores if score is not None]
+
+
+def check_finite(values: _Floats) -> None:
+    """Check the numbers of a model.
+
+    Raises:
+        UserError: One is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise UserError(
+            "the model gives log-likelihoods that are not finite; its training diverged, or its "
+            "files are damaged: train anew or copy it again"
+        )
+
+
+def check_method(model: PreTrainedModel, method: str | None) -> None:
+    """Check the method of scoring a residue.
+
+    Raises:
+        UserError: The method is unknown or given for a causal model.
+    """
+    if method is not None and model.config.is_decoder:
+        raise UserError("method is for masked models; leave it out with a causal one")
+    if method is not None and method not in SCORE_METHODS:
+        raise UserError(f"method must be one of {', '.join(SCORE_METHODS)}; got {method!r}")
 
 
 class Before(NamedTuple):
@@ -213,6 +231,10 @@ class RowScorer:
             logits = self._logits(rows, before)
             parts.append(_log_probabilities(logits[np.arange(len(at)), at]))
         return np.concatenate(parts)
+
+    def in_sight(self, tokens: _Tokens, before: Before | None) -> _Floats:
+        """Log-probabilities at tokens none of which is hidden, ``(tokens, vocabulary)``."""
+        return _log_probabilities(self._logits(tokens[None], before)[0])
 
     def log_likelihoods(self, rows: _Tokens, before: Before | None) -> _Floats:
         """Log-likelihood of each row ``(rows, tokens)`` under a causal model, its end left out."""
