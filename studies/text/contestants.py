@@ -56,19 +56,27 @@ SHORT: dict[str, Any] = {
     "carry_state": False,
     "memory": None,
 }
-"""Options of short rows, which models of the redraws are trained on, at least at first."""
+"""Options of trainings on short rows."""
 
 SHORT_SHARE = 0.3
-"""Share of the time of a redraw on long rows that goes to short ones before."""
+"""Share of the time that goes to short rows where a training on long rows begins with them."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """An attention, and the options of training that differ from `MODEL`."""
+    """An attention and its training.
+
+    Attributes:
+        name: Name of the part.
+        title: Name in tables.
+        changes: Options of training that differ from `MODEL`.
+        short: Whether `SHORT_SHARE` of the time goes to short rows, before the long ones.
+    """
 
     name: str
     title: str
     changes: Mapping[str, Any]
+    short: bool = False
 
 
 # Registered by the import of the comparators.
@@ -76,6 +84,8 @@ assert {"lsh", "sparse"} <= set(COMPARATORS)
 CONTESTANTS = (
     Contestant("softmax", "Performer-softmax, window 64", {"window": 64}),
     Contestant("exact", "exact", {"attention": "exact"}),
+    Contestant("softmax_short", "Performer-softmax, window 64, short first", {"window": 64}, True),
+    Contestant("exact_short", "exact, short first", {"attention": "exact"}, True),
     Contestant("relu", "Performer-ReLU", {"attention": "favor-relu"}),
     Contestant(
         "carried",
@@ -182,15 +192,22 @@ class Study:
 
     def _compete(self, contestant: Contestant) -> Part:
         changes = {"learning_rate": START["learning_rate"], **contestant.changes}
-        begun = f"{contestant.name}-start"
-        self._begin(begun, changes)
-        model, result, options = self._train(contestant.name, self.seconds, changes, start=begun)
+        name, seconds, start = contestant.name, self.seconds, f"{contestant.name}-start"
+        self._begin(start, changes)
+        short_steps, short_seconds = None, 0.0
+        if contestant.short:
+            seconds, begun, start = (1 - SHORT_SHARE) * seconds, start, f"{name}-short"
+            short = {**changes, **SHORT}
+            _, first, _ = self._train(start, SHORT_SHARE * self.seconds, short, begun)
+            short_steps, short_seconds = first["steps"], first["processor_seconds"]
+        model, result, options = self._train(name, seconds, changes, start)
         found = self._read(model, options)
         part = {
             "title": contestant.title,
             "length": options.max_length,
+            "short_steps": short_steps,
             "steps": result["steps"],
-            "processor_seconds": result["processor_seconds"],
+            "processor_seconds": short_seconds + result["processor_seconds"],
             "parameters": result["parameters"],
             "tokens": found["tokens"],
             "bits_per_byte": found["bits_per_byte"],
@@ -231,6 +248,7 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
             (
                 part["title"],
                 f"{part['length']:,}",
+                digits(None) if part["short_steps"] is None else f"{part['short_steps']:,}",
                 f"{part['steps']:,}",
                 f"{part['bits_per_byte']:.3f}",
                 f"{part['bits_per_byte'] - best:+.3f}",
@@ -240,6 +258,7 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     columns = (
         "attention",
         "segment",
+        "short steps",
         "steps",
         "bits per byte",
         "to the best",

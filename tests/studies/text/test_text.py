@@ -14,7 +14,7 @@ from studies.text.redraw import measure_draws
 from tests.cli.commands import refusal, run
 from tests.streams.texts import write_texts
 
-ONLY = "softmax,memory,fixed,long_every_5"
+ONLY = "softmax,softmax_short,memory,fixed,long_every_5"
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ def small(monkeypatch, tmp_path):
         "exact, memory",
         {"attention": "exact", "max_length": 16, "carry_state": True, "memory": 16},
     )
-    monkeypatch.setattr(contestants, "CONTESTANTS", (contestants.CONTESTANTS[0], memory))
+    both = [x for x in contestants.CONTESTANTS if x.name in ("softmax", "softmax_short")]
+    monkeypatch.setattr(contestants, "CONTESTANTS", (*both, memory))
     write_texts(tmp_path / "novels", (300, 200))
     unseen = write_texts(tmp_path / "unseen", (150,))
     (unseen / "text0.txt").rename(unseen / "other.txt")
@@ -48,6 +49,8 @@ def test_the_study_runs_and_goes_on(small):
     file = small / "out" / "results.json"
     first = json.loads(file.read_text())
     assert list(first["parts"]) == ONLY.split(",")
+    assert first["parts"]["softmax"]["short_steps"] is None
+    assert first["parts"]["softmax_short"]["short_steps"] >= 1
     part = first["parts"]["memory"]
     # Contexts of 64, 64 and 21 bytes, as many as hold about 128 together.
     assert part["tokens"] == 149
