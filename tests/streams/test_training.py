@@ -51,7 +51,10 @@ def test_a_stopped_run_ends_as_one_that_was_not(kind, texts, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_past_counts_and_is_that_of_the_row(texts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "attention", [{}, {"window": 3}, {"attention": "exact", "memory": 200}], ids=str
+)
+def test_the_past_counts_and_is_that_of_the_row(attention, texts, tmp_path, monkeypatch):
     """The loss of each batch is that of the texts' tokens so far, run at once without a cache."""
     seen = []
     compute = TextTrainer.compute_loss
@@ -73,7 +76,7 @@ def test_the_past_counts_and_is_that_of_the_row(texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TextTrainer, "compute_loss", spy)
     # The weights stay as they are, so that the past is that of the present model.
-    train(texts, tmp_path, carry_state=True, learning_rate=0.0, redraw_steps=0)
+    train(texts, tmp_path, carry_state=True, learning_rate=0.0, redraw_steps=0, **attention)
     assert sum(len(begins) - int(begins.sum()) for _, begins, _ in seen) > 8
 
 

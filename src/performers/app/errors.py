@@ -1,7 +1,7 @@
 """Errors that commands report in one line."""
 
 from contextlib import AbstractContextManager
-from types import TracebackType
+from typing import Any
 
 
 class UserError(Exception):
@@ -22,12 +22,7 @@ class BareExceptions(AbstractContextManager[None]):
     The tokenizers library raises no other. Exceptions of derived classes pass.
     """
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         """Raise the ValueError."""
         if kind is Exception:
             raise ValueError(str(error)) from error
