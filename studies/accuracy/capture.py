@@ -74,6 +74,20 @@ def capture_heads(
     return [sample for _, sample in sorted(samples.items()) if sample is not None]
 
 
+@torch.no_grad()
+def run_head(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
+    """Output of a function with the call of `exact_attention` for the inputs of a layer."""
+    return attention(
+        sample.layer,
+        sample.query,
+        sample.key,
+        sample.value,
+        scale=sample.scale,
+        is_causal=sample.is_causal,
+        key_mask=sample.key_mask,
+    )
+
+
 def exact_attention(layer: int, *tensors: Tensor, **rest: Any) -> Tensor:
     """Softmax attention of torch, with the call that `replace_attention` makes."""
     return exact.exact_attention(*tensors, **rest)

@@ -39,6 +39,7 @@ from studies.accuracy.capture import (
     capture_heads,
     exact_attention,
     propagate,
+    run_head,
 )
 from studies.accuracy.options import PlanOptions, PretrainedOptions
 
@@ -177,8 +178,8 @@ def _layer_row(
     try:
         if approximation.num_features:
             _check(fits, test, approximation, backend)
-        output = _run(fitted_attention(fits, approximation, backend), test)
-        error = float(relative_error(output, _run(exact_attention, test)))
+        output = run_head(fitted_attention(fits, approximation, backend), test)
+        error = float(relative_error(output, run_head(exact_attention, test)))
         if not math.isfinite(error):
             raise WrongResultError("wrong result: the output is not finite")
         row["error"] = error
@@ -191,7 +192,8 @@ def _check(fits: Fits, test: HeadSample, approximation: Approximation, backend: 
     """Compare the backend with the reference one on a short piece."""
     piece = _beginning(test, CHECKED_LENGTH)
     output, expected = (
-        _run(fitted_attention(fits, approximation, name), piece) for name in (backend, "reference")
+        run_head(fitted_attention(fits, approximation, name), piece)
+        for name in (backend, "reference")
     )
     signed = approximation.estimator == "trigonometric"
     judge("output", output, expected, _SIGNED_TOLERANCE if signed else _TOLERANCE)
@@ -203,19 +205,6 @@ def _beginning(sample: HeadSample, length: int) -> HeadSample:
     parts = {name: getattr(sample, name)[:1, :, :length].contiguous() for name in names}
     mask = sample.key_mask
     return replace(sample, **parts, key_mask=None if mask is None else mask[:1, :length])
-
-
-@torch.no_grad()
-def _run(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
-    return attention(
-        sample.layer,
-        sample.query,
-        sample.key,
-        sample.value,
-        scale=sample.scale,
-        is_causal=sample.is_causal,
-        key_mask=sample.key_mask,
-    )
 
 
 def _mean_rows(
@@ -244,7 +233,7 @@ def _mean_rows(
             )
         )
     columns = {"setting": SDPA, "num_features": 0}
-    cases.append(Case(columns, lambda: partial(_run, exact_attention, sample)))
+    cases.append(Case(columns, lambda: partial(run_head, exact_attention, sample)))
     errors.append([0.0])
     group = Group({"layer": MEAN}, cases)
     rows = measure_group(group, options, threads=threads, seed=options.seed)
@@ -269,7 +258,7 @@ def _fail() -> None:
 def _timed(
     fits: Fits, approximation: Approximation, backend: str | None, sample: HeadSample
 ) -> Callable[[], Tensor]:
-    return partial(_run, fitted_attention(fits, approximation, backend), sample)
+    return partial(run_head, fitted_attention(fits, approximation, backend), sample)
 
 
 def run_models(
@@ -364,6 +353,6 @@ def run_plan(
                     output = favor_attention(*tensors, features, **arguments)
                 row = {"layer": test.layer, **setting_columns(found.recommended)}
                 row |= {"status": MEASURED, "reason": None, "promised": found.recommended.error}
-                row["error"] = float(relative_error(output, _run(exact_attention, test)))
+                row["error"] = float(relative_error(output, run_head(exact_attention, test)))
                 results.put({"layer": test.layer}, [row])
             progress(number + 1, len(tests))

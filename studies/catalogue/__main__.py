@@ -73,8 +73,6 @@ def catalogue(options: CatalogueOptions) -> None:
         "seeds", "quality_steps", "rating_seeds", "epochs", "words_steps", "classes", "items"
     )  # fmt: skip
     settings = {name: getattr(options, name) for name in names}
-    # As JSON gives it back.
-    settings["quality_steps"] = list(options.quality_steps)
     if options.quick:
         settings |= {"seeds": 1, "quality_steps": [2], "rating_seeds": 1, "epochs": 1}
         settings |= {"words_steps": 2, "items": 4096}

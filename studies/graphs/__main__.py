@@ -65,10 +65,8 @@ def graphs(options: GraphsOptions) -> None:
     from studies.parts import run_parts
 
     torch.set_num_threads(1)
-    names = ("seeds", "layers", "train", "test", "epochs", "steps", "exact_up_to")
+    names = ("seeds", "layers", "train", "test", "epochs", "steps", "nodes", "exact_up_to")
     settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    # As JSON gives it back.
-    settings["nodes"] = list(options.nodes)
     if options.quick:
         settings |= {"seeds": 1, "train": 64, "test": 8, "epochs": 1, "steps": 2, "nodes": [64]}
     parts = _parts(options, settings)

@@ -56,7 +56,6 @@ def long_documents(options: LongDocumentsOptions) -> None:
     size = Size(**{name: given[name] for name in Size.__dataclass_fields__})
     settings = {
         **asdict(size),
-        "lengths": list(size.lengths),
         "files": [file.name for file in files],
         "threads": options.threads,
     }

@@ -42,8 +42,6 @@ def pointer(options: PointerOptions) -> None:
         for encoder in training.ENCODERS
     } | {"times": partial(training.measure_times, size)}
     settings = {**asdict(size), "seed": options.seed, "threads": options.threads}
-    # As JSON gives them back.
-    settings = {name: list(x) if isinstance(x, tuple) else x for name, x in settings.items()}
     run_parts(options.output_folder, settings, parts, training.tables, resume=options.resume)
 
 

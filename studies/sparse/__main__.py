@@ -99,11 +99,6 @@ def sparse(options: SparseOptions) -> None:
         "training": asdict(training_size),
         "pretrained": asdict(models),
     }
-    # As JSON gives them back.
-    settings = {
-        kind: {name: list(x) if isinstance(x, tuple) else x for name, x in one.items()}
-        for kind, one in settings.items()
-    }
     folder = options.output_folder
     done = run_parts(folder, settings, parts, report.tables, resume=options.resume)
     save_figure(report.draw_steps(done), folder / "steps.svg")

@@ -21,7 +21,13 @@ from performers.nn import Approximation
 from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
 from studies.accuracy.approximations import fitted_attention
-from studies.accuracy.capture import HeadSample, capture_heads, exact_attention, replace_attention
+from studies.accuracy.capture import (
+    HeadSample,
+    capture_heads,
+    exact_attention,
+    replace_attention,
+    run_head,
+)
 from studies.parts import Part
 from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, settings
 
@@ -145,14 +151,14 @@ class Pretrained:
         """
         size = self.size
         tests = capture_heads(self.loaded, self._passages(1, 1), layers=size.layers)
-        exact = [_call(exact_attention, test) for test in tests]
+        exact = [run_head(exact_attention, test) for test in tests]
         found: dict[str, float] = {}
         counts = size.budgets if name in PATTERNS else (*size.budgets, *size.counts)
         for keys in counts:
             errors = []
             for test, expected in zip(tests, exact, strict=True):
                 for attention in self._drawn(name, keys, test):
-                    errors.append(float(relative_error(_call(attention, test), expected)) ** 2)
+                    errors.append(float(relative_error(run_head(attention, test), expected)) ** 2)
             found[str(keys)] = sum(errors) / len(errors)
         return found
 
@@ -175,15 +181,9 @@ def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor
     """A pattern as a function with the call of ``studies.accuracy.capture.exact_attention``."""
 
     def attend(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        is_causal: bool,
-        key_mask: Tensor | None,
+        layer: int, *tensors: Tensor, scale: float, is_causal: bool, key_mask: Tensor | None
     ) -> Tensor:
+        query, key, value = tensors
         heads, width = query.shape[1], query.shape[-1]
         setting = settings(length, keys, is_causal=is_causal)[name]
         module = setting.mechanism(heads, width, length, is_causal=is_causal)
@@ -193,15 +193,3 @@ def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor
         return out
 
     return attend
-
-
-def _call(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
-    return attention(
-        sample.layer,
-        sample.query,
-        sample.key,
-        sample.value,
-        scale=sample.scale,
-        is_causal=sample.is_causal,
-        key_mask=sample.key_mask,
-    )

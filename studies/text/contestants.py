@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from performers.models import PerformerForCausalLM
-from performers.streams.evaluation import evaluate_texts
-from performers.streams.text import Texts, byte_tokenizer, read_bytes
+from performers.streams.evaluation import PLACES, evaluate_texts
+from performers.streams.subwords import byte_tokenizer
+from performers.streams.text import Texts, read_bytes
 from performers.streams.training import train_texts
 from performers.training.options import TrainingOptions
 from studies.comparators import COMPARATORS
@@ -265,15 +266,22 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         "without past",
     )
     found["bits"] = Table(columns, rows)
-    shown = [0, 1, 2, 4, 8, 12, 15]
-    headings = [f"{512 * place:,}–{512 * (place + 1):,}" for place in shown]
+    width = CONTEXT // PLACES
+    shown = [width * place for place in (0, 1, 2, 4, 8, 12, 15)]
+    headings = [f"{start:,}–{start + width:,}" for start in shown]
+
+    def by_place(part: Part) -> list[str]:
+        bits = {place["start"]: f"{place['bits_per_byte']:.3f}" for place in part["places"]}
+        # Texts may end before.
+        return [bits.get(start, digits(None)) for start in shown]
+
     found["places"] = Table(
         ("attention", "segment", *headings),
         [
             (
                 part["title"],
                 f"{part['length']:,}",
-                *(f"{part['places'][place]['bits_per_byte']:.3f}" for place in shown),
+                *by_place(part),
             )
             for part in sorted(done, key=lambda part: part["bits_per_byte"])
         ],

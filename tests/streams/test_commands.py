@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from performers.streams import text
+from performers.streams import subwords
 from performers.streams.evaluation import evaluate_texts
-from performers.streams.text import byte_tokenizer, read_bytes, write_subwords
+from performers.streams.subwords import byte_tokenizer, write_subwords
+from performers.streams.text import read_bytes
 from tests.cli.commands import refusal, run
 from tests.streams.texts import write_texts
 
@@ -16,6 +17,10 @@ SHAPE = (
     *("--objective", "clm", "--hidden-size", 16, "--layers", 1, "--heads", 2),
     *("--num-features", 8, "--max-length", 16, "--batch-tokens", 48, "--steps", 2),
 )
+
+
+SPARSE = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a")).to_str().encode()
+"""A tokenizer of two tokens whose numbers have a gap."""
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +59,13 @@ def test_subwords_are_written_once_and_counted_in_bytes(texts, tmp_path):
     coder.save(str(tmp_path / "tokenizer.json"))
     mixed = write_texts(tmp_path / "mixed")
     (mixed / "latin.txt").write_bytes("Brontë".encode("latin-1") * 5)
+    (mixed / "upper.txt").write_text("ONE two")
     given = ("train", mixed, "--tokenizer", tmp_path / "tokenizer.json", *SHAPE)
-    error = "\n".join(run(*given, "--output", tmp_path / "model")[1])
-    assert "1 of 7 files left out as not UTF-8 text: latin.txt at byte 5" in error
+    # A run that was killed before its first step begins anew.
+    error = "\n".join(run(*given, "--output", tmp_path / "model", "--resume")[1])
+    assert "1 of 8 files left out as not UTF-8 text: latin.txt at byte 5" in error
+    assert "the tokenizer does not give back 1 of 7 texts" in error
+    assert "upper.txt; their bits per byte are too low to compare" in error
     data = json.loads((tmp_path / "model" / "training.json").read_text())["data"]
     assert data["tokens"] < data["bytes"]
     metrics = json.loads(run("evaluate", tmp_path / "model", texts, "--json")[0])
@@ -67,9 +76,26 @@ def test_subwords_are_written_once_and_counted_in_bytes(texts, tmp_path):
     assert metrics["tokens"] == sum(len(ids) - 1 for ids in read)
 
 
+def test_a_tokenizer_that_changes_letters_is_reported(tmp_path):
+    coder = byte_tokenizer(16)
+    coder.backend_tokenizer.normalizer = normalizers.Lowercase()
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, content in zip(files, ("Upper", "lower"), strict=True):
+        file.write_text(content)
+    said = [], []
+    for lines in said:
+        write_subwords(files, coder, tmp_path / "tokens", lines.append)
+    assert said[0] == said[1], "also when tokens are read again"
+    assert said[0][0].startswith("the tokenizer does not give back 1 of 2 texts")
+    # The same vocabulary, other tokens.
+    lines = []
+    write_subwords(files, byte_tokenizer(16), tmp_path / "tokens", lines.append)
+    assert not lines
+
+
 def test_long_texts_are_encoded_in_pieces(tmp_path, monkeypatch):
     """Cut at lines, or at spaces where there are none, never within a letter."""
-    monkeypatch.setattr(text, "_PIECE", 7)
+    monkeypatch.setattr(subwords, "_PIECE", 7)
     coder = byte_tokenizer(16)
     for content in ("öä\nü öäüö äö\nü", "öäöäöäöäöäöä", "ab cd ef gh\n", "abcdef\nabcdef\n"):
         (tmp_path / "a.txt").write_text(content, encoding="utf-8")
@@ -91,11 +117,14 @@ def test_files_that_are_no_text_are_counted_and_the_rest_is_read(tmp_path):
     (folder / "empty.txt").touch()
     (folder / "one.txt").write_bytes(b"x")
     (folder / "image.txt").write_bytes(b"\x89PNG\0\0")
-    (folder / "letters.txt").write_text("xy")
+    (folder / "letters.TXT").write_text("xy")
+    (folder / "broken.txt").symlink_to("nowhere")
+    (folder / "folder.txt").mkdir()
     error = "\n".join(run("train", folder, "--output", tmp_path / "model", *SHAPE)[1])
-    assert "1 of 10 files left out as empty: empty.txt" in error
-    assert "1 of 10 files left out as of one byte, which has no next one to predict: one" in error
-    assert "1 of 10 files left out as binary or UTF-16 (they have zero bytes): image" in error
+    assert "1 of 11 files left out as empty: empty.txt" in error
+    assert "1 of 11 files left out as of one byte, which has no next one to predict: one" in error
+    assert "1 of 11 files left out as binary or UTF-16 (they have zero bytes): image" in error
+    assert "1 of 11 files left out as no regular files: broken.txt" in error
     data = json.loads((tmp_path / "model" / "training.json").read_text())["data"]
     assert data["texts"] + data["validation_texts"] == 7
 
@@ -110,6 +139,9 @@ def test_files_that_are_no_text_are_counted_and_the_rest_is_read(tmp_path):
         ({"a.txt": b"text"}, ("none",), "none does not exist"),
         ({"a.txt": b"text", "sub/b.md": b"x"}, ("sub",), "sub holds no .txt files"),
         ({"a.txt": b"text"}, ("a.txt",), "given more than once"),
+        ({"a.txt": b"text", "b/c.txt": b"x"}, ("b/../a.txt",), "given more than once"),
+        ({"a.txt": b"text"}, ("--validation", "."), "a.txt is trained on too"),
+        ({"a.txt": b"text", "t": SPARSE}, ("--tokenizer", "t"), "numbers its 2 tokens up to 7"),
         ({"a.txt": b"text"}, ("--tokenizer", "none"), "--tokenizer none does not exist"),
         ({"a.txt": b"text", "t": b"{"}, ("--tokenizer", "t"), "--tokenizer t cannot be read"),
         ({"a.txt": b"text"}, ("--objective", "mlm"), "trained on with --objective clm"),
@@ -135,3 +167,5 @@ def test_commands_on_proteins_refuse_models_of_text_and_the_reverse(texts, model
     assert "--carry-state is for texts" in refusal("evaluate", model, fasta, "--carry-state")
     carried = refusal("train", fasta, "--output", tmp_path / "m", "--carry-state", *SHAPE)
     assert "--carry-state is for texts" in carried
+    run("train", texts, "--output", tmp_path / "l", "--positions", "learned", *SHAPE)
+    assert "learned ones end at 16" in refusal("evaluate", tmp_path / "l", texts, "--carry-state")

@@ -287,3 +287,11 @@ def test_pickles_and_mixed_folders_are_refused(tmp_path):
     (tmp_path / "b.jpg").write_bytes(jpeg())
     with pytest.raises(UserError, match=r"1 \.npy or \.npz files and 1 others"):
         open_pictures(tmp_path, size=8)
+
+
+def test_other_arrays_have_another_fingerprint(tmp_path):
+    prints = []
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        np.save(tmp_path / f"{name}.npy", np.full((3, 4, 4, 3), value, np.uint8))
+        prints.append(open_pictures(tmp_path / f"{name}.npy", size=4).fingerprint())
+    assert prints[0] == prints[1] != prints[2]

@@ -51,7 +51,10 @@ def test_a_stopped_run_ends_as_one_that_was_not(kind, texts, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_past_counts_and_is_that_of_the_row(texts, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "attention", [{}, {"window": 3}, {"attention": "exact", "memory": 200}], ids=str
+)
+def test_the_past_counts_and_is_that_of_the_row(attention, texts, tmp_path, monkeypatch):
     """The loss of each batch is that of the texts' tokens so far, run at once without a cache."""
     seen = []
     compute = TextTrainer.compute_loss
@@ -73,7 +76,7 @@ def test_the_past_counts_and_is_that_of_the_row(texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TextTrainer, "compute_loss", spy)
     # The weights stay as they are, so that the past is that of the present model.
-    train(texts, tmp_path, carry_state=True, learning_rate=0.0, redraw_steps=0)
+    train(texts, tmp_path, carry_state=True, learning_rate=0.0, redraw_steps=0, **attention)
     assert sum(len(begins) - int(begins.sum()) for _, begins, _ in seen) > 8
 
 
@@ -138,6 +141,7 @@ def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, tex
     [
         ({"objective": "mlm"}, "texts are trained on with --objective clm"),
         ({"packed": True}, r"--packed is for sequences"),
+        ({"families": "all"}, r"--families is for sequences"),
         ({"objective": "mlm", "carry_state": True}, "--carry-state needs --objective clm"),
         ({"fsdp": True}, "--fsdp and --sequence-parallel are for sequences"),
         ({"memory": 4}, "--memory needs --attention exact and --carry-state"),
@@ -159,6 +163,25 @@ def test_a_run_begins_with_the_weights_of_another(texts, trained, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     with pytest.raises(UserError, match="the data are not the same"):
         train(texts, tmp_path / "next", **{**shape, "start": None}, steps=2, resume=True)
+
+
+def test_a_validation_of_nothing_is_announced(tmp_path):
+    even = write_texts(tmp_path / "even", (100, 100, 100, 100))
+    lines = []
+    for number, share in enumerate((0.2, 0.3, 0.0)):
+        train(
+            even, tmp_path / f"{number}", steps=1, validation_fraction=share, announce=lines.append
+        )
+    assert len(lines) == 1
+    assert "--validation-fraction 0.2 holds out no text" in lines[0]
+
+
+def test_validation_reads_at_most_so_many_tokens_of_a_long_text(texts, trained):
+    model = PerformerForCausalLM.from_pretrained(trained)
+    read = read_bytes(sorted(texts.iterdir()), print)
+    limited = {"length": 16, "carry": True, "tokens_at_most": 40}
+    assert evaluate_texts(model, read, **limited)["tokens"] == 40
+    assert evaluate_texts(model, read, length=16, tokens_at_most=40)["tokens"] <= 48
 
 
 def test_other_texts_are_another_run(texts, tmp_path):

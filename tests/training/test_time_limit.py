@@ -48,6 +48,16 @@ def test_a_run_ends_at_its_limit_and_the_rate_falls_with_the_time(tmp_path, tick
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_each_tenth_of_the_limit_is_saved_and_validated(tmp_path, ticking):
+    """Steps alone would save and validate after 100 of 1,000."""
+    train(tmp_path, time_limit=400.0, steps=1000, save_steps=None, eval_steps=None)
+    assert [x["step"] for x in history(tmp_path) if "eval_loss" in x] == list(range(4, 41, 4))
+    assert sorted(x.name for x in (tmp_path / "checkpoints").iterdir()) == [
+        "checkpoint-36",
+        "checkpoint-40",
+    ]
+
+
 def test_a_run_that_ends_before_its_limit_is_as_without(tmp_path, ticking):
     train(tmp_path / "limited", steps=4, time_limit=1e9)
     train(tmp_path / "free", steps=4)

@@ -1,5 +1,8 @@
 """Errors that commands report in one line."""
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 
 class UserError(Exception):
     """An argument or a file cannot be used; the message is one line and names the remedy."""
@@ -11,3 +14,15 @@ class Interrupted(Exception):
 
 class Diverged(UserError):
     """The loss or the weights of a training became infinite or NaN."""
+
+
+class BareExceptions(AbstractContextManager[None]):
+    """Context in which an exception of the base class itself becomes a ValueError.
+
+    The tokenizers library raises no other. Exceptions of derived classes pass.
+    """
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
+        """Raise the ValueError."""
+        if kind is Exception:
+            raise ValueError(str(error)) from error

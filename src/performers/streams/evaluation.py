@@ -19,7 +19,8 @@ from performers.models.arguments import CACHE_KEYWORD
 from performers.models.registry import ATTENTIONS
 from performers.proteins.model_folder import check_input_length, load_model, model_max_length
 from performers.streams.segments import IGNORED, Segment, Segments, collate
-from performers.streams.text import Texts, find_texts, is_bytes, read_bytes, write_subwords
+from performers.streams.subwords import is_bytes, write_subwords
+from performers.streams.text import Texts, find_texts, read_bytes
 
 PLACES = 16
 """Parts of the context whose bits per byte are told apart."""
@@ -49,7 +50,8 @@ def evaluate_texts(
             a segment without.
         carry: Hand the state on within a context.
         rows: Contexts in a batch.
-        tokens_at_most: Read contexts at equal distances, of about so many tokens together.
+        tokens_at_most: Read contexts at equal distances, of about so many tokens together; of a
+            longer context so many tokens.
         progress: Called with the contexts done and in all.
 
     Returns:
@@ -105,7 +107,8 @@ def evaluate_folder(
         progress: As in `evaluate_texts`.
 
     Raises:
-        UserError: The model is none of text or has no state to hand on, or no text can be read.
+        UserError: The model is none of text, has no state to hand on or positions that end, or no
+            text can be read.
     """
     network, tokenizer = load_model(model, of_text=True)
     config: Any = network.config
@@ -113,6 +116,11 @@ def evaluate_folder(
     if carry and ATTENTIONS[config.attention].cache is None:
         raise UserError(
             f"--carry-state: {config.attention} attention has no state; leave the flag out"
+        )
+    if carry and config.has_position_table:
+        raise UserError(
+            f"--carry-state has no last position, and the model's {config.position_embedding} ones "
+            f"end at {config.max_position_embeddings}; leave the flag out"
         )
     check_input_length(network, length)
     files = find_texts(paths)
@@ -143,6 +151,7 @@ def _blocks(texts: Texts, context: int | None, at_most: int | None) -> list[Bloc
         for start in range(0, count - 1, context or count)
     ]
     if at_most is not None and blocks:
+        blocks = [(text, start, min(stop, start + at_most)) for text, start, stop in blocks]
         size = sum(stop - start for _, start, stop in blocks) / len(blocks)
         wanted = min(len(blocks), max(1, round(at_most / size)))
         chosen = np.linspace(0, len(blocks) - 1, wanted).round().astype(int)

@@ -59,8 +59,8 @@ def least_side(size: int) -> int:
 def split_pictures(pictures: Pictures, test: int, seed: int) -> tuple[list[int], list[int]]:
     """Indices for training and for testing: whole pictures, before any crop.
 
-    The test pictures are those whose keys have the smallest hashes with the seed, whatever their
-    files are named and in whichever order they stand.
+    The test pictures are those whose keys have the smallest hashes with the seed: photographs
+    whatever their files are named, pictures of arrays by their index.
 
     Args:
         pictures: The pictures.
@@ -115,7 +115,8 @@ class RandomCrops(Dataset[dict[str, Tensor]]):
     Place ``p`` of training is the ``p mod n``-th of ``n`` pictures in an order that is drawn anew
     for each pass; its crop is drawn from the seed and ``p``. A run that resumes at a place goes on
     as it would have. Crops have half of the photograph's area or more, sides whose ratio is at most
-    4/3, and ``least_side(size)`` rows and columns at least. Whole pictures are only flipped.
+    4/3, and ``least_side(size)`` rows and columns at least; where none of ten draws fits, as in a
+    panorama, the largest square in the middle is taken. Whole pictures are only flipped.
 
     Args:
         pictures: The pictures.

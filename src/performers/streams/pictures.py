@@ -40,6 +40,7 @@ Picture = npt.NDArray[np.uint8]
 
 _ARRAYS = (".npy", ".npz")
 _BATCH = "train_data_batch_"
+_ROWS = 1024
 _ORIENTATION = 0x0112
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _GREY = ("1", "L", *_SIXTEEN_BITS)
@@ -75,14 +76,11 @@ class Pictures(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """A text that tells the picture from all others, in any order of files."""
+        """A text that tells the picture from all others."""
 
+    @abstractmethod
     def fingerprint(self) -> str:
-        """SHA-256 of all keys, in hexadecimal digits."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(self.key(index).encode() + b"\n")
-        return digest.hexdigest()
+        """SHA-256 of all pictures, in hexadecimal digits."""
 
     def summary(self) -> str:
         """The counts in one line."""
@@ -157,6 +155,10 @@ class Photographs(Pictures):
         """SHA-256 of the picture's shape and values."""
         return self._digests[index]
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all keys."""
+        return hashlib.sha256("".join(f"{x}\n" for x in self._digests).encode()).hexdigest()
+
 
 class PictureArrays(Pictures):
     """Pictures in NumPy files, such as those of ImageNet64 (``train_data_batch_1.npz``).
@@ -197,6 +199,15 @@ class PictureArrays(Pictures):
     def key(self, index: int) -> str:
         """The index among all pictures, and their number."""
         return f"{index} of {len(self)}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the shapes and values of all arrays, which are read for it."""
+        digest = hashlib.sha256()
+        for array in self._arrays:
+            digest.update(str(array.shape).encode())
+            for first in range(0, len(array), _ROWS):
+                digest.update(array[first : first + _ROWS].tobytes())
+        return digest.hexdigest()
 
 
 def open_pictures(path: Path, *, size: int = 64, least: int = 96) -> Pictures:

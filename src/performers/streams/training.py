@@ -19,14 +19,8 @@ from performers.models.arguments import CACHE_KEYWORD
 from performers.models.cache import PerformerCache
 from performers.streams.evaluation import evaluate_texts
 from performers.streams.segments import Segments, ShuffledSegments, StreamSegments
-from performers.streams.text import (
-    Texts,
-    byte_tokenizer,
-    find_texts,
-    load_tokenizer,
-    read_bytes,
-    write_subwords,
-)
+from performers.streams.subwords import byte_tokenizer, load_tokenizer, write_subwords
+from performers.streams.text import Texts, find_texts, read_bytes
 from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
 from performers.training.record import run_record
@@ -34,6 +28,7 @@ from performers.training.run import ReportStep, TrainingRun
 from performers.training.trainer import RunTrainer
 
 _VALIDATED_AT_MOST = 1 << 18
+_TOKENS = ("tokens", "validation_tokens")
 
 
 def train_texts(
@@ -56,13 +51,14 @@ def train_texts(
         options: Options of the run: ``max_length`` is the length of a segment, of which a batch has
             ``batch_tokens // max_length``.
         tokenizer: A ``tokenizer.json`` or its folder; None for bytes.
-        validation: Texts to validate on (262,144 tokens at most, at equal distances); without them
-            whole texts of ``paths``, drawn with the seed, with about
+        validation: Texts to validate on, other ones (about 262,144 tokens, at equal distances);
+            without them whole texts of ``paths``, drawn with the seed, with at most
             ``options.validation_fraction`` of the tokens, or the end of a single one.
         start: Folder of a model whose weights and features the run begins with.
         resume: Continue the run in ``output``.
         progress: Called with the step, the steps in all and the latest log entry.
-        announce: Called with lines on files that are left out, and on the time of the run.
+        announce: Called with lines on files that are left out, on a validation that holds out
+            nothing, and on the time of the run.
 
     Returns:
         See ``TrainingRun.train``; the metrics are those of ``evaluate_texts``.
@@ -77,16 +73,24 @@ def train_texts(
         coder = load_tokenizer(tokenizer, options.max_length)
 
     def read(files: Sequence[Path], name: str) -> Texts:
-        found = find_texts(files)
         if tokenizer is None:
-            return read_bytes(found, announce)
-        return write_subwords(found, coder, output / name, announce)
+            return read_bytes(files, announce)
+        return write_subwords(files, coder, output / name, announce)
 
-    texts = read(paths, "tokens")
+    files, others = find_texts(paths), find_texts(validation or ())
+    both = {file.resolve() for file in files} & {file.resolve() for file in others}
+    if both:
+        raise UserError(f"--validation {min(both)} is trained on too; validate on other texts")
+    texts = read(files, _TOKENS[0])
     if validation:
-        held_out = read(validation, "validation_tokens")
+        held_out = read(others, _TOKENS[1])
     else:
         texts, held_out = texts.split(options.validation_fraction, options.seed)
+        if options.validation_fraction and not held_out.documents:
+            announce(
+                f"--validation-fraction {options.validation_fraction:g} holds out no text (whole "
+                "ones are taken, of a single one the end); give --validation, or a larger fraction"
+            )
     data: dict[str, Any] = {
         "texts": len(texts.documents),
         "bytes": texts.size,
@@ -97,7 +101,7 @@ def train_texts(
     if start is not None:
         data["start"] = weights_sha256(start)
         data["sha256"] += data["start"] or ""
-    run = TrainingRun(output, run_record(options, data), options, resume=resume)
+    run = TrainingRun(output, run_record(options, data), options, resume=resume, before=_TOKENS)
     arguments = training_arguments(run.checkpoints, options)
     trackers = tracker_callbacks(options.report_to or (), output)
 
@@ -216,9 +220,10 @@ def _check_options(options: TrainingOptions) -> None:
     for flag, given in (
         ("--packed", options.packed),
         ("--across-sequences", options.across_sequences),
+        ("--families", options.families),
     ):
         if given:
-            raise UserError(f"{flag} is for sequences (FASTA); segments of texts are full anyway")
+            raise UserError(f"{flag} is for sequences (FASTA); leave it out for texts")
     if options.sharded:
         raise UserError(
             "--fsdp and --sequence-parallel are for sequences (FASTA); leave them out for texts"

@@ -72,11 +72,15 @@ class TimeLimitCallback(ClockCallback):
     Args:
         limit: Processor seconds.
         seconds: Those that are spent.
+        saves: Save a checkpoint after each tenth of the limit.
+        validates: Validate after each tenth of the limit.
     """
 
-    def __init__(self, limit: float, seconds: float = 0.0) -> None:
+    def __init__(
+        self, limit: float, seconds: float = 0.0, *, saves: bool = False, validates: bool = False
+    ) -> None:
         super().__init__(seconds)
-        self.limit = limit
+        self.limit, self.saves, self.validates = limit, saves, validates
 
     @property
     def share(self) -> float:
@@ -96,12 +100,16 @@ class TimeLimitCallback(ClockCallback):
         self._last = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the time of the step, and stop at the limit."""
+        """Add the time of the step, save and validate after a tenth, and stop at the limit."""
+        tenths = int(10 * self.share)
         self.seconds += time.process_time() - self._last
         if args.world_size > 1:
             slowest = torch.tensor([self.seconds], dtype=torch.float32, device=args.device)
             distributed.all_reduce(slowest, distributed.ReduceOp.MAX)
             self.seconds = slowest.item()
+        if int(10 * self.share) > tenths:
+            control.should_save = control.should_save or self.saves
+            control.should_evaluate = control.should_evaluate or self.validates
         if self.reached:
             control.should_save = True
             control.should_training_stop = True

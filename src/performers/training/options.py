@@ -192,13 +192,13 @@ class TrainingOptions(Options):
     )
     log_steps: int = option("Steps between log entries.", 10, at_least=1, changes_result=False)
     eval_steps: int | None = option(
-        "Steps between validations; a tenth of --steps by default.",
+        "Steps between validations; a tenth of --steps, and of --time-limit, by default.",
         None,
         at_least=1,
         changes_result=False,
     )
     save_steps: int | None = option(
-        "Steps between checkpoints; a tenth of --steps by default.",
+        "Steps between checkpoints; a tenth of --steps, and of --time-limit, by default.",
         None,
         at_least=1,
         changes_result=False,

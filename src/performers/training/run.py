@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class TrainingRun:
         options: Options of the run.
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
+        before: Names in ``output`` that are written before a run begins.
 
     Attributes:
         checkpoint: Checkpoint to continue from, or None.
@@ -55,7 +56,13 @@ class TrainingRun:
     """
 
     def __init__(
-        self, output: Path, record: dict[str, Any], options: TrainingOptions, *, resume: bool
+        self,
+        output: Path,
+        record: dict[str, Any],
+        options: TrainingOptions,
+        *,
+        resume: bool,
+        before: Collection[str] = (),
     ) -> None:
         if options.optimizer == "muon":
             try:
@@ -70,7 +77,7 @@ class TrainingRun:
         if self._continued:
             check_same_run(self._settings, record, options)
             self.checkpoint = last_complete_checkpoint(self.checkpoints, sharded=options.sharded)
-        elif resume and is_first_process() and output.is_dir() and any(output.glob("[!.]*")):
+        elif resume and is_first_process() and {x.name for x in output.glob("[!.]*")} - {*before}:
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "
                 "the --output of that run, or a new folder"

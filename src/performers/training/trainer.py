@@ -78,7 +78,11 @@ class RunTrainer(ParallelTrainer):
         self.measure = measure
         self.limit = None
         if options.time_limit is not None:
-            self.limit = TimeLimitCallback(options.time_limit)
+            self.limit = TimeLimitCallback(
+                options.time_limit,
+                saves=options.save_steps is None,
+                validates=options.eval_steps is None,
+            )
         super().__init__(
             train_dataset=dataset, eval_dataset=dataset, data_collator=self.collate, **arguments
         )
