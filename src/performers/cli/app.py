@@ -216,6 +216,14 @@ class ReportOptions(Options):
     max_residues: int = option(
         "Residues whose guesses the page holds, 8 bytes each.", 50_000, at_least=1
     )
+    relatives: Path | None = option(
+        **{
+            **RELATIVES,
+            "help": "FASTA file of relatives, to draw which of them the residues of --protein are "
+            "read from; where headers have family=NAME, those of its family.",
+        }
+    )
+    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
 
 
 @app.command(example="performers report proteins.fasta --output report")
@@ -223,13 +231,20 @@ def report(options: ReportOptions) -> None:
     """One HTML page: a map of the proteins, each residue's probability, attention, similarity."""
     from performers.proteins.model_folder import load_model
     from performers.proteins.probe.labels import read_labels
-    from performers.proteins.report.model_report import report_on_model
+    from performers.proteins.report.model_report import choose_protein, report_on_model
 
+    check_relatives_tokens(options.relatives, options.relatives_tokens)
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
     others = [(path, *load_model(path)) for path in map(model_folder, options.compare or [])]
     records = protein_records(fasta)
     labels = None if options.labels is None else read_labels(options.labels).labels
+    relatives = None
+    if options.relatives is not None:
+        drawn = choose_protein(records, options.protein, options.max_length)
+        relatives = read_relatives(
+            options.relatives, options.relatives_tokens, model, tokenizer, [drawn]
+        )
     prepare_output_folder(options.output_folder)
     started = time.monotonic()
     with ProgressBars() as bars:
@@ -243,6 +258,7 @@ def report(options: ReportOptions) -> None:
             protein=options.protein,
             sites=options.sites,
             labels=labels,
+            relatives=relatives,
             max_sequences=options.max_sequences,
             max_length=options.max_length,
             max_residues=options.max_residues,

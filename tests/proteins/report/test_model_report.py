@@ -7,6 +7,7 @@ import pytest
 from performers.app.errors import UserError
 from performers.app.files import write_json
 from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.relatives import Relatives
 from performers.proteins.model_folder import load_model
 from performers.proteins.report.model_report import choose_protein, report_on_model
 from tests.proteins.report.page import Page
@@ -147,3 +148,15 @@ def test_what_is_not_in_the_file_stops_before_the_work(folder, tmp_path, record,
     with pytest.raises(UserError, match=message):
         write(folder, tmp_path / "new", [record], **options)
     assert not (tmp_path / "new").exists()
+
+
+def test_relatives_that_a_protein_is_read_from(folder, tmp_path):
+    relatives = Relatives([*RECORDS[1:3], RECORDS[0]], load_model(folder)[1], 150)
+    text, models, _ = write(folder, tmp_path, relatives=relatives, protein="p0")
+    assert "Relatives that p0 is read from" in text
+    assert "after 2 relatives" in " ".join(text.split())
+    found = models[0]["relatives"]
+    assert found["protein"] == "p0"
+    assert [entry["name"] for entry in found["shares"]] == ["p1", "p2"]
+    assert len(found["shares"][0]["shares"]) == len(RECORDS[0].sequence)
+    assert (tmp_path / "figures" / "relatives.png").exists()

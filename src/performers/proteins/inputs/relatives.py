@@ -61,10 +61,10 @@ class Relatives:
                 "family=NAME into each header, or into none where all are relatives of every "
                 "protein"
             )
-        self._members: dict[str | None, list[tuple[str, _Tokens]]] = {}
+        self._members: dict[str | None, list[tuple[ProteinRecord, _Tokens]]] = {}
         tokens = encode_sequences(tokenizer, [record.sequence for record in records])
         for family, record, encoded in zip(families, records, tokens, strict=True):
-            self._members.setdefault(family, []).append((record.sequence, encoded))
+            self._members.setdefault(family, []).append((record, encoded))
         self._counts: list[int] = []
         self._longest = self._copies = self._without_place = 0
 
@@ -76,7 +76,9 @@ class Relatives:
         """
         encoded = encode_sequences(self._tokenizer, [protein.sequence for protein in proteins])
         chosen = [self._of(protein)[0] for protein in proteins]
-        return RelativesRows(encoded, chosen, self.max_tokens)
+        tokens = [[piece for _, piece in relatives] for relatives in chosen]
+        names = [[name for name, _ in relatives] for relatives in chosen]
+        return RelativesRows(encoded, tokens, names, self.max_tokens)
 
     def count(self, protein: ProteinRecord) -> None:
         """Check that a protein has relatives, and count them for `summary`.
@@ -88,7 +90,7 @@ class Relatives:
         self._counts.append(len(relatives))
         self._copies += copies
         self._without_place += others
-        total = len(protein.sequence) + 2 + sum(len(x) for x in relatives)
+        total = len(protein.sequence) + 2 + sum(len(x) for _, x in relatives)
         self._longest = max(self._longest, min(total, self.max_tokens))
 
     def summary(self) -> str:
@@ -102,8 +104,8 @@ class Relatives:
             text += f"; {self._without_place:,} without a place in {self.max_tokens:,} tokens"
         return text
 
-    def _of(self, protein: ProteinRecord) -> tuple[list[_Tokens], int, int]:
-        """Relatives of a protein in a row, and the numbers of copies and of others left out."""
+    def _of(self, protein: ProteinRecord) -> tuple[list[tuple[str, _Tokens]], int, int]:
+        """Names and tokens of relatives in a row, and the numbers of copies and others left out."""
         family = protein.field("family") if self._by_family else None
         if self._by_family and family is None:
             raise UserError(
@@ -113,7 +115,9 @@ class Relatives:
         members = self._members.get(family, [])
         sequence = protein.sequence
         others = [
-            tokens for other, tokens in members if other not in sequence and sequence not in other
+            (other.name, tokens)
+            for other, tokens in members
+            if other.sequence not in sequence and sequence not in other.sequence
         ]
         copies = len(members) - len(others)
         if not others:
@@ -130,11 +134,11 @@ class Relatives:
                 f"relatives in {self.max_tokens:,} tokens; raise --relatives-tokens"
             )
         chosen = []
-        for tokens in others:
+        for name, tokens in others:
             if room < _LEAST:
                 break
-            chosen.append(tokens[:room])
-            room -= len(chosen[-1])
+            chosen.append((name, tokens[:room]))
+            room -= len(tokens[:room])
         return chosen, copies, len(others) - len(chosen)
 
 
@@ -146,9 +150,11 @@ class RelativesRows(Dataset[dict[str, Any]]):
     Args:
         proteins: Tokens of the proteins.
         relatives: Tokens of the relatives of each, the nearest to it first.
+        names: Names of the relatives of each, in the same order.
         max_tokens: Most tokens of a row.
 
     Attributes:
+        sizes: Tokens of the relatives of each, in the order of their names.
         lengths: Tokens of each row, (rows,).
         starts: Place of each protein's first token in its row, (rows,).
     """
@@ -157,11 +163,14 @@ class RelativesRows(Dataset[dict[str, Any]]):
         self,
         proteins: Sequence[_Tokens],
         relatives: Sequence[Sequence[_Tokens]],
+        names: Sequence[Sequence[str]],
         max_tokens: int,
     ) -> None:
+        self.names = names
+        self.sizes = [[len(piece) for piece in before] for before in relatives]
         self._proteins, self._relatives, self._max_tokens = proteins, relatives, max_tokens
         self.starts: npt.NDArray[np.int64] = np.array(
-            [sum(len(piece) for piece in before) for before in relatives], dtype=np.int64
+            [sum(sizes) for sizes in self.sizes], dtype=np.int64
         )
         own = np.array([len(protein) for protein in proteins], dtype=np.int64)
         self.lengths: npt.NDArray[np.int64] = self.starts + own

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from performers.app.figures import PALETTE, shortened
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
+from performers.proteins.reading.relative_shares import RelativeShares
 from performers.proteins.report.payload import JOINED
 
 RESIDUE_ORDER = "CSTPAGNDEQHRKMILVFYW"
@@ -229,6 +230,50 @@ def track_chart() -> Chart:
                 "encoding": {"y": {**share, "field": "smooth"}},
             },
         ],
+    }
+
+
+def relatives_chart(read: RelativeShares, most: int = 40) -> Chart:
+    """Attention of a protein's residues to its relatives, those that receive most.
+
+    Args:
+        read: The shares of attention.
+        most: Most relatives that are drawn.
+    """
+    order = np.argsort(-read.shares.mean(1), kind="stable")[:most]
+    names = [f"{rank}. {shortened(read.names[n])}" for rank, n in enumerate(order, start=1)]
+    values = [
+        {
+            "relative": name,
+            "place": place,
+            "residue": f"{letter}{place}",
+            "share": round(float(read.shares[n, place - 1]), 4),
+        }
+        for name, n in zip(names, order, strict=True)
+        for place, letter in enumerate(read.protein.sequence, start=1)
+    ]
+    axis = {"labelOverlap": True, "labelAngle": 0}
+    return {
+        "description": "Share of each residue's attention that each relative receives.",
+        "height": {"step": 14},
+        "data": {"values": values},
+        "mark": {"type": "rect"},
+        "encoding": {
+            "x": {"field": "place", "type": "ordinal", "title": "residue number", "axis": axis},
+            "y": {"field": "relative", "type": "nominal", "sort": names, "title": None},
+            "color": {
+                "field": "share",
+                "type": "quantitative",
+                "title": "share of attention",
+                "scale": {"scheme": "blues"},
+                "legend": {"format": ".1%", "orient": "bottom", "gradientLength": 180},
+            },
+            "tooltip": [
+                {"field": "relative"},
+                {"field": "residue"},
+                {"field": "share", "format": ".2%", "type": "quantitative"},
+            ],
+        },
     }
 
 

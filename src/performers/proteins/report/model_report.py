@@ -13,8 +13,10 @@ from performers.app.files import read_json
 from performers.app.progress import Report, part
 from performers.features import FeatureMap
 from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.relatives import Relatives, RelativesRows
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.reading.analysis import analyse_model
+from performers.proteins.reading.relative_shares import relative_shares
 from performers.proteins.reading.residues import read_proteins
 from performers.proteins.reading.site_scores import header_sites, parse_sites
 from performers.proteins.report.page import ModelReport, write_report
@@ -37,6 +39,7 @@ def report_on_model(
     protein: str | None = None,
     sites: str | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
+    relatives: Relatives | None = None,
     max_sequences: int = 200,
     max_length: int = 256,
     max_residues: int = 50_000,
@@ -57,6 +60,8 @@ def report_on_model(
             of ``sites=`` in its header.
         labels: Name or accession of a protein to its labels, which the map shows; by default those
             of the headers.
+        relatives: Relatives that the first model reads that protein with, to draw its attention to
+            each of them.
         max_sequences: Proteins on the page, and sequences read for amino-acid similarity; drawn at
             random where there are more.
         max_length: Tokens read of each for attention.
@@ -67,8 +72,8 @@ def report_on_model(
         The path of the page.
 
     Raises:
-        UserError: No sequence has that name, no label is of a sequence, or a site is none of its
-            residues.
+        UserError: No sequence has that name, no label is of a sequence, a site is none of its
+            residues, or it has no relative.
     """
     if labels is not None and all(record.look_up(labels) is None for record in records):
         raise UserError(
@@ -105,6 +110,7 @@ def report_on_model(
                 max_length=max_length,
                 sites=marked,
                 shown=() if number else shown,
+                relatives=None if number or relatives is None else relatives.rows([drawn]),
                 report=report,
             )
         )
@@ -128,6 +134,7 @@ def describe_model(
     max_length: int,
     sites: Sequence[int] = (),
     shown: Sequence[ProteinRecord] = (),
+    relatives: RelativesRows | None = None,
     report: Report | None = None,
 ) -> ModelReport:
     """One model's part of a report: settings, metrics, learning curve, guesses and attention.
@@ -144,6 +151,7 @@ def describe_model(
         max_length: Tokens read of each for attention.
         sites: Numbers, from 1, of residues of the protein to mark.
         shown: Proteins whose residues are guessed one by one.
+        relatives: One row, of the protein after its relatives.
         report: See ``report_on_model``.
 
     Returns:
@@ -175,6 +183,9 @@ def describe_model(
         is_causal=bool(model.config.is_decoder),
         proteins=proteins,
         available=len(records),
+        relatives=None
+        if relatives is None
+        else relative_shares(model, tokenizer, protein, relatives),
     )
 
 

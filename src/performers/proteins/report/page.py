@@ -29,6 +29,7 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.learnt import MATRICES, finite, learnt_numbers
 from performers.proteins.reading.mantel import load_reference_matrix
+from performers.proteins.reading.relative_shares import RelativeShares
 from performers.proteins.reading.residues import FOLDS, ProteinReading, principal_components
 from performers.proteins.reading.site_scores import FEWEST_SETS
 from performers.proteins.report import charts, payload
@@ -56,6 +57,8 @@ class ModelReport:
         proteins: The result of `read_proteins`. The map, the table and the residues of the page
             are those of the first model that has some.
         available: Number of proteins that `proteins` were drawn from.
+        relatives: Attention of a protein's residues to its relatives, of the first model that has
+            it.
     """
 
     name: str
@@ -66,6 +69,7 @@ class ModelReport:
     is_causal: bool = False
     proteins: Sequence[ProteinReading] = ()
     available: int = 0
+    relatives: RelativeShares | None = None
 
 
 def write_report(
@@ -123,6 +127,9 @@ def write_report(
         for i, analysis in mapped.items()
     }
     similar = _similarities(models, unique, matrix_name, drawn)
+    relatives = next((model.relatives for model in models if model.relatives), None)
+    if relatives is not None:
+        drawn["relatives"] = charts.relatives_chart(relatives)
     for metric in ("loss", "accuracy"):
         histories = {name: m.history for name, m in zip(unique, models, strict=True)}
         splits = (values for m in models for values in m.metrics.values())
@@ -147,6 +154,7 @@ def write_report(
         ],
         tables=tables,
         similar=similar,
+        relatives=relatives,
         matrix_name=matrix_name,
         data=data,
         data_text=_script_safe(data),
@@ -289,6 +297,7 @@ def _numbers(
                     for entry in model.history
                 ],
                 "learnt": found,
+                "relatives": _shares(model.relatives),
                 "proteins": [
                     {
                         "name": reading.record.name,
@@ -300,5 +309,17 @@ def _numbers(
                 ],
             }
             for model, found in zip(models, learnt, strict=True)
+        ],
+    }
+
+
+def _shares(read: RelativeShares | None) -> dict[str, Any] | None:
+    if read is None:
+        return None
+    return {
+        "protein": read.protein.name,
+        "shares": [
+            {"name": name, "shares": [round(share, 6) for share in row]}
+            for name, row in zip(read.names, read.shares.tolist(), strict=True)
         ],
     }

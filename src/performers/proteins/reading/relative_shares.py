@@ -1,0 +1,129 @@
+"""Shares of attention that the residues of a protein pay to each of its relatives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from performers.models.attention import PerformerSelfAttention
+from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.relatives import RelativesRows
+from performers.proteins.reading.residues import FOLDS
+from performers.proteins.scoring.batches import evaluation_mode
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeShares:
+    """Attention of a protein's residues to its relatives.
+
+    Attributes:
+        protein: The protein.
+        names: Names of the relatives, the nearest in the row first.
+        shares: Share of a residue's attention, (relatives, residues), the mean over all heads of
+            all layers; the rest of it is on the protein itself.
+    """
+
+    protein: ProteinRecord
+    names: Sequence[str]
+    shares: npt.NDArray[np.float64]
+
+
+def relative_shares(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protein: ProteinRecord,
+    relatives: RelativesRows,
+    *,
+    seed: int = 0,
+) -> RelativeShares:
+    """Read which relatives the residues of a protein are predicted from, by attention.
+
+    A residue of a masked model is hidden while its attention is read, a seventh of them at a time;
+    that of a causal model is read at the token before it. The share of a relative is the sum of
+    the residue's attention weights over the tokens of the relative. No matrix is formed: it is the
+    output of the layer's attention, in linear time, for values that say which relative a token is
+    of.
+
+    Args:
+        model: A masked or causal language model with a Performer inside.
+        tokenizer: Its tokenizer.
+        protein: The protein.
+        relatives: One row, of the protein after its relatives.
+        seed: Seed of the residues that are hidden together.
+    """
+    example = relatives[0]
+    start, length = int(relatives.starts[0]), len(protein.sequence)
+    sizes = relatives.sizes[0]
+    # The row has the nearest relative last, and then the protein.
+    member = np.repeat(np.arange(len(sizes) + 1), [*sizes[::-1], length + 2])
+    reader = _Shares(nn.functional.one_hot(torch.from_numpy(member)).to(model.device))
+    tokens = torch.from_numpy(example["input_ids"].astype(np.int64)).to(model.device)[None]
+    inputs: dict[str, Any] = {
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": torch.from_numpy(example["position_ids"]).to(model.device)[None],
+    }
+    places = start + 1 + np.arange(length)
+    found = np.empty((length, len(sizes)))
+    if model.config.is_decoder:
+        folds = [np.arange(length)]
+        inputs["use_cache"], before = False, 1
+    else:
+        mixed = np.random.default_rng(seed).permutation(length)
+        folds, before = [fold for fold in np.array_split(mixed, FOLDS) if fold.size], 0
+    for fold in folds:
+        row = tokens.clone()
+        if not before:
+            row[0, places[fold]] = tokenizer.mask_token_id
+        with reader.reading(model), evaluation_mode(model):
+            model.base_model(row, **inputs)
+        found[fold] = reader.mean()[places[fold] - before, : len(sizes)]
+    return RelativeShares(protein, relatives.names[0], found.T[::-1])
+
+
+class _Shares:
+    """Attention outputs of all layers for values that are members.
+
+    Args:
+        member: One-hot members of the tokens, (length, members).
+    """
+
+    def __init__(self, member: Tensor) -> None:
+        self._member = member
+        self._sum = torch.zeros_like(member, dtype=torch.float64, device="cpu")
+        self._layers = 0
+
+    @contextmanager
+    def reading(self, model: PreTrainedModel) -> Iterator[None]:
+        """Context of a forward pass whose attention is read."""
+        self._sum.zero_()
+        self._layers = 0
+        handles = [
+            layer.mechanism.register_forward_pre_hook(self._read)
+            for layer in model.modules()
+            if isinstance(layer, PerformerSelfAttention)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean over heads and layers, (length, members)."""
+        return (self._sum / self._layers).numpy()
+
+    def _read(self, mechanism: nn.Module, args: tuple[Any, ...]) -> None:
+        query, key, _, context, layer = args
+        values = self._member.to(key.dtype).expand(*key.shape[:2], -1, -1)
+        # Not the call, whose hook this is.
+        shares, _ = mechanism.forward(query, key, values, context, layer)
+        self._sum += shares[0].mean(0).cpu().double()
+        self._layers += 1
