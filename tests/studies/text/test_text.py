@@ -118,7 +118,8 @@ def test_draws_are_measured_on_the_models_own_queries_and_keys(small, monkeypatc
 def test_texts_that_end_before_the_last_place_have_no_number_there(monkeypatch):
     monkeypatch.setattr(contestants, "CONTEXT", 64)
     places = [{"start": 4 * number, "bits_per_byte": 2.5} for number in range(9)]
-    part = {"title": "any", "length": 64, "steps": 1, "bits_per_byte": 2.0, "places": places}
+    part = {"title": "any", "length": 64, "bits_per_byte": 2.0, "places": places}
+    part |= {"short_steps": None, "steps": 1}
     table = contestants.tables({"softmax": part})["places"]
     assert " ".join(table.columns[2:]) == "0–4 4–8 8–12 16–20 32–36 48–52 60–64"
     assert table.rows[0][2:] == ("2.500",) * 5 + ("–",) * 2
