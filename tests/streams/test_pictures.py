@@ -295,3 +295,13 @@ def test_other_arrays_have_another_fingerprint(tmp_path):
         np.save(tmp_path / f"{name}.npy", np.full((3, 4, 4, 3), value, np.uint8))
         prints.append(open_pictures(tmp_path / f"{name}.npy", size=4).fingerprint())
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_transparent_value_of_16_bits_is_white(tmp_path):
+    values = noise(channels=1, high=65536)
+    values[:2] = 700
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=700)
+    picture, changes = read_photograph(tmp_path / "a.png")
+    expected = np.where(values == 700, 255, values >> 8)
+    assert np.array_equal(picture, np.stack([expected] * 3, axis=-1))
+    assert changes == ("from 16 bits", "transparent, over white")

@@ -289,8 +289,11 @@ def _rgb(path: Path, image: PilImage, kind: str | None, changes: list[str]) -> P
         raise UnusablePicture(path, "values without a range")
     if mode == "I" or mode in _SIXTEEN_BITS:
         changes.append("from 16 bits")
+        values, absent = np.asarray(image), image.info.get("transparency")
         # As pillow reads the 16 bits of colours.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+        if absent is not None:
+            image.putalpha(Image.fromarray(np.where(values == absent, 0, 255).astype(np.uint8)))
     if image.has_transparency_data:
         changes.append("transparent, over white")
         layer = image.convert("RGBA")
