@@ -30,6 +30,11 @@ class FamiliesOptions(Options):
     row_tokens: int = option("Most tokens of a row of the corpus to train on.", 1024, at_least=8)
     batch_tokens: int = option("Tokens of a batch.", 2048, at_least=1)
     hidden_size: int = option("Width of the models.", 64, at_least=8)
+    contexts: tuple[int, ...] = option(
+        "Tokens of rows whose time and memory are measured, multiples of 256, rising.",
+        (8192, 16384, 65536),
+        rising=True,
+    )
     seed: int = option("Random seed.", 0, at_least=0)
     threads: int = option("Threads of torch.", 1, at_least=1)
 
@@ -41,6 +46,7 @@ def families(options: FamiliesOptions) -> None:
 
     from performers.proteins.corpus import Corpus
     from studies.families.ceiling import measure_ceiling
+    from studies.families.contexts import MOST_EXACT, contexts
     from studies.families.experiments import REAL, copying, copying_scored, real_families
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
@@ -89,10 +95,16 @@ def families(options: FamiliesOptions) -> None:
         longest = f"families, {REAL[0]}, {options.long_steps:,} steps"
         parts[longest] = trained(REAL[0], options.long_steps)
     parts |= copies
+    parts |= {
+        f"contexts, {name}, {tokens:,} tokens": partial(contexts, name, shape, tokens, options.seed)
+        for name in REAL
+        for tokens in options.contexts
+        if name != "exact" or tokens <= MOST_EXACT
+    }
     settings = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in asdict(options).items()
-        if name not in ("output_folder", "corpus", "resume")
+        if name not in ("output_folder", "corpus", "resume", "contexts")
     }
     run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
 

@@ -16,6 +16,8 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         made["copying"] = copying_table(copied)
     if trained := _named(parts, "families"):
         made["families"] = families_table(trained, _named(parts, "ceiling"))
+    if read := _named(parts, "contexts"):
+        made["contexts"] = contexts_table(read)
     return made
 
 
@@ -82,6 +84,22 @@ def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> T
         *(f"perplexity, {count}" for count in counts),
     )
     return Table(columns, rows, names=2)
+
+
+def contexts_table(parts: Mapping[str, Part]) -> Table:
+    """A line for each attention and length of a row."""
+    columns = ("attention", "tokens", "members", "CPU seconds", "MiB")
+    rows = [
+        (
+            part["attention"],
+            f"{part['tokens']:,}",
+            f"{part['members']:,}",
+            f"{part['cpu_seconds']:.1f}",
+            f"{part['mebibytes']:,.0f}",
+        )
+        for part in parts.values()
+    ]
+    return Table(columns, rows)
 
 
 def percent(value: Any) -> str:

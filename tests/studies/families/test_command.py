@@ -41,12 +41,12 @@ def test_the_study(corpus, tmp_path):
         "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2,
         "--copy-steps", 2, "--family-steps", 2, "--long-steps", 3,
         "--row-tokens", 100, "--batch-tokens", 320,
-        "--hidden-size", 16,
+        "--hidden-size", 16, "--contexts", 512,
     ]  # fmt: skip
     commands.run(*arguments, app=app)
     file = tmp_path / "out" / "results.json"
     content = json.loads(file.read_text())
-    assert set(content["tables"]) == {"ceiling", "copying", "families"}
+    assert set(content["tables"]) == {"ceiling", "copying", "families", "contexts"}
     assert all(Table(**table).markdown() for table in content["tables"].values())
     parts = content["parts"]
     assert {f"copying, {name}" for name in CONTESTANTS} < set(parts)
@@ -56,12 +56,15 @@ def test_the_study(corpus, tmp_path):
         # The same residues as in the alignments.
         assert {x["tokens"] for x in scores.values()} == {parts["ceiling, corpus"]["tokens"]}
     assert f"families, {REAL[0]}, 3 steps" in parts
+    read = parts["contexts, exact, 512 tokens"]
+    assert (read["tokens"], read["members"]) == (512, 2)
+    assert min(read["cpu_seconds"], read["mebibytes"]) > 0
     parts["copying, exact"]["curve"] = parts["copying, exact"]["curve"][:1]
     del parts["families, exact"]
     file.write_text(json.dumps(content))
     assert "--resume" in commands.refusal(*arguments, app=app)
     _, lines = commands.run(*arguments, "--resume", app=app)
-    assert "copying, exact: 5 of 12, kept" in lines
+    assert "copying, exact: 5 of 14, kept" in lines
     assert "families, exact" in json.loads(file.read_text())["parts"]
     line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
     assert "give another folder" in line

@@ -233,24 +233,27 @@ def track_chart() -> Chart:
     }
 
 
-def relatives_chart(read: RelativeShares, most: int = 40) -> Chart:
+def relatives_chart(read: RelativeShares, most: int = 40, columns: int = 300) -> Chart:
     """Attention of a protein's residues to its relatives, those that receive most.
 
     Args:
         read: The shares of attention.
         most: Most relatives that are drawn.
+        columns: Most columns; of a longer protein each is the mean over neighbouring residues.
     """
+    sequence = read.protein.sequence
+    step = -(-len(sequence) // columns)
     order = np.argsort(-read.shares.mean(1), kind="stable")[:most]
     names = [f"{rank}. {shortened(read.names[n])}" for rank, n in enumerate(order, start=1)]
     values = [
         {
             "relative": name,
-            "place": place,
-            "residue": f"{letter}{place}",
-            "share": round(float(read.shares[n, place - 1]), 4),
+            "place": start + 1,
+            "residue": f"{sequence[start : start + step]}{start + 1}",
+            "share": round(float(read.shares[n, start : start + step].mean()), 4),
         }
         for name, n in zip(names, order, strict=True)
-        for place, letter in enumerate(read.protein.sequence, start=1)
+        for start in range(0, len(sequence), step)
     ]
     axis = {"labelOverlap": True, "labelAngle": 0}
     return {
