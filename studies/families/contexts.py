@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ def contexts(name: str, shape: Shape, tokens: int, seed: int) -> Part:
         ``mebibytes``, the rise of memory to its peak.
     """
     note(f"contexts: {name}, {tokens:,} tokens")
-    measure = partial(read_row, name=name, shape=shape, tokens=tokens, seed=seed)
+    measure = partial(read_row, name=name, shape=asdict(shape), tokens=tokens, seed=seed)
     seconds, nbytes = run_apart(measure, threads=1)
     return {
         "attention": name,
@@ -46,9 +48,9 @@ def contexts(name: str, shape: Shape, tokens: int, seed: int) -> Part:
     }
 
 
-def read_row(name: str, shape: Shape, tokens: int, seed: int) -> tuple[float, int]:
+def read_row(name: str, shape: dict[str, Any], tokens: int, seed: int) -> tuple[float, int]:
     """Processor seconds of one forward pass, and the rise of memory in bytes."""
-    model = make_model(CONTESTANTS[name], shape, seed)
+    model = make_model(CONTESTANTS[name], Shape(**shape), seed)
     residues = torch.from_numpy(residue_ids(TOKENIZER, AMINO_ACIDS))
     drawn = torch.randint(
         len(residues), (tokens // MEMBER, MEMBER), generator=torch.Generator().manual_seed(seed)
