@@ -18,6 +18,7 @@ import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from performers.app.errors import UserError
 from performers.distributed import check_alike, sequence_parallel, shard
@@ -28,7 +29,7 @@ _NEEDED = {"accelerate": "1.15", "transformers": "5.24", "torch": "2.9"}
 
 
 def mesh_arguments(
-    processes: int, *, sequence_parallel: int = 1, reversible: bool = False
+    processes: int, *, sequence_parallel: int = 1, by_block: bool = True
 ) -> dict[str, Any]:
     """Arguments of ``TrainingArguments`` for a model whose weights are sharded by FSDP2.
 
@@ -36,7 +37,8 @@ def mesh_arguments(
         processes: Processes of the run.
         sequence_parallel: Processes of each row: ``cp`` of accelerate's mesh. The others are
             ``dp_shard``, data parallel.
-        reversible: Blocks are reversible: the model is sharded, and not each block.
+        by_block: Each block is sharded for itself; False: the model as a whole, for blocks that
+            are reversible or not known.
 
     Raises:
         ValueError: There is one process, or their number is not a multiple of
@@ -64,7 +66,7 @@ def mesh_arguments(
         "fsdp_config": {
             "version": 2,
             "state_dict_type": "SHARDED_STATE_DICT",
-            "auto_wrap_policy": "NO_WRAP" if reversible else "TRANSFORMER_BASED_WRAP",
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if by_block else "NO_WRAP",
         },
     }
 
@@ -174,6 +176,22 @@ class ParallelTrainer(CheckpointTrainer):
         # Tied weights once.
         once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: x for name, x in whole.items() if name in once}
+
+
+@torch.no_grad()
+def copy_whole_(model: nn.Module, sharded: nn.Module) -> None:
+    """Copy the weights and buffers of a copy of a model that FSDP2 has sharded into the model.
+
+    All processes call it.
+    """
+    own, theirs = (
+        dict[str, Tensor](
+            [*x.named_parameters(remove_duplicate=False), *x.named_buffers(remove_duplicate=False)]
+        )
+        for x in (model, sharded)
+    )
+    for name, tensor in theirs.items():
+        own[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 @contextmanager
