@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ _NEEDED = {"accelerate": "1.15", "transformers": "5.24", "torch": "2.9"}
 
 
 def mesh_arguments(
-    processes: int, *, sequence_parallel: int = 1, by_block: bool = True
+    processes: int, *, sequence_parallel: int = 1, blocks: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Arguments of ``TrainingArguments`` for a model whose weights are sharded by FSDP2.
 
@@ -37,8 +37,8 @@ def mesh_arguments(
         processes: Processes of the run.
         sequence_parallel: Processes of each row: ``cp`` of accelerate's mesh. The others are
             ``dp_shard``, data parallel.
-        by_block: Each block is sharded for itself; False: the model as a whole, for blocks that
-            are reversible or not known.
+        blocks: Classes whose modules are each sharded for themselves; None: those that the model
+            names (``_no_split_modules``); empty: none, as reversible blocks need.
 
     Raises:
         ValueError: There is one process, or their number is not a multiple of
@@ -66,7 +66,8 @@ def mesh_arguments(
         "fsdp_config": {
             "version": 2,
             "state_dict_type": "SHARDED_STATE_DICT",
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if by_block else "NO_WRAP",
+            "auto_wrap_policy": "NO_WRAP" if blocks == () else "TRANSFORMER_BASED_WRAP",
+            **({"transformer_layer_cls_to_wrap": list(blocks)} if blocks else {}),
         },
     }
 
@@ -176,6 +177,30 @@ class ParallelTrainer(CheckpointTrainer):
         # Tied weights once.
         once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: x for name, x in whole.items() if name in once}
+
+
+def tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a model that it has under several names."""
+    seen: set[nn.Parameter] = set()
+    tied = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (tied if parameter in seen else seen).add(parameter)
+    return tied
+
+
+def keep_ties_together_(model: Any) -> None:
+    """Let accelerate shard all that is tied in one group.
+
+    It shards the embeddings apart from the rest, with nothing but each other's weights in common;
+    heads like BERT's share a bias too. Such a model tells it of no embeddings.
+    """
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if tied_parameters(model) - {getattr(x, "weight", None) for x in embeddings}:
+        model.get_input_embeddings = model.get_output_embeddings = _no_embeddings
+
+
+def _no_embeddings() -> None:
+    return None
 
 
 @torch.no_grad()

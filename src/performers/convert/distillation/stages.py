@@ -24,7 +24,7 @@ from performers.training.callbacks import (
     stop_on_signals,
 )
 from performers.training.checkpoints import newest_checkpoint
-from performers.training.parallel import copy_whole_, lost_processes
+from performers.training.parallel import copy_whole_, keep_ties_together_, lost_processes
 
 _RECORD = "distillation.json"
 _RESUME = "repeat the run with resume=True, which continues from the last checkpoint"
@@ -123,6 +123,7 @@ class DistillationRun(transformers.TrainerCallback):
         if given.fsdp:
             # A copy is sharded, since FSDP2 cannot be undone.
             trained = copy.deepcopy(model)
+            keep_ties_together_(trained)
             self._gather = functools.partial(copy_whole_, model, trained)
         stop = StopCallback()
         callbacks: list[Any] = [IntervalsCallback(), stop, self]

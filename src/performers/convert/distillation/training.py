@@ -27,7 +27,7 @@ from performers.convert.record import read_record, write_record
 from performers.convert.sentences import transformer_of
 from performers.models.manifest import find_damage, write_manifest
 from performers.nn import FavorAttention
-from performers.training.parallel import mesh_arguments
+from performers.training.parallel import mesh_arguments, tied_parameters
 
 _TRANSFERRED, _PARAMETERS = "transferred", "parameters.safetensors"
 
@@ -219,18 +219,26 @@ def _mesh(student: Any, sequence_parallel: int, *, fsdp: bool) -> dict[str, Any]
         raise ValueError(f"sequence_parallel must be at least 1, got {sequence_parallel}")
     if sequence_parallel == 1 and not fsdp:
         return {}
-    kinds = {type(module).__name__ for module in student.modules()}
-    blocks = getattr(student, "_no_split_modules", None) or ()
-    is_reversible = getattr(student.config, "reversible", False)
     try:
         return mesh_arguments(
-            process_count(),
-            sequence_parallel=sequence_parallel,
-            by_block=bool(blocks) and kinds.issuperset(blocks) and not is_reversible,
+            process_count(), sequence_parallel=sequence_parallel, blocks=_blocks(student)
         )
     except (RuntimeError, ValueError) as error:
         name = f"sequence_parallel={sequence_parallel}" if sequence_parallel > 1 else "fsdp=True"
         raise ValueError(f"{name} {error}; start the program with torchrun") from error
+
+
+def _blocks(student: Any) -> tuple[str, ...]:
+    """Classes of a student's blocks that FSDP2 can shard each for itself."""
+    if getattr(student.config, "reversible", False):
+        return ()
+    tied, named = tied_parameters(student), set(getattr(student, "_no_split_modules", None) or ())
+    found: dict[str, bool] = {}
+    for module in student.modules():
+        name = type(module).__name__
+        if name in named:
+            found[name] = found.get(name, True) and tied.isdisjoint(module.parameters())
+    return tuple(name for name, is_apart in sorted(found.items()) if is_apart)
 
 
 def _check_rows(student: Any, loss: str, *, has_logits: bool) -> None:
