@@ -112,6 +112,7 @@ def test_losses_of_one_process_are_means():
         ("llama", {"fsdp": True}, "fsdp=True needs several processes"),
         ("llama", {"sequence_parallel": 0}, "sequence_parallel must be at least 1"),
         ("llama", {"options": {"fsdp": True}}, "fsdp=True"),
+        ("llama", {"sequence_parallel": 2, "data": iter(())}, "data must be a list .* pass list"),
         ("roberta", {"sequence_parallel": 2}, "does not follow position_ids"),
         ("electra", {"sequence_parallel": 2, "loss": "task"}, "no logits for each token"),
     ],
@@ -122,4 +123,4 @@ def test_runs_that_cannot_be_shared(kind, options, message, monkeypatch):
     teacher = build("roberta") if kind == "roberta" else teacher_of(kind)
     student = student_of(teacher, estimator="positive")
     with pytest.raises(ValueError, match=message):
-        distill(student, teacher, examples(), **options)
+        distill(student, teacher, **{"data": examples(), **options})

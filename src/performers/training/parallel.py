@@ -182,7 +182,7 @@ class ParallelTrainer(CheckpointTrainer):
 def tied_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of a model that it has under several names."""
     seen: set[nn.Parameter] = set()
-    tied = set()
+    tied: set[nn.Parameter] = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
         (tied if parameter in seen else seen).add(parameter)
     return tied
@@ -201,6 +201,19 @@ def keep_ties_together_(model: Any) -> None:
 
 def _no_embeddings() -> None:
     return None
+
+
+def keep_recorded_outputs_(model: nn.Module) -> None:
+    """Let a sharded model give its hidden states.
+
+    transformers knows by the names of classes what to record, and FSDP2 changes these.
+    """
+    # Not in the oldest releases.
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = getattr(module, "_can_record_outputs", None)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from typing import Any
 
 import transformers
 
-from performers.convert.distillation.batches import Stream
 from performers.convert.fitting import evaluation
 from performers.training.callbacks import (
     IntervalsCallback,
@@ -24,10 +23,19 @@ from performers.training.callbacks import (
     stop_on_signals,
 )
 from performers.training.checkpoints import newest_checkpoint
-from performers.training.parallel import copy_whole_, keep_ties_together_, lost_processes
+from performers.training.parallel import (
+    copy_whole_,
+    keep_recorded_outputs_,
+    keep_ties_together_,
+    lost_processes,
+)
 
 _RECORD = "distillation.json"
 _RESUME = "repeat the run with resume=True, which continues from the last checkpoint"
+
+
+class _Loaded(Exception):
+    """A stage is complete with the checkpoint that was loaded."""
 
 
 @dataclass
@@ -92,7 +100,7 @@ class DistillationRun(transformers.TrainerCallback):
 
         ``arguments`` are those of the trainer.
         """
-        self._stage = stage
+        self._stage, self._only_loads = stage, False
         folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
@@ -161,11 +169,14 @@ class DistillationRun(transformers.TrainerCallback):
                 trainer._load_from_checkpoint(str(checkpoint))
             else:
                 resumed = None if checkpoint is None else str(checkpoint)
-                if done >= steps:
-                    # Loads the checkpoint, and takes no step.
-                    trainer.train_dataset = Stream(())
-                trainer.train(resume_from_checkpoint=resumed)
-                if trainer.state.global_step < steps and not stop.requested:
+                self._only_loads = done >= steps
+                with contextlib.suppress(_Loaded):
+                    trainer.train(resume_from_checkpoint=resumed)
+                if (
+                    not self._only_loads
+                    and trainer.state.global_step < steps
+                    and not stop.requested
+                ):
                     raise ValueError(
                         f"data ended after {trainer.state.global_step} of {steps} steps of stage "
                         f"{stage!r}: pass a list, or an iterable that can be iterated again"
@@ -188,6 +199,13 @@ class DistillationRun(transformers.TrainerCallback):
         part = self.output_dir / f"{_RECORD}.part"
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(self.output_dir / _RECORD)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prepare a sharded model, or end where its checkpoint was all there was to do."""
+        if args.fsdp:
+            keep_recorded_outputs_(kwargs["model"])
+        if self._only_loads:
+            raise _Loaded
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the tokens up to a checkpoint."""

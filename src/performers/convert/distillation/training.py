@@ -163,6 +163,11 @@ def distill(
     mesh = _mesh(student, sequence_parallel, fsdp=fsdp)
     if sequence_parallel > 1:
         _check_rows(student, kind, has_logits=has_logits)
+    if mesh and not hasattr(data, "__getitem__"):
+        raise ValueError(
+            "data must be a list or a map-style dataset where processes share rows or weights, so "
+            f"that each knows its examples, got {type(data).__name__}: pass list(data)"
+        )
     if not (hasattr(data, "__getitem__") or isinstance(data, Dataset)):
         data = Stream(data)
     run = DistillationRun(
