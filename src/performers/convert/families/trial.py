@@ -153,7 +153,7 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether outputs are those expected, to rounding."""
+    """Equality of outputs with those expected, to rounding."""
     if [x.shape for x in outputs] != [x.shape for x in expected]:
         return False
     for x, y in zip(outputs, expected, strict=True):
