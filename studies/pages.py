@@ -31,6 +31,7 @@ PAGES = {
     "long_documents.md": "long_documents",
     "pointer.md": "pointer",
     "proteins.md": "proteins",
+    "sequence_parallel.md": "sequence_parallel",
     "sparse.md": "sparse",
     "text.md": "text",
 }

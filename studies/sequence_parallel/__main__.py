@@ -1,10 +1,11 @@
-"""``python -m studies.sequence_parallel``: training steps on one long row."""
+"""``python -m studies.sequence_parallel``: one long row over processes, against one process."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from performers.app.errors import UserError
 from performers.app.options import Options, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
@@ -16,22 +17,46 @@ app = App()
 class SequenceParallelOptions(Options):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of the results.", flag="--output")
-    length: int = option("Residues of the row.", 65_536, at_least=1)
-    steps: int = option("Training steps.", 5, at_least=1)
+    output_folder: Path = option("Folder of results.json.", flag="--output")
+    resume: bool = option("Skip what results.json has.", False)
+    length: int = option("Tokens of the row.", 65_536, at_least=16_384)
+    processes: tuple[int, ...] = option(
+        "Numbers of processes, the first of them 1.", (1, 2, 4), rising=True
+    )
+    steps: int = option("Steps of the loop by hand.", 5, at_least=1)
+    trainer_steps: int = option("Steps of performers train.", 2, at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check the numbers of processes."""
+        super().__post_init__()
+        if self.processes[0] != 1:
+            raise UserError(f"--processes must begin with 1, got {list(self.processes)}")
 
 
 @app.command()
 def sequence_parallel(options: SequenceParallelOptions) -> None:
-    """Train on one row over the processes of torchrun, or in one process."""
-    import json
+    """Train on one row in one process and in several: errors, memory, traffic."""
+    from studies.parts import run_parts
+    from studies.sequence_parallel.runs import Runs, tables
 
-    import torch
-
-    from studies.sequence_parallel.training import train
-
-    torch.set_num_threads(1)
-    print(json.dumps(train(options.output_folder, options.length, options.steps)))
+    settings = {
+        "length": options.length,
+        "processes": list(options.processes),
+        "steps": options.steps,
+        "trainer_steps": options.trainer_steps,
+    }
+    folder = options.output_folder / "runs"
+    runs = Runs(
+        folder,
+        length=options.length,
+        processes=options.processes,
+        steps=options.steps,
+        trainer_steps=options.trainer_steps,
+    )
+    parts = run_parts(options.output_folder, settings, runs.parts(), tables, resume=options.resume)
+    for name, part in parts.items():
+        if part.get("message_bytes"):
+            print(f"{name}: {part['message_bytes']:,} bytes published a layer and process")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -38,12 +37,12 @@ def make_model() -> PerformerForCausalLM:
     return PerformerForCausalLM(config)
 
 
-def train(folder: Path, length: int, steps: int) -> dict[str, Any]:
-    """Train, compare with the run of one process, and write what was seen.
+def train(folder: Path, length: int, steps: int) -> dict[str, Any] | None:
+    """Train, compare with the run of one process if its parameters are in the folder.
 
     Returns:
-        Losses, seconds of the fastest step, MiB that the largest process took for training, bytes
-        that a process publishes for a layer, and the errors.
+        In the first process losses, seconds of the fastest step, MiB that the largest process took
+        for training, bytes that a process publishes for a layer, and the errors; else None.
     """
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -81,23 +80,21 @@ def train(folder: Path, length: int, steps: int) -> dict[str, Any]:
         "mebibytes": used.item() / 2**20,
         "message_bytes": sent,
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    alone = folder / f"{length}.pt"
     if world == 1:
-        torch.save({"losses": losses, "parameters": model.state_dict()}, folder / "1.pt")
-    elif (folder / "1.pt").exists():
-        alone = torch.load(folder / "1.pt")
+        torch.save({"losses": losses, "parameters": model.state_dict()}, alone)
+    elif alone.exists():
+        expected = torch.load(alone)
         seen["loss_error"] = max(
-            abs(a - b) / abs(b) for a, b in zip(losses, alone["losses"], strict=True)
+            abs(a - b) / abs(b) for a, b in zip(losses, expected["losses"], strict=True)
         )
-        parameters = alone["parameters"]
+        parameters = expected["parameters"]
         seen["parameter_error"] = max(
             ((x - parameters[name]).abs().max() / parameters[name].abs().max()).item()
             for name, x in model.named_parameters()
         )
-    if rank == 0:
-        (folder / f"{world}.json").write_text(json.dumps(seen, indent=2) + "\n")
     dist.destroy_process_group()
-    return seen
+    return seen if rank == 0 else None
 
 
 def _summed(loss: Tensor) -> float:

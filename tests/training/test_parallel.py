@@ -32,7 +32,7 @@ def test_processes_on_the_mesh(processes, share):
     mesh = mesh_arguments(processes, sequence_parallel=share)["parallelism_config"]
     assert (mesh.dp_shard_size, mesh.cp_size) == (processes // share, share)
     # Reversible blocks call their branches, and hooks of a block would not run.
-    policy = mesh_arguments(processes, reversible=True)["fsdp_config"]["auto_wrap_policy"]
+    policy = mesh_arguments(processes, blocks=())["fsdp_config"]["auto_wrap_policy"]
     assert policy == "NO_WRAP"
 
 

@@ -9,6 +9,7 @@ from performers.app.conversion import ConversionOptions
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_folder
 from performers.app.options import Options, option
+from performers.app.processes import process_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ def convert(options: ConversionOptions, files: ConversionFiles) -> None:
     """Make a pretrained model's attention linear, fine-tune it, and measure what became of it."""
     from performers.convert.hub import is_hub_name
 
+    if process_count() > 1:
+        raise UserError(
+            "performers convert runs in one process; in those of torchrun a program of yours "
+            "distils a converted model, with performers.convert.distill(..., sequence_parallel=N)"
+        )
     if not Path(options.data).exists():
         raise UserError(f"--data {options.data} does not exist")
     if not (Path(options.model).exists() or is_hub_name(options.model)):

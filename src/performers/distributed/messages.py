@@ -70,6 +70,11 @@ class _Gather(torch.autograd.Function):
         return grad[dist.get_rank(ctx.group)], None
 
 
+def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the tensors of all ranks, whose gradient is the sum of theirs."""
+    return _Gather.apply(x, group).sum(0)
+
+
 def exchange(
     messages: Sequence[Message], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> tuple[list[list[Message]], int]:

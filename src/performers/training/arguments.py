@@ -97,7 +97,7 @@ def _mesh_arguments(options: TrainingOptions) -> dict[str, Any]:
     flag = f"--sequence-parallel {share}" if share > 1 else "--fsdp"
     try:
         return mesh_arguments(
-            process_count(), sequence_parallel=share, reversible=options.reversible
+            process_count(), sequence_parallel=share, blocks=() if options.reversible else None
         )
     except RuntimeError as error:
         raise UserError(f"{flag} {error}; upgrade it, or leave out {flag}") from error

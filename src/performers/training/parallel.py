@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ import torch.distributed as dist
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from performers.app.errors import UserError
 from performers.distributed import check_alike, sequence_parallel, shard
@@ -28,7 +29,7 @@ _NEEDED = {"accelerate": "1.15", "transformers": "5.24", "torch": "2.9"}
 
 
 def mesh_arguments(
-    processes: int, *, sequence_parallel: int = 1, reversible: bool = False
+    processes: int, *, sequence_parallel: int = 1, blocks: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Arguments of ``TrainingArguments`` for a model whose weights are sharded by FSDP2.
 
@@ -36,7 +37,8 @@ def mesh_arguments(
         processes: Processes of the run.
         sequence_parallel: Processes of each row: ``cp`` of accelerate's mesh. The others are
             ``dp_shard``, data parallel.
-        reversible: Blocks are reversible: the model is sharded, and not each block.
+        blocks: Classes whose modules are each sharded for themselves; None: those that the model
+            names (``_no_split_modules``); empty: none, as reversible blocks need.
 
     Raises:
         ValueError: There is one process, or their number is not a multiple of
@@ -64,7 +66,8 @@ def mesh_arguments(
         "fsdp_config": {
             "version": 2,
             "state_dict_type": "SHARDED_STATE_DICT",
-            "auto_wrap_policy": "NO_WRAP" if reversible else "TRANSFORMER_BASED_WRAP",
+            "auto_wrap_policy": "NO_WRAP" if blocks == () else "TRANSFORMER_BASED_WRAP",
+            **({"transformer_layer_cls_to_wrap": list(blocks)} if blocks else {}),
         },
     }
 
@@ -174,6 +177,59 @@ class ParallelTrainer(CheckpointTrainer):
         # Tied weights once.
         once = {name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())}
         return {name: x for name, x in whole.items() if name in once}
+
+
+def tied_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of a model that it has under several names."""
+    seen: set[nn.Parameter] = set()
+    tied: set[nn.Parameter] = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        (tied if parameter in seen else seen).add(parameter)
+    return tied
+
+
+def keep_ties_together_(model: Any) -> None:
+    """Let accelerate shard all that is tied in one group.
+
+    It shards the embeddings apart from the rest, with nothing but each other's weights in common;
+    heads like BERT's share a bias too. Such a model tells it of no embeddings.
+    """
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if tied_parameters(model) - {getattr(x, "weight", None) for x in embeddings}:
+        model.get_input_embeddings = model.get_output_embeddings = _no_embeddings
+
+
+def _no_embeddings() -> None:
+    return None
+
+
+def keep_recorded_outputs_(model: nn.Module) -> None:
+    """Let a sharded model give its hidden states.
+
+    transformers knows by the names of classes what to record, and FSDP2 changes these.
+    """
+    # Not in the oldest releases.
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            _CAN_RECORD_REGISTRY[module] = getattr(module, "_can_record_outputs", None)
+
+
+@torch.no_grad()
+def copy_whole_(model: nn.Module, sharded: nn.Module) -> None:
+    """Copy the weights and buffers of a copy of a model that FSDP2 has sharded into the model.
+
+    All processes call it.
+    """
+    own, theirs = (
+        dict[str, Tensor](
+            [*x.named_parameters(remove_duplicate=False), *x.named_buffers(remove_duplicate=False)]
+        )
+        for x in (model, sharded)
+    )
+    for name, tensor in theirs.items():
+        own[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 @contextmanager

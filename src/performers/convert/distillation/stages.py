@@ -1,5 +1,8 @@
 """Stages of distillation, with checkpoints and a history."""
 
+import contextlib
+import copy
+import functools
 import json
 import math
 import os
@@ -20,8 +23,19 @@ from performers.training.callbacks import (
     stop_on_signals,
 )
 from performers.training.checkpoints import newest_checkpoint
+from performers.training.parallel import (
+    copy_whole_,
+    keep_recorded_outputs_,
+    keep_ties_together_,
+    lost_processes,
+)
 
 _RECORD = "distillation.json"
+_RESUME = "repeat the run with resume=True, which continues from the last checkpoint"
+
+
+class _Loaded(Exception):
+    """A stage is complete with the checkpoint that was loaded."""
 
 
 @dataclass
@@ -86,7 +100,7 @@ class DistillationRun(transformers.TrainerCallback):
 
         ``arguments`` are those of the trainer.
         """
-        self._stage = stage
+        self._stage, self._only_loads = stage, False
         folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
@@ -108,15 +122,26 @@ class DistillationRun(transformers.TrainerCallback):
             # Gradients stay within a layer: there are no activations to compute again.
             for name in ("gradient_checkpointing", "activation_checkpointing"):
                 settings.pop(name, None)
+            if "fsdp_config" in settings:
+                # Nor gradients at the outputs of blocks, by which FSDP2 gathers them again.
+                settings["fsdp_config"] = {**settings["fsdp_config"], "auto_wrap_policy": "NO_WRAP"}
+        given = transformers.TrainingArguments(**settings)
+        trained = model
+        self._gather: Callable[[], None] = lambda: None
+        if given.fsdp:
+            # A copy is sharded, since FSDP2 cannot be undone.
+            trained = copy.deepcopy(model)
+            keep_ties_together_(trained)
+            self._gather = functools.partial(copy_whole_, model, trained)
         stop = StopCallback()
         callbacks: list[Any] = [IntervalsCallback(), stop, self]
         if redraw_steps:
-            callbacks.append(RedrawCallback(model, redraw_steps, settings["seed"]))
+            callbacks.append(RedrawCallback(trained, redraw_steps, settings["seed"]))
         if (report := self.progress) is not None:
             callbacks.append(ProgressCallback(lambda *state: report(stage, *state)))
         trainer = trainer_class(
-            model=model,
-            args=transformers.TrainingArguments(**settings),
+            model=trained,
+            args=given,
             train_dataset=self.data,
             data_collator=self.collator,
             callbacks=callbacks,
@@ -137,19 +162,27 @@ class DistillationRun(transformers.TrainerCallback):
             for entry in self.result.history
             if entry["stage"] != stage or entry["step"] <= done
         ]
-        with stop_on_signals(stop):
+        lost = contextlib.nullcontext() if trained is model else lost_processes(_RESUME)
+        with stop_on_signals(stop), lost:
             if checkpoint is not None and done >= steps and not sharded:
                 # Trainer would take one more step from the checkpoint of the last one.
                 trainer._load_from_checkpoint(str(checkpoint))
             else:
                 resumed = None if checkpoint is None else str(checkpoint)
-                trainer.train(resume_from_checkpoint=resumed)
-                if trainer.state.global_step < steps and not stop.requested:
+                self._only_loads = done >= steps
+                with contextlib.suppress(_Loaded):
+                    trainer.train(resume_from_checkpoint=resumed)
+                if (
+                    not self._only_loads
+                    and trainer.state.global_step < steps
+                    and not stop.requested
+                ):
                     raise ValueError(
                         f"data ended after {trainer.state.global_step} of {steps} steps of stage "
                         f"{stage!r}: pass a list, or an iterable that can be iterated again"
                     )
                 self._count(stage, trainer.state)
+            self._gather()
         self.result.finished = not stop.requested
         self.write()
 
@@ -167,6 +200,13 @@ class DistillationRun(transformers.TrainerCallback):
         part.write_text(json.dumps(values, indent=1), encoding="utf-8")
         part.replace(self.output_dir / _RECORD)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prepare a sharded model, or end where its checkpoint was all there was to do."""
+        if args.fsdp:
+            keep_recorded_outputs_(kwargs["model"])
+        if self._only_loads:
+            raise _Loaded
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the tokens up to a checkpoint."""
         self._count(self._stage, state)
@@ -181,6 +221,7 @@ class DistillationRun(transformers.TrainerCallback):
         """Evaluate when due."""
         every, last = self.eval_steps or state.max_steps, state.global_step == state.max_steps
         if self.evaluate is not None and (last or state.global_step % every == 0):
+            self._gather()
             with evaluation(self.student):
                 values = self.evaluate(self.student)
             self._keep(state.global_step, values)

@@ -15,15 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
+from performers.app.processes import process_count
 from performers.attention.sharding import check_not_sharded
 from performers.convert.distillation.batches import Collator, Stream
+from performers.convert.distillation.quality import kind_of
 from performers.convert.distillation.stages import Distillation, DistillationRun
 from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
+from performers.convert.families.shards import check_shards
 from performers.convert.options import FAVOR
 from performers.convert.record import read_record, write_record
 from performers.convert.sentences import transformer_of
 from performers.models.manifest import find_damage, write_manifest
 from performers.nn import FavorAttention
+from performers.training.parallel import mesh_arguments, tied_parameters
 
 _TRANSFERRED, _PARAMETERS = "transferred", "parameters.safetensors"
 
@@ -53,6 +57,8 @@ def distill(
     seed: int = 0,
     progress: Callable[[str, int, int, dict[str, float]], None] | None = None,
     options: dict[str, Any] | None = None,
+    sequence_parallel: int = 1,
+    fsdp: bool = False,
 ) -> Distillation:
     """Train a converted model to match its original, in place.
 
@@ -95,19 +101,26 @@ def distill(
         seed: Random seed of the order of the data and of all draws.
         progress: Called with the stage, the step, the steps in all and the latest log entry.
         options: More arguments for ``transformers.TrainingArguments``.
+        sequence_parallel: Processes of torchrun that share each row, in consecutive shards; 1: each
+            has rows of its own. The teacher runs on whole rows in every process. Losses and weights
+            are those of one process on whole rows, to rounding.
+        fsdp: Shard weights, gradients and the optimiser's state over all processes (FSDP2), as
+            ``sequence_parallel`` does too. The student and the teacher stay whole in each process;
+            a copy of the student is sharded.
 
     Returns:
         The results; the student is in evaluation mode.
 
     Raises:
-        ValueError: An argument is out of range, the student was not converted, or rows are to be
-            cut over processes.
+        ValueError: An argument is out of range, the student was not converted, or its rows cannot
+            be cut.
+        UserError: The processes do not begin with one model, or one of them was lost.
     """
     check_not_sharded("distill")
-    if (options or {}).get("parallelism_config") is not None:
+    if (options or {}).keys() & {"parallelism_config", "fsdp", "fsdp_config"}:
         raise ValueError(
-            "parallelism_config is not available: distill gives each process whole rows, for the "
-            "teacher's attention is exact; leave it out, and torchrun trains data parallel"
+            "parallelism_config and fsdp are no options here: pass distill(..., "
+            "sequence_parallel=N) or fsdp=True"
         )
     student, teacher = transformer_of(student), transformer_of(teacher)
     if transfer_steps < 0 or steps < 0 or not transfer_steps + steps:
@@ -147,6 +160,14 @@ def distill(
     names = ("ForMaskedLM", "ForCausalLM", "LMHead")
     has_logits = any(name in type(student).__name__ for name in names)
     kind = loss or ("logits" if has_logits else "hidden")
+    mesh = _mesh(student, sequence_parallel, fsdp=fsdp)
+    if sequence_parallel > 1:
+        _check_rows(student, kind, has_logits=has_logits)
+    if mesh and not hasattr(data, "__getitem__"):
+        raise ValueError(
+            "data must be a list or a map-style dataset where processes share rows or weights, so "
+            f"that each knows its examples, got {type(data).__name__}: pass list(data)"
+        )
     if not (hasattr(data, "__getitem__") or isinstance(data, Dataset)):
         data = Stream(data)
     run = DistillationRun(
@@ -160,8 +181,13 @@ def distill(
             "per_device_train_batch_size": batch_size,
             "gradient_accumulation_steps": accumulation,
             "seed": seed,
+            # Of all processes, whose other draws differ.
+            "data_seed": seed,
+            # Several processes without an accelerator would otherwise train apart.
+            "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
             "dataloader_pin_memory": torch.cuda.is_available(),
             "dataloader_drop_last": not isinstance(data, IterableDataset),
+            **mesh,
             **(options or {}),
         },
         eval_steps=eval_steps,
@@ -185,10 +211,54 @@ def distill(
                 teacher=teacher,
                 loss=kind,
                 hidden_weight=hidden_weight,
+                is_causal=sequence_parallel > 1 and kind_of(student) == "causal",
             )
     run.write()
     student.eval()
     return run.result
+
+
+def _mesh(student: Any, sequence_parallel: int, *, fsdp: bool) -> dict[str, Any]:
+    """Arguments of a trainer that shards a student."""
+    if sequence_parallel < 1:
+        raise ValueError(f"sequence_parallel must be at least 1, got {sequence_parallel}")
+    if sequence_parallel == 1 and not fsdp:
+        return {}
+    try:
+        return mesh_arguments(
+            process_count(), sequence_parallel=sequence_parallel, blocks=_blocks(student)
+        )
+    except (RuntimeError, ValueError) as error:
+        name = f"sequence_parallel={sequence_parallel}" if sequence_parallel > 1 else "fsdp=True"
+        raise ValueError(f"{name} {error}; start the program with torchrun") from error
+
+
+def _blocks(student: Any) -> tuple[str, ...]:
+    """Classes of a student's blocks that FSDP2 can shard each for itself."""
+    if getattr(student.config, "reversible", False):
+        return ()
+    tied, named = tied_parameters(student), set(getattr(student, "_no_split_modules", None) or ())
+    found: dict[str, bool] = {}
+    for module in student.modules():
+        name = type(module).__name__
+        if name in named:
+            found[name] = found.get(name, True) and tied.isdisjoint(module.parameters())
+    return tuple(name for name, is_apart in sorted(found.items()) if is_apart)
+
+
+def _check_rows(student: Any, loss: str, *, has_logits: bool) -> None:
+    """Refuse a student whose rows cannot be cut."""
+    check_shards(student)
+    if loss in ("logits", "task") and not has_logits:
+        raise ValueError(
+            f"loss={loss!r} of a {type(student).__name__} needs whole rows: it has no logits for "
+            "each token; pass sequence_parallel=1, or loss='hidden'"
+        )
+    if loss == "task" and getattr(student.config, "output_router_logits", False):
+        raise ValueError(
+            "loss='task' has a term over all tokens of a row (output_router_logits), which "
+            "shards do not have: pass sequence_parallel=1, or switch it off in the configuration"
+        )
 
 
 def check_adapters() -> None:
@@ -249,7 +319,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
         _changed(trainable, "requires_grad", False),
     ):
         features.requires_grad_(True)
-        run.train(TransferTrainer, student, "transfer", steps, learning_rate, blocks=blocks)
+        run.train(TransferTrainer, student, "transfer", steps, learning_rate)
     if done is not None and run.result.finished and int(os.environ.get("RANK", "0")) == 0:
         # Written to a temporary folder and renamed, whole or not at all.
         staging = done.with_name(f".{done.name}")

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from performers.convert.families.base import Family, Site
+from performers.convert.families.shards import enter_shard
 from performers.convert.families.trial import try_model
 from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
 from performers.convert.interface.hooks import (
@@ -167,7 +169,11 @@ class TransformersModels(Family):
             if not site.is_cross:
                 site.module.register_forward_pre_hook(enter_attention, with_kwargs=True)
         for module in model.modules():
-            if is_rotary_model(module) and not blocks.keys().isdisjoint(module.modules()):
+            if blocks.keys().isdisjoint(module.modules()):
+                continue
+            if isinstance(module, PreTrainedModel):
+                module.register_forward_pre_hook(enter_shard, with_kwargs=True)
+            if is_rotary_model(module):
                 module.register_forward_pre_hook(enter_rotary_model, with_kwargs=True)
         if any(not site.is_cross for site in favors):
             # Makes transformers refuse assisted decoding, which takes tokens back.

@@ -58,14 +58,14 @@ def _try_inputs(model: Any, sites: Sequence[Site]) -> set[Site]:
     device = next(model.parameters(), torch.empty(0)).device
     for candidate in _candidates(model):
         inputs = {name: value.to(device) for name, value in candidate.items()}
-        expected = _outputs(model, inputs)
+        expected = outputs_of(model, inputs)
         if expected is None:
             continue
         called = _compare(model, sites, inputs, expected)
         if "attention_mask" in inputs:
             # Without padding transformers may leave the mask to the attention itself.
             unmasked = {name: x for name, x in inputs.items() if name != "attention_mask"}
-            expected = _outputs(model, unmasked)
+            expected = outputs_of(model, unmasked)
             if expected is not None:
                 _compare(model, sites, unmasked, expected)
         return called
@@ -109,7 +109,7 @@ def _compare(
             f"forms ({type(error).__name__}: {error}): it cannot be converted"
         ) from error
     # Some models draw random numbers in evaluation too.
-    if not _close(outputs, expected) and _close(_outputs(model, inputs) or [], expected):
+    if not close(outputs, expected) and close(outputs_of(model, inputs) or [], expected):
         raise ValueError(
             f"{kind} computes something else when its attention goes through the attention "
             "interface of transformers: it cannot be converted"
@@ -133,8 +133,8 @@ def _check_heads(site: Site, call: AttentionCall) -> None:
         )
 
 
-def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """Floating-point outputs of the unchanged model; None: it does not accept the inputs."""
+def outputs_of(model: Callable[..., Any], inputs: Mapping[str, Any]) -> list[Tensor] | None:
+    """Floating-point outputs of a model; None: it does not accept the inputs."""
     try:
         return _tensors(model(**inputs)) or None
     # Made-up inputs may raise anything, which says nothing about the conversion.
@@ -152,7 +152,8 @@ def _tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def _close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+def close(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    """Equality of outputs with those expected, to rounding."""
     if [x.shape for x in outputs] != [x.shape for x in expected]:
         return False
     for x, y in zip(outputs, expected, strict=True):
@@ -187,7 +188,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(dtype)
 
-    ids = _token_ids(config, random)
+    ids = token_ids(config, random)
     text: dict[str, Tensor] = {}
     if "input_ids" in names:
         text["input_ids"] = ids
@@ -210,7 +211,7 @@ def _candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         yield {name: normal(_ROWS, _LENGTH, width)}
 
 
-def _token_ids(config: Any, random: torch.Generator) -> Tensor:
+def token_ids(config: Any, random: torch.Generator) -> Tensor:
     """Token ids, none of them special in the configuration."""
     vocabulary = find(config, "vocab_size", default=32)
     parts = [config, *(x for x in vars(config).values() if isinstance(x, PreTrainedConfig))]

@@ -1,0 +1,34 @@
+"""``python -m studies.sequence_parallel``: its measurements in order, its tables, a refusal."""
+
+from studies.sequence_parallel.__main__ import app
+from studies.sequence_parallel.runs import Runs, tables
+from tests.cli import commands
+
+
+def test_one_process_is_measured_first(tmp_path):
+    runs = Runs(tmp_path, length=65_536, processes=(1, 2), steps=5, trainer_steps=1)
+    names = list(runs.parts())
+    assert names == ["loop, 1", "loop, 2", "loop, 2, short", "trainer, 1", "trainer, 2"]
+
+
+def test_tables():
+    loop = {"processes": 1, "length": 65_536, "mebibytes": 910.2, "message_bytes": 0}
+    errors = {"loss_error": 7e-8, "parameter_error": 8.9e-6}
+    parts = {
+        "loop, 1": loop,
+        "loop, 2": {**loop, **errors, "processes": 2, "message_bytes": 71_952},
+        "trainer, 1": {"processes": 1, "short": [230.0], "long": [1030.0]},
+        "trainer, 2": {"processes": 2, "short": [240.0, 250.0], "long": [650.0, 640.0]},
+    }
+    found = tables(parts)
+    assert found["loop"].rows[1][2:] == ["7.0e-08", "8.9e-06", "910 MiB", "71,952 B"]
+    # Of the process that takes most.
+    assert found["trainer"].rows == [
+        ["1", "230 MiB", "1030 MiB", "800 MiB", "1.00"],
+        ["2", "250 MiB", "650 MiB", "400 MiB", "0.50"],
+    ]
+
+
+def test_one_process_is_what_others_are_compared_with(tmp_path):
+    line = commands.refusal("--output", tmp_path / "out", "--processes", "2,4", app=app)
+    assert "--processes must begin with 1, got [2, 4]" in line
