@@ -68,7 +68,7 @@ def decompressed(raw: io.BufferedReader, kind: str | None) -> IO[bytes]:
 
 
 def _decompressor(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
-    """What decompresses a frame, and the error that it raises."""
+    """Maker of a frame's decompressor, and the error that it raises."""
     if kind == "gzip":
         # The window of 32 KiB, with gzip's header.
         return partial(zlib.decompressobj, 15 + 16), zlib.error
@@ -108,8 +108,8 @@ def rereadable(paths: Sequence[Path]) -> Iterator[list[tuple[Path, str]]]:
 class _Frames(io.RawIOBase):
     """Frames one after another, zeros between them left out.
 
-    What follows a frame is an error if it is no whole frame: the readers of ``bz2``, ``lzma`` and
-    ``zstandard`` end there without a word.
+    Other data after a frame are an error, where the readers of ``bz2``, ``lzma`` and ``zstandard``
+    end as if the data did.
     """
 
     def __init__(
