@@ -102,10 +102,14 @@ def families(options: FamiliesOptions) -> None:
         if name != "exact" or tokens <= MOST_EXACT
     }
     settings = {
-        name: list(value) if isinstance(value, tuple) else value
+        name: value
         for name, value in asdict(options).items()
-        if name not in ("output_folder", "corpus", "resume", "contexts")
+        if name not in ("output_folder", "resume", "contexts")
     }
+    if options.corpus is not None:
+        # Its content, wherever it is.
+        splits = {split: corpus.split(split).fingerprint() for split in ("train", "ood")}
+        settings["corpus"] = splits
     run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
 
 

@@ -110,6 +110,6 @@ def test_a_key_whose_norm_overflows_touches_no_earlier_row(backend, length, size
     key = call.key.detach().clone()
     key[:, :, -1] = size
     out = call.with_inputs(call.query, key, call.value).run(backend)[:, :, :-1]
-    torch.testing.assert_close(out, call.run(backend)[:, :, :-1], rtol=0, atol=2e-6)
+    torch.testing.assert_close(out, call.run(backend)[:, :, :-1], rtol=1e-6, atol=2e-6)
     gradients = torch.autograd.grad(out.sum(), (call.query, call.value))
     assert all(torch.isfinite(gradient).all() for gradient in gradients)

@@ -85,7 +85,7 @@ def test_strides_of_zero(backend, configuration, mode):
         views = [x.narrow(dim, 0, 1).expand(x.shape) for x in small.inputs]
         whole = small.with_inputs(*views).leaves()
         out, expected = small.with_inputs(*views).run(backend), whole.run(backend)
-        torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
         gradients = torch.autograd.grad(out.sum(), small.inputs)
         wanted = torch.autograd.grad(expected.sum(), whole.inputs)
         for a, b in zip(gradients, wanted, strict=True):

@@ -162,30 +162,36 @@ def test_strides_beyond_2_to_the_31(mode, dim):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def long_call(name, mode):
+# Keys of long sums, whose rounding grows with them; the longer ones are slow.
+LENGTHS = [50_000, pytest.param(200_000, marks=pytest.mark.slow)]
+
+
+def long_call(name, mode, length):
     sizes = {"batch": 1, "heads": 1, "head_dim": 8, "value_dim": 4, "num_features": 16}
-    return make_call(by_name(name), 200_000, mode, **sizes)
+    return make_call(by_name(name), length, mode, **sizes)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("mode", SELF)
 @pytest.mark.parametrize("name", ["positive", "relu"])
-def test_values_with_a_mean(name, mode, count):
+def test_values_with_a_mean(name, mode, length):
     """Sums that grow, of values that do not average out."""
-    call = long_call(name, mode)
+    call = long_call(name, mode, length)
     call.value = call.value + 3
-    call.options["key_mask"] = random_mask(1, 200_000, share=0.9)
+    call.options["key_mask"] = random_mask(1, length, share=0.9)
     expected = call.leaves(torch.float64).run("torch").detach()
-    with threads(count):
-        out = call.run("native")
-    assert (out - expected).abs().max() <= 1e-4
+    for count in (1, 2):
+        with threads(count):
+            out = call.run("native")
+        assert (out - expected).abs().max() <= 5e-10 * length
 
 
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("mode", SELF)
-def test_gradients_of_long_sums(mode):
-    call = long_call("positive", mode)
+def test_gradients_of_long_sums(mode, length):
+    call = long_call("positive", mode, length)
     ours, dense = call.leaves(), call.leaves(torch.float64)
     got = torch.autograd.grad((ours.run("native") - 1).square().sum(), ours.inputs)
     wanted = torch.autograd.grad((dense.run("torch") - 1).square().sum(), dense.inputs)
     for a, b in zip(got, wanted, strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+        assert (a - b).abs().max() <= 5e-10 * length * b.abs().max()

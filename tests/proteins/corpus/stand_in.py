@@ -2,7 +2,8 @@
 
 Two sequences are of one cluster when their first four residues are the same, and relatives when
 their first or last four are. A search at the least sensitivity sees no relatives, and no search
-reports more of a query than it is asked for, in the order of the database.
+reports more of a query than it is asked for, in the order of the database. As that of mmseqs, its
+name of a sequence is what follows ``lcl|``, but where whole headers are asked for.
 """
 
 import stat
@@ -17,6 +18,9 @@ def read(path):
     records = Path(path).read_text().split(">")[1:]
     return [(r.split()[0], "".join(r.split()[1:])) for r in records]
 
+def named(header, whole):
+    return header if whole else header.removeprefix("lcl|")
+
 command, *rest = sys.argv[1:]
 with open("calls.txt", "a") as log:
     print(command, *rest, file=log)
@@ -29,7 +33,11 @@ elif command == "cluster":
     rows = [(first.setdefault(s[:4], n), n) for n, s in read(rest[0])]
     Path(rest[1]).write_text("".join(f"{{a}}\\t{{b}}\\n" for a, b in rows))
 elif command == "createtsv":
-    Path(rest[3]).write_text(Path(rest[2]).read_text())
+    whole = "--full-header" in rest
+    quote = '"' if whole else ""
+    rows = [line.split("\\t") for line in Path(rest[2]).read_text().splitlines()]
+    lines = ["\\t".join(quote + named(x, whole) + quote for x in row) for row in rows]
+    Path(rest[3]).write_text("".join(line + "\\n" for line in lines))
 elif command == "easy-search":
     targets = read(rest[1])
     most = int(rest[rest.index("--max-seqs") + 1])
@@ -37,7 +45,12 @@ elif command == "easy-search":
     rows = []
     for q, s in read(rest[0]):
         found = [t for t, other in targets if s[:4] == other[:4] or s[-4:] == other[-4:]]
-        rows += [(q, t, 0.5, 0.9, 0.8, 1e-9) for t in found[:most] if not blind]
+        whole = "qheader,theader," in " ".join(rest)
+        rows += [
+            (named(q, whole), named(t, whole), 0.5, 0.9, 0.8, 1e-9)
+            for t in found[:most]
+            if not blind
+        ]
     Path(rest[2]).write_text("".join("\\t".join(map(str, row)) + "\\n" for row in rows))
 else:
     sys.exit("unknown command " + command)

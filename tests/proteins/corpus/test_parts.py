@@ -258,13 +258,17 @@ def test_idmapping_tables(tmp_path):
         assert contents(made) == contents(two)
     cut = tmp_path / "cut.gz"
     cut.write_bytes(selected.read_bytes()[:-20])
+    rotten = tmp_path / "rotten.gz"
+    # The checksum.
+    rotten.write_bytes(selected.read_bytes()[:-8] + bytes(8))
     for bad, text, message in (
         (None, "A\tS000\nB\tS001\n", "bad.tsv names no cluster for S002; give the table"),
         (None, table.read_text() + "UniRef50_Q\tS000\n", "lists a member of .* twice"),
         (None, "A\tB\nA\n", "bad.tsv:2: expected two columns"),
         (None, "A B C\n", "bad.tsv:1: expected two columns"),
         (None, "", "names no cluster of a protein"),
-        (cut, "", "cut.gz is damaged"),
+        (cut, "", "cut.gz is damaged .it ends too early.; copy"),
+        (rotten, "", "rotten.gz is damaged .*; copy"),
     ):
         chosen = bad or tmp_path / "bad.tsv"
         if bad is None:

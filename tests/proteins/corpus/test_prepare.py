@@ -76,6 +76,25 @@ def test_splits(fasta, tmp_path):
     assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails["ood"])
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_names_that_mmseqs_takes_for_others(tmp_path, given):
+    """``lcl|S300`` of one family, and ``S300`` of another that is no relative."""
+    records = family_records()
+    names = [name for name, _ in records]
+    names[:150] = [f"lcl|{name}" for name in names[150:]]
+    sequences = {name: s for name, (_, s) in zip(names, records, strict=True)}
+    path, table = tmp_path / "x.fasta", tmp_path / "x.tsv"
+    path.write_text("".join(f">{name}\n{s}\n" for name, s in sequences.items()))
+    table.write_text("".join(f"{s[:4]}\t{name}\n" for name, s in sequences.items()))
+    prepare(path, tmp_path / "corpus", clusters=table if given else None)
+    corpus = Corpus(tmp_path / "corpus")
+    split_of = {name: split for split in SPLITS for name in corpus.split(split).names}
+    assert split_of.keys() == sequences.keys()
+    ood = {sequences[name][-4:] for name, split in split_of.items() if split == "ood"}
+    assert ood
+    assert not ood & {sequences[name][-4:] for name, split in split_of.items() if split != "ood"}
+
+
 def test_a_search_that_reports_few_hits_misses_no_relative(fasta, tmp_path, monkeypatch):
     monkeypatch.setattr("performers.proteins.corpus.relatives._HITS_PER_QUERY", 1)
     manifest = prepare(fasta, tmp_path / "corpus")

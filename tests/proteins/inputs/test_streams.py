@@ -49,6 +49,21 @@ def test_damaged_files_are_refused(tmp_path, kind):
         read_fasta(path)
 
 
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_what_follows_is_refused_or_a_frame(tmp_path, kind):
+    """Records of a later frame at fault do not vanish; zeros between frames are padding."""
+    path, whole = tmp_path / "x", COMPRESS[kind](TEXT)
+    path.write_bytes(whole + bytes(8) + whole + bytes(70_000) + whole)
+    assert len(read_fasta(path)[0]) == 3 * TEXT.count(b">")
+    for rest in (b"!" + whole[1:], b"rest"):
+        path.write_bytes(whole + rest)
+        with pytest.raises(FastaError, match=f"the {kind} data are corrupt"):
+            read_fasta(path)
+    path.write_bytes(whole + whole[:3])
+    with pytest.raises(FastaError, match=f"the {kind} data end too early"):
+        read_fasta(path)
+
+
 def test_standard_input_is_named_and_left_open(monkeypatch):
     text = io.TextIOWrapper(io.BufferedReader(io.BytesIO(gzip.compress(b">a\nMKT\n>b\nM-K\n"))))
     monkeypatch.setattr(sys, "stdin", text)

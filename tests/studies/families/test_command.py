@@ -68,3 +68,9 @@ def test_the_study(corpus, tmp_path):
     assert "families, exact" in json.loads(file.read_text())["parts"]
     line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
     assert "give another folder" in line
+    # Parts of one corpus are not those of another.
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    manifest["splits"]["ood"]["shards"][0]["sha256"] = "0"
+    write_json(corpus / "manifest.json", manifest)
+    line = commands.refusal(*arguments, "--resume", app=app)
+    assert "corpus was" in line

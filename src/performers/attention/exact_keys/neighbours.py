@@ -53,7 +53,7 @@ class NeighbourLists(NamedTuple):
 def find_neighbours(call: "AttentionCall", form: FeatureForm) -> NeighbourLists | None:
     """Check the neighbours of a call in the layout of backends, and list them.
 
-    None where no query has any.
+    None where no query has any, and no bias.
 
     Raises:
         ValueError: ``neighbours`` or ``neighbour_bias`` does not fit the features, the shapes or
@@ -79,7 +79,8 @@ def find_neighbours(call: "AttentionCall", form: FeatureForm) -> NeighbourLists 
     bias = call.neighbour_bias
     if bias is not None:
         bias = _checked_bias(bias, call.query, len(indices))
-    if not len(indices):
+    # A bias of no pairs has a gradient, of no numbers: layers before it are trained as others are.
+    if not len(indices) and bias is None:
         return None
     mask = call.key_mask
     return NeighbourLists(query, indices, None if mask is None else mask[:, indices], bias)

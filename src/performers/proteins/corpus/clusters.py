@@ -14,7 +14,7 @@ import numpy.typing as npt
 from performers.app.errors import UserError
 from performers.app.files import replacement
 from performers.proteins.corpus.splitting import Draws, draws
-from performers.proteins.inputs.streams import DAMAGED, compression, decompressed, open_bytes
+from performers.proteins.inputs.streams import compression, decompressed, open_bytes
 
 _UNIREF = re.compile(r"(UniRef(?:50|90|100))_\S+")
 # Columns of UniProt's idmapping_selected.tab, and its first and its tenth, counted from 0.
@@ -177,8 +177,11 @@ def _batches(table: Path) -> Iterator[tuple[list[str], list[str]]]:
             if len(members) == _LINES:
                 yield members, clusters
                 members, clusters = [], []
-    except (EOFError, *DAMAGED) as error:
-        raise UserError(f"{table} is damaged ({error}); copy it again") from error
+    except (EOFError, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = str(error) or "it ends too early"
+        raise UserError(f"{table} is damaged ({reason}); copy it again") from error
     if members:
         yield members, clusters
 

@@ -13,6 +13,9 @@ from performers.app.errors import UserError
 class Mmseqs:
     """The program mmseqs, which works in one folder.
 
+    Sequences are named by the first word of their headers. What mmseqs itself takes for the name is
+    a part of some, as ``P1`` of ``lcl|P1``, which another sequence may have.
+
     Args:
         work: The folder, which exists.
         threads: Threads that it may use.
@@ -64,8 +67,10 @@ class Mmseqs:
             *("--cov-mode", "0", "--cluster-mode", "0", "--remove-tmp-files", "1"),
             *self._memory,
         )
-        self._run("createtsv", database, database, "clusters", "clusters.tsv")
-        yield from self._pairs("clusters.tsv")
+        self._run("createtsv", database, database, "clusters", "clusters.tsv", "--full-header", "1")
+        # Headers are in quotation marks.
+        for first, second in self._rows("clusters.tsv"):
+            yield _name(first[1:-1]), _name(second[1:-1])
 
     def identities(self, database: str) -> Iterator[tuple[str, float]]:
         """After ``cluster``: yield (member, identity to its representative, 0 to 1).
@@ -75,10 +80,10 @@ class Mmseqs:
         self._run("align", database, database, "clusters", "aligned", "--alignment-mode", "3")
         self._run(
             "convertalis",
-            *(database, database, "aligned", "identity.tsv", "--format-output", "target,fident"),
+            *(database, database, "aligned", "identity.tsv", "--format-output", "theader,fident"),
         )
-        for member, identity in self._pairs("identity.tsv"):
-            yield member, float(identity)
+        for header, identity in self._rows("identity.tsv"):
+            yield _name(header), float(identity)
 
     def search(
         self,
@@ -107,17 +112,19 @@ class Mmseqs:
             *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", str(max_hits)),
             *("--alignment-mode", "3"),
             *(("--max-accept", "1") if first_only else ()),
-            *("--format-output", "query,target,fident,qcov,tcov,evalue"),
+            *("--format-output", "qheader,theader,fident,qcov,tcov,evalue"),
             *self._memory,
         )
-        for query_name, target_name, fident, qcov, tcov, evalue in self._rows("hits.tsv"):
+        for query_header, target_header, fident, qcov, tcov, evalue in self._rows("hits.tsv"):
             coverage = max(float(qcov), float(tcov))
-            yield query_name, target_name, float(fident), coverage, float(evalue)
-
-    def _pairs(self, name: str) -> Iterator[tuple[str, str]]:
-        return ((first, second) for first, second in self._rows(name))
+            names = _name(query_header), _name(target_header)
+            yield *names, float(fident), coverage, float(evalue)
 
     def _rows(self, name: str) -> Iterator[list[str]]:
         with (self._work / name).open() as lines:
             for line in lines:
                 yield line.rstrip("\n").split("\t")
+
+
+def _name(header: str) -> str:
+    return header.split(maxsplit=1)[0]

@@ -41,7 +41,6 @@ from performers.app.files import replacement
 from performers.proteins.inputs.lines import CheckedLines, Header
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 from performers.proteins.inputs.streams import (
-    DAMAGED,
     STANDARD_INPUT,
     compression,
     decompressed,
@@ -259,15 +258,14 @@ def _reading(path: Path, name: str) -> Iterator[_Reading]:
         raise _error(
             name, reading, f"the {kind} data end too early", "copy the file again"
         ) from None
-    except DAMAGED as fault:
-        raise _damaged(name, reading, kind, fault) from None
     except FileNotFoundError:
         raise FastaError(name, "no such file", "check the path") from None
     except IsADirectoryError:
         raise FastaError(name, "this is a directory", "name the FASTA files in it") from None
     except OSError as fault:
         if fault.errno is None:
-            raise _damaged(name, reading, kind, fault) from None
+            problem = f"the {kind} data are corrupt ({fault})"
+            raise _error(name, reading, problem, "copy the file again") from None
         reason = fault.strerror or str(fault)
         raise _error(
             name, reading, f"cannot be read ({reason})", "check the file and its permissions"
@@ -358,10 +356,6 @@ def _error(name: str, reading: _Reading | None, problem: str, remedy: str) -> Fa
     """An error at the line last read, if any was."""
     lines = reading and reading.lines
     return FastaError(lines.place if lines and lines.number else name, problem, remedy)
-
-
-def _damaged(name: str, reading: _Reading | None, kind: str | None, fault: Exception) -> FastaError:
-    return _error(name, reading, f"the {kind} data are corrupt ({fault})", "copy the file again")
 
 
 def _write_records(handle: TextIO, records: Iterable[ProteinRecord], width: int) -> None:

@@ -1,13 +1,12 @@
 """Bytes of files and of standard input, decompressed: gzip, bzip2, xz and Zstandard.
 
 The compression is told from the first bytes, never from the name. Data that end too early raise
-EOFError, and damaged data one of `DAMAGED` or an OSError without a number.
+EOFError, and damaged data an OSError without a number.
 """
 
 from __future__ import annotations
 
 import bz2
-import gzip
 import io
 import lzma
 import os
@@ -15,18 +14,17 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 STANDARD_INPUT = Path("-")
 """Path that means standard input."""
-
-DAMAGED = (zlib.error, lzma.LZMAError)
 
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -66,14 +64,25 @@ def decompressed(raw: io.BufferedReader, kind: str | None) -> IO[bytes]:
     Raises:
         ImportError: The data are compressed with Zstandard, whose package is missing.
     """
+    return raw if kind is None else io.BufferedReader(_Frames(raw, *_decompressor(kind)))
+
+
+def _decompressor(kind: str) -> tuple[Callable[[], Any], type[Exception]]:
+    """Maker of a frame's decompressor, and the error that it raises."""
     if kind == "gzip":
-        # GzipFile reads as a binary file does, though its type does not say so.
-        return cast(IO[bytes], gzip.GzipFile(fileobj=raw))
+        # The window of 32 KiB, with gzip's header.
+        return partial(zlib.decompressobj, 15 + 16), zlib.error
     if kind == "bzip2":
-        return bz2.BZ2File(raw)
+        return bz2.BZ2Decompressor, OSError
     if kind == "xz":
-        return lzma.LZMAFile(raw)
-    return raw if kind is None else io.BufferedReader(_ZstandardReader(raw))
+        return lzma.LZMADecompressor, lzma.LZMAError
+    try:
+        import zstandard
+    except ImportError as error:
+        raise ImportError(
+            "reading Zstandard files needs zstandard: pip install 'performers[proteins]'"
+        ) from error
+    return zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
 
 
 @contextmanager
@@ -96,19 +105,18 @@ def rereadable(paths: Sequence[Path]) -> Iterator[list[tuple[Path, str]]]:
         yield sources
 
 
-class _ZstandardReader(io.RawIOBase):
-    """Zstandard frames, one after another; unlike the package's reader it refuses half a frame."""
+class _Frames(io.RawIOBase):
+    """Frames one after another, zeros between them left out.
 
-    def __init__(self, raw: io.BufferedReader) -> None:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise ImportError(
-                "reading Zstandard files needs zstandard: pip install 'performers[proteins]'"
-            ) from error
-        self._package = zstandard
-        self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+    Other data after a frame are an error, where the readers of ``bz2``, ``lzma`` and ``zstandard``
+    end as if the data did.
+    """
+
+    def __init__(
+        self, raw: io.BufferedReader, start: Callable[[], Any], damage: type[Exception]
+    ) -> None:
+        self._raw, self._start, self._damage = raw, start, damage
+        self._frame = start()
         self._between = True
         self._pending = memoryview(b"")
 
@@ -117,19 +125,20 @@ class _ZstandardReader(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         while not self._pending:
-            data = self._frame.unused_data if self._frame.eof else b""
+            data = b""
             if self._frame.eof:
-                self._frame = self._package.ZstdDecompressor().decompressobj()
-                self._between = True
+                data, self._frame, self._between = self._frame.unused_data, self._start(), True
             data = data or self._raw.read(1 << 16)
             if not data:
                 if self._between:
                     return 0
                 raise EOFError
+            if self._between and not (data := data.lstrip(b"\0")):
+                continue
             self._between = False
             try:
                 self._pending = memoryview(self._frame.decompress(data))
-            except self._package.ZstdError as error:
+            except self._damage as error:
                 raise OSError(str(error)) from error
         target = memoryview(buffer).cast("B")
         count = min(len(target), len(self._pending))
