@@ -63,7 +63,8 @@ def check_same(one, many, bound=1e-5):
         ("bert", 2, {"sequence_parallel": 2, "transfer_steps": 2}),
         ("gpt2", 2, {"sequence_parallel": 2, "transfer_steps": 0, "loss": "task"}),
         ("electra", 2, {"sequence_parallel": 2, "transfer_steps": 0, "loss": "embedding"}),
-        ("bert", 2, {"fsdp": True, "transfer_steps": 2, "loss": "hidden", "accumulation": 2}),
+        # Of a model without masks, which processes with rows of their own draw apart.
+        ("electra", 2, {"fsdp": True, "transfer_steps": 2, "loss": "hidden", "accumulation": 2}),
         ("llama", 4, {"sequence_parallel": 2, "transfer_steps": 2}),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
@@ -81,10 +82,11 @@ def test_a_killed_process_ends_the_run_and_it_resumes_exactly(tmp_path):
     options = {"sequence_parallel": 2, "transfer_steps": 2, "killed": 4}
     process = start("llama", tmp_path / "run", 2, {**OPTIONS, **options})
     log = []
-    for line in process.stdout:
-        log.append(line)
-        if line.strip() == "killed":
-            killed = time.monotonic()
+    with process.stdout as lines:
+        for line in lines:
+            log.append(line)
+            if line.strip() == "killed":
+                killed = time.monotonic()
     assert process.wait(timeout=300) != 0
     assert time.monotonic() - killed < 60
     assert "lost another one of this run" in "".join(log)
