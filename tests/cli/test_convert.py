@@ -374,6 +374,13 @@ def test_bad_models_and_data_are_one_line(causal, masked, tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_several_processes_are_refused(causal, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal("convert", *causal, *SMALL, "--output", tmp_path / "out")
+    assert line.startswith("performers convert runs in one process")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_something_in_it_is_left_alone(causal, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()

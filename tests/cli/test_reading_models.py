@@ -104,3 +104,14 @@ def test_report_writes_its_page(model, fasta, tmp_path):
     markup = (output / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in markup
     assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
+
+
+def test_report_draws_the_relatives_that_a_protein_is_read_from(masked, fasta, tmp_path):
+    records, _ = read_fasta(fasta)
+    relatives = tmp_path / "relatives.fasta"
+    relatives.write_text(f">near\n{records[0].sequence[:-1]}W\n>far\n{records[1].sequence}\n")
+    output = tmp_path / "report"
+    given = ("--protein", records[0].name, "--relatives", relatives, "--relatives-tokens", 250)
+    _, lines = run("report", masked, fasta, "--output", output, *given)
+    assert "read with 2 relatives" in " ".join(lines)
+    assert (output / "figures" / "relatives.png").exists()
