@@ -20,9 +20,15 @@ class BareExceptions(AbstractContextManager[None]):
     """Context in which an exception of the base class itself becomes a ValueError.
 
     The tokenizers library raises no other. Exceptions of derived classes pass.
+
+    Args:
+        name: File or other input at fault, which the message of the ValueError begins with.
     """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
         """Raise the ValueError."""
         if kind is Exception:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{self._name}: {error}") from error

@@ -100,7 +100,7 @@ def _load_tokenizer(folder: Path, of_text: bool) -> PreTrainedTokenizerBase:
         ValueError: The tokenizer cannot be read, or splits differently.
         UserError: It is of the other kind.
     """
-    with BareExceptions():
+    with BareExceptions("tokenizer.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # A tokenizer of proteins knows few letters; one of bytes has no token for a sequence's end.
     is_text = tokenizer.eos_token_id is None or len(tokenizer) > _MOST_LETTERS

@@ -52,7 +52,7 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerBase:
     if not path.exists():
         raise UserError(f"--tokenizer {path} does not exist; give a tokenizer.json or its folder")
     try:
-        with BareExceptions():
+        with BareExceptions("tokenizer.json"):
             if path.is_dir():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
             else:

@@ -1,7 +1,9 @@
 """With and without the compiled library: what is said, what still works, what is an error."""
 
 import ctypes
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +14,11 @@ import torch
 import performers
 from performers.attention.native import library
 from performers.attention.native.interface import Call, ListedCall
-from tests.attention.native.apart import execute
 
 NAME = {"darwin": "libperformers_native.dylib", "win32": "libperformers_native.dll"}.get(
     sys.platform, "libperformers_native.so"
 )
+VARIABLES = ("PERFORMERS_NATIVE_LIBRARY", "PERFORMERS_NATIVE_ISA")
 IS_BUILT = library.unavailable_reason() is None
 BUILT = pytest.mark.skipif(not IS_BUILT, reason="the library is not in this installation")
 ISAS = library.available_isas() if IS_BUILT else ()
@@ -41,11 +43,28 @@ class Installation:
         )
 
     def run(self, code, **variables):
+        environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+        # An editable install of the package outranks the path, so it goes first.
         prologue = (
+            "import sys\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirect' not in type(f).__name__]\n"
             "import torch, performers\n"
             f"assert performers.__file__.startswith({str(self.folder)!r}), performers.__file__\n"
         )
-        return execute(prologue + code, self.folder, self.folder, **variables)
+        return execute(
+            prologue + code,
+            environment | {"PYTHONPATH": str(self.folder), **variables},
+        )
+
+
+def execute(code, environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture
@@ -210,18 +229,17 @@ def test_the_library_is_used_where_it_is(installation):
 
 @BUILT
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_instruction_set_can_be_chosen(isa, tmp_path):
+def test_the_instruction_set_can_be_chosen(isa):
     code = "from performers.attention.native import library; print(library.isa())"
-    result = execute(code, tmp_path, PERFORMERS_NATIVE_ISA=isa)
+    result = execute(code, os.environ | {"PERFORMERS_NATIVE_ISA": isa})
     assert result.stdout == f"{isa}\n", result.stderr
 
 
 @BUILT
-def test_an_unknown_instruction_set_is_an_error(tmp_path):
+def test_an_unknown_instruction_set_is_an_error():
     result = execute(
         "import performers; print('imported', flush=True); performers.backends()",
-        tmp_path,
-        PERFORMERS_NATIVE_ISA="avx1024",
+        os.environ | {"PERFORMERS_NATIVE_ISA": "avx1024"},
     )
     assert result.returncode == 1
     assert result.stdout == "imported\n"
@@ -232,12 +250,13 @@ def test_an_unknown_instruction_set_is_an_error(tmp_path):
 
 
 @BUILT
-def test_the_best_instruction_set_comes_first(tmp_path):
+def test_the_best_instruction_set_comes_first():
+    environment = {k: v for k, v in os.environ.items() if k != "PERFORMERS_NATIVE_ISA"}
     code = (
         "from performers.attention.native import library\n"
         "print(library.isa(), library.available_isas()[0], library.available_isas()[-1])"
     )
-    chosen, best, last = execute(code, tmp_path).stdout.split()
+    chosen, best, last = execute(code, environment).stdout.split()
     assert chosen == best
     assert last == "portable"
 
