@@ -47,7 +47,7 @@ MODEL: dict[str, Any] = {
 """Options of all models; a step is of 8,192 bytes for each."""
 
 START: dict[str, Any] = {"learning_rate": 4e-3, "look_back": [1, 2]}
-"""How contestants begin: the heads of a layer prefer the byte before, and the one before that."""
+"""Start of all contestants: heads of a layer prefer the byte before, and the one before that."""
 
 SHORT: dict[str, Any] = {
     "max_length": 256,

@@ -32,8 +32,8 @@ def check_shards(model: Any) -> None:
     must be those of the same tokens in a longer row, where their positions in it are passed.
 
     Raises:
-        ValueError: They are not: the model does not follow ``position_ids`` that count from 0, or
-            mixes tokens outside its attention.
+        ValueError: The model does not follow ``position_ids`` that count from 0, or mixes tokens
+            outside its attention.
     """
     if model not in _REFUSALS:
         _REFUSALS[model] = _refusal(model)
