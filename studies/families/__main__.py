@@ -35,7 +35,8 @@ class FamiliesOptions(Options):
         (8192, 16384, 65536),
         rising=True,
     )
-    seed: int = option("Random seed.", 0, at_least=0)
+    seeds: int = option("Trainings of each model, from different weights.", 3, at_least=1)
+    seed: int = option("First random seed.", 0, at_least=0)
     threads: int = option("Threads of torch.", 1, at_least=1)
 
 
@@ -75,29 +76,33 @@ def families(options: FamiliesOptions) -> None:
     )
     copied = copying_scored(4 * options.scored, options.seed)
     weights = options.output_folder / "weights"
+    seeds = range(options.seed, options.seed + options.seeds)
     parts["ceiling, synthetic"] = partial(measure_ceiling, copied, (0, 1))
-    copies: dict[str, Callable[[], Part]] = {
-        f"copying, {name}": partial(copying, name, shape, 4 * options.scored, options.seed, weights)
+    parts |= {
+        f"copying, {name}, seed {seed}": partial(copying, name, shape, copied, seed, weights)
+        for seed in seeds
         for name in CONTESTANTS
     }
-    parts |= {name: copies.pop(name) for name in [f"copying, {name}" for name in REAL]}
     if options.corpus is not None:
         known = corpus_split(corpus, "train")
 
-        def trained(name: str, steps: int) -> Callable[[], Part]:
+        def trained(name: str, steps: int, seed: int) -> Callable[[], Part]:
             longer = replace(shape, steps=steps, every=max(1, steps // 4))
             return partial(
                 real_families, name, longer, known, {"corpus": sets["corpus"]}, counts,
-                options.row_tokens, options.seed, weights,
+                options.row_tokens, seed, weights,
             )  # fmt: skip
 
-        parts |= {f"families, {name}": trained(name, options.family_steps) for name in REAL}
-        longest = f"families, {REAL[0]}, {options.long_steps:,} steps"
-        parts[longest] = trained(REAL[0], options.long_steps)
-    parts |= copies
+        parts |= {
+            f"families, {name}, seed {seed}": trained(name, options.family_steps, seed)
+            for seed in seeds
+            for name in REAL
+        }
+        longest = f"families, {REAL[0]}, {options.long_steps:,} steps, seed {options.seed}"
+        parts[longest] = trained(REAL[0], options.long_steps, options.seed)
     parts |= {
         f"contexts, {name}, {tokens:,} tokens": partial(contexts, name, shape, tokens, options.seed)
-        for name in REAL
+        for name in REAL[:2]
         for tokens in options.contexts
         if name != "exact" or tokens <= MOST_EXACT
     }

@@ -17,7 +17,7 @@ from studies.families.synthetic import synthetic_families
 from studies.families.training import CONTESTANTS, Shape, make_model, score, train
 from studies.parts import Part
 
-REAL = ("features, window over positions", "exact")
+REAL = ("features, window over positions", "exact", "features, listed keys")
 """Contestants that are trained on real families."""
 
 _LENGTH = 40
@@ -33,30 +33,35 @@ def copying_scored(count: int, seed: int) -> Scored:
     return draw_scored(drawn, count, 1, 4 * _LENGTH, seed)
 
 
-def copying(name: str, shape: Shape, count: int, seed: int, folder: Path) -> Part:
+def copying(name: str, shape: Shape, scored: Scored, seed: int, folder: Path) -> Part:
     """Train on pairs of relatives of 80% identity; the model is kept for `real_families`.
 
     Args:
         name: One of `CONTESTANTS`.
         shape: Size of the model and of its training.
-        count: Proteins to score.
-        seed: Random seed.
+        scored: Proteins to score.
+        seed: Random seed of the weights and of the training.
         folder: Receives the weights.
 
     Returns:
         ``curve``, see `train`, and ``alone``: scores without the relative.
     """
-    note(f"copying: {name}")
+    note(f"copying: {name}, seed {seed}")
     # As many as the training reads; each is two rows of two members.
     families = -(-shape.steps * shape.batch_tokens // (4 * _LENGTH))
     drawn = synthetic_families(families, length=_LENGTH, seed=seed)
     rows = FamilyRows(drawn, max_length=8 * _LENGTH, seed=seed)
-    scored = copying_scored(count, seed)
     model, curve = train(CONTESTANTS[name], shape, rows, scored, 1, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), folder / f"{name}.partial")
-    (folder / f"{name}.partial").rename(folder / f"{name}.pt")
+    file = weights_file(folder, name, seed)
+    torch.save(model.state_dict(), file.with_suffix(".partial"))
+    file.with_suffix(".partial").rename(file)
     return {"curve": curve, "alone": score(model, CONTESTANTS[name], scored, 0)}
+
+
+def weights_file(folder: Path, name: str, seed: int) -> Path:
+    """The file of the weights that `copying` keeps."""
+    return folder / f"{name}, seed {seed}.pt"
 
 
 def training_rows(proteins: ProteinFamilies, max_length: int, seed: int) -> FamilyRows:
@@ -97,11 +102,11 @@ def real_families(
         ``curve``, see `train` (one relative, first source), and ``scores`` by source and number of
         relatives.
     """
-    note(f"families: {name}")
+    note(f"families: {name}, seed {seed}")
     contestant = CONTESTANTS[name]
     model = make_model(contestant, shape, seed)
     if copied is not None:
-        model.load_state_dict(torch.load(copied / f"{name}.pt", weights_only=True))
+        model.load_state_dict(torch.load(weights_file(copied, name, seed), weights_only=True))
     rows = training_rows(proteins, max_length, seed)
     first = next(iter(scored.values()))
     quick = replace(first, indices=first.indices[:30])

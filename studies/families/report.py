@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.pages import Table
@@ -48,42 +50,58 @@ def copying_table(parts: Mapping[str, Part]) -> Table:
     """A line for each attention: accuracy by training step, and without the relative."""
     steps = list(dict.fromkeys(int(x["step"]) for part in parts.values() for x in part["curve"]))
     rows = []
-    for name, part in parts.items():
-        found = {int(x["step"]): x for x in part["curve"]}
+    for name, starts in _by_model(parts).items():
+        curves = [{int(x["step"]): x["accuracy"] for x in part["curve"]} for part in starts]
+        seconds = statistics.mean(part["curve"][-1]["cpu_seconds"] for part in starts)
         rows.append(
             (
                 name,
-                *(percent(found[step]["accuracy"]) if step in found else "–" for step in steps),
-                percent(part["alone"]["accuracy"]),
-                f"{part['curve'][-1]['cpu_seconds']:.0f}",
+                str(len(starts)),
+                *(spread([curve[step] for curve in curves if step in curve]) for step in steps),
+                spread([part["alone"]["accuracy"] for part in starts]),
+                f"{seconds:.0f}",
             )
         )
-    columns = ("attention", *(f"step {step:,}" for step in steps), "no relative", "CPU seconds")
-    return Table(columns, rows)
+    columns = (*("attention", "seeds"), *(f"step {step:,}" for step in steps))
+    return Table((*columns, "no relative", "CPU seconds"), rows)
 
 
 def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> Table:
     """Accuracy and perplexity by number of relatives, beside the profile of the ceiling."""
-    lines: list[tuple[str, str, Mapping[str, Any]]] = []
+    lines: list[tuple[str, str, Sequence[Mapping[str, Any]]]] = []
     for source in next(iter(parts.values()))["scores"]:
-        lines.append((source, "profile of alignments", ceilings[source]["relatives"]))
-        lines += [(source, name, part["scores"][source]) for name, part in parts.items()]
-    counts = list(dict.fromkeys(count for *_, found in lines for count in found))
+        lines.append((source, "profile of alignments", [ceilings[source]["relatives"]]))
+        lines += [
+            (source, name, [part["scores"][source] for part in starts])
+            for name, starts in _by_model(parts).items()
+        ]
+    counts = list(dict.fromkeys(count for *_, found in lines for count in found[0]))
     rows = [
         (
             *names,
-            *(percent(found[count]["accuracy"]) for count in counts),
-            *(f"{found[count]['perplexity']:.1f}" for count in counts),
+            str(len(starts)),
+            *(spread([found[count]["accuracy"] for found in starts]) for count in counts),
+            *(
+                f"{statistics.geometric_mean(found[count]['perplexity'] for found in starts):.1f}"
+                for count in counts
+            ),
         )
-        for *names, found in lines
+        for *names, starts in lines
     ]
     columns = (
-        "families",
-        "predicted by",
+        *("families", "predicted by", "seeds"),
         *(f"accuracy, {count}" for count in counts),
         *(f"perplexity, {count}" for count in counts),
     )
     return Table(columns, rows, names=2)
+
+
+def _by_model(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
+    """The trainings of each model from different seeds."""
+    found = defaultdict(list)
+    for name, part in parts.items():
+        found[name.rpartition(", seed ")[0]].append(part)
+    return found
 
 
 def contexts_table(parts: Mapping[str, Part]) -> Table:
@@ -105,3 +123,11 @@ def contexts_table(parts: Mapping[str, Part]) -> Table:
 def percent(value: Any) -> str:
     """A share in percent."""
     return f"{100 * value:.1f}%"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The mean in percent, and the standard deviation if there are several values."""
+    if not values:
+        return "–"
+    mean = percent(statistics.mean(values))
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean

@@ -144,7 +144,7 @@ def test_bits_by_place_are_those_of_the_oracle(rows, length, context, carry, tex
         ({"families": "all"}, r"--families is for sequences"),
         ({"objective": "mlm", "carry_state": True}, "--carry-state needs --objective clm"),
         ({"fsdp": True}, "--fsdp and --sequence-parallel are for sequences"),
-        ({"memory": 4}, "--memory needs --attention exact and --carry-state"),
+        ({"memory": 4}, "--memory needs --attention exact"),
         ({"attention": "exact", "carry_state": True}, "needs --memory"),
         ({"carry_state": True, "reversible": True}, "cannot be combined with --reversible"),
         ({"carry_state": True, "position_embedding": "learned"}, "use --positions rotary"),

@@ -87,6 +87,14 @@ def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
             {"attention": "exact", "window": 8},
             "--window needs --attention favor-softmax, got --attention exact",
         ),
+        ({"attention": "favor-relu", "estimator": "hyperbolic"}, "--estimator needs --attention"),
+        ({"attention": "exact", "sequence_parallel": 2}, "--sequence-parallel needs --attention"),
+        ({"objective": "clm", "mask_probability": 0.2}, "--mask-probability needs --objective mlm"),
+        ({"objective": "clm", "position_window": 2}, "--position-window needs --objective mlm"),
+        (
+            {"memory": 8, "carry_state": True, "objective": "clm"},
+            "--memory needs --attention exact",
+        ),
         ({"reversible": True, "gradient_checkpointing": True}, "--gradient-checkpointing"),
     ],
     ids=str,
@@ -96,6 +104,10 @@ def test_options_that_do_not_go_together(options, shown):
         TrainingOptions(**options)
     assert shown in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_option_at_its_default_needs_nothing():
+    TrainingOptions(attention="exact", estimator="positive", sequence_parallel=1)
 
 
 def test_to_make_options_draws_nothing():

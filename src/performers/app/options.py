@@ -7,8 +7,9 @@ made from these fields (see ``performers.cli.commands``), and an instance checks
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -65,6 +66,8 @@ class Declaration:
         config: Attribute of the model's configuration that the option sets.
         changes_result: Whether a run with another value is another run.
         group: Heading of the help for this option and those after it.
+        needs: Other fields, and the value or pattern (``favor-*``) that each must have for this
+            option to have an effect.
     """
 
     help: str
@@ -80,6 +83,7 @@ class Declaration:
     config: str | None = None
     changes_result: bool = True
     group: str | None = None
+    needs: Mapping[str, str] = field(default_factory=dict)
 
     def check(self, flag: str, value: Any) -> None:
         """Check a value.
@@ -129,15 +133,22 @@ class Options:
     """Base class of the options of a command."""
 
     def __post_init__(self) -> None:
-        """Check ranges and choices.
+        """Check ranges, choices and the other options that an option needs.
 
         Raises:
-            OptionError: An option is out of range.
+            OptionError: An option is out of range, or would have no effect.
         """
         for item in fields(self):
             value = getattr(self, item.name)
-            if "option" in item.metadata and value is not None:
-                item.metadata["option"].check(self.flag(item.name), value)
+            if "option" not in item.metadata or value is None:
+                continue
+            declared, flag = item.metadata["option"], self.flag(item.name)
+            declared.check(flag, value)
+            for name, pattern in declared.needs.items() if value != item.default else ():
+                found = getattr(self, name)
+                if not fnmatchcase(str(found), pattern):
+                    other = self.flag(name)
+                    raise OptionError(f"{flag} needs {other} {pattern}, got {other} {found}")
 
     @classmethod
     def flag(cls, name: str) -> str:

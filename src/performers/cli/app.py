@@ -108,18 +108,15 @@ def evaluate(options: EvaluationOptions) -> None:
     model, fasta = model_and_fasta(options.paths)
     network, tokenizer = load_model(model)
     records = protein_records(fasta)
-    rows = None
-    if options.relatives is not None:
-        relatives = read_relatives(
-            options.relatives, options.relatives_tokens, model, tokenizer, records
-        )
-        rows = relatives.rows(records)
+    relatives = read_relatives(
+        options.relatives, options.relatives_tokens, model, tokenizer, records
+    )
     with ProgressBars() as bars:
         metrics = evaluate_model(
             network,
             tokenizer,
             [record.sequence for record in records],
-            relatives=rows,
+            relatives=relatives and relatives.rows(records),
             max_length=options.max_length or model_max_length(tokenizer),
             batch_tokens=options.batch_tokens,
             mask_probability=options.mask_probability,

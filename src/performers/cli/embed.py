@@ -66,15 +66,9 @@ def embed(options: EmbeddingOptions) -> None:
 
         model = load(folder, device=options.device, dtype=options.dtype)
         model.check_length(files.letters.longest)
-        relatives = None
-        if options.relatives is not None:
-            relatives = read_relatives(
-                options.relatives,
-                options.relatives_tokens,
-                folder,
-                model.tokenizer,
-                files.records(),
-            )
+        relatives = read_relatives(
+            options.relatives, options.relatives_tokens, folder, model.tokenizer, files.records()
+        )
         width, done = 0, 0
         with open_vectors(options.output_file, per_residue=options.per_residue) as write:
             for records in files.chunks(8 * options.batch_tokens):

@@ -107,13 +107,13 @@ def check_relatives_tokens(relatives: Path | None, tokens: int | None) -> None:
 
 
 def read_relatives(
-    path: Path,
+    path: Path | None,
     tokens: int | None,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
     proteins: Iterable[ProteinRecord],
-) -> Relatives:
-    """Read --relatives, check that every protein has some, and say how many.
+) -> Relatives | None:
+    """Read --relatives, if given, check that every protein has some, and say how many.
 
     Args:
         path: FASTA file.
@@ -126,6 +126,8 @@ def read_relatives(
         UserError: The file holds no sequence, headers do not fit, or a protein has no relative or
             leaves no place for one.
     """
+    if path is None:
+        return None
     from performers.proteins.inputs.fasta import read_fasta
     from performers.proteins.inputs.relatives import Relatives
     from performers.proteins.model_folder import model_max_length, reads_families

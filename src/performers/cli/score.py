@@ -99,15 +99,13 @@ def score(options: ScoreOptions) -> None:
             table = VariantTable(options.variants, proteins)
         else:
             model.check_length(proteins.letters.longest)
-        relatives = None
-        if options.relatives is not None:
-            relatives = read_relatives(
-                options.relatives,
-                options.relatives_tokens,
-                folder,
-                model.tokenizer,
-                proteins.records() if table is None else set(table.proteins.values()),
-            )
+        relatives = read_relatives(
+            options.relatives,
+            options.relatives_tokens,
+            folder,
+            model.tokenizer,
+            proteins.records() if table is None else set(table.proteins.values()),
+        )
         bars = stack.enter_context(ProgressBars())
         if table is not None:
             columns = COLUMNS if relatives is None else (*COLUMNS, WITH_RELATIVES)

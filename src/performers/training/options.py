@@ -67,12 +67,14 @@ class TrainingOptions(Options):
         "positive",
         choices=ESTIMATORS,
         config="estimator",
+        needs={"attention": "favor-softmax"},
     )
     window: int | None = option(
         "Tokens seen exactly to each side (favor-softmax).",
         None,
         at_least=0,
         config="window",
+        needs={"attention": "favor-softmax"},
     )
     position_window: int | None = option(
         "Positions seen exactly to each side, in all members of a row of --families, by half of "
@@ -80,6 +82,7 @@ class TrainingOptions(Options):
         None,
         at_least=0,
         config="position_window",
+        needs={"attention": "favor-softmax", "objective": "mlm"},
     )
     position_embedding: str = option(
         "rotary, sinusoidal or learned.",
@@ -118,12 +121,16 @@ class TrainingOptions(Options):
         above=0,
     )
     carry_state: bool = option(
-        "Hand the state of a text's segment on to the next one (texts).", False, group="Batches"
+        "Hand the state of a text's segment on to the next one (texts).",
+        False,
+        needs={"objective": "clm"},
+        group="Batches",
     )
     memory: int | None = option(
         "Keys before a segment that exact attention sees with --carry-state (texts).",
         None,
         at_least=1,
+        needs={"attention": "exact"},
         group="Batches",
     )
     optimizer: str = option(
@@ -140,7 +147,11 @@ class TrainingOptions(Options):
     weight_decay: float = option("Weight decay of matrices and embeddings.", 0.1, at_least=0)
     max_grad_norm: float = option("Norm at which gradients are clipped.", 0.5, at_least=0)
     mask_probability: float = option(
-        "Share of residues to predict (mlm).", 0.15, at_least=1e-6, at_most=1
+        "Share of residues to predict (mlm).",
+        0.15,
+        at_least=1e-6,
+        at_most=1,
+        needs={"objective": "mlm"},
     )
     redraw_steps: int = option(
         "Steps between fresh random features; 0 keeps the first.", 1000, at_least=0
@@ -173,6 +184,7 @@ class TrainingOptions(Options):
         "Processes of torchrun that share each row (favor attention); includes --fsdp.",
         1,
         at_least=1,
+        needs={"attention": "favor-*"},
     )
     fsdp: bool = option(
         "Weights and optimiser state sharded over the processes of torchrun (FSDP2).", False
@@ -263,46 +275,25 @@ class TrainingOptions(Options):
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
                 "keep no activations anyway"
             )
-        if self.sequence_parallel > 1 and not self.attention.startswith("favor-"):
-            raise OptionError(
-                "--sequence-parallel needs an --attention whose name begins with favor-, got "
-                f"{self.attention}"
-            )
         if self.sharded and self.optimizer == "muon":
             raise OptionError(
                 "--optimizer muon needs whole matrices, and --fsdp or --sequence-parallel shards "
                 "them: use --optimizer adamw"
             )
-        if self.window is not None and self.attention != "favor-softmax":
-            raise OptionError(
-                f"--window needs --attention favor-softmax, got --attention {self.attention}"
-            )
-        self._check_position_window()
-        self._check_carry()
-        self._check_memory()
-
-    def _check_position_window(self) -> None:
-        if self.position_window is None:
-            return
-        for flag, needed, found in (
-            ("--attention favor-softmax", self.attention == "favor-softmax", self.attention),
-            ("--objective mlm", self.objective == "mlm", self.objective),
-            ("two --heads or more", self.num_heads > 1, self.num_heads),
-        ):
-            if not needed:
-                raise OptionError(f"--position-window needs {flag}, got {found}")
-        if self.sequence_parallel > 1:
+        if self.position_window is not None and self.num_heads < 2:
+            raise OptionError(f"--position-window needs two --heads or more, got {self.num_heads}")
+        if self.position_window is not None and self.sequence_parallel > 1:
             raise OptionError(
                 "--position-window cannot be combined with --sequence-parallel; leave out one"
             )
+        self._check_carry()
+        self._check_memory()
 
     def _check_carry(self) -> None:
-        if self.memory is not None and not (self.attention == "exact" and self.carry_state):
-            raise OptionError("--memory needs --attention exact and --carry-state")
+        if self.memory is not None and not self.carry_state:
+            raise OptionError("--memory needs --carry-state")
         if not self.carry_state:
             return
-        if self.objective != "clm":
-            raise OptionError("--carry-state needs --objective clm: a state is of the past")
         if self.attention == "exact" and self.memory is None:
             raise OptionError(
                 "--carry-state with --attention exact needs --memory, the number of keys to keep"
