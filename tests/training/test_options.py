@@ -89,7 +89,7 @@ def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
         ),
         ({"attention": "favor-relu", "estimator": "hyperbolic"}, "--estimator needs --attention"),
         ({"attention": "exact", "sequence_parallel": 2}, "--sequence-parallel needs --attention"),
-        ({"objective": "clm", "mask_probability": 0.2}, "--mask-probability needs --objective mlm"),
+        ({"objective": "clm", "mask_probability": 0.2}, "--mask-probability needs --objective"),
         ({"objective": "clm", "position_window": 2}, "--position-window needs --objective mlm"),
         (
             {"memory": 8, "carry_state": True, "objective": "clm"},

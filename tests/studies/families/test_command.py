@@ -38,8 +38,8 @@ def corpus(tmp_path):
 
 def test_the_study(corpus, tmp_path):
     arguments = [
-        "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2, "--seeds", 2,
-        "--copy-steps", 2, "--family-steps", 2, "--long-steps", 3,
+        "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2,
+        "--seeds", 2, "--copy-steps", 2, "--family-steps", 2, "--long-steps", 3,
         "--row-tokens", 100, "--batch-tokens", 320,
         "--hidden-size", 16, "--contexts", 512,
     ]  # fmt: skip
