@@ -11,25 +11,26 @@ import torch
 from tests.attention.cases import BACKENDS, POSITIVE, Configuration, refusal
 from tests.features.cases import CASES, Case
 
+_CASES = {case.name: case for case in CASES}
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left = [item for item in items if not _is_covered(item)]
+    left = {item for item in items if not _is_covered(item)}
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if _is_covered(item)]
+        config.hook.pytest_deselected(items=list(left))
+        items[:] = [item for item in items if item not in left]
 
 
 def _is_covered(item: pytest.Item) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    names = {case.name: case for case in CASES}
-
-    def values(kind: type) -> list:
-        return [x for x in params.values() if isinstance(x, kind)]
-
-    backends = [x for x in values(str) if x in BACKENDS]
-    maps = [*values(Case), *(names[x] for x in values(str) if x in names)] or [POSITIVE]
-    modes = [params.get("mode", "bidirectional")]
-    dtypes, devices = values(torch.dtype) or [torch.float32], [params.get("device", "cpu")]
-    takes = (x.takes(case, mode) for x, case, mode in product(values(Configuration), maps, modes))
-    covers = (refusal(*option) is None for option in product(backends, maps, dtypes, devices))
+    backends = [x for x in params.values() if isinstance(x, str) and x in BACKENDS]
+    configurations = [x for x in params.values() if isinstance(x, Configuration)]
+    if not (backends or configurations):
+        return True
+    named = (_CASES.get(x, x) if isinstance(x, str) else x for x in params.values())
+    maps = [x for x in named if isinstance(x, Case)] or [POSITIVE]
+    dtypes = [x for x in params.values() if isinstance(x, torch.dtype)] or [torch.float32]
+    mode, device = params.get("mode", "bidirectional"), params.get("device", "cpu")
+    takes = (x.takes(case, mode) for x, case in product(configurations, maps))
+    covers = (refusal(*option, device) is None for option in product(backends, maps, dtypes))
     return all(takes) and all(covers)

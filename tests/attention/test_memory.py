@@ -46,9 +46,9 @@ def exhaustive(*values):
     ("mode", "packed", "options"),
     [
         ("bidirectional", False, PLAIN),
-        ("causal", False, PLAIN),
-        ("bidirectional", True, PLAIN),
         ("causal", False, EXACT),
+        exhaustive("causal", False, PLAIN),
+        exhaustive("bidirectional", True, PLAIN),
         exhaustive("bidirectional", False, EXACT),
         exhaustive("bidirectional", True, EXACT),
         exhaustive("causal", True, EXACT),

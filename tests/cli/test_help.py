@@ -7,7 +7,9 @@ import pytest
 
 import performers
 from performers import features
+from performers.app import conversion
 from performers.app import options as app_options
+from performers.convert.distillation import trainers
 from performers.models import registry
 from performers.training import options
 from tests.cli.commands import refusal, run
@@ -103,4 +105,5 @@ def test_names_that_help_spells_are_those_of_the_packages():
     assert tuple(registry.ATTENTIONS)[: len(options.ATTENTIONS)] == options.ATTENTIONS
     assert app_options.ESTIMATORS == features.ESTIMATORS
     assert app_options.PROJECTIONS == features.PROJECTIONS
+    assert conversion.LOSSES == trainers.LOSSES
     assert set(options.ESTIMATORS) == {*features.ESTIMATORS} - {*features.CALIBRATED}

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from performers.app.options import ESTIMATORS, Estimator, OptionError, Options, argument, option
 
+# Spelt here so that the command line starts without torch; a test compares them with those of
+# `performers.distill`.
+LOSSES = ("logits", "hidden", "embedding", "task")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions(Options):
@@ -65,6 +69,7 @@ class ConversionOptions(Options):
         "logits, hidden, embedding or task; logits by default, embedding for a model without a "
         "head.",
         None,
+        choices=LOSSES,
     )
     hidden_weight: float = option(
         "Weight of the hidden states' error, beside that of logits or embeddings.",

@@ -1,6 +1,7 @@
 """With and without the compiled library: what is said, what still works, what is an error."""
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -30,11 +31,67 @@ def attend(backend=None):
 """
 
 
+# Forks a process for each program, since all import torch.
+SERVER = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    code, environment, out, err = json.loads(line)
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    failed = 0
+    try:
+        exec(code, {})
+    except BaseException:
+        traceback.print_exc()
+        failed = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(failed)
+"""
+
+
+class Server:
+    """Runs programs in processes that have imported torch and nothing of the package."""
+
+    def __init__(self, folder):
+        self.folder, self.count = folder, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, code, environment):
+        self.count += 1
+        files = [self.folder / f"{self.count}.{name}" for name in ("out", "err")]
+        print(
+            json.dumps([code, environment, *map(str, files)]), file=self.process.stdin, flush=True
+        )
+        returncode = int(self.process.stdout.readline())
+        out, err = (file.read_text() for file in files)
+        return subprocess.CompletedProcess([], returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Server(tmp_path_factory.mktemp("programs"))
+    yield made
+    made.process.communicate(timeout=60)
+
+
 class Installation:
     """A copy of the installed package, with another library or none."""
 
-    def __init__(self, folder):
-        self.folder = folder
+    def __init__(self, folder, server):
+        self.folder, self.server = folder, server
         self.native = folder / "performers" / "attention" / "native"
         shutil.copytree(
             Path(performers.__file__).parent,
@@ -51,25 +108,14 @@ class Installation:
             "import torch, performers\n"
             f"assert performers.__file__.startswith({str(self.folder)!r}), performers.__file__\n"
         )
-        return execute(
-            prologue + code,
-            environment | {"PYTHONPATH": str(self.folder), **variables},
+        return self.server.run(
+            prologue + code, environment | {"PYTHONPATH": str(self.folder), **variables}
         )
 
 
-def execute(code, environment):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture
-def installation(tmp_path):
-    return Installation(tmp_path)
+def installation(tmp_path, server):
+    return Installation(tmp_path, server)
 
 
 def test_without_the_library_everything_else_works_and_one_line_says_why(installation):
@@ -229,15 +275,15 @@ def test_the_library_is_used_where_it_is(installation):
 
 @BUILT
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_instruction_set_can_be_chosen(isa):
+def test_the_instruction_set_can_be_chosen(isa, server):
     code = "from performers.attention.native import library; print(library.isa())"
-    result = execute(code, os.environ | {"PERFORMERS_NATIVE_ISA": isa})
+    result = server.run(code, os.environ | {"PERFORMERS_NATIVE_ISA": isa})
     assert result.stdout == f"{isa}\n", result.stderr
 
 
 @BUILT
-def test_an_unknown_instruction_set_is_an_error():
-    result = execute(
+def test_an_unknown_instruction_set_is_an_error(server):
+    result = server.run(
         "import performers; print('imported', flush=True); performers.backends()",
         os.environ | {"PERFORMERS_NATIVE_ISA": "avx1024"},
     )
@@ -250,13 +296,13 @@ def test_an_unknown_instruction_set_is_an_error():
 
 
 @BUILT
-def test_the_best_instruction_set_comes_first():
+def test_the_best_instruction_set_comes_first(server):
     environment = {k: v for k, v in os.environ.items() if k != "PERFORMERS_NATIVE_ISA"}
     code = (
         "from performers.attention.native import library\n"
         "print(library.isa(), library.available_isas()[0], library.available_isas()[-1])"
     )
-    chosen, best, last = execute(code, environment).stdout.split()
+    chosen, best, last = server.run(code, environment).stdout.split()
     assert chosen == best
     assert last == "portable"
 

@@ -102,7 +102,6 @@ def arguments(
 
 # Calls whose operators are compiled, too: all arguments that change what is returned or wanted.
 COMPILED = (
-    "masked, causal",
     "one projection a head",
     "state to state",
     "transposed, causal",

@@ -36,7 +36,9 @@ def corpus(tmp_path):
     return folder
 
 
-def test_the_study(corpus, tmp_path):
+def test_the_study(corpus, tmp_path, monkeypatch):
+    # A process of its own is tests/benchmark/test_memory.py's.
+    monkeypatch.setattr("studies.families.contexts.run_apart", lambda measure, threads: measure())
     arguments = [
         "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2,
         "--seeds", 2, "--copy-steps", 2, "--family-steps", 2, "--long-steps", 3,
