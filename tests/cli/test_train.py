@@ -38,7 +38,7 @@ def test_flags_reach_the_options(fasta, output):
     """One of each type; all are made from the dataclass in the same way."""
     changes = {
         "objective": "clm",
-        "attention": "favor-relu",
+        "attention": "favor-softmax",
         "num_layers": 1,
         "num_heads": 4,
         "num_features": 12,

@@ -169,7 +169,13 @@ def test_compiled_without_graph_breaks(name, chunk):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu", "exact"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "favor-softmax",
+        *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ("favor-relu", "exact")),
+    ],
+)
 def test_compiled_with_a_mask(name):
     model = masked_model(name)
     ids, mask = right_padded(rows_of(20, 13))

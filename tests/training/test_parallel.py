@@ -55,10 +55,7 @@ def test_a_number_of_processes_that_does_not_fit(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"sequence_parallel": 2, "attention": "exact"},
-            "--sequence-parallel needs an --attention",
-        ),
+        ({"sequence_parallel": 2, "attention": "exact"}, "--sequence-parallel needs --attention"),
         ({"sequence_parallel": 2, "optimizer": "muon"}, "--optimizer muon needs whole matrices"),
         ({"fsdp": True, "optimizer": "muon"}, "use --optimizer adamw"),
         ({"sequence_parallel": 0}, "--sequence-parallel must be"),
