@@ -184,6 +184,17 @@ def saved_error(folder: Path) -> dict[str, float]:
     return {"logits": relative(loaded(**inputs).logits, expected, expected)}
 
 
+def short_row_error(rank: int) -> dict[str, float]:
+    """Error of the logits of three tokens, of which the last process has one."""
+    model = make_model("causal").eval()
+    ids = make_batch("causal")["input_ids"][:, :3]
+    expected = model(ids).logits
+    with sequence_parallel():
+        found = model(**shard({"input_ids": ids}, is_causal=True)).logits
+    here = slice(2, 3) if rank else slice(0, 2)
+    return {"logits": relative(found, expected[:, here], expected)}
+
+
 def unlike_models(rank: int) -> str:
     """The refusal of models whose features differ between ranks."""
     model = make_model("causal")
@@ -200,4 +211,9 @@ def unlike_models(rank: int) -> str:
 def all_errors(folder: Path) -> dict[str, dict[str, float]]:
     """Errors of all models, of a saved one and of a short training run."""
     found = {f"model {kind}": model_errors(kind) for kind in KINDS}
-    return {**found, "saved": saved_error(folder / "llama"), "five steps": training_errors(512)}
+    return {
+        **found,
+        "saved": saved_error(folder / "llama"),
+        "five steps": training_errors(512),
+        "short row": short_row_error(dist.get_rank()),
+    }
