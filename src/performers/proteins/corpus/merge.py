@@ -225,7 +225,7 @@ class _Blocks:
 
 
 def _distinct(draws: Draws) -> Draws:
-    """Different ones of a copy of some draws, by sorting: numpy's table takes several times more."""
+    """Different ones of a copy of some draws, by sorting: numpy's table takes far more memory."""
     draws.sort()
     return draws[np.diff(draws, prepend=~draws[:1]) != 0]
 
