@@ -108,6 +108,11 @@ def test_a_shard_of_one_token(results_of):
         assert rank["models"]["short row"]["logits"] < 2e-6
 
 
+def test_positions_of_padding_before_the_tokens(results_of):
+    for rank in results_of(2):
+        assert rank["models"]["left padding"]["logits"] < 2e-6
+
+
 def test_models_that_differ_between_ranks(results_of):
     for rank in results_of(2):
         found = rank["unlike models"]

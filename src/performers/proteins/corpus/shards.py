@@ -110,7 +110,7 @@ class ShardWriter:
         np.save(self._folder / f"{name}.offsets.npy", offsets)
         with (self._folder / f"{name}.names.txt").open("wb") as file:
             file.writelines(self._names)
-        digest = hashlib.sha256(tokens).hexdigest()
+        digest = hashlib.sha256(tokens.data).hexdigest()
         self._shards.append(
             {"name": name, "sequences": lengths.size, "tokens": tokens.size, "sha256": digest}
         )
