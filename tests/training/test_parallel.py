@@ -170,7 +170,7 @@ def check_same(one, many, bound=1e-5):
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, {"fsdp": True, "accumulation": 2}),
+        (2, {"fsdp": True, "accumulation": 2, "dtype": "bfloat16"}),
         (2, {"sequence_parallel": 2, "objective": "clm", "packed": True, "max_length": 60}),
         (2, {"sequence_parallel": 2, "objective": "clm", "reversible": True}),
         (4, {"sequence_parallel": 2, "gradient_checkpointing": True}),

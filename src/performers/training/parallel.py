@@ -16,6 +16,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -92,6 +93,9 @@ class ParallelTrainer(CheckpointTrainer):
             for text in ("Slicing a flattened dim", "FSDP2-wrapped module"):
                 warnings.filterwarnings("ignore", message=text, category=UserWarning)
         super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            # See `_compute_in_bfloat16_`.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if self.get_cp_size() > 1:
             # A communicator of their own: messages must not be mixed up with FSDP's.
             ranks = self.accelerator.torch_device_mesh["cp"].mesh.tolist()
@@ -108,6 +112,8 @@ class ParallelTrainer(CheckpointTrainer):
                     f"the processes do not begin with one model: {error}; processors of different "
                     "kinds draw features that differ by rounding, so run on one kind"
                 ) from error
+            if self.args.bf16:
+                _compute_in_bfloat16_(self.model, self.args.device.type)
         if self.args.world_size > 1:
             # Dropout, and masks that a collator draws, must not be those of another process.
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -251,6 +257,15 @@ def lost_processes(remedy: str) -> Iterator[None]:
             f"process {os.environ.get('RANK', '0')} lost another one of this run, which has ended "
             f"or cannot be reached ({reason}); {remedy}"
         ) from error
+
+
+def _compute_in_bfloat16_(model: nn.Module, device: str) -> None:
+    """Let a model compute under autocast, as accelerate does in one process.
+
+    Its policy for FSDP2 would also round the loss, norms, sums of gradients and logits to bfloat16.
+    """
+    autocast = torch.autocast(device, torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(autocast(model.forward))
 
 
 def _enable_fsdp_on_cpu() -> None:
