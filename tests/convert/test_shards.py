@@ -21,6 +21,9 @@ class Alone(NamedTuple):
         groups = call.query.shape[1] // call.value.shape[1]
         return call.value.unsqueeze(2).expand(-1, -1, groups, -1, -1)
 
+    def tell_positions(self, position_ids):
+        pass
+
 
 def converted(kind):
     return to_performer(build(kind), num_features=8)
@@ -47,6 +50,16 @@ def test_positions_are_asked_for(kind):
     assert model(ids, **keep)[0].shape[:2] == ids.shape
 
 
+def with_rope(kind):
+    """A model whose frequencies depend on the length of a row, beyond 16 positions."""
+    model = build("llama")
+    rope = {"rope_type": kind, "rope_theta": 100.0, "original_max_position_embeddings": 16}
+    half = model.config.hidden_size // model.config.num_attention_heads // 2
+    factors = {"long_factor": [4.0] * half, "short_factor": [1.0] * half}
+    model.config.rope_parameters = {**rope, **(factors if kind == "longrope" else {"factor": 4.0})}
+    return to_performer(type(model)(model.config), num_features=8)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -58,8 +71,10 @@ def test_positions_are_asked_for(kind):
             lambda: to_performer(small("BertForSequenceClassification"), num_features=8),
             "pools over a row",
         ),
+        (lambda: with_rope("dynamic"), "rotary positions .'dynamic'. from the largest position"),
+        (lambda: with_rope("longrope"), "rotary positions .'longrope'. from the largest position"),
     ],
-    ids=["roberta", "vit", "bart", "classifier"],
+    ids=["roberta", "vit", "bart", "classifier", "dynamic", "longrope"],
 )
 def test_models_that_shards_would_compute_wrong(model, message):
     model = model()
@@ -67,6 +82,16 @@ def test_models_that_shards_would_compute_wrong(model, message):
         check_shards(model)
     with sharded(Alone()), pytest.raises(ValueError, match=message):
         model(torch.zeros(1, 3, 32, 32) if "ViT" in type(model).__name__ else token_ids(1, 12))
+
+
+def test_layers_that_are_left_out_at_random():
+    model = converted("opt").train()
+    model.config.layerdrop = 0.1
+    inputs = {"input_ids": token_ids(1, 12), "position_ids": torch.arange(12)[None]}
+    with sharded(Alone()):
+        with pytest.raises(ValueError, match=r"layerdrop=0\.1 lets each process leave out"):
+            model(**inputs, use_cache=False)
+        model.eval()(**inputs, use_cache=False)
 
 
 def test_a_layer_that_mixes_tokens():

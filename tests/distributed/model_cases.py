@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import performers
 from performers.convert import load_performer, to_performer
+from performers.convert.distillation.rows import Row
 from performers.distributed import check_alike, count_labels, sequence_parallel, shard
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 
@@ -184,6 +185,35 @@ def saved_error(folder: Path) -> dict[str, float]:
     return {"logits": relative(loaded(**inputs).logits, expected, expected)}
 
 
+def short_row_error(rank: int) -> dict[str, float]:
+    """Error of the logits of three tokens, of which the last process has one."""
+    model = make_model("causal").eval()
+    ids = make_batch("causal")["input_ids"][:, :3]
+    expected = model(ids).logits
+    with sequence_parallel():
+        found = model(**shard({"input_ids": ids}, is_causal=True)).logits
+    here = slice(2, 3) if rank else slice(0, 2)
+    return {"logits": relative(found, expected[:, here], expected)}
+
+
+def left_padded_error(rank: int) -> dict[str, float]:
+    """Error of the logits of a row padded before its tokens, of a model that counts padding too."""
+    torch.manual_seed(3)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 40, "n_positions": 24}
+    config = GPT2Config(**sizes, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2)
+    model = to_performer(GPT2LMHeadModel(config), num_features=8).eval()
+    mask = torch.ones(1, 24, dtype=torch.int64)
+    mask[:, :5] = 0
+    batch = {"input_ids": torch.arange(3, 27)[None], "attention_mask": mask}
+    expected = model(**batch, use_cache=False).logits
+    row = Row(dist.group.WORLD)
+    with sequence_parallel():
+        local = row.shard(batch, is_causal=True, counts_padding=True)
+        found = model(**local, use_cache=False).logits
+    kept = row.cut(mask, 1) == 1
+    return {"logits": relative(found[kept], row.cut(expected, 1)[kept], expected)}
+
+
 def unlike_models(rank: int) -> str:
     """The refusal of models whose features differ between ranks."""
     model = make_model("causal")
@@ -200,4 +230,10 @@ def unlike_models(rank: int) -> str:
 def all_errors(folder: Path) -> dict[str, dict[str, float]]:
     """Errors of all models, of a saved one and of a short training run."""
     found = {f"model {kind}": model_errors(kind) for kind in KINDS}
-    return {**found, "saved": saved_error(folder / "llama"), "five steps": training_errors(512)}
+    return {
+        **found,
+        "saved": saved_error(folder / "llama"),
+        "five steps": training_errors(512),
+        "short row": short_row_error(dist.get_rank()),
+        "left padding": left_padded_error(dist.get_rank()),
+    }

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import performers
-from performers.distributed import sequence_parallel
+from performers.distributed import sequence_parallel, shard
 from performers.models import (
     PerformerConfig,
     PerformerForCausalLM,
@@ -15,6 +15,7 @@ from performers.models import (
 )
 
 from .attention_cases import make_features
+from .model_cases import make_model
 
 
 def refusals(rank: int) -> dict[str, str]:
@@ -79,6 +80,11 @@ def refusals(rank: int) -> dict[str, str]:
             out = model(reversible=True).train()(ids, position_ids=ids + 12 * rank)
         out.logits.sum().backward()
 
+    def converted() -> None:
+        llama = make_model("llama").eval()
+        with sequence_parallel():
+            llama(ids, position_ids=ids, use_cache=False)
+
     # On rank 1 all keys are hidden.
     rows, heads = (torch.full((1, *x, 12), rank == 0) for x in ((1, 12), (2, 1)))
     wrong_mask = torch.ones(1, 3 if rank == 0 else 12, dtype=torch.bool)
@@ -107,6 +113,9 @@ def refusals(rank: int) -> dict[str, str]:
         "no positions": lambda: run(model(), use_cache=False),
         "cache": lambda: run(model().eval(), position_ids=ids + 12 * rank),
         "exact": lambda: run(model(attention="exact"), position_ids=ids, use_cache=False),
+        "one token": lambda: shard({"input_ids": ids[:, :1]}, is_causal=True) and None,
+        "positions of a row of its own": lambda: run(model(), position_ids=ids, use_cache=False),
+        "positions of a converted model": converted,
         "classifier": lambda: run(model(PerformerForSequenceClassification), position_ids=ids),
     }
     return {name: _message(case) for name, case in cases.items()}

@@ -43,6 +43,9 @@ REFUSALS = {
     "no positions": "position_ids must be passed inside",
     "cache": "use_cache=False",
     "exact": 'attention="exact" inside',
+    "one token": "a position for each of 2 processes, got rows of 1",
+    "positions of a row of its own": r"position_ids begin again at 0 on rank 1",
+    "positions of a converted model": r"position_ids begin again at 0 on rank 1",
     "classifier": "PerformerForSequenceClassification inside",
 }
 
@@ -98,6 +101,16 @@ def test_models(results_of, kind):
 def test_a_sharded_model_is_saved_as_one(results_of):
     for rank in results_of(2):
         assert rank["models"]["saved"]["logits"] < 1e-6
+
+
+def test_a_shard_of_one_token(results_of):
+    for rank in results_of(2):
+        assert rank["models"]["short row"]["logits"] < 2e-6
+
+
+def test_positions_of_padding_before_the_tokens(results_of):
+    for rank in results_of(2):
+        assert rank["models"]["left padding"]["logits"] < 2e-6
 
 
 def test_models_that_differ_between_ranks(results_of):

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from performers.app.errors import UserError
+from performers.models.manifest import write_manifest
 from performers.proteins.training.train import train_model
+from performers.training.checkpoints import newest_checkpoint
 from performers.training.record import last_complete_checkpoint
 from tests.proteins.runs import (
     losses,
@@ -74,6 +76,21 @@ def folder(broken_off, tmp_path):
 @pytest.fixture
 def checkpoints(folder):
     return folder / "checkpoints"
+
+
+def test_checkpoints_of_another_number_of_processes(checkpoints):
+    """They hold what fewer processes need, but batches would be others."""
+    for step in (2, 4):
+        checkpoint = checkpoints / f"checkpoint-{step}"
+        state = checkpoint / "rng_state.pth"
+        for process in range(3):
+            shutil.copy(state, checkpoint / f"rng_state_{process}.pth")
+        state.unlink()
+        write_manifest(checkpoint)
+    assert newest_checkpoint(checkpoints, processes=3).name == "checkpoint-4"
+    for processes in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"by 3 processes, and this run has {processes}: sta"):
+            newest_checkpoint(checkpoints, processes=processes)
 
 
 def test_a_manifest_lists_every_file_of_a_checkpoint(checkpoints):

@@ -6,6 +6,7 @@ import torch
 
 from performers.app.errors import UserError
 from performers.models import PerformerConfig, PerformerForMaskedLM
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.training import memory
 from performers.training.memory import machine_bytes, parameter_count, training_bytes
 from performers.training.options import TrainingOptions
@@ -56,6 +57,23 @@ def test_the_optimiser_counts():
     count = parameter_count(config)
     assert 16 * count < training_bytes(config, "adamw") < 17 * count
     assert 12 * count < training_bytes(config, "muon") < 13 * count
+
+
+def test_machines_share_what_is_sharded(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    options = {"hidden_size": 512, "num_layers": 4}
+    count = parameter_count(TrainingOptions(**options).model_config(build_protein_tokenizer()))
+    # Whole weights while the model is made, then an eighth of weights, gradients and state.
+    monkeypatch.setattr(memory, "machine_bytes", lambda: 6 * count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    TrainingOptions(**options, fsdp=True)
+    TrainingOptions(**options, sequence_parallel=4)
+    with pytest.raises(UserError, match="needs at least"):
+        TrainingOptions(**options)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    with pytest.raises(UserError, match="needs at least"):
+        TrainingOptions(**options, fsdp=True)
 
 
 def test_the_machine_has_memory_and_a_container_may_have_less(monkeypatch, tmp_path):

@@ -4,16 +4,18 @@ import json
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from performers.app.errors import UserError
 from performers.app.options import OptionError
 from performers.distributed.batches import one_row, with_least_length
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.training.arguments import training_arguments
-from performers.training.parallel import lost_processes, mesh_arguments
+from performers.training.parallel import ParallelTrainer, lost_processes, mesh_arguments
 from tests.proteins.runs import (
     finish,
     flags,
@@ -41,7 +43,7 @@ def test_processes_on_the_mesh(processes, share):
     [
         ({"sequence_parallel": 2}, 1, "--sequence-parallel 2 needs .* a multiple of 2, .* has 1; "),
         ({"sequence_parallel": 4}, 6, r"a multiple of 4, .* has 6; .* --nproc-per-node 4 -m perf"),
-        ({"fsdp": True}, 1, "--fsdp needs several processes"),
+        ({"fsdp": True}, 1, "--fsdp needs several processes, and this run has 1"),
     ],
 )
 def test_a_number_of_processes_that_does_not_fit(
@@ -91,6 +93,22 @@ def test_short_rows_are_padded():
         "labels": [[5, 6, -100, -100]],
         "attention_mask": [[1, 1, 0, 0]],
     }
+
+
+def test_positions_of_relatives_are_padded():
+    ids = torch.tensor([[5, 6]])
+    padded = with_least_length({"input_ids": ids, "position_ids": ids}, 3, pad=1)
+    assert padded["position_ids"].tolist() == [[5, 6, 0]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_process_draws_its_own_dropout(process, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "train", lambda trainer: torch.initial_seed())
+    trainer = ParallelTrainer.__new__(ParallelTrainer)
+    trainer.args = SimpleNamespace(fsdp=None, seed=5, world_size=2, process_index=process)
+    torch.manual_seed(5)
+    assert trainer.train() == 5 + process
 
 
 def test_an_unknown_tensor_is_not_padded():
@@ -152,7 +170,7 @@ def check_same(one, many, bound=1e-5):
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, {"fsdp": True, "accumulation": 2}),
+        (2, {"fsdp": True, "accumulation": 2, "dtype": "bfloat16"}),
         (2, {"sequence_parallel": 2, "objective": "clm", "packed": True, "max_length": 60}),
         (2, {"sequence_parallel": 2, "objective": "clm", "reversible": True}),
         (4, {"sequence_parallel": 2, "gradient_checkpointing": True}),

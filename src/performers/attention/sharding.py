@@ -23,6 +23,9 @@ class Sharding(Protocol):
     def attend(self, call: AttentionCall, backend: str | None) -> Tensor:
         """The output ``(batch, key_heads, groups, L, value_dim)`` for an unchecked local call."""
 
+    def tell_positions(self, position_ids: Tensor) -> None:
+        """Take the positions, without padding, that the next calls of a model are for."""
+
 
 # Per thread, as `use_backend` is; and all of them, for the threads of autograd.
 _thread = threading.local()

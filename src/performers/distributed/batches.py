@@ -35,8 +35,8 @@ def shard(
         cu_seqlens: Boundaries of packed sequences, as for `sequence_parallel`.
 
     Raises:
-        ValueError: The batch has neither ``input_ids`` nor ``inputs_embeds``, or a tensor is not
-            as long.
+        ValueError: The batch has neither ``input_ids`` nor ``inputs_embeds``, a tensor is not as
+            long, or there are fewer positions than processes; the same on all ranks.
     """
     inputs = batch.get("input_ids", batch.get("inputs_embeds"))
     if inputs is None:
@@ -48,6 +48,12 @@ def shard(
                 f"{name} must have shape {rows} or {rows} and more dimensions, as the inputs have, "
                 f"got {tuple(tensor.shape)}: take it out of the batch, and cut it apart"
             )
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rows[1] < size:
+        raise ValueError(
+            f"batch must have a position for each of {size} processes, got rows of {rows[1]}: pad "
+            "them, or use fewer processes"
+        )
     whole = dict(batch)
     if "position_ids" not in whole:
         mask = whole.get("attention_mask")
@@ -65,7 +71,6 @@ def shard(
     if is_causal and "labels" in whole and "shift_labels" not in whole:
         whole["labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=_IGNORED)
         whole["shift_labels"] = whole["labels"]
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
     return {name: x.tensor_split(size, dim=1)[rank].contiguous() for name, x in whole.items()}
 
 
@@ -99,7 +104,8 @@ def with_least_length(batch: Mapping[str, Tensor], length: int, *, pad: int) -> 
         return dict(batch)
     whole = dict(batch)
     whole.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
-    fills = {"input_ids": pad, "attention_mask": 0, "labels": _IGNORED, "sequence_ids": -1}
+    fills = {"input_ids": pad, "labels": _IGNORED, "sequence_ids": -1}
+    fills |= {"attention_mask": 0, "position_ids": 0}
     others = sorted(whole.keys() - fills.keys())
     if others:
         raise ValueError(

@@ -135,12 +135,23 @@ class SequenceParallel:
     def __init__(self, group: dist.ProcessGroup, boundaries: tuple[int, ...] | None) -> None:
         self.group, self.boundaries = group, boundaries
         self.calls = self.message_bytes = 0
+        # True on a rank after the first where a model counts its positions from 0.
+        self._begins_again: Tensor | bool = False
         self._seen: WeakKeyDictionary[FeatureMap, _Seen] = WeakKeyDictionary()
 
     @property
     def row(self) -> tuple[str, tuple[int, ...] | None]:
         """Name of the group, and the boundaries."""
         return self.group.group_name, self.boundaries
+
+    @_disable_dynamo
+    def tell_positions(self, position_ids: Tensor) -> None:
+        """Take the positions ``(B, L)``, without padding, that the next calls of a model are for.
+
+        They begin at 0 on the first rank alone, but where a packed sequence begins.
+        """
+        later = self.boundaries is None and dist.get_rank(self.group) > 0
+        self._begins_again = (position_ids[..., 0] == 0).any() if later else False
 
     # A graph break to torch.compile, as collectives and numbers read from tensors are.
     @_disable_dynamo
@@ -189,12 +200,13 @@ class SequenceParallel:
                     "block for each"
                 )
             return seen.lengths, seen.cuts
-        names = ("refused", *_Header._fields, "feature_map")
+        names = ("refused", "begins_again", *_Header._fields, "feature_map")
         own = torch.zeros(len(names), dtype=torch.int64, device=device)
         if isinstance(header, ValueError):
             own[0] = 1
         else:
-            own[1:-1] = torch.tensor(header, device=device)
+            own[1] = self._begins_again
+            own[2:-1] = torch.tensor(header, device=device)
             own[-1] = _checksum(features)
         rows = gather(own, self.group).tolist()
         if isinstance(header, ValueError):
@@ -205,6 +217,12 @@ class SequenceParallel:
             raise ValueError(
                 f"favor_attention refused its arguments on ranks {ranks}: see the error of those "
                 "processes"
+            )
+        if any(columns["begins_again"]):
+            raise ValueError(
+                f"position_ids begin again at 0 on rank {columns['begins_again'].index(1)} of one "
+                "row: pass a model those of the whole row (performers.distributed.shard adds "
+                "them), and the boundaries of packed sequences to sequence_parallel(cu_seqlens=...)"
             )
         for name in _Header._fields[2:]:
             if len(set(columns[name])) > 1:

@@ -195,6 +195,9 @@ class PerformerModel(PerformerPreTrainedModel):
         check_cache_position(cache_position, length)
         if config.is_decoder and past is None:
             _check_first(hidden_states.shape[1], position_ids)
+        sharding = current_sharding()
+        if sharding is not None and position_ids is not None and attention_mask is None:
+            sharding.tell_positions(position_ids)
         keys_are_gone = cache is not None and not cache.keeps_keys and length > 0
         if output_attentions and keys_are_gone:
             raise ValueError(
@@ -377,7 +380,7 @@ def _bool_mask(mask: Tensor) -> Tensor:
 
 def _check_first(length: int, position_ids: Tensor | None) -> None:
     """Check that a first call is not a step of generation that lacks its past."""
-    if length != 1 or position_ids is None or is_tracing():
+    if length != 1 or position_ids is None or is_tracing() or current_sharding() is not None:
         return
     if bool((position_ids > 0).any()):
         raise ValueError(

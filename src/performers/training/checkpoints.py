@@ -51,7 +51,8 @@ def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False
         The checkpoint; None if no saving was completed and the run starts anew.
 
     Raises:
-        ValueError: There are complete checkpoints and all are damaged.
+        ValueError: There are complete checkpoints and all are damaged, or the newest that is not is
+            that of another number of processes, which would read other batches.
     """
     steps = {
         int(path.name.removeprefix("checkpoint-")): path
@@ -64,7 +65,7 @@ def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False
         names = ["optimizer.pt", "scheduler.pt", *names]
     newest, faults = None, {}
     for step in sorted(steps, reverse=True):
-        fault = _fault(steps[step], step, names, weights=not sharded)
+        fault = _fault(steps[step], step, names, processes, weights=not sharded)
         if fault is None:
             newest = steps[step]
             break
@@ -83,7 +84,9 @@ def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False
     return newest
 
 
-def _fault(checkpoint: Path, step: int, names: list[str], *, weights: bool) -> str | None:
+def _fault(
+    checkpoint: Path, step: int, names: list[str], processes: int, *, weights: bool
+) -> str | None:
     """Reason why a run cannot resume from a checkpoint; None if it can."""
     damage = find_damage(checkpoint)
     if damage is not None:
@@ -93,6 +96,15 @@ def _fault(checkpoint: Path, step: int, names: list[str], *, weights: bool) -> s
     # Written last, before the manifest: the only sign of the end without a manifest.
     if not (_is_json(state) if manifest is None else _STATE in manifest):
         return _UNFINISHED
+    saved = len(list(checkpoint.glob("rng_state_*.pth"))) or int(
+        (checkpoint / "rng_state.pth").exists()
+    )
+    # Without a manifest a missing file is no sign of fewer.
+    if saved > processes or (manifest is not None and saved not in (0, processes)):
+        raise ValueError(
+            f"{checkpoint} was saved by {saved} processes, and this run has {processes}: start as "
+            "many, or begin anew in another folder"
+        )
     for name in names:
         if not (checkpoint / name).is_file():
             return f"{name} is missing"

@@ -17,19 +17,22 @@ _FLOAT32 = 4
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
-def check_training_memory(config: PerformerConfig, optimizer: str, tokens: int = 0) -> None:
+def check_training_memory(
+    config: PerformerConfig, optimizer: str, tokens: int = 0, share: float = 1.0
+) -> None:
     """Refuse a training that no memory of this machine can hold.
 
     Args:
         config: The model.
         optimizer: ``"adamw"`` or ``"muon"``.
         tokens: Tokens of a batch, whose activations are counted too.
+        share: Part of sharded weights that is on this machine.
 
     Raises:
         UserError: The least memory that the training needs exceeds that of the processor and that
             of all accelerators together.
     """
-    needed = training_bytes(config, optimizer, tokens)
+    needed = training_bytes(config, optimizer, tokens, share)
     available = machine_bytes()
     if torch.cuda.is_available():
         devices = range(torch.cuda.device_count())
@@ -49,7 +52,9 @@ def check_training_memory(config: PerformerConfig, optimizer: str, tokens: int =
     )
 
 
-def training_bytes(config: PerformerConfig, optimizer: str, tokens: int = 0) -> int:
+def training_bytes(
+    config: PerformerConfig, optimizer: str, tokens: int = 0, share: float = 1.0
+) -> int:
     """Memory that a training step needs at least.
 
     A lower bound: weights, gradients and the optimiser's state, which is two numbers a weight for
@@ -60,12 +65,15 @@ def training_bytes(config: PerformerConfig, optimizer: str, tokens: int = 0) -> 
         config: The model.
         optimizer: ``"adamw"`` or ``"muon"``.
         tokens: Tokens of a batch in float32; 0 counts no activations.
+        share: Part of weights, gradients and state that is on this machine where several share
+            them; each begins and ends with whole weights.
 
     Returns:
         Bytes.
     """
     layers = config.num_hidden_layers
-    numbers = parameter_count(config) * (3 if optimizer == "muon" else 4)
+    copies = max(1.0, share * (3 if optimizer == "muon" else 4))
+    numbers = int(parameter_count(config) * copies)
     # A projection is drawn in float64.
     numbers += (layers + 2) * _feature_count(config)
     if not config.reversible:

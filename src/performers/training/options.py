@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from performers.app.options import Declaration, OptionError, Options, option
+from performers.app.processes import local_share
 
 if TYPE_CHECKING:
     from performers.models import PerformerConfig
@@ -343,7 +344,8 @@ class TrainingOptions(Options):
     def _check_memory(self, tokens: int = 0) -> None:
         from performers.training.memory import check_training_memory
 
-        check_training_memory(self._config(), self.optimizer, tokens)
+        share = local_share() if self.sharded else 1.0
+        check_training_memory(self._config(), self.optimizer, tokens, share)
 
     def _config(self, **tokens: Any) -> PerformerConfig:
         from performers.models import PerformerConfig

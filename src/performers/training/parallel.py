@@ -16,6 +16,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.utils import convert_outputs_to_fp32
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -54,10 +55,8 @@ def mesh_arguments(
         if Version(versions[name]) < Version(least):
             raise RuntimeError(f"needs {name} {least} or later, this is {versions[name]}")
     if processes == 1 or processes % sequence_parallel:
-        raise ValueError(
-            f"needs several processes, a multiple of {sequence_parallel}, and this run has "
-            f"{processes}"
-        )
+        multiple = f", a multiple of {sequence_parallel}" if sequence_parallel > 1 else ""
+        raise ValueError(f"needs several processes{multiple}, and this run has {processes}")
     return {
         "parallelism_config": accelerate.ParallelismConfig(
             dp_shard_size=processes // sequence_parallel, cp_size=sequence_parallel
@@ -78,7 +77,7 @@ class ParallelTrainer(CheckpointTrainer):
     Rows are cut over the processes of ``cp`` in accelerate's mesh, which all read the same batch.
     The loss is divided by the labels of all processes, so that gradients are those of one process
     on the whole batch. Weights and random features of all processes are compared before the first
-    step: FSDP2 does not broadcast them.
+    step: FSDP2 does not broadcast them. Each process draws its own dropout.
 
     Raises:
         UserError: Weights or random features differ between processes.
@@ -94,6 +93,9 @@ class ParallelTrainer(CheckpointTrainer):
             for text in ("Slicing a flattened dim", "FSDP2-wrapped module"):
                 warnings.filterwarnings("ignore", message=text, category=UserWarning)
         super().create_accelerator_and_postprocess()
+        if self.args.fsdp:
+            # See `_compute_in_bfloat16_`.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         if self.get_cp_size() > 1:
             # A communicator of their own: messages must not be mixed up with FSDP's.
             ranks = self.accelerator.torch_device_mesh["cp"].mesh.tolist()
@@ -101,7 +103,7 @@ class ParallelTrainer(CheckpointTrainer):
             self.sequence_group, _ = dist.new_subgroups_by_enumeration(world)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Compare the weights of all processes, and train."""
+        """Compare the weights of all processes, seed each apart, and train."""
         if self.args.fsdp:
             try:
                 check_alike(self.model)
@@ -110,9 +112,11 @@ class ParallelTrainer(CheckpointTrainer):
                     f"the processes do not begin with one model: {error}; processors of different "
                     "kinds draw features that differ by rounding, so run on one kind"
                 ) from error
-        if self.sequence_group is not None:
-            # Dropout of one shard must not be that of another.
-            torch.manual_seed(self.args.seed + dist.get_rank())
+            if self.args.bf16:
+                _compute_in_bfloat16_(self.model, self.args.device.type)
+        if self.args.world_size > 1:
+            # Dropout, and masks that a collator draws, must not be those of another process.
+            torch.manual_seed(self.args.seed + self.args.process_index)
         return super().train(*args, **kwargs)
 
     def _prepare_context_parallel_inputs(
@@ -253,6 +257,15 @@ def lost_processes(remedy: str) -> Iterator[None]:
             f"process {os.environ.get('RANK', '0')} lost another one of this run, which has ended "
             f"or cannot be reached ({reason}); {remedy}"
         ) from error
+
+
+def _compute_in_bfloat16_(model: nn.Module, device: str) -> None:
+    """Let a model compute under autocast, as accelerate does in one process.
+
+    Its policy for FSDP2 would also round the loss, norms, sums of gradients and logits to bfloat16.
+    """
+    autocast = torch.autocast(device, torch.bfloat16)
+    model.forward = convert_outputs_to_fp32(autocast(model.forward))
 
 
 def _enable_fsdp_on_cpu() -> None:

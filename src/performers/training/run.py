@@ -168,5 +168,6 @@ class TrainingRun:
             trainer.state.save_to_json(str(self.output / "trainer_state.json"))
             ended = {**self.record, "result": result}
             write_result(self._settings, ended, "training", seed=options.seed, model=self.output)
-        trainer.accelerator.wait_for_everyone()
+        with lost_processes(again):
+            trainer.accelerator.wait_for_everyone()
         return result

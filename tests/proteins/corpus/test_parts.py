@@ -193,6 +193,13 @@ def test_a_part_that_was_stopped_goes_on(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.npz"))
     assert written == names[5:]
     assert sorted(path.name for path in (tmp_path / "part").glob("*.npz")) == names
+    # A finished part is mended as its errors say.
+    (tmp_path / "part" / names[2]).unlink()
+    (tmp_path / "part" / names[4]).write_bytes(b"PK")
+    written.clear()
+    prepare_part(source, tmp_path / "part", OPTIONS, Part(1, 1))
+    assert written == [names[2], names[4]]
+    assert contents([tmp_path / "part"]) == contents([tmp_path / "whole"])
 
 
 def test_blocks_of_a_file_are_its_records(tmp_path):
@@ -266,6 +273,7 @@ def test_idmapping_tables(tmp_path):
         (None, table.read_text() + "UniRef50_Q\tS000\n", "lists a member of .* twice"),
         (None, "A\tB\nA\n", "bad.tsv:2: expected two columns"),
         (None, "A B C\n", "bad.tsv:1: expected two columns"),
+        (None, "A\tB\nCluster 1\tC\n", "bad.tsv:2: the cluster 'Cluster 1' has more than one"),
         (None, "", "names no cluster of a protein"),
         (cut, "", "cut.gz is damaged .it ends too early.; copy"),
         (rotten, "", "rotten.gz is damaged .*; copy"),
@@ -329,28 +337,45 @@ def test_parts_that_do_not_go_together(tmp_path):
 
 @pytest.mark.slow
 def test_memory_is_constant(tmp_path):
-    """The peak of a process does not grow with the number of proteins."""
+    """The peaks of a part and of a merge do not grow with the number of proteins."""
     import subprocess
     import sys
 
+    # A search that finds nothing: that of the stand-in takes hours.
+    (tmp_path / "bin" / "mmseqs").write_text("#!/bin/sh\n[ $1 = version ] || : > hits.tsv\n")
     peaks = []
     for millions in (0.5, 2):
         path = tmp_path / "names.fasta"
         with path.open("w") as file:
             for i in range(int(millions * 1e6)):
                 file.write(f">UniRef50_A{i:09d}\nMKVAWCDEFG\n")
-        script = (
+        part, corpus = tmp_path / f"part{millions}", tmp_path / f"corpus{millions}"
+        start = (
             "import resource, sys; from pathlib import Path; "
             "from performers.proteins.corpus import *; "
+            "from performers.proteins.corpus import merge; "
             "from performers.proteins.corpus.sources import given_source; "
-            "prepare_part(given_source([Path(sys.argv[1])]), Path(sys.argv[2]), SplitOptions(), "
-            "Part(1, 1)); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            "merge._COUNTED_AT_ONCE = 1 << 18; "
+            "first, second = map(Path, sys.argv[1:]); "
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script, path, tmp_path / str(millions)],
-            capture_output=True,
-            text=True,
-            check=True,
+        end = "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        options = "SplitOptions(shard_tokens=1 << 20)"
+        prepare = f"prepare_part(given_source([first]), second, {options}, Part(1, 1))"
+        peaks.append(
+            [
+                int(
+                    subprocess.run(
+                        [sys.executable, "-c", start + call + end, *paths],
+                        capture_output=True,
+                        text=True,
+                        check=True,
+                    ).stdout
+                )
+                for call, *paths in (
+                    (prepare, path, part),
+                    ("merge_parts([first], second)", part, corpus),
+                )
+            ]
         )
-        peaks.append(int(done.stdout))
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[1][0] < 1.1 * peaks[0][0]
+    assert peaks[1][1] < 1.1 * peaks[0][1]

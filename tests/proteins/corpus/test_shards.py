@@ -1,5 +1,7 @@
 """Shards give back what was written, from memory-mapped files."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,19 @@ def test_sequences_are_views_of_the_files(tmp_path):
     shards = TokenShards(tmp_path, write_shards(tmp_path, proteins()))
     assert isinstance(shards[3].base, np.memmap)
     assert not shards[3].flags.writeable
+
+
+def test_names_of_an_open_shard_take_the_memory_of_their_letters(tmp_path):
+    writer = ShardWriter(tmp_path)
+    tracemalloc.start()
+    for start in range(0, 20_000, 1000):
+        records = [(f"UniRef50_A{i:09d}", "M") for i in range(start, start + 1000)]
+        writer.extend([name for name, _ in records], *encode(records))
+    del records
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A name of 19 letters and its end, 3 tokens, a length of 8 bytes.
+    assert held < 1.3 * 20_000 * (20 + 3 + 8)
 
 
 def test_fingerprint_tells_residues_apart(tmp_path):

@@ -50,9 +50,23 @@ class Row:
         dist.broadcast_object_list(first, group_src=0, group=self.group)
         return with_least_length(first[0], self.size * max(1, window), pad=pad)
 
-    def shard(self, batch: Mapping[str, Tensor], *, is_causal: bool) -> dict[str, Tensor]:
-        """This process's shard of a batch, with its positions."""
-        return shard(batch, self.group, is_causal=is_causal)
+    def shard(
+        self, batch: Mapping[str, Tensor], *, is_causal: bool, counts_padding: bool = False
+    ) -> dict[str, Tensor]:
+        """This process's shard of a batch, with the positions that the model counts in whole rows.
+
+        Args:
+            batch: The whole batch.
+            is_causal: Whether labels are the next token's.
+            counts_padding: Padding before the tokens of a row has positions too.
+        """
+        whole, mask = dict(batch), batch.get("attention_mask")
+        if counts_padding and mask is not None and "position_ids" not in whole:
+            places = torch.arange(mask.shape[1], device=mask.device)
+            # Not beyond the last token: rows are padded at the end, where tables of positions stop.
+            last = (places * (mask != 0)).amax(1, keepdim=True)
+            whole["position_ids"] = places.minimum(last)
+        return shard(whole, self.group, is_causal=is_causal)
 
     def cut(self, x: Tensor, axis: int) -> Tensor:
         """This process's shard of a tensor of whole rows, whose positions are along an axis."""

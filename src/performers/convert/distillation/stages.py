@@ -162,7 +162,8 @@ class DistillationRun(transformers.TrainerCallback):
             for entry in self.result.history
             if entry["stage"] != stage or entry["step"] <= done
         ]
-        lost = contextlib.nullcontext() if trained is model else lost_processes(_RESUME)
+        alone = trainer.args.world_size == 1
+        lost = contextlib.nullcontext() if alone else lost_processes(_RESUME)
         with stop_on_signals(stop), lost:
             if checkpoint is not None and done >= steps and not sharded:
                 # Trainer would take one more step from the checkpoint of the last one.

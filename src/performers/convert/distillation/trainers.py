@@ -183,7 +183,11 @@ class DistillationTrainer(_LossTrainer):
         batch = self.whole_batch(inputs)
         arguments = {name: x for name, x in batch.items() if name not in _NO_ARGUMENTS}
         kept = batch if self.loss == "task" else arguments
-        shards: dict[str, Any] = {**self.row.shard(kept, is_causal=self.is_causal)}
+        # Models of transformers count all tokens, ours those of the mask.
+        kind = getattr(self.accelerator.unwrap_model(model).config, "model_type", None)
+        shards: dict[str, Any] = self.row.shard(
+            kept, is_causal=self.is_causal, counts_padding=kind != "performer"
+        )
         if self.loss != "task":
             # Outside the context, which would take whole rows for shards.
             shards["targets"] = self._targets(self.without_cache(model, arguments))

@@ -21,7 +21,7 @@ from performers.convert.distillation.batches import Collator, Stream
 from performers.convert.distillation.quality import kind_of
 from performers.convert.distillation.stages import Distillation, DistillationRun
 from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
-from performers.convert.families.shards import check_shards
+from performers.convert.families.shards import check_layers_run, check_shards
 from performers.convert.options import FAVOR
 from performers.convert.record import read_record, write_record
 from performers.convert.sentences import transformer_of
@@ -224,6 +224,7 @@ def _mesh(student: Any, sequence_parallel: int, *, fsdp: bool) -> dict[str, Any]
         raise ValueError(f"sequence_parallel must be at least 1, got {sequence_parallel}")
     if sequence_parallel == 1 and not fsdp:
         return {}
+    check_layers_run(student)
     try:
         return mesh_arguments(
             process_count(), sequence_parallel=sequence_parallel, blocks=_blocks(student)

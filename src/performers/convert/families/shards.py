@@ -32,8 +32,8 @@ def check_shards(model: Any) -> None:
     must be those of the same tokens in a longer row, where their positions in it are passed.
 
     Raises:
-        ValueError: The model does not follow ``position_ids`` that count from 0, or mixes tokens
-            outside its attention.
+        ValueError: The model does not follow ``position_ids`` that count from 0, computes rotary
+            frequencies from the longest row, or mixes tokens outside its attention.
     """
     if model not in _REFUSALS:
         _REFUSALS[model] = _refusal(model)
@@ -46,18 +46,38 @@ def check_shards(model: Any) -> None:
 
 def enter_shard(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a shard without the positions of its tokens in the row; a forward pre-hook."""
-    if current_sharding() is None or getattr(_running, "trial", False):
+    sharding = current_sharding()
+    if sharding is None or getattr(_running, "trial", False):
         return
     signature = inspect.signature(type(module).forward)
     call = signature.bind_partial(module, *args, **kwargs).arguments
     if not is_tracing():
         check_shards(module)
+    if module.training:
+        check_layers_run(module)
     if call.get("position_ids") is None:
         raise ValueError(
             f"position_ids must be passed to {type(module).__name__} {_CONTEXT}, which would "
             "count the tokens of each process from 0: performers.distributed.shard adds those of "
             "the whole row to a batch"
         )
+    if call.get("attention_mask") is None:
+        sharding.tell_positions(call["position_ids"])
+
+
+def check_layers_run(model: Any) -> None:
+    """Check that all processes run the same layers of a model in training.
+
+    Raises:
+        ValueError: The model leaves out layers at random, in each process others.
+    """
+    config = model.config.to_dict()
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):
+        if config.get(name):
+            raise ValueError(
+                f"{name}={config[name]} lets each process leave out other layers, while the rest "
+                f"wait for their messages: set {name} to 0 in the configuration"
+            )
 
 
 def _refusal(model: Any) -> str | None:
@@ -70,12 +90,27 @@ def _refusal(model: Any) -> str | None:
         return "would need two rows, of its encoder and its decoder"
     if not {"input_ids", "position_ids"} <= set(names):
         return "takes no position_ids, and would count the tokens of each process from 0"
+    if (rope := _rope_of_row(model)) is not None:
+        return (
+            f"computes the frequencies of its rotary positions ({rope!r}) from the largest "
+            "position of a call, which each process would take from its own shard"
+        )
     _running.trial = True
     try:
         with evaluation(model), torch.random.fork_rng():
             return _trial(model)
     finally:
         _running.trial = False
+
+
+def _rope_of_row(model: nn.Module) -> str | None:
+    """Type of rotary positions that depends on the length of a row, or None."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                return kind
+    return None
 
 
 def _trial(model: Any) -> str | None:

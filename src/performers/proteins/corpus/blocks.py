@@ -158,7 +158,7 @@ def write_part(
     by_cluster: bool,
     progress: Progress | None = None,
 ) -> None:
-    """Write the blocks of a part of the input; those that are there already are kept.
+    """Write the blocks of a part of the input; those that are there already, and whole, are kept.
 
     Args:
         folder: Where to; made if missing.
@@ -184,7 +184,12 @@ def write_part(
         )
     write_json(settings_file, wanted)
     if (folder / _PART).exists():
-        return
+        damaged = _damaged(folder)
+        if not damaged:
+            return
+        (folder / _PART).unlink()
+        for path in damaged:
+            path.unlink(missing_ok=True)
     clusters = open_clusters()
     total, before = sum(path.stat().st_size for path in files), 0
     for number, path in enumerate(files):
@@ -328,9 +333,19 @@ def _refuse_difference(
 
 
 def _blocks(folder: Path) -> list[Path]:
+    damaged = _damaged(folder)
+    if damaged:
+        raise UserError(
+            f"{damaged[0]} is missing or cut short; copy the part again, or run its command again "
+            "with --resume"
+        )
+    return [folder / name for name in read_json(folder / _PART)["blocks"]]
+
+
+def _damaged(folder: Path) -> list[Path]:
+    """Files of a finished part that are missing or cut short."""
     sizes: dict[str, int] = read_json(folder / _PART)["blocks"]
-    for name, size in sizes.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path} is missing or cut short; copy the part again")
-    return [folder / name for name in sizes]
+    paths = {folder / name: size for name, size in sizes.items()}
+    return [
+        path for path, size in paths.items() if not path.is_file() or path.stat().st_size != size
+    ]

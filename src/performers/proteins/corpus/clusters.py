@@ -64,7 +64,8 @@ class TableClusters:
             not made again.
 
     Raises:
-        UserError: A line has other columns, or a member is in two clusters.
+        UserError: A line has other columns, a cluster is named by several words, or a member is in
+            two clusters.
     """
 
     def __init__(self, table: Path, work: Path) -> None:
@@ -205,5 +206,10 @@ def _rows(table: Path) -> Iterator[tuple[str, str]]:
                 cluster = cluster if kind == "UniRef50" else ""
             else:
                 member, cluster = fields[0], fields[_UNIREF50_COLUMN]
+            if len(cluster.split()) > 1:
+                raise UserError(
+                    f"{table}:{number}: the cluster {cluster!r} has more than one word, which a "
+                    "header family=NAME cannot name; write it without spaces"
+                )
             if cluster:
                 yield member, cluster

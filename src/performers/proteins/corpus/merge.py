@@ -39,7 +39,7 @@ _CANDIDATES_PER_HELD_OUT = 6
 # Clusters of this size are candidates even if they exceed a tenth of the sequences held out.
 _ALWAYS_SMALL = 10
 # Draws in memory at once where all are counted.
-_COUNTED_AT_ONCE = 1 << 24
+_COUNTED_AT_ONCE = 1 << 22
 
 
 def finished(output: Path, wanted: Mapping[str, Any], report: Report) -> dict[str, Any] | None:
@@ -218,10 +218,16 @@ class _Blocks:
                 here = block.cluster_draws % np.uint64(passes) == number
                 codes = code(block)
                 for one in np.unique(codes[here]).tolist():
-                    found[one].append(np.unique(block.cluster_draws[here & (codes == one)]))
-            for one, some in found.items():
-                sums[one] += np.unique(np.concatenate(some)).size
+                    found[one].append(_distinct(block.cluster_draws[here & (codes == one)]))
+            for one in list(found):
+                sums[one] += _distinct(np.concatenate(found.pop(one))).size
         return dict(sums)
+
+
+def _distinct(draws: Draws) -> Draws:
+    """Different ones of a copy of some draws, by sorting: numpy's table takes far more memory."""
+    draws.sort()
+    return draws[np.diff(draws, prepend=~draws[:1]) != 0]
 
 
 def _below(draws: Draws, share: float) -> npt.NDArray[np.bool_]:

@@ -79,7 +79,8 @@ class ShardWriter:
         self._start()
 
     def _start(self) -> None:
-        self._names: list[str] = []
+        # Lines of a file: a third of the memory of as many strings.
+        self._names: list[bytes] = []
         self._tokens: list[Tokens] = []
         self._lengths: list[Lengths] = []
         self._size = 0
@@ -92,7 +93,7 @@ class ShardWriter:
             room = self._shard_tokens - self._size
             last = min(int(np.searchsorted(ends, begin + room)) + 1, len(names))
             end = int(ends[last - 1])
-            self._names += names[first:last]
+            self._names.append("".join(f"{name}\n" for name in names[first:last]).encode())
             # Copies, so that a shard does not hold all that its pieces were cut from.
             self._tokens.append(tokens[begin:end].copy())
             self._lengths.append(lengths[first:last].copy())
@@ -102,17 +103,16 @@ class ShardWriter:
                 self._close_shard()
 
     def _close_shard(self) -> None:
-        tokens = np.concatenate(self._tokens)
-        offsets = np.concatenate(([0], np.cumsum(np.concatenate(self._lengths), dtype=np.int64)))
+        tokens, lengths = np.concatenate(self._tokens), np.concatenate(self._lengths)
+        offsets = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
         name = f"{len(self._shards):05d}"
         np.save(self._folder / f"{name}.tokens.npy", tokens)
         np.save(self._folder / f"{name}.offsets.npy", offsets)
-        (self._folder / f"{name}.names.txt").write_text(
-            "".join(f"{n}\n" for n in self._names), encoding="utf-8"
-        )
-        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+        with (self._folder / f"{name}.names.txt").open("wb") as file:
+            file.writelines(self._names)
+        digest = hashlib.sha256(tokens.data).hexdigest()
         self._shards.append(
-            {"name": name, "sequences": len(self._names), "tokens": tokens.size, "sha256": digest}
+            {"name": name, "sequences": lengths.size, "tokens": tokens.size, "sha256": digest}
         )
         self._start()
 
