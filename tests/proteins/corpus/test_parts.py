@@ -344,22 +344,24 @@ def test_memory_is_constant(tmp_path):
     # A search that finds nothing: that of the stand-in takes hours.
     (tmp_path / "bin" / "mmseqs").write_text("#!/bin/sh\n[ $1 = version ] || : > hits.tsv\n")
     peaks = []
-    for millions in (0.5, 2):
+    for millions in (0.1, 0.5):
         path = tmp_path / "names.fasta"
         with path.open("w") as file:
             for i in range(int(millions * 1e6)):
                 file.write(f">UniRef50_A{i:09d}\nMKVAWCDEFG\n")
         part, corpus = tmp_path / f"part{millions}", tmp_path / f"corpus{millions}"
         start = (
-            "import resource, sys; from pathlib import Path; "
+            "import resource, sys; from functools import partial; from pathlib import Path; "
             "from performers.proteins.corpus import *; "
-            "from performers.proteins.corpus import merge; "
+            "from performers.proteins.corpus import blocks, merge; "
             "from performers.proteins.corpus.sources import given_source; "
-            "merge._COUNTED_AT_ONCE = 1 << 18; "
+            # So that the smaller one has several blocks, passes and files of tokens.
+            "blocks.iter_fasta_blocks = partial(blocks.iter_fasta_blocks, block=1 << 20); "
+            "merge._COUNTED_AT_ONCE = 1 << 15; "
             "first, second = map(Path, sys.argv[1:]); "
         )
         end = "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        options = "SplitOptions(shard_tokens=1 << 20)"
+        options = "SplitOptions(shard_tokens=1 << 18)"
         prepare = f"prepare_part(given_source([first]), second, {options}, Part(1, 1))"
         peaks.append(
             [
