@@ -116,7 +116,7 @@ def evaluate(options: EvaluationOptions) -> None:
             network,
             tokenizer,
             [record.sequence for record in records],
-            relatives=relatives and relatives.rows(records),
+            relatives=None if relatives is None else relatives.rows(records),
             max_length=options.max_length or model_max_length(tokenizer),
             batch_tokens=options.batch_tokens,
             mask_probability=options.mask_probability,
