@@ -135,12 +135,6 @@ def times_sums(a, sums, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def key_exponents(e, bias, norm):
-    """Exponents ``(features, keys)``, minus infinity for a key without features."""
-    return tl.where((norm < LARGEST_NORM)[None, :], e + (bias[:, None] - norm[None, :]), -INFINITY)
-
-
-@triton.jit
 def poison(norm):
     """Zero, and NaN for a key that holds NaN or infinity."""
     return tl.where(norm == norm, 0.0, float("nan"))

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from performers.attention.triton.kernels.forms import logarithms, times_slope
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
@@ -26,6 +27,7 @@ def read_rows(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Output rows, and binary logarithms of their normalisers."""
     blocks = tl.cdiv(length, BT)
@@ -46,8 +48,9 @@ def read_rows(
         every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         sums = n * features + f
-        e = project_rows(q, tl.load(HI + at), LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) + tl.load(SCALE + sums))[None, :]
+        z = project_rows(q, tl.load(HI + at), LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums)
+        e = logarithms(z, bias[None, :], scale[None, :], FORM, EPSILON)
         new = tl.maximum(peak, tl.ceil(tl.max(e, 1)))
         decay = tl.exp2(peak - new)
         phi = tl.exp2(e - new[:, None]).to(OPERAND)
@@ -70,6 +73,7 @@ def query_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """``grad_q_i = sum_f a_if (grad_out_i . kv_f - delta_i ks_f) (ln 2 W_f - pull q_i)``."""
     blocks = tl.cdiv(length, BT)
@@ -96,11 +100,13 @@ def query_gradients(
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         sums = n * features + f
         hi = tl.load(HI + at)
-        e = project_rows(q, hi, LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) + tl.load(SCALE + sums))[None, :] - log[:, None]
+        z = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums)
+        e = logarithms(z, bias[None, :], scale[None, :], FORM, EPSILON) - log[:, None]
         kv = load_rows(KV, sums, DV, every, DV, BV).to(OPERAND)
         slope = delta[:, None] * -tl.load(KS + sums)[None, :]
         h = tl.exp2(e) * dot(grad, tl.trans(kv), slope, PRECISION)
+        h = times_slope(h, z, bias[None, :], FORM, EPSILON)
         dx = dot(h.to(OPERAND), hi.to(OPERAND), dx, PRECISION)
         along += tl.sum(h, 1)
     dx = dx * LN2 - q.to(tl.float32) * (along * pull)[:, None]
@@ -118,6 +124,7 @@ def key_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """``grad_v_j = sum_f phi_jf dkv_f``, and the gradient of ``k_j`` through its features."""
     blocks = tl.cdiv(length, BT)
@@ -144,12 +151,14 @@ def key_gradients(
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         sums = n * features + f
         hi = tl.load(HI + at)
-        e = project_rows(k, hi, LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) - tl.load(SCALE + sums))[None, :] - norm[:, None]
+        z = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums)
+        e = logarithms(z, bias[None, :], -scale[None, :], FORM, EPSILON) - norm[:, None]
         phi = tl.exp2(tl.where(absent[:, None], -INFINITY, e))
         dkv = load_rows(GRAD_KV, sums, DV, every, DV, BV).to(OPERAND)
         slope = tl.zeros((BT, BM), tl.float32) + tl.load(GRAD_KS + sums)[None, :]
         h = phi * dot(v, tl.trans(dkv), slope, PRECISION)
+        h = times_slope(h, z, bias[None, :], FORM, EPSILON)
         dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
         dv = dot(phi.to(OPERAND), dkv, dv, PRECISION)
         along += tl.sum(h, 1)

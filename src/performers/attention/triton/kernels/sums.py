@@ -12,13 +12,13 @@ no weight: ``a_if = 2^(e_if + s_f - log_i)``.
 import triton
 import triton.language as tl
 
+from performers.attention.triton.kernels.forms import key_exponents, logarithms
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LOWEST,
     dot,
     head_of,
     is_broken,
-    key_exponents,
     key_place,
     load_columns,
     load_rows,
@@ -37,7 +37,7 @@ def key_norms(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """``factor |k|^2`` of the key of each slot.
+    """``factor |k|^2`` of the key of each slot; a factor of zero is for features without a norm.
 
     Infinite where there is no key that takes part, NaN where key or value hold NaN or infinity.
     """
@@ -55,7 +55,7 @@ def key_norms(
     v = load_rows(V + head_of(n, heads, svb, svh), j, svs, keep, DV, BV)
     k = k.to(tl.float32)
     square = tl.sum(k * k, 1)
-    norm = tl.where(square < 3e38, square * factor, 3e38)
+    norm = tl.where(square < 3e38, square * factor, tl.where(factor > 0.0, 3e38, 0.0))
     norm = tl.where(keep, norm, INFINITY)
     norm = tl.where(is_broken(k) | is_broken(v), float("nan"), norm)
     tl.store(NORM + n * slots + slot, norm, mask=slot < slots)
@@ -71,6 +71,7 @@ def key_sums(
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     HAS_START: tl.constexpr, STATES: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of one split, from those before it if there are any."""
     blocks = features // BM
@@ -113,7 +114,7 @@ def key_sums(
             last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, slots, REVERSE))
             norm = tl.where(own == last, norm, INFINITY)
             before = previous_segment(SEG, start, slots, HAS_SEG, REVERSE)
-            same = tl.zeros((BM,), tl.int64) + before == last
+            same = tl.zeros((BM,), tl.int32) + before == last
             acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
@@ -121,7 +122,8 @@ def key_sums(
         j = key_place(start, slots, delay, REVERSE)
         xt = load_columns(K + j * sks, step, sks, taking, D, BD)
         v = load_rows(V + j * svs, step, svs, taking, DV, BV).to(OPERAND)
-        e = key_exponents(project_columns(hi, LO, at, xt, PRECISION, SPLIT), bias, norm)
+        z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
+        e = key_exponents(z, bias, norm, FORM, EPSILON)
         new = tl.maximum(scale, tl.ceil(tl.max(e, 1)))
         decay = tl.exp2(scale - new)
         phi = (tl.exp2(e - new[:, None]) + poison(norm)[None, :]).to(OPERAND)
@@ -172,7 +174,7 @@ def combine(
         if HAS_SEG:
             before = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            same = tl.zeros((BM,), tl.int64) + before == last
+            same = tl.zeros((BM,), tl.int32) + before == last
             acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
@@ -232,6 +234,7 @@ def query_sums(
     HAS_START: tl.constexpr, CAUSAL: tl.constexpr, STATES: tl.constexpr,
     HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sums by the rows of one split: ``sum_i a_if (grad_out_i, -delta_i)``.
 
@@ -268,7 +271,7 @@ def query_sums(
         scales = (local * (chunks + 1) + start // BT) * features + f
         after = tl.load(SCALE + scales + features)
     else:
-        offset = bias + tl.load(SCALE + local * features + f)
+        before = tl.load(SCALE + local * features + f)
     for _ in range(0, count):
         inside = start + tl.arange(0, BT) < stop
         i = place_of(start, length, REVERSE)
@@ -277,12 +280,11 @@ def query_sums(
             tl.store(GRAD_KS + state, total)
         if CAUSAL:
             before = tl.load(SCALE + scales)
-            offset = bias + before
             factor = tl.exp2(before - after)
             if HAS_SEG:
                 past = previous_segment(SEG, start, length, HAS_SEG, REVERSE)
                 last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, length, REVERSE))
-                factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
+                factor = tl.where(tl.zeros((BM,), tl.int32) + past == last, factor, 0.0)
                 own = tl.load(SEG + i + step, mask=inside, other=-2)
                 inside = inside & (own == past)
             acc = acc * factor[:, None]
@@ -296,8 +298,9 @@ def query_sums(
             grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, inside, DV, BV).to(OPERAND)
             log = tl.load(LOG + row + step, mask=inside, other=INFINITY)
             delta = tl.load(DELTA + row + step, mask=inside, other=0.0)
-            e = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
-            a = tl.exp2(e + offset[:, None] - log[None, :])
+            z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
+            e = logarithms(z, bias[:, None], before[:, None], FORM, EPSILON)
+            a = tl.exp2(e - log[None, :])
             acc = dot(a.to(OPERAND), grad, acc, PRECISION)
             total -= tl.sum(a * delta[None, :], 1)
             row += length
@@ -340,7 +343,7 @@ def combine_gradients(
         if HAS_SEG:
             past = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
+            factor = tl.where(tl.zeros((BM,), tl.int32) + past == last, factor, 0.0)
         acc = acc * factor[:, None] + more
         total = total * factor + more_total
         after = before
