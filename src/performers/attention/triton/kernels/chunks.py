@@ -21,6 +21,7 @@ from performers.attention.triton.kernels.parts import (
     is_broken,
     key_place,
     load_rows,
+    load_sums,
     place_of,
     poison,
     previous_segment,
@@ -82,7 +83,6 @@ def chunk_rows(
     scales = (local * (chunks + 1) + chunk) * features
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
@@ -99,7 +99,7 @@ def chunk_rows(
         phi_q = tl.exp2(eq - new[:, None]).to(OPERAND)
         pairs = dot(phi_q, tl.trans(phi_k), pairs * decay[:, None], PRECISION)
         share = tl.exp2(past - scale)
-        kv = load_rows(KV + state * DV, f, DV, every, DV, BV) * share[:, None]
+        kv = load_sums(KV + state * DV, f, DV, BV) * share[:, None]
         acc = times_sums(phi_q, kv, acc * decay[:, None], PRECISION)
         ks = tl.load(KS + state + f) * share
         den = den * decay + tl.sum(phi_q.to(tl.float32) * ks[None, :], 1)
@@ -188,7 +188,6 @@ def chunk_query_gradients(
     scales = (local * (chunks + 1) + chunk) * features
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
@@ -201,7 +200,7 @@ def chunk_query_gradients(
         zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
         eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
         phi_q = tl.exp2(eq - log[:, None])
-        kv = load_rows(KV + state * DV, f, DV, every, DV, BV).to(OPERAND)
+        kv = load_sums(KV + state * DV, f, DV, BV).to(OPERAND)
         far = -delta[:, None] * tl.load(KS + state + f)[None, :]
         far = dot(grad, tl.trans(kv), far, PRECISION) * tl.exp2(past - scale)[None, :]
         if HAS_SEG:
@@ -277,7 +276,7 @@ def chunk_key_gradients(
         z = project_rows(k, hi, LO, at, PRECISION, SPLIT)
         e = logarithms(z, bias[None, :], -after[None, :], FORM, EPSILON) - norm[:, None]
         phi = tl.exp2(tl.where(going_on[:, None], e, -INFINITY))
-        dkv = load_rows(GRAD_KV + state * DV, f, DV, f < features, DV, BV).to(OPERAND)
+        dkv = load_sums(GRAD_KV + state * DV, f, DV, BV).to(OPERAND)
         slope = tl.zeros((BK, BM), tl.float32) + tl.load(GRAD_KS + state + f)[None, :]
         h = dot(v, tl.trans(dkv), slope, PRECISION) * phi
         h = times_slope(h, z, bias[None, :], FORM, EPSILON)

@@ -76,6 +76,28 @@ def store_rows(pointer, index, stride, x, keep, WIDTH: tl.constexpr, PADDED: tl.
 
 
 @triton.jit
+def load_sums(pointer, f, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of some features ``(len(f), PADDED)``, zeros beyond ``WIDTH``."""
+    c = tl.arange(0, PADDED).to(tl.int64)
+    at = pointer + (f.to(tl.int64)[:, None] * WIDTH + c[None, :])
+    if WIDTH == PADDED:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_sums(pointer, f, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store what ``load_sums`` loads."""
+    c = tl.arange(0, PADDED).to(tl.int64)
+    at = pointer + (f.to(tl.int64)[:, None] * WIDTH + c[None, :])
+    if WIDTH == PADDED:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(c < WIDTH)[None, :])
+
+
+@triton.jit
 def place_of(slot, length, REVERSE: tl.constexpr):
     """The position of a slot: slots run from either end of the sequence."""
     place = tl.cast(slot, tl.int64)

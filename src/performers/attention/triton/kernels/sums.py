@@ -22,11 +22,13 @@ from performers.attention.triton.kernels.parts import (
     key_place,
     load_columns,
     load_rows,
+    load_sums,
     place_of,
     poison,
     previous_segment,
     project_columns,
     steps,
+    store_sums,
 )
 
 
@@ -79,33 +81,30 @@ def key_sums(
     split = tl.program_id(0) // blocks % splits
     local = (tl.program_id(0) // blocks // splits).to(tl.int64)
     n = first + local
-    c = tl.arange(0, BV)
-    every = f < features
     w = n % heads * features if PER_HEAD else 0
     at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
     hi = tl.load(HI + at)
     bias = tl.load(BIAS + w + f)
     K += head_of(n, heads, skb, skh)
     V += head_of(n, heads, svb, svh)
-    end = (local * splits + split) * features + f
+    end = (local * splits + split) * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     scale = tl.full((BM,), LOWEST, tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-        scale = tl.load(START_SCALE + end)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+        scale = tl.load(START_SCALE + end + f)
     begin = split * span
     stop = tl.minimum(slots, begin + span)
-    state = (local * chunks + begin // BT) * features + f
-    scales = (local * (chunks + 1) + begin // BT) * features + f
+    state = (local * chunks + begin // BT) * features
+    scales = (local * (chunks + 1) + begin // BT) * features
     step = steps(BT, REVERSE)
     for start in range(begin, stop, BT):
         if STATES:
-            kept = every[:, None] & (c < DV)[None, :]
-            tl.store(KV + state[:, None] * DV + c[None, :], acc, mask=kept)
-            tl.store(KS + state, total)
-            tl.store(SCALE + scales, scale)
+            store_sums(KV + state * DV, f, acc, DV, BV)
+            tl.store(KS + state + f, total)
+            tl.store(SCALE + scales + f, scale)
         inside = start + tl.arange(0, BT) < stop
         norm = tl.load(NORM + (n * slots + start) + tl.arange(0, BT), mask=inside, other=INFINITY)
         if HAS_SEG:
@@ -132,12 +131,12 @@ def key_sums(
         scale = new
         state += features
         scales += features
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=every[:, None] & (c < DV)[None, :])
-    tl.store(LAST_KS + end, total)
-    tl.store(LAST_SCALE + end, scale)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
+    tl.store(LAST_SCALE + end + f, scale)
     if STATES:
         if split == splits - 1:
-            tl.store(SCALE + scales, scale)
+            tl.store(SCALE + scales + f, scale)
 
 
 @triton.jit(do_not_specialize=["slots", "span", "splits", "features"])
@@ -151,26 +150,23 @@ def combine(
     blocks = features // BM
     f = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
-    end = n * features + f
+    end = n * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     scale = tl.full((BM,), LOWEST, tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-        scale = tl.load(START_SCALE + end)
-    at = n * splits * features + f
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+        scale = tl.load(START_SCALE + end + f)
+    at = n * splits * features
     begin = splits * 0
     for _ in range(0, splits):
-        more = load_rows(KV, at, DV, every, DV, BV)
-        more_total = tl.load(KS + at)
-        more_scale = tl.load(SCALE + at)
-        tl.store(KV + at[:, None] * DV + c[None, :], acc, mask=kept)
-        tl.store(KS + at, total)
-        tl.store(SCALE + at, scale)
+        more = load_sums(KV + at * DV, f, DV, BV)
+        more_total = tl.load(KS + at + f)
+        more_scale = tl.load(SCALE + at + f)
+        store_sums(KV + at * DV, f, acc, DV, BV)
+        tl.store(KS + at + f, total)
+        tl.store(SCALE + at + f, scale)
         if HAS_SEG:
             before = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
@@ -186,9 +182,9 @@ def combine(
         scale = new
         at += features
         begin += span
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=kept)
-    tl.store(LAST_KS + end, total)
-    tl.store(LAST_SCALE + end, scale)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
+    tl.store(LAST_SCALE + end + f, scale)
 
 
 @triton.jit(do_not_specialize=["length", "log_normalizer"])
@@ -246,47 +242,45 @@ def query_sums(
     split = tl.program_id(0) // blocks % splits
     local = (tl.program_id(0) // blocks // splits).to(tl.int64)
     n = first + local
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
     w = n % heads * features if PER_HEAD else 0
     at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
     hi = tl.load(HI + at)
     bias = tl.load(BIAS + w + f)
     Q += head_of(n, heads, sqb, sqh)
     GRAD_OUT += head_of(n, heads, sgb, sgh)
-    end = (local * splits + split) * features + f
+    end = (local * splits + split) * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
     begin = split * span
     stop = tl.minimum(length, begin + span)
     count = tl.cdiv(stop - begin, BT)
     start = begin + (count - 1) * BT
     step = steps(BT, REVERSE)
     if CAUSAL:
-        state = (local * chunks + start // BT) * features + f
-        scales = (local * (chunks + 1) + start // BT) * features + f
-        after = tl.load(SCALE + scales + features)
+        state = (local * chunks + start // BT) * features
+        scales = (local * (chunks + 1) + start // BT) * features
+        after = tl.load(SCALE + scales + features + f)
     else:
         before = tl.load(SCALE + local * features + f)
     for _ in range(0, count):
         inside = start + tl.arange(0, BT) < stop
+        continues = inside
         i = place_of(start, length, REVERSE)
         if STATES:
-            tl.store(GRAD_KV + state[:, None] * DV + c[None, :], acc, mask=kept)
-            tl.store(GRAD_KS + state, total)
+            store_sums(GRAD_KV + state * DV, f, acc, DV, BV)
+            tl.store(GRAD_KS + state + f, total)
         if CAUSAL:
-            before = tl.load(SCALE + scales)
+            before = tl.load(SCALE + scales + f)
             factor = tl.exp2(before - after)
             if HAS_SEG:
                 past = previous_segment(SEG, start, length, HAS_SEG, REVERSE)
                 last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, length, REVERSE))
                 factor = tl.where(tl.zeros((BM,), tl.int32) + past == last, factor, 0.0)
                 own = tl.load(SEG + i + step, mask=inside, other=-2)
-                inside = inside & (own == past)
+                continues = own == past
             acc = acc * factor[:, None]
             total = total * factor
             after = before
@@ -295,18 +289,23 @@ def query_sums(
         row = n * groups * length + i
         for g in range(0, groups):
             xt = load_columns(Q + (g * sqg + i * sql), step, sql, inside, D, BD)
-            grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, inside, DV, BV).to(OPERAND)
+            grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, continues, DV, BV).to(
+                OPERAND
+            )
             log = tl.load(LOG + row + step, mask=inside, other=INFINITY)
-            delta = tl.load(DELTA + row + step, mask=inside, other=0.0)
+            delta = tl.load(DELTA + row + step, mask=continues, other=0.0)
             z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
             e = logarithms(z, bias[:, None], before[:, None], FORM, EPSILON)
             a = tl.exp2(e - log[None, :])
+            if HAS_SEG:
+                # Rather than where queries are loaded, which takes more registers than there are.
+                a = tl.where(continues[None, :], a, 0.0)
             acc = dot(a.to(OPERAND), grad, acc, PRECISION)
             total -= tl.sum(a * delta[None, :], 1)
             row += length
         start -= BT
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=kept)
-    tl.store(LAST_KS + end, total)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
 
 
 @triton.jit(do_not_specialize=["slots", "span", "splits", "chunks", "features"])
@@ -320,25 +319,22 @@ def combine_gradients(
     blocks = features // BM
     f = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
-    end = n * features + f
+    end = n * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-    scales = n * (chunks + 1) * features + f
-    after = tl.load(SCALE + scales + chunks * features)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+    scales = n * (chunks + 1) * features
+    after = tl.load(SCALE + scales + chunks * features + f)
     begin = (splits - 1) * span
-    at = (n * splits + splits - 1) * features + f
+    at = (n * splits + splits - 1) * features
     for _ in range(0, splits):
-        more = load_rows(KV, at, DV, every, DV, BV)
-        more_total = tl.load(KS + at)
-        tl.store(KV + at[:, None] * DV + c[None, :], acc, mask=kept)
-        tl.store(KS + at, total)
-        before = tl.load(SCALE + scales + begin // BT * features)
+        more = load_sums(KV + at * DV, f, DV, BV)
+        more_total = tl.load(KS + at + f)
+        store_sums(KV + at * DV, f, acc, DV, BV)
+        tl.store(KS + at + f, total)
+        before = tl.load(SCALE + scales + begin // BT * features + f)
         factor = tl.exp2(before - after)
         if HAS_SEG:
             past = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
