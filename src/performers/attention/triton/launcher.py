@@ -140,7 +140,7 @@ class Launcher:
     def blocks(self, kernel: str) -> Blocks:
         """The blocks of a kernel in this call."""
         width = max(self.widths["BD"], self.widths["BV"])
-        return blocks_of(kernel, width, self.capability)
+        return blocks_of(kernel, width, self.capability, self.query.dtype)
 
     def new(self, *shape: int) -> Tensor:
         """A float32 tensor."""

@@ -209,6 +209,9 @@ def chunk_query_gradients(
         h = times_slope(h, zq, bias[None, :], FORM, EPSILON)
         dq = dot(h.to(OPERAND), hi.to(OPERAND), dq, PRECISION)
         along += tl.sum(h, 1)
+    # Read again when all is done, so as not to be kept until then.
+    read = inside & (along == along)
+    q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, read, D, BD)
     dq = dq * LN2 - q.to(tl.float32) * (along * pull)[:, None]
     GRAD_Q += head_of(n, heads, sxb, sxh) + (g * sxg + i * sxl)
     if ADD:
@@ -314,6 +317,8 @@ def chunk_key_gradients(
             along += tl.sum(h, 1)
         pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
         dv = dot(pairs, grad, dv, PRECISION)
+    read = featured & (along == along)
+    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, key_step, sks, read, D, BD)
     dk = dk * LN2 - k.to(tl.float32) * (along * pull)[:, None]
     GRAD_K += head_of(n, heads, sxb, sxh) + j * sxs
     GRAD_V += head_of(n, heads, syb, syh) + j * sys
