@@ -55,7 +55,8 @@ def test_projections_of_heads_and_masks():
 
 @pytest.mark.parametrize(("name", "mode"), [("relu", "bidirectional"), ("exp", "causal")])
 def test_packed_sequences(name, mode):
-    offsets = torch.tensor([0, 1, 30, 30, 64, 80], dtype=torch.int32)
+    # None of a single position, whose gradients cancel to zero.
+    offsets = torch.tensor([0, 7, 30, 30, 64, 80], dtype=torch.int32)
     check(form_call(name, 80, mode, cu_seqlens=offsets))
 
 
