@@ -12,10 +12,20 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.window_and_sinks import SinkKeys
+from performers.features import FeatureForm
+from performers.features.generalized import FUNCTIONS
 
+_KINDS = (
+    (torch.relu, "rectified"),
+    (F.relu, "rectified"),
+    (torch.abs, "absolute"),
+    (torch.sigmoid, "sigmoid"),
+    (FUNCTIONS["elu+1"], "elu+1"),
+)
 _LIBRARY = torch.library.Library("performers", "FRAGMENT")
 _ALL_DEVICES = "CompositeExplicitAutograd"
 
@@ -56,7 +66,8 @@ class Inputs(NamedTuple):
         """The arguments for a call that kernels cover."""
         form, state, sinks = call.form, call.state, call.sink_keys
         weight, bias = kernel_weights(call)
-        exponential = form.kind == "exponential"
+        kind = kernel_kind(form)
+        assert kind is not None
         return cls(
             query=call.query,
             key=call.key,
@@ -71,8 +82,8 @@ class Inputs(NamedTuple):
             sink_key=None if sinks is None else sinks.key,
             sink_value=None if sinks is None else sinks.value,
             sink_first=None if sinks is None else sinks.first,
-            kind="exponential" if exponential else "rectified",
-            quadratic=exponential and form.quadratic,
+            kind=kind,
+            quadratic=kind == "exponential" and form.quadratic,
             epsilon=form.epsilon,
             normalizer=form.normalizer,
             scale=call.factor,
@@ -129,6 +140,13 @@ class Gradients(NamedTuple):
     sink_value: Tensor
     weight: Tensor
     bias: Tensor
+
+
+def kernel_kind(form: FeatureForm) -> str | None:
+    """The function of a form as kernels are told it, None for one that none of them knows."""
+    if form.kind == "exponential":
+        return "exponential"
+    return next((name for function, name in _KINDS if function is form.function), None)
 
 
 def kernel_weights(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

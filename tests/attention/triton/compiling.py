@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from performers import SoftmaxFeatures
+from performers import GeneralizedFeatures, SoftmaxFeatures
 from performers.attention.call import AttentionCall
 from performers.attention.operators import Inputs
 from performers.attention.triton import launcher, passes
@@ -33,12 +33,18 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.uint8: "*u8",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
 
-def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) -> Iterator[Any]:
-    """Launches of one call of each kind, forward and backward: ``(kernel, args, options)``."""
+def launches(
+    capability: int, head_dim: int, features: int, dtype: torch.dtype, fn: str | None = None
+) -> Iterator[Any]:
+    """Launches of one call of each kind, forward and backward: ``(kernel, args, options)``.
+
+    Of softmax features, or of a function ``fn``, which take no windows.
+    """
     found = []
 
     def record(self: Any, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -46,8 +52,13 @@ def launches(capability: int, head_dim: int, features: int, dtype: torch.dtype) 
 
     launcher.Launcher.launch = record
     launcher.device_of = lambda device: (capability, 132)
-    feature_map = SoftmaxFeatures(head_dim, features).to("meta")
+    if fn is None:
+        feature_map = SoftmaxFeatures(head_dim, features).to("meta")
+    else:
+        feature_map = GeneralizedFeatures(head_dim, features, fn=fn).to("meta")
     for options in calls():
+        if fn is not None and "window" in options:
+            continue
         batch = 1 if "cu_seqlens" in options else 2
         query, key, value = (
             torch.empty(batch, 4096, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2)
@@ -126,12 +137,12 @@ def compiled(kernel: Any, args: Any, options: Any, capability: int) -> dict[str,
     }
 
 
-def measured(head_dim: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def measured(head_dim: int, dtype: torch.dtype, fn: str | None = None) -> list[dict[str, Any]]:
     """Every kernel for one head_dim and dtype, on both architectures, each variant once."""
     found = []
     for capability in (80, 90):
         seen = set()
-        for kernel, args, options in launches(capability, head_dim, 256, dtype):
+        for kernel, args, options in launches(capability, head_dim, 256, dtype, fn):
             key = (kernel.__name__, *sorted((k, str(v)) for k, v in options.items()))
             if key not in seen:
                 seen.add(key)
@@ -169,9 +180,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("head_dim", type=int)
     parser.add_argument("dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--fn", help="the function of generalized features")
     parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
-    rows = measured(arguments.head_dim, getattr(torch, arguments.dtype))
+    rows = measured(arguments.head_dim, getattr(torch, arguments.dtype), arguments.fn)
     if arguments.write is None:
         print(json.dumps(rows))
         return

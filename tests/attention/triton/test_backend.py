@@ -21,7 +21,7 @@ def test_it_is_listed_after_the_kernels_of_the_cpu():
     [
         (make_call(by_name("positive"), 10, dtype=torch.float64), "for torch.float64 inputs"),
         (make_call(by_name("trigonometric"), 10), "for trigonometric features"),
-        (make_call(by_name("exp"), 10), "for exponential features with an epsilon"),
+        (make_call(by_name("gelu"), 10), "for elementwise features of another function than relu"),
         (
             make_call(by_name("positive"), 5, head_dim=72),
             "for torch.float32 inputs with a",

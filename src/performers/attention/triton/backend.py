@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from performers.attention.call import AttentionCall
-from performers.attention.operators import Inputs
+from performers.attention.operators import Inputs, kernel_kind
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.triton.operators import triton_forward, triton_step
@@ -117,10 +117,10 @@ def uncovered(call: AttentionCall) -> str | None:
 
 def _uncovered_features(call: AttentionCall) -> str | None:
     form = call.form
-    if form.kind != "exponential":
-        return f"for {form.kind} features"
-    if form.weight is None or form.epsilon != 0:
-        return "for exponential features with an epsilon or without a projection"
+    if form.kind == "trigonometric":
+        return "for trigonometric features"
+    if kernel_kind(form) is None:
+        return "for elementwise features of another function than relu, abs, elu + 1 and sigmoid"
     tensors = (form.weight, form.bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return "for features whose projection is trained"

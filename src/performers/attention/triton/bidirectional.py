@@ -15,13 +15,13 @@ def key_norms(launcher: Launcher, norms: Tensor, delay: int = 0, reverse: bool =
     launcher.launch(
         sums.key_norms,
         -(-slots // blocks.rows) * launcher.count,
-        launcher.key, launcher.value, as_bytes(inputs.key_mask), inputs.segments, norms,
+        launcher.key, launcher.value, as_bytes(inputs.key_mask), launcher.segments, norms,
         *launcher.key.stride()[:3], *launcher.value.stride()[:3],
         launcher.heads, slots, launcher.size, delay, launcher.norm,
         **launcher.widths,
         BT=blocks.rows,
         HAS_MASK=inputs.key_mask is not None,
-        HAS_SEG=inputs.segments is not None,
+        HAS_SEG=launcher.segments is not None,
         REVERSE=reverse,
         blocks=blocks,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def combine(
     launcher.launch(
         sums.combine,
         launcher.features // blocks.features * heads,
-        *parts, *(start or (None, None, None)), *total, launcher.inputs.segments,
+        *parts, *(start or (None, None, None)), *total, launcher.segments,
         length, span, splits, launcher.features,
         DV=launcher.value_dim, BV=launcher.widths["BV"], BM=blocks.features,
         HAS_START=start is not None,

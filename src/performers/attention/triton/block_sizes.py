@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+import torch
+
 
 class Blocks(NamedTuple):
     """The shape of a kernel's blocks: features and rows at a time, warps, stages of loads."""
@@ -56,7 +58,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
     },
     "chunk_rows": {
-        64: (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        64: (Blocks(32, 64, 8, 2), Blocks(32, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
     },
     "chunk_query_gradients": {
@@ -90,6 +92,30 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
 }
 
 
-def blocks_of(kernel: str, width: int, capability: int) -> Blocks:
+# What other dtypes have instead, for a head_dim up to 64: their operands are float32.
+_OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
+    torch.float16: {
+        "chunk_rows": (Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2)),
+        "chunk_query_gradients": (Blocks(16, 64, 4, 2), Blocks(16, 64, 4, 2)),
+        "chunk_key_gradients": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 2)),
+        "exact_pairs": (Blocks(32, 64, 4, 3), Blocks(64, 64, 8, 2)),
+    },
+    torch.float32: {
+        "key_sums": (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
+        "key_states": (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+        "read_rows": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        "query_sums": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        "query_states": (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+        "query_gradients": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        "key_gradients": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        "chunk_rows": (Blocks(16, 64, 8, 2), Blocks(16, 64, 8, 2)),
+    },
+}
+
+
+def blocks_of(kernel: str, width: int, capability: int, dtype: torch.dtype) -> Blocks:
     """The blocks of a kernel for a padded head_dim, the larger of those of keys and values."""
-    return _TABLE[kernel][64 if width <= 64 else 128][capability >= 90]
+    blocks = _TABLE[kernel][64 if width <= 64 else 128]
+    if width <= 64:
+        blocks = _OF_DTYPE.get(dtype, {}).get(kernel, blocks)
+    return blocks[capability >= 90]

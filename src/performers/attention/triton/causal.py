@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from performers.attention.operators import Gradients
@@ -81,7 +82,7 @@ def parts_of_heads(launcher: Launcher) -> list[Heads]:
 def _sweep(launcher: Launcher, sweep: Sweep) -> dict[str, Any]:
     return {
         "BT": chunk_size(launcher),
-        "HAS_SEG": launcher.inputs.segments is not None,
+        "HAS_SEG": launcher.segments is not None,
         "REVERSE": sweep.reverse,
     }
 
@@ -99,7 +100,7 @@ def states(launcher: Launcher, sweep: Sweep, heads: Heads, start: Sums | None) -
         launcher.launch(
             sums.key_sums,
             launcher.features // blocks.features * splits * heads.size,
-            launcher.key, launcher.value, sweep.norms, launcher.inputs.segments,
+            launcher.key, launcher.value, sweep.norms, launcher.segments,
             *launcher.projection,
             *(start or (None, None, None)), *states, *ends,
             *launcher.key.stride()[:3], *launcher.value.stride()[:3],
@@ -126,7 +127,7 @@ def states(launcher: Launcher, sweep: Sweep, heads: Heads, start: Sums | None) -
 
 
 def _chunk_inputs(launcher: Launcher, sweep: Sweep) -> tuple[Any, ...]:
-    return launcher.query, launcher.key, launcher.value, sweep.norms, launcher.inputs.segments
+    return launcher.query, launcher.key, launcher.value, sweep.norms, launcher.segments
 
 
 def _chunk_sizes(launcher: Launcher, sweep: Sweep, heads: Heads) -> tuple[int, ...]:
@@ -178,7 +179,7 @@ def _mend(
         *arguments, launcher.inputs.weight.shape[-2],
         **launcher.widths, **options, BR=blocks.rows,
         PER_HEAD=launcher.products["PER_HEAD"], SPLIT=launcher.products["SPLIT"],
-        PRECISION=launcher.products["PRECISION"],
+        PRECISION=launcher.products["PRECISION"], **launcher.form,
         blocks=blocks,
     )  # fmt: skip
 
@@ -209,7 +210,7 @@ def gradient_states(
         launcher.launch(
             sums.query_sums,
             launcher.features // blocks.features * splits * heads.size,
-            launcher.query, *rows, launcher.inputs.segments, *launcher.projection, scale,
+            launcher.query, *rows, launcher.segments, *launcher.projection, scale,
             *(start or (None, None)), *states, *ends,
             *launcher.query.stride()[:4], *grad_out.stride()[:4],
             launcher.heads, launcher.groups, heads.first, launcher.length, span, splits,
@@ -227,7 +228,7 @@ def gradient_states(
         launcher.launch(
             sums.combine_gradients,
             launcher.features // combining.features * heads.size,
-            *parts, scale, *(start or (None, None)), launcher.inputs.segments,
+            *parts, scale, *(start or (None, None)), launcher.segments,
             launcher.length, span, splits, num_chunks(launcher), launcher.features,
             DV=launcher.value_dim, BV=launcher.widths["BV"], BM=combining.features, **options,
             HAS_START=start is not None,
@@ -291,15 +292,22 @@ def past_sums(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:
         return None, None
     assert inputs.past_key_sum is not None
     assert inputs.past_log_scale is not None
-    scale = inputs.past_log_scale.flatten(0, 1) * math.log2(math.e)
-    nearest = scale.round()
-    snaps = (scale - nearest).abs() <= _INTEGRAL * scale.abs().clamp_min(1.0)
-    whole = nearest.where(snaps, scale.ceil())
-    factor = (scale - whole).exp2().masked_fill(snaps | scale.isinf(), 1.0)
+    if launcher.scaled:
+        scale = inputs.past_log_scale.flatten(0, 1) * math.log2(math.e)
+        nearest = scale.round()
+        snaps = (scale - nearest).abs() <= _INTEGRAL * scale.abs().clamp_min(1.0)
+        whole = nearest.where(snaps, scale.ceil())
+        factor = (scale - whole).exp2().masked_fill(snaps | scale.isinf(), 1.0)
+    else:
+        # As large as the sums are; those that are zero, or NaN, stay as they are.
+        total = inputs.past_key_sum.flatten(0, 1)
+        whole = total.log2().ceil().clamp_max(126.0).where(total > 0, _LOWEST)
+        whole = whole.where(total == total, 0.0)
+        factor = whole.neg().exp2().where(whole > _LOWEST, 1.0)
     past = launcher.new_sums(launcher.count, 1)
     for x, padding in zip(past, (0.0, 0.0, _LOWEST), strict=True):
         x.fill_(padding)
-    count = scale.shape[-1]
+    count = whole.shape[-1]
     past.key_value[:, 0, :count] = inputs.past_key_value.flatten(0, 1) * factor.unsqueeze(-1)
     past.key_sum[:, 0, :count] = inputs.past_key_sum.flatten(0, 1) * factor
     past.scale[:, 0, :count] = whole.clamp_min(_LOWEST)
@@ -307,18 +315,26 @@ def past_sums(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:
 
 
 def copy_state(launcher: Launcher, heads: Heads, last: Sums, results: Results) -> None:
-    """Set the state after the last key: real features, natural logarithms of scales."""
+    """Set the state after the last key: real features, natural logarithms of scales.
+
+    Sums of features that are no exponentials have none.
+    """
     count = launcher.inputs.weight.shape[-2]
-    scale = last.scale[:, :count]
-    log_scale = (scale * math.log(2)).masked_fill(scale == _LOWEST, -math.inf)
-    for to, x in zip(
-        results[-3:], (last.key_value[:, :count], last.key_sum[:, :count], log_scale), strict=True
-    ):
+    key_value, key_sum, scale = (x[:, :count] for x in last)
+    if launcher.scaled:
+        log_scale = (scale * math.log(2)).masked_fill(scale == _LOWEST, -math.inf)
+    else:
+        size, log_scale = scale.exp2(), torch.zeros_like(scale)
+        key_value, key_sum = key_value * size.unsqueeze(-1), key_sum * size
+    for to, x in zip(results[-3:], (key_value, key_sum, log_scale), strict=True):
         heads.of(to.flatten(0, 1)).copy_(x)
 
 
 def final_gradients(launcher: Launcher, upstream: Upstream) -> tuple[Tensor, Tensor] | None:
-    """Upstream gradients of the state, padded: ``(batch * heads, 1, features, ...)``."""
+    """Upstream gradients of the state, padded: ``(batch * heads, 1, features, ...)``.
+
+    Of the sums as the state holds them: ``at_scale`` makes them gradients of those at a scale.
+    """
     if upstream.grad_key_value is None and upstream.grad_key_sum is None:
         return None
     padded_sums = launcher.new_sums(launcher.count, 1)[:2]
@@ -328,6 +344,16 @@ def final_gradients(launcher: Launcher, upstream: Upstream) -> tuple[Tensor, Ten
         if grad is not None:
             x[:, 0, :count] = grad.flatten(0, 1)
     return padded_sums
+
+
+def at_scale(
+    launcher: Launcher, final: tuple[Tensor, Tensor], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Upstream gradients of the sums after the last chunk, from those of the state."""
+    if launcher.scaled:
+        return final
+    size = scale[:, -1:].exp2()
+    return final[0] * size.unsqueeze(-1), final[1] * size
 
 
 def copy_past_gradients(

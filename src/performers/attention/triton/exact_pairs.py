@@ -23,7 +23,7 @@ def _arguments(
     options = {
         **launcher.widths,
         "BT": blocks.rows,
-        "HAS_SEG": inputs.segments is not None,
+        "HAS_SEG": launcher.segments is not None,
         "OPERAND": launcher.products["OPERAND"],
         "PRECISION": launcher.products["PRECISION"],
     }
@@ -57,7 +57,7 @@ def exact_rows(
     launcher.launch(
         kernels.exact_rows,
         -(-launcher.length // blocks.rows) * launcher.count * launcher.groups,
-        launcher.query, launcher.key, launcher.value, norms, inputs.segments, *sinks, *part, out,
+        launcher.query, launcher.key, launcher.value, norms, launcher.segments, *sinks, *part, out,
         results.log_normaliser,
         *launcher.strides(), *part[0].stride()[:4], *out.stride()[:4], *strides,
         launcher.heads, launcher.groups, *_sizes(launcher), launcher.sinks,
@@ -82,8 +82,8 @@ def exact_gradients(
     launcher.launch(
         kernels.exact_query_gradients,
         -(-launcher.length // blocks.rows) * launcher.count * launcher.groups,
-        launcher.query, launcher.key, launcher.value, norms, inputs.segments, *sinks, *rows, query,
-        *launcher.strides(), *grad_out.stride()[:4], *query.stride()[:4], *strides,
+        launcher.query, launcher.key, launcher.value, norms, launcher.segments, *sinks, *rows,
+        query, *launcher.strides(), *grad_out.stride()[:4], *query.stride()[:4], *strides,
         launcher.heads, launcher.groups, *_sizes(launcher), launcher.sinks, scale,
         inputs.scale, **options, BS=blocks.features, CAUSAL=inputs.is_causal,
         HAS_WINDOW=inputs.window is not None, HAS_SINKS=launcher.sinks > 0,
@@ -93,8 +93,8 @@ def exact_gradients(
         launcher.launch(
             kernels.exact_key_gradients,
             -(-launcher.size // blocks.features) * launcher.count,
-            launcher.query, launcher.key, launcher.value, norms, inputs.segments, *rows, key, value,
-            *launcher.strides(), *grad_out.stride()[:4],
+            launcher.query, launcher.key, launcher.value, norms, launcher.segments, *rows,
+            key, value, *launcher.strides(), *grad_out.stride()[:4],
             *key.stride()[:3], *value.stride()[:3],
             launcher.heads, launcher.groups, *_sizes(launcher), scale, inputs.scale,
             **options, BS=blocks.features, CAUSAL=inputs.is_causal,
@@ -127,7 +127,7 @@ def _sink_gradients(
     launcher.launch(
         kernels.sink_gradients,
         programs * splits,
-        launcher.query, inputs.segments, *sinks, bounds, *rows, grad_key, grad_value,
+        launcher.query, launcher.segments, *sinks, bounds, *rows, grad_key, grad_value,
         *launcher.query.stride()[:4], *rows[0].stride()[:4], *strides,
         launcher.heads, launcher.groups, launcher.length, sequences, launcher.sinks, splits,
         inputs.scale * math.log2(math.e), inputs.scale,

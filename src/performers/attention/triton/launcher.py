@@ -109,18 +109,28 @@ class Launcher:
             "BD": padded(self.head_dim),
             "BV": padded(self.value_dim),
         }
+        self.form = {"FORM": inputs.kind, "EPSILON": inputs.epsilon}
+        # Whether the sums of a state have scales.
+        self.scaled = inputs.kind == "exponential"
         self.products = {
             "PER_HEAD": inputs.weight.shape[0] > 1,
             "SPLIT": query.dtype != torch.float32,
             "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,
             # Of float32 operands; three products keep all digits of float32 inputs.
             "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+            **self.form,
         }
 
     @cached_property
     def projection(self) -> Projection:
         """The packed projection."""
         return Projection.of(self.inputs, self.query.dtype)
+
+    @cached_property
+    def segments(self) -> Tensor | None:
+        """The packed sequence of each position, in as many registers as there are positions."""
+        segments = self.inputs.segments
+        return None if segments is None else segments.to(torch.int32)
 
     @property
     def count(self) -> int:
@@ -130,7 +140,7 @@ class Launcher:
     def blocks(self, kernel: str) -> Blocks:
         """The blocks of a kernel in this call."""
         width = max(self.widths["BD"], self.widths["BV"])
-        return blocks_of(kernel, width, self.capability)
+        return blocks_of(kernel, width, self.capability, self.query.dtype)
 
     def new(self, *shape: int) -> Tensor:
         """A float32 tensor."""

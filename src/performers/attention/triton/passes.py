@@ -126,6 +126,8 @@ def _sweep_gradients(
         last = None if final is None else (heads.of(final[0]), heads.of(final[1]))
         for sweep, lost in zip(sweeps, results.lost, strict=True):
             before, _ = causal.states(launcher, sweep, heads, start)
+            if last is not None:
+                last = causal.at_scale(launcher, last, before.scale)
             after, first = causal.gradient_states(launcher, sweep, heads, rows, before.scale, last)
             causal.chunk_gradients(
                 launcher, sweep, heads, rows, lost, before, after, gradients[:3], add=add
@@ -162,6 +164,7 @@ def step(inputs: Inputs) -> StepResults:
             HAS_BIAS=inputs.bias is not None,
             HAS_MASK=inputs.key_mask is not None,
             HAS_PAST=inputs.past_key_value is not None,
+            **launcher.form,
             blocks=blocks,
         )  # fmt: skip
     return results

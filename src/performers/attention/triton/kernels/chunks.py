@@ -8,6 +8,7 @@ underflow: it is marked, and ``mend.py`` computes it again. Backward kernels lea
 import triton
 import triton.language as tl
 
+from performers.attention.triton.kernels.forms import logarithms, times_slope
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
@@ -20,6 +21,7 @@ from performers.attention.triton.kernels.parts import (
     is_broken,
     key_place,
     load_rows,
+    load_sums,
     place_of,
     poison,
     previous_segment,
@@ -51,6 +53,7 @@ def chunk_rows(
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, MERGE: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Output rows of one chunk, logarithms of their normalisers, and which rows are lost.
 
@@ -71,8 +74,6 @@ def chunk_rows(
     taking = norm < INFINITY
     k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, step, sks, taking, D, BD)
     row = (n * groups + g) * length + i
-    own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
-    continues = own == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
     peak = tl.full((BT,), LOWEST, tl.float32)
     den = tl.zeros((BT,), tl.float32)
     acc = tl.zeros((BT, BV), tl.float32)
@@ -80,41 +81,44 @@ def chunk_rows(
     w = n % heads * features if PER_HEAD else 0
     state = (local * chunks + chunk) * features
     scales = (local * (chunks + 1) + chunk) * features
-    has_past = tl.load(SCALE + scales + r * 0) > LOWEST
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
         past = tl.load(SCALE + scales + f)
-        ek = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (bias[None, :] - norm[:, None])
+        zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
         ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
         scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
         phi_k = (tl.exp2(ek - scale[None, :]) + poison(norm)[:, None]).to(OPERAND)
-        eq = project_rows(q, hi, LO, at, PRECISION, SPLIT) + (bias + scale)[None, :]
+        zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
         new = tl.maximum(peak, tl.ceil(tl.max(eq, 1)))
         decay = tl.exp2(peak - new)
-        phi_q = tl.exp2(eq - new[:, None])
-        pairs = dot(phi_q.to(OPERAND), tl.trans(phi_k), pairs * decay[:, None], PRECISION)
-        far = phi_q * tl.exp2(past - scale)[None, :]
-        far = far.to(OPERAND)
-        kv = load_rows(KV + state * DV, f, DV, every, DV, BV)
-        if HAS_SEG:
-            # Sums of another sequence are not seen, whatever they hold: the normaliser tells.
-            far = tl.where(continues[:, None], far, 0.0).to(OPERAND)
-            kv = tl.where(kv == kv, kv, 0.0)
-        acc = times_sums(far, kv, acc * decay[:, None], PRECISION)
-        more = tl.sum(far.to(tl.float32) * tl.load(KS + state + f)[None, :], 1)
-        if HAS_SEG:
-            more = tl.where(continues, more, 0.0)
-        den = den * decay + more
+        phi_q = tl.exp2(eq - new[:, None]).to(OPERAND)
+        pairs = dot(phi_q, tl.trans(phi_k), pairs * decay[:, None], PRECISION)
+        share = tl.exp2(past - scale)
+        kv = load_sums(KV + state * DV, f, DV, BV) * share[:, None]
+        acc = times_sums(phi_q, kv, acc * decay[:, None], PRECISION)
+        ks = tl.load(KS + state + f) * share
+        den = den * decay + tl.sum(phi_q.to(tl.float32) * ks[None, :], 1)
         peak = new
+    own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
+    continues = own == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
+    if HAS_SEG:
+        # Sums of another sequence are not seen, whatever they hold.
+        acc = tl.where(continues[:, None], acc, 0.0)
+        den = tl.where(continues, den, 0.0)
     seen = seen_pairs(r, r, own, own, STRICT, HAS_SEG)
     pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
     v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV)
     acc = dot(pairs, v.to(OPERAND), acc, PRECISION)
     den += tl.sum(pairs.to(tl.float32), 1)
+    has_past = tl.load(SCALE + scales + r * 0) > LOWEST
+    if FORM != "exponential":
+        # A feature that is zero has no scale to tell of keys.
+        has_past = r >= 0
     known = tl.max((seen & (norm < LARGEST_NORM)[None, :]).to(tl.int32), 1) > 0
     if HAS_SEG:
         known = known | (continues & has_past)
@@ -148,6 +152,7 @@ def chunk_query_gradients(
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, ADD: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of one chunk, zero for lost rows."""
     g = tl.program_id(0) % groups
@@ -183,25 +188,30 @@ def chunk_query_gradients(
     scales = (local * (chunks + 1) + chunk) * features
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
         past = tl.load(SCALE + scales + f)
-        ek = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (bias[None, :] - norm[:, None])
+        zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
         ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
         scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
         phi_k = tl.exp2(ek - scale[None, :]).to(OPERAND)
-        eq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
-        phi_q = tl.exp2(eq + (bias + scale)[None, :] - log[:, None])
-        kv = load_rows(KV + state * DV, f, DV, every, DV, BV).to(OPERAND)
+        zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
+        phi_q = tl.exp2(eq - log[:, None])
+        kv = load_sums(KV + state * DV, f, DV, BV).to(OPERAND)
         far = -delta[:, None] * tl.load(KS + state + f)[None, :]
         far = dot(grad, tl.trans(kv), far, PRECISION) * tl.exp2(past - scale)[None, :]
         if HAS_SEG:
             far = tl.where(continues[:, None], far, 0.0)
         h = dot(slope, phi_k, far, PRECISION) * phi_q
+        h = times_slope(h, zq, bias[None, :], FORM, EPSILON)
         dq = dot(h.to(OPERAND), hi.to(OPERAND), dq, PRECISION)
         along += tl.sum(h, 1)
+    # Read again when all is done, so as not to be kept until then.
+    read = inside & (along == along)
+    q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, read, D, BD)
     dq = dq * LN2 - q.to(tl.float32) * (along * pull)[:, None]
     GRAD_Q += head_of(n, heads, sxb, sxh) + (g * sxg + i * sxl)
     if ADD:
@@ -220,6 +230,7 @@ def chunk_key_gradients(
     BM: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, ADD: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``BK`` keys and values of a chunk: by later chunks, and by rows not lost."""
     tiles: tl.constexpr = BT // BK
@@ -264,12 +275,14 @@ def chunk_key_gradients(
         f = f0 + tl.arange(0, BM)
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
-        after = tl.load(BIAS + w + f) - tl.load(SCALE + scales + features + f)
-        e = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (after[None, :] - norm[:, None])
+        bias, after = tl.load(BIAS + w + f), tl.load(SCALE + scales + features + f)
+        z = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        e = logarithms(z, bias[None, :], -after[None, :], FORM, EPSILON) - norm[:, None]
         phi = tl.exp2(tl.where(going_on[:, None], e, -INFINITY))
-        dkv = load_rows(GRAD_KV + state * DV, f, DV, f < features, DV, BV).to(OPERAND)
+        dkv = load_sums(GRAD_KV + state * DV, f, DV, BV).to(OPERAND)
         slope = tl.zeros((BK, BM), tl.float32) + tl.load(GRAD_KS + state + f)[None, :]
         h = dot(v, tl.trans(dkv), slope, PRECISION) * phi
+        h = times_slope(h, z, bias[None, :], FORM, EPSILON)
         dv = dot(phi.to(OPERAND), dkv, dv, PRECISION)
         dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
         along += tl.sum(h, 1)
@@ -289,18 +302,23 @@ def chunk_key_gradients(
             hi = tl.load(HI + at)
             bias = tl.load(BIAS + w + f)
             past = tl.load(SCALE + scales + f)
-            ek = project_rows(k, hi, LO, at, PRECISION, SPLIT) + (bias[None, :] - norm[:, None])
+            zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+            ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
             ek = tl.where(featured[:, None], ek, -INFINITY)
             scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
             phi_k = tl.exp2(ek - scale[None, :])
-            eq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
-            phi_q = tl.exp2(eq + (bias + scale)[None, :] - log[:, None]).to(OPERAND)
+            zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+            eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
+            phi_q = tl.exp2(eq - log[:, None]).to(OPERAND)
             pairs = dot(phi_k.to(OPERAND), tl.trans(phi_q), pairs, PRECISION)
             h = dot(slope, phi_q, tl.zeros((BK, BM), tl.float32), PRECISION) * phi_k
+            h = times_slope(h, zk, bias[None, :], FORM, EPSILON)
             dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
             along += tl.sum(h, 1)
         pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
         dv = dot(pairs, grad, dv, PRECISION)
+    read = featured & (along == along)
+    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, key_step, sks, read, D, BD)
     dk = dk * LN2 - k.to(tl.float32) * (along * pull)[:, None]
     GRAD_K += head_of(n, heads, sxb, sxh) + j * sxs
     GRAD_V += head_of(n, heads, syb, syh) + j * sys

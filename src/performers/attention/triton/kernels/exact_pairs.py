@@ -43,6 +43,7 @@ def load_sinks(
 ):  # fmt: skip
     """Some sinks of a sequence, the first query that sees each, NaN for those that hold some."""
     there = s < sinks
+    sequence = tl.cast(sequence, tl.int64)
     k = load_rows(SINK_K + (sequence * skb + h * skh), s, sks, there, D, BD)
     v = load_rows(SINK_V + (sequence * svb + h * svh), s, svs, there, DV, BV)
     broken = is_broken(k) | is_broken(v)

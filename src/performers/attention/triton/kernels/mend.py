@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from performers.attention.triton.kernels.chunks import seen_pairs
+from performers.attention.triton.kernels.forms import logarithms, times_slope
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
@@ -45,7 +46,7 @@ def mend_rows(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, MERGE: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Output and logarithms of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
@@ -89,8 +90,9 @@ def mend_rows(
         for f in range(0, count):
             weight = feature_of(HI, LO, w + f, BD, SPLIT)
             bias = tl.load(BIAS + w + f)
-            eq = tl.sum(q * weight[None, :], 1) + bias
-            ek = tl.sum(k * weight[None, :], 1) + (bias - norm)
+            zq, zk = tl.sum(q * weight[None, :], 1), tl.sum(k * weight[None, :], 1)
+            eq = logarithms(zq, bias, 0.0, FORM, EPSILON)
+            ek = logarithms(zk, bias, -norm, FORM, EPSILON)
             best = tl.max(tl.where(featured, ek[None, :], -INFINITY), 1)
             past = tl.load(SCALE + scales + f)
             if HAS_SEG:
@@ -107,8 +109,9 @@ def mend_rows(
         for f in range(0, count):
             weight = feature_of(HI, LO, w + f, BD, SPLIT)
             bias = tl.load(BIAS + w + f)
-            eq = tl.sum(q * weight[None, :], 1) + bias - peak
-            ek = tl.sum(k * weight[None, :], 1) + (bias - norm)
+            zq, zk = tl.sum(q * weight[None, :], 1), tl.sum(k * weight[None, :], 1)
+            eq = logarithms(zq, bias, 0.0, FORM, EPSILON) - peak
+            ek = logarithms(zk, bias, -norm, FORM, EPSILON)
             pairs += tl.where(featured, tl.exp2(eq[:, None] + ek[None, :]), 0.0)
             far = tl.exp2(eq + tl.load(SCALE + scales + f))
             kv = tl.load(KV + (state + f) * DV + c, mask=c < DV, other=0.0)
@@ -137,7 +140,7 @@ def mend_query_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Add the gradients of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
@@ -185,8 +188,9 @@ def mend_query_gradients(
         for f in range(0, count):
             weight = feature_of(HI, LO, w + f, BD, SPLIT)
             bias = tl.load(BIAS + w + f)
-            eq = tl.sum(q * weight[None, :], 1) + bias - log
-            ek = tl.sum(k * weight[None, :], 1) + (bias - norm)
+            zq, zk = tl.sum(q * weight[None, :], 1), tl.sum(k * weight[None, :], 1)
+            eq = logarithms(zq, bias, 0.0, FORM, EPSILON) - log
+            ek = logarithms(zk, bias, -norm, FORM, EPSILON)
             pairs = tl.where(seen, tl.exp2(eq[:, None] + ek[None, :]), 0.0)
             kv = tl.load(KV + (state + f) * DV + c, mask=c < DV, other=0.0)
             far = tl.sum(grad * kv[None, :], 1) - delta * tl.load(KS + state + f)
@@ -194,6 +198,7 @@ def mend_query_gradients(
             if HAS_SEG:
                 far = tl.where(continues, far, 0.0)
             h = tl.sum(pairs * slope, 1) + far
+            h = times_slope(h, zq, bias, FORM, EPSILON)
             dq += h[:, None] * weight[None, :]
             along += h
         dq = dq * LN2 - q * (along * pull)[:, None]
@@ -211,7 +216,7 @@ def mend_key_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Add what the lost rows of a chunk give to the gradients of ``BR`` of its keys and values."""
     tiles: tl.constexpr = BT // BR
@@ -258,11 +263,13 @@ def mend_key_gradients(
             for f in range(0, count):
                 weight = feature_of(HI, LO, w + f, BD, SPLIT)
                 bias = tl.load(BIAS + w + f)
-                eq = tl.sum(q * weight[None, :], 1) + bias - log
-                ek = tl.sum(k * weight[None, :], 1) + (bias - norm)
+                zq, zk = tl.sum(q * weight[None, :], 1), tl.sum(k * weight[None, :], 1)
+                eq = logarithms(zq, bias, 0.0, FORM, EPSILON) - log
+                ek = logarithms(zk, bias, -norm, FORM, EPSILON)
                 more = tl.where(seen, tl.exp2(eq[:, None] + ek[None, :]), 0.0)
                 pairs += more
                 h = tl.sum(more * slope, 0)
+                h = times_slope(h, zk, bias, FORM, EPSILON)
                 dk += h[:, None] * weight[None, :]
                 along += h
             dk = dk * LN2 - k * (along * pull)[:, None]

@@ -76,6 +76,28 @@ def store_rows(pointer, index, stride, x, keep, WIDTH: tl.constexpr, PADDED: tl.
 
 
 @triton.jit
+def load_sums(pointer, f, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of some features ``(len(f), PADDED)``, zeros beyond ``WIDTH``."""
+    c = tl.arange(0, PADDED).to(tl.int64)
+    at = pointer + (f.to(tl.int64)[:, None] * WIDTH + c[None, :])
+    if WIDTH == PADDED:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_sums(pointer, f, x, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Store what ``load_sums`` loads."""
+    c = tl.arange(0, PADDED).to(tl.int64)
+    at = pointer + (f.to(tl.int64)[:, None] * WIDTH + c[None, :])
+    if WIDTH == PADDED:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=(c < WIDTH)[None, :])
+
+
+@triton.jit
 def place_of(slot, length, REVERSE: tl.constexpr):
     """The position of a slot: slots run from either end of the sequence."""
     place = tl.cast(slot, tl.int64)
@@ -132,12 +154,6 @@ def times_sums(a, sums, acc, PRECISION: tl.constexpr):
     if a.dtype == tl.bfloat16:
         acc = dot(a, (sums - hi.to(tl.float32)).to(a.dtype), acc, PRECISION)
     return acc
-
-
-@triton.jit
-def key_exponents(e, bias, norm):
-    """Exponents ``(features, keys)``, minus infinity for a key without features."""
-    return tl.where((norm < LARGEST_NORM)[None, :], e + (bias[:, None] - norm[None, :]), -INFINITY)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from performers.attention.triton.kernels.forms import logarithms, times_slope
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LARGEST_NORM,
@@ -13,6 +14,7 @@ from performers.attention.triton.kernels.parts import (
     head_of,
     is_broken,
     load_rows,
+    load_sums,
     project_rows,
     store_rows,
     times_sums,
@@ -26,6 +28,7 @@ def read_rows(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Output rows, and binary logarithms of their normalisers."""
     blocks = tl.cdiv(length, BT)
@@ -38,22 +41,22 @@ def read_rows(
     first = row * length + start
     q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + start * sql), i, sql, inside, D, BD)
     w = n % heads * features if PER_HEAD else 0
+    sums = n * features
     peak = tl.full((BT,), LOWEST, tl.float32)
     den = tl.zeros((BT,), tl.float32)
     acc = tl.zeros((BT, BV), tl.float32)
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
-        sums = n * features + f
-        e = project_rows(q, tl.load(HI + at), LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) + tl.load(SCALE + sums))[None, :]
+        z = project_rows(q, tl.load(HI + at), LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums + f)
+        e = logarithms(z, bias[None, :], scale[None, :], FORM, EPSILON)
         new = tl.maximum(peak, tl.ceil(tl.max(e, 1)))
         decay = tl.exp2(peak - new)
         phi = tl.exp2(e - new[:, None]).to(OPERAND)
-        kv = load_rows(KV, sums, DV, every, DV, BV)
+        kv = load_sums(KV + sums * DV, f, DV, BV)
         acc = times_sums(phi, kv, acc * decay[:, None], PRECISION)
-        den = den * decay + tl.sum(phi.to(tl.float32) * tl.load(KS + sums)[None, :], 1)
+        den = den * decay + tl.sum(phi.to(tl.float32) * tl.load(KS + sums + f)[None, :], 1)
         peak = new
     acc, log = finished(acc, den, peak, is_broken(q))
     store_rows(
@@ -70,6 +73,7 @@ def query_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """``grad_q_i = sum_f a_if (grad_out_i . kv_f - delta_i ks_f) (ln 2 W_f - pull q_i)``."""
     blocks = tl.cdiv(length, BT)
@@ -88,19 +92,20 @@ def query_gradients(
     log = tl.load(LOG + first + i, mask=inside, other=INFINITY)
     delta = tl.load(DELTA + first + i, mask=inside, other=0.0)
     w = n % heads * features if PER_HEAD else 0
+    sums = n * features
     dx = tl.zeros((BT, BD), tl.float32)
     along = tl.zeros((BT,), tl.float32)
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
-        sums = n * features + f
         hi = tl.load(HI + at)
-        e = project_rows(q, hi, LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) + tl.load(SCALE + sums))[None, :] - log[:, None]
-        kv = load_rows(KV, sums, DV, every, DV, BV).to(OPERAND)
-        slope = delta[:, None] * -tl.load(KS + sums)[None, :]
+        z = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums + f)
+        e = logarithms(z, bias[None, :], scale[None, :], FORM, EPSILON) - log[:, None]
+        kv = load_sums(KV + sums * DV, f, DV, BV).to(OPERAND)
+        slope = delta[:, None] * -tl.load(KS + sums + f)[None, :]
         h = tl.exp2(e) * dot(grad, tl.trans(kv), slope, PRECISION)
+        h = times_slope(h, z, bias[None, :], FORM, EPSILON)
         dx = dot(h.to(OPERAND), hi.to(OPERAND), dx, PRECISION)
         along += tl.sum(h, 1)
     dx = dx * LN2 - q.to(tl.float32) * (along * pull)[:, None]
@@ -118,6 +123,7 @@ def key_gradients(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """``grad_v_j = sum_f phi_jf dkv_f``, and the gradient of ``k_j`` through its features."""
     blocks = tl.cdiv(length, BT)
@@ -135,21 +141,22 @@ def key_gradients(
     absent = norm >= LARGEST_NORM
     k = tl.where(absent[:, None], 0.0, k).to(k.dtype)
     w = n % heads * features if PER_HEAD else 0
+    sums = n * features
     dk = tl.zeros((BT, BD), tl.float32)
     dv = tl.zeros((BT, BV), tl.float32)
     along = tl.zeros((BT,), tl.float32)
     for f0 in range(0, features, BM):
         f = f0 + tl.arange(0, BM)
-        every = f < features
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
-        sums = n * features + f
         hi = tl.load(HI + at)
-        e = project_rows(k, hi, LO, at, PRECISION, SPLIT)
-        e += (tl.load(BIAS + w + f) - tl.load(SCALE + sums))[None, :] - norm[:, None]
+        z = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        bias, scale = tl.load(BIAS + w + f), tl.load(SCALE + sums + f)
+        e = logarithms(z, bias[None, :], -scale[None, :], FORM, EPSILON) - norm[:, None]
         phi = tl.exp2(tl.where(absent[:, None], -INFINITY, e))
-        dkv = load_rows(GRAD_KV, sums, DV, every, DV, BV).to(OPERAND)
-        slope = tl.zeros((BT, BM), tl.float32) + tl.load(GRAD_KS + sums)[None, :]
+        dkv = load_sums(GRAD_KV + sums * DV, f, DV, BV).to(OPERAND)
+        slope = tl.zeros((BT, BM), tl.float32) + tl.load(GRAD_KS + sums + f)[None, :]
         h = phi * dot(v, tl.trans(dkv), slope, PRECISION)
+        h = times_slope(h, z, bias[None, :], FORM, EPSILON)
         dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
         dv = dot(phi.to(OPERAND), dkv, dv, PRECISION)
         along += tl.sum(h, 1)

@@ -3,11 +3,17 @@
 import triton
 import triton.language as tl
 
-from performers.attention.triton.kernels.parts import (
-    INFINITY,
-    LOWEST,
-    head_of,
-)
+from performers.attention.triton.kernels.forms import logarithms
+from performers.attention.triton.kernels.parts import INFINITY, LN2, LOG2_E, LOWEST, head_of
+
+
+@triton.jit
+def natural_logarithms(z, bias, offset, FORM: tl.constexpr, EPSILON: tl.constexpr):
+    """``ln phi + offset`` of the projections ``z + bias``."""
+    if FORM == "exponential" and EPSILON == 0.0:
+        return z + (bias + offset)
+    else:
+        return logarithms(z * LOG2_E, bias * LOG2_E, 0.0, FORM, EPSILON) * LN2 + offset
 
 
 @triton.jit
@@ -16,12 +22,12 @@ def decode_step(
     sqb, sqh, sqg, skb, skh, svb, svh, sob, soh, sog, heads, groups, features, root, norm,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BW: tl.constexpr,
     BG: tl.constexpr, BM: tl.constexpr, PER_HEAD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_PAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_PAST: tl.constexpr, FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """``BV`` columns of the values of one key head, and of the output of its ``groups`` queries.
 
     Scales are natural logarithms, as in ``FavorState``: one that a step leaves as it is stays the
-    same number.
+    same number. Sums of features that are no exponentials have the scale zero.
     """
     columns = tl.cdiv(DV, BV)
     part = tl.program_id(0) % columns
@@ -34,7 +40,7 @@ def decode_step(
     v = tl.load(values + c, mask=c < DV, other=0.0).to(tl.float32)
     whole = tl.load(values + every, mask=every < DV, other=0.0).to(tl.float32)
     square = tl.sum(k * k, 0)
-    half = tl.where(square < 3e38, square * norm, INFINITY)
+    half = tl.where(square < 3e38, square * norm, tl.where(norm > 0.0, INFINITY, 0.0))
     broken = tl.sum(k * 0.0, 0) + tl.sum(whole * 0.0, 0)
     if HAS_MASK:
         keep = tl.load(MASK + n // heads) != 0
@@ -61,13 +67,17 @@ def decode_step(
             bias = tl.load(BIAS + w + f, mask=there, other=0.0)
         at = n * features + f
         kept = there[:, None] & (c < DV)[None, :]
-        ek = tl.where(there, tl.sum(weight * k[None, :], 1) + (bias - half), -INFINITY)
+        ek = natural_logarithms(tl.sum(weight * k[None, :], 1), bias, -half, FORM, EPSILON)
+        ek = tl.where(there, ek, -INFINITY)
         scale = ek
+        if FORM != "exponential":
+            scale = tl.zeros((BM,), tl.float32)
         kv = tl.zeros((BM, BV), tl.float32)
         ks = tl.zeros((BM,), tl.float32)
         if HAS_PAST:
             before = tl.load(SCALE + at, mask=there, other=-INFINITY)
-            scale = tl.maximum(before, ek)
+            if FORM == "exponential":
+                scale = tl.maximum(before, ek)
             decay = tl.exp(before - tl.where(scale == -INFINITY, 0.0, scale))
             kv = tl.load(KV + at[:, None] * DV + c[None, :], mask=kept, other=0.0)
             kv = kv * decay[:, None]
@@ -81,7 +91,8 @@ def decode_step(
             tl.store(NEW_SCALE + at, scale, mask=there)
         for g in range(0, groups):
             q = tl.load(Q + g * sqg + d, mask=d < D, other=0.0).to(tl.float32)
-            e = tl.where(there, tl.sum(weight * q[None, :], 1) + bias + scale, -INFINITY)
+            e = natural_logarithms(tl.sum(weight * q[None, :], 1), bias, scale, FORM, EPSILON)
+            e = tl.where(there, e, -INFINITY)
             mine = g_all == g
             old = tl.max(tl.where(mine, peak, -INFINITY), 0)
             new = tl.maximum(old, tl.max(e, 0))

@@ -12,21 +12,23 @@ no weight: ``a_if = 2^(e_if + s_f - log_i)``.
 import triton
 import triton.language as tl
 
+from performers.attention.triton.kernels.forms import key_exponents, logarithms
 from performers.attention.triton.kernels.parts import (
     INFINITY,
     LOWEST,
     dot,
     head_of,
     is_broken,
-    key_exponents,
     key_place,
     load_columns,
     load_rows,
+    load_sums,
     place_of,
     poison,
     previous_segment,
     project_columns,
     steps,
+    store_sums,
 )
 
 
@@ -37,7 +39,7 @@ def key_norms(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """``factor |k|^2`` of the key of each slot.
+    """``factor |k|^2`` of the key of each slot; a factor of zero is for features without a norm.
 
     Infinite where there is no key that takes part, NaN where key or value hold NaN or infinity.
     """
@@ -55,7 +57,7 @@ def key_norms(
     v = load_rows(V + head_of(n, heads, svb, svh), j, svs, keep, DV, BV)
     k = k.to(tl.float32)
     square = tl.sum(k * k, 1)
-    norm = tl.where(square < 3e38, square * factor, 3e38)
+    norm = tl.where(square < 3e38, square * factor, tl.where(factor > 0.0, 3e38, 0.0))
     norm = tl.where(keep, norm, INFINITY)
     norm = tl.where(is_broken(k) | is_broken(v), float("nan"), norm)
     tl.store(NORM + n * slots + slot, norm, mask=slot < slots)
@@ -71,6 +73,7 @@ def key_sums(
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     HAS_START: tl.constexpr, STATES: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Sums over the keys of one split, from those before it if there are any."""
     blocks = features // BM
@@ -78,33 +81,30 @@ def key_sums(
     split = tl.program_id(0) // blocks % splits
     local = (tl.program_id(0) // blocks // splits).to(tl.int64)
     n = first + local
-    c = tl.arange(0, BV)
-    every = f < features
     w = n % heads * features if PER_HEAD else 0
     at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
     hi = tl.load(HI + at)
     bias = tl.load(BIAS + w + f)
     K += head_of(n, heads, skb, skh)
     V += head_of(n, heads, svb, svh)
-    end = (local * splits + split) * features + f
+    end = (local * splits + split) * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     scale = tl.full((BM,), LOWEST, tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-        scale = tl.load(START_SCALE + end)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+        scale = tl.load(START_SCALE + end + f)
     begin = split * span
     stop = tl.minimum(slots, begin + span)
-    state = (local * chunks + begin // BT) * features + f
-    scales = (local * (chunks + 1) + begin // BT) * features + f
+    state = (local * chunks + begin // BT) * features
+    scales = (local * (chunks + 1) + begin // BT) * features
     step = steps(BT, REVERSE)
     for start in range(begin, stop, BT):
         if STATES:
-            kept = every[:, None] & (c < DV)[None, :]
-            tl.store(KV + state[:, None] * DV + c[None, :], acc, mask=kept)
-            tl.store(KS + state, total)
-            tl.store(SCALE + scales, scale)
+            store_sums(KV + state * DV, f, acc, DV, BV)
+            tl.store(KS + state + f, total)
+            tl.store(SCALE + scales + f, scale)
         inside = start + tl.arange(0, BT) < stop
         norm = tl.load(NORM + (n * slots + start) + tl.arange(0, BT), mask=inside, other=INFINITY)
         if HAS_SEG:
@@ -113,7 +113,7 @@ def key_sums(
             last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, slots, REVERSE))
             norm = tl.where(own == last, norm, INFINITY)
             before = previous_segment(SEG, start, slots, HAS_SEG, REVERSE)
-            same = tl.zeros((BM,), tl.int64) + before == last
+            same = tl.zeros((BM,), tl.int32) + before == last
             acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
@@ -121,7 +121,8 @@ def key_sums(
         j = key_place(start, slots, delay, REVERSE)
         xt = load_columns(K + j * sks, step, sks, taking, D, BD)
         v = load_rows(V + j * svs, step, svs, taking, DV, BV).to(OPERAND)
-        e = key_exponents(project_columns(hi, LO, at, xt, PRECISION, SPLIT), bias, norm)
+        z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
+        e = key_exponents(z, bias, norm, FORM, EPSILON)
         new = tl.maximum(scale, tl.ceil(tl.max(e, 1)))
         decay = tl.exp2(scale - new)
         phi = (tl.exp2(e - new[:, None]) + poison(norm)[None, :]).to(OPERAND)
@@ -130,12 +131,12 @@ def key_sums(
         scale = new
         state += features
         scales += features
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=every[:, None] & (c < DV)[None, :])
-    tl.store(LAST_KS + end, total)
-    tl.store(LAST_SCALE + end, scale)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
+    tl.store(LAST_SCALE + end + f, scale)
     if STATES:
         if split == splits - 1:
-            tl.store(SCALE + scales, scale)
+            tl.store(SCALE + scales + f, scale)
 
 
 @triton.jit(do_not_specialize=["slots", "span", "splits", "features"])
@@ -149,30 +150,27 @@ def combine(
     blocks = features // BM
     f = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
-    end = n * features + f
+    end = n * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     scale = tl.full((BM,), LOWEST, tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-        scale = tl.load(START_SCALE + end)
-    at = n * splits * features + f
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+        scale = tl.load(START_SCALE + end + f)
+    at = n * splits * features
     begin = splits * 0
     for _ in range(0, splits):
-        more = load_rows(KV, at, DV, every, DV, BV)
-        more_total = tl.load(KS + at)
-        more_scale = tl.load(SCALE + at)
-        tl.store(KV + at[:, None] * DV + c[None, :], acc, mask=kept)
-        tl.store(KS + at, total)
-        tl.store(SCALE + at, scale)
+        more = load_sums(KV + at * DV, f, DV, BV)
+        more_total = tl.load(KS + at + f)
+        more_scale = tl.load(SCALE + at + f)
+        store_sums(KV + at * DV, f, acc, DV, BV)
+        tl.store(KS + at + f, total)
+        tl.store(SCALE + at + f, scale)
         if HAS_SEG:
             before = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            same = tl.zeros((BM,), tl.int64) + before == last
+            same = tl.zeros((BM,), tl.int32) + before == last
             acc = tl.where(same[:, None], acc, 0.0)
             total = tl.where(same, total, 0.0)
             scale = tl.where(same, scale, LOWEST)
@@ -184,9 +182,9 @@ def combine(
         scale = new
         at += features
         begin += span
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=kept)
-    tl.store(LAST_KS + end, total)
-    tl.store(LAST_SCALE + end, scale)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
+    tl.store(LAST_SCALE + end + f, scale)
 
 
 @triton.jit(do_not_specialize=["length", "log_normalizer"])
@@ -232,6 +230,7 @@ def query_sums(
     HAS_START: tl.constexpr, CAUSAL: tl.constexpr, STATES: tl.constexpr,
     HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the sums by the rows of one split: ``sum_i a_if (grad_out_i, -delta_i)``.
 
@@ -243,48 +242,45 @@ def query_sums(
     split = tl.program_id(0) // blocks % splits
     local = (tl.program_id(0) // blocks // splits).to(tl.int64)
     n = first + local
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
     w = n % heads * features if PER_HEAD else 0
     at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
     hi = tl.load(HI + at)
     bias = tl.load(BIAS + w + f)
     Q += head_of(n, heads, sqb, sqh)
     GRAD_OUT += head_of(n, heads, sgb, sgh)
-    end = (local * splits + split) * features + f
+    end = (local * splits + split) * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
     begin = split * span
     stop = tl.minimum(length, begin + span)
     count = tl.cdiv(stop - begin, BT)
     start = begin + (count - 1) * BT
     step = steps(BT, REVERSE)
     if CAUSAL:
-        state = (local * chunks + start // BT) * features + f
-        scales = (local * (chunks + 1) + start // BT) * features + f
-        after = tl.load(SCALE + scales + features)
+        state = (local * chunks + start // BT) * features
+        scales = (local * (chunks + 1) + start // BT) * features
+        after = tl.load(SCALE + scales + features + f)
     else:
-        offset = bias + tl.load(SCALE + local * features + f)
+        before = tl.load(SCALE + local * features + f)
     for _ in range(0, count):
         inside = start + tl.arange(0, BT) < stop
+        continues = inside
         i = place_of(start, length, REVERSE)
         if STATES:
-            tl.store(GRAD_KV + state[:, None] * DV + c[None, :], acc, mask=kept)
-            tl.store(GRAD_KS + state, total)
+            store_sums(GRAD_KV + state * DV, f, acc, DV, BV)
+            tl.store(GRAD_KS + state + f, total)
         if CAUSAL:
-            before = tl.load(SCALE + scales)
-            offset = bias + before
+            before = tl.load(SCALE + scales + f)
             factor = tl.exp2(before - after)
             if HAS_SEG:
                 past = previous_segment(SEG, start, length, HAS_SEG, REVERSE)
                 last = tl.load(SEG + place_of(tl.minimum(start + BT, stop) - 1, length, REVERSE))
-                factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
+                factor = tl.where(tl.zeros((BM,), tl.int32) + past == last, factor, 0.0)
                 own = tl.load(SEG + i + step, mask=inside, other=-2)
-                inside = inside & (own == past)
+                continues = own == past
             acc = acc * factor[:, None]
             total = total * factor
             after = before
@@ -293,17 +289,23 @@ def query_sums(
         row = n * groups * length + i
         for g in range(0, groups):
             xt = load_columns(Q + (g * sqg + i * sql), step, sql, inside, D, BD)
-            grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, inside, DV, BV).to(OPERAND)
+            grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, continues, DV, BV).to(
+                OPERAND
+            )
             log = tl.load(LOG + row + step, mask=inside, other=INFINITY)
-            delta = tl.load(DELTA + row + step, mask=inside, other=0.0)
-            e = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
-            a = tl.exp2(e + offset[:, None] - log[None, :])
+            delta = tl.load(DELTA + row + step, mask=continues, other=0.0)
+            z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
+            e = logarithms(z, bias[:, None], before[:, None], FORM, EPSILON)
+            a = tl.exp2(e - log[None, :])
+            if HAS_SEG:
+                # Rather than where queries are loaded, which takes more registers than there are.
+                a = tl.where(continues[None, :], a, 0.0)
             acc = dot(a.to(OPERAND), grad, acc, PRECISION)
             total -= tl.sum(a * delta[None, :], 1)
             row += length
         start -= BT
-    tl.store(LAST_KV + end[:, None] * DV + c[None, :], acc, mask=kept)
-    tl.store(LAST_KS + end, total)
+    store_sums(LAST_KV + end * DV, f, acc, DV, BV)
+    tl.store(LAST_KS + end + f, total)
 
 
 @triton.jit(do_not_specialize=["slots", "span", "splits", "chunks", "features"])
@@ -317,30 +319,27 @@ def combine_gradients(
     blocks = features // BM
     f = tl.program_id(0) % blocks * BM + tl.arange(0, BM)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.arange(0, BV)
-    every = f < features
-    kept = every[:, None] & (c < DV)[None, :]
-    end = n * features + f
+    end = n * features
     acc = tl.zeros((BM, BV), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     if HAS_START:
-        acc = load_rows(START_KV, end, DV, every, DV, BV)
-        total = tl.load(START_KS + end)
-    scales = n * (chunks + 1) * features + f
-    after = tl.load(SCALE + scales + chunks * features)
+        acc = load_sums(START_KV + end * DV, f, DV, BV)
+        total = tl.load(START_KS + end + f)
+    scales = n * (chunks + 1) * features
+    after = tl.load(SCALE + scales + chunks * features + f)
     begin = (splits - 1) * span
-    at = (n * splits + splits - 1) * features + f
+    at = (n * splits + splits - 1) * features
     for _ in range(0, splits):
-        more = load_rows(KV, at, DV, every, DV, BV)
-        more_total = tl.load(KS + at)
-        tl.store(KV + at[:, None] * DV + c[None, :], acc, mask=kept)
-        tl.store(KS + at, total)
-        before = tl.load(SCALE + scales + begin // BT * features)
+        more = load_sums(KV + at * DV, f, DV, BV)
+        more_total = tl.load(KS + at + f)
+        store_sums(KV + at * DV, f, acc, DV, BV)
+        tl.store(KS + at + f, total)
+        before = tl.load(SCALE + scales + begin // BT * features + f)
         factor = tl.exp2(before - after)
         if HAS_SEG:
             past = previous_segment(SEG, begin, slots, HAS_SEG, REVERSE)
             last = tl.load(SEG + place_of(tl.minimum(begin + span, slots) - 1, slots, REVERSE))
-            factor = tl.where(tl.zeros((BM,), tl.int64) + past == last, factor, 0.0)
+            factor = tl.where(tl.zeros((BM,), tl.int32) + past == last, factor, 0.0)
         acc = acc * factor[:, None] + more
         total = total * factor + more_total
         after = before
