@@ -105,6 +105,11 @@ PACKED = [x for x in CONFIGURATIONS if x.packed]
 STREAMED = [x for x in CONFIGURATIONS if not (x.packed or x.listed)]
 
 
+def exhaustive(*values: object) -> object:
+    """A parameter of ``-m exhaustive`` alone."""
+    return pytest.param(*values, marks=pytest.mark.exhaustive)
+
+
 def law(
     backends: Iterable = BACKENDS,
     configurations: Iterable = CONFIGURATIONS,

@@ -18,6 +18,7 @@ from tests.attention.cases import (
     POSITIVE,
     SELF,
     Configuration,
+    exhaustive,
     law,
     make_call,
     random_mask,
@@ -34,10 +35,6 @@ def _fresh_compiler():
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
-
-
-def exhaustive(*values):
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 def assert_same(eager, compiled, inputs):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.attention.cases import LINEAR, POSITIVE, SELF, law, make_call
+from tests.attention.cases import LINEAR, POSITIVE, SELF, exhaustive, law, make_call
 
 HEADS, HEAD_DIM, NUM_FEATURES = 8, 8, 256
 # The shorter fills the blocks that are held at a time.
@@ -36,10 +36,6 @@ def call_of(mode, length, options, packed=False):
         options = {**options, "cu_seqlens": torch.arange(0, length + 1, length // 8)}
     sizes = {"batch": 1, "heads": HEADS, "head_dim": HEAD_DIM, "num_features": NUM_FEATURES}
     return make_call(POSITIVE, length, mode, **sizes, **options)
-
-
-def exhaustive(*values):
-    return pytest.param(*values, marks=pytest.mark.exhaustive)
 
 
 @pytest.mark.parametrize(

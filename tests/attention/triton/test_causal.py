@@ -7,7 +7,7 @@ import torch
 
 from performers import favor_attention
 from performers.attention.triton import causal, launcher, passes
-from tests.attention.cases import random_mask
+from tests.attention.cases import exhaustive, random_mask
 from tests.attention.triton.support import check, small_call
 
 
@@ -50,6 +50,7 @@ def test_one_head_of_many_splits_equals_one_split(monkeypatch):
         assert (a - b).abs().max() < 2e-6 * max(1, b.abs().max())
 
 
+@pytest.mark.exhaustive
 def test_heads_in_groups(monkeypatch):
     """The size of a group of heads does not change a bit."""
     call = small_call(70, "causal", heads=4, key_heads=2).leaves()
@@ -61,7 +62,9 @@ def test_heads_in_groups(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", ["hyperbolic", "optimal-simplex", "data_aware"])
+@pytest.mark.parametrize(
+    "name", ["data_aware", *map(exhaustive, ("hyperbolic", "optimal-simplex"))]
+)
 def test_feature_maps(name):
     check(small_call(70, "causal", name=name), tolerance=1e-5)
 
@@ -77,6 +80,7 @@ def test_rows_that_lose_their_pairs():
     check(call, tolerance=2e-5)
 
 
+@pytest.mark.exhaustive
 def test_lost_rows_with_masks_and_a_past():
     call = hostile_call(100, batch=2, heads=1)
     call.options["key_mask"] = random_mask(2, 100)
@@ -90,7 +94,9 @@ def test_lost_rows_of_bfloat16():
     check(call, tolerance=5e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *map(exhaustive, (torch.float16, torch.float32))]
+)
 def test_later_tokens_do_not_matter(dtype):
     """In 16-bit types not one bit."""
     call = small_call(140, "causal", dtype=dtype, seed=5)
@@ -121,7 +127,7 @@ def test_gradients_stop_at_later_tokens():
         assert (call.value.grad[..., :90, :] != 0).any()
 
 
-@pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("where", ["key", *map(exhaustive, ("query", "value"))])
 def test_nan_and_infinity(where):
     call = small_call(140, "causal", batch=2)
     for row, bad in enumerate((math.nan, math.inf)):
@@ -136,6 +142,7 @@ def test_nan_and_infinity(where):
     assert torch.equal(grad.isnan().any(-1), expected.isnan().any(-1))
 
 
+@pytest.mark.exhaustive
 def test_two_runs_are_equal():
     call = hostile_call(100).leaves()
     first, second = (

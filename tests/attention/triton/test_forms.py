@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from performers import favor_attention
-from tests.attention.cases import Call, generator, make_call, random_mask, stream
+from tests.attention.cases import Call, exhaustive, generator, make_call, random_mask, stream
 from tests.attention.triton.support import TOLERANCE, check
 from tests.features.cases import Case, GeneralizedFeatures, by_name
 
@@ -45,6 +45,7 @@ def test_causal(name):
     check(form_call(name, 70))
 
 
+@pytest.mark.exhaustive
 def test_projections_of_heads_and_masks():
     for mode in MODES:
         call = form_call("relu", 70, mode, heads=4, key_heads=2, num_heads=2)
@@ -60,7 +61,7 @@ def test_packed_sequences(name, mode):
     check(form_call(name, 80, mode, cu_seqlens=offsets))
 
 
-@pytest.mark.parametrize("name", ["relu", "abs"])
+@pytest.mark.parametrize("name", ["relu", exhaustive("abs")])
 def test_features_without_an_epsilon(name):
     """Also rows and keys all of whose features are zero, which count as rows without keys."""
     for mode in MODES:
@@ -95,7 +96,8 @@ def test_one_key_much_larger_than_the_rest():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("relu", torch.bfloat16), ("relu", torch.float32), ("exp", torch.float32)]
+    ("name", "dtype"),
+    [("relu", torch.bfloat16), exhaustive("relu", torch.float32), exhaustive("exp", torch.float32)],
 )
 def test_later_tokens_do_not_matter(name, dtype):
     """In 16-bit types not one bit, unless a feature grows so much that rows are mended."""
@@ -119,7 +121,7 @@ def test_half_precision(dtype, tolerance):
         check(form_call("relu", 70, mode, dtype=dtype), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("name", ["relu", "exp"])
+@pytest.mark.parametrize("name", ["relu", exhaustive("exp")])
 def test_streams_and_states_of_other_backends(name):
     call = form_call(name, 78, heads=2, key_heads=1)
     whole = call.run("torch", is_causal=True)

@@ -7,11 +7,11 @@ import torch
 
 from performers import favor_attention
 from performers.attention.triton import launcher
-from tests.attention.cases import random_mask
+from tests.attention.cases import exhaustive, random_mask
 from tests.attention.triton.support import check, small_call
 
 OFFSETS = torch.tensor([0, 1, 40, 40, 64, 129, 140], dtype=torch.int32)
-MODES = ("causal", "bidirectional")
+MODES = ("causal", exhaustive("bidirectional"))
 
 
 def packed_call(mode, offsets=OFFSETS, **options):
@@ -37,6 +37,7 @@ def test_one_long_sequence_among_short_ones(monkeypatch):
     check(packed_call("causal", torch.tensor([0, 60, 210, 250]), heads=1))
 
 
+@pytest.mark.exhaustive
 def test_rows_that_lose_their_pairs():
     check(packed_call("causal", heads=1, num_features=8, input_scale=8.0), tolerance=2e-5)
 
@@ -58,6 +59,7 @@ def test_sequences_do_not_see_each_other(mode):
             assert (before - after)[..., rows, :].abs().max() < 2e-2
 
 
+@pytest.mark.exhaustive
 def test_gradients_stop_at_other_sequences():
     call = packed_call("bidirectional").leaves()
     call.run("triton")[..., 64:129, :].square().sum().backward()

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from performers import favor_attention
-from tests.attention.cases import random_mask, stream
+from tests.attention.cases import exhaustive, random_mask, stream
 from tests.attention.triton.support import small_call
 from tests.features.cases import generator
 
 
-@pytest.mark.parametrize("lengths", [[70, 1, 1, 68], [1] * 20, [64, 64, 12]])
+@pytest.mark.parametrize("lengths", [[70, 1, 1, 68], *map(exhaustive, ([1] * 20, [64, 64, 12]))])
 def test_streams(lengths):
     call = small_call(sum(lengths), batch=2, heads=4, key_heads=2)
     call.options["key_mask"] = random_mask(2, sum(lengths))
@@ -25,14 +25,18 @@ def test_streams(lengths):
     assert (ours - values).abs().max() < 1e-5 * values.abs().max()
 
 
-@pytest.mark.parametrize("options", [{"heads": 6, "key_heads": 2}, {"num_heads": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [exhaustive({"heads": 6, "key_heads": 2}), {"num_heads": 2}], ids=str
+)
 def test_single_steps(options):
     call = small_call(12, value_dim=20, **options)
     out, _ = stream(call, [1] * 12, "triton")
     assert (out - call.run("reference", is_causal=True)).abs().max() < 5e-6
 
 
-@pytest.mark.parametrize("name", ["hyperbolic", "optimal-simplex", "data_aware"])
+@pytest.mark.parametrize(
+    "name", ["data_aware", *map(exhaustive, ("hyperbolic", "optimal-simplex"))]
+)
 def test_single_steps_of_feature_maps(name):
     call = small_call(8, name=name)
     out, _ = stream(call, [1] * 8, "triton")
@@ -87,7 +91,7 @@ def gradients(call, backend, lengths, weight, wanted):
     return torch.autograd.grad(total, leaves.inputs)
 
 
-@pytest.mark.parametrize("lengths", [[70, 30], [40, 1, 64]])
+@pytest.mark.parametrize("lengths", [[70, 30], exhaustive([40, 1, 64])])
 def test_gradients_through_states(lengths):
     call = small_call(sum(lengths), heads=4, key_heads=2, seed=4)
     weight = torch.randn(1, 4, sum(lengths), 16, generator=generator(1))

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from performers import favor_attention
-from tests.attention.cases import random_mask, stream
+from tests.attention.cases import exhaustive, random_mask, stream
 from tests.attention.triton.support import check, small_call
 
 
@@ -17,12 +17,12 @@ def exact_call(length, mode="bidirectional", **options):
     )
 
 
-@pytest.mark.parametrize("window", [0, 1, 63, 64, 65, 300])
+@pytest.mark.parametrize("window", [65, *map(exhaustive, (0, 1, 63, 64, 300))])
 def test_windows(window):
     check(exact_call(140, "causal", heads=1, window=window, seed=window))
 
 
-@pytest.mark.parametrize("window", [0, 20, 64])
+@pytest.mark.parametrize("window", [20, *map(exhaustive, (0, 64))])
 def test_windows_both_ways(window):
     check(exact_call(140, heads=1, window=window, seed=window))
 
@@ -34,7 +34,7 @@ def test_grouped_heads_and_masks():
         check(call)
 
 
-@pytest.mark.parametrize("sinks", [1, 18])
+@pytest.mark.parametrize("sinks", [18, exhaustive(1)])
 @pytest.mark.parametrize("mode", ["bidirectional", "causal", "cross"])
 def test_sinks(mode, sinks):
     check(exact_call(100, mode, sinks=sinks))
@@ -47,6 +47,7 @@ def test_a_window_that_covers_the_sequence_is_softmax_attention():
         assert (call.run("triton") - exact).abs().max() < 5e-6
 
 
+@pytest.mark.exhaustive
 def test_feature_maps():
     for name in ("hyperbolic", "optimal-simplex", "data_aware"):
         check(exact_call(80, "causal", name=name, heads=1, window=5, sinks=1), tolerance=1e-5)
@@ -57,6 +58,7 @@ def test_half_precision(dtype, tolerance):
     check(exact_call(100, "causal", dtype=dtype, window=10, sinks=2), tolerance=tolerance)
 
 
+@pytest.mark.exhaustive
 def test_rows_that_lose_their_pairs():
     """Both with what the window takes and without."""
     for mode in ("causal", "bidirectional"):
@@ -64,7 +66,7 @@ def test_rows_that_lose_their_pairs():
         check(call, tolerance=2e-5)
 
 
-@pytest.mark.parametrize("lengths", [[70, 1, 1, 28], [5] * 4, [30, 70]])
+@pytest.mark.parametrize("lengths", [[70, 1, 1, 28], *map(exhaustive, ([5] * 4, [30, 70]))])
 def test_streams(lengths):
     call = exact_call(sum(lengths), heads=2, key_heads=1, window=9, sinks=3)
     call.options["key_mask"] = random_mask(1, sum(lengths))
@@ -72,6 +74,7 @@ def test_streams(lengths):
     assert (out - call.run("reference", is_causal=True)).abs().max() < 5e-6
 
 
+@pytest.mark.exhaustive
 def test_gradients_through_streams():
     call = exact_call(100, window=9, sinks=3).leaves()
     weight = torch.randn(1, 2, 100, 8)
@@ -94,7 +97,7 @@ def test_later_tokens_do_not_matter():
         assert torch.equal(before[..., :90, :], after[..., :90, :])
 
 
-@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+@pytest.mark.parametrize("mode", ["causal", exhaustive("bidirectional")])
 def test_nan_and_infinity(mode):
     for where in ("query", "key", "value"):
         call = exact_call(100, mode, batch=2, window=7, sinks=1, key_heads=1)
