@@ -49,8 +49,10 @@ def check(rows, stack=0):
             assert row["warpgroup" if row["capability"] == 90 else "matrix"] > 0, row
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_head_dim_64():
+    """Part of what CI runs."""
     check(compile_all(64, "bfloat16"))
 
 
