@@ -6,13 +6,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
 from performers.attention.exact_keys.neighbours import NeighbourLists
 from performers.attention.native.listed_operators import kernel_rows
 from performers.attention.native.operators import favor_forward
-from performers.attention.operators import Inputs
+from performers.attention.operators import Inputs, kernel_kind
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.blocks import Features, Rows
@@ -20,8 +19,6 @@ from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
 from performers.attention.torch_backend.neighbours import neighbour_rows
 from performers.features.precision import without_autocast
 from performers.features.recomputation import is_traced, is_transformed
-
-_RECTIFIERS = (torch.relu, F.relu)
 
 
 def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
@@ -139,7 +136,7 @@ def uncovered(call: AttentionCall) -> str | None:
     if form.kind == "exponential":
         if form.weight is None or form.epsilon != 0:
             return "for exponential features with an epsilon or without a projection"
-    elif form.function not in _RECTIFIERS:
+    elif kernel_kind(form) != "rectified":
         return "for elementwise features of other functions than relu"
     # Custom operators have no derivative inside vmap, grad and their like, nor forward-mode ones.
     if is_transformed():
