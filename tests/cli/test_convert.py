@@ -143,7 +143,7 @@ def test_a_decoder_is_converted_measured_and_saved(decoder):
 
 def test_the_saved_model_is_the_one_that_was_measured(decoder):
     model = load_performer(decoder.folder)
-    original = load_model(decoder.files[0], head=None)
+    original = load_model(decoder.files[0])
     from performers.convert.distillation.batches import Collator
     from performers.convert.distillation.quality import measure_quality
     from performers.convert.distillation.texts import split_text
@@ -209,7 +209,7 @@ def test_without_training_there_are_three_rows(encoder):
     assert content["speed"] == []
     assert "Training:" not in encoder.out
     assert (encoder.folder / "conversion.png").read_text() == "1 panels"
-    original = load_model(encoder.files[0], head=None).model
+    original = load_model(encoder.files[0]).model
     model = load_performer(encoder.folder)
     for name, weight in original.named_parameters():
         if "position" not in name:
@@ -382,7 +382,7 @@ def test_bad_models_and_data_are_one_line(causal, masked, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refusal("convert", tmp_path / "empty", *causal[1:], *out)
     (tmp_path / "out").rmdir()
-    to_performer(model := load_model(causal[0], head=None).model, num_features=8)
+    to_performer(model := load_model(causal[0]).model, num_features=8)
     converted = shutil.copytree(causal[0], tmp_path / "converted")
     model.save_pretrained(converted)
     line = refusal("convert", converted, *causal[1:], *out)

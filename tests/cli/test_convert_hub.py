@@ -15,8 +15,8 @@ import performers
 from performers.cli import convert_run
 from performers.convert import load_performer
 from performers.convert.distillation import pipeline
-from performers.convert.distillation.best import BestState
 from performers.convert.distillation.pretrained import load_model
+from performers.convert.distillation.results import BestState
 from tests.benchmark.tiny_models import save_llama, words
 from tests.cli.commands import refusal
 from tests.cli.commands import run as run_command
@@ -188,7 +188,7 @@ def test_the_best_measured_state_is_saved(data, tmp_path, harmful, after):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_state_with_adapters_is_kept_merged(tmp_path):
     peft = pytest.importorskip("peft")
-    original = load_model(save_llama(tmp_path / "llama"), head=True).model
+    original = load_model(save_llama(tmp_path / "llama")).model
     student = copy.deepcopy(original)
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     adapted = peft.get_peft_model(student, config)

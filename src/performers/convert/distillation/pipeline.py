@@ -11,25 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
 from performers.app.files import sha256
 from performers.app.provenance import weights_sha256
 from performers.convert.distillation.batches import Collator
-from performers.convert.distillation.best import BestState, score
-from performers.convert.distillation.pretrained import (
-    LoadedModel,
-    load_model,
-    without_progress_bars,
-)
+from performers.convert.distillation.pretrained import LoadedModel, load_model
 from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from performers.convert.distillation.results import (
     BASELINE,
     FINE_TUNED,
     ORIGINAL,
     ZERO_SHOT,
+    BestState,
     ConversionRecord,
+    score,
 )
 from performers.convert.distillation.texts import Example, split_text
 from performers.convert.distillation.training import check_adapters, distill
@@ -41,6 +39,7 @@ from performers.convert.saving import load_performer
 from performers.convert.sentences import SentenceFiles
 from performers.convert.to_performer import to_performer
 from performers.models.manifest import save_model_folder
+from performers.training.environment import quiet_transformers
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -79,15 +78,15 @@ def run_conversion(
         KeyboardInterrupt: A signal stopped the training, after a checkpoint.
         ValueError: The model, the text or an option cannot be used.
     """
-    with without_progress_bars(), warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings():
         # No run uses the dropout of attention weights.
         warnings.filterwarnings("ignore", "the dropout of attention weights")
         source = model_folder(options.model, "MODEL")
         sentences = SentenceFiles.of(source)
         if sentences is None:
-            loaded = load_model(source, head=None)
+            loaded = load_model(source)
         else:
-            loaded = load_model(sentences.transformer)
+            loaded = load_model(sentences.transformer, head=False)
         if read_record(loaded.model) is not None:
             raise ValueError(
                 f"{options.model} holds a converted model: pass its original, or train it further "
@@ -115,8 +114,6 @@ class _Pipeline:
         self.options, self.folder = options, folder
         self.record, self.progress = record, progress
         self.sentences = sentences
-        self.card = read_card(loaded.path if sentences is None else sentences.folder)
-        self.source = loaded.path
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
@@ -131,7 +128,9 @@ class _Pipeline:
                 f"listed_keys={options.listed_keys} is for encoders among transformers models, and "
                 f"{options.model} is none; leave it out, and give a larger window"
             )
-        self.length = self._length()
+        self.length = options.length or _LENGTHS[self.kind]
+        if options.length is None:
+            self.length = min(self.length, learned_positions(self.original) or self.length)
         self.sinks = _SINKS[self.kind] if options.sinks is None else options.sinks
         self.loss = options.loss or _LOSSES[self.kind]
         steps = 0 if is_ours else _TRANSFER_STEPS
@@ -160,12 +159,6 @@ class _Pipeline:
         if self.sentences is not None and asked > (self.sentences.max_seq_length or asked):
             self.sentences.max_seq_length = asked
 
-    def _length(self) -> int:
-        length = self.options.length or _LENGTHS[self.kind]
-        if self.options.length is None and self.trained_positions is not None:
-            return min(length, learned_positions(self.original) or length)
-        return length
-
     def options_in_full(self) -> dict[str, Any]:
         """Options of the run as plain values, defaults included."""
         layers = self.options.layers
@@ -175,7 +168,7 @@ class _Pipeline:
             "layers": None if layers is None else list(layers),
             "transfer_steps": self.transfer_steps,
             "loss": self.loss,
-            "model_sha256": weights_sha256(self.source),
+            "model_sha256": weights_sha256(self.record.source),
             "data_sha256": sha256(Path(self.options.data)),
         }
 
@@ -190,7 +183,7 @@ class _Pipeline:
             "positions": learned_positions(self.original),
             "is_sentence_model": self.sentences is not None,
             "is_hub_name": is_hub_name(self.options.model),
-            "card": self.card,
+            "card": read_card(self.sentences.folder if self.sentences else self.record.source),
         }
 
     def run(self) -> Any:
@@ -274,7 +267,7 @@ class _Pipeline:
         if untrained is not None and score(untrained) >= score(chosen):
             student, chosen = self._untrained(), {"stage": "untrained", "step": 0}
         elif best.file.is_file():
-            best.restore_(student)
+            student.load_state_dict(load_file(best.file))
         else:
             # A run of a version that kept no best state ends with the last one.
             chosen = measured[-1]

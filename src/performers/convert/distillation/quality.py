@@ -10,13 +10,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from performers.convert.families.base import call_model
 from performers.convert.fitting import evaluation
 
-KINDS = ("causal", "masked", "encoder")
 _LM_TABLES = {
     "masked": transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "causal": transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
+# Share of the ordinary tokens of a row that is masked.
+_MASKED = 0.15
 # Rows of logits, each as wide as the vocabulary, in float64 at a time.
 _ROWS = 128
 # With fewer passages the nearest other one is trivial.
@@ -28,7 +30,7 @@ class Quality:
     """Results of `measure_quality`; None where a figure does not apply to the kind of model.
 
     Attributes:
-        kind: One of ``KINDS``.
+        kind: ``"causal"``, ``"masked"`` or ``"encoder"``.
         tokens: Number of predicted tokens; for an encoder, of embedded tokens.
         perplexity: ``exp`` of the mean cross-entropy per predicted token.
         accuracy: Share of tokens that are predicted correctly.
@@ -75,7 +77,6 @@ def measure_quality(
     kind: str | None = None,
     tokenizer: Any = None,
     *,
-    mask_fraction: float = 0.15,
     seed: int = 0,
 ) -> Quality:
     """Measure a model on batches, compared with its original.
@@ -89,25 +90,18 @@ def measure_quality(
         model: A transformers model, converted or not.
         reference: The original; None, or the model itself: no comparison.
         batches: Mappings with ``input_ids`` (B, L), and ``attention_mask`` if there is padding.
-        kind: One of ``KINDS``; None: `kind_of` the model.
+        kind: As in `Quality`; None: `kind_of` the model.
         tokenizer: Tokenizer of a masked model.
-        mask_fraction: Share of the ordinary tokens of a row that is masked.
         seed: Random seed of the masked tokens.
     """
     kind = kind or kind_of(model)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 < mask_fraction <= 1:
-        raise ValueError(f"mask_fraction must be in (0, 1], got {mask_fraction}")
     if reference is model:
         reference = None
     with evaluation(model), evaluation(model if reference is None else reference):
         if kind == "encoder":
             return _embedded(model, reference, batches)
-        if kind == "causal":
-            tasks = _next_tokens(batches)
-        else:
-            tasks = _masked_tokens(batches, tokenizer, mask_fraction, seed)
+        is_causal = kind == "causal"
+        tasks = _next_tokens(batches) if is_causal else _masked_tokens(batches, tokenizer, seed)
         return _predicted(model, reference, kind, tasks)
 
 
@@ -123,7 +117,7 @@ def _next_tokens(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[_Task]:
 
 
 def _masked_tokens(
-    batches: Iterable[Mapping[str, Tensor]], tokenizer: Any, fraction: float, seed: int
+    batches: Iterable[Mapping[str, Tensor]], tokenizer: Any, seed: int
 ) -> Iterator[_Task]:
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise ValueError(
@@ -137,7 +131,7 @@ def _masked_tokens(
         masked = torch.zeros_like(mask)
         for row, ordinary in enumerate(mask & ~torch.isin(ids, special)):
             places = torch.nonzero(ordinary)[:, 0]
-            number = min(len(places), max(1, round(fraction * len(places))))
+            number = min(len(places), max(1, round(_MASKED * len(places))))
             masked[row, places[torch.randperm(len(places), generator=generator)[:number]]] = True
         rows, positions = torch.nonzero(masked, as_tuple=True)
         inputs = {**batch, "input_ids": ids.masked_fill(masked, tokenizer.mask_token_id)}
@@ -210,9 +204,4 @@ def _ids_and_mask(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _run(model: Any, batch: Mapping[str, Tensor]) -> Any:
-    inputs: dict[str, Any] = {
-        name: value.to(model.device) for name, value in batch.items() if name != "labels"
-    }
-    if getattr(model.config, "use_cache", None):
-        inputs["use_cache"] = False
-    return model(**inputs)
+    return call_model(model, **{name: x.to(model.device) for name, x in batch.items()})

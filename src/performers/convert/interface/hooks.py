@@ -12,7 +12,7 @@ from performers.convert.interface.cache import RUNNING, state_layer
 
 # Unpickling a model imports this module, and with it the registration.
 from performers.convert.interface.implementation import IMPLEMENTATION
-from performers.convert.options import FAVOR
+from performers.convert.options import converted_modules
 from performers.models.arguments import CACHE_KEYWORDS, is_tracing
 
 # Arguments with a cache that is no transformers Cache; those are recognised by their type.
@@ -67,8 +67,7 @@ def enter_rotary_model(
     cache, length, past, padding = find_cache(args, kwargs), tokens.shape[1], 0, None
     config: Any = module.config
     if cache is not None and config._attn_implementation == IMPLEMENTATION:
-        converted = [x for x in module.modules() if getattr(x, FAVOR, None) is not None]
-        indices = [getattr(x, "layer_idx", None) for x in converted]
+        indices = [getattr(x, "layer_idx", None) for x in converted_modules(module)]
         if known := [index for index in indices if isinstance(index, int)]:
             first = state_layer(cache, min(known))
             past, padding = first.get_seq_length(), first.padding
