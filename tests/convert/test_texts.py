@@ -213,7 +213,6 @@ BOTH = [
 ]
 SPLIT = [(SHORT, {"test": x}, "test must be a number of examples") for x in (0, -1, 0.0, -0.5)]
 SPLIT += [
-    (SHORT, {"calibration": -1}, "calibration must be at least 0, got -1"),
     (SHORT, {"test": 40}, "too little text: 21 examples, and 40 were asked for"),
     (SHORT, {"test": 10, "calibration": 15}, "besides 10 test examples of 16 tokens"),
     (SHORT, {"test": 0.01}, r"no test example in its last 1\.0%"),
@@ -221,17 +220,9 @@ SPLIT += [
 WINDOWS = [
     (SHORT, {"count": 22}, "text.txt has 297 tokens, enough for 21 windows of 16; 22"),
     (b"", {}, "has 0 tokens"),
-    (SHORT, {"count": 0}, SPECIAL),
-    (SHORT, {"skip": -1}, SPECIAL),
 ]
 CASES = [(split_text, *case) for case in BOTH + SPLIT]
 CASES += [(text_windows, *case) for case in BOTH + WINDOWS]
-
-
-def test_windows_of_a_compressed_file_need_its_beginning_alone(numbers, text):
-    text.write_bytes(gzip.compress(LONG * 20)[:-30])
-    windows = text_windows(numbers, text, 17, 2)
-    assert windows[:, 1:-1].flatten().tolist() == [3, 4, 5] * 10
 
 
 @pytest.mark.parametrize(("reader", "content", "options", "words"), CASES)
