@@ -30,7 +30,6 @@ class Quality:
     """Results of `measure_quality`; None where a figure does not apply to the kind of model.
 
     Attributes:
-        kind: ``"causal"``, ``"masked"`` or ``"encoder"``.
         tokens: Number of predicted tokens; for an encoder, of embedded tokens.
         perplexity: ``exp`` of the mean cross-entropy per predicted token.
         accuracy: Share of tokens that are predicted correctly.
@@ -42,7 +41,6 @@ class Quality:
             the same for model and reference; None for fewer than three passages.
     """
 
-    kind: str
     tokens: int
     perplexity: float | None = None
     accuracy: float | None = None
@@ -52,7 +50,7 @@ class Quality:
 
     def figures(self) -> dict[str, float]:
         """Figures that apply to the kind of model, by name."""
-        values = list(asdict(self).items())[2:]
+        values = list(asdict(self).items())[1:]
         return {name: value for name, value in values if value is not None}
 
 
@@ -90,7 +88,7 @@ def measure_quality(
         model: A transformers model, converted or not.
         reference: The original; None, or the model itself: no comparison.
         batches: Mappings with ``input_ids`` (B, L), and ``attention_mask`` if there is padding.
-        kind: As in `Quality`; None: `kind_of` the model.
+        kind: ``"causal"``, ``"masked"`` or ``"encoder"``; None: `kind_of` the model.
         tokenizer: Tokenizer of a masked model.
         seed: Random seed of the masked tokens.
     """
@@ -102,7 +100,7 @@ def measure_quality(
             return _embedded(model, reference, batches)
         is_causal = kind == "causal"
         tasks = _next_tokens(batches) if is_causal else _masked_tokens(batches, tokenizer, seed)
-        return _predicted(model, reference, kind, tasks)
+        return _predicted(model, reference, tasks)
 
 
 # Inputs, the rows and positions of logits, and the tokens that they predict.
@@ -138,7 +136,7 @@ def _masked_tokens(
         yield inputs, rows, positions, ids[rows, positions]
 
 
-def _predicted(model: Any, reference: Any, kind: str, tasks: Iterable[_Task]) -> Quality:
+def _predicted(model: Any, reference: Any, tasks: Iterable[_Task]) -> Quality:
     loss, divergence, right, tokens = 0.0, 0.0, 0, 0
     for inputs, *places in tasks:
         logits = _run(model, inputs).logits
@@ -156,7 +154,6 @@ def _predicted(model: Any, reference: Any, kind: str, tasks: Iterable[_Task]) ->
             "batches have nothing to predict: pass at least one with two ordinary tokens in a row"
         )
     return Quality(
-        kind,
         tokens,
         perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
         accuracy=right / tokens,
@@ -184,7 +181,7 @@ def _embedded(model: Any, reference: Any, batches: Iterable[Mapping[str, Tensor]
     if len(own) >= _RETRIEVAL_PASSAGES:
         retrieval = float((_nearest(own) == _nearest(theirs)).double().mean())
     cosine = float((own * theirs).sum(dim=1).mean())
-    return Quality("encoder", tokens, cosine=cosine, retrieval=retrieval)
+    return Quality(tokens, cosine=cosine, retrieval=retrieval)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:
