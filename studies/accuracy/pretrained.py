@@ -23,7 +23,6 @@ from performers.benchmark.gate import (
 from performers.benchmark.measure import Results, measure_group, verdict
 from performers.benchmark.timing import threads_of_torch
 from performers.convert.distillation.pretrained import LoadedModel, load_model
-from performers.convert.distillation.texts import text_windows
 from performers.convert.interface.positions import learned_positions
 from performers.nn import Approximation
 from performers.planning.exact import relative_error
@@ -43,6 +42,7 @@ from studies.accuracy.capture import (
     run_head,
 )
 from studies.accuracy.options import PlanOptions, PretrainedOptions
+from studies.passages import text_windows
 
 MEAN, FINAL = "mean", "final"
 """In the column of the layer: the mean of the errors over layers with the time of a call, and the

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from performers.convert.distillation.pretrained import load_model
 from performers.convert.distillation.quality import kind_of
-from performers.convert.distillation.texts import text_windows
 from performers.convert.families.base import call_model
 from performers.features.softmax import Estimator
 from performers.models.context import AttentionContext
@@ -31,6 +30,7 @@ from studies.accuracy.capture import (
     run_head,
 )
 from studies.parts import Part
+from studies.passages import text_windows
 from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, settings
 
 FITTED = "Performer, fitted features and window"

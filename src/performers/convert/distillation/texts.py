@@ -31,8 +31,6 @@ _SHORTEST = 32
 _LONGEST_WORD = 1 << 10
 _SPACE = re.compile(rb"\s")
 _PIECE = 1 << 16
-# Tokens before a cut that may differ from those of the whole file.
-_MARGIN = 64
 # Seeds have 32 bits; passes are counted below them.
 _PASSES = 1 << 24
 
@@ -76,7 +74,7 @@ def split_text(
         raise ValueError(
             f"test must be a number of examples, at least 1, or a share between 0 and 1, got {test}"
         )
-    file = _File(tokenizer, Path(path), length)
+    file = TextFile(tokenizer, Path(path), length)
     begin, tested = _tail(file, test)
     train = TextExamples(file, begin, seed=seed)
     fitted = train.set_aside(calibration)
@@ -90,31 +88,6 @@ def split_text(
     return TextSplits(fitted, train, tested)
 
 
-def text_windows(
-    tokenizer: Any, text: str | Path, length: int, count: int, *, skip: int = 0
-) -> Tensor:
-    """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
-
-    Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
-    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Returns
-    token ids ``(count, length)``.
-    """
-    file = _File(tokenizer, Path(text), length)
-    needed, stop = (skip + count) * file.body, file.start
-    ids: list[int] = []
-    while stop < file.size and len(ids) < needed + _MARGIN:
-        stop = file.boundary(2 * stop + 8 * (needed + _MARGIN))
-        ids = file.tokens(stop)
-    if len(ids) < needed:
-        raise ValueError(
-            f"{text} has {len(ids)} tokens, enough for {len(ids) // file.body} windows of "
-            f"{length}; {skip + count} were asked for: pass a longer text or ask for less"
-        )
-    passages = [ids[first : first + file.body] for first in range(0, needed, file.body)][skip:]
-    file.check_known(torch.tensor(passages))
-    return torch.tensor([[*file.before, *passage, *file.after] for passage in passages])
-
-
 class TextExamples(IterableDataset[Example]):
     """Examples from the beginning of a file, in a new order for every pass.
 
@@ -123,8 +96,10 @@ class TextExamples(IterableDataset[Example]):
     ``DataLoader`` share the examples between them. Without ``passes`` the stream has no end.
     """
 
-    def __init__(self, file: _File, stop: int, *, seed: int = 0, passes: int | None = None) -> None:
-        self.seed, self.passes = seed, passes
+    passes: int | None = None
+
+    def __init__(self, file: TextFile, stop: int, *, seed: int) -> None:
+        self.seed = seed
         self._file, self._stop = file, stop
         self._count = max(1, (stop - file.start) // (_BLOCK * file.body * _BYTES_PER_TOKEN))
         # Number of examples at the beginning of a block that `set_aside` took.
@@ -175,7 +150,7 @@ class TextExamples(IterableDataset[Example]):
         return self._file.examples(*(min(self._file.boundary(edge), self._stop) for edge in edges))
 
 
-class _File:
+class TextFile:
     """A file that can be cut at many places, each part tokenized by itself."""
 
     def __init__(self, tokenizer: Any, path: Path, length: int) -> None:
@@ -294,7 +269,7 @@ class _File:
             return file.read(stop - start)
 
 
-def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
+def _tail(file: TextFile, test: int | float) -> tuple[int, list[Example]]:
     """Start of the test part, and its examples."""
     if test < 1:
         begin = file.boundary(file.size - int(test * (file.size - file.start)))
