@@ -116,7 +116,7 @@ class _Pipeline:
     ) -> None:
         self.folder = folder
         self.record, self.progress = record, progress
-        self.sentences = sentences
+        self.sentences, self.source = sentences, loaded.path
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
@@ -163,7 +163,7 @@ class _Pipeline:
         layers = self.options.layers
         return asdict(self.options) | {
             "layers": None if layers is None else list(layers),
-            "model_sha256": weights_sha256(self.record.source),
+            "model_sha256": weights_sha256(self.source),
             "data_sha256": sha256(Path(self.options.data)),
         }
 
@@ -178,7 +178,7 @@ class _Pipeline:
             "positions": learned_positions(self.original),
             "is_sentence_model": self.sentences is not None,
             "is_hub_name": is_hub_name(self.options.model),
-            "card": read_card(self.sentences.folder if self.sentences else self.record.source),
+            "card": read_card(self.sentences.folder if self.sentences else self.source),
         }
 
     def run(self) -> Any:

@@ -94,7 +94,8 @@ def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
     if not getattr(model.config, "is_encoder_decoder", False):
         inputs.pop("labels", None)
     if len(args) == 1:
-        args, inputs[model.main_input_name] = (), args[0]
+        inputs[model.main_input_name] = args[0]
+        args = ()
     return model(*args, **inputs)
 
 
