@@ -59,10 +59,11 @@ def plan(files: ResultFiles, options: PlanOptions) -> None:
 
 def _measure(name: str, files: ResultFiles, options: PretrainedOptions) -> None:
     from performers.benchmark.measure import Results
+    from performers.convert.distillation.quality import kind_of
     from studies.accuracy import pretrained, report
 
     found = _told(lambda: pretrained.read_pretrained(options))
-    if not found.loaded.has_head:
+    if kind_of(found.loaded.model) == "encoder":
         note(f"{options.model} has no language-modelling head: hidden states only, no perplexity")
     folder = prepare_output_folder(files.output_folder, resume=files.resume)
     results = Results.empty(f"accuracy {name}", options)

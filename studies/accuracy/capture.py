@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from performers.convert.distillation.pretrained import LoadedModel
-from performers.convert.distillation.quality import Quality, measure_quality
+from performers.convert.distillation.quality import Quality, kind_of, measure_quality
+from performers.convert.families.base import call_model
 from performers.convert.interface.call import AttentionCall, check_linear
 from performers.convert.interface.implementation import intercept_attention, interface_modules
 from performers.planning import exact
@@ -65,7 +66,7 @@ def capture_heads(
         return exact_attention(layer, query, key, value, **rest)
 
     with torch.no_grad(), replace_attention(loaded.model, keep):
-        loaded.model(**loaded.inputs(input_ids, attention_mask))
+        call_model(loaded.model, input_ids=input_ids, attention_mask=attention_mask)
     if wanted is not None and not (wanted and wanted <= set(samples)):
         raise ValueError(
             f"layers must be some of the model's attention layers {sorted(samples)}, "
@@ -191,13 +192,12 @@ def propagate(
         return attention(*arguments, **keywords)
 
     def states(row: Tensor) -> Tensor:
-        output = loaded.model(**loaded.inputs(row[None], None), output_hidden_states=True)
+        output = call_model(loaded.model, input_ids=row[None], output_hidden_states=True)
         return torch.stack(output.hidden_states[1:])[:, 0].double().cpu()
 
     def quality() -> Quality | None:
-        if not loaded.has_head:
+        if (kind := kind_of(loaded.model)) == "encoder":
             return None
-        kind = "causal" if loaded.is_causal else "masked"
         batches = [{"input_ids": row[None]} for row in input_ids]
         return measure_quality(loaded.model, None, batches, kind, loaded.tokenizer, seed=seed)
 

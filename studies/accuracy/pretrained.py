@@ -23,7 +23,7 @@ from performers.benchmark.gate import (
 from performers.benchmark.measure import Results, measure_group, verdict
 from performers.benchmark.timing import threads_of_torch
 from performers.convert.distillation.pretrained import LoadedModel, load_model
-from performers.convert.distillation.texts import text_windows
+from performers.convert.interface.positions import learned_positions
 from performers.nn import Approximation
 from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
@@ -42,6 +42,7 @@ from studies.accuracy.capture import (
     run_head,
 )
 from studies.accuracy.options import PlanOptions, PretrainedOptions
+from studies.passages import text_windows
 
 MEAN, FINAL = "mean", "final"
 """In the column of the layer: the mean of the errors over layers with the time of a call, and the
@@ -111,8 +112,8 @@ def read_pretrained(options: PretrainedOptions) -> Pretrained:
         ImportError: The model is a GGUF file, and the package gguf is not installed.
         ValueError: The model cannot be read, or a text is too short or does not suit it.
     """
-    loaded = load_model(options.model, head=None)
-    limit = loaded.max_length
+    loaded = load_model(options.model)
+    limit = learned_positions(loaded.model)
     if limit is not None and options.length > limit:
         raise ValueError(
             f"length must be at most {limit}, the positions that {options.model} has, got "

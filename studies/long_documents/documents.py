@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from performers.convert.distillation.texts import text_windows
+from studies.passages import text_windows
 
 CHUNK = 512
 """Tokens of a chunk, the special ones at its ends included."""

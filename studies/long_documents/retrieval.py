@@ -75,7 +75,7 @@ class Retrieval:
     ) -> None:
         self.size, self.files, self.folder = size, files, folder
         self._paths = (model, converted)
-        loaded = load_model(model)
+        loaded = load_model(model, head=False)
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
 
     def parts(self) -> dict[str, Callable[[], Part]]:

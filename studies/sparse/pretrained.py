@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from performers.convert.distillation.pretrained import load_model
-from performers.convert.distillation.texts import text_windows
+from performers.convert.distillation.quality import kind_of
+from performers.convert.families.base import call_model
 from performers.features.softmax import Estimator
 from performers.models.context import AttentionContext
 from performers.nn import Approximation
@@ -29,6 +30,7 @@ from studies.accuracy.capture import (
     run_head,
 )
 from studies.parts import Part
+from studies.passages import text_windows
 from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, settings
 
 FITTED = "Performer, fitted features and window"
@@ -77,7 +79,7 @@ class Pretrained:
     @cached_property
     def loaded(self) -> Any:
         """The model with its language-modelling head, where it has one."""
-        return load_model(self._path, head=None)
+        return load_model(self._path)
 
     def _passages(self, text: int, count: int) -> Tensor:
         return text_windows(self.loaded.tokenizer, self._texts[text], self.size.length, count)
@@ -94,9 +96,8 @@ class Pretrained:
     @torch.no_grad()
     def _run(self, row: Tensor) -> tuple[Tensor, Tensor | None]:
         """Final hidden states, and the log-likelihoods of the next tokens of a decoder."""
-        inputs = self.loaded.inputs(row[None], None)
-        output = self.loaded.model(**inputs, output_hidden_states=True)
-        if not (self.loaded.has_head and self.loaded.is_causal):
+        output = call_model(self.loaded.model, input_ids=row[None], output_hidden_states=True)
+        if kind_of(self.loaded.model) != "causal":
             return output.hidden_states[-1][0], None
         losses = F.cross_entropy(output.logits[0, :-1], row[1:], reduction="none")
         return output.hidden_states[-1][0], losses

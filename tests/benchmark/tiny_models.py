@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from performers.convert.families.base import call_model
+
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *AMINO_ACIDS]
 
@@ -68,7 +70,9 @@ def identity(layer, query, key, value, **rest):
 
 def forward(loaded, ids, mask=None):
     with torch.no_grad():
-        return loaded.model(**loaded.inputs(ids, mask), output_hidden_states=True)
+        return call_model(
+            loaded.model, input_ids=ids, attention_mask=mask, output_hidden_states=True
+        )
 
 
 def save_llama(folder):

@@ -164,6 +164,15 @@ def test_batches_may_be_arguments_of_any_kind(name):
     assert all(same_fits(calibrated(model, [batch]), expected) for batch in kinds)
 
 
+def test_all_arguments_of_a_batch_by_position_count():
+    """The mask of the second one, too."""
+    model, ids, mask = build("bert"), token_ids(4, 20), padding_mask(4, 20, "right")
+    ids[-1, 13:] = 0
+    expected = calibrated(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert same_fits(calibrated(model, [(ids, mask)]), expected)
+    assert not same_fits(calibrated(model, [ids]), expected)
+
+
 def test_labels_make_the_inputs_of_a_decoder():
     model, ids, labels = build("bart"), token_ids(4, 24), token_ids(4, 16, seed=1)
     start = torch.full((4, 1), model.config.decoder_start_token_id)

@@ -5,12 +5,13 @@ The classes that can be built small run in the slow tests.
 
 import pytest
 
-from tests.convert import sweep
+from tests.convert import examination
+from tests.convert.examination import BROKEN, EQUAL, REFUSED, SECONDS, UNBUILT, WRONG, examine
 from tests.convert.small_models import model_classes
-from tests.convert.sweep import BROKEN, EQUAL, REFUSED, UNBUILT, WRONG, Examiner, examine
+from tests.convert.sweep import MAPPINGS, Examiner
 
 BASES = model_classes(r"^MODEL_MAPPING_NAMES$")
-CLASSES = model_classes(sweep.MAPPINGS)
+CLASSES = model_classes(MAPPINGS)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +56,7 @@ def test_examination_tells_equal_outputs_from_a_refusal():
 
 @pytest.mark.parametrize("name", ["BertModel", "GPT2LMHeadModel"])
 def test_examination_notices_a_window_that_does_not_cover(name, monkeypatch):
-    monkeypatch.setattr(sweep, "WINDOW", 1)
+    monkeypatch.setattr(examination, "WINDOW", 1)
     row = examine(name, CLASSES[name])
     assert row.status == WRONG
     checks = ["forward", "padding", "attentions"] + ["generate"] * name.endswith("HeadModel")
@@ -67,5 +68,5 @@ def test_class_that_takes_too_long_ends_only_its_process():
     with Examiner() as examiner:
         examiner.seconds = 0.01
         assert examiner.examine("BertModel", "bert").status == UNBUILT
-        examiner.seconds = sweep.SECONDS
+        examiner.seconds = SECONDS
         assert examiner.examine("BertModel", "bert").status == EQUAL

@@ -41,18 +41,15 @@ def llama(tmp_path):
     return save(LlamaForCausalLM, llama_config(), tmp_path / "llama")
 
 
-BERT = ("bert", BertModel, BertForMaskedLM, False, 40)
-LLAMA = ("llama", LlamaModel, LlamaForCausalLM, True, None)
-
-
-@pytest.mark.parametrize(("name", "base", "head", "is_causal", "length"), [BERT, LLAMA])
-def test_models_are_loaded_without_and_with_a_head(name, base, head, is_causal, length, request):
+@pytest.mark.parametrize(
+    ("name", "base", "head", "is_causal"),
+    [("bert", BertModel, BertForMaskedLM, False), ("llama", LlamaModel, LlamaForCausalLM, True)],
+)
+def test_models_are_loaded_without_and_with_a_head(name, base, head, is_causal, request):
     folder = request.getfixturevalue(name)
-    loaded, with_head = load_model(folder), load_model(str(folder), head=True)
+    loaded, with_head = load_model(folder, head=False), load_model(str(folder))
     assert (type(loaded.model), type(with_head.model)) == (base, head)
-    assert (loaded.has_head, with_head.has_head) == (False, True)
     assert {loaded.is_causal, with_head.is_causal} == {is_causal}
-    assert loaded.max_length == length
     assert (loaded.tokenizer is None) is is_causal
     assert not loaded.model.training
     weights = with_head.model.base_model.state_dict()
@@ -61,38 +58,16 @@ def test_models_are_loaded_without_and_with_a_head(name, base, head, is_causal, 
             assert torch.equal(weight, weights[name])
 
 
-def test_inputs_are_checked(bert, llama):
-    ids, loaded = token_ids(2, 7), load_model(bert)
-    mask = torch.ones_like(ids)
-    assert set(loaded.inputs(ids, mask)) == {"input_ids", "attention_mask"}
-    assert load_model(llama).inputs(ids)["use_cache"] is False
-    for arguments, words in (
-        ((ids[0],), "token ids of shape"),
-        ((ids + 100,), "must lie in"),
-        ((token_ids(1, 41),), "at most 40 positions"),
-        ((ids, mask[:1]), "the shape of input_ids"),
-        ((ids, 0 * mask), "hides every token"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            loaded.inputs(*arguments)
-
-
-def test_a_head_is_read_where_there_is_one(bert, tmp_path):
-    assert type(load_model(bert, head=None).model) is BertForMaskedLM
-    base = load_model(save(BertModel, bert_config(), tmp_path / "base"), head=None)
-    assert type(base.model) is BertModel
-    assert not base.has_head
-    assert not load_model(save_vit(tmp_path), head=None).has_head
-
-
-def save_vit(above):
+def test_files_without_a_head_give_a_model_without_one(tmp_path):
+    assert type(load_model(save(BertModel, bert_config(), tmp_path / "base")).model) is BertModel
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return save(ViTModel, ViTConfig(**sizes, intermediate_size=8), above / "vit")
+    vit = save(ViTModel, ViTConfig(**sizes, intermediate_size=8), tmp_path / "vit")
+    assert type(load_model(vit).model) is ViTModel
 
 
 def test_an_encoder_turned_decoder_is_causal(tmp_path):
     folder = save(BertLMHeadModel, bert_config(is_decoder=True), tmp_path / "decoder")
-    loaded = load_model(folder, head=True)
+    loaded = load_model(folder)
     assert type(loaded.model) is BertLMHeadModel
     assert loaded.is_causal
     assert capture_heads(loaded, token_ids(1, 7))[0].is_causal
@@ -102,7 +77,7 @@ def test_weights_are_float32_whatever_was_saved(tmp_path):
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "half")
-    loaded = load_model(tmp_path / "half", head=True)
+    loaded = load_model(tmp_path / "half")
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
     assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight.float())
 
@@ -111,7 +86,7 @@ def test_pytorch_model_bin_is_read(bert):
     model = BertForMaskedLM.from_pretrained(bert)
     (bert / "model.safetensors").unlink()
     torch.save(model.state_dict(), bert / "pytorch_model.bin")
-    loaded = load_model(bert, head=True)
+    loaded = load_model(bert)
     for name, weight in model.named_parameters():
         assert torch.equal(weight, loaded.model.get_parameter(name))
 
@@ -151,26 +126,22 @@ def test_loading_leaves_the_verbosity_of_transformers_alone(bert, capfd):
     assert capfd.readouterr().err == ""
 
 
-def refused(error, words, path, **options):
+def refused(error, words, path):
     with pytest.raises(error, match=words):
-        load_model(path, **options)
+        load_model(path)
 
 
-def test_what_cannot_be_read_is_named(bert, tmp_path):
+def test_what_cannot_be_read_is_named(bert):
     above, weights = bert.parent, bert / "model.safetensors"
     refused(FileNotFoundError, "absent: no such model folder", above / "absent")
     refused(FileNotFoundError, r"above has no config\.json", above)
     refused(ValueError, r"vocab\.txt is a file: expected a model folder", above / "vocab.txt")
-    base = save(BertModel, bert_config(), tmp_path / "base")
-    refused(ValueError, "lacks .* weights of BertForMaskedLM.*use head=False", base, head=True)
-    words = "a vit, for which transformers has no language-modelling"
-    refused(ValueError, words, save_vit(tmp_path), head=True)
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     refused(ValueError, "cannot be loaded as a transformers model", bert)
     weights.write_bytes(whole)
     bert_config(num_hidden_layers=4).save_pretrained(bert)
-    refused(ValueError, "lacks .* weights of BertModel, the first of them", bert, head=None)
+    refused(ValueError, "lacks .* weights of BertModel, the first of them", bert)
     (bert / "config.json").write_text("{")
     refused(ValueError, "cannot be loaded as a transformers model", bert)
     weights.unlink()
@@ -229,7 +200,7 @@ def test_a_gguf_file_holds_the_same_heads(tmp_path, capsys):
     words = ["a", "b", "ab", "Ġ", *(f"w{i}" for i in range(46))]
     write_gguf(tmp_path / "tiny.gguf", model, words)
     capsys.readouterr()
-    loaded = load_model(tmp_path, head=True)
+    loaded = load_model(tmp_path)
     assert capsys.readouterr().err == ""
     assert loaded.is_causal
     assert loaded.tokenizer("ab a").input_ids == [2, 3, 0]

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 
 from performers.convert.distillation.pretrained import load_model
-from performers.convert.distillation.texts import split_text, text_windows
+from performers.convert.distillation.texts import split_text
 from tests.benchmark.tiny_models import AMINO_ACIDS, VOCABULARY, save_bert
 
 
@@ -161,84 +161,28 @@ def test_short_sequences_are_not_lost_between_training_and_test(proteins, tmp_pa
     assert not seen & tested
 
 
-def test_windows_are_consecutive_passages_between_special_tokens(proteins, text):
-    letters = [AMINO_ACIDS[(i * i + i // 7) % 20] for i in range(400)]
-    text.write_text(" ".join(letters))
-    windows = text_windows(proteins, text, 12, 5)
-    assert windows.shape == (5, 12)
-    assert windows.dtype == torch.int64
-    assert set(windows[:, 0].tolist()) == {2}
-    assert set(windows[:, -1].tolist()) == {3}
-    expected = [VOCABULARY.index(letter) for letter in letters]
-    assert windows[:, 1:-1].flatten().tolist() == expected[:50]
-    assert torch.equal(text_windows(proteins, text, 12, 2, skip=3), windows[3:])
-
-
-def test_windows_of_a_long_file_are_those_of_its_whole_text(text):
-    """A reader that stops inside a word and keeps its beginning would end on an unknown word."""
-    vocabulary = {f"token{i:02d}": i + 1 for i in range(40)}
-    tokenizer = word_tokenizer(vocabulary, pre_tokenizers.WhitespaceSplit())
-    expected = [(i * 7) % 40 + 1 for i in range(5000)]
-    for gap in (0, 2, 30):
-        words = [" " * gap + f"token{index - 1:02d}" for index in expected]
-        text.write_text(" " * 3 + "\n".join(words))
-        for count in (1, 7, 50):
-            windows = text_windows(tokenizer, text, 100, count)
-            assert windows.flatten().tolist() == expected[: 100 * count]
-
-
-def test_windows_of_fasta_are_read_residue_by_residue(proteins, tmp_path):
-    plain, packed = tmp_path / "p.fasta", tmp_path / "p.fasta.gz"
-    plain.write_text(">one first\nACD\nef*\n\n>empty\n>two\nWWY\n")
-    packed.write_bytes(gzip.compress(plain.read_bytes()))
-    windows = text_windows(proteins, plain, 11, 1)
-    names = [VOCABULARY[index] for index in windows[0].tolist()]
-    assert names == ["[CLS]", *"ACDEF", "[SEP]", *"WWY", "[SEP]"]
-    assert torch.equal(text_windows(proteins, packed, 11, 1), windows)
-
-
 SENTENCE = b"it is a truth universally acknowledged "
 SHORT = " ".join(map(str, range(3, 300))).encode()
-LONG = b"3 4 5 " * 20_000
 
-SPECIAL = "length must exceed the 2 special tokens"
-# Content of the file, options, the error's words; of both readers and of each.
-BOTH = [
+# Content of the file, options, the error's words.
+CASES = [
     (None, {}, r"text\.txt: no such text file"),
     (SHORT, {"tokenizer": None}, "tokenizer is None"),
-    (SHORT, {"length": 2}, SPECIAL),
+    (SHORT, {"length": 2}, "length must exceed the 2 special tokens"),
     (SENTENCE * 200, {}, r"\d+% of the tokens are unknown"),
     (b"3 4 \xff\xfe 5 " * 200, {}, r"text\.txt is not a UTF-8 text file"),
-    (gzip.compress(LONG)[:-30], {"length": 70_000}, "is a damaged gzip file"),
-]
-SPLIT = [(SHORT, {"test": x}, "test must be a number of examples") for x in (0, -1, 0.0, -0.5)]
-SPLIT += [
-    (SHORT, {"calibration": -1}, "calibration must be at least 0, got -1"),
+    (gzip.compress(b"3 4 5 " * 20_000)[:-30], {}, "is a damaged gzip file"),
     (SHORT, {"test": 40}, "too little text: 21 examples, and 40 were asked for"),
     (SHORT, {"test": 10, "calibration": 15}, "besides 10 test examples of 16 tokens"),
     (SHORT, {"test": 0.01}, r"no test example in its last 1\.0%"),
 ]
-WINDOWS = [
-    (SHORT, {"count": 22}, "text.txt has 297 tokens, enough for 21 windows of 16; 22"),
-    (b"", {}, "has 0 tokens"),
-    (SHORT, {"count": 0}, SPECIAL),
-    (SHORT, {"skip": -1}, SPECIAL),
-]
-CASES = [(split_text, *case) for case in BOTH + SPLIT]
-CASES += [(text_windows, *case) for case in BOTH + WINDOWS]
+CASES += [(SHORT, {"test": x}, "test must be a number of examples") for x in (0, -1, 0.0, -0.5)]
 
 
-def test_windows_of_a_compressed_file_need_its_beginning_alone(numbers, text):
-    text.write_bytes(gzip.compress(LONG * 20)[:-30])
-    windows = text_windows(numbers, text, 17, 2)
-    assert windows[:, 1:-1].flatten().tolist() == [3, 4, 5] * 10
-
-
-@pytest.mark.parametrize(("reader", "content", "options", "words"), CASES)
-def test_what_will_not_do(reader, content, options, words, numbers, text):
+@pytest.mark.parametrize(("content", "options", "words"), CASES)
+def test_what_will_not_do(content, options, words, numbers, text):
     if content is not None:
         text.write_bytes(content)
-    defaults = {"count": 1} if reader is text_windows else {"test": 2, "calibration": 2}
-    options = {"tokenizer": numbers, "length": 16, **defaults, **options}
+    options = {"tokenizer": numbers, "length": 16, "test": 2, "calibration": 2, **options}
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        reader(options.pop("tokenizer"), text, **options)
+        split_text(options.pop("tokenizer"), text, **options)

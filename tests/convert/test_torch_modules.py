@@ -146,3 +146,11 @@ def test_attention_that_is_not_called_is_reported_once():
         each(x)
         assert not each._forward_hooks
         assert not each.attention._forward_pre_hooks
+
+
+def test_torch_models_without_memory_can_be_converted():
+    with torch.device("meta"):
+        encoder = nn.TransformerEncoderLayer(16, 2, dropout=0.0)
+    to_performer(nn.ModuleList([encoder]))
+    assert {x.device.type for x in encoder.state_dict().values()} == {"meta"}
+    assert encoder(torch.empty(5, 3, 16, device="meta")).shape == (5, 3, 16)

@@ -43,5 +43,4 @@ def convert(options: ConversionOptions, files: ConversionFiles) -> None:
     prepare_output_folder(files.output_folder, resume=files.resume)
     from performers.cli.convert_run import convert_and_measure
 
-    lengths = files.lengths if files.speed else ()
-    convert_and_measure(options, files.output_folder, files.resume, lengths, files.memory)
+    convert_and_measure(options, files)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
+from typing import Any, NamedTuple
 
 from performers.benchmark.case import MEASURED
 from performers.benchmark.cases.convert import CONVERTED, ORIGINAL
 from performers.benchmark.table import nbytes, seconds
-from performers.cli.console import table
 from performers.convert.distillation.results import BASELINE, FINE_TUNED
 
 _Row = Mapping[str, Any]
@@ -37,25 +33,13 @@ _SETTINGS = (
 _STAGES = {"transfer": "attention transfer", "model": "fine-tuning"}
 
 
-@dataclass(frozen=True)
-class ReportTable:
-    """A table as text.
-
-    Attributes:
-        title: What it shows.
-        headings: Of the columns.
-        rows: Cells.
-        notes: Lines below it.
-    """
+class ReportTable(NamedTuple):
+    """A table as text, with lines below it."""
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def on_console(self) -> Table:
-        """As rich draws it, without the notes."""
-        return table(self.headings, self.rows, title=self.title)
+    notes: Sequence[str]
 
     def markdown(self) -> str:
         """As a section of Markdown."""
@@ -66,49 +50,28 @@ class ReportTable:
 
 
 def report_tables(content: Mapping[str, Any]) -> list[ReportTable]:
-    """The tables of a conversion.
-
-    Args:
-        content: JSON of ``ConversionRecord.content``.
-
-    Returns:
-        Quality, and what was measured of speed.
-    """
-    tables = [_quality(content)]
-    if content["speed"]:
-        tables.append(
-            _timed("Forward pass", content["speed"], "length", "peak_bytes", "peak memory")
-        )
-    if content["decoding"]:
-        tables.append(
-            _timed("Decoding, a token", content["decoding"], "context", "cache_bytes", "cache")
-        )
-    return tables
+    """Tables of quality, and of what was measured of speed, from ``ConversionRecord.content``."""
+    timed = (
+        ("Forward pass", content["speed"], "length", "peak_bytes", "peak memory"),
+        ("Decoding, a token", content["decoding"], "context", "cache_bytes", "cache"),
+    )
+    return [_quality(content), *(_timed(*each) for each in timed if each[1])]
 
 
 def report_page(content: Mapping[str, Any]) -> str:
-    """A conversion as a page of Markdown, with its figure.
-
-    Args:
-        content: JSON of ``ConversionRecord.content``.
-    """
-    machine = content["machine"]
-    foot = "\n".join(
-        (
-            "![Quality against steps, time and memory against length](conversion.png)\n",
-            f"Made by `{machine['command']}` on {_machine(content)}. "
-            "`performers.convert.load_performer` loads the model in this folder.\n",
-        )
+    """A conversion as a page of Markdown, with its figure."""
+    parts = (
+        f"# {content['model']['class']}, converted\n",
+        _body(content),
+        "![Quality against steps, time and memory against length](conversion.png)\n",
+        f"Made by `{content['machine']['command']}` on {_machine(content)}. "
+        "`performers.convert.load_performer` loads the model in this folder.\n",
     )
-    return "\n".join((f"# {content['model']['class']}, converted\n", _body(content), foot))
+    return "\n".join(parts)
 
 
 def model_card(content: Mapping[str, Any]) -> str:
-    """A conversion as the card of its model: front matter, tables, and how to load it.
-
-    Args:
-        content: JSON of ``ConversionRecord.content``.
-    """
+    """A conversion as the card of its model: front matter, tables, and how to load it."""
     from huggingface_hub import ModelCardData
 
     model, base = content["model"], content["options"]["model"]
@@ -146,11 +109,9 @@ def model_card(content: Mapping[str, Any]) -> str:
 def _body(content: Mapping[str, Any]) -> str:
     """The settings and the tables."""
     options, model = content["options"], content["model"]
-    settings = ", ".join(
-        f"{name} {options[name]}" for name in _SETTINGS if options.get(name) is not None
-    )
+    settings = (f"{name} {options[name]}" for name in _SETTINGS if options.get(name) is not None)
     head = (
-        f"{model['parameters']:,} parameters. Attention: {settings}. Tested on "
+        f"{model['parameters']:,} parameters. Attention: {', '.join(settings)}. Tested on "
         f"{model['tested_examples']:,} examples from the end of `{options['data']}`, which nothing "
         "was trained or fitted on.\n"
     )
@@ -196,9 +157,8 @@ def _quality(content: Mapping[str, Any]) -> ReportTable:
                 "was made on this text."
             )
     notes.append(f"{BASELINE}: as many features, no window, no sinks, no calibration, untrained.")
-    return ReportTable(
-        "Quality on held-out text", ["", *(_QUALITY[x][0] for x in shown)], cells, notes
-    )
+    headings = ["", *(_QUALITY[name][0] for name in shown)]
+    return ReportTable("Quality on held-out text", headings, cells, notes)
 
 
 def _figures(row: _Row, shown: list[str]) -> list[str]:

@@ -16,7 +16,8 @@ from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_
 from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
 from performers.benchmark.settings import Sampling
-from performers.cli.console import ProgressBars, note, output
+from performers.cli.console import ProgressBars, note, output, table
+from performers.cli.convert import ConversionFiles
 from performers.cli.convert_report import model_card, report_page, report_tables
 from performers.convert.distillation.pipeline import run_conversion
 from performers.convert.distillation.results import ConversionRecord
@@ -28,51 +29,38 @@ _CARD = "README.md"
 _STEPS = 16
 
 
-def convert_and_measure(
-    options: ConversionOptions, folder: Path, resume: bool, lengths: tuple[int, ...], memory: bool
-) -> None:
+def convert_and_measure(options: ConversionOptions, files: ConversionFiles) -> None:
     """Convert a model into a folder, or resume a run in it, and print the results.
 
-    Ctrl-C raises ``Interrupted``; finished stages are in the folder.
-
-    Args:
-        options: Options of the conversion.
-        folder: Folder of the new model.
-        resume: Whether to go on with what the folder holds.
-        lengths: Tokens at which speed is measured; empty to leave it out.
-        memory: Whether peak memory is measured too.
-
     Raises:
+        Interrupted: Ctrl-C; finished stages are in the folder.
         UserError: The model, the text or an option cannot be used.
     """
+    folder = files.output_folder
     record = ConversionRecord(saved=lambda record: _save(record, folder))
     try:
         with ProgressBars() as bars:
-            _run(options, folder, record, resume, bars, lengths, memory)
+            _run(options, files, record, bars)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"interrupted; what is done is in {folder}, --resume goes on from there"
         ) from error
-    for table in report_tables(record.content()):
-        output.print(table.on_console())
-        for line in table.notes:
+    for title, headings, rows, notes in report_tables(record.content()):
+        output.print(table(headings, rows, title=title))
+        for line in notes:
             output.print(line, soft_wrap=True)
     output.print(f"report: {folder / _PAGE}", soft_wrap=True)
 
 
 def _run(
-    options: ConversionOptions,
-    folder: Path,
-    record: ConversionRecord,
-    resume: bool,
-    bars: ProgressBars,
-    lengths: tuple[int, ...],
-    memory: bool,
+    options: ConversionOptions, files: ConversionFiles, record: ConversionRecord, bars: ProgressBars
 ) -> None:
+    folder, lengths = files.output_folder, files.lengths if files.speed else ()
+
     def earlier(record: ConversionRecord) -> None:
-        if resume and (folder / _RECORD).exists():
+        if files.resume and (folder / _RECORD).exists():
             record.resume(read_json(folder / _RECORD))
             note(f"{len(record.quality)} measurements kept from {folder / _RECORD}")
         record.machine = describe(torch.get_num_threads())
@@ -89,7 +77,7 @@ def _run(
             loaded.model,
             converted,
             lengths,
-            sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=memory),
+            sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=files.memory),
             seed=options.seed,
             folders=(loaded.path, folder),
             progress=bars.task("timing"),

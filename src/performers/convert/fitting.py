@@ -44,24 +44,13 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
     Queries and keys are streamed, none are kept. The statistics of a layer are those of the exact
     model, independent of the conversion of earlier layers. Padding before the first and after the
     last key of a row is left out, and so are the queries of the same tokens in self-attention.
-
-    Batches are those of `run_batch`.
     """
     fitted = set()
 
-    def add(
-        site: Site,
-        query: Tensor,
-        key: Tensor,
-        *,
-        is_causal: bool,
-        key_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        scale: float | None = None,
-    ) -> None:
-        favor = favors[site]
+    def add(site: Site, query: Tensor, key: Tensor, *, is_causal: bool, **options: Any) -> None:
+        favor, scale = favors[site], options.pop("scale", None)
         try:
-            for queries, keys, mask in _sequences(query, key, key_mask, cu_seqlens):
+            for queries, keys, mask in _sequences(query, key, **options):
                 if _leaves_pairs(favor, queries.shape[2], keys, mask, is_causal):
                     favor.calibrate_(queries, keys, mask, scale, is_causal=is_causal)
                     fitted.add(site)
@@ -71,8 +60,8 @@ def fit(family: Family, favors: Mapping[Site, FavorAttention], batches: Iterable
     ran = False
     with family.observe(favors, add), evaluation(family.model):
         for batch in batches:
-            ran = True
             run_batch(family, batch)
+            ran = True
     if not ran:
         raise ValueError("calibration must yield at least one batch of model inputs, got none")
     for site, favor in favors.items():
@@ -89,8 +78,7 @@ def run_batch(family: Family, batch: Any) -> None:
 
     A batch is a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
     """
-    parameters = family.model.parameters()
-    device = next((parameter.device for parameter in parameters), torch.device("cpu"))
+    device = next(family.model.parameters(), torch.empty(0, device="cpu")).device
 
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
@@ -124,28 +112,28 @@ def _leaves_pairs(
 
 
 def _sequences(
-    query: Tensor, key: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
+    query: Tensor, key: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
 ) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
     """Batches without outer padding and with at least one key a row."""
     if cu_seqlens is not None:
         query, key = (end_to_end(x) for x in (query, key))
         for start, stop in itertools.pairwise(cu_seqlens.tolist()):
-            part = None if mask is None else mask.reshape(1, -1)[:, start:stop]
-            yield from _sequences(query[:, :, start:stop], key[:, :, start:stop], part, None)
+            part = None if key_mask is None else key_mask.reshape(1, -1)[:, start:stop]
+            yield from _sequences(query[:, :, start:stop], key[:, :, start:stop], part)
         return
-    if mask is None or bool(mask.all()):
+    if key_mask is None or bool(key_mask.all()):
         yield query, key, None
         return
     # Rows with the same span go together: every call fits the features again.
     spans: dict[tuple[int, int], list[int]] = {}
-    for row in range(len(mask)):
-        keys = mask[row].nonzero()
+    for row, mask in enumerate(key_mask):
+        keys = mask.nonzero()
         if len(keys):
             spans.setdefault((int(keys[0]), int(keys[-1]) + 1), []).append(row)
     same_tokens = query.shape[2] == key.shape[2]
     for (start, stop), rows in spans.items():
         queries = query[rows][:, :, start:stop] if same_tokens else query[rows]
-        yield queries, key[rows][:, :, start:stop], mask[rows][:, start:stop]
+        yield queries, key[rows][:, :, start:stop], key_mask[rows][:, start:stop]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from performers.nn import Approximation, FavorAttention
 from performers.nn.approximation import as_integer
@@ -70,3 +71,9 @@ class Conversion(Approximation):
         if is_cross:
             favor.window, favor.sinks = None, 0
         return favor
+
+
+def converted_modules(model: nn.Module) -> dict[nn.Module, FavorAttention]:
+    """Find the attention modules of a transformers model that are linear, with their attention."""
+    found = {module: getattr(module, FAVOR, None) for module in model.modules()}
+    return {module: favor for module, favor in found.items() if isinstance(favor, FavorAttention)}

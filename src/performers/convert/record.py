@@ -19,6 +19,7 @@ from performers.convert.options import Conversion
 RECORD = "performers"
 PARTS = "parts"
 METHOD = "performers"
+IMPLEMENTATION = "favor"
 SAVED_IMPLEMENTATION = (
     "favor: pip install 'performers[convert]' and import performers.convert before loading"
 )

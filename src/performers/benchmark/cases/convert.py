@@ -197,7 +197,7 @@ def measure_peak(folder: str, converted: bool, length: int, batch_size: int, see
     from performers.convert import extend_positions_, load_performer
     from performers.convert.distillation.pretrained import load_model
 
-    model = load_performer(folder) if converted else load_model(folder, head=None).model
+    model = load_performer(folder) if converted else load_model(folder).model
     extend_positions_(model, length)
     tokens = _tokens(model, batch_size, length, seed)
     forward_call(model, tokens[:, :_WARM_UP_LENGTH])()

@@ -6,30 +6,28 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
 from performers.app.files import sha256
 from performers.app.provenance import weights_sha256
 from performers.convert.distillation.batches import Collator
-from performers.convert.distillation.best import BestState, score
-from performers.convert.distillation.pretrained import (
-    LoadedModel,
-    load_model,
-    without_progress_bars,
-)
+from performers.convert.distillation.pretrained import LoadedModel, load_model
 from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from performers.convert.distillation.results import (
     BASELINE,
     FINE_TUNED,
     ORIGINAL,
     ZERO_SHOT,
+    BestState,
     ConversionRecord,
+    score,
 )
 from performers.convert.distillation.texts import Example, split_text
 from performers.convert.distillation.training import check_adapters, distill
@@ -41,18 +39,22 @@ from performers.convert.saving import load_performer
 from performers.convert.sentences import SentenceFiles
 from performers.convert.to_performer import to_performer
 from performers.models.manifest import save_model_folder
+from performers.training.environment import quiet_transformers
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
 _CHECKPOINTS, _BEST = "training", "best.safetensors"
-_LENGTHS = {"causal": 1024, "masked": 512, "encoder": 512}
-_SINKS = {"causal": 4, "masked": 0, "encoder": 0}
-_LOSSES = {"causal": "logits", "masked": "logits", "encoder": "embedding"}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "causal": {"length": 1024, "sinks": 4, "loss": "logits"},
+    "masked": {"length": 512, "sinks": 0, "loss": "logits"},
+    "encoder": {"length": 512, "sinks": 0, "loss": "embedding"},
+}
 _TRANSFER_STEPS = 100
 # Options of the run that `distill` has under the same name.
 _TRAINING = (
-    "steps", "batch_size", "accumulation", "learning_rate", "transfer_learning_rate",
-    "hidden_weight", "lora_rank", "redraw_steps", "save_steps", "seed",
+    "transfer_steps", "steps", "batch_size", "accumulation", "learning_rate",
+    "transfer_learning_rate", "loss", "hidden_weight", "lora_rank", "redraw_steps", "save_steps",
+    "seed",
 )  # fmt: skip
 # Maximum number of logits and rows in a batch of measurements.
 _LOGITS, _ROWS = 1 << 26, 8
@@ -79,15 +81,15 @@ def run_conversion(
         KeyboardInterrupt: A signal stopped the training, after a checkpoint.
         ValueError: The model, the text or an option cannot be used.
     """
-    with without_progress_bars(), warnings.catch_warnings():
+    with quiet_transformers(), warnings.catch_warnings():
         # No run uses the dropout of attention weights.
         warnings.filterwarnings("ignore", "the dropout of attention weights")
         source = model_folder(options.model, "MODEL")
         sentences = SentenceFiles.of(source)
         if sentences is None:
-            loaded = load_model(source, head=None)
+            loaded = load_model(source)
         else:
-            loaded = load_model(sentences.transformer)
+            loaded = load_model(sentences.transformer, head=False)
         if read_record(loaded.model) is not None:
             raise ValueError(
                 f"{options.model} holds a converted model: pass its original, or train it further "
@@ -112,16 +114,20 @@ class _Pipeline:
         record: ConversionRecord,
         progress: Progress,
     ) -> None:
-        self.options, self.folder = options, folder
+        self.folder = folder
         self.record, self.progress = record, progress
-        self.sentences = sentences
-        self.card = read_card(loaded.path if sentences is None else sentences.folder)
-        self.source = loaded.path
+        self.sentences, self.source = sentences, loaded.path
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
         self.trained_positions = learned_positions(self.original)
-        self._extend_positions()
+        # Positions of the model, and the length of its tokenizer, that the options ask for.
+        asked = max(options.length or 0, options.max_positions or 0)
+        if self.trained_positions is not None and asked > self.trained_positions:
+            extend_positions_(self.original, asked)
+            self.tokenizer.model_max_length = max(asked, self.tokenizer.model_max_length)
+        if sentences is not None and asked > (sentences.max_seq_length or asked):
+            sentences.max_seq_length = asked
         self.kind = kind_of(self.original)
         if options.lora_rank is not None:
             check_adapters()
@@ -131,16 +137,17 @@ class _Pipeline:
                 f"listed_keys={options.listed_keys} is for encoders among transformers models, and "
                 f"{options.model} is none; leave it out, and give a larger window"
             )
-        self.length = self._length()
-        self.sinks = _SINKS[self.kind] if options.sinks is None else options.sinks
-        self.loss = options.loss or _LOSSES[self.kind]
-        steps = 0 if is_ours else _TRANSFER_STEPS
-        self.transfer_steps = steps if options.transfer_steps is None else options.transfer_steps
+        defaults = _DEFAULTS[self.kind] | {"transfer_steps": 0 if is_ours else _TRANSFER_STEPS}
+        longest = learned_positions(self.original) or defaults["length"]
+        defaults["length"] = min(defaults["length"], longest)
+        unset = {name: x for name, x in defaults.items() if getattr(options, name) is None}
+        self.options = options = replace(options, **unset)
+        self.length = options.length or defaults["length"]
         self.collator = Collator(
             pad_token_id=self.tokenizer.pad_token_id or 0,
             mask_token_id=self.tokenizer.mask_token_id if self.kind == "masked" else None,
             special_token_ids=tuple(self.tokenizer.all_special_ids),
-            causal_labels=self.kind == "causal" and self.loss == "task",
+            causal_labels=self.kind == "causal" and options.loss == "task",
         )
         self.texts = split_text(
             self.tokenizer,
@@ -151,30 +158,11 @@ class _Pipeline:
             seed=options.seed,
         )
 
-    def _extend_positions(self) -> None:
-        """Give the model the positions, and its tokenizer the length, that the options ask for."""
-        asked = max(self.options.length or 0, self.options.max_positions or 0)
-        if self.trained_positions is not None and asked > self.trained_positions:
-            extend_positions_(self.original, asked)
-            self.tokenizer.model_max_length = max(asked, self.tokenizer.model_max_length)
-        if self.sentences is not None and asked > (self.sentences.max_seq_length or asked):
-            self.sentences.max_seq_length = asked
-
-    def _length(self) -> int:
-        length = self.options.length or _LENGTHS[self.kind]
-        if self.options.length is None and self.trained_positions is not None:
-            return min(length, learned_positions(self.original) or length)
-        return length
-
     def options_in_full(self) -> dict[str, Any]:
         """Options of the run as plain values, defaults included."""
         layers = self.options.layers
         return asdict(self.options) | {
-            "sinks": self.sinks,
-            "length": self.length,
             "layers": None if layers is None else list(layers),
-            "transfer_steps": self.transfer_steps,
-            "loss": self.loss,
             "model_sha256": weights_sha256(self.source),
             "data_sha256": sha256(Path(self.options.data)),
         }
@@ -190,7 +178,7 @@ class _Pipeline:
             "positions": learned_positions(self.original),
             "is_sentence_model": self.sentences is not None,
             "is_hub_name": is_hub_name(self.options.model),
-            "card": self.card,
+            "card": read_card(self.sentences.folder if self.sentences else self.source),
         }
 
     def run(self) -> Any:
@@ -201,7 +189,7 @@ class _Pipeline:
             return load_performer(self.folder)
         student = self._untrained()
         self._measure(ZERO_SHOT, lambda: student)
-        if self.options.steps or self.transfer_steps:
+        if self.options.steps or self.options.transfer_steps:
             student = self._distil(student)
             self._measure(FINE_TUNED, lambda: student)
         parts = [self.tokenizer] if self.sentences is None else [self.tokenizer, self.sentences]
@@ -216,7 +204,7 @@ class _Pipeline:
         return self._convert(
             estimator=self.options.estimator,
             window=self.options.window,
-            sinks=self.sinks,
+            sinks=self.options.sinks,
             listed_keys=self.options.listed_keys,
         )
 
@@ -235,7 +223,7 @@ class _Pipeline:
 
     def _distil(self, student: Any) -> Any:
         """Train the model; returns the best state of those measured, the untrained one included."""
-        steps = max(self.options.steps, self.transfer_steps)
+        steps = max(self.options.steps, self.options.transfer_steps or 0)
         best = BestState(self.folder / _CHECKPOINTS / _BEST)
 
         def evaluate(model: Any) -> dict[str, float]:
@@ -247,8 +235,6 @@ class _Pipeline:
             student,
             self.original,
             self.texts.train,
-            transfer_steps=self.transfer_steps,
-            loss=self.loss,
             collator=self.collator,
             output_dir=self.folder / _CHECKPOINTS,
             eval_steps=self.options.eval_steps or max(1, -(-steps // 5)),
@@ -274,7 +260,7 @@ class _Pipeline:
         if untrained is not None and score(untrained) >= score(chosen):
             student, chosen = self._untrained(), {"stage": "untrained", "step": 0}
         elif best.file.is_file():
-            best.restore_(student)
+            student.load_state_dict(load_file(best.file))
         else:
             # A run of a version that kept no best state ends with the last one.
             chosen = measured[-1]

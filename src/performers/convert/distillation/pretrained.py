@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
-from performers.convert.interface.positions import learned_positions
+from performers.training.environment import quiet_transformers
 
 _WEIGHTS = (
     "model.safetensors",
@@ -27,56 +24,21 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "sp
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pretrained model in evaluation mode and float32, and its tokenizer or None.
-
-    ``has_head`` is True if there is a language-modelling head.
-    """
+    """A pretrained model in evaluation mode and float32, and its tokenizer or None."""
 
     path: Path
     model: Any
     tokenizer: Any
-    is_causal: bool
-    has_head: bool
 
     @property
-    def max_length(self) -> int | None:
-        """Maximum input length of a learned table of positions; None without one."""
-        return learned_positions(self.model)
-
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Any]:
-        """Check token ids and a mask, and return the keyword arguments of the model."""
-        if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids must be token ids of shape (batch, length), got {input_ids.dtype} "
-                f"of shape {tuple(input_ids.shape)}"
-            )
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocabulary:
-            raise ValueError(
-                f"input_ids must lie in [0, {vocabulary - 1}], the model's vocabulary; got ids "
-                f"from {low} to {high}: tokenize with the model's own tokenizer"
-            )
-        length, limit = input_ids.shape[1], self.max_length
-        if limit is not None and length > limit:
-            raise ValueError(f"input_ids must have at most {limit} positions here, got {length}")
-        arguments: dict[str, Any] = {"input_ids": input_ids.to(self.model.device, torch.long)}
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
-                    f"got {tuple(attention_mask.shape)}"
-                )
-            mask = attention_mask.to(self.model.device) != 0
-            if not bool(mask.any(dim=1).all()):
-                raise ValueError("attention_mask hides every token of a row; leave that row out")
-            arguments["attention_mask"] = mask.to(torch.long)
-        if self.is_causal:
-            arguments["use_cache"] = False
-        return arguments
+    def is_causal(self) -> bool:
+        """True if the attention of the model is causal."""
+        return bool(getattr(self.model.config, "is_causal", True)) and any(
+            getattr(module, "is_causal", False) for module in self.model.modules()
+        )
 
 
-def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
+def load_model(path: str | Path, *, head: bool = True) -> LoadedModel:
     """Load a pretrained model and its tokenizer from a local folder or GGUF file.
 
     A folder without tokenizer files may have its ``vocab.txt`` in the folder above it; a bare
@@ -85,7 +47,7 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
     Args:
         path: A folder with ``config.json`` and safetensors or ``pytorch_model.bin``, a ``.gguf``
             file, or a folder with one.
-        head: Whether to load the language-modelling head; None: if the files have one.
+        head: Load the language-modelling head, if the files have one.
 
     Raises:
         FileNotFoundError: The path, the configuration or the weights are missing.
@@ -102,32 +64,23 @@ def load_model(path: str | Path, *, head: bool | None = False) -> LoadedModel:
             )
         source["gguf_file"] = gguf
     try:
-        with _quiet():
+        # The bar of a GGUF file ignores the settings of transformers.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
             config = transformers.AutoConfig.from_pretrained(folder, **source)
-            head_class = None if head is False else _head_class(config)
-            if head and head_class is None:
-                raise ValueError(
-                    f"{folder} holds a {config.model_type}, for which transformers has no "
-                    "language-modelling head: use head=False"
-                )
-            model, missing = _model(folder, config, head_class, source)
-            if head is None and head_class is not None and missing:
-                head_class = None
-                model, missing = _model(folder, config, head_class, source)
+            classes = [_head_class(config) if head else None, transformers.AutoModel]
+            for model_class in filter(None, classes):
+                model, missing = _model(folder, config, model_class, source)
+                if not missing:
+                    break
             tokenizer = _tokenizer(folder, config, source)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be loaded as a transformers model: {error}") from error
     if missing:
-        advice = "; it may have no language-modelling head: use head=False" if head_class else ""
         raise ValueError(
             f"{path} lacks {len(missing)} weights of {type(model).__name__}, the first of them "
-            f"{missing[0]}{advice}"
+            f"{missing[0]}"
         )
-    is_causal = getattr(config, "is_causal", True) and any(
-        getattr(module, "is_causal", False) for module in model.modules()
-    )
-    has_head = head_class is not None
-    return LoadedModel(Path(path), model.eval(), tokenizer, bool(is_causal), has_head)
+    return LoadedModel(Path(path), model.eval(), tokenizer)
 
 
 def _locate(path: Path) -> tuple[Path, str | None]:
@@ -150,36 +103,11 @@ def _locate(path: Path) -> tuple[Path, str | None]:
     raise FileNotFoundError(f"{path} has no {wanted}: expected a folder saved by save_pretrained")
 
 
-@contextlib.contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Disable the progress bars of transformers while a context lasts."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence progress bars, and the report of transformers on unused heads."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        # The bar of a GGUF file ignores the settings of transformers.
-        with without_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-
-
 def _model(
-    folder: Path, config: Any, head_class: Any, source: dict[str, Any]
+    folder: Path, config: Any, model_class: Any, source: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """Load the model; returns it with the names of the weights that its files lack."""
-    model, report = (head_class or transformers.AutoModel).from_pretrained(
+    model, report = model_class.from_pretrained(
         folder, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
     if "gguf_file" in source:

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from performers.convert.families.base import call_model
 from performers.convert.fitting import evaluation
 
-KINDS = ("causal", "masked", "encoder")
 _LM_TABLES = {
     "masked": transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "causal": transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
+# Share of the ordinary tokens of a row that is masked.
+_MASKED = 0.15
 # Rows of logits, each as wide as the vocabulary, in float64 at a time.
 _ROWS = 128
 # With fewer passages the nearest other one is trivial.
@@ -28,7 +30,6 @@ class Quality:
     """Results of `measure_quality`; None where a figure does not apply to the kind of model.
 
     Attributes:
-        kind: One of ``KINDS``.
         tokens: Number of predicted tokens; for an encoder, of embedded tokens.
         perplexity: ``exp`` of the mean cross-entropy per predicted token.
         accuracy: Share of tokens that are predicted correctly.
@@ -40,7 +41,6 @@ class Quality:
             the same for model and reference; None for fewer than three passages.
     """
 
-    kind: str
     tokens: int
     perplexity: float | None = None
     accuracy: float | None = None
@@ -50,7 +50,7 @@ class Quality:
 
     def figures(self) -> dict[str, float]:
         """Figures that apply to the kind of model, by name."""
-        values = list(asdict(self).items())[2:]
+        values = list(asdict(self).items())[1:]
         return {name: value for name, value in values if value is not None}
 
 
@@ -75,7 +75,6 @@ def measure_quality(
     kind: str | None = None,
     tokenizer: Any = None,
     *,
-    mask_fraction: float = 0.15,
     seed: int = 0,
 ) -> Quality:
     """Measure a model on batches, compared with its original.
@@ -89,26 +88,19 @@ def measure_quality(
         model: A transformers model, converted or not.
         reference: The original; None, or the model itself: no comparison.
         batches: Mappings with ``input_ids`` (B, L), and ``attention_mask`` if there is padding.
-        kind: One of ``KINDS``; None: `kind_of` the model.
+        kind: ``"causal"``, ``"masked"`` or ``"encoder"``; None: `kind_of` the model.
         tokenizer: Tokenizer of a masked model.
-        mask_fraction: Share of the ordinary tokens of a row that is masked.
         seed: Random seed of the masked tokens.
     """
     kind = kind or kind_of(model)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 < mask_fraction <= 1:
-        raise ValueError(f"mask_fraction must be in (0, 1], got {mask_fraction}")
     if reference is model:
         reference = None
     with evaluation(model), evaluation(model if reference is None else reference):
         if kind == "encoder":
             return _embedded(model, reference, batches)
-        if kind == "causal":
-            tasks = _next_tokens(batches)
-        else:
-            tasks = _masked_tokens(batches, tokenizer, mask_fraction, seed)
-        return _predicted(model, reference, kind, tasks)
+        is_causal = kind == "causal"
+        tasks = _next_tokens(batches) if is_causal else _masked_tokens(batches, tokenizer, seed)
+        return _predicted(model, reference, tasks)
 
 
 # Inputs, the rows and positions of logits, and the tokens that they predict.
@@ -123,7 +115,7 @@ def _next_tokens(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[_Task]:
 
 
 def _masked_tokens(
-    batches: Iterable[Mapping[str, Tensor]], tokenizer: Any, fraction: float, seed: int
+    batches: Iterable[Mapping[str, Tensor]], tokenizer: Any, seed: int
 ) -> Iterator[_Task]:
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise ValueError(
@@ -137,14 +129,14 @@ def _masked_tokens(
         masked = torch.zeros_like(mask)
         for row, ordinary in enumerate(mask & ~torch.isin(ids, special)):
             places = torch.nonzero(ordinary)[:, 0]
-            number = min(len(places), max(1, round(fraction * len(places))))
+            number = min(len(places), max(1, round(_MASKED * len(places))))
             masked[row, places[torch.randperm(len(places), generator=generator)[:number]]] = True
         rows, positions = torch.nonzero(masked, as_tuple=True)
         inputs = {**batch, "input_ids": ids.masked_fill(masked, tokenizer.mask_token_id)}
         yield inputs, rows, positions, ids[rows, positions]
 
 
-def _predicted(model: Any, reference: Any, kind: str, tasks: Iterable[_Task]) -> Quality:
+def _predicted(model: Any, reference: Any, tasks: Iterable[_Task]) -> Quality:
     loss, divergence, right, tokens = 0.0, 0.0, 0, 0
     for inputs, *places in tasks:
         logits = _run(model, inputs).logits
@@ -162,7 +154,6 @@ def _predicted(model: Any, reference: Any, kind: str, tasks: Iterable[_Task]) ->
             "batches have nothing to predict: pass at least one with two ordinary tokens in a row"
         )
     return Quality(
-        kind,
         tokens,
         perplexity=float(torch.tensor(loss / tokens, dtype=torch.float64).exp()),
         accuracy=right / tokens,
@@ -190,7 +181,7 @@ def _embedded(model: Any, reference: Any, batches: Iterable[Mapping[str, Tensor]
     if len(own) >= _RETRIEVAL_PASSAGES:
         retrieval = float((_nearest(own) == _nearest(theirs)).double().mean())
     cosine = float((own * theirs).sum(dim=1).mean())
-    return Quality("encoder", tokens, cosine=cosine, retrieval=retrieval)
+    return Quality(tokens, cosine=cosine, retrieval=retrieval)
 
 
 def _nearest(embeddings: Tensor) -> Tensor:
@@ -210,9 +201,4 @@ def _ids_and_mask(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _run(model: Any, batch: Mapping[str, Tensor]) -> Any:
-    inputs: dict[str, Any] = {
-        name: value.to(model.device) for name, value in batch.items() if name != "labels"
-    }
-    if getattr(model.config, "use_cache", None):
-        inputs["use_cache"] = False
-    return model(**inputs)
+    return call_model(model, **{name: x.to(model.device) for name, x in batch.items()})

@@ -1,13 +1,20 @@
-"""Results of a run of ``performers convert``."""
+"""Results of a run of ``performers convert``: the record, and the best state of the model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from performers.app.conversion import ConversionOptions
+from performers.app.files import replacement
 
 ORIGINAL, BASELINE = "original", "FAVOR+ alone"
 ZERO_SHOT, FINE_TUNED = "converted", "converted, fine-tuned"
@@ -53,14 +60,10 @@ class ConversionRecord:
         """Adopt the results of an earlier run with the same options."""
         if missing := [name for name in self.content() if name not in content]:
             raise ValueError(f"the record in the folder lacks {', '.join(missing)}")
-        # Runs of versions without an option used its default.
-        defaults = {
-            x.name: x.default for x in fields(ConversionOptions) if x.default is not MISSING
-        }
-        # Records of versions without the hash of the weights pass.
-        defaults["model_sha256"] = self.options["model_sha256"]
-        earlier = defaults | content["options"]
-        # key_list is the name of the option in earlier versions.
+        # Runs of versions without an option used its default; those without the hash of the weights
+        # pass. key_list is the name of an option in earlier versions.
+        earlier = {x.name: x.default for x in fields(ConversionOptions) if x.default is not MISSING}
+        earlier |= {"model_sha256": self.options["model_sha256"], **content["options"]}
         earlier["listed_keys"] = earlier.pop("key_list", earlier["listed_keys"])
         changed = [
             f"{name} was {earlier.get(name)}, now {value}"
@@ -79,3 +82,50 @@ class ConversionRecord:
     def row(self, name: str) -> dict[str, Any] | None:
         """Row of a measured model, or None."""
         return next((row for row in self.quality if row["model"] == name), None)
+
+
+def score(figures: Mapping[str, Any]) -> float:
+    """Order figures of quality: by cosine for encoders, else by perplexity; higher is better."""
+    value = float(figures["cosine"] if "cosine" in figures else -figures["perplexity"])
+    return -math.inf if math.isnan(value) else value
+
+
+class BestState:
+    """Weights of the best measured state in a file, which an earlier part of the run may have."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.score = -math.inf
+        if file.is_file():
+            with safe_open(file, "pt") as kept:
+                self.score = float(kept.metadata()["score"])
+
+    def offer(self, model: Any, figures: Mapping[str, float]) -> None:
+        """Keep the state of a model if it is better than the best so far."""
+        if not (found := score(figures)) > self.score:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replacement(self.file) as staging:
+            save_file(_merged_state(model), staging, metadata={"score": repr(found)})
+        self.score = found
+
+
+@torch.no_grad()
+def _merged_state(model: Any) -> dict[str, Tensor]:
+    """The state of a model, adapters of peft merged into the weights that they adapt."""
+    deltas = {
+        f"{name}.weight": module.get_delta_weight(adapter)
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+        for adapter in module.active_adapters
+    }
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        # Tied weights are copied: a file has no shared ones.
+        state[name] = tensor.cpu().clone().contiguous()
+        if name in deltas:
+            state[name] += deltas[name].cpu()
+    return state

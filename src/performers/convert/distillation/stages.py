@@ -5,7 +5,6 @@ import copy
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,8 @@ from typing import Any
 
 import transformers
 
+from performers.app.files import write_json
+from performers.app.processes import is_first_process
 from performers.convert.fitting import evaluation
 from performers.training.callbacks import (
     IntervalsCallback,
@@ -100,7 +101,7 @@ class DistillationRun(transformers.TrainerCallback):
 
         ``arguments`` are those of the trainer.
         """
-        self._stage, self._only_loads = stage, False
+        self._stage = stage
         folder = None if self.output_dir is None else self.output_dir / stage
         settings: dict[str, Any] = {
             "output_dir": str(folder or "unused"),
@@ -150,39 +151,29 @@ class DistillationRun(transformers.TrainerCallback):
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
         checkpoint, done = None, 0
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if self.resume and folder is not None and folder.is_dir():
+            sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             processes = trainer.args.world_size
             checkpoint = newest_checkpoint(folder, processes=processes, sharded=sharded)
         if checkpoint is not None:
             done = int(checkpoint.name.removeprefix("checkpoint-"))
+        self._only_loads = done >= steps
         # Entries after the checkpoint are made again.
         self.result.history = [
             entry
             for entry in self.result.history
             if entry["stage"] != stage or entry["step"] <= done
         ]
-        alone = trainer.args.world_size == 1
-        lost = contextlib.nullcontext() if alone else lost_processes(_RESUME)
-        with stop_on_signals(stop), lost:
-            if checkpoint is not None and done >= steps and not sharded:
-                # Trainer would take one more step from the checkpoint of the last one.
-                trainer._load_from_checkpoint(str(checkpoint))
-            else:
-                resumed = None if checkpoint is None else str(checkpoint)
-                self._only_loads = done >= steps
-                with contextlib.suppress(_Loaded):
-                    trainer.train(resume_from_checkpoint=resumed)
-                if (
-                    not self._only_loads
-                    and trainer.state.global_step < steps
-                    and not stop.requested
-                ):
-                    raise ValueError(
-                        f"data ended after {trainer.state.global_step} of {steps} steps of stage "
-                        f"{stage!r}: pass a list, or an iterable that can be iterated again"
-                    )
-                self._count(stage, trainer.state)
+        with stop_on_signals(stop), lost_processes(_RESUME):
+            with contextlib.suppress(_Loaded):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            reached = done if self._only_loads else trainer.state.global_step
+            if reached < steps and not stop.requested:
+                raise ValueError(
+                    f"data ended after {reached} of {steps} steps of stage {stage!r}: pass a list, "
+                    "or an iterable that can be iterated again"
+                )
+            self._count(stage, trainer.state)
             self._gather()
         self.result.finished = not stop.requested
         self.write()
@@ -190,19 +181,16 @@ class DistillationRun(transformers.TrainerCallback):
     def write(self) -> None:
         """Update the seconds of the results, and write them to ``output``."""
         self.result.seconds = time.monotonic() - self._started
-        if self.output_dir is None or int(os.environ.get("RANK", "0")):
-            return
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        values = asdict(self.result) | {
-            "seconds": round(self.result.seconds, 2),
-            "stage_tokens": self._tokens,
-        }
-        part = self.output_dir / f"{_RECORD}.part"
-        part.write_text(json.dumps(values, indent=1), encoding="utf-8")
-        part.replace(self.output_dir / _RECORD)
+        if self.output_dir is not None and is_first_process():
+            seconds = round(self.result.seconds, 2)
+            values = asdict(self.result) | {"seconds": seconds, "stage_tokens": self._tokens}
+            write_json(self.output_dir / _RECORD, values)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prepare a sharded model, or end where its checkpoint was all there was to do."""
+        """Prepare a sharded model, or end where its checkpoint was all there was to do.
+
+        Trainer would take one more step from the checkpoint of the last one.
+        """
         if args.fsdp:
             keep_recorded_outputs_(kwargs["model"])
         if self._only_loads:

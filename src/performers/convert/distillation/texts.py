@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import gzip
 import re
 import shutil
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +31,6 @@ _SHORTEST = 32
 _LONGEST_WORD = 1 << 10
 _SPACE = re.compile(rb"\s")
 _PIECE = 1 << 16
-# Tokens before a cut that may differ from those of the whole file.
-_MARGIN = 64
 # Seeds have 32 bits; passes are counted below them.
 _PASSES = 1 << 24
 
@@ -74,14 +70,11 @@ def split_text(
     compared: relatives of test sequences may be in the training part unless the file keeps them
     apart.
     """
-    if calibration < 0:
-        raise ValueError(f"calibration must be at least 0, got {calibration}")
     if test < 1 and not (isinstance(test, float) and test > 0):
         raise ValueError(
             f"test must be a number of examples, at least 1, or a share between 0 and 1, got {test}"
         )
-    file = _File(tokenizer, Path(path), length)
-    file.decompress()
+    file = TextFile(tokenizer, Path(path), length)
     begin, tested = _tail(file, test)
     train = TextExamples(file, begin, seed=seed)
     fitted = train.set_aside(calibration)
@@ -95,36 +88,6 @@ def split_text(
     return TextSplits(fitted, train, tested)
 
 
-def text_windows(
-    tokenizer: Any, text: str | Path, length: int, count: int, *, skip: int = 0
-) -> Tensor:
-    """Cut the beginning of a text or FASTA file into consecutive inputs of one length.
-
-    Windows are as in `split_text`, but the sequences of a FASTA file follow one another with the
-    tokenizer's separator between them, and ``skip`` windows are left out at the beginning. Only
-    the bytes that this takes are read. Returns token ids ``(count, length)``.
-    """
-    file = _File(tokenizer, Path(text), length)
-    if count < 1 or skip < 0:
-        raise ValueError(
-            f"length must exceed the {len(file.before) + len(file.after)} special tokens, count be "
-            f"at least 1 and skip at least 0, got length={length}, count={count}, skip={skip}"
-        )
-    needed, size, ends = (skip + count) * file.body, 8 * _MARGIN, False
-    ids: list[int] = []
-    while not ends and len(ids) < needed + _MARGIN:
-        size = 2 * max(size, 4 * needed)
-        ids, ends = file.beginning(size)
-    if len(ids) < needed:
-        raise ValueError(
-            f"{text} has {len(ids)} tokens, enough for {len(ids) // file.body} windows of "
-            f"{length}; {skip + count} were asked for: pass a longer text or ask for less"
-        )
-    passages = [ids[first : first + file.body] for first in range(0, needed, file.body)][skip:]
-    file.check_known(torch.tensor(passages))
-    return torch.tensor([[*file.before, *passage, *file.after] for passage in passages])
-
-
 class TextExamples(IterableDataset[Example]):
     """Examples from the beginning of a file, in a new order for every pass.
 
@@ -133,8 +96,10 @@ class TextExamples(IterableDataset[Example]):
     ``DataLoader`` share the examples between them. Without ``passes`` the stream has no end.
     """
 
-    def __init__(self, file: _File, stop: int, *, seed: int = 0, passes: int | None = None) -> None:
-        self.seed, self.passes = seed, passes
+    passes: int | None = None
+
+    def __init__(self, file: TextFile, stop: int, *, seed: int) -> None:
+        self.seed = seed
         self._file, self._stop = file, stop
         self._count = max(1, (stop - file.start) // (_BLOCK * file.body * _BYTES_PER_TOKEN))
         # Number of examples at the beginning of a block that `set_aside` took.
@@ -185,7 +150,7 @@ class TextExamples(IterableDataset[Example]):
         return self._file.examples(*(min(self._file.boundary(edge), self._stop) for edge in edges))
 
 
-class _File:
+class TextFile:
     """A file that can be cut at many places, each part tokenized by itself."""
 
     def __init__(self, tokenizer: Any, path: Path, length: int) -> None:
@@ -199,23 +164,24 @@ class _File:
         self.body = length - special
         if self.body < 1:
             raise ValueError(f"length must exceed the {special} special tokens, got {length}")
-        self._open: Any = open
         if self._bytes(0, len(_GZIP_MARK)) == _GZIP_MARK:
-            self._open = gzip.open
+            self._source = self._decompressed()
+        self.size = self._source.stat().st_size
         head = self._bytes(0, len(_UTF8_MARK) + 1)
         self.start = len(_UTF8_MARK) if head.startswith(_UTF8_MARK) else 0
         self.is_fasta = head[self.start : self.start + 1] == b">"
 
-    def decompress(self) -> None:
-        """Replace a compressed file by a temporary copy, which is deleted with this object."""
-        if self._open is gzip.open:
-            folder = tempfile.mkdtemp(prefix="performers-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            plain = Path(folder) / "plain"
-            with self._opened() as packed, plain.open("wb") as copy:
+    def _decompressed(self) -> Path:
+        """A temporary copy of a compressed file, which is deleted with this object."""
+        folder = tempfile.mkdtemp(prefix="performers-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        plain = Path(folder) / "plain"
+        try:
+            with gzip.open(self.path) as packed, plain.open("wb") as copy:
                 shutil.copyfileobj(packed, copy)
-            self._source, self._open = plain, open
-        self.size = self._source.stat().st_size
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{self.path} is a damaged gzip file: {error}") from error
+        return plain
 
     def boundary(self, offset: int) -> int:
         """Find the first place at or after a byte where the file can be cut."""
@@ -238,7 +204,7 @@ class _File:
 
     def examples(self, start: int, stop: int) -> list[Example]:
         """Examples between two boundaries, without the incomplete window at the end."""
-        text = self._decode(self._bytes(start, stop))
+        text = self._text(start, stop)
         if self.is_fasta:
             words = (" ".join(x[: self.body]) for x in self._sequences(text))
             rows = [self._encode(x)[: self.body] for x in words]
@@ -249,19 +215,13 @@ class _File:
         examples = [torch.tensor([*self.before, *row, *self.after]) for row in rows]
         return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in examples]
 
-    def beginning(self, size: int) -> tuple[list[int], bool]:
-        """Token ids of the first bytes, separators between sequences, and whether they are all."""
-        data = self._bytes(self.start, self.start + size)
-        ends = len(data) < size
-        if not ends:
-            # Not within a word, unless it is long; a space may belong to the word that follows.
-            space = max(data.rfind(x, -_LONGEST_WORD) for x in (b" ", b"\n"))
-            data = data[:space] if space > 0 else data
-        text = self._decode(data, is_whole=ends)
+    def tokens(self, stop: int) -> list[int]:
+        """Token ids up to a boundary, with separators between sequences."""
+        text = self._text(self.start, stop)
         if self.is_fasta:
             separator = self._tokenizer.sep_token or self._tokenizer.eos_token or ""
             text = f" {separator} ".join(" ".join(x) for x in self._sequences(text))
-        return self._encode(text), ends
+        return self._encode(text)
 
     def check_known(self, ids: Tensor) -> None:
         """Refuse a file with a majority of tokens that are unknown to the tokenizer."""
@@ -295,29 +255,21 @@ class _File:
         sequences = ([x for x in "".join(each).upper() if x.isalpha()] for each in lines)
         return [residues for residues in sequences if residues]
 
-    def _decode(self, data: bytes, *, is_whole: bool = True) -> str:
+    def _text(self, start: int, stop: int) -> str:
         try:
-            text, _ = codecs.utf_8_decode(data, "strict", is_whole)
+            text = self._bytes(start, stop).decode()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not a UTF-8 text file: {error}") from error
         return text.replace("\r\n", "\n").replace("\r", "\n")
 
     def _bytes(self, start: int, stop: int) -> bytes:
         # Opened for each piece: forked workers would share a position in the file.
-        with self._opened() as file:
+        with self._source.open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[IO[bytes]]:
-        try:
-            with self._open(self._source, "rb") as file:
-                yield file
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{self.path} is a damaged gzip file: {error}") from error
 
-
-def _tail(file: _File, test: int | float) -> tuple[int, list[Example]]:
+def _tail(file: TextFile, test: int | float) -> tuple[int, list[Example]]:
     """Start of the test part, and its examples."""
     if test < 1:
         begin = file.boundary(file.size - int(test * (file.size - file.start)))

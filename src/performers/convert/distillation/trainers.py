@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from performers.convert.distillation.rows import Row, divergence, mean_state, relative_error
+from performers.convert.families.base import without_cache
 from performers.convert.interface.call import AttentionCall, exact_attention, linear_attention
 from performers.convert.interface.implementation import intercept_attention
-from performers.convert.options import FAVOR
+from performers.convert.options import converted_modules
 from performers.convert.record import read_record
 from performers.distributed import sequence_parallel
 from performers.nn import FavorAttention
@@ -48,11 +49,6 @@ class _LossTrainer(ParallelTrainer):
         prepared: dict[str, Any] = self._prepare_inputs(batch)
         return prepared
 
-    def without_cache(self, model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments that make a model keep no cache."""
-        uses = getattr(self.accelerator.unwrap_model(model).config, "use_cache", None)
-        return {**arguments, **({"use_cache": False} if uses else {})}
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -65,7 +61,8 @@ class _LossTrainer(ParallelTrainer):
         arguments = {name: x for name, x in inputs.items() if name not in _NO_ARGUMENTS}
         tokens = len(next(iter(arguments.values()))) if mask is None else int(mask.sum())
         self.state.num_input_tokens_seen += tokens
-        loss, outputs = self.loss_and_outputs(model, self.without_cache(model, arguments), inputs)
+        arguments |= without_cache(self.accelerator.unwrap_model(model))
+        loss, outputs = self.loss_and_outputs(model, arguments, inputs)
         # Gradients are means over processes, and losses of the processes of a row add up.
         loss = loss * self.row.size
         return (loss, outputs) if return_outputs else loss
@@ -91,11 +88,7 @@ class TransferTrainer(_LossTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.blocks = {
-            module: block
-            for module in self.model.modules()
-            if isinstance(block := getattr(module, FAVOR, None), FavorAttention)
-        }
+        self.blocks = converted_modules(self.model)
         self._errors: list[Tensor] = []
         if self.args.fsdp:
             # FSDP2 finds the backward pass by the gradients of a model's outputs, and the model's
@@ -190,7 +183,7 @@ class DistillationTrainer(_LossTrainer):
         )
         if self.loss != "task":
             # Outside the context, which would take whole rows for shards.
-            shards["targets"] = self._targets(self.without_cache(model, arguments))
+            shards["targets"] = self._targets(arguments | without_cache(self.teacher))
         return partial(sequence_parallel, self.row.group), shards
 
     @torch.no_grad()

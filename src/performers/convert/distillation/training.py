@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
@@ -15,18 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from performers.app.processes import process_count
+from performers.app.processes import is_first_process, process_count
 from performers.attention.sharding import check_not_sharded
 from performers.convert.distillation.batches import Collator, Stream
 from performers.convert.distillation.quality import kind_of
 from performers.convert.distillation.stages import Distillation, DistillationRun
 from performers.convert.distillation.trainers import LOSSES, DistillationTrainer, TransferTrainer
 from performers.convert.families.shards import check_layers_run, check_shards
-from performers.convert.options import FAVOR
+from performers.convert.options import converted_modules
 from performers.convert.record import read_record, write_record
 from performers.convert.sentences import transformer_of
 from performers.models.manifest import find_damage, write_manifest
-from performers.nn import FavorAttention
 from performers.training.parallel import mesh_arguments, tied_parameters
 
 _TRANSFERRED, _PARAMETERS = "transferred", "parameters.safetensors"
@@ -289,17 +287,13 @@ def default_collator(model: Any, loss: str = "logits") -> Collator:
 def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     """Run attention transfer, or read its results if a resumed run has finished it."""
     student = run.student
-    blocks = {
-        module: block
-        for module in student.modules()
-        if isinstance(block := getattr(module, FAVOR, None), FavorAttention)
-    }
-    for block in blocks.values():
+    blocks = converted_modules(student).values()
+    for block in blocks:
         block.learn_(block.feature_map.num_heads or 1)
     conversion = read_record(student)
     assert conversion is not None
     write_record(student, replace(conversion, learned=True))
-    features = nn.ModuleList(blocks.values())
+    features = nn.ModuleList(blocks)
     done = None if run.output_dir is None else run.output_dir / _TRANSFERRED
     if run.resume and done is not None and done.is_dir():
         if (damage := find_damage(done)) is not None:
@@ -321,7 +315,7 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     ):
         features.requires_grad_(True)
         run.train(TransferTrainer, student, "transfer", steps, learning_rate)
-    if done is not None and run.result.finished and int(os.environ.get("RANK", "0")) == 0:
+    if done is not None and run.result.finished and is_first_process():
         # Written to a temporary folder and renamed, whole or not at all.
         staging = done.with_name(f".{done.name}")
         for earlier in (staging, done):

@@ -85,17 +85,24 @@ class Family(ABC):
 
 
 def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a transformers model for its attention alone.
+    """Run a transformers model without a cache.
 
-    Without a cache, and without labels unless it makes the inputs of its decoder from them.
+    It gets no labels unless it makes the inputs of its decoder from them. A single positional
+    argument is the main input.
     """
-    inputs = dict(kwargs)
+    inputs = {**kwargs, **without_cache(model)}
     if not getattr(model.config, "is_encoder_decoder", False):
         inputs.pop("labels", None)
-    inputs.update(zip((model.main_input_name,), args, strict=False))
-    if getattr(model.config.get_text_config(), "use_cache", None):
-        inputs["use_cache"] = False
-    return model(**inputs)
+    if len(args) == 1:
+        inputs[model.main_input_name] = args[0]
+        args = ()
+    return model(*args, **inputs)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """Argument of a model that has a cache, to keep none."""
+    uses = getattr(model.config.get_text_config(), "use_cache", None)
+    return {"use_cache": False} if uses else {}
 
 
 @contextlib.contextmanager

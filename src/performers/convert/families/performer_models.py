@@ -85,12 +85,6 @@ class PerformerModels(Family):
 
         return pre_hooks({x.module.mechanism: functools.partial(report, x) for x in favors})
 
-    def call(self, *args: Any, labels: Any = None, **options: Any) -> Any:
-        """Run the model on a batch of calibration."""
-        if self.model.config.is_decoder:
-            options.setdefault("use_cache", False)
-        return self.model(*args, **options)
-
     def install(self, favors: Mapping[Site, FavorAttention]) -> None:
         """Replace mechanisms and the configuration of the model and the models within it."""
         for site, favor in favors.items():

@@ -92,7 +92,8 @@ class SdpaModules(TorchModules):
     def __init__(self, model: Any, conversion: Conversion, example: Any) -> None:
         super().__init__(model, conversion)
         self.example = example
-        self.takes_lists = not self._has_multihead()
+        multihead = any(isinstance(x, nn.MultiheadAttention) for x in self.model.modules())
+        self.takes_lists = not multihead
 
     def sites(self) -> list[Any]:
         """Run the model on the example and list the modules, in the order of the model."""
@@ -108,7 +109,7 @@ class SdpaModules(TorchModules):
         names = {module: name for name, module in self.model.named_modules()}
         own = {m: _site(names[m] or "the model", m, calls) for m, calls in seen.items()}
         self.called = own
-        others = {x.module: x for x in super().sites()} if self._has_multihead() else {}
+        others = {} if self.takes_lists else {x.module: x for x in super().sites()}
         sites: dict[nn.Module, Any] = {**others, **own}
         if not sites:
             raise ValueError(
@@ -117,9 +118,6 @@ class SdpaModules(TorchModules):
                 "nn.MultiheadAttention; write attention by matrix products as a call of the former"
             )
         return [sites[module] for module in names if module in sites]
-
-    def _has_multihead(self) -> bool:
-        return any(isinstance(x, nn.MultiheadAttention) for x in self.model.modules())
 
     def prepare(self, sites: Sequence[Site]) -> Collection[Site]:
         """Return the modules that the example called; refuse one around a module left exact."""

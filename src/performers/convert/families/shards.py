@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from performers.attention.sharding import current_sharding
+from performers.convert.families.base import without_cache
 from performers.convert.families.trial import close, outputs_of, token_ids
 from performers.convert.fitting import evaluation
 from performers.convert.interface.call import AttentionCall
@@ -148,8 +149,7 @@ def _pointwise(model: Any, inputs: dict[str, Any]) -> tuple[list[Tensor], list[T
         return call.value.repeat_interleave(call.query.shape[1] // call.value.shape[1], dim=1)
 
     functions = {module: attend for _, module in interface_modules(model)}
-    if getattr(model.config, "use_cache", None):
-        inputs = {**inputs, "use_cache": False}
+    inputs = {**inputs, **without_cache(model)}
     # The parameters of a model that FSDP2 has sharded are at hand: this is its forward pass.
     with intercept_attention(functions, model):
         outputs = outputs_of(functools.partial(type(model).forward, model), inputs)

@@ -36,9 +36,9 @@ class TorchSite(Site):
     def refusal(self) -> str | None:
         """Reason why a replacement would differ from the module, and the remedy, or None."""
         reason = not_replaceable(self.module, nn.MultiheadAttention)
-        if reason is None:
-            return None
-        return f"{reason}, which a PerformerAttention in its place would not have; or {LEAVE_EXACT}"
+        return reason and (
+            f"{reason}, which a PerformerAttention in its place would not have; or {LEAVE_EXACT}"
+        )
 
     def remove_dropout(self) -> float:
         """Return the dropout probability, which the replacement does not have."""

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from performers.convert.families.base import Family, Site
 from performers.convert.families.shards import enter_shard
 from performers.convert.families.trial import try_model
-from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
-from performers.convert.interface.hooks import (
+from performers.convert.interface.cache import (
     enter_attention,
     enter_rotary_model,
     is_rotary_model,
 )
+from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
 from performers.convert.interface.implementation import (
     forward_code,
     intercept_attention,

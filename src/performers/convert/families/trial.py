@@ -16,9 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from performers.convert.families.base import Site, pre_hooks
 from performers.convert.fitting import evaluation
-from performers.convert.interface.cache import check_cache
+from performers.convert.interface.cache import check_cache, find_cache
 from performers.convert.interface.call import AttentionCall, check_linear, exact_attention
-from performers.convert.interface.hooks import find_cache
 from performers.convert.interface.implementation import intercept_attention
 from performers.convert.interface.masks import check_reading
 from performers.convert.options import LEAVE_EXACT

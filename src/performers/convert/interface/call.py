@@ -83,7 +83,7 @@ def exact_attention(call: AttentionCall) -> Tensor:
         and not call.dropout
         and not any(call.options.get(name) is not None for name in _OTHER_ATTENTION)
     ):
-        return sliding_attention(call.query, call.key, call.value, window, **call.favor_options())
+        return _sliding_attention(call, window)
     out, _ = sdpa_attention_forward(
         call.module,
         call.query,
@@ -201,26 +201,17 @@ def exact_weights(call: AttentionCall) -> Tensor:
     return scores.softmax(-1).to(call.query.dtype)
 
 
-def sliding_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int,
-    *,
-    is_causal: bool,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+def _sliding_attention(call: AttentionCall, window: int) -> Tensor:
     """Compute softmax over the keys with ``|i - j| <= window``; zeros where there are none.
 
     Blocks of queries meet the keys within their reach through ``scaled_dot_product_attention``:
-    time and memory are linear in the length. Keys and values may have fewer heads; ``key_mask`` is
-    ``(B, L)`` bool, True where a key takes part.
+    time and memory are linear in the length.
     """
+    query, key, value = call.query, call.key, call.value
     batch, heads, length = query.shape[:3]
     block = max(1, min(length, max(window, 64)))
     count = -(-length // block)
-    front, back = window, 0 if is_causal else window
+    front, back = window, 0 if call.pattern.is_causal else window
     width = front + block + back
     fill = count * block - length
 
@@ -232,6 +223,7 @@ def sliding_attention(
         F.pad(x, (0, 0, front, fill + back)).unfold(2, width, block).permute(0, 2, 1, 4, 3)
         for x in (key, value)
     )
+    key_mask = call.pattern.key_mask
     if key_mask is None:
         key_mask = torch.ones(1, length, dtype=torch.bool, device=query.device)
     key_mask = F.pad(key_mask, (front, fill + back)).unfold(1, width, block)
@@ -240,8 +232,7 @@ def sliding_attention(
     seen = (distance >= -window) & (distance <= back)
     mask = (seen & key_mask.unsqueeze(-2)).unsqueeze(2)
     blind = ~mask.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(
-        blocks, keys, values, attn_mask=(mask | blind).expand(batch, -1, -1, -1, -1), scale=scale
-    )
+    mask = (mask | blind).expand(batch, -1, -1, -1, -1)
+    out = F.scaled_dot_product_attention(blocks, keys, values, attn_mask=mask, scale=call.scale)
     out = out.masked_fill(blind, 0.0)
     return out.transpose(1, 2).flatten(2, 3)[:, :, :length]

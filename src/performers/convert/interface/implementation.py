@@ -27,9 +27,8 @@ from performers.convert.interface.call import (
 )
 from performers.convert.interface.masks import AttentionPattern, pattern_mask
 from performers.convert.options import FAVOR
-from performers.convert.record import SAVED_IMPLEMENTATION
+from performers.convert.record import IMPLEMENTATION, SAVED_IMPLEMENTATION
 
-IMPLEMENTATION = "favor"
 _INTERCEPTED: WeakKeyDictionary[nn.Module, Callable[[AttentionCall], Tensor]] = WeakKeyDictionary()
 
 

@@ -140,21 +140,21 @@ def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionP
     inner: dict[str, Any] = {}
     if getattr(function, "__module__", None) == masking_utils.__name__:
         inner = dict(inspect.getclosurevars(function).nonlocals)
-    maker = name.split(".")[0]
-    if maker == "and_masks" and "mask_functions" in inner:
-        for part in inner["mask_functions"]:
-            pattern = _read(part, pattern)
-        return pattern
-    if maker == "sliding_window_overlay" and "sliding_window" in inner:
-        # This window counts the query itself.
-        return replace(pattern, window=int(inner["sliding_window"]) - 1)
-    if maker == "sliding_window_bidirectional_overlay" and "sliding_window" in inner:
-        return replace(pattern, window=int(inner["sliding_window"]))
-    if maker == "packed_sequence_mask_function" and "packed_sequence_mask" in inner:
-        return replace(pattern, sequence_ids=inner["packed_sequence_mask"])
-    if maker == "remap_positions_for_packed_sequence" and "mask_function" in inner:
-        # Positions within a sequence are consecutive, so that differences are those of the index.
-        return _read(inner["mask_function"], pattern)
+    match name.split(".")[0], inner:
+        case "and_masks", {"mask_functions": parts}:
+            for part in parts:
+                pattern = _read(part, pattern)
+            return pattern
+        case "sliding_window_overlay", {"sliding_window": window}:
+            # This window counts the query itself.
+            return replace(pattern, window=int(window) - 1)
+        case "sliding_window_bidirectional_overlay", {"sliding_window": window}:
+            return replace(pattern, window=int(window))
+        case "packed_sequence_mask_function", {"packed_sequence_mask": ids}:
+            return replace(pattern, sequence_ids=ids)
+        case "remap_positions_for_packed_sequence", {"mask_function": inside}:
+            # Positions within a sequence are consecutive: differences are those of the index.
+            return _read(inside, pattern)
     return replace(pattern, unknown=f"a mask of its own ({name})")
 
 

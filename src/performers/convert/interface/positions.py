@@ -48,33 +48,21 @@ def extend_positions_(model: Model, length: int) -> Model:
         whole: Any = model
         whole.max_seq_length = max(length, whole.max_seq_length or 0)
         return model
-    now = learned_positions(model)
-    kind = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{kind} is an encoder-decoder: extending its positions is not supported")
-    images = [
-        name
-        for name, _ in model.named_parameters()
-        if name.split(".")[-1] in ("position_embeddings", "position_embedding", "pos_embed")
-    ]
-    if images:
-        raise ValueError(f"{kind} has positions of an image ({images[0]}), which are no sequence")
-    grid = getattr(getattr(model, "config", None), "axial_shape", None)
-    if grid is not None:
-        raise ValueError(f"{kind} has positions of a grid ({grid}), which are no sequence")
+    now, tables, config = learned_positions(model), _tables(model), getattr(model, "config", None)
+    if (reason := _not_extended(model, config)) is not None:
+        raise ValueError(f"{type(model).__name__} {reason}")
     if now is None or length <= now:
         return model
-    tables = _tables(model)
-    config: Any = model.config
-    before = getattr(config, _CONFIG, None)
     for name, table in tables:
         if "Sinusoidal" in type(table).__name__ or getattr(config, "sinusoidal_pos_embds", False):
             raise ValueError(
-                f"{kind} has sinusoidal positions ({name}), which are computed and not repeated: "
-                f"build it with {_CONFIG}={length} instead"
+                f"{type(model).__name__} has sinusoidal positions ({name}), which are computed "
+                f"and not repeated: build it with {_CONFIG}={length} instead"
             )
-    if before is None:
-        raise ValueError(f"{kind} has no {_CONFIG} in its configuration, to be changed with it")
+    if (before := getattr(config, _CONFIG, None)) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no {_CONFIG} in its configuration, to be changed with it"
+        )
     rows = {table.num_embeddings: length + _first(table) for _, table in tables}
     for _, table in tables:
         first, old = _first(table), table.weight
@@ -86,6 +74,18 @@ def extend_positions_(model: Model, length: int) -> Model:
     for module in model.modules():
         _extend_buffers(module, rows)
     return model
+
+
+def _not_extended(model: nn.Module, config: Any) -> str | None:
+    """Reason why the positions of a model are no sequence that can be extended, or None."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder: extending its positions is not supported"
+    for name, _ in model.named_parameters():
+        if name.split(".")[-1] in ("position_embeddings", "position_embedding", "pos_embed"):
+            return f"has positions of an image ({name}), which are no sequence"
+    if (grid := getattr(config, "axial_shape", None)) is not None:
+        return f"has positions of a grid ({grid}), which are no sequence"
+    return None
 
 
 def _tables(model: nn.Module) -> list[tuple[str, nn.Embedding]]:

@@ -1,4 +1,4 @@
-"""Export to ONNX: onnxruntime gives what torch gives, for padding that was not exported."""
+"""Converted models compiled and exported: the same outputs, for padding that was not exported."""
 
 import io
 
@@ -8,9 +8,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from performers.convert import to_performer
 from performers.nn import PerformerAttention
-
-onnxruntime = pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
+from tests.convert.models import CLOSE, build, converted, output, padding_mask, token_ids
+from tests.convert.models import inputs as inputs_of
 
 LENGTH = 10
 SMALL = {
@@ -71,6 +70,8 @@ def inputs(*lengths):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, copying its trees
 @pytest.mark.parametrize("name", MODELS)
 def test_onnxruntime_agrees_with_torch(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
@@ -83,3 +84,33 @@ def test_onnxruntime_agrees_with_torch(name):
             feed = {name: x.numpy() for name, x in zip(names, given, strict=True)}
             got = torch.from_numpy(session.run(None, feed)[0])
             torch.testing.assert_close(got, model(*given), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "torch_encoder"])
+def test_compiled_models_compute_the_same(name):
+    model = converted(build(name), num_features=16, window=2)
+    compiled = torch.compile(model, backend="eager")
+    for side in ("none", "right"):
+        mask = padding_mask(2, 20, side)
+        told = {"attention_mask": mask} if name == "bert" else {"src_key_padding_mask": mask == 0}
+        got = output(compiled, inputs_of(name), **told)
+        torch.testing.assert_close(got, output(model, inputs_of(name), **told), **CLOSE)
+    torch._dynamo.reset()
+
+
+def test_an_exported_model_takes_other_padding():
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = converted(build("llama"), num_features=16, window=3, sinks=2)
+
+        def forward(self, ids, mask):
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    ids, mask, model = token_ids(2, 20), padding_mask(2, 20, "left"), Logits()
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids, torch.ones_like(mask))).module()
+        torch.testing.assert_close(
+            exported(ids, mask)[1, 7:], model(ids, mask)[1, 7:], atol=1e-4, rtol=1e-4
+        )
