@@ -53,9 +53,9 @@ struct QueryGradientBlock : Buffers {
         }
     }
 
-    // The feature of exponents x at a scale, or of projections x, over the normaliser. A power is at most
-    // one but for rows that are exact: those have a scale of their own, at which it could overflow. They
-    // get zeros.
+    // The feature of exponents x at a scale, or of projections x, over the normaliser. A power is at
+    // most one but for rows that are exact: those have a scale of their own, at which it could
+    // overflow. They get zeros.
     Vector normalised_feature(Vector x, Vector log_scale, int64_t r) const {
         const Vector zero = splat(0.0f), over = maximum(zero, load(inverse + r));
         if (!p.exponential) return (maximum(zero, x) + splat(p.epsilon)) * over;
@@ -87,8 +87,8 @@ struct PairGradients : Buffers {
     // Adds to the slopes of queries, from the features of keys.
     void add_to_queries(int64_t keys, const QueryGradientBlock &q, const float *features, Band band,
                         float *slope) const {
-        multiply(p.features, q.block.rows, keys, rows_of(features, kBlock), grads, kBlock, slope, kBlock,
-                 true, by_column(band));
+        multiply(p.features, q.block.rows, keys, rows_of(features, kBlock), grads, kBlock, slope,
+                 kBlock, true, by_column(band));
     }
 
     // Adds to the slopes of keys, from the features of queries, and to the gradients of values.
@@ -97,8 +97,8 @@ struct PairGradients : Buffers {
         const int64_t rows = q.block.rows;
         for (int64_t i = keys * kBlock; i < round_up(keys, kWidth) * kBlock; ++i) grads[i] = 0;
         transpose(grads, kBlock, keys, round_up(rows, kWidth), grads_of_rows);
-        multiply(p.features, keys, rows, rows_of(features, kBlock), grads_of_rows, kBlock, slope, kBlock,
-                 true, by_column(band.reversed()));
+        multiply(p.features, keys, rows, rows_of(features, kBlock), grads_of_rows, kBlock, slope,
+                 kBlock, true, by_column(band.reversed()));
         sum_rows(p.padded_value, keys, rows, weights, q.grad, grad_value, true,
                  by_row(band.reversed()));
     }
@@ -191,7 +191,7 @@ struct InputGradients : Buffers {
     // Completes row r of grad_x.
     float *finish_row(const Block &block, int64_t r) const {
         const float unit = p.exponential ? kLn2 : 1.0f;  // of a projection
-        const float along = p.call.quadratic ? slope_sum[r] * static_cast<float>(p.call.scale) : 0.0f;
+        const float along = p.call.quadratic ? slope_sum[r] * static_cast<float>(p.call.scale) : 0;
         float *row = grad_x + r * p.padded_dim;
         const float *x = block.x + r * p.padded_dim;
         for (int64_t c = 0; c < p.padded_dim; c += kWidth) {

@@ -58,6 +58,10 @@ inline void forward_causal(const Problem &p) {
     });
 }
 
+inline performers_sums grad_past(const Problem &p) {
+    return {p.call.grad_past_key_value, p.call.grad_past_key_sum, nullptr};
+}
+
 // Rows of log scales: before each chunk, and after the last.
 inline int64_t scale_rows(Span span) { return (span.end - span.begin + kBlock - 1) / kBlock + 1; }
 
@@ -68,9 +72,9 @@ inline void backward_causal_sequences(const Problem &p, const CausalSpans &spans
             const SharedMemory scales(scale_rows(span) * p.features);
             spans.enter(i, b.sums);
             causal_query_gradients(p, head, span, scales.data, false, b);
-            b.grad_sums.read(p.call.grad_sums, head);
+            b.grad_sums.read({p.call.grad_key_value, p.call.grad_key_sum, nullptr}, head);
             causal_key_gradients(p, head, span, scales.data, b);
-            b.grad_sums.write(p.call.grad_past, head);
+            b.grad_sums.write(grad_past(p), head);
         });
 }
 
@@ -90,7 +94,7 @@ inline void backward_causal_scan(const Problem &p, const CausalSpans &spans,
     // What span i gave to the sums before it becomes the gradient of the sums after span i - 1.
     parallel(p, p.heads, [&](int64_t head) {
         auto b = in_scratch<CausalGradientBuffers>(p);
-        b.grad_sums.read(p.call.grad_sums, head);
+        b.grad_sums.read({p.call.grad_key_value, p.call.grad_key_sum, nullptr}, head);
         for (int64_t part = count - 1; part >= 0; --part) {
             const int64_t i = head * count + part, last = scale_rows(spans.list[part]) - 1;
             b.sums.copy(grads.at(i));
@@ -98,7 +102,7 @@ inline void backward_causal_scan(const Problem &p, const CausalSpans &spans,
             pass_to_past(p, scales_of(i), scales_of(i) + last * p.features, false, b);
             b.grad_sums.add(b.sums);
         }
-        b.grad_sums.write(p.call.grad_past, head);
+        b.grad_sums.write(grad_past(p), head);
     });
     trained.for_spans<CausalGradientBuffers>(
         spans.list, [&](auto &b, int64_t head, const Span &span, int64_t i) {

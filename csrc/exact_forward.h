@@ -132,8 +132,8 @@ struct ExactBuffers : Buffers {
     float *offset = arena.take(kBlock);  // what the scale of a row's features lacks
 };
 
-// Up to kBlock rows on their way: sums of values, and for each row the sum of its weights and the binary
-// logarithm of the scale of both.
+// Up to kBlock rows on their way: sums of values, and for each row the sum of its weights and the
+// binary logarithm of the scale of both.
 struct QueryBuffers : Buffers {
     using Buffers::Buffers;
 
@@ -184,8 +184,8 @@ inline bool exact_weights(const Problem &p, int64_t rows, ExactBuffers &e) {
     return changed;
 }
 
-// Sums over the exact pairs of the queries from `start` on, which are loaded: b.exact.out and normaliser
-// at b.exact.scale, the largest score of each row (kLowest for a row without).
+// Sums over the exact pairs of the queries from `start` on, which are loaded: b.exact.out and
+// normaliser at b.exact.scale, the largest score of each row (kLowest for a row without).
 inline void exact_sums(const Problem &p, int64_t head, const Span &span, int64_t start,
                        QueryBuffers &b) {
     ExactBuffers &e = b.exact;

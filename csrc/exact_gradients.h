@@ -67,7 +67,8 @@ inline void exact_gradients(const Problem &p, int64_t head, const Span &span, fl
                               b.q.grad_transposed, kBlock, b.pair_grads, kBlock, b.keys.band);
                 exact_pair_gradients(p, rows, b);
                 sum_rows(p.padded_value, count, rows, b.pairs, b.q.grad, b.grad_value, false, by_key);
-                sum_rows(p.padded_dim, count, rows, b.pair_grads, b.q.block.x, b.grad_key, false, by_key);
+                sum_rows(p.padded_dim, count, rows, b.pair_grads, b.q.block.x, b.grad_key, false,
+                         by_key);
                 combine(p.padded_dim, rows, count, b.pair_grads, b.keys.x, b.grad_x, any, by_query);
                 any = true;
                 const auto rows_to = [&](float *sinks, const performers_array &keys, int64_t width) {

@@ -12,8 +12,8 @@ namespace {
 // Features that are computed, used and forgotten together: a panel stays in the first cache.
 constexpr int64_t kPanel = 48;
 
-// For `count` keys from `begin` on, up to whole vectors: one for those that take part and are not before
-// `first`, else zero.
+// For `count` keys from `begin` on, up to whole vectors: one for those that take part and are not
+// before `first`, else zero.
 inline void keep_keys(const uint8_t *mask, int64_t begin, int64_t count, float *keep, int64_t first) {
     for (int64_t r = 0; r < round_up(count, kWidth); ++r) {
         const bool there = r < count && begin + r >= first;
@@ -137,7 +137,8 @@ inline void scale_vectors(float *row, int64_t count, float factor) {
     for (int64_t c = 0; c < count; c += kWidth) store(row + c, load(row + c) * splat(factor));
 }
 
-// Products with a panel (n, kBlock): features, their gradients or pairs with n keys, of a block of rows.
+// Products with a panel (n, kBlock): features of a block of rows, their gradients, or pairs with n
+// keys.
 // to (n, width) = panel (n, rows) x (rows, width).
 inline void sum_rows(int64_t width, int64_t n, int64_t rows, const float *panel, const float *x,
                      float *to, bool accumulate, Part part = {}) {

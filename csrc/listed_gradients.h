@@ -32,8 +32,8 @@ struct ListedGradientBuffers : Buffers {
 };
 
 // The output gradients of a block's rows, and delta = grad . out less the gradient of the logarithm
-// of the normaliser; `factor` is what divides weights at the scales `scale`, or at one if there are none:
-// 2^(scale - log2 normaliser).
+// of the normaliser; `factor` is what divides weights at the scales `scale`, or at one if there are
+// none: 2^(scale - log2 normaliser).
 inline void load_listed_grads(const Problem &p, const ListPlace &place, int64_t block,
                               const float *out, const double *log_normaliser,
                               const float *grad_out, const float *grad_log, const float *scale,

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 7
+#define PERFORMERS_ABI_VERSION 6
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -78,10 +78,10 @@ typedef struct {
     // The backward pass.
     performers_array grad_out;
     const float *grad_log_normaliser;  // of the natural logarithm of each row's normaliser, or null
-    performers_sums grad_sums;  // of a causal call's final sums, or null; none of log scales
+    float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
     // Written; but with a window, sinks or a part of the pairs they are float32, and added to.
     performers_array grad_query, grad_key, grad_value;
-    performers_sums grad_past;  // or null; none of log scales
+    float *grad_past_key_value, *grad_past_key_sum;  // or null
     float *grad_sink_key, *grad_sink_value;  // (sequences, key_heads, sinks, columns), added to
     float *grad_weight, *grad_bias;  // both, as weight and bias, or both null
 } performers_call;

@@ -95,7 +95,7 @@ inline Number number_at(const float *from) {
     return x;
 }
 
-// The columns [begin, begin + kCount numbers), vectors or single ones, of a group; the sums are read once.
+// The columns of kCount numbers, vectors or single ones, from `begin` on; the sums are read once.
 template <typename Number, int kCount, bool kStrict>
 inline void step_columns(const Problem &p, int64_t begin, const float *past, float *next,
                          StepBuffers &b) {
@@ -158,8 +158,8 @@ inline void step(const Problem &p, int64_t head, StepBuffers &b) {
             exact_sums(p, head, {0, 1, 0, p.call.size}, 0, row);
             add_exact(p, row);
         }
-        // Below zero where the row stands at the scale of sums that its key has not raised: the backward
-        // pass would take the scale after it.
+        // Below zero where the row stands at the scale of sums that its key has not raised: the
+        // backward pass would take the scale after it.
         if (p.strict && raised) row.normaliser[0] = -row.normaliser[0];
         finish_rows(p, head, group, 0, row);
     }

@@ -62,7 +62,7 @@ inline int64_t parts_of(int64_t length, int64_t wanted) {
     return larger<int64_t>(1, smaller(wanted, length / kSmallestPart));
 }
 
-// The sequences, the same for every head, or parts of the only one if there are fewer heads than threads.
+// The sequences, the same for every head, or parts of the only one if heads are fewer than threads.
 inline std::vector<Span> sequences_or_parts(const Problem &p, int64_t wanted) {
     const std::vector<Span> whole = sequences(p.call);
     const int64_t parts = parts_of(p.call.length, wanted);

@@ -202,8 +202,8 @@ public:
         }
     }
 
-    // Reads for the blocks [begin, end), with the lower and upper ends of each. `bound`, at or beyond all
-    // upper ends, is where a segment begins, or all blocks end.
+    // Reads for the blocks [begin, end), with the lower and upper ends of each. `bound`, at or beyond
+    // all upper ends, is where a segment begins, or all blocks end.
     template <typename Lower, typename Upper>
     void read(const SegmentSums &sums, int64_t begin, int64_t end, int64_t bound, Lower &&lower,
               Upper &&upper) {

@@ -42,9 +42,9 @@ class Call(ctypes.Structure):
         *_fields(_Array, "out"),
         *_fields(ctypes.c_void_p, "row_scale row_inverse key_value key_sum log_scale"),
         *_fields(_Array, "grad_out"),
-        *_fields(ctypes.c_void_p, "grad_log_normaliser grad_key_value grad_key_sum grad_log_scale"),
+        *_fields(ctypes.c_void_p, "grad_log_normaliser grad_key_value grad_key_sum"),
         *_fields(_Array, "grad_query grad_key grad_value"),
-        *_fields(ctypes.c_void_p, "grad_past_key_value grad_past_key_sum grad_past_log_scale"),
+        *_fields(ctypes.c_void_p, "grad_past_key_value grad_past_key_sum"),
         *_fields(ctypes.c_void_p, "grad_sink_key grad_sink_value grad_weight grad_bias"),
     )
 
