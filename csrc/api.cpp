@@ -57,27 +57,25 @@ const Candidates &candidates() {
 const char *const kForcing = "PERFORMERS_NATIVE_ISA";
 
 // The first that is supported, or the one that the environment asks for; null if that is not here.
-const Candidate *choose() {
-    const char *forced = std::getenv(kForcing);
-    const Candidates &all = candidates();
-    for (int i = 0; i < all.count; ++i) {
-        const bool wanted = !forced || !*forced || std::strcmp(forced, all.list[i].name) == 0;
-        if (wanted && all.list[i].supported) return &all.list[i];
-    }
-    return nullptr;
-}
-
 const Candidate *chosen() {
-    static const Candidate *const choice = choose();
+    static const Candidate *const choice = []() -> const Candidate * {
+        const char *forced = std::getenv(kForcing);
+        const Candidates &all = candidates();
+        for (int i = 0; i < all.count; ++i) {
+            const bool wanted = !forced || !*forced || std::strcmp(forced, all.list[i].name) == 0;
+            if (wanted && all.list[i].supported) return &all.list[i];
+        }
+        return nullptr;
+    }();
     return choice;
 }
 
-template <typename Body>
-int guarded(Body &&body) {
+template <typename Call>
+int run(bool (*Kernels::*function)(const Call &), const Call *call) {
     const Candidate *choice = chosen();
     if (!choice) return 2;
     try {
-        return body(*choice->kernels);
+        return (choice->kernels->*function)(*call) ? 0 : 4;
     } catch (const std::bad_alloc &) {
         return 1;
     } catch (...) {
@@ -85,36 +83,23 @@ int guarded(Body &&body) {
     }
 }
 
-template <typename Call>
-int run(void (*Kernels::*function)(const Call &), const Call *call) {
-    return guarded([&](const Kernels &kernels) {
-        (kernels.*function)(*call);
-        return 0;
-    });
-}
-
 }  // namespace
 }  // namespace performers
 
-int performers_forward(const performers_call *call) {
-    return performers::guarded(
-        [&](const performers::Kernels &kernels) { return kernels.forward(*call) ? 0 : 4; });
-}
+using performers::Kernels, performers::run;
 
-int performers_backward(const performers_call *call) {
-    return performers::run(&performers::Kernels::backward, call);
-}
+int performers_forward(const performers_call *call) { return run(&Kernels::forward, call); }
 
-int performers_products(const performers_call *call) {
-    return performers::run(&performers::Kernels::products, call);
-}
+int performers_backward(const performers_call *call) { return run(&Kernels::backward, call); }
+
+int performers_products(const performers_call *call) { return run(&Kernels::products, call); }
 
 int performers_listed_forward(const performers_listed_call *call) {
-    return performers::run(&performers::Kernels::listed_forward, call);
+    return run(&Kernels::listed_forward, call);
 }
 
 int performers_listed_backward(const performers_listed_call *call) {
-    return performers::run(&performers::Kernels::listed_backward, call);
+    return run(&Kernels::listed_backward, call);
 }
 
 int64_t performers_call_size(void) { return sizeof(performers_call); }

@@ -13,58 +13,41 @@ namespace {
 
 // Turns the exponents of one feature over a block of keys into features, raising the scale of the
 // sums when one of them exceeds it. Returns their sum.
-inline float absorb_feature(const Problem &p, const Sums &sums, int64_t f, float *exponents,
-                            int64_t rows) {
+inline float absorb_feature(const Sums &sums, int64_t f, float *exponents, int64_t rows) {
     const Vector peak = peaks(exponents, rows, -kInfinity);
     if (any_greater(peak, splat(sums.log_scale[f]))) {
-        const float before = sums.log_scale[f], after = largest(peak);
-        const float factor = decay(before, after);
-        sums.scale_row(p, f, factor);
-        sums.key_sum[f] *= factor;
-        sums.log_scale[f] = after;
+        const float before = sums.log_scale[f];
+        sums.log_scale[f] = largest(peak);
+        sums.scale_row(f, decay(before, sums.log_scale[f]));
     }
     return exponentiate(exponents, rows, sums.log_scale[f]);
 }
 
-struct KeyBuffers : Buffers {
-    using Buffers::Buffers;
+struct KeyBuffers : KeyBlock {
+    using KeyBlock::KeyBlock;
 
-    Block block{arena, p};
-    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
     float *panel = arena.take(kPanel * kBlock);
 };
 
 // Adds the keys [begin, end) of a head to the sums.
 inline void absorb(const Problem &p, int64_t head, int64_t begin, int64_t end, const Sums &sums,
                    KeyBuffers &b) {
-    const float *weights = p.weights_of(head);
     for (int64_t start = begin; start < end; start += kBlock) {
         const int64_t rows = smaller(kBlock, end - start);
-        load_keys_and_values(p, head, start, rows, b.block, b.keep, b.value);
+        b.load_keys(head, start, rows);
         for (int64_t first = 0; first < p.features; first += kPanel) {
             const int64_t count = smaller(kPanel, p.features - first);
-            project(p, weights, b.block, p.key_inner, first, count, b.panel);
+            project(p, head, b.block, first, count, b.panel);
             if (!p.exponential) rectify(p, b.panel, count, rows, b.keep);
             for (int64_t f = 0; f < count; ++f) {
                 float *row = b.panel + f * kBlock;
-                sums.key_sum[first + f] += p.exponential
-                                               ? absorb_feature(p, sums, first + f, row, rows)
-                                               : sum_feature(row, rows);
+                sums.key_sum[first + f] += p.exponential ? absorb_feature(sums, first + f, row, rows)
+                                                         : sum_feature(row, rows);
             }
-            multiply(count, p.padded_value, rows, rows_of(b.panel, kBlock), b.value, p.padded_value,
-                     sums.key_value + first * p.padded_value, p.padded_value, true);
+            sum_rows(p.padded_value, count, rows, b.panel, b.value, sums.row(first), true);
         }
     }
 }
-
-struct QueryBuffers : Buffers {
-    using Buffers::Buffers;
-
-    Block block{arena, p};
-    ExactBuffers exact{arena, p};
-    float *features = arena.take(p.features * kBlock), *out = arena.take(kBlock * p.padded_value);
-    float *scale = arena.take(kBlock), *inverse = arena.take(kBlock);
-};
 
 // Exponents of queries become features at the scale of the sums, divided by the largest of each
 // row: `scale` (kBlock) is the binary logarithm of that divisor, `normaliser` the sum over features
@@ -93,38 +76,44 @@ inline void query_features(const Problem &p, float *features, int64_t rows, cons
     }
 }
 
+// What features give to a block of queries, from the sums over keys.
+inline void read_sums(const Problem &p, int64_t head, const Sums &sums, QueryBuffers &b) {
+    project(p, head, b.block, 0, p.features, b.features);
+    query_features(p, b.features, b.block.rows, sums.log_scale, sums.key_sum, b.scale, b.normaliser);
+    combine(p.padded_value, b.block.rows, p.features, b.features, sums.key_value, b.out, false);
+}
+
 // Divides rows by their normalisers, writes them out, and keeps what the backward pass needs.
-inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t begin, int64_t rows,
-                        float *out, const float *scale, const float *inverse) {
-    const Rows to = p.query_rows(p.call.out, head, group);
+inline void finish_rows(const Problem &p, int64_t head, int64_t group, int64_t begin, QueryBuffers &b) {
+    const Rows to = p.rows(p.call.out, head, group);
     const int64_t index = p.row_index(head, group, begin);
-    for (int64_t r = 0; r < rows; ++r) {
-        float *row = out + r * p.padded_value;
-        scale_vectors(row, p.padded_value, __builtin_fabsf(inverse[r]));
+    for (int64_t r = 0; r < b.block.rows; ++r) {
+        float *row = b.out + r * p.padded_value;
+        const float inverse = inverse_of(b.normaliser[r]);
+        scale_vectors(row, p.padded_value, __builtin_fabsf(inverse));
         write(to, begin + r, p.value_dim, row);
-        p.call.row_scale[index + r] = scale[r];
-        p.call.row_inverse[index + r] = inverse[r];
+        p.call.row_scale[index + r] = b.scale[r];
+        p.call.row_inverse[index + r] = inverse;
     }
 }
 
-// The queries of a span in all groups of a head against the sums.
-inline void read_out(const Problem &p, int64_t head, const Span &span, const Sums &sums,
+// The queries of a span in all groups of a head: against the sums, unless these are null, and exactly.
+inline void read_out(const Problem &p, int64_t head, const Span &span, const Sums *sums,
                      QueryBuffers &b) {
     for (int64_t group = 0; group < p.call.groups; ++group) {
-        const Rows queries = p.query_rows(p.call.query, head, group);
+        const Rows queries = p.rows(p.call.query, head, group);
         for (int64_t start = span.begin; start < span.end; start += kBlock) {
-            const int64_t rows = smaller(kBlock, span.end - start);
-            b.block.load_queries(p, queries, start, rows);
-            project(p, p.weights_of(head), b.block, p.query_inner, 0, p.features, b.features);
-            query_features(p, b.features, rows, sums.log_scale, sums.key_sum, b.scale, b.inverse);
-            multiply(rows, p.padded_value, p.features, columns_of(b.features, kBlock),
-                     sums.key_value, p.padded_value, b.out, p.padded_value, false);
-            if (p.exact) {
-                exact_sums(p, head, span, start, b.block, b.exact);
-                add_exact(p, rows, b.exact, b.out, b.scale, b.inverse);
+            b.block.load_queries(queries, start, smaller(kBlock, span.end - start));
+            if (sums) {
+                read_sums(p, head, *sums, b);
+            } else {
+                b.clear();
             }
-            for (int64_t r = 0; r < rows; ++r) b.inverse[r] = inverse_of(b.inverse[r]);
-            finish_rows(p, head, group, start, rows, b.out, b.scale, b.inverse);
+            if (p.exact) {
+                exact_sums(p, head, span, start, b);
+                add_exact(p, b);
+            }
+            finish_rows(p, head, group, start, b);
         }
     }
 }

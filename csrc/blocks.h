@@ -54,42 +54,50 @@ inline uint32_t to_bits(float x) {
     return bits;
 }
 
-inline float from_bfloat16(uint16_t x) { return from_bits(static_cast<uint32_t>(x) << 16); }
+struct BFloat16 {
+    uint16_t bits;
+};
 
-inline uint16_t to_bfloat16(float x) {
-    const uint32_t bits = to_bits(x);
-    if (x != x) return 0x7fc0;
-    return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+struct Float16 {
+    uint16_t bits;
+};
+
+inline void convert(float from, float &to) { to = from; }
+
+inline void convert(BFloat16 from, float &to) {
+    to = from_bits(static_cast<uint32_t>(from.bits) << 16);
 }
 
-inline float from_float16(uint16_t x) {
+inline void convert(float from, BFloat16 &to) {
+    const uint32_t bits = to_bits(from), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    to.bits = static_cast<uint16_t>(from != from ? 0x7fc0 : rounded >> 16);
+}
+
+inline void convert(Float16 from, float &to) {
 #if defined(__F16C__)
-    return _cvtsh_ss(x);
+    to = _cvtsh_ss(from.bits);
 #else
-    const uint32_t sign = static_cast<uint32_t>(x & 0x8000) << 16, magnitude = x & 0x7fff;
-    if (magnitude >= 0x7c00) return from_bits(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    const uint32_t sign = static_cast<uint32_t>(from.bits & 0x8000) << 16;
+    const uint32_t magnitude = from.bits & 0x7fff;
+    uint32_t bits = (magnitude << 13) + 0x38000000;
+    if (magnitude >= 0x7c00) bits = 0x7f800000 | (magnitude & 0x3ff) << 13;
     // Denormal numbers by their value: as bits they would be denormal here too, and flushed.
-    if (magnitude < 0x0400) {
-        return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-    }
-    return from_bits(sign | ((magnitude << 13) + 0x38000000));
+    if (magnitude < 0x0400) bits = to_bits(static_cast<float>(magnitude) * 0x1p-24f);
+    to = from_bits(sign | bits);
 #endif
 }
 
-inline uint16_t to_float16(float x) {
+inline void convert(float from, Float16 &to) {
 #if defined(__F16C__)
-    return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+    to.bits = _cvtss_sh(from, _MM_FROUND_TO_NEAREST_INT);
 #else
-    const uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
-    if (magnitude < 0x38800000) {
-        // Adding one half aligns the result's last bit with that of a denormal number.
-        const uint32_t aligned = to_bits(from_bits(magnitude) + 0.5f);
-        return static_cast<uint16_t>(sign | (aligned - 0x3f000000));
-    }
-    const uint32_t odd = magnitude >> 13 & 1;
-    return static_cast<uint16_t>(sign | (magnitude - 0x38000000 + 0xfff + odd) >> 13);
+    const uint32_t bits = to_bits(from), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    uint32_t rounded = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Adding one half aligns the result's last bit with that of a denormal number.
+    if (magnitude < 0x38800000) rounded = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000;
+    if (magnitude >= 0x477ff000) rounded = 0x7c00;
+    if (magnitude > 0x7f800000) rounded = 0x7e00;
+    to.bits = static_cast<uint16_t>(sign | rounded);
 #endif
 }
 
@@ -99,54 +107,47 @@ struct Rows {
     int64_t row_stride, column_stride;  // in elements
     int64_t type;
 
-    int64_t element_size() const { return type == PERFORMERS_FLOAT32 ? 4 : 2; }
-    char *row(int64_t r) const { return data + r * row_stride * element_size(); }
+    char *row(int64_t r) const {
+        return data + r * row_stride * (type == PERFORMERS_FLOAT32 ? 4 : 2);
+    }
+    // From row r on.
+    Rows from(int64_t r) const { return {row(r), row_stride, column_stride, type}; }
+
+    // Calls f with row r, as a pointer to its elements.
+    template <typename Function>
+    void with_row(int64_t r, Function &&f) const {
+        if (type == PERFORMERS_FLOAT32) return f(reinterpret_cast<float *>(row(r)));
+        if (type == PERFORMERS_BFLOAT16) return f(reinterpret_cast<BFloat16 *>(row(r)));
+        f(reinterpret_cast<Float16 *>(row(r)));
+    }
 };
 
 inline Rows rows_at(const performers_array &array, int64_t batch, int64_t head, int64_t group) {
-    Rows rows = {nullptr, array.strides[3], array.strides[4], array.type};
-    const int64_t offset =
-        batch * array.strides[0] + head * array.strides[1] + group * array.strides[2];
-    rows.data = static_cast<char *>(array.data) + offset * rows.element_size();
-    return rows;
+    const int64_t *strides = array.strides;
+    // As one long row.
+    const Rows all = {static_cast<char *>(array.data), 1, strides[4], array.type};
+    const int64_t offset = batch * strides[0] + head * strides[1] + group * strides[2];
+    return {all.row(offset), strides[3], strides[4], array.type};
 }
 
-template <typename Element, typename Convert>
-inline void read_row(const char *row, int64_t stride, int64_t width, float *to, Convert convert) {
-    const Element *from = reinterpret_cast<const Element *>(row);
-    if (stride == 1) {
-        for (int64_t c = 0; c < width; ++c) to[c] = convert(from[c]);
+template <typename From, typename To>
+inline void convert_row(const From *from, int64_t from_stride, To *to, int64_t to_stride,
+                        int64_t width) {
+    if (from_stride == 1 && to_stride == 1) {
+        for (int64_t c = 0; c < width; ++c) convert(from[c], to[c]);
     } else {
-        for (int64_t c = 0; c < width; ++c) to[c] = convert(from[c * stride]);
+        for (int64_t c = 0; c < width; ++c) convert(from[c * from_stride], to[c * to_stride]);
     }
 }
-
-template <typename Element, typename Convert>
-inline void write_row(char *row, int64_t stride, int64_t width, const float *from,
-                      Convert convert) {
-    Element *to = reinterpret_cast<Element *>(row);
-    if (stride == 1) {
-        for (int64_t c = 0; c < width; ++c) to[c] = convert(from[c]);
-    } else {
-        for (int64_t c = 0; c < width; ++c) to[c * stride] = convert(from[c]);
-    }
-}
-
-inline float unchanged(float x) { return x; }
 
 // Row r, as float32, with zeros from `width` to `padded`.
 inline void read(const Rows &rows, int64_t r, int64_t width, int64_t padded, float *to) {
-    const char *row = rows.row(r);
-    if (rows.type == PERFORMERS_FLOAT32 && rows.column_stride == 1) {
-        std::memcpy(to, row, sizeof(float) * static_cast<size_t>(width));
-    } else if (rows.type == PERFORMERS_FLOAT32) {
-        read_row<float>(row, rows.column_stride, width, to, unchanged);
-    } else if (rows.type == PERFORMERS_BFLOAT16) {
-        read_row<uint16_t>(row, rows.column_stride, width, to, from_bfloat16);
-    } else {
-        read_row<uint16_t>(row, rows.column_stride, width, to, from_float16);
-    }
+    rows.with_row(r, [&](auto *row) { convert_row(row, rows.column_stride, to, 1, width); });
     for (int64_t c = width; c < padded; ++c) to[c] = 0;
+}
+
+inline void write(const Rows &rows, int64_t r, int64_t width, const float *from) {
+    rows.with_row(r, [&](auto *row) { convert_row(from, 1, row, rows.column_stride, width); });
 }
 
 // Whether none of `count` numbers, whole vectors, is NaN or infinite.
@@ -164,17 +165,6 @@ inline bool all_finite(const float *x, int64_t count) {
     bool finite = true;
     for (int lane = 0; lane < kWidth; ++lane) finite &= lanes[lane] == 0;
     return finite;
-}
-
-inline void write(const Rows &rows, int64_t r, int64_t width, const float *from) {
-    char *row = rows.row(r);
-    if (rows.type == PERFORMERS_FLOAT32) {
-        write_row<float>(row, rows.column_stride, width, from, unchanged);
-    } else if (rows.type == PERFORMERS_BFLOAT16) {
-        write_row<uint16_t>(row, rows.column_stride, width, from, to_bfloat16);
-    } else {
-        write_row<uint16_t>(row, rows.column_stride, width, from, to_float16);
-    }
 }
 
 // to (columns, kBlock) = the transpose of from (kBlock rows, stride), for columns a multiple of 4

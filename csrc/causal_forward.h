@@ -20,11 +20,9 @@ namespace {
 constexpr float kSmallestNormaliser = 0x1p-40f;
 
 // The keys of one chunk, and the sums over those before it.
-struct ChunkKeys : Buffers {
-    using Buffers::Buffers;
+struct ChunkKeys : KeyBlock {
+    using KeyBlock::KeyBlock;
 
-    Block block{arena, p};
-    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
     // (features, kBlock), at the scale of `sums` after the chunk
     float *features = arena.take(p.features * kBlock);
     // likewise, before any scale; filled when a row needs them
@@ -39,21 +37,20 @@ struct ChunkKeys : Buffers {
     bool has_exponents = false;
 
     // The keys of the queries from `begin` on: theirs, or those that leave their windows.
-    void fetch(const Problem &p, int64_t head, const Span &span, int64_t begin, int64_t rows) {
-        begin += p.shift;
-        load_keys_and_values(p, head, begin, rows, block, keep, value, span.first);
-        project(p, p.weights_of(head), block, p.key_inner, 0, p.features, features);
+    void fetch(int64_t head, const Span &span, int64_t begin, int64_t rows) {
+        load_keys(head, begin + p.shift, rows, span.first);
+        project(p, head, block, 0, p.features, features);
         has_exponents = false;
     }
 
-    void load_exponents(const Problem &p, const float *weights) {
-        if (!has_exponents) project(p, weights, block, p.key_inner, 0, p.features, exponents);
+    void load_exponents(int64_t head) {
+        if (!has_exponents) project(p, head, block, 0, p.features, exponents);
         has_exponents = true;
     }
 
     // Computes features at the scales after the chunk, and brings the past to these scales, keeping
     // what it changes.
-    void advance(const Problem &p, const Sums &sums) {
+    void advance(const Sums &sums) {
         for (int64_t f = 0; f < p.features; ++f) {
             past_scale[f] = sums.log_scale[f];
             past_sum[f] = sums.key_sum[f];
@@ -65,17 +62,16 @@ struct ChunkKeys : Buffers {
                 if (!any_greater(peak, splat(past_scale[f]))) continue;
                 sums.log_scale[f] = largest(peak);
                 decays[f] = decay(past_scale[f], sums.log_scale[f]);
-                std::memcpy(past_value + f * p.padded_value, sums.key_value + f * p.padded_value,
+                std::memcpy(past_value + f * p.padded_value, sums.row(f),
                             sizeof(float) * static_cast<size_t>(p.padded_value));
-                sums.scale_row(p, f, decays[f]);
-                sums.key_sum[f] *= decays[f];
+                sums.scale_row(f, decays[f]);
             }
         }
-        compute_features(p, sums.log_scale);
+        compute_features(sums.log_scale);
     }
 
     // Features at the given scales, and their sums.
-    void compute_features(const Problem &p, const float *log_scale) {
+    void compute_features(const float *log_scale) {
         if (!p.exponential) rectify(p, features, p.features, block.rows, keep);
         for (int64_t f = 0; f < p.features; ++f) {
             float *row = features + f * kBlock;
@@ -85,7 +81,7 @@ struct ChunkKeys : Buffers {
     }
 
     // The first query of the chunk that sees a key, in it or before it.
-    int64_t first_seen(const Problem &p) const {
+    int64_t first_seen() const {
         for (int64_t f = 0; f < p.features; ++f) {
             if (past_scale[f] > -kInfinity) return 0;
         }
@@ -95,16 +91,14 @@ struct ChunkKeys : Buffers {
     }
 
     // Row f of the past's values at its own scale, after `advance`.
-    const float *past_row(const Problem &p, const Sums &sums, int64_t f) const {
-        const float *rows = decays[f] == 1 ? sums.key_value : past_value;
-        return rows + f * p.padded_value;
+    const float *past_row(const Sums &sums, int64_t f) const {
+        return decays[f] == 1 ? sums.row(f) : past_value + f * p.padded_value;
     }
 
     // Adds the chunk.
-    void add(const Problem &p, const Sums &sums) const {
+    void add(const Sums &sums) const {
         for (int64_t f = 0; f < p.features; ++f) sums.key_sum[f] += added_sum[f];
-        multiply(p.features, p.padded_value, block.rows, rows_of(features, kBlock), value,
-                 p.padded_value, sums.key_value, p.padded_value, true);
+        sum_rows(p.padded_value, p.features, block.rows, features, value, sums.key_value, true);
     }
 };
 
@@ -124,7 +118,7 @@ struct MendedRow : Buffers {
     float scale, normaliser;
 
     // `query` (features, kBlock): the exponents of the chunk's queries. Key exponents are loaded.
-    void compute(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys) {
+    void compute(const float *query, int64_t row, const ChunkKeys &keys) {
         const int64_t seen = seen_keys(p, row), used = round_up(seen, kWidth);
         Vector peaks[kBlock / kWidth];
         for (int64_t j = 0; j < used; j += kWidth) peaks[j / kWidth] = splat(-kInfinity);
@@ -139,15 +133,14 @@ struct MendedRow : Buffers {
         }
         for (int64_t j = 0; j < used; j += kWidth) store(pairs + j, peaks[j / kWidth]);
         for (int64_t j = 0; j < seen; ++j) scale = larger(scale, pairs[j]);
-        compute_at(p, query, row, keys, finite(scale));
+        compute_at(query, row, keys, finite(scale));
         normaliser = 0;
         for (int64_t f = 0; f < p.features; ++f) normaliser += past[f] * keys.past_sum[f];
         for (int64_t j = 0; j < seen; ++j) normaliser += pairs[j];
     }
 
     // The same at a known scale, without the normaliser.
-    void compute_at(const Problem &p, const float *query, int64_t row, const ChunkKeys &keys,
-                    float known) {
+    void compute_at(const float *query, int64_t row, const ChunkKeys &keys, float known) {
         const int64_t seen = seen_keys(p, row), used = round_up(seen, kWidth);
         Vector sums[kBlock / kWidth];
         for (int64_t j = 0; j < used; j += kWidth) sums[j / kWidth] = splat(0.0f);
@@ -178,38 +171,34 @@ struct CausalBuffers : Buffers {
     QueryBuffers q{arena, p};
     MendedRow mended{arena, p};
     float *pairs = arena.take(kBlock * kBlock), *query_exponents = arena.take(p.features * kBlock);
-    Sums sums{arena.take(Sums::size(p)), p};
+    Sums sums{arena, p};
 };
 
 // What exact pairs add to the normaliser of row r, at the scale of its features.
-inline float exact_share(const Problem &p, int64_t r, const CausalBuffers &b) {
+inline float exact_share(const Problem &p, int64_t r, const QueryBuffers &q) {
     if (!p.exact) return 0;
-    const ExactBuffers &e = b.q.exact;
-    const float scale = e.scale[r] - e.offset[r] - b.q.scale[r];
-    return e.normaliser[r] * exp2(smaller(scale, 100.0f));
+    const float scale = q.exact.scale[r] - q.exact.offset[r] - q.scale[r];
+    return q.exact.normaliser[r] * exp2(smaller(scale, 100.0f));
 }
 
 // Rows whose normaliser says that pairs may have been lost: all of them again, one by one.
-inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t rows,
-                      CausalBuffers &b) {
+inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, CausalBuffers &b) {
     bool ready = false;
-    const int64_t first = b.keys.first_seen(p);
-    for (int64_t r = first; r < rows; ++r) {
+    for (int64_t r = b.keys.first_seen(); r < b.q.block.rows; ++r) {
         // Written so that a normaliser which is not a number is left alone.
-        if (!(b.q.inverse[r] < kSmallestNormaliser)) continue;
-        if (exact_share(p, r, b) >= kSmallestNormaliser) continue;
+        if (!(b.q.normaliser[r] < kSmallestNormaliser)) continue;
+        if (exact_share(p, r, b.q) >= kSmallestNormaliser) continue;
         if (!ready) {
-            b.keys.load_exponents(p, p.weights_of(head));
-            project(p, p.weights_of(head), b.q.block, p.query_inner, 0, p.features,
-                    b.query_exponents);
+            b.keys.load_exponents(head);
+            project(p, head, b.q.block, 0, p.features, b.query_exponents);
             ready = true;
         }
-        b.mended.compute(p, b.query_exponents, r, b.keys);
+        b.mended.compute(b.query_exponents, r, b.keys);
         float *out = b.q.out + r * p.padded_value;
         for (int64_t c = 0; c < p.padded_value; c += kWidth) {
             Vector sum = splat(0.0f);
             for (int64_t f = 0; f < p.features; ++f) {
-                sum += load(b.keys.past_row(p, sums, f) + c) * splat(b.mended.past[f]);
+                sum += load(b.keys.past_row(sums, f) + c) * splat(b.mended.past[f]);
             }
             for (int64_t j = 0; j < seen_keys(p, r); ++j) {
                 sum += load(b.keys.value + j * p.padded_value + c) * splat(b.mended.pairs[j]);
@@ -217,39 +206,30 @@ inline void mend_rows(const Problem &p, int64_t head, const Sums &sums, int64_t 
             store(out + c, sum);
         }
         b.q.scale[r] = b.mended.scale;
-        b.q.inverse[r] = -b.mended.normaliser;
+        b.q.normaliser[r] = -b.mended.normaliser;
     }
 }
 
-// The positions of a span in all groups of a head, after the keys in `sums`, which gains theirs.
-inline void causal_rows(const Problem &p, int64_t head, const Span &span, const Sums &sums,
-                        CausalBuffers &b) {
-    const float *weights = p.weights_of(head);
+// The positions of a span in all groups of a head, after the keys in b.sums, which gain theirs.
+inline void causal_rows(const Problem &p, int64_t head, const Span &span, CausalBuffers &b) {
+    QueryBuffers &q = b.q;
+    const Band band = seen_pairs(p);
     for (int64_t start = span.begin; start < span.end; start += kBlock) {
         const int64_t rows = smaller(kBlock, span.end - start);
-        b.keys.fetch(p, head, span, start, rows);
-        b.keys.advance(p, sums);
+        b.keys.fetch(head, span, start, rows);
+        b.keys.advance(b.sums);
         for (int64_t group = 0; group < p.call.groups; ++group) {
-            QueryBuffers &q = b.q;
-            q.block.load_queries(p, p.query_rows(p.call.query, head, group), start, rows);
-            project(p, weights, q.block, p.query_inner, 0, p.features, q.features);
-            query_features(p, q.features, rows, sums.log_scale, sums.key_sum, q.scale,
-                           q.inverse);
-            multiply_band(rows, rows, p.features, columns_of(b.keys.features, kBlock), q.features,
-                           kBlock, b.pairs, kBlock, kUpTo);
-            clear_outside(b.pairs, rows, rows, seen_pairs(p));
-            add_up(b.pairs, rows, rows, q.inverse);
-            multiply(rows, p.padded_value, rows, columns_of(b.pairs, kBlock), b.keys.value,
-                     p.padded_value, q.out, p.padded_value, false, by_row(kUpTo));
-            multiply(rows, p.padded_value, p.features, columns_of(q.features, kBlock),
-                     sums.key_value, p.padded_value, q.out, p.padded_value, true);
-            if (p.exact) exact_sums(p, head, span, start, q.block, q.exact);
-            if (p.exponential) mend_rows(p, head, sums, rows, b);
-            if (p.exact) add_exact(p, rows, q.exact, q.out, q.scale, q.inverse);
-            for (int64_t r = 0; r < rows; ++r) q.inverse[r] = inverse_of(q.inverse[r]);
-            finish_rows(p, head, group, start, rows, q.out, q.scale, q.inverse);
+            q.block.load_queries(p.rows(p.call.query, head, group), start, rows);
+            read_sums(p, head, b.sums, q);
+            feature_pairs(p, rows, rows, b.keys.features, q.features, band, b.pairs);
+            add_up(b.pairs, rows, rows, q.normaliser);
+            combine(p.padded_value, rows, rows, b.pairs, b.keys.value, q.out, true, by_row(band));
+            if (p.exact) exact_sums(p, head, span, start, q);
+            if (p.exponential) mend_rows(p, head, b.sums, b);
+            if (p.exact) add_exact(p, q);
+            finish_rows(p, head, group, start, q);
         }
-        b.keys.add(p, sums);
+        b.keys.add(b.sums);
     }
 }
 

@@ -7,148 +7,114 @@
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-// The spans that a causal call is cut into, the same for every head. Packed sequences start afresh;
-// the parts of one sequence each start from the sums before them.
-struct CausalPlan {
-    std::vector<Span> spans;
-    bool scan;  // whether the spans are parts of one sequence, and more than one
-
-    explicit CausalPlan(const Problem &p) : spans(sequences(p.call)), scan(false) {
-        if (spans.size() > 1 || p.heads >= p.call.threads) return;
-        const int64_t parts =
-            parts_of(p.call.length, (p.call.threads + p.heads - 1) / p.heads);
-        if (parts == 1) return;
-        spans = cut(p.call.length, p.call.size, parts);
-        scan = true;
-    }
-
-    int64_t count() const { return static_cast<int64_t>(spans.size()); }
-    Span span(int64_t i) const { return spans[static_cast<size_t>(i % count())]; }
-    bool is_last(int64_t i) const { return i % count() == count() - 1; }
-};
-
-// For a scan: the sums before every span of every head.
-class EnteringSums {
+// The spans of a call, and the sums that each starts from: packed sequences start afresh, the parts of
+// one sequence from those before them.
+class CausalSpans {
 public:
-    EnteringSums(const Problem &p, const CausalPlan &plan)
-        : p_(p), memory_(plan.scan ? p.heads * plan.count() * Sums::size(p) : 0) {
-        if (!plan.scan) return;
-        const int64_t count = plan.count();
-        // The sums of span i first stand in the place of those that enter span i + 1.
-        parallel(p, p.heads * (count - 1), [&](int64_t i) {
-            auto b = in_scratch<ForwardBuffers>(p);
-            const int64_t head = i / (count - 1), part = i % (count - 1);
-            const Span span = plan.spans[static_cast<size_t>(part)];
-            b.sums.clear(p);
+    const std::vector<Span> list;
+    const int64_t count = static_cast<int64_t>(list.size());
+    const bool scan = count > 1 && list[1].first == 0;  // whether they are parts
+
+    explicit CausalSpans(const Problem &p)
+        : list(sequences_or_parts(p, (p.call.threads + p.heads - 1) / p.heads)),
+          p_(p),
+          entering_(p, scan ? p.heads * count : 0) {
+        if (!scan) return;
+        // The sums of a part first stand in the place of those that enter the next one.
+        for_spans<ForwardBuffers>(p, list, [&](auto &b, int64_t head, const Span &span, int64_t i) {
+            if (is_last(i)) return;
+            b.sums.clear();
             absorb(p, head, larger(span.first, span.begin + p.shift), span.end + p.shift, b.sums,
                    b.keys);
-            at(head * count + part + 1).copy(p, b.sums);
+            entering_.at(i + 1).copy(b.sums);
         });
         parallel(p, p.heads, [&](int64_t head) {
-            import_past(p, head, at(head * count));
-            for (int64_t part = 1; part < count; ++part) {
-                at(head * count + part).merge(p, at(head * count + part - 1));
+            entering_.at(head * count).read(p.call.past, head, kNatural);
+            for (int64_t i = head * count + 1; i < (head + 1) * count; ++i) {
+                entering_.at(i).merge(entering_.at(i - 1));
             }
         });
     }
 
-    Sums at(int64_t i) { return Sums(memory_.data() + i * Sums::size(p_), p_); }
+    bool is_last(int64_t i) const { return i % count == count - 1; }
+
+    // The sums before span i.
+    void enter(int64_t i, const Sums &sums) const {
+        if (scan) return sums.copy(entering_.at(i));
+        sums.read(p_.call.past, i / count, kNatural);
+    }
 
 private:
     const Problem &p_;
-    SharedMemory memory_;
+    ManySums entering_;
 };
 
 inline void forward_causal(const Problem &p) {
-    const CausalPlan plan(p);
-    EnteringSums entering(p, plan);
-    const int64_t count = plan.count();
-    parallel(p, p.heads * count, [&](int64_t i) {
-        auto b = in_scratch<CausalBuffers>(p);
-        const int64_t head = i / count;
-        if (plan.scan) {
-            b.sums.copy(p, entering.at(i));
-        } else {
-            import_past(p, head, b.sums);
-        }
-        causal_rows(p, head, plan.span(i), b.sums, b);
-        if (plan.is_last(i)) export_state(p, head, b.sums);
+    const CausalSpans spans(p);
+    for_spans<CausalBuffers>(p, spans.list, [&](auto &b, int64_t head, const Span &span, int64_t i) {
+        spans.enter(i, b.sums);
+        causal_rows(p, head, span, b);
+        if (spans.is_last(i)) export_state(p, head, b.sums);
     });
 }
 
-// The gradient of the sums after the last position, at their scales.
-inline void import_final_gradient(const Problem &p, int64_t head, const Sums &grad_sums) {
-    import_sums(p, grad_sums,
-                p.call.grad_key_value ? p.call.grad_key_value + value_offset(p, head) : nullptr,
-                p.call.grad_key_sum ? p.call.grad_key_sum + sum_offset(p, head) : nullptr, nullptr,
-                kBinary);
+inline performers_sums grad_past(const Problem &p) {
+    return {p.call.grad_past_key_value, p.call.grad_past_key_sum, nullptr};
 }
 
-inline void export_past_gradient(const Problem &p, int64_t head, const Sums &grad_sums) {
-    if (!p.call.grad_past_key_value) return;
-    export_sums(p, grad_sums, p.call.grad_past_key_value + value_offset(p, head),
-                p.call.grad_past_key_sum + sum_offset(p, head), nullptr, kBinary);
-}
-
+// Rows of log scales: before each chunk, and after the last.
 inline int64_t scale_rows(Span span) { return (span.end - span.begin + kBlock - 1) / kBlock + 1; }
 
-inline void backward_causal_sequences(const Problem &p, const CausalPlan &plan,
+inline void backward_causal_sequences(const Problem &p, const CausalSpans &spans,
                                       const WeightGradients &trained) {
-    const int64_t count = plan.count();
-    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
-        const int64_t head = i / count;
-        const Span span = plan.span(i);
-        SharedMemory scales(scale_rows(span) * p.features);
-        auto b = in_scratch<CausalGradientBuffers>(p);
-        b.trained = sums;
-        import_past(p, head, b.sums);
-        causal_query_gradients(p, head, span, scales.data(), false, b);
-        import_final_gradient(p, head, b.grad_sums);
-        causal_key_gradients(p, head, span, scales.data(), b);
-        if (!p.call.segments) export_past_gradient(p, head, b.grad_sums);
-    });
+    trained.for_spans<CausalGradientBuffers>(
+        spans.list, [&](auto &b, int64_t head, const Span &span, int64_t i) {
+            const SharedMemory scales(scale_rows(span) * p.features);
+            spans.enter(i, b.sums);
+            causal_query_gradients(p, head, span, scales.data, false, b);
+            b.grad_sums.read({p.call.grad_key_value, p.call.grad_key_sum, nullptr}, head);
+            causal_key_gradients(p, head, span, scales.data, b);
+            b.grad_sums.write(grad_past(p), head);
+        });
 }
 
-inline void backward_causal_scan(const Problem &p, const CausalPlan &plan,
+inline void backward_causal_scan(const Problem &p, const CausalSpans &spans,
                                  const WeightGradients &trained) {
-    const int64_t count = plan.count();
-    EnteringSums entering(p, plan);
-    SharedMemory grads(p.heads * count * Sums::size(p));
-    const auto grad_at = [&](int64_t i) { return Sums(grads.data() + i * Sums::size(p), p); };
-    const int64_t most = scale_rows(plan.spans[0]);  // no span is longer
-    SharedMemory scales(p.heads * count * most * p.features);
-    const auto scales_at = [&](int64_t i) { return scales.data() + i * most * p.features; };
-    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
-        auto b = in_scratch<CausalGradientBuffers>(p);
-        b.trained = sums;
-        b.sums.copy(p, entering.at(i));
-        b.grad_sums.clear(p);
-        causal_query_gradients(p, i / count, plan.span(i), scales_at(i), true, b);
-        grad_at(i).copy(p, b.grad_sums);
-    });
+    const int64_t count = spans.count, most = scale_rows(spans.list[0]);  // no span is longer
+    const ManySums grads(p, p.heads * count);
+    const SharedMemory scales(p.heads * count * most * p.features);
+    const auto scales_of = [&](int64_t i) { return scales.data + i * most * p.features; };
+    trained.for_spans<CausalGradientBuffers>(
+        spans.list, [&](auto &b, int64_t head, const Span &span, int64_t i) {
+            spans.enter(i, b.sums);
+            b.grad_sums.clear();
+            causal_query_gradients(p, head, span, scales_of(i), true, b);
+            grads.at(i).copy(b.grad_sums);
+        });
     // What span i gave to the sums before it becomes the gradient of the sums after span i - 1.
     parallel(p, p.heads, [&](int64_t head) {
         auto b = in_scratch<CausalGradientBuffers>(p);
-        import_final_gradient(p, head, b.grad_sums);
+        b.grad_sums.read({p.call.grad_key_value, p.call.grad_key_sum, nullptr}, head);
         for (int64_t part = count - 1; part >= 0; --part) {
-            const int64_t i = head * count + part;
-            const Sums mine = grad_at(i);
-            b.sums.copy(p, mine);
-            mine.copy(p, b.grad_sums);
-            const Span span = plan.span(i);
-            const float *before = scales_at(i);
-            const float *after = before + (scale_rows(span) - 1) * p.features;
-            pass_to_past(p, before, after, false, b);
-            b.grad_sums.add(p, b.sums);
+            const int64_t i = head * count + part, last = scale_rows(spans.list[part]) - 1;
+            b.sums.copy(grads.at(i));
+            grads.at(i).copy(b.grad_sums);
+            pass_to_past(p, scales_of(i), scales_of(i) + last * p.features, false, b);
+            b.grad_sums.add(b.sums);
         }
-        export_past_gradient(p, head, b.grad_sums);
+        b.grad_sums.write(grad_past(p), head);
     });
-    trained.parallel_tasks(p.heads * count, [&](int64_t i, const WeightSums &sums) {
-        auto b = in_scratch<CausalGradientBuffers>(p);
-        b.trained = sums;
-        b.grad_sums.copy(p, grad_at(i));
-        causal_key_gradients(p, i / count, plan.span(i), scales_at(i), b);
-    });
+    trained.for_spans<CausalGradientBuffers>(
+        spans.list, [&](auto &b, int64_t head, const Span &span, int64_t i) {
+            b.grad_sums.copy(grads.at(i));
+            causal_key_gradients(p, head, span, scales_of(i), b);
+        });
+}
+
+inline void backward_causal(const Problem &p, const WeightGradients &trained) {
+    const CausalSpans spans(p);
+    if (spans.scan) return backward_causal_scan(p, spans, trained);
+    backward_causal_sequences(p, spans, trained);
 }
 
 }  // namespace

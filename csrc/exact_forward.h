@@ -21,8 +21,7 @@ struct ExactKeys : Buffers {
     bool sinks = false;
 
     // The keys [begin, begin + number), for the queries [start, start + rows).
-    void load_window(const Problem &p, int64_t head, int64_t begin, int64_t number, int64_t start,
-                     int64_t rows) {
+    void load_window(int64_t head, int64_t begin, int64_t number, int64_t start, int64_t rows) {
         const int64_t position = start + p.call.offset - begin;  // of the first query
         sinks = false;
         row = begin;
@@ -34,11 +33,11 @@ struct ExactKeys : Buffers {
             from[t] = kept ? larger<int64_t>(0, t - band.high) : 0;
             to[t] = kept ? smaller(rows, t - band.low + 1) : 0;
         }
-        load(p, p.key_rows(p.call.key, head), p.key_rows(p.call.value, head), begin);
+        load(p.rows(p.call.key, head), p.rows(p.call.value, head));
     }
 
-    void load_sinks(const Problem &p, int64_t head, const Span &span, int64_t begin, int64_t number,
-                    int64_t start, int64_t rows) {
+    void load_sinks(int64_t head, const Span &span, int64_t begin, int64_t number, int64_t start,
+                    int64_t rows) {
         sinks = true;
         sequence = p.sequence_of(head, span);
         row = begin;
@@ -50,8 +49,8 @@ struct ExactKeys : Buffers {
             to[t] = rows;
         }
         const int64_t which = p.key_head_of(head);
-        load(p, rows_at(p.call.sink_key, sequence, which, 0),
-             rows_at(p.call.sink_value, sequence, which, 0), begin);
+        load(rows_at(p.call.sink_key, sequence, which, 0),
+             rows_at(p.call.sink_value, sequence, which, 0));
     }
 
     bool empty() const {
@@ -81,16 +80,11 @@ struct ExactKeys : Buffers {
 
 private:
     // Keys that meet no row are not read: they may hold anything.
-    void load(const Problem &p, const Rows &keys, const Rows &values, int64_t begin) {
+    void load(const Rows &keys, const Rows &values) {
         for (int64_t t = 0; t < count; ++t) {
-            float *key = x + t * p.padded_dim, *to_value = value + t * p.padded_value;
-            if (from[t] < to[t]) {
-                read(keys, begin + t, p.head_dim, p.padded_dim, key);
-                read(values, begin + t, p.value_dim, p.padded_value, to_value);
-            } else {
-                for (int64_t c = 0; c < p.padded_dim; ++c) key[c] = 0;
-                for (int64_t c = 0; c < p.padded_value; ++c) to_value[c] = 0;
-            }
+            const bool met = from[t] < to[t];
+            read(keys, row + t, met ? p.head_dim : 0, p.padded_dim, x + t * p.padded_dim);
+            read(values, row + t, met ? p.value_dim : 0, p.padded_value, value + t * p.padded_value);
         }
         p.check(x, count * p.padded_dim);
         p.check(value, count * p.padded_value);
@@ -102,16 +96,17 @@ private:
 template <typename Visit>
 inline void for_exact_keys(const Problem &p, int64_t head, const Span &span, int64_t start,
                            int64_t rows, ExactKeys &keys, Visit &&visit) {
+    if (p.call.part == PERFORMERS_FEATURES) return;  // as if no key were in reach
     if (p.window >= 0) {
         const int64_t position = start + p.call.offset, after = p.call.causal ? 0 : p.window;
         const int64_t end = smaller(span.last, position + rows + after);
         for (int64_t j = larger(span.first, position - p.window); j < end; j += kBlock) {
-            keys.load_window(p, head, j, smaller(kBlock, end - j), start, rows);
+            keys.load_window(head, j, smaller(kBlock, end - j), start, rows);
             if (!keys.empty()) visit();
         }
     }
     for (int64_t j = 0; j < p.call.sinks; j += kBlock) {
-        keys.load_sinks(p, head, span, j, smaller(kBlock, p.call.sinks - j), start, rows);
+        keys.load_sinks(head, span, j, smaller(kBlock, p.call.sinks - j), start, rows);
         if (!keys.empty()) visit();
     }
 }
@@ -135,6 +130,23 @@ struct ExactBuffers : Buffers {
     float *scale = arena.take(kBlock), *normaliser = arena.take(kBlock);  // (kBlock)
     float *factor = arena.take(kBlock), *other_factor = arena.take(kBlock);
     float *offset = arena.take(kBlock);  // what the scale of a row's features lacks
+};
+
+// Up to kBlock rows on their way: sums of values, and for each row the sum of its weights and the
+// binary logarithm of the scale of both.
+struct QueryBuffers : Buffers {
+    using Buffers::Buffers;
+
+    Block block{arena, p};
+    ExactBuffers exact{arena, p};
+    float *features = arena.take(p.features * kBlock), *out = arena.take(kBlock * p.padded_value);
+    float *scale = arena.take(kBlock), *normaliser = arena.take(kBlock);
+
+    // Sums over nothing.
+    void clear() {
+        for (int64_t r = 0; r < kBlock; ++r) scale[r] = normaliser[r] = 0;
+        for (int64_t i = 0; i < block.rows * p.padded_value; ++i) out[i] = 0;
+    }
 };
 
 // Products become weights at the scale of each row, raised where they exceed it; `factor` is what
@@ -172,53 +184,53 @@ inline bool exact_weights(const Problem &p, int64_t rows, ExactBuffers &e) {
     return changed;
 }
 
-// Sums over the exact pairs of the queries [start, start + rows), loaded in `queries`: e.out and
-// e.normaliser at e.scale, the largest score of each row (kLowest for a row without).
+// Sums over the exact pairs of the queries from `start` on, which are loaded: b.exact.out and
+// normaliser at b.exact.scale, the largest score of each row (kLowest for a row without).
 inline void exact_sums(const Problem &p, int64_t head, const Span &span, int64_t start,
-                       const Block &queries, ExactBuffers &e) {
-    const int64_t rows = queries.rows;
+                       QueryBuffers &b) {
+    ExactBuffers &e = b.exact;
+    const int64_t rows = b.block.rows;
     for (int64_t r = 0; r < kBlock; ++r) {
         e.scale[r] = kLowest;
         e.normaliser[r] = 0;
     }
-    queries.offsets(p, e.offset);
+    b.block.offsets(e.offset);
     bool any = false;
-    // The features alone: as if no key were in reach.
-    if (p.call.part != PERFORMERS_FEATURES) for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
-        exact_products(p, e.keys, queries, e.pairs);
+    for_exact_keys(p, head, span, start, rows, e.keys, [&]() {
+        exact_products(p, e.keys, b.block, e.pairs);
         const bool changed = exact_weights(p, rows, e);
         for (int64_t r = 0; any && changed && r < rows; ++r) {
             if (e.factor[r] == 1) continue;
             scale_vectors(e.out + r * p.padded_value, p.padded_value, e.factor[r]);
         }
-        multiply(rows, p.padded_value, e.keys.count, columns_of(e.pairs, kBlock), e.keys.value,
-                 p.padded_value, e.out, p.padded_value, any, by_row(e.keys.band));
+        combine(p.padded_value, rows, e.keys.count, e.pairs, e.keys.value, e.out, any,
+                by_row(e.keys.band));
         any = true;
     });
     if (any) return;
     for (int64_t i = 0; i < rows * p.padded_value; ++i) e.out[i] = 0;
 }
 
-// Adds the exact pairs to what features gave: rows of `out`, their `normaliser` (less it for rows
-// that had to be summed at a scale of their own) and `scale`, which becomes that of the whole row.
-inline void add_exact(const Problem &p, int64_t rows, ExactBuffers &e, float *out, float *scale,
-                      float *normaliser) {
+// Adds the exact pairs to what features gave, whose normaliser is below zero for rows that had to be
+// summed at a scale of their own.
+inline void add_exact(const Problem &p, QueryBuffers &b) {
+    const ExactBuffers &e = b.exact;
     const Vector zero = splat(0.0f), lowest = splat(kLowest);
-    for (int64_t r = 0; r < rows; r += kWidth) {
-        const Vector signed_sum = load(normaliser + r);
+    for (int64_t r = 0; r < b.block.rows; r += kWidth) {
+        const Vector signed_sum = load(b.normaliser + r);
         const Vector sign = signed_sum < zero ? splat(-1.0f) : splat(1.0f);
         const Vector sum = signed_sum * sign, exact = load(e.scale + r);
-        const Vector features = sum == zero ? lowest : load(scale + r) + load(e.offset + r);
+        const Vector features = sum == zero ? lowest : load(b.scale + r) + load(e.offset + r);
         Vector peak = maximum(exact, features);
         peak = peak == lowest ? zero : peak;
         const Vector mine = exp2(features - peak), others = exp2(exact - peak);
         store(e.factor + r, others);
         store(e.other_factor + r, mine);
-        store(scale + r, peak);
-        store(normaliser + r, sign * (sum * mine + load(e.normaliser + r) * others));
+        store(b.scale + r, peak);
+        store(b.normaliser + r, sign * (sum * mine + load(e.normaliser + r) * others));
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        float *row = out + r * p.padded_value;
+    for (int64_t r = 0; r < b.block.rows; ++r) {
+        float *row = b.out + r * p.padded_value;
         const float *more = e.out + r * p.padded_value;
         const Vector mine = splat(e.other_factor[r]), others = splat(e.factor[r]);
         for (int64_t c = 0; c < p.padded_value; c += kWidth) {

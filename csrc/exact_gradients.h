@@ -41,12 +41,11 @@ inline void exact_pair_gradients(const Problem &p, int64_t rows, ExactGradientBu
     }
 }
 
-inline void add_rows(const float *from, int64_t stride, int64_t rows, int64_t width, float *to,
-                     int64_t to_stride) {
+// Adds rows of float32 to those of a tensor.
+inline void add_rows(const float *from, int64_t stride, int64_t rows, int64_t width, const Rows &to) {
     for (int64_t r = 0; r < rows; ++r) {
-        const float *row = from + r * stride;
-        float *at = to + r * to_stride;
-        for (int64_t c = 0; c < width; ++c) at[c] += row[c];
+        float *at = float_row(to, r);
+        for (int64_t c = 0; c < width; ++c) at[c] += from[r * stride + c];
     }
 }
 
@@ -54,13 +53,11 @@ inline void add_rows(const float *from, int64_t stride, int64_t rows, int64_t wi
 // they meet, and of sinks: (sinks, head_dim) and (sinks, value_dim) of their sequence and head.
 inline void exact_gradients(const Problem &p, int64_t head, const Span &span, float *sink_key,
                             float *sink_value, ExactGradientBuffers &b) {
-    const Rows grad_keys = p.key_rows(p.call.grad_key, head);
-    const Rows grad_values = p.key_rows(p.call.grad_value, head);
     for (int64_t group = 0; group < p.call.groups; ++group) {
-        const Rows to = p.query_rows(p.call.grad_query, head, group);
+        const Rows to = p.rows(p.call.grad_query, head, group);
         for (int64_t start = span.begin; start < span.end; start += kBlock) {
             const int64_t rows = smaller(kBlock, span.end - start);
-            b.q.fetch(p, head, group, start, rows);
+            b.q.fetch(head, group, start, rows);
             bool any = false;
             for_exact_keys(p, head, span, start, rows, b.keys, [&]() {
                 const int64_t count = b.keys.count;
@@ -69,24 +66,22 @@ inline void exact_gradients(const Problem &p, int64_t head, const Span &span, fl
                 multiply_band(count, rows, p.value_dim, rows_of(b.keys.value, p.padded_value),
                               b.q.grad_transposed, kBlock, b.pair_grads, kBlock, b.keys.band);
                 exact_pair_gradients(p, rows, b);
-                multiply(count, p.padded_value, rows, rows_of(b.pairs, kBlock), b.q.grad,
-                         p.padded_value, b.grad_value, p.padded_value, false, by_key);
-                multiply(count, p.padded_dim, rows, rows_of(b.pair_grads, kBlock), b.q.block.x,
-                         p.padded_dim, b.grad_key, p.padded_dim, false, by_key);
-                multiply(rows, p.padded_dim, count, columns_of(b.pair_grads, kBlock), b.keys.x,
-                         p.padded_dim, b.grad_x, p.padded_dim, any, by_query);
+                sum_rows(p.padded_value, count, rows, b.pairs, b.q.grad, b.grad_value, false, by_key);
+                sum_rows(p.padded_dim, count, rows, b.pair_grads, b.q.block.x, b.grad_key, false,
+                         by_key);
+                combine(p.padded_dim, rows, count, b.pair_grads, b.keys.x, b.grad_x, any, by_query);
                 any = true;
-                const int64_t row = b.keys.row;
-                float *key = b.keys.sinks ? sink_key + row * p.head_dim : float_row(grad_keys, row);
-                float *value =
-                    b.keys.sinks ? sink_value + row * p.value_dim : float_row(grad_values, row);
-                add_rows(b.grad_key, p.padded_dim, count, p.head_dim, key,
-                         b.keys.sinks ? p.head_dim : grad_keys.row_stride);
-                add_rows(b.grad_value, p.padded_value, count, p.value_dim, value,
-                         b.keys.sinks ? p.value_dim : grad_values.row_stride);
+                const auto rows_to = [&](float *sinks, const performers_array &keys, int64_t width) {
+                    if (!b.keys.sinks) return p.rows(keys, head).from(b.keys.row);
+                    sinks += b.keys.row * width;
+                    return Rows{reinterpret_cast<char *>(sinks), width, 1, PERFORMERS_FLOAT32};
+                };
+                add_rows(b.grad_key, p.padded_dim, count, p.head_dim,
+                         rows_to(sink_key, p.call.grad_key, p.head_dim));
+                add_rows(b.grad_value, p.padded_value, count, p.value_dim,
+                         rows_to(sink_value, p.call.grad_value, p.value_dim));
             });
-            if (!any) continue;
-            add_rows(b.grad_x, p.padded_dim, rows, p.head_dim, float_row(to, start), to.row_stride);
+            if (any) add_rows(b.grad_x, p.padded_dim, rows, p.head_dim, to.from(start));
         }
     }
 }

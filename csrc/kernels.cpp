@@ -24,32 +24,25 @@ struct ProductBuffers : Buffers {
     float *out = arena.take(kBlock * p.padded_value);
 };
 
-void products(const performers_call &call) {
+bool products(const performers_call &call) {
     const Problem p(call);
     parallel(p, p.heads, [&](int64_t) {
         auto b = in_scratch<ProductBuffers>(p);
         std::memset(b.x, 0, sizeof(float) * static_cast<size_t>(b.out - b.x));
-        const Operand weights = rows_of(b.weights, p.weight_stride);
+        const auto project = [&]() {
+            multiply(p.features, kBlock, p.head_dim, rows_of(b.weights, p.weight_stride), b.x, kBlock,
+                     b.features, kBlock, false);
+        };
         for (int64_t start = 0; start < call.size; start += kBlock) {
-            multiply(p.features, kBlock, p.head_dim, weights, b.x, kBlock, b.features, kBlock,
-                     false);
-            multiply(p.features, p.padded_value, kBlock, rows_of(b.features, kBlock), b.value,
-                     p.padded_value, b.sums, p.padded_value, true);
+            project();
+            sum_rows(p.padded_value, p.features, kBlock, b.features, b.value, b.sums, true);
         }
         for (int64_t start = 0; start < call.groups * call.length; start += kBlock) {
-            multiply(p.features, kBlock, p.head_dim, weights, b.x, kBlock, b.features, kBlock,
-                     false);
-            multiply(kBlock, p.padded_value, p.features, columns_of(b.features, kBlock), b.sums,
-                     p.padded_value, b.out, p.padded_value, false);
+            project();
+            combine(p.padded_value, kBlock, p.features, b.features, b.sums, b.out, false);
         }
     });
-}
-
-void forward_features(Problem &p) {
-    const Weights weights(p);
-    if (p.call.causal) return forward_causal(p);
-    if (p.window >= 0) return forward_windowed(p);
-    forward_bidirectional(p);
+    return true;
 }
 
 bool forward(const performers_call &call) {
@@ -59,31 +52,28 @@ bool forward(const performers_call &call) {
     } else if (call.causal && call.length == 1) {
         forward_step(p);
     } else {
-        forward_features(p);
+        const Weights weights(p);
+        const auto run = call.causal       ? forward_causal
+                         : p.window >= 0 ? forward_windowed
+                                         : forward_bidirectional;
+        run(p);
     }
     return !p.nonfinite;
 }
 
-void backward(const performers_call &call) {
+bool backward(const performers_call &call) {
     Problem p(call);
     const Weights weights(p);
     const WeightGradients trained(p);
     if (p.exact && call.part != PERFORMERS_FEATURES) backward_exact(p);
-    if (call.part == PERFORMERS_EXACT) {
-        // Features have no share.
-    } else if (call.causal) {
-        const CausalPlan plan(p);
-        if (plan.scan) {
-            backward_causal_scan(p, plan, trained);
-        } else {
-            backward_causal_sequences(p, plan, trained);
-        }
-    } else if (p.window >= 0) {
-        backward_windowed(p, trained);
-    } else {
-        backward_bidirectional(p, trained);
+    if (call.part != PERFORMERS_EXACT) {
+        const auto run = call.causal       ? backward_causal
+                         : p.window >= 0 ? backward_windowed
+                                         : backward_bidirectional;
+        run(p, trained);
     }
     trained.finish();
+    return true;
 }
 
 }  // namespace

@@ -5,23 +5,19 @@
 
 namespace performers {
 
+// False where NaN or infinity was read, and the results mean nothing.
 struct Kernels {
-    // Whether all that was read was finite; otherwise the results mean nothing.
     bool (*forward)(const performers_call &);
-    void (*backward)(const performers_call &);
-    void (*products)(const performers_call &);
-    void (*listed_forward)(const performers_listed_call &);
-    void (*listed_backward)(const performers_listed_call &);
+    bool (*backward)(const performers_call &);
+    bool (*products)(const performers_call &);
+    bool (*listed_forward)(const performers_listed_call &);
+    bool (*listed_backward)(const performers_listed_call &);
 };
 
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace portable {
-extern const Kernels kernels;
-}
+// clang-format off
+namespace avx512 { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace portable { extern const Kernels kernels; }
+// clang-format on
 
 }  // namespace performers

@@ -11,14 +11,28 @@
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-// The keys of a list, kBlock at a time.
-struct ListChunk : Buffers {
-    using Buffers::Buffers;
+// The keys of a list, kBlock at a time, and their pairs with a block of queries.
+struct ListChunk : KeyBlock {
+    using KeyBlock::KeyBlock;
 
-    Block block{arena, p};
-    float *value = arena.take(kBlock * p.padded_value), *keep = arena.take(kBlock);
     // (features, kBlock), at the scales of the list
     float *features = arena.take(p.features * kBlock);
+    // (kBlock keys, kBlock queries): one for pairs that meet; the pairs
+    float *met = arena.take(kBlock * kBlock), *pairs = arena.take(kBlock * kBlock);
+    int64_t start = 0;  // in the list
+
+    // Calls visit(at) for the vectors of pairs, `at` counted from the first.
+    template <typename Visit>
+    void for_pairs(int64_t rows, Visit &&visit) const {
+        for (int64_t t = 0; t < block.rows; ++t) {
+            for (int64_t r = 0; r < rows; r += kWidth) visit(t * kBlock + r);
+        }
+    }
+
+    // `to` where pairs meet, `other` elsewhere.
+    Vector where_met(int64_t at, Vector x, float other) const {
+        return load(met + at) > splat(0.0f) ? x : splat(other);
+    }
 };
 
 // Where a list lies in the tensors of a call.
@@ -36,7 +50,7 @@ struct ListPlace {
     }
 
     Rows keys(const Problem &p, const performers_array &array) const {
-        return p.query_rows(array, head, list);
+        return p.rows(array, head, list);
     }
     const int64_t *positions() const {
         return listed.position + (head * listed.lists + list) * listed.call.size;
@@ -55,14 +69,14 @@ struct ListedBuffers : Buffers {
     Block queries{arena, p};
     float *features = arena.take(p.features * kBlock);  // of the queries (features, kBlock)
     float *scale = arena.take(kBlock), *normaliser = arena.take(kBlock);
-    // (keys of the list, kBlock): one for pairs that meet; the pairs
-    float *met = arena.take(round_up(p.call.size, kBlock) * kBlock);
-    float *pairs = arena.take(round_up(p.call.size, kBlock) * kBlock);
     float *out = arena.take(kBlock * p.padded_value);
     std::vector<ListChunk> chunks;
 
     ListedBuffers(Arena &arena, const Problem &p) : Buffers(arena, p) {
-        for (int64_t i = 0; i < p.call.size; i += kBlock) chunks.push_back(ListChunk(arena, p));
+        for (int64_t i = 0; i < p.call.size; i += kBlock) {
+            chunks.push_back(ListChunk(arena, p));
+            chunks.back().start = i;
+        }
     }
 };
 
@@ -73,22 +87,16 @@ inline void load_list(const Problem &p, const ListPlace &place, ListedBuffers &b
         b.log_scale[f] = -kInfinity;
         b.unweighted[f] = 0;
     }
-    int64_t start = 0;
     for (ListChunk &chunk : b.chunks) {
-        const int64_t count = smaller(kBlock, p.call.size - start);
+        const int64_t count = smaller(kBlock, p.call.size - chunk.start);
         uint8_t taken[kBlock];
-        for (int64_t t = 0; t < count; ++t) taken[t] = place.positions()[start + t] >= 0;
-        const auto from = [&](const Rows &rows) {
-            return Rows{rows.row(start), rows.row_stride, rows.column_stride, rows.type};
-        };
-        chunk.block.load_keys(p, from(keys), taken, 0, count, chunk.keep);
-        load_values(p, from(values), 0, count, chunk.keep, chunk.value);
-        project(p, p.weights_of(place.head), chunk.block, p.key_inner, 0, p.features,
-                chunk.features);
+        for (int64_t t = 0; t < count; ++t) taken[t] = place.positions()[chunk.start + t] >= 0;
+        chunk.block.load_keys(keys.from(chunk.start), taken, 0, count, chunk.keep);
+        load_values(p, values.from(chunk.start), 0, count, chunk.keep, chunk.value);
+        project(p, place.head, chunk.block, 0, p.features, chunk.features);
         for (int64_t f = 0; f < p.features; ++f) {
             b.log_scale[f] = largest(peaks(chunk.features + f * kBlock, count, b.log_scale[f]));
         }
-        start += kBlock;
     }
     for (const ListChunk &chunk : b.chunks) {
         for (int64_t f = 0; f < p.features; ++f) {
@@ -97,8 +105,8 @@ inline void load_list(const Problem &p, const ListPlace &place, ListedBuffers &b
     }
 }
 
-// Which pairs of a block meet.
-inline void load_met(const Problem &p, const ListPlace &place, int64_t block, float *met) {
+// The pairs of a block with a chunk that meet.
+inline void load_met(const Problem &p, const ListPlace &place, int64_t block, const ListChunk &chunk) {
     int32_t positions[kBlock];
     // No key is as far from a place without a query.
     constexpr int32_t nowhere = INT32_MIN;
@@ -106,13 +114,13 @@ inline void load_met(const Problem &p, const ListPlace &place, int64_t block, fl
         const int64_t row = r < place.rows ? place.query(block, r) : -1;
         positions[r] = row < 0 ? nowhere : static_cast<int32_t>(row % p.call.length);
     }
-    const int64_t *keys = place.positions();
-    const uint8_t *hidden =
-        place.listed.hidden ? place.listed.hidden + place.places(block) * p.call.size : nullptr;
+    const int64_t *keys = place.positions() + chunk.start;
+    const uint8_t *hidden = place.listed.hidden;
+    if (hidden) hidden += place.places(block) * p.call.size + chunk.start * place.rows;
     const int32_t window = static_cast<int32_t>(smaller<int64_t>(p.call.window, INT32_MAX));
-    for (int64_t t = 0; t < p.call.size; ++t) {
+    for (int64_t t = 0; t < chunk.block.rows; ++t) {
         const int32_t key = static_cast<int32_t>(keys[t]);
-        float *row = met + t * kBlock;
+        float *row = chunk.met + t * kBlock;
         for (int64_t r = 0; r < kBlock; ++r) {
             const bool some = key >= 0 && positions[r] != nowhere;
             const int32_t distance = some ? positions[r] - key : 0;
@@ -126,50 +134,33 @@ inline void load_met(const Problem &p, const ListPlace &place, int64_t block, fl
 // A block of queries, their features at the scales of the list, and the pairs that meet.
 inline void load_listed_queries(const Problem &p, const ListPlace &place, int64_t block,
                                 ListedBuffers &b) {
-    b.queries.load_rows(p, p.query_rows(p.call.query, place.head, 0), place.rows,
+    b.queries.load_rows(p.rows(p.call.query, place.head), place.rows,
                         [&](int64_t r) { return place.query(block, r); });
-    project(p, p.weights_of(place.head), b.queries, p.query_inner, 0, p.features, b.features);
+    project(p, place.head, b.queries, 0, p.features, b.features);
     query_features(p, b.features, place.rows, b.log_scale, b.unweighted, b.scale, b.normaliser);
-    load_met(p, place, block, b.met);
-}
-
-// Puts `other` in place of the pairs (keys, kBlock) that do not meet.
-inline void clear_unmet(const ListPlace &place, const float *met, int64_t keys, float other,
-                        float *pairs) {
-    const Vector zero = splat(0.0f), instead = splat(other);
-    for (int64_t t = 0; t < keys; ++t) {
-        for (int64_t r = 0; r < place.rows; r += kWidth) {
-            float *at = pairs + t * kBlock + r;
-            store(at, load(met + t * kBlock + r) > zero ? load(at) : instead);
-        }
-    }
+    for (const ListChunk &chunk : b.chunks) load_met(p, place, block, chunk);
 }
 
 inline void estimated_pairs(const Problem &p, const ListPlace &place, ListedBuffers &b) {
-    for (size_t i = 0; i < b.chunks.size(); ++i) {
-        multiply(b.chunks[i].block.rows, place.rows, p.features,
-                 columns_of(b.chunks[i].features, kBlock), b.features, kBlock,
-                 b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock, false);
+    for (const ListChunk &chunk : b.chunks) {
+        multiply(chunk.block.rows, place.rows, p.features, columns_of(chunk.features, kBlock),
+                 b.features, kBlock, chunk.pairs, kBlock, false);
+        chunk.for_pairs(place.rows, [&](int64_t at) {
+            store(chunk.pairs + at, chunk.where_met(at, load(chunk.pairs + at), 0));
+        });
     }
-    clear_unmet(place, b.met, p.call.size, 0.0f, b.pairs);
 }
 
 // Binary logarithms of the exact weights.
 inline void exact_scores(const Problem &p, const ListPlace &place, ListedBuffers &b) {
     const Vector unit = splat(score_unit(p));
-    for (size_t i = 0; i < b.chunks.size(); ++i) {
-        float *pairs = b.pairs + static_cast<int64_t>(i) * kBlock * kBlock;
-        multiply(b.chunks[i].block.rows, place.rows, p.head_dim,
-                 rows_of(b.chunks[i].block.x, p.padded_dim), b.queries.transposed, kBlock, pairs,
-                 kBlock, false);
-        for (int64_t t = 0; t < b.chunks[i].block.rows; ++t) {
-            for (int64_t r = 0; r < place.rows; r += kWidth) {
-                float *at = pairs + t * kBlock + r;
-                store(at, load(at) * unit);
-            }
-        }
+    for (const ListChunk &chunk : b.chunks) {
+        multiply(chunk.block.rows, place.rows, p.head_dim, rows_of(chunk.block.x, p.padded_dim),
+                 b.queries.transposed, kBlock, chunk.pairs, kBlock, false);
+        chunk.for_pairs(place.rows, [&](int64_t at) {
+            store(chunk.pairs + at, chunk.where_met(at, load(chunk.pairs + at) * unit, -kInfinity));
+        });
     }
-    clear_unmet(place, b.met, p.call.size, -kInfinity, b.pairs);
 }
 
 // Weights (keys, kBlock) of a block's rows at the binary logarithms `b.scale`: normalised rows, and
@@ -177,11 +168,10 @@ inline void exact_scores(const Problem &p, const ListPlace &place, ListedBuffers
 inline void write_listed_rows(const Problem &p, const ListPlace &place, int64_t block,
                               ListedBuffers &b, float *out, double *log_normaliser) {
     for (int64_t r = 0; r < kBlock; ++r) b.normaliser[r] = 0;
-    add_up(b.pairs, p.call.size, place.rows, b.normaliser);
-    for (size_t i = 0; i < b.chunks.size(); ++i) {
-        multiply(place.rows, p.padded_value, b.chunks[i].block.rows,
-                 columns_of(b.pairs + static_cast<int64_t>(i) * kBlock * kBlock, kBlock),
-                 b.chunks[i].value, p.padded_value, b.out, p.padded_value, i > 0);
+    for (const ListChunk &chunk : b.chunks) {
+        add_up(chunk.pairs, chunk.block.rows, place.rows, b.normaliser);
+        combine(p.padded_value, place.rows, chunk.block.rows, chunk.pairs, chunk.value, b.out,
+                chunk.start > 0);
     }
     for (int64_t r = 0; r < place.rows; ++r) {
         const int64_t query = place.query(block, r);
@@ -203,28 +193,30 @@ inline void forward_list(const Problem &p, const ListPlace &place, ListedBuffers
         estimated_pairs(p, place, b);
         write_listed_rows(p, place, block, b, place.listed.estimate, place.listed.estimate_log);
         exact_scores(p, place, b);
-        for (int64_t r = 0; r < place.rows; r += kWidth) {
-            Vector peak = splat(kLowest);
-            for (int64_t t = 0; t < p.call.size; ++t) {
-                peak = maximum(peak, load(b.pairs + t * kBlock + r));
-            }
-            for (int64_t t = 0; t < p.call.size; ++t) {
-                float *at = b.pairs + t * kBlock + r;
-                store(at, exp2(load(at) - peak));
-            }
-            store(b.scale + r, peak);
+        for (int64_t r = 0; r < kBlock; ++r) b.scale[r] = kLowest;
+        for (const ListChunk &chunk : b.chunks) {
+            chunk.for_pairs(place.rows, [&](int64_t at) {
+                float *scale = b.scale + at % kBlock;
+                store(scale, maximum(load(scale), load(chunk.pairs + at)));
+            });
+        }
+        for (const ListChunk &chunk : b.chunks) {
+            chunk.for_pairs(place.rows, [&](int64_t at) {
+                store(chunk.pairs + at, exp2(load(chunk.pairs + at) - load(b.scale + at % kBlock)));
+            });
         }
         write_listed_rows(p, place, block, b, place.listed.exact, place.listed.exact_log);
     }
 }
 
-inline void forward_listed(const performers_listed_call &call) {
+inline bool forward_listed(const performers_listed_call &call) {
     Problem p(call.call);
     const Weights weights(p);
     parallel(p, p.heads * call.lists, [&](int64_t i) {
         auto b = in_scratch<ListedBuffers>(p);
         forward_list(p, ListPlace(call, i), b);
     });
+    return true;
 }
 
 }  // namespace

@@ -7,54 +7,65 @@
 namespace performers::PERFORMERS_ISA {
 namespace {
 
-struct ListedGradientBuffers : Buffers {
+// What the keys of a chunk receive: slopes (features, kBlock), and the gradients of keys through exact
+// weights, and of values.
+struct ChunkGradients : Buffers {
     using Buffers::Buffers;
 
+    float *slope = arena.take(p.features * kBlock), *key = arena.take(kBlock * p.padded_dim);
+    float *value = arena.take(kBlock * p.padded_value);
+};
+
+struct ListedGradientBuffers : Buffers {
     ListedBuffers list{arena, p};
-    // of keys (chunks, features, kBlock)
-    float *slopes = arena.take(round_up(p.call.size, kBlock) * p.features);
-    // (chunks, kBlock, padded)
-    float *grad_keys = arena.take(round_up(p.call.size, kBlock) * p.padded_dim);
-    float *grad_values = arena.take(round_up(p.call.size, kBlock) * p.padded_value);
-    // of the rows' outputs
-    float *grad = arena.take(kBlock * p.padded_value);
-    float *grad_transposed = arena.take(p.padded_value * kBlock);
-    float *delta = arena.take(kBlock), *factor = arena.take(kBlock);  // (kBlock)
-    float *pair_grads = arena.take(kBlock * kBlock), *pair_grads_rows = arena.take(kBlock * kBlock);
-    // of queries (features, kBlock); (kBlock)
-    float *slope = arena.take(p.features * kBlock), *slope_sum = arena.take(kBlock);
-    float *grad_x = arena.take(kBlock * p.padded_dim);
-    float *grad_query = arena.take(kBlock * p.padded_dim);
-    WeightSums trained;
+    QueryGradientBlock q{arena, p};  // without the queries
+    float *factor = arena.take(kBlock);
+    PairGradients pairs{arena, p};
+    float *slope = arena.take(p.features * kBlock);           // of queries
+    float *grad_query = arena.take(kBlock * p.padded_dim);  // through exact weights
+    InputGradients inputs{arena, p};
+    std::vector<ChunkGradients> chunks;
+
+    ListedGradientBuffers(Arena &arena, const Problem &p) : Buffers(arena, p) {
+        for (size_t i = 0; i < list.chunks.size(); ++i) chunks.push_back(ChunkGradients(arena, p));
+    }
 };
 
 // The output gradients of a block's rows, and delta = grad . out less the gradient of the logarithm
-// of the normaliser; `factor` is what divides weights at the scales `b.list.scale`, or at one if
-// there are none: 2^(scale - log2 normaliser).
+// of the normaliser; `factor` is what divides weights at the scales `scale`, or at one if there are
+// none: 2^(scale - log2 normaliser).
 inline void load_listed_grads(const Problem &p, const ListPlace &place, int64_t block,
                               const float *out, const double *log_normaliser,
                               const float *grad_out, const float *grad_log, const float *scale,
                               ListedGradientBuffers &b) {
+    b.q.block.rows = place.rows;
     for (int64_t r = 0; r < round_up(place.rows, kWidth); ++r) {
-        float *grad = b.grad + r * p.padded_value;
+        float *grad = b.q.grad + r * p.padded_value;
         const int64_t query = r < place.rows ? place.query(block, r) : -1;
-        b.delta[r] = 0;
+        b.q.delta[r] = 0;
         b.factor[r] = -kInfinity;
-        if (query < 0) {
-            for (int64_t c = 0; c < p.padded_value; ++c) grad[c] = 0;
-            continue;
-        }
+        for (int64_t c = 0; c < p.padded_value; ++c) grad[c] = 0;
+        if (query < 0) continue;
         const int64_t row = place.row_of(query), column = row * p.value_dim;
-        for (int64_t c = 0; c < p.value_dim; ++c) grad[c] = grad_out[column + c];
-        for (int64_t c = p.value_dim; c < p.padded_value; ++c) grad[c] = 0;
-        for (int64_t c = 0; c < p.value_dim; ++c) b.delta[r] += out[column + c] * grad[c];
-        b.delta[r] -= grad_log[row];
+        for (int64_t c = 0; c < p.value_dim; ++c) {
+            grad[c] = grad_out[column + c];
+            b.q.delta[r] += out[column + c] * grad[c];
+        }
+        b.q.delta[r] -= grad_log[row];
         const double log2_sum = log_normaliser[row] / std::log(2.0);
         if (log2_sum > -kInfinity) {
             b.factor[r] = static_cast<float>((scale ? scale[r] : 0.0f) - log2_sum);
         }
     }
-    transpose(b.grad, p.padded_value, place.rows, p.padded_value, b.grad_transposed);
+    transpose(b.q.grad, p.padded_value, place.rows, p.padded_value, b.q.grad_transposed);
+}
+
+inline void multiply_rows(int64_t count, int64_t rows, const float *by, float *panel) {
+    for (int64_t f = 0; f < count; ++f) {
+        for (int64_t r = f * kBlock; r < f * kBlock + rows; r += kWidth) {
+            store(panel + r, load(panel + r) * load(by + r));
+        }
+    }
 }
 
 // Gradients of the estimates of a block's pairs.
@@ -71,32 +82,20 @@ inline void estimate_gradients(const Problem &p, const ListPlace &place, int64_t
         }
     }
     estimated_pairs(p, place, l);
+    for (int64_t i = 0; i < p.features * kBlock; ++i) b.slope[i] = 0;
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
-        const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
-        pair_gradients(p, keys, place.rows, chunk.value, b.grad_transposed, b.delta, kAll,
-                       b.pair_grads);
-        clear_unmet(place, l.met + at * kBlock, keys, 0.0f, b.pair_grads);
-        for (int64_t t = keys; t < round_up(keys, kWidth); ++t) {
-            for (int64_t r = 0; r < kBlock; ++r) b.pair_grads[t * kBlock + r] = 0;
-        }
-        multiply(keys, p.padded_value, place.rows, rows_of(l.pairs + at * kBlock, kBlock), b.grad,
-                 p.padded_value, b.grad_values + at * p.padded_value, p.padded_value, true);
-        multiply(p.features, place.rows, keys, rows_of(chunk.features, kBlock), b.pair_grads, kBlock,
-                 b.slope, kBlock, i > 0);
-        transpose(b.pair_grads, kBlock, keys, round_up(place.rows, kWidth), b.pair_grads_rows);
-        multiply(p.features, keys, place.rows, rows_of(l.features, kBlock), b.pair_grads_rows,
-                 kBlock, b.slopes + at * p.features, kBlock, true);
+        const int64_t keys = chunk.block.rows;
+        b.pairs.load_grads(keys, chunk.value, b.q, kAll);
+        chunk.for_pairs(place.rows, [&](int64_t at) {
+            store(b.pairs.grads + at, chunk.where_met(at, load(b.pairs.grads + at), 0));
+        });
+        b.pairs.weights = chunk.pairs;
+        b.pairs.add_to_queries(keys, b.q, chunk.features, kAll, b.slope);
+        b.pairs.add_to_keys(keys, b.q, l.features, kAll, b.chunks[i].slope, b.chunks[i].value);
     }
-    for (int64_t f = 0; f < p.features; ++f) {
-        for (int64_t r = 0; r < place.rows; r += kWidth) {
-            float *at = b.slope + f * kBlock + r;
-            store(at, load(at) * load(l.features + f * kBlock + r));
-        }
-    }
-    b.trained.add(p, place.head, 0, p.features, b.slope, l.queries);
-    multiply(place.rows, p.padded_dim, p.features, columns_of(b.slope, kBlock),
-             p.weights_of(place.head), p.weight_stride, b.grad_x, p.padded_dim, false);
+    multiply_rows(p.features, place.rows, l.features, b.slope);
+    b.inputs.add(place.head, l.queries, 0, p.features, b.slope, false);
 }
 
 // Gradients of the exact weights of a block's pairs; those of the queries go to b.grad_query.
@@ -110,34 +109,36 @@ inline void listed_exact_gradients(const Problem &p, const ListPlace &place, int
     const Vector scale = splat(static_cast<float>(p.call.scale));
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
-        const int64_t at = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
-        pair_gradients(p, keys, place.rows, chunk.value, b.grad_transposed, b.delta, kAll,
-                       b.pair_grads);
-        for (int64_t t = 0; t < keys; ++t) {
-            for (int64_t r = 0; r < place.rows; r += kWidth) {
-                float *pair = l.pairs + (at + t) * kBlock + r, *grad = b.pair_grads + t * kBlock + r;
-                const Vector weight = exp2(load(pair) + load(b.factor + r));
-                store(pair, weight);
-                store(grad, load(grad) * weight * scale);
-            }
-        }
-        multiply(keys, p.padded_value, place.rows, rows_of(l.pairs + at * kBlock, kBlock), b.grad,
-                 p.padded_value, b.grad_values + at * p.padded_value, p.padded_value, true);
-        multiply(keys, p.padded_dim, place.rows, rows_of(b.pair_grads, kBlock), l.queries.x,
-                 p.padded_dim, b.grad_keys + at * p.padded_dim, p.padded_dim, true);
-        multiply(place.rows, p.padded_dim, keys, columns_of(b.pair_grads, kBlock), chunk.block.x,
-                 p.padded_dim, b.grad_query, p.padded_dim, i > 0);
+        const int64_t keys = chunk.block.rows;
+        b.pairs.load_grads(keys, chunk.value, b.q, kAll);
+        chunk.for_pairs(place.rows, [&](int64_t at) {
+            float *grad = b.pairs.grads + at;
+            const Vector weight = exp2(load(chunk.pairs + at) + load(b.factor + at % kBlock));
+            store(chunk.pairs + at, weight);
+            store(grad, load(grad) * weight * scale);
+        });
+        sum_rows(p.padded_value, keys, place.rows, chunk.pairs, b.q.grad, b.chunks[i].value, true);
+        sum_rows(p.padded_dim, keys, place.rows, b.pairs.grads, l.queries.x, b.chunks[i].key, true);
+        combine(p.padded_dim, place.rows, keys, b.pairs.grads, chunk.block.x, b.grad_query, i > 0);
     }
+}
+
+// Writes the gradient of a row: what features give, and exact weights.
+inline void write_both(const Problem &p, const Rows &to, int64_t r, float *features,
+                       const float *exact) {
+    for (int64_t c = 0; c < p.head_dim; ++c) features[c] += exact[c];
+    write(to, r, p.head_dim, features);
 }
 
 inline void backward_list(const Problem &p, const ListPlace &place, ListedGradientBuffers &b) {
     if (place.first == place.last) return;
     ListedBuffers &l = b.list;
     load_list(p, place, l);
-    const int64_t padded = round_up(p.call.size, kBlock);
-    for (int64_t i = 0; i < padded * p.features; ++i) b.slopes[i] = 0;
-    for (int64_t i = 0; i < padded * p.padded_dim; ++i) b.grad_keys[i] = 0;
-    for (int64_t i = 0; i < padded * p.padded_value; ++i) b.grad_values[i] = 0;
+    for (const ChunkGradients &to : b.chunks) {
+        for (int64_t i = 0; i < p.features * kBlock; ++i) to.slope[i] = 0;
+        for (int64_t i = 0; i < kBlock * p.padded_dim; ++i) to.key[i] = 0;
+        for (int64_t i = 0; i < kBlock * p.padded_value; ++i) to.value[i] = 0;
+    }
     for (int64_t block = place.first; block < place.last; ++block) {
         load_listed_queries(p, place, block, l);
         estimate_gradients(p, place, block, b);
@@ -145,52 +146,35 @@ inline void backward_list(const Problem &p, const ListPlace &place, ListedGradie
         for (int64_t r = 0; r < place.rows; ++r) {
             const int64_t query = place.query(block, r);
             if (query < 0) continue;
-            float *grad = b.grad_query + r * p.padded_dim;
-            for (int64_t c = 0; c < p.head_dim; ++c) {
-                grad[c] = b.grad_x[r * p.padded_dim + c] * projection_unit(p) + grad[c];
-            }
-            write(p.query_rows(p.call.grad_query, place.head, 0), query, p.head_dim, grad);
+            write_both(p, p.rows(p.call.grad_query, place.head), query,
+                       b.inputs.finish_row(l.queries, r), b.grad_query + r * p.padded_dim);
         }
     }
+    const Rows keys = place.keys(p, p.call.grad_key), values = place.keys(p, p.call.grad_value);
     for (size_t i = 0; i < l.chunks.size(); ++i) {
         const ListChunk &chunk = l.chunks[i];
-        const int64_t start = static_cast<int64_t>(i) * kBlock, keys = chunk.block.rows;
-        float *slope = b.slopes + start * p.features;
-        for (int64_t r = 0; r < kBlock; ++r) b.slope_sum[r] = 0;
-        for (int64_t f = 0; f < p.features; ++f) {
-            for (int64_t r = 0; r < keys; r += kWidth) {
-                float *at = slope + f * kBlock + r;
-                store(at, load(at) * load(chunk.features + f * kBlock + r));
-            }
-        }
-        add_up(slope, p.features, keys, b.slope_sum);
-        b.trained.add(p, place.head, 0, p.features, slope, chunk.block);
-        multiply(keys, p.padded_dim, p.features, columns_of(slope, kBlock),
-                 p.weights_of(place.head), p.weight_stride, b.grad_x, p.padded_dim, false);
-        for (int64_t t = 0; t < keys; ++t) {
-            const float along = b.slope_sum[t] * static_cast<float>(p.call.scale);
-            float *key = b.grad_keys + (start + t) * p.padded_dim;
-            for (int64_t c = 0; c < p.head_dim; ++c) {
-                key[c] = b.grad_x[t * p.padded_dim + c] * projection_unit(p) -
-                         chunk.block.x[t * p.padded_dim + c] * along + key[c];
-            }
-            write(place.keys(p, p.call.grad_key), start + t, p.head_dim, key);
-            write(place.keys(p, p.call.grad_value), start + t, p.value_dim,
-                  b.grad_values + (start + t) * p.padded_value);
+        const ChunkGradients &to = b.chunks[i];
+        multiply_rows(p.features, chunk.block.rows, chunk.features, to.slope);
+        b.inputs.add(place.head, chunk.block, 0, p.features, to.slope, true);
+        for (int64_t t = 0; t < chunk.block.rows; ++t) {
+            write_both(p, keys, chunk.start + t, b.inputs.finish_row(chunk.block, t),
+                       to.key + t * p.padded_dim);
+            write(values, chunk.start + t, p.value_dim, to.value + t * p.padded_value);
         }
     }
 }
 
-inline void backward_listed(const performers_listed_call &call) {
+inline bool backward_listed(const performers_listed_call &call) {
     Problem p(call.call);
     const Weights weights(p);
     const WeightGradients trained(p);
-    trained.parallel_tasks(p.heads * call.lists, [&](int64_t i, const WeightSums &sums) {
-        auto b = in_scratch<ListedGradientBuffers>(p);
-        b.trained = sums;
+    // Lists in the place of spans.
+    const std::vector<Span> lists(static_cast<size_t>(call.lists));
+    trained.for_spans<ListedGradientBuffers>(lists, [&](auto &b, int64_t, const Span &, int64_t i) {
         backward_list(p, ListPlace(call, i), b);
     });
     trained.finish();
+    return true;
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <cstdlib>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if !defined(_WIN32)
@@ -86,31 +86,41 @@ const char *parallelism() { return runtime().gomp ? "openmp" : "threads"; }
 
 namespace {
 
-struct Scratch {
-    float *data = nullptr;
-    size_t capacity = 0;
-    ~Scratch() { release(data); }
+constexpr std::align_val_t kAlignment{64};
+
+float *allocate(size_t count) {
+    return static_cast<float *>(::operator new(count * sizeof(float), kAlignment));
+}
+
+void release(float *memory) { ::operator delete(memory, kAlignment); }
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kMostKept = 0;  // Memory that is used again would hide what is read too late.
+#else
+constexpr size_t kMostKept = (size_t{64} << 20) / sizeof(float);
+#endif
+
+struct Memory {
+    float *data;
+    size_t capacity;  // In floats.
 };
 
-// Memory of finished calls, for the next ones. Fresh memory costs a fault for each page at its first
-// use, and the threads of a call wait for each other there.
 class KeptMemory {
 public:
+    // The smallest that is large enough, or none.
     Memory take(size_t count) {
         const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
         // Somebody else's turn, or for ever so in a child that was forked at the wrong moment.
-        if (!lock) return {nullptr, 0};
+        if (!lock) return {};
         Memory *best = nullptr;
         for (Memory &kept : kept_) {
             if (kept.data && kept.capacity >= count && (!best || kept.capacity < best->capacity)) {
                 best = &kept;
             }
         }
-        if (!best) return {nullptr, 0};
-        const Memory found = *best;
-        *best = {nullptr, 0};
-        total_ -= found.capacity;
-        return found;
+        if (!best) return {};
+        total_ -= best->capacity;
+        return std::exchange(*best, {});
     }
 
     // Whether it was kept.
@@ -127,8 +137,6 @@ public:
     }
 
 private:
-    static constexpr size_t kMostKept = (size_t{64} << 20) / sizeof(float);
-
     std::mutex mutex_;
     Memory kept_[4]{};
     size_t total_ = 0;
@@ -140,57 +148,32 @@ KeptMemory &kept_memory() {
     return kept;
 }
 
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kKeepMemory = false;  // Memory that is used again would hide what is read too late.
-#else
-constexpr bool kKeepMemory = true;
-#endif
+struct Scratch {
+    Memory memory{};
+    ~Scratch() { release(memory.data); }
+};
 
 }  // namespace
 
-Memory borrow(size_t count) {
-    if (kKeepMemory) {
-        const Memory kept = kept_memory().take(count);
-        if (kept.data) return kept;
-    }
-    return {allocate(count), count};
+SharedMemory::SharedMemory(int64_t count) {
+    if (count == 0) return;
+    Memory memory = kept_memory().take(static_cast<size_t>(count));
+    if (!memory.data) memory = {allocate(static_cast<size_t>(count)), static_cast<size_t>(count)};
+    data = memory.data;
+    capacity = memory.capacity;
 }
 
-void give_back(const Memory &memory) {
-    if (!memory.data) return;
-    if (!kKeepMemory || !kept_memory().keep(memory)) release(memory.data);
-}
-
-float *allocate(size_t count) {
-    constexpr size_t alignment = 64;
-    const size_t bytes = (count * sizeof(float) / alignment + 1) * alignment;
-#if defined(_WIN32)
-    void *memory = _aligned_malloc(bytes, alignment);
-#else
-    void *memory = std::aligned_alloc(alignment, bytes);
-#endif
-    if (!memory) throw std::bad_alloc();
-    return static_cast<float *>(memory);
-}
-
-void release(float *memory) {
-#if defined(_WIN32)
-    _aligned_free(memory);
-#else
-    std::free(memory);
-#endif
+SharedMemory::~SharedMemory() {
+    if (data && !kept_memory().keep({data, capacity})) release(data);
 }
 
 float *scratch(size_t count) {
     thread_local Scratch mine;
-    if (mine.capacity < count) {
-        release(mine.data);
-        mine.data = nullptr;
-        mine.capacity = 0;
-        mine.data = allocate(count);
-        mine.capacity = count;
+    if (mine.memory.capacity < count) {
+        release(std::exchange(mine.memory, {}).data);
+        mine.memory = {allocate(count), count};
     }
-    return mine.data;
+    return mine.memory.data;
 }
 
 }  // namespace performers

@@ -1,4 +1,4 @@
-// Parallel loops on the thread pool that torch already runs, and memory.
+// Parallel loops on the thread pool that torch already runs, and memory, aligned to 64 bytes.
 #pragma once
 
 #include <cstddef>
@@ -12,22 +12,20 @@ void parallel_for(int64_t threads, int64_t count, void (*body)(void *, int64_t),
 
 const char *parallelism();
 
-// At least `count` floats, aligned to 64 bytes, owned by the calling thread and reused by its next
-// call of scratch. Throws std::bad_alloc.
+// At least `count` floats, owned by the calling thread and reused by its next call of scratch.
 float *scratch(size_t count);
 
-// `count` floats, aligned to 64 bytes, until release. Throws std::bad_alloc.
-float *allocate(size_t count);
-void release(float *memory);
+// Floats for the duration of a call, shared by its tasks. Some (64 MiB in all, in the whole process)
+// are kept for later calls: fresh memory costs a fault for each page at its first use, and the threads
+// of a call wait for each other there.
+struct SharedMemory {
+    float *data = nullptr;
+    size_t capacity = 0;
 
-struct Memory {
-    float *data;
-    size_t capacity;  // In floats.
+    explicit SharedMemory(int64_t count);
+    ~SharedMemory();
+    SharedMemory(const SharedMemory &) = delete;
+    SharedMemory &operator=(const SharedMemory &) = delete;
 };
-
-// At least `count` floats, aligned to 64 bytes, until give_back, which keeps some (64 MiB in all, in
-// the whole process) for the next who borrows. Throws std::bad_alloc.
-Memory borrow(size_t count);
-void give_back(const Memory &memory);
 
 }  // namespace performers

@@ -28,6 +28,12 @@ typedef struct {
     int64_t type;
 } performers_array;
 
+// Sums over keys: (batch, key_heads, features, value_dim), and twice (batch, key_heads, features). Log
+// scales are natural logarithms, where nothing else is said.
+typedef struct {
+    float *key_value, *key_sum, *log_scale;
+} performers_sums;
+
 // One attention call. Pointers without a comment to the contrary are float32 and contiguous;
 // those marked "or null" may be absent.
 typedef struct {
@@ -58,24 +64,21 @@ typedef struct {
     performers_array sink_key, sink_value;
     const int64_t *sink_first;
 
-    // The past of a causal call, or null: (batch, key_heads, features, value_dim), and twice
-    // (batch, key_heads, features). Scales are natural logarithms.
-    const float *past_key_value, *past_key_sum, *past_log_scale;
+    performers_sums past;  // of a causal call, or null
 
     // Results of the forward pass, given back to the backward pass.
     performers_array out;  // float32
     float *row_scale;      // (batch, key_heads, groups, length): binary logarithm of a row's scale
     float *row_inverse;    // likewise: one over the normaliser at that scale; negative for rows
                            // whose pairs within the chunk had to be summed at a scale of their own
-    // The sums over all keys, shapes as the past. For causal calls over all but the last `window`,
-    // in the form of a past, or null; for bidirectional ones (unless packed or with a window) with
-    // binary logarithms.
-    float *key_value, *key_sum, *log_scale;
+    // Over all keys. For causal calls over all but the last `window`, in the form of a past, or null;
+    // for bidirectional ones (unless packed or with a window) with binary logarithms.
+    performers_sums sums;
 
     // The backward pass.
     performers_array grad_out;
     const float *grad_log_normaliser;  // of the natural logarithm of each row's normaliser, or null
-    const float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
+    float *grad_key_value, *grad_key_sum;  // of a causal call's final sums, or null
     // Written; but with a window, sinks or a part of the pairs they are float32, and added to.
     performers_array grad_query, grad_key, grad_value;
     float *grad_past_key_value, *grad_past_key_sum;  // or null

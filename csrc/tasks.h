@@ -31,20 +31,6 @@ inline void parallel(const Problem &p, int64_t count, Body &&body) {
         &body);
 }
 
-// Floats for the duration of a call, shared by its tasks.
-class SharedMemory {
-public:
-    explicit SharedMemory(int64_t count) : memory_(borrow(static_cast<size_t>(count))) {}
-    ~SharedMemory() { give_back(memory_); }
-    SharedMemory(const SharedMemory &) = delete;
-    SharedMemory &operator=(const SharedMemory &) = delete;
-
-    float *data() const { return memory_.data; }
-
-private:
-    Memory memory_;
-};
-
 inline Span all_positions(const performers_call &call) { return {0, call.length, 0, call.size}; }
 
 // The packed sequences, or all positions at once.
@@ -76,10 +62,40 @@ inline int64_t parts_of(int64_t length, int64_t wanted) {
     return larger<int64_t>(1, smaller(wanted, length / kSmallestPart));
 }
 
+// The sequences, the same for every head, or parts of the only one if heads are fewer than threads.
+inline std::vector<Span> sequences_or_parts(const Problem &p, int64_t wanted) {
+    const std::vector<Span> whole = sequences(p.call);
+    const int64_t parts = parts_of(p.call.length, wanted);
+    if (whole.size() > 1 || p.heads >= p.call.threads || parts == 1) return whole;
+    return cut(p.call.length, p.call.size, parts);
+}
+
+// Calls body(buffers, head, span, i) for the spans of all heads, in parallel; i counts them.
+template <typename Made, typename Body>
+inline void for_spans(const Problem &p, const std::vector<Span> &spans, Body &&body) {
+    const int64_t count = static_cast<int64_t>(spans.size());
+    parallel(p, p.heads * count, [&](int64_t i) {
+        auto b = in_scratch<Made>(p);
+        body(b, i / count, spans[static_cast<size_t>(i % count)], i);
+    });
+}
+
+// Sums of many spans.
+class ManySums {
+public:
+    ManySums(const Problem &p, int64_t count) : p_(p), memory_(count * Sums::size(p)) {}
+
+    Sums at(int64_t i) const { return Sums(p_, memory_.data + i * Sums::size(p_)); }
+
+private:
+    const Problem &p_;
+    SharedMemory memory_;
+};
+
 class Weights {
 public:
     explicit Weights(Problem &p) : memory_(p.weight_rows() * p.weight_stride) {
-        p.weights = memory_.data();
+        p.weights = memory_.data;
         constexpr int64_t some = 1024;  // fewer take less time than starting the threads
         parallel(p, (p.weight_rows() + some - 1) / some, [&](int64_t i) {
             const int64_t last = smaller((i + 1) * some, p.weight_rows());
@@ -99,21 +115,26 @@ public:
         : p_(p),
           lanes_(p.call.grad_weight ? 2 * larger<int64_t>(1, p.call.threads) : 0),
           memory_(lanes_ * size()) {
-        for (int64_t i = 0; i < lanes_ * size(); ++i) memory_.data()[i] = 0;
+        for (int64_t i = 0; i < lanes_ * size(); ++i) memory_.data[i] = 0;
     }
 
-    // Calls body(i, sums) for every i in [0, count), in parallel.
-    template <typename Body>
-    void parallel_tasks(int64_t count, Body &&body) const {
-        const int64_t lanes = lanes_ ? smaller(lanes_, count) : count;
+    // As above, with buffers that add to these gradients.
+    template <typename Made, typename Body>
+    void for_spans(const std::vector<Span> &spans, Body &&body) const {
+        const int64_t count = static_cast<int64_t>(spans.size()), tasks = p_.heads * count;
+        const int64_t lanes = lanes_ ? smaller(lanes_, tasks) : tasks;
         parallel(p_, lanes, [&](int64_t lane) {
-            for (int64_t i = lane; i < count; i += lanes) body(i, at(lane));
+            for (int64_t i = lane; i < tasks; i += lanes) {
+                auto b = in_scratch<Made>(p_);
+                b.inputs.trained = at(lane);
+                body(b, i / count, spans[static_cast<size_t>(i % count)], i);
+            }
         });
     }
 
     WeightSums at(int64_t lane) const {
         if (!lanes_) return {};
-        float *weight = memory_.data() + lane * size();
+        float *weight = memory_.data + lane * size();
         return {weight, weight + p_.weight_rows() * p_.padded_dim};
     }
 
@@ -141,44 +162,17 @@ private:
     SharedMemory memory_;
 };
 
-// Where the sums of a head lie in the tensors of a call.
-inline int64_t value_offset(const Problem &p, int64_t head) { return head * p.features * p.value_dim; }
-inline int64_t sum_offset(const Problem &p, int64_t head) { return head * p.features; }
-
-constexpr float kBinary = 1.0f, kNatural = static_cast<float>(kLog2e);
-
-// The sums that a bidirectional call leaves for its backward pass.
-inline void export_bidirectional(const Problem &p, int64_t head, const Sums &sums) {
-    export_sums(p, sums, p.call.key_value + value_offset(p, head),
-                p.call.key_sum + sum_offset(p, head), p.call.log_scale + sum_offset(p, head),
-                kBinary);
-}
-
-inline void import_bidirectional(const Problem &p, int64_t head, const Sums &sums) {
-    import_sums(p, sums, p.call.key_value + value_offset(p, head),
-                p.call.key_sum + sum_offset(p, head), p.call.log_scale + sum_offset(p, head),
-                kBinary);
-}
-
-// A state's log scales are natural logarithms.
-inline void import_past(const Problem &p, int64_t head, const Sums &sums) {
-    if (!p.call.past_key_value) return sums.clear(p);
-    import_sums(p, sums, p.call.past_key_value + value_offset(p, head),
-                p.call.past_key_sum + sum_offset(p, head),
-                p.call.past_log_scale + sum_offset(p, head), kNatural);
+// The scale of sum i of a state. One that did not change stays the same number: converted to and fro at
+// every step it would drift away from its sums.
+inline float state_scale(const Problem &p, int64_t i, float log_scale) {
+    const float *past = p.call.past.log_scale;
+    return past && past[i] * kNatural == log_scale ? past[i] : log_scale * kLn2;
 }
 
 inline void export_state(const Problem &p, int64_t head, const Sums &sums) {
-    if (!p.call.key_value) return;
-    float *log_scale = p.call.log_scale + sum_offset(p, head);
-    export_sums(p, sums, p.call.key_value + value_offset(p, head),
-                p.call.key_sum + sum_offset(p, head), log_scale, p.exponential ? kLn2 : kBinary);
-    if (!p.call.past_log_scale) return;
-    // A scale that did not change stays the same number: converted to and fro at every step it
-    // would drift away from its sums.
-    const float *past = p.call.past_log_scale + sum_offset(p, head);
-    for (int64_t f = 0; f < p.features; ++f) {
-        if (past[f] * kNatural == sums.log_scale[f]) log_scale[f] = past[f];
+    sums.write(p.call.sums, head);
+    for (int64_t i = head * p.features; p.call.sums.log_scale && i < (head + 1) * p.features; ++i) {
+        p.call.sums.log_scale[i] = state_scale(p, i, p.call.sums.log_scale[i]);
     }
 }
 
@@ -187,7 +181,7 @@ struct ForwardBuffers : Buffers {
 
     KeyBuffers keys{arena, p};
     QueryBuffers queries{arena, p};
-    Sums sums{arena.take(Sums::size(p)), p};
+    Sums sums{arena, p};
 };
 
 }  // namespace

@@ -84,7 +84,7 @@ private:
 
     WindowUnit at(int64_t i, int64_t slot) const {
         WindowUnit unit = units_[static_cast<size_t>(i)];
-        Arena arena(memory_.data() + slot * size_);
+        Arena arena(memory_.data + slot * size_);
         unit.place(arena, p_, backward_);
         return unit;
     }
@@ -96,56 +96,48 @@ private:
     SharedMemory memory_;
 };
 
-inline int64_t key_segments_of(const WindowUnit &unit) { return unit.grid.keys().count(); }
-inline int64_t query_segments_of(const WindowUnit &unit) { return unit.grid.queries().count(); }
-
 // Features and sums of keys, added up.
 inline void sum_windowed_keys(const Problem &p, const WindowTasks &tasks) {
-    tasks.run(p, key_segments_of, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+    const auto key_segments = [](const WindowUnit &unit) { return unit.grid.keys().count(); };
+    tasks.run(p, key_segments, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
         auto b = in_scratch<WindowKeyBuffers>(p);
         windowed_keys(p, unit, begin, end, b);
     });
     const auto features = [&](const WindowUnit &) { return p.features; };
     tasks.run(p, features, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
-        windowed_sums(p, unit, begin, end, tasks.parts > 0);
+        windowed_sums(unit, begin, end, tasks.parts > 0);
     });
 }
 
+inline int64_t query_segments(const WindowUnit &unit) { return unit.grid.queries().count(); }
+
 inline void forward_windowed(const Problem &p) {
-    WindowWork work(p, false);
-    work.run([&](const WindowTasks &tasks) {
+    WindowWork(p, false).run([&](const WindowTasks &tasks) {
         sum_windowed_keys(p, tasks);
-        tasks.run(p, query_segments_of,
-                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
-                      auto b = in_scratch<WindowQueryBuffers>(p);
-                      windowed_queries(p, unit, begin, end, b);
-                  });
+        tasks.run(p, query_segments, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
+            auto b = in_scratch<WindowQueryBuffers>(p);
+            windowed_queries(p, unit, begin, end, b);
+        });
     });
 }
 
 inline void backward_windowed(const Problem &p, const WeightGradients &trained) {
     const auto features = [&](const WindowUnit &) { return p.features; };
     const auto reading_keys = [](const WindowUnit &unit) { return unit.grid.reading_keys().count(); };
-    WindowWork work(p, true);
-    work.run([&](const WindowTasks &tasks) {
+    WindowWork(p, true).run([&](const WindowTasks &tasks) {
+        const auto run = [&](auto &&length, auto &&gradients) {
+            tasks.run(p, length, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t lane) {
+                auto b = in_scratch<WindowGradientBuffers>(p);
+                b.inputs.trained = trained.at(lane);
+                gradients(p, unit, begin, end, b);
+            });
+        };
         sum_windowed_keys(p, tasks);
-        tasks.run(p, query_segments_of,
-                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t lane) {
-                      auto b = in_scratch<WindowGradientBuffers>(p);
-                      b.trained = trained.at(lane);
-                      windowed_query_gradients(p, unit, begin, end, b);
-                  });
+        run(query_segments, windowed_query_gradients);
         tasks.run(p, features, [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t) {
-            if (!unit.grid.reaches()) return;
-            add_segments(p, unit.grads, query_segments_of(unit), false, tasks.parts > 0, begin,
-                         end);
+            if (unit.grid.reaches()) unit.grads.add_up(tasks.parts > 0, begin, end);
         });
-        tasks.run(p, reading_keys,
-                  [&](const WindowUnit &unit, int64_t begin, int64_t end, int64_t lane) {
-                      auto b = in_scratch<WindowGradientBuffers>(p);
-                      b.trained = trained.at(lane);
-                      windowed_key_gradients(p, unit, begin, end, b);
-                  });
+        run(reading_keys, windowed_key_gradients);
     });
 }
 
