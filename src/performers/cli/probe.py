@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from performers.app.files import prepare_output_folder
-from performers.app.options import Options, argument, option
+from performers.app.options import option
 from performers.app.provenance import write_result
 from performers.cli.console import ProgressBars, note, output, table
-from performers.cli.inputs import (
-    BATCH_TOKENS,
-    MODEL_AND_FASTA,
-    NEW_FOLDER,
-    model_and_fasta,
-    protein_records,
-)
+from performers.cli.inputs import BATCH_TOKENS, NEW_FOLDER, ModelAndFasta, protein_records
 from performers.proteins.options import POOLINGS
 from performers.proteins.probe.options import PROBE_FEATURES, ProbeOptions
 
@@ -28,10 +22,9 @@ _COLUMNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeInputs(Options):
+class ProbeInputs(ModelAndFasta):
     """Proteins, labels and features of a probe."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_folder: Path = option(**NEW_FOLDER)
     labels: Path | None = option(
         "Table: name, tab, labels with commas between, and perhaps a tab and the group. By "
@@ -67,7 +60,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     from performers.proteins.probe.task import build_task
 
     require_scikit_learn()
-    model, fasta = model_and_fasta(inputs.paths)
+    model, fasta = inputs.split()
     task = build_task(
         protein_records(fasta),
         labels=read_labels(inputs.labels) if inputs.labels else None,
