@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,22 +137,18 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
     ]
     tables = -(-len(metrics) // _COLUMNS)
     size = -(-len(metrics) // tables)
-    parts_of_metrics = [metrics[start : start + size] for start in range(0, len(metrics), size)]
-    for part in parts_of_metrics:
-        rows = [
-            (name, *(_with_sd(row["metrics"][metric]) for metric in part))
-            for name, row in found["features"].items()
-        ]
-        output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+
+    def show(features: Mapping[str, Any], cell: Callable[[Any], str]) -> None:
+        for start in range(0, len(metrics), size):
+            part = metrics[start : start + size]
+            rows = [(name, *(cell(row[x]) for x in part)) for name, row in features.items()]
+            output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+
+    show({name: row["metrics"] for name, row in found["features"].items()}, _with_sd)
     if found["differences"]:
         first = next(iter(found["features"]))
         output.print(f"{first} minus the others, paired by split (and how many of them it won):")
-        for part in parts_of_metrics:
-            rows = [
-                (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in part))
-                for name, row in found["differences"].items()
-            ]
-            output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+        show(found["differences"], lambda x: f"{_with_sd(x, '+.3f')} ({x['wins']})")
     for line in notes:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
 

@@ -128,11 +128,7 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
     """Writer of a protein and its score, to a table or to JSON."""
     if path is None or path.suffix.lower() == ".tsv":
         with _table(path, _HEADINGS, sys.stdout) as row:
-            yield lambda record, found: row(
-                record.accession,
-                len(record.sequence),
-                *(found.log_likelihood, found.mean, found.perplexity),
-            )
+            yield lambda record, found: row(*_values(record, found))
         return
     with replacement(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         made = json.dumps({KEY: provenance("score", model=model)}, indent=2)
@@ -141,12 +137,8 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
 
         def write(record: Any, found: Any) -> None:
             nonlocal separator
-            values = (
-                *(record.accession, len(record.sequence)),
-                *(found.log_likelihood, found.mean, found.perplexity),
-            )
             content = {
-                **dict(zip(_HEADINGS, values, strict=True)),
+                **dict(zip(_HEADINGS, _values(record, found), strict=True)),
                 "header": record.header,
                 "log_likelihoods": [round(x, 6) for x in found.log_likelihoods.tolist()],
             }
@@ -155,6 +147,12 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
 
         yield write
         file.write("\n  ]\n}\n")
+
+
+def _values(record: Any, found: Any) -> tuple[Any, ...]:
+    """Those of ``_HEADINGS``."""
+    size = len(record.sequence)
+    return record.accession, size, found.log_likelihood, found.mean, found.perplexity
 
 
 @contextmanager
