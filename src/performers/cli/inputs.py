@@ -196,7 +196,7 @@ class ProteinFiles:
         with ExitStack() as stack:
             self._sources = stack.enter_context(rereadable(self._paths))
             self.letters = LetterReport()
-            for _ in self._records(self.letters):
+            for _ in self.records(self.letters):
                 pass
             note(self.letters.summary())
             if not self.letters.records:
@@ -212,7 +212,7 @@ class ProteinFiles:
         """Neighbouring proteins, of about so many residues together."""
         chunk: list[ProteinRecord] = []
         size = 0
-        for record in self._records(None):
+        for record in self.records():
             chunk.append(record)
             size += len(record.sequence)
             if size >= residues:
@@ -221,11 +221,8 @@ class ProteinFiles:
         if chunk:
             yield chunk
 
-    def records(self) -> Iterator[ProteinRecord]:
-        """All proteins, one at a time."""
-        return self._records(None)
-
-    def _records(self, letters: LetterReport | None) -> Iterator[ProteinRecord]:
+    def records(self, letters: LetterReport | None = None) -> Iterator[ProteinRecord]:
+        """All proteins, one at a time, counted in ``letters``."""
         from performers.proteins.inputs.fasta import iter_fasta
 
         for path, name in self._sources:
