@@ -8,14 +8,14 @@ from performers.proteins.inputs.fasta import write_fasta
 from tests.cli.commands import refusal, run
 from tests.proteins.probe.probe_data import motif_records
 
-COUNT = 120
+RECORDS = motif_records(160)
 FAST = ["--repeats", 2, "--min-count", 5]
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled") / "motifs.fasta"
-    write_fasta(path, motif_records(COUNT))
+    write_fasta(path, RECORDS)
     return path
 
 
@@ -35,12 +35,11 @@ def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path):
     hidden = json.loads((masked / "config.json").read_text())["hidden_size"]
     assert found["features"]["embeddings"]["width"] == hidden + 1
     assert found["features"]["dipeptides"]["metrics"]["accuracy"]["mean"] > 0.9
-    groups = len({record.description.split()[1] for record in motif_records(COUNT)})
-    assert found["groups"] == groups
+    assert found["groups"] == 40
     for name, row in found["features"].items():
         assert f"{name} " in out
         assert f"{row['metrics']['accuracy']['mean']:.3f} ±" in out
-    assert f"{COUNT} proteins in {groups} groups, each with one of 2 labels; 2 splits" in out
+    assert "160 proteins in 40 groups, each with one of 2 labels; 2 splits" in out
     assert f"results: {output / 'probe.json'}" in out
     for words in ("hold the logarithm of the length", "one draw of weights (seed 0)", "a spread"):
         assert sum(words in note for note in found["notes"]) == 1
@@ -60,7 +59,7 @@ def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_pat
     monkeypatch.setattr("performers.proteins.model_folder.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     table = tmp_path / "labels.tsv"
-    names = [record.name for record in motif_records(COUNT)]
+    names = [record.name for record in RECORDS]
     command = ["probe", masked, labelled, "--output", "new", "--labels", table, *FAST]
     for content, words in (
         ("# made by hand\nq1\tx\n", f"in the labels such as 'q1' ({table}:2)"),
@@ -77,7 +76,7 @@ def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_pat
 
 def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):
     labels, groups = tmp_path / "labels.tsv", tmp_path / "clusters.tsv"
-    records = motif_records(COUNT, both=True)
+    records = motif_records(len(RECORDS), both=True)
     with labels.open("w") as file:
         file.write("# forward\tthe motif as it is\n")
         for record in records:
@@ -109,7 +108,7 @@ def test_spreads_double_the_width_of_embeddings_alone(masked, labelled, tmp_path
 
 def test_a_random_split_is_asked_for_and_said(masked, tmp_path):
     fasta = tmp_path / "x.fasta"
-    records = motif_records(COUNT)
+    records = motif_records(120)
     write_fasta(fasta, [type(r)(r.name, r.description.split()[0], r.sequence) for r in records])
     arguments = ["probe", masked, fasta, "--output", tmp_path / "new", *FAST]
     assert "mmseqs easy-cluster" in refusal(*arguments)

@@ -41,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid, outer": {"exact_layers": [0, 2], "num_hidden_layers": 3},
     "hybrid, inner": {"exact_layers": [1], "num_hidden_layers": 3},
     "reversible": {"reversible": True},
+    "trigonometric": {"estimator": "trigonometric"},
+    "memory": {"attention": "exact", "attention_options": {"memory": 4}},
 }
 EXACT_TERMS = ("window and sinks", "hybrid, outer", "hybrid, inner")
 
