@@ -22,7 +22,7 @@ def shown(monkeypatch):
 def test_elsewhere_than_on_a_terminal_progress_is_a_line_a_tenth(shown):
     stream = shown(False)
     with console.ProgressBars() as bars:
-        report = bars.training("training")
+        report = bars.task("training")
         for step in range(101):
             report(step, 100, {"loss": 3.0, "grad_norm": 1.0} if step == 15 else {})
             if step == 55:
@@ -59,7 +59,7 @@ def test_only_the_first_of_several_processes_speaks(shown, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with console.ProgressBars() as bars:
         bars.task("embedding")(7, 7)
-        bars.training("training")(7, 7, {"loss": 1.0})
+        bars.task("training")(7, 7, {"loss": 1.0})
     console.note("done")
     console.print_metrics({"validation": {}})
     assert stream.getvalue() == ""

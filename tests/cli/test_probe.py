@@ -8,13 +8,14 @@ from performers.proteins.inputs.fasta import write_fasta
 from tests.cli.commands import refusal, run
 from tests.proteins.probe.probe_data import motif_records
 
+RECORDS = motif_records(160)
 FAST = ["--repeats", 2, "--min-count", 5]
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     path = tmp_path_factory.mktemp("labelled") / "motifs.fasta"
-    write_fasta(path, motif_records())
+    write_fasta(path, RECORDS)
     return path
 
 
@@ -38,7 +39,7 @@ def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path):
     for name, row in found["features"].items():
         assert f"{name} " in out
         assert f"{row['metrics']['accuracy']['mean']:.3f} ±" in out
-    assert "240 proteins in 40 groups, each with one of 2 labels; 2 splits" in out
+    assert "160 proteins in 40 groups, each with one of 2 labels; 2 splits" in out
     assert f"results: {output / 'probe.json'}" in out
     for words in ("hold the logarithm of the length", "one draw of weights (seed 0)", "a spread"):
         assert sum(words in note for note in found["notes"]) == 1
@@ -58,7 +59,7 @@ def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_pat
     monkeypatch.setattr("performers.proteins.model_folder.load_model", refuse)
     monkeypatch.chdir(tmp_path)
     table = tmp_path / "labels.tsv"
-    names = [record.name for record in motif_records()]
+    names = [record.name for record in RECORDS]
     command = ["probe", masked, labelled, "--output", "new", "--labels", table, *FAST]
     for content, words in (
         ("# made by hand\nq1\tx\n", f"in the labels such as 'q1' ({table}:2)"),
@@ -75,7 +76,7 @@ def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_pat
 
 def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):
     labels, groups = tmp_path / "labels.tsv", tmp_path / "clusters.tsv"
-    records = motif_records(both=True)
+    records = motif_records(len(RECORDS), both=True)
     with labels.open("w") as file:
         file.write("# forward\tthe motif as it is\n")
         for record in records:

@@ -202,7 +202,7 @@ def test_the_cache_is_as_large_after_200_tokens_as_after_20(name, kind):
             given = {**inputs(name), "decoder_input_ids": token_ids(2, count)}
         with torch.no_grad():
             cache = getattr(model(**given, use_cache=True), CACHE_KEYWORD)
-        sizes.append([layer.nbytes for layer in states(cache)])
+        sizes.append([layer.state.nbytes for layer in states(cache)])
     assert len(sizes[0]) == 2
     assert sizes[0] == sizes[1]
     # Float32: the sums and two numbers a feature; keys and values in the window and of the sinks,

@@ -41,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "hybrid, outer": {"exact_layers": [0, 2], "num_hidden_layers": 3},
     "hybrid, inner": {"exact_layers": [1], "num_hidden_layers": 3},
     "reversible": {"reversible": True},
+    "trigonometric": {"estimator": "trigonometric"},
+    "memory": {"attention": "exact", "attention_options": {"memory": 4}},
 }
 EXACT_TERMS = ("window and sinks", "hybrid, outer", "hybrid, inner")
 
@@ -48,17 +50,14 @@ EXACT_TERMS = ("window and sinks", "hybrid, outer", "hybrid, inner")
 _TRIED = (*MAIN, SIGNED[0], "window", "reversible", *EXACT_TERMS)
 
 
-def _case(name: str, *more: Any) -> Any:
-    """A value to parametrize with, behind ``-m exhaustive`` for kernels that others stand for."""
-    if name in _TRIED:
-        return (name, *more) if more else name
-    return pytest.param(name, *more, marks=pytest.mark.exhaustive)
+def _tried(*names: str) -> list[Any]:
+    """Values to parametrize with, behind ``-m exhaustive`` for kernels that others stand for."""
+    rest = pytest.mark.exhaustive
+    return [name if name in _TRIED else pytest.param(name, marks=rest) for name in names]
 
 
-_NAMES = (*ATTENTIONS, "window", "reversible")
-CAUSAL = [_case(name) for name in _NAMES]
-EVERY = [_case(name, causal) for name in _NAMES for causal in (False, True)]
-CACHED = [_case(name) for name in (*ATTENTIONS, *EXACT_TERMS, "window", "reversible")]
+NAMES = _tried(*ATTENTIONS, "window", "reversible")
+CACHED = _tried(*ATTENTIONS, *EXACT_TERMS, "window", "reversible")
 
 # Two ways to the same numbers in float64. Maps of both signs have normalisers near zero, which
 # make more of rounding.

@@ -1,10 +1,11 @@
-"""The cache: its size, its rows, and taking tokens back."""
+"""The cache: its size, its rows, taking tokens back, and a past that is handed on."""
 
 import copy
 
 import pytest
 import torch
 
+from performers.features import redraw_features_
 from performers.models import PerformerCache
 from tests.models.cases import (
     CACHED,
@@ -160,3 +161,133 @@ def test_no_cache_in_training_nor_without_causality_unless_asked_for():
     base = masked_model().performer
     assert base(tokens(1, 3)).past_key_values is None
     assert base(tokens(1, 3), use_cache=True).past_key_values is None
+
+
+CARRIED = (
+    *("favor-softmax", "window and sinks", "trigonometric", "favor-relu", "hybrid", "exact"),
+    "memory",
+)
+
+
+def carrying(kind, **changes):
+    return causal_model(kind, initializer_range=0.5, num_features=16, **changes).train()
+
+
+def step(model, ids, cache=None):
+    return read(model, ids, None, (ids.shape[1],), cache=cache)
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_a_forgotten_row_is_as_one_that_begins(kind):
+    """To 0.0, whatever the past held, while the other rows go on."""
+    model = carrying(kind)
+    first, second, third = (tokens(3, 6, seed=seed) for seed in (1, 2, 3))
+    outputs = []
+    for past in (first, tokens(3, 6, seed=9)):
+        # Rows 0 and 2 have the same past in both; that of row 1 is forgotten.
+        past[[0, 2]] = first[[0, 2]]
+        _, cache = step(model, past)
+        cache.forget_(torch.tensor([False, True, False]))
+        logits, cache = step(model, second, cache)
+        later, _ = step(model, third, cache)
+        outputs.append((logits, later))
+    for one, other in zip(*outputs, strict=True):
+        assert (one - other).abs().max() == 0.0
+    alone, cache = step(model, second[1:2])
+    assert torch.allclose(outputs[0][0][1:2], alone, atol=1e-5)
+    alone, _ = step(model, third[1:2], cache)
+    assert torch.allclose(outputs[0][1][1:2], alone, atol=1e-5)
+    _, cache = step(model, first[[0, 2]])
+    goes_on, _ = step(model, second[[0, 2]], cache)
+    assert torch.allclose(outputs[0][0][[0, 2]], goes_on, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_all_rows_forgotten_is_an_empty_cache(kind):
+    model = carrying(kind)
+    _, cache = step(model, tokens(3, 6))
+    cache.forget_(torch.ones(3, dtype=torch.bool))
+    assert cache.get_seq_length() == 0
+    again, _ = step(model, tokens(3, 6, seed=2), cache)
+    new, _ = step(model, tokens(3, 6, seed=2))
+    assert (again - new).abs().max() == 0.0
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_a_detached_past_has_no_gradient(kind):
+    model = carrying(kind)
+    _, cache = step(model, tokens(3, 6))
+    logits, _ = step(model, tokens(3, 6, seed=2), cache.detach_())
+    logits.sum().backward()
+    ours = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    with torch.no_grad():
+        _, cache = step(model, tokens(3, 6))
+    step(model, tokens(3, 6, seed=2), cache)[0].sum().backward()
+    for one, parameter in zip(ours, model.parameters(), strict=True):
+        assert torch.allclose(one, parameter.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_a_saved_past_goes_on_to_the_bit(kind, tmp_path):
+    model = carrying(kind)
+    _, cache = step(model, tokens(3, 6))
+    cache.forget_(torch.tensor([True, False, False]))
+    torch.save(cache.detach_().state_dict(), tmp_path / "past")
+    expected, _ = step(model, tokens(3, 6, seed=2), cache)
+    config = model.config
+    other = PerformerCache(
+        config.attention, 2, config.exact_layers, config.attention_options.get("memory")
+    )
+    other.load_state_dict(torch.load(tmp_path / "past", weights_only=True))
+    assert torch.equal(step(model, tokens(3, 6, seed=2), other)[0], expected)
+
+
+def test_memory_is_exact_attention_to_the_last_keys_before_the_segment():
+    """The oracle is a dense mask over all keys: those of the segment, and 4 before it."""
+    model = carrying("memory", num_hidden_layers=1)
+    whole = tokens(1, 18)
+    cache, outputs = None, []
+    for segment in whole.split(6, dim=1):
+        logits, cache = step(model, segment, cache)
+        outputs.append(logits)
+        assert cache.layers[0].keys.shape[-2] == 4
+    hidden = {}
+
+    def keep(module, inputs, output):
+        query, key, value = inputs[:3]
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        place = torch.arange(18)
+        first = place // 6 * 6 - 4
+        allowed = (place[None] <= place[:, None]) & (place[None] >= first[:, None])
+        hidden["out"] = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+        return hidden["out"], None
+
+    mechanism = model.performer.layers[0].attention.mechanism
+    handle = mechanism.register_forward_hook(keep)
+    expected = model(whole, use_cache=False).logits
+    handle.remove()
+    assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-5)
+    assert not torch.allclose(model(whole, use_cache=False).logits, expected, atol=1e-3)
+
+
+def test_memory_generates_and_does_not_grow():
+    model = carrying("memory").eval()
+    made = model.generate(tokens(2, 6), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert made.shape == (2, 18)
+    _, cache = step(model, made)
+    assert (cache.get_seq_length(), cache.layers[0].keys.shape[-2]) == (18, 4)
+    with pytest.raises(ValueError, match="cannot be cropped"):
+        cache.crop(1)
+    with pytest.raises(ValueError, match="memory must be None or at least 1"):
+        carrying("memory", attention_options={"memory": 0})
+
+
+def test_sums_over_features_of_another_draw_are_refused():
+    model = carrying("favor-softmax")
+    _, cache = step(model, tokens(3, 6))
+    redraw_features_(model)
+    with pytest.raises(ValueError, match="redrawn or loaded since"):
+        step(model, tokens(3, 6), cache)
+    cache.reset()
+    step(model, tokens(3, 6), cache)

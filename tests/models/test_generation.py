@@ -20,7 +20,7 @@ from tests.models.cases import (
     tokens,
 )
 
-NEW = 12
+NEW = 8
 
 
 def generator_model(name="favor-softmax", **options):
@@ -57,8 +57,10 @@ def test_greedy_decoding_with_and_without_a_cache(name):
     assert torch.equal(generate(model, ids, use_cache=False), expected)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [*((MAIN[0], x) for x in POSITIONS), *((name, POSITIONS[0]) for name in MAIN[1:])],
+)
 def test_batched_prompts_equal_prompts_alone(name, positions):
     model = generator_model(name, position_embedding=positions)
     rows = rows_of(11, 5, 1)
@@ -149,7 +151,7 @@ def test_generation_from_embeddings(name):
     assert (found == recomputed(model, ids)[:, 6:]).all()
 
 
-@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu", "exact"])
+@pytest.mark.parametrize("name", ["favor-softmax", "favor-relu"])
 def test_generation_in_bfloat16_stays_finite(name):
     model = build(PerformerForCausalLM, name, tie_word_embeddings=False).to(torch.bfloat16)
     set_seed(0)
@@ -157,16 +159,16 @@ def test_generation_in_bfloat16_stays_finite(name):
         model,
         tokens(2, 5),
         do_sample=True,
-        max_new_tokens=300,
-        min_new_tokens=300,
+        max_new_tokens=120,
+        min_new_tokens=120,
         output_logits=True,
         return_dict_in_generate=True,
     )
     logits = torch.stack(output.logits, dim=1)
-    assert logits.shape[:2] == (2, 300)
+    assert logits.shape[:2] == (2, 120)
     assert torch.isfinite(logits).all()
     # The state has not drifted: the last steps still agree with one call over the whole row.
-    whole = model(output.sequences[:, :-1], use_cache=False).logits[:, -300:]
+    whole = model(output.sequences[:, :-1], use_cache=False).logits[:, -120:]
     error = (whole.float() - logits.float())[:, -20:].norm() / whole[:, -20:].float().norm()
     assert error < 0.05
 

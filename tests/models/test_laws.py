@@ -11,11 +11,10 @@ from performers.models import (
 from performers.models.configuration import POSITIONS
 from tests.models.cases import (
     CACHED,
-    CAUSAL,
-    EVERY,
     KINDS,
     MAIN,
     MODELS,
+    NAMES,
     PAD,
     TOLERANCE,
     assert_same,
@@ -68,7 +67,8 @@ ARRANGED = pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 
 @ARRANGED
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize(("name", "is_causal"), EVERY)
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
 def test_sequences_together_equal_sequences_alone(name, is_causal, positions, arrangement):
     """Rows may be longer than the table of learned positions: neither they nor padding count."""
     options = {"position_embedding": positions, "max_position_embeddings": 9}
@@ -101,7 +101,8 @@ def test_so_do_their_gradients(name, is_causal, arrangement):
 
 
 @ARRANGED
-@pytest.mark.parametrize(("name", "is_causal"), EVERY)
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
 def test_attention_matrices(name, is_causal, arrangement):
     """They are those of each sequence alone, and what the layers did."""
     model = make_model(name, is_causal)
@@ -152,7 +153,8 @@ def test_other_sequences_of_a_row_do_not_matter(name, is_causal):
 
 
 @ARRANGED
-@pytest.mark.parametrize(("name", "is_causal"), EVERY)
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
 def test_content_of_padding_is_irrelevant(name, is_causal, arrangement):
     """Also where its sequence id is that of the last sequence of the row."""
     model = make_model(name, is_causal)
@@ -168,7 +170,8 @@ def test_content_of_padding_is_irrelevant(name, is_causal, arrangement):
     assert torch.isfinite(after).all()
 
 
-@pytest.mark.parametrize(("name", "is_causal"), EVERY)
+@KINDS
+@pytest.mark.parametrize("name", NAMES)
 def test_padding_alone_and_before_a_row(name, is_causal):
     """A row of padding is finite with its gradients; attention to nothing is zero."""
     model = make_model(name, is_causal).train()
@@ -222,7 +225,7 @@ def test_pooled_outputs_ignore_padding(name, is_decoder, left):
         torch.testing.assert_close(logits, model(row[None]).logits[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", NAMES)
 def test_later_tokens_do_not_change_earlier_logits(name):
     model = causal_model(name)
     ids = tokens(1, 150)

@@ -126,16 +126,3 @@ def test_a_manifest_that_is_no_file_is_not_opened(folder):
     (folder / "manifest.json").unlink()
     os.mkfifo(folder / "manifest.json")
     assert refusal(folder).startswith("manifest.json is not a regular file; ")
-
-
-def test_a_failed_write_keeps_the_earlier_manifest(folder, monkeypatch):
-    before = (folder / "manifest.json").read_bytes()
-
-    def fail(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_text", fail)
-    with pytest.raises(OSError, match="No space"):
-        write_manifest(folder)
-    assert (folder / "manifest.json").read_bytes() == before
-    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]

@@ -7,19 +7,15 @@ from performers.features import FeatureMap
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import FavorMechanism, PositionWindowMechanism
 from performers.models.context import AttentionContext
+from tests.models.cases import masked_model
 
 IDS = torch.arange(3, 25)[None]
 POSITIONS = torch.tensor([[*range(9), *range(6), *range(7)]])
 
 
 def model(**options):
-    torch.manual_seed(0)
-    config = PerformerConfig(
-        vocab_size=31, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=32, hidden_dropout_prob=0.0, num_features=16, initializer_range=0.3,
-        **options,
-    )  # fmt: skip
-    return PerformerForMaskedLM(config).double().eval()
+    options = {"num_attention_heads": 4, "intermediate_size": 32, **options}
+    return masked_model(num_features=16, initializer_range=0.3, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"features_per_head": True}, {"sinks": 1}], ids=str)

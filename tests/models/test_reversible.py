@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from performers import redraw_features_
 from performers.models import PerformerForMaskedLM
 from tests.models.cases import (
-    EVERY,
+    KINDS,
+    NAMES,
     SIGNED,
     TOLERANCE,
     assert_same,
@@ -116,9 +117,8 @@ def assert_near(found, error):
 
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
-@pytest.mark.parametrize(
-    ("name", "is_causal"), [case for case in EVERY if "reversible" not in str(case)]
-)
+@KINDS
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "reversible"])
 def test_gradients_are_those_of_autograd(name, is_causal, kind):
     """In float64, through six layers with dropout (two for kernels of both signs)."""
     model = reversible(

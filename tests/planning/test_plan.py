@@ -186,15 +186,19 @@ def by_hand(tensors, setting, *, seed=0, scale=None, key_mask=None, is_causal=Fa
 
 
 @pytest.mark.parametrize(
-    ("is_causal", "key_heads", "masked"),
-    [(True, 2, False), (False, 2, True), (True, 1, True)],
+    ("is_causal", "key_heads", "masked", "options"),
+    [
+        (True, 2, False, {"listed_keys": (0,)}),
+        (False, 2, True, {"sinks": (1,)}),
+        (True, 1, True, {"windows": (8,), "listed_keys": (16,)}),
+    ],
 )
-def test_errors_are_those_of_favor_attention(is_causal, key_heads, masked):
+def test_errors_are_those_of_favor_attention(is_causal, key_heads, masked, options):
     samples = heads.structured(batch=4, key_heads=key_heads, length=64, seed=3)
     mask = torch.arange(64) < torch.tensor([64, 40, 50, 33]).unsqueeze(1) if masked else None
-    kind = {"is_causal": is_causal}
-    plan = performers.plan(*samples, key_mask=mask, heads=("key", "query"), seed=5, **kind, **GRID)
-    assert len(plan.settings) == 16 * (3 - key_heads)
+    kind, chosen = {"is_causal": is_causal}, {**GRID, "heads": ("key", "query"), **options}
+    plan = performers.plan(*samples, key_mask=mask, seed=5, **kind, **chosen)
+    assert len(plan.settings) == 8
     calibration, held_out = ([x[half] for x in samples] for half in (slice(2), slice(2, 4)))
     first, second = (None, None) if mask is None else (mask[:2], mask[2:])
     counted = 1.0 if mask is None else second[:, None, :, None]
@@ -256,19 +260,21 @@ def test_a_plan_is_the_same_twice_up_to_times():
     assert all(torch.equal(x, y) for x, y in zip(samples, copies, strict=True))
 
 
-# Rounded to eight bits, some queries go into other lists of keys.
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 0.01), (torch.bfloat16, 0.4)])
-def test_one_row_and_cross_attention_in_any_dtype(dtype, within):
+@pytest.mark.parametrize(
+    ("queries", "options"), [(81, {"is_causal": True}), (60, {"windows": (None,)})]
+)
+def test_one_row_and_cross_attention_in_any_dtype(queries, options):
     query, key, value = heads.structured(batch=1, length=81)
-    for queries, options in ((81, {"is_causal": True}), (60, {"windows": (None,)})):
-        samples = query[:, :, :queries], key, value
-        options = {**GRID, **options}
-        expected = performers.plan(*samples, **options)
+    options = {**GRID, "sinks": (1,), **options}
+    samples = query[:, :, :queries], key, value
+    expected = performers.plan(*samples, **options)
+    # Rounded to eight bits, some queries go into other lists of keys.
+    for dtype, within in ((torch.float64, 0.01), (torch.bfloat16, 0.4)):
         samples = [x.to(dtype) for x in samples]
         plan = performers.plan(*samples, **options)
         assert (plan.held_out, plan.length) == ((1, queries // 2), queries)
         assert bool(plan.diagnosis.window_shares) == (queries == 81)
         for one, other in zip(plan.settings, expected.settings, strict=True):
             assert one.error == pytest.approx(other.error, rel=within)
-        features, options = plan.build()
-        assert performers.favor_attention(*samples, features, **options).dtype == dtype
+        features, call = plan.build()
+        assert performers.favor_attention(*samples, features, **call).dtype == dtype

@@ -49,9 +49,6 @@ def new_figure(
         size: Width and height in inches.
         title: Heading of the figure.
         arrange: Whether axes are moved so that labels do not overlap.
-
-    Returns:
-        The figure.
     """
     engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04) if arrange else None
     figure = Figure(figsize=size, layout=engine)
@@ -89,12 +86,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
 
     Args:
         figure: The figure.
-        path: The file, whose suffix (.png, .svg or .pdf) is its format; one that exists is
-            replaced, missing folders are made.
+        path: The file, which is returned; its suffix (.png, .svg or .pdf) is its format, one that
+            exists is replaced, missing folders are made.
         dpi: Pixels per inch, for pixels.
-
-    Returns:
-        The path.
 
     Raises:
         ValueError: The suffix is none of these.
@@ -103,11 +97,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
     image_format = path.suffix.removeprefix(".").lower()
     if image_format not in _METADATA:
         raise ValueError(f"path must end with .png, .svg or .pdf, got {path.name!r}")
-    write_atomically(path, _render(figure, image_format, dpi))
-    return path
-
-
-def _render(figure: Figure, image_format: str, dpi: int) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=image_format, dpi=dpi, metadata=_METADATA[image_format])
-    return buffer.getvalue()
+    write_atomically(path, buffer.getvalue())
+    return path

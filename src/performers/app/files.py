@@ -19,12 +19,9 @@ def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
     do.
 
     Args:
-        folder: The folder.
+        folder: The folder, which is returned.
         resume: Accept a folder with the results of an earlier run; None for a command that cannot
             resume.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: The folder is a file, not empty (without ``resume``), or not writable.
@@ -37,10 +34,7 @@ def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
         if folder.exists() and any(folder.iterdir()) and not resume:
             advice = "" if resume is None else ", or --resume to continue the run in it"
             raise UserError(f"--output {folder} is not empty; give another folder{advice}")
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        _try_writing(folder)
     except OSError as error:
         raise UserError(
             f"--output {folder} cannot be written ({error.strerror}); give another folder"
@@ -52,12 +46,9 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
     """Check that a result file can be written, before the work that fills it.
 
     Args:
-        path: The file; one that exists is replaced.
+        path: The file, which is returned; one that exists is replaced.
         suffixes: The suffixes to choose from.
         flag: The flag that names the file, for messages.
-
-    Returns:
-        The path.
 
     Raises:
         UserError: The suffix is none of `suffixes`, or the file cannot be written.
@@ -67,10 +58,7 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; give a file")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        probe.touch()
-        probe.unlink()
+        _try_writing(path.parent)
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError)
         reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
@@ -78,6 +66,13 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
             f"{flag} {path} cannot be written ({reason}); give another place"
         ) from error
     return path
+
+
+def _try_writing(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".write-test-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
 
 
 @contextmanager

@@ -23,15 +23,11 @@ from performers.cli.convert import convert
 from performers.cli.embed import embed
 from performers.cli.inputs import (
     BATCH_TOKENS,
-    MODEL_AND_FASTA,
     NEW_FOLDER,
-    RELATIVES,
-    RELATIVES_TOKENS,
     SEED,
-    check_relatives_tokens,
-    model_and_fasta,
+    ModelAndFasta,
+    RelativesOptions,
     protein_records,
-    read_relatives,
 )
 from performers.cli.probe import probe
 from performers.cli.score import score
@@ -69,7 +65,6 @@ app.command(example="performers score proteins.fasta --substitutions substitutio
 class EvaluationOptions(Options):
     """Options of ``performers evaluate``."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     as_json: bool = option("Print JSON.", False, flag="--json")
     max_length: int | None = option(
         "Longest window in tokens; as trained by default.", None, at_least=3
@@ -80,37 +75,32 @@ class EvaluationOptions(Options):
     )
     carry_state: bool = option("Hand the state from segment to segment (texts).", False)
     seed: int = option(**SEED)
-    relatives: Path | None = option(**RELATIVES)
-    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
 
 
 @app.command(example="performers evaluate model held-out.fasta --json")
-def evaluate(options: EvaluationOptions) -> None:
+def evaluate(inputs: ModelAndFasta, options: EvaluationOptions, family: RelativesOptions) -> None:
     """Accuracy, perplexity and loss per residue, beside the unigram baseline; bits per byte."""
     from performers.proteins.model_folder import load_model, model_max_length
     from performers.proteins.scoring.evaluation import evaluate_model
     from performers.streams.text import is_text
 
-    check_relatives_tokens(options.relatives, options.relatives_tokens)
-    if options.relatives is not None and options.max_length is not None:
+    if family.relatives is not None and options.max_length is not None:
         raise UserError(
             "--max-length is of windows of proteins without relatives; with --relatives use "
             "--relatives-tokens"
         )
-    if any(map(is_text, options.paths[1:])):
-        if options.relatives is not None:
+    if any(map(is_text, inputs.paths[1:])):
+        if family.relatives is not None:
             raise UserError("--relatives is for proteins; leave it out for texts (.txt files)")
-        _evaluate_texts(options)
+        _evaluate_texts(inputs.paths, options)
         return
     if options.carry_state:
         raise UserError("--carry-state is for texts (.txt files); leave it out for proteins")
 
-    model, fasta = model_and_fasta(options.paths)
+    model, fasta = inputs.split()
     network, tokenizer = load_model(model)
     records = protein_records(fasta)
-    relatives = read_relatives(
-        options.relatives, options.relatives_tokens, model, tokenizer, records
-    )
+    relatives = family.read(model, tokenizer, records)
     with ProgressBars() as bars:
         metrics = evaluate_model(
             network,
@@ -126,14 +116,14 @@ def evaluate(options: EvaluationOptions) -> None:
     _show_metrics(model, metrics, options)
 
 
-def _evaluate_texts(options: EvaluationOptions) -> None:
+def _evaluate_texts(paths: list[Path], options: EvaluationOptions) -> None:
     from performers.streams.evaluation import evaluate_folder
 
-    model = options.paths[0]
+    model, *texts = paths
     with ProgressBars() as bars:
         metrics = evaluate_folder(
             model,
-            options.paths[1:],
+            texts,
             length=options.max_length,
             batch_tokens=options.batch_tokens,
             carry=options.carry_state,
@@ -190,7 +180,6 @@ def generate(files: GenerationFiles, options: SamplingOptions) -> None:
 class ReportOptions(Options):
     """Options of ``performers report``."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_folder: Path = option(**NEW_FOLDER)
     compare: list[Path] | None = option("Another model to show beside it (repeatable).", None)
     protein: str | None = option("Name or accession of the protein whose attention is drawn.", None)
@@ -213,35 +202,36 @@ class ReportOptions(Options):
     max_residues: int = option(
         "Residues whose guesses the page holds, 8 bytes each.", 50_000, at_least=1
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnRelatives(RelativesOptions):
+    """Relatives of the protein whose attention is drawn."""
+
     relatives: Path | None = option(
-        **{
-            **RELATIVES,
-            "help": "FASTA file of relatives, to draw which of them the residues of --protein are "
-            "read from; where headers have family=NAME, those of its family.",
-        }
+        "FASTA file of relatives, to draw which of them the residues of --protein are read from; "
+        "where headers have family=NAME, those of its family.",
+        None,
+        group="Relatives",
     )
-    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
 
 
 @app.command(example="performers report proteins.fasta --output report")
-def report(options: ReportOptions) -> None:
+def report(inputs: ModelAndFasta, options: ReportOptions, family: DrawnRelatives) -> None:
     """One HTML page: a map of the proteins, each residue's probability, attention, similarity."""
     from performers.proteins.model_folder import load_model
     from performers.proteins.probe.labels import read_labels
     from performers.proteins.report.model_report import choose_protein, report_on_model
 
-    check_relatives_tokens(options.relatives, options.relatives_tokens)
-    model, fasta = model_and_fasta(options.paths)
+    model, fasta = inputs.split()
     network, tokenizer = load_model(model)
     others = [(path, *load_model(path)) for path in map(model_folder, options.compare or [])]
     records = protein_records(fasta)
     labels = None if options.labels is None else read_labels(options.labels).labels
     relatives = None
-    if options.relatives is not None:
+    if family.relatives is not None:
         drawn = choose_protein(records, options.protein, options.max_length)
-        relatives = read_relatives(
-            options.relatives, options.relatives_tokens, model, tokenizer, [drawn]
-        )
+        relatives = family.read(model, tokenizer, [drawn])
     prepare_output_folder(options.output_folder)
     started = time.monotonic()
     with ProgressBars() as bars:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
+from functools import partial
+from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -97,16 +98,13 @@ class ProgressBars:
             self._bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bars is not None:
             self._bars.stop()
 
-    def update(self, name: str, done: int, total: int, log: Mapping[str, float]) -> None:
+    def update(
+        self, name: str, done: int, total: int, log: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
         """Show how far a piece of work is."""
         logs = self._logs.setdefault(name, {})
         logs.update((_SHOWN[key], value) for key, value in log.items() if key in _SHOWN)
@@ -126,14 +124,10 @@ class ProgressBars:
                 text = f"{text}  about {duration(left)} left"
             note(f"{name}: {done:,} of {total:,}  {text.strip()}".rstrip())
 
-    def task(self, name: str) -> Callable[[int, int], None]:
-        """A callback of (done, total) for one piece of work."""
-        return lambda done, total: self.update(name, done, total, {})
+    def task(self, name: str) -> Callable[..., None]:
+        """A callback of (done, total), and perhaps a log entry, for one piece of work."""
+        return partial(self.update, name)
 
     def part(self, name: str, before: int, total: int) -> Callable[[int, int], None]:
         """A callback of (done, of the part) for a part of one piece of work."""
-        return lambda done, _: self.update(name, before + done, total, {})
-
-    def training(self, name: str) -> Callable[[int, int, dict[str, float]], None]:
-        """A callback of (step, steps, log entry) for a training run."""
-        return lambda done, total, log: self.update(name, done, total, log)
+        return lambda done, _: self.update(name, before + done, total)

@@ -26,14 +26,6 @@ class CorpusOutput(Options):
     memory: int = option("MiB that the index of mmseqs2 may take.", 1500, at_least=64)
     resume: bool = option("Continue the preparation in --output.", False)
 
-    def prepare(self) -> Path:
-        """Make the folder.
-
-        Raises:
-            UserError: It cannot be used.
-        """
-        return prepare_output_folder(self.output_folder, resume=self.resume)
-
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFiles(CorpusOutput):
@@ -101,7 +93,7 @@ def swissprot(files: CorpusFiles, options: CorpusOptions) -> None:
     from performers.proteins.corpus import prepare_corpus
     from performers.proteins.corpus.sources import open_source
 
-    folder = files.prepare()
+    folder = prepare_output_folder(files.output_folder, resume=files.resume)
     with ProgressBars() as bars:
         source = open_source(
             files.source or [],
@@ -151,7 +143,7 @@ def _stream(files: StreamFiles, options: SplitOptions, clusters: Path | None) ->
 
     part = None if files.part is None else Part.read(files.part)
     source = given_source(files.fasta, licence=files.licence)
-    folder = files.prepare()
+    folder = prepare_output_folder(files.output_folder, resume=files.resume)
     with ProgressBars() as bars:
         if part is not None:
             prepare_part(
@@ -187,7 +179,7 @@ def merge(files: MergeFiles) -> None:
     inside = [path for path in files.parts if path.resolve() == files.output_folder.resolve()]
     if inside:
         raise UserError(f"--output {inside[0]} is one of the parts; give another folder")
-    folder = files.prepare()
+    folder = prepare_output_folder(files.output_folder, resume=files.resume)
     with ProgressBars() as bars:
         manifest = merge_parts(
             files.parts,

@@ -7,21 +7,9 @@ from pathlib import Path
 
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file
-from performers.app.options import Options, argument, option
+from performers.app.options import Options, option
 from performers.cli.console import ProgressBars, note
-from performers.cli.inputs import (
-    BATCH_TOKENS,
-    DEVICE,
-    DTYPE,
-    MODEL_AND_FASTA,
-    RELATIVES,
-    RELATIVES_TOKENS,
-    SKIP_INVALID,
-    ProteinFiles,
-    check_relatives_tokens,
-    model_and_fasta,
-    read_relatives,
-)
+from performers.cli.inputs import Computation, ManyProteins, ProteinFiles, RelativesOptions
 from performers.proteins.options import POOLINGS, VECTOR_SUFFIXES
 
 
@@ -29,7 +17,6 @@ from performers.proteins.options import POOLINGS, VECTOR_SUFFIXES
 class EmbeddingOptions(Options):
     """Options of ``performers embed``."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_file: Path = option(
         "A .npz, .parquet, .h5 (a data set a protein) or .tsv file.", flag="--output"
     )
@@ -45,40 +32,36 @@ class EmbeddingOptions(Options):
         "after the last by default.",
         None,
     )
-    skip_invalid: bool = option(**SKIP_INVALID)
-    relatives: Path | None = option(**RELATIVES)
-    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
-    device: str | None = option(**DEVICE)
-    dtype: str | None = option(**DTYPE)
-    batch_tokens: int = option(**BATCH_TOKENS)
 
 
-def embed(options: EmbeddingOptions) -> None:
+def embed(
+    inputs: ManyProteins,
+    options: EmbeddingOptions,
+    family: RelativesOptions,
+    computation: Computation,
+) -> None:
     """One vector a sequence: the final hidden states, pooled over its residues."""
     if options.per_residue and options.pooling != POOLINGS[0]:
         raise UserError("--pooling has no use with --per-residue; leave one of the two away")
-    check_relatives_tokens(options.relatives, options.relatives_tokens)
     prepare_output_file(options.output_file, VECTOR_SUFFIXES)
-    folder, fasta = model_and_fasta(options.paths)
-    with ProteinFiles(fasta, skip_invalid=options.skip_invalid) as files, ProgressBars() as bars:
+    folder, fasta = inputs.split()
+    with ProteinFiles(fasta, skip_invalid=inputs.skip_invalid) as files, ProgressBars() as bars:
         from performers.proteins.model import load
         from performers.proteins.scoring.vector_files import open_vectors
 
-        model = load(folder, device=options.device, dtype=options.dtype)
+        model = load(folder, device=computation.device, dtype=computation.dtype)
         model.check_length(files.letters.longest)
-        relatives = read_relatives(
-            options.relatives, options.relatives_tokens, folder, model.tokenizer, files.records()
-        )
+        relatives = family.read(folder, model.tokenizer, files.records())
         width, done = 0, 0
         with open_vectors(options.output_file, per_residue=options.per_residue) as write:
-            for records in files.chunks(8 * options.batch_tokens):
+            for records in files.chunks(8 * computation.batch_tokens):
                 vectors = model.embed(
                     records,
                     per_residue=options.per_residue,
                     pooling=options.pooling,
                     layer=options.layer,
                     relatives=relatives,
-                    batch_tokens=options.batch_tokens,
+                    batch_tokens=computation.batch_tokens,
                     progress=bars.part("embedding", done, files.letters.records),
                 )
                 for record, vector in zip(records, vectors, strict=True):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
+from performers.app.options import OptionError, Options, argument, option
 from performers.cli.console import note
 from performers.proteins.embedded import PRETRAINED, model_folder, pretrained_folder
 from performers.proteins.options import DTYPES
@@ -26,67 +28,75 @@ BATCH_TOKENS: dict[str, Any] = {
 }
 SEED: dict[str, Any] = {"help": "Random seed.", "default": 0, "at_least": 0, "below": 2**32}
 NEW_FOLDER: dict[str, Any] = {"help": "A new folder.", "flag": "--output"}
-SKIP_INVALID: dict[str, Any] = {
-    "help": "Leave out records that cannot be read as protein, and count them.",
-    "default": False,
-}
-DEVICE: dict[str, Any] = {
-    "help": "cpu, cuda, cuda:1 or another device of torch; a CUDA device by default where there "
-    "is one.",
-    "default": None,
-    "group": "Computation",
-}
-DTYPE: dict[str, Any] = {
-    "help": f"Type to compute in: {', '.join(DTYPES)}; as the model was saved by default.",
-    "default": None,
-    "choices": DTYPES,
-}
-MODEL_AND_FASTA: dict[str, Any] = {
-    "help": f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then "
-    "FASTA files, plain or compressed (gzip, bzip2, xz, Zstandard), or - for standard input.",
-    "flag": "[MODEL] FASTA...",
-}
-RELATIVES: dict[str, Any] = {
-    "help": "FASTA file of relatives to read the proteins with: of all of them, or, where headers "
-    "have family=NAME, of those of the same family.",
-    "default": None,
-    "group": "Relatives",
-}
-RELATIVES_TOKENS: dict[str, Any] = {
-    "help": "Most tokens of a protein and its relatives; as trained by default.",
-    "default": None,
-    "at_least": 6,
-}
-"""Options that several commands have; `model_and_fasta` and `read_relatives` read some."""
+"""Options that several commands have."""
 
 
-def model_and_fasta(paths: list[Path]) -> tuple[Path, list[Path]]:
-    """Tell a model, by default the one that ships, from the FASTA files after it.
+@dataclass(frozen=True, kw_only=True)
+class Computation(Options):
+    """Place, precision and size of a model's computation."""
 
-    Raises:
-        UserError: The first path does not exist or is a folder without a model, a model comes
-            later, or no FASTA file is given.
-    """
-    first, rest = model_folder(paths[0]), paths[1:]
-    for path in rest:
-        if (model_folder(path) / "config.json").exists():
-            raise UserError(f"{path} is a model, and comes before the FASTA files; give one model")
-    if first.is_dir():
-        # A training that has not ended has no model yet, which load_model explains.
-        if not (first / "config.json").exists() and not (first / "checkpoints").exists():
+    device: str | None = option(
+        "cpu, cuda, cuda:1 or another device of torch; a CUDA device by default where there is "
+        "one.",
+        None,
+        group="Computation",
+    )
+    dtype: str | None = option(
+        f"Type to compute in: {', '.join(DTYPES)}; as the model was saved by default.",
+        None,
+        choices=DTYPES,
+    )
+    batch_tokens: int = option(**BATCH_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAndFasta(Options):
+    """A model, by default the one that ships, and FASTA files."""
+
+    paths: list[Path] = argument(
+        f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then FASTA "
+        "files, plain or compressed (gzip, bzip2, xz, Zstandard), or - for standard input.",
+        flag="[MODEL] FASTA...",
+    )
+
+    def split(self) -> tuple[Path, list[Path]]:
+        """Tell the model from the FASTA files after it.
+
+        Raises:
+            UserError: The first path does not exist or is a folder without a model, a model comes
+                later, or no FASTA file is given.
+        """
+        first, rest = model_folder(self.paths[0]), self.paths[1:]
+        for path in rest:
+            if (model_folder(path) / "config.json").exists():
+                raise UserError(
+                    f"{path} is a model, and comes before the FASTA files; give one model"
+                )
+        if first.is_dir():
+            # A training that has not ended has no model yet, which load_model explains.
+            if not (first / "config.json").exists() and not (first / "checkpoints").exists():
+                raise UserError(
+                    f"{first} is a folder without a model: it has no config.json; name the FASTA "
+                    "files in it, or give a folder that performers train wrote and then FASTA files"
+                )
+            if not rest:
+                raise UserError("give at least one FASTA file after the model")
+            return first, rest
+        if not first.exists() and str(first) != "-":
             raise UserError(
-                f"{first} is a folder without a model: it has no config.json; name the FASTA files "
-                "in it, or give a folder that performers train wrote and then FASTA files"
+                f"{first}: no such file or folder; give a model's folder and FASTA files, or FASTA "
+                f"files alone to read them with {PRETRAINED}"
             )
-        if not rest:
-            raise UserError("give at least one FASTA file after the model")
-        return first, rest
-    if not first.exists() and str(first) != "-":
-        raise UserError(
-            f"{first}: no such file or folder; give a model's folder and FASTA files, or FASTA "
-            f"files alone to read them with {PRETRAINED}"
-        )
-    return pretrained_folder(), paths
+        return pretrained_folder(), self.paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyProteins(ModelAndFasta):
+    """A model, and FASTA files that are read in parts."""
+
+    skip_invalid: bool = option(
+        "Leave out records that cannot be read as protein, and count them.", False
+    )
 
 
 def protein_records(paths: list[Path]) -> list[ProteinRecord]:
@@ -100,52 +110,62 @@ def protein_records(paths: list[Path]) -> list[ProteinRecord]:
     return records
 
 
-def check_relatives_tokens(relatives: Path | None, tokens: int | None) -> None:
-    """Refuse --relatives-tokens without --relatives."""
-    if tokens is not None and relatives is None:
-        raise UserError("--relatives-tokens needs --relatives, the file of relatives")
+@dataclass(frozen=True, kw_only=True)
+class RelativesOptions(Options):
+    """Relatives to read proteins with."""
 
+    relatives: Path | None = option(
+        "FASTA file of relatives to read the proteins with: of all of them, or, where headers have "
+        "family=NAME, of those of the same family.",
+        None,
+        group="Relatives",
+    )
+    relatives_tokens: int | None = option(
+        "Most tokens of a protein and its relatives; as trained by default.", None, at_least=6
+    )
 
-def read_relatives(
-    path: Path | None,
-    tokens: int | None,
-    folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    proteins: Iterable[ProteinRecord],
-) -> Relatives | None:
-    """Read --relatives, if given, check that every protein has some, and say how many.
+    def __post_init__(self) -> None:
+        """Check ranges; tokens without a file of relatives have no use."""
+        super().__post_init__()
+        if self.relatives_tokens is not None and self.relatives is None:
+            raise OptionError("--relatives-tokens needs --relatives, the file of relatives")
 
-    Args:
-        path: FASTA file.
-        tokens: Most tokens of a protein and its relatives; None: as trained.
-        folder: Folder of the model.
-        tokenizer: Its tokenizer.
-        proteins: All proteins that will be read.
+    def read(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, proteins: Iterable[ProteinRecord]
+    ) -> Relatives | None:
+        """Read the relatives, if any, check that every protein has some, and say how many.
 
-    Raises:
-        UserError: The file holds no sequence, headers do not fit, or a protein has no relative or
-            leaves no place for one.
-    """
-    if path is None:
-        return None
-    from performers.proteins.inputs.fasta import read_fasta
-    from performers.proteins.inputs.relatives import Relatives
-    from performers.proteins.model_folder import model_max_length, reads_families
+        Args:
+            folder: Folder of the model.
+            tokenizer: Its tokenizer.
+            proteins: All proteins that will be read.
 
-    records, letters = read_fasta([path])
-    if not records:
-        raise UserError(f"--relatives {path} holds no sequence; give relatives of the proteins")
-    relatives = Relatives(records, tokenizer, tokens or model_max_length(tokenizer))
-    for protein in proteins:
-        relatives.count(protein)
-    note(letters.summary())
-    if not reads_families(folder):
-        note(
-            f"{folder.name} was not trained on rows of relatives (performers train --families): "
-            "do not expect it to read them"
-        )
-    note(relatives.summary())
-    return relatives
+        Raises:
+            UserError: The file holds no sequence, headers do not fit, or a protein has no relative
+                or leaves no place for one.
+        """
+        path = self.relatives
+        if path is None:
+            return None
+        from performers.proteins.inputs.fasta import read_fasta
+        from performers.proteins.inputs.relatives import Relatives
+        from performers.proteins.model_folder import model_max_length, reads_families
+
+        records, letters = read_fasta([path])
+        if not records:
+            raise UserError(f"--relatives {path} holds no sequence; give relatives of the proteins")
+        tokens = self.relatives_tokens or model_max_length(tokenizer)
+        relatives = Relatives(records, tokenizer, tokens)
+        for protein in proteins:
+            relatives.count(protein)
+        note(letters.summary())
+        if not reads_families(folder):
+            note(
+                f"{folder.name} was not trained on rows of relatives (performers train --families):"
+                " do not expect it to read them"
+            )
+        note(relatives.summary())
+        return relatives
 
 
 class ProteinFiles:
@@ -176,7 +196,7 @@ class ProteinFiles:
         with ExitStack() as stack:
             self._sources = stack.enter_context(rereadable(self._paths))
             self.letters = LetterReport()
-            for _ in self._records(self.letters):
+            for _ in self.records(self.letters):
                 pass
             note(self.letters.summary())
             if not self.letters.records:
@@ -192,7 +212,7 @@ class ProteinFiles:
         """Neighbouring proteins, of about so many residues together."""
         chunk: list[ProteinRecord] = []
         size = 0
-        for record in self._records(None):
+        for record in self.records():
             chunk.append(record)
             size += len(record.sequence)
             if size >= residues:
@@ -201,11 +221,8 @@ class ProteinFiles:
         if chunk:
             yield chunk
 
-    def records(self) -> Iterator[ProteinRecord]:
-        """All proteins, one at a time."""
-        return self._records(None)
-
-    def _records(self, letters: LetterReport | None) -> Iterator[ProteinRecord]:
+    def records(self, letters: LetterReport | None = None) -> Iterator[ProteinRecord]:
+        """All proteins, one at a time, counted in ``letters``."""
         from performers.proteins.inputs.fasta import iter_fasta
 
         for path, name in self._sources:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from performers.app.files import prepare_output_folder
-from performers.app.options import Options, argument, option
+from performers.app.options import option
 from performers.app.provenance import write_result
 from performers.cli.console import ProgressBars, note, output, table
-from performers.cli.inputs import (
-    BATCH_TOKENS,
-    MODEL_AND_FASTA,
-    NEW_FOLDER,
-    model_and_fasta,
-    protein_records,
-)
+from performers.cli.inputs import BATCH_TOKENS, NEW_FOLDER, ModelAndFasta, protein_records
 from performers.proteins.options import POOLINGS
 from performers.proteins.probe.options import PROBE_FEATURES, ProbeOptions
 
@@ -28,10 +22,9 @@ _COLUMNS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeInputs(Options):
+class ProbeInputs(ModelAndFasta):
     """Proteins, labels and features of a probe."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_folder: Path = option(**NEW_FOLDER)
     labels: Path | None = option(
         "Table: name, tab, labels with commas between, and perhaps a tab and the group. By "
@@ -67,7 +60,7 @@ def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     from performers.proteins.probe.task import build_task
 
     require_scikit_learn()
-    model, fasta = model_and_fasta(inputs.paths)
+    model, fasta = inputs.split()
     task = build_task(
         protein_records(fasta),
         labels=read_labels(inputs.labels) if inputs.labels else None,
@@ -144,22 +137,18 @@ def _print(found: Mapping[str, Any], notes: Sequence[str]) -> None:
     ]
     tables = -(-len(metrics) // _COLUMNS)
     size = -(-len(metrics) // tables)
-    parts_of_metrics = [metrics[start : start + size] for start in range(0, len(metrics), size)]
-    for part in parts_of_metrics:
-        rows = [
-            (name, *(_with_sd(row["metrics"][metric]) for metric in part))
-            for name, row in found["features"].items()
-        ]
-        output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+
+    def show(features: Mapping[str, Any], cell: Callable[[Any], str]) -> None:
+        for start in range(0, len(metrics), size):
+            part = metrics[start : start + size]
+            rows = [(name, *(cell(row[x]) for x in part)) for name, row in features.items()]
+            output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+
+    show({name: row["metrics"] for name, row in found["features"].items()}, _with_sd)
     if found["differences"]:
         first = next(iter(found["features"]))
         output.print(f"{first} minus the others, paired by split (and how many of them it won):")
-        for part in parts_of_metrics:
-            rows = [
-                (name, *(f"{_with_sd(row[m], '+.3f')} ({row[m]['wins']})" for m in part))
-                for name, row in found["differences"].items()
-            ]
-            output.print(table(("", *(METRICS[metric] for metric in part)), rows))
+        show(found["differences"], lambda x: f"{_with_sd(x, '+.3f')} ({x['wins']})")
     for line in notes:
         output.print(f"Note: {line}.", soft_wrap=True, markup=False)
 

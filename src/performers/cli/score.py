@@ -12,22 +12,10 @@ from typing import IO, Any
 
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_file, replacement
-from performers.app.options import Options, argument, option
+from performers.app.options import Options, option
 from performers.app.provenance import KEY, provenance
 from performers.cli.console import ProgressBars, note
-from performers.cli.inputs import (
-    BATCH_TOKENS,
-    DEVICE,
-    DTYPE,
-    MODEL_AND_FASTA,
-    RELATIVES,
-    RELATIVES_TOKENS,
-    SKIP_INVALID,
-    ProteinFiles,
-    check_relatives_tokens,
-    model_and_fasta,
-    read_relatives,
-)
+from performers.cli.inputs import Computation, ManyProteins, ProteinFiles, RelativesOptions
 from performers.cli.variants import COLUMNS, VARIANTS, WITH_RELATIVES, VariantTable, score_variants
 from performers.proteins.options import SCORE_METHODS
 
@@ -38,7 +26,6 @@ _HEADINGS = ("name", "length", "log_likelihood", "mean", "perplexity")
 class ScoreOptions(Options):
     """Options of ``performers score``."""
 
-    paths: list[Path] = argument(**MODEL_AND_FASTA)
     output_file: Path | None = option(
         "A .tsv file with a line for each protein, or a .json file, which has the residues' "
         "besides; a table on standard output by default.",
@@ -59,53 +46,43 @@ class ScoreOptions(Options):
         None,
         choices=SCORE_METHODS,
     )
-    skip_invalid: bool = option(**SKIP_INVALID)
-    relatives: Path | None = option(**RELATIVES)
-    relatives_tokens: int | None = option(**RELATIVES_TOKENS)
-    device: str | None = option(**DEVICE)
-    dtype: str | None = option(**DTYPE)
-    batch_tokens: int = option(**BATCH_TOKENS)
 
 
-def score(options: ScoreOptions) -> None:
+def score(
+    inputs: ManyProteins,
+    options: ScoreOptions,
+    family: RelativesOptions,
+    computation: Computation,
+) -> None:
     """Log-likelihood of each protein and residue, and log-odds of substitutions."""
-    if options.variants is not None:
-        for flag, file in (
-            ("--residues", options.residues),
-            ("--substitutions", options.substitutions),
-        ):
-            if file is not None:
-                raise UserError(f"{flag} cannot be combined with --variants; leave out one")
-    files = (options.output_file, options.residues, options.substitutions)
-    named = [file.absolute() for file in files if file is not None]
-    if len(set(named)) < len(named):
+    files = {
+        "--output": options.output_file,
+        "--residues": options.residues,
+        "--substitutions": options.substitutions,
+    }
+    files = {flag: file for flag, file in files.items() if file is not None}
+    others = [flag for flag in files if flag != "--output"]
+    if others and options.variants is not None:
+        raise UserError(f"{others[0]} cannot be combined with --variants; leave out one")
+    if len({file.absolute() for file in files.values()}) < len(files):
         raise UserError("--output, --residues and --substitutions must be different files")
-    flags = ("--output", "--residues", "--substitutions")
-    for flag, file in zip(flags, files, strict=True):
-        if file is not None:
-            both = flag == "--output" and options.variants is None
-            suffixes = (".tsv", ".json") if both else (".tsv",)
-            prepare_output_file(file, suffixes, flag=flag)
-    check_relatives_tokens(options.relatives, options.relatives_tokens)
-    folder, fasta = model_and_fasta(options.paths)
+    for flag, file in files.items():
+        both = flag == "--output" and options.variants is None
+        prepare_output_file(file, (".tsv", ".json") if both else (".tsv",), flag=flag)
+    folder, fasta = inputs.split()
     with ExitStack() as stack:
-        proteins = stack.enter_context(ProteinFiles(fasta, skip_invalid=options.skip_invalid))
+        proteins = stack.enter_context(ProteinFiles(fasta, skip_invalid=inputs.skip_invalid))
         from performers.proteins.inputs.tokenizer import AMINO_ACIDS
         from performers.proteins.model import load
 
-        model = load(folder, device=options.device, dtype=options.dtype)
+        model = load(folder, device=computation.device, dtype=computation.dtype)
         table = None
         if options.variants is not None:
             table = VariantTable(options.variants, proteins)
         else:
             model.check_length(proteins.letters.longest)
-        relatives = read_relatives(
-            options.relatives,
-            options.relatives_tokens,
-            folder,
-            model.tokenizer,
-            proteins.records() if table is None else set(table.proteins.values()),
-        )
+        read = proteins.records() if table is None else set(table.proteins.values())
+        relatives = family.read(folder, model.tokenizer, read)
         bars = stack.enter_context(ProgressBars())
         if table is not None:
             columns = COLUMNS if relatives is None else (*COLUMNS, WITH_RELATIVES)
@@ -117,7 +94,7 @@ def score(options: ScoreOptions) -> None:
                 row,
                 bars,
                 method=options.method,
-                batch_tokens=options.batch_tokens,
+                batch_tokens=computation.batch_tokens,
             )
             note(proteins.letters.skips())
             return
@@ -126,13 +103,13 @@ def score(options: ScoreOptions) -> None:
         residues = stack.enter_context(_table(options.residues, (*place, "log_likelihood")))
         substitutions = stack.enter_context(_table(options.substitutions, (*place, *AMINO_ACIDS)))
         done = 0
-        for records in proteins.chunks(8 * options.batch_tokens):
+        for records in proteins.chunks(8 * computation.batch_tokens):
             scores = model.score(
                 records,
                 method=options.method,
                 substitutions=options.substitutions is not None,
                 relatives=relatives,
-                batch_tokens=options.batch_tokens,
+                batch_tokens=computation.batch_tokens,
                 progress=bars.part("scoring", done, proteins.letters.residues),
             )
             for record, found in zip(records, scores, strict=True):
@@ -151,11 +128,7 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
     """Writer of a protein and its score, to a table or to JSON."""
     if path is None or path.suffix.lower() == ".tsv":
         with _table(path, _HEADINGS, sys.stdout) as row:
-            yield lambda record, found: row(
-                record.accession,
-                len(record.sequence),
-                *(found.log_likelihood, found.mean, found.perplexity),
-            )
+            yield lambda record, found: row(*_values(record, found))
         return
     with replacement(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         made = json.dumps({KEY: provenance("score", model=model)}, indent=2)
@@ -164,12 +137,8 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
 
         def write(record: Any, found: Any) -> None:
             nonlocal separator
-            values = (
-                *(record.accession, len(record.sequence)),
-                *(found.log_likelihood, found.mean, found.perplexity),
-            )
             content = {
-                **dict(zip(_HEADINGS, values, strict=True)),
+                **dict(zip(_HEADINGS, _values(record, found), strict=True)),
                 "header": record.header,
                 "log_likelihoods": [round(x, 6) for x in found.log_likelihoods.tolist()],
             }
@@ -178,6 +147,12 @@ def _proteins(path: Path | None, model: Path) -> Iterator[Callable[..., None]]:
 
         yield write
         file.write("\n  ]\n}\n")
+
+
+def _values(record: Any, found: Any) -> tuple[Any, ...]:
+    """Those of ``_HEADINGS``."""
+    size = len(record.sequence)
+    return record.accession, size, found.log_likelihood, found.mean, found.perplexity
 
 
 @contextmanager

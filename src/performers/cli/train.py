@@ -94,7 +94,7 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             families=families,
             validation_families=validation_families,
             resume=files.resume,
-            progress=bars.training("training"),
+            progress=bars.task("training"),
             announce=note,
         )
     _show(files, result)
@@ -112,7 +112,7 @@ def _train_on_texts(files: TrainingFiles, options: TrainingOptions) -> None:
             tokenizer=files.tokenizer,
             validation=files.validation,
             resume=files.resume,
-            progress=bars.training("training"),
+            progress=bars.task("training"),
             announce=note,
         )
     _show(files, result)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 from performers.attention.sharding import check_not_sharded
 from performers.features import FUNCTIONS, GeneralizedFeatures, SoftmaxFeatures
 from performers.models.arguments import is_tracing
-from performers.models.cache import FavorCacheLayer, MemoryCacheLayer
+from performers.models.cache import FavorCacheLayer
 from performers.models.configuration import PerformerConfig
 from performers.models.context import AttentionContext
 from performers.models.positions import rotate
@@ -123,10 +123,6 @@ class ExactOptions:
 class ExactMechanism(nn.Module):
     """Softmax attention through torch's ``scaled_dot_product_attention``; see `ExactOptions`."""
 
-    def __init__(self, memory: int | None = None) -> None:
-        super().__init__()
-        self.memory = memory
-
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, layer: int
     ) -> tuple[Tensor, Tensor | None]:
@@ -134,12 +130,8 @@ class ExactMechanism(nn.Module):
         check_not_sharded('attention="exact"')
         key_mask = context.key_mask
         if context.cache is not None:
-            entry = context.cache.layers[layer]
-            key, value = entry.update(key, value)
+            key, value = context.cache.layers[layer].update(key, value)
             key_mask = context.cache.key_mask
-            if isinstance(entry, MemoryCacheLayer):
-                assert self.memory is not None
-                entry.keep_last(self.memory)
         length, size = query.shape[-2], key.shape[-2]
         allowed = None
         if context.is_causal and length > 1:
@@ -244,9 +236,7 @@ for _name in FUNCTIONS:
     register_attention(f"favor-{_name}", partial(_generalized, _name), cache=FavorCacheLayer)
 register_attention(
     "exact",
-    lambda config, generator: ExactMechanism(
-        config.attention_options.get("memory") if config.attention == "exact" else None
-    ),
+    lambda config, generator: ExactMechanism(),
     options=ExactOptions,
     cache=DynamicLayer,
 )

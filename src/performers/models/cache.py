@@ -1,14 +1,20 @@
 """Cache of a causal model, constant in size for linear attention."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from performers.attention import FavorState
 from performers.models.registry import ATTENTIONS
+
+_NOT_CROPPED = (
+    "cannot be cropped: use a decoding method that does not roll back (greedy, sampling, beam "
+    "search)"
+)
 
 
 class FavorCacheLayer(DynamicLayer):
@@ -49,11 +55,6 @@ class FavorCacheLayer(DynamicLayer):
                 "redraw between sequences, or begin the sequence again with an empty cache"
             )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the state."""
-        return 0 if self.state is None else self.state.nbytes
-
     def get_seq_length(self) -> int:
         """Tokens read so far, padding included."""
         return self.length
@@ -80,45 +81,7 @@ class FavorCacheLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused, unless no token is to be removed: a sum cannot be undone."""
         if tokens_to_remove:
-            raise ValueError(
-                "the state of linear attention cannot be cropped: use a decoding method that does "
-                "not roll back (greedy, sampling, beam search)"
-            )
-
-
-class MemoryCacheLayer(DynamicLayer):
-    """The last keys and values of exact attention, a limited number of them."""
-
-    is_croppable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
-
-    def update(
-        self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the memory and of a call, which are kept until ``keep_last``."""
-        self.length += key.shape[-2]
-        joined: tuple[Tensor, Tensor] = super().update(key, value, *args, **kwargs)
-        return joined
-
-    def keep_last(self, count: int) -> None:
-        """Forget all keys but the last ones."""
-        for name in ("keys", "values"):
-            setattr(self, name, getattr(self, name)[..., -count:, :])
-
-    def get_seq_length(self) -> int:
-        """Tokens read so far, those included whose keys are gone."""
-        return self.length
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused, unless no token is to be removed: keys that are gone do not come back."""
-        if tokens_to_remove:
-            raise ValueError(
-                "the memory of exact attention cannot be cropped: use a decoding method that does "
-                "not roll back (greedy, sampling, beam search)"
-            )
+            raise ValueError(f"the state of linear attention {_NOT_CROPPED}")
 
 
 class PerformerCache(Cache):
@@ -138,13 +101,16 @@ class PerformerCache(Cache):
     ) -> None:
         self.attention = attention
         self.exact_layers = tuple(exact_layers or ())
-        layer = ATTENTIONS[attention].cache or FavorCacheLayer
+        layer: Any = ATTENTIONS[attention].cache or FavorCacheLayer
         if memory is not None:
-            layer = MemoryCacheLayer
-        kinds = [DynamicLayer if i in self.exact_layers else layer for i in range(num_layers)]
-        super().__init__(layers=[kind() for kind in kinds])
-        self.keeps_keys = all(kind is DynamicLayer for kind in kinds)
-        self._keeps_some = DynamicLayer in kinds or MemoryCacheLayer in kinds
+            # A window has the token itself, too.
+            layer = partial(DynamicSlidingWindowLayer, sliding_window=memory + 1)
+        self._kinds = [DynamicLayer if i in self.exact_layers else layer for i in range(num_layers)]
+        super().__init__(layers=[kind() for kind in self._kinds])
+        self.keeps_keys = all(kind is DynamicLayer for kind in self._kinds)
+        self._keeps_some = any(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers
+        )
         self.real_tokens: Tensor | None = None
         # True for keys that are not padding; None while none is padding.
         self.key_mask: Tensor | None = None
@@ -178,13 +144,17 @@ class PerformerCache(Cache):
             return torch.ones(rows, held, dtype=torch.bool, device=device)
         return self.key_mask[:, self.key_mask.shape[1] - held :]
 
+    def _parts(self) -> Iterator[tuple[Any, str, Any]]:
+        """Each layer with the name and value of each state, keys or values in it."""
+        for layer in self.layers:
+            for name in ("state", "keys", "values"):
+                if getattr(layer, name, None) is not None:
+                    yield layer, name, getattr(layer, name)
+
     def detach_(self) -> "PerformerCache":
         """Take the past out of the autograd graph (truncated back-propagation); returns self."""
-        for layer in self.layers:
-            if isinstance(layer, FavorCacheLayer):
-                layer.state = None if layer.state is None else layer.state.detach()
-            elif layer.keys is not None and layer.values is not None:
-                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        for layer, name, part in self._parts():
+            setattr(layer, name, part.detach())
         return self
 
     def forget_(self, rows: Tensor) -> "PerformerCache":
@@ -237,28 +207,18 @@ class PerformerCache(Cache):
                 layer.set_state(first, length)
             else:
                 layer.update(first, second)
-                if isinstance(layer, MemoryCacheLayer):
-                    layer.length = length
+                layer.cumulative_length = length
         self.real_tokens, self.key_mask = state["real_tokens"], state["key_mask"]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all states, keys and values."""
-        total = 0
-        for layer in self.layers:
-            if isinstance(layer, FavorCacheLayer):
-                total += layer.nbytes
-            elif layer.keys is not None and layer.values is not None:
-                total += layer.keys.nbytes + layer.values.nbytes
-        return total
+        return sum(part.nbytes for _, _, part in self._parts())
 
     def reset(self) -> None:
         """Empty the cache."""
-        super().reset()
         # In some releases of transformers a layer that is reset keeps its length, of zeros.
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, FavorCacheLayer):
-                self.layers[index] = type(layer)()
+        self.layers = [kind() for kind in self._kinds]
         self.real_tokens = self.key_mask = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -284,8 +244,10 @@ class PerformerCache(Cache):
             return
         # Refused before any layer is cropped.
         for layer in self.layers:
-            if isinstance(layer, (FavorCacheLayer, MemoryCacheLayer)):
+            if isinstance(layer, FavorCacheLayer):
                 layer.crop(tokens_to_remove)
+            elif isinstance(layer, DynamicSlidingWindowLayer):
+                raise ValueError(f"the memory of exact attention {_NOT_CROPPED}")
         before = self.get_seq_length()
         super().crop(tokens_to_remove)
         removed = before - self.get_seq_length()

@@ -45,11 +45,9 @@ class _LanguageModel(PerformerPreTrainedModel):
     def _predict(
         self, hidden_states: Tensor, labels: Tensor | None, loss_options: dict[str, Any]
     ) -> dict[str, Tensor | None]:
-        logits, loss = self.lm_head(hidden_states), None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options
-            )
+        logits = self.lm_head(hidden_states)
+        loss_options |= {"logits": logits, "labels": labels, "vocab_size": self.config.vocab_size}
+        loss = None if labels is None else self.loss_function(**loss_options)
         return {"loss": loss, "logits": logits}
 
 
@@ -82,11 +80,8 @@ class PerformerForMaskedLM(_LanguageModel):
         """
         inputs = input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds
         output, loss_options = _run(self, inputs, kwargs)
-        return MaskedLMOutput(
-            **self._predict(output.last_hidden_state, labels, loss_options),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        predicted = self._predict(output.last_hidden_state, labels, loss_options)
+        return MaskedLMOutput(**predicted, **_shown(output))
 
 
 @with_both_cache_names
@@ -161,8 +156,7 @@ class PerformerForCausalLM(_LanguageModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         return PerformerCausalLMOutput(
             **self._predict(output.last_hidden_state[:, keep], labels, loss_options),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            **_shown(output),
             **{CACHE_KEYWORD: getattr(output, CACHE_KEYWORD)},
         )
 
@@ -204,17 +198,9 @@ class PerformerForSequenceClassification(_Classifier):
         inputs = input_ids, attention_mask, position_ids, kwargs.pop("sequence_ids", None)
         output, loss_options = _run_rows(self, (*inputs, inputs_embeds), kwargs)
         logits = self.classifier(self.dropout(mean_pool(output.last_hidden_state, attention_mask)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                labels=labels, pooled_logits=logits, config=self.config, **loss_options
-            )
-        return SequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        loss_options |= {"labels": labels, "pooled_logits": logits, "config": self.config}
+        loss = None if labels is None else self.loss_function(**loss_options)
+        return SequenceClassifierOutput(loss=loss, logits=logits, **_shown(output))
 
 
 class PerformerForTokenClassification(_Classifier):
@@ -238,15 +224,9 @@ class PerformerForTokenClassification(_Classifier):
         inputs = input_ids, attention_mask, position_ids, sequence_ids, inputs_embeds
         output, loss_options = _run(self, inputs, {**kwargs, "use_cache": False})
         logits = self.classifier(self.dropout(output.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config, **loss_options)
-        return TokenClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+        loss_options |= {"logits": logits, "labels": labels, "config": self.config}
+        loss = None if labels is None else self.loss_function(**loss_options)
+        return TokenClassifierOutput(loss=loss, logits=logits, **_shown(output))
 
 
 class PerformerForQuestionAnswering(PerformerPreTrainedModel):
@@ -291,8 +271,7 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
             loss=loss,
             start_logits=starts.contiguous(),
             end_logits=ends.contiguous(),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            **_shown(output),
         )
 
 
@@ -305,6 +284,11 @@ def _run(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dic
     loss_options = take_loss_options(options)
     named = dict(zip(_INPUTS, inputs, strict=True))
     return model.performer(**named, return_dict=True, **options), loss_options
+
+
+def _shown(output: Any) -> dict[str, Any]:
+    """Hidden states and attention matrices of the base model, None unless asked for."""
+    return {"hidden_states": output.hidden_states, "attentions": output.attentions}
 
 
 def _run_rows(model: Any, inputs: _Inputs, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

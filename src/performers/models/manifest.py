@@ -1,24 +1,18 @@
 """Manifests of saved folders: sizes and SHA-256 hashes that reveal changed files."""
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from performers.app.files import sha256
+from performers.app.errors import UserError
+from performers.app.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 """Name of the manifest in its folder."""
 
 _SCHEMA = 1
-
-
-class FileEntry(NamedTuple):
-    """Content of one file, as a manifest records it."""
-
-    size: int
-    sha256: str
+_ENTRY = {"size": int, "sha256": str}
 
 
 def write_manifest(folder: Path) -> None:
@@ -27,21 +21,12 @@ def write_manifest(folder: Path) -> None:
     It lists the regular files of the folder and its subfolders except hidden ones and itself.
     """
     files = {}
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root, name)
-            relative = path.relative_to(folder).as_posix()
-            if name.startswith(".") or relative == MANIFEST or not path.is_file():
-                continue
-            files[relative] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    text = json.dumps({"schema": _SCHEMA, "files": files}, indent=1) + "\n"
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.tmp"
-    try:
-        temporary.write_text(text, encoding="ascii")
-        temporary.replace(folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not hidden and relative != Path(MANIFEST) and path.is_file():
+            files[relative.as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    write_json(folder / MANIFEST, {"schema": _SCHEMA, "files": files})
 
 
 def save_model_folder(
@@ -59,8 +44,7 @@ def save_model_folder(
         for part in parts:
             part.save_pretrained(staging)
         write_manifest(staging)
-        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-        for path in files:
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             if path.is_dir():
                 shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
@@ -98,44 +82,37 @@ def find_damage(folder: Path) -> str | None:
         if not path.is_file():
             return f"{name} is not a regular file" if path.exists() else f"{name} is missing"
         size = path.stat().st_size
-        if size != entry.size:
-            return f"{name} has {size:,} bytes, expected {entry.size:,}"
+        if size != entry["size"]:
+            return f"{name} has {size:,} bytes, expected {entry['size']:,}"
     for name, entry in files.items():
         try:
             digest = sha256(folder / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if digest != entry.sha256:
+        if digest != entry["sha256"]:
             return f"{name} does not match its SHA-256 in {MANIFEST}"
     return None
 
 
-def read_manifest(folder: Path) -> dict[str, FileEntry] | None:
-    """Read the entries of a folder's manifest, by file name; None without a manifest.
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Read the size and SHA-256 of each file in a folder's manifest; None without a manifest.
 
     Raises:
         ValueError: The manifest is not a regular file, not JSON, or of another schema.
     """
-    path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if not os.path.lexists(folder / MANIFEST):
         return None
-    # Opening a FIFO would wait for a writer.
-    if not path.is_file():
-        raise ValueError(f"{MANIFEST} is not a regular file")
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read as JSON: {error}") from error
+        content = read_json(folder / MANIFEST)
+    except UserError as error:
+        raise ValueError(str(error).removeprefix(f"{folder}{os.sep}")) from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != _SCHEMA:
         raise ValueError(f"{MANIFEST} has schema {schema!r}, expected {_SCHEMA}")
-    files = content.get("files")
-    kinds = {"size": int, "sha256": str}
+    files: Any = content.get("files")
     if not isinstance(files, dict) or not all(
-        isinstance(entry, dict)
-        and entry.keys() == kinds.keys()
-        and all(isinstance(entry[name], kind) for name, kind in kinds.items())
+        isinstance(entry, dict) and {key: type(x) for key, x in entry.items()} == _ENTRY
         for entry in files.values()
     ):
         raise ValueError(f"{MANIFEST} does not give the size and SHA-256 of each file")
-    return {name: FileEntry(**entry) for name, entry in files.items()}
+    return files

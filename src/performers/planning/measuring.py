@@ -130,15 +130,9 @@ def measure_times(
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
     """The result of a call and its seconds, work queued on the device included."""
-    _synchronize(device)
+    wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else bool
+    wait()
     start = time.perf_counter()
     out = call()
-    _synchronize(device)
+    wait()
     return out, time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
