@@ -226,7 +226,7 @@ def pair_ranks(
     values = similarity[np.triu_indices(len(AMINO_ACIDS), k=1)]
     values = values[np.isfinite(values)]
     ranked = []
-    for first, second in pairs:
+    for first, second in map(tuple, pairs):
         value = float(similarity[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)])
         rank = 1 + int((values > value).sum()) if np.isfinite(value) else None
         pair = f"{first}–{second}"
