@@ -91,9 +91,9 @@ def _draw(
 ) -> dict[str, str]:
     drawn: dict[str, str] = {}
     similarities = {
-        name: analysis.similarity.similarity()
+        name: analysis.similarity["all"].matrix()
         for name, analysis in analyses.items()
-        if analysis.similarity is not None
+        if analysis.similarity
     }
     if similarities:
         reference = load_reference_matrix(matrix_name, AMINO_ACIDS)

@@ -52,10 +52,12 @@ def test_maps_are_the_attention_of_the_model_between_residues():
 def test_batches_and_their_order_do_not_change_the_similarity():
     sequences = _sequences(7)
     one, many = (
-        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN, batch_size=size).similarity
+        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN, batch_size=size)
         for order, size in ((sequences, 1), (sequences[::-1], 4))
     )
-    np.testing.assert_allclose(one.shares(), many.shares(), rtol=1e-4)
+    for kind in ("all", "thresholded"):
+        shares = (found.similarity[kind].shares() for found in (one, many))
+        np.testing.assert_allclose(*shares, rtol=1e-4)
     assert one.sequences == many.sequences == 7
 
 
@@ -65,7 +67,7 @@ def test_crops_to_the_length_asked_for_and_to_the_positions_of_the_model():
     asked = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=30)
     assert len(asked.labels) == 28
     assert asked.cropped == sum(len(sequence) > 28 for sequence in sequences)
-    assert asked.similarity.occurrences.sum() == sum(min(len(s), 28) for s in sequences)
+    assert asked.similarity["all"].occurrences.sum() == sum(min(len(s), 28) for s in sequences)
     limited = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=4096)
     assert limited.max_length == 64
     assert len(limited.labels) == 62
@@ -111,18 +113,18 @@ def test_the_seed_draws_the_sequences():
             _model(), TOKENIZER, _sequences(20), protein=PROTEIN, max_sequences=4, seed=seed
         )
         assert (analysis.sequences, analysis.available) == (4, 20)
-        drawn.append(analysis.similarity.occurrences.tolist())
+        drawn.append(analysis.similarity["all"].occurrences.tolist())
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_what_cannot_be_read_is_told():
     fused = analyse_model(_model("sdpa"), TOKENIZER, _sequences(3), protein=PROTEIN)
     assert "no attention weights" in fused.problem
-    assert (fused.maps, fused.scores, fused.similarity) == ((), None, None)
+    assert (fused.maps, fused.scores, fused.similarity) == ((), None, {})
     nothing = ProteinRecord("dots", "", "....")
     unknown = analyse_model(_model(), TOKENIZER, _sequences(3), protein=nothing)
     assert (unknown.labels, unknown.scores) == ("", None)
-    assert unknown.similarity is not None
+    assert unknown.similarity
     for name in ("max_sequences", "max_length", "batch_size"):
         with pytest.raises(ValueError, match=name):
             analyse_model(_model(), TOKENIZER, [], protein=PROTEIN, **{name: 0})

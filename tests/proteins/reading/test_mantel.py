@@ -28,26 +28,26 @@ def test_blosum62_is_loaded_in_the_order_asked_for():
 def test_a_matrix_agrees_with_itself_and_with_any_rising_function_of_itself():
     reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
     same = compare_matrices(3.0 * reference - 1.0, reference, name="BLOSUM62")
-    assert same.pearson == pytest.approx(1.0)
-    assert same.spearman == pytest.approx(1.0)
-    assert same.p_value == pytest.approx(1 / 10_000)
-    assert same.pairs == 190
+    assert same["pearson"] == pytest.approx(1.0)
+    assert same["spearman"] == pytest.approx(1.0)
+    assert same["p_value"] == pytest.approx(1 / 10_000)
+    assert same["pairs"] == 190
     bent = compare_matrices(np.exp(reference), reference, name="BLOSUM62", permutations=9)
-    assert bent.spearman == pytest.approx(1.0)
-    assert bent.pearson < 0.9
+    assert bent["spearman"] == pytest.approx(1.0)
+    assert bent["pearson"] < 0.9
     reverse = compare_matrices(-reference, reference, name="BLOSUM62", permutations=99)
-    assert reverse.pearson == pytest.approx(-1.0)
-    assert reverse.p_value == 1.0
+    assert reverse["pearson"] == pytest.approx(-1.0)
+    assert reverse["p_value"] == 1.0
 
 
 def test_correlations_are_those_of_the_pairs_off_the_diagonal():
     left, right = _symmetric(9, 1), np.round(_symmetric(9, 2))
     result = compare_matrices(left, right, name="x", permutations=9)
     x, y = _off_diagonal(left), _off_diagonal(right)
-    assert result.pearson == pytest.approx(np.corrcoef(x, y)[0, 1])
+    assert result["pearson"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     # A rank with ties is the mean of (values below) + 1 and (values up to and including).
     ranks = [[(np.sum(v < value) + 1 + np.sum(v <= value)) / 2 for value in v] for v in (x, y)]
-    assert result.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert result["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     np.fill_diagonal(left, 50.0)
     assert compare_matrices(left, right, name="x", permutations=9) == result
 
@@ -58,7 +58,7 @@ def test_same_seed_same_p_value():
         compare_matrices(left, right, name="x", permutations=500, seed=seed) for seed in (1, 1, 2)
     )
     assert first == again
-    assert first.p_value != other.p_value
+    assert first["p_value"] != other["p_value"]
 
 
 def test_undefined_labels_are_left_out_of_both_matrices():
@@ -69,17 +69,17 @@ def test_undefined_labels_are_left_out_of_both_matrices():
     whole = compare_matrices(
         left[np.ix_(keep, keep)], right[np.ix_(keep, keep)], name="x", permutations=99
     )
-    assert partial.pearson == whole.pearson
-    assert partial.p_value == whole.p_value
-    assert partial.pairs == 28
-    assert "1 of 9" in partial.note
+    assert partial["pearson"] == whole["pearson"]
+    assert partial["p_value"] == whole["p_value"]
+    assert partial["pairs"] == 28
+    assert "1 of 9" in partial["note"]
 
 
 @pytest.mark.parametrize("similarity", [np.full((9, 9), np.nan), np.ones((9, 9))])
 def test_nothing_to_correlate_is_said_not_raised(similarity):
     result = compare_matrices(similarity, _symmetric(9, 1), name="x")
-    assert all(map(math.isnan, (result.pearson, result.spearman, result.p_value)))
-    assert result.note
+    assert all(map(math.isnan, (result["pearson"], result["spearman"], result["p_value"])))
+    assert result["note"]
 
 
 def test_the_p_values_count_relabellings_of_either_correlation():
@@ -94,8 +94,8 @@ def test_the_p_values_count_relabellings_of_either_correlation():
         return ranked + ranked.T
 
     for p_value, x, y in (
-        (result.p_value, left, right),
-        (result.spearman_p_value, ranks(left), ranks(right)),
+        (result["p_value"], left, right),
+        (result["spearman_p_value"], ranks(left), ranks(right)),
     ):
         observed = np.corrcoef(_off_diagonal(x), _off_diagonal(y))[0, 1]
         by_chance = [
@@ -114,10 +114,6 @@ def test_the_p_values_count_relabellings_of_either_correlation():
         (
             lambda: compare_matrices(_symmetric(5, 1), _symmetric(5, 2), name="x", permutations=0),
             "permutations",
-        ),
-        (
-            lambda: compare_matrices(_symmetric(5, 1), _symmetric(6, 2), name="x"),
-            "similarity and reference",
         ),
     ],
 )

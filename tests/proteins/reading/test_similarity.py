@@ -23,8 +23,12 @@ FIRST = 5
 """Id of the first amino acid."""
 
 
-def _similarity(threshold=0.1):
-    return AttentionSimilarity(build_protein_tokenizer(closed=True), threshold=threshold)
+def _similarity(batch=None, *, threshold=None):
+    """A similarity, of a batch if one is given."""
+    similarity = AttentionSimilarity(build_protein_tokenizer(closed=True), threshold=threshold)
+    if batch is not None:
+        similarity.update(*batch)
+    return similarity
 
 
 def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, seed: int = 0):
@@ -44,18 +48,11 @@ def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, se
     return tokens, mask, attentions
 
 
-def compared(similarity, *, thresholded=False, permutations=9_999):
+def compared(similarity, permutations=9_999):
     reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
-    matrix = similarity.similarity(thresholded=thresholded)
-    return compare_matrices(matrix, reference, name="BLOSUM62", permutations=permutations)
-
-
-def _measured(attentions=None, **options):
-    """The similarity of a batch, or of other attention on its tokens."""
-    tokens, mask, weights = _batch(**options)
-    similarity = _similarity()
-    similarity.update(tokens, mask, weights if attentions is None else attentions(weights))
-    return similarity
+    return compare_matrices(
+        similarity.matrix(), reference, name="BLOSUM62", permutations=permutations
+    )
 
 
 def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], threshold: float):
@@ -76,39 +73,28 @@ def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], thresh
     return np.array(rows)
 
 
-@pytest.mark.parametrize("thresholded", [False, True])
-def test_shares_and_similarity_match_the_definition(thresholded):
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    expected = _shares_by_hand(tokens, attentions, 0.1 if thresholded else -1.0)
-    np.testing.assert_allclose(similarity.shares(thresholded=thresholded), expected, rtol=1e-5)
-    matrix = similarity.similarity(thresholded=thresholded)
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_shares_and_similarity_match_the_definition(threshold):
+    tokens, _, attentions = batch = _batch()
+    similarity = _similarity(batch, threshold=threshold)
+    expected = _shares_by_hand(tokens, attentions, -1.0 if threshold is None else threshold)
+    np.testing.assert_allclose(similarity.shares(), expected, rtol=1e-5)
+    matrix = similarity.matrix()
     np.testing.assert_allclose(matrix, np.corrcoef(expected.T), atol=1e-4)
     np.testing.assert_array_equal(matrix, matrix.T)
-    assert similarity.heads(thresholded=thresholded) == 6
-    assert similarity.sequences == 2
+    assert similarity.heads() == 6
+    # The frequency of an amino acid does not enter.
+    enrichment = similarity.shares() / (similarity.occurrences / similarity.occurrences.sum())
+    np.testing.assert_allclose(matrix, np.corrcoef(enrichment.T), atol=1e-9)
 
 
 def test_batches_add_up_to_the_whole():
-    tokens, mask, attentions = _batch(batch=4)
-    whole, parts = _similarity(), _similarity()
-    whole.update(tokens, mask, attentions)
+    tokens, mask, attentions = batch = _batch(batch=4)
+    whole, parts = _similarity(batch), _similarity()
     for rows in (slice(0, 1), slice(1, 4)):
         parts.update(tokens[rows], mask[rows], [weights[rows] for weights in attentions])
-    for kind in (False, True):
-        np.testing.assert_allclose(
-            parts.shares(thresholded=kind), whole.shares(thresholded=kind), rtol=1e-12
-        )
+    np.testing.assert_allclose(parts.shares(), whole.shares(), rtol=1e-12)
     np.testing.assert_array_equal(parts.occurrences, whole.occurrences)
-
-
-def test_frequency_of_an_amino_acid_does_not_enter():
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    enrichment = similarity.shares() / (similarity.occurrences / similarity.occurrences.sum())
-    np.testing.assert_allclose(similarity.similarity(), np.corrcoef(enrichment.T), atol=1e-9)
 
 
 def test_planted_blosum_is_found_and_shuffled_labels_are_not():
@@ -120,76 +106,69 @@ def test_planted_blosum_is_found_and_shuffled_labels_are_not():
     mask = torch.ones_like(tokens)
 
     def compare(by_head: np.ndarray):
-        similarity = _similarity()
         rows = torch.from_numpy(by_head[:, np.tile(np.arange(20), 3)])
         weights = rows.softmax(-1)[None, :, None, :].expand(1, 64, 60, 60)
-        similarity.update(tokens, mask, [weights])
+        similarity = _similarity((tokens, mask, [weights]))
         return similarity, compared(similarity)
 
     similarity, found = compare(preference)
-    assert found.pearson > 0.6
-    assert found.spearman > 0.5
-    assert found.p_value == pytest.approx(1e-4)
-    assert found.pairs == 190
-    assert found.note == ""
+    assert found["pearson"] > 0.6
+    assert found["spearman"] > 0.5
+    assert found["p_value"] == pytest.approx(1e-4)
+    assert found["pairs"] == 190
+    assert found["note"] == ""
     assert similarity.notes() == []
     order = np.random.default_rng(1).permutation(20)
     _, shuffled = compare(preference[:, order])
-    assert shuffled.p_value > 0.05
+    assert shuffled["p_value"] > 0.05
 
 
 def test_amino_acid_that_never_occurs_is_left_out_and_named():
     tokens, mask, attentions = _batch()
     tokens = torch.where(tokens == FIRST + AMINO_ACIDS.index("W"), FIRST, tokens)
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    matrix = similarity.similarity()
+    similarity = _similarity((tokens, mask, attentions))
+    matrix = similarity.matrix()
     tryptophan = AMINO_ACIDS.index("W")
     assert np.isnan(matrix[tryptophan]).all()
     assert np.isfinite(np.delete(np.delete(matrix, tryptophan, 0), tryptophan, 1)).all()
-    assert compared(similarity, permutations=9).pairs == 171
-    missing, there = pair_ranks(similarity.similarity(), ["FW", "DE"])
-    assert missing.rank is None
-    assert math.isnan(missing.similarity)
-    assert there.rank is not None
-    assert missing.of == there.of == 171
+    assert compared(similarity, permutations=9)["pairs"] == 171
+    missing, there = pair_ranks(matrix, ["FW", "DE"])
+    assert missing["rank"] is None
+    assert math.isnan(missing["similarity"])
+    assert there["rank"] is not None
+    assert missing["of"] == there["of"] == 171
     assert [note for note in similarity.notes() if note.endswith(": W.")]
 
 
 def test_head_without_attention_above_the_threshold_is_left_out_and_named():
-    tokens, mask, attentions = _batch(heads=4)
+    _, _, attentions = batch = _batch(heads=4)
     attentions[1][:, 2] = 0.01
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
-    assert similarity.heads(thresholded=True) == 7
-    assert np.isfinite(similarity.similarity(thresholded=True)).all()
-    assert "1 of 8 heads" in similarity.notes(thresholded=True)[0]
-    assert "2.3" in similarity.notes(thresholded=True)[0]
-    assert similarity.notes() == []
+    similarity = _similarity(batch, threshold=0.1)
+    assert similarity.heads() == 7
+    assert np.isfinite(similarity.matrix()).all()
+    assert "1 of 8 heads" in similarity.notes()[0]
+    assert "2.3" in similarity.notes()[0]
+    assert _similarity(batch).notes() == []
     attentions[0][0, 1, 3, 3] = math.nan
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
+    similarity = _similarity(batch)
     assert similarity.heads() == 7, "nor does one with NaN count"
-    assert np.isfinite(similarity.similarity()).all()
+    assert np.isfinite(similarity.matrix()).all()
 
 
 def test_pairs_are_ranked_among_all_that_have_a_similarity():
-    similarity = _similarity()
-    tokens, mask, attentions = _batch(layers=3)
-    similarity.update(tokens, mask, attentions)
-    every = top_pairs(similarity.similarity(), 190)
-    assert len(top_pairs(similarity.similarity(), 5)) == 5
-    assert len({frozenset(pair[:2]) for pair in every}) == 190
-    assert [p.similarity for p in every] == sorted((p.similarity for p in every), reverse=True)
-    first, second, value = every[0]
-    row, column = AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)
-    assert value == similarity.similarity()[row, column]
-    ranked = pair_ranks(similarity.similarity(), [f"{pair.second}{pair.first}" for pair in every])
-    assert [pair.rank for pair in ranked] == list(range(1, 191))
-    assert {pair.of for pair in ranked} == {190}
-    assert [pair.similarity for pair in ranked] == [pair.similarity for pair in every]
-    expected = pair_ranks(similarity.similarity())
-    assert [f"{p.first}{p.second}" for p in expected] == ["DE", "FY", "IV", "KR"]
+    matrix = _similarity(_batch(layers=3)).matrix()
+    every = top_pairs(matrix, 190)
+    assert top_pairs(matrix, 5) == every[:5]
+    assert len({frozenset(pair["pair"]) for pair in every}) == 190
+    values = [pair["similarity"] for pair in every]
+    assert values == sorted(values, reverse=True)
+    row, column = (AMINO_ACIDS.index(letter) for letter in every[0]["pair"].split("–"))
+    assert values[0] == matrix[row, column]
+    ranked = pair_ranks(matrix, [pair["pair"][::-2] for pair in every])
+    assert [pair["rank"] for pair in ranked] == list(range(1, 191))
+    assert {pair["of"] for pair in ranked} == {190}
+    assert [pair["similarity"] for pair in ranked] == values
+    assert [pair["pair"] for pair in pair_ranks(matrix)] == ["D–E", "F–Y", "I–V", "K–R"]
 
 
 def test_embeddings_are_compared_without_their_mean():
@@ -218,10 +197,10 @@ def test_one_that_lies_at_the_mean_has_no_similarity():
     assert similarity[1, 2] == -1
     assert np.isnan(similarity[0]).all()
     assert np.isnan(similarity[:, 3]).all()
-    assert [(p.first, p.second) for p in top_pairs(similarity)] == [tuple(AMINO_ACIDS[1:3])]
+    assert [p["pair"] for p in top_pairs(similarity)] == ["–".join(AMINO_ACIDS[1:3])]
     known, unknown = pair_ranks(similarity, (AMINO_ACIDS[1:3], AMINO_ACIDS[:2]))
-    assert (known.rank, known.of) == (1, 1)
-    assert unknown.rank is None
+    assert (known["rank"], known["of"]) == (1, 1)
+    assert unknown["rank"] is None
 
 
 def _positive(matrix):
@@ -231,54 +210,47 @@ def _positive(matrix):
 
 
 def test_padding_and_precision_do_not_matter():
-    tokens, mask, attentions = _batch(length=64)
-    clean, dirty, half = _similarity(), _similarity(), _similarity()
-    clean.update(tokens, mask, attentions)
-    half.update(tokens, mask, [weights.bfloat16() for weights in attentions])
+    tokens, mask, attentions = batch = _batch(length=64)
+    clean = _similarity(batch)
+    half = _similarity((tokens, mask, [weights.bfloat16() for weights in attentions]))
     np.testing.assert_allclose(half.shares(), clean.shares(), rtol=5e-3)
     tokens = tokens.clone()
     tokens[1, -5:] = FIRST
     for weights in attentions:
         weights[1, :, -5:, :] = math.nan
         weights[1, :, :, -5:] = 7.0
-    dirty.update(tokens, mask, attentions)
+    dirty = _similarity((tokens, mask, attentions))
     np.testing.assert_array_equal(dirty.shares(), clean.shares())
     np.testing.assert_array_equal(dirty.occurrences, clean.occurrences)
 
 
-@pytest.mark.parametrize(
-    ("similarity", "note"),
-    [
-        (_similarity, "No attention was recorded, so there is no similarity."),
-        *[
-            (lambda layers=layers, heads=heads: _measured(layers=layers, heads=heads), "at least 3")
-            for layers, heads in ((1, 1), (1, 2), (2, 1))
-        ],
-        (lambda: _measured(lambda w: [torch.full_like(x, 0.025) for x in w]), "same share"),
-    ],
-)
-def test_no_similarity_is_explained(similarity, note):
-    found = similarity()
-    assert np.isnan(found.similarity()).all()
-    assert top_pairs(found.similarity()) == []
-    assert note in found.notes()[-1]
-    for thresholded in (False, True):
-        assert math.isnan(compared(found, thresholded=thresholded).p_value)
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_no_similarity_is_explained(threshold):
+    tokens, mask, weights = _batch()
+    flat = (tokens, mask, [torch.full_like(x, 0.25) for x in weights])
+    for batch, note in (
+        (None, "No attention was recorded, so there is no similarity."),
+        (_batch(layers=1, heads=1), "at least 3"),
+        (_batch(layers=1, heads=2), "at least 3"),
+        (_batch(layers=2, heads=1), "at least 3"),
+        (flat, "same share"),
+    ):
+        found = _similarity(batch, threshold=threshold)
+        assert np.isnan(found.matrix()).all()
+        assert top_pairs(found.matrix()) == []
+        assert note in found.notes()[-1]
+        assert math.isnan(compared(found)["p_value"])
 
 
 def test_bad_arguments_are_named():
-    tokens, mask, attentions = _batch()
-    similarity = _similarity()
-    similarity.update(tokens, mask, attentions)
+    tokens, mask, attentions = batch = _batch()
+    similarity = _similarity(batch)
     for given, message in (
-        ([], "attentions"),
         ([attentions[0], attentions[1][:, :, :-1]], "layer 2"),
         (attentions[:1], "same heads"),
     ):
         with pytest.raises(ValueError, match=message):
             similarity.update(tokens, mask, given)
-    with pytest.raises(ValueError, match="threshold"):
-        _similarity(threshold=1.0)
     model = Tokenizer(WordLevel({"<unk>": 0, "<pad>": 1, "A": 2}, unk_token="<unk>"))
     with pytest.raises(ValueError, match="C, D"):
         AttentionSimilarity(PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>"))

@@ -119,5 +119,3 @@ def test_sites_are_read_from_text_and_headers():
         header_sites(ProteinRecord("P", protein.description, "MK"))
     with pytest.raises(UserError, match="--sites must be numbers"):
         parse_sites("5-9", 245)
-    with pytest.raises(ValueError, match="labels"):
-        score_sites(maps(), "MK", [1])

@@ -16,11 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.progress import Progress
-from performers.proteins.probe.fit import (
-    ProbeFit,
-    fit_probe,
-    require_scikit_learn,
-)
+from performers.proteins.probe.fit import ProbeFit, fit_probe, require_scikit_learn
 from performers.proteins.probe.options import ProbeOptions
 from performers.proteins.probe.splits import ProbeSplit, plan_splits, split_groups
 from performers.proteins.probe.task import ProbeTask

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.reading.head_scores import HeadScores, local_global_score, residue_mask
+from performers.proteins.reading.head_scores import (
+    HeadScores,
+    local_global_score,
+    looks_causal,
+    residue_mask,
+)
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
 from performers.proteins.reading.site_scores import SiteScores, score_sites
 from performers.proteins.scoring.batches import evaluation_mode
+
+# Vig et al. 2020 drop attention of at most so much.
+_THRESHOLD = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,15 +33,16 @@ class ModelAnalysis:
 
     Attributes:
         protein: The protein behind `maps` and `scores`.
-        labels: Its residues as the model saw them, cropped, special tokens dropped.
-        maps: Attention between those residues, one array (heads, n, n) per layer; empty when the
-            model returned none.
-        scores: How local, global and vertical each head is on that protein; None without maps.
-        similarity: Attention by amino acid over the sequences; None when the model returned none.
         sequences: Number of sequences run through the model for `similarity`.
         available: Number of sequences they were drawn from.
         cropped: How many of them were longer than `max_length` allows and lost their end.
         max_length: Largest number of tokens in one sequence, special tokens included.
+        labels: Residues of the protein as the model saw them, cropped, special tokens dropped.
+        maps: Attention between those residues, one array (heads, n, n) per layer; empty when the
+            model returned none.
+        scores: How local, global and vertical each head is on that protein; None without maps.
+        similarity: Attention by amino acid over the sequences, `all` of it and what is
+            `thresholded`; empty when the model returned none.
         problem: Reason that there is no attention to show; empty otherwise.
         sites: How much attention known sites of `protein` receive; None when none were given, or
             none lies among `labels`.
@@ -41,14 +50,14 @@ class ModelAnalysis:
     """
 
     protein: ProteinRecord
-    labels: str
-    maps: tuple[NDArray[np.float32], ...]
-    scores: HeadScores | None
-    similarity: AttentionSimilarity | None
     sequences: int
     available: int
     cropped: int
     max_length: int
+    labels: str = ""
+    maps: tuple[NDArray[np.float32], ...] = ()
+    scores: HeadScores | None = None
+    similarity: Mapping[str, AttentionSimilarity] = field(default_factory=dict)
     problem: str = ""
     sites: SiteScores | None = None
     embeddings: NDArray[np.float64] | None = None
@@ -113,62 +122,51 @@ def analyse_model(
         chosen = random.Random(seed).sample(chosen, max_sequences)
     # Alike lengths side by side waste least on padding.
     chosen.sort(key=len)
-    similarity = AttentionSimilarity(tokenizer)
-    embeddings = embedding_similarity(model, tokenizer)
-    special = tokenizer.all_special_ids
-
-    def analysis(
-        labels: str = "",
-        maps: tuple[NDArray[np.float32], ...] = (),
-        scores: HeadScores | None = None,
-        similarity: AttentionSimilarity | None = None,
-        problem: str = "",
-        sites: SiteScores | None = None,
-    ) -> ModelAnalysis:
-        return ModelAnalysis(
-            protein=protein,
-            labels=labels,
-            maps=maps,
-            scores=scores,
-            similarity=similarity,
-            sequences=len(chosen),
-            available=len(sequences),
-            cropped=sum(len(sequence) > room for sequence in chosen),
-            max_length=max_length,
-            problem=problem,
-            sites=sites,
-            embeddings=embeddings,
-        )
-
+    analysis = ModelAnalysis(
+        protein,
+        sequences=len(chosen),
+        available=len(sequences),
+        cropped=sum(len(sequence) > room for sequence in chosen),
+        max_length=max_length,
+        embeddings=embedding_similarity(model, tokenizer),
+    )
     tokens = _encode(tokenizer, [protein.sequence[:room]])
     attentions = _attentions(model, tokens)
     if attentions is None:
-        return analysis(
+        return replace(
+            analysis,
             problem="This model returned no attention weights, so there is nothing to map or "
             "to compare. A model that computes exact attention in a fused kernel keeps none: "
-            'load it with attn_implementation="eager".'
+            'load it with attn_implementation="eager".',
         )
-    residues = residue_mask(tokens["input_ids"], tokens["attention_mask"], special)
+    residues = residue_mask(
+        tokens["input_ids"], tokens["attention_mask"], tokenizer.all_special_ids
+    )
     keep = residues[0].cpu()
-    letters = tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].cpu()[keep].tolist())
+    letters = "".join(tokenizer.convert_ids_to_tokens(tokens["input_ids"][0].cpu()[keep].tolist()))
     maps = tuple(w[0].float().cpu()[:, keep][:, :, keep].numpy() for w in attentions)
     scores = None
     if keep.any():
-        scores = local_global_score(
-            attentions, residues, band=band, is_causal=_looks_causal(attentions)
-        )
+        scores = local_global_score(attentions, residues, band=band, is_causal=looks_causal(maps))
     marked = None
     # A tokenizer that lacks a letter leaves a gap, and numbers would name other residues.
-    if sites and "".join(letters) == protein.sequence[: len(letters)]:
-        marked = score_sites(maps, "".join(letters), sites, seed=seed)
+    if sites and letters == protein.sequence[: len(letters)]:
+        marked = score_sites(maps, letters, sites, seed=seed)
+    similarity = {
+        "all": AttentionSimilarity(tokenizer),
+        "thresholded": AttentionSimilarity(tokenizer, threshold=_THRESHOLD),
+    }
     for start in range(0, len(chosen), batch_size):
         batch = [sequence[:room] for sequence in chosen[start : start + batch_size]]
         tokens = _encode(tokenizer, batch)
         weights = _attentions(model, tokens) or ()
-        similarity.update(tokens["input_ids"], tokens["attention_mask"], weights)
+        for kind in similarity.values():
+            kind.update(tokens["input_ids"], tokens["attention_mask"], weights)
         if progress is not None:
             progress(min(start + batch_size, len(chosen)), len(chosen))
-    return analysis("".join(letters), maps, scores, similarity, sites=marked)
+    return replace(
+        analysis, labels=letters, maps=maps, scores=scores, similarity=similarity, sites=marked
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, sequences: list[str]) -> dict[str, Tensor]:
@@ -184,9 +182,3 @@ def _attentions(model: PreTrainedModel, tokens: dict[str, Tensor]) -> tuple[Tens
     if not attentions or any(weights is None for weights in attentions):
         return None
     return tuple(attentions)
-
-
-def _looks_causal(attentions: Sequence[Tensor]) -> bool:
-    """Return True if no head looks ahead while some look back."""
-    ahead = any(bool(weights.triu(1).any()) for weights in attentions)
-    return not ahead and any(bool(weights.tril(-1).any()) for weights in attentions)

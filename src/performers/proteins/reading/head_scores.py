@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 COLUMN_FRACTION = 0.05
@@ -73,16 +76,7 @@ class HeadScores:
 
 
 def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """Mark the positions that hold a residue: attended to, and not a special token.
-
-    Args:
-        input_ids: Token ids (B, L).
-        attention_mask: (B, L), non-zero where a token takes part.
-        special_ids: Ids of padding, begin, end, unknown and mask tokens.
-
-    Returns:
-        Boolean tensor (B, L) on the device of `input_ids`.
-    """
+    """Mark the positions (B, L) that hold a residue: attended to, and not a special token."""
     special = torch.tensor(sorted(special_ids), dtype=input_ids.dtype, device=input_ids.device)
     return attention_mask.to(input_ids.device).bool() & ~torch.isin(input_ids, special)
 
@@ -136,6 +130,12 @@ def local_global_score(
     return HeadScores(tuple(scores), reference, band, int(residues.sum()))
 
 
+def looks_causal(maps: Sequence[NDArray[np.floating[Any]]]) -> bool:
+    """Return True if no head of the maps (heads, n, n) looks ahead while some look back."""
+    ahead = any(bool(np.triu(layer, 1).any()) for layer in maps)
+    return not ahead and any(bool(np.tril(layer, -1).any()) for layer in maps)
+
+
 def check_attention(weights: Tensor, shape: Sequence[int], layer: int) -> None:
     """Raise a ValueError unless `weights` is (B, H, L, L) for a batch of shape (B, L)."""
     batch, length = shape
@@ -160,9 +160,7 @@ def _score_layer(weights: Tensor, residues: Tensor, band: int, layer: int) -> li
     top = torch.zeros_like(total)
     for columns, count in zip(between.sum(2), residues.sum(1).tolist(), strict=True):
         top += columns.topk(math.ceil(COLUMN_FRACTION * count), dim=-1).values.sum(-1)
-    columns_share = top / total
-    special = 1.0 - total / emitted
-    stacked = torch.stack([distance, band_share, columns_share, special], dim=1)
+    stacked = torch.stack([distance, band_share, top / total, 1.0 - total / emitted], dim=1)
     # A head that pays nothing to residues divides by zero: infinities would sort as "global".
     stacked[~torch.isfinite(stacked)] = math.nan
     return [HeadScore(layer, head, *row) for head, row in enumerate(stacked.tolist(), start=1)]

@@ -13,22 +13,13 @@ from numpy.typing import NDArray
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.mantel import compare_matrices, load_reference_matrix
-from performers.proteins.reading.similarity import (
-    EXPECTED_PAIRS,
-    AttentionSimilarity,
-    pair_ranks,
-    top_pairs,
-)
+from performers.proteins.reading.similarity import pair_ranks, top_pairs
 
 MATRICES = ("BLOSUM62", "BLOSUM45", "BLOSUM80")
 """Substitution matrices that similarity is compared with: the usual one, of distant relatives, of
 close ones."""
 
-TOP_PAIRS = 12
-"""How many of the most similar pairs of amino acids are listed."""
-
-KINDS = {"all": False, "thresholded": True}
-"""Names of the two ways to count attention: all of it, and what is above the threshold."""
+_TOP_PAIRS = 12
 
 
 def learnt_numbers(
@@ -55,7 +46,7 @@ def learnt_numbers(
         - `sites`: the fields of `SiteScores`, or None;
         - `similarity`, or None: `sequences`, `available`, `cropped`, `residues`, `threshold`, and
           for `all` attention and what is `thresholded`: number of `heads` used, `matrices` (name
-          to the fields of `MatrixComparison`), `top_pairs`, `expected_pairs` with their rank,
+          to the result of `compare_matrices`), `top_pairs`, `expected_pairs` with their rank,
           `notes`, and the (20, 20) `matrix` in the order of `amino_acids`;
         - `embeddings`, or None: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
           the amino acids' input embeddings; see `embedding_similarity`.
@@ -63,8 +54,23 @@ def learnt_numbers(
     Raises:
         ValueError: A matrix is unknown to Biopython.
     """
-    protein = analysis.protein
-    scores = analysis.scores
+    references = {name: load_reference_matrix(name, AMINO_ACIDS) for name in matrices}
+
+    def numbers_of(matrix: NDArray[np.float64]) -> dict[str, Any]:
+        """Agreement of a (20, 20) similarity with substitution matrices, and pairs."""
+        return {
+            "matrices": {
+                name: compare_matrices(
+                    matrix, reference, name=name, permutations=permutations, seed=seed
+                )
+                for name, reference in references.items()
+            },
+            "top_pairs": top_pairs(matrix, _TOP_PAIRS),
+            "expected_pairs": pair_ranks(matrix),
+            "matrix": matrix.tolist(),
+        }
+
+    protein, scores, kinds = analysis.protein, analysis.scores, analysis.similarity
     numbers: dict[str, Any] = {
         "protein": {
             "name": protein.name,
@@ -80,19 +86,18 @@ def learnt_numbers(
         "embeddings": None,
     }
     if analysis.embeddings is not None:
-        numbers["embeddings"] = _matrix_numbers(analysis.embeddings, matrices, permutations, seed)
-    similarity = analysis.similarity
-    if similarity is not None:
+        numbers["embeddings"] = numbers_of(analysis.embeddings)
+    if kinds:
         numbers["similarity"] = {
             "sequences": analysis.sequences,
             "available": analysis.available,
             "cropped": analysis.cropped,
-            "residues": int(similarity.occurrences.sum()),
-            "threshold": similarity.threshold,
+            "residues": int(kinds["all"].occurrences.sum()),
+            "threshold": kinds["thresholded"].threshold,
             "amino_acids": AMINO_ACIDS,
             **{
-                kind: _similarity_numbers(similarity, thresholded, matrices, permutations, seed)
-                for kind, thresholded in KINDS.items()
+                kind: {"heads": read.heads(), "notes": read.notes(), **numbers_of(read.matrix())}
+                for kind, read in kinds.items()
             },
         }
     return dict(finite(numbers))
@@ -107,52 +112,3 @@ def finite(content: Any) -> Any:
     if isinstance(content, float):
         return float(content) if math.isfinite(content) else None
     return content
-
-
-def _similarity_numbers(
-    similarity: AttentionSimilarity,
-    thresholded: bool,
-    matrices: Sequence[str],
-    permutations: int,
-    seed: int,
-) -> dict[str, Any]:
-    matrix = similarity.similarity(thresholded=thresholded)
-    return {
-        "heads": similarity.heads(thresholded=thresholded),
-        "notes": similarity.notes(thresholded=thresholded),
-        **_matrix_numbers(matrix, matrices, permutations, seed),
-    }
-
-
-def _matrix_numbers(
-    similarity: NDArray[np.float64], matrices: Sequence[str], permutations: int, seed: int
-) -> dict[str, Any]:
-    """Agreement of a (20, 20) similarity with substitution matrices, and pairs."""
-    return {
-        "matrices": {
-            name: asdict(
-                compare_matrices(
-                    similarity,
-                    load_reference_matrix(name, AMINO_ACIDS),
-                    name=name,
-                    permutations=permutations,
-                    seed=seed,
-                )
-            )
-            for name in matrices
-        },
-        "top_pairs": [
-            {"pair": f"{pair.first}–{pair.second}", "similarity": pair.similarity}
-            for pair in top_pairs(similarity, TOP_PAIRS)
-        ],
-        "expected_pairs": [
-            {
-                "pair": f"{pair.first}–{pair.second}",
-                "similarity": pair.similarity,
-                "rank": pair.rank,
-                "of": pair.of,
-            }
-            for pair in pair_ranks(similarity, EXPECTED_PAIRS)
-        ],
-        "matrix": similarity.tolist(),
-    }

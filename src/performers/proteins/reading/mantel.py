@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from Bio.Align import substitution_matrices
@@ -13,38 +13,8 @@ _MIN_LABELS = 4
 _PERMUTATIONS_AT_ONCE = 2_000
 
 
-@dataclass(frozen=True)
-class MatrixComparison:
-    """Agreement of a similarity matrix with a reference, off the diagonal.
-
-    Attributes:
-        matrix: Name of the reference matrix.
-        pearson: Pearson correlation over the pairs; NaN where undefined.
-        spearman: Spearman rank correlation over the pairs; NaN where undefined.
-        p_value: One-sided Mantel test: the part of relabellings of the similarity, the observed
-            labelling included, with a Pearson correlation at least as high; NaN where undefined.
-        pairs: Number of unordered pairs compared; 190 when all twenty amino acids are defined.
-        permutations: Number of random relabellings.
-        note: Reason that the comparison is partial or undefined; empty otherwise.
-        spearman_p_value: The same test of the rank correlation.
-    """
-
-    matrix: str
-    pearson: float
-    spearman: float
-    p_value: float
-    pairs: int
-    permutations: int
-    note: str = ""
-    spearman_p_value: float = float("nan")
-
-
 def load_reference_matrix(name: str, letters: str) -> NDArray[np.float64]:
-    """Load a substitution matrix of Biopython in a given order of amino acids.
-
-    Args:
-        name: Its name, such as "BLOSUM62" or "PAM250".
-        letters: The amino acids in the order wanted.
+    """Load a substitution matrix of Biopython, such as "BLOSUM62", in an order of amino acids.
 
     Returns:
         (len(letters), len(letters)) scores.
@@ -70,7 +40,7 @@ def compare_matrices(
     name: str,
     permutations: int = 9_999,
     seed: int = 0,
-) -> MatrixComparison:
+) -> dict[str, Any]:
     """Correlate two symmetric matrices off the diagonal and test the correlation.
 
     The entries of a matrix of similarities depend on one another through their labels, so the
@@ -86,56 +56,51 @@ def compare_matrices(
         seed: Seed of the relabellings.
 
     Returns:
-        The comparison; correlations and p-value are NaN, with a note, where fewer than four
-        labels are defined or either matrix is constant off the diagonal.
+        - `matrix`: name of the reference;
+        - `pearson`, `spearman`: correlations over the pairs, of values and of ranks; NaN where
+          fewer than four labels are defined or either matrix is constant off the diagonal;
+        - `p_value`, `spearman_p_value`: part of relabellings of the similarity, the observed
+          labelling included, with a correlation at least as high (one-sided);
+        - `pairs`: number of unordered pairs compared; 190 when all twenty amino acids are defined;
+        - `permutations`: number of relabellings;
+        - `note`: reason that the comparison is partial or undefined, or empty.
 
     Raises:
-        ValueError: `permutations` is below 1 or the shapes differ.
+        ValueError: `permutations` is below 1.
     """
     if permutations < 1:
         raise ValueError(f"permutations must be at least 1, got {permutations}")
-    if similarity.shape != reference.shape or similarity.ndim != 2:
-        raise ValueError(
-            f"similarity and reference must be square and alike, got {similarity.shape} and "
-            f"{reference.shape}"
-        )
     defined = np.isfinite(np.diag(similarity))
     count = int(defined.sum())
-    pairs = count * (count - 1) // 2
-
-    def undefined(reason: str) -> MatrixComparison:
-        nan = float("nan")
-        return MatrixComparison(name, nan, nan, nan, pairs, permutations, reason)
-
-    if count < _MIN_LABELS:
-        return undefined(
-            f"{count} amino acids have a similarity; at least {_MIN_LABELS} are needed."
-        )
     similarity = similarity[np.ix_(defined, defined)]
     reference = reference[np.ix_(defined, defined)]
-    rows, columns = np.triu_indices(count, k=1)
-    observed, expected = similarity[rows, columns], reference[rows, columns]
-    if np.ptp(observed) == 0 or np.ptp(expected) == 0:
-        return undefined("All pairs have the same similarity, so there is nothing to correlate.")
-
-    generator = np.random.default_rng(seed)
-    relabelled = np.array([generator.permutation(count) for _ in range(permutations)])
-    ranked = np.zeros_like(similarity)
-    ranked[rows, columns] = ranked[columns, rows] = _ranks(observed)
-    pearson, p_value = _tested(similarity, expected, relabelled)
-    spearman, spearman_p_value = _tested(ranked, _ranks(expected), relabelled)
-    missing = len(defined) - count
-    left_out = f"{missing} of {len(defined)} amino acids have no similarity and were left out."
-    return MatrixComparison(
-        matrix=name,
-        pearson=pearson,
-        spearman=spearman,
-        p_value=p_value,
-        pairs=pairs,
-        permutations=permutations,
-        note=left_out if missing else "",
-        spearman_p_value=spearman_p_value,
-    )
+    above = np.triu_indices(count, k=1)
+    observed, expected = similarity[above], reference[above]
+    pearson = p_value = spearman = spearman_p_value = float("nan")
+    note = ""
+    if count < _MIN_LABELS:
+        note = f"{count} amino acids have a similarity; at least {_MIN_LABELS} are needed."
+    elif np.ptp(observed) == 0 or np.ptp(expected) == 0:
+        note = "All pairs have the same similarity, so there is nothing to correlate."
+    else:
+        if missing := len(defined) - count:
+            note = f"{missing} of {len(defined)} amino acids have no similarity and were left out."
+        generator = np.random.default_rng(seed)
+        relabelled = np.array([generator.permutation(count) for _ in range(permutations)])
+        ranked = np.zeros_like(similarity)
+        ranked[above] = ranked.T[above] = _ranks(observed)
+        pearson, p_value = _tested(similarity, expected, relabelled)
+        spearman, spearman_p_value = _tested(ranked, _ranks(expected), relabelled)
+    return {
+        "matrix": name,
+        "pearson": pearson,
+        "spearman": spearman,
+        "p_value": p_value,
+        "pairs": len(observed),
+        "permutations": permutations,
+        "note": note,
+        "spearman_p_value": spearman_p_value,
+    }
 
 
 def _tested(
@@ -152,7 +117,8 @@ def _tested(
     """
     rows, columns = np.triu_indices(len(similarity), k=1)
     observed = similarity[rows, columns]
-    target = _standardised(expected)
+    target = expected - expected.mean()
+    target = target / np.linalg.norm(target)
     # Relabelling permutes the entries among themselves: their mean and spread stay as they are.
     scaled = (similarity - observed.mean()) / np.linalg.norm(observed - observed.mean())
     correlation = float(scaled[rows, columns] @ target)
@@ -162,11 +128,6 @@ def _tested(
         by_chance = scaled[labels[:, rows], labels[:, columns]] @ target
         hits += int((by_chance >= correlation - 1e-12).sum())
     return min(1.0, max(-1.0, correlation)), (1 + hits) / (1 + len(relabelled))
-
-
-def _standardised(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    centred = values - values.mean()
-    return np.asarray(centred / np.linalg.norm(centred))
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def relative_shares(
 
     Args:
         model: A masked or causal language model with a Performer inside.
-        tokenizer: Its tokenizer.
+        tokenizer: The tokenizer of the model.
         protein: The protein.
         relatives: One row, of the protein after its relatives.
         seed: Seed of the residues that are hidden together.
@@ -64,7 +64,16 @@ def relative_shares(
     sizes = relatives.sizes[0]
     # The row has the nearest relative last, and then the protein.
     member = np.repeat(np.arange(len(sizes) + 1), [*sizes[::-1], length + 2])
-    reader = _Shares(nn.functional.one_hot(torch.from_numpy(member)).to(model.device))
+    members = nn.functional.one_hot(torch.from_numpy(member)).to(model.device)
+    read: list[Tensor] = []
+
+    def read_shares(mechanism: nn.Module, args: tuple[Any, ...]) -> None:
+        query, key, _, context, layer = args
+        values = members.to(key.dtype).expand(*key.shape[:2], -1, -1)
+        # Not the call, whose hook this is.
+        shares, _ = mechanism.forward(query, key, values, context, layer)
+        read.append(shares[0].mean(0).cpu().double())
+
     tokens = torch.from_numpy(example["input_ids"].astype(np.int64)).to(model.device)[None]
     inputs: dict[str, Any] = {
         "attention_mask": torch.ones_like(tokens),
@@ -78,52 +87,17 @@ def relative_shares(
     else:
         mixed = np.random.default_rng(seed).permutation(length)
         folds, before = [fold for fold in np.array_split(mixed, FOLDS) if fold.size], 0
-    for fold in folds:
-        row = tokens.clone()
-        if not before:
-            row[0, places[fold]] = tokenizer.mask_token_id
-        with reader.reading(model), evaluation_mode(model):
-            model.base_model(row, **inputs)
-        found[fold] = reader.mean()[places[fold] - before, : len(sizes)]
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, PerformerSelfAttention):
+                hook = module.mechanism.register_forward_pre_hook(read_shares)
+                stack.callback(hook.remove)
+        for fold in folds:
+            row = tokens.clone()
+            if not before:
+                row[0, places[fold]] = tokenizer.mask_token_id
+            read.clear()
+            with evaluation_mode(model):
+                model.base_model(row, **inputs)
+            found[fold] = torch.stack(read).mean(0)[places[fold] - before, : len(sizes)].numpy()
     return RelativeShares(protein, relatives.names[0], found.T[::-1])
-
-
-class _Shares:
-    """Attention outputs of all layers for values that are members.
-
-    Args:
-        member: One-hot members of the tokens, (length, members).
-    """
-
-    def __init__(self, member: Tensor) -> None:
-        self._member = member
-        self._sum = torch.zeros_like(member, dtype=torch.float64, device="cpu")
-        self._layers = 0
-
-    @contextmanager
-    def reading(self, model: PreTrainedModel) -> Iterator[None]:
-        """Context of a forward pass whose attention is read."""
-        self._sum.zero_()
-        self._layers = 0
-        handles = [
-            layer.mechanism.register_forward_pre_hook(self._read)
-            for layer in model.modules()
-            if isinstance(layer, PerformerSelfAttention)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def mean(self) -> npt.NDArray[np.float64]:
-        """Mean over heads and layers, (length, members)."""
-        return (self._sum / self._layers).numpy()
-
-    def _read(self, mechanism: nn.Module, args: tuple[Any, ...]) -> None:
-        query, key, _, context, layer = args
-        values = self._member.to(key.dtype).expand(*key.shape[:2], -1, -1)
-        # Not the call, whose hook this is.
-        shares, _ = mechanism.forward(query, key, values, context, layer)
-        self._sum += shares[0].mean(0).cpu().double()
-        self._layers += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -93,18 +94,14 @@ def read_proteins(
     guesses = [np.full((len(s), len(AMINO_ACIDS)), np.nan, np.float32) for s in sequences]
     is_causal = bool(model.config.is_decoder)
     rows = _rows(tokenizer, sequences, max_length, 1 if is_causal else FOLDS, seed)
-    batches = (
-        run_batches(
-            model,
-            TokenDataset(row.tokens for row in rows),
-            CausalCollator(tokenizer),
-            batch_tokens=batch_tokens,
-            progress=progress,
+    dataset = TokenDataset(row.tokens for row in rows) if rows else None
+    for places, _, output in (
+        ()
+        if dataset is None
+        else run_batches(
+            model, dataset, CausalCollator(tokenizer), batch_tokens=batch_tokens, progress=progress
         )
-        if rows
-        else ()
-    )
-    for places, _, output in batches:
+    ):
         for place, scores in zip(places, output.logits.float().cpu(), strict=True):
             row = rows[place]
             # A causal model's scores at a place are of the next token.
@@ -139,15 +136,16 @@ def principal_components(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float
     return places * np.where(furthest < 0, -1.0, 1.0), shares
 
 
-@dataclass(frozen=True)
-class _Row:
-    """An input: a window of a protein, and the places in it that are guessed."""
+class _Row(NamedTuple):
+    """A window of a protein, as tokens, and the places in it that are guessed.
+
+    `start` is the index in the protein of what the first token would be, were it a residue. Of a
+    masked model the targets are hidden in the tokens.
+    """
 
     protein: int
     start: int
-    """Index in the protein of what the window's first token would be, were it a residue."""
     tokens: NDArray[np.int64]
-    """The window, of a masked model with the targets hidden."""
     targets: NDArray[np.int64]
 
 

@@ -17,7 +17,7 @@ acids, their mean taken off (`embedding_similarity`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,83 +26,41 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
-from performers.proteins.reading.head_scores import (
-    check_attention,
-    residue_mask,
-)
+from performers.proteins.reading.head_scores import check_attention, residue_mask
 
-__all__ = [
-    "EXPECTED_PAIRS",
-    "AminoAcidPair",
-    "AttentionSimilarity",
-    "RankedPair",
-    "embedding_similarity",
-    "pair_ranks",
-    "top_pairs",
-]
+EXPECTED_PAIRS = ("DE", "FY", "IV", "KR")
+"""Amino acids that exchange readily: acidic, aromatic, branched aliphatic, basic."""
 
 _MIN_HEADS = 3
 # Shares that differ by less than float32 rounding carry no information about the heads.
 _CONSTANT = 1e-6
 
 
-EXPECTED_PAIRS = ("DE", "FY", "IV", "KR")
-"""Amino acids that exchange readily: acidic, aromatic, branched aliphatic, basic."""
-
-
-class AminoAcidPair(NamedTuple):
-    """Two amino acids and the similarity of the attention that they receive."""
-
-    first: str
-    second: str
-    similarity: float
-
-
-class RankedPair(NamedTuple):
-    """A pair and its place among all pairs that have a similarity.
-
-    Attributes:
-        first: An amino acid.
-        second: Another one.
-        similarity: Of the two; NaN where undefined.
-        rank: 1 for the most similar pair of all; None where undefined.
-        of: Number of pairs that have a similarity; 190 when all twenty amino acids do.
-    """
-
-    first: str
-    second: str
-    similarity: float
-    rank: int | None
-    of: int
-
-
 class AttentionSimilarity:
     """Accumulate attention by amino acid over batches; see the module for the definition.
 
-    Two sums are kept side by side: of all attention, and of attention above `threshold` only
-    (Vig et al. drop what is at most 0.1, which may erase diffuse attention). Special tokens and
-    padding are dropped as queries and as keys. The letters X, B, Z, U, O and J are residues: they
-    count in the denominator, but are not among the twenty.
+    Special tokens and padding are dropped as queries and as keys. The letters X, B, Z, U, O and J
+    are residues: they count in the denominator, but are not among the twenty.
 
     Args:
         tokenizer: A transformers tokenizer with one token per amino acid.
-        threshold: Attention at or below this is dropped from the thresholded sums.
+        threshold: Attention at or below this is dropped, as Vig et al. drop what is at most 0.1,
+            which may erase diffuse attention; None drops nothing.
 
     Raises:
-        ValueError: `threshold` is outside [0, 1) or the tokenizer lacks an amino acid.
+        ValueError: The tokenizer lacks an amino acid.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, threshold: float = 0.1) -> None:
-        if not 0.0 <= threshold < 1.0:
-            raise ValueError(f"threshold must be at least 0 and below 1, got {threshold}")
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, threshold: float | None = None
+    ) -> None:
         self.threshold = threshold
-        self.sequences = 0
         self.occurrences: NDArray[np.int64] = np.zeros(len(AMINO_ACIDS), dtype=np.int64)
         self._ids = torch.from_numpy(residue_ids(tokenizer, AMINO_ACIDS))
         self._special_ids = frozenset(tokenizer.all_special_ids)
-        self._heads: list[str] = []
-        self._paid: dict[bool, NDArray[np.float64]] = {}
-        self._total: dict[bool, NDArray[np.float64]] = {}
+        self._names: list[str] = []
+        self._paid = np.zeros((0, len(AMINO_ACIDS)))
+        self._total = np.zeros(0)
 
     def update(
         self, input_ids: Tensor, attention_mask: Tensor, attentions: Sequence[Tensor]
@@ -118,125 +76,96 @@ class AttentionSimilarity:
         Raises:
             ValueError: A shape does not fit the tokens or the batches before.
         """
-        if len(attentions) == 0:
-            raise ValueError("attentions must hold a tensor per layer, got none")
         for layer, weights in enumerate(attentions, start=1):
             check_attention(weights, input_ids.shape, layer)
-        heads = [
+        names = [
             f"{layer}.{head + 1}"
             for layer, weights in enumerate(attentions, start=1)
             for head in range(weights.shape[1])
         ]
-        if self._heads and heads != self._heads:
+        if not names or (self._names and names != self._names):
             raise ValueError(
-                f"attentions must have the same heads in every batch: {len(self._heads)} before, "
-                f"{len(heads)} now"
+                f"attentions must have the same heads in every batch: {len(self._names)} before, "
+                f"{len(names)} now"
             )
         residues = residue_mask(input_ids, attention_mask, self._special_ids)
         letters = (input_ids.cpu()[..., None] == self._ids) & residues.cpu()[..., None]
-        if not self._heads:
-            self._heads = heads
-            for thresholded in (False, True):
-                self._paid[thresholded] = np.zeros((len(heads), len(AMINO_ACIDS)))
-                self._total[thresholded] = np.zeros(len(heads))
-        self.sequences += int(residues.any(dim=1).sum())
+        paid, total = zip(*(self._sum_layer(w, residues, letters) for w in attentions), strict=True)
+        first = not self._names
+        self._names = names
+        self._paid = np.concatenate(paid) + (0 if first else self._paid)
+        self._total = np.concatenate(total) + (0 if first else self._total)
         self.occurrences += letters.sum((0, 1)).numpy()
-        for thresholded in (False, True):
-            parts = [self._sum_layer(w, residues, letters, thresholded) for w in attentions]
-            self._paid[thresholded] += np.concatenate([paid for paid, _ in parts])
-            self._total[thresholded] += np.concatenate([total for _, total in parts])
 
     def _sum_layer(
-        self, weights: Tensor, residues: Tensor, letters: Tensor, thresholded: bool
+        self, weights: Tensor, residues: Tensor, letters: Tensor
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Attention paid to each amino acid (H, 20) and to all residues (H,) in one layer."""
         weights = weights.detach()
         if weights.dtype in (torch.float16, torch.bfloat16):
             weights = weights.float()
         dropped = ~(residues[:, :, None] & residues[:, None, :]).to(weights.device)[:, None]
-        if thresholded:
+        if self.threshold is not None:
             dropped = dropped | (weights <= self.threshold)
         received = weights.masked_fill(dropped, 0.0).sum(2).cpu().double()
         paid = torch.einsum("bhl,bla->ha", received, letters.double())
         return paid.numpy(), received.sum((0, 2)).numpy()
 
-    def shares(self, *, thresholded: bool = False) -> NDArray[np.float64]:
+    def shares(self) -> NDArray[np.float64]:
         """f_h(a), the share of the attention between residues that amino acid a receives.
-
-        Args:
-            thresholded: Whether to count only attention above the threshold.
 
         Returns:
             (heads, 20), heads in layer order. NaN in the row of a head with no such attention,
             and in the column of an amino acid that never occurs.
         """
-        if not self._heads:
-            return np.full((0, len(AMINO_ACIDS)), np.nan)
-        total = self._total[thresholded].copy()
-        total[~np.isfinite(total) | (total <= 0)] = np.nan
-        shares = self._paid[thresholded] / total[:, None]
+        total = np.where(np.isfinite(self._total) & (self._total > 0), self._total, np.nan)
+        shares = self._paid / total[:, None]
         shares[:, self.occurrences == 0] = np.nan
         return shares
 
-    def similarity(self, *, thresholded: bool = False) -> NDArray[np.float64]:
+    def matrix(self) -> NDArray[np.float64]:
         """S(a, b), the Pearson correlation over the heads of the shares of a and b.
-
-        Args:
-            thresholded: Whether to count only attention above the threshold.
 
         Returns:
             Symmetric (20, 20) in the order of `AMINO_ACIDS`. A row and column are NaN where the
             correlation is undefined; `notes` says why.
         """
-        matrix = np.full((len(AMINO_ACIDS), len(AMINO_ACIDS)), np.nan)
-        shares = self.shares(thresholded=thresholded)
-        shares = shares[_usable_heads(shares)]
+        shares = self.shares()
+        shares = shares[_usable(shares)]
         if len(shares) < _MIN_HEADS:
-            return matrix
-        varies = _varies(shares)
-        centred = shares[:, varies] - shares[:, varies].mean(0)
-        unit = centred / np.linalg.norm(centred, axis=0)
-        correlation = np.clip(unit.T @ unit, -1.0, 1.0)
-        np.fill_diagonal(correlation, 1.0)
-        matrix[np.ix_(varies, varies)] = correlation
-        return matrix
+            return np.full((len(AMINO_ACIDS), len(AMINO_ACIDS)), np.nan)
+        return _cosines((shares - shares.mean(0)).T, _varies(shares))
 
-    def heads(self, *, thresholded: bool = False) -> int:
+    def heads(self) -> int:
         """Number of heads that the correlation runs over."""
-        return int(_usable_heads(self.shares(thresholded=thresholded)).sum())
+        return int(_usable(self.shares()).sum())
 
-    def notes(self, *, thresholded: bool = False) -> list[str]:
+    def notes(self) -> list[str]:
         """Sentences on what was left out and why; empty when nothing was."""
-        if not self._heads:
+        if not self._names:
             return ["No attention was recorded, so there is no similarity."]
         notes = []
-        absent = [a for a, seen in zip(AMINO_ACIDS, self.occurrences, strict=True) if seen == 0]
-        if absent:
-            notes.append(
-                f"Never seen in the sequences, so without a similarity: {', '.join(absent)}."
-            )
-        shares = self.shares(thresholded=thresholded)
-        usable = _usable_heads(shares)
+        if absent := _letters(self.occurrences == 0):
+            notes.append(f"Never seen in the sequences, so without a similarity: {absent}.")
+        shares = self.shares()
+        usable = _usable(shares)
         if not usable.all():
-            idle = [head for head, used in zip(self._heads, usable, strict=True) if not used]
-            kind = f"attention above {self.threshold:g}" if thresholded else "finite attention"
+            idle = [name for name, used in zip(self._names, usable, strict=True) if not used]
+            above = f"attention above {self.threshold:g}" if self.threshold is not None else ""
             shown = ", ".join(idle[:12]) + (" and others" if len(idle) > 12 else "")
             notes.append(
-                f"{len(idle)} of {len(usable)} heads have no {kind} between residues and were "
-                f"left out: {shown}."
+                f"{len(idle)} of {len(usable)} heads have no {above or 'finite attention'} between "
+                f"residues and were left out: {shown}."
             )
         if usable.sum() < _MIN_HEADS:
             notes.append(
                 f"Heads left to correlate over: {usable.sum()}; a correlation needs at least "
                 f"{_MIN_HEADS}, so there is no similarity."
             )
-            return notes
-        still = (self.occurrences > 0) & ~_varies(shares[usable])
-        if still.any():
-            letters = ", ".join(a for a, flat in zip(AMINO_ACIDS, still, strict=True) if flat)
+        elif still := _letters((self.occurrences > 0) & ~_varies(shares[usable])):
             notes.append(
                 "Given the same share of attention by every head, so without a similarity: "
-                f"{letters}."
+                f"{still}."
             )
         return notes
 
@@ -249,10 +178,6 @@ def embedding_similarity(
     S(a, b) = (e_a - m)·(e_b - m) / (|e_a - m| |e_b - m|). Without the mean, what all amino acids
     share against special tokens would make all of them alike.
 
-    Args:
-        model: A transformers model.
-        tokenizer: Its tokenizer, one token per amino acid.
-
     Returns:
         Symmetric (20, 20) in the order of `AMINO_ACIDS`; NaN for one that lies at the mean.
 
@@ -262,16 +187,12 @@ def embedding_similarity(
     table = model.get_input_embeddings().weight.detach().cpu().double().numpy()
     vectors = table[residue_ids(tokenizer, AMINO_ACIDS)]
     centred = vectors - vectors.mean(0)
-    norms = np.linalg.norm(centred, axis=1)
-    norms[norms <= _CONSTANT * np.linalg.norm(vectors, axis=1)] = np.nan
-    unit = centred / norms[:, None]
-    similarity: NDArray[np.float64] = np.clip(unit @ unit.T, -1.0, 1.0)
-    np.fill_diagonal(similarity, np.where(np.isnan(norms), np.nan, 1.0))
-    return similarity
+    apart = np.linalg.norm(centred, axis=1) > _CONSTANT * np.linalg.norm(vectors, axis=1)
+    return _cosines(centred, np.asarray(apart))
 
 
-def top_pairs(similarity: NDArray[np.float64], count: int = 10) -> list[AminoAcidPair]:
-    """The pairs of different amino acids with the highest similarity, highest first.
+def top_pairs(similarity: NDArray[np.float64], count: int = 10) -> list[dict[str, Any]]:
+    """The pairs of different amino acids with the highest `similarity`, highest first.
 
     Args:
         similarity: (20, 20) in the order of `AMINO_ACIDS`.
@@ -281,40 +202,56 @@ def top_pairs(similarity: NDArray[np.float64], count: int = 10) -> list[AminoAci
     values = similarity[rows, columns]
     order = [i for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]
     return [
-        AminoAcidPair(AMINO_ACIDS[rows[i]], AMINO_ACIDS[columns[i]], float(values[i]))
+        {
+            "pair": f"{AMINO_ACIDS[rows[i]]}–{AMINO_ACIDS[columns[i]]}",
+            "similarity": float(values[i]),
+        }
         for i in order[:count]
     ]
 
 
 def pair_ranks(
     similarity: NDArray[np.float64], pairs: Sequence[str] = EXPECTED_PAIRS
-) -> list[RankedPair]:
-    """The places of given pairs of amino acids among all pairs, most similar first.
+) -> list[dict[str, Any]]:
+    """The places of pairs of amino acids among all pairs, most similar first.
 
     Args:
         similarity: (20, 20) in the order of `AMINO_ACIDS`.
         pairs: Two letters each.
 
     Returns:
-        A rank for each pair, in the order given.
+        `pair`, `similarity` (NaN where undefined), `rank` (1 for the most similar pair of all,
+        None where undefined) and `of`, the number of pairs that have a similarity.
     """
     values = similarity[np.triu_indices(len(AMINO_ACIDS), k=1)]
     values = values[np.isfinite(values)]
     ranked = []
-    for pair in pairs:
-        first, second = pair[0], pair[1]
+    for first, second in map(tuple, pairs):
         value = float(similarity[AMINO_ACIDS.index(first), AMINO_ACIDS.index(second)])
         rank = 1 + int((values > value).sum()) if np.isfinite(value) else None
-        ranked.append(RankedPair(first, second, value, rank, len(values)))
+        pair = f"{first}–{second}"
+        ranked.append({"pair": pair, "similarity": value, "rank": rank, "of": len(values)})
     return ranked
 
 
-def _usable_heads(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _letters(which: NDArray[np.bool_]) -> str:
+    return ", ".join(letter for letter, shown in zip(AMINO_ACIDS, which, strict=True) if shown)
+
+
+def _usable(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Mask of the heads (heads,) that have shares."""
     return np.asarray(np.isfinite(shares).any(axis=1))
 
 
 def _varies(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Mask of the amino acids whose shares (heads, 20) differ by more than rounding."""
-    spread = shares.std(0)
     # NaN (an amino acid never seen) compares as False, which is what is wanted.
-    return np.asarray(spread > _CONSTANT * np.abs(shares.mean(0)))
+    return np.asarray(shares.std(0) > _CONSTANT * np.abs(shares.mean(0)))
+
+
+def _cosines(vectors: NDArray[np.float64], defined: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Cosines between vectors (n, width); NaN for those that are not defined."""
+    unit = vectors / np.where(defined, np.linalg.norm(vectors, axis=1), np.nan)[:, None]
+    cosines = np.clip(unit @ unit.T, -1.0, 1.0)
+    np.fill_diagonal(cosines, np.where(defined, 1.0, np.nan))
+    return np.asarray(cosines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from performers.app.errors import UserError
 from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.reading.head_scores import looks_causal
 
 FEWEST_SETS = 20
 """With fewer possible sets no p-value could be as low as 0.05, so none is given."""
@@ -149,31 +150,24 @@ def score_sites(
 
     Args:
         maps: One array (heads, n, n) per layer, rows being queries.
-        labels: The n residues.
+        labels: The n residues as letters.
         sites: Numbers of residues, from 1.
         permutations: Number of sets drawn for each p-value.
         seed: Seed of the draws.
 
     Returns:
         The scores; None when no site is among the n residues or no head attends to residues.
-
-    Raises:
-        ValueError: `permutations` is below 1 or a shape does not fit `labels`.
     """
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1, got {permutations}")
     length = len(labels)
-    if any(layer.shape[1:] != (length, length) for layer in maps):
-        raise ValueError(f"maps must be (heads, {length}, {length}) for {length} labels")
     within = sorted({site for site in sites if site <= length})
     if not within or not maps:
         return None
-    names = [f"{n}.{h + 1}" for n, layer in enumerate(maps, 1) for h in range(layer.shape[0])]
     received = np.concatenate([layer.sum(1, dtype=np.float64) for layer in maps])
     total = received.sum(1)
     used = np.isfinite(total) & (total > 0)
     if not used.any():
         return None
+    names = [f"{n}.{h + 1}" for n, layer in enumerate(maps, 1) for h in range(layer.shape[0])]
     names = [name for name, keep in zip(names, used, strict=True) if keep]
     shares = received[used] / total[used, None]
     uniform = _uniform(maps, length)
@@ -183,8 +177,10 @@ def score_sites(
     together = shares[:, columns].sum(1) / uniform[columns].sum()
 
     def p_value(pools: Sequence[tuple[NDArray[np.int64], int]]) -> float:
+        generator = np.random.default_rng(seed)
         hits = 0
-        for drawn in _sets(pools, permutations, seed):
+        for _ in range(permutations):
+            drawn = np.concatenate([generator.choice(pool, n, replace=False) for pool, n in pools])
             favoured = (shares[:, drawn].sum(1) / uniform[drawn].sum()).max()
             hits += bool(favoured >= together.max() - 1e-12)
         return (1 + hits) / (1 + permutations)
@@ -221,20 +217,9 @@ def score_sites(
     )
 
 
-def _sets(
-    pools: Sequence[tuple[NDArray[np.int64], int]], number: int, seed: int
-) -> Iterator[NDArray[np.int64]]:
-    """Random sets of residues, so many of each pool."""
-    generator = np.random.default_rng(seed)
-    for _ in range(number):
-        yield np.concatenate([generator.choice(pool, n, replace=False) for pool, n in pools])
-
-
 def _uniform(maps: Sequence[NDArray[np.floating[Any]]], length: int) -> NDArray[np.float64]:
     """Share that each residue receives of uniform attention, (length,)."""
-    ahead = any(bool(np.triu(layer, 1).any()) for layer in maps)
-    back = any(bool(np.tril(layer, -1).any()) for layer in maps)
-    if ahead or not back:
+    if not looks_causal(maps):
         return np.full(length, 1.0 / length)
     from_each = np.tril(np.ones((length, length))) / np.arange(1, length + 1)[:, None]
     return np.asarray(from_each.sum(0) / length)

@@ -30,14 +30,14 @@ from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.learnt import MATRICES, finite, learnt_numbers
 from performers.proteins.reading.mantel import load_reference_matrix
 from performers.proteins.reading.relative_shares import RelativeShares
-from performers.proteins.reading.residues import FOLDS, ProteinReading, principal_components
+from performers.proteins.reading.residues import ProteinReading, principal_components
 from performers.proteins.reading.site_scores import FEWEST_SETS
-from performers.proteins.report import charts, payload
-from performers.proteins.report.tables import Tables, number, percent, sentences, with_losses
+from performers.proteins.report import charts, payload, tables
 
 __all__ = ["ModelReport", "write_report"]
 
 _FOLDER = Path(__file__).parent
+_LISTED_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,13 @@ def write_report(
     for metric in ("loss", "accuracy"):
         histories = {name: m.history for name, m in zip(unique, models, strict=True)}
         splits = (values for m in models for values in m.metrics.values())
-        baseline = with_losses(next(splits, {})).get(f"baseline_{metric}")
+        baseline = tables.with_losses(next(splits, {})).get(f"baseline_{metric}")
         if chart := charts.learning_chart(histories, metric, baseline):
             drawn[f"learning-{metric}"] = chart
-    tables = Tables(unique, models, learnt, load_reference_matrix(matrix_name, AMINO_ACIDS))
     scripts = [script, (_FOLDER / "report.js").read_text(encoding="utf-8")]
     page = _template().render(
         title=title,
-        sentences=sentences(reader, learnt[models.index(reader)]),
+        sentences=tables.sentences(reader, learnt[models.index(reader)]),
         reader=reader,
         models=[
             {
@@ -152,14 +151,15 @@ def write_report(
             }
             for i, (name, model, found) in enumerate(zip(unique, models, learnt, strict=True))
         ],
-        tables=tables,
+        notes=tables.notes(learnt),
+        reference=load_reference_matrix(matrix_name, AMINO_ACIDS),
+        listed_pairs=_LISTED_PAIRS,
         similar=similar,
         relatives=relatives,
         matrix_name=matrix_name,
         data=data,
         data_text=_script_safe(data),
         max_residues=max_residues,
-        folds=FOLDS,
         fewest_sets=FEWEST_SETS,
         drawn=drawn,
         scripts=[Markup(text) for text in scripts],
@@ -219,8 +219,8 @@ def _similarities(
         if analysis is None:
             continue
         of = f", {name}" if len(models) > 1 else ""
-        if analysis.similarity is not None:
-            matrices[f"Attention{of}"] = analysis.similarity.similarity()
+        if analysis.similarity:
+            matrices[f"Attention{of}"] = analysis.similarity["all"].matrix()
         if analysis.embeddings is not None:
             matrices[f"Input vectors{of}"] = analysis.embeddings
     matrices = {name: m for name, m in matrices.items() if np.isfinite(m).any()}
@@ -252,11 +252,8 @@ def _template() -> Any:
         undefined=StrictUndefined,
         finalize=_printable,
     )
-    environment.filters |= {
-        "number": number,
-        "percent": percent,
-        "drop": lambda cells, count: cells[count:],
-    }
+    filters = (tables.number, tables.percent, tables.with_losses, tables.head_cells, tables.scored)
+    environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template("report.html.jinja")
 
 

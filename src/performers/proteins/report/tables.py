@@ -1,4 +1,4 @@
-"""Sentences and rows of tables of the report; a row or a column for each model."""
+"""Sentences, numbers and cells of the report, as text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from numpy.typing import NDArray
 
 from performers.app.figures import shortened
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.reading.learnt import KINDS
+from performers.proteins.reading.head_scores import HeadScores
 from performers.proteins.reading.residues import ProteinReading
 
 if TYPE_CHECKING:
     from performers.proteins.report.page import ModelReport
 
-Row = tuple[object, ...]
-
 _FEWEST_RESIDUES = 30
 _STRETCH = 15
-_LISTED_PAIRS = 6
 
 
 def number(value: object, digits: int = 2) -> str:
@@ -74,7 +71,7 @@ def sentences(model: ModelReport, learnt: Mapping[str, Any] | None) -> list[str]
 
 
 def _guessing(metrics: Mapping[str, float], is_causal: bool) -> str:
-    accuracy, baseline = (metrics.get(name, math.nan) for name in _ACCURACIES)
+    accuracy, baseline = (metrics.get(name, math.nan) for name in ("accuracy", "baseline_accuracy"))
     task = "Seeing only what comes before a residue" if is_causal else "Of residues hidden from it"
     error = math.sqrt(max(accuracy * (1 - accuracy), 0.0) / max(metrics.get("tokens", 1), 1))
     verdict = "no better than" if accuracy - baseline < 2 * error else "against"
@@ -88,9 +85,6 @@ def _guessing(metrics: Mapping[str, float], is_causal: bool) -> str:
             f"likely amino acids ({number(metrics['baseline_perplexity'], 1)} by frequencies alone)"
         )
     return text + "."
-
-
-_ACCURACIES = ("accuracy", "baseline_accuracy")
 
 
 def _standing_out(readings: Sequence[ProteinReading]) -> str:
@@ -116,140 +110,41 @@ def _standing_out(readings: Sequence[ProteinReading]) -> str:
     )
 
 
-class Tables:
-    """Rows of the page's tables, over all models.
+def head_cells(scores: HeadScores | None) -> list[list[object]]:
+    """Cells of a model's heads: their kinds, and medians, each beside uniform attention.
 
-    Args:
-        names: Names of the models, each once.
-        models: The models.
-        learnt: What was read from each; see `learnt_numbers`.
-        reference: Scores (20, 20) of the substitution matrix that is shown.
+    Returns:
+        One list; none where no head attends to residues.
     """
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        models: Sequence[ModelReport],
-        learnt: Sequence[Mapping[str, Any] | None],
-        reference: NDArray[np.float64],
-    ) -> None:
-        self._models = list(zip(names, models, strict=True))
-        self._learnt = [(n, found) for n, found in zip(names, learnt, strict=True) if found]
-        self._reference = reference
-
-    def metrics(self) -> list[Row]:
-        """Accuracy, perplexity and loss of each model and split, each beside its baseline."""
-        rows: list[Row] = []
-        for name, model in self._models:
-            for split, given in model.metrics.items():
-                values = with_losses(given)
-                cells = [
-                    shown(values.get(prefix + metric), digits)
-                    for metric, shown, digits in _SHOWN
-                    for prefix in ("", "baseline_")
-                ]
-                rows.append((name, split, *cells, number(values.get("tokens"), 0)))
-        return rows
-
-    def settings(self) -> list[Row]:
-        """Settings, a column for each model."""
-        keys = dict.fromkeys(str(key) for _, model in self._models for key in model.settings)
-        every = [{str(k): v for k, v in model.settings.items()} for _, model in self._models]
-        return [(key, *(settings.get(key, "–") for settings in every)) for key in keys]
-
-    def heads(self) -> list[Row]:
-        """Medians over the heads of each model, each beside uniform attention; kinds of heads."""
-        rows: list[Row] = []
-        for name, model in self._models:
-            scores = model.analysis.scores if model.analysis else None
-            if scores is None:
-                continue
-            defined = [head for head in scores.heads if math.isfinite(head.mean_distance)]
-            if not defined:
-                continue
-            distance = median(head.mean_distance for head in defined)
-            near = median(head.band_share for head in defined)
-            rows.append(
-                (
-                    name,
-                    len(scores.heads),
-                    *(len(found) for found in scores.kinds().values()),
-                    f"{number(distance, 1)} ({number(scores.uniform.mean_distance, 1)})",
-                    f"{percent(near)} ({percent(scores.uniform.band_share)})",
-                )
-            )
-        return rows
-
-    def sites(self) -> list[Row]:
-        """Attention that each known site receives, for each model."""
-        return [
-            (
-                name,
-                f"{site['residue']}{site['site']}",
-                site["head"],
-                percent(site["share"]),
-                f"{number(site['enrichment'])}×",
-                f"{site['rank']} of {site['residues']}",
-            )
-            for name, found in self._learnt
-            if found["sites"]
-            for site in found["sites"]["sites"]
+    defined = [head for head in scores.heads if math.isfinite(head.mean_distance)] if scores else []
+    if scores is None or not defined:
+        return []
+    distance = median(head.mean_distance for head in defined)
+    near = median(head.band_share for head in defined)
+    return [
+        [
+            len(scores.heads),
+            *(len(found) for found in scores.kinds().values()),
+            f"{number(distance, 1)} ({number(scores.uniform.mean_distance, 1)})",
+            f"{percent(near)} ({percent(scores.uniform.band_share)})",
         ]
-
-    def agreements(self) -> list[Row]:
-        """Correlation of each similarity with each substitution matrix."""
-        rows: list[Row] = []
-        for name, found in self._learnt:
-            parts = dict[str, Mapping[str, Any]]()
-            if similarity := found["similarity"]:
-                above = f"attention above {similarity['threshold']:g}"
-                titles = ("attention", above)
-                parts |= {t: similarity[kind] for t, kind in zip(titles, KINDS, strict=True)}
-            if found["embeddings"]:
-                parts["input vectors"] = found["embeddings"]
-            rows += [
-                (
-                    *(name, source, matrix, number(result["pearson"], 3)),
-                    *(number(result["p_value"], 4), number(result["spearman"], 3)),
-                    *(number(result["spearman_p_value"], 4), result["pairs"]),
-                )
-                for source, part in parts.items()
-                for matrix, result in part["matrices"].items()
-            ]
-        return rows
-
-    def pairs(self) -> list[Row]:
-        """The pairs most alike, with the score of the matrix, and the rank of expected ones."""
-        rows: list[Row] = []
-        for name, found in self._learnt:
-            sources = {"attention": (found["similarity"] or {}).get("all")}
-            sources["input vectors"] = found["embeddings"]
-            for source, part in sources.items():
-                if part is None:
-                    continue
-                top = (self._scored(pair["pair"]) for pair in part["top_pairs"][:_LISTED_PAIRS])
-                ranks = (
-                    f"{pair['pair']} {'–' if pair['rank'] is None else pair['rank']}"
-                    for pair in part["expected_pairs"]
-                )
-                rows.append((name, source, ", ".join(top) or "–", ", ".join(ranks)))
-        return rows
-
-    def notes(self) -> list[str]:
-        """Reasons for missing or partial comparisons."""
-        notes = []
-        for _, found in self._learnt:
-            similarity = found["similarity"] or {}
-            for kind in KINDS:
-                notes += similarity.get(kind, {}).get("notes", [])
-            parts = [similarity.get("all"), found["embeddings"]]
-            notes += [r["note"] for p in parts if p for r in p["matrices"].values() if r["note"]]
-        return list(dict.fromkeys(notes))
-
-    def _scored(self, pair: str) -> str:
-        row, column = (AMINO_ACIDS.index(letter) for letter in pair.split("–"))
-        score = self._reference[row, column]
-        return f"{pair} ({f'{score:+g}' if score else '0'})"
+    ]
 
 
-_SHOWN = (("accuracy", percent, 2), ("perplexity", number, 2), ("loss", number, 3))
+def scored(pair: str, reference: NDArray[np.float64]) -> str:
+    """A pair such as D–E with its score in a substitution matrix (20, 20)."""
+    row, column = (AMINO_ACIDS.index(letter) for letter in pair.split("–"))
+    score = reference[row, column]
+    return f"{pair} ({f'{score:+g}' if score else '0'})"
+
+
+def notes(learnt: Sequence[Mapping[str, Any] | None]) -> list[str]:
+    """Reasons for missing or partial comparisons."""
+    found: list[str] = []
+    for numbers in filter(None, learnt):
+        kinds = [(numbers["similarity"] or {}).get(kind) for kind in ("all", "thresholded")]
+        for part in filter(None, kinds):
+            found += part["notes"]
+        for part in filter(None, [kinds[0], numbers["embeddings"]]):
+            found += [r["note"] for r in part["matrices"].values() if r["note"]]
+    return list(dict.fromkeys(found))

@@ -92,13 +92,13 @@ def embed_residues(
     Raises:
         UserError: The layer is unknown, or a sequence is longer than learned positions reach.
     """
-    vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(sequences)
+    vectors: dict[int, npt.NDArray[np.float32]] = {}
     for places, hidden, residues in _hidden_states(
         model, tokenizer, sequences, layer, relatives, batch_tokens, progress
     ):
         for row, place in enumerate(places):
             vectors[place] = hidden[row][residues[row]].cpu().numpy()
-    return vectors
+    return [vectors[place] for place in range(len(sequences))]
 
 
 def _hidden_states(

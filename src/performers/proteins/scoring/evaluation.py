@@ -61,23 +61,13 @@ def evaluate_model(
         ValueError: There is no sequence, or an option is out of range.
         UserError: Learned positions end before ``max_length`` does.
     """
-    if relatives is not None:
-        metrics = evaluate_rows(
-            model,
-            tokenizer,
-            relatives,
-            batch_tokens=batch_tokens,
-            mask_probability=mask_probability,
-            seed=seed,
-            sequence_of_row=np.arange(len(sequences)) if by_sequence else None,
-            progress=progress,
-        )
-        return {**metrics, "sequences": len(sequences)}
-    windows = [
-        split_windows(tokens, max_length) for tokens in encode_sequences(tokenizer, sequences)
-    ]
-    dataset = TokenDataset(window for parts in windows for window in parts)
-    of_row = np.repeat(np.arange(len(windows)), [len(parts) for parts in windows])
+    dataset: TokenDataset | RelativesRows
+    if relatives is None:
+        windows = [split_windows(row, max_length) for row in encode_sequences(tokenizer, sequences)]
+        dataset = TokenDataset(window for parts in windows for window in parts)
+        rows = [len(parts) for parts in windows]
+    else:
+        dataset, rows = relatives, [1] * len(sequences)
     metrics = evaluate_rows(
         model,
         tokenizer,
@@ -85,7 +75,7 @@ def evaluate_model(
         batch_tokens=batch_tokens,
         mask_probability=mask_probability,
         seed=seed,
-        sequence_of_row=of_row if by_sequence else None,
+        sequence_of_row=np.repeat(np.arange(len(rows)), rows) if by_sequence else None,
         progress=progress,
     )
     return {**metrics, "sequences": len(sequences)}
@@ -107,19 +97,17 @@ def evaluate_rows(
 
     Args:
         model: A masked or causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: See ``evaluate_model``.
         dataset: The rows, packed or not, or of proteins after their relatives.
         batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
-        mask_probability: Share of residues that are targets of a masked model.
-        seed: Seed of the masks.
+        mask_probability: See ``evaluate_model``.
+        seed: See ``evaluate_model``.
         across_sequences: In packed rows, attention crosses the boundaries of sequences.
         sequence_of_row: Number of the sequence that each row is of, to count sequences apart.
-        progress: Called with the rows done and the rows in all, after each batch.
+        progress: See ``evaluate_model``.
 
     Returns:
-        ``accuracy``, ``perplexity``, ``loss``, ``tokens``, ``baseline_accuracy`` and
-        ``baseline_perplexity``; with ``sequence_of_row`` also ``correct_by_sequence`` and
-        ``tokens_by_sequence``.
+        As ``evaluate_model``, without ``sequences``.
     """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)

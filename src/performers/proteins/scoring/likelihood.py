@@ -106,19 +106,25 @@ def score_sequences(
     rows = TokenDataset(encoded) if relatives is None else relatives
     check_input_length(model, int(rows.lengths.max()))
     total = sum(map(len, sequences))
-    scores: list[ProteinScore | None] = [None] * len(encoded)
+    scores: dict[int, ProteinScore] = {}
     done = 0
-    for place, score in (
-        scorer.in_one_pass(encoded, relatives, causal=causal, substitutions=substitutions)
-        if causal or method == "one-pass"
-        else scorer.masked(encoded, relatives, substitutions=substitutions)
-    ):
-        check_finite(score.log_likelihoods)
-        scores[place] = score
-        done += len(score.log_likelihoods)
+    hidden = not causal and method != "one-pass"
+    for place, predicted in scorer.predictions(encoded, relatives, hidden=hidden):
+        residues = encoded[place][1:-1]
+        own = _taken(predicted, residues)
+        check_finite(own)
+        log_odds = None
+        if substitutions and causal:
+            before = Before.of_row(relatives, place)
+            log_odds = scorer.against_mutants(encoded[place], before, float(own.sum()))
+        elif substitutions:
+            log_odds = predicted[:, scorer.amino_acids] - own[:, None]
+            log_odds[~np.isin(residues, scorer.amino_acids)] = np.nan
+        scores[place] = ProteinScore(own, log_odds)
+        done += len(own)
         if progress is not None:
             progress(done, total)
-    return [score for score in scores if score is not None]
+    return [scores[place] for place in range(len(encoded))]
 
 
 def check_finite(values: _Floats) -> None:
@@ -168,68 +174,50 @@ class Before(NamedTuple):
 
 
 class RowScorer:
-    """Runs of a model on rows of tokens.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        batch_tokens: Tokens in a batch.
-    """
+    """Runs of a model on rows of tokens, at most ``batch_tokens`` tokens at a time."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int
     ) -> None:
         self.model = model
         self.batch_tokens = batch_tokens
+        self.amino_acids = residue_ids(tokenizer, AMINO_ACIDS)
         self._collator = CausalCollator(tokenizer)
-        self._amino_acids = residue_ids(tokenizer, AMINO_ACIDS)
         self._mask_id = tokenizer.mask_token_id
 
-    def in_one_pass(
-        self,
-        encoded: Sequence[_Tokens],
-        relatives: RelativesRows | None,
-        *,
-        causal: bool,
-        substitutions: bool,
-    ) -> Iterator[tuple[int, ProteinScore]]:
-        """Scores from predictions at the residues themselves, or at those before them."""
-        # The residues are tokens 1 to -1.
-        first = 0 if causal else 1
-        for place, predicted in self._predictions(encoded, relatives):
-            tokens = encoded[place]
-            predicted = predicted[first : first + len(tokens) - 2]
-            found = _taken(predicted, tokens[1:-1])
-            log_odds = None
-            if substitutions and causal:
-                before = Before.of_row(relatives, place)
-                log_odds = self._against_mutants(tokens, before, float(found.sum()))
-            elif substitutions:
-                log_odds = self._log_odds(predicted, tokens[1:-1])
-            yield place, ProteinScore(found, log_odds)
+    def predictions(
+        self, encoded: Sequence[_Tokens], relatives: RelativesRows | None, *, hidden: bool
+    ) -> Iterator[tuple[int, _Floats]]:
+        """Place of each protein and log-probabilities of its residues, ``(residues, vocabulary)``.
 
-    def masked(
-        self, encoded: Sequence[_Tokens], relatives: RelativesRows | None, *, substitutions: bool
-    ) -> Iterator[tuple[int, ProteinScore]]:
-        """Scores from predictions at residues that are hidden one at a time."""
-        for place, tokens in enumerate(encoded):
-            before = Before.of_row(relatives, place)
-            predicted = self.hidden(tokens, np.arange(1, len(tokens) - 1), before)
-            log_odds = self._log_odds(predicted, tokens[1:-1]) if substitutions else None
-            yield place, ProteinScore(_taken(predicted, tokens[1:-1]), log_odds)
+        They are from predictions at residues that are hidden one at a time, or, not hidden, at the
+        residues themselves (of a masked model) or those before them (of a causal one).
+        """
+        if hidden:
+            for place, tokens in enumerate(encoded):
+                before = Before.of_row(relatives, place)
+                yield place, self.hidden(tokens, np.arange(1, len(tokens) - 1), before)
+            return
+        rows = TokenDataset(encoded) if relatives is None else relatives
+        for places, _, output in run_batches(
+            self.model, rows, self._collator, batch_tokens=self.batch_tokens
+        ):
+            for row, place in enumerate(places):
+                # The residues are tokens 1 to -1.
+                start = 0 if self.model.config.is_decoder else 1
+                start += 0 if relatives is None else int(relatives.starts[place])
+                own = output.logits[row, start : start + len(encoded[place]) - 2]
+                yield place, _log_probabilities(own)
 
     def hidden(
         self, tokens: _Tokens, places: npt.NDArray[np.int64], before: Before | None
     ) -> _Floats:
         """Log-probabilities at tokens that are hidden one at a time, ``(places, vocabulary)``."""
         parts = []
-        size = self._rows_at_once(tokens, before)
-        for start in range(0, len(places), size):
-            at = places[start : start + size]
-            rows = np.repeat(tokens[None], len(at), axis=0)
-            rows[np.arange(len(at)), at] = self._mask_id
-            logits = self._logits(rows, before)
-            parts.append(_log_probabilities(logits[np.arange(len(at)), at]))
+        for part in self._parts(len(places), tokens, before):
+            rows = _changed(tokens, places[part], self._mask_id)
+            logits = self._logits(rows, before)[np.arange(len(rows)), places[part]]
+            parts.append(_log_probabilities(logits))
         return np.concatenate(parts)
 
     def in_sight(self, tokens: _Tokens, before: Before | None) -> _Floats:
@@ -238,51 +226,30 @@ class RowScorer:
 
     def log_likelihoods(self, rows: _Tokens, before: Before | None) -> _Floats:
         """Log-likelihood of each row ``(rows, tokens)`` under a causal model, its end left out."""
-        size = self._rows_at_once(rows[0], before)
-        parts = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            predicted = _log_probabilities(self._logits(part, before)[:, :-2])
-            found = np.take_along_axis(predicted, part[:, 1:-1, None], axis=2)
-            parts.append(found.sum((1, 2)))
-        return np.concatenate(parts)
+        found = np.empty(len(rows))
+        for part in self._parts(len(rows), rows[0], before):
+            predicted = _log_probabilities(self._logits(rows[part], before)[:, :-2])
+            taken = np.take_along_axis(predicted, rows[part][:, 1:-1, None], axis=2)
+            found[part] = taken.sum((1, 2))
+        return found
 
-    def _log_odds(self, predicted: _Floats, residues: _Tokens) -> _Floats:
-        odds = predicted[:, self._amino_acids] - _taken(predicted, residues)[:, None]
-        odds[~np.isin(residues, self._amino_acids)] = np.nan
+    def against_mutants(self, tokens: _Tokens, before: Before | None, wild_type: float) -> _Floats:
+        """Log-likelihoods of all single mutants less that of the protein, ``(residues, 20)``."""
+        residues = tokens[1:-1, None]
+        odds = np.where(residues == self.amino_acids, 0.0, np.nan)
+        standard = (odds == 0).any(1, keepdims=True)
+        cells = np.argwhere(standard & (residues != self.amino_acids))
+        for part in self._parts(len(cells), tokens, before):
+            place, letter = cells[part].T
+            rows = _changed(tokens, place + 1, self.amino_acids[letter])
+            odds[place, letter] = self.log_likelihoods(rows, before) - wild_type
         return odds
 
-    def _against_mutants(self, tokens: _Tokens, before: Before | None, wild_type: float) -> _Floats:
-        """Log-likelihoods of all single mutants less that of the protein itself."""
-        odds = np.full((len(tokens) - 2, len(self._amino_acids)), np.nan)
-        standard = np.flatnonzero(np.isin(tokens[1:-1], self._amino_acids))
-        odds[standard] = tokens[1:-1][standard, None] != self._amino_acids
-        cells = np.argwhere(odds == 1)
-        odds[odds == 1] = 0
-        size = self._rows_at_once(tokens, before)
-        for start in range(0, len(cells), size):
-            part = cells[start : start + size]
-            rows = np.repeat(tokens[None], len(part), axis=0)
-            rows[np.arange(len(part)), part[:, 0] + 1] = self._amino_acids[part[:, 1]]
-            odds[part[:, 0], part[:, 1]] = self.log_likelihoods(rows, before) - wild_type
-        return odds
-
-    def _predictions(
-        self, encoded: Sequence[_Tokens], relatives: RelativesRows | None
-    ) -> Iterator[tuple[int, _Floats]]:
-        """Log-probabilities at the tokens of each protein, ``(tokens, vocabulary)``."""
-        rows = TokenDataset(encoded) if relatives is None else relatives
-        for places, _, output in run_batches(
-            self.model, rows, self._collator, batch_tokens=self.batch_tokens
-        ):
-            for row, place in enumerate(places):
-                start = 0 if relatives is None else int(relatives.starts[place])
-                own = output.logits[row, start : start + len(encoded[place])]
-                yield place, _log_probabilities(own)
-
-    def _rows_at_once(self, tokens: _Tokens, before: Before | None) -> int:
+    def _parts(self, count: int, tokens: _Tokens, before: Before | None) -> Iterator[slice]:
+        """Slices of so many rows, each of them a batch."""
         length = len(tokens) if before is None else len(before.positions)
-        return max(1, self.batch_tokens // length)
+        size = max(1, self.batch_tokens // length)
+        return (slice(start, start + size) for start in range(0, count, size))
 
     def _logits(self, rows: _Tokens, before: Before | None) -> Tensor:
         """Logits at the tokens of rows of one length, each read after the same relatives."""
@@ -309,3 +276,12 @@ def _log_probabilities(logits: Tensor) -> _Floats:
 def _taken(predicted: _Floats, tokens: npt.NDArray[np.int64]) -> _Floats:
     """Entries of each row at a token, ``(rows,)``."""
     return np.take_along_axis(predicted, tokens[:, None], axis=1)[:, 0]
+
+
+def _changed(
+    tokens: _Tokens, places: npt.NDArray[np.int64], instead: int | npt.NDArray[np.int64]
+) -> _Tokens:
+    """A copy of the tokens for each place, with another token there, ``(places, tokens)``."""
+    rows = np.repeat(tokens[None], len(places), axis=0)
+    rows[np.arange(len(places)), places] = instead
+    return rows

@@ -19,35 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import residue_ids
 
-__all__ = ["ResidueMetrics", "unigram_baseline"]
-
-
-def unigram_baseline(counts: npt.ArrayLike) -> dict[str, float]:
-    """Score the best constant prediction for target tokens with the given counts.
-
-    With the empirical distribution p of the targets, the best constant top-1 prediction is right
-    with frequency max p, and the best constant distribution, p itself, has perplexity
-    exp(-sum p log p).
-
-    Args:
-        counts: How often each token is a target, (tokens,); zeros are allowed.
-
-    Returns:
-        ``baseline_accuracy`` (a share of 1) and ``baseline_perplexity``.
-
-    Raises:
-        ValueError: The counts are negative, not finite, or sum to zero.
-    """
-    counts = np.asarray(counts, dtype=np.float64)
-    total = float(counts.sum())
-    if not math.isfinite(total) or total <= 0 or counts.min() < 0:
-        raise ValueError("counts: expected finite counts of at least 0 with a positive sum")
-    shares = counts[counts > 0] / total
-    return {
-        "baseline_accuracy": float(shares.max()),
-        "baseline_perplexity": math.exp(-float((shares * np.log(shares)).sum())),
-    }
-
 
 class ResidueMetrics:
     """Sum loss and accuracy over batches, in float64.
@@ -126,6 +97,10 @@ class ResidueMetrics:
     def compute(self) -> dict[str, Any]:
         """Compute the metrics over all targets so far.
 
+        With the empirical distribution p of the targets, the best constant top-1 prediction is
+        right with frequency max p, and the best constant distribution, p itself, has perplexity
+        exp(-sum p log p).
+
         Returns:
             ``accuracy`` (a share of 1), ``perplexity`` = exp(loss), ``loss`` (mean negative
             log-likelihood of a residue, nats), ``tokens`` (residues counted), and
@@ -142,10 +117,12 @@ class ResidueMetrics:
             perplexity = math.exp(loss)
         except OverflowError:
             perplexity = math.inf
+        shares = self.target_counts[self.target_counts > 0] / tokens
         return {
             "accuracy": self.correct / tokens,
             "perplexity": perplexity,
             "loss": loss,
             "tokens": tokens,
-            **unigram_baseline(self.target_counts),
+            "baseline_accuracy": float(shares.max()),
+            "baseline_perplexity": math.exp(-float((shares * np.log(shares)).sum())),
         }

@@ -12,14 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.proteins.inputs.relatives import RelativesRows
-from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences
 from performers.proteins.model_folder import check_input_length
-from performers.proteins.scoring.likelihood import (
-    Before,
-    RowScorer,
-    check_finite,
-    check_method,
-)
+from performers.proteins.scoring.likelihood import Before, RowScorer, check_finite, check_method
 
 _SUBSTITUTION = re.compile(r"([A-Za-z])([1-9][0-9]*)([A-Za-z])")
 
@@ -120,8 +115,7 @@ class VariantScorer:
         self._before = Before.of_row(relatives, 0)
         length = len(self._tokens) if relatives is None else int(relatives.lengths[0])
         check_input_length(model, length)
-        ids = residue_ids(tokenizer, AMINO_ACIDS)
-        self._ids = dict(zip(AMINO_ACIDS, ids.tolist(), strict=True))
+        self._ids = dict(zip(AMINO_ACIDS, self._scorer.amino_acids.tolist(), strict=True))
         self._predicted: dict[int, npt.NDArray[np.float64]] = {}
         self._own: float | None = None
 
