@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import math
 import random
-import re
-import subprocess
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from performers import SoftmaxFeatures
-from performers.app.errors import UserError
 from performers.catalogue import CatalogueSampler
 from performers.features.softmax import Estimator
 from studies.catalogue.negatives import FixedLoss
+from studies.debian import named_packages, package_fields
 from studies.parts import Part
+from studies.training import descend
 
-_FIELD = re.compile(r"^(Package|Depends|Pre-Depends|Recommends): (.*)$", re.MULTILINE)
 _DIM = 32
 _LEAST = 3
 
@@ -32,39 +29,17 @@ LogQ = Callable[[Tensor], Tensor]
 """Logarithms of the probabilities of all items ``(Q, n)`` for queries ``(Q, d)``."""
 
 
-def read_index(path: str | None) -> str:
-    """The text of a Debian package index: a file, or ``apt-cache dumpavail``.
-
-    Raises:
-        UserError: There is none.
-    """
-    try:
-        if path is not None:
-            return Path(path).read_text(encoding="utf-8")
-        command = ["apt-cache", "dumpavail"]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"no package index ({error}); give one with --packages") from error
-    if not text:
-        raise UserError("apt-cache dumpavail is empty; give a package index with --packages")
-    return text
-
-
 def read_dependencies(index: str) -> tuple[list[list[int]], int]:
     """Dependencies of the packages that have three or more, and the number of different ones."""
-    packages: dict[str, list[str]] = {}
-    for paragraph in index.split("\n\n"):
-        lines = dict(_FIELD.findall(paragraph))
-        if "Package" in lines:
-            packages[lines["Package"]] = [
-                re.split(r"[ (:\[]", name.strip(), maxsplit=1)[0]
-                for key in ("Depends", "Pre-Depends", "Recommends")
-                for name in re.split(r"[,|]", lines.get(key, ""))
-            ]
+    packages = package_fields(index)
     rows = [
         kept
-        for package, names in packages.items()
-        if len(kept := [x for x in dict.fromkeys(names) if x in packages and x != package])
+        for package, fields in packages.items()
+        if len(
+            kept := [
+                x for x in dict.fromkeys(named_packages(fields)) if x in packages and x != package
+            ]
+        )
         >= _LEAST
     ]
     numbers = {name: i for i, name in enumerate(sorted({name for row in rows for name in row}))}
@@ -93,10 +68,7 @@ def train(
     loss_of = FixedLoss(popularity(rows, count), 2000, shared=True)
     for _ in range(steps):
         query, target = _batch(source.sample(rows, min(256, len(rows))), source, context)
-        loss = loss_of(scale * query, F.normalize(items, dim=-1), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(loss_of(scale * query, F.normalize(items, dim=-1), target), optimizer)
     return context.detach(), F.normalize(items.detach(), dim=-1), scale.item()
 
 
@@ -176,34 +148,26 @@ def _samplers(
     yield "popularity^0.75", _fixed(weight**0.75)
     yield "inverted index, uniform inside", inverted_index(items, scale, generator())
     for estimator in ("trigonometric", "positive"):
-        best = min(
-            (1.0, 2.0, 4.0, 6.0, 8.0, scale),
-            key=lambda x: float(
-                chi_squared(
-                    validation,
-                    items,
-                    scale,
-                    feature_sampler(items, x, estimator, 1024, generator()),
-                ).median()
-            ),
-        )
-        yield (
-            f"RF-softmax, 1,024 {estimator} features",
-            feature_sampler(items, best, estimator, 1024, generator()),
-        )
+        found = [
+            feature_sampler(items, x, estimator, 1024, generator())
+            for x in (1.0, 2.0, 4.0, 6.0, 8.0, scale)
+        ]
+        errors = [chi_squared(validation, items, scale, x).median() for x in found]
+        best = found[min(range(len(found)), key=errors.__getitem__)]
+        yield f"RF-softmax, 1,024 {estimator} features", best
     yield "CatalogueSampler", two_level_sampler(items, scale, None, generator())
     if len(items) >= 64:
         yield "CatalogueSampler, 64 blocks", two_level_sampler(items, scale, 64, generator())
 
 
-def measure_quality(index: Callable[[], str], steps: int, seed: int) -> Part:
+def measure_quality(index: str, steps: int, seed: int) -> Part:
     """Train on all rows but 2,200, choose temperatures on 200 of these, measure on 2,000.
 
     Returns:
         Sizes, ``negative_log_likelihood`` and ``recall`` (at 10) of the model, and the median and
         the mean of chi-squared by sampler.
     """
-    rows, count = read_dependencies(index())
+    rows, count = read_dependencies(index)
     torch.manual_seed(seed)
     source = random.Random(seed)
     source.shuffle(rows)

@@ -13,12 +13,14 @@ from performers.app.errors import UserError
 from studies.catalogue.models import CausalPerformer
 from studies.catalogue.negatives import CatalogueLoss, FixedLoss, Loss, full_loss
 from studies.parts import Part
+from studies.training import descend
 
 LOSSES = ("full softmax", "uniform", "popularity", "CatalogueSampler")
 
 _LENGTH = 50
 _BATCH = 64
 _WIDTH = 64
+_SAMPLES = 100
 
 
 def read_sequences(path: str) -> tuple[list[list[int]], int]:
@@ -52,18 +54,16 @@ def read_sequences(path: str) -> tuple[list[list[int]], int]:
     return [row for row in rows.values() if len(row) > 2], len(numbers)
 
 
-def make_loss(name: str, items: Tensor, weight: Tensor, num_samples: int) -> Loss:
-    """A loss with as many draws for each query, by its name in `LOSSES`."""
+def make_loss(name: str, items: Tensor, weight: Tensor) -> Loss:
+    """A loss with 100 draws for each query, by its name in `LOSSES`."""
     if name == "full softmax":
         return full_loss
     if name == "CatalogueSampler":
-        return CatalogueLoss(items, num_samples)
-    return FixedLoss(weight if name == "popularity" else torch.ones_like(weight), num_samples)
+        return CatalogueLoss(items, _SAMPLES)
+    return FixedLoss(weight if name == "popularity" else torch.ones_like(weight), _SAMPLES)
 
 
-def train_and_rank(
-    rows: list[list[int]], count: int, name: str, epochs: int, seed: int, num_samples: int = 100
-) -> Part:
+def train_and_rank(rows: list[list[int]], count: int, name: str, epochs: int, seed: int) -> Part:
     """Train on all films of a viewer but the last, and rank the last among all films.
 
     Films that the viewer has rated already are ranked too.
@@ -74,17 +74,14 @@ def train_and_rank(
     torch.manual_seed(seed)
     model = CausalPerformer(count, _WIDTH, 2, 2, _LENGTH, dropout=0.2)
     weight = torch.tensor([x for row in rows for x in row[:-1]]).bincount(minlength=count) + 1.0
-    loss_of = make_loss(name, model.items(), weight, num_samples)
+    loss_of = make_loss(name, model.items(), weight)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     start = time.process_time()
     for _ in range(epochs):
         for batch in torch.randperm(len(rows)).split(_BATCH):
             inputs, targets = _windows([rows[i] for i in batch.tolist()])
             kept = targets >= 0
-            loss = loss_of(model(inputs)[kept], model.items(), targets[kept])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            descend(loss_of(model(inputs)[kept], model.items(), targets[kept]), optimizer)
     seconds = time.process_time() - start
     model.eval()
     ranks = []

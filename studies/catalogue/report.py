@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 
 from studies.pages import Table
-from studies.parts import Part
+from studies.parts import Part, by_seed, section
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """A table for each of the study's four questions, as far as its parts are measured."""
-    groups: dict[str, dict[str, Part]] = {}
-    for name, part in parts.items():
-        section, rest = name.split(", ", 1)
-        groups.setdefault(section, {})[rest] = part
     made = {
         "quality": _quality,
         "recommendation": _recommendation,
         "words": _words,
         "million": _million,
     }
-    return {section: made[section](group) for section, group in groups.items()}
+    return {name: make(group) for name, make in made.items() if (group := section(parts, name))}
 
 
-def number(value: float) -> str:
+def _number(value: float) -> str:
     """Three digits."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
@@ -34,30 +30,19 @@ def _quality(group: Mapping[str, Part]) -> Table:
     rows = [("inverse temperature", *(f"{part['scale']:.1f}" for part in group.values()))]
     for name in names:
         values = [part["chi_squared"].get(name) for part in group.values()]
-        rows.append((name, *("" if x is None else " / ".join(map(number, x)) for x in values)))
+        rows.append((name, *("" if x is None else " / ".join(map(_number, x)) for x in values)))
     return Table(("sampler", *group), rows)
 
 
 def _recommendation(group: Mapping[str, Part]) -> Table:
-    by_loss: dict[str, list[Part]] = {}
-    for name, part in group.items():
-        by_loss.setdefault(name.split(", seed")[0], []).append(part)
-
-    def mean(parts: Sequence[Part], key: str) -> float:
-        return fmean(part[key] for part in parts)
-
-    full = by_loss.get("full softmax")
-    rows = [
-        (
-            name,
-            str(len(parts)),
-            f"{mean(parts, 'ndcg'):.4f}",
-            f"{mean(parts, 'ndcg') / mean(full, 'ndcg'):.2f}" if full else "",
-            f"{mean(parts, 'hits'):.4f}",
-            f"{mean(parts, 'cpu_seconds'):.0f}",
+    rows, full = [], None
+    for name, parts in by_seed(group).items():
+        ndcg, hits, seconds = (
+            fmean(part[key] for part in parts) for key in ("ndcg", "hits", "cpu_seconds")
         )
-        for name, parts in by_loss.items()
-    ]
+        full = ndcg if name == "full softmax" else full
+        share = f"{ndcg / full:.2f}" if full else ""
+        rows.append((name, str(len(parts)), f"{ndcg:.4f}", share, f"{hits:.4f}", f"{seconds:.0f}"))
     return Table(("loss", "seeds", "NDCG@10", "/ full", "HR@10", "training, s"), rows)
 
 
@@ -79,16 +64,16 @@ def _words(group: Mapping[str, Part]) -> Table:
 
 
 def _million(group: Mapping[str, Part]) -> Table:
-    first = next(iter(group.values()))
+    parts = group.values()
     rows = [
         (
             name,
             *(
-                f"{number(part['seconds'][name])} s; {number(part['mebibytes'][name])} MiB"
-                for part in group.values()
+                f"{_number(x['seconds'][name])} s; {_number(x['mebibytes'][name])} MiB"
+                for x in parts
             ),
         )
-        for name in first["seconds"]
+        for name in next(iter(parts))["seconds"]
     ]
-    chi_squared = [" / ".join(map(number, part["chi_squared"])) for part in group.values()]
+    chi_squared = [" / ".join(map(_number, part["chi_squared"])) for part in parts]
     return Table(("", *group), [*rows, ("chi-squared, median / mean", *chi_squared)])

@@ -28,17 +28,11 @@ LOSSES = (
 )
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
-_LENGTH = 64
+_LENGTH, _WIDTH, _BATCH = 64, 64, 8
 
 
 class Words(NamedTuple):
-    """Texts as numbers of words.
-
-    Attributes:
-        training: All texts but every tenth, int64.
-        validation: The others.
-        classes: Number of different words.
-    """
+    """Texts as numbers of words: all but every tenth, and the others."""
 
     training: Tensor
     validation: Tensor
@@ -92,15 +86,7 @@ def make_loss(name: str, items: Tensor, frequency: Tensor) -> Loss:
     return FixedLoss(weight, 2000, shared=True)
 
 
-def train_words(
-    texts: Callable[[], Words],
-    name: str,
-    steps: int,
-    *,
-    seed: int,
-    width: int = 64,
-    batch: int = 8,
-) -> Part:
+def train_words(texts: Callable[[], Words], name: str, steps: int) -> Part:
     """Train a model of two layers and measure its perplexity with the full softmax.
 
     Biases begin at the logarithms of frequencies, for all losses.
@@ -110,16 +96,16 @@ def train_words(
         time of loss, its sampler and its gradients, a step), and ``step_seconds`` (of all).
     """
     words = texts()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     frequency = words.training.bincount(minlength=words.classes) + 0.5
     bias = (frequency / frequency.sum()).log()
-    model = CausalPerformer(words.classes, width, 4, 2, _LENGTH, bias=bias)
+    model = CausalPerformer(words.classes, _WIDTH, 4, 2, _LENGTH, bias=bias)
     loss_of = make_loss(name, model.items(), frequency)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     output, start = 0.0, time.process_time()
     for _ in range(steps):
         inputs, target = _passages(
-            words.training, torch.randint(len(words.training) - _LENGTH - 1, (batch,))
+            words.training, torch.randint(len(words.training) - _LENGTH - 1, (_BATCH,))
         )
         hidden, items = model(inputs).flatten(0, 1), model.items()
         # The gradients of the output layer by themselves, to be timed.
@@ -134,16 +120,15 @@ def train_words(
     model.eval()
     losses = []
     with torch.no_grad():
-        for first in (
-            torch.linspace(0, len(words.validation) - _LENGTH - 1, 16 * batch).long().split(batch)
-        ):
+        places = torch.linspace(0, len(words.validation) - _LENGTH - 1, 16 * _BATCH).long()
+        for first in places.split(_BATCH):
             inputs, target = _passages(words.validation, first)
             losses.append(full_loss(model(inputs).flatten(0, 1), model.items(), target.flatten()))
     return {
         "classes": words.classes,
         "words": len(words.training),
-        "queries": batch * _LENGTH,
-        "width": width,
+        "queries": _BATCH * _LENGTH,
+        "width": _WIDTH,
         "perplexity": torch.stack(losses).mean().exp().item(),
         "output_seconds": output / steps,
         "step_seconds": seconds / steps,

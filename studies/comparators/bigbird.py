@@ -14,12 +14,9 @@ class BigBirdMechanism(Comparator):
     internal construction). ``O(L * block_size * (3 + global_blocks + random_blocks))``. Blocks are
     counted from the first token of each sequence that is not masked. The causal form hides later
     tokens, and random blocks are then earlier ones.
-
-    Args:
-        block_size: Tokens in a block.
-        global_blocks: First blocks of a sequence that all see and that see all.
-        random_blocks: Random blocks that each block sees.
     """
+
+    shown = ("block_size", "global_blocks", "random_blocks")
 
     def __init__(self, block_size: int, global_blocks: int, random_blocks: int) -> None:
         super().__init__()
@@ -53,13 +50,6 @@ class BigBirdMechanism(Comparator):
         end = 0 if rows.is_causal else self.global_blocks * size
         first = attend_allowed(query[:, :, :end], key, value, rows.real[:, None, None])
         return torch.cat((first, out[:, :, end:]), dim=2)
-
-    def extra_repr(self) -> str:
-        """The sizes, for printing."""
-        return (
-            f"block_size={self.block_size}, global_blocks={self.global_blocks}, "
-            f"random_blocks={self.random_blocks}"
-        )
 
 
 def _take_blocks(blocks: Tensor, chosen: Tensor) -> Tensor:

@@ -19,12 +19,6 @@ _LEAST_BLOCK = 16
 class SequenceRows:
     """The sequences of a call, one to a row, without masked tokens and padded on the right.
 
-    Args:
-        context: The call.
-        layer: Index of the layer.
-        shape: Batch size and length of its rows.
-        device: Device of its tensors.
-
     Attributes:
         context: The call; masks and sequences are those of the rows.
         is_causal: Whether later tokens are hidden.
@@ -82,7 +76,17 @@ class SequenceRows:
 
 
 class Comparator(nn.Module):
-    """A mechanism that computes on sequences, one to a row; subclasses implement ``attend``."""
+    """A mechanism that computes on sequences, one to a row; subclasses implement ``attend``.
+
+    Attributes:
+        shown: Names of the numbers that are printed.
+    """
+
+    shown: tuple[str, ...] = ()
+
+    def extra_repr(self) -> str:
+        """The numbers, for printing."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """Attention within each row.

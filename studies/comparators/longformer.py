@@ -23,12 +23,9 @@ class LongformerMechanism(Comparator):
     ``O(L * (window + global_tokens))``. Tokens are counted from the first of each sequence, masked
     ones left out. All heads have one dilation, and global tokens the same projections as others:
     the paper dilates two heads of the upper layers, and projects global tokens apart.
-
-    Args:
-        window: Tokens seen to each side.
-        dilation: Difference between the places of two of them.
-        global_tokens: First tokens of a sequence that all see and that see all.
     """
+
+    shown = ("window", "dilation", "global_tokens")
 
     def __init__(self, window: int, dilation: int, global_tokens: int) -> None:
         super().__init__()
@@ -58,7 +55,3 @@ class LongformerMechanism(Comparator):
             return out
         whole = attend_allowed(query[:, :, :count], key, value, rows.real[:, None, None])
         return torch.cat((whole, out[:, :, count:]), dim=2)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f"window={self.window}, dilation={self.dilation}, global_tokens={self.global_tokens}"

@@ -30,8 +30,10 @@ class RoutingMechanism(GroupedComparator):
         clusters: Centroids of a head.
         window: Tokens of a cluster seen to each side.
         decay: What is left of a centroid after a step of training.
-        generator: Source of the first centroids; torch's default generator when None.
+        generator: Source of the first centroids.
     """
+
+    shown = ("num_groups", "reach", "decay")
 
     def __init__(
         self,
@@ -95,10 +97,6 @@ class RoutingMechanism(GroupedComparator):
                 )
             )
             return order.join(out.unflatten(0, (len(query), -1)), 0).to(value.dtype)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f"clusters={self.num_groups}, window={self.reach}, decay={self.decay}"
 
 
 def _normalised(x: Tensor) -> Tensor:

@@ -35,12 +35,9 @@ class SparseMechanism(Comparator):
     attention on rearranged tokens: blocks, or columns of the sequence written in rows of ``s``.
     ``O(L * (s + L / s))``, and ``O(L * (s + summary * L / s))``; tokens are counted from the first
     of each sequence, masked ones left out.
-
-    Args:
-        stride: ``s``.
-        pattern: ``"strided"`` or ``"fixed"``.
-        summary: Tokens of a block that the fixed pattern shows to all.
     """
+
+    shown = ("stride", "pattern", "summary")
 
     def __init__(self, stride: int, pattern: str, summary: int) -> None:
         super().__init__()
@@ -81,10 +78,6 @@ class SparseMechanism(Comparator):
         if rows.is_causal:
             allowed = allowed & (ranks.mT <= rows.ranks.unsqueeze(-1))[:, None]
         return attend_allowed(query, keys, values, allowed)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f"stride={self.stride}, pattern={self.pattern!r}, summary={self.summary}"
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

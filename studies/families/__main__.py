@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from performers.app.options import Options, option
+from performers.app.options import option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import Measures, StudyOptions, extent, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class FamiliesOptions(Options):
+class FamiliesOptions(StudyOptions):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of results.json.", flag="--output")
     corpus: Path | None = option("Folder of performers data, for its held-out clusters.", None)
-    resume: bool = option("Skip the parts that results.json has.", False)
     relatives: tuple[int, ...] = option("Numbers of relatives, rising.", (1, 5, 30), rising=True)
     scored: int = option("Held-out proteins to score on.", 60, at_least=1)
     longest: int = option("Most residues of a protein of the corpus.", 256, at_least=3)
@@ -30,7 +28,7 @@ class FamiliesOptions(Options):
     row_tokens: int = option("Most tokens of a row of the corpus to train on.", 1024, at_least=8)
     batch_tokens: int = option("Tokens of a batch.", 2048, at_least=1)
     hidden_size: int = option("Width of the models.", 64, at_least=8)
-    contexts: tuple[int, ...] = option(
+    contexts: tuple[int, ...] = extent(
         "Tokens of rows whose time and memory are measured, multiples of 256, rising.",
         (8192, 16384, 65536),
         rising=True,
@@ -52,7 +50,6 @@ def families(options: FamiliesOptions) -> None:
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
     from studies.families.training import CONTESTANTS, Shape
-    from studies.parts import Part, run_parts
 
     torch.set_num_threads(options.threads)
     counts = (0, *options.relatives)
@@ -60,11 +57,14 @@ def families(options: FamiliesOptions) -> None:
         draw_scored, count=options.scored, relatives=counts[-1], longest=options.longest,
         seed=options.seed,
     )  # fmt: skip
+    settings = options.settings()
     sets = {"embedded": draw(embedded_families())}
     if options.corpus is not None:
         corpus = Corpus(options.corpus)
         sets["corpus"] = draw(corpus_split(corpus, "ood"))
-    parts: dict[str, Callable[[], Part]] = {
+        # Its content, wherever it is.
+        settings["corpus"] = {x: corpus.split(x).fingerprint() for x in ("train", "ood")}
+    parts: Measures = {
         f"ceiling, {name}": partial(measure_ceiling, scored, counts)
         for name, scored in sets.items()
     }
@@ -72,50 +72,39 @@ def families(options: FamiliesOptions) -> None:
         hidden_size=options.hidden_size,
         batch_tokens=options.batch_tokens,
         steps=options.copy_steps,
-        every=max(1, options.copy_steps // 4),
     )
     copied = copying_scored(4 * options.scored, options.seed)
     weights = options.output_folder / "weights"
     seeds = range(options.seed, options.seed + options.seeds)
     parts["ceiling, synthetic"] = partial(measure_ceiling, copied, (0, 1))
-    parts |= {
-        f"copying, {name}, seed {seed}": partial(copying, name, shape, copied, seed, weights)
-        for seed in seeds
-        for name in CONTESTANTS
-    }
+    for seed in seeds:
+        for name in CONTESTANTS:
+            measure = partial(copying, name, shape, copied, seed, weights)
+            parts[f"copying, {name}, seed {seed}"] = measure
     if options.corpus is not None:
-        known = corpus_split(corpus, "train")
-
-        def trained(name: str, steps: int, seed: int) -> Callable[[], Part]:
-            longer = replace(shape, steps=steps, every=max(1, steps // 4))
-            return partial(
-                real_families, name, longer, known, {"corpus": sets["corpus"]}, counts,
-                options.row_tokens, seed, weights,
-            )  # fmt: skip
-
-        parts |= {
-            f"families, {name}, seed {seed}": trained(name, options.family_steps, seed)
-            for seed in seeds
-            for name in REAL
-        }
-        longest = f"families, {REAL[0]}, {options.long_steps:,} steps, seed {options.seed}"
-        parts[longest] = trained(REAL[0], options.long_steps, options.seed)
-    parts |= {
-        f"contexts, {name}, {tokens:,} tokens": partial(contexts, name, shape, tokens, options.seed)
-        for name in REAL[:2]
-        for tokens in options.contexts
-        if name != "exact" or tokens <= MOST_EXACT
-    }
-    settings = {
-        name: value
-        for name, value in asdict(options).items()
-        if name not in ("output_folder", "resume", "contexts")
-    }
-    if options.corpus is not None:
-        # Its content, wherever it is.
-        splits = {split: corpus.split(split).fingerprint() for split in ("train", "ood")}
-        settings["corpus"] = splits
-    run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
+        train = partial(
+            real_families,
+            proteins=corpus_split(corpus, "train"),
+            scored=sets["corpus"],
+            relatives=counts,
+            max_length=options.row_tokens,
+            folder=weights,
+        )
+        long, short = (replace(shape, steps=x) for x in (options.long_steps, options.family_steps))
+        for seed in seeds:
+            for name in REAL:
+                parts[f"families, {name}, seed {seed}"] = partial(train, name, short, seed)
+        name, seed = REAL[0], options.seed
+        parts[f"families, {name}, {long.steps:,} steps, seed {seed}"] = partial(
+            train, name, long, seed
+        )
+    for name in REAL[:2]:
+        for tokens in options.contexts:
+            if name != "exact" or tokens <= MOST_EXACT:
+                parts[f"contexts, {name}, {tokens:,} tokens"] = partial(
+                    contexts, name, shape, tokens, options.seed
+                )
+    run_parts(options, parts, tables, settings=settings)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,6 @@ MOST_EXACT = 16384
 def contexts(name: str, shape: Shape, tokens: int, seed: int) -> Part:
     """Read a row of random members of one length, in a process of its own, on one thread.
 
-    Args:
-        name: One of `CONTESTANTS`.
-        shape: Size of the model.
-        tokens: Tokens of the row, a multiple of `MEMBER`.
-        seed: Random seed.
-
     Returns:
         ``tokens``, ``members``, ``cpu_seconds`` of one forward pass without gradients, and
         ``mebibytes``, the rise of memory to its peak.

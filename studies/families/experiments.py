@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from performers.app.files import replacement
 from performers.cli.console import note
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from studies.families.scored import Scored, draw_scored
@@ -34,14 +34,7 @@ def copying_scored(count: int, seed: int) -> Scored:
 
 
 def copying(name: str, shape: Shape, scored: Scored, seed: int, folder: Path) -> Part:
-    """Train on pairs of relatives of 80% identity; the model is kept for `real_families`.
-
-    Args:
-        name: One of `CONTESTANTS`.
-        shape: Size of the model and of its training.
-        scored: Proteins to score.
-        seed: Random seed of the weights and of the training.
-        folder: Receives the weights.
+    """Train on pairs of relatives of 80% identity; the weights are kept for `real_families`.
 
     Returns:
         ``curve``, see `train`, and ``alone``: scores without the relative.
@@ -53,14 +46,12 @@ def copying(name: str, shape: Shape, scored: Scored, seed: int, folder: Path) ->
     rows = FamilyRows(drawn, max_length=8 * _LENGTH, seed=seed)
     model, curve = train(CONTESTANTS[name], shape, rows, scored, 1, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    file = weights_file(folder, name, seed)
-    torch.save(model.state_dict(), file.with_suffix(".partial"))
-    file.with_suffix(".partial").rename(file)
+    with replacement(_weights_file(folder, name, seed)) as file:
+        torch.save(model.state_dict(), file)
     return {"curve": curve, "alone": score(model, CONTESTANTS[name], scored, 0)}
 
 
-def weights_file(folder: Path, name: str, seed: int) -> Path:
-    """The file of the weights that `copying` keeps."""
+def _weights_file(folder: Path, name: str, seed: int) -> Path:
     return folder / f"{name}, seed {seed}.pt"
 
 
@@ -79,40 +70,27 @@ def training_rows(proteins: ProteinFamilies, max_length: int, seed: int) -> Fami
 def real_families(
     name: str,
     shape: Shape,
+    seed: int,
     proteins: ProteinFamilies,
-    scored: dict[str, Scored],
+    scored: Scored,
     relatives: Sequence[int],
     max_length: int,
-    seed: int,
-    copied: Path | None,
+    folder: Path,
 ) -> Part:
     """Train on families of a corpus, and score on held-out ones by number of relatives.
 
-    Args:
-        name: One of `CONTESTANTS`.
-        shape: Size of the model and of its training.
-        proteins: Proteins to train on.
-        scored: Held-out proteins by the name of their source.
-        relatives: Numbers of relatives.
-        max_length: Most tokens of a row to train on.
-        seed: Random seed.
-        copied: Folder of the weights that `copying` kept, to begin with; None begins anew.
+    The model begins with the weights that `copying` kept.
 
     Returns:
-        ``curve``, see `train` (one relative, first source), and ``scores`` by source and number of
-        relatives.
+        ``curve``, see `train` (one relative), and ``scores`` by number of relatives of ``corpus``.
     """
     note(f"families: {name}, seed {seed}")
     contestant = CONTESTANTS[name]
     model = make_model(contestant, shape, seed)
-    if copied is not None:
-        model.load_state_dict(torch.load(weights_file(copied, name, seed), weights_only=True))
+    model.load_state_dict(torch.load(_weights_file(folder, name, seed), weights_only=True))
     rows = training_rows(proteins, max_length, seed)
-    first = next(iter(scored.values()))
-    quick = replace(first, indices=first.indices[:30])
+    quick = replace(scored, indices=scored.indices[:30])
     model, curve = train(contestant, shape, rows, quick, relatives[1], seed, model=model)
-    scores: dict[str, Any] = {}
-    for source, held_out in scored.items():
-        scores[source] = {str(k): score(model, contestant, held_out, k) for k in relatives}
-        note(f"  {source}: {[round(x['accuracy'], 3) for x in scores[source].values()]}")
-    return {"curve": curve, "scores": scores}
+    scores = {str(k): score(model, contestant, scored, k) for k in relatives}
+    note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
+    return {"curve": curve, "scores": {"corpus": scores}}

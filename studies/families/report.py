@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from studies.pages import Table
-from studies.parts import Part
+from studies.parts import Part, by_seed, section
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the parts that are done."""
-    made = {"ceiling": ceiling_table(_named(parts, "ceiling"))}
-    if copied := _named(parts, "copying"):
+    ceilings = section(parts, "ceiling")
+    made = {"ceiling": ceiling_table(ceilings)}
+    if copied := section(parts, "copying"):
         made["copying"] = copying_table(copied)
-    if trained := _named(parts, "families"):
-        made["families"] = families_table(trained, _named(parts, "ceiling"))
-    if read := _named(parts, "contexts"):
+    if trained := section(parts, "families"):
+        made["families"] = families_table(trained, ceilings)
+    if read := section(parts, "contexts"):
         made["contexts"] = contexts_table(read)
     return made
-
-
-def _named(parts: Mapping[str, Part], kind: str) -> dict[str, Part]:
-    start = f"{kind}, "
-    return {name.removeprefix(start): x for name, x in parts.items() if name.startswith(start)}
 
 
 def ceiling_table(parts: Mapping[str, Part]) -> Table:
@@ -50,7 +45,7 @@ def copying_table(parts: Mapping[str, Part]) -> Table:
     """A line for each attention: accuracy by training step, and without the relative."""
     steps = list(dict.fromkeys(int(x["step"]) for part in parts.values() for x in part["curve"]))
     rows = []
-    for name, starts in _by_model(parts).items():
+    for name, starts in by_seed(parts).items():
         curves = [{int(x["step"]): x["accuracy"] for x in part["curve"]} for part in starts]
         seconds = statistics.mean(part["curve"][-1]["cpu_seconds"] for part in starts)
         rows.append(
@@ -73,7 +68,7 @@ def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> T
         lines.append((source, "profile of alignments", [ceilings[source]["relatives"]]))
         lines += [
             (source, name, [part["scores"][source] for part in starts])
-            for name, starts in _by_model(parts).items()
+            for name, starts in by_seed(parts).items()
         ]
     counts = list(dict.fromkeys(count for *_, found in lines for count in found[0]))
     rows = [
@@ -94,14 +89,6 @@ def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> T
         *(f"perplexity, {count}" for count in counts),
     )
     return Table(columns, rows, names=2)
-
-
-def _by_model(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
-    """The trainings of each model from different seeds."""
-    found = defaultdict(list)
-    for name, part in parts.items():
-        found[name.rpartition(", seed ")[0]].append(part)
-    return found
 
 
 def contexts_table(parts: Mapping[str, Part]) -> Table:

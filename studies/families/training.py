@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import studies.comparators  # noqa: F401  (registers favor-listed)
 from performers.cli.console import note
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.proteins.inputs.families import FamilyRows
@@ -16,36 +18,41 @@ from performers.proteins.inputs.objectives import MaskedCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler
 from performers.proteins.scoring.batches import evaluation_mode
 from performers.proteins.scoring.metrics import ResidueMetrics
-from studies.families.attentions import NAME
 from studies.families.scored import TOKENIZER, Scored
+from studies.training import descend
+
+# Tokens of a batch in scoring, padding included; a longer row is one by itself.
+_SCORED_TOKENS = 4096
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model's attention and positions.
+    """A model's attention with its options, and other options of the configuration.
 
     Attributes:
-        attention: Name of its attention.
-        options: Options of that attention.
-        config: Other options of the configuration.
         restart: Positions restart in each member; otherwise they count through the row.
     """
 
-    attention: str = NAME
+    attention: str = "exact"
     options: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     restart: bool = True
 
 
+def _features(keys: int = 0, *, learned: bool = False) -> Contestant:
+    options = {"window": 8, "keys": keys, "lists": 16, "per_head": False, "learned": learned}
+    return Contestant("favor-listed", options)
+
+
 CONTESTANTS = {
-    "exact": Contestant("exact"),
-    "features": Contestant(),
+    "exact": Contestant(),
+    "features": _features(),
     "features, window over positions": Contestant(
         "favor-softmax", config={"window": 8, "position_window": 8}
     ),
-    "exact, positions of the row": Contestant("exact", restart=False),
-    "learned features": Contestant(options={"learned": True}),
-    "features, listed keys": Contestant(options={"listed_keys": 16}),
+    "exact, positions of the row": Contestant(restart=False),
+    "learned features": _features(learned=True),
+    "features, listed keys": _features(16),
 }
 """Attentions by name; all but the exact ones have a window of 8 tokens in the row."""
 
@@ -55,14 +62,10 @@ class Shape:
     """Size of a model and of its training.
 
     Attributes:
-        hidden_size: Width.
-        num_layers: Blocks.
-        num_heads: Heads.
         num_features: Random features of a head.
-        steps: Training steps.
+        steps: Training steps; scores are taken after each quarter.
         batch_tokens: Tokens of a batch, padding included.
         learning_rate: Peak learning rate.
-        every: Steps between scores.
     """
 
     hidden_size: int = 64
@@ -72,7 +75,6 @@ class Shape:
     steps: int = 1000
     batch_tokens: int = 4096
     learning_rate: float = 3e-3
-    every: int = 100
 
 
 def make_model(contestant: Contestant, shape: Shape, seed: int) -> PerformerForMaskedLM:
@@ -103,23 +105,14 @@ def score(
     contestant: Contestant,
     scored: Scored,
     relatives: int,
-    batch_tokens: int = 4096,
 ) -> dict[str, float]:
-    """Accuracy and perplexity of the hidden residues of the scored proteins.
-
-    Args:
-        model: The model.
-        contestant: Its attention and positions.
-        scored: The proteins.
-        relatives: Number of relatives that each is read with.
-        batch_tokens: Tokens of a batch, padding included; a longer row is one by itself.
-    """
+    """Accuracy and perplexity of the hidden residues of proteins read with relatives."""
     rows, collator = scored.rows(relatives), scored.collator()
     metrics = ResidueMetrics(TOKENIZER)
     indices = sorted(scored.indices, key=lambda index: (-int(rows.lengths[index]), index))
     with evaluation_mode(model):
         while indices:
-            size = max(1, batch_tokens // int(rows.lengths[indices[0]]))
+            size = max(1, _SCORED_TOKENS // int(rows.lengths[indices[0]]))
             batch = collator([rows[index] for index in indices[:size]])
             labels = batch.pop("labels")
             metrics.update(model(**inputs(batch, contestant)).logits, labels)
@@ -138,16 +131,7 @@ def train(
     *,
     model: PerformerForMaskedLM | None = None,
 ) -> tuple[PerformerForMaskedLM, list[dict[str, float]]]:
-    """Train a model with AdamW, one cycle of the learning rate.
-
-    Args:
-        contestant: Its attention and positions.
-        shape: Its size, and the number of steps.
-        rows: Rows to train on.
-        scored: Proteins to score every ``shape.every`` steps, with ``relatives`` relatives.
-        relatives: See ``scored``.
-        seed: Random seed of weights, order and masks.
-        model: A model to go on with; a new one when None.
+    """Train a new model or a given one with AdamW, one cycle of the learning rate.
 
     Returns:
         The model, and of each scoring ``step``, ``cpu_seconds`` of training, ``loss`` (mean since
@@ -170,24 +154,12 @@ def train(
     for step, keys in enumerate(sampler, start=1):
         started = time.process_time()
         batch = collator([rows[key] for key in keys])
-        optimizer.zero_grad()
         loss = model(**inputs(batch, contestant)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+        losses.append(descend(loss, optimizer, schedule, clip=1.0))
         seconds += time.process_time() - started
-        if step % shape.every == 0 or step == shape.steps:
-            curve.append(
-                {
-                    "step": step,
-                    "cpu_seconds": seconds,
-                    "loss": sum(losses) / len(losses),
-                    **score(model, contestant, scored, relatives),
-                }
-            )
-            losses = []
-            found = curve[-1]
-            note(f"  step {step}, {found['cpu_seconds']:.0f} s: {found['accuracy']:.3f}")
+        if step % max(1, shape.steps // 4) == 0 or step == shape.steps:
+            mean, losses = fmean(losses), []
+            found = score(model, contestant, scored, relatives)
+            curve.append({"step": step, "cpu_seconds": seconds, "loss": mean, **found})
+            note(f"  step {step}, {seconds:.0f} s: {found['accuracy']:.3f}")
     return model, curve

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from performers.app.errors import UserError
-from performers.app.options import OptionError, Options, option
+from performers.app.options import OptionError, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import Measures, StudyOptions, extent, fingerprint, run_parts, section
 
 SECTIONS = ("molecules", "debian", "scaling")
 
@@ -20,16 +19,14 @@ app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphsOptions(Options):
+class GraphsOptions(StudyOptions):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of results.json.", flag="--output")
-    data: str | None = option(
+    data: str | None = extent(
         "Folder of the wheel of molsets and of debian.npz; see the README.", None, path=True
     )
-    resume: bool = option("Skip the parts that results.json has.", False)
-    quick: bool = option("A size of seconds, to see that it runs.", False)
-    sections: tuple[str, ...] = option(
+    quick: bool = extent("A size of seconds, to see that it runs.", False)
+    sections: tuple[str, ...] = extent(
         f"Some of {', '.join(SECTIONS)}.", SECTIONS, choices=SECTIONS
     )
     seeds: int = option("Number of seeds, from 0.", 3, at_least=1)
@@ -46,11 +43,7 @@ class GraphsOptions(Options):
     exact_up_to: int = option("Most nodes of exact attention in the section scaling.", 4096)
 
     def __post_init__(self) -> None:
-        """Check that the data of the sections are given.
-
-        Raises:
-            OptionError: A section needs a folder.
-        """
+        """Check that the data of the sections are given."""
         super().__post_init__()
         needed = [name for name in ("molecules", "debian") if name in self.sections]
         if needed and self.data is None:
@@ -62,69 +55,52 @@ def graphs(options: GraphsOptions) -> None:
     """Compare attention on molecules and packages, and its time and memory."""
     import torch
 
-    from studies.parts import run_parts
-
-    torch.set_num_threads(1)
-    names = ("seeds", "layers", "train", "test", "epochs", "steps", "nodes", "exact_up_to")
-    settings: dict[str, Any] = {name: getattr(options, name) for name in names}
-    if options.quick:
-        settings |= {"seeds": 1, "train": 64, "test": 8, "epochs": 1, "steps": 2, "nodes": [64]}
-    parts = _parts(options, settings)
-    # After the check that torch_geometric is there.
-    from studies.graphs.report import tables
-
-    done = run_parts(options.output_folder, settings, parts, tables, resume=options.resume)
-    if any(name.startswith("scaling") for name in done):
-        from performers.app.figures import save_figure
-        from studies.graphs.figure import scaling_figure
-
-        save_figure(scaling_figure(done), options.output_folder / "scaling.png")
-
-
-def _parts(
-    options: GraphsOptions, settings: dict[str, Any]
-) -> dict[str, Callable[[], dict[str, object]]]:
     try:
         from studies.graphs import debian, models, molecules, scaling, training
+        from studies.graphs.report import tables
     except ImportError as error:
         raise UserError(f"the study needs torch_geometric: {error}") from error
 
-    parts: dict[str, Callable[[], dict[str, object]]] = {}
+    torch.set_num_threads(1)
+    if options.quick:
+        options = replace(options, seeds=1, train=64, test=8, epochs=1, steps=2, nodes=(64,))
+    parts: Measures = {}
+    data: dict[str, str] = {}
     folder = Path(options.data or "")
-    seeds = range(settings["seeds"])
     if "molecules" in options.sections:
         wheels = sorted(folder.glob("molsets-*.whl"))
         if find_spec("rdkit") is None:
             raise UserError("the section molecules needs rdkit: pip install rdkit")
         if not wheels:
             raise UserError(f"--data {folder} has no molsets-*.whl: pip download --no-deps molsets")
-        sizes = (settings["train"], settings["test"], settings["test"])
+        data["molecules"] = fingerprint(wheels[-1])
+        sizes = (options.train, options.test, options.test)
         # Read when a part needs them, once.
         read = cache(partial(molecules.read_molecules, wheels[-1], sizes))
         for name in models.ATTENTIONS:
-            for seed in seeds:
+            for seed in range(options.seeds):
                 parts[f"molecules, {name}, seed {seed}"] = partial(
-                    training.train_molecules,
-                    read,
-                    name,
-                    layers=settings["layers"],
-                    epochs=settings["epochs"],
-                    compared=128,
-                    seed=seed,
+                    training.train_molecules, read, name, options.layers, options.epochs, seed
                 )
     if "debian" in options.sections:
-        task = cache(lambda: debian.node_task(debian.load_packages(folder / "debian.npz")))
-        for seed in seeds:
+        file = folder / "debian.npz"
+        data["debian"] = fingerprint(file)
+        task = cache(lambda: debian.node_task(debian.load_packages(file)))
+        for seed in range(options.seeds):
             for name in models.NODE_MODELS:
                 parts[f"debian, {name}, seed {seed}"] = partial(
-                    training.train_nodes, task, name, layers=2, steps=settings["steps"], every=4,
-                    seed=seed,
-                )  # fmt: skip
+                    training.train_nodes, task, name, options.steps, seed
+                )
     if "scaling" in options.sections:
-        for nodes in settings["nodes"]:
-            exact = nodes <= settings["exact_up_to"]
+        for nodes in options.nodes:
+            exact = nodes <= options.exact_up_to
             parts[f"scaling, {nodes} nodes"] = partial(scaling.measure_scaling, nodes, exact=exact)
-    return parts
+    done = run_parts(options, parts, tables, data=data)
+    if section(done, "scaling"):
+        from performers.app.figures import save_figure
+        from studies.graphs.figure import scaling_figure
+
+        save_figure(scaling_figure(done), options.output_folder / "scaling.png")
 
 
 if __name__ == "__main__":

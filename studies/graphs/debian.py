@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,10 @@ from performers.app.options import Options, argument, option
 from performers.cli.commands import App
 from performers.cli.console import note
 from performers.cli.interrupts import end_at_once
-from studies.catalogue.quality import read_index
+from studies.debian import named_packages, package_fields, read_index
 
 GRAMS = 256
 """Number of hash values of 3-grams."""
-_FIELD = re.compile(r"^([A-Z][\w-]*): (.*)$", re.MULTILINE)
-_FIELDS = ("Depends", "Pre-Depends", "Recommends")
 _TRAIN, _VALIDATION = 60, 80
 
 app = App()
@@ -72,40 +69,29 @@ class NodeTask(NamedTuple):
 
 def parse_packages(index: str) -> Packages:
     """Read a package index; names that no package has are left out."""
-    fields: dict[str, dict[str, str]] = {}
-    for paragraph in index.split("\n\n"):
-        lines = dict(_FIELD.findall(paragraph))
-        if "Package" in lines and "Section" in lines:
-            fields[lines["Package"]] = lines
-    numbers = {name: number for number, name in enumerate(sorted(fields))}
+    packages = {
+        name: fields for name, fields in package_fields(index).items() if "Section" in fields
+    }
+    numbers = {name: number for number, name in enumerate(sorted(packages))}
     edges = {
         (numbers[package], numbers[name])
-        for package, lines in fields.items()
-        for key in _FIELDS
-        for text in re.split(r"[,|]", lines.get(key, ""))
-        if (name := re.split(r"[ (:\[]", text.strip(), maxsplit=1)[0]) in numbers
-        and name != package
+        for package, fields in packages.items()
+        for name in named_packages(fields)
+        if name in numbers and name != package
     }
-    ordered = [fields[name] for name in numbers]
     return Packages(
         list(numbers),
-        [lines.get("Source", lines["Package"]).split(" ")[0] for lines in ordered],
+        [packages[name].get("Source", name).split(" ")[0] for name in numbers],
         # The areas contrib and non-free have the sections of main.
-        [lines["Section"].rsplit("/", 1)[-1] for lines in ordered],
+        [packages[name]["Section"].rsplit("/", 1)[-1] for name in numbers],
         torch.tensor(sorted(edges), dtype=torch.int64).reshape(-1, 2).T.contiguous(),
     )
 
 
 def save_packages(packages: Packages, file: Path) -> None:
     """Write a graph as ``.npz``."""
-    content = io.BytesIO()
-    np.savez_compressed(
-        content,
-        names=np.array(packages.names),
-        sources=np.array(packages.sources),
-        sections=np.array(packages.sections),
-        edges=packages.edges.numpy().astype(np.int32),
-    )
+    edges, content = packages.edges.numpy().astype(np.int32), io.BytesIO()
+    np.savez_compressed(content, **packages._replace(edges=edges)._asdict())
     write_atomically(file, content.getvalue())
 
 
@@ -117,12 +103,8 @@ def load_packages(file: Path) -> Packages:
     """
     try:
         with np.load(file) as arrays:
-            return Packages(
-                arrays["names"].tolist(),
-                arrays["sources"].tolist(),
-                arrays["sections"].tolist(),
-                torch.from_numpy(arrays["edges"]).long(),
-            )
+            names, sources, sections = (arrays[name].tolist() for name in Packages._fields[:3])
+            return Packages(names, sources, sections, torch.from_numpy(arrays["edges"]).long())
     except (OSError, KeyError, ValueError) as error:
         raise UserError(f"{file} is not a graph of packages: {error}") from error
 

@@ -46,19 +46,13 @@ class NodeMap(PerformerAttention):
     """A map of each node for itself, with as many parameters as attention, in its place.
 
     ``GPSConv`` calls an attention only if it is PyG's.
-
-    Args:
-        channels: Width of nodes.
     """
 
     def __init__(self, channels: int) -> None:
         nn.Module.__init__(self)
-        self.map = nn.Sequential(
-            nn.Linear(channels, 2 * channels), nn.ReLU(), nn.Linear(2 * channels, channels)
-        )
+        self.map = _two_layers(channels, 2 * channels, channels)
 
-    def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
+    __repr__ = nn.Module.__repr__
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The map of ``(B, N, channels)``."""
@@ -123,14 +117,7 @@ def gps_layer(
 
 
 class MoleculeModel(nn.Module):
-    """GPS with GINE: a number for each molecule.
-
-    Args:
-        attention: One of `ATTENTIONS`.
-        layers: Number of layers.
-        atoms: Types of atoms.
-        bonds: Types of bonds.
-    """
+    """GPS with GINE: a number for each molecule."""
 
     def __init__(self, attention: str, layers: int, atoms: int, bonds: int) -> None:
         super().__init__()
@@ -156,23 +143,14 @@ class NodeModel(nn.Module):
     """GPS with SAGE or GAT: logits for each package.
 
     `set_neighbours` once before the first call.
-
-    Args:
-        conv: `SAGE` or `GAT`.
-        attention: One of `ATTENTIONS`.
-        layers: Number of layers.
-        classes: Number of sections.
-        dropout: Probability of dropout on the first representation.
     """
 
-    def __init__(
-        self, conv: str, attention: str, layers: int, classes: int, dropout: float = 0.2
-    ) -> None:
+    def __init__(self, conv: str, attention: str, layers: int, classes: int) -> None:
         super().__init__()
         self.features = nn.Linear(GRAMS + 2, NODE_WIDTH)
         # Every batch is the whole graph: the last one's statistics are those of evaluation.
         self.norm = nn.BatchNorm1d(NODE_WIDTH, momentum=1.0)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.2)
         self.layers = nn.ModuleList(
             gps_layer(attention, _conv(conv), NODE_WIDTH, momentum=1.0) for _ in range(layers)
         )

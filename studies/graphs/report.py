@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
 from performers.benchmark.table import nbytes, seconds
 from studies.graphs.models import ATTENTIONS, EXACT, NODE_MODELS, NOTHING, SAGE
 from studies.pages import ABSENT, Table
-from studies.parts import Part
+from studies.parts import Part, by_seed, section
 
 Values = Mapping[str, Sequence[Part]]
 """The parts of all seeds by model."""
@@ -18,27 +18,25 @@ BATCH_TOLERANCE = 1e-5
 """Largest change of a prediction that counts as rounding, in units of the target."""
 _LEAST_SEEDS = 3
 _NOT_MEASURED = "not measured"
+_MAE = ("mae_alone", "mae_batched")
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """A table for each section and the verdicts; what is not measured is there and says so."""
-    groups: dict[str, dict[str, Part]] = {"molecules": {}, "debian": {}, "scaling": {}}
-    for name, part in parts.items():
-        section, rest = name.split(", ", 1)
-        groups[section][rest] = part
-    molecules = _by_model(groups["molecules"], ATTENTIONS)
-    packages = _by_model(groups["debian"], NODE_MODELS)
+    molecules = {name: [] for name in ATTENTIONS} | by_seed(section(parts, "molecules"))
+    packages = {name: [] for name in NODE_MODELS} | by_seed(section(parts, "debian"))
+    scaling = _by_nodes(parts)
     verdicts = [
         *comparisons("molecules", molecules, "test_mae", NOTHING, lower=True),
         *batch_verdicts(molecules),
         *comparisons("packages", packages, "test", SAGE, lower=False),
-        *scaling_verdicts(groups["scaling"]),
+        *scaling_verdicts(scaling),
     ]
     return {
         "molecules": _accuracy(molecules, "test_mae", NOTHING, "test MAE", lower=True),
         "batches": _batches(molecules),
         "debian": _accuracy(packages, "test", SAGE, "test accuracy", lower=False),
-        "scaling": _scaling(groups["scaling"]),
+        "scaling": _scaling(scaling),
         "verdicts": Table(("question", "answer"), verdicts, names=2),
     }
 
@@ -46,12 +44,14 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
 def rows_of_scaling(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
     """A row for each number of nodes and attention, as figures take them."""
     return [
-        {"nodes": _nodes(name), "attention": attention, "seconds": time}
-        | {"peak_bytes": part["nbytes"][attention]}
-        for name, part in parts.items()
-        if name.startswith("scaling, ")
-        for attention, time in part["seconds"].items()
+        {"nodes": nodes, "attention": name, "seconds": time, "peak_bytes": part["nbytes"][name]}
+        for nodes, part in _by_nodes(parts).items()
+        for name, time in part["seconds"].items()
     ]
+
+
+def _by_nodes(parts: Mapping[str, Part]) -> dict[int, Part]:
+    return {int(name.split(" ")[0]): part for name, part in section(parts, "scaling").items()}
 
 
 def verdict(values: Sequence[float], reference: Sequence[float], *, lower: bool) -> str:
@@ -82,11 +82,20 @@ def comparisons(
             continue
         answer = _NOT_MEASURED
         if base and parts:
-            values = [part[key] for part in parts]
-            change = _signed(fmean(values) - fmean(base), lower)
-            answer = f"{verdict(values, base, lower=lower)} ({change})"
+            change, word = _compared(parts, key, base, lower=lower)
+            answer = f"{word} ({change})"
         found.append((f"{noun}: {name} against {reference}", answer))
     return found
+
+
+def _compared(
+    parts: Sequence[Part], key: str, base: Sequence[float], *, lower: bool
+) -> tuple[str, str]:
+    """The difference of the means, and the verdict."""
+    values = [part[key] for part in parts]
+    change = fmean(values) - fmean(base)
+    shown = f"{change:+.3f}" if lower else f"{100 * change:+.1f} points"
+    return shown, verdict(values, base, lower=lower)
 
 
 def batch_verdicts(models: Values) -> list[tuple[str, str]]:
@@ -95,38 +104,25 @@ def batch_verdicts(models: Values) -> list[tuple[str, str]]:
     for name, parts in _with_corrected(models).items():
         largest = max(part["largest"] for part in parts)
         said = "yes" if largest > BATCH_TOLERANCE else "no, to rounding"
+        alone, batched = (fmean(part[key] for part in parts) for key in _MAE)
+        maes = f"MAE {alone:.3f} alone, {batched:.3f} batched"
         question = f"molecules: does a prediction of {name} depend on its batch?"
-        alone, batched = (
-            fmean(part[key] for part in parts) for key in ("mae_alone", "mae_batched")
-        )
-        answer = (
-            f"{said} (largest change {largest:.1e}; MAE {alone:.3f} alone, {batched:.3f} batched)"
-        )
-        found.append((question, answer))
+        found.append((question, f"{said} (largest change {largest:.1e}; {maes})"))
     return found
 
 
-def scaling_verdicts(parts: Mapping[str, Part]) -> list[tuple[str, str]]:
+def scaling_verdicts(parts: Mapping[int, Part]) -> list[tuple[str, str]]:
     """The fewest nodes from which on each attention takes less time than exact attention."""
-    both = {_nodes(name): x["seconds"] for name, x in parts.items() if EXACT in x["seconds"]}
+    both = {nodes: x["seconds"] for nodes, x in parts.items() if EXACT in x["seconds"]}
     if not both:
         return []
-    names = [name for name in both[max(both)] if name != EXACT]
-    found = []
-    for name in names:
+    found, most = [], max(both)
+    for name in (x for x in both[most] if x != EXACT):
         slower = [nodes for nodes, times in both.items() if times[name] >= times[EXACT]]
         later = [nodes for nodes in both if nodes > max(slower, default=0)]
-        ratio = both[max(both)][EXACT] / both[max(both)][name]
-        said = f"from {min(later):,} nodes" if later else f"not up to {max(both):,} nodes"
-        answer = f"{said}; {ratio:.2g} times as fast with {max(both):,}"
+        said = f"from {min(later):,} nodes" if later else f"not up to {most:,} nodes"
+        answer = f"{said}; {both[most][EXACT] / both[most][name]:.2g} times as fast with {most:,}"
         found.append((f"time: is {name} faster than exact attention?", answer))
-    return found
-
-
-def _by_model(group: Mapping[str, Part], names: Iterable[str]) -> dict[str, list[Part]]:
-    found: dict[str, list[Part]] = {name: [] for name in names}
-    for name, part in group.items():
-        found[name.rsplit(", seed ", 1)[0]].append(part)
     return found
 
 
@@ -140,8 +136,7 @@ def _accuracy(models: Values, key: str, reference: str, heading: str, *, lower: 
         values = [part[key] for part in parts]
         compared = ("", "")
         if base and name != reference:
-            change = fmean(values) - fmean(base)
-            compared = (_signed(change, lower), verdict(values, base, lower=lower))
+            compared = _compared(parts, key, base, lower=lower)
         rows.append(
             (
                 name,
@@ -175,7 +170,7 @@ def _batches(models: Values) -> Table:
     rows = [
         (
             name,
-            *(f"{fmean(part[key] for part in parts):.4f}" for key in ("mae_alone", "mae_batched")),
+            *(f"{fmean(part[key] for part in parts):.4f}" for key in _MAE),
             f"{fmean(part['median'] for part in parts):.1e}",
             f"{max(part['largest'] for part in parts):.1e}",
         )
@@ -185,28 +180,15 @@ def _batches(models: Values) -> Table:
     return Table(columns, rows)
 
 
-def _scaling(group: Mapping[str, Part]) -> Table:
-    names = list(dict.fromkeys(name for part in group.values() for name in part["seconds"]))
-    rows: list[tuple[str, ...]] = [] if group else [(_NOT_MEASURED,)]
-    for name, part in group.items():
-        cells = []
-        for attention in names:
-            if attention in part["seconds"]:
-                time, memory = part["seconds"][attention], part["nbytes"][attention]
-                cells.append(f"{seconds(time)}; {nbytes(memory)}")
-            else:
-                cells.append(ABSENT)
-        rows.append((f"{_nodes(name):,}", *cells))
+def _scaling(parts: Mapping[int, Part]) -> Table:
+    names = list(dict.fromkeys(name for part in parts.values() for name in part["seconds"]))
+    rows: list[tuple[str, ...]] = [] if parts else [(_NOT_MEASURED,)]
+    for nodes, part in parts.items():
+        time, memory = part["seconds"], part["nbytes"]
+        cells = (f"{seconds(time[x])}; {nbytes(memory[x])}" if x in time else ABSENT for x in names)
+        rows.append((f"{nodes:,}", *cells))
     return Table(("nodes", *names), rows)
-
-
-def _nodes(name: str) -> int:
-    return int(name.split(" ")[-2])
 
 
 def _shown(value: float, error: bool) -> str:
     return f"{value:.3f}" if error else f"{100 * value:.1f}%"
-
-
-def _signed(value: float, error: bool) -> str:
-    return f"{value:+.3f}" if error else f"{100 * value:+.1f} points"

@@ -26,23 +26,15 @@ DEGREE = 9
 """Mean number of neighbours, about that of Debian's packages."""
 
 
-def measure_scaling(nodes: int, *, exact: bool, repeats: int = 3) -> Part:
+def measure_scaling(nodes: int, *, exact: bool) -> Part:
     """Times in turns in this process, and peak memory in another one.
-
-    Args:
-        nodes: Number of nodes of the one graph.
-        exact: Whether exact attention takes part.
-        repeats: Rounds of the times.
 
     Returns:
         ``seconds`` (medians) and ``nbytes`` by attention, of a forward and a backward pass.
-
-    Raises:
-        RuntimeError: A call failed.
     """
     names = [name for name in CONTESTANTS if exact or name != EXACT]
     calls = {name: training_step(name, nodes) for name in names}
-    timings, errors = interleave(calls, repeats=repeats, min_time=0.0)
+    timings, errors = interleave(calls, repeats=3, min_time=0.0)
     if errors:
         raise RuntimeError(f"failed with {nodes:,} nodes: {errors}")
     nbytes = run_apart(partial(peak_memory, names=names, nodes=nodes), threads=1)

@@ -26,29 +26,20 @@ from studies.graphs.models import (
 )
 from studies.graphs.molecules import Molecules, targets
 from studies.parts import Part
+from studies.training import descend
 
-BATCH = 64
+_BATCH = 64
 _WARMUP = 0.1
+# Test molecules that are predicted alone and in batches.
+_COMPARED = 128
+# Layers on packages, and steps from one validation to the next.
+_NODE_LAYERS, _EVERY = 2, 4
 
 
 def train_molecules(
-    read: Callable[[], Molecules],
-    attention: str,
-    *,
-    layers: int,
-    epochs: int,
-    compared: int,
-    seed: int,
+    read: Callable[[], Molecules], attention: str, layers: int, epochs: int, seed: int
 ) -> Part:
     """Train on absolute errors, and measure the test set in the best epoch by validation.
-
-    Args:
-        read: Returns the molecules.
-        attention: Attention of the layers.
-        layers: Number of layers.
-        epochs: Passes over the training set.
-        compared: Number of test molecules that are predicted alone and in batches.
-        seed: Random seed of parameters, features and batches.
 
     Returns:
         ``test_mae`` and ``validation_mae``, ``by_batch`` (`compare_batches`), ``parameters`` and
@@ -61,7 +52,7 @@ def train_molecules(
     wanted = targets(molecules.train)
     mean, spread = wanted.mean(), wanted.std()
 
-    def predict(graphs: Sequence[Any], batch: int = BATCH, by: nn.Module = model) -> Tensor:
+    def predict(graphs: Sequence[Any], batch: int = _BATCH, by: nn.Module = model) -> Tensor:
         by.eval()
         with torch.no_grad():
             return torch.cat([by(x) for x in DataLoader(graphs, batch)]) * spread + mean
@@ -69,7 +60,7 @@ def train_molecules(
     def error(graphs: Sequence[Any]) -> float:
         return (predict(graphs) - targets(graphs)).abs().mean().item()
 
-    loader = DataLoader(molecules.train, BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(molecules.train, _BATCH, shuffle=True, drop_last=True)
     optimizer, schedule = _optimizer(model, 2e-3, epochs * len(loader))
     start = time.process_time()
     best, kept = float("inf"), model.state_dict()
@@ -77,15 +68,12 @@ def train_molecules(
         model.train()
         for batch in loader:
             loss = (model(batch) - (batch.y - mean) / spread).abs().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+            descend(loss, optimizer, schedule)
         if (found := error(molecules.validation)) < best:
             best, kept = found, {name: x.clone() for name, x in model.state_dict().items()}
     seconds = time.process_time() - start
     model.load_state_dict(kept)
-    some = molecules.test[:compared]
+    some = molecules.test[:_COMPARED]
     by_batch = {"by_batch": compare_batches(predict, some)}
     if attention in (PYG, PYG_BIASED):
         by_batch["corrected"] = compare_batches(partial(predict, by=corrected(model)), some)
@@ -106,7 +94,7 @@ def compare_batches(predict: Callable[[Sequence[Any], int], Tensor], graphs: Seq
         ``mae_alone`` and ``mae_batched``, and ``largest`` and ``median`` of the absolute changes.
     """
     wanted = targets(graphs)
-    alone, batched = predict(graphs, 1), predict(graphs, BATCH)
+    alone, batched = predict(graphs, 1), predict(graphs, _BATCH)
     change = (alone - batched).abs()
     return {
         "mae_alone": (alone - wanted).abs().mean().item(),
@@ -116,31 +104,15 @@ def compare_batches(predict: Callable[[Sequence[Any], int], Tensor], graphs: Seq
     }
 
 
-def train_nodes(
-    read: Callable[[], NodeTask],
-    name: str,
-    *,
-    layers: int,
-    steps: int,
-    every: int,
-    seed: int,
-) -> Part:
+def train_nodes(read: Callable[[], NodeTask], name: str, steps: int, seed: int) -> Part:
     """Train on the whole graph, and measure test packages in the best step by validation.
-
-    Args:
-        read: Returns the graph.
-        name: One of `NODE_MODELS`.
-        layers: Number of layers.
-        steps: Training steps.
-        every: Steps from one validation to the next.
-        seed: Random seed of parameters, features and dropout.
 
     Returns:
         ``test`` and ``validation`` accuracy, ``parameters`` and ``cpu_seconds`` of training.
     """
     task = read()
     torch.manual_seed(seed)
-    model = NodeModel(*NODE_MODELS[name], layers, task.classes)
+    model = NodeModel(*NODE_MODELS[name], _NODE_LAYERS, task.classes)
     set_neighbours(model, neighbours_of(task.edge_index, len(task.labels)))
     optimizer, schedule = _optimizer(model, 2e-2, steps)
     train = (task.split == 0).nonzero().squeeze(1)
@@ -148,15 +120,9 @@ def train_nodes(
     best: dict[str, float] = {"validation": -1.0}
     for step in range(1, steps + 1):
         model.train()
-        loss = F.cross_entropy(model(task)[train], task.labels[train])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % every == 0 or step == steps:
-            found = accuracies(model, task)
-            if found["validation"] > best["validation"]:
-                best = found
+        descend(F.cross_entropy(model(task)[train], task.labels[train]), optimizer, schedule)
+        if step % _EVERY == 0 or step == steps:
+            best = max(best, _accuracies(model, task), key=lambda x: x["validation"])
     return {
         **best,
         "parameters": parameters(model),
@@ -165,7 +131,7 @@ def train_nodes(
 
 
 @torch.no_grad()
-def accuracies(model: nn.Module, task: NodeTask) -> dict[str, float]:
+def _accuracies(model: nn.Module, task: NodeTask) -> dict[str, float]:
     """Shares of validation and test packages whose section is right."""
     model.eval()
     right = (model(task).argmax(1) == task.labels).float()

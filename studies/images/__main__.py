@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from performers.app.options import Options, argument, option
+from performers.app.options import argument, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import Measures, StudyOptions, extent, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagesOptions(Options):
+class ImagesOptions(StudyOptions):
     """Options of the study."""
 
-    folder: str = argument("Folder of photographs, or .npy or .npz files of ImageNet64.", path=True)
-    output_folder: Path = option("Folder of results.json and runs.", flag="--output")
-    resume: bool = option("Skip the parts that results.json has, continue the run.", False)
-    quick: bool = option("A size of seconds, to see that it runs.", False)
+    folder: str = argument(
+        "Folder of photographs, or .npy or .npz files of ImageNet64.",
+        path=True,
+        changes_result=False,
+    )
+    quick: bool = extent("A size of seconds, to see that it runs.", False)
     seconds: float = option("Processor seconds of training for each attention.", 480.0, above=0)
     scored: int = option("Test pictures.", 100, at_least=1)
     score_seconds: float = option(
@@ -50,31 +52,26 @@ def images(options: ImagesOptions) -> None:
     from studies.images.codecs import measure_codecs
     from studies.images.completions import complete_best
     from studies.images.training import train_and_score
-    from studies.parts import Part, run_parts
 
     # Counted is the processor time of one thread.
     torch.set_num_threads(1)
-    names = ("seconds", "scored", "score_seconds", "completions", "learning_rate", "seed")
-    size = models.Size(**{name: getattr(options, name) for name in names})
+    size = models.Size(**options.settings())
     if options.quick:
         size = replace(size, **models.QUICK)
     pictures = open_pictures(Path(options.folder), size=size.size, least=least_side(size.size))
-    prepare_output_folder(options.output_folder, resume=options.resume)
+    output = prepare_output_folder(options.output_folder, resume=options.resume)
     note(pictures.summary())
     trained, scored = split_pictures(pictures, size.scored, size.seed)
-    tests = CentreCrops(pictures, scored, size=size.size)
-    centres = CentreCrops(pictures, trained, size=size.size)
+    tests, centres = (CentreCrops(pictures, x, size=size.size) for x in (scored, trained))
     crops = RandomCrops(pictures, trained, size=size.size, seed=size.seed, places=models.MOST_STEPS)
-    output = options.output_folder
-    parts: dict[str, Callable[[], Part]] = {report.FLOORS: partial(measure_codecs, centres, tests)}
-    attentions = models.contestants(size)
-    for number, (name, chosen) in enumerate(attentions.items()):
-        folder = output / "runs" / str(number)
-        parts[name] = partial(train_and_score, name, chosen, size, crops, tests, folder)
-    folders = {name: output / "runs" / str(number) for number, name in enumerate(attentions)}
+    parts: Measures = {report.FLOORS: partial(measure_codecs, centres, tests)}
+    folders: dict[str, Path] = {}
+    for number, (name, chosen) in enumerate(models.contestants(size).items()):
+        folders[name] = output / "runs" / str(number)
+        parts[name] = partial(train_and_score, name, chosen, size, crops, tests, folders[name])
     parts[report.COMPLETIONS] = partial(complete_best, folders, tests, size, output)
     settings = {**asdict(size), "pictures": pictures.counts, "sha256": pictures.fingerprint()}
-    done = run_parts(output, settings, parts, partial(report.tables, size), resume=options.resume)
+    done = run_parts(options, parts, partial(report.tables, size), settings=settings)
     report.draw_curves(size, done, output / "curves.png")
 
 

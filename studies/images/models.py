@@ -12,7 +12,7 @@ from torch import Tensor
 import studies.comparators  # noqa: F401  (registers attentions)
 from performers.models import PerformerConfig, PerformerForCausalLM
 from performers.streams.images import BEGIN, VOCABULARY
-from studies.starts import look_back_
+from studies.training import look_back_
 
 
 @dataclass(frozen=True)

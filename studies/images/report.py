@@ -43,44 +43,28 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
             )
             for name, part in trained.items()
         ]
-        columns = (
-            "attention",
-            "steps",
-            "s a step",
-            "million positions",
-            f"bits/dim, first {common}",
-            "to PNG",
-            "bits/dim, all scored",
-        )
+        bits = (f"bits/dim, first {common}", "to PNG", "bits/dim, all scored")
+        columns = ("attention", "steps", "s a step", "million positions", *bits)
         made["contestants"] = Table(columns, rows)
     if floors:
         files = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
         for codec in CODECS:
-            pixels = fmean(floors[f"{codec}, pixels"])
-            files.append((codec, f"{fmean(floors[codec]):.2f}", f"{pixels:.2f}"))
+            means = (fmean(floors[name]) for name in (codec, f"{codec}, pixels"))
+            files.append((codec, *(f"{mean:.2f}" for mean in means)))
         headings = ("", "bits/dim, whole file", "compressed pixels alone")
         made["codecs"] = Table(headings, files)
     if part := parts.get(COMPLETIONS):
         drawn = part["pictures"] * part["samples"]
-        row = (
-            part["contestant"],
-            f"{part['values']:,}",
-            str(drawn),
-            f"{part['seconds']:.0f}",
-            f"{1e3 * part['seconds'] / part['values'] / drawn:.2f}",
-            f"{part['cache_bytes'] / 1024:,.0f}",
-            f"{part['exact_bytes'] / 1024:,.0f}",
-        )
-        columns = (
-            "attention",
-            "values each",
-            "pictures",
-            "seconds",
-            "ms a value",
-            "state, KiB",
-            "keys and values, KiB",
-        )
-        made["completions"] = Table(columns, [row])
+        cells = {
+            "attention": part["contestant"],
+            "values each": f"{part['values']:,}",
+            "pictures": str(drawn),
+            "seconds": f"{part['seconds']:.0f}",
+            "ms a value": f"{1e3 * part['seconds'] / part['values'] / drawn:.2f}",
+            "state, KiB": f"{part['cache_bytes'] / 1024:,.0f}",
+            "keys and values, KiB": f"{part['exact_bytes'] / 1024:,.0f}",
+        }
+        made["completions"] = Table(tuple(cells), [tuple(cells.values())])
     return made
 
 

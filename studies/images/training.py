@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler
 
 from performers.cli.console import note
 from performers.models import PerformerForCausalLM
@@ -32,25 +32,12 @@ GROUP = 5
 _SAVED = 20
 
 
-class _Places(Sampler[list[int]]):
-    """Batches of one place each, in order."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return ([place] for place in range(self.count))
-
-
 class _PixelTrainer(RunTrainer):
     """Trainer on one picture a step, in the order of places."""
 
-    def sampler(self, batches: int) -> _Places:
+    def sampler(self, batches: int) -> BatchSampler:
         """The first places."""
-        return _Places(batches)
+        return BatchSampler(range(batches), 1, drop_last=False)
 
 
 def train(

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from performers.app.errors import UserError
-from performers.app.options import Options, argument, option
+from performers.app.options import argument, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import StudyOptions, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongDocumentsOptions(Options):
+class LongDocumentsOptions(StudyOptions):
     """Options of the study."""
 
-    model: str = argument("Folder of the original, an encoder.", path=True)
-    converted: str = argument("Folder of the converted model.", path=True)
-    texts: str = argument("Folder of text files, one a book.", path=True)
-    output_folder: Path = option("Folder of results.json.", flag="--output")
-    resume: bool = option("Skip what results.json and the kept embeddings have.", False)
+    model: str = argument("Folder of the original, an encoder.", path=True, changes_result=False)
+    converted: str = argument("Folder of the converted model.", path=True, changes_result=False)
+    texts: str = argument("Folder of text files, one a book.", path=True, changes_result=False)
     lengths: tuple[int, ...] = option(
         "Tokens of a document, rising multiples of 512.", (2048, 4096, 8192, 16384), rising=True
     )
@@ -45,29 +44,15 @@ def long_documents(options: LongDocumentsOptions) -> None:
     """Compare truncation, chunks, the original with more positions, and the converted model."""
     import torch
 
-    from studies.long_documents.retrieval import Retrieval, Size, tables
-    from studies.parts import run_parts
+    from studies.long_documents.retrieval import Retrieval, tables
 
-    files = tuple(sorted(Path(options.texts).glob("*.txt")))
+    files = sorted(Path(options.texts).glob("*.txt"))
     if not files:
         raise UserError(f"TEXTS {options.texts} has no file that ends in .txt")
     torch.set_num_threads(options.threads)
-    given = asdict(options)
-    size = Size(**{name: given[name] for name in Size.__dataclass_fields__})
-    settings = {
-        **asdict(size),
-        "files": [file.name for file in files],
-        "threads": options.threads,
-    }
-    folder = options.output_folder / "embeddings"
-    retrieval = Retrieval(options.model, options.converted, files, size, folder)
-    run_parts(
-        options.output_folder,
-        settings,
-        retrieval.parts(),
-        partial(tables, size),
-        resume=options.resume,
-    )
+    settings = {**options.settings(), "files": [file.name for file in files]}
+    shown = partial(tables, passages=options.passages)
+    run_parts(options, Retrieval(options, files).parts(), shown, settings=settings)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,7 +27,10 @@ from studies.long_documents.documents import (
     with_special_tokens,
 )
 from studies.pages import Table
-from studies.parts import Part
+from studies.parts import Measures, Part, section
+
+if TYPE_CHECKING:
+    from studies.long_documents.__main__ import LongDocumentsOptions
 
 TRUNCATED, MEAN, NEAREST = "first chunk", "mean of chunks", "nearest chunk"
 REPEATED = "original, positions repeated"
@@ -38,68 +40,39 @@ _METHODS = (TRUNCATED, MEAN, NEAREST, REPEATED, INTERPOLATED, CONVERTED)
 _RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Size:
-    """Numbers that the results depend on.
-
-    Attributes:
-        lengths: Tokens of a document, rising multiples of 512.
-        exact_up_to: Longest document that the original reads whole.
-        per_file: Documents of a file.
-        passages: Passages to find each document by.
-        passage_tokens: Tokens of a passage.
-        seed: Random seed of the places of the passages.
-    """
-
-    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    exact_up_to: int = 8192
-    per_file: int = 4
-    passages: int = 6
-    passage_tokens: int = 128
-    seed: int = 0
-
-
 class Retrieval:
-    """The measurements of a model and its conversion on some files.
+    """The measurements of a model and its conversion on some texts.
 
-    Args:
-        model: Folder of the original.
-        converted: Folder of the converted model.
-        files: Texts.
-        size: Numbers that the results depend on.
-        folder: Keeps embeddings until their part is done.
+    Embeddings are kept in ``embeddings`` below the output folder until their part is done.
     """
 
-    def __init__(
-        self, model: str, converted: str, files: tuple[Path, ...], size: Size, folder: Path
-    ) -> None:
-        self.size, self.files, self.folder = size, files, folder
-        self._paths = (model, converted)
-        loaded = load_model(model, head=False)
+    def __init__(self, options: LongDocumentsOptions, files: Sequence[Path]) -> None:
+        self.options, self.files = options, files
+        loaded = load_model(options.model, head=False)
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
 
-    def parts(self) -> dict[str, Callable[[], Part]]:
+    def parts(self) -> Measures:
         """Measurements by name, those of a length after one another."""
-        found: dict[str, Callable[[], Part]] = {}
-        for length in self.size.lengths:
+        found: Measures = {}
+        for length in self.options.lengths:
             found[f"{length}, chunks"] = partial(self._chunks, length)
-            found[f"{length}, {CONVERTED}"] = partial(self._whole, CONVERTED, length)
-            if length <= self.size.exact_up_to:
-                found[f"{length}, {REPEATED}"] = partial(self._whole, REPEATED, length)
-            if length == self.size.lengths[0]:
-                found[f"{length}, {INTERPOLATED}"] = partial(self._whole, INTERPOLATED, length)
+            methods = [CONVERTED]
+            if length <= self.options.exact_up_to:
+                methods.append(REPEATED)
+            if length == self.options.lengths[0]:
+                methods.append(INTERPOLATED)
+            found |= {f"{length}, {x}": partial(self._whole, x, length) for x in methods}
         return found
 
     @cached_property
     def _converted(self) -> Any:
-        model = load_performer(self._paths[1])
-        return extend_positions_(model, self.size.lengths[-1])
+        model = load_performer(self.options.converted)
+        return extend_positions_(model, self.options.lengths[-1])
 
     def _documents(self, length: int) -> Documents:
-        settings = asdict(self.size)
         names = ("per_file", "passages", "passage_tokens", "seed")
-        chosen = {name: settings[name] for name in names}
-        longest = self.size.lengths[-1]
+        chosen = {name: getattr(self.options, name) for name in names}
+        longest = self.options.lengths[-1]
         return read_documents(self.tokenizer, self.files, length, longest=longest, **chosen)
 
     def _chunks(self, length: int) -> Part:
@@ -139,7 +112,11 @@ class Retrieval:
 
         They are kept in a file after each document, from which an interrupted part goes on.
         """
-        file = self.folder / f"{name.replace(',', '').replace(' ', '-')}.npz"
+        file = (
+            self.options.output_folder
+            / "embeddings"
+            / f"{name.replace(',', '').replace(' ', '-')}.npz"
+        )
         embeddings: list[Any] = []
         seconds: list[Any] = []
         if file.exists():
@@ -149,7 +126,9 @@ class Retrieval:
             found = [self._embed(model, piece[None]) for piece in row.chunk(pieces)]
             embeddings.append(torch.cat([vectors for vectors, _ in found]).numpy())
             seconds.append(np.array([time for _, time in found]))
-            _keep(file, np.stack(embeddings), np.stack(seconds))
+            content = io.BytesIO()
+            np.savez(content, embeddings=np.stack(embeddings), seconds=np.stack(seconds))
+            write_atomically(file, content.getvalue())
             note(f"{name}: {len(embeddings)} of {len(texts)} documents")
         return torch.from_numpy(np.stack(embeddings)), np.stack(seconds)
 
@@ -186,32 +165,24 @@ def interpolate_positions_(model: Any, length: int) -> None:
     table.weight = nn.Parameter(stretched[0].T.contiguous())
 
 
-def difference(own: Any, other: Any, *, seed: int = 0) -> tuple[float, float]:
+def difference(own: Any, other: Any) -> tuple[float, float]:
     """95% interval of a difference of recall@1, by bootstrap over documents.
 
-    Args:
-        own: Ranks, ``(documents, passages)``.
-        other: Those of the method that it is compared with.
-        seed: Random seed of the resampling.
+    Both are ranks, ``(documents, passages)``.
     """
     gains = ((own == 1).astype(float) - (other == 1)).mean(axis=1)
-    drawn = np.random.default_rng(seed).integers(len(gains), size=(_RESAMPLES, len(gains)))
+    drawn = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
     low, high = np.quantile(gains[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 
-def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
+def tables(parts: Mapping[str, Part], passages: int) -> dict[str, Table]:
     """The table of the parts that are done."""
     columns = ("tokens", "embedding", "recall@1", "MRR", "recall over mean of chunks", "seconds")
     rows = []
-    for length in size.lengths:
-        found: dict[str, Any] = {}
-        for name, part in parts.items():
-            if name.startswith(f"{length}, "):
-                found |= part
-        places = {
-            name: np.array(x["ranks"]).reshape(-1, size.passages) for name, x in found.items()
-        }
+    for length in sorted({int(name.split(", ")[0]) for name in parts}):
+        found = {x: y for part in section(parts, str(length)).values() for x, y in part.items()}
+        places = {x: np.array(y["ranks"]).reshape(-1, passages) for x, y in found.items()}
         for name in (x for x in _METHODS if x in found):
             interval = ""
             if name != MEAN and MEAN in found:
@@ -221,10 +192,3 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
             figures = (f"{recall:.2f}", f"{reciprocal:.2f}", interval)
             rows.append((f"{length:,}", name, *figures, f"{found[name]['seconds']:.2f}"))
     return {"retrieval": Table(columns, rows, names=2)}
-
-
-def _keep(file: Path, embeddings: Any, seconds: Any) -> None:
-    file.parent.mkdir(exist_ok=True)
-    content = io.BytesIO()
-    np.savez(content, embeddings=embeddings, seconds=seconds)
-    write_atomically(file, content.getvalue())

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
-from performers.app.options import Options, option
+from performers.app.options import option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import StudyOptions, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class PointerOptions(Options):
+class PointerOptions(StudyOptions):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of results.json.", flag="--output")
-    resume: bool = option("Skip the parts that results.json has.", False)
     quick: bool = option("A size of seconds, to see that it runs.", False)
     steps: int = option("Training steps of a model.", 2000, at_least=1)
     seed: int = option("Random seed.", 0)
@@ -30,7 +28,6 @@ def pointer(options: PointerOptions) -> None:
     """Train with linear and with exact encoders on 50 points; score at 50, 200 and 1,000."""
     import torch
 
-    from studies.parts import run_parts
     from studies.pointer import training
     from studies.pointer.tasks import TASKS
 
@@ -42,7 +39,7 @@ def pointer(options: PointerOptions) -> None:
         for encoder in training.ENCODERS
     } | {"times": partial(training.measure_times, size)}
     settings = {**asdict(size), "seed": options.seed, "threads": options.threads}
-    run_parts(options.output_folder, settings, parts, training.tables, resume=options.resume)
+    run_parts(options, parts, training.tables, settings=settings)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from performers.catalogue import PerformerPointer
 from studies.pages import Table
-from studies.parts import Part
+from studies.parts import Part, section
 from studies.pointer.tasks import TASKS, Task, draw
+from studies.training import descend
 
 ENCODERS = ("favor", "exact")
 
@@ -87,16 +88,9 @@ def train_and_score(name: str, encoder: str, size: Size, seed: int) -> Part:
     start = time.process_time()
     for _ in range(size.steps):
         points, answer = draw(task, size.batch, trained, generator)
-        optimizer.zero_grad()
-        loss = model.loss(points, answer)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    last = losses[-50:]
+        losses.append(descend(model.loss(points, answer), optimizer, schedule, clip=1.0))
     part: Part = {
-        "loss": sum(last) / len(last),
+        "loss": fmean(losses[-50:]),
         "cpu_seconds": time.process_time() - start,
         "scores": {},
         "decode": {},
@@ -120,40 +114,27 @@ def measure_times(size: Size) -> Part:
         model = make_model(TASKS["hull"], encoder, size, 0).eval()
         part[encoder] = {}
         for count in size.timed:
-            points = torch.rand(1, count, 2)
-            part[encoder][str(count)] = min(_seconds(model, points) for _ in range(3))
+            points, seconds = torch.rand(1, count, 2), []
+            for _ in range(3):
+                start = time.process_time()
+                model.encode(points)
+                seconds.append(time.process_time() - start)
+            part[encoder][str(count)] = min(seconds)
     return part
-
-
-def _seconds(model: PerformerPointer, points: Tensor) -> float:
-    start = time.process_time()
-    model.encode(points)
-    return time.process_time() - start
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Scores of each task, and times, as far as they are measured."""
     made: dict[str, Table] = {}
     for name in TASKS:
-        done = {x: parts[f"{name}, {x}"] for x in ENCODERS if f"{name}, {x}" in parts}
-        if done:
-            counts = list(next(iter(done.values()))["scores"])
-            rows = [
-                (
-                    encoder,
-                    *(
-                        f"{100 * part['scores'][count][0]:.0f}%; {part['scores'][count][1]:.3f}"
-                        for count in counts
-                    ),
-                    f"{part['loss']:.3f}",
-                    f"{part['cpu_seconds']:.0f}",
-                )
-                for encoder, part in done.items()
-            ]
-            heads = [f"{int(count):,} points" for count in counts]
-            made[name] = Table(("encoder", *heads, "last loss", "training, s"), rows)
-    if "times" in parts:
-        times = parts["times"]
+        rows, counts = [], []
+        for encoder, part in section(parts, name).items():
+            counts = [f"{int(count):,} points" for count in part["scores"]]
+            scores = (f"{100 * right:.0f}%; {x:.3f}" for right, x in part["scores"].values())
+            rows.append((encoder, *scores, f"{part['loss']:.3f}", f"{part['cpu_seconds']:.0f}"))
+        if rows:
+            made[name] = Table(("encoder", *counts, "last loss", "training, s"), rows)
+    if times := parts.get("times"):
         rows = [
             (encoder, *(f"{1e3 * seconds:,.1f}" for seconds in times[encoder].values()))
             for encoder in ENCODERS

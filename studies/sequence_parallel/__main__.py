@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from performers.app.errors import UserError
-from performers.app.options import Options, option
+from performers.app.options import option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import StudyOptions, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequenceParallelOptions(Options):
+class SequenceParallelOptions(StudyOptions):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of results.json.", flag="--output")
-    resume: bool = option("Skip what results.json has.", False)
     length: int = option("Tokens of the row.", 65_536, at_least=16_384)
     processes: tuple[int, ...] = option(
         "Numbers of processes, the first of them 1.", (1, 2, 4), rising=True
@@ -36,25 +34,9 @@ class SequenceParallelOptions(Options):
 @app.command()
 def sequence_parallel(options: SequenceParallelOptions) -> None:
     """Train on one row in one process and in several: errors, memory, traffic."""
-    from studies.parts import run_parts
-    from studies.sequence_parallel.runs import Runs, tables
+    from studies.sequence_parallel.runs import measures, tables
 
-    settings = {
-        "length": options.length,
-        "processes": list(options.processes),
-        "steps": options.steps,
-        "trainer_steps": options.trainer_steps,
-    }
-    folder = options.output_folder / "runs"
-    runs = Runs(
-        folder,
-        length=options.length,
-        processes=options.processes,
-        steps=options.steps,
-        trainer_steps=options.trainer_steps,
-    )
-    parts = run_parts(options.output_folder, settings, runs.parts(), tables, resume=options.resume)
-    for name, part in parts.items():
+    for name, part in run_parts(options, measures(options), tables).items():
         if part.get("message_bytes"):
             print(f"{name}: {part['message_bytes']:,} bytes published a layer and process")
 

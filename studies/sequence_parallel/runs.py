@@ -8,14 +8,17 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
 from studies.pages import ABSENT, Table
-from studies.parts import Part
+from studies.parts import Measures, Part, section
+
+if TYPE_CHECKING:
+    from studies.sequence_parallel.__main__ import SequenceParallelOptions
 
 # A row whose activations are nothing beside what a process holds anyway.
 _SHORT = 1024
@@ -34,118 +37,87 @@ _MODEL = {
 }
 
 
-class Runs:
-    """Measurements of a study, by name.
+def measures(options: SequenceParallelOptions) -> Measures:
+    """The measurements by name; those of one process come first."""
+    folder = options.output_folder / "runs"
+    loop = partial(_loop, folder, options.steps)
+    several = options.processes[1:]
+    return {
+        **{f"loop, {n}": partial(loop, n, options.length) for n in options.processes},
+        **{f"loop, {n}, short": partial(loop, n, options.length // 16) for n in several},
+        **{
+            f"trainer, {n}": partial(_trainer, folder, options.trainer_steps, n, options.length)
+            for n in options.processes
+        },
+    }
 
-    Args:
-        folder: Folder of what the runs leave.
-        length: Tokens of the row.
-        processes: Numbers of processes, the first of them 1.
-        steps: Training steps of the loop by hand.
-        trainer_steps: Those of ``performers train``.
-    """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        length: int,
-        processes: Sequence[int],
-        steps: int,
-        trainer_steps: int,
-    ) -> None:
-        self.folder, self.length, self.processes = folder, length, processes
-        self.steps, self.trainer_steps = steps, trainer_steps
+def _loop(folder: Path, steps: int, processes: int, length: int) -> Part:
+    """The loop of `training`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "loop.json"
+    file.unlink(missing_ok=True)
+    _run(processes, "loop", file, folder, length, steps)
+    return {"processes": processes, **json.loads(file.read_text())}
 
-    def parts(self) -> dict[str, partial[Part]]:
-        """The measurements; those of one process come first."""
-        several = self.processes[1:]
-        return {
-            **{f"loop, {n}": partial(self.loop, n, self.length) for n in self.processes},
-            **{f"loop, {n}, short": partial(self.loop, n, self.length // 16) for n in several},
-            **{f"trainer, {n}": partial(self.trainer, n) for n in self.processes},
-        }
 
-    def loop(self, processes: int, length: int) -> Part:
-        """The loop of `training`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "loop.json"
-        file.unlink(missing_ok=True)
-        self._run(processes, "loop", file, self.folder, length, self.steps)
-        return {"processes": processes, **json.loads(file.read_text())}
-
-    def trainer(self, processes: int) -> Part:
-        """``performers train`` on the row, and on a short one, each with its peak of memory."""
-        peaks = {
-            name: self._trained(processes, name, length)
-            for name, length in (("short", _SHORT), ("long", self.length))
-        }
-        print(f"trainer, {processes}: MiB of each process {peaks}", flush=True)
-        return {"processes": processes, **peaks}
-
-    def _trained(self, processes: int, name: str, length: int) -> list[float]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fasta, output = self.folder / f"{name}.fasta", self.folder / f"{name}-{processes}"
+def _trainer(folder: Path, steps: int, processes: int, length: int) -> Part:
+    """``performers train`` on the row, and on a short one, each with its peak of memory."""
+    options = {
+        **_MODEL, "steps": steps, "save-steps": steps, "max-length": length, "batch-tokens": length
+    }  # fmt: skip
+    if processes > 1:
+        options["sequence-parallel"] = processes
+    flags = [text for name, value in options.items() for text in (f"--{name}", value)]
+    folder.mkdir(parents=True, exist_ok=True)
+    peaks: dict[str, list[float]] = {}
+    for name, tokens in (("short", _SHORT), ("long", length)):
+        fasta, output = folder / f"{name}.fasta", folder / f"{name}-{processes}"
         # Its begin and its end are tokens too.
-        residues = random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", k=length - 2)
+        residues = random.Random(0).choices("ACDEFGHIKLMNPQRSTVWY", k=tokens - 2)
         fasta.write_text(f">{name}\n{''.join(residues)}\n")
-        file = self.folder / "peak.json"
-        for old in self.folder.glob("peak.*"):
+        for old in folder.glob("peak.*"):
             old.unlink()
         shutil.rmtree(output, ignore_errors=True)
-        options = {
-            **_MODEL,
-            "steps": self.trainer_steps,
-            "save-steps": self.trainer_steps,
-            "max-length": self.length,
-            "batch-tokens": self.length,
-        }
-        if processes > 1:
-            options["sequence-parallel"] = processes
-        flags = [text for name, value in options.items() for text in (f"--{name}", value)]
         command = ["train", fasta, "--output", output, *flags]
-        self._run(processes, "trainer", file, *command)
-        found: list[float] = [
-            json.loads(path.read_text()) for path in sorted(self.folder.glob("peak.*"))
-        ]
-        return found
+        _run(processes, "trainer", folder / "peak.json", *command)
+        peaks[name] = [json.loads(path.read_text()) for path in sorted(folder.glob("peak.*"))]
+    print(f"trainer, {processes}: MiB of each process {peaks}", flush=True)
+    return {"processes": processes, **peaks}
 
-    def _run(self, processes: int, *arguments: Any) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        program = ["-m", "studies.sequence_parallel.process", *arguments]
-        command = [sys.executable, *(launcher if processes > 1 else []), *program]
-        done = subprocess.run(
-            list(map(str, command)),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            lines = done.stdout.strip().splitlines()[-12:]
-            raise UserError(f"a run of {processes} processes failed: {' | '.join(lines)}")
+
+def _run(processes: int, *arguments: Any) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    program = ["-m", "studies.sequence_parallel.process", *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), *program]
+    done = subprocess.run(
+        list(map(str, command)),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stdout.strip().splitlines()[-12:]
+        raise UserError(f"a run of {processes} processes failed: {' | '.join(lines)}")
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the measurements that are done."""
+    loops = [_loop_row(part) for part in section(parts, "loop").values()]
+    trainer, alone = [], None
+    for part in section(parts, "trainer").values():
+        short, long = max(part["short"]), max(part["long"])
+        alone = alone or long - short
+        figures = [f"{x:.0f} MiB" for x in (short, long, long - short)]
+        trainer.append([str(part["processes"]), *figures, f"{(long - short) / alone:.2f}"])
+    errors = ("error of the loss", "error of the parameters")
+    memory = ("memory of training, each process", "published a layer")
+    peaks = ("peak, short row", "peak, long row", "the row takes", "of one process")
     return {
-        "loop": Table(
-            (
-                "processes",
-                "tokens",
-                "error of the loss",
-                "error of the parameters",
-                "memory of training, each process",
-                "published a layer",
-            ),
-            [_loop_row(x) for name, x in parts.items() if name.startswith("loop")],
-            2,
-        ),
-        "trainer": Table(
-            ("processes", "peak, short row", "peak, long row", "the row takes", "of one process"),
-            list(_trainer_rows([x for name, x in parts.items() if name.startswith("trainer")])),
-        ),
+        "loop": Table(("processes", "tokens", *errors, *memory), loops, names=2),
+        "trainer": Table(("processes", *peaks), trainer),
     }
 
 
@@ -154,13 +126,3 @@ def _loop_row(seen: Part) -> list[str]:
     sent = f"{seen['message_bytes']:,} B" if seen["message_bytes"] else ABSENT
     memory = f"{seen['mebibytes']:.0f} MiB"
     return [str(seen["processes"]), f"{seen['length']:,}", *errors, memory, sent]
-
-
-def _trainer_rows(seen: Sequence[Part]) -> list[list[str]]:
-    rows, alone = [], None
-    for part in seen:
-        short, long = max(part["short"]), max(part["long"])
-        alone = alone or long - short
-        figures = [f"{x:.0f} MiB" for x in (short, long, long - short)]
-        rows.append([str(part["processes"]), *figures, f"{(long - short) / alone:.2f}"])
-    return rows

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 import studies.comparators  # noqa: F401  (registers them)
-from performers.attention import ListedKeys
-from performers.features import SoftmaxFeatures
-from performers.models import PerformerConfig, register_attention
-from performers.models.attention import FavorMechanism, build_mechanism
+from performers.models import PerformerConfig
+from performers.models.attention import build_mechanism
 
 EXACT, LOCAL = "exact", "local"
 SOFTMAX, WINDOW = "Performer, softmax", "Performer, features and window"
@@ -100,38 +97,3 @@ def settings(length: int, keys: int, *, is_causal: bool) -> dict[str, Setting]:
         ),
         LOCAL: Setting("local", {"window": side}),
     }
-
-
-@dataclass
-class ListedOptions:
-    """Options of ``favor-listed``.
-
-    Attributes:
-        keys: Keys a query meets by content.
-        lists: Lists of keys of a head.
-        refresh: Positions between new lists in causal attention.
-    """
-
-    keys: int = 64
-    lists: int = 8
-    refresh: int = 16
-
-
-def _listed(config: PerformerConfig, generator: torch.Generator | None) -> FavorMechanism:
-    options = ListedOptions(**config.attention_options)
-    heads = config.num_attention_heads
-    features = SoftmaxFeatures(
-        config.head_dim, config.num_features, num_heads=heads, generator=generator
-    )
-    listed = ListedKeys(
-        config.head_dim,
-        options.lists,
-        options.keys,
-        refresh=options.refresh,
-        num_heads=heads,
-        generator=generator,
-    )
-    return FavorMechanism(features, listed_keys=listed)
-
-
-register_attention("favor-listed", _listed, options=ListedOptions)

@@ -6,26 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from performers.app.errors import UserError
-from performers.app.options import Options, argument, option
+from performers.app.options import argument, option
 from performers.cli.commands import App
-from performers.cli.console import note
 from performers.cli.interrupts import end_at_once
+from studies.parts import StudyOptions, extent, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextOptions(Options):
+class TextOptions(StudyOptions):
     """Options of the study."""
 
-    novels: str = argument("Folder of texts to train on.", path=True)
-    unseen: str = option("Folder of texts by an author who is not among them.", path=True)
-    output_folder: Path = option("Folder of results.json and the models.", flag="--output")
-    resume: bool = option("Go on where a run in --output stopped.", False)
+    novels: str = argument("Folder of texts to train on.", path=True, changes_result=False)
+    unseen: str = extent("Folder of texts by an author who is not among them.", path=True)
     seconds: float = option("Processor seconds of training of each contestant.", 480.0, above=0)
     redraw_seconds: float = option("The same of each model of the redraws.", 300.0, above=0)
     contexts: int = option("Contexts of 8,192 bytes of the unseen author.", 48, at_least=1)
-    only: tuple[str, ...] | None = option(
+    only: tuple[str, ...] | None = extent(
         "Parts to measure, by their names, with commas between.", None
     )
     seed: int = option("Random seed.", 0)
@@ -37,31 +35,20 @@ def text(options: TextOptions) -> None:
     import torch
 
     from performers.streams.text import find_texts
-    from studies.parts import run_parts
     from studies.text.contestants import Study, tables
 
     torch.set_num_threads(1)
-    novels = find_texts([Path(options.novels)])
-    unseen = find_texts([Path(options.unseen)])
+    novels, unseen = (find_texts([Path(x)]) for x in (options.novels, options.unseen))
     both = {file.name for file in novels} & {file.name for file in unseen}
     if both:
         raise UserError(f"--unseen has files of NOVELS, such as {min(both)}; give another author")
-    study = Study(
-        novels=novels,
-        unseen=unseen,
-        folder=options.output_folder,
-        seconds=options.seconds,
-        redraw_seconds=options.redraw_seconds,
-        contexts=options.contexts,
-        seed=options.seed,
-        say=note,
-    )
+    study = Study(options, novels, unseen)
     parts = study.parts()
     unknown = sorted(set(options.only or ()) - set(parts))
     if unknown:
         raise UserError(f"--only has no part {unknown[0]!r}; they are {', '.join(parts)}")
     chosen = {name: parts[name] for name in parts if name in (options.only or parts)}
-    run_parts(options.output_folder, study.settings(), chosen, tables, resume=options.resume)
+    run_parts(options, chosen, tables, settings=study.settings())
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from performers.cli.console import note
 from performers.models import PerformerForCausalLM
 from performers.streams.evaluation import PLACES, evaluate_texts
 from performers.streams.subwords import byte_tokenizer
@@ -17,10 +18,13 @@ from performers.streams.text import Texts, read_bytes
 from performers.streams.training import train_texts
 from performers.training.options import TrainingOptions
 from studies.comparators import COMPARATORS
-from studies.pages import Table, digits
-from studies.parts import Part
-from studies.starts import look_back_
+from studies.pages import ABSENT, Table
+from studies.parts import Measures, Part
 from studies.text.redraw import REDRAWS, Schedule, measure_draws, redraw_tables
+from studies.training import look_back_
+
+if TYPE_CHECKING:
+    from studies.text.__main__ import TextOptions
 
 CONTEXT = 8192
 MODEL: dict[str, Any] = {
@@ -114,92 +118,82 @@ CONTESTANTS = (
 
 @dataclass(frozen=True)
 class Study:
-    """The study: its texts, its times and where models go."""
+    """The study: its options and its texts; models go to ``models`` below the output folder."""
 
+    options: TextOptions
     novels: list[Path]
     unseen: list[Path]
-    folder: Path
-    seconds: float
-    redraw_seconds: float
-    contexts: int
-    seed: int
-    say: Callable[[str], None]
 
     def settings(self) -> dict[str, Any]:
         """Numbers that the results depend on."""
-        return {
-            "novels": [len(self.novels), sum(file.stat().st_size for file in self.novels)],
-            "unseen": [len(self.unseen), sum(file.stat().st_size for file in self.unseen)],
-            "seconds": self.seconds,
-            "redraw_seconds": self.redraw_seconds,
-            "contexts": self.contexts,
-            "seed": self.seed,
-            "model": MODEL,
-            "start": START,
+        texts = {
+            name: [len(files), sum(file.stat().st_size for file in files)]
+            for name, files in (("novels", self.novels), ("unseen", self.unseen))
+        }
+        return {**texts, **self.options.settings(), "model": MODEL, "start": START}
+
+    def parts(self) -> Measures:
+        """Measurements by their names."""
+        return {x.name: partial(self._compete, x) for x in CONTESTANTS} | {
+            name: partial(self._redraw, name, schedule) for name, schedule in REDRAWS.items()
         }
 
-    def parts(self) -> dict[str, Callable[[], Part]]:
-        """Measurements by their names."""
-        found: dict[str, Callable[[], Part]] = {
-            contestant.name: partial(self._compete, contestant) for contestant in CONTESTANTS
-        }
-        for name, schedule in REDRAWS.items():
-            found[name] = partial(self._redraw, name, schedule)
-        return found
+    def _folder(self, name: str) -> Path:
+        return self.options.output_folder / "models" / name
 
     def _train(
         self, name: str, seconds: float, changes: Mapping[str, Any], start: str | None = None
     ) -> tuple[PerformerForCausalLM, dict[str, Any], TrainingOptions]:
-        options = TrainingOptions(**{**MODEL, "seed": self.seed, "time_limit": seconds, **changes})
-        output, begun = self.folder / "models" / name, self.folder / "models" / str(start)
+        given = {"seed": self.options.seed, "time_limit": seconds}
+        options = TrainingOptions(**{**MODEL, **given, **changes})
+        output = self._folder(name)
         output.mkdir(parents=True, exist_ok=True)
 
         def progress(step: int, steps: int, log: dict[str, float]) -> None:
             if "loss" in log:
-                self.say(f"{name}: step {step}, loss {log['loss']:.3f}")
+                note(f"{name}: step {step}, loss {log['loss']:.3f}")
 
         result = train_texts(
             self.novels,
             output,
             options,
-            start=None if start is None else begun,
+            start=None if start is None else self._folder(start),
             resume=(output / "training.json").exists(),
             progress=progress,
-            announce=self.say,
+            announce=note,
         )
         return PerformerForCausalLM.from_pretrained(output), result, options
 
     def _begin(self, name: str, changes: Mapping[str, Any]) -> None:
         """Save a model that is not trained yet, whose heads look back."""
         options = TrainingOptions(**{**MODEL, **changes})
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.options.seed)
         model = PerformerForCausalLM(options.model_config(byte_tokenizer(options.max_length)))
         look_back_(model, START["look_back"])
-        model.save_pretrained(self.folder / "models" / name)
+        model.save_pretrained(self._folder(name))
 
     def _read(self, model: Any, options: TrainingOptions, **changes: Any) -> dict[str, Any]:
-        length = options.max_length
         shape = {
-            "length": length,
+            "length": options.max_length,
             "context": CONTEXT,
             "carry": options.carry_state,
-            "tokens_at_most": self.contexts * CONTEXT,
+            "tokens_at_most": self.options.contexts * CONTEXT,
             "rows": 1,
         }
         return evaluate_texts(model, self._austen(), **{**shape, **changes})
 
     def _austen(self) -> Texts:
-        return read_bytes(self.unseen, self.say)
+        return read_bytes(self.unseen, note)
 
     def _compete(self, contestant: Contestant) -> Part:
         changes = {"learning_rate": START["learning_rate"], **contestant.changes}
-        name, seconds, start = contestant.name, self.seconds, f"{contestant.name}-start"
+        name, seconds, start = contestant.name, self.options.seconds, f"{contestant.name}-start"
         self._begin(start, changes)
         short_steps, short_seconds = None, 0.0
         if contestant.short:
             seconds, begun, start = (1 - SHORT_SHARE) * seconds, start, f"{name}-short"
             short = {**changes, **SHORT}
-            _, first, _ = self._train(start, SHORT_SHARE * self.seconds, short, begun)
+            _, first, _ = self._train(start, SHORT_SHARE * self.options.seconds, short, begun)
             short_steps, short_seconds = first["steps"], first["processor_seconds"]
         model, result, options = self._train(name, seconds, changes, start)
         found = self._read(model, options)
@@ -222,14 +216,16 @@ class Study:
     def _redraw(self, name: str, schedule: Schedule) -> Part:
         changes: dict[str, Any] = {"redraw_steps": schedule.steps}
         if schedule.long:
-            half = self.redraw_seconds / 2
+            half = self.options.redraw_seconds / 2
             self._train("plain-short", SHORT_SHARE * half, SHORT)
             time, start = (1 - SHORT_SHARE) * half, "plain-short"
         else:
             changes |= SHORT
-            time, start = self.redraw_seconds, None
+            time, start = self.options.redraw_seconds, None
         model, result, options = self._train(name, time, changes, start)
-        read = partial(self._read, model, options, tokens_at_most=self.contexts * CONTEXT // 4)
+        read = partial(
+            self._read, model, options, tokens_at_most=self.options.contexts * CONTEXT // 4
+        )
         length = options.max_length
         found = measure_draws(model, self._austen(), lambda: read()["bits_per_byte"], length)
         return {"length": length, "steps": result["steps"], **found}
@@ -237,54 +233,31 @@ class Study:
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Bits per byte, by place in the context, and of the redraws."""
-    done = [parts[entry.name] for entry in CONTESTANTS if entry.name in parts]
     found = redraw_tables(parts)
+    done = [parts[entry.name] for entry in CONTESTANTS if entry.name in parts]
+    done.sort(key=lambda part: part["bits_per_byte"])
     if not done:
         return found
-    best = min(part["bits_per_byte"] for part in done)
-    rows = []
-    for part in sorted(done, key=lambda part: part["bits_per_byte"]):
-        without = part.get("bits_per_byte_without_past")
-        rows.append(
-            (
-                part["title"],
-                f"{part['length']:,}",
-                digits(None) if part["short_steps"] is None else f"{part['short_steps']:,}",
-                f"{part['steps']:,}",
-                f"{part['bits_per_byte']:.3f}",
-                f"{part['bits_per_byte'] - best:+.3f}",
-                digits(None) if without is None else f"{without:.3f}",
-            )
-        )
-    columns = (
-        "attention",
-        "segment",
-        "short steps",
-        "steps",
-        "bits per byte",
-        "to the best",
-        "without past",
-    )
-    found["bits"] = Table(columns, rows)
+    rows, by_place = [], []
     width = CONTEXT // PLACES
     shown = [width * place for place in (0, 1, 2, 4, 8, 12, 15)]
-    headings = [f"{start:,}–{start + width:,}" for start in shown]
-
-    def by_place(part: Part) -> list[str]:
+    for part in done:
+        names = (part["title"], f"{part['length']:,}")
+        without, short = part.get("bits_per_byte_without_past"), part["short_steps"]
+        cells = (
+            ABSENT if short is None else f"{short:,}",
+            f"{part['steps']:,}",
+            f"{part['bits_per_byte']:.3f}",
+            f"{part['bits_per_byte'] - done[0]['bits_per_byte']:+.3f}",
+            ABSENT if without is None else f"{without:.3f}",
+        )
+        rows.append((*names, *cells))
         bits = {place["start"]: f"{place['bits_per_byte']:.3f}" for place in part["places"]}
         # Texts may end before.
-        return [bits.get(start, digits(None)) for start in shown]
-
-    found["places"] = Table(
-        ("attention", "segment", *headings),
-        [
-            (
-                part["title"],
-                f"{part['length']:,}",
-                *by_place(part),
-            )
-            for part in sorted(done, key=lambda part: part["bits_per_byte"])
-        ],
-        names=2,
-    )
+        by_place.append((*names, *(bits.get(start, ABSENT) for start in shown)))
+    names = ("attention", "segment")
+    columns = ("short steps", "steps", "bits per byte", "to the best", "without past")
+    found["bits"] = Table((*names, *columns), rows)
+    headings = (f"{start:,}–{start + width:,}" for start in shown)
+    found["places"] = Table((*names, *headings), by_place, names=2)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ REDRAWS = {
 
 FRESH = 5
 _PAIRS = 2048
+_STATISTICS = ("norm_random", "norm_attended", "log_variance_random", "log_variance_attended")
 
 
 def measure_draws(
@@ -48,7 +50,7 @@ def measure_draws(
 
     Args:
         model: The model; its features are redrawn.
-        texts: Texts whose first context the statistics are of.
+        texts: Texts whose first context, of ``context`` tokens, the statistics are of.
         bits: Returns the bits per byte of the model as it is.
         context: Tokens of a context.
 
@@ -106,47 +108,17 @@ def redraw_tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         return {}
     rows, layers = [], []
     for key, part in done.items():
-        name = str(REDRAWS[key])
-        mean = sum(part["fresh"]) / len(part["fresh"])
-        rows.append(
-            (
-                f"{part['length']:,}",
-                name,
-                f"{part['steps']:,}",
-                f"{part['own']:.3f}",
-                f"{mean:.3f}",
-                f"{min(part['fresh']):.3f}–{max(part['fresh']):.3f}",
-                f"{mean - part['own']:+.3f}",
-            )
-        )
-        layers += [
-            (
-                f"{part['length']:,}",
-                name,
-                str(number),
-                f"{entry['norm_random']:.2f}",
-                f"{entry['norm_attended']:.2f}",
-                f"{entry['log_variance_random']:.2f}",
-                f"{entry['log_variance_attended']:.2f}",
-            )
-            for number, entry in enumerate(part["layers"])
-        ]
-    columns = (
-        "rows",
-        "redrawn",
-        "steps",
-        "own draw",
-        "five fresh draws",
-        "their range",
-        "fresh − own",
-    )
-    names = (
-        "rows",
-        "redrawn",
-        "layer",
-        "mean, random",
-        "mean, attended",
-        "ln var, random",
-        "attended",
-    )
-    return {"redraws": Table(columns, rows, names=2), "variances": Table(names, layers, names=3)}
+        names = (f"{part['length']:,}", str(REDRAWS[key]))
+        own, fresh = part["own"], part["fresh"]
+        mean = fmean(fresh)
+        draws = (f"{own:.3f}", f"{mean:.3f}", f"{min(fresh):.3f}–{max(fresh):.3f}")
+        rows.append((*names, f"{part['steps']:,}", *draws, f"{mean - own:+.3f}"))
+        for number, entry in enumerate(part["layers"]):
+            figures = (f"{entry[x]:.2f}" for x in _STATISTICS)
+            layers.append((*names, str(number), *figures))
+    columns = ("steps", "own draw", "five fresh draws", "their range", "fresh − own")
+    headings = ("layer", "mean, random", "mean, attended", "ln var, random", "attended")
+    return {
+        "redraws": Table(("rows", "redrawn", *columns), rows, names=2),
+        "variances": Table(("rows", "redrawn", *headings), layers, names=3),
+    }

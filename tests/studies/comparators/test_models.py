@@ -258,7 +258,7 @@ def test_without_the_study_a_saved_model_is_refused_by_name(tmp_path, monkeypatc
         ("longformer", {"window": -1}, "window must be at least 0"),
         ("routing", {"clusters": 0}, "clusters must be at least 1"),
         ("routing", {"window": 0}, "window must be at least 1"),
-        ("routing", {"decay": 1.5}, "decay must be between 0 and 1"),
+        ("routing", {"decay": 1.5}, "decay must be at least 0 and at most 1"),
     ],
 )
 def test_options_that_are_refused(attention, options, words):

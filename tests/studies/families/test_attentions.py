@@ -6,7 +6,6 @@ import torch
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import MaskedCollator
-from studies.families.attentions import NAME
 from studies.families.scored import TOKENIZER
 from studies.families.synthetic import synthetic_families
 from studies.families.training import CONTESTANTS, Shape, make_model
@@ -28,9 +27,9 @@ def batch(*indices):
     return MaskedCollator(TOKENIZER)([ROWS[index] for index in indices])
 
 
-@pytest.mark.parametrize("options", [{}, {"listed_keys": 4}])
-def test_windows_that_cover_a_row_are_exact(options):
-    exact, linear = model("exact"), model(NAME, window=1000, **options)
+@pytest.mark.parametrize("keys", [0, 4])
+def test_windows_that_cover_a_row_are_exact(keys):
+    exact, linear = model("exact"), model("favor-listed", window=1000, keys=keys)
     missing, _ = linear.load_state_dict(exact.state_dict(), strict=False)
     assert all(".mechanism." in name for name in missing)
     # Rows of two lengths: padding is left out.

@@ -9,6 +9,7 @@ pytest.importorskip("torch_geometric")
 from studies.graphs import scaling
 from studies.graphs.__main__ import app
 from studies.graphs.debian import app as debian
+from studies.graphs.debian import load_packages, save_packages
 from studies.pages import Table
 from tests.cli import commands
 
@@ -43,6 +44,17 @@ def test_the_study(data, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "scaling.png").stat().st_size > 1000
     _, lines = commands.run(*arguments, "--resume", app=app)
     assert all(line.endswith("kept") for line in lines)
+
+
+def test_results_are_resumed_with_the_same_data(data, tmp_path):
+    arguments = ["--output", tmp_path / "out", "--quick", "--sections", "debian", "--data", data]
+    commands.run(*arguments, app=app)
+    _, lines = commands.run(*arguments, "--resume", app=app)
+    assert all(line.endswith("kept") for line in lines)
+    packages = load_packages(data / "debian.npz")
+    save_packages(packages._replace(edges=packages.edges[:, 1:]), data / "debian.npz")
+    line = commands.refusal(*arguments, "--resume", app=app)
+    assert "measured with other settings (data of debian was " in line
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """``python -m studies.sequence_parallel``: its measurements in order, its tables, a refusal."""
 
-from studies.sequence_parallel.__main__ import app
-from studies.sequence_parallel.runs import Runs, tables
+from studies.sequence_parallel.__main__ import SequenceParallelOptions, app
+from studies.sequence_parallel.runs import measures, tables
 from tests.cli import commands
 
 
 def test_one_process_is_measured_first(tmp_path):
-    runs = Runs(tmp_path, length=65_536, processes=(1, 2), steps=5, trainer_steps=1)
-    names = list(runs.parts())
+    names = list(measures(SequenceParallelOptions(output_folder=tmp_path, processes=(1, 2))))
     assert names == ["loop, 1", "loop, 2", "loop, 2, short", "trainer, 1", "trainer, 2"]
 
 

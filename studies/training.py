@@ -1,4 +1,4 @@
-"""Weights that the trainings of studies begin with."""
+"""Weights that the trainings of studies begin with, and their steps."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from performers.models import PerformerForCausalLM
 from performers.models.positions import rotary_angles, rotate
+
+
+def descend(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    clip: float | None = None,
+) -> float:
+    """One step down the gradient of a loss, whose norm is ``clip`` at most; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    if clip is not None:
+        parameters = [x for group in optimizer.param_groups for x in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    if schedule is not None:
+        schedule.step()
+    return loss.item()
 
 
 def look_back_(model: PerformerForCausalLM, distances: Sequence[int]) -> None:
