@@ -136,10 +136,11 @@ def _message(call: AttentionCall) -> Message:
 def _edge(call: AttentionCall, start: int, stop: int, missing: tuple[int, int]) -> Keys:
     """Some keys, with ``missing`` ones that take no part before and after them."""
     mask = every_key(call.key) if call.key_mask is None else call.key_mask
+    mask = mask[:, start:stop]
     key, value = (
-        F.pad(masked(x, mask)[:, :, start:stop], (0, 0, *missing)) for x in (call.key, call.value)
+        F.pad(masked(x[:, :, start:stop], mask), (0, 0, *missing)) for x in (call.key, call.value)
     )
-    return Keys(key, value, F.pad(mask[:, start:stop], missing))
+    return Keys(key, value, F.pad(mask, missing))
 
 
 def _attend_between(
