@@ -170,7 +170,6 @@ ARGUMENTS = [
     ({"sinks": -1}, "sinks must be"),
     ({"layers": []}, "at least one"),
     ({"layers": [2]}, r"layers must be in 0\.\.1.* got \[2\]"),
-    ({"layers": [-3]}, r"layers must be in 0\.\.1"),
     ({"layers": ["0"]}, "layers must be"),
     ({"estimator": "sharp"}, "estimator must be one of"),
     ({"projection": "sharp"}, "projection"),
@@ -178,7 +177,6 @@ ARGUMENTS = [
     ({"num_features": 7, "estimator": "hyperbolic"}, "num_features must be a positive even"),
     ({"estimator": "data_aware"}, "pass calibration"),
     ({"listed_keys": -1}, "listed_keys must be an integer of at least 0, got -1"),
-    ({"listed_keys": 2.0}, "listed_keys must be an integer"),
     ({"listed_keys": 4, "estimator": "trigonometric"}, "needs positive features"),
 ]
 FAMILIES = ("bert", "performer_masked", "torch_encoder")

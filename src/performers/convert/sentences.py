@@ -94,23 +94,15 @@ class SentenceFiles:
         self.transformer = folder / self.modules[self._index]["path"]
         """Folder of the transformer."""
         configs = sorted(self.transformer.glob("sentence_*_config.json"))
-        self._config: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
+        """Settings of the texts, with ``max_seq_length``, in tokens, where it is set."""
         if configs:
-            self._config = json.loads(configs[0].read_text(encoding="utf-8"))
+            self.config = json.loads(configs[0].read_text(encoding="utf-8"))
 
     @classmethod
     def of(cls, folder: Path) -> SentenceFiles | None:
         """Read the files of a folder; None if it is not one of sentence-transformers."""
         return cls(folder) if (folder / _MODULES).is_file() else None
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Maximum number of tokens of a text; the rest is cut off."""
-        return self._config.get("max_seq_length")
-
-    @max_seq_length.setter
-    def max_seq_length(self, length: int) -> None:
-        self._config["max_seq_length"] = length
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the files beside a transformer at the top of a folder."""
@@ -123,6 +115,6 @@ class SentenceFiles:
         about = self.folder / "config_sentence_transformers.json"
         if about.is_file():
             shutil.copy(about, folder)
-        contents = {_MODULES: modules, "sentence_bert_config.json": self._config}
+        contents = {_MODULES: modules, "sentence_bert_config.json": self.config}
         for name, content in contents.items():
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from performers.benchmark.measure import Predictor, measure_group
 from performers.benchmark.memory import Peak, peak_of
 from performers.benchmark.settings import Rounds, Sampling
 from performers.benchmark.timing import threads_of_torch
+from performers.convert.families.base import without_cache
 from performers.convert.interface.positions import learned_positions
 
 __all__ = ["CONVERTED", "ORIGINAL", "SPEED", "measure_decoding", "measure_speed"]
@@ -178,9 +179,7 @@ def measure_decoding(
 
 def forward_call(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
     """A call that runs a transformers model on tokens (B, L) and returns its first output."""
-    options: dict[str, Any] = {}
-    if getattr(model.config, "use_cache", None):
-        options["use_cache"] = False
+    options: dict[str, Any] = without_cache(model)
     if keeps_logits(model):
         options["logits_to_keep"] = 1
 

@@ -126,8 +126,8 @@ class _Pipeline:
         if self.trained_positions is not None and asked > self.trained_positions:
             extend_positions_(self.original, asked)
             self.tokenizer.model_max_length = max(asked, self.tokenizer.model_max_length)
-        if sentences is not None and asked > (sentences.max_seq_length or asked):
-            sentences.max_seq_length = asked
+        if sentences is not None and asked > (sentences.config.get("max_seq_length") or asked):
+            sentences.config["max_seq_length"] = asked
         self.kind = kind_of(self.original)
         if options.lora_rank is not None:
             check_adapters()

@@ -61,9 +61,11 @@ class Family(ABC):
         """Check the model before anything is built; returns the sites that it is sure to call."""
         return ()
 
-    @abstractmethod
     def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
-        """Build the attention of one layer, on its device."""
+        """Build the attention of one layer; families bring it to the layer's device."""
+        return self.conversion.attention(
+            site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
+        )
 
     @abstractmethod
     def observe(

@@ -49,14 +49,10 @@ class PerformerModels(Family):
         """Make the configuration, which its constructor checks."""
         before, conversion = self.model.config, self.conversion
         linear = {site.module.layer for site in sites}
-        changes = {
+        shared = ("num_features", "estimator", "projection", "window", "sinks")
+        changes = {name: getattr(conversion, name) for name in shared} | {
             "attention": "favor-softmax",
-            "num_features": conversion.num_features,
-            "estimator": conversion.estimator,
-            "projection": conversion.projection,
             "regularized": False,
-            "window": conversion.window,
-            "sinks": conversion.sinks,
             "features_per_head": True,
             "exact_layers": sorted(set(range(before.num_hidden_layers)) - linear) or None,
         }

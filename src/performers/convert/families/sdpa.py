@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from performers.attention.sdpa import SdpaCall, read_call
-from performers.convert.families.base import Site
+from performers.convert.families.base import Family, Site
 from performers.convert.families.torch_modules import TorchModules
 from performers.convert.fitting import evaluation, run_batch
 from performers.convert.options import FAVOR, LEAVE_EXACT, Conversion
@@ -137,9 +137,7 @@ class SdpaModules(TorchModules):
         """Build the attention of one module, where its queries are."""
         if not isinstance(site, SdpaSite):
             return super().build(site, generator)
-        favor = self.conversion.attention(
-            site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
-        )
+        favor = Family.build(self, site, generator)
         ours = SdpaAttention(
             favor.feature_map, window=favor.window, sinks=favor.sinks, listed_keys=favor.buckets
         )

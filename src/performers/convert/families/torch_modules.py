@@ -104,9 +104,7 @@ class TorchModules(Family):
         """Build the replacement of a module around its parameters."""
         module = site.module
         weight = module.out_proj.weight
-        favor = self.conversion.attention(
-            site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
-        )
+        favor = super().build(site, generator)
         try:
             # On meta, parameters that are replaced take no memory and no random numbers.
             with torch.device("meta"):

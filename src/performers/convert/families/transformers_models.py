@@ -107,7 +107,11 @@ class TransformersModels(Family):
         """List the modules that can become linear, in the order of ``named_modules``."""
         if any(hasattr(module, FAVOR) for module in self.model.modules()):
             raise ValueError(f"{self.kind} is converted already: start from the original model")
-        sites = [site for site in attention_modules(self.model) if site.window() is None]
+        sites = [
+            AttentionModule(name, module, _is_cross(name, module), *_sizes(name, module))
+            for name, module in interface_modules(self.model)
+        ]
+        sites = [site for site in sites if site.window() is None]
         if not sites:
             raise ValueError(
                 f"{self.kind} has no attention to convert: none of its modules calls transformers' "
@@ -137,9 +141,7 @@ class TransformersModels(Family):
 
     def build(self, site: Site, generator: torch.Generator | None) -> FavorAttention:
         """Build the submodule of an attention module."""
-        favor = self.conversion.attention(
-            site.head_dim, site.key_heads, is_cross=site.is_cross, generator=generator
-        )
+        favor = super().build(site, generator)
         return favor if self.is_loading else favor.to(_device(site))
 
     def observe(
@@ -179,14 +181,6 @@ class TransformersModels(Family):
             # Makes transformers refuse assisted decoding, which takes tokens back.
             model._is_stateful = True
         write_record(model, self.conversion)
-
-
-def attention_modules(model: nn.Module) -> list[AttentionModule]:
-    """Find the modules that go through transformers' attention interface."""
-    return [
-        AttentionModule(name, module, _is_cross(name, module), *_sizes(name, module))
-        for name, module in interface_modules(model)
-    ]
 
 
 def _device(site: Site) -> torch.device:
