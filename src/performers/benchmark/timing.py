@@ -125,7 +125,7 @@ def _time(
     return (clock() - start) / count
 
 
-def finished(call: Callable[[], None], device: str) -> Callable[[], None]:
+def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
     """The call, which on a GPU waits for what it has launched."""
     if torch.device(device).type == "cpu":
         return call
