@@ -152,7 +152,7 @@ def similarity_chart(
     sizes = [abs(x["value"]) for x in values if isinstance(x["value"], float)]
     end = limit or max(sizes, default=1.0)
     order = list(RESIDUE_ORDER)
-    letters = {"sort": order, "scale": {"domain": order}, "title": None}
+    letters: Chart = {"sort": order, "scale": {"domain": order}, "title": None}
     top = {"grid": False, "orient": "top", "labelAngle": 0}
     return {
         "description": f"{name}: similarity of each pair of amino acids.",
@@ -182,7 +182,7 @@ def track_chart() -> Chart:
         scale={"nice": False, "zero": False},
         axis={"tickMinStep": 1},
     )
-    share = {
+    share: Chart = {
         "title": "probability",
         "scale": {"type": "sqrt", "domain": [0, 1]},
         "axis": {"format": ".0%", "values": [0, 0.05, 0.2, 0.5, 1]},
