@@ -296,15 +296,12 @@ def test_results_of_another_machine_are_not_resumed(results):
         run_tiny({"benchmark": "model"})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_passes_the_gate(dtype):
-    found = run_tiny(dtype=dtype, lengths=(16,), contestants=("performers torch",))
+@pytest.mark.parametrize(
+    "changes", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"features": "relu"}], ids=str
+)
+def test_other_settings_pass_the_gate(changes):
+    found = run_tiny(**changes, lengths=(16,), contestants=("performers torch",))
     assert [row["reason"] for row in found.rows] == [None] * 4
-
-
-def test_relu_features_pass_the_gate():
-    found = run_tiny(features="relu", lengths=(16,), contestants=("performers torch",))
-    assert len(measured(found.rows)) == 4
 
 
 def test_threads_are_torchs_own_again_afterwards():

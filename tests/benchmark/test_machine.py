@@ -1,14 +1,13 @@
 """Description of the machine beside a measurement."""
 
 import json
-import sys
 
 import torch
 
 import performers
 from performers import backends
 from performers.benchmark.cases.floor import measure_floor
-from performers.benchmark.machine import command_line, describe, parallel_info
+from performers.benchmark.machine import describe, parallel_info
 
 INFO = """ATen/Parallel:
 \tat::get_num_threads() : 2
@@ -29,6 +28,7 @@ def test_a_description_says_what_times_depend_on():
     assert machine["torch"] == torch.__version__
     assert machine["backends"] == list(backends())
     assert machine["cpu"]
+    assert machine["command"]
     assert machine["native"]
     assert machine["torch_parallel"]["ATen parallel backend"]
     assert set(machine["libraries"]) > {"performer-pytorch"}
@@ -43,11 +43,6 @@ def test_the_lines_of_torch_that_matter():
         "MKL_NUM_THREADS": "3",
         "ATen parallel backend": "OpenMP",
     }
-
-
-def test_the_command_has_no_folder_and_can_be_pasted(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/opt/x/bin/performers", "benchmark", "--output", "a b"])
-    assert command_line() == "performers benchmark --output 'a b'"
 
 
 def test_the_floor_is_the_best_of_the_rates():

@@ -3,9 +3,6 @@
 import os
 import platform
 import re
-import shlex
-import sys
-from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import psutil
 import torch
 
 from performers import backends
+from performers.app.provenance import provenance
 
 # Those that decide how wide the products are.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
@@ -26,10 +24,12 @@ def describe(threads: int) -> dict[str, Any]:
     Returns:
         Values that JSON can hold.
     """
-    processor = _processor()
+    origin = provenance("benchmark")
+    # x86 says flags, ARM says Features.
+    words = _processor("flags|Features").split()
     return {
-        "cpu": processor.get("model name") or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in _FLAGS if flag in _words(processor)],
+        "cpu": _processor("model name") or platform.processor() or platform.machine(),
+        "cpu_flags": [flag for flag in _FLAGS if flag in words],
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
@@ -43,8 +43,8 @@ def describe(threads: int) -> dict[str, Any]:
         "backends": list(backends()),
         "native": native_kernels(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line(),
+        "date": origin["date"],
+        "command": origin["command"],
     }
 
 
@@ -72,23 +72,14 @@ def parallel_info(text: str) -> dict[str, str]:
     return {match[1]: match[2].lstrip(": ").strip() for match in found if match}
 
 
-def command_line() -> str:
-    """The command that is running, without the folder its program is in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-
-
-def _processor() -> dict[str, str]:
+def _processor(name: str) -> str:
+    """The line of a name in Linux' description of its first processor, or nothing."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _words(processor: dict[str, str]) -> set[str]:
-    # x86 says flags, ARM says Features.
-    return set(f"{processor.get('flags', '')} {processor.get('Features', '')}".split())
+        return ""
+    found = re.search(rf"^({name})\s*:(.*)$", text, re.MULTILINE)
+    return found[2].strip() if found else ""
 
 
 def _version(distribution: str) -> str | None:

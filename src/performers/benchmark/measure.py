@@ -203,8 +203,7 @@ def run(
                     seed=settings.seed + number,
                     predictor=predictor,
                 )
-                every = [*results.rows, *rows]
-                add_ratios(every, benchmark.ratios)
+                add_ratios([*results.rows, *rows], benchmark.ratios)
                 results.put(group.key, rows)
             predictor.learn(select(results.rows, group.key), group)
             done += len(group.cases)
@@ -274,10 +273,9 @@ def _time(cases: list[Case], rows: list[Row], rounds: Rounds, seed: int) -> None
     for number, error in {**errors, **failed}.items():
         _stop(rows[number], *verdict(error, cases[number].ours))
     for number, timing in timings.items():
-        row, units = rows[number], cases[number].units
-        row |= {"rounds": timing.rounds, "calls": timing.calls}
-        seconds = (timing.median, timing.first_quartile, timing.third_quartile, timing.fastest)
-        row |= {name: value / units for name, value in zip(_TIMES, seconds, strict=True)}
+        rows[number] |= {"rounds": timing.rounds, "calls": timing.calls}
+        for name, value in zip(_TIMES, timing[: len(_TIMES)], strict=True):
+            rows[number][name] = value / cases[number].units
 
 
 def _stop(row: Row, status: str, reason: str) -> None:
@@ -288,9 +286,9 @@ def verdict(error: Exception, ours: bool) -> tuple[str, str]:
     """Status and reason of a case that raised."""
     if is_out_of_memory(error):
         return OUT_OF_MEMORY, str(error)
-    if isinstance(error, WrongResultError | ProbeError):
-        return FAILED if ours else ERROR, str(error)
-    return FAILED if ours else ERROR, f"{type(error).__name__}: {error}"
+    told = isinstance(error, WrongResultError | ProbeError)
+    reason = str(error) if told else f"{type(error).__name__}: {error}"
+    return FAILED if ours else ERROR, reason
 
 
 def _plain(value: Any) -> Any:

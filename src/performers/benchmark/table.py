@@ -24,26 +24,13 @@ def benchmark_tables(benchmark: Benchmark, rows: Sequence[Row]) -> list[Table]:
 
 def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
     across, series = benchmark.across, benchmark.series
-    formats: dict[str, Callable[[Any], str]] = {
-        "seconds": seconds,
-        "nbytes": nbytes,
-        "digits": digits,
-        "times": times,
-        "percent": percent,
-    }
-    columns = [
-        (column.heading, [formats[column.unit](row.get(column.name)) for row in rows])
-        for column in benchmark.columns
-    ]
-    columns[0] = (
-        columns[0][0],
-        [
-            row["status"] if row["status"] != MEASURED else cell
-            for row, cell in zip(rows, columns[0][1], strict=True)
-        ],
-    )
-    columns = [column for column in columns if any(column[1])]
-    table = new_table(title, [series], [heading for heading, _ in columns], first=across)
+    cells = [[_FORMATS[x.unit](row.get(x.name)) for x in benchmark.columns] for row in rows]
+    for line, row in zip(cells, rows, strict=True):
+        if row["status"] != MEASURED:
+            line[0] = row["status"]
+    shown = [n for n in range(len(benchmark.columns)) if any(line[n] for line in cells)]
+    headings = [benchmark.columns[n].heading for n in shown]
+    table = new_table(title, [series], headings, first=across)
     table.caption = "\n".join(
         f"{row[series]} at {row[across]:,}: {row['status']}: {row['reason']}"
         for row in rows
@@ -54,7 +41,7 @@ def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
         if first and number:
             table.add_section()
         length = f"{row[across]:,}" if first else ""
-        table.add_row(length, row[series], *(cells[number] for _, cells in columns))
+        table.add_row(length, row[series], *(cells[number][n] for n in shown))
     return table
 
 
@@ -124,3 +111,12 @@ def times(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share; empty for None."""
     return "" if value is None else f"{100 * value:.0f}%"
+
+
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "seconds": seconds,
+    "nbytes": nbytes,
+    "digits": digits,
+    "times": times,
+    "percent": percent,
+}

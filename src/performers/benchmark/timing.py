@@ -16,8 +16,6 @@ from performers.benchmark.gate import CASE_ERRORS
 # A thread pool keeps its threads spinning for a few milliseconds after its last call; a call this
 # long is not disturbed by it.
 _SETTLED_SECONDS = 0.25
-_ROUNDS_FOR_QUARTILES = 2
-
 
 _Name = TypeVar("_Name")
 
@@ -45,7 +43,7 @@ class Timing(NamedTuple):
 def summarize(samples: list[float], calls: int = 1) -> Timing:
     """Median, quartiles and minimum of the mean seconds of a call in each round."""
     low = high = samples[0]
-    if len(samples) >= _ROUNDS_FOR_QUARTILES:
+    if len(samples) > 1:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
     return Timing(statistics.median(samples), low, high, min(samples), len(samples), calls)
 
@@ -127,7 +125,7 @@ def _time(
     return (clock() - start) / count
 
 
-def finished(call: Callable[[], None], device: str) -> Callable[[], None]:
+def finished(call: Callable[[], object], device: str) -> Callable[[], object]:
     """The call, which on a GPU waits for what it has launched."""
     if torch.device(device).type == "cpu":
         return call

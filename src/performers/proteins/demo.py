@@ -24,7 +24,7 @@ from performers.proteins.options import DEMO_STEPS
 from performers.training.options import TrainingOptions
 
 if TYPE_CHECKING:
-    from performers.proteins.report.model_report import Report
+    from performers.app.progress import Report
     from performers.proteins.report.page import ModelReport
 
 MODELS = {

@@ -113,15 +113,15 @@ def test_no_group_is_in_two_parts():
     seen = set()
     for seed in range(5):
         split = split_proteins(groups, test=0.2, validation=0.1, seed=seed)
-        rows = np.concatenate(list(split.parts.values()))
+        rows = np.concatenate(list(split.values()))
         assert sorted(rows) == list(range(700))
-        train, validation, test = (set(groups[part].tolist()) for part in split.parts.values())
+        train, validation, test = (set(groups[part].tolist()) for part in split.values())
         assert not train & validation
         assert not train & test
         assert not validation & test
-        assert 0.14 * 700 < len(split.test) <= 0.2 * 700
-        assert 0.06 * 700 < len(split.validation) <= 0.1 * 700
-        seen.add(tuple(split.test))
+        assert 0.14 * 700 < len(split["test"]) <= 0.2 * 700
+        assert 0.06 * 700 < len(split["validation"]) <= 0.1 * 700
+        seen.add(tuple(split["test"]))
     assert len(seen) == 5
 
 
@@ -133,11 +133,11 @@ def test_the_test_part_decides_nothing():
     split = split_proteins(np.arange(400), seed=0)
     # Most labels flipped, so that a strength chosen on them would be the strongest penalty.
     flipped = targets.copy()
-    flipped[split.test] ^= True
+    flipped[split["test"]] ^= True
     # Far away, all the same way: the order of the scores stays, and a mean or a spread of all
     # proteins would not.
     moved = features.copy()
-    moved[split.test] *= 1e3
+    moved[split["test"]] *= 1e3
     plain, other_labels, other_features = (
         fit_probe(table, labels, split, multiclass=False)
         for table, labels in ((features, targets), (features, flipped), (moved, targets))
@@ -158,7 +158,7 @@ def test_sparse_columns_are_taken_as_they_are():
     matrix = sparse.csr_array(np.hstack([telling, rare]).astype(np.float32))
     split = split_proteins(np.arange(400), seed=0)
     found = fit_probe(matrix, label[:, None], split, multiclass=False)
-    expected = (telling[split.test, 0] == label[split.test]).mean()
+    expected = (telling[split["test"], 0] == label[split["test"]]).mean()
     assert found.metrics["macro_auroc"] > expected - 0.03
 
 

@@ -39,7 +39,10 @@ def lines_in(file, name):
     return file[name].tobytes().decode().split("\n")
 
 
-@pytest.mark.parametrize("vectors", [POOLED, RESIDUES], ids=["proteins", "residues"])
+BOTH = pytest.mark.parametrize("vectors", [POOLED, RESIDUES], ids=["proteins", "residues"])
+
+
+@BOTH
 def test_numpy(tmp_path, vectors):
     with np.load(write(tmp_path / "x.npz", vectors), allow_pickle=False) as file:
         assert set(file) == {"names", "headers", "lengths", "embeddings"}
@@ -51,7 +54,7 @@ def test_numpy(tmp_path, vectors):
         )
 
 
-@pytest.mark.parametrize("vectors", [POOLED, RESIDUES], ids=["proteins", "residues"])
+@BOTH
 def test_parquet(tmp_path, vectors, monkeypatch):
     monkeypatch.setattr("performers.proteins.scoring.vector_files._ROW_GROUP", 10)
     path = write(tmp_path / "x.parquet", vectors)
@@ -64,7 +67,7 @@ def test_parquet(tmp_path, vectors, monkeypatch):
     assert "fixed_size_list<element: float>[4]" in str(table["embedding"].type)
 
 
-@pytest.mark.parametrize("vectors", [POOLED, RESIDUES], ids=["proteins", "residues"])
+@BOTH
 def test_hdf5(tmp_path, vectors):
     with h5py.File(write(tmp_path / "x.h5", vectors)) as file:
         assert list(file) == ["b", "P1", "b#2", "a_c"]

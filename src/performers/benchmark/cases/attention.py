@@ -163,13 +163,13 @@ def _group(
     inputs = cache(lambda: make_inputs(settings, length, requires_grad=backward))
     matmul = cache(lambda: make_matmul(settings, length))
 
-    def prepare(contestant: Contestant) -> Callable[[], None]:
+    def prepare(contestant: Contestant) -> Callable[[], object]:
         attend = contestant.build(settings, is_causal)
         between = {"between": matmul()} if settings.between_matmuls else {}
         call = partial(run_attention, attend, inputs(), backward=backward, **between)
         return finished(first_checked(call, _PARTS), settings.device)
 
-    def prepare_matmuls() -> Callable[[], None]:
+    def prepare_matmuls() -> Callable[[], object]:
         product, times = matmul(), 3 if backward else 2
 
         def call() -> None:

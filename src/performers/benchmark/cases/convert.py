@@ -122,15 +122,9 @@ def measure_decoding(
     model reads each context. The original, which would need quadratic time to do so, reads its
     beginning and repeats its keys and values; see `ModelDecoder`.
 
-    Args:
-        original: A causal transformers model.
-        converted: The same, converted.
-        contexts: Tokens in the cache before the steps, rising.
-        tokens: Steps in a timed call.
-        rounds: Repetitions.
-        batch_size: Sequences.
-        seed: Seed of the tokens and of the order of turns.
-        progress: Called with how many contexts of how many are read; the steps come last.
+    Arguments are as of `measure_speed`, with ``contexts``, the tokens in the cache before the
+    steps, for ``lengths``, and the number of steps in a timed call, ``tokens``. Progress counts the
+    contexts that are read; the steps come last.
 
     Returns:
         A row for each context and model: ``context``, ``model``, ``status``, ``reason``,

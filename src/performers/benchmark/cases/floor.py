@@ -6,7 +6,7 @@ linear attention alone as they multiply them: no input read, no exponential take
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -55,42 +55,41 @@ def measure_floor(
     Returns:
         The rates, each the best of many calls: a floor is what the machine can do.
     """
-    rates = {}
+    rates = {
+        name: _best_rate(call, operations, seconds)
+        for name, operations, call in _products(dtype, threads, device)
+    }
+    return Floor(max(rates.values()), rates)
+
+
+def _products(
+    dtype: torch.dtype, threads: int, device: str
+) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """Name, operations and call of each product."""
+    for size in _SQUARES if device == "cpu" else _LARGE_SQUARES:
+        left, right, out = torch.randn(3, size, size, device=device).to(dtype)
+        call = finished(partial(torch.mm, left, right, out=out), device)
+        yield f"{size} x {size} x {size}", 2 * size**3, call
     if device != "cpu":
-        for size in _LARGE_SQUARES:
-            left, right = torch.randn(2, size, size, device=device).to(dtype)
-            waiting = finished(partial(_multiply, left, right), device)
-            rates[f"{size} x {size} x {size}"] = _best_rate(waiting, 2 * size**3, seconds)
-        return Floor(max(rates.values()), rates)
+        return
+    batch = _BLOCKS_A_THREAD * threads
     for rows, inner, columns in _BLOCKS:
-        batch = _BLOCKS_A_THREAD * threads
         left = torch.randn(batch, rows, inner).to(dtype)
         right = torch.randn(batch, inner, columns).to(dtype)
         out = torch.empty(batch, rows, columns, dtype=dtype)
-        operations = 2 * batch * rows * inner * columns
         name = f"{batch} x ({rows} x {inner} x {columns})"
-        rates[name] = _best_rate(partial(torch.bmm, left, right, out=out), operations, seconds)
-    for size in _SQUARES:
-        left, right = torch.randn(2, size, size).to(dtype)
-        out = torch.empty(size, size, dtype=dtype)
-        product = partial(torch.mm, left, right, out=out)
-        rates[f"{size} x {size} x {size}"] = _best_rate(product, 2 * size**3, seconds)
+        operations = 2 * batch * rows * inner * columns
+        yield name, operations, partial(torch.bmm, left, right, out=out)
     if dtype == torch.float32 and library.unavailable_reason() is None:
         heads = _HEADS_A_THREAD * threads
-        call = Call.sized(
+        kernels = Call.sized(
             heads=heads,
             length=_LENGTH,
             head_dim=_HEAD_DIM,
             value_dim=_HEAD_DIM,
             features=_FEATURES,
         )
-        operations = 8 * heads * _LENGTH * _HEAD_DIM * _FEATURES
-        rates[NATIVE] = _best_rate(partial(call.run, "products"), operations, seconds)
-    return Floor(max(rates.values()), rates)
-
-
-def _multiply(left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.mm(left, right)
+        yield NATIVE, 8 * heads * _LENGTH * _HEAD_DIM * _FEATURES, partial(kernels.run, "products")
 
 
 def _best_rate(function: Callable[[], object], operations: int, seconds: float) -> float:

@@ -86,26 +86,26 @@ def fit_probe(
     best: tuple[float, float, NDArray[np.float64]] | None = None
     unconverged = 0
     for strength in sorted(strengths):
-        chosen_on = np.empty((len(split.validation), targets.shape[1]))
-        tested_on = np.empty((len(split.test), targets.shape[1]))
+        chosen_on = np.empty((len(split["validation"]), targets.shape[1]))
+        tested_on = np.empty((len(split["test"]), targets.shape[1]))
         for column, regression in enumerate(regressions):
             regression.C = strength
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
-                regression.fit(train, targets[split.train, column])
+                regression.fit(train, targets[split["train"], column])
             unconverged += int(regression.n_iter_[0] >= _MAX_ITERATIONS)
             chosen_on[:, column] = regression.decision_function(validation)
             tested_on[:, column] = regression.decision_function(test)
             if progress is not None:
                 progress()
-        signs = np.where(targets[split.validation], -1.0, 1.0)
+        signs = np.where(targets[split["validation"]], -1.0, 1.0)
         loss = float(np.logaddexp(0.0, signs * chosen_on).mean())
         if best is None or loss < best[0]:
             best = (loss, strength, tested_on)
     if best is None:
         raise ValueError("strengths must hold at least one value of C, got none")
     _, strength, scores = best
-    return _scored(strength, scores, targets[split.test], multiclass, unconverged)
+    return _scored(strength, scores, targets[split["test"]], multiclass, unconverged)
 
 
 def _scored(
@@ -139,12 +139,8 @@ def _standardised(features: Any, split: ProbeSplit) -> list[Any]:
     from sklearn.preprocessing import StandardScaler
 
     if sparse.issparse(features):
-        return [features[rows] for rows in split.parts.values()]
+        return [features[rows] for rows in split.values()]
     scaler = StandardScaler()
     features = np.asarray(features, dtype=np.float32)
-    train = scaler.fit_transform(features[split.train])
-    return [
-        train,
-        scaler.transform(features[split.validation]),
-        scaler.transform(features[split.test]),
-    ]
+    scaler.fit(features[split["train"]])
+    return [scaler.transform(features[rows]) for rows in split.values()]

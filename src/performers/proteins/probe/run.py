@@ -76,7 +76,7 @@ def run_probe(
     splits, kept, dropped = plan_splits(task, options)
     targets: NDArray[np.bool_] = np.asarray(task.targets[:, kept])
     labels = [task.labels[column] for column in kept]
-    used = np.unique(np.concatenate(list(splits[0].parts.values())))
+    used = np.unique(np.concatenate(list(splits[0].values())))
     done, total = 0, len(features) * len(splits) * len(options.strengths) * len(labels)
 
     def step() -> None:
@@ -133,7 +133,10 @@ def run_probe(
         },
     }
     if task.multiclass:
-        content["majority_accuracy"] = _spread([_majority(targets, split) for split in splits])
+        most = [targets[split["train"]].sum(0).argmax() for split in splits]
+        content["majority_accuracy"] = _spread(
+            [float(targets[s["test"], label].mean()) for s, label in zip(splits, most, strict=True)]
+        )
     return content
 
 
@@ -173,7 +176,7 @@ def _at_edges(fits: Mapping[str, Sequence[ProbeFit]], strengths: Sequence[float]
 
 def _sizes(split: ProbeSplit, groups: NDArray[np.int64]) -> dict[str, dict[str, int]]:
     sizes = {}
-    for name, rows in split.parts.items():
+    for name, rows in split.items():
         members = np.unique(groups[rows], return_counts=True)[1]
         sizes[name] = {
             "proteins": len(rows),
@@ -205,10 +208,6 @@ def _differences(first: Sequence[ProbeFit], others: Sequence[ProbeFit]) -> dict[
         values = [a.metrics[name] - b.metrics[name] for a, b in zip(first, others, strict=True)]
         differences[name] = {**_spread(values), "wins": sum(value > 0 for value in values)}
     return differences
-
-
-def _majority(targets: NDArray[np.bool_], split: ProbeSplit) -> float:
-    return float(targets[split.test, targets[split.train].sum(0).argmax()].mean())
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,25 +12,9 @@ from performers.app.errors import UserError
 from performers.proteins.probe.options import ProbeOptions
 from performers.proteins.probe.task import ProbeTask
 
-
-@dataclass(frozen=True)
-class ProbeSplit:
-    """Rows of the proteins in each part, rising.
-
-    Attributes:
-        train: Rows that probes are fitted to.
-        validation: Rows that the strength of the penalty is chosen on.
-        test: Rows that are scored.
-    """
-
-    train: NDArray[np.int64]
-    validation: NDArray[np.int64]
-    test: NDArray[np.int64]
-
-    @property
-    def parts(self) -> dict[str, NDArray[np.int64]]:
-        """Name of each part to its rows."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+ProbeSplit: TypeAlias = dict[str, NDArray[np.int64]]
+"""Rows of the proteins, rising, to ``train`` on, to choose the penalty on (``validation``) and to
+``test`` on."""
 
 
 def split_proteins(
@@ -52,9 +36,6 @@ def split_proteins(
         validation: Share of the proteins to choose on.
         seed: Seed of the order.
 
-    Returns:
-        The split.
-
     Raises:
         UserError: A share is out of range, or the groups are too few or too large to fill a part.
     """
@@ -65,22 +46,21 @@ def split_proteins(
         )
     numbers, membership, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     room = {"test": test * len(groups), "validation": validation * len(groups)}
-    part = np.full(len(numbers), 0)
+    part = np.full(len(numbers), "train", dtype="<U10")
     for group in np.random.default_rng(seed).permutation(len(numbers)):
-        for index, name in enumerate(("test", "validation"), start=1):
-            if sizes[group] <= room[name]:
-                room[name] -= sizes[group]
-                part[group] = index
-                break
-    of_protein = part[membership]
-    rows = [np.flatnonzero(of_protein == index) for index in (0, 2, 1)]
-    if any(len(found) == 0 for found in rows):
+        fits = [name for name, places in room.items() if sizes[group] <= places]
+        if fits:
+            part[group] = fits[0]
+            room[fits[0]] -= sizes[group]
+    names = ("train", "validation", "test")
+    split = {name: np.flatnonzero(part[membership] == name) for name in names}
+    if not all(map(len, split.values())):
         raise UserError(
             f"{len(groups):,} proteins in {len(numbers):,} groups, the largest of "
             f"{sizes.max():,}, cannot be split into a training, a validation and a test part; give "
             "more proteins, or smaller groups"
         )
-    return ProbeSplit(*rows)
+    return split
 
 
 def split_groups(task: ProbeTask, options: ProbeOptions) -> NDArray[np.int64]:
@@ -112,10 +92,7 @@ def plan_splits(
     if task.multiclass and dropped:
         # A protein whose only label was dropped has nothing that could be predicted.
         has_label = np.asarray(task.targets[:, kept].any(1))
-        splits = [
-            ProbeSplit(*(rows[has_label[rows]] for rows in split.parts.values()))
-            for split in splits
-        ]
+        splits = [{name: rows[has_label[rows]] for name, rows in split.items()} for split in splits]
     return splits, kept, dropped
 
 
@@ -123,7 +100,7 @@ def _frequent_enough(
     task: ProbeTask, splits: Sequence[ProbeSplit], least: int
 ) -> tuple[list[int], dict[str, str]]:
     """Columns of the labels to keep, and why the others are dropped."""
-    parts = [(name, rows) for split in splits for name, rows in split.parts.items()]
+    parts = [(name, rows) for split in splits for name, rows in split.items()]
     dropped: dict[str, str] = {}
     kept: list[int] = []
     for column, label in enumerate(task.labels):

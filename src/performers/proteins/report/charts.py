@@ -24,18 +24,11 @@ from performers.proteins.report.payload import JOINED
 RESIDUE_ORDER = "CSTPAGNDEQHRKMILVFYW"
 """Amino acids as BLOSUM62 was printed (Henikoff and Henikoff, 1992), groups side by side."""
 
-NAMES = dict(
-    zip(
-        AMINO_ACIDS,
-        (
-            *("alanine", "cysteine", "aspartate", "glutamate", "phenylalanine", "glycine"),
-            *("histidine", "isoleucine", "lysine", "leucine", "methionine", "asparagine"),
-            *("proline", "glutamine", "arginine", "serine", "threonine", "valine"),
-            *("tryptophan", "tyrosine"),
-        ),
-        strict=True,
-    )
-)
+_NAMES = """
+alanine cysteine aspartate glutamate phenylalanine glycine histidine isoleucine lysine leucine
+methionine asparagine proline glutamine arginine serine threonine valine tryptophan tyrosine
+"""
+NAMES = dict(zip(AMINO_ACIDS, _NAMES.split(), strict=True))
 """Amino acids by letter."""
 
 Chart = dict[str, Any]
@@ -74,8 +67,9 @@ def map_chart(
     Args:
         places: Coordinates, (proteins, 2).
         shares: Shares of the variance along the axes.
-        proteins: Each with name, length, surprise and accuracy, and labels in `labels`.
-        labels: Keys of the labels.
+        proteins: Each with name, length, surprise and accuracy, and values of the labels as
+            `label0` and so on.
+        labels: Headings of the labels.
 
     Returns:
         The chart, and the encodings of the colour to choose from, each with its title.
@@ -85,35 +79,33 @@ def map_chart(
         for number, (protein, (x, y)) in enumerate(zip(proteins, places, strict=True))
     ]
     colours = [
-        _colour("surprise", "surprise (bits)", "viridis"),
-        _colour("length", "length (residues)", "viridis"),
+        _field(
+            name,
+            title=f"{name} ({unit})",
+            scale={"scheme": "viridis"},
+            legend={"gradientLength": 160},
+        )
+        for name, unit in (("surprise", "bits"), ("length", "residues"))
     ]
     for number, label in enumerate(labels):
-        values = (protein[f"label{number}"] for protein in proteins)
-        colours.append(
-            {
-                "field": f"label{number}",
-                "type": "nominal",
-                "title": label,
-                "scale": {"domain": sorted(dict.fromkeys(values), key=JOINED.__contains__)},
-                "legend": {"labelLimit": 150, "symbolOpacity": 1},
-            }
-        )
+        values = dict.fromkeys(protein[f"label{number}"] for protein in proteins)
+        scale = {"domain": sorted(values, key=JOINED.__contains__)}
+        legend = {"labelLimit": 150, "symbolOpacity": 1}
+        colours.append(_field(f"label{number}", "nominal", title=label, scale=scale, legend=legend))
     axes = {
-        axis: {
-            "field": axis,
-            "type": "quantitative",
-            "title": f"{name} main direction ({100 * share:.0f}% of the differences)",
-            "axis": {"labels": False, "ticks": False, "grid": False},
-            "scale": {"zero": False, "padding": 12},
-        }
+        axis: _field(
+            axis,
+            title=f"{name} main direction ({100 * share:.0f}% of the differences)",
+            axis={"labels": False, "ticks": False, "grid": False},
+            scale={"zero": False, "padding": 12},
+        )
         for axis, name, share in zip("xy", ("first", "second"), shares, strict=True)
     }
     tooltip = [
         {"field": "name", "title": "protein"},
-        {"field": "length", "title": "length", "type": "quantitative"},
-        {"field": "surprise", "title": "surprise, bits", "format": ".2f", "type": "quantitative"},
-        {"field": "accuracy", "title": "guessed right", "format": ".0%", "type": "quantitative"},
+        _field("length", title="length"),
+        _field("surprise", title="surprise, bits", format=".2f"),
+        _field("accuracy", title="guessed right", format=".0%"),
         *({"field": f"label{i}", "title": label} for i, label in enumerate(labels)),
     ]
     chart = {
@@ -159,14 +151,9 @@ def similarity_chart(
     ]
     sizes = [abs(x["value"]) for x in values if isinstance(x["value"], float)]
     end = limit or max(sizes, default=1.0)
-    axis = {"grid": False}
-    letters: Chart = {
-        "type": "nominal",
-        "axis": axis,
-        "sort": list(RESIDUE_ORDER),
-        "scale": {"domain": list(RESIDUE_ORDER)},
-        "title": None,
-    }
+    order = list(RESIDUE_ORDER)
+    letters: Chart = {"sort": order, "scale": {"domain": order}, "title": None}
+    top = {"grid": False, "orient": "top", "labelAngle": 0}
     return {
         "description": f"{name}: similarity of each pair of amino acids.",
         "title": {"text": name, "anchor": "start"},
@@ -174,33 +161,32 @@ def similarity_chart(
         "data": {"values": values},
         "mark": {"type": "rect", "invalid": None},
         "encoding": {
-            "x": {
-                **letters,
-                "field": "column",
-                "axis": {**axis, "orient": "top", "labelAngle": 0},
-            },
-            "y": {**letters, "field": "row"},
-            "color": {
-                "field": "value",
-                "type": "quantitative",
-                "title": unit,
-                "scale": {"scheme": "blueorange", "reverse": True, "domain": [-end, end]},
-                "legend": {"orient": "bottom", "gradientLength": 180},
-            },
-            "tooltip": [
-                {"field": "pair", "title": "pair"},
-                {"field": "value", "title": unit, "type": "quantitative"},
-            ],
+            "x": _field("column", "nominal", **letters, axis=top),
+            "y": _field("row", "nominal", **letters, axis={"grid": False}),
+            "color": _field(
+                "value",
+                title=unit,
+                scale={"scheme": "blueorange", "reverse": True, "domain": [-end, end]},
+                legend={"orient": "bottom", "gradientLength": 180},
+            ),
+            "tooltip": [{"field": "pair", "title": "pair"}, _field("value", title=unit)],
         },
     }
 
 
 def track_chart() -> Chart:
     """Probability along one protein, whose residues the page puts in."""
-    place: Chart = {"field": "place", "type": "quantitative", "title": "residue number"}
-    place |= {"scale": {"nice": False, "zero": False}, "axis": {"tickMinStep": 1}}
-    share = {"type": "quantitative", "scale": {"type": "sqrt", "domain": [0, 1]}}
-    share |= {"title": "probability", "axis": {"format": ".0%", "values": [0, 0.05, 0.2, 0.5, 1]}}
+    place = _field(
+        "place",
+        title="residue number",
+        scale={"nice": False, "zero": False},
+        axis={"tickMinStep": 1},
+    )
+    share: Chart = {
+        "title": "probability",
+        "scale": {"type": "sqrt", "domain": [0, 1]},
+        "axis": {"format": ".0%", "values": [0, 0.05, 0.2, 0.5, 1]},
+    }
     smooth = {"op": "mean", "field": "probability", "as": "smooth"}
     tooltip = [
         {"field": "residue", "title": "residue"},
@@ -217,7 +203,7 @@ def track_chart() -> Chart:
             {
                 "mark": "rule",
                 "encoding": {
-                    "y": {**share, "field": "probability"},
+                    "y": _field("probability", **share),
                     "y2": {"datum": 0},
                     "color": _where_chosen("place", PALETTE[1], PALETTE[5]),
                     "strokeWidth": _where_chosen("place", 4, 1.6),
@@ -227,7 +213,7 @@ def track_chart() -> Chart:
             {
                 "transform": [{"window": [smooth], "frame": [-7, 7]}],
                 "mark": {"type": "line", "color": PALETTE[1], "strokeWidth": 2},
-                "encoding": {"y": {**share, "field": "smooth"}},
+                "encoding": {"y": _field("smooth", **share)},
             },
         ],
     }
@@ -262,19 +248,18 @@ def relatives_chart(read: RelativeShares, most: int = 40, columns: int = 300) ->
         "data": {"values": values},
         "mark": {"type": "rect"},
         "encoding": {
-            "x": {"field": "place", "type": "ordinal", "title": "residue number", "axis": axis},
-            "y": {"field": "relative", "type": "nominal", "sort": names, "title": None},
-            "color": {
-                "field": "share",
-                "type": "quantitative",
-                "title": "share of attention",
-                "scale": {"scheme": "blues"},
-                "legend": {"format": ".1%", "orient": "bottom", "gradientLength": 180},
-            },
+            "x": _field("place", "ordinal", title="residue number", axis=axis),
+            "y": _field("relative", "nominal", sort=names, title=None),
+            "color": _field(
+                "share",
+                title="share of attention",
+                scale={"scheme": "blues"},
+                legend={"format": ".1%", "orient": "bottom", "gradientLength": 180},
+            ),
             "tooltip": [
                 {"field": "relative"},
                 {"field": "residue"},
-                {"field": "share", "format": ".2%", "type": "quantitative"},
+                _field("share", format=".2%"),
             ],
         },
     }
@@ -300,31 +285,20 @@ def learning_chart(
         return None
     series = {(value["model"], value["part"]) for value in values}
     names = {"loss": "loss (nats per residue)", "accuracy": "guessed right"}
-    value_axis = {"type": "quantitative", "title": names[metric], "scale": {"zero": False}}
+    value_axis: Chart = {"title": names[metric], "scale": {"zero": False}}
     if metric == "accuracy":
         value_axis["axis"] = {"format": ".0%"}
-    step = {"field": "step", "type": "quantitative", "title": "training step"}
+    dashes = {"symbolType": "stroke", "symbolStrokeColor": "#8a8a8a"}
+    colours = {"symbolType": "stroke"}
     lines: Chart = {
         "data": {"values": values},
         # A single point has no line to show it.
         "mark": {"type": "line", "point": len(values) == len(series), "strokeWidth": 1.6},
         "encoding": {
-            "x": step,
-            "y": {**value_axis, "field": "value"},
-            "strokeDash": {
-                "field": "part",
-                "type": "nominal",
-                "sort": None,
-                "title": "proteins",
-                "legend": {"symbolType": "stroke", "symbolStrokeColor": "#8a8a8a"},
-            },
-            "color": {
-                "field": "model",
-                "type": "nominal",
-                "sort": None,
-                "title": "model",
-                "legend": {"symbolType": "stroke"},
-            },
+            "x": _field("step", title="training step"),
+            "y": _field("value", **value_axis),
+            "strokeDash": _field("part", "nominal", sort=None, title="proteins", legend=dashes),
+            "color": _field("model", "nominal", sort=None, title="model", legend=colours),
             "tooltip": [
                 {"field": "model"},
                 {"field": "part", "title": "proteins"},
@@ -336,7 +310,7 @@ def learning_chart(
     constant = {
         "data": {"values": [{"value": baseline}] if baseline is not None else []},
         "mark": {"type": "rule", "strokeDash": [2, 3], "color": "#8a8a8a"},
-        "encoding": {"y": {**value_axis, "field": "value"}},
+        "encoding": {"y": _field("value", **value_axis)},
     }
     return {
         "description": f"{names[metric].capitalize()} against the training step.",
@@ -385,14 +359,9 @@ def _where_chosen(field: str, value: object, other: object) -> Chart:
     return {"condition": {"test": f"datum.{field} === chosen", "value": value}, "value": other}
 
 
-def _colour(field: str, title: str, scheme: str) -> Chart:
-    return {
-        "field": field,
-        "type": "quantitative",
-        "title": title,
-        "scale": {"scheme": scheme},
-        "legend": {"gradientLength": 160},
-    }
+def _field(name: str, kind: str = "quantitative", **more: Any) -> Chart:
+    """The encoding of a field of the data."""
+    return {"field": name, "type": kind, **more}
 
 
 def _is_number(value: object) -> TypeGuard[float]:

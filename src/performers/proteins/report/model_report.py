@@ -23,8 +23,6 @@ from performers.proteins.report.page import ModelReport, write_report
 from performers.proteins.report.payload import grouped
 from performers.proteins.scoring.evaluation import evaluate_model
 
-__all__ = ["Report", "choose_protein", "describe_model", "report_on_model"]
-
 LoadedModel = tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -139,23 +137,8 @@ def describe_model(
 ) -> ModelReport:
     """One model's part of a report: settings, metrics, learning curve, guesses and attention.
 
-    Args:
-        folder: The model's folder, for its options and training log.
-        model: The model.
-        tokenizer: Its tokenizer.
-        records: Proteins behind the amino-acid similarity.
-        protein: The protein whose attention is drawn.
-        name: Heading.
-        metrics: Split to metrics.
-        max_sequences: Sequences read for amino-acid similarity.
-        max_length: Tokens read of each for attention.
-        sites: Numbers, from 1, of residues of the protein to mark.
-        shown: Proteins whose residues are guessed one by one.
-        relatives: One row, of the protein after its relatives.
-        report: See ``report_on_model``.
-
-    Returns:
-        Input of ``write_report``.
+    Arguments are as of ``report_on_model``: ``records`` are behind the amino-acid similarity, the
+    residues of ``shown`` are guessed one by one, ``relatives`` have the one row of ``protein``.
     """
     analysis = analyse_model(
         model,
@@ -238,15 +221,16 @@ def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
         maps = [module for module in model.modules() if isinstance(module, FeatureMap)]
         if maps:
             settings["random features per head"] = maps[0].num_features
-    record = folder / "training.json"
-    if record.exists():
-        training = read_json(record)
-        options = training.get("options", {})
-        settings["objective"] = options.get("objective")
-        settings["steps"] = options.get("steps")
-        settings["tokens in a batch"] = options.get("batch_tokens")
-        settings["seconds of training"] = training.get("result", {}).get("seconds")
-        settings["training sequences"] = training.get("data", {}).get("sequences")
+    if (folder / "training.json").exists():
+        training = read_json(folder / "training.json")
+        for name, part, key in (
+            ("objective", "options", "objective"),
+            ("steps", "options", "steps"),
+            ("tokens in a batch", "options", "batch_tokens"),
+            ("seconds of training", "result", "seconds"),
+            ("training sequences", "data", "sequences"),
+        ):
+            settings[name] = training.get(part, {}).get(key)
     return settings
 
 

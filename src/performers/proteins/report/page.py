@@ -34,8 +34,6 @@ from performers.proteins.reading.residues import ProteinReading, principal_compo
 from performers.proteins.reading.site_scores import FEWEST_SETS
 from performers.proteins.report import charts, payload, tables
 
-__all__ = ["ModelReport", "write_report"]
-
 _FOLDER = Path(__file__).parent
 _LISTED_PAIRS = 6
 
@@ -107,13 +105,13 @@ def write_report(
     if not models:
         raise ValueError("models must hold at least one ModelReport, got none")
     folder, script = Path(output_dir), charts.chart_script()
-    learnt = []
-    for model in models:
-        matrices = list(dict.fromkeys([matrix_name, *MATRICES]))
-        found = None
-        if model.analysis is not None:
-            found = learnt_numbers(model.analysis, matrices=matrices, permutations=permutations)
-        learnt.append(found)
+    matrices = list(dict.fromkeys([matrix_name, *MATRICES]))
+    learnt = [
+        learnt_numbers(model.analysis, matrices=matrices, permutations=permutations)
+        if model.analysis
+        else None
+        for model in models
+    ]
     names = [shortened(model.name) for model in models]
     unique = [n if names.count(n) == 1 else f"{i}. {n}" for i, n in enumerate(names, start=1)]
     drawn: dict[str, charts.Chart] = {}
@@ -274,7 +272,9 @@ def _numbers(
 ) -> dict[str, Any]:
     """The numbers of the page for programs; None in the place of those that are not finite."""
 
-    def plain(value: object) -> object:
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, (bool, int, str)) or value is None:
             return value
         return finite(float(value)) if isinstance(value, Real) else str(value)
@@ -284,15 +284,9 @@ def _numbers(
         "models": [
             {
                 "name": model.name,
-                "settings": {str(key): plain(value) for key, value in model.settings.items()},
-                "metrics": {
-                    split: {name: plain(value) for name, value in values.items()}
-                    for split, values in model.metrics.items()
-                },
-                "history": [
-                    {str(key): plain(value) for key, value in entry.items()}
-                    for entry in model.history
-                ],
+                "settings": plain(model.settings),
+                "metrics": plain(model.metrics),
+                "history": [plain(entry) for entry in model.history],
                 "learnt": found,
                 "relatives": _shares(model.relatives),
                 "proteins": [
@@ -313,10 +307,10 @@ def _numbers(
 def _shares(read: RelativeShares | None) -> dict[str, Any] | None:
     if read is None:
         return None
+    shares = [[round(share, 6) for share in row] for row in read.shares.tolist()]
     return {
         "protein": read.protein.name,
         "shares": [
-            {"name": name, "shares": [round(share, 6) for share in row]}
-            for name, row in zip(read.names, read.shares.tolist(), strict=True)
+            {"name": name, "shares": row} for name, row in zip(read.names, shares, strict=True)
         ],
     }

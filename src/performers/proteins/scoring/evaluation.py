@@ -93,21 +93,11 @@ def evaluate_rows(
     sequence_of_row: npt.NDArray[np.int64] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """As ``evaluate_model``, on rows that are cut already.
+    """As ``evaluate_model``, without its ``sequences``, on rows that are cut already.
 
-    Args:
-        model: A masked or causal language model.
-        tokenizer: See ``evaluate_model``.
-        dataset: The rows, packed or not, or of proteins after their relatives.
-        batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
-        mask_probability: See ``evaluate_model``.
-        seed: See ``evaluate_model``.
-        across_sequences: In packed rows, attention crosses the boundaries of sequences.
-        sequence_of_row: Number of the sequence that each row is of, to count sequences apart.
-        progress: See ``evaluate_model``.
-
-    Returns:
-        As ``evaluate_model``, without ``sequences``.
+    Rows may be packed, or of proteins after their relatives; a longer row than ``batch_tokens`` is
+    a batch of its own. ``across_sequences`` lets attention cross the boundaries of packed
+    sequences; ``sequence_of_row`` counts sequences apart, by the number of each row's.
     """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
