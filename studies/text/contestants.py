@@ -69,18 +69,13 @@ SHORT_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Contestant:
-    """An attention and its training.
-
-    Attributes:
-        name: Name of the part.
-        title: Name in tables.
-        changes: Options of training that differ from `MODEL`.
-        short: Whether `SHORT_SHARE` of the time goes to short rows, before the long ones.
-    """
+    """An attention and its training."""
 
     name: str
     title: str
+    # Options of training that differ from `MODEL`.
     changes: Mapping[str, Any]
+    # `SHORT_SHARE` of the time goes to short rows, before the long ones.
     short: bool = False
 
 
