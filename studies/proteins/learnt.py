@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def compare_learnt(
             protein=protein,
             max_sequences=max_sequences,
             max_length=max_length,
-            progress=lambda done, total, name=name: progress(name, done, total),
+            progress=partial(progress, name),
         )
         for name, (model, tokenizer) in models.items()
     }

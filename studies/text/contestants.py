@@ -129,9 +129,10 @@ class Study:
 
     def parts(self) -> Measures:
         """Measurements by their names."""
-        return {x.name: partial(self._compete, x) for x in CONTESTANTS} | {
-            name: partial(self._redraw, name, schedule) for name, schedule in REDRAWS.items()
-        }
+        found: Measures = {x.name: partial(self._compete, x) for x in CONTESTANTS}
+        for name, schedule in REDRAWS.items():
+            found[name] = partial(self._redraw, name, schedule)
+        return found
 
     def _folder(self, name: str) -> Path:
         return self.options.output_folder / "models" / name
