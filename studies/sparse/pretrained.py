@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from performers.convert.distillation.pretrained import load_model
-from performers.convert.distillation.quality import kind_of
-from performers.convert.families.base import call_model
 from performers.features.softmax import Estimator
 from performers.models.context import AttentionContext
 from performers.nn import Approximation
