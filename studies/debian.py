@@ -13,11 +13,7 @@ _DEPENDENCIES = ("Depends", "Pre-Depends", "Recommends")
 
 
 def read_index(path: str | None) -> str:
-    """The text of an index: a file, or ``apt-cache dumpavail``.
-
-    Raises:
-        UserError: There is none.
-    """
+    """The text of an index: a file, or ``apt-cache dumpavail``."""
     try:
         if path is not None:
             return Path(path).read_text(encoding="utf-8")

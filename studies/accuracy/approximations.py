@@ -83,13 +83,7 @@ def setting_columns(approximation: Approximation) -> Row:
 def fitted_attention(
     fits: Fits, approximation: Approximation, backend: str | None
 ) -> Callable[..., Tensor]:
-    """An approximation as a function with the call of ``capture.exact_attention``.
-
-    Args:
-        fits: Fits of the layer, whose query heads have features and lists of keys of their own.
-        approximation: The approximation; without features, its exact terms alone.
-        backend: Backend of ``favor_attention``.
-    """
+    """An approximation as a function with the call of ``capture.exact_attention``."""
     num_heads = fits.samples.query.shape[1]
     if not approximation.num_features:
         # Any number of features does for the lists of keys.

@@ -29,11 +29,7 @@ from performers.planning.samples import Samples
 
 @dataclass(frozen=True)
 class HeadSample(Samples):
-    """Inputs of one attention layer, after projections and rotary positions.
-
-    Attributes:
-        layer: The layer's index.
-    """
+    """Inputs of one attention layer, after projections and rotary positions."""
 
     layer: int
 
@@ -171,12 +167,6 @@ def propagate(
     loaded: LoadedModel, input_ids: Tensor, attention: Callable[..., Tensor], *, seed: int = 0
 ) -> Propagation:
     """Compare a model with itself under another attention, a sequence at a time.
-
-    Args:
-        loaded: The model.
-        input_ids: Token ids (B, L).
-        attention: The function that replaces its attention; see `replace_attention`.
-        seed: Seed of the tokens that are hidden from a masked language model.
 
     Raises:
         ValueError: The inputs do not fit the model, there is nothing to predict, the tokenizer has

@@ -84,11 +84,7 @@ class Pretrained:
         )
 
     def chosen_layers(self, there: list[int]) -> list[int]:
-        """The layers whose heads are measured, of those of the model.
-
-        Raises:
-            ValueError: A layer that was asked for is not there.
-        """
+        """The layers whose heads are measured, of those of the model."""
         wanted = self.options.layers
         if not wanted:
             return there if len(there) <= _MANY_LAYERS else sorted({*there[::_STEP], there[-1]})
@@ -138,9 +134,6 @@ def run_heads(
     """Measure errors, layer by layer, then times on one layer in turns.
 
     Results may hold some layers already; times are then taken again.
-
-    Raises:
-        ValueError: The model's attention cannot be captured, or a layer is not there.
     """
     options = pretrained.options
     approximations = head_approximations(pretrained.approximation, options.feature_counts)
@@ -268,11 +261,7 @@ def run_models(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Replace the attention of all layers; results may hold some approximations already.
-
-    Raises:
-        ValueError: The model's attention cannot be captured.
-    """
+    """Replace the attention of all layers; results may hold some approximations already."""
     approximations = model_approximations(pretrained.approximation)
     with threads_of_torch(pretrained.options.threads):
         fits = pretrained.fit()
@@ -321,11 +310,7 @@ def run_plan(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Plan each layer on the passages to fit to, and measure the recommended setting on the others.
-
-    Raises:
-        ValueError: The model's attention cannot be captured, or a layer is not there.
-    """
+    """Plan each layer on the passages to fit to; measure what is recommended on the others."""
     options = pretrained.options
     assert isinstance(options, PlanOptions)
     with threads_of_torch(options.threads):

@@ -13,15 +13,6 @@ class CausalPerformer(nn.Module):
 
     Embeddings are those of the output layer. The bias of an item is its last coordinate, and the
     last coordinate of a query is 1, so that a sampler knows of it.
-
-    Args:
-        num_items: Number of items.
-        width: Width of the model, a multiple of ``heads``.
-        heads: Attention heads.
-        layers: Blocks of attention and feed-forward.
-        length: Longest sequence.
-        dropout: Share of embeddings and of outputs of blocks that training leaves out.
-        bias: Biases of the items at the beginning; none without.
     """
 
     def __init__(

@@ -21,13 +21,7 @@ def full_loss(query: Tensor, items: Tensor, target: Tensor) -> Tensor:
 
 
 class FixedLoss:
-    """Sampled softmax with draws from one distribution for all queries, corrected by log q.
-
-    Args:
-        weight: Positive weights of the items.
-        num_samples: Draws for each query, or for all together.
-        shared: One set of draws for all queries.
-    """
+    """Sampled softmax with draws from one distribution for all queries, corrected by log q."""
 
     def __init__(self, weight: Tensor, num_samples: int, *, shared: bool = False) -> None:
         self.weight, self.num_samples, self.shared = weight, num_samples, shared
@@ -45,12 +39,8 @@ class FixedLoss:
 class CatalogueLoss:
     """`sampled_softmax_loss` whose sampler follows the items.
 
-    Args:
-        items: Items at the beginning.
-        num_samples: Draws for each query, or for all together.
-        shared: One set of draws for all queries.
-        update_every: Steps after which the sampler takes the items, in the blocks that it has.
-        cut_every: Steps after which it cuts blocks anew, a multiple of the former.
+    It takes them every ``update_every`` steps in the blocks that it has, and cuts blocks anew every
+    ``cut_every``.
     """
 
     def __init__(

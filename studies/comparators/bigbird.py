@@ -76,14 +76,6 @@ def chosen_blocks(
     up to its own only. What is random is a function of layer, head, number of the block and, in the
     bidirectional form, of blocks in the sequence: the same in every call.
 
-    Args:
-        total: Blocks of each sequence, ``(N,)``; ``T`` at most.
-        num_heads: Heads, which differ in their random blocks.
-        num_global: First blocks that all see.
-        num_random: Random blocks.
-        is_causal: Whether later blocks are hidden.
-        layer: Index of the layer.
-
     Returns:
         Numbers of blocks, and which of these entries count, both ``(N, num_heads, T, K)``.
     """

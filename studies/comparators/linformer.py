@@ -15,10 +15,6 @@ class LinformerMechanism(Comparator):
     are not masked, so that padding changes nothing. A mixture of all positions has no causal form
     and cannot keep packed sequences apart. Entries of its matrix may be negative, and rows do not
     sum to one.
-
-    Args:
-        rank: Rows of ``E`` and ``F``: keys that are left.
-        max_length: Columns: the longest input.
     """
 
     def __init__(self, rank: int, max_length: int) -> None:
@@ -34,11 +30,7 @@ class LinformerMechanism(Comparator):
             projection.normal_(0.0, projection.shape[0] ** -0.5)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
-        """See `Comparator.attend`.
-
-        Raises:
-            ValueError: The call is causal or packed, or a row is too long.
-        """
+        """See `Comparator.attend`."""
         if rows.is_causal:
             raise ValueError(
                 "attention='linformer' has no causal form: a projected key mixes all positions"

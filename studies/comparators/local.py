@@ -9,9 +9,6 @@ class LocalMechanism(Comparator):
     """Softmax attention to the keys with ``|i - j| <= window``.
 
     ``O(L * window)``; see `attend_window`. Distances are those of places in the row.
-
-    Args:
-        window: Tokens seen to each side.
     """
 
     def __init__(self, window: int) -> None:

@@ -149,10 +149,6 @@ class LshMechanism(GroupedComparator):
     The cost is ``O(rounds * L * chunk_size)``; pairs met again are counted in ``O(rounds^2 * L *
     chunk_size)`` comparisons. Hashes are redrawn by ``redraw_features_`` and stay the same in
     between, evaluation included.
-
-    Args:
-        feature_map: Puts vectors into buckets.
-        chunk_size: Sorted tokens seen to each side.
     """
 
     def __init__(self, feature_map: HashFeatures, chunk_size: int) -> None:

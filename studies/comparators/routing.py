@@ -23,14 +23,6 @@ class RoutingMechanism(GroupedComparator):
     causal form strictly causal. The paper shares queries and keys in the causal form alone.
 
     ``O(L * (clusters + window))``.
-
-    Args:
-        num_heads: Heads.
-        head_dim: Length of a query.
-        clusters: Centroids of a head.
-        window: Tokens of a cluster seen to each side.
-        decay: What is left of a centroid after a step of training.
-        generator: Source of the first centroids.
     """
 
     shown = ("num_groups", "reach", "decay")

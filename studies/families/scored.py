@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -72,13 +73,6 @@ def draw_scored(
 
     Proteins are drawn from the families in turns, so that a large family has no more than others.
 
-    Args:
-        proteins: Proteins of held-out families.
-        count: Number of proteins.
-        relatives: Relatives that each has at least.
-        longest: Most residues.
-        seed: Random seed.
-
     Raises:
         ValueError: No protein has as many relatives.
     """
@@ -98,6 +92,7 @@ def draw_scored(
     return Scored(kept, relatives, tuple(int(index) for index in turns[:count]), seed)
 
 
+@cache
 def embedded_families() -> ProteinFamilies:
     """The families of the package that nothing in it was trained on."""
     records = list(iter_fasta(embedded_fasta("ood")))

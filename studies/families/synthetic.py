@@ -28,14 +28,6 @@ def synthetic_families(
     agree at about ``identity`` of their places; then before each residue, with probability
     ``gaps``, one or more residues are put in or taken out, with equal chances (lengths are
     geometric with mean 2).
-
-    Args:
-        count: Number of families.
-        members: Members of each.
-        length: Mean number of residues of an ancestor.
-        identity: Share of places at which two members agree, without gaps; 0 to 1.
-        gaps: Probability of an insertion or deletion at a residue.
-        seed: Random seed.
     """
     random = np.random.default_rng(seed)
     tokens, names = [], []

@@ -59,14 +59,7 @@ CONTESTANTS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a model and of its training.
-
-    Attributes:
-        num_features: Random features of a head.
-        steps: Training steps; scores are taken after each quarter.
-        batch_tokens: Tokens of a batch, padding included.
-        learning_rate: Peak learning rate.
-    """
+    """Size of a model and of its training."""
 
     hidden_size: int = 64
     num_layers: int = 2

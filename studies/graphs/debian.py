@@ -91,7 +91,7 @@ def parse_packages(index: str) -> Packages:
 def save_packages(packages: Packages, file: Path) -> None:
     """Write a graph as ``.npz``."""
     edges, content = packages.edges.numpy().astype(np.int32), io.BytesIO()
-    np.savez_compressed(content, **packages._replace(edges=edges)._asdict())
+    np.savez_compressed(content, **{**packages._asdict(), "edges": edges})
     write_atomically(file, content.getvalue())
 
 

@@ -61,11 +61,6 @@ def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecule
 def chosen_smiles(wheel: Path, sizes: Sequence[int], seed: int = 0) -> dict[str, list[str]]:
     """SMILES of ``train``, ``validation`` and ``test``.
 
-    Args:
-        wheel: The file.
-        sizes: Numbers of molecules in training, validation and test.
-        seed: Random seed of the draw.
-
     Raises:
         UserError: The file cannot be read, or has fewer molecules.
     """

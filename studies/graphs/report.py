@@ -23,8 +23,9 @@ _MAE = ("mae_alone", "mae_batched")
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """A table for each section and the verdicts; what is not measured is there and says so."""
-    molecules = {name: [] for name in ATTENTIONS} | by_seed(section(parts, "molecules"))
-    packages = {name: [] for name in NODE_MODELS} | by_seed(section(parts, "debian"))
+    none: list[Part] = []
+    molecules = dict.fromkeys(ATTENTIONS, none) | by_seed(section(parts, "molecules"))
+    packages = dict.fromkeys(NODE_MODELS, none) | by_seed(section(parts, "debian"))
     scaling = _by_nodes(parts)
     verdicts = [
         *comparisons("molecules", molecules, "test_mae", NOTHING, lower=True),

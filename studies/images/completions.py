@@ -29,12 +29,6 @@ _GAP = 2
 def complete(model: PerformerForCausalLM, values: Tensor, given: int, *, seed: int) -> Tensor:
     """Pictures whose first values are those of others, and whose rest is drawn from a model.
 
-    Args:
-        model: A model that was trained on rows of pixels.
-        values: Pictures, ``(N, values)``.
-        given: Values to keep.
-        seed: Random seed.
-
     Returns:
         Integers from 0 to 255, shaped like ``values``.
     """

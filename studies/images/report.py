@@ -49,8 +49,8 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
     if floors:
         files = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
         for codec in CODECS:
-            means = (fmean(floors[name]) for name in (codec, f"{codec}, pixels"))
-            files.append((codec, *(f"{mean:.2f}" for mean in means)))
+            whole, pixels = (fmean(floors[name]) for name in (codec, f"{codec}, pixels"))
+            files.append((codec, f"{whole:.2f}", f"{pixels:.2f}"))
         headings = ("", "bits/dim, whole file", "compressed pixels alone")
         made["codecs"] = Table(headings, files)
     if part := parts.get(COMPLETIONS):

@@ -35,6 +35,7 @@ both None where there is a ``failure``."""
 
 _MOST_ROWS = 40
 _WARM_UP_LENGTH = 64
+_TIMEOUT = 1800.0
 
 
 def run_concatenated(
@@ -188,16 +189,14 @@ def measure_cost(
     *,
     backward: bool,
     repeats: int = 3,
-    timeout: float = 1800.0,
 ) -> Cost:
     """Time and memory of a training step or a forward pass, in a separate process.
 
     Args:
-        options: The model; see ``TrainingOptions``.
+        options: The model.
         row: Token ids, of shape (length,).
         backward: A step with the optimiser; otherwise a forward pass without gradients.
         repeats: Calls timed after a first one.
-        timeout: Seconds to wait.
 
     Returns:
         The cost, or why there is none: out of memory, or too slow.
@@ -211,7 +210,7 @@ def measure_cost(
     )
     failure = ""
     try:
-        return run_apart(task, threads=torch.get_num_threads(), timeout=timeout)
+        return run_apart(task, threads=torch.get_num_threads(), timeout=_TIMEOUT)
     except OutOfMemoryError as error:
         failure = str(error) if str(error).startswith("killed") else "out of memory"
     except ProbeError as error:
@@ -243,34 +242,29 @@ def time_and_peak(options: dict[str, Any], row: list[int], backward: bool, repea
 
 
 def _call(options: TrainingOptions, row: torch.Tensor, backward: bool) -> Callable[[], object]:
-    tokenizer = build_protein_tokenizer()
     torch.manual_seed(options.seed)
-    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = model_class(options.model_config(tokenizer)).to(device)
+    is_causal, device = options.objective == "clm", "cuda" if torch.cuda.is_available() else "cpu"
+    model_class = PerformerForCausalLM if is_causal else PerformerForMaskedLM
+    model = model_class(options.model_config(build_protein_tokenizer())).to(device)
+    model.train(backward)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     rows = row[None].to(device)
-    autocast = torch.autocast(device, torch.bfloat16, enabled=options.bf16)
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    extra = {"use_cache": False} if options.objective == "clm" else {}
-    if not backward:
-        model.eval()
+    extra = {"use_cache": False} if is_causal else {}
+    optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate) if backward else None
 
-        def forward() -> None:
-            with torch.inference_mode(), autocast:
-                model(rows, **extra)
-            wait()
+    def call() -> None:
+        with (
+            torch.inference_mode(not backward),
+            torch.autocast(device, torch.bfloat16, enabled=options.bf16),
+        ):
+            out = model(rows, labels=rows if backward else None, **extra)
+        if optimizer is not None:
+            out.loss.backward()
+            optimizer.step()
+            # Gradients are no part of the next forward pass's memory.
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-        return forward
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=options.learning_rate)
-
-    def step() -> None:
-        with autocast:
-            loss = model(rows, labels=rows, **extra).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        wait()
-
-    return step
+    return call

@@ -30,12 +30,7 @@ _POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Run:
-    """One model of the study.
-
-    Attributes:
-        experiment: ``"comparison"`` or ``"kernels"``.
-        options: Options of its training.
-    """
+    """One model of the study."""
 
     experiment: str
     options: TrainingOptions
@@ -114,10 +109,6 @@ def execute(run: Run, data: StudyData, folder: Path, report: Report = lambda *wo
     """Train and score one model, or the rest of it; a training that diverges is noted.
 
     Under several processes all train together and the first scores.
-
-    Raises:
-        UserError: The folder holds another run.
-        Interrupted: The run was stopped by a signal and has saved a checkpoint.
     """
     file, options = folder / "result.json", run.options
     if file.exists():
@@ -199,12 +190,11 @@ def _read_models(output: Path, data: StudyData, preset: StudyPreset, report: Rep
         models,
         [record.sequence for record in records],
         choose_protein(records, None, _PROTEIN_LENGTH),
-        figures=folder,
+        folder,
         max_sequences=preset.learnt,
         max_length=min(512, preset.training.max_length),
         progress=lambda model, done, total: report(f"reading {model}", done, total, {}),
     )
-    found["figures"] = {name: Path(path).name for name, path in found["figures"].items()}
     write_json(folder / "learnt.json", found)
 
 

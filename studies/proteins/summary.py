@@ -40,12 +40,7 @@ def spread_text(found: Mapping[str, Any], digits: int = 2, factor: float = 1.0) 
 
 
 def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -> list[Row]:
-    """A row for every objective and attention that has results, masked before causal.
-
-    Args:
-        results: Contents of ``result.json``.
-        attentions: Attentions in the order of the rows.
-    """
+    """A row for every objective and attention that has results, masked before causal."""
     grouped: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = defaultdict(dict)
     for result in sorted(results, key=lambda result: result["seed"]):
         grouped[result["objective"], result["attention"]][result["seed"]] = result
@@ -96,10 +91,6 @@ def paired_interval(
     A bootstrap with two levels: each replicate draws sequences with replacement, the same ones for
     both models and all seeds, and then seeds; percentiles of the replicates. Few seeds make it too
     narrow rather than too wide.
-
-    Args:
-        ahead: Counts by seed.
-        behind: Counts on the same sequences and targets, by the same seeds.
 
     Raises:
         ValueError: The two were not scored on the same targets.

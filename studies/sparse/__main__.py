@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 from performers.app.errors import UserError
-from performers.app.options import Options, option
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
+from studies.parts import Measures, Part, StudyOptions, extent, fingerprint, run_parts
 
 app = App()
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseOptions(Options):
+class SparseOptions(StudyOptions):
     """Options of the study."""
 
-    output_folder: Path = option("Folder of results.json.", flag="--output")
-    resume: bool = option("Skip the parts that results.json has.", False)
-    quick: bool = option("Sizes of seconds, to see that it runs.", False)
-    encoder: str | None = option("Pretrained encoder: a folder.", None, path=True)
-    decoder: str | None = option("Pretrained decoder: a folder or GGUF file.", None, path=True)
-    calibration: str | None = option("Text that estimators are fitted to.", None, path=True)
-    text: str | None = option("Text that models are measured on.", None, path=True)
-    seeds: int = option("Seeds of the trained models.", 3, at_least=1)
+    quick: bool = extent("Sizes of seconds, to see that it runs.", False)
+    encoder: str | None = extent("Pretrained encoder: a folder.", None, path=True)
+    decoder: str | None = extent("Pretrained decoder: a folder or GGUF file.", None, path=True)
+    calibration: str | None = extent("Text that estimators are fitted to.", None, path=True)
+    text: str | None = extent("Text that models are measured on.", None, path=True)
+    seeds: int = extent("Seeds of the trained models.", 3, at_least=1)
 
     def __post_init__(self) -> None:
         """Check that models come with texts."""
@@ -43,7 +40,6 @@ def sparse(options: SparseOptions) -> None:
     import torch
 
     from performers.app.figures import save_figure
-    from studies.parts import Part, run_parts
     from studies.sparse import attentions, pretrained, reach, report, tasks, times, training
 
     torch.set_num_threads(1)
@@ -75,7 +71,8 @@ def sparse(options: SparseOptions) -> None:
             "short": count(training_size.length, training_size.keys, is_causal=True),
         }
 
-    parts: dict[str, Callable[[], Part]] = {"times": partial(times.measure_times, time_size)}
+    data: dict[str, str] = {}
+    parts: Measures = {"times": partial(times.measure_times, time_size)}
     parts |= {f"reach, {name}": partial(reached, name) for name in attentions.ALL}
     for kind, path in (("encoder", options.encoder), ("decoder", options.decoder)):
         if path is not None:
@@ -83,8 +80,10 @@ def sparse(options: SparseOptions) -> None:
             assert options.text is not None
             calibration, text = Path(options.calibration), Path(options.text)
             model = pretrained.Pretrained(path, calibration, text, models)
+            data[kind] = fingerprint(path, calibration, text)
             parts |= {f"{kind}, {name}": partial(model.measure, name) for name in pretrained.ALL}
             if kind == "encoder":
+                data["errors"] = data[kind]
                 names = (attentions.SOFTMAX, pretrained.FITTED, *attentions.PATTERNS)
                 parts |= {f"errors, {name}": partial(model.errors, name) for name in names}
     for name in attentions.ALL:
@@ -99,9 +98,8 @@ def sparse(options: SparseOptions) -> None:
         "training": asdict(training_size),
         "pretrained": asdict(models),
     }
-    folder = options.output_folder
-    done = run_parts(folder, settings, parts, report.tables, resume=options.resume)
-    save_figure(report.draw_steps(done), folder / "steps.svg")
+    done = run_parts(options, parts, report.tables, settings=settings, data=data)
+    save_figure(report.draw_steps(done), options.output_folder / "steps.svg")
 
 
 if __name__ == "__main__":

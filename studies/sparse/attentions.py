@@ -28,13 +28,7 @@ ALL = (EXACT, *PERFORMERS, *PATTERNS[:3], *BY_CONTENT, *PATTERNS[3:])
 
 @dataclass(frozen=True)
 class Setting:
-    """An attention of `PerformerConfig`.
-
-    Attributes:
-        attention: Its name in the registry.
-        options: Its ``attention_options``.
-        fields: Other fields of the configuration.
-    """
+    """An attention of `PerformerConfig`."""
 
     attention: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -65,11 +59,6 @@ def settings(length: int, keys: int, *, is_causal: bool) -> dict[str, Setting]:
     A window of the causal form has all of them before the query, the other one half on each side.
     Where two kinds of keys meet (features and a window, columns and a window, ...) each has its
     share; columns of the strided pattern are as many as follow from its window.
-
-    Args:
-        length: Tokens of a row.
-        keys: Keys and features together.
-        is_causal: Whether later tokens are hidden.
     """
     side = keys if is_causal else max(keys // 2, 1)
     # Blocks that BigBird's blocks see: own, neighbours, one global and one random.

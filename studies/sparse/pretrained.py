@@ -10,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from performers.convert.distillation.pretrained import load_model
-from performers.convert.distillation.quality import kind_of
-from performers.convert.families.base import call_model
 from performers.features.softmax import Estimator
 from performers.models.context import AttentionContext
 from performers.nn import Approximation
@@ -26,7 +23,7 @@ from studies.accuracy.capture import (
     HeadSample,
     capture_heads,
     exact_attention,
-    replace_attention,
+    propagate,
     run_head,
 )
 from studies.parts import Part
@@ -41,21 +38,12 @@ _SINKS = 4
 
 @dataclass(frozen=True)
 class PretrainedSize:
-    """Sizes of the measurements.
-
-    Attributes:
-        length: Tokens of a passage.
-        passages: Passages to measure on.
-        keys: Keys or features of a query.
-        budgets: Keys or features of a query for errors on heads.
-        counts: More features, for Performers alone.
-        layers: Layers whose heads they are.
-        draws: Draws of the features.
-    """
+    """Sizes of the measurements."""
 
     length: int = 512
     passages: int = 1
     keys: int = 64
+    # Keys or features of a query for errors on heads, and more features for Performers alone.
     budgets: tuple[int, ...] = (16, 32, 64, 128, 256)
     counts: tuple[int, ...] = (512, 1024)
     layers: tuple[int, ...] = (0, 2, 5)
@@ -63,14 +51,7 @@ class PretrainedSize:
 
 
 class Pretrained:
-    """A pretrained model and passages of text.
-
-    Args:
-        path: Folder or file of the model.
-        calibration: Text that estimators are fitted to.
-        text: Text that is measured on.
-        size: Sizes.
-    """
+    """A pretrained model and passages of text."""
 
     def __init__(self, path: str, calibration: Path, text: Path, size: PretrainedSize) -> None:
         self.size = size
@@ -88,19 +69,6 @@ class Pretrained:
     def _fits(self) -> dict[int, Fits]:
         samples = capture_heads(self.loaded, self._passages(0, 1))
         return {sample.layer: Fits(sample, sample.layer) for sample in samples}
-
-    @cached_property
-    def _original(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [self._run(row) for row in self._passages(1, self.size.passages)]
-
-    @torch.no_grad()
-    def _run(self, row: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Final hidden states, and the log-likelihoods of the next tokens of a decoder."""
-        output = call_model(self.loaded.model, input_ids=row[None], output_hidden_states=True)
-        if kind_of(self.loaded.model) != "causal":
-            return output.hidden_states[-1][0], None
-        losses = F.cross_entropy(output.logits[0, :-1], row[1:], reduction="none")
-        return output.hidden_states[-1][0], losses
 
     def approximation(self, name: str, keys: int) -> Approximation:
         """A Performer's features and exact keys, ``keys`` together."""
@@ -128,19 +96,13 @@ class Pretrained:
 
     def measure(self, name: str) -> Part:
         """Cosine of final hidden states, and perplexities of a decoder (None for an encoder)."""
-        cosines, before, after = [], [], []
         rows = self._passages(1, self.size.passages)
-        for row, (states, losses) in zip(rows, self._original, strict=True):
-            with replace_attention(self.loaded.model, self._attention(name)):
-                found, changed = self._run(row)
-            cosines.append(F.cosine_similarity(states.double(), found.double(), dim=-1))
-            if losses is not None and changed is not None:
-                before.append(losses)
-                after.append(changed)
+        found = propagate(self.loaded, rows, self._attention(name))
+        before, after = (found.original, found.replaced) if self.loaded.is_causal else (None, None)
         return {
-            "cosine": float(torch.cat(cosines).mean()),
-            "perplexity": float(torch.cat(after).double().mean().exp()) if after else None,
-            "original": float(torch.cat(before).double().mean().exp()) if before else None,
+            "cosine": found.cosine,
+            "perplexity": after and after.perplexity,
+            "original": before and before.perplexity,
         }
 
     @torch.no_grad()

@@ -17,17 +17,11 @@ _SHARE = 0.99
 
 @dataclass(frozen=True)
 class ReachSize:
-    """Sizes of the search.
-
-    Attributes:
-        length: Tokens of the row.
-        keys: Keys or features of a query.
-        sources: Tokens whose way to all later ones is followed.
-        draws: Draws of queries for attentions that choose keys by content.
-    """
+    """Sizes of the search."""
 
     length: int = 8192
     keys: int = 128
+    # Tokens whose way to all later ones is followed, and draws of queries that choose keys.
     sources: int = 32
     draws: int = 2
 

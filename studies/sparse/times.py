@@ -29,18 +29,7 @@ _GROWTH = 16
 
 @dataclass(frozen=True)
 class TimeSize:
-    """Sizes of the times.
-
-    Attributes:
-        length: Tokens of a row of an attention.
-        keys: Keys or features of a query.
-        heads: Heads.
-        head_dim: Length of a query.
-        rounds: Rounds of the attentions in turns.
-        threads: Threads of torch for them.
-        steps: Lengths of training steps, with the root of the length for keys.
-        limit: Seconds that a training step may take.
-    """
+    """Sizes of the times."""
 
     length: int = 4096
     keys: int = 64
@@ -48,6 +37,7 @@ class TimeSize:
     head_dim: int = 64
     rounds: int = 5
     threads: int = 2
+    # Lengths of training steps, with the root of the length for keys, and most seconds of one.
     steps: tuple[int, ...] = (1024, 4096, 16384, 65536)
     limit: float = 60.0
 

@@ -23,19 +23,7 @@ _WARM_UP = 0.2
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """Sizes of the models and of their training.
-
-    Attributes:
-        depths: Layers, rising.
-        length: Tokens of a row.
-        keys: Keys or features of a query.
-        hidden: Width of a model.
-        heads: Heads.
-        steps: Training steps at most.
-        rows: Rows of a step.
-        test_rows: Rows that accuracies are measured on.
-        learning_rate: Highest learning rate.
-    """
+    """Sizes of the models and of their training."""
 
     depths: tuple[int, ...] = (1, 2, 3, 6)
     length: int = 128

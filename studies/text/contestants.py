@@ -69,18 +69,13 @@ SHORT_SHARE = 0.3
 
 @dataclass(frozen=True)
 class Contestant:
-    """An attention and its training.
-
-    Attributes:
-        name: Name of the part.
-        title: Name in tables.
-        changes: Options of training that differ from `MODEL`.
-        short: Whether `SHORT_SHARE` of the time goes to short rows, before the long ones.
-    """
+    """An attention and its training."""
 
     name: str
     title: str
+    # Options of training that differ from `MODEL`.
     changes: Mapping[str, Any]
+    # `SHORT_SHARE` of the time goes to short rows, before the long ones.
     short: bool = False
 
 
@@ -134,9 +129,10 @@ class Study:
 
     def parts(self) -> Measures:
         """Measurements by their names."""
-        return {x.name: partial(self._compete, x) for x in CONTESTANTS} | {
-            name: partial(self._redraw, name, schedule) for name, schedule in REDRAWS.items()
-        }
+        found: Measures = {x.name: partial(self._compete, x) for x in CONTESTANTS}
+        for name, schedule in REDRAWS.items():
+            found[name] = partial(self._redraw, name, schedule)
+        return found
 
     def _folder(self, name: str) -> Path:
         return self.options.output_folder / "models" / name

@@ -48,12 +48,6 @@ def measure_draws(
 ) -> dict[str, Any]:
     """Bits per byte under the draw that a model was trained with last, and under fresh ones.
 
-    Args:
-        model: The model; its features are redrawn.
-        texts: Texts whose first context, of ``context`` tokens, the statistics are of.
-        bits: Returns the bits per byte of the model as it is.
-        context: Tokens of a context.
-
     Returns:
         ``own``, ``fresh`` (a list), and ``layers``: of each layer the mean of ``|q + k|^2``
         (scaled) and the median of the logarithm of the relative variance of the kernel's estimate,

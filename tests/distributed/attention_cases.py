@@ -41,6 +41,10 @@ CASES = {
     "float64": {"dtype": torch.float64, "window": 7, "sinks": 2},
 }
 
+CALLS = [(direction, name) for name in CASES for direction in ("causal", "bidirectional")]
+# Every other call: either direction meets every kind of options.
+BY_DEFAULT = [("causal" if n % 2 else "bidirectional", name) for n, name in enumerate(CASES)]
+
 
 def make_features(kind: str, num_heads: int | None, dtype: torch.dtype) -> torch.nn.Module:
     """Features of 8 dimensions, drawn alike on all ranks."""
@@ -167,45 +171,50 @@ def message_bytes(length: int) -> float:
     return float(parallel.message_bytes)
 
 
-def all_errors(rank: int, world: int) -> dict[str, dict[str, float]]:
-    """Errors of all cases by name."""
-    found = {}
-    for name, options in CASES.items():
-        for is_causal in (True, False):
-            direction = "causal" if is_causal else "bidirectional"
-            found[f"{direction}: {name}"] = attention_errors(rank, world, is_causal, **options)
+def all_errors(rank: int, world: int, *, every: bool) -> dict[str, dict[str, float]]:
+    """Errors of all cases, or of those that run by default, by name."""
+    found = {
+        f"{direction}: {name}": attention_errors(rank, world, direction == "causal", **CASES[name])
+        for direction, name in CALLS
+        if every or (direction, name) in BY_DEFAULT
+    }
+    options = {"window": 7, "sinks": 2}
     for name in backends():
-        found[f"backend {name}"] = attention_errors(
-            rank, world, True, window=7, sinks=2, backend=name
-        )
+        found[f"backend {name}"] = attention_errors(rank, world, True, **options, backend=name)
     for is_causal in (True, False):
-        found[f"checkpoint, causal={is_causal}"] = attention_errors(
-            rank, world, is_causal, window=7, sinks=2, checkpointed=True
-        )
-    for is_causal in (True, False):
-        found[f"bfloat16, causal={is_causal}"] = attention_errors(
-            rank, world, is_causal, window=7, sinks=2, dtype=torch.bfloat16
-        )
+        for kind, more in (
+            ("checkpoint", {"checkpointed": True}),
+            ("bfloat16", {"dtype": torch.bfloat16}),
+        ):
+            found[f"{kind}, causal={is_causal}"] = attention_errors(
+                rank, world, is_causal, **options, **more
+            )
+    found["a dimension of a mesh"] = mesh_errors((1, world))
     found["not finite"] = nonfinite_errors(rank)
     found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}
     return found
 
 
-def errors_of_four(rank: int) -> dict[str, dict[str, float]]:
+def mesh_errors(shape: tuple[int, int]) -> dict[str, float]:
+    """Errors of rows over the second dimension of a mesh."""
+    group = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "sp"))["sp"].get_group()
+    return attention_errors(
+        dist.get_rank(group), shape[1], False, group=group, window=7, sinks=3, masked=True
+    )
+
+
+def errors_between(rank: int, world: int) -> dict[str, dict[str, float]]:
     """Errors where there are ranks between others."""
     options = {"window": 7, "sinks": 3, "masked": True}
-    found = {}
-    for is_causal in (True, False):
+    lengths = (31, 7, 58) if world == 3 else (31, 7, 55, 2)
+    found = {
+        f"{name}, causal={is_causal}": attention_errors(rank, world, is_causal, **options, **more)
         for name, more in (
             ("one row", {}),
-            ("uneven", {"lengths": (31, 7, 55, 2)}),
+            ("uneven", {"lengths": lengths}),
             ("packed", {"ends": (0, 11, 30, 75, 96)}),
-        ):
-            found[f"{name}, causal={is_causal}"] = attention_errors(
-                rank, 4, is_causal, **options, **more
-            )
-    group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"].get_group()
-    found["a dimension of a mesh"] = attention_errors(
-        dist.get_rank(group), 2, False, group=group, **options
-    )
-    return found
+        )
+        for is_causal in (True, False)
+        if world > 3 or (name == "uneven") == is_causal
+    }
+    return {**found, "a dimension of a mesh": mesh_errors((2, 2))} if world == 4 else found

@@ -16,18 +16,20 @@ _SECONDS = 600
 
 
 @pytest.fixture(scope="session")
-def results_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
+def results_of(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], list[Any]]:
     """Results that the processes of a group wrote, by rank."""
     folder = tmp_path_factory.mktemp("distributed")
     found: dict[int, list[Any]] = {}
-    program = "tests.distributed.workers"
+    program, part = "tests.distributed.workers", pytestconfig.getoption("markexpr")
 
     def run(world: int) -> list[Any]:
         if world not in found:
             paths = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
             workers = [
                 subprocess.Popen(
-                    [sys.executable, "-m", program, str(rank), str(world), str(folder)],
+                    [sys.executable, "-m", program, str(rank), str(world), str(folder), part],
                     env={**os.environ, "PYTHONPATH": paths},
                     stderr=subprocess.PIPE,
                     text=True,

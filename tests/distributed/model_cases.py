@@ -155,18 +155,8 @@ def training_errors(length: int, steps: int = 5) -> dict[str, float]:
     return {"loss": worst, "parameters": parameters}
 
 
-KINDS = (
-    "causal",
-    "masked",
-    "packed",
-    "relu",
-    "checkpoints",
-    "reversible",
-    "compiled",
-    "fsdp",
-    "llama",
-    "fsdp llama",
-)
+KINDS = ("causal", "masked", "packed", "relu", "checkpoints", "reversible", "fsdp", "llama")
+SLOW_KINDS = ("compiled", "fsdp llama")
 
 
 def saved_error(folder: Path) -> dict[str, float]:
@@ -227,9 +217,10 @@ def unlike_models(rank: int) -> str:
     return "accepted"
 
 
-def all_errors(folder: Path) -> dict[str, dict[str, float]]:
-    """Errors of all models, of a saved one and of a short training run."""
-    found = {f"model {kind}": model_errors(kind) for kind in KINDS}
+def all_errors(folder: Path, *, every: bool) -> dict[str, dict[str, float]]:
+    """Errors of models, of a saved one and of a short training run."""
+    kinds = (*KINDS, *SLOW_KINDS) if every else KINDS
+    found = {f"model {kind}": model_errors(kind) for kind in kinds}
     return {
         **found,
         "saved": saved_error(folder / "llama"),

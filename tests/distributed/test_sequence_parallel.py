@@ -6,20 +6,9 @@ import pytest
 import torch
 
 from performers.attention.backends import backends
-from tests.distributed.attention_cases import CASES
+from tests.distributed.attention_cases import BY_DEFAULT, CALLS
+from tests.distributed.model_cases import KINDS, SLOW_KINDS
 
-MODELS = (
-    "causal",
-    "masked",
-    "packed",
-    "relu",
-    "checkpoints",
-    "reversible",
-    "compiled",
-    "fsdp",
-    "llama",
-    "fsdp llama",
-)
 REFUSALS = {
     "features": "feature_map must hold the same numbers on all ranks",
     "window": r"window must be the same on all ranks .* \[4, 5\]",
@@ -50,8 +39,16 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("direction", ["causal", "bidirectional"])
+def some(values, by_default):
+    """Values, of which all but some are left to ``-m exhaustive``."""
+    return [x if x in by_default else mark(x) for x in values]
+
+
+def mark(x):
+    return pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("direction", "case"), some(CALLS, BY_DEFAULT))
 def test_outputs_and_gradients(results_of, direction, case):
     for rank in results_of(2):
         errors = rank["attention"][f"{direction}: {case}"]
@@ -65,17 +62,20 @@ def test_every_backend_continues_a_causal_row(results_of, name):
         assert max(rank["attention"][f"backend {name}"].values()) < 2e-6
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_under_checkpoints(results_of, is_causal):
+@pytest.mark.parametrize(
+    ("call", "tolerance"),
+    [
+        ("checkpoint, causal=True", 2e-6),
+        ("checkpoint, causal=False", 2e-6),
+        ("bfloat16, causal=True", 2 * torch.finfo(torch.bfloat16).eps),
+        ("bfloat16, causal=False", 2 * torch.finfo(torch.bfloat16).eps),
+        ("a dimension of a mesh", 2e-6),
+    ],
+)
+def test_other_calls(results_of, call, tolerance):
     for rank in results_of(2):
-        assert max(rank["attention"][f"checkpoint, causal={is_causal}"].values()) < 2e-6
-
-
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_bfloat16(results_of, is_causal):
-    for rank in results_of(2):
-        errors = rank["attention"][f"bfloat16, causal={is_causal}"]
-        assert max(errors.values()) < 2 * torch.finfo(torch.bfloat16).eps, errors
+        errors = rank["attention"][call]
+        assert max(errors.values()) < tolerance, errors
 
 
 def test_nan_reaches_the_rows_that_see_it(results_of):
@@ -91,26 +91,20 @@ def test_a_message_is_as_long_for_any_row(results_of):
         assert sizes == {"bytes": expected, "of a longer row": expected}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", some((*KINDS, *SLOW_KINDS), KINDS))
 def test_models(results_of, kind):
     for rank in results_of(2):
         errors = rank["models"][f"model {kind}"]
         assert max(errors.values()) < 2e-6, errors
 
 
-def test_a_sharded_model_is_saved_as_one(results_of):
+@pytest.mark.parametrize(
+    ("case", "tolerance"),
+    [("saved", 1e-6), ("short row", 2e-6), ("left padding", 2e-6), ("five steps", 1e-5)],
+)
+def test_models_saved_padded_and_trained(results_of, case, tolerance):
     for rank in results_of(2):
-        assert rank["models"]["saved"]["logits"] < 1e-6
-
-
-def test_a_shard_of_one_token(results_of):
-    for rank in results_of(2):
-        assert rank["models"]["short row"]["logits"] < 2e-6
-
-
-def test_positions_of_padding_before_the_tokens(results_of):
-    for rank in results_of(2):
-        assert rank["models"]["left padding"]["logits"] < 2e-6
+        assert max(rank["models"][case].values()) < tolerance
 
 
 def test_models_that_differ_between_ranks(results_of):
@@ -119,19 +113,15 @@ def test_models_that_differ_between_ranks(results_of):
         assert re.search(r"feature_map\.weight.* must hold the same numbers on all ranks", found)
 
 
-def test_five_steps_of_training(results_of):
-    for rank in results_of(2):
-        assert max(rank["models"]["five steps"].values()) < 1e-5
-
-
 @pytest.mark.parametrize(("case", "message"), REFUSALS.items())
 def test_refusals_on_every_rank(results_of, case, message):
     for rank in results_of(2):
         assert re.search(message, rank["refusals"][case]), rank["refusals"][case]
 
 
-def test_four_processes(results_of):
-    for rank in results_of(4):
-        assert len(rank["attention"]) == 7
+@pytest.mark.parametrize("world", some((3, 4), (3,)))
+def test_ranks_between_others(results_of, world):
+    for rank in results_of(world):
+        assert len(rank["attention"]) == {3: 3, 4: 7}[world]
         for errors in rank["attention"].values():
             assert max(errors.values()) < 2e-6, errors

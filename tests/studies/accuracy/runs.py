@@ -1,6 +1,7 @@
 """Accuracy studies of tiny pretrained models, small enough for a test."""
 
 from performers.benchmark.measure import Results
+from studies.accuracy import pretrained
 from studies.accuracy.options import PretrainedOptions
 from tests.benchmark.tiny_models import residues, save_bert, save_llama, words
 
@@ -32,9 +33,16 @@ def pretrained_options(folder, family, **changes):
     return PretrainedOptions(**(options | TINY | changes))
 
 
-def measure(run, pretrained, earlier=()):
+def compare_few(monkeypatch, step=6):
+    """Let heads and models be compared under every so many settings alone."""
+    for name in ("head_approximations", "model_approximations"):
+        every = getattr(pretrained, name)
+        monkeypatch.setattr(pretrained, name, lambda *x, every=every: every(*x)[::step])
+
+
+def measure(run, model, earlier=()):
     """Results of ``run_heads`` or ``run_models``."""
-    results = Results.empty("accuracy", pretrained.options)
+    results = Results.empty("accuracy", model.options)
     results.rows = list(earlier)
-    run(pretrained, results)
+    run(model, results)
     return results

@@ -10,7 +10,7 @@ from studies.accuracy.__main__ import app
 from studies.pages import digits
 from tests.benchmark.runs import break_backend, read_csv
 from tests.cli import commands
-from tests.studies.accuracy.runs import pretrained_options
+from tests.studies.accuracy.runs import compare_few, pretrained_options
 
 KERNEL = [
     "kernel", "--kernel-length", 20, "--anisotropic-length", 20, "--anisotropic-dim", 8,
@@ -72,13 +72,14 @@ def test_the_kernel(tmp_path, undrawn):
     assert any(re.match(r"benchmark accuracy kernel: \d+ of 8", line) for line in lines)
 
 
-def test_heads_and_models(tmp_path):
+def test_heads_and_models(tmp_path, monkeypatch):
+    compare_few(monkeypatch, 3)
     options = [*SMALL, *given(tmp_path, "llama")]
-    out, lines = run("heads", *options, "--output", tmp_path / "heads")
+    out, lines = run("heads", *options, "--layers", 1, "--output", tmp_path / "heads")
     assert read(tmp_path / "heads")["benchmark"] == "accuracy heads"
     words = ("layers", "on the front", "SDPA")
     assert all(word in out for word in words)
-    assert any(line.startswith("benchmark accuracy heads: 4 of 4") for line in lines)
+    assert any(line.startswith("benchmark accuracy heads: 2 of 2") for line in lines)
     out, _ = run("models", *options, "--output", tmp_path / "models")
     assert read(tmp_path / "models")["benchmark"] == "accuracy models"
     words = ("exact attention", "perplexity", "data_aware, window 8, 2 sinks")
@@ -96,25 +97,27 @@ def test_a_wrong_backend_ends_with_code_1(tmp_path, undrawn, monkeypatch):
 
     break_backend(monkeypatch, "torch", attend)
     options = [*SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
-    out, lines = run("heads", *options, code=1)
+    out, lines = run("heads", *options, "--layers", 0, code=1)
     assert any("failed: data_aware, " in line and "wrong result" in line for line in lines)
     words = "layer 0: wrong result: output differs from the reference by"
     assert words in " ".join(out.split())
 
 
-def test_results_are_resumed(tmp_path, undrawn):
+def test_results_are_resumed(tmp_path, undrawn, monkeypatch):
+    compare_few(monkeypatch)
     arguments = ["models", *SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
     run(*arguments)
     before = read(tmp_path / "out")["rows"]
     assert "--resume to continue" in refusal(*arguments)
     _, lines = run(*arguments, "--resume")
-    assert "40 rows kept" in "\n".join(lines)
+    assert "8 rows kept" in "\n".join(lines)
     assert read(tmp_path / "out")["rows"] == before
     _, lines = run(*arguments, "--keys", 5, "--resume", code=2)
     assert "measured with keys 4, this is 5; give another folder" in lines[-1]
 
 
-def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn):
+def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn, monkeypatch):
+    compare_few(monkeypatch)
     options = given(tmp_path, "bert")
     loaded = pretrained.load_model(options[1], head=False)
     loaded.model.save_pretrained(options[1])

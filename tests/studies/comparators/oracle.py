@@ -74,17 +74,37 @@ def rows(context, batch, length):
                 yield row, places
 
 
-def pattern(context, batch, heads, length, sees):
-    """The pairs allowed where a function says which ranks of a sequence see which."""
+def pattern(context, sees, length, batch=2, heads=3, *, by_place=False):
+    """The pairs allowed where a function says which ranks of a sequence, or places, see which."""
     allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
     for row, places in rows(context, batch, length):
-        index, rank = torch.tensor(places), torch.arange(len(places))
+        index = torch.tensor(places)
+        rank = index if by_place else torch.arange(len(places))
         for head in range(heads):
             seen = sees(rank[:, None], rank[None], head)
             if context.is_causal:
                 seen = seen & (rank[None] <= rank[:, None])
             allowed[row, head, index[:, None], index] = seen
     return allowed
+
+
+def in_groups(context, group, reach):
+    """The pairs of tokens that share a group in a round; a token by itself sees itself.
+
+    Groups are of the shape ``(batch, heads, rounds, length)``; a token sees the nearest of its own.
+    """
+    batch, heads, _, length = group.shape
+    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
+    for row, places in rows(context, batch, length):
+        for head in range(heads):
+            for numbers in group[row, head].tolist():
+                for place in places:
+                    members = [other for other in places if numbers[other] == numbers[place]]
+                    rank = members.index(place)
+                    end = rank if context.is_causal else rank + reach
+                    allowed[row, head, place, members[max(0, rank - reach) : end + 1]] = True
+    own = torch.eye(length, dtype=torch.bool)
+    return allowed & ~(own & (allowed & ~own).any(-1, keepdim=True))
 
 
 def dense(scores: Tensor, value: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:

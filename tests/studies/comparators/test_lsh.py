@@ -12,9 +12,9 @@ from tests.studies.comparators.oracle import (
     compare,
     contexts,
     dense,
+    in_groups,
     inputs,
     make_config,
-    rows,
 )
 
 
@@ -24,24 +24,7 @@ def mechanism(buckets, chunk, rounds, width=8):
 
 
 def pattern(module, query, context):
-    """Token by token: the union over rounds of its neighbours in its bucket."""
-    batch, heads, length, _ = query.shape
-    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-    buckets = module.feature_map.hash(query)
-    for row, places in rows(context, batch, length):
-        for head in range(heads):
-            for bucket in buckets[row, head].tolist():
-                members = {}
-                for i in places:
-                    members.setdefault(bucket[i], []).append(i)
-                for list_ in members.values():
-                    for rank, i in enumerate(list_):
-                        end = rank if context.is_causal else rank + module.reach
-                        for j in list_[max(0, rank - module.reach) : end + 1]:
-                            allowed[row, head, i, j] = True
-    own = torch.eye(length, dtype=torch.bool)
-    others = (allowed & ~own).any(-1, keepdim=True)
-    return allowed & ~(own & others)
+    return in_groups(context, module.feature_map.hash(query), module.reach)
 
 
 def shared_scores(query):

@@ -11,10 +11,10 @@ from tests.studies.comparators.oracle import (
     compare,
     contexts,
     dense,
+    in_groups,
     inputs,
     make_config,
     make_model,
-    rows,
 )
 
 
@@ -32,24 +32,6 @@ def nearest(module, query):
     return (normalised(query) @ module.centroids.mT).argmax(-1)
 
 
-def pattern(module, query, context):
-    """Token by token: its neighbours among the tokens of its cluster, or itself."""
-    batch, heads, length, _ = query.shape
-    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-    cluster = nearest(module, query)
-    for row, places in rows(context, batch, length):
-        for head in range(heads):
-            members = {}
-            for i in places:
-                members.setdefault(cluster[row, head, i].item(), []).append(i)
-            for list_ in members.values():
-                for rank, i in enumerate(list_):
-                    end = rank if context.is_causal else rank + module.reach
-                    near = [j for j in list_[max(0, rank - module.reach) : end + 1] if j != i]
-                    allowed[row, head, i, near or [i]] = True
-    return allowed
-
-
 @pytest.mark.parametrize(
     ("length", "options"),
     [(1, (3, 4)), (5, (2, 1)), (33, (4, 3)), (40, (1, 4)), (40, (5, 50)), (60, (50, 3))],
@@ -60,7 +42,8 @@ def test_the_clusters_of_the_definition(length, options):
     query, _, value = inputs(length)
     for context in contexts(length):
         scores = normalised(query) @ normalised(query).mT / 8**0.5
-        expected = dense(scores, value, pattern(module, query, context))
+        allowed = in_groups(context, nearest(module, query).unsqueeze(2), module.reach)
+        expected = dense(scores, value, allowed)
         compare(module, (query, query, value), context, expected)
 
 

@@ -12,8 +12,12 @@ from performers.app.figures import save_figure
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.reading.head_scores import local_global_score
 from performers.proteins.reading.mantel import load_reference_matrix
-from studies.proteins.attention_figure import attention_maps_figure
-from studies.proteins.figures import RESIDUE_ORDER, heads_figure, similarity_figure
+from studies.proteins.figures import (
+    RESIDUE_ORDER,
+    attention_maps_figure,
+    heads_figure,
+    similarity_figure,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SCORES = local_global_score([torch.eye(9)[None, None]], torch.ones(1, 9, dtype=torch.bool))
@@ -76,26 +80,26 @@ def test_attention_maps_have_a_panel_per_head_and_texts_apart(layers, heads, len
         _assert_texts_apart(figure)
 
 
-def test_attention_maps_number_the_layers_given_and_survive_odd_weights():
+def test_attention_maps_survive_odd_weights():
     maps = _maps(2, 2, 10)
     maps[0][0] = 0.0
     maps[0][1, 0, 0] = math.nan
     maps[1][0, 2, 2] = -1.0
-    figure = attention_maps_figure(maps, _letters(10), layers=[1, 12])
-    assert [ax.get_title() for ax in figure.axes[:4]] == ["1.1", "1.2", "12.1", "12.2"]
+    figure = attention_maps_figure(maps, _letters(10), title="")
+    assert [ax.get_title() for ax in figure.axes[:4]] == ["1.1", "1.2", "2.1", "2.2"]
     for ax in figure.axes[:4]:
         drawn = np.asarray(ax.images[0].get_array())
         assert np.isfinite(drawn).all()
         assert drawn.min() >= 0
     length = 60
     even, sharp = np.full((1, length, length), 1 / length), np.eye(length)[None]
-    figure = attention_maps_figure([even, sharp], _letters(length))
+    figure = attention_maps_figure([even, sharp], _letters(length), title="")
     drawn = [np.asarray(ax.images[0].get_array()).max() for ax in figure.axes[:2]]
     assert drawn == pytest.approx([0.1, 1.0]), "an even head is pale"
     with pytest.raises(ValueError, match=r"attentions\[1\]"):
-        attention_maps_figure([*_maps(1, 2, 10), *_maps(1, 2, 11)], _letters(10))
+        attention_maps_figure([*_maps(1, 2, 10), *_maps(1, 2, 11)], _letters(10), title="")
     with pytest.raises(ValueError, match="at least one"):
-        attention_maps_figure([], "")
+        attention_maps_figure([], "", title="")
 
 
 def test_similarity_figure_shows_each_matrix_in_the_same_order():
@@ -103,7 +107,7 @@ def test_similarity_figure_shows_each_matrix_in_the_same_order():
     generator = np.random.default_rng(0)
     matrix = np.corrcoef(generator.normal(size=(20, 30)))
     matrix[3] = matrix[:, 3] = np.nan
-    figure = similarity_figure({"$\\bad": matrix, "Above 0.1": matrix}, reference)
+    figure = similarity_figure({"$\\bad": matrix, "Above 0.1": matrix}, reference, "BLOSUM62")
     _assert_texts_apart(figure)
     panels = [ax for ax in figure.axes if ax.get_title()]
     assert [ax.get_title() for ax in panels] == ["$\\bad", "Above 0.1", "BLOSUM62"]
@@ -115,8 +119,6 @@ def test_similarity_figure_shows_each_matrix_in_the_same_order():
         assert np.isnan(np.diag(drawn)).all()
         row, column = RESIDUE_ORDER.index("I"), RESIDUE_ORDER.index("V")
         assert drawn[row, column] == expected[AMINO_ACIDS.index("I"), AMINO_ACIDS.index("V")]
-    with pytest.raises(ValueError, match="small"):
-        similarity_figure({"small": matrix[:5, :5]}, reference)
     assert sorted(RESIDUE_ORDER) == sorted(AMINO_ACIDS)
 
 
