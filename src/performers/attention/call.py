@@ -57,31 +57,16 @@ class AttentionCall:
     ``|i + offset - j| <= window``, and those in its list; all others it meets through features.
     With ``positions`` the window is of these in place of ``i + offset`` and ``j``.
 
-    Attributes:
-        query: Shape ``(B, H, L, D)``; checked, ``(batch, key_heads, groups, L, head_dim)``: the
-            query heads that share a key head stand together.
-        key: Shape ``(batch, key_heads, S, head_dim)``; checked, the first ``offset`` are those that
-            a state held besides its sums, and there is a head for each projection.
-        value: Shape ``(batch, key_heads, S, value_dim)``.
-        feature_map: The features.
-        is_causal: Whether query ``i`` sees only the keys up to ``i + offset``; then
-            ``S == L + offset``.
-        key_mask: Shape ``(batch, S)``, True where a key takes part (and, checked, is no sink), or
-            None.
-        cu_seqlens: Where packed sequences begin and end, shape ``(N + 1,)``, or None.
-        scale: The factor on ``q . k``, or None for ``1 / sqrt(D)``.
-        window: The reach of exact pairs, or None for no exact pairs.
-        sinks: How many first keys are exact.
-        listed_keys: What chooses further exact keys by content, or None.
-        neighbours: The exact keys of each query as a sparse matrix in CSR form, or None.
-        neighbour_bias: Added to ``factor q . k`` of these pairs, or None.
-        positions: Shape ``(batch, S)``, what the window is measured in, or None for places in the
-            row.
-        state: The sums over the keys before the first of ``key``, for a causal call, or None.
+    Attributes: those of ``favor_attention``, of which ``checked`` changes
+        query: ``(batch, key_heads, groups, L, head_dim)``: the query heads that share a key head
+            stand together.
+        key: ``(batch, key_heads, S, head_dim)``: the first ``offset`` are those that a state held
+            besides its sums, and there is a head for each projection. ``value`` likewise.
+        key_mask: Shape ``(batch, S)``, True where a key takes part and is no sink, or None.
+
+    and to which it adds
         following: Of a bidirectional call on a part of a row, the sums over the keys after the last
             of ``key``; ``state`` then has those before the first. None for whole rows.
-        return_state: Whether the sums that a later call continues from are wanted: those over all
-            keys but the last ``window``.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
         factor: The factor on ``q . k``.
         segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.

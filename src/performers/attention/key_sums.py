@@ -32,15 +32,8 @@ def favor_state(
 
     One pass over the keys, without queries and outputs.
 
-    Args:
-        key: Shape ``(B, Hkv, S, D)``.
-        value: Shape ``(B, Hkv, S, Dv)``.
-        feature_map: As in ``favor_attention``; with a projection for each of H query heads, the
-            state has H heads.
-        key_mask: As in ``favor_attention``.
-        scale: As in ``favor_attention``.
-        window: As in ``favor_attention``.
-        sinks: As in ``favor_attention``.
+    Keys ``(B, Hkv, S, D)``, values ``(B, Hkv, S, Dv)`` and options are those of
+    ``favor_attention``; with a projection for each of H query heads, the state has H heads.
 
     Raises:
         ValueError: An argument does not fit, or a sequence-parallel context is active.

@@ -1,7 +1,7 @@
 """Running statistics of pairs of queries and keys, from which estimators are fitted."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class PairMoments:
     query_query: Tensor
     key_key: Tensor
     query_key: Tensor
-    samples: int = 0
+    samples: int = field(default=0, kw_only=True)
 
     @classmethod
     def empty(cls, heads: int, head_dim: int) -> "PairMoments":

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from performers.features.base import FeatureMap
-from performers.features.proposal import Proposal, log_second_moment
-from performers.features.softmax import CALIBRATED, SoftmaxFeatures
+from performers.features.proposal import CALIBRATED, Proposal, log_second_moment
+from performers.features.softmax import SoftmaxFeatures
 
 
 def log_relative_variance(
