@@ -1,7 +1,6 @@
 """The calls that every backend is put through, and the comparison of results.
 
-A law is one test function over backend, configuration, feature map and mode. ``conftest.py`` leaves
-out the combinations that the package refuses.
+A law is a test over backends, configurations, maps and modes, without what the package refuses.
 """
 
 import copy
@@ -20,17 +19,7 @@ from performers.attention.backends import _BACKENDS, Backend
 from performers.attention.call import AttentionCall
 from performers.features import FeatureMap
 from tests.attention import oracle
-from tests.features.cases import FORMS, REPRESENTATIVE, Case, by_name, generator
-from tests.features.maps import BiasedFeatures
-
-
-def _log_biased(
-    feature_map: FeatureMap, x: Tensor, *, is_query: bool = False
-) -> tuple[Tensor, Tensor]:
-    log, base = by_name("positive").log_phi(feature_map, x)
-    bias = feature_map.bias.double()
-    return log + bias.repeat_interleave(x.shape[1] // bias.shape[0], dim=0).unsqueeze(-2), base
-
+from tests.features.cases import BIASED, FORMS, REPRESENTATIVE, Case, by_name, generator
 
 BACKENDS = backends()
 # The reference is quadratic: tests of long inputs leave it out.
@@ -38,7 +27,6 @@ LINEAR = tuple(name for name in BACKENDS if name != "reference")
 MODES = ("bidirectional", "causal", "cross")
 SELF = MODES[:2]
 
-BIASED = Case("bias", BiasedFeatures, _log_biased, softmax=True, biased=True)
 # One of each form; estimators and projections, told apart in tests/features, reach attention as the
 # same few tensors.
 ALL = [*map(by_name, FORMS), BIASED]
@@ -340,10 +328,8 @@ def assert_close_rows(
 ) -> None:
     """Within ``tolerance`` times the conditioning of each row.
 
-    An error of ``epsilon`` in every feature moves the numerator by ``epsilon`` times the sum of
-    absolute terms, that is by ``conditioning * |denominator|``, and the denominator by as much:
-    the quotient by ``epsilon * conditioning * (1 + |out|)`` for values of order one. With features
-    of one sign that is the plain tolerance, with both signs rows near a zero normaliser get more.
+    An error of ``epsilon`` in every feature moves numerator and denominator by ``epsilon *
+    conditioning * |denominator|``: the quotient by ``epsilon * conditioning * (1 + |out|)``.
     """
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all()
@@ -354,11 +340,6 @@ def assert_close_rows(
         assert error.max() <= tolerance, f"largest error {error.max():.3g} > {tolerance:.3g}"
 
 
-def assert_unmoved(before: Tensor, after: Tensor, conditioning: Tensor | float = 1.0) -> None:
-    """The same rows to rounding: within 2e-6, times what the conditioning makes of it."""
-    assert_close_rows(after, before.cpu(), conditioning, 2e-6)
-
-
 def assert_close_gradients(
     actual: tuple[Tensor, ...],
     expected: tuple[Tensor, ...],
@@ -366,8 +347,7 @@ def assert_close_gradients(
 ) -> None:
     """Within ``tolerance`` of the largest entry of each gradient.
 
-    Gradients that cancel to zero are sums of terms of order one, for a key one from each of the
-    ``L / S`` queries that share it: they get a tenth of the tolerance, absolutely.
+    Gradients that cancel to zero, sums of terms of order one, get a tenth of it, absolutely.
     """
     rows = actual[0].shape[-2] / max(actual[1].shape[-2], 1)
     floor = 0.1 * max(rows, 1) ** 0.5
@@ -382,11 +362,7 @@ def assert_close_gradients(
 
 
 def upstream(out: Tensor, conditioning: Tensor, seed: int = 99) -> Tensor:
-    """Random output gradients; rows near a zero normaliser count by their conditioning.
-
-    There the gradient of a quotient is of the order ``conditioning * (1 + |out|)`` and its error
-    a further ``conditioning`` times larger: so weighted, every row's error is of one order.
-    """
+    """Random output gradients, divided by the order of the error of each row's gradient."""
     random = torch.randn(out.shape, generator=generator(seed), dtype=torch.float64)
     if conditioning.numel() == 0 or conditioning.max() <= 1 + 1e-9:
         return random
@@ -404,11 +380,7 @@ def check_against_oracle(
     run: Callable[[Call], Tensor] | None = None,
     smallness: Callable[[Call], Tensor] | None = None,
 ) -> None:
-    """Values and, unless declined, the gradients of query, key and value.
-
-    ``run`` is another way to the output than one call; output gradients are divided by the
-    ``smallness`` of their row.
-    """
+    """Values and gradients; output gradients are divided by the ``smallness`` of their row."""
     if "listed_keys" in call.options:
         # The estimates of listed keys are taken from sums that hold them.
         value_tolerance, gradient_tolerance = 3 * value_tolerance, 3 * gradient_tolerance

@@ -140,6 +140,8 @@ def weights(
     listed_keys: ListedKeys | None = None,
     is_causal: bool = False,
     positions: Tensor | None = None,
+    neighbours: tuple[Tensor, Tensor] | None = None,
+    neighbour_bias: Tensor | None = None,
     **who: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The normalised matrix ``(B, H, L, S)`` and the conditioning of each row ``(B, H, L, 1)``.
@@ -151,7 +153,7 @@ def weights(
     length, size = query.shape[-2], key.shape[-2]
     seen = visible(length, size, is_causal=is_causal, **who)
     pairs, absolute, row, column = log_kernel(case, feature_map, query, key, scale)
-    if window is None and not sinks and listed_keys is None:
+    if window is None and not sinks and listed_keys is None and neighbours is None:
         level = column.masked_fill(~seen, -math.inf)
     else:
         close = exact(length, size, window=window, sinks=sinks, positions=positions, **who)
@@ -159,6 +161,15 @@ def weights(
             options = {"sinks": sinks, "is_causal": is_causal, **who}
             close = close | listed(listed_keys, query, key, **options)
         logits = true_logits(query, key, scale)
+        if neighbours is not None:
+            indptr, indices = neighbours
+            rows = torch.arange(length).repeat_interleave(indptr.diff())
+            close = close.expand(*logits.shape).clone()
+            close[:, :, rows, indices] = True
+            if neighbour_bias is not None:
+                biases = neighbour_bias.double().expand(logits.shape[1], -1)
+                places = (torch.arange(len(biases))[:, None], rows, indices)
+                logits = logits + torch.zeros_like(logits[0]).index_put(places, biases)
         # Two vectors can share no large feature: a pair's own size says how it compares.
         share = pairs.detach().abs().clamp_min(1e-300).log()
         level = torch.where(close, logits, row + column + share).masked_fill(~seen, -math.inf)

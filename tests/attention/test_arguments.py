@@ -1,5 +1,7 @@
 """Every refused argument is named, with what was expected and what came."""
 
+import re
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from performers import (
     favor_attention,
     favor_attention_weights,
 )
-from tests.attention.cases import POSITIVE, make_call
+from tests.attention.cases import FEW, POSITIVE, make_call
 
 OFFSETS = torch.tensor([0, 3, 6])
 META = torch.zeros(1, 2, 6, 8, device="meta")
@@ -107,6 +109,54 @@ def test_states_need_a_causal_unpacked_call():
         attend(state=state)
     with pytest.raises(ValueError, match=r"state cannot be combined with cu_seqlens"):
         attend(is_causal=True, state=state, cu_seqlens=OFFSETS)
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "match"),
+    [
+        ({"window": 6}, {"window": 7}, "window"),
+        ({"window": 6}, {}, "window"),
+        ({}, {"window": 6}, "window"),
+        ({"sinks": 2}, {"sinks": 3}, "sinks"),
+        ({}, {"sinks": 2}, "sinks"),
+        ({"window": 6, "sinks": 2}, {"window": 6}, "sinks"),
+        ({"window": 6, "sinks": 2}, {"window": 4, "sinks": 2}, "window"),
+    ],
+    ids=str,
+)
+def test_a_state_of_other_exact_terms_is_refused(made, used, match):
+    call = make_call(POSITIVE, 10, "causal")
+    _, state = call.run(return_state=True, **made)
+    with pytest.raises(ValueError, match=match):
+        call.run(state=state, **used)
+
+
+@pytest.mark.parametrize("change", ["batch", "heads", "head_dim", "value_dim", "num_features"])
+def test_a_state_of_other_shapes_is_refused(change):
+    sizes = {"batch": 2, "heads": 2, "head_dim": 16, "value_dim": 8, "num_features": 48}
+    _, state = make_call(POSITIVE, 40, "causal", FEW, **sizes).run(return_state=True)
+    sizes[change] += 1
+    other = make_call(POSITIVE, 10, "causal", FEW, **sizes)
+    shape = tuple(sizes[name] for name in ("batch", "heads", "num_features", "value_dim"))
+    match = "recent_key" if change == "head_dim" else rf"key_value of shape {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=f"state must have {match}"):
+        other.run(state=state)
+
+
+@pytest.mark.parametrize("field", ["key_value", "key_sum", "log_scale"])
+def test_sums_that_do_not_fit_are_refused(field):
+    call = make_call(POSITIVE, 40, "causal")
+    _, state = call.run(return_state=True)
+    setattr(state, field, getattr(state, field)[..., :1])
+    with pytest.raises(ValueError, match=f"state must have {field}"):
+        call.run(state=state)
+
+
+def test_a_state_on_another_device_is_refused():
+    call = make_call(POSITIVE, 40, "causal")
+    _, state = call.run(return_state=True)
+    with pytest.raises(ValueError, match=r"state is on meta.*cpu.*\.to"):
+        call.run(state=state.to("meta"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from tests.attention.cases import (
     POSITIVE,
     SELF,
     STREAMED,
-    assert_unmoved,
+    assert_close_rows,
     law,
     make_call,
     stream,
@@ -20,6 +20,11 @@ LENGTH = 140
 # Both ends of chunks and of stretches of lists, inside and beyond a window.
 POSITIONS = (1, 63, 64, 66, 100, 139)
 FACTORS = (1e4, 250.0, 1e-3, 0.0)
+
+
+def assert_unmoved(before, after, conditioning=1.0):
+    """The same rows to rounding: within 2e-6, times what the conditioning makes of it."""
+    assert_close_rows(after, before.cpu(), conditioning, 2e-6)
 
 
 def changed(call, where, factor, names=("query", "key", "value")):

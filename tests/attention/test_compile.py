@@ -29,8 +29,6 @@ from tests.features.cases import by_name, generator
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def slow(*values):
@@ -74,10 +72,11 @@ def check(call, backend, compiler="aot_eager"):
 @pytest.mark.parametrize(
     ("name", "mode", "configuration"),
     [
-        ("positive", "bidirectional", PLAIN),
-        ("relu", "causal", PLAIN),
-        ("positive", "causal", FEW),
+        ("relu", "bidirectional", PLAIN),
         ("positive", "cross", Configuration("sinks", sinks=2)),
+        exhaustive("relu", "causal", PLAIN),
+        exhaustive("positive", "bidirectional", PLAIN),
+        exhaustive("positive", "causal", FEW),
         exhaustive("positive", "causal", PLAIN),
         exhaustive("positive", "cross", PLAIN),
         exhaustive("positive", "bidirectional", FEW),
@@ -93,6 +92,8 @@ def check(call, backend, compiler="aot_eager"):
 def test_forward_and_backward(backend, name, mode, configuration):
     call = make_call(by_name(name), 70, mode, configuration, heads=4, key_heads=2)
     call.options["key_mask"] = random_mask(2, call.key.shape[2])
+    # Transposed views, as those of a model, come out in the order that eager gives them.
+    call = call.with_inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in call.inputs))
     check(call, backend)
 
 
@@ -113,8 +114,8 @@ def test_the_chosen_backend(name, mode, configuration):
 @pytest.mark.parametrize(
     ("mode", "configuration"),
     [
-        ("bidirectional", PLAIN),
-        exhaustive("causal", FEW),
+        ("causal", FEW),
+        exhaustive("bidirectional", PLAIN),
         slow("causal", PLAIN),
         slow("bidirectional", FEW),
     ],
@@ -145,7 +146,7 @@ def test_with_state(backend, configuration):
     # Other lengths are other graphs here; symbolic lengths have tests of their own.
     compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="aot_eager")
     _, state = run(*call.inputs, mask, None)
-    for length in (70, 3, 1):
+    for length in (70, 1) if configuration is PLAIN else (70, 3, 1):
         inputs = [x[..., :length, :].detach().requires_grad_() for x in call.inputs]
         rows, past = [*inputs, mask[:, :length]], state.detach()
         leaves = [*inputs, past.key_value.requires_grad_(), past.key_sum.requires_grad_()]
@@ -187,16 +188,6 @@ def test_many_blocks(backend, mode):
     check(make_call(POSITIVE, 1100, mode, **sizes), backend)
 
 
-@law(backends=LINEAR, modes=["causal"])
-def test_memory_order(backend, mode):
-    """Transposed views of a model come out as eager gives them."""
-    call = make_call(POSITIVE, 70, mode, heads=4, key_heads=2)
-    call = call.with_inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in call.inputs))
-    eager = attend_with(call, backend)
-    inputs = [x.requires_grad_() for x in call.inputs]
-    assert_same(eager, torch.compile(eager, fullgraph=True, backend="aot_eager"), inputs)
-
-
 @pytest.mark.parametrize("how", ["every size", exhaustive("marked")])
 @pytest.mark.parametrize(
     ("mode", "configuration"),
@@ -227,15 +218,20 @@ def test_one_graph_for_all_lengths(backend, mode, configuration, how):
             assert_same(eager, compiled, inputs)
 
 
-def test_the_module():
+def test_the_module_when_its_features_are_redrawn():
+    """The projection is a tensor of the graph, not a constant in it."""
     attention = PerformerAttention(32, 4, batch_first=True)
     x = torch.randn(2, 20, 32)
     padding = torch.arange(20).expand(2, -1) >= 15
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    for options in ({}, {"is_causal": True}, {"key_padding_mask": padding}):
-        expected, _ = attention(x, x, x, **options)
-        out, _ = compiled(x, x, x, **options)
-        torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    for options in ({}, {"is_causal": True, "key_padding_mask": padding}):
+        before, _ = compiled(x, x, x, **options)
+        torch.testing.assert_close(before, attention(x, x, x, **options)[0], rtol=0, atol=1e-5)
+        attention.feature_map.redraw_()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            after, _ = compiled(x, x, x, **options)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, attention(x, x, x, **options)[0], rtol=0, atol=1e-5)
 
 
 def test_a_transformer_layer_with_padding():
@@ -246,16 +242,3 @@ def test_a_transformer_layer_with_padding():
     options = {"src_key_padding_mask": torch.arange(10).expand(2, -1) >= 6}
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, **options), layer(x, **options))
-
-
-def test_redrawing_does_not_recompile_or_go_stale():
-    """The projection is a tensor of the graph, not a constant in it."""
-    attention = PerformerAttention(16, 2, batch_first=True)
-    x = torch.randn(1, 20, 16)
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    before = compiled(x, x, x)[0]
-    attention.feature_map.redraw_()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        after = compiled(x, x, x)[0]
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, attention(x, x, x)[0], rtol=0, atol=1e-5)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from performers import SoftmaxFeatures, favor_attention
+from tests.attention import oracle
 from tests.attention.cases import (
     BACKENDS,
     CASES,
     CONFIGURATIONS,
+    LINEAR,
     POSITIVE,
     VALUE_TOLERANCE,
     assert_close_rows,
@@ -143,6 +145,34 @@ def test_half_precision(backend, case, configuration, mode, dtype, device):
     for a, b in zip(got, wanted, strict=True):
         assert a.dtype == dtype
         assert (a.cpu().double() - b).abs().max() <= units * torch.finfo(dtype).eps * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "piece"),
+    [
+        (torch.bfloat16, 6_000, 500),
+        (torch.float16, 6_000, 500),
+        *(
+            pytest.param(torch.bfloat16, 50_000, piece, marks=pytest.mark.slow)
+            for piece in (1, 1024, 50_000)
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
+def test_half_precision_over_many_tokens(backend, dtype, tokens, piece):
+    """Only the state lives on; the last row is compared with dense attention over all keys."""
+    call = make_call(POSITIVE, tokens, "causal", batch=1, heads=1, dtype=dtype, seed=11)
+    state = None
+    with torch.no_grad():
+        for start in range(0, tokens, piece):
+            rows = call.with_inputs(*(x[..., start : start + piece, :] for x in call.inputs))
+            out, state = rows.run(backend, state=state, return_state=True)
+            assert torch.isfinite(out).all()
+        query = call.query[..., -1:, :]
+        expected, _ = oracle.attend(POSITIVE, call.feature_map, query, call.key, call.value)
+    error = (out[..., -1:, :].double() - expected).abs()
+    assert (error <= torch.finfo(dtype).eps * expected.abs() + 2e-5).all(), error.max()
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -64,8 +64,17 @@ def test_forward_and_backward_store_no_features(backend, mode, packed, options):
     assert long < 3.5 * short, peaks
 
 
-@pytest.mark.parametrize("options", [PLAIN, EXACT], ids=str)
-@law(backends=LINEAR, modes=SELF)
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("causal", PLAIN),
+        exhaustive("bidirectional", PLAIN),
+        exhaustive("bidirectional", EXACT),
+        exhaustive("causal", EXACT),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", LINEAR)
 def test_what_autograd_saves_is_linear(backend, mode, options):
     saved = []
     for length in (SHORT, LONG):
@@ -100,7 +109,7 @@ def test_inference_holds_one_block(backend, mode, options, packed):
     assert peaks[1] - peaks[0] < (24 if options or packed else 5) * outputs, peaks
 
 
-@law(backends=LINEAR, modes=SELF)
+@law(backends=LINEAR, modes=["bidirectional", exhaustive("causal")])
 def test_a_wide_window_holds_no_square(backend, mode):
     """Pairs within the window may be held block by block only."""
     window = 512

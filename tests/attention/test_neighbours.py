@@ -1,283 +1,198 @@
 """``favor_attention(neighbours=)``: exact along edges, features elsewhere, one normaliser."""
 
 import math
-from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import performers
 from performers import (
-    LearnedFeatures,
+    GeneralizedFeatures,
+    ListedKeys,
     SoftmaxFeatures,
+    backends,
     favor_attention,
     favor_attention_weights,
 )
+from performers.attention.torch_backend import neighbours as module
 from performers.benchmark.memory import memory_is_measurable, peak_of, run_apart
-from performers.features import FeatureMap
-from tests.attention.neighbour_cases import (
-    BACKENDS,
-    DIM,
+from tests.attention.cases import (
     LINEAR,
-    SHORT,
-    WIDTH,
-    biases,
-    compare,
-    edges,
-    features,
-    generator,
-    inputs,
-    oracle,
+    PLAIN,
+    POSITIVE,
+    check_against_oracle,
+    make_call,
+    random_mask,
+    trained,
 )
+from tests.features.cases import by_name, generator, normal
+
+# The compiled kernels take float32 and shorter.
+BACKENDS = ("torch", "reference")
+SHORT = tuple(name for name in (*BACKENDS, "native") if name in backends())
+BLOCKS = [5, 1, 0, 90, 7]
+
+
+def graph(length, size=None, degree=4, blocks=None):
+    """A random matrix of edges, with isolated nodes, hubs and self loops."""
+    size = length if size is None else size
+    matrix = torch.rand(length, size, generator=generator(0)) < degree / size
+    matrix.fill_diagonal_(True)
+    matrix[length // 2] = False
+    matrix[:, size // 2] = False
+    matrix[length // 3] = True
+    if blocks is not None:
+        matrix &= torch.block_diag(*(torch.ones(n, n) for n in blocks)).bool()
+    return matrix
+
+
+def csr(matrix, order=lambda row: row):
+    rows = [order(row.nonzero()[:, 0]) for row in matrix]
+    indptr = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    return indptr, torch.cat([*rows, torch.empty(0, dtype=torch.int64)])
+
+
+def make(matrix, bias=None, *, masked=False, blocks=None, case=POSITIVE, order=None, **options):
+    """A call on a graph; the bias is shared by heads, or one for each, and of the kind asked."""
+    options = {"dtype": torch.float64, "batch": 1, "input_scale": 1.5, **options}
+    call = make_call(
+        case, len(matrix), "cross", PLAIN, size=matrix.shape[1], head_dim=8, value_dim=6,
+        num_features=24, **options,
+    )  # fmt: skip
+    call.options["neighbours"] = csr(matrix, *([order] if order else []))
+    if masked:
+        call.options["key_mask"] = random_mask(call.key.shape[0], matrix.shape[1], seed=4)
+    if blocks is not None:
+        call.options["cu_seqlens"] = torch.tensor([0, *blocks]).cumsum(0)
+    if bias is not None:
+        heads = () if bias == "shared" else (call.query.shape[1],)
+        numbers = normal(*heads, int(matrix.sum()), seed=3)
+        if bias == "heavy":
+            numbers += 60
+        elif bias == "removing":
+            numbers[numbers < -0.5] = -math.inf
+        call.options["neighbour_bias"] = numbers.to(options["dtype"]).requires_grad_()
+    return call
+
+
+def check(call, backend):
+    """Outputs, and gradients of inputs and bias, against the oracle."""
+    tolerance = 3e-5 if call.query.dtype == torch.float32 else 1e-9
+    if call.case.calibrated:
+        tolerance = 1e-6
+    check_against_oracle(
+        call, backend, value_tolerance=tolerance, gradient_tolerance=10 * tolerance
+    )
+    bias = call.options.get("neighbour_bias")
+    if bias is not None:
+        out, (expected, _) = call.run(backend), call.expected()
+        weight = normal(*out.shape, seed=5)
+        got, wanted = (torch.autograd.grad(x, bias, weight.to(x))[0] for x in (out, expected))
+        assert (got - wanted).abs().max() < 10 * tolerance * max(wanted.abs().max().item(), 1e-3)
+
+
+GRAPHS = {
+    "plain": (graph(23), {}),
+    "indices in any order": (graph(23), {"order": lambda row: row.flip(0)}),
+    "one key head": (graph(23), {"key_heads": 1}),
+    "projections": (graph(23), {"num_heads": 2}),
+    "rows that share it": (graph(23), {"batch": 3, "masked": True}),
+    "two sets of nodes": (graph(11, 17), {}),
+    "packed": (graph(103, degree=12, blocks=BLOCKS), {"blocks": BLOCKS, "input_scale": 1.0}),
+}
+LONG = {
+    "few": (graph(23, degree=3), {"masked": True}),
+    "many": (graph(300, degree=10), {"masked": True, "batch": 2}),
+    "groups": (graph(300, degree=0), {"masked": True, "heads": 4, "key_heads": 2}),
+    "packed": (graph(103, degree=12, blocks=BLOCKS), {"blocks": BLOCKS, "masked": True}),
+}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", ["none", "shared", "heads"])
-@pytest.mark.parametrize("key_heads", [1, 2])
-@pytest.mark.parametrize("projections", [None, 2])
-def test_outputs_and_gradients_in_float64(backend, kind, key_heads, projections):
-    neighbours, matrix = edges(23)
-    count = len(neighbours[1])
-    bias = {"none": None, "shared": biases(count), "heads": biases(2, count)}[kind]
-    tensors, feature_map = inputs(23, key_heads=key_heads), features(num_heads=projections)
-    compare(tensors, feature_map, neighbours, matrix, bias=bias, backend=backend, tolerance=1e-9)
+@pytest.mark.parametrize("bias", [None, "shared", "heads", "heavy", "removing"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_outputs_and_gradients_in_float64(backend, bias, name):
+    matrix, options = GRAPHS[name]
+    check(make(matrix, bias, **options), backend)
 
 
 @pytest.mark.parametrize("backend", SHORT)
-@pytest.mark.parametrize(("length", "degree"), [(23, 3), (300, 10), (300, 0)])
-@pytest.mark.parametrize("options", [{}, {"batch": 2}, {"heads": 4, "key_heads": 2}], ids=str)
-def test_outputs_and_gradients_in_float32(backend, length, degree, options):
-    neighbours, matrix = edges(length, degree=degree)
-    bias = biases(options.get("heads", 2), len(neighbours[1]), dtype=torch.float32)
-    mask = torch.rand(options.get("batch", 1), length, generator=generator(4)) < 0.8
-    tensors = inputs(length, dtype=torch.float32, scale=1.0, **options)
-    compare(
-        tensors,
-        features(),
-        neighbours,
-        matrix,
-        bias=bias,
-        backend=backend,
-        tolerance=3e-5,
-        key_mask=mask,
-    )
+@pytest.mark.parametrize("name", LONG)
+def test_outputs_and_gradients_in_float32(backend, name):
+    matrix, options = LONG[name]
+    check(make(matrix, "heads", dtype=torch.float32, input_scale=1.0, **options), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_that_share_a_graph(backend):
-    """A batch of signals on one graph, some of its nodes masked in each."""
-    neighbours, matrix = edges(23)
-    mask = torch.rand(3, 23, generator=generator(4)) < 0.7
-    bias = biases(2, len(neighbours[1]))
-    compare(
-        inputs(23, batch=3),
-        features(),
-        neighbours,
-        matrix,
-        bias=bias,
-        backend=backend,
-        tolerance=1e-9,
-        key_mask=mask,
-    )
+@pytest.mark.parametrize("name", ["hyperbolic", "optimal", "data_aware"])
+def test_estimators(backend, name):
+    check(make(graph(40), case=by_name(name)), backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_edges_between_two_sets_of_nodes(backend):
-    neighbours, matrix = edges(11, 17)
-    compare(inputs(11, 17), features(), neighbours, matrix, backend=backend, tolerance=1e-9)
+def test_features_keep_their_heads_in_blocks(monkeypatch):
+    """Many nodes: heads one after the other, with projections and biases of their own."""
+    monkeypatch.setattr(module, "_FEATURE_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(module, "_GATHERED_ELEMENTS", {"cpu": 64})
+    check(make(graph(50), "heads", batch=2, heads=6, key_heads=3, num_heads=3), "torch")
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [*((x, torch.float64) for x in BACKENDS), *((x, torch.float32) for x in SHORT)],
-)
-@pytest.mark.parametrize("masked", [False, True])
-def test_packed_graphs(backend, dtype, masked):
-    blocks = [5, 1, 0, 90, 7]
-    length = sum(blocks)
-    neighbours, matrix = edges(length, degree=12, blocks=blocks)
-    mask = {"key_mask": torch.rand(1, length, generator=generator(4)) < 0.7} if masked else {}
-    compare(
-        inputs(length, dtype=dtype, scale=1.0),
-        features(),
-        neighbours,
-        matrix,
-        bias=biases(len(neighbours[1]), dtype=dtype),
-        backend=backend,
-        tolerance=1e-9 if dtype == torch.float64 else 3e-5,
-        blocks=blocks,
-        **mask,
-    )
-
-
-def packed(*graphs):
-    """Neighbours and boundaries of graphs laid end to end."""
-    starts = [0]
-    for _, matrix in graphs:
-        starts.append(starts[-1] + len(matrix))
-    matrix = torch.block_diag(*(matrix for _, matrix in graphs)).bool()
-    indptr = F.pad(matrix.sum(1).cumsum(0), (1, 0))
-    return (indptr, matrix.nonzero()[:, 1]), torch.tensor(starts)
-
-
-def test_a_graph_does_not_depend_on_its_batch():
-    small, big = edges(9), edges(200, degree=6, seed=7)
-    neighbours, cu_seqlens = packed(small, big)
-    tensors = inputs(209, dtype=torch.float32)
-    out = favor_attention(*tensors, features(), neighbours=neighbours, cu_seqlens=cu_seqlens)
-    alone = favor_attention(*(x[:, :, :9] for x in tensors), features(), neighbours=small[0])
-    torch.testing.assert_close(out[:, :, :9], alone, rtol=1e-6, atol=1e-6)
-
-
-def test_nodes_in_another_order_give_outputs_in_that_order():
-    neighbours, matrix = edges(60)
-    tensors, order = inputs(60, dtype=torch.float32), torch.randperm(60, generator=generator(8))
-    renamed = matrix[order][:, order]
-    other = (F.pad(renamed.sum(1).cumsum(0), (1, 0)), renamed.nonzero()[:, 1])
-    out = favor_attention(*(x[:, :, order] for x in tensors), features(), neighbours=other)
-    expected = favor_attention(*tensors, features(), neighbours=neighbours)[:, :, order]
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_edges_in_another_order():
-    neighbours, matrix = edges(40)
-    indptr, indices = neighbours
-    tensors, bias = inputs(40), biases(len(indices))
-    place = torch.cat([s + torch.randperm(e - s) for s, e in pairwise(indptr)])
-    out = favor_attention(
-        *tensors, features(), neighbours=(indptr, indices[place]), neighbour_bias=bias[place]
-    )
-    expected = oracle(*tensors, features(), matrix, bias)
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("torch", torch.float64), *((x, torch.float32) for x in SHORT)],
+    ("backend", "dtype"), [("torch", torch.float64), *((x, torch.float32) for x in SHORT)]
 )
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_a_complete_graph_is_exact_attention(backend, dtype, scale):
     """Nothing is left to the features."""
-    neighbours = (torch.arange(0, 4901, 70), torch.arange(70).repeat(70))
-    mask = torch.rand(2, 70, generator=generator(4)) < 0.7
-    tensors = inputs(70, batch=2, dtype=dtype, scale=scale)
-    bias = biases(2, 4900, dtype=dtype)
-    out = favor_attention(
-        *tensors,
-        features(),
-        neighbours=neighbours,
-        neighbour_bias=bias,
-        key_mask=mask,
-        backend=backend,
-    )
+    call = make(torch.ones(70, 70), "heads", masked=True, batch=2, dtype=dtype, input_scale=scale)
+    bias, mask = call.options["neighbour_bias"], call.options["key_mask"]
     dense = bias.unflatten(1, (70, 70)).masked_fill(~mask[:, None, None], -math.inf)
-    expected = F.scaled_dot_product_attention(*tensors, attn_mask=dense)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    ours, theirs = (
-        torch.autograd.grad(x.square().sum(), [*tensors, bias]) for x in (out, expected)
-    )
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
-
-
-def test_biases_that_outweigh_the_features_are_attention_over_edges():
-    """As in graph attention networks: nodes beyond the edges have no weight."""
-    neighbours, matrix = edges(50)
-    matrix = matrix | torch.eye(50).bool()
-    neighbours = (F.pad(matrix.sum(1).cumsum(0), (1, 0)), matrix.nonzero()[:, 1])
-    tensors, bias = inputs(50), 60 + biases(2, len(neighbours[1]))
-    out = favor_attention(*tensors, features(), neighbours=neighbours, neighbour_bias=bias)
-    query, key, value = tensors
-    expected = torch.zeros_like(out)
-    for head in range(2):
-        for node in range(50):
-            start, stop = neighbours[0][node], neighbours[0][node + 1]
-            keys = neighbours[1][start:stop]
-            logits = key[0, head, keys] @ query[0, head, node] / math.sqrt(DIM)
-            weights = (logits + bias[head, start:stop]).softmax(0)
-            expected[0, head, node] = weights @ value[0, head, keys]
-    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_a_bias_of_minus_infinity_takes_a_pair_out():
-    neighbours, matrix = edges(30)
-    bias = biases(len(neighbours[1])).detach()
-    gone = torch.rand(len(bias), generator=generator(6)) < 0.3
-    bias[gone] = -math.inf
-    bias.requires_grad_()
-    compare(inputs(30), features(), neighbours, matrix, bias=bias, backend="torch", tolerance=1e-9)
-
-
-@pytest.mark.parametrize("estimator", ["hyperbolic", "optimal", "data_aware"])
-def test_estimators(estimator):
-    neighbours, _ = edges(40)
-    tensors, feature_map = inputs(40), features(32, estimator=estimator)
-    feature_map.calibrate_(*tensors[:2])
-    results = [
-        favor_attention(*tensors, feature_map, neighbours=neighbours, backend=name)
-        for name in BACKENDS
-    ]
-    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    expected = F.scaled_dot_product_attention(*call.inputs, attn_mask=dense)
+    torch.testing.assert_close(call.run(backend), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_learned_features():
-    neighbours, _ = edges(30)
     results = []
     for backend in BACKENDS:
-        learned: FeatureMap = LearnedFeatures(features(), num_heads=2).double()
-        out = favor_attention(*inputs(30), learned, neighbours=neighbours, backend=backend)
-        results.append(torch.autograd.grad(out.square().sum(), learned.parameters()))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        call = trained(make(graph(30), num_heads=2))
+        call.feature_map.double()
+        out = call.run(backend)
+        results.append(torch.autograd.grad(out.square().sum(), call.feature_map.parameters()))
+    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-10)
 
 
 def test_numerical_derivatives():
-    neighbours, _ = edges(6)
-    bias, tensors = biases(len(neighbours[1])), inputs(6, heads=1, key_heads=1)
+    call = make(graph(6), "heads", heads=1).leaves()
+    options = {"neighbours": call.options["neighbours"]}
 
-    def call(query, key, value, bias):
-        return favor_attention(
-            query, key, value, features(8), neighbours=neighbours, neighbour_bias=bias
-        )
+    def attend(query, key, value, bias):
+        return favor_attention(query, key, value, call.feature_map, neighbour_bias=bias, **options)
 
-    assert torch.autograd.gradcheck(call, (*tensors, bias), fast_mode=True)
-    assert torch.autograd.gradgradcheck(call, (*tensors, bias), fast_mode=True)
+    inputs = (*call.inputs, call.options["neighbour_bias"])
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", SHORT)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(backend, dtype):
-    neighbours, matrix = edges(40)
-    tensors = inputs(40, dtype=dtype, scale=1.0)
-    out = favor_attention(*tensors, features(), neighbours=neighbours, backend=backend)
+    call = make(graph(40), dtype=dtype, input_scale=1.0)
+    out = call.run(backend)
     assert out.dtype == dtype
-    expected = oracle(*tensors, features(), matrix)
-    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(out.double(), call.expected()[0], rtol=0.02, atol=0.02)
 
 
 def test_the_matrix_of_weights():
-    neighbours, matrix = edges(20)
-    query, key, value = inputs(20)
-    bias = biases(2, len(neighbours[1]))
-    weights = favor_attention_weights(
-        query, key, features(), neighbours=neighbours, neighbour_bias=bias
-    )
-    torch.testing.assert_close(
-        weights @ value, oracle(query, key, value, features(), matrix, bias), rtol=1e-9, atol=1e-9
-    )
+    call = make(graph(20), "heads")
+    weights = favor_attention_weights(call.query, call.key, call.feature_map, **call.options)
+    torch.testing.assert_close(weights @ call.value, call.expected()[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", SHORT)
 @pytest.mark.parametrize("shape", [None, (0,), (2, 0)])
 def test_without_edges_it_is_the_call_without_neighbours(shape, backend):
-    tensors = inputs(20, dtype=torch.float32)
-    neighbours = (torch.zeros(21, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    call = make(torch.zeros(20, 20), dtype=torch.float32)
     bias = None if shape is None else torch.empty(shape, requires_grad=True)
-    options = {"neighbours": neighbours, "neighbour_bias": bias, "backend": backend}
-    out = favor_attention(*tensors, features(), **options)
-    expected = favor_attention(*tensors, features(), backend=backend)
+    out = call.run(backend, neighbour_bias=bias)
+    expected = call.run(backend, neighbours=None)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     if bias is not None:
         # As of any other: what makes it is trained.
@@ -285,63 +200,22 @@ def test_without_edges_it_is_the_call_without_neighbours(shape, backend):
 
 
 def test_graphs_without_nodes_and_nodes_alone():
-    neighbours = (torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-    assert favor_attention(*inputs(0), features(), neighbours=neighbours).shape == (1, 2, 0, WIDTH)
-    for indptr, indices in (([0, 0], []), ([0, 1], [0])):
-        tensors = inputs(1, dtype=torch.float32)
-        neighbours = (torch.tensor(indptr), torch.tensor(indices, dtype=torch.int64))
-        out = favor_attention(*tensors, features(), neighbours=neighbours)
-        torch.testing.assert_close(out, tensors[2])
-        mask = torch.zeros(1, 1, dtype=torch.bool)
-        out = favor_attention(*tensors, features(), neighbours=neighbours, key_mask=mask)
-        assert not out.any()
+    assert make(torch.zeros(0, 0)).run().shape == (1, 2, 0, 6)
+    for matrix in (torch.zeros(1, 1), torch.ones(1, 1)):
+        call = make(matrix, dtype=torch.float32)
+        torch.testing.assert_close(call.run(), call.value)
+        assert not call.run(key_mask=torch.zeros(1, 1, dtype=torch.bool)).any()
 
 
 @pytest.mark.parametrize("backend", SHORT)
 def test_nan_stays_in_its_graph(backend):
-    blocks = [5, 6]
-    neighbours, _ = edges(11, blocks=blocks)
-    tensors = [x.detach().clone() for x in inputs(11, dtype=torch.float32)]
-    expected = favor_attention(
-        *tensors, features(), neighbours=neighbours, cu_seqlens=torch.tensor([0, 5, 11])
-    )
-    tensors[1][0, 0, 2] = math.nan
-    out = favor_attention(
-        *tensors,
-        features(),
-        neighbours=neighbours,
-        cu_seqlens=torch.tensor([0, 5, 11]),
-        backend=backend,
-    )
+    call = make(graph(11, blocks=[5, 6]), blocks=[5, 6], dtype=torch.float32)
+    expected = call.run("torch")
+    call.key[0, 0, 2] = math.nan
+    out = call.run(backend)
     assert out[:, 0, :5].isnan().all()
     torch.testing.assert_close(out[:, 1], expected[:, 1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out[:, 0, 5:], expected[:, 0, 5:], rtol=1e-5, atol=1e-5)
-
-
-def test_the_backend_is_one_that_computes_neighbours():
-    neighbours, _ = edges(20)
-    tensors = inputs(20, dtype=torch.float32)
-    for name in set(performers.backends()) - set(SHORT):
-        with pytest.raises(ValueError, match=f"got {name!r}, which does not cover it"):
-            favor_attention(*tensors, features(), neighbours=neighbours, backend=name)
-
-
-def test_features_keep_their_heads_in_blocks(monkeypatch):
-    """Many nodes: heads one after the other, with projections and biases of their own."""
-    neighbours, matrix = edges(50)
-    import performers.attention.torch_backend.neighbours as module
-
-    monkeypatch.setattr(module, "_FEATURE_ELEMENTS", {"cpu": 1})
-    monkeypatch.setattr(module, "_GATHERED_ELEMENTS", {"cpu": 64})
-    compare(
-        inputs(50, batch=2, heads=6, key_heads=3),
-        features(num_heads=3),
-        neighbours,
-        matrix,
-        bias=biases(6, len(neighbours[1])),
-        backend="torch",
-        tolerance=1e-9,
-    )
 
 
 def peak_of_a_large_graph():
@@ -354,12 +228,11 @@ def peak_of_a_large_graph():
     bias = torch.zeros(heads, count)
     for x in (*tensors, bias):
         x.requires_grad_()
+    options = {"neighbours": (indptr, pair % nodes), "neighbour_bias": bias}
     feature_map = SoftmaxFeatures(dim, 64, generator=generator(2))
 
     def run():
-        out = favor_attention(
-            *tensors, feature_map, neighbours=(indptr, pair % nodes), neighbour_bias=bias
-        )
+        out = favor_attention(*tensors, feature_map, **options)
         out.square().sum().backward()
         return out
 
@@ -372,26 +245,22 @@ def peak_of_a_large_graph():
 @pytest.mark.skipif(not memory_is_measurable(), reason="the system tells no peak memory")
 def test_a_large_graph_fits_in_memory():
     """A matrix of one head would take 14 GB."""
-    assert run_apart(partial(peak_of_a_large_graph), threads=1) < 1.5e9
+    assert run_apart(peak_of_a_large_graph, threads=1) < 1.5e9
 
 
 def test_autograd_keeps_no_features_of_pairs():
     nodes, degree, num_features = 500, 8, 512
-    indices = torch.stack(
-        [torch.randperm(nodes, generator=generator(i))[:degree] for i in range(nodes)]
-    )
-    lists = (torch.arange(0, nodes * degree + 1, degree), indices.flatten())
+    indices = [torch.randperm(nodes, generator=generator(i))[:degree] for i in range(nodes)]
+    lists = (torch.arange(0, nodes * degree + 1, degree), torch.cat(indices))
     counts = []
     for neighbours in (None, lists):
+        call = make_call(POSITIVE, nodes, batch=1, num_features=num_features).leaves()
         saved = []
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
         )
         with hooks:
-            tensors = inputs(nodes, dtype=torch.float32)
-            favor_attention(
-                *tensors, features(num_features), neighbours=neighbours, backend="torch"
-            )
+            call.run("torch", neighbours=neighbours)
         counts.append(sum(saved))
     assert counts[1] - counts[0] < nodes * num_features / 2
 
@@ -399,20 +268,75 @@ def test_autograd_keeps_no_features_of_pairs():
 # torch's compiler makes an instance of autograd functions.
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("backend", LINEAR)
+@pytest.mark.parametrize("backend", [name for name in LINEAR if name in SHORT])
 def test_compiled_calls(backend):
     """One graph, forward and backward."""
-    neighbours, _ = edges(30)
-    tensors, feature_map = inputs(30, dtype=torch.float32), features()
-    bias = biases(2, len(neighbours[1]), dtype=torch.float32)
+    call = make(graph(30), "heads", dtype=torch.float32).leaves()
+    inputs = (*call.inputs, call.options["neighbour_bias"])
 
-    def call(query, key, value, bias, *neighbours):
+    def attend(query, key, value, bias, *neighbours):
         options = {"neighbours": neighbours, "neighbour_bias": bias, "backend": backend}
-        return favor_attention(query, key, value, feature_map, **options)
+        return favor_attention(query, key, value, call.feature_map, **options)
 
     results = []
-    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
-        out = function(*tensors, bias, *neighbours)
-        results.append((out, *torch.autograd.grad(out.square().sum(), [*tensors, bias])))
-    for compiled, eager in zip(*results, strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        out = function(*inputs, *call.options["neighbours"])
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def lists(indptr, indices):
+    return torch.tensor(indptr), torch.tensor(indices, dtype=torch.int64)
+
+
+GOOD = lists([0, 1, 2, 3], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "options", "message"),
+    [
+        (lists([0, 1, 2], [0, 1]), {}, "indptr of shape"),
+        (lists([0, 2, 1, 3], [0, 1, 2]), {}, "indptr that rises"),
+        (lists([0, 1, 2, 2], [0, 1, 2]), {}, "indptr that rises"),
+        (lists([0, 1, 2, 3], [0, 1, 3]), {}, r"indices of keys, 0\.\.2"),
+        (lists([0, 1, 2, 3], [0, -1, 2]), {}, r"indices of keys, 0\.\.2"),
+        (lists([0, 3, 3, 3], [0, 1, 0]), {}, "each key of a query once"),
+        (lists([0, 2, 3, 3], [1, 1, 0]), {}, "each key of a query once"),
+        (torch.eye(3), {}, "neighbours must be a pair"),
+        ((torch.zeros(4), torch.zeros(0)), {}, "neighbours must be a pair"),
+        (GOOD, {"is_causal": True}, "neighbours cannot be combined with is_causal"),
+        (GOOD, {"window": 1}, "neighbours cannot be combined with window"),
+        (GOOD, {"sinks": 1}, "neighbours cannot be combined with sinks"),
+        (GOOD, {"listed_keys": ListedKeys(8)}, "neighbours cannot be combined with listed_keys"),
+        (
+            lists([0, 1, 2, 3], [0, 2, 2]),
+            {"cu_seqlens": torch.tensor([0, 2, 3])},
+            "an edge joins two",
+        ),
+        (GOOD, {"neighbour_bias": torch.zeros(2)}, r"neighbour_bias must have shape \(3,\)"),
+        (GOOD, {"neighbour_bias": torch.zeros(3).long()}, "floating-point"),
+        (GOOD, {"neighbour_bias": 1.0}, r"neighbour_bias must have shape \(3,\)"),
+        (None, {"neighbour_bias": torch.zeros(3)}, "neighbour_bias needs neighbours"),
+        (GOOD, {"is_causal": True, "return_state": True}, "cannot be combined with"),
+    ],
+)
+def test_what_does_not_fit_is_refused(neighbours, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(torch.eye(3)).run(**{"neighbours": neighbours, **options})
+
+
+@pytest.mark.parametrize(
+    "feature_map", [GeneralizedFeatures(8), SoftmaxFeatures(8, estimator="trigonometric")]
+)
+def test_other_kernels_are_refused(feature_map):
+    call = make(torch.eye(3))
+    call.feature_map = feature_map
+    with pytest.raises(ValueError, match="neighbours needs positive softmax features"):
+        call.run()
+
+
+def test_a_call_leaves_its_graph_alone():
+    call = make(graph(20))
+    before = [x.clone() for x in call.options["neighbours"]]
+    call.run()
+    assert all(map(torch.equal, call.options["neighbours"], before))

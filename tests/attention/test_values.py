@@ -23,6 +23,7 @@ from tests.attention.cases import (
     VALUE_TOLERANCE,
     assert_equal,
     check_against_oracle,
+    exhaustive,
     law,
     make_call,
     random_mask,
@@ -224,12 +225,13 @@ def shapes(draw, backend):
     }
 
 
+@pytest.mark.parametrize("examples", [50, exhaustive(300)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_any_shape(backend):
+def test_any_shape(backend, examples):
     """Sizes of vectors, tiles, panels and blocks, and between; whole, packed or resumed."""
 
     @settings(
-        max_examples=300 if backend == "native" else 100,
+        max_examples=examples if backend == "native" else examples // 3,
         deadline=None,
         derandomize=True,
         database=None,

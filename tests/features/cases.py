@@ -13,6 +13,7 @@ from torch import Tensor
 
 from performers import GeneralizedFeatures, SoftmaxFeatures
 from performers.features import CALIBRATED, ESTIMATORS, PROJECTIONS, FeatureMap, LearnedFeatures
+from tests.features.maps import BiasedFeatures
 
 LogPhi = Callable[..., tuple[Tensor, Tensor]]
 """``(feature_map, x, *, is_query=False)`` to ``log`` and ``base`` with ``phi = base * exp(log)``.
@@ -283,6 +284,15 @@ GENERALIZED = [
     _generalized_case("deterministic-relu", "relu", _relu, projection=None),
     _generalized_case("deterministic-elu+1", "elu+1", _elu_plus_one, projection=None),
 ]
+
+
+def _log_with_bias(m: FeatureMap, x: Tensor, *, is_query: bool = False) -> tuple[Tensor, Tensor]:
+    log, base = _log_plain(m, x)
+    return log + _per_head(m.bias, x).unsqueeze(-2), base
+
+
+# The general exponential, for attention.
+BIASED = Case("bias", BiasedFeatures, _log_with_bias, softmax=True, biased=True)
 
 CASES = [*SOFTMAX, LEARNED, *GENERALIZED]
 

@@ -92,7 +92,7 @@ REFUSED = [
     (attention(SoftmaxFeatures(8, num_heads=3)), "num_heads=3 2 query heads"),
     (
         lambda: SoftmaxFeatures(6, estimator="sderf", num_heads=3).calibrate_(*sample(6, 2)),
-        "query has 2 heads and key has 2 num_heads=3",
+        "feature_map has num_heads=3 2 query heads and 2 key heads None",
     ),
     (lambda: draw_projection(8, 4, projection="sobol"), "projection must be one of 'sobol'"),
     (lambda: FeatureRedrawer(SoftmaxFeatures(8), -1), "interval must be >= 0 got -1"),

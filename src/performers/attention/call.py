@@ -13,7 +13,6 @@ from performers.attention.exact_keys.neighbours import (
     Neighbours,
     find_neighbours,
 )
-from performers.attention.exact_keys.positions import check_positions
 from performers.attention.exact_keys.window_and_sinks import (
     SinkKeys,
     check_window_and_sinks,
@@ -22,22 +21,17 @@ from performers.attention.exact_keys.window_and_sinks import (
 )
 from performers.attention.state import FavorState
 from performers.features import FeatureForm, FeatureMap
-from performers.features.base import form_of_heads, resolve_scale
+from performers.features.base import check_key_mask, form_of_heads, resolve_scale
 from performers.features.precision import autocast_dtype, without_autocast
-from performers.features.recomputation import guard_recomputation
+from performers.features.recomputation import VersionedModule, guard_recomputation
 
 
-class MaskOptions(TypedDict, total=False):
-    """Options of a layer's attention and of its matrix."""
+class PairOptions(TypedDict, total=False):
+    """Options of ``favor_attention_weights``."""
 
     is_causal: bool
     key_mask: Tensor | None
     scale: float | None
-
-
-class PairOptions(MaskOptions, total=False):
-    """Options of ``favor_attention_weights``."""
-
     window: int | None
     sinks: int
     listed_keys: ListedKeys | None
@@ -46,16 +40,12 @@ class PairOptions(MaskOptions, total=False):
     positions: Tensor | None
 
 
-class SequenceOptions(MaskOptions, total=False):
-    """Options of a layer's attention."""
+class AttentionOptions(PairOptions, total=False):
+    """Options of ``favor_attention`` that do not change the type of its result."""
 
     cu_seqlens: Tensor | None
     state: FavorState | None
     backend: str | None
-
-
-class AttentionOptions(PairOptions, SequenceOptions, total=False):
-    """Options of ``favor_attention`` that do not change the type of its result."""
 
 
 @dataclass(eq=False)
@@ -67,31 +57,16 @@ class AttentionCall:
     ``|i + offset - j| <= window``, and those in its list; all others it meets through features.
     With ``positions`` the window is of these in place of ``i + offset`` and ``j``.
 
-    Attributes:
-        query: Shape ``(B, H, L, D)``; checked, ``(batch, key_heads, groups, L, head_dim)``: the
-            query heads that share a key head stand together.
-        key: Shape ``(batch, key_heads, S, head_dim)``; checked, the first ``offset`` are those that
-            a state held besides its sums, and there is a head for each projection.
-        value: Shape ``(batch, key_heads, S, value_dim)``.
-        feature_map: The features.
-        is_causal: Whether query ``i`` sees only the keys up to ``i + offset``; then
-            ``S == L + offset``.
-        key_mask: Shape ``(batch, S)``, True where a key takes part (and, checked, is no sink), or
-            None.
-        cu_seqlens: Where packed sequences begin and end, shape ``(N + 1,)``, or None.
-        scale: The factor on ``q . k``, or None for ``1 / sqrt(D)``.
-        window: The reach of exact pairs, or None for no exact pairs.
-        sinks: How many first keys are exact.
-        listed_keys: What chooses further exact keys by content, or None.
-        neighbours: The exact keys of each query as a sparse matrix in CSR form, or None.
-        neighbour_bias: Added to ``factor q . k`` of these pairs, or None.
-        positions: Shape ``(batch, S)``, what the window is measured in, or None for places in the
-            row.
-        state: The sums over the keys before the first of ``key``, for a causal call, or None.
+    Attributes: those of ``favor_attention``, of which ``checked`` changes
+        query: ``(batch, key_heads, groups, L, head_dim)``: the query heads that share a key head
+            stand together.
+        key: ``(batch, key_heads, S, head_dim)``: the first ``offset`` are those that a state held
+            besides its sums, and there is a head for each projection. ``value`` likewise.
+        key_mask: Shape ``(batch, S)``, True where a key takes part and is no sink, or None.
+
+    and to which it adds
         following: Of a bidirectional call on a part of a row, the sums over the keys after the last
             of ``key``; ``state`` then has those before the first. None for whole rows.
-        return_state: Whether the sums that a later call continues from are wanted: those over all
-            keys but the last ``window``.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
         factor: The factor on ``q . k``.
         segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.
@@ -153,6 +128,21 @@ class AttentionCall:
             setattr(call, name, changes[name] if name in changes else getattr(self, name))
         return call
 
+    def sliced(self, start: int, stop: int) -> "AttentionCall":
+        """The same checked call for some positions of its queries and keys."""
+        return self.replaced(
+            query=self.query[..., start:stop, :],
+            key=self.key[:, :, start:stop],
+            value=self.value[:, :, start:stop],
+            key_mask=None if self.key_mask is None else self.key_mask[:, start:stop],
+        )
+
+    def taking(self) -> Tensor:
+        """Mask ``(batch, S)`` of the keys that take part."""
+        if self.key_mask is not None:
+            return self.key_mask
+        return self.key.new_ones((self.key.shape[0], self.key.shape[2]), dtype=torch.bool)
+
     def has_exact_pairs(self) -> bool:
         """Return True if some keys are met exactly."""
         return not (self.window is None and self.sink_keys is None and self.lists is None)
@@ -183,44 +173,35 @@ class AttentionCall:
             # Every query head has features of its own, so no key features are shared.
             key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         check_window_and_sinks(self, form)
-        check_positions(self)
-        if self.listed_keys is None:
-            query, key, value = guard_recomputation((query, key, value), self.feature_map)
-        else:
+        modules: list[VersionedModule] = [self.feature_map]
+        if self.listed_keys is not None:
             check_listed_keys(self.listed_keys, self, form, key.shape[1])
-            query, key, value = guard_recomputation(
-                (query, key, value), self.feature_map, self.listed_keys
-            )
-        dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
-        dtype = torch.promote_types(dtype, torch.float32)
+            modules.append(self.listed_keys)
+        query, key, value = guard_recomputation((query, key, value), *modules)
         query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-        state = self.state
-        if (state is not None or self.return_state) and self.cu_seqlens is not None:
-            name = "return_state" if state is None else "state"
-            raise ValueError(f"{name} cannot be combined with cu_seqlens: a state has one past")
-        if state is not None:
-            state = self._checked_state(state, key, value, form.num_features, dtype)
-        key_mask = self._checked_mask()
-        segments = self._segments()
-        given_query, given_key = query, key
-        if form.query_transform is not None:
-            query, key = _transformed(form, query, key, dtype)
-        self.query, self.key, self.value, self.key_mask = query, key, value, key_mask
-        self.state, self.form, self.segments, self.dtype = state, form, segments, dtype
+        dtype = torch.promote_types(query.dtype, torch.promote_types(key.dtype, value.dtype))
+        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.query, self.key, self.value, self.form = query, key, value, form
+        self.segments = self._segments()
         self.factor = resolve_scale(self.scale, query.shape[-1])
         self.offset, self.sink_keys, self.lists = 0, None, None
+        if self.state is not None:
+            self.state = self._checked_state(self.state)
+        if self.key_mask is not None:
+            check_key_mask(self.key_mask, key)
+            self.key_mask = self.key_mask.to(query.device)
+        if form.query_transform is not None:
+            self._balance()
         if self.sinks:
             find_sinks_(self)
         if self.listed_keys is not None:
             # Lists are made from queries and keys as they are given, not as a map balances them.
-            self.lists = self.listed_keys(
-                given_query, given_key, self.key_mask, is_causal=self.is_causal
-            )
+            self.lists = self.listed_keys(query, key, self.key_mask, is_causal=self.is_causal)
         if self.neighbours is not None:
             self.lists = find_neighbours(self, form)
         elif self.neighbour_bias is not None:
             raise ValueError("neighbour_bias needs neighbours, the edges that it is for")
-        if self.window and state is not None:
+        if self.window and self.state is not None:
             join_recent_(self)
         return self
 
@@ -263,23 +244,28 @@ class AttentionCall:
                 f"is_causal needs as many keys as queries, got {size} and {length}; pass the past "
                 "through state"
             )
-        if (self.state is not None or self.return_state) and not self.is_causal:
-            raise ValueError("state and return_state need is_causal=True")
+        if self.state is not None or self.return_state:
+            if not self.is_causal:
+                raise ValueError("state and return_state need is_causal=True")
+            if self.cu_seqlens is not None:
+                name = "return_state" if self.state is None else "state"
+                raise ValueError(f"{name} cannot be combined with cu_seqlens: a state has one past")
 
-    def _checked_state(
-        self, state: FavorState, key: Tensor, value: Tensor, num_features: int, dtype: torch.dtype
-    ) -> FavorState:
-        """The past, with sums in ``dtype``, for keys and values of the feature map's heads."""
-        rows = (*key.shape[:2], num_features)
+    def _checked_state(self, state: FavorState) -> FavorState:
+        """The past, with sums in ``dtype``."""
+        key, width = self.key, self.value.shape[-1]
+        rows = (*key.shape[:2], self.form.num_features)
         expected: list[tuple[str, tuple[int, ...], str]] = [
-            ("key_value", (*rows, value.shape[-1]), "batch, heads, num_features, Dv"),
+            ("key_value", (*rows, width), "batch, heads, num_features, Dv"),
             ("key_sum", rows, "batch, heads, num_features"),
             ("log_scale", rows, "batch, heads, num_features"),
         ]
-        for name, kind, count in (("window", "recent", self.window), ("sinks", "sink", self.sinks)):
+        for name, kind, now in (
+            ("window", "recent", self.window),
+            ("sinks", "sink", self.sinks or None),
+        ):
             mask = getattr(state, f"{kind}_mask")
             before = None if mask is None else mask.shape[-1]
-            now = count or None if name == "sinks" else count
             if before != now:
                 raise ValueError(
                     f"state was made with {name}={before}, but the call has {name}={now}: continue "
@@ -289,7 +275,7 @@ class AttentionCall:
                 rows = (*key.shape[:2], now)
                 expected += [
                     (f"{kind}_key", (*rows, key.shape[-1]), f"batch, heads, {name}, D"),
-                    (f"{kind}_value", (*rows, value.shape[-1]), f"batch, heads, {name}, Dv"),
+                    (f"{kind}_value", (*rows, width), f"batch, heads, {name}, Dv"),
                     (f"{kind}_mask", (key.shape[0], now), f"batch, {name}"),
                 ]
         for name, shape, layout in expected:
@@ -304,37 +290,19 @@ class AttentionCall:
                     f"state is on {tensor.device} but query is on {key.device}; move it with "
                     "state.to(query.device)"
                 )
+        none = (None, None, None)
         return FavorState(
-            state.key_value.to(dtype),
-            state.key_sum.to(dtype),
-            state.log_scale.to(dtype),
-            state.recent_key,
-            state.recent_value,
-            state.recent_mask,
-            state.sink_key,
-            state.sink_value,
-            state.sink_mask,
+            *(x.to(self.dtype) for x in state.sums()),
+            *(state.exact_keys("recent") or none),
+            *(state.exact_keys("sink") or none),
         )
-
-    def _checked_mask(self) -> Tensor | None:
-        mask = self.key_mask
-        if mask is None:
-            return None
-        shape = (self.key.shape[0], self.key.shape[2])
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(
-                f"key_mask must be a bool tensor of shape {shape}, True = takes part, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
-        return mask.to(self.query.device)
 
     def _segments(self) -> Tensor | None:
         """The index of the packed sequence that each position belongs to."""
         cu_seqlens = self.cu_seqlens
         if cu_seqlens is None:
             return None
-        batch, _, length, _ = self.query.shape
-        size = self.key.shape[2]
+        batch, length, size = self.query.shape[0], self.query.shape[-2], self.key.shape[2]
         if batch != 1 or length != size:
             raise ValueError(
                 "cu_seqlens needs batch size 1 and as many keys as queries, got batch size "
@@ -355,6 +323,14 @@ class AttentionCall:
         stops = cu_seqlens[1:].to(device=device, dtype=torch.int64)
         return torch.bucketize(torch.arange(length, device=device), stops, right=True)
 
+    def _balance(self) -> None:
+        """Transform queries and keys as the feature map asks."""
+        query, form = self.query.to(self.dtype), self.form.to(self.dtype)
+        with without_autocast(query.device):
+            balanced = form.transformed(query.flatten(2, 3), is_query=True)
+            self.query = balanced.unflatten(2, query.shape[2:4])
+            self.key = form.transformed(self.key.to(self.dtype), is_query=False)
+
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """Zeros in place of keys or values that take no part, whatever they hold."""
@@ -362,15 +338,3 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 _NAMES = tuple(attribute.name for attribute in fields(AttentionCall))
-
-
-def _transformed(
-    form: FeatureForm, query: Tensor, key: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Queries ``(B, Hkv, G, L, D)`` and keys, balanced as the feature map asks."""
-    form = form.to(dtype)
-    with without_autocast(query.device):
-        balanced = form.transformed(query.to(dtype).flatten(2, 3), is_query=True)
-        return balanced.unflatten(2, query.shape[2:4]), form.transformed(
-            key.to(dtype), is_query=False
-        )

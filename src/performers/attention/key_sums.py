@@ -12,7 +12,7 @@ from performers.attention.torch_backend.blocks import (
     Sums,
     block_rows,
     block_sizes,
-    in_blocks,
+    sum_keys,
 )
 from performers.features import FeatureMap
 from performers.features.precision import without_autocast
@@ -32,15 +32,8 @@ def favor_state(
 
     One pass over the keys, without queries and outputs.
 
-    Args:
-        key: Shape ``(B, Hkv, S, D)``.
-        value: Shape ``(B, Hkv, S, Dv)``.
-        feature_map: As in ``favor_attention``; with a projection for each of H query heads, the
-            state has H heads.
-        key_mask: As in ``favor_attention``.
-        scale: As in ``favor_attention``.
-        window: As in ``favor_attention``.
-        sinks: As in ``favor_attention``.
+    Keys ``(B, Hkv, S, D)``, values ``(B, Hkv, S, Dv)`` and options are those of
+    ``favor_attention``; with a projection for each of H query heads, the state has H heads.
 
     Raises:
         ValueError: An argument does not fit, or a sequence-parallel context is active.
@@ -106,38 +99,23 @@ def merge_states(earlier: FavorState, later: FavorState) -> FavorState:
                 f"has, got shape {theirs[0]}, {theirs[1]} on {theirs[2]}: both must come from the "
                 "same features, batch and heads"
             )
-    first, second = (Sums(x.key_value, x.key_sum, x.log_scale) for x in (earlier, later))
-    return FavorState(*first.plus(second))
+    return FavorState(*Sums(*earlier.sums()).plus(Sums(*later.sums())))
 
 
 def key_sums(call: AttentionCall, start: int, stop: int) -> Sums:
     """Sums over the keys ``start`` to ``stop`` of a checked call."""
     features, past = Features.of_call(call), call.replaced(state=None).past()
-
-    def absorb(key: Tensor, value: Tensor, mask: Tensor | None, *sums: Tensor) -> Sums:
-        return Sums(*sums).with_keys(*features.of_keys(key, value, mask))
-
+    part = call.sliced(start, stop)
     part, touched = without_nonfinite(
-        call.replaced(
-            query=call.query[..., :0, :],
-            key=call.key[:, :, start:stop],
-            value=call.value[:, :, start:stop],
-            key_mask=None if call.key_mask is None else call.key_mask[:, start:stop],
-            is_causal=False,
-            window=None,
-            sink_keys=None,
+        part.replaced(
+            query=part.query[..., :0, :], is_causal=False, window=None, sink_keys=None, offset=0
         )
     )
     sizes = block_sizes(stop - start, block_rows(call.key.shape[:2], features, call.key.device))
     with without_autocast(call.key.device):
-        _, sums = in_blocks(
-            absorb,
-            sizes,
-            [(part.key, 2), (part.value, 2), (part.key_mask, 1)],
-            (past.key_value, past.key_sum, past.log_scale),
-        )
-    if touched is not None:
-        _, marked = touched.marked(part.query, FavorState(*sums))
-        assert marked is not None
-        return Sums(marked.key_value, marked.key_sum, marked.log_scale)
-    return Sums(*sums)
+        sums = sum_keys(part, features, Sums(*past.sums()), sizes, keep=None)
+    if touched is None:
+        return sums
+    marked = touched.marked(part.query, FavorState(*sums))[1]
+    assert marked is not None
+    return Sums(*marked.sums())

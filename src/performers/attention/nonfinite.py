@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
+from performers.attention.exact_keys.window_and_sinks import SinkKeys
 from performers.attention.state import FavorState
-from performers.features.form import replaced
 from performers.features.recomputation import is_traced, is_transformed
 
 if TYPE_CHECKING:
@@ -56,19 +56,13 @@ def without_nonfinite(call: AttentionCall) -> tuple[AttentionCall, Touched | Non
     None where there is nothing to see.
     """
     sinks = call.sink_keys
-    inputs = (
-        call.query,
-        call.key,
-        call.value,
-        *(() if sinks is None else (sinks.key, sinks.value)),
-    )
-    if _all_finite(inputs):
+    if _all_finite([call.query, call.key, call.value, *([] if sinks is None else sinks[:2])]):
         return call, None
     found = touched(call)
     if sinks is not None and found.sink is not None:
-        sinks = replaced(
-            sinks, key=zeroed(sinks.key, found.sink), value=zeroed(sinks.value, found.sink)
-        )
+        key, value = (zeroed(x, found.sink) for x in (sinks.key, sinks.value))
+        # torch 2.7 compiles no _replace of a named tuple.
+        sinks = SinkKeys(key, value, sinks.first, sinks.place)
     finite = call.replaced(
         key=zeroed(call.key, found.key), value=zeroed(call.value, found.key), sink_keys=sinks
     )
@@ -109,7 +103,7 @@ def touched(call: "AttentionCall | Inputs") -> Touched:
     return Touched(bad, sink, rows, bad[..., : max(0, size - (call.window or 0))].any(-1))
 
 
-def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
+def _all_finite(tensors: list[Tensor]) -> bool:
     """True if all is seen to be finite; False where looking is not possible, or not cheap."""
     if torch.compiler.is_compiling() or is_traced() or is_transformed():
         return False

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +42,16 @@ class FavorState:
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
     sink_mask: Tensor | None = None
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``key_value``, ``key_sum`` and ``log_scale``."""
+        return self.key_value, self.key_sum, self.log_scale
+
+    def exact_keys(self, kind: Literal["recent", "sink"]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The keys kept as they are, their values and their mask; None without."""
+        if getattr(self, f"{kind}_mask") is None:
+            return None
+        return tuple(getattr(self, f"{kind}_{part}") for part in ("key", "value", "mask"))
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from performers.attention.backends import resolve_backend
 from performers.attention.call import AttentionCall, masked
-from performers.attention.exact_keys.window_and_sinks import SinkKeys, every_key, find_sinks_
+from performers.attention.exact_keys.window_and_sinks import SinkKeys, find_sinks_
 from performers.attention.key_sums import key_sums
 from performers.attention.state import FavorState
 from performers.distributed.layout import Layout, Piece
@@ -38,7 +38,7 @@ def attend_shard(
         packed: Whether the row has several sequences.
     """
     pieces = [layout.head] if layout.tail == layout.head else [layout.head, layout.tail]
-    parts = [_slice(call, piece.start, piece.stop) for piece in pieces]
+    parts = [call.sliced(piece.start, piece.stop) for piece in pieces]
     if sinks:
         _find_sinks_(parts, layout.head, sinks, group)
     # Every rank sends as many messages as the others, whatever its sequences.
@@ -54,18 +54,9 @@ def attend_shard(
     return torch.cat(outs, dim=3), size
 
 
-def _slice(call: AttentionCall, start: int, stop: int) -> AttentionCall:
-    return call.replaced(
-        query=call.query[..., start:stop, :],
-        key=call.key[:, :, start:stop],
-        value=call.value[:, :, start:stop],
-        key_mask=None if call.key_mask is None else call.key_mask[:, start:stop],
-    )
-
-
 def _packed(call: AttentionCall, ends: tuple[int, ...], sinks: int) -> AttentionCall:
     """The sequences between ``ends`` of a shard."""
-    call = _slice(call, ends[0], ends[-1])
+    call = call.sliced(ends[0], ends[-1])
     call.cu_seqlens = torch.tensor(ends, device=call.query.device) - ends[0]
     places = torch.arange(ends[-1] - ends[0], device=call.query.device)
     call.segments = torch.bucketize(places, call.cu_seqlens[1:], right=True)
@@ -87,13 +78,10 @@ def _find_sinks_(
             for rank in head.before:
                 before = before + last[rank]
         key, value = part.key, part.value
-        sums = part.past()
         part.sinks = sinks
         # Those on earlier ranks are counted like the ones that a state holds.
         part.state = FavorState(
-            sums.key_value,
-            sums.key_sum,
-            sums.log_scale,
+            *part.past().sums(),
             sink_key=key.new_zeros((*key.shape[:2], sinks, key.shape[3])),
             sink_value=value.new_zeros((*value.shape[:2], sinks, value.shape[3])),
             sink_mask=torch.arange(sinks, device=key.device) < before.unsqueeze(1),
@@ -104,7 +92,7 @@ def _find_sinks_(
 
 def _count(call: AttentionCall) -> Tensor:
     """Keys that take part, ``(B,)``."""
-    return (every_key(call.key) if call.key_mask is None else call.key_mask).long().sum(1)
+    return call.taking().long().sum(1)
 
 
 def _message(call: AttentionCall) -> Message:
@@ -135,8 +123,7 @@ def _message(call: AttentionCall) -> Message:
 
 def _edge(call: AttentionCall, start: int, stop: int, missing: tuple[int, int]) -> Keys:
     """Some keys, with ``missing`` ones that take no part before and after them."""
-    mask = every_key(call.key) if call.key_mask is None else call.key_mask
-    mask = mask[:, start:stop]
+    mask = call.taking()[:, start:stop]
     key, value = (
         F.pad(masked(x[:, :, start:stop], mask), (0, 0, *missing)) for x in (call.key, call.value)
     )
@@ -158,8 +145,7 @@ def _attend_between(
         future = [*(x.back or x.total for x in after[:1]), *(x.total for x in after[1:])]
         call.following = FavorState(*merged(future, like, scaled=scaled))
     if window:
-        mask = every_key(call.key) if call.key_mask is None else call.key_mask
-        halo = [(before[-1].right if before else None), Keys(call.key, call.value, mask)]
+        halo = [before[-1].right if before else None, Keys(call.key, call.value, call.taking())]
         call.offset = window
         if not call.is_causal:
             # The keys of the halo get queries, whose rows are not kept.

@@ -7,15 +7,28 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from performers.features.form import FeatureForm
+from performers.features.form import FeatureForm, times
 from performers.features.precision import without_autocast
 from performers.features.projections import Projection, draw_projection
 from performers.features.recomputation import VersionedModule, guard_recomputation, is_traced
 
 
-def default_num_features(head_dim: int) -> int:
-    """The multiple of 32 nearest ``head_dim * ln(head_dim)``, at least 32."""
-    return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
+def resolve_num_features(head_dim: int, num_features: int | None, *, even: bool = False) -> int:
+    """A number of features, checked.
+
+    None becomes the multiple of 32 nearest ``head_dim * ln(head_dim)``, at least 32.
+
+    Raises:
+        ValueError: A number is below one, or ``num_features`` is odd but comes in pairs.
+    """
+    if head_dim < 1:
+        raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+    if num_features is None:
+        return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
+    if num_features < 1 or (even and num_features % 2):
+        wanted = "a positive even number for a two-sided estimator" if even else "at least 1"
+        raise ValueError(f"num_features must be {wanted}, got {num_features}")
+    return num_features
 
 
 class FeatureMap(VersionedModule):
@@ -195,10 +208,8 @@ class FeatureMap(VersionedModule):
         (x,) = guard_recomputation((x,), self)
         with without_autocast(x.device):
             base, exponent = self._decompose(form, x, "x", scale, is_query=is_query)
-            features = base if exponent is None else exponent.exp()
+            features = base if exponent is None else times(base, exponent.exp())
             assert features is not None
-            if base is not None and exponent is not None:
-                features = base * features
             return features * math.sqrt(form.normalizer)
 
     def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
@@ -287,12 +298,35 @@ def form_of_heads(feature_map: FeatureMap, query: Tensor, key: Tensor) -> Featur
             f"feature_map is on {form.weight.device} but query is on {query.device}; move it with "
             "feature_map.to(query.device)"
         )
+    check_num_heads(feature_map, heads, key_heads)
+    return form
+
+
+def check_num_heads(feature_map: FeatureMap, heads: int, key_heads: int) -> None:
+    """Check that there is a projection for all, for each key head or for each query head.
+
+    Raises:
+        ValueError: ``num_heads`` of the feature map is another number.
+    """
     if feature_map.num_heads not in (None, key_heads, heads):
         raise ValueError(
             f"feature_map has num_heads={feature_map.num_heads}; with {heads} query heads and "
             f"{key_heads} key heads it must be one of these or None"
         )
-    return form
+
+
+def check_key_mask(key_mask: Tensor, key: Tensor) -> None:
+    """Check a mask of keys ``(batch, heads, S, head_dim)``.
+
+    Raises:
+        ValueError: ``key_mask`` is not bool, or not of shape ``(batch, S)``.
+    """
+    shape = (key.shape[0], key.shape[2])
+    if key_mask.dtype != torch.bool or key_mask.shape != shape:
+        raise ValueError(
+            f"key_mask must be a bool tensor of shape {shape}, True = takes part, "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
@@ -314,5 +348,4 @@ def _stabilized(base: Tensor | None, exponent: Tensor | None) -> tuple[Tensor, T
         assert base is not None
         return base, None
     log_scale = exponent.amax(-1, keepdim=True)
-    features = (exponent - log_scale).exp()
-    return (features if base is None else base * features), log_scale
+    return times(base, (exponent - log_scale).exp()), log_scale

@@ -9,20 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Kind = Literal["exponential", "trigonometric", "elementwise"]
-Record = TypeVar("Record", bound=tuple[Any, ...])
-
-
-def replaced(record: Record, **changes: Any) -> Record:
-    """``record._replace(**changes)``, which ``torch.compile`` does not support in torch 2.7."""
-    names: tuple[str, ...] = type(record)._fields  # type: ignore[attr-defined]
-    return type(record)(*[changes.get(n, x) for n, x in zip(names, record, strict=True)])
 
 
 class FeatureForm(NamedTuple):
@@ -126,3 +119,8 @@ class FeatureForm(NamedTuple):
             return F.linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         projected = x @ self.weight.transpose(-1, -2)
         return projected if self.bias is None else projected + self.bias.unsqueeze(-2)
+
+
+def times(base: Tensor | None, exponential: Tensor) -> Tensor:
+    """``base * exponential``, where no base means one."""
+    return exponential if base is None else base * exponential

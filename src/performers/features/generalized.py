@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from performers.features.base import FeatureMap, default_num_features
+from performers.features.base import FeatureMap, resolve_num_features
 from performers.features.form import FeatureForm
-from performers.features.projections import PROJECTIONS, Projection
+from performers.features.projections import Projection
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -67,12 +67,8 @@ class GeneralizedFeatures(FeatureMap):
         num_heads: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if isinstance(fn, str) and fn not in FUNCTIONS:
             raise ValueError(f"fn must be a callable or one of {tuple(FUNCTIONS)}, got {fn!r}")
-        if projection is not None and projection not in PROJECTIONS:
-            raise ValueError(f"projection must be None or one of {PROJECTIONS}, got {projection!r}")
         if not epsilon >= 0:
             raise ValueError(f"epsilon must be >= 0, got {epsilon}")
         if projection is None:
@@ -84,10 +80,7 @@ class GeneralizedFeatures(FeatureMap):
             if num_heads is not None:
                 raise ValueError("num_heads must be None when projection is None")
             num_features = head_dim
-        elif num_features is None:
-            num_features = default_num_features(head_dim)
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        num_features = resolve_num_features(head_dim, num_features)
         super().__init__(
             head_dim,
             num_features,
@@ -101,24 +94,14 @@ class GeneralizedFeatures(FeatureMap):
 
     def form(self) -> FeatureForm:
         """The tensors and constants that attention backends evaluate."""
-        normalizer = 1.0 if self.projection is None else 1 / self.num_features
-        if self.fn == "exp":
-            # The logarithm of exp(y) + eps can be scaled before it overflows.
-            return FeatureForm(
-                "exponential",
-                self.weight,
-                None,
-                self.num_features,
-                normalizer,
-                quadratic=False,
-                epsilon=self.epsilon,
-            )
+        # The logarithm of exp(y) + eps can be scaled before it overflows.
         return FeatureForm(
-            "elementwise",
+            "exponential" if self.fn == "exp" else "elementwise",
             self.weight,
             None,
             self.num_features,
-            normalizer,
+            1.0 if self.projection is None else 1 / self.num_features,
+            quadratic=False,
             epsilon=self.epsilon,
             function=FUNCTIONS[self.fn] if isinstance(self.fn, str) else self.fn,
         )

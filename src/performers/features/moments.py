@@ -1,7 +1,7 @@
 """Running statistics of pairs of queries and keys, from which estimators are fitted."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,17 +31,14 @@ class PairMoments:
     query_query: Tensor
     key_key: Tensor
     query_key: Tensor
-    samples: int = 0
+    samples: int = field(default=0, kw_only=True)
 
     @classmethod
     def empty(cls, heads: int, head_dim: int) -> "PairMoments":
         """No pairs."""
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(heads, *shape, dtype=torch.float64, device="cpu")
-
         d = head_dim
-        return cls(zeros(), zeros(d), zeros(d), zeros(d, d), zeros(d, d), zeros(d, d))
+        shapes = ((heads,), *2 * [(heads, d)], *3 * [(heads, d, d)])
+        return cls(*(torch.zeros(x, dtype=torch.float64, device="cpu") for x in shapes))
 
     @torch.no_grad()
     def add(self, query: Tensor, key: Tensor, weights: Tensor) -> None:
@@ -66,19 +63,10 @@ class PairMoments:
             total += (added if len(total) == len(added) else added.sum(0, keepdim=True)).cpu()
         self.samples += int((of_query > 0).sum()) // len(self.weight)
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """``E[q]`` and ``E[k]``, each ``(heads, d)``; zeros for heads without a pair."""
-        total = self.weight.unsqueeze(-1)
-        return (self.query / total).nan_to_num(0.0), (self.key / total).nan_to_num(0.0)
-
-    def second_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``E[q q^T]``, ``E[k k^T]`` and ``E[q k^T]``, likewise ``(heads, d, d)``."""
-        total = self.weight[:, None, None]
-        return (
-            (self.query_query / total).nan_to_num(0.0),
-            (self.key_key / total).nan_to_num(0.0),
-            (self.query_key / total).nan_to_num(0.0),
-        )
+    def means(self) -> list[Tensor]:
+        """``E[q]``, ``E[k]``, ``E[q q^T]``, ``E[k k^T]``, ``E[q k^T]``; zeros without a pair."""
+        sums = (self.query, self.key, self.query_query, self.key_key, self.query_key)
+        return [(x / self.weight.view(-1, *[1] * (x.ndim - 1))).nan_to_num(0.0) for x in sums]
 
 
 @torch.no_grad()

@@ -29,7 +29,6 @@ the same power, with the weight of ``d / 4`` samples.
 the same covariance makes ``Cov(q + k)`` least.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +36,7 @@ from torch import Tensor
 
 from performers.features.moments import PairMoments
 
+CALIBRATED = ("optimal", "sderf", "saderf", "data_aware")
 # Least variance of a direction, relative to the mean over directions.
 _MIN_VARIANCE = 1e-3
 
@@ -64,59 +64,51 @@ def standard_proposal(heads: int, head_dim: int) -> Proposal:
 
 
 def fit_proposal(estimator: str, moments: PairMoments) -> Proposal:
-    """The Gaussian of a calibrated estimator; the standard one for heads without a pair."""
-    fitted, standard = FITS[estimator](moments), standard_proposal(*moments.query.shape)
+    """The Gaussian of a calibrated estimator; the standard one for heads without a pair.
+
+    * ``optimal``: FAVOR++ (Likhosherstov et al. 2022), one width, of ``p = E|q + k|^2 / d``.
+    * ``sderf``: FAVOR# (Likhosherstov et al. 2023), a width per eigenvector of
+      ``E[(q + k)(q + k)^T]``.
+    * ``saderf``: symmetric FAVOR# (same source),
+      ``M = diag((E k_l^2 / E q_l^2)^{1/4})``, one width.
+    * ``data_aware``: the best for the pairs: balanced, centred at ``E[q + k]``, a width per
+      direction.
+    """
+    standard = standard_proposal(*moments.query.shape)
+    center, _, balance, inverse = standard
+    query_mean, key_mean, query, key, cross = moments.means()
+    if estimator == "saderf":
+        query_power, key_power = (x.diagonal(dim1=-2, dim2=-1) for x in (query, key))
+        floor = _MIN_VARIANCE * (query_power + key_power).mean(-1, keepdim=True) / 2
+        ratio = ((key_power + floor) / (query_power + floor)).nan_to_num(0.0).pow(0.25)
+        ratio = ratio.where(ratio > 0, 1.0)
+        balance, inverse = torch.diag_embed(ratio), torch.diag_embed(1 / ratio)
+    elif estimator == "data_aware":
+        # Covariances, mixed with those of an isotropic prior.
+        share = moments.samples / (moments.samples + query.shape[-1] / 4)
+        query_mean, key_mean = (share * x.unsqueeze(-1) for x in (query_mean, key_mean))
+        query, key = (
+            share * x + (1 - share) * _power(x) * _identity(x) - mean @ mean.mT
+            for x, mean in ((query, query_mean), (key, key_mean))
+        )
+        cross = share * cross - query_mean @ key_mean.mT
+        balance = _balance(query, key)
+        inverse = torch.linalg.inv(balance)
+        center = (balance @ query_mean + inverse @ key_mean).squeeze(-1)
+    cross = balance @ cross @ inverse
+    total = balance @ query @ balance + inverse @ key @ inverse + (cross + cross.mT)
+    if estimator in ("optimal", "saderf"):
+        transform = _variances(_power(total)).sqrt() * _identity(total)
+    else:
+        values, vectors = torch.linalg.eigh((total + total.mT) / 2)
+        transform = vectors * _variances(values).sqrt().unsqueeze(-2)
     fits = moments.weight > 0
     return Proposal(
         *(
             new.where(fits.view(-1, *[1] * (new.ndim - 1)), old)
-            for new, old in zip(fitted, standard, strict=True)
+            for new, old in zip((center, transform, balance, inverse), standard, strict=True)
         )
     )
-
-
-def _fit_optimal(moments: PairMoments) -> Proposal:
-    """FAVOR++ (Likhosherstov et al. 2022): one width for all directions, ``p = E|q + k|^2 / d``."""
-    transform = _isotropic(_sum_moment(*moments.second_moments()))
-    return standard_proposal(*moments.query.shape)._replace(transform=transform)
-
-
-def _fit_sderf(moments: PairMoments) -> Proposal:
-    """FAVOR# (Likhosherstov et al. 2023): a width per eigenvector of ``E[(q + k)(q + k)^T]``."""
-    transform = _anisotropic(_sum_moment(*moments.second_moments()))
-    return standard_proposal(*moments.query.shape)._replace(transform=transform)
-
-
-def _fit_saderf(moments: PairMoments) -> Proposal:
-    """Symmetric FAVOR# (same source): ``(E k_l^2 / E q_l^2)^{1/4}`` per coordinate, one width."""
-    query, key, cross = moments.second_moments()
-    query_power, key_power = (x.diagonal(dim1=-2, dim2=-1) for x in (query, key))
-    floor = _MIN_VARIANCE * (query_power + key_power).mean(-1, keepdim=True) / 2
-    ratio = ((key_power + floor) / (query_power + floor)).nan_to_num(0.0).pow(0.25)
-    ratio = ratio.where(ratio > 0, 1.0)
-    balance, inverse = torch.diag_embed(ratio), torch.diag_embed(1 / ratio)
-    total = _sum_moment(balance @ query @ balance, inverse @ key @ inverse, cross)
-    return Proposal(torch.zeros_like(ratio), _isotropic(total), balance, inverse)
-
-
-def _fit_data_aware(moments: PairMoments) -> Proposal:
-    """The best Gaussian for the pairs: balanced, centred at ``E[q + k]``, a width per direction."""
-    (query, key, cross), (query_mean, key_mean) = _regularized(moments)
-    balance = _balance(query, key)
-    inverse = torch.linalg.inv(balance)
-    center = (balance @ query_mean.unsqueeze(-1) + inverse @ key_mean.unsqueeze(-1)).squeeze(-1)
-    total = _sum_moment(
-        balance @ query @ balance, inverse @ key @ inverse, balance @ cross @ inverse
-    )
-    return Proposal(center, _anisotropic(total), balance, inverse)
-
-
-FITS: dict[str, Callable[[PairMoments], Proposal]] = {
-    "optimal": _fit_optimal,
-    "sderf": _fit_sderf,
-    "saderf": _fit_saderf,
-    "data_aware": _fit_data_aware,
-}
 
 
 def proposed_rows(
@@ -138,42 +130,19 @@ def log_second_moment(total: Tensor, proposal: Proposal) -> Tensor:
     """
     transform = proposal.transform.to(total.dtype)
     rest = total - proposal.center.to(total.dtype).unsqueeze(-2)
-    identity = torch.eye(total.shape[-1], dtype=total.dtype, device=total.device)
-    precision = 2 * identity - torch.linalg.inv(transform @ transform.mT)
+    precision = 2 * _identity(total) - torch.linalg.inv(transform @ transform.mT)
     solved = torch.linalg.solve(precision, rest.mT).mT
     constant = torch.linalg.slogdet(transform)[1] - torch.linalg.slogdet(precision)[1] / 2
     return 2 * (rest * solved).sum(-1) - rest.square().sum(-1) + constant.unsqueeze(-1)
 
 
-def _regularized(
-    moments: PairMoments,
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Covariances ``C_q``, ``C_k``, ``C_qk``, and means, mixed with an isotropic prior."""
-    query, key, cross = moments.second_moments()
-    query_mean, key_mean = moments.means()
-    head_dim = query.shape[-1]
-    share = moments.samples / (moments.samples + head_dim / 4)
-    query_mean, key_mean = share * query_mean, share * key_mean
-    identity = torch.eye(head_dim, dtype=query.dtype, device=query.device)
-
-    def covariance(second: Tensor, left: Tensor, right: Tensor, prior: Tensor | float) -> Tensor:
-        return share * second + (1 - share) * prior - left.unsqueeze(-1) * right.unsqueeze(-2)
-
-    return (
-        covariance(query, query_mean, query_mean, _power(query)[:, None, None] * identity),
-        covariance(key, key_mean, key_mean, _power(key)[:, None, None] * identity),
-        covariance(cross, query_mean, key_mean, 0.0),
-    ), (query_mean, key_mean)
-
-
-def _sum_moment(query: Tensor, key: Tensor, cross: Tensor) -> Tensor:
-    """``E[(q + k)(q + k)^T]``."""
-    return query + key + (cross + cross.mT)
+def _identity(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def _power(second: Tensor) -> Tensor:
-    """Mean of the diagonal."""
-    return second.diagonal(dim1=-2, dim2=-1).mean(-1)
+    """Mean of the diagonal, shape ``(heads, 1, 1)``."""
+    return second.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
 
 
 def _variances(power: Tensor) -> Tensor:
@@ -182,24 +151,11 @@ def _variances(power: Tensor) -> Tensor:
     return 1 - (1 - 2 * power - ((2 * power + 1).square() + 8 * power).sqrt()) / 4
 
 
-def _isotropic(second: Tensor) -> Tensor:
-    """``T = t I``."""
-    identity = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-    return _variances(_power(second)).sqrt()[:, None, None] * identity
-
-
-def _anisotropic(second: Tensor) -> Tensor:
-    """``T = U diag(t)`` on the eigenvectors ``U``."""
-    values, vectors = torch.linalg.eigh((second + second.mT) / 2)
-    return vectors * _variances(values).sqrt().unsqueeze(-2)
-
-
 def _balance(query: Tensor, key: Tensor) -> Tensor:
     """Symmetric ``M`` with ``M C_q M = M^{-1} C_k M^{-1}``: the root of a geometric mean."""
-    power = _power(query + key)[:, None, None] / 2
-    identity = torch.eye(query.shape[-1], dtype=query.dtype, device=query.device)
+    power = _power(query + key) / 2
     # Without any variance both become the identity.
-    floor = (_MIN_VARIANCE * power).where(power > 0, 1.0) * identity
+    floor = (_MIN_VARIANCE * power).where(power > 0, 1.0) * _identity(query)
     query, key = query + floor, key + floor
     root = _matrix_sqrt(query)
     inverse = torch.linalg.inv(root)

@@ -7,13 +7,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from performers.features.base import FeatureMap, default_num_features, resolve_scale
+from performers.features.base import (
+    FeatureMap,
+    check_key_mask,
+    check_num_heads,
+    resolve_num_features,
+    resolve_scale,
+)
 from performers.features.form import FeatureForm
 from performers.features.moments import PairMoments, add_attention_pairs
 from performers.features.precision import without_autocast
 from performers.features.projections import PROJECTIONS, Projection
 from performers.features.proposal import (
-    FITS,
+    CALIBRATED,
     Proposal,
     fit_proposal,
     proposed_rows,
@@ -25,7 +31,6 @@ Estimator = Literal[
     "positive", "hyperbolic", "trigonometric", "optimal", "sderf", "saderf", "data_aware"
 ]
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)
-CALIBRATED = tuple(FITS)
 TWO_SIDED = ("hyperbolic", "trigonometric")
 BALANCED = ("saderf", "data_aware")
 
@@ -97,20 +102,12 @@ class SoftmaxFeatures(FeatureMap):
         num_heads: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {ESTIMATORS}, got {estimator!r}")
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
-        if num_features is None:
-            num_features = default_num_features(head_dim)
         two_sided = estimator in TWO_SIDED
-        if num_features < 1 or (two_sided and num_features % 2):
-            wanted = "a positive even number" if two_sided else "at least 1"
-            raise ValueError(
-                f"num_features must be {wanted} for the {estimator} estimator, got {num_features}"
-            )
+        num_features = resolve_num_features(head_dim, num_features, even=two_sided)
         if two_sided and projection == "antithetic":
             raise ValueError(
                 f"projection must not be 'antithetic' for the {estimator} estimator, which has the "
@@ -171,13 +168,8 @@ class SoftmaxFeatures(FeatureMap):
                 "is_causal and window need as many keys as queries, got "
                 f"{key.shape[-2]} and {query.shape[-2]}"
             )
-        if key_mask is not None and (
-            key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])
-        ):
-            raise ValueError(
-                f"key_mask must be a bool tensor of shape {(key.shape[0], key.shape[2])}, True = "
-                f"takes part, got {key_mask.dtype} {tuple(key_mask.shape)}"
-            )
+        if key_mask is not None:
+            check_key_mask(key_mask, key)
         # A copy, so that a call that fails changes nothing.
         moments = copy.deepcopy(self._moments) or PairMoments.empty(
             self.num_heads or 1, self.head_dim
@@ -253,11 +245,7 @@ class SoftmaxFeatures(FeatureMap):
                 f"key must have batch size {query.shape[0]} and a number of heads that divides "
                 f"{heads}, got {tuple(key.shape)}"
             )
-        if self.num_heads not in (None, heads, key_heads):
-            raise ValueError(
-                f"query has {heads} heads and key has {key_heads}, but the feature map has "
-                f"num_heads={self.num_heads}: it must be one of these or None"
-            )
+        check_num_heads(self, heads, key_heads)
         if self.num_heads == heads != key_heads:
             key = key.repeat_interleave(heads // key_heads, dim=1)
             key_heads = heads
@@ -318,10 +306,6 @@ class SoftmaxFeatures(FeatureMap):
             query_transform=query_transform,
             key_transform=key_transform,
         )
-
-    def proposal(self) -> Proposal:
-        """The Gaussian that rows of a calibrated estimator are drawn from."""
-        return Proposal(self.center, self.transform, self.query_transform, self.key_transform)
 
     def extra_repr(self) -> str:
         """The arguments, for printing."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from performers.features.base import FeatureMap
-from performers.features.proposal import log_second_moment
-from performers.features.softmax import CALIBRATED, SoftmaxFeatures
+from performers.features.proposal import CALIBRATED, Proposal, log_second_moment
+from performers.features.softmax import SoftmaxFeatures
 
 
 def log_relative_variance(
@@ -59,7 +59,8 @@ def log_relative_variance(
         log_relative = gap + 2 * (-torch.expm1(-gap)).log()
     elif feature_map.estimator in CALIBRATED:
         total, shared = query + key, feature_map.num_heads is None
-        second = log_second_moment(total.unsqueeze(-3) if shared else total, feature_map.proposal())
+        proposal = Proposal(*(feature_map.get_buffer(name) for name in Proposal._fields))
+        second = log_second_moment(total.unsqueeze(-3) if shared else total, proposal)
         log_relative = _log_expm1(second.squeeze(-2) if shared else second)
     else:
         norm = (query + key).square().sum(-1)

@@ -7,7 +7,7 @@ import psutil
 import torch
 
 from performers.app.errors import UserError
-from performers.features.base import default_num_features
+from performers.features.base import resolve_num_features
 from performers.models import PerformerConfig
 from performers.models.registry import ATTENTIONS
 
@@ -129,7 +129,7 @@ def _feature_count(config: PerformerConfig) -> int:
     """Numbers in the projection of one layer."""
     if not config.attention.startswith("favor"):
         return 0
-    features = config.num_features or default_num_features(config.head_dim)
+    features = resolve_num_features(config.head_dim, config.num_features or None)
     # A row of a two-sided estimator makes two features.
     rows = features // 2 if config.estimator in ("hyperbolic", "trigonometric") else features
     return rows * config.head_dim

@@ -23,6 +23,8 @@ from performers.features import FeatureForm
 if TYPE_CHECKING:
     from performers.attention.call import AttentionCall
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
 
 class SinkKeys(NamedTuple):
     """The first keys of each sequence, exact for every query that sees them.
@@ -44,10 +46,10 @@ class SinkKeys(NamedTuple):
 
 
 def check_window_and_sinks(call: "AttentionCall", form: FeatureForm) -> None:
-    """Check the options ``window`` and ``sinks`` of a call.
+    """Check the options ``window``, ``sinks`` and ``positions`` of a call.
 
     Raises:
-        ValueError: One is no count, or does not go with the features or the lengths.
+        ValueError: One does not fit the features, the shapes or another option.
     """
     for name, value, kind in (
         ("window", call.window, "an integer >= 0 or None"),
@@ -68,14 +70,35 @@ def check_window_and_sinks(call: "AttentionCall", form: FeatureForm) -> None:
             f"window needs as many keys as queries, got {size} keys and {length} queries; for "
             "cross attention pass window=None"
         )
+    if call.positions is not None:
+        _check_positions(call, call.positions)
+
+
+def _check_positions(call: "AttentionCall", positions: Tensor) -> None:
+    shape = (call.key.shape[0], call.key.shape[2])
+    if positions.shape != shape or positions.dtype not in _INTEGERS:
+        raise ValueError(
+            f"positions must be integers of shape {shape}, one for each key, got "
+            f"{positions.dtype} {tuple(positions.shape)}"
+        )
+    if call.window is None:
+        raise ValueError("positions needs window, which is measured in them")
+    for name in ("listed_keys", "neighbours"):
+        if getattr(call, name) is not None:
+            raise ValueError(f"positions cannot be combined with {name}; leave one of the two out")
+    if call.is_causal:
+        raise ValueError(
+            "positions needs is_causal=False: keys within a window of positions come later in the "
+            "row"
+        )
 
 
 def find_sinks_(call: "AttentionCall") -> None:
     """Set the first ``sinks`` keys that take part, of every sequence, apart from the others."""
     sinks, key, value = call.sinks, call.key, call.value
-    segments, state = call.segments, call.state
-    batch, size = key.shape[0], key.shape[2]
-    taking = every_key(key) if call.key_mask is None else call.key_mask
+    segments, batch, size = call.segments, key.shape[0], key.shape[2]
+    held = None if call.state is None else call.state.exact_keys("sink")
+    taking = call.taking()
     rank = taking.long().cumsum(1)
     rows = torch.arange(batch, device=key.device).unsqueeze(1).expand(batch, size)
     sequences = batch
@@ -85,9 +108,8 @@ def find_sinks_(call: "AttentionCall") -> None:
         before = torch.zeros(sequences + 1, dtype=torch.int64, device=key.device)
         before = before.scatter_reduce(0, segments + 1, rank[0], "amax").cummax(0).values
         rank = rank - before[segments]
-    if state is not None:
-        assert state.sink_mask is not None
-        rank = rank + state.sink_mask.sum(1, keepdim=True)
+    if held is not None:
+        rank = rank + held[2].sum(1, keepdim=True)
     is_sink = taking & (rank <= sinks)
     # One place more than there are sinks takes what is none.
     slot = (rank - 1).where(is_sink, sinks)
@@ -99,14 +121,11 @@ def find_sinks_(call: "AttentionCall") -> None:
     # A call without queries has none that a missing sink could come after.
     never = max(call.query.shape[-2], 1)
     first = (index if call.is_causal else torch.zeros_like(index)).where(index >= 0, never)
-    if state is not None:
-        assert state.sink_mask is not None
-        assert state.sink_key is not None
-        assert state.sink_value is not None
-        held = state.sink_mask[:, None, :, None]
-        sink_key = state.sink_key.to(key.dtype).where(held, sink_key)
-        sink_value = state.sink_value.to(value.dtype).where(held, sink_value)
-        first = first.masked_fill(state.sink_mask, 0)
+    if held is not None:
+        held_key, held_value, mask = held
+        sink_key = held_key.to(key.dtype).where(mask[:, None, :, None], sink_key)
+        sink_value = held_value.to(value.dtype).where(mask[:, None, :, None], sink_value)
+        first = first.masked_fill(mask, 0)
     call.sink_keys = SinkKeys(sink_key, sink_value, first, index)
     call.key_mask = taking & ~is_sink
 
@@ -126,17 +145,13 @@ def _gather(x: Tensor, index: Tensor, packed: bool) -> Tensor:
 
 def join_recent_(call: "AttentionCall") -> None:
     """Put the keys that the state kept in front of those of the call."""
-    state, mask = call.state, call.key_mask
-    assert state is not None
-    assert state.recent_key is not None
-    assert state.recent_value is not None
-    assert state.recent_mask is not None
-    assert call.window is not None
-    mask = every_key(call.key) if mask is None else mask
-    call.key = torch.cat((state.recent_key.to(call.key.dtype), call.key), dim=2)
-    call.value = torch.cat((state.recent_value.to(call.value.dtype), call.value), dim=2)
-    call.key_mask = torch.cat((state.recent_mask, mask), dim=1)
-    call.offset = call.window
+    recent = None if call.state is None else call.state.exact_keys("recent")
+    assert recent is not None
+    key, value, mask = recent
+    call.key_mask = torch.cat((mask, call.taking()), dim=1)
+    call.key = torch.cat((key.to(call.key.dtype), call.key), dim=2)
+    call.value = torch.cat((value.to(call.value.dtype), call.value), dim=2)
+    call.offset = mask.shape[1]
 
 
 def complete_state(call: "AttentionCall", sums: FavorState) -> FavorState:
@@ -145,18 +160,12 @@ def complete_state(call: "AttentionCall", sums: FavorState) -> FavorState:
     if call.window is not None:
         missing = max(0, call.window - call.key.shape[2])
         first = call.key.shape[2] + missing - call.window
-        mask = every_key(call.key) if call.key_mask is None else call.key_mask
         recent = (
             *(F.pad(x[:, :, first:], (0, 0, missing, 0)) for x in (call.key, call.value)),
-            F.pad(mask[:, first:], (missing, 0)),
+            F.pad(call.taking()[:, first:], (missing, 0)),
         )
     sinks: tuple[Tensor | None, ...] = (None, None, None)
     if call.sink_keys is not None:
         seen = call.sink_keys.first < max(call.query.shape[-2], 1)
         sinks = (call.sink_keys.key, call.sink_keys.value, seen)
-    return FavorState(sums.key_value, sums.key_sum, sums.log_scale, *recent, *sinks)
-
-
-def every_key(key: Tensor) -> Tensor:
-    """A mask ``(batch, S)`` of all keys."""
-    return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+    return FavorState(*sums.sums(), *recent, *sinks)

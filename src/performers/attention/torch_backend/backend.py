@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall
-from performers.attention.exact_keys.window_and_sinks import every_key
 from performers.attention.nonfinite import without_nonfinite
 from performers.attention.state import FavorState
 from performers.attention.torch_backend.blocks import (
@@ -38,6 +37,7 @@ from performers.attention.torch_backend.blocks import (
     block_sizes,
     in_blocks,
     read,
+    sum_keys,
 )
 from performers.attention.torch_backend.causal import causal_rows
 from performers.attention.torch_backend.exact import sink_rows, window_rows
@@ -54,19 +54,14 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     features = Features.of_call(call)
     call, touched = without_nonfinite(call)
     past = call.past()
-    sums = _sums_of(past)
     with without_autocast(call.query.device):
         if call.query.shape[-2] == 0:
             return _empty_output(call), past
         exact = call.has_exact_pairs()
-        rows, sums = _feature_rows(call, features, sums, divided=not exact)
+        rows, sums = _feature_rows(call, features, Sums(*past.sums()), divided=not exact)
         out = _with_exact_pairs(call, features, Rows(*rows)) if exact else rows[0]
     state = FavorState(*sums) if call.return_state else None
     return (out, state) if touched is None else touched.marked(out, state)
-
-
-def _sums_of(state: FavorState) -> Sums:
-    return Sums(state.key_value, state.key_sum, state.log_scale)
 
 
 def _empty_output(call: AttentionCall) -> Tensor:
@@ -87,7 +82,7 @@ def _feature_rows(
     if call.positions is not None:
         return position_feature_rows(call, features), sums
     strict = call.window is not None
-    after = sums if call.following is None else _sums_of(call.following)
+    after = sums if call.following is None else Sums(*call.following.sums())
     if not (strict or call.is_causal or call.segments is not None):
         everything = sums if call.following is None else sums.plus(after)
         return _bidirectional_rows(call, features, everything, divided=divided)
@@ -105,9 +100,6 @@ def _bidirectional_rows(
 ) -> tuple[tuple[Tensor, ...], Sums]:
     """Every query against all keys, as ``causal_rows`` returns them."""
 
-    def absorb(key: Tensor, value: Tensor, mask: Tensor | None, *sums: Tensor) -> Sums:
-        return Sums(*sums).with_keys(*features.of_keys(key, value, mask))
-
     def read_block(query: Tensor) -> tuple[Tensor, ...]:
         rows = read(features, query, total)
         return (rows.out(),) if divided else rows
@@ -116,9 +108,7 @@ def _bidirectional_rows(
     key_sizes = block_sizes(call.key.shape[2], size)
     query_sizes = block_sizes(call.query.shape[3], max(1, size // call.query.shape[2]))
     keep = len(key_sizes) == len(query_sizes) == 1
-    keys = [(call.key, 2), (call.value, 2), (call.key_mask, 1)]
-    _, carry = in_blocks(absorb, key_sizes, keys, sums, keep=keep)
-    total = Sums(*carry)
+    total = sum_keys(call, features, sums, key_sizes, keep=keep)
     rows, _ = in_blocks(read_block, query_sizes, [(call.query, 3)], keep=keep)
     return rows, total
 
@@ -171,8 +161,7 @@ def _delayed(call: AttentionCall) -> AttentionCall:
     missing, kept = min(shift, length), max(length - shift, 0)
     mask, segments = call.key_mask, call.segments
     if missing:
-        mask = every_key(call.key) if mask is None else mask
-        mask = F.pad(mask[:, :kept], (missing, 0))
+        mask = F.pad(call.taking()[:, :kept], (missing, 0))
         if segments is not None:
             # The last keys of one sequence must not turn up in the next.
             same = segments[missing:] == segments[:kept]

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from performers.attention.call import AttentionCall, masked
 from performers.features import FeatureForm
+from performers.features.form import times
 
 # Rows of a causal chunk, and features held at a time (elements over batch, heads and rows): what
 # caches of a CPU hold, and elsewhere enough for launches to cost less than the work.
@@ -160,11 +161,6 @@ def softmax_rows(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Row
     return Rows(weights @ value, weights.sum(-1, keepdim=True), peak)
 
 
-def times(base: Tensor | None, exponential: Tensor) -> Tensor:
-    """``base * exponential``, where no base means one."""
-    return exponential if base is None else base * exponential
-
-
 def finite(scale: Tensor) -> Tensor:
     """Zero in place of the minus infinity that stands for no key."""
     return scale.where(scale > -math.inf, 0.0)
@@ -228,3 +224,15 @@ def in_blocks(
     if len(parts) == 1:
         return parts[0], carry
     return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True)), carry
+
+
+def sum_keys(
+    call: AttentionCall, features: Features, sums: Sums, sizes: list[int], *, keep: bool | None
+) -> Sums:
+    """The sums and, added to them, the keys of a call, one block after the other."""
+
+    def step(key: Tensor, value: Tensor, mask: Tensor | None, *sums: Tensor) -> Sums:
+        return Sums(*sums).with_keys(*features.of_keys(key, value, mask))
+
+    keys = [(call.key, 2), (call.value, 2), (call.key_mask, 1)]
+    return Sums(*in_blocks(step, sizes, keys, sums, keep=keep)[1])

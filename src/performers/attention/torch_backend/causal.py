@@ -21,8 +21,8 @@ from performers.attention.torch_backend.blocks import (
     in_blocks,
     query_features,
     read,
-    times,
 )
+from performers.features.form import times
 
 
 def causal_rows(
@@ -40,27 +40,13 @@ def causal_rows(
         rows = read(features, query, sums)
         return (rows.out(),) if divided else rows, sums
 
-    def step(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        segments: Tensor | None,
-        before: Tensor | None,
-        *sums: Tensor,
-    ) -> tuple[Tensor, ...]:
-        rows, sums = _causal_block(
-            features, query, key, value, mask, segments, before, Sums(*sums), strict
-        )
-        return (rows.out(), *sums) if divided else (*rows, *sums)
-
     # The sequence of the position before each; none has the index -1.
     before = None if segments is None else F.pad(segments[:-1], (1, 0), value=-1)
     size = block_rows((key.shape[0], key.shape[1] * query.shape[2]), features, query.device)
     # Blocks of whole chunks, then what is left over.
     whole = length // CHUNK * CHUNK
     results, carry = in_blocks(
-        step,
+        lambda *block: _causal_block(features, strict, divided, *block),
         block_sizes(whole, size) + block_sizes(length - whole, CHUNK),
         [(query, 3), (key, 2), (value, 2), (mask, 1), (segments, 0), (before, 0)],
         sums,
@@ -71,16 +57,17 @@ def causal_rows(
 
 def _causal_block(
     features: Features,
+    strict: bool,
+    divided: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     segments: Tensor | None,
     before: Tensor | None,
-    sums: Sums,
-    strict: bool,
-) -> tuple[Rows, Sums]:
-    """One block: all chunks at once, but for the running sums between them.
+    *sums: Tensor,
+) -> tuple[Tensor, ...]:
+    """One block, all chunks at once, but for the running sums between them; and the sums after it.
 
     Queries are ``(B, H, G, T, D)``, T a multiple of the chunk or shorter than one; ``before`` is
     the segment of the position before each, ``sums`` are those over the keys before the block.
@@ -110,15 +97,15 @@ def _causal_block(
     inside = _pairs_within_chunks(
         query_base, query_exponent, key_base, key_exponent, value, groups, segments, strict
     )
-    past, sums = _prefix_sums(key_base, key_exponent, value, sums, last, continues)
+    past, after = _prefix_sums(key_base, key_exponent, value, Sums(*sums), last, continues)
     phi, log_scale = query_features(query_base, query_exponent, past.log_scale.unsqueeze(-2))
     numerator, denominator = phi @ past.key_value, phi @ past.key_sum.unsqueeze(-1)
     if own is not None:
         numerator, denominator = numerator.where(own, 0.0), denominator.where(own, 0.0)
     outside = Rows(numerator, denominator, log_scale)
     rows = outside.plus(inside, scaled=features.has_exponent())
-    in_order = (x.unflatten(3, (groups, chunk)).movedim(3, 2).flatten(3, 4) for x in rows)
-    return Rows(*in_order), sums
+    rows = Rows(*(x.unflatten(3, (groups, chunk)).movedim(3, 2).flatten(3, 4) for x in rows))
+    return (rows.out(), *after) if divided else (*rows, *after)
 
 
 def _pairs_within_chunks(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall, masked
-from performers.attention.exact_keys.window_and_sinks import every_key
 from performers.attention.torch_backend.blocks import (
     CHUNK,
     Rows,
@@ -64,7 +63,7 @@ def _band(call: AttentionCall, count: int, chunk: int) -> tuple[Tensor, Tensor, 
     width, front = chunk + window + ahead, window - call.offset
     key, value = (masked(x, call.key_mask) for x in (call.key, call.value))
     # One row for the whole batch: what meets is as large as the pairs.
-    mask = every_key(call.key[:1]) if call.key_mask is None else call.key_mask
+    mask = call.taking() if call.key_mask is not None else call.taking()[:1]
     if width >= size:
         # One band for all chunks: every key.
         key, value = (x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in (key, value))

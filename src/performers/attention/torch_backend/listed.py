@@ -10,7 +10,7 @@ by kernels. Lists along the edges of a graph are each query's own (``neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class ListedPairs(NamedTuple):
 
     def met(self, length: int, window: int | None) -> Tensor:
         """Pairs that exist, shape ``(B, H, blocks, rows, n)``, bool."""
-        position = _of_lists(self.position, self.list).unsqueeze(-2)
+        position = _gather(self.position, self.list).unsqueeze(-2)
         pairs = (position >= 0) & (self.row >= 0).unsqueeze(-1)
         if window is not None:
             # Positions fit in 32 bits, and there are many pairs.
@@ -91,7 +91,12 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     # Beyond, rounding has made an estimate larger than the sum that holds it: the row is left
     # without features below, and a factor of infinity would make its gradient NaN.
     largest = int(math.log(torch.finfo(log_scale.dtype).max))
-    for estimated, more in _parts(call, features):
+    parts: Iterable[tuple[Rows, Rows]]
+    if isinstance(call.lists, NeighbourLists):
+        parts = [neighbour_rows(call, features, call.lists)]
+    else:
+        parts = (_dense_rows(call, features, pairs) for pairs in listed_pairs(call))
+    for estimated, more in parts:
         share = (estimated.log_scale - log_scale).clamp_max(largest)
         share = share.masked_fill(estimated.denominator == 0, -math.inf).exp()
         numerator = numerator - estimated.numerator * share
@@ -105,15 +110,6 @@ def split_listed(call: AttentionCall, features: Features, rows: Rows) -> tuple[R
     return Rows(*(x.unflatten(2, shape) for x in rest)), Rows(
         *(x.unflatten(2, shape) for x in exact)
     )
-
-
-def _parts(call: AttentionCall, features: Features) -> Iterator[tuple[Rows, Rows]]:
-    """Estimates and exact weights of pairs, ``(B, H, queries, ...)``; no pair is in two parts."""
-    if isinstance(call.lists, NeighbourLists):
-        yield neighbour_rows(call, features, call.lists)
-    else:
-        for pairs in listed_pairs(call):
-            yield _dense_rows(call, features, pairs)
 
 
 def listed_pairs(call: AttentionCall) -> list[ListedPairs]:
@@ -133,11 +129,11 @@ def listed_pairs(call: AttentionCall) -> list[ListedPairs]:
         hidden = None
         for earlier in range(index):
             # A key that an earlier round gave to the query does not count again.
-            known = _of_lists(lists.key[earlier], lists.of_query[earlier].flatten(2))
-            counts = _of_lists(lists.taken[earlier], lists.of_query[earlier].flatten(2))
+            known = _gather(lists.key[earlier], lists.of_query[earlier].flatten(2))
+            counts = _gather(lists.taken[earlier], lists.of_query[earlier].flatten(2))
             known = _gather(known.masked_fill(~counts, -1), row.clamp_min(0).flatten(2))
             known = known.unflatten(2, row.shape[2:]).unsqueeze(-3)
-            again = (_of_lists(lists.key[index], of_block)[..., None, None] == known).any(-1)
+            again = (_gather(lists.key[index], of_block)[..., None, None] == known).any(-1)
             hidden = again if hidden is None else hidden | again
         pairs = ListedPairs(
             call.query.flatten(2, 3),
@@ -162,7 +158,7 @@ def _dense_rows(call: AttentionCall, features: Features, pairs: ListedPairs) -> 
     places = pairs.row.shape[2:]
     query = _gather(pairs.query, pairs.row.clamp_min(0).flatten(2)).unflatten(2, places)
     key, value = (
-        _of_lists(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
+        _gather(x.flatten(3), pairs.list).unflatten(3, x.shape[3:])
         for x in (pairs.key, pairs.value)
     )
 
@@ -224,11 +220,6 @@ def _blocks(of_query: Tensor, lists: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     return row.unflatten(2, (most_blocks, rows)), back, of_block, begin
 
 
-def _of_lists(x: Tensor, lists: Tensor) -> Tensor:
-    """Entries ``(B, H, lists, n)`` of the lists ``(B, H, N)``: ``(B, H, N, n)``."""
-    return x.gather(2, lists.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
-
-
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows ``(B, H, N)`` of ``(B, H, T, D)``: ``(B, H, N, D)``."""
+    """Rows ``(B, H, N)`` of ``(B, H, T, n)``: ``(B, H, N, n)``."""
     return x.gather(2, rows.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))

@@ -48,10 +48,11 @@ def neighbour_rows(
         own = _of_heads(features, head)
         query, key, value = (x.to(features.dtype) for x in (query, key, value))
         left, right, log_scale = _scaled_features(call, own, query, key)
-        estimates = pair_products(
-            _nodes(left.unflatten(2, (groups, length))), _nodes(right, groups), lists
+        left = left.unflatten(2, (groups, length))
+        estimates, logits = (
+            _Products.apply(_nodes(q), _nodes(k, groups), lists.query, lists.key)
+            for q, k in ((left, right), (query * call.factor, key))
         )
-        logits = pair_products(_nodes(query * call.factor), _nodes(key, groups), lists)
         if bias is not None:
             # Pairs by batch, head and group, as rows of nodes are.
             logits = logits + bias.to(logits.dtype).expand(batch, -1, -1, -1).flatten(0, 2).mT
@@ -65,21 +66,18 @@ def neighbour_rows(
         weights = (logits - peak.gather(0, index)).exp()
         value = _nodes(value, groups)
 
-        def rows(weights: Tensor, log_scale: Tensor) -> list[Tensor]:
-            total = torch.zeros_like(peak).index_add(0, lists.query, weights)
-            parts = (pair_sums(weights, value, lists, length), total.unsqueeze(-1))
+        def in_heads(x: Tensor) -> Tensor:
             # Heads come last but one: blocks of them are joined along that dimension.
-            parts = tuple(
-                x.unflatten(1, (batch, len(head), groups)).permute(1, 3, 0, 2, 4).flatten(1, 2)
-                for x in parts
-            )
-            return [*parts, log_scale]
+            x = x.unflatten(1, (batch, len(head), groups))
+            return x.permute(1, 3, 0, 2, 4).flatten(1, 2)
 
-        exact_scale = peak.unflatten(1, (batch, len(head), groups)).permute(1, 3, 0, 2)
-        return (
-            *rows(estimates, log_scale.transpose(1, 2)),
-            *rows(weights, exact_scale.flatten(1, 2).unsqueeze(-1)),
-        )
+        def sums(weights: Tensor) -> tuple[Tensor, Tensor]:
+            total = torch.zeros_like(peak).index_add(0, lists.query, weights).unsqueeze(-1)
+            out = _Sums.apply(weights, value, lists.query, lists.key, length)
+            return in_heads(out), in_heads(total)
+
+        scale = in_heads(peak.unsqueeze(-1))
+        return *sums(estimates), log_scale.transpose(1, 2), *sums(weights), scale
 
     per_head = batch * groups * max(length, key.shape[2]) * features.form.num_features
     most = _FEATURE_ELEMENTS.get(key.device.type, _ACCELERATOR_ELEMENTS)
@@ -137,23 +135,13 @@ def _nodes(x: Tensor, groups: int | None = None) -> Tensor:
     return x.permute(3, 0, 1, 2, 4).flatten(1, 3)
 
 
-def pair_products(left: Tensor, right: Tensor, lists: NeighbourLists) -> Tensor:
-    """``left_i . right_j`` of each pair: ``(L, R, D)`` and ``(S, R, D)`` to ``(E, R)``."""
-    return _Products.apply(left, right, lists.query, lists.key)
-
-
-def pair_sums(weight: Tensor, value: Tensor, lists: NeighbourLists, length: int) -> Tensor:
-    """``sum_j weight_ij value_j`` of each query: ``(E, R)`` and ``(S, R, D)`` to ``(L, R, D)``."""
-    return _Sums.apply(weight, value, lists.query, lists.key, length)
-
-
 def _blocks(pairs: int, like: Tensor) -> range:
     most = _GATHERED_ELEMENTS.get(like.device.type, _ACCELERATOR_ELEMENTS)
     return range(0, pairs, max(1, most // max(1, math.prod(like.shape[1:]))))
 
 
 class _Products(torch.autograd.Function):
-    """Products of gathered rows."""
+    """``left_i . right_j`` of pairs: ``(L, R, D)`` and ``(S, R, D)`` to ``(E, R)``."""
 
     @staticmethod
     def forward(left: Tensor, right: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -182,7 +170,7 @@ class _Products(torch.autograd.Function):
 
 
 class _Sums(torch.autograd.Function):
-    """Sums of gathered rows."""
+    """``sum_j weight_ij value_j``: ``(E, R)`` and ``(S, R, D)`` to ``(L, R, D)``."""
 
     @staticmethod
     def forward(weight: Tensor, value: Tensor, row: Tensor, column: Tensor, length: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Windows measured in positions, in the ``torch`` backend.
 
-Exact pairs: queries are taken in chunks of the order of their coordinates, and meet the blocks of
-keys that hold their windows. Features: keys and queries are merged into one row, in which a key
-comes ``window + 1`` positions after its own and so is in the strict past of the queries beyond its
-window; the reversed order has the other direction. Nothing is subtracted. The cost is that of two
-causal passes over rows twice as long, and of as many exact pairs as tokens share a window.
+Rows are laid end to end, and a token's coordinate is its position, shifted so that tokens of
+different sequences are further apart than the window. Exact pairs: queries are taken in chunks of
+the order of their coordinates, and meet the blocks of keys that hold their windows. Features: keys
+and queries are merged into one row, in which a key comes ``window + 1`` positions after its own and
+so is in the strict past of the queries beyond its window; the reversed order has the other
+direction. Nothing is subtracted. The cost is that of two causal passes over rows twice as long, and
+of as many exact pairs as tokens share a window.
 """
 
 # torch.compile (2.6) cannot evaluate the annotations of local functions.
@@ -17,8 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from performers.attention.call import AttentionCall, masked
-from performers.attention.exact_keys.positions import find_coordinates
-from performers.attention.exact_keys.window_and_sinks import every_key
 from performers.attention.torch_backend.blocks import (
     CHUNK,
     Features,
@@ -31,12 +31,14 @@ from performers.attention.torch_backend.blocks import (
 from performers.attention.torch_backend.causal import causal_rows
 from performers.attention.torch_backend.exact import BLOCK_PAIRS
 
+_LARGEST = 2**62
+
 
 def position_feature_rows(call: AttentionCall, features: Features) -> Rows:
     """Every query against the keys whose positions are beyond the window."""
-    row, places = _end_to_end(call), find_coordinates(call)
-    past = _strictly_before(row, places.coordinate, places.sequence, features)
-    future = _strictly_before(row, -places.coordinate, places.sequence, features)
+    row, (coordinate, sequence) = _end_to_end(call), _coordinates(call)
+    past = _strictly_before(row, coordinate, sequence, features)
+    future = _strictly_before(row, -coordinate, sequence, features)
     return _in_rows(past.plus(future, scaled=features.has_exponent()), len(call.query))
 
 
@@ -44,7 +46,7 @@ def position_window_rows(call: AttentionCall) -> Rows:
     """Every query against the keys of its window of positions: sums of ``exp(scale q . k)``."""
     row, window = _end_to_end(call), call.window
     assert window is not None
-    coordinate = find_coordinates(call).coordinate
+    coordinate, _ = _coordinates(call)
     key, value = (masked(x, row.key_mask)[0] for x in (row.key, row.value))
     # Keys that take no part, and those that fill up the last block, are in no window.
     nowhere = coordinate.max() + window + 1
@@ -102,16 +104,14 @@ def _strictly_before(
     place = torch.cat((2 * coordinate + 1, 2 * (coordinate + row.window + 1)))
     order = place.argsort(stable=True)
     token, is_key = order % size, order >= size
-    mask = every_key(row.key) if row.key_mask is None else row.key_mask
     merged = row.replaced(
         query=row.query.index_select(3, token),
         key=row.key.index_select(2, token),
         value=row.value.index_select(2, token),
-        key_mask=mask[:, token] & is_key,
+        key_mask=row.taking()[:, token] & is_key,
         segments=None if sequence is None else sequence[token],
     )
-    past = merged.past()
-    sums = Sums(past.key_value, past.key_sum, past.log_scale)
+    sums = Sums(*merged.past().sums())
     rows, _ = causal_rows(merged, features, sums, strict=True, divided=False)
     back = order.argsort()[:size]
     return Rows(*(x.index_select(3, back) for x in rows))
@@ -130,3 +130,30 @@ def _end_to_end(call: AttentionCall) -> AttentionCall:
 def _in_rows(rows: Rows, batch: int) -> Rows:
     """Rows of `_end_to_end` as those of its call."""
     return Rows(*(x.squeeze(0).unflatten(2, (batch, -1)).movedim(2, 0) for x in rows))
+
+
+def _coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Coordinates ``(batch S,)`` of all tokens, and the number of each one's sequence.
+
+    Coordinates rise from sequence to sequence; None for one sequence.
+
+    Raises:
+        ValueError: Positions are so far apart that coordinates exceed 64 bits.
+    """
+    assert call.positions is not None
+    assert call.window is not None
+    positions = call.positions.to(call.query.device, torch.int64)
+    batch, length = positions.shape
+    sequence = call.segments
+    if batch > 1:
+        sequence = torch.arange(batch, device=positions.device).repeat_interleave(length)
+    coordinate = (positions - positions.min()).flatten()
+    if sequence is None:
+        return coordinate, None
+    stride = coordinate.max() + call.window + 2
+    if int(stride) * (int(sequence.max()) + 1) > _LARGEST:
+        raise ValueError(
+            f"positions must span less, got {int(coordinate.max())} with window={call.window}; "
+            "let those of each sequence begin at 0"
+        )
+    return coordinate + sequence * stride, sequence
