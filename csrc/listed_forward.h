@@ -38,16 +38,11 @@ struct ListChunk : KeyBlock {
 // Where a list lies in the tensors of a call.
 struct ListPlace {
     const performers_listed_call &listed;
-    int64_t head, list;
-    int64_t first, last;  // its blocks
-    int64_t rows;         // places in a block
-
-    ListPlace(const performers_listed_call &listed, int64_t task)
-        : listed(listed), head(task / listed.lists), list(task % listed.lists), rows(listed.rows) {
-        const int64_t *begins = listed.list_begin + head * (listed.lists + 1) + list;
-        first = begins[0];
-        last = begins[1];
-    }
+    int64_t task;
+    int64_t head = task / listed.lists, list = task % listed.lists;
+    const int64_t *begins = listed.list_begin + head * (listed.lists + 1) + list;
+    int64_t first = begins[0], last = begins[1];  // its blocks
+    int64_t rows = listed.rows;                   // places in a block
 
     Rows keys(const Problem &p, const performers_array &array) const {
         return p.rows(array, head, list);
@@ -214,7 +209,7 @@ inline bool forward_listed(const performers_listed_call &call) {
     const Weights weights(p);
     parallel(p, p.heads * call.lists, [&](int64_t i) {
         auto b = in_scratch<ListedBuffers>(p);
-        forward_list(p, ListPlace(call, i), b);
+        forward_list(p, ListPlace{call, i}, b);
     });
     return true;
 }

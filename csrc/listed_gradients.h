@@ -171,7 +171,7 @@ inline bool backward_listed(const performers_listed_call &call) {
     // Lists in the place of spans.
     const std::vector<Span> lists(static_cast<size_t>(call.lists));
     trained.for_spans<ListedGradientBuffers>(lists, [&](auto &b, int64_t, const Span &, int64_t i) {
-        backward_list(p, ListPlace(call, i), b);
+        backward_list(p, ListPlace{call, i}, b);
     });
     trained.finish();
     return true;

@@ -35,42 +35,31 @@ struct Span {
 // Sizes and packed weights of one call.
 struct Problem {
     const performers_call &call;
-    bool exponential;
-    bool exact;      // whether features are summed beside exact pairs
-    bool strict;     // whether the keys that a causal query meets through features end before...
-    int64_t shift;   // ...or at row i + shift, for query i
-    int64_t window;  // reach of exact pairs, or -1
-    int64_t heads;  // batch times key heads
-    int64_t features, head_dim, value_dim;
-    int64_t padded_dim, padded_value;  // rows of packed blocks
-    int64_t weight_stride;
-    int64_t query_inner, key_inner;  // columns of the weights that meet queries, and keys
-    float norm_root;  // |norm_root x|^2 is what a key's exponents lose
-    float epsilon;
-    float log_normalizer;
+    const bool exponential = call.kind == PERFORMERS_EXPONENTIAL;
+    const int64_t window = smaller(call.window, call.length + call.size);  // of exact pairs, or < 0
+    // Whether the keys that a causal query meets through features end before row i + shift, for query
+    // i, or at i.
+    const bool strict = window >= 0;
+    const int64_t shift = strict ? call.offset - window : 0;
+    // Whether features are summed beside exact pairs.
+    const bool exact = strict || call.sinks > 0 || call.part != PERFORMERS_WHOLE;
+    const int64_t heads = call.batch * call.key_heads;
+    const int64_t features = call.features, head_dim = call.head_dim, value_dim = call.value_dim;
+    // Rows of packed blocks, and of the weights.
+    const int64_t padded_dim = round_up(head_dim, kWidth), padded_value = round_up(value_dim, kWidth);
+    const int64_t weight_stride = round_up(head_dim + 2, kWidth);
+    // Columns of the weights that meet queries, and keys.
+    const int64_t query_inner = head_dim + (call.bias ? 1 : 0);
+    const int64_t key_inner = query_inner + (exponential ? 1 : 0);
+    // |norm_root x|^2 is what a key's exponents lose.
+    const float norm_root = static_cast<float>(call.quadratic ? std::sqrt(call.scale * kLog2e / 2) : 0);
+    const float epsilon = static_cast<float>(call.epsilon);
+    const float log_normalizer = static_cast<float>(exact ? std::log2(call.normalizer) : 0);
     float *weights = nullptr;  // (weight_heads, features, weight_stride)
     // Whether NaN or infinity was among the rows that were read; set by any task.
     mutable bool nonfinite = false;
 
-    explicit Problem(const performers_call &call) : call(call) {
-        exponential = call.kind == PERFORMERS_EXPONENTIAL;
-        window = smaller(call.window, call.length + call.size);
-        strict = window >= 0;
-        exact = strict || call.sinks > 0 || call.part != PERFORMERS_WHOLE;
-        shift = strict ? call.offset - window : 0;
-        heads = call.batch * call.key_heads;
-        features = call.features;
-        head_dim = call.head_dim;
-        value_dim = call.value_dim;
-        padded_dim = round_up(head_dim, kWidth);
-        padded_value = round_up(value_dim, kWidth);
-        weight_stride = round_up(head_dim + 2, kWidth);
-        query_inner = head_dim + (call.bias ? 1 : 0);
-        key_inner = query_inner + (exponential ? 1 : 0);
-        norm_root = call.quadratic ? static_cast<float>(std::sqrt(call.scale * kLog2e / 2)) : 0.0f;
-        epsilon = static_cast<float>(call.epsilon);
-        log_normalizer = exact ? static_cast<float>(std::log2(call.normalizer)) : 0.0f;
-    }
+    explicit Problem(const performers_call &call) : call(call) {}
 
     // Looks at rows that were read.
     void check(const float *x, int64_t count) const {

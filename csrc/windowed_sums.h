@@ -41,18 +41,13 @@ struct Segments {
 struct WindowGrid {
     Span span;
     int64_t window;
-    int64_t origin;  // row where key block 0 begins, at or before the first key
-    int64_t key_blocks, query_blocks;
-    int64_t behind, ahead;  // blocks by which past(b) is less than b, and full(b) more than b + 1
-
-    WindowGrid(const Problem &p, const Span &span)
-        : span(span),
-          window(p.window),
-          origin(span.first - p.window % kBlock),
-          key_blocks((span.last - origin + kBlock - 1) / kBlock),
-          query_blocks((span.end - span.begin + kBlock - 1) / kBlock),
-          behind(window / kBlock),
-          ahead((span.begin + window - origin + kBlock - 1) / kBlock) {}
+    // The row where key block 0 begins, at or before the first key.
+    int64_t origin = span.first - window % kBlock;
+    int64_t key_blocks = (span.last - origin + kBlock - 1) / kBlock;
+    int64_t query_blocks = (span.end - span.begin + kBlock - 1) / kBlock;
+    // Blocks by which past(b) is less than b, and full(b) more than b + 1.
+    int64_t behind = window / kBlock;
+    int64_t ahead = (span.begin + window - origin + kBlock - 1) / kBlock;
 
     // Segments of queries, and of keys: where the keys begin that all rows of a segment of queries
     // reach above their windows, a segment of keys begins.

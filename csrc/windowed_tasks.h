@@ -61,7 +61,7 @@ private:
         std::vector<WindowUnit> units;
         const std::vector<Span> spans = sequences(p.call);
         for (int64_t head = 0; head < p.heads; ++head) {
-            for (const Span &span : spans) units.push_back({head, WindowGrid(p, span)});
+            for (const Span &span : spans) units.push_back({head, {span, p.window}});
         }
         return units;
     }

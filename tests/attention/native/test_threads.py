@@ -24,7 +24,7 @@ from tests.features.cases import generator
 
 pytestmark = NATIVE
 
-# A head is cut into parts of at least this many positions: kSmallestPart in csrc/kernels.cpp.
+# A head is cut into parts of at least this many positions: kSmallestPart in csrc/tasks.h.
 SMALLEST_PART = 256
 LONG = 4 * SMALLEST_PART + 77
 # Of four parts of LONG, the first and the second; keys there may all be masked.

@@ -65,17 +65,21 @@ def _attend_with_lists(call: AttentionCall) -> Tensor:
 
     Pairs along the edges of a graph are gathered by torch.
     """
+
+    def part(pairs: str) -> _Part:
+        out, *_, log = favor_forward(*Inputs.of(call, pairs))
+        return _Part(out, log)
+
     squares = call.query.to(call.dtype).square()
     log_factor = math.log(call.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
         call.factor / 2
     )
-    feature = _part(call, "feature")
-    exact = call.window is not None or call.sink_keys is not None
-    estimates, parts = [], [_part(call, "exact")] if exact else []
+    has_exact = call.window is not None or call.sink_keys is not None
+    estimates, exact = [], [part("exact")] if has_exact else []
     for estimate, more in _listed_parts(call):
         estimates.append(_Part(estimate.out, estimate.log + log_factor))
-        parts.append(more)
-    return _join(feature, estimates, parts)
+        exact.append(more)
+    return _join(part("feature"), estimates, exact)
 
 
 def _listed_parts(call: AttentionCall) -> Iterator[tuple[_Part, _Part]]:
@@ -91,34 +95,28 @@ def _listed_parts(call: AttentionCall) -> Iterator[tuple[_Part, _Part]]:
         return
     for pairs in listed_pairs(call):
         rows = [x.unflatten(2, heads) for x in kernel_rows(call, pairs)]
-        yield _Part(rows[0], rows[1]), _Part(rows[2], rows[3])
+        yield _Part(*rows[:2]), _Part(*rows[2:])
 
 
 def _join(feature: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
     """``feature`` less the estimates that are in it, and the exact parts: rows as they come out."""
+    parts = (feature, *estimates, *exact)
     peak = torch.stack([part.log.detach() for part in (feature, *exact)]).amax(0)
     peak = peak.where(peak > -math.inf, 0.0)
-    weights = [(part.log - peak).exp() for part in (feature, *estimates, *exact)]
-    count = 1 + len(estimates)
-    rest = [weights[0], *(-x for x in weights[1:count])]
+    whole, *weights = [(part.log - peak).exp() for part in parts]
+    rest = [whole, *(-x for x in weights[: len(estimates)])]
     # What is left of a sum after taking away nearly all of it is rounding.
     left = torch.stack([x.detach() for x in rest]).sum(0)
     # Written so that NaN stays.
-    known = ~(left <= LEAST_REST * weights[0].detach())
-    signed = [*(x.where(known, 0.0) for x in rest), *weights[count:]]
+    known = ~(left <= LEAST_REST * whole.detach())
+    signed = [*(x.where(known, 0.0) for x in rest), *weights[len(estimates) :]]
     total = torch.stack(signed).sum(0)
     inverse = 1 / total.where(total != 0, 1.0)
-    out: Tensor | None = None
-    for part, weight in zip((feature, *estimates, *exact), signed, strict=True):
-        share = (weight * inverse).to(part.out.dtype).unsqueeze(-1)
-        out = part.out * share if out is None else torch.addcmul(out, part.out, share)
-    assert out is not None
+    shares = [(x * inverse).to(feature.out.dtype).unsqueeze(-1) for x in signed]
+    out = feature.out * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        out = torch.addcmul(out, part.out, share)
     return out
-
-
-def _part(call: AttentionCall, part: str) -> _Part:
-    out, *_, log_normaliser = favor_forward(*Inputs.of(call, part))
-    return _Part(out, log_normaliser)
 
 
 def uncovered(call: AttentionCall) -> str | None:

@@ -33,7 +33,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *_fields(ctypes.c_int64, "batch key_heads groups length size head_dim value_dim features"),
         *_fields(ctypes.c_int64, "weight_heads kind quadratic causal threads offset window sinks"),
-        *_fields(ctypes.c_int64, "part"),
+        ("part", ctypes.c_int64),
         *_fields(ctypes.c_double, "scale epsilon normalizer"),
         *_fields(_Array, "query key value"),
         *_fields(ctypes.c_void_p, "weight bias key_mask segments"),

@@ -98,14 +98,10 @@ def _call(inputs: ListedInputs) -> ListedCall:
 
 
 def _new_results(inputs: ListedInputs) -> ListedResults:
-    query, width = inputs.query, inputs.value.shape[-1]
-    rows = query.shape[:-1]
-    return ListedResults(
-        query.new_empty((*rows, width)),
-        query.new_empty(rows, dtype=torch.float64),
-        query.new_empty((*rows, width)),
-        query.new_empty(rows, dtype=torch.float64),
-    )
+    query = inputs.query
+    out = query.new_empty((*query.shape[:-1], inputs.value.shape[-1]))
+    log = query.new_empty(query.shape[:-1], dtype=torch.float64)
+    return ListedResults(out, log, torch.empty_like(out), torch.empty_like(log))
 
 
 def _forward(inputs: ListedInputs) -> ListedResults:
