@@ -176,8 +176,8 @@ struct InputGradients : Buffers {
     float *slope_sum = arena.take(kBlock), *grad_x = arena.take(kBlock * p.padded_dim);
     WeightSums trained;
 
-    // Slopes (count, kBlock) of features from `first` on, of a block from 0 on to the last; `norm`: they
-    // are of exponents that lose |x|^2.
+    // Slopes (count, kBlock) of features from `first` on, panel by panel of a block; `norm`: they are
+    // of exponents that lose |x|^2.
     void add(int64_t head, const Block &block, int64_t first, int64_t count, const float *slope,
              bool norm) {
         for (int64_t r = 0; first == 0 && r < kBlock; ++r) slope_sum[r] = 0;

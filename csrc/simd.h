@@ -44,15 +44,7 @@ inline Vector load(const float *from) {
 
 inline void store(float *to, Vector x) { std::memcpy(to, &x, sizeof x); }
 
-inline Vector splat(float x) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_set1_ps(x);
-#elif defined(__AVX2__)
-    return (Vector)_mm256_set1_ps(x);
-#else
-    return Vector{x, x, x, x};
-#endif
-}
+inline Vector splat(float x) { return x - Vector{}; }
 
 // The larger; NaN where b is NaN.
 inline Vector maximum(Vector a, Vector b) {

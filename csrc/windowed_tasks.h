@@ -32,68 +32,64 @@ struct WindowTasks {
 // are as many as threads, each is one task; the rest are cut into parts, step by step.
 class WindowWork {
 public:
-    WindowWork(const Problem &p, bool backward)
-        : p_(p), units_(units_of(p)), memory_(place(backward)) {}
+    WindowWork(const Problem &p, bool backward) : p_(p), backward_(backward) {}
 
     // Calls work(tasks) for every unit alone, in parallel, and for batches one after the other.
     template <typename Work>
-    void run(Work &&work) {
-        const int64_t threads = larger<int64_t>(1, p_.call.threads);
-        const int64_t alone = slots_ < threads ? 0 : count() / threads * threads;
+    void run(Work &&work) const {
+        const int64_t alone = slots_ < threads_ ? 0 : count_ / threads_ * threads_;
         parallel(p_, smaller(slots_, alone), [&](int64_t slot) {
             for (int64_t i = slot; i < alone; i += slots_) {
                 const WindowUnit unit = at(i, slot);
                 work(WindowTasks{&unit, 1, 0, slot});
             }
         });
-        for (int64_t begin = alone; begin < count(); begin += slots_) {
-            const int64_t size = smaller(slots_, count() - begin);
+        for (int64_t begin = alone; begin < count_; begin += slots_) {
+            const int64_t size = smaller(slots_, count_ - begin);
             std::vector<WindowUnit> batch;
             for (int64_t i = 0; i < size; ++i) batch.push_back(at(begin + i, i));
-            work(WindowTasks{batch.data(), size, (threads + size - 1) / size, 0});
+            work(WindowTasks{batch.data(), size, (threads_ + size - 1) / size, 0});
         }
     }
 
 private:
     static constexpr int64_t kLarge = int64_t{1} << 26;  // floats
 
-    static std::vector<WindowUnit> units_of(const Problem &p) {
-        std::vector<WindowUnit> units;
-        const std::vector<Span> spans = sequences(p.call);
-        for (int64_t head = 0; head < p.heads; ++head) {
-            for (const Span &span : spans) units.push_back({head, {span, p.window}});
-        }
-        return units;
-    }
-
-    int64_t count() const { return static_cast<int64_t>(units_.size()); }
-
-    // As many slots as threads, each large enough for any unit, or as fit in what is large.
-    int64_t place(bool backward) {
-        backward_ = backward;
-        for (const WindowUnit &unit : units_) {
-            Arena counting(nullptr);
-            WindowUnit copy = unit;
-            copy.place(counting, p_, backward);
-            size_ = larger(size_, static_cast<int64_t>(counting.used()));
-        }
-        const int64_t fitting = larger<int64_t>(1, kLarge / larger<int64_t>(1, size_));
-        slots_ = smaller(smaller(larger<int64_t>(1, p_.call.threads), count()), fitting);
-        return slots_ * size_;
-    }
-
+    // Unit i, in the memory of a slot.
     WindowUnit at(int64_t i, int64_t slot) const {
-        WindowUnit unit = units_[static_cast<size_t>(i)];
         Arena arena(memory_.data + slot * size_);
+        WindowUnit unit = units_[static_cast<size_t>(i)];
         unit.place(arena, p_, backward_);
         return unit;
     }
 
+    std::vector<WindowUnit> all_units() const {
+        std::vector<WindowUnit> units;
+        const std::vector<Span> spans = sequences(p_.call);
+        for (int64_t head = 0; head < p_.heads; ++head) {
+            for (const Span &span : spans) units.push_back({head, {span, p_.window}});
+        }
+        return units;
+    }
+
+    int64_t largest_unit() const {
+        int64_t size = 1;
+        for (WindowUnit unit : units_) {
+            Arena counting(nullptr);
+            unit.place(counting, p_, backward_);
+            size = larger(size, static_cast<int64_t>(counting.used()));
+        }
+        return size;
+    }
+
     const Problem &p_;
-    std::vector<WindowUnit> units_;
-    bool backward_ = false;
-    int64_t size_ = 0, slots_ = 1;
-    SharedMemory memory_;
+    const bool backward_;
+    const std::vector<WindowUnit> units_ = all_units();
+    const int64_t threads_ = larger<int64_t>(1, p_.call.threads);
+    const int64_t count_ = static_cast<int64_t>(units_.size()), size_ = largest_unit();
+    // As many slots as threads, each large enough for any unit, or as fit in what is large.
+    const int64_t slots_ = smaller(smaller(threads_, count_), larger<int64_t>(1, kLarge / size_));
+    const SharedMemory memory_{slots_ * size_};
 };
 
 // Features and sums of keys, added up.
