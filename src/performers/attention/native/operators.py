@@ -94,13 +94,16 @@ def _run_forward(inputs: Inputs, results: Results) -> bool:
 def _without_nonfinite(inputs: Inputs) -> tuple[Inputs, Touched]:
     """Inputs with zeros for keys and values that hold NaN or infinity, and what sees them."""
     found = touched(inputs)
-    marks = {"key": found.key, "value": found.key, "sink_key": found.sink, "sink_value": found.sink}
-    rows = {
-        name: zeroed(getattr(inputs, name), where)
-        for name, where in marks.items()
-        if where is not None
-    }
-    return inputs._replace(query=inputs.query.nan_to_num(0.0, 0.0, 0.0), **rows), found
+    sinks = inputs.sink_keys
+    inputs = inputs._replace(
+        query=inputs.query.nan_to_num(0.0, 0.0, 0.0),
+        key=zeroed(inputs.key, found.key),
+        value=zeroed(inputs.value, found.key),
+    )
+    if sinks is None or found.sink is None:
+        return inputs, found
+    sink_key, sink_value = (zeroed(x, found.sink) for x in (sinks.key, sinks.value))
+    return inputs._replace(sink_key=sink_key, sink_value=sink_value), found
 
 
 def _mark(found: Touched, results: Results) -> None:
