@@ -185,3 +185,17 @@ def test_compiled_with_a_mask(name):
     logits = compiled(model)(ids, attention_mask=mask).logits
     expected, real = model(ids, attention_mask=mask).logits, mask.bool()
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_reversible_blocks():
+    """With graph breaks."""
+    model, ids = masked_model(reversible=True), tokens(2, 20)
+    expected = model(ids, labels=ids)
+    expected.loss.backward()
+    wanted = gradients(model)
+    output = torch.compile(model, backend="aot_eager")(ids, labels=ids)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, expected.logits, **TOLERANCE)
+    assert_same(gradients(model), wanted, rtol=1e-5, atol=1e-7)
