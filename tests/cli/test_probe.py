@@ -9,7 +9,7 @@ from tests.cli.commands import refusal, run
 from tests.proteins.probe.probe_data import motif_records
 
 RECORDS = motif_records(160)
-FAST = ["--repeats", 2, "--min-count", 5]
+FAST = ["--repeats", 2, "--min-count", 3]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_labels_are_checked_before_the_model_is_loaded(masked, labelled, tmp_pat
         (f"\n{names[0]}\tx\n", f"{table}:2: the 1 labelled proteins of the FASTA files have 1"),
         (
             "".join(f"{name}\t{'x' if n < 3 else 'y'}\n" for n, name in enumerate(names)),
-            f"{table}: 0 of 2 labels have 5 proteins with and without them in each part",
+            f"{table}: 0 of 2 labels have 3 proteins with and without them in each part",
         ),
     ):
         table.write_text(content)

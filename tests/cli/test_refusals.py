@@ -1,6 +1,7 @@
 """Command lines that cannot be used: one line that says why, and nothing is written."""
 
 import gzip
+import itertools
 import shutil
 
 import pytest
@@ -85,17 +86,22 @@ PROBE = "probe {masked} {here}/motifs.fasta --output {here}/new"
 EVALUATE = "evaluate {masked} {fasta}"
 
 
-@pytest.mark.parametrize("name", BAD_FASTA)
+# Files read at once, and in parts.
+READERS = ("evaluate {masked} BAD --json", "embed {masked} BAD --output {here}/x.npz")
+OTHER_READERS = (
+    f"train BAD --output {{here}}/new {FLAGS}",
+    f"{TRAIN} --validation BAD",
+    "report {masked} BAD --output {here}/new",
+)
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("command", "name"),
     [
-        f"train BAD --output {{here}}/new {FLAGS}",
-        f"{TRAIN} --validation BAD",
-        "evaluate {masked} BAD --json",
-        "embed {masked} BAD --output {here}/x.npz",
-        "report {masked} BAD --output {here}/new",
+        *itertools.product(READERS, BAD_FASTA),
+        *itertools.product(OTHER_READERS, ("missing", "illegal-letter")),
     ],
-    ids=lambda command: command.split(" -")[0],
+    ids=lambda text: text.split(" -")[0],
 )
 def test_fasta_files(command, name, places):
     path = f"{places['here']}/{name}.fasta"

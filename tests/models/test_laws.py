@@ -123,15 +123,15 @@ def test_attention_matrices(name, is_causal, arrangement):
         attended = weights @ value
         for row, place in places:
             torch.testing.assert_close(attended[row, :, place], out[row, :, place], **TOLERANCE)
+    alone = [model(row[None], use_cache=False, output_attentions=True).attentions for row in rows]
     for layer, weights in enumerate(shown.attentions):
-        for (row, place), alone in zip(places, rows, strict=True):
+        for (row, place), matrices in zip(places, alone, strict=True):
             seen = weights[row][:, place]
             inside = seen[:, :, place]
             assert torch.count_nonzero(seen) == torch.count_nonzero(inside)
             ones = torch.ones_like(inside[..., 0])
             torch.testing.assert_close(inside.sum(-1), ones, **TOLERANCE)
-            matrix = model(alone[None], use_cache=False, output_attentions=True).attentions[layer]
-            torch.testing.assert_close(inside, matrix[0], rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(inside, matrices[layer][0], rtol=1e-5, atol=1e-7)
     for place in places:
         torch.testing.assert_close(shown.logits[place], plain.logits[place], **TOLERANCE)
 

@@ -148,15 +148,17 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def compiled(model):
-    return torch.compile(model, fullgraph=True, backend="aot_eager")
+OTHERS = ("favor-relu", "identity")
 
 
 @pytest.mark.parametrize(
     "chunk", [0, pytest.param(6, marks=pytest.mark.exhaustive)], ids=["whole", "chunks"]
 )
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", MAIN[:-1])
+@pytest.mark.parametrize(
+    "name",
+    ["favor-softmax", "exact", *(pytest.param(x, marks=pytest.mark.exhaustive) for x in OTHERS)],
+)
 def test_compiled_without_graph_breaks(name, chunk):
     """Values and gradients of a masked language model, in float32 as it is used."""
     options = {"chunk_size_feed_forward": chunk, "num_hidden_layers": 1}
@@ -165,7 +167,7 @@ def test_compiled_without_graph_breaks(name, chunk):
     eager = model(ids, labels=ids)
     eager.loss.backward()
     expected = gradients(model)
-    output = compiled(model)(ids, labels=ids)
+    output = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids)
     output.loss.backward()
     torch.testing.assert_close(output.logits, eager.logits, rtol=1e-5, atol=1e-5)
     assert_same(gradients(model), expected, rtol=1e-4, atol=1e-6)
@@ -182,6 +184,21 @@ def test_compiled_without_graph_breaks(name, chunk):
 def test_compiled_with_a_mask(name):
     model = masked_model(name, num_hidden_layers=1)
     ids, mask = right_padded(rows_of(20, 13))
-    logits = compiled(model)(ids, attention_mask=mask).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    logits = compiled(ids, attention_mask=mask).logits
     expected, real = model(ids, attention_mask=mask).logits, mask.bool()
     torch.testing.assert_close(logits[real], expected[real], **TOLERANCE)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_reversible_blocks():
+    """With graph breaks."""
+    model, ids = masked_model(reversible=True), tokens(2, 20)
+    expected = model(ids, labels=ids)
+    expected.loss.backward()
+    wanted = gradients(model)
+    output = torch.compile(model, backend="aot_eager")(ids, labels=ids)
+    output.loss.backward()
+    torch.testing.assert_close(output.logits, expected.logits, **TOLERANCE)
+    assert_same(gradients(model), wanted, rtol=1e-5, atol=1e-7)

@@ -55,12 +55,12 @@ def score(
     computation: Computation,
 ) -> None:
     """Log-likelihood of each protein and residue, and log-odds of substitutions."""
-    files = {
+    named = {
         "--output": options.output_file,
         "--residues": options.residues,
         "--substitutions": options.substitutions,
     }
-    files = {flag: file for flag, file in files.items() if file is not None}
+    files = {flag: file for flag, file in named.items() if file is not None}
     others = [flag for flag in files if flag != "--output"]
     if others and options.variants is not None:
         raise UserError(f"{others[0]} cannot be combined with --variants; leave out one")
