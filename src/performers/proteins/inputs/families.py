@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from performers.proteins.inputs.packing import split_windows
-
-__all__ = ["HIDDEN_IN", "FamilyRows", "ProteinFamilies", "family_row"]
+from performers.proteins.inputs.packing import learnable_windows, sequence_lengths
 
 HIDDEN_IN = ("all", "one")
 """Members of a family's row with residues to predict."""
@@ -94,19 +92,15 @@ class FamilyRows(Dataset[dict[str, Any]]):
         for index, name in enumerate(self._relatives.names):
             members.setdefault(name, []).append(index)
         self._members = {name: np.array(group) for name, group in members.items()}
-        self._windows = [
-            (index, start, size)
-            for index, length in enumerate(_lengths(proteins.tokens).tolist())
-            for start, size in _cut(length, max_length)
-            if size - (start == 0) - (start + size == length) > 1
-        ]
+        places = learnable_windows(sequence_lengths(proteins.tokens), max_length)
+        self._windows = list(zip(*(place.tolist() for place in places), strict=True))
         if not self._windows:
             raise ValueError("proteins: no row has two residues in it to learn from")
         self.lengths: npt.NDArray[np.int64] = self._most_tokens()
         """Most tokens of each row, (rows,); the tokens, without ``max_relatives``."""
 
     def _most_tokens(self) -> npt.NDArray[np.int64]:
-        lengths = _lengths(self._relatives.tokens)
+        lengths = sequence_lengths(self._relatives.tokens)
         rows = []
         for index, _, size in self._windows:
             name = self._proteins.names[index]
@@ -170,19 +164,3 @@ def family_row(
         "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
         "may_be_target": np.concatenate(allowed),
     }
-
-
-def _lengths(tokens: Sequence[_Tokens]) -> npt.NDArray[np.int64]:
-    # Token files know the lengths without being read.
-    found: Any = getattr(tokens, "lengths", None)
-    if found is None:
-        found = [len(sequence) for sequence in tokens]
-    return np.array(found, dtype=np.int64)
-
-
-def _cut(length: int, max_length: int) -> list[tuple[int, int]]:
-    """Start and size of each window of a sequence, as `split_windows` cuts it."""
-    if length <= max_length:
-        return [(0, length)]
-    windows = split_windows(np.arange(length), max_length)
-    return [(int(window[0]), window.size) for window in windows]

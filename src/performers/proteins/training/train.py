@@ -16,21 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.proteins.corpus import ShardedRows, TokenShards
+from performers.proteins.corpus import TokenShards
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
-from performers.proteins.inputs.packing import (
-    LengthBucketedBatchSampler,
-    PackedRow,
-    TokenDataset,
-    pack_sequences,
-    split_windows,
-)
-from performers.proteins.inputs.tokenizer import (
-    build_protein_tokenizer,
-    encode_sequences,
-    residue_ids,
-)
+from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
 from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
@@ -223,14 +213,14 @@ def _data(
     validation: Sequence[str],
     families: tuple[Sequence[str], Sequence[str]] | None,
     options: TrainingOptions,
-) -> tuple[TokenDataset | ShardedRows | FamilyRows, Sequence[str] | FamilyRows]:
+) -> tuple[TokenDataset | FamilyRows, Sequence[str] | FamilyRows]:
     """Rows to train on, and proteins to validate on, in rows with relatives to train on."""
-    if families is None:
-        return _dataset(tokenizer, sequences, options), validation
     sizes: dict[str, Any] = {"max_length": options.max_length, "seed": options.seed}
     tokens: Sequence[Any] = sequences
     if not isinstance(sequences, TokenShards):
         tokens = encode_sequences(tokenizer, sequences)
+    if families is None:
+        return TokenDataset(tokens, packed=options.packed, learnable=True, **sizes), validation
     known = ProteinFamilies(tokens, families[0])
     try:
         rows = FamilyRows(known, hidden=options.families or "all", **sizes)
@@ -241,44 +231,6 @@ def _data(
         return rows, []
     proteins = ProteinFamilies(validated, families[1][:_FAMILY_ROWS_AT_MOST])
     return rows, FamilyRows(proteins, hidden="one", relatives=known, **sizes)
-
-
-def _dataset(
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequence[str] | TokenShards,
-    options: TrainingOptions,
-) -> TokenDataset | ShardedRows:
-    if isinstance(sequences, TokenShards):
-        return ShardedRows(
-            sequences, max_length=options.max_length, packed=options.packed, seed=options.seed
-        )
-    return TokenDataset(_rows(tokenizer, sequences, options))
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[str], options: TrainingOptions
-) -> list[Any]:
-    encoded = encode_sequences(tokenizer, sequences)
-    rows: list[Any]
-    if options.packed:
-        random = np.random.default_rng(options.seed)
-        shuffled = [encoded[index] for index in random.permutation(len(encoded))]
-        rows = list(pack_sequences(shuffled, options.max_length))
-    else:
-        rows = [
-            window for tokens in encoded for window in split_windows(tokens, options.max_length)
-        ]
-    residues = residue_ids(tokenizer)
-
-    def has_targets(row: Any) -> bool:
-        tokens = row.input_ids if isinstance(row, PackedRow) else row
-        return int(np.isin(tokens, residues).sum()) > 1
-
-    # A row without anything to predict has no loss.
-    rows = [row for row in rows if has_targets(row)]
-    if not rows:
-        raise UserError("the training sequences have no two residues in a row to learn from")
-    return rows
 
 
 def _hold_out(count: int, options: TrainingOptions) -> tuple[list[int], list[int]]:
