@@ -18,7 +18,7 @@ from performers.models import PerformerForCausalLM
 from performers.models.arguments import CACHE_KEYWORD
 from performers.models.cache import PerformerCache
 from performers.streams.evaluation import evaluate_texts
-from performers.streams.segments import Segments, ShuffledSegments, StreamSegments
+from performers.streams.segments import Segments, StreamSegments
 from performers.streams.subwords import byte_tokenizer, load_tokenizer, write_subwords
 from performers.streams.text import Texts, find_texts, read_bytes
 from performers.training.arguments import tracker_callbacks, training_arguments
@@ -147,17 +147,18 @@ class TextTrainer(RunTrainer):
 
     def sampler(self, batches: int) -> Sampler[Any]:
         """Streams, or segments from anywhere."""
-        dataset: Any = self.train_dataset
         options = self.options
-        shape = {
-            "rows": options.batch_tokens // options.max_length,
-            "seed": options.seed,
-            "num_batches": batches,
-        }
-        lengths = dataset.texts.lengths
         if not options.carry_state:
-            return ShuffledSegments(lengths, options.max_length, **shape)
-        return StreamSegments(lengths, options.max_length, **shape, processes=self.args.world_size)
+            return super().sampler(batches)
+        dataset: Any = self.train_dataset
+        return StreamSegments(
+            dataset.texts.lengths,
+            options.max_length,
+            rows=options.batch_tokens // options.max_length,
+            seed=options.seed,
+            num_batches=batches,
+            processes=self.args.world_size,
+        )
 
     def compute_loss(
         self,
