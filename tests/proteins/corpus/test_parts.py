@@ -20,7 +20,7 @@ from performers.proteins.corpus import (
     prepare_clustered,
     prepare_part,
 )
-from performers.proteins.corpus.blocks import Parts
+from performers.proteins.corpus.blocks import Block, open_parts
 from performers.proteins.corpus.sources import given_source
 from performers.proteins.corpus.splitting import SPLITS
 from performers.proteins.inputs import fasta as fasta_module
@@ -95,7 +95,7 @@ def make_parts(source, folder, of=4, clusters=None, options=OPTIONS):
 def contents(parts):
     """Every protein of the parts in order, its cluster and its draws."""
     found = []
-    for block in Parts.open(parts).blocks:
+    for block in map(Block, open_parts(parts)[1]):
         records = block.records(np.ones(block.lengths.size, dtype=bool))
         rows = (records, block.clusters, block.cluster_draws.tolist(), block.split_draws.tolist())
         found += list(zip(*rows, strict=True))
