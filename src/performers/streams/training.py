@@ -21,9 +21,7 @@ from performers.streams.evaluation import evaluate_texts
 from performers.streams.segments import Segments, StreamSegments
 from performers.streams.subwords import byte_tokenizer, load_tokenizer, write_subwords
 from performers.streams.text import Texts, find_texts, read_bytes
-from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
-from performers.training.record import run_record
 from performers.training.run import ReportStep, TrainingRun
 from performers.training.trainer import RunTrainer
 
@@ -101,9 +99,7 @@ def train_texts(
     if start is not None:
         data["start"] = weights_sha256(start)
         data["sha256"] += data["start"] or ""
-    run = TrainingRun(output, run_record(options, data), options, resume=resume, before=_TOKENS)
-    arguments = training_arguments(run.checkpoints, options)
-    trackers = tracker_callbacks(options.report_to or (), output)
+    run = TrainingRun(output, data, options, resume=resume, before=_TOKENS)
 
     def measure(model: nn.Module) -> dict[str, float]:
         found = evaluate_texts(
@@ -121,16 +117,9 @@ def train_texts(
         model = PerformerForCausalLM(options.model_config(coder))
         if start is not None:
             model.load_state_dict(PerformerForCausalLM.from_pretrained(start).state_dict())
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return TextTrainer(
-            options=options,
-            dataset=Segments(texts, options.max_length),
-            measure=measure if held_out.documents else None,
-            model=model,
-            args=arguments,
-            callbacks=trackers,
-        )
+        dataset = Segments(texts, options.max_length)
+        validates = measure if held_out.documents else None
+        return TextTrainer(run=run, model=model, dataset=dataset, measure=validates)
 
     return run.train(trainer, coder, progress=progress, announce=announce)
 

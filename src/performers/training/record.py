@@ -12,17 +12,12 @@ from performers.training.checkpoints import newest_checkpoint
 from performers.training.options import TrainingOptions
 
 
-def run_record(options: TrainingOptions, data: dict[str, Any]) -> dict[str, Any]:
-    """Content of ``training.json``: options, data with a ``sha256``, number of processes."""
-    return {"options": options.to_dict(), "data": data, "processes": process_count()}
-
-
 def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
     """Check that a run is the one that a folder holds.
 
     Args:
         settings: The ``training.json`` of the run in the folder.
-        record: The ``run_record`` of the run that is to continue it.
+        record: That of the run that is to continue it.
         options: Options of the latter.
 
     Raises:

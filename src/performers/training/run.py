@@ -10,9 +10,10 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import Interrupted, UserError
-from performers.app.processes import is_first_process
+from performers.app.processes import is_first_process, process_count
 from performers.app.provenance import write_result
 from performers.models.manifest import save_model_folder
+from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.callbacks import (
     ClockCallback,
     IntervalsCallback,
@@ -40,25 +41,21 @@ class TrainingRun:
 
     Args:
         output: Folder of the run.
-        record: Content of ``training.json``, see ``run_record``.
+        data: Data of the run, for its record, with a ``sha256``.
         options: Options of the run.
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         before: Names in ``output`` that are written before a run begins.
 
-    Attributes:
-        checkpoint: Checkpoint to continue from, or None.
-        checkpoints: Folder of the checkpoints.
-
     Raises:
-        UserError: The folder holds another run or something else, all checkpoints are damaged, or
-            torch lacks the optimizer.
+        UserError: The folder holds another run or something else, all checkpoints are damaged,
+            torch lacks the optimizer, or the device or the package of a tracker is missing.
     """
 
     def __init__(
         self,
         output: Path,
-        record: dict[str, Any],
+        data: dict[str, Any],
         options: TrainingOptions,
         *,
         resume: bool,
@@ -69,19 +66,22 @@ class TrainingRun:
                 check_muon()
             except RuntimeError as error:
                 raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
-        self.output, self.record, self.options = output, record, options
-        self.checkpoints = output / "checkpoints"
+        self.output, self.options = output, options
+        self.record = {"options": options.to_dict(), "data": data, "processes": process_count()}
+        checkpoints = output / "checkpoints"
         self.checkpoint: Path | None = None
         self._settings = output / "training.json"
         self._continued = resume and self._settings.exists()
         if self._continued:
-            check_same_run(self._settings, record, options)
-            self.checkpoint = last_complete_checkpoint(self.checkpoints, sharded=options.sharded)
+            check_same_run(self._settings, self.record, options)
+            self.checkpoint = last_complete_checkpoint(checkpoints, sharded=options.sharded)
         elif resume and is_first_process() and {x.name for x in output.glob("[!.]*")} - {*before}:
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "
                 "the --output of that run, or a new folder"
             )
+        self.arguments = training_arguments(checkpoints, options)
+        self.trackers = tracker_callbacks(options.report_to or (), output)
 
     def train(
         self,

@@ -22,9 +22,7 @@ from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
-from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
-from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
 
@@ -92,22 +90,16 @@ def train_model(
             validation_families = [families[index] for index in held]
             families = [families[index] for index in kept]
     named = None if families is None else (families, validation_families or [])
-    record = run_record(options, _fingerprint(sequences, validation, named or ()))
-    run = TrainingRun(output, record, options, resume=resume)
-    arguments = training_arguments(run.checkpoints, options)
-    trackers = tracker_callbacks(options.report_to or (), output)
+    run = TrainingRun(
+        output, _fingerprint(sequences, validation, named or ()), options, resume=resume
+    )
 
     def trainer() -> _ProteinTrainer:
-        model = _build_model(options, tokenizer)
+        model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
+        model = model_class(options.model_config(tokenizer))
         dataset, validated = _data(tokenizer, sequences, validation, named, options)
         return _ProteinTrainer(
-            options=options,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            validation=validated,
-            model=model,
-            args=arguments,
-            callbacks=trackers,
+            run=run, dataset=dataset, tokenizer=tokenizer, validation=validated, model=model
         )
 
     return run.train(trainer, tokenizer, progress=progress, announce=announce)
@@ -119,29 +111,25 @@ class _ProteinTrainer(RunTrainer):
     def __init__(
         self,
         *,
-        options: TrainingOptions,
+        run: TrainingRun,
         tokenizer: PreTrainedTokenizerBase,
         validation: Sequence[str] | FamilyRows,
         **arguments: Any,
     ) -> None:
+        options = run.options
+        masks: dict[str, Any] = {"mask_probability": options.mask_probability, "seed": options.seed}
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
-            self.collator = MaskedCollator(
-                tokenizer, mask_probability=options.mask_probability, seed=options.seed
-            )
+            self.collator = MaskedCollator(tokenizer, **masks)
 
         def measure(model: Any) -> dict[str, float]:
-            settings: dict[str, Any] = {
-                "batch_tokens": options.batch_tokens,
-                "mask_probability": options.mask_probability,
-                "seed": options.seed,
-            }
+            settings = {"batch_tokens": options.batch_tokens, **masks}
             if isinstance(validation, FamilyRows):
                 return evaluate_rows(model, tokenizer, validation, **settings)
             settings["max_length"] = options.max_length
             return evaluate_model(model, tokenizer, validation, **settings)
 
-        super().__init__(options=options, measure=measure if validation else None, **arguments)
+        super().__init__(run=run, measure=measure if validation else None, **arguments)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of some rows, masked where the objective is to fill in."""
@@ -185,20 +173,6 @@ def _fingerprint(
         "validation_sequences": len(validation),
         "sha256": digest.hexdigest(),
     }
-
-
-def _build_model(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerBase
-) -> PerformerForCausalLM | PerformerForMaskedLM:
-    config = options.model_config(tokenizer)
-    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
-    model = model_class(config)
-    if options.gradient_checkpointing:
-        # The older name warns where there is the newer one.
-        newer = "activation_checkpointing_enable"
-        name = newer if hasattr(model, newer) else "gradient_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
-    return model
 
 
 def validation_sample(shards: TokenShards, seed: int) -> list[str]:
