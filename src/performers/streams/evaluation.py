@@ -98,14 +98,8 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate_texts` of the model in a folder on the texts at some paths.
 
-    Args:
-        model: A folder that ``performers train`` wrote from texts.
-        paths: Files of texts, or folders of them.
-        length: Tokens of a segment; as trained by default.
-        batch_tokens: Tokens in a batch.
-        carry: Hand the state from segment to segment.
-        report: Called with lines on files that are left out.
-        progress: As in `evaluate_texts`.
+    Segments are as long as trained by default; ``report`` is called with lines on files that are
+    left out.
 
     Raises:
         UserError: The model is none of text, has no state to hand on or positions that end, or no

@@ -81,13 +81,8 @@ def write_subwords(
     """Texts as subwords, which are written to a folder once and read from it from then on.
 
     A text is encoded in pieces of about 1 MB that end with a line. Texts that the tokenizer does
-    not give back are counted and reported, since their tokens hold less than their bytes.
-
-    Args:
-        files: Files of texts in UTF-8.
-        tokenizer: The tokenizer.
-        folder: Receives ``tokens.bin`` and ``tokens.json``.
-        report: Called with lines on files that are left out, and on texts that are not given back.
+    not give back are counted and reported, since their tokens hold less than their bytes. The
+    folder receives ``tokens.bin`` and ``tokens.json``; files that are left out are reported too.
 
     Raises:
         UserError: No file can be used.

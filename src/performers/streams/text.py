@@ -151,11 +151,7 @@ def find_texts(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_bytes(files: Sequence[Path], report: Callable[[str], None]) -> Texts:
-    """Texts as bytes, straight from their files.
-
-    Args:
-        files: Files of texts.
-        report: Called with a line for each kind of file that is left out.
+    """Texts as bytes, straight from their files; each kind of file that is left out is reported.
 
     Raises:
         UserError: No file can be used.

@@ -42,10 +42,8 @@ def newest_checkpoint(folder: Path, *, processes: int = 1, sharded: bool = False
 
     The first process logs newer ones, which are skipped, to the logger ``performers``.
 
-    Args:
-        folder: Folder of the ``checkpoint-N`` folders of a run.
-        processes: Number of processes of the run, each with its own random state.
-        sharded: The optimizer is saved in parts under names of its library (FSDP, DeepSpeed).
+    ``folder`` has the ``checkpoint-N`` folders of a run, with a random state of each process. The
+    optimizer of a ``sharded`` run is saved in parts under names of its library (FSDP, DeepSpeed).
 
     Returns:
         The checkpoint; None if no saving was completed and the run starts anew.

@@ -13,12 +13,7 @@ from performers.training.options import TrainingOptions
 
 
 def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
-    """Check that a run is the one that a folder holds.
-
-    Args:
-        settings: The ``training.json`` of the run in the folder.
-        record: That of the run that is to continue it.
-        options: Options of the latter.
+    """Check the record and options of a run against the ``training.json`` that it is to continue.
 
     Raises:
         UserError: The folder holds another run; the message names the difference.

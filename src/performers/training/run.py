@@ -93,8 +93,6 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """Train, and save the model, its tokenizer, its log and its options in the folder.
 
-        A signal stops the run, which saves a checkpoint and raises ``Interrupted``.
-
         Args:
             make_trainer: Returns the trainer; everything random is seeded before the call.
             tokenizer: Saved with the model, if any.
@@ -107,7 +105,7 @@ class TrainingRun:
             with a time limit, ``parameters``, and the last validation metrics.
 
         Raises:
-            Interrupted: A signal stopped the run.
+            Interrupted: A signal stopped the run, which has saved a checkpoint.
         """
         options, checkpoint = self.options, self.checkpoint
         transformers.set_seed(options.seed)

@@ -127,16 +127,10 @@ def write_part(
 ) -> None:
     """Write the blocks of a part of the input; those that are there already, and whole, are kept.
 
-    Args:
-        folder: Where to; made if missing.
-        files: FASTA files.
-        part: The part.
-        settings: What decides the corpus, recorded.
-        options: Seed and least length.
-        open_clusters: Called if there are blocks to write.
-        name: Name of a protein, of the first word of its header.
-        by_cluster: Draw the split of a cluster, not of each protein.
-        progress: Called with the bytes that were read and the bytes in all.
+    ``settings``, which decide the corpus, are recorded. ``open_clusters`` is called if there are
+    blocks to write, ``name`` makes the name of a protein of the first word of its header, and
+    ``progress`` is called with the bytes that were read and the bytes in all. With ``by_cluster``
+    the split of a cluster is drawn, not that of each protein.
 
     Raises:
         UserError: The input cannot be used, or the folder holds another part.

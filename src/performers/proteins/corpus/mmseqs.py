@@ -53,10 +53,8 @@ class Mmseqs:
     def cluster(self, database: str, identity: float, coverage: float) -> Iterator[tuple[str, str]]:
         """Cluster a database; yield (representative, member) of every sequence.
 
-        Args:
-            database: Its name.
-            identity: Least identity of a member and its representative, 0 to 1.
-            coverage: Least part of both that the alignment covers, 0 to 1.
+        ``identity`` is the least one of the two, and ``coverage`` the least part of both that their
+        alignment covers, 0 to 1.
         """
         # What an interrupted run left; the program goes on from its own tmp folder.
         for old in self._work.glob("clusters*"):

@@ -105,14 +105,9 @@ def prepare_part(
 ) -> None:
     """Write a part of a corpus, for `merge_parts`, as a stream: memory does not grow with it.
 
-    Args:
-        source: The sequences.
-        output: The folder; made if missing. A run that was stopped goes on from there.
-        options: What decides the splits.
-        part: The part. Every part reads all of the input, and parses its own blocks.
-        clusters: A table of cluster and member; None where the headers are those of UniRef50.
-        report: Called with a line as each stage begins.
-        progress: Called with the bytes that were read and the bytes in all.
+    Every part reads all of the input, and parses its own blocks. A run that was stopped goes on
+    from its folder. ``clusters`` is a table of cluster and member; None where the headers are those
+    of UniRef50. ``progress`` is called with the bytes that were read and the bytes in all.
 
     Raises:
         UserError: The data cannot be used, or the folder holds another part.

@@ -21,8 +21,8 @@ class ProteinFamilies(NamedTuple):
     """Proteins and the family of each.
 
     Attributes:
-        tokens: Token sequences with their begin and end tokens, (proteins,).
-        names: Name of the family of each, (proteins,).
+        tokens: Token sequences with their begin and end tokens.
+        names: Name of the family of each.
     """
 
     tokens: Sequence[_Tokens]

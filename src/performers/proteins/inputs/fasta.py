@@ -83,20 +83,13 @@ def iter_fasta(
     skip_invalid: bool = False,
     name: str | None = None,
 ) -> Iterator[ProteinRecord]:
-    """Yield the records of one FASTA file, one in memory at a time.
+    """Yield the records of one FASTA file as `read_fasta` does, one in memory at a time.
 
-    Args:
-        path: The file, plain or compressed, or ``-`` for standard input.
-        report: Counts are added to it as records are yielded; one report may serve many files.
-        skip_invalid: Leave out records at fault and count them in the report.
-        name: Name of the file in messages; its path by default.
-
-    Yields:
-        The records in file order.
+    Counts are added to ``report`` as records are yielded; one report may serve many files. ``name``
+    is that of the file in messages, its path by default.
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
-        ImportError: The file is compressed with Zstandard, whose package is missing.
     """
     path = Path(path)
     place = Place(name or shown_name(path))
@@ -128,7 +121,6 @@ def iter_fasta_blocks(
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
-        ImportError: The file is compressed with Zstandard, whose package is missing.
     """
     place = Place(str(path))
     with _opened(path, place) as (raw, data):
@@ -156,10 +148,9 @@ def write_fasta(
         width: Residues on a line, at least 1.
 
     Raises:
-        ValueError: ``width`` is below 1, or a record could not be read back: a name that is empty
-            or has white space, a line break in the description, or a sequence that is empty or has
-            something other than upper-case letters.
-        OSError: The file cannot be written.
+        ValueError: A record could not be read back: a name that is empty or has white space, a line
+            break in the description, or a sequence that is empty or has something other than
+            upper-case letters.
     """
     if width < 1:
         raise ValueError(f"width: expected at least 1 residue on a line, got {width}")
