@@ -40,13 +40,13 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
         )
 
 
-def last_complete_checkpoint(folder: Path, *, sharded: bool = False) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest undamaged checkpoint whose saving had ended, in every process of the run.
 
     Raises:
         UserError: All checkpoints of the run are damaged.
     """
     try:
-        return newest_checkpoint(folder, processes=process_count(), sharded=sharded)
+        return newest_checkpoint(folder, processes=process_count())
     except ValueError as error:
         raise UserError(f"--resume: {error}") from error

@@ -74,7 +74,7 @@ class TrainingRun:
         self._continued = resume and self._settings.exists()
         if self._continued:
             check_same_run(self._settings, self.record, options)
-            self.checkpoint = last_complete_checkpoint(checkpoints, sharded=options.sharded)
+            self.checkpoint = last_complete_checkpoint(checkpoints)
         elif resume and is_first_process() and {x.name for x in output.glob("[!.]*")} - {*before}:
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "

@@ -147,10 +147,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_features_are_redrawn_on_schedule_but_not_after_the_last_step(
     tmp_path, monkeypatch, interval, redrawn
 ):
-    build = training._build_model
-    models = []
+    build, models = training.PerformerForMaskedLM, []
     monkeypatch.setattr(
-        training, "_build_model", lambda *args: models.append(build(*args)) or models[0]
+        training,
+        "PerformerForMaskedLM",
+        lambda config: models.append(build(config)) or models[0],
     )
     seen = {}
 

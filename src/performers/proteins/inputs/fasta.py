@@ -225,7 +225,7 @@ def _cut(
     parts: list[bytes] = []
     before = b""
     place = -1
-    while piece := _read(data, block):
+    while piece := data.read(block):
         place += 1
         header = _HEADER.search(before + piece) if place else None
         start = header.end() - 1 - len(before) if header else len(piece)
@@ -243,15 +243,6 @@ def _cut(
         before = piece[-1:]
     if wanted(number):
         yield number, first_line, b"".join(parts)
-
-
-def _read(data: IO[bytes], size: int) -> bytes:
-    """So many bytes, or fewer at the end only."""
-    pieces: list[bytes] = []
-    while size and (piece := data.read(size)):
-        pieces.append(piece)
-        size -= len(piece)
-    return b"".join(pieces)
 
 
 def _count_lines(before: bytes, text: bytes) -> int:
