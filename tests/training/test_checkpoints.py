@@ -11,7 +11,6 @@ from performers.app.errors import UserError
 from performers.models.manifest import write_manifest
 from performers.proteins.training.train import train_model
 from performers.training.checkpoints import newest_checkpoint
-from performers.training.record import last_complete_checkpoint
 from tests.proteins.runs import losses, proteins, same_weights, small_options
 
 OPTIONS = {"steps": 5, "save_steps": 2, "redraw_steps": 2, "dropout": 0.2}
@@ -93,14 +92,14 @@ def test_a_manifest_lists_every_file_of_a_checkpoint(checkpoints):
     assert names == {*NEEDED, *OTHERS}
     listed = json.loads((newest / "manifest.json").read_text())["files"]
     assert listed.keys() == names - {"manifest.json"}
-    assert last_complete_checkpoint(checkpoints) == newest
+    assert newest_checkpoint(checkpoints) == newest
 
 
 @pytest.mark.parametrize("name", [*NEEDED, *OTHERS])
 @pytest.mark.parametrize("damage", [delete, truncate, zero, change])
 def test_the_checkpoint_before_stands_in_for_a_damaged_one(checkpoints, name, damage, caplog):
     damage(checkpoints / "checkpoint-4" / name)
-    found = last_complete_checkpoint(checkpoints)
+    found = newest_checkpoint(checkpoints)
     assert found.name == "checkpoint-2"
     [record] = caplog.records
     assert record.levelno == logging.WARNING
@@ -126,7 +125,7 @@ def test_a_resumed_run_says_so_in_one_line_and_ends_with_the_same_numbers(
     )
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
     assert same_weights(folder, whole)
-    assert last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    assert newest_checkpoint(folder / "checkpoints").name == "checkpoint-5"
     assert not (newest / "left.bin").exists(), "remains are no part of its successor"
 
 
@@ -154,8 +153,8 @@ def test_a_checkpoint_that_was_being_written_is_none(checkpoints, caplog):
     content = json.loads(manifest.read_text())
     kept = {name: content["files"][name] for name in ("config.json", "model.safetensors")}
     manifest.write_text(json.dumps({**content, "files": kept}))
-    assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
+    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
     assert "checkpoint-4 (its saving had not ended)" in caplog.text
     shutil.rmtree(checkpoints / "checkpoint-2")
-    assert last_complete_checkpoint(checkpoints) is None
+    assert newest_checkpoint(checkpoints) is None
     assert caplog.messages[-1].endswith("(its saving had not ended); starting anew")

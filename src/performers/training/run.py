@@ -10,6 +10,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import Interrupted, UserError
+from performers.app.files import read_json
 from performers.app.processes import is_first_process, process_count
 from performers.app.provenance import write_result
 from performers.models.manifest import save_model_folder
@@ -24,12 +25,12 @@ from performers.training.callbacks import (
     TrimCallback,
     stop_on_signals,
 )
+from performers.training.checkpoints import newest_checkpoint
 from performers.training.environment import quiet_transformers
 from performers.training.estimate import EstimateCallback
 from performers.training.optimizers import check_muon
 from performers.training.options import TrainingOptions
 from performers.training.parallel import lost_processes
-from performers.training.record import check_same_run, last_complete_checkpoint
 from performers.training.trainer import RunTrainer
 
 ReportStep = Callable[[int, int, dict[str, float]], None]
@@ -74,7 +75,10 @@ class TrainingRun:
         self._continued = resume and self._settings.exists()
         if self._continued:
             check_same_run(self._settings, self.record, options)
-            self.checkpoint = last_complete_checkpoint(checkpoints)
+            try:
+                self.checkpoint = newest_checkpoint(checkpoints, processes=process_count())
+            except ValueError as error:
+                raise UserError(f"--resume: {error}") from error
         elif resume and is_first_process() and {x.name for x in output.glob("[!.]*")} - {*before}:
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "
@@ -169,3 +173,31 @@ class TrainingRun:
         with lost_processes(again):
             trainer.accelerator.wait_for_everyone()
         return result
+
+
+def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
+    """Check the record and options of a run against the ``training.json`` that it is to continue.
+
+    Raises:
+        UserError: The folder holds another run; the message names the difference.
+    """
+    earlier = read_json(settings)
+    if not isinstance(earlier, dict) or not {"options", "data"} <= earlier.keys():
+        raise UserError(f"{settings} is not the record of a training run; give another --output")
+    changed = options.differences(earlier["options"])
+    if changed:
+        raise UserError(
+            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
+            "options of that run, or give another --output"
+        )
+    if earlier["data"].get("sha256") != record["data"]["sha256"]:
+        raise UserError(
+            "--resume continues the run in the folder, but the data are not the same; give the "
+            "same files, or another --output"
+        )
+    processes = earlier.get("processes", 1)
+    if processes != record["processes"]:
+        raise UserError(
+            f"--resume continues the run in the folder, but that ran in {processes} "
+            f"processes and this in {record['processes']}; start as many, or give another --output"
+        )
