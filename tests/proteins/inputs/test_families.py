@@ -81,6 +81,15 @@ def test_long_proteins_are_read_in_windows():
     ]
 
 
+def test_fewer_relatives_are_the_last_of_more():
+    rows = {n: FamilyRows(proteins(), max_length=1000, max_relatives=n) for n in (0, 1, 3)}
+    for index in range(6):
+        most = members(rows[3][index])
+        assert members(rows[0][index]) == most[-1:]
+        assert members(rows[1][index]) == most[-2:]
+        assert all(len(rows[n][index]["input_ids"]) <= rows[n].lengths[index] for n in rows)
+
+
 def test_relatives_of_others():
     known = proteins([sequence for sequence in SEQUENCES if sequence[0] != "C"])
     rows = FamilyRows(proteins(["A" * 20, "C" * 21]), max_length=1000, relatives=known)
@@ -107,6 +116,15 @@ def test_masked_targets(hidden):
         assert all(batch["input_ids"][row, place] == TOKENIZER.mask_token_id for place in targets)
 
 
+def test_targets_are_the_same_with_any_number_of_relatives():
+    collator = MaskedCollator(TOKENIZER, mask_probability=0.4, replaced=ALL_HIDDEN)
+    labels = []
+    for n in (0, 1, 5):
+        rows = FamilyRows(proteins(), max_length=1000, hidden="one", max_relatives=n)
+        labels.append(collator([rows[0, 5]])["labels"][0, -10:].tolist())
+    assert labels[0] == labels[1] == labels[2]
+
+
 @pytest.mark.parametrize("hidden", ["all", "one"])
 def test_causal_targets_leave_out_the_first_tokens(hidden):
     rows = FamilyRows(proteins(), max_length=1000, hidden=hidden)
@@ -118,9 +136,20 @@ def test_causal_targets_leave_out_the_first_tokens(hidden):
     assert torch.equal(labels != -100, wanted)
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="hidden must be one of all, one"):
-        FamilyRows(proteins(), max_length=100, hidden="some")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 2}, "max_length must be at least 3"),
+        ({"hidden": "some"}, "hidden must be one of all, one"),
+        ({"max_relatives": -1}, "max_relatives must be at least 0"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        FamilyRows(proteins(), **{"max_length": 100, **options})
+
+
+def test_names_must_fit():
     with pytest.raises(ValueError, match="10 token sequences and 1 names"):
         FamilyRows(proteins()._replace(names=["A"]), max_length=100)
     with pytest.raises(ValueError, match="no row has two residues"):

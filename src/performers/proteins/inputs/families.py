@@ -50,10 +50,12 @@ class FamilyRows(Dataset[dict[str, Any]]):
         max_length: Most tokens of a row.
         hidden: Members that may have targets: ``"all"``, or the protein itself (``"one"``).
         relatives: Proteins that relatives are drawn from; None: the other ones of ``proteins``.
+        max_relatives: Most relatives in a row; None: as many as ``max_length`` allows. The
+            relatives of a smaller number are the last ones of a larger number.
         seed: Seed of the draws, at least 0.
 
     Raises:
-        ValueError: ``hidden`` is unknown, names do not fit, or no row has two residues.
+        ValueError: An argument is out of range, names do not fit, or no row has two residues.
     """
 
     def __init__(
@@ -63,10 +65,18 @@ class FamilyRows(Dataset[dict[str, Any]]):
         max_length: int,
         hidden: str = "all",
         relatives: ProteinFamilies | None = None,
+        max_relatives: int | None = None,
         seed: int = 0,
     ) -> None:
         if hidden not in HIDDEN_IN:
             raise ValueError(f"hidden must be one of {', '.join(HIDDEN_IN)}, got {hidden!r}")
+        for name, value, least in (
+            ("max_length", max_length, 3),
+            ("max_relatives", max_relatives, 0),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for argument, given in (("proteins", proteins), ("relatives", relatives)):
             if given is not None and len(given.tokens) != len(given.names):
                 raise ValueError(
@@ -76,7 +86,8 @@ class FamilyRows(Dataset[dict[str, Any]]):
         self._proteins = proteins
         self._among_themselves = relatives is None
         self._relatives = proteins if relatives is None else relatives
-        self._max_length, self._hidden, self._seed = max_length, hidden, seed
+        self._max_length, self._max_relatives = max_length, max_relatives
+        self._hidden, self._seed = hidden, seed
         members: dict[str, list[int]] = {}
         for index, name in enumerate(self._relatives.names):
             members.setdefault(name, []).append(index)
@@ -85,12 +96,20 @@ class FamilyRows(Dataset[dict[str, Any]]):
         self._windows = list(zip(*(place.tolist() for place in places), strict=True))
         if not self._windows:
             raise ValueError("proteins: no row has two residues in it to learn from")
+        self.lengths: npt.NDArray[np.int64] = self._most_tokens()
+        """Most tokens of each row, (rows,); the tokens, without ``max_relatives``."""
+
+    def _most_tokens(self) -> npt.NDArray[np.int64]:
         lengths = sequence_lengths(self._relatives.tokens)
-        totals = {name: int(lengths[group].sum()) for name, group in self._members.items()}
-        own = lengths if relatives is None else np.zeros(len(proteins.names), dtype=np.int64)
-        whole = [size + totals.get(proteins.names[i], 0) - own[i] for i, _, size in self._windows]
-        self.lengths = np.minimum(max_length, np.array(whole, dtype=np.int64))
-        """Tokens of each row, (rows,)."""
+        rows = []
+        for index, _, size in self._windows:
+            name = self._proteins.names[index]
+            others = lengths[self._members.get(name, [])]
+            total = int(others.sum()) - (int(lengths[index]) if self._among_themselves else 0)
+            if self._max_relatives is not None:
+                total = min(total, self._max_relatives * int(others.max(initial=0)))
+            rows.append(min(self._max_length, size + total))
+        return np.array(rows, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -105,7 +124,10 @@ class FamilyRows(Dataset[dict[str, Any]]):
         pool = random.permutation(self._members.get(self._proteins.names[index], []))
         if self._among_themselves:
             pool = pool[pool != index]
-        relatives = (np.asarray(self._relatives.tokens[relative]) for relative in pool.tolist())
+        relatives = (
+            np.asarray(self._relatives.tokens[relative])
+            for relative in pool[: self._max_relatives].tolist()
+        )
         made = family_row(protein, relatives, max_length=self._max_length, hidden=self._hidden)
         return {**made, "index": row, "epoch": epoch}
 
