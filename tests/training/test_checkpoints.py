@@ -4,22 +4,22 @@ import json
 import logging
 import os
 import shutil
+from functools import partial
 
 import pytest
 
 from performers.app.errors import UserError
 from performers.models.manifest import write_manifest
-from performers.proteins.training.train import train_model
 from performers.training.checkpoints import newest_checkpoint
-from tests.proteins.runs import losses, proteins, same_weights, small_options
+from tests.proteins import runs
+from tests.proteins.runs import losses, same_weights
 
 OPTIONS = {"steps": 5, "save_steps": 2, "redraw_steps": 2, "dropout": 0.2}
 NEEDED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 OTHERS = ["config.json", "trainer_state.json", "training_args.bin", "manifest.json"]
 
 
-def train(folder, **given):
-    return train_model(proteins(), folder, small_options(**OPTIONS), **given)
+train = partial(runs.train, **OPTIONS)
 
 
 def delete(path):

@@ -4,14 +4,15 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
 
 from performers.app.errors import Interrupted, UserError
-from performers.proteins.training.train import train_model
 from performers.training.checkpoints import newest_checkpoint
 from performers.training.run import check_same_run
+from tests.proteins import runs
 from tests.proteins.runs import (
     finish,
     history,
@@ -27,14 +28,7 @@ from tests.proteins.runs import (
 STEPS = {"steps": 8, "save_steps": 3, "redraw_steps": 2, "dropout": 0.2}
 
 
-def train(folder, *, sequences=None, resume=False, progress=None, **options):
-    return train_model(
-        proteins() if sequences is None else sequences,
-        folder,
-        small_options(**{**STEPS, **options}),
-        resume=resume,
-        progress=progress,
-    )
+train = partial(runs.train, **STEPS)
 
 
 def stop_at(step, number=signal.SIGINT):
