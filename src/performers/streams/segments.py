@@ -73,13 +73,7 @@ class StreamSegments(Sampler[list[Segment]]):
     which are shuffled in each epoch. A function of the seed. With several processes, of which each
     takes every so-maniest batch, each has streams of its own.
 
-    Args:
-        lengths: Tokens of each text.
-        length: Tokens of a segment.
-        rows: Streams in a batch.
-        seed: Base of the seeds of the epochs.
-        num_batches: Batches to yield.
-        processes: Number of processes.
+    ``lengths`` are the tokens of each text, ``length`` those of a segment.
     """
 
     def __init__(

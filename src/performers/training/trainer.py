@@ -23,13 +23,8 @@ if TYPE_CHECKING:
 class ShuffledBatches(Sampler[list[int]]):
     """Batches of a fixed number of indices, each epoch in an order of its own.
 
-    A function of the seed alone, so that a run resumes by skipping batches.
-
-    Args:
-        size: Number of examples.
-        rows: Indices in a batch.
-        seed: Base of the seeds of the epochs.
-        num_batches: Batches to yield, over as many epochs as they need.
+    Batches of ``rows`` of ``size`` examples, over as many epochs as they need, are a function of
+    the seed alone, so that a run resumes by skipping batches.
     """
 
     def __init__(self, size: int, *, rows: int, seed: int, num_batches: int) -> None:

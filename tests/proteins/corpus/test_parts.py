@@ -154,6 +154,14 @@ def test_splits_are_those_of_the_hashes_of_clusters(tmp_path, kind):
     assert text.startswith(f">{name} family={cluster[name]}\n{sequences[name]}\n")
 
 
+def test_shares_of_few_sequences_that_are_none(tmp_path):
+    """Shares that round to no sequence are refused."""
+    path = uniref(tmp_path)
+    path.write_text(">".join(path.read_text().split(">")[:41]))
+    with pytest.raises(UserError, match="of 40 sequences none is left for validation, test"):
+        prepare_clustered(given_source([path]), tmp_path / "c", SplitOptions())
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])
 def test_compressed_input_and_several_files(tmp_path, pack):
     path = uniref(tmp_path)

@@ -53,12 +53,8 @@ class TableClusters:
     """Clusters of a table, kept sorted on disk: memory does not grow with its lines.
 
     The table has two columns, cluster and member; or is UniProt's ``idmapping_selected.tab`` or
-    ``idmapping.dat``, whose UniRef50 clusters are taken. It may be compressed.
-
-    Args:
-        table: The table.
-        work: Folder for the sorted copy, 16 bytes and a name for each line. One that is complete is
-            not made again.
+    ``idmapping.dat``, whose UniRef50 clusters are taken. It may be compressed. Its sorted copy in
+    the folder ``work``, 16 bytes and a name for each line, is made once.
 
     Raises:
         UserError: A line has other columns, a cluster is named by several words, or a member is in

@@ -172,13 +172,12 @@ class _Blocks:
         """Clusters that may be held out, and the members of each."""
         sequences = min(_CANDIDATES_PER_HELD_OUT * target, self.sequences // 2)
         largest = max(target // 10, min(target, _ALWAYS_SMALL))
-        share = min(1.0, 2 * sequences / self.sequences)
-        while True:
+        for share in _doubled(2 * sequences / self.sequences):
             members = self._members(share)
             names = candidate_clusters(members, options["seed"], sequences, largest)
-            if share == 1 or sum(len(members[name]) for name in names) >= sequences:
-                return names, {name: members[name] for name in names}
-            share = min(1.0, 2 * share)
+            if sum(len(members[name]) for name in names) >= sequences:
+                break
+        return names, {name: members[name] for name in names}
 
     def _members(self, share: float) -> dict[str, list[str]]:
         """The members of the clusters with the smallest draws."""
@@ -193,16 +192,15 @@ class _Blocks:
         validation, test = (
             round(options[f"{split}_fraction"] * self.sequences) for split in ("validation", "test")
         )
-        share = min(1.0, 2 * (validation + test) / self.sequences)
-        while True:
+        for share in _doubled(2 * max(1, validation + test) / self.sequences):
             smallest = [np.empty(0, dtype=np.uint64)]
             for block in self.fresh():
                 mask = _below(block.split_draws, share) & ~np.isin(block.cluster_draws, held_out)
                 smallest.append(block.split_draws[mask])
             together = np.concatenate(smallest)
-            if share == 1 or together.size > validation + test:
-                return split_bounds(together, validation, test)
-            share = min(1.0, 2 * share)
+            if together.size > validation + test:
+                break
+        return split_bounds(together, validation, test)
 
     def distinct(self, code: Callable[[Block], npt.NDArray[np.int8]]) -> dict[int, int]:
         """Number of clusters among the sequences of each code.
@@ -221,6 +219,14 @@ class _Blocks:
             for one in list(found):
                 sums[one] += _distinct(np.concatenate(found.pop(one))).size
         return dict(sums)
+
+
+def _doubled(share: float) -> Iterator[float]:
+    """Yield a share, doubled again and again, up to 1."""
+    while share < 1:
+        yield share
+        share *= 2
+    yield 1.0
 
 
 def _distinct(draws: Draws) -> Draws:

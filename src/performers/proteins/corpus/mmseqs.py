@@ -14,12 +14,8 @@ class Mmseqs:
     """The program mmseqs, which works in one folder.
 
     Sequences are named by the first word of their headers. What mmseqs itself takes for the name is
-    a part of some, as ``P1`` of ``lcl|P1``, which another sequence may have.
-
-    Args:
-        work: The folder, which exists.
-        threads: Threads that it may use.
-        memory: Bytes that its index of the database may take; it works in parts to stay below.
+    a part of some, as ``P1`` of ``lcl|P1``, which another sequence may have. It works in parts
+    where its index of a database would take more than ``memory`` bytes.
 
     Raises:
         UserError: The program is not installed.

@@ -100,15 +100,13 @@ def whole_groups(
 ) -> list[str]:
     """Candidates that make up a number of sequences, related ones together or not at all.
 
+    A group that would exceed the number by a fifth is passed over.
+
     Args:
         candidates: Names of clusters, in order of preference.
         hits: (member of a candidate, member of a candidate), all direct relations.
         clusters: All clusters.
-        sequences: Stop once so many sequences are taken; a group that would exceed it by a fifth is
-            passed over.
-
-    Returns:
-        Names in the order in which their groups come.
+        sequences: Stop once so many sequences are taken.
     """
     cluster_of = {member: name for name in candidates for member in clusters[name]}
     # Each candidate's group of related ones, which are one object.

@@ -137,12 +137,8 @@ def family_row(
 ) -> dict[str, Any]:
     """Tokens of a protein after those of its relatives; see `FamilyRows` for the keys.
 
-    Args:
-        protein: Tokens of the protein, (length,), ``max_length`` at most.
-        relatives: Tokens of relatives, the nearest to the protein first; those without a place are
-            left out, and the last may be cut at its end.
-        max_length: Most tokens of the row.
-        hidden: Members that may have targets, ``"all"`` or ``"one"``.
+    Relatives come with the nearest to the protein first; those without a place are left out, and
+    the last may be cut at its end. The protein has ``max_length`` tokens at most.
     """
     pieces = [protein]
     room = max_length - protein.size

@@ -30,11 +30,7 @@ def parse(
 ) -> Iterator[ProteinRecord]:
     """Yield the records of the lines of a text, counted in a report.
 
-    Args:
-        lines: The lines.
-        place: Place of the line before the first; moves with the lines.
-        report: Counts are added to it.
-        skip_invalid: Leave out records at fault and count them.
+    ``place`` is that of the line before the first, and moves with the lines.
 
     Raises:
         FastaError: The text is no FASTA, or a record is at fault.
