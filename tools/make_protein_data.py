@@ -113,7 +113,12 @@ def clustered(
     clusters: dict[str, list[str]] = defaultdict(list)
     for representative, member in mmseqs.cluster("all", rule.identity, rule.coverage):
         clusters[representative].append(member)
-    identity = {**dict.fromkeys(sequences, 0.0), **dict(mmseqs.identities("all"))}
+    mmseqs.run("align", "all", "all", "clusters", "aligned", "--alignment-mode", "3")
+    columns = ("--format-output", "theader,fident")
+    mmseqs.run("convertalis", "all", "all", "aligned", "identity.tsv", *columns)
+    identity = dict.fromkeys(sequences, 0.0)
+    for header, share in mmseqs.rows("identity.tsv"):
+        identity[header.split()[0]] = float(share)
     return dict(clusters), identity
 
 

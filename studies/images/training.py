@@ -17,10 +17,8 @@ from torch.utils.data import BatchSampler
 from performers.cli.console import note
 from performers.models import PerformerForCausalLM
 from performers.streams.images import CentreCrops, RandomCrops
-from performers.training.arguments import training_arguments
 from performers.training.environment import quiet_transformers
 from performers.training.options import TrainingOptions
-from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
 from studies.images.models import MOST_STEPS, Size, make_model
@@ -77,17 +75,10 @@ def train(
         device="cpu",
     )
     data = {"sha256": crops.pictures.fingerprint(), "model": options, "size": asdict(size)}
-    record = run_record(training, data)
-    run = TrainingRun(folder, record, training, resume=(folder / "training.json").exists())
+    run = TrainingRun(folder, data, training, resume=(folder / "training.json").exists())
 
     def make_trainer() -> RunTrainer:
-        return _PixelTrainer(
-            options=training,
-            dataset=crops,
-            measure=None,
-            model=make_model(options, size),
-            args=training_arguments(run.checkpoints, training),
-        )
+        return _PixelTrainer(run=run, model=make_model(options, size), dataset=crops, measure=None)
 
     result = run.train(make_trainer, None, progress=_progress(name))
     log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

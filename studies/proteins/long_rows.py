@@ -21,7 +21,7 @@ from performers.app.progress import Report
 from performers.benchmark.memory import OutOfMemoryError, ProbeError, peak_of, run_apart
 from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.proteins.inputs.packing import TokenDataset, pack_sequences
+from performers.proteins.inputs.packing import TokenDataset
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.evaluation import evaluate_rows
@@ -138,9 +138,11 @@ def _score(
         report(f"scoring {folder.name} on long rows", number, len(data.scored), {})
         tokens = encode_sequences(tokenizer, [record.sequence for record in records])
         order = np.random.default_rng(0).permutation(len(tokens))
-        rows = pack_sequences([tokens[index] for index in order], options.max_length)
+        dataset = TokenDataset(
+            [tokens[index] for index in order], max_length=options.max_length, packed=True
+        )
         # The last is short, and would be scored with less context.
-        dataset = TokenDataset(rows[: min(_MOST_ROWS, max(1, len(rows) - 1))])
+        dataset.lengths = dataset.lengths[: min(_MOST_ROWS, max(1, len(dataset) - 1))]
         scores[split] = evaluate_rows(
             model, tokenizer, dataset, batch_tokens=options.max_length, across_sequences=True
         )

@@ -24,7 +24,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         ("typer", ["--help"], "proteins"),
         ("transformers", ["train", "x.fasta", "--output", "OUT"], "proteins"),
         ("transformers", ["convert", __file__, "--data", __file__, "--output", "OUT"], "convert"),
-        ("Bio", ["evaluate", __file__], "proteins"),
+        ("Bio", ["report", __file__, __file__, "--output", "OUT"], "proteins"),
         ("rich", ["benchmark", "attention", "--help"], "benchmark"),
         ("matplotlib", ["benchmark", "decode", "--output", "OUT"], "benchmark"),
     ],

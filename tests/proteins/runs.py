@@ -14,6 +14,7 @@ import performers
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from performers.models.manifest import save_model_folder
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer
+from performers.proteins.training.train import train_model
 from performers.training.options import TrainingOptions
 
 # The package that the tests import, installed or not: in processes it must be the same one.
@@ -52,6 +53,15 @@ def write_sequences(path, sequences):
 
 def small_options(**changes):
     return TrainingOptions(**{**SMALL, **changes})
+
+
+def train(folder, sequences=None, *, families=None, validation=None, **options):
+    """`train_model` with small options; `resume` and `progress` are among them."""
+    run = {name: options.pop(name) for name in ("resume", "progress") if name in options}
+    given = proteins() if sequences is None else sequences
+    return train_model(
+        given, folder, small_options(**options), validation=validation, families=families, **run
+    )
 
 
 def flags(**changes):

@@ -4,29 +4,22 @@ import json
 import logging
 import os
 import shutil
+from functools import partial
 
 import pytest
-import torch
 
 from performers.app.errors import UserError
 from performers.models.manifest import write_manifest
-from performers.proteins.training.train import train_model
 from performers.training.checkpoints import newest_checkpoint
-from performers.training.record import last_complete_checkpoint
-from tests.proteins.runs import (
-    losses,
-    proteins,
-    same_weights,
-    small_options,
-)
+from tests.proteins import runs
+from tests.proteins.runs import losses, same_weights
 
 OPTIONS = {"steps": 5, "save_steps": 2, "redraw_steps": 2, "dropout": 0.2}
 NEEDED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
 OTHERS = ["config.json", "trainer_state.json", "training_args.bin", "manifest.json"]
 
 
-def train(folder, **given):
-    return train_model(proteins(), folder, small_options(**OPTIONS), **given)
+train = partial(runs.train, **OPTIONS)
 
 
 def delete(path):
@@ -99,18 +92,14 @@ def test_a_manifest_lists_every_file_of_a_checkpoint(checkpoints):
     assert names == {*NEEDED, *OTHERS}
     listed = json.loads((newest / "manifest.json").read_text())["files"]
     assert listed.keys() == names - {"manifest.json"}
-    assert last_complete_checkpoint(checkpoints) == newest
+    assert newest_checkpoint(checkpoints) == newest
 
 
 @pytest.mark.parametrize("name", [*NEEDED, *OTHERS])
 @pytest.mark.parametrize("damage", [delete, truncate, zero, change])
 def test_the_checkpoint_before_stands_in_for_a_damaged_one(checkpoints, name, damage, caplog):
     damage(checkpoints / "checkpoint-4" / name)
-    found = last_complete_checkpoint(checkpoints)
-    if (name, damage) == ("manifest.json", delete):
-        # As a version without manifests left it; its data are as they were.
-        assert found.name == "checkpoint-4"
-        return
+    found = newest_checkpoint(checkpoints)
     assert found.name == "checkpoint-2"
     [record] = caplog.records
     assert record.levelno == logging.WARNING
@@ -136,7 +125,7 @@ def test_a_resumed_run_says_so_in_one_line_and_ends_with_the_same_numbers(
     )
     assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
     assert same_weights(folder, whole)
-    assert last_complete_checkpoint(folder / "checkpoints").name == "checkpoint-5"
+    assert newest_checkpoint(folder / "checkpoints").name == "checkpoint-5"
     assert not (newest / "left.bin").exists(), "remains are no part of its successor"
 
 
@@ -164,82 +153,8 @@ def test_a_checkpoint_that_was_being_written_is_none(checkpoints, caplog):
     content = json.loads(manifest.read_text())
     kept = {name: content["files"][name] for name in ("config.json", "model.safetensors")}
     manifest.write_text(json.dumps({**content, "files": kept}))
-    assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
+    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
     assert "checkpoint-4 (its saving had not ended)" in caplog.text
     shutil.rmtree(checkpoints / "checkpoint-2")
-    assert last_complete_checkpoint(checkpoints) is None
+    assert newest_checkpoint(checkpoints) is None
     assert caplog.messages[-1].endswith("(its saving had not ended); starting anew")
-
-
-def cut_off(checkpoints, name):
-    truncate(checkpoints / "checkpoint-4" / name)
-
-
-def state(content):
-    def damage(checkpoints):
-        path = checkpoints / "checkpoint-4" / "trainer_state.json"
-        path.unlink()
-        os.mkfifo(path) if content is None else path.write_text(content)
-
-    return damage
-
-
-class TestWithoutManifest:
-    """Checkpoints of versions that wrote none."""
-
-    @pytest.fixture
-    def checkpoints(self, folder):
-        for path in folder.glob("checkpoints/*/manifest.json"):
-            path.unlink()
-        return folder / "checkpoints"
-
-    def test_they_are_resumed_from(self, folder, checkpoints, whole, caplog):
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-4"
-        train(folder, resume=True)
-        assert not caplog.records
-        assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
-        assert same_weights(folder, whole)
-
-    @pytest.mark.parametrize("name", NEEDED)
-    def test_a_missing_file_is_never_replaced_by_a_fresh_start(self, checkpoints, name, caplog):
-        (checkpoints / "checkpoint-4" / name).unlink()
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
-        assert "missing" in caplog.text
-        (checkpoints / "checkpoint-2" / name).unlink()
-        with pytest.raises(UserError, match=r"no usable checkpoint: checkpoint-4 .*missing\), ch"):
-            last_complete_checkpoint(checkpoints)
-
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            *[lambda folder, name=name: cut_off(folder, name) for name in NEEDED[1:]],
-            *map(state, (None, "", "[" * 100_000)),
-        ],
-    )
-    def test_what_is_cut_off_is_passed_over(self, checkpoints, damage):
-        damage(checkpoints)
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"
-
-    @pytest.mark.parametrize(
-        ("changes", "reason"),
-        [
-            ({"unknown": 1}, r"does not describe a run \(.*unknown"),
-            ({"global_step": 3}, "is of step 3"),
-        ],
-    )
-    def test_a_log_of_another_kind_or_step_is_refused(self, checkpoints, changes, reason):
-        for path in checkpoints.glob("*/trainer_state.json"):
-            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-        with pytest.raises(UserError, match=rf"checkpoint-4 \(trainer_state.json {reason}"):
-            last_complete_checkpoint(checkpoints)
-
-    def test_every_process_needs_its_random_state(self, checkpoints, monkeypatch):
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match=r"rng_state_0\.pth is missing"):
-            last_complete_checkpoint(checkpoints)
-        for path in checkpoints.iterdir():
-            for process in range(2):
-                torch.save(torch.get_rng_state(), path / f"rng_state_{process}.pth")
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-4"
-        cut_off(checkpoints, "rng_state_1.pth")
-        assert last_complete_checkpoint(checkpoints).name == "checkpoint-2"

@@ -2,15 +2,16 @@
 
 import json
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
 from performers.app.errors import Interrupted
-from performers.proteins.training.train import train_model
 from performers.training import callbacks
 from performers.training.callbacks import TimeLimitCallback
-from tests.proteins.runs import history, proteins, same_weights, small_options
+from tests.proteins import runs
+from tests.proteins.runs import history, same_weights
 
 
 @pytest.fixture
@@ -27,11 +28,7 @@ def ticking(monkeypatch):
     )
 
 
-def train(folder, **options):
-    report = options.pop("progress", None)
-    resume = options.pop("resume", False)
-    settings = small_options(**{"steps": 100, "save_steps": 2, "warmup_steps": 0, **options})
-    return train_model(proteins(), folder, settings, resume=resume, progress=report)
+train = partial(runs.train, steps=100, save_steps=2, warmup_steps=0)
 
 
 def rates(folder):

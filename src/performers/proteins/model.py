@@ -19,11 +19,7 @@ from performers.app.progress import Progress
 from performers.proteins.embedded import PRETRAINED, model_folder
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.relatives import Relatives
-from performers.proteins.model_folder import (
-    check_input_length,
-    load_model,
-    model_max_length,
-)
+from performers.proteins.model_folder import check_input_length, load_model, model_max_length
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.likelihood import ProteinScore, score_sequences
 from performers.proteins.scoring.variants import VariantScorer, parse_variant
@@ -164,13 +160,7 @@ class ProteinModel:
         method: str | None = None,
         batch_tokens: int = 8192,
     ) -> VariantScorer:
-        """Scorer of substitutions in a protein; see `VariantScorer`.
-
-        Raises:
-            UserError: The protein is longer than the model can read or has no relatives, or
-                ``method`` is unknown or given for a causal model.
-            ValueError: The sequence has other letters than residues.
-        """
+        """Scorer of substitutions in a protein; see `VariantScorer`, and `score` for errors."""
         records = _records([protein])
         return VariantScorer(
             self.network,
@@ -192,16 +182,11 @@ class ProteinModel:
     ) -> npt.NDArray[np.float64]:
         """Log-odds of variants of a protein, ``(variants,)``, nats; see `VariantScorer`.
 
-        Args:
-            protein: Sequence of residues, or a record.
-            variants: Substitutions such as ``"A123V"``, or several, ``"A123V:G7D"``.
-            relatives: Relatives to read it with, see `relatives`.
-            method: Of a masked model: ``"masked"`` (by default) or ``"one-pass"``.
-            batch_tokens: Tokens in a batch, padding included.
+        A variant is a substitution such as ``"A123V"``, or several, ``"A123V:G7D"``. The other
+        arguments are those of `score`.
 
         Raises:
-            UserError: As in `variant_scorer`, or a variant is not one of the protein.
-            ValueError: The sequence has other letters than residues.
+            UserError: As in `score`, or a variant is not one of the protein.
         """
         scorer = self.variant_scorer(
             protein, relatives=relatives, method=method, batch_tokens=batch_tokens

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
 from performers.app.errors import UserError
 from performers.app.progress import Progress
 from performers.models.arguments import CACHE_KEYWORD
 from performers.models.registry import ATTENTIONS
 from performers.proteins.model_folder import check_input_length, load_model, model_max_length
-from performers.streams.segments import IGNORED, Segment, Segments, collate
+from performers.streams.segments import IGNORED, Segment, Segments
 from performers.streams.subwords import is_bytes, write_subwords
 from performers.streams.text import Texts, find_texts, read_bytes
 
@@ -97,14 +98,8 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """`evaluate_texts` of the model in a folder on the texts at some paths.
 
-    Args:
-        model: A folder that ``performers train`` wrote from texts.
-        paths: Files of texts, or folders of them.
-        length: Tokens of a segment; as trained by default.
-        batch_tokens: Tokens in a batch.
-        carry: Hand the state from segment to segment.
-        report: Called with lines on files that are left out.
-        progress: As in `evaluate_texts`.
+    Segments are as long as trained by default; ``report`` is called with lines on files that are
+    left out.
 
     Raises:
         UserError: The model is none of text, has no state to hand on or positions that end, or no
@@ -167,7 +162,7 @@ def _measure(
     length, cache = dataset.length, None
     device = next(model.parameters()).device
     for begun in range(0, group[0][2] - group[0][1], length):
-        batch = collate(
+        batch = default_collate(
             [
                 dataset[Segment(document, min(start + begun, stop), begun == 0)]
                 for document, start, stop in group

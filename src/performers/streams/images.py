@@ -22,18 +22,6 @@ from torch.utils.data import Dataset
 from performers.app.errors import UserError
 from performers.streams.pictures import Picture, Pictures
 
-__all__ = [
-    "BEGIN",
-    "REDUCTION",
-    "VOCABULARY",
-    "CentreCrops",
-    "RandomCrops",
-    "least_side",
-    "pixel_row",
-    "row_picture",
-    "split_pictures",
-]
-
 BEGIN = 256
 """First token of each row, after the 256 values."""
 VOCABULARY = 257
@@ -61,11 +49,6 @@ def split_pictures(pictures: Pictures, test: int, seed: int) -> tuple[list[int],
 
     The test pictures are those whose keys have the smallest hashes with the seed: photographs
     whatever their files are named, pictures of arrays by their index.
-
-    Args:
-        pictures: The pictures.
-        test: Number of test pictures.
-        seed: Seed of the split.
 
     Raises:
         UserError: No picture would be left for training, or none for testing.
@@ -158,10 +141,7 @@ class RandomCrops(Dataset[dict[str, Tensor]]):
 class CentreCrops(Dataset[dict[str, Tensor]]):
     """Rows of the largest square in the middle of each picture, box-downsampled.
 
-    Args:
-        pictures: The pictures.
-        indices: Those to read.
-        size: Rows and columns of the pictures that are made.
+    Those at ``indices`` are read, and made into pictures of ``size`` rows and columns.
     """
 
     def __init__(self, pictures: Pictures, indices: Sequence[int], *, size: int) -> None:

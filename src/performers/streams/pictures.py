@@ -33,8 +33,6 @@ except ImportError as error:
 if TYPE_CHECKING:
     from PIL.Image import Image as PilImage
 
-__all__ = ["Photographs", "PictureArrays", "Pictures", "UnusablePicture", "open_pictures"]
-
 Picture = npt.NDArray[np.uint8]
 """Values of a picture, (rows, columns, 3)."""
 

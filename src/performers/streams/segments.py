@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,15 +33,20 @@ def segment_counts(lengths: NDArray[np.int64], length: int) -> NDArray[np.int64]
 class Segments(Dataset[dict[str, Tensor]]):
     """Examples by `Segment`: ``length`` tokens and the token that follows each.
 
-    Places after the end of a text have token 0 and no label. As predictions look back only, they
-    change nothing before them.
+    The index of a segment among those of all texts stands for it without a past. Places after the
+    end of a text have token 0 and no label. As predictions look back only, they change nothing
+    before them.
     """
 
     def __init__(self, texts: Texts, length: int) -> None:
         self.texts, self.length = texts, length
+        self._ends = segment_counts(texts.lengths, length).cumsum()
 
-    def __getitem__(self, key: Segment) -> dict[str, Tensor]:
-        document, start, begins = key
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, key: int | Segment) -> dict[str, Tensor]:
+        document, start, begins = key if isinstance(key, Segment) else self.segment(key)
         read = torch.from_numpy(self.texts.read(document, start, start + self.length + 1))
         tokens = torch.zeros(self.length, dtype=torch.int64)
         labels = torch.full((self.length,), IGNORED)
@@ -54,42 +59,11 @@ class Segments(Dataset[dict[str, Tensor]]):
             "begins": torch.tensor(begins),
         }
 
-
-class ShuffledSegments(Sampler[list[Segment]]):
-    """Batches of segments from anywhere, all of them once in each epoch, each without a past.
-
-    A function of the seed, in 8 bytes of memory a segment.
-
-    Args:
-        lengths: Tokens of each text.
-        length: Tokens of a segment.
-        rows: Segments in a batch.
-        seed: Base of the seeds of the epochs.
-        num_batches: Batches to yield.
-    """
-
-    def __init__(
-        self, lengths: NDArray[np.int64], length: int, *, rows: int, seed: int, num_batches: int
-    ) -> None:
-        self.length, self.rows, self.seed, self.num_batches = length, rows, seed, num_batches
-        self.ends = segment_counts(lengths, length).cumsum()
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[list[Segment]]:
-        segments = self._segments()
-        for _ in range(self.num_batches):
-            yield [next(segments) for _ in range(self.rows)]
-
-    def _segments(self) -> Iterator[Segment]:
-        epoch, count = 0, int(self.ends[-1])
-        while True:
-            for index in np.random.default_rng((self.seed, epoch)).permutation(count):
-                document = int(np.searchsorted(self.ends, index, side="right"))
-                before = 0 if document == 0 else int(self.ends[document - 1])
-                yield Segment(document, (int(index) - before) * self.length, True)
-            epoch += 1
+    def segment(self, index: int) -> Segment:
+        """The segment of an index."""
+        document = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[document - 1]) if document else 0
+        return Segment(document, (index - before) * self.length, True)
 
 
 class StreamSegments(Sampler[list[Segment]]):
@@ -99,13 +73,7 @@ class StreamSegments(Sampler[list[Segment]]):
     which are shuffled in each epoch. A function of the seed. With several processes, of which each
     takes every so-maniest batch, each has streams of its own.
 
-    Args:
-        lengths: Tokens of each text.
-        length: Tokens of a segment.
-        rows: Streams in a batch.
-        seed: Base of the seeds of the epochs.
-        num_batches: Batches to yield.
-        processes: Number of processes.
+    ``lengths`` are the tokens of each text, ``length`` those of a segment.
     """
 
     def __init__(
@@ -144,8 +112,3 @@ class StreamSegments(Sampler[list[Segment]]):
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
             yield from (int(index) for index in order if self.counts[index])
             epoch += 1
-
-
-def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The batch of a list of examples of one length."""
-    return {name: torch.stack([row[name] for row in examples]) for name in examples[0]}

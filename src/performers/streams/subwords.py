@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from performers.app.errors import BareExceptions, UserError
 from performers.app.files import replacement, write_json
-from performers.streams.text import Document, LeftOut, Texts, listed
+from performers.streams.text import Document, LeftOut, Texts, listed, report_left_out, usable_bytes
 
 BYTES = 256
 """Size of the vocabulary of bytes."""
@@ -81,13 +81,8 @@ def write_subwords(
     """Texts as subwords, which are written to a folder once and read from it from then on.
 
     A text is encoded in pieces of about 1 MB that end with a line. Texts that the tokenizer does
-    not give back are counted and reported, since their tokens hold less than their bytes.
-
-    Args:
-        files: Files of texts in UTF-8.
-        tokenizer: The tokenizer.
-        folder: Receives ``tokens.bin`` and ``tokens.json``.
-        report: Called with lines on files that are left out, and on texts that are not given back.
+    not give back are counted and reported, since their tokens hold less than their bytes. The
+    folder receives ``tokens.bin`` and ``tokens.json``; files that are left out are reported too.
 
     Raises:
         UserError: No file can be used.
@@ -107,11 +102,11 @@ def write_subwords(
             found = [Document(data, *entry) for entry in known["documents"]]
             return Texts(tuple(found), dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    left_out, lines, changed = LeftOut(), list[str](), list[str]()
-    documents, place = [], 0
+    left_out: LeftOut = {}
+    documents, lines, changed, place = list[Document](), list[str](), list[str](), 0
     with replacement(data) as temporary, temporary.open("wb") as out:
         for file in files:
-            size = left_out.usable(file)
+            size = usable_bytes(file, left_out)
             if not size:
                 continue
             begun, given_back = place, True
@@ -125,15 +120,16 @@ def write_subwords(
                 out.seek(begun * np.dtype(dtype).itemsize)
                 out.truncate()
                 place = begun
-                left_out.add("not UTF-8 text", file, f" at byte {error.start:,}")
+                where = f"{file.name} at byte {error.start:,}"
+                left_out.setdefault("not UTF-8 text", []).append(where)
                 continue
             if place - begun < 2:
-                left_out.add("of fewer than two tokens", file)
+                left_out.setdefault("of fewer than two tokens", []).append(file.name)
                 continue
             documents.append(Document(data, begun, place, size))
             if not given_back:
                 changed.append(file.name)
-        left_out.checked(documents, files, lines.append)
+        report_left_out(left_out, documents, len(files), lines.append)
     if changed:
         lines.append(
             f"the tokenizer does not give back {len(changed)} of {len(documents)} texts (it drops "

@@ -151,21 +151,21 @@ def find_texts(paths: Iterable[Path]) -> list[Path]:
 
 
 def read_bytes(files: Sequence[Path], report: Callable[[str], None]) -> Texts:
-    """Texts as bytes, straight from their files.
-
-    Args:
-        files: Files of texts.
-        report: Called with a line for each kind of file that is left out.
+    """Texts as bytes, straight from their files; each kind of file that is left out is reported.
 
     Raises:
         UserError: No file can be used.
     """
-    left_out = LeftOut()
-    documents = []
-    for file in files:
-        if size := left_out.usable(file):
-            documents.append(Document(file, 0, size, size))
-    return Texts(tuple(left_out.checked(documents, files, report)))
+    left_out: LeftOut = {}
+    documents = [
+        Document(file, 0, size, size) for file in files if (size := usable_bytes(file, left_out))
+    ]
+    report_left_out(left_out, documents, len(files), report)
+    return Texts(tuple(documents))
+
+
+LeftOut = dict[str, list[str]]
+"""Names of files that are left out, by the reason."""
 
 
 def listed(names: Sequence[str]) -> str:
@@ -174,44 +174,35 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-class LeftOut:
-    """Files that are left out, by the reason."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, list[str]] = {}
-
-    def add(self, kind: str, file: Path, where: str = "") -> None:
-        """Count a file."""
-        self.files.setdefault(kind, []).append(f"{file.name}{where}")
-
-    def usable(self, file: Path) -> int:
-        """Bytes of a file that can be read as text; 0 for any other, which is added."""
-        size = file.stat().st_size if file.is_file() else 0
-        if not file.is_file():
-            self.add("no regular files", file)
-        elif not os.access(file, os.R_OK):
-            self.add("not readable", file)
-        elif not size:
-            self.add("empty", file)
-        elif size == 1:
-            self.add("of one byte, which has no next one to predict", file)
-        else:
-            with file.open("rb") as source:
-                binary = b"\0" in source.read(_HEAD)
-            if not binary:
+def usable_bytes(file: Path, left_out: LeftOut) -> int:
+    """Bytes of a file that can be read as text; 0 for any other, which is added."""
+    size = file.stat().st_size if file.is_file() else 0
+    if not file.is_file():
+        kind = "no regular files"
+    elif not os.access(file, os.R_OK):
+        kind = "not readable"
+    elif not size:
+        kind = "empty"
+    elif size == 1:
+        kind = "of one byte, which has no next one to predict"
+    else:
+        with file.open("rb") as source:
+            if b"\0" not in source.read(_HEAD):
                 return size
-            self.add("binary or UTF-16 (they have zero bytes)", file)
-        return 0
+        kind = "binary or UTF-16 (they have zero bytes)"
+    left_out.setdefault(kind, []).append(file.name)
+    return 0
 
-    def checked(
-        self, documents: list[Document], files: Sequence[Path], report: Callable[[str], None]
-    ) -> list[Document]:
-        """Report what is left out; raises UserError if nothing else is left."""
-        lines = []
-        for kind, names in self.files.items():
-            lines.append(f"{len(names)} of {len(files)} files left out as {kind}: {listed(names)}")
-        if not documents:
-            raise UserError(f"there is no text to read; {'; '.join(lines)}")
-        for line in lines:
-            report(line)
-        return documents
+
+def report_left_out(
+    left_out: LeftOut, documents: Sequence[Document], files: int, report: Callable[[str], None]
+) -> None:
+    """Report what is left out of so many files; raises UserError if nothing else is left."""
+    lines = [
+        f"{len(names)} of {files} files left out as {kind}: {listed(names)}"
+        for kind, names in left_out.items()
+    ]
+    if not documents:
+        raise UserError(f"there is no text to read; {'; '.join(lines)}")
+    for line in lines:
+        report(line)

@@ -18,12 +18,10 @@ from performers.models import PerformerForCausalLM
 from performers.models.arguments import CACHE_KEYWORD
 from performers.models.cache import PerformerCache
 from performers.streams.evaluation import evaluate_texts
-from performers.streams.segments import Segments, ShuffledSegments, StreamSegments
+from performers.streams.segments import Segments, StreamSegments
 from performers.streams.subwords import byte_tokenizer, load_tokenizer, write_subwords
 from performers.streams.text import Texts, find_texts, read_bytes
-from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
-from performers.training.record import run_record
 from performers.training.run import ReportStep, TrainingRun
 from performers.training.trainer import RunTrainer
 
@@ -101,9 +99,7 @@ def train_texts(
     if start is not None:
         data["start"] = weights_sha256(start)
         data["sha256"] += data["start"] or ""
-    run = TrainingRun(output, run_record(options, data), options, resume=resume, before=_TOKENS)
-    arguments = training_arguments(run.checkpoints, options)
-    trackers = tracker_callbacks(options.report_to or (), output)
+    run = TrainingRun(output, data, options, resume=resume, before=_TOKENS)
 
     def measure(model: nn.Module) -> dict[str, float]:
         found = evaluate_texts(
@@ -121,16 +117,9 @@ def train_texts(
         model = PerformerForCausalLM(options.model_config(coder))
         if start is not None:
             model.load_state_dict(PerformerForCausalLM.from_pretrained(start).state_dict())
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return TextTrainer(
-            options=options,
-            dataset=Segments(texts, options.max_length),
-            measure=measure if held_out.documents else None,
-            model=model,
-            args=arguments,
-            callbacks=trackers,
-        )
+        dataset = Segments(texts, options.max_length)
+        validates = measure if held_out.documents else None
+        return TextTrainer(run=run, model=model, dataset=dataset, measure=validates)
 
     return run.train(trainer, coder, progress=progress, announce=announce)
 
@@ -147,17 +136,18 @@ class TextTrainer(RunTrainer):
 
     def sampler(self, batches: int) -> Sampler[Any]:
         """Streams, or segments from anywhere."""
-        dataset: Any = self.train_dataset
         options = self.options
-        shape = {
-            "rows": options.batch_tokens // options.max_length,
-            "seed": options.seed,
-            "num_batches": batches,
-        }
-        lengths = dataset.texts.lengths
         if not options.carry_state:
-            return ShuffledSegments(lengths, options.max_length, **shape)
-        return StreamSegments(lengths, options.max_length, **shape, processes=self.args.world_size)
+            return super().sampler(batches)
+        dataset: Any = self.train_dataset
+        return StreamSegments(
+            dataset.texts.lengths,
+            options.max_length,
+            rows=options.batch_tokens // options.max_length,
+            seed=options.seed,
+            num_batches=batches,
+            processes=self.args.world_size,
+        )
 
     def compute_loss(
         self,

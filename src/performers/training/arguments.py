@@ -19,11 +19,7 @@ from performers.training.parallel import mesh_arguments
 
 
 def training_arguments(folder: Path, options: TrainingOptions) -> TrainingArguments:
-    """Settings of the trainer.
-
-    Args:
-        folder: Folder of the checkpoints.
-        options: Options of the run.
+    """Settings of the trainer, whose checkpoints are in a folder.
 
     Raises:
         UserError: The device is not available, or cannot compute in bfloat16.

@@ -21,11 +21,6 @@ class EstimateCallback(TrainerCallback):
     The batch is run twice, forward and backward, and timed the second time. Gradients and random
     states are as before afterwards, so the run's numbers do not depend on it. Short runs, and runs
     of several processes, are not announced.
-
-    Args:
-        trainer: The trainer.
-        batch: Returns a batch of the run.
-        announce: Called with the estimate in words.
     """
 
     def __init__(

@@ -20,13 +20,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def check_training_memory(
     config: PerformerConfig, optimizer: str, tokens: int = 0, share: float = 1.0
 ) -> None:
-    """Refuse a training that no memory of this machine can hold.
-
-    Args:
-        config: The model.
-        optimizer: ``"adamw"`` or ``"muon"``.
-        tokens: Tokens of a batch, whose activations are counted too.
-        share: Part of sharded weights that is on this machine.
+    """Refuse a training that no memory of this machine can hold; see `training_bytes`.
 
     Raises:
         UserError: The least memory that the training needs exceeds that of the processor and that
@@ -67,9 +61,6 @@ def training_bytes(
         tokens: Tokens of a batch in float32; 0 counts no activations.
         share: Part of weights, gradients and state that is on this machine where several share
             them; each begins and ends with whole weights.
-
-    Returns:
-        Bytes.
     """
     layers = config.num_hidden_layers
     copies = max(1.0, share * (3 if optimizer == "muon" else 4))

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-__all__ = ["MuonAdamW", "check_muon"]
-
 
 class MuonAdamW(Optimizer):
     """Muon on the weight matrices inside a model, AdamW on embeddings, output layer and vectors.

@@ -327,10 +327,7 @@ class TrainingOptions(Options):
         )
 
     def check_memory(self, tokens: int) -> None:
-        """Check that a batch's activations fit in memory beside the model.
-
-        Args:
-            tokens: Tokens of the data, from which validation is held out.
+        """Check that activations fit in memory beside the model; ``tokens`` are those of the data.
 
         Raises:
             UserError: The activations do not fit in memory.

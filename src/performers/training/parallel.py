@@ -200,11 +200,7 @@ def keep_ties_together_(model: Any) -> None:
     """
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if tied_parameters(model) - {getattr(x, "weight", None) for x in embeddings}:
-        model.get_input_embeddings = model.get_output_embeddings = _no_embeddings
-
-
-def _no_embeddings() -> None:
-    return None
+        model.get_input_embeddings = model.get_output_embeddings = lambda: None
 
 
 def keep_recorded_outputs_(model: nn.Module) -> None:

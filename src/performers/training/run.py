@@ -10,9 +10,11 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import Interrupted, UserError
-from performers.app.processes import is_first_process
+from performers.app.files import read_json
+from performers.app.processes import is_first_process, process_count
 from performers.app.provenance import write_result
 from performers.models.manifest import save_model_folder
+from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.callbacks import (
     ClockCallback,
     IntervalsCallback,
@@ -23,12 +25,12 @@ from performers.training.callbacks import (
     TrimCallback,
     stop_on_signals,
 )
+from performers.training.checkpoints import newest_checkpoint
 from performers.training.environment import quiet_transformers
 from performers.training.estimate import EstimateCallback
 from performers.training.optimizers import check_muon
 from performers.training.options import TrainingOptions
 from performers.training.parallel import lost_processes
-from performers.training.record import check_same_run, last_complete_checkpoint
 from performers.training.trainer import RunTrainer
 
 ReportStep = Callable[[int, int, dict[str, float]], None]
@@ -40,25 +42,21 @@ class TrainingRun:
 
     Args:
         output: Folder of the run.
-        record: Content of ``training.json``, see ``run_record``.
+        data: Data of the run, for its record, with a ``sha256``.
         options: Options of the run.
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         before: Names in ``output`` that are written before a run begins.
 
-    Attributes:
-        checkpoint: Checkpoint to continue from, or None.
-        checkpoints: Folder of the checkpoints.
-
     Raises:
-        UserError: The folder holds another run or something else, all checkpoints are damaged, or
-            torch lacks the optimizer.
+        UserError: The folder holds another run or something else, all checkpoints are damaged,
+            torch lacks the optimizer, or the device or the package of a tracker is missing.
     """
 
     def __init__(
         self,
         output: Path,
-        record: dict[str, Any],
+        data: dict[str, Any],
         options: TrainingOptions,
         *,
         resume: bool,
@@ -69,19 +67,25 @@ class TrainingRun:
                 check_muon()
             except RuntimeError as error:
                 raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
-        self.output, self.record, self.options = output, record, options
-        self.checkpoints = output / "checkpoints"
+        self.output, self.options = output, options
+        self.record = {"options": options.to_dict(), "data": data, "processes": process_count()}
+        checkpoints = output / "checkpoints"
         self.checkpoint: Path | None = None
         self._settings = output / "training.json"
         self._continued = resume and self._settings.exists()
         if self._continued:
-            check_same_run(self._settings, record, options)
-            self.checkpoint = last_complete_checkpoint(self.checkpoints, sharded=options.sharded)
+            check_same_run(self._settings, self.record, options)
+            try:
+                self.checkpoint = newest_checkpoint(checkpoints, processes=process_count())
+            except ValueError as error:
+                raise UserError(f"--resume: {error}") from error
         elif resume and is_first_process() and {x.name for x in output.glob("[!.]*")} - {*before}:
             raise UserError(
                 f"--resume: {output} has no training.json, so it holds no run to continue; give "
                 "the --output of that run, or a new folder"
             )
+        self.arguments = training_arguments(checkpoints, options)
+        self.trackers = tracker_callbacks(options.report_to or (), output)
 
     def train(
         self,
@@ -92,8 +96,6 @@ class TrainingRun:
         announce: Callable[[str], None] | None = None,
     ) -> dict[str, Any]:
         """Train, and save the model, its tokenizer, its log and its options in the folder.
-
-        A signal stops the run, which saves a checkpoint and raises ``Interrupted``.
 
         Args:
             make_trainer: Returns the trainer; everything random is seeded before the call.
@@ -107,7 +109,7 @@ class TrainingRun:
             with a time limit, ``parameters``, and the last validation metrics.
 
         Raises:
-            Interrupted: A signal stopped the run.
+            Interrupted: A signal stopped the run, which has saved a checkpoint.
         """
         options, checkpoint = self.options, self.checkpoint
         transformers.set_seed(options.seed)
@@ -171,3 +173,31 @@ class TrainingRun:
         with lost_processes(again):
             trainer.accelerator.wait_for_everyone()
         return result
+
+
+def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
+    """Check the record and options of a run against the ``training.json`` that it is to continue.
+
+    Raises:
+        UserError: The folder holds another run; the message names the difference.
+    """
+    earlier = read_json(settings)
+    if not isinstance(earlier, dict) or not {"options", "data"} <= earlier.keys():
+        raise UserError(f"{settings} is not the record of a training run; give another --output")
+    changed = options.differences(earlier["options"])
+    if changed:
+        raise UserError(
+            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
+            "options of that run, or give another --output"
+        )
+    if earlier["data"].get("sha256") != record["data"]["sha256"]:
+        raise UserError(
+            "--resume continues the run in the folder, but the data are not the same; give the "
+            "same files, or another --output"
+        )
+    processes = earlier.get("processes", 1)
+    if processes != record["processes"]:
+        raise UserError(
+            f"--resume continues the run in the folder, but that ran in {processes} "
+            f"processes and this in {record['processes']}; start as many, or give another --output"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,20 +14,17 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 from performers.app.errors import Diverged
 from performers.training.callbacks import TimeLimitCallback
 from performers.training.optimizers import MuonAdamW
-from performers.training.options import TrainingOptions
 from performers.training.parallel import ParallelTrainer
+
+if TYPE_CHECKING:
+    from performers.training.run import TrainingRun
 
 
 class ShuffledBatches(Sampler[list[int]]):
     """Batches of a fixed number of indices, each epoch in an order of its own.
 
-    A function of the seed alone, so that a run resumes by skipping batches.
-
-    Args:
-        size: Number of examples.
-        rows: Indices in a batch.
-        seed: Base of the seeds of the epochs.
-        num_batches: Batches to yield, over as many epochs as they need.
+    Batches of ``rows`` of ``size`` examples, over as many epochs as they need, are a function of
+    the seed alone, so that a run resumes by skipping batches.
     """
 
     def __init__(self, size: int, *, rows: int, seed: int, num_batches: int) -> None:
@@ -59,22 +56,22 @@ class RunTrainer(ParallelTrainer):
     ``collate``. A loss or weights that are not finite raise ``Diverged``.
 
     Args:
-        options: Options of the run.
+        run: The run, whose options, arguments and trackers are the trainer's.
+        model: The model.
         dataset: Examples by the keys that the sampler yields.
         measure: Returns the metrics of a model, which are logged as ``eval_...`` at validations;
             None without a validation set.
-        **arguments: Those of ``transformers.Trainer``.
     """
 
     def __init__(
         self,
         *,
-        options: TrainingOptions,
+        run: TrainingRun,
+        model: Any,
         dataset: Any,
         measure: Callable[[nn.Module], Mapping[str, float]] | None,
-        **arguments: Any,
     ) -> None:
-        self.options = options
+        self.options = options = run.options
         self.measure = measure
         self.limit = None
         if options.time_limit is not None:
@@ -83,8 +80,17 @@ class RunTrainer(ParallelTrainer):
                 saves=options.save_steps is None,
                 validates=options.eval_steps is None,
             )
+        if options.gradient_checkpointing:
+            older = model.gradient_checkpointing_enable
+            # The older name warns where there is the newer one.
+            getattr(model, "activation_checkpointing_enable", older)({"use_reentrant": False})
         super().__init__(
-            train_dataset=dataset, eval_dataset=dataset, data_collator=self.collate, **arguments
+            model=model,
+            args=run.arguments,
+            callbacks=run.trackers,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            data_collator=self.collate,
         )
         if self.limit is not None:
             self.add_callback(self.limit)

@@ -5,24 +5,17 @@ import sys
 import numpy as np
 import pytest
 
-from performers.app.files import read_json, write_json
+from performers.app.files import read_json
 from performers.proteins.corpus import Corpus
 from performers.proteins.corpus.export import export_mds
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from tests.cli.commands import refusal
-from tests.proteins.corpus.test_shards import proteins, write_shards
+from tests.proteins.corpus.test_shards import proteins, write_corpus
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    splits = {
-        name: write_shards(folder / name, proteins(count, seed), shard_tokens=300)
-        for seed, (name, count) in enumerate({"train": 57, "test": 5}.items())
-    }
-    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits}
-    write_json(folder / "manifest.json", manifest)
-    return Corpus(folder)
+    splits = {"train": proteins(57, 0), "test": proteins(5, 1)}
+    return Corpus(write_corpus(tmp_path / "corpus", splits, shard_tokens=300))
 
 
 def test_round_trip(corpus, tmp_path):

@@ -20,7 +20,7 @@ from performers.proteins.corpus import (
     prepare_clustered,
     prepare_part,
 )
-from performers.proteins.corpus.blocks import Parts
+from performers.proteins.corpus.blocks import Block, open_parts
 from performers.proteins.corpus.sources import given_source
 from performers.proteins.corpus.splitting import SPLITS
 from performers.proteins.inputs import fasta as fasta_module
@@ -95,7 +95,7 @@ def make_parts(source, folder, of=4, clusters=None, options=OPTIONS):
 def contents(parts):
     """Every protein of the parts in order, its cluster and its draws."""
     found = []
-    for block in Parts.open(parts).blocks:
+    for block in map(Block, open_parts(parts)[1]):
         records = block.records(np.ones(block.lengths.size, dtype=bool))
         rows = (records, block.clusters, block.cluster_draws.tolist(), block.split_draws.tolist())
         found += list(zip(*rows, strict=True))
@@ -152,6 +152,14 @@ def test_splits_are_those_of_the_hashes_of_clusters(tmp_path, kind):
     text = gzip.decompress((tmp_path / "c" / "test.fasta.gz").read_bytes()).decode()
     name = corpus.split("test").names[0]
     assert text.startswith(f">{name} family={cluster[name]}\n{sequences[name]}\n")
+
+
+def test_shares_of_few_sequences_that_are_none(tmp_path):
+    """Shares that round to no sequence are refused."""
+    path = uniref(tmp_path)
+    path.write_text(">".join(path.read_text().split(">")[:41]))
+    with pytest.raises(UserError, match="of 40 sequences none is left for validation, test"):
+        prepare_clustered(given_source([path]), tmp_path / "c", SplitOptions())
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, lzma.compress, zstandard.compress])

@@ -128,7 +128,7 @@ def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
     whole = prepare(fasta, tmp_path / "whole")
     from performers.proteins.corpus import mmseqs as module
 
-    run = module.Mmseqs._run
+    run = module.Mmseqs.run
 
     def stops(self, *arguments, **options):
         if arguments[0] == stop_before:
@@ -136,7 +136,7 @@ def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
         return run(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.Mmseqs, "_run", stops)
+        patch.setattr(module.Mmseqs, "run", stops)
         with pytest.raises(KeyboardInterrupt):
             prepare(fasta, tmp_path / "parts")
     assert not (tmp_path / "parts" / "manifest.json").exists()

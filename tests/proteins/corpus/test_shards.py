@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from performers.app.errors import UserError
-from performers.proteins.corpus.shards import ShardWriter, TokenShards, encode
+from performers.app.files import write_json
+from performers.proteins.corpus.shards import (
+    FORMAT,
+    VOCABULARY,
+    ShardWriter,
+    TokenShards,
+    encode,
+)
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBZUOJ"
@@ -26,6 +33,14 @@ def write_shards(folder, records, shard_tokens=1 << 25, at_once=7):
         some = records[start : start + at_once]
         writer.extend([name for name, _ in some], *encode(some))
     return writer.close()
+
+
+def write_corpus(folder, splits, **options):
+    """A corpus of the records of some splits."""
+    entries = {name: write_shards(folder / name, some, **options) for name, some in splits.items()}
+    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": entries}
+    write_json(folder / "manifest.json", manifest)
+    return folder
 
 
 def test_tokens_are_the_tokenizers(tmp_path):

@@ -10,6 +10,7 @@ from performers.proteins.corpus.splitting import (
     draws,
     independent_clusters,
     split_bounds,
+    split_codes,
     whole_groups,
 )
 
@@ -90,7 +91,7 @@ def splits_of(names, held_out, validation, test, seed, drawn=None):
     """Names in each split; ``drawn`` is what each one's split is drawn by, its name by default."""
     numbers = draws(drawn or names, seed, "sequences")
     held = np.isin(names, list(held_out))
-    codes = split_bounds(numbers[~held], validation, test).codes(numbers, held)
+    codes = split_codes(numbers, held, split_bounds(numbers[~held], validation, test))
     return {s: [n for n, c in zip(names, codes, strict=True) if SPLITS[c] == s] for s in SPLITS}
 
 
@@ -136,5 +137,6 @@ def test_clusters_are_drawn_whole():
 def test_bounds_of_few_sequences():
     numbers = draws(["a", "b", "c"], 0, "sequences")
     nobody = np.zeros(3, dtype=bool)
-    assert sorted(split_bounds(numbers, 1, 2).codes(numbers, nobody).tolist()) == [1, 2, 2]
-    assert split_bounds(numbers, 0, 0).codes(numbers, nobody).tolist() == [0, 0, 0]
+    for sizes, expected in (((1, 2), [1, 2, 2]), ((0, 0), [0, 0, 0])):
+        codes = split_codes(numbers, nobody, split_bounds(numbers, *sizes))
+        assert sorted(codes.tolist()) == expected

@@ -8,11 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
-from performers.proteins.inputs.packing import (
-    LengthBucketedBatchSampler,
-    TokenDataset,
-    pack_sequences,
-)
+from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.inputs.tokenizer import (
     AMINO_ACIDS,
     build_protein_tokenizer,
@@ -148,7 +144,7 @@ def test_the_number_of_workers_does_not_matter():
     collator = MaskedCollator(TOKENIZER, seed=5)
 
     def batches(workers):
-        sampler = LengthBucketedBatchSampler(dataset.lengths, batch_size=8, num_batches=12)
+        sampler = LengthBucketedBatchSampler(dataset.lengths, max_tokens=300, num_batches=12)
         return list(
             DataLoader(
                 dataset, batch_sampler=sampler, collate_fn=collator, num_workers=workers,
@@ -184,7 +180,8 @@ def test_the_causal_batch_is_its_own_label():
 
 
 def test_packed_rows_keep_their_sequence_ids():
-    dataset = TokenDataset(pack_sequences(encode_sequences(TOKENIZER, ["MK", "T", "LLV"]), 8))
+    tokens = encode_sequences(TOKENIZER, ["MK", "T", "LLV"])
+    dataset = TokenDataset(tokens, max_length=8, packed=True)
     causal = CausalCollator(TOKENIZER)(list(dataset))
     assert causal["sequence_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 1, 2], [0] * 4 + [-1] * 4]
     assert causal["attention_mask"].tolist() == [[1] * 8, [1] * 4 + [0] * 4]

@@ -2,32 +2,19 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from performers.app.files import write_json
 from performers.proteins.corpus import Corpus
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from performers.proteins.training.train import train_model
 from performers.training.options import TrainingOptions
 from tests.cli.commands import refusal, run
-from tests.proteins.corpus.test_shards import proteins, write_shards
-from tests.proteins.runs import SMALL
+from tests.proteins.corpus.test_shards import proteins, write_corpus
+from tests.proteins.runs import SMALL, weights
 
 
 @pytest.fixture
 def corpus(tmp_path):
-    folder = tmp_path / "corpus"
-    splits = {
-        name: write_shards(folder / name, proteins(count, seed), shard_tokens=300)
-        for seed, (name, count) in enumerate({"train": 60, "validation": 8}.items())
-    }
-    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits}
-    write_json(folder / "manifest.json", manifest)
-    return folder
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
+    splits = {"train": proteins(60, 0), "validation": proteins(8, 1)}
+    return write_corpus(tmp_path / "corpus", splits, shard_tokens=300)
 
 
 def assert_same(one, other):

@@ -6,16 +6,14 @@ import pytest
 import torch
 
 from performers.app.errors import Interrupted
-from performers.app.files import write_json
 from performers.proteins.corpus import Corpus
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.tokenizer import encode_sequences
 from performers.proteins.training.families import corpus_families
 from performers.proteins.training.train import train_model
 from tests.cli.commands import refusal, run
-from tests.proteins.corpus.test_shards import write_shards
+from tests.proteins.corpus.test_shards import write_corpus
 from tests.proteins.runs import (
     flags,
     history,
@@ -67,16 +65,9 @@ def test_families_belong_to_the_run(tmp_path):
 
 
 def test_a_corpus_has_its_families(tmp_path):
-    folder = tmp_path / "corpus"
     records = [(f"p{n}", sequence) for n, sequence in enumerate(SEQUENCES)]
-    splits = {
-        name: write_shards(folder / name, part, shard_tokens=100)
-        for name, part in {"train": records[:20], "validation": records[20:]}.items()
-    }
-    write_json(
-        folder / "manifest.json",
-        {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits},
-    )
+    splits = {"train": records[:20], "validation": records[20:]}
+    folder = write_corpus(tmp_path / "corpus", splits, shard_tokens=100)
     clusters = zip(FAMILIES, records, strict=True)
     (folder / "clusters.tsv").write_text("".join(f"{f}\t{name}\n" for f, (name, _) in clusters))
     assert corpus_families(Corpus(folder), "validation") == FAMILIES[20:]

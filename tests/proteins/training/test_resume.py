@@ -4,13 +4,15 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
 
 from performers.app.errors import Interrupted, UserError
-from performers.proteins.training.train import train_model
-from performers.training.record import check_same_run, last_complete_checkpoint
+from performers.training.checkpoints import newest_checkpoint
+from performers.training.run import check_same_run
+from tests.proteins import runs
 from tests.proteins.runs import (
     finish,
     history,
@@ -26,14 +28,7 @@ from tests.proteins.runs import (
 STEPS = {"steps": 8, "save_steps": 3, "redraw_steps": 2, "dropout": 0.2}
 
 
-def train(folder, *, sequences=None, resume=False, progress=None, **options):
-    return train_model(
-        proteins() if sequences is None else sequences,
-        folder,
-        small_options(**{**STEPS, **options}),
-        resume=resume,
-        progress=progress,
-    )
+train = partial(runs.train, **STEPS)
 
 
 def stop_at(step, number=signal.SIGINT):
@@ -84,7 +79,7 @@ def test_a_run_killed_between_checkpoints(tmp_path, whole):
     code, _, err = finish(start("-c", script, json.dumps(given)))
     assert code == -signal.SIGKILL, err
     assert not (tmp_path / "config.json").exists()
-    assert last_complete_checkpoint(tmp_path / "checkpoints").name == "checkpoint-3"
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-3"
     train(tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
 
@@ -102,7 +97,7 @@ def test_a_run_stopped_by_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, 
     assert f"stopped after step {stopped} of 8" in message
     assert "--resume" in message
     assert not (tmp_path / "config.json").exists()
-    newest = last_complete_checkpoint(tmp_path / "checkpoints")
+    newest = newest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == f"checkpoint-{stopped}"
     train(tmp_path, resume=True)
     assert_same_run(tmp_path, whole)

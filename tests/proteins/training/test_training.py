@@ -16,7 +16,15 @@ from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.training import train as training
 from performers.proteins.training.train import train_model
 from performers.training import arguments
-from tests.proteins.runs import history, losses, proteins, same_weights, small_options, weights
+from tests.proteins.runs import (
+    history,
+    losses,
+    proteins,
+    same_weights,
+    small_options,
+    train,
+    weights,
+)
 
 FILES = {
     "config.json",
@@ -28,17 +36,6 @@ FILES = {
     "training.json",
     "checkpoints",
 }
-
-
-def train(folder, sequences=None, validation=None, progress=None, resume=False, **options):
-    return train_model(
-        proteins() if sequences is None else sequences,
-        folder,
-        small_options(**options),
-        validation=validation,
-        progress=progress,
-        resume=resume,
-    )
 
 
 @pytest.mark.parametrize(
@@ -147,10 +144,11 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 def test_features_are_redrawn_on_schedule_but_not_after_the_last_step(
     tmp_path, monkeypatch, interval, redrawn
 ):
-    build = training._build_model
-    models = []
+    build, models = training.PerformerForMaskedLM, []
     monkeypatch.setattr(
-        training, "_build_model", lambda *args: models.append(build(*args)) or models[0]
+        training,
+        "PerformerForMaskedLM",
+        lambda config: models.append(build(config)) or models[0],
     )
     seen = {}
 

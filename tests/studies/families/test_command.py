@@ -6,14 +6,13 @@ import random
 import pytest
 
 from performers.app.files import write_json
-from performers.proteins.corpus.shards import FORMAT, VOCABULARY
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from studies.families.__main__ import app
 from studies.families.experiments import REAL
 from studies.families.training import CONTESTANTS
 from studies.pages import Table
 from tests.cli import commands
-from tests.proteins.corpus.test_shards import write_shards
+from tests.proteins.corpus.test_shards import write_corpus
 
 
 @pytest.fixture
@@ -29,10 +28,9 @@ def corpus(tmp_path):
                 clusters += f"{split}{family}\t{name}\n"
                 ancestor[source.randrange(20)] = source.choice(AMINO_ACIDS)
                 records.append((name, "".join(ancestor)))
-        splits[split] = write_shards(folder / split, records)
+        splits[split] = records
+    write_corpus(folder, splits)
     (folder / "clusters.tsv").write_text(clusters)
-    manifest = {"format": FORMAT, "vocabulary": list(VOCABULARY), "splits": splits}
-    write_json(folder / "manifest.json", manifest)
     return folder
 
 

@@ -152,9 +152,8 @@ class DistillationRun(transformers.TrainerCallback):
             trainer.remove_callback(callback)
         checkpoint, done = None, 0
         if self.resume and folder is not None and folder.is_dir():
-            sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
             processes = trainer.args.world_size
-            checkpoint = newest_checkpoint(folder, processes=processes, sharded=sharded)
+            checkpoint = newest_checkpoint(folder, processes=processes)
         if checkpoint is not None:
             done = int(checkpoint.name.removeprefix("checkpoint-"))
         self._only_loads = done >= steps

@@ -3,7 +3,6 @@
 from performers.proteins.corpus.blocks import Part
 from performers.proteins.corpus.merge import merge_parts
 from performers.proteins.corpus.prepare import prepare_clustered, prepare_corpus, prepare_part
-from performers.proteins.corpus.rows import ShardedRows
 from performers.proteins.corpus.shards import Corpus, TokenShards, is_corpus
 from performers.proteins.options import CorpusOptions, SplitOptions
 
@@ -11,7 +10,6 @@ __all__ = [
     "Corpus",
     "CorpusOptions",
     "Part",
-    "ShardedRows",
     "SplitOptions",
     "TokenShards",
     "is_corpus",

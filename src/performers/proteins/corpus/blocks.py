@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -29,20 +29,12 @@ FORMAT = "performers-corpus-part-1"
 _PART, _SETTINGS = "part.json", "settings.json"
 
 
-class Clusters(Protocol):
-    """The cluster of each of some proteins."""
-
-    def find(self, names: Sequence[str], /) -> list[str]:
-        """Names of clusters."""
+FindClusters = Callable[[Sequence[str]], list[str]]
+"""Names of the clusters of proteins."""
 
 
 class Part(NamedTuple):
-    """One of several parts of the input, counted from 1.
-
-    Attributes:
-        number: Which.
-        of: How many there are.
-    """
+    """One of several parts of the input, counted from 1."""
 
     number: int
     of: int
@@ -70,8 +62,8 @@ class Part(NamedTuple):
 class Block:
     """The proteins of one block, read from its file when they are asked for.
 
-    Attributes:
-        path: The file.
+    ``lengths`` are the tokens of each protein, ``cluster_draws`` the draws of their clusters, and
+    ``split_draws`` those that decide their splits, if their clusters are not held out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,43 +83,18 @@ class Block:
         text = self._read(name).tobytes().decode()
         return text.split("\n") if text else []
 
-    @cached_property
-    def names(self) -> list[str]:
-        """Name of each protein."""
-        return self._lines("names")
+    names = cached_property[list[str]](lambda self: self._lines("names"))
+    # Not written where each protein is named as its cluster.
+    clusters = cached_property[list[str]](lambda self: self._lines("clusters") or self.names)
+    lengths = cached_property[Lengths](lambda self: self._read("lengths"))
+    tokens = cached_property[Tokens](lambda self: self._read("tokens"))
+    cluster_draws = cached_property[Draws](lambda self: self._read("cluster_draws"))
+    split_draws = cached_property[Draws](lambda self: self._read("split_draws"))
 
-    @cached_property
-    def clusters(self) -> list[str]:
-        """Cluster of each protein."""
-        # Not written where each protein is named as its cluster.
-        return self._lines("clusters") or self.names
-
-    @cached_property
-    def lengths(self) -> Lengths:
-        """Number of tokens of each protein."""
-        return self._read("lengths")
-
-    @cached_property
-    def tokens(self) -> Tokens:
-        """Tokens of the proteins one after another."""
-        return self._read("tokens")
-
-    @cached_property
-    def cluster_draws(self) -> Draws:
-        """Draw of each protein's cluster."""
-        return self._read("cluster_draws")
-
-    @cached_property
-    def split_draws(self) -> Draws:
-        """Draw that decides each protein's split, if its cluster is not held out."""
-        return self._read("split_draws")
-
-    @cached_property
     def counts(self) -> dict[str, int]:
-        """Counts of what was read: ``records``, ``left_out``, ``residues``."""
-        return dict(
-            zip(("records", "left_out", "residues"), self._read("counts").tolist(), strict=True)
-        )
+        """Counts of what was read."""
+        names = ("records", "left_out", "residues")
+        return dict(zip(names, self._read("counts").tolist(), strict=True))
 
     def chosen(self, mask: npt.NDArray[np.bool_]) -> tuple[list[str], Tokens, Lengths]:
         """Names, tokens and lengths of some of the proteins."""
@@ -152,7 +119,7 @@ def write_part(
     part: Part,
     settings: Mapping[str, Any],
     options: SplitOptions,
-    open_clusters: Callable[[], Clusters],
+    open_clusters: Callable[[], FindClusters],
     *,
     name: Callable[[str], str],
     by_cluster: bool,
@@ -160,16 +127,10 @@ def write_part(
 ) -> None:
     """Write the blocks of a part of the input; those that are there already, and whole, are kept.
 
-    Args:
-        folder: Where to; made if missing.
-        files: FASTA files.
-        part: The part.
-        settings: What decides the corpus, recorded.
-        options: Seed and least length.
-        open_clusters: Called if there are blocks to write; finds clusters.
-        name: Name of a protein, of the first word of its header.
-        by_cluster: Draw the split of a cluster, not of each protein.
-        progress: Called with the bytes that were read and the bytes in all.
+    ``settings``, which decide the corpus, are recorded. ``open_clusters`` is called if there are
+    blocks to write, ``name`` makes the name of a protein of the first word of its header, and
+    ``progress`` is called with the bytes that were read and the bytes in all. With ``by_cluster``
+    the split of a cluster is drawn, not that of each protein.
 
     Raises:
         UserError: The input cannot be used, or the folder holds another part.
@@ -190,14 +151,24 @@ def write_part(
         (folder / _PART).unlink()
         for path in damaged:
             path.unlink(missing_ok=True)
-    clusters = open_clusters()
+    find = open_clusters()
     total, before = sum(path.stat().st_size for path in files), 0
+
+    def block_file(number: int, block: int) -> Path:
+        return folder / f"{number:04d}-{block:07d}.npz"
+
+    def is_missing(number: int, block: int) -> bool:
+        return part.has(number, block) and not block_file(number, block).exists()
+
+    def add(before: int, done: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
     for number, path in enumerate(files):
-        blocks = _BlockFiles(folder, number, part)
-        report = None if progress is None else partial(_add, progress, before, total)
-        for block, records in iter_fasta_blocks(path, blocks.is_missing, progress=report):
+        missing, report = partial(is_missing, number), partial(add, before)
+        for block, records in iter_fasta_blocks(path, missing, progress=report):
             try:
-                _write_block(blocks.path(block), records, options, clusters, name, by_cluster)
+                _write_block(block_file(number, block), records, options, find, name, by_cluster)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             del records
@@ -206,29 +177,11 @@ def write_part(
     write_json(folder / _PART, {"blocks": sizes})
 
 
-class _BlockFiles(NamedTuple):
-    """The files of the blocks of one FASTA file that belong to a part."""
-
-    folder: Path
-    file: int
-    part: Part
-
-    def path(self, block: int) -> Path:
-        return self.folder / f"{self.file:04d}-{block:07d}.npz"
-
-    def is_missing(self, block: int) -> bool:
-        return self.part.has(self.file, block) and not self.path(block).exists()
-
-
-def _add(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)
-
-
 def _write_block(
     path: Path,
     records: Sequence[ProteinRecord],
     options: SplitOptions,
-    clusters: Clusters,
+    find: FindClusters,
     name: Callable[[str], str],
     by_cluster: bool,
 ) -> None:
@@ -238,7 +191,7 @@ def _write_block(
         if len(record.sequence) >= options.min_length
     ]
     names = [name for name, _ in kept]
-    found = clusters.find(names) if names else []
+    found = find(names) if names else []
     tokens, lengths = encode(kept)
     counts = (len(records), len(records) - len(kept), tokens.size - 2 * len(kept))
     with replacement(path) as temporary, temporary.open("wb") as file:
@@ -258,48 +211,40 @@ def _bytes(names: Sequence[str]) -> npt.NDArray[np.uint8]:
     return np.frombuffer("\n".join(names).encode(), dtype=np.uint8)
 
 
-class Parts(NamedTuple):
-    """All parts of one input.
+def open_parts(folders: Sequence[Path]) -> tuple[dict[str, Any], list[Path]]:
+    """Open the folders of all parts of one input, in any order.
 
-    Attributes:
-        settings: What decides the corpus, as `write_part` recorded it.
-        blocks: Their blocks, in the order of the input.
+    Returns:
+        What decides the corpus, as `write_part` recorded it, and the files of the blocks, in the
+        order of the input.
+
+    Raises:
+        UserError: A folder is no part or not finished, was made with other options or of other
+            data than the first, is there twice or is missing, or lacks a block.
     """
-
-    settings: dict[str, Any]
-    blocks: list[Block]
-
-    @classmethod
-    def open(cls, folders: Sequence[Path]) -> Parts:
-        """Open the folders of all parts, in any order.
-
-        Raises:
-            UserError: A folder is no part or not finished, was made with other options or of other
-                data than the first, is there twice or is missing, or lacks a block.
-        """
-        if not folders:
-            raise UserError("expected the folders of the parts, got none; name them")
-        settings = [_settings(folder) for folder in folders]
-        seen: dict[int, Path] = {}
-        for folder, one in zip(folders, settings, strict=True):
-            _refuse_difference(folders[0], settings[0], folder, one)
-            number = one["part"][0]
-            if number in seen:
-                raise UserError(
-                    f"{seen[number]} and {folder} are both part {number} of {one['part'][1]}; name "
-                    "each part once"
-                )
-            seen[number] = folder
-        of = settings[0]["part"][1]
-        absent = [f"{number}/{of}" for number in range(1, of + 1) if number not in seen]
-        if absent:
+    if not folders:
+        raise UserError("expected the folders of the parts, got none; name them")
+    settings = [_settings(folder) for folder in folders]
+    seen: dict[int, Path] = {}
+    for folder, one in zip(folders, settings, strict=True):
+        _refuse_difference(folders[0], settings[0], folder, one)
+        number = one["part"][0]
+        if number in seen:
             raise UserError(
-                f"of {of} parts {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing; "
-                "name the folders of all, and make with --part those that there are not"
+                f"{seen[number]} and {folder} are both part {number} of {one['part'][1]}; name "
+                "each part once"
             )
-        paths = [path for folder in folders for path in _blocks(folder)]
-        common = {key: value for key, value in settings[0].items() if key not in ("format", "part")}
-        return cls(common, [Block(path) for path in sorted(paths, key=lambda path: path.name)])
+        seen[number] = folder
+    of = settings[0]["part"][1]
+    absent = [f"{number}/{of}" for number in range(1, of + 1) if number not in seen]
+    if absent:
+        raise UserError(
+            f"of {of} parts {', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing; "
+            "name the folders of all, and make with --part those that there are not"
+        )
+    paths = [path for folder in folders for path in _blocks(folder)]
+    common = {key: value for key, value in settings[0].items() if key not in ("format", "part")}
+    return common, sorted(paths, key=lambda path: path.name)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -317,10 +262,8 @@ def _refuse_difference(
     first: Path, expected: Mapping[str, Any], folder: Path, got: Mapping[str, Any]
 ) -> None:
     def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-        parts = {"number of parts": settings["part"][1]}
-        options = settings["options"]
         others = {key: settings[key] for key in settings if key not in ("part", "options")}
-        return {**parts, **options, **others}
+        return {"number of parts": settings["part"][1], **settings["options"], **others}
 
     one, other = plain(expected), plain(got)
     for key in one.keys() | other.keys():
@@ -345,7 +288,8 @@ def _blocks(folder: Path) -> list[Path]:
 def _damaged(folder: Path) -> list[Path]:
     """Files of a finished part that are missing or cut short."""
     sizes: dict[str, int] = read_json(folder / _PART)["blocks"]
-    paths = {folder / name: size for name, size in sizes.items()}
     return [
-        path for path, size in paths.items() if not path.is_file() or path.stat().st_size != size
+        path
+        for name, size in sizes.items()
+        if not (path := folder / name).is_file() or path.stat().st_size != size
     ]

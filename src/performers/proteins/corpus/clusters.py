@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,42 +27,34 @@ Pairs = npt.NDArray[np.void]
 _PAIR = np.dtype([("member", "<u8"), ("place", "<u8")])
 
 
-class HeaderClusters:
-    """Clusters of UniRef50, each with one sequence, named as the cluster."""
+def header_clusters(names: Sequence[str]) -> list[str]:
+    """Clusters of UniRef50, each with one sequence, named as the cluster.
 
-    def find(self, names: Sequence[str]) -> list[str]:
-        """The cluster of each sequence.
-
-        Raises:
-            UserError: A name is not that of a cluster of UniRef50.
-        """
-        for name in names:
-            match = _UNIREF.fullmatch(name)
-            if match is None:
-                raise UserError(
-                    f"the record {name} names no cluster; expected UniRef50_ and an identifier, as "
-                    "in uniref50.fasta.gz; for other sequences use performers data trembl with "
-                    "--clusters"
-                )
-            if match[1] != "UniRef50":
-                raise UserError(
-                    f"the record {name} is of {match[1]}, whose clusters have relatives in each "
-                    "other; give UniRef50 alone, or use performers data trembl with a --clusters "
-                    "table of the UniRef50 cluster of each"
-                )
-        return list(names)
+    Raises:
+        UserError: A name is not that of a cluster of UniRef50.
+    """
+    for name in names:
+        match = _UNIREF.fullmatch(name)
+        if match is None:
+            raise UserError(
+                f"the record {name} names no cluster; expected UniRef50_ and an identifier, as in "
+                "uniref50.fasta.gz; for other sequences use performers data trembl with --clusters"
+            )
+        if match[1] != "UniRef50":
+            raise UserError(
+                f"the record {name} is of {match[1]}, whose clusters have relatives in each other; "
+                "give UniRef50 alone, or use performers data trembl with a --clusters table of the "
+                "UniRef50 cluster of each"
+            )
+    return list(names)
 
 
 class TableClusters:
     """Clusters of a table, kept sorted on disk: memory does not grow with its lines.
 
     The table has two columns, cluster and member; or is UniProt's ``idmapping_selected.tab`` or
-    ``idmapping.dat``, whose UniRef50 clusters are taken. It may be compressed.
-
-    Args:
-        table: The table.
-        work: Folder for the sorted copy, 16 bytes and a name for each line. One that is complete is
-            not made again.
+    ``idmapping.dat``, whose UniRef50 clusters are taken. It may be compressed. Its sorted copy in
+    the folder ``work``, 16 bytes and a name for each line, is made once.
 
     Raises:
         UserError: A line has other columns, a cluster is named by several words, or a member is in
@@ -79,7 +72,7 @@ class TableClusters:
         with files[2].open("rb") as text:
             self._names = mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def find(self, names: Sequence[str]) -> list[str]:
+    def __call__(self, names: Sequence[str]) -> list[str]:
         """The cluster of each sequence.
 
         Raises:
@@ -97,10 +90,8 @@ class TableClusters:
                 "of the same release (proteins of fewer than 11 residues are in no cluster of "
                 "UniRef50: --min-length 11 leaves them out)"
             )
-        return [self._name(int(place)) for place in self._places[rows]]
-
-    def _name(self, place: int) -> str:
-        return self._names[place : self._names.find(b"\n", place)].decode()
+        starts = self._places[rows].tolist()
+        return [self._names[place : self._names.find(b"\n", place)].decode() for place in starts]
 
     def __len__(self) -> int:
         """Members in the table."""
@@ -118,10 +109,10 @@ def _sort(table: Path, members_file: Path, places_file: Path, names_file: Path) 
     for bucket in buckets:
         bucket.unlink(missing_ok=True)
     with names_file.open("wb") as names:
-        for members, clusters in _batches(table):
-            pairs = np.empty(len(members), dtype=_PAIR)
-            pairs["member"] = _keys(members)
-            pairs["place"] = _write_names(names, clusters)
+        for batch in _batches(table):
+            pairs = np.empty(len(batch), dtype=_PAIR)
+            pairs["member"] = _keys([member for member, _ in batch])
+            pairs["place"] = _write_names(names, [cluster for _, cluster in batch])
             _distribute(pairs, buckets)
     with (
         replacement(members_file) as temporary,
@@ -151,11 +142,11 @@ def _write_names(file: BinaryIO, clusters: Sequence[str]) -> list[int]:
 def _distribute(pairs: Pairs, buckets: Sequence[Path]) -> None:
     number = pairs["member"] >> np.uint64(56)
     order = np.argsort(number, kind="stable")
-    ends = np.searchsorted(number[order], np.arange(_BUCKETS), side="right").tolist()
-    for bucket, start, end in zip(buckets, [0, *ends], ends, strict=False):
-        if end > start:
+    ends = np.searchsorted(number[order], np.arange(1, _BUCKETS))
+    for bucket, share in zip(buckets, np.split(pairs[order], ends), strict=True):
+        if share.size:
             with bucket.open("ab") as file:
-                pairs[order[start:end]].tofile(file)
+                share.tofile(file)
 
 
 def _refuse_repeats(pairs: Pairs, table: Path, names: Path) -> None:
@@ -167,24 +158,17 @@ def _refuse_repeats(pairs: Pairs, table: Path, names: Path) -> None:
         raise UserError(f"{table} lists a member of {cluster} twice; remove one of its lines")
 
 
-def _batches(table: Path) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield members and their clusters, some lines at a time."""
-    members: list[str] = []
-    clusters: list[str] = []
+def _batches(table: Path) -> Iterator[list[tuple[str, str]]]:
+    """Yield members with their clusters, some lines at a time."""
+    rows = _rows(table)
     try:
-        for member, cluster in _rows(table):
-            members.append(member)
-            clusters.append(cluster)
-            if len(members) == _LINES:
-                yield members, clusters
-                members, clusters = [], []
+        while batch := list(islice(rows, _LINES)):
+            yield batch
     except (EOFError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         reason = str(error) or "it ends too early"
         raise UserError(f"{table} is damaged ({reason}); copy it again") from error
-    if members:
-        yield members, clusters
 
 
 def _rows(table: Path) -> Iterator[tuple[str, str]]:

@@ -61,12 +61,8 @@ def download(
 ) -> None:
     """Download a file; what an earlier attempt got is kept and continued.
 
-    Args:
-        url: Where from; ``http``, ``https`` or ``ftp``.
-        path: Where to. Until it is complete and checked the data are in ``path`` + ``.part``.
-        expected: Size and checksum.
-        progress: Called with the bytes there and the bytes in all.
-        pause: Seconds before the second attempt; doubled before each further one.
+    Until it is complete and checked the data are in ``path`` + ``.part``. The pause in seconds
+    before the second attempt doubles before each further one.
 
     Raises:
         UserError: It cannot be reached in five attempts, or the checksum is wrong.

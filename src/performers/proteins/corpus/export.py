@@ -17,11 +17,6 @@ def export_mds(corpus: Corpus, folder: Path, *, progress: Progress | None = None
     Each split is a folder. A sample is a sequence: ``name``, and ``tokens`` (uint8, with the begin
     and the end token). The manifest of the corpus is copied beside them.
 
-    Args:
-        corpus: The corpus.
-        folder: Where to; empty.
-        progress: Called with sequences written and sequences in all.
-
     Raises:
         ImportError: The package mosaicml-streaming is missing.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,18 +16,18 @@ from performers.app.errors import UserError
 from performers.app.files import read_json, write_json
 from performers.app.progress import Progress
 from performers.app.provenance import KEY, write_result
-from performers.proteins.corpus.blocks import Block, Parts
+from performers.proteins.corpus.blocks import Block, open_parts
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.relatives import RelativesSearch
 from performers.proteins.corpus.shards import FORMAT, VOCABULARY, ShardWriter
 from performers.proteins.corpus.splitting import (
     SPLITS,
     Draws,
-    SplitBounds,
     candidate_clusters,
     draws,
     independent_clusters,
     split_bounds,
+    split_codes,
     whole_groups,
 )
 from performers.proteins.inputs.fasta import open_fasta, write_fasta
@@ -105,13 +105,13 @@ def merge_parts(
         UserError: The parts are not those of one input, a split would be empty, mmseqs2 is not
             there or fails, or the folder holds a corpus or a run of another kind.
     """
-    opened = Parts.open(parts)
-    done = finished(output, opened.settings, report)
+    settings, paths = open_parts(parts)
+    done = finished(output, settings, report)
     if done is not None:
         return done
-    options, work = opened.settings["options"], output / "work"
+    options, work = settings["options"], output / "work"
     mmseqs = Mmseqs(work, threads, memory)
-    corpus = _Blocks(opened.blocks)
+    corpus = _Blocks(paths)
     counts = dict(read) if read is not None else corpus.counts()
     total = corpus.sequences
     if not total:
@@ -131,7 +131,7 @@ def merge_parts(
     entries = _write_splits(corpus, output, options, bounds, held_out, progress)
     manifest = {
         "format": FORMAT,
-        **opened.settings,
+        **settings,
         "read": counts,
         "mmseqs_version": mmseqs.version,
         "clusters": clusters,
@@ -148,8 +148,8 @@ def merge_parts(
 class _Blocks:
     """All blocks, in passes over them that hold one at a time."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self._paths = [block.path for block in blocks]
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
         self.sequences = sum(block.lengths.size for block in self.fresh())
 
     def __len__(self) -> int:
@@ -161,10 +161,9 @@ class _Blocks:
 
     def counts(self) -> dict[str, int]:
         """Counts of what was read, added up."""
-        sums: dict[str, int] = defaultdict(int)
+        sums = Counter[str]()
         for block in self.fresh():
-            for key, count in block.counts.items():
-                sums[key] += count
+            sums.update(block.counts())
         return dict(sums)
 
     def candidates(
@@ -173,13 +172,12 @@ class _Blocks:
         """Clusters that may be held out, and the members of each."""
         sequences = min(_CANDIDATES_PER_HELD_OUT * target, self.sequences // 2)
         largest = max(target // 10, min(target, _ALWAYS_SMALL))
-        share = min(1.0, 2 * sequences / self.sequences)
-        while True:
+        for share in _doubled(2 * sequences / self.sequences):
             members = self._members(share)
             names = candidate_clusters(members, options["seed"], sequences, largest)
-            if share == 1 or sum(len(members[name]) for name in names) >= sequences:
-                return names, {name: members[name] for name in names}
-            share = min(1.0, 2 * share)
+            if sum(len(members[name]) for name in names) >= sequences:
+                break
+        return names, {name: members[name] for name in names}
 
     def _members(self, share: float) -> dict[str, list[str]]:
         """The members of the clusters with the smallest draws."""
@@ -189,21 +187,20 @@ class _Blocks:
                 members[block.clusters[i]].append(block.names[i])
         return dict(members)
 
-    def bounds(self, options: Mapping[str, Any], held_out: Draws) -> SplitBounds:
+    def bounds(self, options: Mapping[str, Any], held_out: Draws) -> tuple[int, int]:
         """Bounds of the splits that are drawn."""
         validation, test = (
             round(options[f"{split}_fraction"] * self.sequences) for split in ("validation", "test")
         )
-        share = min(1.0, 2 * (validation + test) / self.sequences)
-        while True:
+        for share in _doubled(2 * max(1, validation + test) / self.sequences):
             smallest = [np.empty(0, dtype=np.uint64)]
             for block in self.fresh():
                 mask = _below(block.split_draws, share) & ~np.isin(block.cluster_draws, held_out)
                 smallest.append(block.split_draws[mask])
             together = np.concatenate(smallest)
-            if share == 1 or together.size > validation + test:
-                return split_bounds(together, validation, test)
-            share = min(1.0, 2 * share)
+            if together.size > validation + test:
+                break
+        return split_bounds(together, validation, test)
 
     def distinct(self, code: Callable[[Block], npt.NDArray[np.int8]]) -> dict[int, int]:
         """Number of clusters among the sequences of each code.
@@ -224,6 +221,14 @@ class _Blocks:
         return dict(sums)
 
 
+def _doubled(share: float) -> Iterator[float]:
+    """Yield a share, doubled again and again, up to 1."""
+    while share < 1:
+        yield share
+        share *= 2
+    yield 1.0
+
+
 def _distinct(draws: Draws) -> Draws:
     """Different ones of a copy of some draws, by sorting: numpy's table takes far more memory."""
     draws.sort()
@@ -241,14 +246,14 @@ def _write_splits(
     corpus: _Blocks,
     output: Path,
     options: Mapping[str, Any],
-    bounds: SplitBounds,
+    bounds: tuple[int, int],
     held_out: Draws,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
     """Write the shards of all splits, and FASTA of the small ones; return their entries."""
 
     def codes(block: Block) -> npt.NDArray[np.int8]:
-        return bounds.codes(block.split_draws, np.isin(block.cluster_draws, held_out))
+        return split_codes(block.split_draws, np.isin(block.cluster_draws, held_out), bounds)
 
     clusters = corpus.distinct(codes)
     empty = [split for code, split in enumerate(SPLITS) if not clusters.get(code)]

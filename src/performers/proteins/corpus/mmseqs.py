@@ -14,12 +14,8 @@ class Mmseqs:
     """The program mmseqs, which works in one folder.
 
     Sequences are named by the first word of their headers. What mmseqs itself takes for the name is
-    a part of some, as ``P1`` of ``lcl|P1``, which another sequence may have.
-
-    Args:
-        work: The folder, which exists.
-        threads: Threads that it may use.
-        memory: Bytes that its index of the database may take; it works in parts to stay below.
+    a part of some, as ``P1`` of ``lcl|P1``, which another sequence may have. It works in parts
+    where its index of a database would take more than ``memory`` bytes.
 
     Raises:
         UserError: The program is not installed.
@@ -34,9 +30,10 @@ class Mmseqs:
             )
         self._program, self._work, self._threads = found, work, str(threads)
         self._memory = () if memory is None else ("--split-memory-limit", f"{memory >> 20}M")
-        self.version = self._run("version", threads=False).strip()
+        self.version = self.run("version", threads=False).strip()
 
-    def _run(self, *arguments: str, threads: bool = True) -> str:
+    def run(self, *arguments: str, threads: bool = True) -> str:
+        """Run a command of the program; its output."""
         command = [self._program, *arguments]
         if threads:
             command += ["--threads", self._threads, "-v", "1"]
@@ -48,42 +45,27 @@ class Mmseqs:
 
     def create_database(self, fasta: str, name: str) -> None:
         """Make the database ``name`` from a FASTA file; both are names in the work folder."""
-        self._run("createdb", fasta, name, "--shuffle", "0", "-v", "1", threads=False)
+        self.run("createdb", fasta, name, "--shuffle", "0", "-v", "1", threads=False)
 
     def cluster(self, database: str, identity: float, coverage: float) -> Iterator[tuple[str, str]]:
         """Cluster a database; yield (representative, member) of every sequence.
 
-        Args:
-            database: Its name.
-            identity: Least identity of a member and its representative, 0 to 1.
-            coverage: Least part of both that the alignment covers, 0 to 1.
+        ``identity`` is the least one of the two, and ``coverage`` the least part of both that their
+        alignment covers, 0 to 1.
         """
         # What an interrupted run left; the program goes on from its own tmp folder.
         for old in self._work.glob("clusters*"):
             old.unlink()
-        self._run(
+        self.run(
             "cluster",
             *(database, "clusters", "tmp", "--min-seq-id", str(identity), "-c", str(coverage)),
             *("--cov-mode", "0", "--cluster-mode", "0", "--remove-tmp-files", "1"),
             *self._memory,
         )
-        self._run("createtsv", database, database, "clusters", "clusters.tsv", "--full-header", "1")
+        self.run("createtsv", database, database, "clusters", "clusters.tsv", "--full-header", "1")
         # Headers are in quotation marks.
-        for first, second in self._rows("clusters.tsv"):
+        for first, second in self.rows("clusters.tsv"):
             yield _name(first[1:-1]), _name(second[1:-1])
-
-    def identities(self, database: str) -> Iterator[tuple[str, float]]:
-        """After ``cluster``: yield (member, identity to its representative, 0 to 1).
-
-        Members that mmseqs2 reports no direct alignment for are not among them.
-        """
-        self._run("align", database, database, "clusters", "aligned", "--alignment-mode", "3")
-        self._run(
-            "convertalis",
-            *(database, database, "aligned", "identity.tsv", "--format-output", "theader,fident"),
-        )
-        for header, identity in self._rows("identity.tsv"):
-            yield _name(header), float(identity)
 
     def search(
         self,
@@ -106,7 +88,7 @@ class Mmseqs:
                 more relatives than that loses the others.
             first_only: Stop at a query's first hit.
         """
-        self._run(
+        self.run(
             "easy-search",
             *(query, target, "hits.tsv", "tmp_search"),
             *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", str(max_hits)),
@@ -115,12 +97,13 @@ class Mmseqs:
             *("--format-output", "qheader,theader,fident,qcov,tcov,evalue"),
             *self._memory,
         )
-        for query_header, target_header, fident, qcov, tcov, evalue in self._rows("hits.tsv"):
+        for query_header, target_header, fident, qcov, tcov, evalue in self.rows("hits.tsv"):
             coverage = max(float(qcov), float(tcov))
             names = _name(query_header), _name(target_header)
             yield *names, float(fident), coverage, float(evalue)
 
-    def _rows(self, name: str) -> Iterator[list[str]]:
+    def rows(self, name: str) -> Iterator[list[str]]:
+        """Yield the fields of each line of a file in the folder."""
         with (self._work / name).open() as lines:
             for line in lines:
                 yield line.rstrip("\n").split("\t")

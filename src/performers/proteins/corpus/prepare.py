@@ -12,8 +12,8 @@ from typing import Any
 from performers.app.errors import UserError
 from performers.app.files import read_json, write_json
 from performers.app.progress import Progress
-from performers.proteins.corpus.blocks import Clusters, Part, write_part
-from performers.proteins.corpus.clusters import HeaderClusters, TableClusters
+from performers.proteins.corpus.blocks import FindClusters, Part, write_part
+from performers.proteins.corpus.clusters import TableClusters, header_clusters
 from performers.proteins.corpus.merge import Report, finished, merge_parts
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.relatives import read_pairs, write_pairs
@@ -42,18 +42,9 @@ def prepare_corpus(
     there; the manifest is written last and the work folder removed.
 
     1. Distinct sequences, each under the first of its names in alphabetical order.
-    2. Clusters (mmseqs2, or the table given), also kept as ``clusters.tsv``.
-    3. Splits (`merge_parts`): validation and test by sequence.
-
-    Args:
-        source: The sequences.
-        output: The folder; made if missing.
-        options: What decides the splits.
-        clusters: A table of representative and member a line, instead of clustering.
-        threads: Threads of mmseqs2.
-        memory: Bytes for the index of mmseqs2.
-        report: Called with a line as each stage begins.
-        progress: Called with blocks of token files written and blocks in all.
+    2. Clusters, by mmseqs2 or as the table ``clusters`` of representative and member lists them,
+       also kept as ``clusters.tsv``.
+    3. Splits: validation and test by sequence. See `merge_parts` for the other arguments.
 
     Returns:
         The manifest.
@@ -114,23 +105,18 @@ def prepare_part(
 ) -> None:
     """Write a part of a corpus, for `merge_parts`, as a stream: memory does not grow with it.
 
-    Args:
-        source: The sequences.
-        output: The folder; made if missing. A run that was stopped goes on from there.
-        options: What decides the splits.
-        part: The part. Every part reads all of the input, and parses its own blocks.
-        clusters: A table of cluster and member; None where the headers are those of UniRef50.
-        report: Called with a line as each stage begins.
-        progress: Called with the bytes that were read and the bytes in all.
+    Every part reads all of the input, and parses its own blocks. A run that was stopped goes on
+    from its folder. ``clusters`` is a table of cluster and member; None where the headers are those
+    of UniRef50. ``progress`` is called with the bytes that were read and the bytes in all.
 
     Raises:
         UserError: The data cannot be used, or the folder holds another part.
     """
     members = output / "members"
 
-    def find() -> Clusters:
+    def find() -> FindClusters:
         if clusters is None:
-            return HeaderClusters()
+            return header_clusters
         report("sorting the table of clusters")
         return TableClusters(clusters, members)
 
@@ -165,23 +151,7 @@ def prepare_clustered(
     Splits are of whole clusters. It is `prepare_part` for one part in ``output/work``, and
     `merge_parts`.
 
-    Args:
-        source: The sequences.
-        output: The folder; made if missing.
-        options: What decides the splits.
-        clusters: A table of cluster and member; None where the headers are those of UniRef50.
-        threads: Threads of mmseqs2.
-        memory: Bytes for the index of mmseqs2.
-        report: Called with a line as each stage begins.
-        reading: Called with the bytes that were read and the bytes in all.
-        writing: Called with blocks of token files written and blocks in all.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        UserError: The data cannot be used, mmseqs2 is not there or fails, or the folder holds a
-            corpus or a run of another kind.
+    Their arguments, result and errors; ``reading`` and ``writing`` are their progress.
     """
     done = finished(output, _settings(source, options, clusters), report)
     if done is not None:

@@ -25,14 +25,9 @@ _HITS_PER_QUERY = 50
 class RelativesSearch:
     """Searches for relatives of clusters in other clusters, each kept for a run that goes on.
 
-    Args:
-        mmseqs: The program.
-        work: Its folder.
-        blocks: All proteins, in any number of passes.
-        members: The members of each cluster that may be held out.
-        clusters: Number of all clusters.
-        options: The options of the corpus: seed, sensitivity and e-value.
-        report: Called with a line as each search begins.
+    ``blocks`` gives all proteins, in any number of passes, of as many ``clusters``; ``members`` are
+    those of each cluster that may be held out. ``options`` are those of the corpus: seed,
+    sensitivity and e-value. ``report`` is called with a line as each search begins.
     """
 
     def __init__(

@@ -65,12 +65,7 @@ def decode(tokens: Tokens) -> str:
 
 
 class ShardWriter:
-    """The shards of one split, written as sequences come.
-
-    Args:
-        folder: Where to; made if missing.
-        shard_tokens: A shard is closed once it has so many tokens.
-    """
+    """The shards of one split, written as sequences come; closed once they have so many tokens."""
 
     def __init__(self, folder: Path, shard_tokens: int = SplitOptions.shard_tokens) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,9 +133,7 @@ class ShardWriter:
 class TokenShards(Sequence[Tokens]):
     """The sequences of one split, as read-only views of memory-mapped files.
 
-    Args:
-        folder: The split's folder.
-        entry: Its entry in the manifest.
+    ``entry`` is that of the split in the manifest.
 
     Raises:
         UserError: A file is missing, or its size differs from that in the manifest.
@@ -217,9 +210,6 @@ class TokenShards(Sequence[Tokens]):
 
 class Corpus:
     """A folder that ``performers data`` wrote.
-
-    Args:
-        folder: The folder.
 
     Raises:
         UserError: The folder is not a corpus, or one of another format.

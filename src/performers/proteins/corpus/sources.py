@@ -88,10 +88,8 @@ def open_source(
 def given_source(paths: Sequence[Path], *, licence: str | None = None, flag: str = "") -> Source:
     """The sequences of files.
 
-    Args:
-        paths: FASTA files, plain or compressed.
-        licence: What the manifest says; that none was stated when None.
-        flag: The flag that names a file, for messages.
+    ``licence`` is what the manifest says (None: that none was stated), and ``flag`` what messages
+    begin with.
 
     Raises:
         UserError: A path is no regular file, or two files are the same.

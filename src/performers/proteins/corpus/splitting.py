@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -75,26 +74,22 @@ def independent_clusters(candidates: Sequence[str], relatives: Relatives) -> lis
     none. A search never meets the candidates' own clusters, whose members would be the best hits
     of each other and leave no place for others.
 
-    Args:
-        candidates: Names of clusters.
-        relatives: Finds those with relatives.
-
     Returns:
         Names in the order of ``candidates``.
     """
-    held, outside = list(candidates), []
-    for thorough in (False, True):
-        outside = list(relatives(held, None, thorough)) if held else []
-        held = _without(held, outside)
+    held, outside = list(candidates), list[str]()
+
+    def drop(others: Sequence[str] | None, thorough: bool) -> None:
+        nonlocal held, outside
+        outside = list(relatives(held, others, thorough)) if held else []
+        gone = set(outside)
+        held = [name for name in held if name not in gone]
+
+    drop(None, False)
+    drop(None, True)
     while held and outside:
-        outside = list(relatives(held, outside, True))
-        held = _without(held, outside)
+        drop(outside, True)
     return held
-
-
-def _without(names: Iterable[str], dropped: Iterable[str]) -> list[str]:
-    gone = set(dropped)
-    return [name for name in names if name not in gone]
 
 
 def whole_groups(
@@ -105,23 +100,22 @@ def whole_groups(
 ) -> list[str]:
     """Candidates that make up a number of sequences, related ones together or not at all.
 
+    A group that would exceed the number by a fifth is passed over.
+
     Args:
         candidates: Names of clusters, in order of preference.
         hits: (member of a candidate, member of a candidate), all direct relations.
         clusters: All clusters.
-        sequences: Stop once so many sequences are taken; a group that would exceed it by a fifth is
-            passed over.
-
-    Returns:
-        Names in the order in which their groups come.
+        sequences: Stop once so many sequences are taken.
     """
     cluster_of = {member: name for name in candidates for member in clusters[name]}
-    related: dict[str, set[str]] = {name: set() for name in candidates}
+    # Each candidate's group of related ones, which are one object.
+    groups = {name: {name} for name in candidates}
     for query, target in hits:
-        ours, theirs = cluster_of[query], cluster_of[target]
-        if ours != theirs:
-            related[ours].add(theirs)
-            related[theirs].add(ours)
+        ours, theirs = groups[cluster_of[query]], groups[cluster_of[target]]
+        if ours is not theirs:
+            ours |= theirs
+            groups.update(dict.fromkeys(theirs, ours))
     taken: list[str] = []
     seen: set[str] = set()
     total = 0
@@ -130,7 +124,7 @@ def whole_groups(
             break
         if name in seen:
             continue
-        group = _connected(name, related)
+        group = groups[name]
         seen |= group
         size = sum(len(clusters[member]) for member in group)
         if total + size <= _GREATEST_SHARE * sequences:
@@ -139,42 +133,8 @@ def whole_groups(
     return taken
 
 
-def _connected(start: str, related: Mapping[str, set[str]]) -> set[str]:
-    group, edge = {start}, [start]
-    while edge:
-        new = related[edge.pop()] - group
-        group |= new
-        edge += new
-    return group
-
-
-class SplitBounds(NamedTuple):
-    """The draws from which on a sequence is in the next split.
-
-    Attributes:
-        validation: Smaller draws are for validation.
-        test: Smaller ones of the others are for testing, and what is left is for training.
-    """
-
-    validation: int
-    test: int
-
-    def codes(self, draws: Draws, held_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
-        """The split of each sequence, as its place in `SPLITS`.
-
-        Args:
-            draws: Of each sequence.
-            held_out: Whether its cluster is held out.
-        """
-        codes = np.zeros(draws.size, dtype=np.int8)
-        codes[draws < np.uint64(self.test)] = SPLITS.index("test")
-        codes[draws < np.uint64(self.validation)] = SPLITS.index("validation")
-        codes[held_out] = SPLITS.index("ood")
-        return codes
-
-
-def split_bounds(smallest: Draws, validation: int, test: int) -> SplitBounds:
-    """Bounds that give two splits their numbers of sequences.
+def split_bounds(smallest: Draws, validation: int, test: int) -> tuple[int, int]:
+    """The draws from which on a sequence is no more for validation, and no more for testing.
 
     Sequences with one draw (those of a cluster, where clusters are drawn) go to one split; a split
     then is the smaller for those that would exceed it.
@@ -186,6 +146,18 @@ def split_bounds(smallest: Draws, validation: int, test: int) -> SplitBounds:
         test: Sequences for testing.
     """
     ordered = np.sort(smallest)
-    last = np.iinfo(np.uint64).max
     ends = (validation, validation + test)
-    return SplitBounds(*(int(ordered[end]) if end < ordered.size else int(last) for end in ends))
+    last = int(np.iinfo(np.uint64).max)
+    first, second = (int(ordered[end]) if end < ordered.size else last for end in ends)
+    return first, second
+
+
+def split_codes(
+    draws: Draws, held_out: npt.NDArray[np.bool_], bounds: tuple[int, int]
+) -> npt.NDArray[np.int8]:
+    """The split of each sequence, as its place in `SPLITS`, by its draw."""
+    codes = np.zeros(draws.size, dtype=np.int8)
+    codes[draws < np.uint64(bounds[1])] = SPLITS.index("test")
+    codes[draws < np.uint64(bounds[0])] = SPLITS.index("validation")
+    codes[held_out] = SPLITS.index("ood")
+    return codes

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from performers.proteins.inputs.packing import split_windows
-
-__all__ = ["HIDDEN_IN", "FamilyRows", "ProteinFamilies", "family_row"]
+from performers.proteins.inputs.packing import learnable_windows, sequence_lengths
 
 HIDDEN_IN = ("all", "one")
 """Members of a family's row with residues to predict."""
@@ -23,8 +21,8 @@ class ProteinFamilies(NamedTuple):
     """Proteins and the family of each.
 
     Attributes:
-        tokens: Token sequences with their begin and end tokens, (proteins,).
-        names: Name of the family of each, (proteins,).
+        tokens: Token sequences with their begin and end tokens.
+        names: Name of the family of each.
     """
 
     tokens: Sequence[_Tokens]
@@ -94,19 +92,15 @@ class FamilyRows(Dataset[dict[str, Any]]):
         for index, name in enumerate(self._relatives.names):
             members.setdefault(name, []).append(index)
         self._members = {name: np.array(group) for name, group in members.items()}
-        self._windows = [
-            (index, start, size)
-            for index, length in enumerate(_lengths(proteins.tokens).tolist())
-            for start, size in _cut(length, max_length)
-            if size - (start == 0) - (start + size == length) > 1
-        ]
+        places = learnable_windows(sequence_lengths(proteins.tokens), max_length)
+        self._windows = list(zip(*(place.tolist() for place in places), strict=True))
         if not self._windows:
             raise ValueError("proteins: no row has two residues in it to learn from")
         self.lengths: npt.NDArray[np.int64] = self._most_tokens()
         """Most tokens of each row, (rows,); the tokens, without ``max_relatives``."""
 
     def _most_tokens(self) -> npt.NDArray[np.int64]:
-        lengths = _lengths(self._relatives.tokens)
+        lengths = sequence_lengths(self._relatives.tokens)
         rows = []
         for index, _, size in self._windows:
             name = self._proteins.names[index]
@@ -143,12 +137,8 @@ def family_row(
 ) -> dict[str, Any]:
     """Tokens of a protein after those of its relatives; see `FamilyRows` for the keys.
 
-    Args:
-        protein: Tokens of the protein, (length,), ``max_length`` at most.
-        relatives: Tokens of relatives, the nearest to the protein first; those without a place are
-            left out, and the last may be cut at its end.
-        max_length: Most tokens of the row.
-        hidden: Members that may have targets, ``"all"`` or ``"one"``.
+    Relatives come with the nearest to the protein first; those without a place are left out, and
+    the last may be cut at its end. The protein has ``max_length`` tokens at most.
     """
     pieces = [protein]
     room = max_length - protein.size
@@ -170,19 +160,3 @@ def family_row(
         "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
         "may_be_target": np.concatenate(allowed),
     }
-
-
-def _lengths(tokens: Sequence[_Tokens]) -> npt.NDArray[np.int64]:
-    # Token files know the lengths without being read.
-    found: Any = getattr(tokens, "lengths", None)
-    if found is None:
-        found = [len(sequence) for sequence in tokens]
-    return np.array(found, dtype=np.int64)
-
-
-def _cut(length: int, max_length: int) -> list[tuple[int, int]]:
-    """Start and size of each window of a sequence, as `split_windows` cuts it."""
-    if length <= max_length:
-        return [(0, length)]
-    windows = split_windows(np.arange(length), max_length)
-    return [(int(window[0]), window.size) for window in windows]

@@ -1,9 +1,6 @@
 """Protein FASTA files in and out, plain or compressed, with one policy for odd letters.
 
-Biopython's ``SimpleFastaParser`` does the parsing; it reads through a line checker of ours, so that
-every complaint names the file and the exact line.
-
-The policy:
+Every complaint names the file and the exact line. The policy:
 
 - The 20 standard amino acids and ``X B Z U O J`` are legal, that is, every letter from A to Z.
 - Lower case is upper-cased; one ``*`` that ends a sequence is removed. Both are counted.
@@ -31,14 +28,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO, cast
 
-from Bio.SeqIO.FastaIO import SimpleFastaParser
-
 from performers.app.files import replacement
-from performers.proteins.inputs.lines import CheckedLines, Header
+from performers.proteins.inputs.lines import Place, parse
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 from performers.proteins.inputs.streams import (
     STANDARD_INPUT,
@@ -48,19 +42,7 @@ from performers.proteins.inputs.streams import (
     shown_name,
 )
 
-__all__ = [
-    "FastaError",
-    "LetterReport",
-    "ProteinRecord",
-    "iter_fasta",
-    "iter_fasta_blocks",
-    "open_fasta",
-    "read_fasta",
-    "write_fasta",
-]
-
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_LOWER = re.compile(r"[a-z]")
 _HEADER = re.compile(rb"[\r\n]>")
 
 
@@ -101,28 +83,19 @@ def iter_fasta(
     skip_invalid: bool = False,
     name: str | None = None,
 ) -> Iterator[ProteinRecord]:
-    """Yield the records of one FASTA file, one in memory at a time.
+    """Yield the records of one FASTA file as `read_fasta` does, one in memory at a time.
 
-    Args:
-        path: The file, plain or compressed, or ``-`` for standard input.
-        report: Counts are added to it as records are yielded; one report may serve many files.
-        skip_invalid: Leave out records at fault and count them in the report.
-        name: Name of the file in messages; its path by default.
-
-    Yields:
-        The records in file order.
+    Counts are added to ``report`` as records are yielded; one report may serve many files. ``name``
+    is that of the file in messages, its path by default.
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
-        ImportError: The file is compressed with Zstandard, whose package is missing.
     """
     path = Path(path)
-    with _reading(path, name or shown_name(path)) as reading:
-        text = io.TextIOWrapper(reading.data, encoding="utf-8-sig", errors="surrogateescape")
-        lines = reading.lines = CheckedLines(reading.name, text, skip_invalid)
-        yield from _parsed(lines, LetterReport() if report is None else report)
-        if not lines.headers_seen:
-            raise _empty(reading.name)
+    place = Place(name or shown_name(path))
+    with _opened(path, place) as (_, data):
+        text = _text(data)
+        yield from parse(text, place, report or LetterReport(), skip_invalid=skip_invalid)
         if path == STANDARD_INPUT:
             # Closing the wrapper would close standard input.
             text.detach()
@@ -148,24 +121,14 @@ def iter_fasta_blocks(
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
-        ImportError: The file is compressed with Zstandard, whose package is missing.
     """
-    with _reading(path, str(path)) as reading:
-        for number, line, content in _cut(reading, block, wanted):
-            text = io.TextIOWrapper(
-                io.BytesIO(content),
-                encoding="utf-8" if number else "utf-8-sig",
-                errors="surrogateescape",
-            )
-            lines = reading.lines = CheckedLines(reading.name, text, False, line)
-            records = list(_parsed(lines, LetterReport()))
-            if not lines.headers_seen:
-                raise _empty(reading.name)
-            yield number, records
-            # Not kept while the next block is parsed.
-            del records
+    place = Place(str(path))
+    with _opened(path, place) as (raw, data):
+        for number, place.number, content in _cut(data, block, wanted):
+            text = _text(io.BytesIO(content), begins=number == 0)
+            yield number, list(parse(text, place, LetterReport(), skip_invalid=False))
             if progress is not None:
-                progress(reading.raw.tell())
+                progress(raw.tell())
 
 
 def write_fasta(
@@ -185,10 +148,9 @@ def write_fasta(
         width: Residues on a line, at least 1.
 
     Raises:
-        ValueError: ``width`` is below 1, or a record could not be read back: a name that is empty
-            or has white space, a line break in the description, or a sequence that is empty or has
-            something other than upper-case letters.
-        OSError: The file cannot be written.
+        ValueError: A record could not be read back: a name that is empty or has white space, a line
+            break in the description, or a sequence that is empty or has something other than
+            upper-case letters.
     """
     if width < 1:
         raise ValueError(f"width: expected at least 1 residue on a line, got {width}")
@@ -223,64 +185,47 @@ def open_fasta(path: Path) -> Iterator[TextIO]:
             yield handle
 
 
-@dataclass
-class _Reading:
-    """A file that is read.
-
-    Attributes:
-        name: Its name in messages.
-        raw: The file as it is.
-        kind: Its compression.
-        data: The file decompressed.
-        lines: Lines being parsed.
-    """
-
-    name: str
-    raw: io.BufferedReader
-    kind: str | None
-    data: IO[bytes]
-    lines: CheckedLines | None = None
-
-
 @contextmanager
-def _reading(path: Path, name: str) -> Iterator[_Reading]:
-    """Context of an open file, in which faults become a `FastaError`."""
-    reading, kind = None, None
+def _opened(path: Path, place: Place) -> Iterator[tuple[io.BufferedReader, IO[bytes]]]:
+    """Context of a file as it is and decompressed, in which faults become a `FastaError`."""
+    kind = None
     try:
         with open_bytes(path) as raw:
             start = raw.peek(8)[:8]
             if start.startswith(_UTF16_MARKS):
-                raise FastaError(name, "this is UTF-16 text", "save it as UTF-8")
+                raise FastaError(place.name, "this is UTF-16 text", "save it as UTF-8")
             kind = compression(start)
-            reading = _Reading(name, raw, kind, decompressed(raw, kind))
-            yield reading
+            yield raw, decompressed(raw, kind)
     except EOFError:
-        raise _error(
-            name, reading, f"the {kind} data end too early", "copy the file again"
-        ) from None
+        problem, remedy = f"the {kind} data end too early", "copy the file again"
     except FileNotFoundError:
-        raise FastaError(name, "no such file", "check the path") from None
+        raise FastaError(place.name, "no such file", "check the path") from None
     except IsADirectoryError:
-        raise FastaError(name, "this is a directory", "name the FASTA files in it") from None
+        raise FastaError(place.name, "this is a directory", "name the FASTA files in it") from None
     except OSError as fault:
-        if fault.errno is None:
-            problem = f"the {kind} data are corrupt ({fault})"
-            raise _error(name, reading, problem, "copy the file again") from None
-        reason = fault.strerror or str(fault)
-        raise _error(
-            name, reading, f"cannot be read ({reason})", "check the file and its permissions"
-        ) from None
+        problem, remedy = f"the {kind} data are corrupt ({fault})", "copy the file again"
+        if fault.errno is not None:
+            problem = f"cannot be read ({fault.strerror or fault})"
+            remedy = "check the file and its permissions"
+    else:
+        return
+    raise FastaError(str(place), problem, remedy)
+
+
+def _text(data: IO[bytes], *, begins: bool = True) -> io.TextIOWrapper:
+    encoding = "utf-8-sig" if begins else "utf-8"
+    return io.TextIOWrapper(data, encoding=encoding, errors="surrogateescape")
 
 
 def _cut(
-    reading: _Reading, block: int, wanted: Callable[[int], bool]
+    data: IO[bytes], block: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield the number, the lines before and the text of the blocks wanted."""
     number = lines = first_line = 0
     parts: list[bytes] = []
     before = b""
     place = -1
-    while piece := _read(reading.data, block):
+    while piece := data.read(block):
         place += 1
         header = _HEADER.search(before + piece) if place else None
         start = header.end() - 1 - len(before) if header else len(piece)
@@ -300,62 +245,11 @@ def _cut(
         yield number, first_line, b"".join(parts)
 
 
-def _read(data: IO[bytes], size: int) -> bytes:
-    """So many bytes, or fewer at the end only."""
-    pieces: list[bytes] = []
-    while size and (piece := data.read(size)):
-        pieces.append(piece)
-        size -= len(piece)
-    return b"".join(pieces)
-
-
 def _count_lines(before: bytes, text: bytes) -> int:
     """Ends of lines in a text that follows another; a carriage return with a newline is one."""
     returns = text.count(b"\r")
     both = text.count(b"\r\n") if returns else 0
     return text.count(b"\n") + returns - both - (before == b"\r" and text[:1] == b"\n")
-
-
-def _parsed(lines: CheckedLines, report: LetterReport) -> Iterator[ProteinRecord]:
-    """The records in lines, counted."""
-    for title, letters in SimpleFastaParser(lines):
-        header = lines.headers.popleft()
-        try:
-            record = _to_record(header, title, letters, report)
-        except FastaError as fault:
-            if not lines.skip_invalid:
-                raise
-            report.skip(fault)
-            continue
-        report.count(record)
-        yield record
-
-
-def _empty(name: str) -> FastaError:
-    return FastaError(name, "the file is empty", "give a FASTA file with records")
-
-
-def _to_record(header: Header, title: str, letters: str, report: LetterReport) -> ProteinRecord:
-    """Build a record from what the parser yielded for a header."""
-    if header.fault is not None:
-        raise header.fault
-    words = title.split(None, 1)
-    if not words:
-        raise FastaError(header.place, "the header has no name", "write a name right after '>'")
-    sequence = letters.removesuffix("*")
-    if not sequence:
-        raise FastaError(header.place, "no residues", "remove it or complete it", words[0])
-    report.stops_removed += len(letters) - len(sequence)
-    if not sequence.isupper():
-        report.lower_case += len(_LOWER.findall(sequence))
-    description = words[1].strip() if len(words) > 1 else ""
-    return ProteinRecord(words[0], description, sequence.upper())
-
-
-def _error(name: str, reading: _Reading | None, problem: str, remedy: str) -> FastaError:
-    """An error at the line last read, if any was."""
-    lines = reading and reading.lines
-    return FastaError(lines.place if lines and lines.number else name, problem, remedy)
 
 
 def _write_records(handle: TextIO, records: Iterable[ProteinRecord], width: int) -> None:

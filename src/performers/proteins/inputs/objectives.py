@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 
-__all__ = ["ALL_HIDDEN", "BERT_RULE", "IGNORE_INDEX", "CausalCollator", "MaskedCollator"]
+_Row = npt.NDArray[np.int64]
 
 IGNORE_INDEX = -100
 """The label of a position without a target, as in `torch.nn.functional.cross_entropy`."""
@@ -47,7 +47,45 @@ ALL_HIDDEN = (1.0, 0.0)
 """Every target is replaced by the mask token: for evaluation, where a kept one is a free hit."""
 
 
-class MaskedCollator:
+class _Collator:
+    """Batches of examples, padded on the right; `_row` makes inputs and labels of one."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError("tokenizer: has no pad token; use one from build_protein_tokenizer()")
+        self._pad_id = int(tokenizer.pad_token_id)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch of the tensors that the module describes.
+
+        Raises:
+            ValueError: The batch is empty, an example lacks ``input_ids`` or, to be masked,
+                ``index``, or only some have ``sequence_ids`` or ``position_ids``.
+        """
+        if not examples:
+            raise ValueError("examples: expected at least one, got an empty batch")
+        inputs, labels = zip(*map(self._row, examples), strict=True)
+        batch = {
+            "input_ids": _stack(inputs, self._pad_id),
+            "attention_mask": _stack([np.ones_like(row) for row in inputs], 0),
+            "labels": _stack(labels, IGNORE_INDEX),
+        }
+        for name, fill in (("sequence_ids", -1), ("position_ids", 0)):
+            rows = [np.asarray(example[name]) for example in examples if name in example]
+            if len(rows) not in (0, len(examples)):
+                raise ValueError(
+                    f"examples: {len(rows)} of {len(examples)} have {name!r}; give it in all or "
+                    "none"
+                )
+            if rows:
+                batch[name] = _stack(rows, fill)
+        return batch
+
+    def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
+        raise NotImplementedError
+
+
+class MaskedCollator(_Collator):
     """Masked language modelling on residues (Devlin et al. 2019, section 3.1).
 
     In an example with n residues, max(1, round(mask_probability * n)) residues chosen uniformly are
@@ -75,6 +113,7 @@ class MaskedCollator:
         seed: int = 0,
         replaced: tuple[float, float] = BERT_RULE,
     ) -> None:
+        super().__init__(tokenizer)
         if min(replaced) < 0 or sum(replaced) > 1:
             raise ValueError(
                 "replaced: expected two shares of at least 0 and together at most 1, got "
@@ -88,37 +127,12 @@ class MaskedCollator:
             raise ValueError(f"seed: expected an integer of at least 0, got {seed}")
         if tokenizer.mask_token_id is None:
             raise ValueError("tokenizer: has no mask token; use one from build_protein_tokenizer()")
-        self.mask_probability = mask_probability
-        self.seed = seed
-        self.replaced = replaced
+        self.mask_probability, self.seed, self.replaced = mask_probability, seed, replaced
         self._mask_id = int(tokenizer.mask_token_id)
         self._residues = residue_ids(tokenizer)
         self._replacements = residue_ids(tokenizer, AMINO_ACIDS)
-        self._padding = _Padding(tokenizer)
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Mask and pad a batch.
-
-        Args:
-            examples: Each has ``input_ids`` (length,) and ``index``, and may have ``epoch``
-                (0 if absent), ``sequence_ids``, ``position_ids`` and ``may_be_target`` (length,).
-
-        Returns:
-            The tensors that the module describes.
-
-        Raises:
-            ValueError: The batch is empty, or an example lacks ``input_ids`` or ``index``.
-        """
-        inputs, labels = [], []
-        for example in examples:
-            masked, targets = self._mask(example)
-            inputs.append(masked)
-            labels.append(targets)
-        return self._padding.batch(examples, inputs, labels)
-
-    def _mask(
-        self, example: Mapping[str, Any]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
         tokens = _tokens(example)
         if "index" not in example:
             raise ValueError(
@@ -146,87 +160,33 @@ class MaskedCollator:
         return tokens, labels
 
 
-class CausalCollator:
+class CausalCollator(_Collator):
     """Next-token prediction: the labels are the inputs; transformers' causal models shift inside.
 
     In a packed row the first token of each sequence but the row's first has no target either: it
-    would be predicted from another sequence.
-
-    Args:
-        tokenizer: A tokenizer with a pad token.
-
-    Raises:
-        ValueError: The tokenizer has no pad token.
+    would be predicted from another sequence. The tokenizer needs a pad token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._padding = _Padding(tokenizer)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Pad a batch and copy its inputs to its labels.
-
-        Args:
-            examples: Each has ``input_ids`` (length,) and may have ``sequence_ids``,
-                ``position_ids`` and ``may_be_target`` (length,).
-
-        Returns:
-            The tensors that the module describes.
-
-        Raises:
-            ValueError: The batch is empty, or an example lacks ``input_ids``.
-        """
-        inputs = [_tokens(example) for example in examples]
-        labels = [tokens.copy() for tokens in inputs]
-        for example, targets in zip(examples, labels, strict=True):
-            if "sequence_ids" in example:
-                starts = np.flatnonzero(np.diff(np.asarray(example["sequence_ids"]))) + 1
-                targets[starts] = IGNORE_INDEX
-            if "may_be_target" in example:
-                targets[~np.asarray(example["may_be_target"])] = IGNORE_INDEX
-        return self._padding.batch(examples, inputs, labels)
+    def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
+        tokens = _tokens(example)
+        labels = tokens.copy()
+        if "sequence_ids" in example:
+            starts = np.flatnonzero(np.diff(np.asarray(example["sequence_ids"]))) + 1
+            labels[starts] = IGNORE_INDEX
+        if "may_be_target" in example:
+            labels[~np.asarray(example["may_be_target"])] = IGNORE_INDEX
+        return tokens, labels
 
 
-class _Padding:
-    """Stack arrays of different lengths into tensors, padded on the right."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if tokenizer.pad_token_id is None:
-            raise ValueError("tokenizer: has no pad token; use one from build_protein_tokenizer()")
-        self._pad_id = int(tokenizer.pad_token_id)
-
-    def batch(
-        self,
-        examples: Sequence[Mapping[str, Any]],
-        inputs: Sequence[npt.NDArray[np.int64]],
-        labels: Sequence[npt.NDArray[np.int64]],
-    ) -> dict[str, Tensor]:
-        if not examples:
-            raise ValueError("examples: expected at least one, got an empty batch")
-        batch = {
-            "input_ids": self._stack(inputs, self._pad_id),
-            "attention_mask": self._stack([np.ones_like(row) for row in inputs], 0),
-            "labels": self._stack(labels, IGNORE_INDEX),
-        }
-        for name, fill in (("sequence_ids", -1), ("position_ids", 0)):
-            rows = [np.asarray(example[name]) for example in examples if name in example]
-            if len(rows) not in (0, len(examples)):
-                raise ValueError(
-                    f"examples: {len(rows)} of {len(examples)} have {name!r}; give it in all or "
-                    "none"
-                )
-            if rows:
-                batch[name] = self._stack(rows, fill)
-        return batch
-
-    def _stack(self, rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
-        length = max(row.size for row in rows)
-        stacked = np.full((len(rows), length), fill, dtype=np.int64)
-        for target, row in zip(stacked, rows, strict=True):
-            target[: row.size] = row
-        return torch.from_numpy(stacked)
+def _stack(rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
+    length = max(row.size for row in rows)
+    stacked = np.full((len(rows), length), fill, dtype=np.int64)
+    for target, row in zip(stacked, rows, strict=True):
+        target[: row.size] = row
+    return torch.from_numpy(stacked)
 
 
-def _tokens(example: Mapping[str, Any]) -> npt.NDArray[np.int64]:
+def _tokens(example: Mapping[str, Any]) -> _Row:
     """Return a fresh int64 copy of an example's tokens."""
     if "input_ids" not in example:
         raise ValueError(

@@ -1,73 +1,27 @@
 """Training rows from token sequences: packing, windows, the data set and its batch sampler.
 
 A token sequence is a 1-D integer array that carries its own begin and end tokens, as
-`encode_sequences` makes them. Sequences become rows in one of two ways: `pack_sequences` fills rows
-of one length without any padding; `split_windows` only cuts what is too long, and
+`encode_sequences` makes them. Sequences become rows of a `TokenDataset` in one of two ways: packed
+ones fill rows of one length without any padding; windows only cut what is too long, and
 `LengthBucketedBatchSampler` then keeps padding low by batching similar lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
-__all__ = [
-    "LengthBucketedBatchSampler",
-    "PackedRow",
-    "TokenDataset",
-    "pack_sequences",
-    "split_windows",
-]
+from performers.app.errors import UserError
+from performers.proteins.inputs.tokenizer import SPECIAL_TOKENS
 
 _Tokens = npt.NDArray[np.integer[Any]]
+_Numbers = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class PackedRow:
-    """A row cut from concatenated sequences.
-
-    Attributes:
-        input_ids: The tokens, (length,).
-        sequence_ids: For each token the sequence that it belongs to, (length,), int32, counted from
-            0 in each row and never decreasing.
-    """
-
-    input_ids: _Tokens
-    sequence_ids: npt.NDArray[np.int32]
-
-
-def pack_sequences(token_sequences: Sequence[_Tokens], row_length: int) -> list[PackedRow]:
-    """Concatenate sequences in order and cut them into rows of one length.
-
-    A sequence may be cut and continue in the next row. No token is lost, added or moved.
-
-    Args:
-        token_sequences: Non-empty token sequences, with their begin and end tokens.
-        row_length: Tokens in a row, at least 1; the last row may be shorter.
-
-    Returns:
-        The rows.
-
-    Raises:
-        ValueError: ``row_length`` is below 1, or a sequence is empty.
-    """
-    if row_length < 1:
-        raise ValueError(f"row_length: expected at least 1 token, got {row_length}")
-    if not token_sequences:
-        return []
-    lengths = _lengths(token_sequences)
-    tokens = np.concatenate(token_sequences)
-    sequence_ids = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
-    rows = []
-    for start in range(0, tokens.size, row_length):
-        ids = sequence_ids[start : start + row_length]
-        rows.append(PackedRow(tokens[start : start + row_length], ids - ids[0]))
-    return rows
+_POOL_BATCHES = 50
 
 
 def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
@@ -75,154 +29,185 @@ def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
 
     The windows' lengths differ by at most one, so that no window is a mere remainder. Joined, they
     give the sequence back; only the first has its begin token and only the last its end token.
-
-    Args:
-        token_sequence: The tokens, (length,).
-        max_length: The longest window in tokens, at least 1.
-
-    Returns:
-        The windows, views of the sequence; the sequence itself if it is short enough.
-
-    Raises:
-        ValueError: ``max_length`` is below 1.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
-    count = max(1, -(-len(token_sequence) // max_length))
-    return list(np.array_split(token_sequence, count))
+    return list(np.array_split(token_sequence, max(1, -(-len(token_sequence) // max_length))))
+
+
+def window_places(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
+    """Sequence, start and size of each window of sequences, as `split_windows` cuts them."""
+    counts = -(-lengths // max_length)
+    sequences = np.repeat(np.arange(lengths.size), counts)
+    window = np.arange(sequences.size) - (np.cumsum(counts) - counts)[sequences]
+    base, longer = lengths // counts, lengths % counts
+    starts = window * base[sequences] + np.minimum(window, longer[sequences])
+    return sequences, starts, base[sequences] + (window < longer[sequences])
+
+
+def learnable_windows(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
+    """The `window_places` of windows with two residues at least, of which one can be predicted."""
+    sequences, starts, sizes = window_places(lengths, max_length)
+    ends = starts + sizes == lengths[sequences]
+    keep = sizes - (starts == 0) - ends > 1
+    return sequences[keep], starts[keep], sizes[keep]
+
+
+def sequence_lengths(sequences: Sequence[_Tokens]) -> _Numbers:
+    """Tokens of each sequence; token files know them without being read."""
+    known: _Numbers | None = getattr(sequences, "lengths", None)
+    if known is not None:
+        return known
+    return np.array([len(sequence) for sequence in sequences], dtype=np.int64)
 
 
 class TokenDataset(Dataset[dict[str, Any]]):
-    """Token rows as a map-style data set.
+    """Rows of token sequences as a map-style data set, cut when they are asked for.
 
-    ``dataset[index]`` is ``{"input_ids", "index", "epoch": 0}``, with ``"sequence_ids"`` for packed
-    rows; ``dataset[epoch, index]`` is the same with that epoch. Collators draw what is random from
-    epoch and index, so whoever yields the keys, a batch sampler, decides it; no worker or copy
-    needs to be told which epoch it is in.
+    ``dataset[index]`` is ``{"input_ids", "index", "epoch": 0}``; ``dataset[epoch, index]`` is the
+    same with that epoch. Collators draw what is random from epoch and index, so whoever yields the
+    keys, a batch sampler, decides it; no worker or copy needs to be told which epoch it is in.
+
+    Packed rows also have ``"sequence_ids"``: for each token the sequence that it belongs to,
+    (length,), int32, counted from 0 in each row. A sequence may be cut and continue in the next
+    row; no token is lost, added or moved.
 
     Args:
-        rows: Token sequences or windows, or packed rows; not a mix of both.
+        sequences: Token sequences in memory, or a split of a corpus, which stays on disk.
+        max_length: Longest row in tokens; by default a row is a sequence.
+        packed: Fill rows of ``max_length`` with the sequences laid end to end; the last row may be
+            shorter. Otherwise a row is a window of one sequence.
+        seed: Seed of the order in which sequences are packed; by default they keep their order.
+        learnable: Leave out rows of fewer than two residues, which have nothing to predict.
 
     Raises:
-        ValueError: ``rows`` is empty, has an empty row, or mixes packed rows with others.
+        ValueError: There is no sequence, or one is empty.
+        UserError: All rows are left out.
     """
 
-    def __init__(self, rows: Iterable[_Tokens | PackedRow]) -> None:
-        self._input_ids: list[_Tokens] = []
-        self._sequence_ids: list[npt.NDArray[np.int32]] = []
-        for row in rows:
-            if isinstance(row, PackedRow):
-                self._input_ids.append(row.input_ids)
-                self._sequence_ids.append(row.sequence_ids)
-            else:
-                self._input_ids.append(np.asarray(row))
-        if not self._input_ids:
-            raise ValueError("rows: expected at least one row of tokens, got none")
-        if len(self._sequence_ids) not in (0, len(self._input_ids)):
-            raise ValueError(
-                f"rows: {len(self._sequence_ids)} of {len(self._input_ids)} are packed rows; "
-                "give packed rows only, or none"
-            )
-        self.lengths: npt.NDArray[np.int64] = _lengths(self._input_ids)
-        """Tokens in each row, (rows,)."""
+    def __init__(
+        self,
+        sequences: Iterable[_Tokens],
+        *,
+        max_length: int | None = None,
+        packed: bool = False,
+        seed: int | None = None,
+        learnable: bool = False,
+    ) -> None:
+        self._sequences = sequences if isinstance(sequences, Sequence) else list(sequences)
+        lengths = sequence_lengths(self._sequences)
+        if not lengths.all():
+            raise ValueError(f"sequences: {int(lengths.argmin())} is empty; leave it out")
+        max_length = max_length or int(lengths.max(initial=1))
+        self._packed = packed
+        if packed:
+            self._order = np.arange(lengths.size)
+            if seed is not None:
+                self._order = np.random.default_rng(seed).permutation(lengths.size)
+            self._ends = np.cumsum(lengths[self._order])
+            starts = np.arange(0, lengths.sum(), max_length)
+            sizes = np.minimum(max_length, lengths.sum() - starts)
+            # Where a row starts: in all sequences laid end to end, or in one of them.
+            self._starts, self.lengths = starts, sizes
+            if learnable:
+                keep = self._packed_learnable(max_length)
+                self._starts, self.lengths = starts[keep], sizes[keep]
+        else:
+            places = learnable_windows if learnable else window_places
+            self._order, self._starts, self.lengths = places(lengths, max_length)
+        if learnable and not len(self):
+            raise UserError("the training sequences have no two residues in a row to learn from")
+        if not len(self):
+            raise ValueError("sequences: expected at least one, got none")
+
+    lengths: _Numbers
+    """Tokens in each row, (rows,)."""
 
     def __len__(self) -> int:
-        return len(self._input_ids)
+        return int(self.lengths.size)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        example = {"input_ids": self._input_ids[index], "index": index, "epoch": epoch}
-        if self._sequence_ids:
-            example["sequence_ids"] = self._sequence_ids[index]
-        return example
+        start, size = int(self._starts[index]), int(self.lengths[index])
+        if self._packed:
+            row = self._packed_row(start, size)
+        else:
+            sequence = np.asarray(self._sequences[int(self._order[index])])
+            row = {"input_ids": sequence[start : start + size]}
+        return {**row, "index": index, "epoch": epoch}
+
+    def _packed_row(self, start: int, size: int) -> dict[str, Any]:
+        """Tokens ``start`` to ``start + size`` of all sequences laid end to end."""
+        first = place = int(np.searchsorted(self._ends, start, side="right"))
+        pieces = []
+        while size:
+            tokens = self._sequences[int(self._order[place])]
+            begin = start - (int(self._ends[place]) - len(tokens))
+            pieces.append(tokens[begin : begin + size])
+            start, size, place = start + len(pieces[-1]), size - len(pieces[-1]), place + 1
+        ids = np.arange(place - first, dtype=np.int32)
+        return {
+            "input_ids": np.concatenate(pieces),
+            "sequence_ids": np.repeat(ids, [len(piece) for piece in pieces]),
+        }
+
+    def _packed_learnable(self, max_length: int) -> npt.NDArray[np.bool_]:
+        keep = np.ones(len(self), dtype=bool)
+        # Every third token at least is a residue, even where all proteins are one long.
+        short = range(len(keep)) if max_length < 8 else range(len(keep) - 1, len(keep))
+        for row in short:
+            tokens = self[row]["input_ids"]
+            keep[row] = np.count_nonzero(tokens >= len(SPECIAL_TOKENS)) > 1
+        return keep
 
 
 class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
     """Shuffled batches of rows of similar lengths, as (epoch, index) keys of a `TokenDataset`.
 
-    An epoch is shuffled by a generator seeded with (seed, epoch), cut into pools of about
-    ``pool_batches`` batches, sorted by length within a pool, cut into batches, and the batches are
-    shuffled. Every row is in exactly one batch of an epoch. Order and contents depend on the
-    arguments and the epoch alone.
+    An epoch is shuffled by a generator seeded with (seed, epoch), cut into pools of about 50
+    batches, sorted by length within a pool, cut into batches, and the batches are shuffled. Every
+    row is in exactly one batch of an epoch. Order and contents depend on the arguments alone.
 
     With ``num_batches`` one iteration runs through as many epochs as it takes to yield exactly so
     many batches. This is how to train: the whole run is then one pass of the data loader, and
-    resuming is skipping batches. (Nothing has to call `set_epoch`, which data loaders that shard or
-    skip do not forward reliably.) Multiply by accumulation steps and processes as needed.
+    resuming is skipping batches. Multiply by accumulation steps and processes as needed.
 
     Args:
         lengths: Tokens in each row, (rows,), such as ``TokenDataset.lengths``.
-        batch_size: Rows in a batch; the last of an epoch may have fewer.
-        max_tokens: Instead, a budget of tokens for a batch with its padding: rows times the longest
-            row. Give either this or ``batch_size``.
+        max_tokens: Tokens in a batch with its padding: rows times the longest row.
         seed: Seed of the shuffling, at least 0.
         num_batches: Batches in an iteration; None: one epoch.
         shuffle: False keeps the rows sorted by length, longest first, without pools: for
             evaluation, with the least padding, and out of memory at once or never.
-        pool_batches: Batches in a pool; more mean less padding and less randomness.
 
     Raises:
-        ValueError: An argument is out of range, both or neither of ``batch_size`` and
-            ``max_tokens`` are given, or a row is longer than ``max_tokens``.
+        ValueError: A row is longer than ``max_tokens``.
     """
 
     def __init__(
         self,
-        lengths: Sequence[int] | npt.NDArray[np.integer[Any]],
+        lengths: _Numbers,
         *,
-        batch_size: int | None = None,
-        max_tokens: int | None = None,
+        max_tokens: int,
         seed: int = 0,
         num_batches: int | None = None,
         shuffle: bool = True,
-        pool_batches: int = 50,
     ) -> None:
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        if self._lengths.ndim != 1 or not self._lengths.size or self._lengths.min() < 1:
+        longest = int(lengths.argmax())
+        if lengths[longest] > max_tokens:
             raise ValueError(
-                "lengths: expected one or more lengths of at least 1, in one dimension"
+                f"max_tokens: row {longest} has {lengths[longest]} tokens, more than {max_tokens}; "
+                "raise max_tokens or cut long sequences into windows"
             )
-        if (batch_size is None) == (max_tokens is None):
-            raise ValueError("batch_size, max_tokens: expected exactly one of them; give the other")
-        for name, value in [
-            ("batch_size", batch_size),
-            ("max_tokens", max_tokens),
-            ("num_batches", num_batches),
-            ("pool_batches", pool_batches),
-        ]:
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if seed < 0:
-            raise ValueError(f"seed: expected an integer of at least 0, got {seed}")
-        longest = int(self._lengths.argmax())
-        if max_tokens is not None and self._lengths[longest] > max_tokens:
-            raise ValueError(
-                f"max_tokens: row {longest} has {self._lengths[longest]} tokens, more than "
-                f"{max_tokens}; raise max_tokens or cut long sequences with split_windows"
-            )
-        # Not named batch_size: accelerate would then expect every batch to have that many rows.
-        self._rows = batch_size or 0
-        self._max_tokens = max_tokens
-        self._seed = seed
-        self._num_batches = num_batches
-        self._shuffle = shuffle
-        self._pool_batches = pool_batches
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, from 0, that the next iteration is or begins with."""
-        if epoch < 0:
-            raise ValueError(f"epoch: expected at least 0, got {epoch}")
-        self._epoch = epoch
+        self._lengths, self._max_tokens, self._seed = lengths, max_tokens, seed
+        self._num_batches, self._shuffle = num_batches, shuffle
 
     def __len__(self) -> int:
-        """Batches in an iteration; with ``max_tokens`` an epoch may have a few more or fewer."""
-        return self._num_batches or len(self._epoch_batches(self._epoch))
+        """Batches in an iteration; later epochs may have a few more or fewer."""
+        return self._num_batches or len(self._epoch_batches(0))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, count = self._epoch, 0
+        epoch = count = 0
         while True:
             for batch in self._epoch_batches(epoch):
                 yield [(epoch, index) for index in batch.tolist()]
@@ -239,39 +224,20 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         random = np.random.default_rng((self._seed, epoch))
         order = random.permutation(self._lengths.size)
         batches = []
-        pool_size = self._pool_size()
+        rows = self._max_tokens / float(self._lengths.mean())
+        pool_size = max(1, round(rows * _POOL_BATCHES))
         for start in range(0, order.size, pool_size):
             pool = order[start : start + pool_size]
             # A stable sort keeps rows of one length in their shuffled order.
             batches += self._cut(pool[np.argsort(-self._lengths[pool], kind="stable")])
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _pool_size(self) -> int:
-        """Rows in a pool; a multiple of the batch size, so that only the last batch is short."""
-        if self._max_tokens is None:
-            return self._rows * self._pool_batches
-        rows = self._max_tokens / float(self._lengths.mean())
-        return max(1, round(rows * self._pool_batches))
-
     def _cut(self, order: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
         """Cut rows sorted from long to short into batches."""
         batches = []
         start = 0
         while start < order.size:
-            if self._max_tokens is None:
-                size = self._rows
-            else:
-                size = self._max_tokens // int(self._lengths[order[start]])
+            size = self._max_tokens // int(self._lengths[order[start]])
             batches.append(order[start : start + size])
             start += batches[-1].size
         return batches
-
-
-def _lengths(rows: Sequence[_Tokens]) -> npt.NDArray[np.int64]:
-    """Return the lengths of token rows, all of which must be non-empty."""
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    if (lengths == 0).any():
-        raise ValueError(
-            f"token row {int(lengths.argmin())} is empty; every row needs at least one token"
-        )
-    return lengths

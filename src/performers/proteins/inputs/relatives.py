@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.proteins.inputs.families import family_row
+from performers.proteins.inputs.packing import sequence_lengths
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import encode_sequences
 
@@ -75,10 +76,7 @@ class Relatives:
             UserError: A protein has no relative, or leaves no place for one.
         """
         encoded = encode_sequences(self._tokenizer, [protein.sequence for protein in proteins])
-        chosen = [self._of(protein)[0] for protein in proteins]
-        tokens = [[piece for _, piece in relatives] for relatives in chosen]
-        names = [[name for name, _ in relatives] for relatives in chosen]
-        return RelativesRows(encoded, tokens, names, self.max_tokens)
+        return RelativesRows(encoded, [self._of(x)[0] for x in proteins], self.max_tokens)
 
     def count(self, protein: ProteinRecord) -> None:
         """Check that a protein has relatives, and count them for `summary`.
@@ -149,11 +147,11 @@ class RelativesRows(Dataset[dict[str, Any]]):
 
     Args:
         proteins: Tokens of the proteins.
-        relatives: Tokens of the relatives of each, the nearest to it first.
-        names: Names of the relatives of each, in the same order.
+        relatives: Names and tokens of the relatives of each, the nearest to it first.
         max_tokens: Most tokens of a row.
 
     Attributes:
+        names: Names of the relatives of each.
         sizes: Tokens of the relatives of each, in the order of their names.
         lengths: Tokens of each row, (rows,).
         starts: Place of each protein's first token in its row, (rows,).
@@ -162,18 +160,15 @@ class RelativesRows(Dataset[dict[str, Any]]):
     def __init__(
         self,
         proteins: Sequence[_Tokens],
-        relatives: Sequence[Sequence[_Tokens]],
-        names: Sequence[Sequence[str]],
+        relatives: Sequence[Sequence[tuple[str, _Tokens]]],
         max_tokens: int,
     ) -> None:
-        self.names = names
-        self.sizes = [[len(piece) for piece in before] for before in relatives]
-        self._proteins, self._relatives, self._max_tokens = proteins, relatives, max_tokens
-        self.starts: npt.NDArray[np.int64] = np.array(
-            [sum(sizes) for sizes in self.sizes], dtype=np.int64
-        )
-        own = np.array([len(protein) for protein in proteins], dtype=np.int64)
-        self.lengths: npt.NDArray[np.int64] = self.starts + own
+        self._proteins, self._max_tokens = proteins, max_tokens
+        self._relatives = [[tokens for _, tokens in row] for row in relatives]
+        self.names = [[name for name, _ in row] for row in relatives]
+        self.sizes = [[len(tokens) for tokens in row] for row in self._relatives]
+        self.starts = np.array([sum(sizes) for sizes in self.sizes], dtype=np.int64)
+        self.lengths = self.starts + sequence_lengths(proteins)
 
     def __len__(self) -> int:
         return len(self._proteins)

@@ -55,15 +55,7 @@ def compression(start: bytes) -> str | None:
 
 
 def decompressed(raw: io.BufferedReader, kind: str | None) -> IO[bytes]:
-    """Data of a stream, decompressed as they are read.
-
-    Args:
-        raw: The compressed data.
-        kind: Their `compression`.
-
-    Raises:
-        ImportError: The data are compressed with Zstandard, whose package is missing.
-    """
+    """Data of a stream of a `compression`, decompressed as they are read."""
     return raw if kind is None else io.BufferedReader(_Frames(raw, *_decompressor(kind)))
 
 

@@ -23,15 +23,6 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-__all__ = [
-    "AMBIGUOUS",
-    "AMINO_ACIDS",
-    "SPECIAL_TOKENS",
-    "build_protein_tokenizer",
-    "encode_sequences",
-    "residue_ids",
-]
-
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 """The 20 standard amino acids, in the order of their token ids."""
 
@@ -51,17 +42,10 @@ def build_protein_tokenizer(
     """Build the protein tokenizer.
 
     Args:
-        model_max_length: The longest input of the model in tokens, ``<bos>`` and ``<eos>``
-            included; used when truncation is asked for. None: no limit.
+        model_max_length: Longest input in tokens, ``<bos>`` and ``<eos>`` included, at least 3.
         closed: A call encodes whole proteins, ``<bos> ... <eos>`` with padding on the right, as
             masked models read them. Otherwise it encodes prompts, ``<bos> ...`` with padding on
             the left, which causal models continue.
-
-    Returns:
-        A fast tokenizer; decoding gives the letters without spaces.
-
-    Raises:
-        ValueError: ``model_max_length`` is below 3, which leaves no room for a residue.
     """
     if model_max_length is not None and model_max_length < 3:
         raise ValueError(
@@ -107,11 +91,7 @@ def encode_sequences(
     """Encode whole sequences as ``<bos> ... <eos>``, without padding or truncation.
 
     The begin and end tokens are added here, whatever a call of the tokenizer adds: a causal model's
-    leaves a prompt open. The arrays are compact, without the bookkeeping of the general call.
-
-    Args:
-        tokenizer: A fast tokenizer with begin and end tokens.
-        sequences: The sequences as text.
+    leaves a prompt open.
 
     Returns:
         One int16 array a sequence, of shape (number of its tokens,).
@@ -147,14 +127,7 @@ def encode_sequences(
 def residue_ids(
     tokenizer: PreTrainedTokenizerBase, letters: str = AMINO_ACIDS + AMBIGUOUS
 ) -> npt.NDArray[np.int64]:
-    """Look up the token ids of residue letters.
-
-    Args:
-        tokenizer: Any tokenizer whose vocabulary has one token a residue.
-        letters: The letters to look up.
-
-    Returns:
-        The ids, of shape (len(letters),).
+    """Look up the token ids of residue letters, (letters,).
 
     Raises:
         ValueError: The vocabulary lacks a letter.

@@ -16,25 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
-from performers.proteins.corpus import ShardedRows, TokenShards
+from performers.proteins.corpus import TokenShards
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
-from performers.proteins.inputs.packing import (
-    LengthBucketedBatchSampler,
-    PackedRow,
-    TokenDataset,
-    pack_sequences,
-    split_windows,
-)
-from performers.proteins.inputs.tokenizer import (
-    build_protein_tokenizer,
-    encode_sequences,
-    residue_ids,
-)
+from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
-from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.options import TrainingOptions
-from performers.training.record import run_record
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
 
@@ -102,22 +90,16 @@ def train_model(
             validation_families = [families[index] for index in held]
             families = [families[index] for index in kept]
     named = None if families is None else (families, validation_families or [])
-    record = run_record(options, _fingerprint(sequences, validation, named or ()))
-    run = TrainingRun(output, record, options, resume=resume)
-    arguments = training_arguments(run.checkpoints, options)
-    trackers = tracker_callbacks(options.report_to or (), output)
+    run = TrainingRun(
+        output, _fingerprint(sequences, validation, named or ()), options, resume=resume
+    )
 
     def trainer() -> _ProteinTrainer:
-        model = _build_model(options, tokenizer)
+        model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
+        model = model_class(options.model_config(tokenizer))
         dataset, validated = _data(tokenizer, sequences, validation, named, options)
         return _ProteinTrainer(
-            options=options,
-            dataset=dataset,
-            tokenizer=tokenizer,
-            validation=validated,
-            model=model,
-            args=arguments,
-            callbacks=trackers,
+            run=run, dataset=dataset, tokenizer=tokenizer, validation=validated, model=model
         )
 
     return run.train(trainer, tokenizer, progress=progress, announce=announce)
@@ -129,29 +111,25 @@ class _ProteinTrainer(RunTrainer):
     def __init__(
         self,
         *,
-        options: TrainingOptions,
+        run: TrainingRun,
         tokenizer: PreTrainedTokenizerBase,
         validation: Sequence[str] | FamilyRows,
         **arguments: Any,
     ) -> None:
+        options = run.options
+        masks: dict[str, Any] = {"mask_probability": options.mask_probability, "seed": options.seed}
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
-            self.collator = MaskedCollator(
-                tokenizer, mask_probability=options.mask_probability, seed=options.seed
-            )
+            self.collator = MaskedCollator(tokenizer, **masks)
 
         def measure(model: Any) -> dict[str, float]:
-            settings: dict[str, Any] = {
-                "batch_tokens": options.batch_tokens,
-                "mask_probability": options.mask_probability,
-                "seed": options.seed,
-            }
+            settings = {"batch_tokens": options.batch_tokens, **masks}
             if isinstance(validation, FamilyRows):
                 return evaluate_rows(model, tokenizer, validation, **settings)
             settings["max_length"] = options.max_length
             return evaluate_model(model, tokenizer, validation, **settings)
 
-        super().__init__(options=options, measure=measure if validation else None, **arguments)
+        super().__init__(run=run, measure=measure if validation else None, **arguments)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of some rows, masked where the objective is to fill in."""
@@ -197,20 +175,6 @@ def _fingerprint(
     }
 
 
-def _build_model(
-    options: TrainingOptions, tokenizer: PreTrainedTokenizerBase
-) -> PerformerForCausalLM | PerformerForMaskedLM:
-    config = options.model_config(tokenizer)
-    model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
-    model = model_class(config)
-    if options.gradient_checkpointing:
-        # The older name warns where there is the newer one.
-        newer = "activation_checkpointing_enable"
-        name = newer if hasattr(model, newer) else "gradient_checkpointing_enable"
-        getattr(model, name)({"use_reentrant": False})
-    return model
-
-
 def validation_sample(shards: TokenShards, seed: int) -> list[str]:
     """Draw at most 500 proteins of a validation split with the seed."""
     order = np.random.default_rng(seed).permutation(len(shards))[:_HELD_OUT_AT_MOST]
@@ -223,14 +187,14 @@ def _data(
     validation: Sequence[str],
     families: tuple[Sequence[str], Sequence[str]] | None,
     options: TrainingOptions,
-) -> tuple[TokenDataset | ShardedRows | FamilyRows, Sequence[str] | FamilyRows]:
+) -> tuple[TokenDataset | FamilyRows, Sequence[str] | FamilyRows]:
     """Rows to train on, and proteins to validate on, in rows with relatives to train on."""
-    if families is None:
-        return _dataset(tokenizer, sequences, options), validation
     sizes: dict[str, Any] = {"max_length": options.max_length, "seed": options.seed}
     tokens: Sequence[Any] = sequences
     if not isinstance(sequences, TokenShards):
         tokens = encode_sequences(tokenizer, sequences)
+    if families is None:
+        return TokenDataset(tokens, packed=options.packed, learnable=True, **sizes), validation
     known = ProteinFamilies(tokens, families[0])
     try:
         rows = FamilyRows(known, hidden=options.families or "all", **sizes)
@@ -241,44 +205,6 @@ def _data(
         return rows, []
     proteins = ProteinFamilies(validated, families[1][:_FAMILY_ROWS_AT_MOST])
     return rows, FamilyRows(proteins, hidden="one", relatives=known, **sizes)
-
-
-def _dataset(
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: Sequence[str] | TokenShards,
-    options: TrainingOptions,
-) -> TokenDataset | ShardedRows:
-    if isinstance(sequences, TokenShards):
-        return ShardedRows(
-            sequences, max_length=options.max_length, packed=options.packed, seed=options.seed
-        )
-    return TokenDataset(_rows(tokenizer, sequences, options))
-
-
-def _rows(
-    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[str], options: TrainingOptions
-) -> list[Any]:
-    encoded = encode_sequences(tokenizer, sequences)
-    rows: list[Any]
-    if options.packed:
-        random = np.random.default_rng(options.seed)
-        shuffled = [encoded[index] for index in random.permutation(len(encoded))]
-        rows = list(pack_sequences(shuffled, options.max_length))
-    else:
-        rows = [
-            window for tokens in encoded for window in split_windows(tokens, options.max_length)
-        ]
-    residues = residue_ids(tokenizer)
-
-    def has_targets(row: Any) -> bool:
-        tokens = row.input_ids if isinstance(row, PackedRow) else row
-        return int(np.isin(tokens, residues).sum()) > 1
-
-    # A row without anything to predict has no loss.
-    rows = [row for row in rows if has_targets(row)]
-    if not rows:
-        raise UserError("the training sequences have no two residues in a row to learn from")
-    return rows
 
 
 def _hold_out(count: int, options: TrainingOptions) -> tuple[list[int], list[int]]:
