@@ -40,13 +40,14 @@ def compile_all(head_dim, dtype, *options):
     return json.loads(run.stdout)
 
 
-def check(rows, stack=0):
+def check(rows, stack=0, *, warpgroups=True):
     assert {row["kernel"] for row in rows} >= HOT | {"decode_step", "mend_rows"}
     for row in rows:
         assert row["shared"] <= SHARED[row["capability"]], row
         assert row["stack"] <= stack, row
         if row["kernel"] in HOT:
-            assert row["warpgroup" if row["capability"] == 90 else "matrix"] > 0, row
+            wanted = "warpgroup" if warpgroups and row["capability"] == 90 else "matrix"
+            assert row[wanted] > 0, row
 
 
 @pytest.mark.slow
@@ -57,11 +58,16 @@ def test_head_dim_64():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes(dtype):
+    """Blocks of float32 have 32 rows, fewer than instructions of a warpgroup take."""
+    check(compile_all(64, dtype), warpgroups=dtype != "float32")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    ("head_dim", "dtype", "stack"),
-    [(64, "float16", 0), (64, "float32", 3072), (128, "bfloat16", 512), (128, "float16", 512)],
-)
-def test_other_sizes_fit(head_dim, dtype, stack):
-    """Some spill, which docs/results/gpu.md tells, but not by much."""
-    check(compile_all(head_dim, dtype), stack)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_head_dim_128(dtype):
+    """Some spill, but not by much."""
+    check(compile_all(128, dtype), stack=512)

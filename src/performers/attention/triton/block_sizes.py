@@ -108,7 +108,9 @@ _OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
         "query_states": (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         "query_gradients": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
         "key_gradients": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
-        "chunk_rows": (Blocks(16, 64, 8, 2), Blocks(16, 64, 8, 2)),
+        "chunk_rows": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
+        "chunk_query_gradients": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
+        "chunk_key_gradients": (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2)),
     },
 }
 

@@ -25,7 +25,7 @@ from performers.attention.triton.kernels.parts import (
     place_of,
     poison,
     previous_segment,
-    project_rows,
+    project_chunk,
     steps,
     store_rows,
     times_sums,
@@ -69,10 +69,13 @@ def chunk_rows(
     inside = start + r < length
     i = place_of(start, length, REVERSE)
     j = key_place(start, length, delay, REVERSE)
-    q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, inside, D, BD)
+    Q += head_of(n, heads, sqb, sqh) + (g * sqg + i * sql)
+    q = load_rows(Q, step, sql, inside, D, BD)
+    broken = is_broken(q)
     norm = tl.load(NORM + (n * length + start) + r, mask=inside, other=INFINITY)
     taking = norm < INFINITY
-    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, step, sks, taking, D, BD)
+    K += head_of(n, heads, skb, skh) + j * sks
+    k = load_rows(K, step, sks, taking, D, BD)
     row = (n * groups + g) * length + i
     peak = tl.full((BT,), LOWEST, tl.float32)
     den = tl.zeros((BT,), tl.float32)
@@ -87,12 +90,12 @@ def chunk_rows(
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
         past = tl.load(SCALE + scales + f)
-        zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        zk = project_chunk(k, K, step, sks, taking, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
         ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
         ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
         scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
         phi_k = (tl.exp2(ek - scale[None, :]) + poison(norm)[:, None]).to(OPERAND)
-        zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        zq = project_chunk(q, Q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
         eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
         new = tl.maximum(peak, tl.ceil(tl.max(eq, 1)))
         decay = tl.exp2(peak - new)
@@ -136,7 +139,7 @@ def chunk_rows(
         den = den * decay + more
         peak = new
     lost = known & inside & (den < SMALLEST)
-    acc, log = finished(acc, den, peak, is_broken(q))
+    acc, log = finished(acc, den, peak, broken)
     to = OUT + head_of(n, heads, sob, soh) + (g * sog + i * sol)
     store_rows(to, step, sol, acc, inside, DV, BV)
     tl.store(LOG + row + step, log, mask=inside)
@@ -165,10 +168,12 @@ def chunk_query_gradients(
     inside = start + r < length
     i = place_of(start, length, REVERSE)
     j = key_place(start, length, delay, REVERSE)
-    q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, inside, D, BD)
+    Q += head_of(n, heads, sqb, sqh) + (g * sqg + i * sql)
+    q = load_rows(Q, step, sql, inside, D, BD)
     norm = tl.load(NORM + (n * length + start) + r, mask=inside, other=INFINITY)
     taking = norm < INFINITY
-    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, step, sks, taking, D, BD)
+    K += head_of(n, heads, skb, skh) + j * sks
+    k = load_rows(K, step, sks, taking, D, BD)
     v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV)
     to = GRAD_OUT + head_of(n, heads, sgb, sgh) + (g * sgg + i * sgl)
     grad = load_rows(to, step, sgl, inside, DV, BV).to(OPERAND)
@@ -192,12 +197,12 @@ def chunk_query_gradients(
         hi = tl.load(HI + at)
         bias = tl.load(BIAS + w + f)
         past = tl.load(SCALE + scales + f)
-        zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        zk = project_chunk(k, K, step, sks, taking, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
         ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
         ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
         scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
         phi_k = tl.exp2(ek - scale[None, :]).to(OPERAND)
-        zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+        zq = project_chunk(q, Q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
         eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
         phi_q = tl.exp2(eq - log[:, None])
         kv = load_sums(KV + state * DV, f, DV, BV).to(OPERAND)
@@ -211,7 +216,7 @@ def chunk_query_gradients(
         along += tl.sum(h, 1)
     # Read again when all is done, so as not to be kept until then.
     read = inside & (along == along)
-    q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql), step, sql, read, D, BD)
+    q = load_rows(Q, step, sql, read, D, BD)
     dq = dq * LN2 - q.to(tl.float32) * (along * pull)[:, None]
     GRAD_Q += head_of(n, heads, sxb, sxh) + (g * sxg + i * sxl)
     if ADD:
@@ -250,7 +255,8 @@ def chunk_key_gradients(
     norm = tl.load(NORM + (n * length + start) + t, mask=there, other=INFINITY)
     taking = norm < INFINITY
     featured = norm < LARGEST_NORM
-    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, key_step, sks, featured, D, BD)
+    K += head_of(n, heads, skb, skh) + j * sks
+    k = load_rows(K, key_step, sks, featured, D, BD)
     v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, key_step, svs, taking, DV, BV).to(
         OPERAND
     )
@@ -276,7 +282,7 @@ def chunk_key_gradients(
         at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
         hi = tl.load(HI + at)
         bias, after = tl.load(BIAS + w + f), tl.load(SCALE + scales + features + f)
-        z = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+        z = project_chunk(k, K, key_step, sks, featured, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
         e = logarithms(z, bias[None, :], -after[None, :], FORM, EPSILON) - norm[:, None]
         phi = tl.exp2(tl.where(going_on[:, None], e, -INFINITY))
         dkv = load_sums(GRAD_KV + state * DV, f, DV, BV).to(OPERAND)
@@ -302,12 +308,16 @@ def chunk_key_gradients(
             hi = tl.load(HI + at)
             bias = tl.load(BIAS + w + f)
             past = tl.load(SCALE + scales + f)
-            zk = project_rows(k, hi, LO, at, PRECISION, SPLIT)
+            zk = project_chunk(
+                k, K, key_step, sks, featured, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+            )
             ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
             ek = tl.where(featured[:, None], ek, -INFINITY)
             scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
             phi_k = tl.exp2(ek - scale[None, :])
-            zq = project_rows(q, hi, LO, at, PRECISION, SPLIT)
+            zq = project_chunk(
+                q, Q + g * sqg, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+            )
             eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
             phi_q = tl.exp2(eq - log[:, None]).to(OPERAND)
             pairs = dot(phi_k.to(OPERAND), tl.trans(phi_q), pairs, PRECISION)
@@ -318,7 +328,7 @@ def chunk_key_gradients(
         pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
         dv = dot(pairs, grad, dv, PRECISION)
     read = featured & (along == along)
-    k = load_rows(K + head_of(n, heads, skb, skh) + j * sks, key_step, sks, read, D, BD)
+    k = load_rows(K, key_step, sks, read, D, BD)
     dk = dk * LN2 - k.to(tl.float32) * (along * pull)[:, None]
     GRAD_K += head_of(n, heads, sxb, sxh) + j * sxs
     GRAD_V += head_of(n, heads, syb, syh) + j * sys

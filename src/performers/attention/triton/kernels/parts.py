@@ -147,6 +147,30 @@ def project_rows(x, hi, LO, at, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def project_chunk(
+    x, X, index, stride, keep, hi, HI, LO, f,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """``x W^T`` of the rows of a chunk ``x``, which are those at ``X``.
+
+    Float32 ones are read anew, in pieces: as operands of three products, two chunks of them would
+    take all registers.
+    """
+    if SPLIT:
+        at = f[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
+        return project_rows(x, hi, LO, at, PRECISION, SPLIT)
+    else:
+        e = tl.zeros((x.shape[0], f.shape[0]), tl.float32)
+        piece: tl.constexpr = 32 if PADDED > 32 else PADDED
+        for start in range(0, PADDED, piece):
+            c = start + tl.arange(0, piece)
+            mask = keep[:, None] & (c < WIDTH)[None, :]
+            part = tl.load(X + index[:, None] * stride + c[None, :], mask=mask, other=0.0)
+            e = dot(part, tl.trans(tl.load(HI + f[:, None] * PADDED + c[None, :])), e, PRECISION)
+        return e
+
+
+@triton.jit
 def times_sums(a, sums, acc, PRECISION: tl.constexpr):
     """``acc + a @ sums`` with float32 sums, in two parts where operands have 16 bits."""
     hi = sums.to(a.dtype)

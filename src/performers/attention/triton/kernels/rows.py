@@ -40,6 +40,7 @@ def read_rows(
     start = start.to(tl.int64)
     first = row * length + start
     q = load_rows(Q + head_of(n, heads, sqb, sqh) + (g * sqg + start * sql), i, sql, inside, D, BD)
+    broken = is_broken(q)
     w = n % heads * features if PER_HEAD else 0
     sums = n * features
     peak = tl.full((BT,), LOWEST, tl.float32)
@@ -58,7 +59,7 @@ def read_rows(
         acc = times_sums(phi, kv, acc * decay[:, None], PRECISION)
         den = den * decay + tl.sum(phi.to(tl.float32) * tl.load(KS + sums + f)[None, :], 1)
         peak = new
-    acc, log = finished(acc, den, peak, is_broken(q))
+    acc, log = finished(acc, den, peak, broken)
     store_rows(
         OUT + head_of(n, heads, sob, soh) + (g * sog + start * sol), i, sol, acc, inside, DV, BV
     )
