@@ -186,6 +186,7 @@ EMPTY, ONE = np.array([], dtype=int), np.array([1])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: split_windows(ONE, 0), "max_length"),
         (lambda: TokenDataset([]), "at least one"),
         (lambda: TokenDataset([ONE, EMPTY]), "1 is empty"),
         (lambda: TokenDataset([[1, 5, 2], [1, 6, 2]], learnable=True), "no two residues"),

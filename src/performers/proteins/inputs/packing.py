@@ -29,7 +29,12 @@ def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
 
     The windows' lengths differ by at most one, so that no window is a mere remainder. Joined, they
     give the sequence back; only the first has its begin token and only the last its end token.
+
+    Raises:
+        ValueError: ``max_length`` is below 1.
     """
+    if max_length < 1:
+        raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
     return list(np.array_split(token_sequence, max(1, -(-len(token_sequence) // max_length))))
 
 
@@ -116,7 +121,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         if learnable and not len(self):
             raise UserError("the training sequences have no two residues in a row to learn from")
         if not len(self):
-            raise ValueError("sequences: expected at least one, got none")
+            raise ValueError("sequences: expected at least one row, got none")
 
     lengths: _Numbers
     """Tokens in each row, (rows,)."""
