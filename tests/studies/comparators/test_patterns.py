@@ -53,7 +53,13 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("make", "length", "options"), [(x, n, y) for x, n, *y in CASES], ids=str)
+def _label(value):
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(
+    ("make", "length", "options"), [(x, n, y) for x, n, *y in CASES], ids=_label
+)
 def test_the_pattern_of_the_definition(make, length, options):
     mechanism, sees = make(*options)
     query, key, value = tensors = inputs(length)
