@@ -89,7 +89,7 @@ def test_inputs_of_other_sizes(scale):
 
 @pytest.mark.parametrize("name", ["sigmoid", "elu+1"])
 def test_features_that_vanish_without_an_epsilon(name):
-    """Their slopes are no 0 / 0, neither where they underflow nor for those that fill up a block."""
+    """Their slopes are no 0 / 0, also those of features that fill up a block."""
     call = form_call(bare(name), 40, "bidirectional")
     check(call)
     large = call.with_inputs(*(40 * x for x in call.inputs)).leaves()

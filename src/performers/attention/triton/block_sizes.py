@@ -111,6 +111,7 @@ _OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
         "chunk_rows": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
         "chunk_query_gradients": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
         "chunk_key_gradients": (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2)),
+        "exact_pairs": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
     },
 }
 
