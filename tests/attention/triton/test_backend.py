@@ -5,7 +5,7 @@ import torch
 
 import performers
 from performers import favor_attention
-from tests.attention.cases import make_call
+from tests.attention.cases import make_call, trained
 from tests.attention.triton.support import small_call
 from tests.features.cases import by_name
 
@@ -20,6 +20,11 @@ def test_it_is_listed_after_the_kernels_of_the_cpu():
     ("call", "what"),
     [
         (make_call(by_name("positive"), 10, dtype=torch.float64), "for torch.float64 inputs"),
+        (trained(make_call(by_name("positive"), 10)), "for features whose projection is trained"),
+        (
+            make_call(by_name("data_aware"), 5, head_dim=72, dtype=torch.bfloat16),
+            "for torch.float32 inputs with a",
+        ),
         (make_call(by_name("trigonometric"), 10), "for trigonometric features"),
         (make_call(by_name("gelu"), 10), "for elementwise features of another function than relu"),
         (
@@ -32,6 +37,26 @@ def test_it_is_listed_after_the_kernels_of_the_cpu():
 def test_a_call_it_does_not_cover_is_refused(call, what):
     with pytest.raises(ValueError, match=f"{what}.*, got 'triton', which does not cover it"):
         call.run("triton")
+
+
+def test_a_projection_that_is_trained_needs_no_other_backend_without_gradients():
+    call = trained(small_call(20))
+    with torch.no_grad():
+        out = call.run("triton")
+    assert (out - call.run("torch")).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_balanced_features_of_16_bit_inputs(dtype):
+    """Balanced inputs are float32, and so is the computation."""
+    call = small_call(70, "causal", name="data_aware", dtype=dtype).leaves()
+    found = []
+    for backend in ("triton", "torch"):
+        out = call.run(backend)
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), call.inputs)))
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == dtype
+        assert (a - b).abs().max() <= torch.finfo(dtype).eps * b.abs().max()
 
 
 def test_fullgraph():

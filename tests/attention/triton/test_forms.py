@@ -87,6 +87,16 @@ def test_inputs_of_other_sizes(scale):
         check(form_call("relu", 66, mode, input_scale=scale, seed=1))
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "elu+1"])
+def test_features_that_vanish_without_an_epsilon(name):
+    """Their slopes are no 0 / 0, also those of features that fill up a block."""
+    call = form_call(bare(name), 40, "bidirectional")
+    check(call)
+    large = call.with_inputs(*(40 * x for x in call.inputs)).leaves()
+    grads = torch.autograd.grad(large.run("triton").sum(), large.inputs)
+    assert all(x.isfinite().all() for x in grads)
+
+
 def test_one_key_much_larger_than_the_rest():
     """Rows before it underflow at its scale, and are mended."""
     for name in ("relu", "exp"):

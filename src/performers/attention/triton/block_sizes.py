@@ -42,7 +42,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(0, 32, 4, 1), Blocks(0, 32, 4, 1)),
     },
     "query_sums": {
-        64: (Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+        64: (Blocks(64, 64, 8, 2), Blocks(64, 64, 4, 2)),
         128: (Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
     },
     "query_states": {
@@ -58,7 +58,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
     },
     "chunk_rows": {
-        64: (Blocks(32, 64, 8, 2), Blocks(32, 64, 4, 2)),
+        64: (Blocks(16, 64, 8, 2), Blocks(16, 64, 4, 2)),
         128: (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
     },
     "chunk_query_gradients": {
@@ -67,7 +67,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     },
     # Rows are keys, of a chunk.
     "chunk_key_gradients": {
-        64: (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+        64: (Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
         128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
     },
     # Rows at a time, of a chunk.
@@ -95,7 +95,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
 # What other dtypes have instead, for a head_dim up to 64: their operands are float32.
 _OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
     torch.float16: {
-        "chunk_rows": (Blocks(16, 64, 4, 2), Blocks(32, 64, 8, 2)),
+        "chunk_rows": (Blocks(16, 64, 8, 2), Blocks(32, 64, 8, 2)),
         "chunk_query_gradients": (Blocks(16, 64, 4, 2), Blocks(16, 64, 4, 2)),
         "chunk_key_gradients": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 2)),
         "exact_pairs": (Blocks(32, 64, 4, 3), Blocks(64, 64, 8, 2)),
@@ -111,6 +111,7 @@ _OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
         "chunk_rows": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
         "chunk_query_gradients": (Blocks(16, 32, 4, 2), Blocks(16, 32, 4, 2)),
         "chunk_key_gradients": (Blocks(16, 16, 8, 2), Blocks(16, 16, 4, 2)),
+        "exact_pairs": (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2)),
     },
 }
 

@@ -151,17 +151,20 @@ def chunk_rows(
     strides = (*launcher.strides(), *(part or results)[0].stride()[:4], *out.stride()[:4])
     arguments = (
         *_chunk_inputs(launcher, sweep), *launcher.projection, *before, *(part or (None, None)),
-        *results, *strides, *_chunk_sizes(launcher, sweep, heads),
+        *results, *strides,
     )  # fmt: skip
+    sizes = _chunk_sizes(launcher, sweep, heads)
     options = {**_sweep(launcher, sweep), "STRICT": sweep.strict, "MERGE": part is not None}
     programs = num_chunks(launcher) * heads.size * launcher.groups
     blocks = launcher.blocks("chunk_rows")
-    launcher.launch(
-        chunks.chunk_rows, programs, *arguments,
-        **launcher.widths, **launcher.products, **options, BM=blocks.features,
-        blocks=blocks,
-    )  # fmt: skip
-    _mend(launcher, mend.mend_rows, programs, arguments, options)
+    # The bits of float32 rows depend on their chunk.
+    for again in range(2 if launcher.products["SPLIT"] else 1):
+        launcher.launch(
+            chunks.chunk_rows, programs, *arguments, again, *sizes,
+            **launcher.widths, **launcher.products, **options, BM=blocks.features,
+            blocks=blocks,
+        )  # fmt: skip
+    _mend(launcher, mend.mend_rows, programs, (*arguments, *sizes), options)
 
 
 def _mend(

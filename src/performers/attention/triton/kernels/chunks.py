@@ -2,7 +2,8 @@
 
 Within a chunk, feature ``f`` has the larger of the scales before it and of its own keys, the later
 ones included. A row whose normaliser is below ``SMALLEST`` at that scale may have lost keys to
-underflow: it is marked, and ``mend.py`` computes it again. Backward kernels leave such rows out.
+underflow: it is marked 1, or 2 if that is so at the scale of the keys up to its own too, and
+``mend.py`` computes it again. Backward kernels leave such rows out.
 """
 
 import triton
@@ -22,6 +23,7 @@ from performers.attention.triton.kernels.parts import (
     key_place,
     load_rows,
     load_sums,
+    on_grid,
     place_of,
     poison,
     previous_segment,
@@ -44,11 +46,11 @@ def seen_pairs(rows, keys, own_row, own_key, STRICT: tl.constexpr, HAS_SEG: tl.c
     return seen
 
 
-@triton.jit(do_not_specialize=["first", "length", "delay", "chunks", "features"])
+@triton.jit(do_not_specialize=["again", "first", "length", "delay", "chunks", "features"])
 def chunk_rows(
     Q, K, V, NORM, SEG, HI, LO, BIAS, KV, KS, SCALE, PART_OUT, PART_LOG, OUT, LOG, LOST,
     sqb, sqh, sqg, sql, skb, skh, sks, svb, svh, svs, spb, sph, spg, spl, sob, soh, sog, sol,
-    heads, groups, first, length, delay, chunks, features,
+    again, heads, groups, first, length, delay, chunks, features,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     STRICT: tl.constexpr, MERGE: tl.constexpr, HAS_SEG: tl.constexpr, REVERSE: tl.constexpr,
@@ -57,93 +59,113 @@ def chunk_rows(
 ):  # fmt: skip
     """Output rows of one chunk, logarithms of their normalisers, and which rows are lost.
 
-    With ``MERGE``, a part of each row computed before is taken in under one normaliser.
+    With ``MERGE``, a part of each row computed before is taken in under one normaliser. A second
+    launch, ``again``, computes each lost row by itself, from the keys that it may see: one that
+    only later keys made lose its pairs is then what it would be without them, to the last bit.
     """
     g = tl.program_id(0) % groups
     chunk = tl.program_id(0) // groups % chunks
     local = (tl.program_id(0) // groups // chunks).to(tl.int64)
     n = first + local
     start = chunk * BT
-    r = tl.arange(0, BT)
-    step = steps(BT, REVERSE)
-    inside = start + r < length
     i = place_of(start, length, REVERSE)
     j = key_place(start, length, delay, REVERSE)
     Q += head_of(n, heads, sqb, sqh) + (g * sqg + i * sql)
-    q = load_rows(Q, step, sql, inside, D, BD)
-    broken = is_broken(q)
-    norm = tl.load(NORM + (n * length + start) + r, mask=inside, other=INFINITY)
-    taking = norm < INFINITY
     K += head_of(n, heads, skb, skh) + j * sks
-    k = load_rows(K, step, sks, taking, D, BD)
     row = (n * groups + g) * length + i
-    peak = tl.full((BT,), LOWEST, tl.float32)
-    den = tl.zeros((BT,), tl.float32)
-    acc = tl.zeros((BT, BV), tl.float32)
-    pairs = tl.zeros((BT, BT), tl.float32)
-    w = n % heads * features if PER_HEAD else 0
-    state = (local * chunks + chunk) * features
-    scales = (local * (chunks + 1) + chunk) * features
-    for f0 in range(0, features, BM):
-        f = f0 + tl.arange(0, BM)
-        at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
-        hi = tl.load(HI + at)
-        bias = tl.load(BIAS + w + f)
-        past = tl.load(SCALE + scales + f)
-        zk = project_chunk(k, K, step, sks, taking, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
-        ek = logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON)
-        ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
-        scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
-        phi_k = (tl.exp2(ek - scale[None, :]) + poison(norm)[:, None]).to(OPERAND)
-        zq = project_chunk(q, Q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT)
-        eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
-        new = tl.maximum(peak, tl.ceil(tl.max(eq, 1)))
-        decay = tl.exp2(peak - new)
-        phi_q = tl.exp2(eq - new[:, None]).to(OPERAND)
-        pairs = dot(phi_q, tl.trans(phi_k), pairs * decay[:, None], PRECISION)
-        share = tl.exp2(past - scale)
-        kv = load_sums(KV + state * DV, f, DV, BV) * share[:, None]
-        acc = times_sums(phi_q, kv, acc * decay[:, None], PRECISION)
-        ks = tl.load(KS + state + f) * share
-        den = den * decay + tl.sum(phi_q.to(tl.float32) * ks[None, :], 1)
-        peak = new
-    own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
-    continues = own == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
-    if HAS_SEG:
-        # Sums of another sequence are not seen, whatever they hold.
-        acc = tl.where(continues[:, None], acc, 0.0)
-        den = tl.where(continues, den, 0.0)
-    seen = seen_pairs(r, r, own, own, STRICT, HAS_SEG)
-    pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
-    v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV)
-    acc = dot(pairs, v.to(OPERAND), acc, PRECISION)
-    den += tl.sum(pairs.to(tl.float32), 1)
-    has_past = tl.load(SCALE + scales + r * 0) > LOWEST
-    if FORM != "exponential":
-        # A feature that is zero has no scale to tell of keys.
-        has_past = r >= 0
-    known = tl.max((seen & (norm < LARGEST_NORM)[None, :]).to(tl.int32), 1) > 0
-    if HAS_SEG:
-        known = known | (continues & has_past)
-    else:
-        known = known | has_past
-    if MERGE:
-        part_log = tl.load(PART_LOG + row + step, mask=inside, other=-INFINITY)
-        part = head_of(n, heads, spb, sph) + (g * spg + i * spl)
-        part_out = load_rows(PART_OUT + part, step, spl, inside, DV, BV)
-        known = known | (part_log > -INFINITY)
-        new = tl.maximum(peak, tl.ceil(part_log))
-        decay = tl.exp2(peak - new)
-        more = tl.exp2(part_log - new)
-        acc = acc * decay[:, None] + part_out * more[:, None]
-        den = den * decay + more
-        peak = new
-    lost = known & inside & (den < SMALLEST)
-    acc, log = finished(acc, den, peak, broken)
-    to = OUT + head_of(n, heads, sob, soh) + (g * sog + i * sol)
-    store_rows(to, step, sol, acc, inside, DV, BV)
-    tl.store(LOG + row + step, log, mask=inside)
-    tl.store(LOST + row + step, lost.to(tl.uint8), mask=inside)
+    # The last key that is summed: of the chunk, or one after the other.
+    begin = BT - 1
+    if again > 0:
+        step = steps(BT, REVERSE)
+        lost = tl.load(LOST + row + step, mask=start + tl.arange(0, BT) < length, other=0)
+        begin = tl.where(tl.max(lost.to(tl.int32), 0) > 0, 0, BT)
+    for t in range(begin, BT):
+        at_t = LOST + row + (-t if REVERSE else t)
+        mark = tl.load(at_t, mask=(again > 0) & (start + t < length), other=0).to(tl.int32)
+        if (again == 0) | (mark > 0):
+            # Marks are below 4. What depends on one is not kept in registers from before the loop.
+            r = tl.arange(0, BT) + mark // 4
+            step = -r if REVERSE else r
+            inside = start + r < length
+            q = load_rows(Q, step, sql, inside, D, BD)
+            broken = is_broken(q)
+            norm = tl.load(NORM + (n * length + start) + r, mask=inside & (r <= t), other=INFINITY)
+            taking = norm < INFINITY
+            k = load_rows(K, step, sks, taking, D, BD)
+            peak = tl.full((BT,), LOWEST, tl.float32)
+            den = tl.zeros((BT,), tl.float32)
+            acc = tl.zeros((BT, BV), tl.float32)
+            pairs = tl.zeros((BT, BT), tl.float32)
+            w = n % heads * features if PER_HEAD else 0
+            state = (local * chunks + chunk) * features
+            scales = (local * (chunks + 1) + chunk) * features
+            for f0 in range(0, features, BM):
+                f = f0 + tl.arange(0, BM)
+                at = (w + f)[:, None] * BD + tl.arange(0, BD)[None, :]
+                hi = tl.load(HI + at)
+                bias = tl.load(BIAS + w + f)
+                past = tl.load(SCALE + scales + f)
+                zk = project_chunk(
+                    k, K, step, sks, taking, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+                )
+                ek = on_grid(logarithms(zk, bias[None, :], -norm[:, None], FORM, EPSILON), SPLIT)
+                ek = tl.where((norm < LARGEST_NORM)[:, None], ek, -INFINITY)
+                scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
+                phi_k = (tl.exp2(ek - scale[None, :]) + poison(norm)[:, None]).to(OPERAND)
+                zq = project_chunk(
+                    q, Q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+                )
+                eq = on_grid(logarithms(zq, bias[None, :], 0.0, FORM, EPSILON), SPLIT)
+                new = tl.maximum(peak, tl.ceil(tl.max(eq + scale[None, :], 1)))
+                decay = tl.exp2(peak - new)
+                # Integers first. Without keys both are LOWEST.
+                phi_q = tl.exp2(tl.minimum(eq - (new[:, None] - scale[None, :]), 1.0)).to(OPERAND)
+                pairs = dot(phi_q, tl.trans(phi_k), pairs * decay[:, None], PRECISION)
+                share = tl.exp2(past - scale)
+                kv = load_sums(KV + state * DV, f, DV, BV) * share[:, None]
+                acc = times_sums(phi_q, kv, acc * decay[:, None], PRECISION)
+                ks = tl.load(KS + state + f) * share
+                den = den * decay + tl.sum(phi_q.to(tl.float32) * ks[None, :], 1)
+                peak = new
+            own = tl.load(SEG + i + step, mask=inside, other=-2) if HAS_SEG else r
+            continues = own == previous_segment(SEG, start, length, HAS_SEG, REVERSE)
+            if HAS_SEG:
+                # Sums of another sequence are not seen, whatever they hold.
+                acc = tl.where(continues[:, None], acc, 0.0)
+                den = tl.where(continues, den, 0.0)
+            seen = seen_pairs(r, r, own, own, STRICT, HAS_SEG)
+            pairs = tl.where(seen, pairs, 0.0).to(OPERAND)
+            v = load_rows(V + head_of(n, heads, svb, svh) + j * svs, step, svs, taking, DV, BV)
+            acc = dot(pairs, v.to(OPERAND), acc, PRECISION)
+            den += tl.sum(pairs.to(tl.float32), 1)
+            has_past = tl.load(SCALE + scales + r * 0) > LOWEST
+            if FORM != "exponential":
+                # A feature that is zero has no scale to tell of keys.
+                has_past = r >= 0
+            known = tl.max((seen & (norm < LARGEST_NORM)[None, :]).to(tl.int32), 1) > 0
+            if HAS_SEG:
+                known = known | (continues & has_past)
+            else:
+                known = known | has_past
+            if MERGE:
+                part_log = tl.load(PART_LOG + row + step, mask=inside, other=-INFINITY)
+                part = head_of(n, heads, spb, sph) + (g * spg + i * spl)
+                part_out = load_rows(PART_OUT + part, step, spl, inside, DV, BV)
+                known = known | (part_log > -INFINITY)
+                new = tl.maximum(peak, tl.ceil(part_log))
+                decay = tl.exp2(peak - new)
+                more = tl.exp2(part_log - new)
+                acc = acc * decay[:, None] + part_out * more[:, None]
+                den = den * decay + more
+                peak = new
+            rows = inside & ((again == 0) | (r == t))
+            unsure = known & (den < SMALLEST)
+            acc, log = finished(acc, den, peak, broken)
+            to = OUT + head_of(n, heads, sob, soh) + (g * sog + i * sol)
+            store_rows(to, step, sol, acc, rows, DV, BV)
+            tl.store(LOG + row + step, log, mask=rows)
+            marks = tl.where(again > 0, 1, 0) + unsure.to(tl.int32)
+            tl.store(LOST + row + step, marks.to(tl.uint8), mask=rows)
 
 
 @triton.jit(do_not_specialize=["first", "length", "delay", "chunks", "features"])

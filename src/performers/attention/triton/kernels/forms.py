@@ -59,10 +59,13 @@ def times_slope(h, z, bias, FORM: tl.constexpr, EPSILON: tl.constexpr):
             return h * tl.where(x == 0.0, 0.0, tl.where(x > 0.0, 1.0, -1.0) / (tl.abs(x) + EPSILON))
         elif FORM == "sigmoid":
             share = 1.0 / (1.0 + tl.exp2(-z))
-            return h * (share * (1.0 - share) / (share + EPSILON))
+            slope = 1.0 - share
+            if EPSILON != 0.0:
+                slope *= share / (share + EPSILON)
+            return h * slope
         else:
-            exponential = tl.exp2(z)
-            slope = tl.where(
-                x > 0.0, 1.0 / (x + 1.0 + EPSILON), exponential / (exponential + EPSILON)
-            )
-            return h * tl.where(z == -INFINITY, 0.0, slope)
+            slope = tl.zeros_like(z) + 1.0
+            if EPSILON != 0.0:
+                exponential = tl.exp2(z)
+                slope = exponential / (exponential + EPSILON)
+            return h * tl.where(x > 0.0, 1.0 / (x + 1.0 + EPSILON), slope)

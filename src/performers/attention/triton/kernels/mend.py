@@ -61,7 +61,9 @@ def mend_rows(
     inside = start + r < length
     i = place_of(start, length, REVERSE)
     row = (n * groups + g) * length + i
-    lost = tl.load(LOST + row + row_step, mask=inside, other=0) != 0
+    # Those of float32 inputs are not computed by themselves before.
+    least: tl.constexpr = 2 if SPLIT else 1
+    lost = tl.load(LOST + row + row_step, mask=inside, other=0) >= least
     if tl.max(lost.to(tl.int32), 0) > 0:
         t = tl.arange(0, BT)
         step = steps(BT, REVERSE)

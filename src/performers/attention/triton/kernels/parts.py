@@ -171,6 +171,19 @@ def project_chunk(
 
 
 @triton.jit
+def on_grid(e, SPLIT: tl.constexpr):
+    """Exponents of 16-bit inputs rounded to ``2^-16``, which a change of scale leaves as they are.
+
+    A difference to an integer is then exact, or so large that the feature is zero.
+    """
+    if SPLIT:
+        # Beyond 64 the last place of this sum is coarser, as is that of the exponent.
+        return (e + 192.0) - 192.0
+    else:
+        return e
+
+
+@triton.jit
 def times_sums(a, sums, acc, PRECISION: tl.constexpr):
     """``acc + a @ sums`` with float32 sums, in two parts where operands have 16 bits."""
     hi = sums.to(a.dtype)
@@ -191,7 +204,9 @@ def finished(acc, den, peak, broken):
     """Output and logarithm of the normaliser: NaN for a broken row, 0 and -inf for an empty one."""
     empty = den == 0
     safe = tl.where(empty, 1.0, den)
-    log = tl.where(empty, -INFINITY, peak + tl.log2(safe))
+    # Of a number near one: the same for every scale.
+    whole = tl.ceil(tl.log2(safe))
+    log = tl.where(empty, -INFINITY, (peak + whole) + tl.log2(safe * tl.exp2(-whole)))
     acc = acc / safe[:, None] + tl.where(broken, float("nan"), 0.0)[:, None]
     return acc, tl.where(broken, float("nan"), log)
 
