@@ -57,14 +57,16 @@ class AttentionCall:
     ``|i + offset - j| <= window``, and those in its list; all others it meets through features.
     With ``positions`` the window is of these in place of ``i + offset`` and ``j``.
 
-    Attributes: those of ``favor_attention``, of which ``checked`` changes
+    The fields are the arguments of ``favor_attention``; these change in ``checked`` or are added by
+    it.
+
+    Attributes:
         query: ``(batch, key_heads, groups, L, head_dim)``: the query heads that share a key head
             stand together.
         key: ``(batch, key_heads, S, head_dim)``: the first ``offset`` are those that a state held
-            besides its sums, and there is a head for each projection. ``value`` likewise.
+            besides its sums, and there is a head for each projection.
+        value: ``(batch, key_heads, S, value_dim)``.
         key_mask: Shape ``(batch, S)``, True where a key takes part and is no sink, or None.
-
-    and to which it adds
         following: Of a bidirectional call on a part of a row, the sums over the keys after the last
             of ``key``; ``state`` then has those before the first. None for whole rows.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.

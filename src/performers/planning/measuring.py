@@ -130,9 +130,13 @@ def measure_times(
 
 def timed(call: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
     """The result of a call and its seconds, work queued on the device included."""
-    wait = partial(torch.accelerator.synchronize, device) if device.type != "cpu" else bool
-    wait()
+    _synchronize(device)
     start = time.perf_counter()
     out = call()
-    wait()
+    _synchronize(device)
     return out, time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
