@@ -44,8 +44,10 @@ CLOSED = "feature_map must be SoftmaxFeatures with regularized=False"
 REFUSED = [
     (softmax(0), "head_dim must be got 0"),
     (softmax(8, 0), "num_features must be got 0"),
-    (softmax(8, 33, estimator="hyperbolic"), "num_features must be even got 33"),
-    (softmax(8, 33, estimator="trigonometric"), "num_features must be even got 33"),
+    *(
+        (softmax(8, 33, estimator=name), f"num_features must be even {name} got 33")
+        for name in ("hyperbolic", "trigonometric")
+    ),
     (softmax(estimator="cosine"), "estimator must be one of 'cosine'"),
     (softmax(projection="qr"), "projection must be one of 'qr'"),
     (softmax(projection=None), "projection must be one of None"),

@@ -13,20 +13,23 @@ from performers.features.projections import Projection, draw_projection
 from performers.features.recomputation import VersionedModule, guard_recomputation, is_traced
 
 
-def resolve_num_features(head_dim: int, num_features: int | None, *, even: bool = False) -> int:
+def resolve_num_features(
+    head_dim: int, num_features: int | None, *, paired: str | None = None
+) -> int:
     """A number of features, checked.
 
-    None becomes the multiple of 32 nearest ``head_dim * ln(head_dim)``, at least 32.
+    None becomes the multiple of 32 nearest ``head_dim * ln(head_dim)``, at least 32. ``paired``
+    names an estimator that makes two features of each row of its projection.
 
     Raises:
-        ValueError: A number is below one, or ``num_features`` is odd but comes in pairs.
+        ValueError: A number is below one, or ``num_features`` is odd for such an estimator.
     """
     if head_dim < 1:
         raise ValueError(f"head_dim must be at least 1, got {head_dim}")
     if num_features is None:
         return max(32, 32 * round(head_dim * math.log(head_dim) / 32))
-    if num_features < 1 or (even and num_features % 2):
-        wanted = "a positive even number for a two-sided estimator" if even else "at least 1"
+    if num_features < 1 or (paired and num_features % 2):
+        wanted = f"a positive even number for the {paired} estimator" if paired else "at least 1"
         raise ValueError(f"num_features must be {wanted}, got {num_features}")
     return num_features
 

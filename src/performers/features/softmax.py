@@ -107,7 +107,9 @@ class SoftmaxFeatures(FeatureMap):
         if projection not in PROJECTIONS:
             raise ValueError(f"projection must be one of {PROJECTIONS}, got {projection!r}")
         two_sided = estimator in TWO_SIDED
-        num_features = resolve_num_features(head_dim, num_features, even=two_sided)
+        num_features = resolve_num_features(
+            head_dim, num_features, paired=estimator if two_sided else None
+        )
         if two_sided and projection == "antithetic":
             raise ValueError(
                 f"projection must not be 'antithetic' for the {estimator} estimator, which has the "
