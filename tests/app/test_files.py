@@ -66,6 +66,12 @@ def test_a_file_needs_one_of_the_suffixes(tmp_path):
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_name_that_leaves_no_room_for_the_temporary_file(tmp_path):
+    path = tmp_path / f"{250 * 'x'}.tsv"
+    with pytest.raises(UserError, match="cannot be written"):
+        prepare_output_file(path, (".tsv",))
+
+
 def test_a_folder_is_not_a_file(tmp_path):
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(UserError, match="is a folder; give a file"):

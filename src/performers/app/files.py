@@ -34,7 +34,7 @@ def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
         if folder.exists() and any(folder.iterdir()) and not resume:
             advice = "" if resume is None else ", or --resume to continue the run in it"
             raise UserError(f"--output {folder} is not empty; give another folder{advice}")
-        _try_writing(folder)
+        _try_writing(folder / f".write-test-{os.getpid()}")
     except OSError as error:
         raise UserError(
             f"--output {folder} cannot be written ({error.strerror}); give another folder"
@@ -58,7 +58,8 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
     if path.is_dir():
         raise UserError(f"{flag} {path} is a folder; give a file")
     try:
-        _try_writing(path.parent)
+        # The temporary file that the results are written to has a longer name.
+        _try_writing(path.with_name(f".{path.name}.{os.getpid()}.tmp"))
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError)
         reason = f"{path.parent} is not a folder" if in_the_way else error.strerror
@@ -68,9 +69,8 @@ def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "-
     return path
 
 
-def _try_writing(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".write-test-{os.getpid()}"
+def _try_writing(probe: Path) -> None:
+    probe.parent.mkdir(parents=True, exist_ok=True)
     probe.touch()
     probe.unlink()
 
