@@ -158,3 +158,12 @@ def test_a_checkpoint_that_was_being_written_is_none(checkpoints, caplog):
     shutil.rmtree(checkpoints / "checkpoint-2")
     assert newest_checkpoint(checkpoints) is None
     assert caplog.messages[-1].endswith("(its saving had not ended); starting anew")
+
+
+def test_a_checkpoint_that_was_just_begun_is_none(checkpoints):
+    """Its folder is made before the first manifest is written."""
+    (checkpoints / "checkpoint-6").mkdir()
+    assert newest_checkpoint(checkpoints).name == "checkpoint-4"
+    for step in (2, 4):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    assert newest_checkpoint(checkpoints) is None

@@ -86,7 +86,8 @@ def _fault(checkpoint: Path) -> str | None:
     if damage is not None:
         return damage
     manifest = read_manifest(checkpoint)
-    if manifest is None:
-        return f"{MANIFEST} is missing"
     # Written last, before the manifest.
-    return None if "trainer_state.json" in manifest else _UNFINISHED
+    last = "trainer_state.json"
+    if manifest is None and (checkpoint / last).exists():
+        return f"{MANIFEST} is missing"
+    return None if last in (manifest or {}) else _UNFINISHED
