@@ -248,6 +248,7 @@ def test_bad_arguments_are_named():
     for given, message in (
         ([attentions[0], attentions[1][:, :, :-1]], "layer 2"),
         (attentions[:1], "same heads"),
+        ([], "at least one layer, got none"),
     ):
         with pytest.raises(ValueError, match=message):
             similarity.update(tokens, mask, given)

@@ -83,7 +83,9 @@ class AttentionSimilarity:
             for layer, weights in enumerate(attentions, start=1)
             for head in range(weights.shape[1])
         ]
-        if not names or (self._names and names != self._names):
+        if not names:
+            raise ValueError("attentions must hold at least one layer, got none")
+        if self._names and names != self._names:
             raise ValueError(
                 f"attentions must have the same heads in every batch: {len(self._names)} before, "
                 f"{len(names)} now"
