@@ -15,6 +15,7 @@ from performers.proteins.inputs import packing
 from performers.proteins.inputs.packing import (
     LengthBucketedBatchSampler,
     TokenDataset,
+    learnable_windows,
     split_windows,
 )
 from tests.proteins.corpus.test_shards import proteins, write_shards
@@ -187,6 +188,17 @@ EMPTY, ONE = np.array([], dtype=int), np.array([1])
     ("call", "message"),
     [
         (lambda: split_windows(ONE, 0), "max_length"),
+        (lambda: learnable_windows(ONE, 0), "max_length"),
+        *[
+            (
+                lambda size=size, packed=packed: TokenDataset(
+                    [ONE], max_length=size, packed=packed
+                ),
+                "max_length",
+            )
+            for size in (0, -1)
+            for packed in (False, True)
+        ],
         (lambda: TokenDataset([]), "at least one"),
         (lambda: TokenDataset([ONE, EMPTY]), "1 is empty"),
         (lambda: TokenDataset([[1, 5, 2], [1, 6, 2]], learnable=True), "no two residues"),

@@ -33,19 +33,24 @@ def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
     Raises:
         ValueError: ``max_length`` is below 1.
     """
-    if max_length < 1:
-        raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
+    _check_length(max_length)
     return list(np.array_split(token_sequence, max(1, -(-len(token_sequence) // max_length))))
 
 
 def window_places(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
     """Sequence, start and size of each window of sequences, as `split_windows` cuts them."""
+    _check_length(max_length)
     counts = -(-lengths // max_length)
     sequences = np.repeat(np.arange(lengths.size), counts)
     window = np.arange(sequences.size) - (np.cumsum(counts) - counts)[sequences]
     base, longer = lengths // counts, lengths % counts
     starts = window * base[sequences] + np.minimum(window, longer[sequences])
     return sequences, starts, base[sequences] + (window < longer[sequences])
+
+
+def _check_length(max_length: int) -> None:
+    if max_length < 1:
+        raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
 
 
 def learnable_windows(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
@@ -84,7 +89,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         learnable: Leave out rows of fewer than two residues, which have nothing to predict.
 
     Raises:
-        ValueError: There is no sequence, or one is empty.
+        ValueError: There is no sequence, one is empty, or ``max_length`` is below 1.
         UserError: All rows are left out.
     """
 
@@ -101,7 +106,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
         lengths = sequence_lengths(self._sequences)
         if not lengths.all():
             raise ValueError(f"sequences: {int(lengths.argmin())} is empty; leave it out")
-        max_length = max_length or int(lengths.max(initial=1))
+        max_length = int(lengths.max(initial=1)) if max_length is None else max_length
+        _check_length(max_length)
         self._packed = packed
         if packed:
             self._order = np.arange(lengths.size)
