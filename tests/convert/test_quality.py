@@ -194,6 +194,7 @@ def test_kinds_are_told_by_the_class(name, kind):
         ("berts", None, {}, "tokenizer must have a mask token"),
         ("llamas", ((1, 1),), {}, "batches have nothing to predict"),
         ("llamas", (), {"kind": "encoder"}, "at least one batch, got none"),
+        ("llamas", None, {"kind": "clm"}, "kind must be one of .*'causal'.*got 'clm'"),
     ],
 )
 def test_what_cannot_be_measured(model, given, options, words, request):

@@ -93,6 +93,8 @@ def measure_quality(
         seed: Random seed of the masked tokens.
     """
     kind = kind or kind_of(model)
+    if kind not in (kinds := (*_LM_TABLES, "encoder")):
+        raise ValueError(f"kind must be one of {kinds} or None, got {kind!r}")
     if reference is model:
         reference = None
     with evaluation(model), evaluation(model if reference is None else reference):
