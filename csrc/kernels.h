@@ -5,7 +5,8 @@
 
 namespace performers {
 
-// False where NaN or infinity was read, and the results mean nothing.
+// `forward` returns false where it read NaN or infinity, and its results mean nothing; the others
+// always return true.
 struct Kernels {
     bool (*forward)(const performers_call &);
     bool (*backward)(const performers_call &);

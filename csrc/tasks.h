@@ -118,7 +118,8 @@ public:
         for (int64_t i = 0; i < lanes_ * size(); ++i) memory_.data[i] = 0;
     }
 
-    // As above, with buffers that add to these gradients.
+    // Calls body(buffers, head, span, i) as the function for_spans does; what the buffers find for the
+    // weights is added to these gradients.
     template <typename Made, typename Body>
     void for_spans(const std::vector<Span> &spans, Body &&body) const {
         const int64_t count = static_cast<int64_t>(spans.size()), tasks = p_.heads * count;
