@@ -126,12 +126,14 @@ def test_a_named_backend_that_does_not_cover_the_call_is_refused(call, what, by_
 
 
 @NATIVE
-def test_an_argument_that_a_backend_does_not_compute(call, monkeypatch):
+@pytest.mark.parametrize(("name", "default", "value"), [("scale", None, 0.2), ("sinks", 0, 2)])
+def test_an_argument_that_a_backend_does_not_compute(call, monkeypatch, name, default, value):
     """Refused by its name, and by default left to a backend that does; or to none."""
-    declared = {"backends": ("torch",), "otherwise": "with scale"}
-    monkeypatch.setattr(MODULE, "_COMPUTED_BY", [("scale", declared)])
-    call = Call(call.case, call.feature_map, *call.inputs, {**call.options, "scale": 0.2})
-    with pytest.raises(ValueError, match="backend must be 'torch' with scale, got 'native'"):
+    declared = {"backends": ("torch",), "otherwise": f"with {name}"}
+    monkeypatch.setattr(MODULE, "_COMPUTED_BY", [(name, default, declared)])
+    assert used(call) == "native"
+    call = Call(call.case, call.feature_map, *call.inputs, {**call.options, name: value})
+    with pytest.raises(ValueError, match=f"backend must be 'torch' with {name}, got 'native'"):
         call.run("native")
     assert used(call) == "torch"
     declared["backends"] = ("native",)

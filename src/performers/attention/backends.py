@@ -38,8 +38,8 @@ _BACKENDS = {
     "reference": Backend(reference.attend),
 }
 _USABLE = {"native": library.available, "triton": triton.available}
-# Arguments that not all backends compute, and those that do.
-_COMPUTED_BY = [(x.name, x.metadata) for x in fields(AttentionCall) if x.metadata]
+# Arguments that not all backends compute, their defaults, and the backends that do.
+_COMPUTED_BY = [(x.name, x.default, x.metadata) for x in fields(AttentionCall) if x.metadata]
 # Per thread; torch.compile can read a thread's attribute, but not a context variable.
 _forced = threading.local()
 
@@ -111,8 +111,11 @@ def _best(call: AttentionCall) -> str:
 
 def _uncovered(name: str, call: AttentionCall) -> str | None:
     """Reason why a backend cannot compute a call, or None."""
-    for argument, declared in _COMPUTED_BY:
-        if name not in declared["backends"] and getattr(call, argument) is not None:
+    for argument, default, declared in _COMPUTED_BY:
+        value = getattr(call, argument)
+        # Tensors are not compared: they have no default but None.
+        used = value is not None if default is None else value != default
+        if used and name not in declared["backends"]:
             reason: str = declared["otherwise"]
             return reason
     return _BACKENDS[name].uncovered(call)

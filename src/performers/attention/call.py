@@ -89,8 +89,8 @@ class AttentionCall:
     scale: float | None = None
     window: int | None = None
     sinks: int = 0
-    # An argument that not every backend computes is None where it is not used; it names those that
-    # do, and says what keeps the others.
+    # An argument that not every backend computes names those that do, and says what keeps the
+    # others from a call in which it is not its default.
     listed_keys: ListedKeys | None = field(
         default=None,
         metadata={"backends": ("native", "torch", "reference"), "otherwise": "with listed keys"},
