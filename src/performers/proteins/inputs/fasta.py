@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, TextIO, cast
 
 from performers.app.files import replacement
-from performers.proteins.inputs.lines import Place, parse
+from performers.proteins.inputs.parsing import Place, parse
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 from performers.proteins.inputs.streams import (
     STANDARD_INPUT,
