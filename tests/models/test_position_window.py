@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from performers.attention.torch_backend import backend
 from performers.features import FeatureMap
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import FavorMechanism, PositionWindowMechanism
@@ -71,6 +72,34 @@ def test_a_plain_row_has_the_ordinary_window():
         mask = (padded > 0).long()
         found = network(padded, attention_mask=mask).logits[mask.bool()]
         torch.testing.assert_close(found, network(IDS).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("positions", "mask", "by_position"),
+    [
+        (None, [1] * 22, False),
+        (None, [0, 0] + [1] * 17 + [0] * 3, False),
+        (None, [1] * 9 + [0] + [1] * 12, True),
+        ([5, *range(7, 28)], [0] + [1] * 21, False),
+        ([5, *range(7, 28)], [1] * 22, True),
+        (POSITIONS[0].tolist(), [1] * 22, True),
+    ],
+    ids=["one", "padded", "gap", "padding elsewhere", "jump", "relatives"],
+)
+def test_positions_that_count_up_take_the_window_of_the_row(
+    monkeypatch, positions, mask, by_position
+):
+    """It is the same, and has compiled kernels."""
+    calls = []
+    rows = backend.position_window_rows
+    monkeypatch.setattr(backend, "position_window_rows", lambda x: calls.append(x) or rows(x))
+    network, mask = model(window=2, position_window=2), torch.tensor([mask])
+    given = None if positions is None else torch.tensor([positions])
+    found = network(IDS, attention_mask=mask, position_ids=given).logits[mask.bool()]
+    assert bool(calls) == by_position
+    monkeypatch.setattr("performers.models.modeling._counts_up", lambda *_: False)
+    expected = network(IDS, attention_mask=mask, position_ids=given).logits[mask.bool()]
+    torch.testing.assert_close(found, expected)
 
 
 def test_batches_and_packed_rows():

@@ -64,6 +64,7 @@ class Declaration:
         choices: Allowed values; of a tuple, allowed elements, each at most once.
         rising: Whether the numbers of a tuple are positive and rise.
         config: Attribute of the model's configuration that the option sets.
+        keeps_weights: Whether a trained model fits another value of ``config``.
         changes_result: Whether a run with another value is another run.
         group: Heading of the help for this option and those after it.
         needs: Other fields, and the value or pattern (``favor-*``) that each must have for this
@@ -81,6 +82,7 @@ class Declaration:
     choices: Collection[str] = ()
     rising: bool = False
     config: str | None = None
+    keeps_weights: bool = False
     changes_result: bool = True
     group: str | None = None
     needs: Mapping[str, str] = field(default_factory=dict)

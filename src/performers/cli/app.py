@@ -31,7 +31,7 @@ from performers.cli.inputs import (
 )
 from performers.cli.probe import probe
 from performers.cli.score import score
-from performers.cli.train import train
+from performers.cli.train import architecture, train
 from performers.proteins.embedded import model_folder
 from performers.proteins.options import DEMO_STEPS, SamplingOptions
 
@@ -56,7 +56,10 @@ def options(
     """Options of ``performers`` without a command."""
 
 
-app.command(example="performers train proteins.fasta.gz --output model --steps 10000")(train)
+app.command(
+    example="performers train proteins.fasta.gz --output model --steps 10000",
+    defaults=architecture,
+)(train)
 app.command(example="performers embed proteins.fasta --output vectors.h5 --per-residue")(embed)
 app.command(example="performers score proteins.fasta --substitutions substitutions.tsv")(score)
 

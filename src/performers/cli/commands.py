@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -38,19 +38,22 @@ class App(typer.Typer):
         extra: str = "proteins",
         lower: str = _LOWER,
         example: str | None = None,
+        defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Callable[[Any], Any]:
         """Register a function of dataclasses of options as a command.
 
         The fields of every parameter that is a subclass of `Options` become flags; other
         parameters are typer's, as are other options. ``extra`` and ``lower`` are those of
-        `one_line_errors`; ``example`` is a call, shown below the help.
+        `one_line_errors`; ``example`` is a call, shown below the help. ``defaults`` returns values
+        for flags that were left out, from the values of those that were given;
+        the function then has a ``context``.
         """
         epilog = f"Example: {example}" if example else None
         register = super().command(name, cls=_Command, epilog=epilog, **options)
 
         def decorate(function: Callable[..., None]) -> Callable[..., None]:
-            register(_with_flags(function, extra, lower))
+            register(_with_flags(function, extra, lower, defaults))
             return function
 
         return decorate
@@ -66,7 +69,12 @@ class _Group(TyperGroup):
         _run(super().main, *args, **options)
 
 
-def _with_flags(function: Callable[..., None], extra: str, lower: str) -> Callable[..., None]:
+def _with_flags(
+    function: Callable[..., None],
+    extra: str,
+    lower: str,
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
+) -> Callable[..., None]:
     """The function with its options as keyword arguments, in the form that typer reads."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, type[Options]] = {}
@@ -87,6 +95,9 @@ def _with_flags(function: Callable[..., None], extra: str, lower: str) -> Callab
 
     def run(**given: Any) -> None:
         with one_line_errors(extra, lower):
+            if defaults is not None:
+                named = {x: given[x] for x in given if is_given(given["context"], x)}
+                given |= defaults(named)
             others = {name: given[name] for name in given.keys() & hints.keys() - groups.keys()}
             made = {name: _made(group, given) for name, group in groups.items()}
             function(**others, **made)
@@ -94,6 +105,12 @@ def _with_flags(function: Callable[..., None], extra: str, lower: str) -> Callab
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
     return run
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """True if the command line has a value for a parameter."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _parameter(group: type[Options], item: Field[Any], panel: str | None) -> inspect.Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import typer
 from performers.app.errors import UserError
 from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, argument, option
+from performers.cli.commands import is_given
 from performers.cli.console import ProgressBars, note, print_metrics
 from performers.cli.inputs import protein_records
 from performers.training.options import TrainingOptions
@@ -29,6 +30,11 @@ class TrainingFiles(Options):
         "or .txt files and folders of them, for a causal model of text.",
     )
     output_folder: Path = option("Folder of the model.", flag="--output")
+    initial_model: Path | None = option(
+        "Model folder, or performers-protein-small, whose weights, features and architecture the "
+        "run begins with.",
+        None,
+    )
     resume: bool = option("Continue the run in --output exactly.", False)
     validation: list[Path] | None = option(
         "FASTA file, or text, to validate on (repeatable).", None
@@ -38,6 +44,16 @@ class TrainingFiles(Options):
     )
 
 
+def architecture(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a run with an initial model takes from it, for those that were given."""
+    resumed = Path(given["output_folder"]) if given.get("resume") else None
+    if given.get("initial_model") is None and resumed is None:
+        return {}
+    from performers.proteins.training.initial import initial_options
+
+    return initial_options(given.get("initial_model"), given, resumed=resumed)
+
+
 def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions) -> None:
     """Train a language model from FASTA files or a prepared corpus, or from texts."""
     from performers.proteins.corpus import Corpus, is_corpus
@@ -45,13 +61,14 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
     from performers.proteins.training.train import train_model, validation_sample
 
     from_corpus = any(is_corpus(path) for path in files.fasta)
-    source = context.get_parameter_source("validation_fraction")
-    if source and source.name == "COMMANDLINE" and (files.validation or from_corpus):
+    if is_given(context, "validation_fraction") and (files.validation or from_corpus):
         whose = "--validation" if files.validation else "the corpus, which has a validation split"
         raise OptionError(f"--validation-fraction holds out nothing beside {whose}; leave it out")
     from performers.streams.text import is_text
 
     if not from_corpus and any(map(is_text, files.fasta)):
+        if files.initial_model is not None:
+            raise UserError("--initial-model is for proteins; leave it out for texts")
         _train_on_texts(files, options)
         return
     for flag, given in (("--tokenizer", files.tokenizer), ("--carry-state", options.carry_state)):
@@ -93,6 +110,7 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
             validation=held_out,
             families=families,
             validation_families=validation_families,
+            initial_model=files.initial_model,
             resume=files.resume,
             progress=bars.task("training"),
             announce=note,

@@ -46,13 +46,16 @@ class FavorMechanism(FavorAttention):
             is_causal=context.is_causal,
             key_mask=context.key_mask,
             cu_seqlens=context.cu_seqlens,
-            positions=context.position_ids if self.over_positions else None,
+            positions=self._window_positions(context),
             state=None if entry is None else entry.state,
             return_state=entry is not None,
         )
         if entry is not None and state is not None:
             entry.set_state(state, query.shape[-2], version)
         return out, weights
+
+    def _window_positions(self, context: AttentionContext) -> Tensor | None:
+        return context.position_ids if self.over_positions and not context.counts_up else None
 
     def _weights(self, query: Tensor, key: Tensor, context: AttentionContext) -> Tensor:
         if context.sequence_ids is not None and self.sinks:
@@ -65,7 +68,7 @@ class FavorMechanism(FavorAttention):
             key,
             is_causal=context.is_causal,
             key_mask=context.key_mask,
-            positions=context.position_ids if self.over_positions else None,
+            positions=self._window_positions(context),
         )
         if context.sequence_ids is None:
             return weights

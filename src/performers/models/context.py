@@ -19,6 +19,8 @@ class AttentionContext(NamedTuple):
         cache: Cache of the past, or None.
         rotary: Cosines and sines of the angles, or None.
         position_ids: Positions, shape ``(B, L)``, or None.
+        counts_up: Positions of the tokens of a row that take part count up by one, so that windows
+            over positions are windows in the row.
         need_weights: Also return the attention matrix.
         choices: Discrete choices of modules, such as buckets, which a module stores and reads in
             this dictionary where a layer is recomputed from inputs that differ by rounding. None:
@@ -32,5 +34,6 @@ class AttentionContext(NamedTuple):
     cache: PerformerCache | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     position_ids: Tensor | None = None
+    counts_up: bool = False
     need_weights: bool = False
     choices: dict[nn.Module, Tensor] | None = None

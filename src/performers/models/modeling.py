@@ -339,6 +339,12 @@ class PerformerModel(PerformerPreTrainedModel):
             cache=cache,
             rotary=rotary,
             position_ids=position_ids.expand(batch, length),
+            counts_up=(
+                self.config.position_window is not None
+                and starts is None
+                and current_sharding() is None
+                and _counts_up(position_ids, present)
+            ),
             need_weights=output_attentions,
         )
         return context, position_ids
@@ -376,6 +382,16 @@ def _bool_mask(mask: Tensor) -> Tensor:
             "packed sequences have other names here (sequence_ids)"
         )
     return mask != 0
+
+
+def _counts_up(position_ids: Tensor, present: Tensor) -> bool:
+    """True if the tokens of each row that take part are at positions one after the other."""
+    if is_tracing():
+        return False
+    offsets = position_ids - torch.arange(present.shape[1], device=present.device)
+    limits = torch.iinfo(offsets.dtype)
+    largest = offsets.masked_fill(~present, limits.min).amax(-1)
+    return bool((largest <= offsets.masked_fill(~present, limits.max).amin(-1)).all())
 
 
 def _check_first(length: int, position_ids: Tensor | None) -> None:

@@ -75,6 +75,7 @@ class TrainingOptions(Options):
         None,
         at_least=0,
         config="window",
+        keeps_weights=True,
         needs={"attention": "favor-softmax"},
     )
     position_window: int | None = option(
@@ -83,6 +84,7 @@ class TrainingOptions(Options):
         None,
         at_least=0,
         config="position_window",
+        keeps_weights=True,
         needs={"attention": "favor-softmax", "objective": "mlm"},
     )
     position_embedding: str = option(
@@ -93,13 +95,19 @@ class TrainingOptions(Options):
         config="position_embedding",
     )
     dropout: float = option(
-        "Dropout probability.", 0.1, at_least=0, at_most=0.99, config="hidden_dropout_prob"
+        "Dropout probability.",
+        0.1,
+        at_least=0,
+        at_most=0.99,
+        config="hidden_dropout_prob",
+        keeps_weights=True,
     )
     max_length: int = option(
         "Longest row in tokens; longer sequences are split.",
         1024,
         at_least=3,
         config="max_position_embeddings",
+        keeps_weights=True,
         group="Batches",
     )
     packed: bool = option("Fill rows of --max-length with several sequences.", False)
@@ -195,6 +203,7 @@ class TrainingOptions(Options):
         0,
         at_least=0,
         config="chunk_size_feed_forward",
+        keeps_weights=True,
     )
     validation_fraction: float = option(
         "Share of the sequences of FASTA files held out without --validation, at most 500.",

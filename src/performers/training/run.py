@@ -47,6 +47,8 @@ class TrainingRun:
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         before: Names in ``output`` that are written before a run begins.
+        initial_model: Name and ``sha256`` of the model that the run begins with, if any; no hash
+            of one that is no longer there.
 
     Raises:
         UserError: The folder holds another run or something else, all checkpoints are damaged,
@@ -61,6 +63,7 @@ class TrainingRun:
         *,
         resume: bool,
         before: Collection[str] = (),
+        initial_model: dict[str, Any] | None = None,
     ) -> None:
         if options.optimizer == "muon":
             try:
@@ -69,12 +72,15 @@ class TrainingRun:
                 raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
         self.output, self.options = output, options
         self.record = {"options": options.to_dict(), "data": data, "processes": process_count()}
+        if initial_model is not None:
+            self.record["initial_model"] = initial_model
         checkpoints = output / "checkpoints"
         self.checkpoint: Path | None = None
         self._settings = output / "training.json"
         self._continued = resume and self._settings.exists()
         if self._continued:
-            check_same_run(self._settings, self.record, options)
+            earlier = check_same_run(self._settings, self.record, options)
+            self.record |= {x: earlier[x] for x in ("initial_model",) if x in earlier}
             try:
                 self.checkpoint = newest_checkpoint(checkpoints, processes=process_count())
             except ValueError as error:
@@ -175,8 +181,13 @@ class TrainingRun:
         return result
 
 
-def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOptions) -> None:
+def check_same_run(
+    settings: Path, record: dict[str, Any], options: TrainingOptions
+) -> dict[str, Any]:
     """Check the record and options of a run against the ``training.json`` that it is to continue.
+
+    Returns:
+        The record in that file.
 
     Raises:
         UserError: The folder holds another run; the message names the difference.
@@ -201,3 +212,11 @@ def check_same_run(settings: Path, record: dict[str, Any], options: TrainingOpti
             f"--resume continues the run in the folder, but that ran in {processes} "
             f"processes and this in {record['processes']}; start as many, or give another --output"
         )
+    begun, wanted = (x.get("initial_model") or {} for x in (earlier, record))
+    if any(value not in (None, begun.get(name)) for name, value in wanted.items()):
+        raise UserError(
+            "--resume continues the run in the folder, but --initial-model was "
+            f"{begun.get('name')}, with SHA-256 {begun.get('sha256')}, now {wanted['name']}, "
+            f"{wanted['sha256']}; leave it out, or give another --output"
+        )
+    return earlier

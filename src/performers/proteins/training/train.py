@@ -22,6 +22,7 @@ from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler, TokenDataset
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model, evaluate_rows
+from performers.proteins.training.initial import initial_record, load_initial_weights
 from performers.training.options import TrainingOptions
 from performers.training.run import TrainingRun
 from performers.training.trainer import RunTrainer
@@ -39,6 +40,7 @@ def train_model(
     validation: Sequence[str] | None = None,
     families: Sequence[str] | None = None,
     validation_families: Sequence[str] | None = None,
+    initial_model: Path | None = None,
     resume: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
     announce: Callable[[str], None] | None = None,
@@ -61,6 +63,8 @@ def train_model(
         families: With ``options.families``, the family of each of ``sequences``.
         validation_families: Those of ``validation``, whose relatives are in ``sequences``; the
             first 50 are read.
+        initial_model: Folder of a model to begin with, or ``performers-protein-small``, with
+            ``initial_options``; random weights by default. A run that is resumed needs it no more.
         resume: Continue from the newest checkpoint in ``output`` that is complete and undamaged;
             from the start if the saving of none had ended.
         progress: Called with the step, the steps in all and the latest log entry.
@@ -91,12 +95,20 @@ def train_model(
             families = [families[index] for index in kept]
     named = None if families is None else (families, validation_families or [])
     run = TrainingRun(
-        output, _fingerprint(sequences, validation, named or ()), options, resume=resume
+        output,
+        _fingerprint(sequences, validation, named or ()),
+        options,
+        resume=resume,
+        initial_model=initial_model and initial_record(initial_model),
     )
 
     def trainer() -> _ProteinTrainer:
         model_class = PerformerForCausalLM if options.objective == "clm" else PerformerForMaskedLM
         model = model_class(options.model_config(tokenizer))
+        if run.checkpoint is None and "initial_model" in run.record:
+            if initial_model is None:
+                raise UserError("--resume: no checkpoint was saved; give --initial-model once more")
+            load_initial_weights(model, initial_model, options)
         dataset, validated = _data(tokenizer, sequences, validation, named, options)
         return _ProteinTrainer(
             run=run, dataset=dataset, tokenizer=tokenizer, validation=validated, model=model
