@@ -136,11 +136,12 @@ def test_models_beyond_the_options_are_refused(fasta, tmp_path, changes):
     assert f"has {next(iter(changes))}={next(iter(changes.values()))}, for which there is" in line
 
 
-def test_texts_and_folders_without_a_model_are_refused(fasta, small, tmp_path):
+def test_texts_and_folders_without_a_model_are_refused(fasta, tmp_path):
     text = tmp_path / "words.txt"
     text.write_text("some words " * 100)
     begin = ("--output", tmp_path / "output", "--initial-model")
-    assert "is for proteins" in refusal("train", text, *begin, small, "--objective", "clm")
+    causal = make_model_folder(tmp_path / "causal", "clm")
+    assert "is for proteins" in refusal("train", text, *begin, causal, "--objective", "clm")
     assert "--initial-model: " in refusal("train", fasta, *begin, tmp_path)
 
 
