@@ -99,7 +99,7 @@ def train_model(
         _fingerprint(sequences, validation, named or ()),
         options,
         resume=resume,
-        initial_model=initial_model and initial_record(initial_model),
+        initial_model=None if initial_model is None else initial_record(initial_model),
     )
 
     def trainer() -> _ProteinTrainer:
