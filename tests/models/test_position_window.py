@@ -97,7 +97,7 @@ def test_positions_that_count_up_take_the_window_of_the_row(
     given = None if positions is None else torch.tensor([positions])
     found = network(IDS, attention_mask=mask, position_ids=given).logits[mask.bool()]
     assert bool(calls) == by_position
-    monkeypatch.setattr("performers.models.modeling._counts_up", lambda *_: False)
+    monkeypatch.setattr("performers.models.modeling.counts_up", lambda *_: False)
     expected = network(IDS, attention_mask=mask, position_ids=given).logits[mask.bool()]
     torch.testing.assert_close(found, expected)
 

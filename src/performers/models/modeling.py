@@ -33,6 +33,7 @@ from performers.models.manifest import MANIFEST, check_manifest
 from performers.models.positions import (
     AxialPositions,
     LearnedPositions,
+    counts_up,
     rotary_angles,
     sinusoids,
 )
@@ -331,6 +332,8 @@ class PerformerModel(PerformerPreTrainedModel):
         rotary = None
         if self.config.position_embedding == "rotary":
             rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        may_count = starts is None and current_sharding() is None
+        may_count = may_count and self.config.position_window is not None
         context = AttentionContext(
             is_causal=self.config.is_decoder,
             key_mask=mask,
@@ -339,12 +342,7 @@ class PerformerModel(PerformerPreTrainedModel):
             cache=cache,
             rotary=rotary,
             position_ids=position_ids.expand(batch, length),
-            counts_up=(
-                self.config.position_window is not None
-                and starts is None
-                and current_sharding() is None
-                and _counts_up(position_ids, present)
-            ),
+            counts_up=may_count and counts_up(position_ids, present),
             need_weights=output_attentions,
         )
         return context, position_ids
@@ -382,16 +380,6 @@ def _bool_mask(mask: Tensor) -> Tensor:
             "packed sequences have other names here (sequence_ids)"
         )
     return mask != 0
-
-
-def _counts_up(position_ids: Tensor, present: Tensor) -> bool:
-    """True if the tokens of each row that take part are at positions one after the other."""
-    if is_tracing():
-        return False
-    offsets = position_ids - torch.arange(present.shape[1], device=present.device)
-    limits = torch.iinfo(offsets.dtype)
-    largest = offsets.masked_fill(~present, limits.min).amax(-1)
-    return bool((largest <= offsets.masked_fill(~present, limits.max).amin(-1)).all())
 
 
 def _check_first(length: int, position_ids: Tensor | None) -> None:

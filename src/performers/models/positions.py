@@ -87,3 +87,13 @@ def _check_length(position_ids: Tensor, limit: int) -> None:
             f"the input has {longest} positions but max_position_embeddings is {limit}: learned "
             "positions do not extend; shorten the input or train with rotary positions"
         )
+
+
+def counts_up(position_ids: Tensor, present: Tensor) -> bool:
+    """True if the tokens of each row that take part are at positions one after the other."""
+    if is_tracing():
+        return False
+    offsets = position_ids - torch.arange(present.shape[1], device=present.device)
+    limits = torch.iinfo(offsets.dtype)
+    largest = offsets.masked_fill(~present, limits.min).amax(-1)
+    return bool((largest <= offsets.masked_fill(~present, limits.max).amin(-1)).all())
