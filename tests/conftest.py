@@ -18,6 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow for seconds at a time.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: idle threads of one worker leave the cores to the other.
