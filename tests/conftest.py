@@ -14,15 +14,21 @@ import gc
 import itertools
 import os
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is slow for seconds at a time.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: idle threads of one worker leave the cores to the other.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_MARKS = {"slow", "exhaustive"}
 
 # Tests that share nothing made for a file: a function of theirs can go to either worker.
 _APART = ("tests/attention/", "tests/features/", "tests/models/")
@@ -44,10 +50,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", metavar="NAME", help="device of the tests that take one")
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     if "device" in metafunc.fixturenames:
         name = metafunc.config.getoption("device")
         metafunc.parametrize("device", _devices() if name is None else [name])
+    yield
+    # Combinations are left out here, since tens of thousands of tests take longer to make than
+    # those that run by default. What is slow or exhaustive is left out afterwards.
+    if not metafunc.config.getoption("markexpr"):
+        unmarked = [call for call in metafunc._calls if not _MARKS & {x.name for x in call.marks}]
+        chosen = [call for call in unmarked if _is_of_a_chosen_form(metafunc, call)]
+        metafunc._calls = _all_pairs(metafunc, chosen) or metafunc._calls[:1]
 
 
 def _devices() -> list[str]:
@@ -61,15 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     expression = config.getoption("markexpr")
     if expression and expression != "exhaustive":
         return
-    chosen = [item for item in items if not item.get_closest_marker("slow")]
-    if not expression:
-        chosen = [item for item in chosen if not item.get_closest_marker("exhaustive")]
-        chosen = [item for item in chosen if _is_of_a_chosen_form(item)]
-        functions = defaultdict(list)
-        for item in chosen:
-            functions[item.nodeid.split("[", 1)[0]].append(item)
-        kept = {item for function in functions.values() for item in _all_pairs(function)}
-        chosen = [item for item in chosen if item in kept]
+    refused = ["slow"] if expression else _MARKS
+    chosen = [item for item in items if not any(map(item.get_closest_marker, refused))]
     if len(chosen) < len(items):
         left = set(items).difference(chosen)
         config.hook.pytest_deselected(items=[item for item in items if item in left])
@@ -96,45 +103,39 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def _is_of_a_chosen_form(item: pytest.Item) -> bool:
+def _is_of_a_chosen_form(metafunc: pytest.Metafunc, call: Any) -> bool:
     from tests.features.cases import FORMS, Case
 
-    if not hasattr(item, "callspec") or "/features/" in item.nodeid:
+    if "/features/" in metafunc.definition.nodeid:
         return True
-    cases = [value for value in item.callspec.params.values() if isinstance(value, Case)]
+    cases = [value for value in call.params.values() if isinstance(value, Case)]
     return all(case.name in FORMS for case in cases)
 
 
-def _all_pairs(items: list[pytest.Item]) -> Iterable[pytest.Item]:
+def _all_pairs(metafunc: pytest.Metafunc, calls: list[Any]) -> list[Any]:
     """A small part of a function's combinations with every pair of parameter values in it."""
-    axes = _axes(items[0])
+    axes = _axes(metafunc, calls[0]) if calls else []
     if len(axes) < 3:
-        return items
-    # Values are told apart by identity: those of a parameter are made once for all items.
-    points = {
-        item: [tuple(id(item.callspec.params[name]) for name in names) for names in axes]
-        for item in items
-    }
-    pairs = {
-        item: set(itertools.combinations(enumerate(point), 2)) for item, point in points.items()
-    }
-    order = sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode()))
+        return calls
+    # Values are told apart by identity: those of a parameter are made once for all combinations.
+    points = [[tuple(id(call.params[name]) for name in names) for names in axes] for call in calls]
+    pairs = [set(itertools.combinations(enumerate(point), 2)) for point in points]
+    name = metafunc.definition.nodeid
+    order = [zlib.crc32(f"{name}[{call.id}]".encode()) for call in calls]
     kept, covered = [], set()
     for least in range(len(axes) * (len(axes) - 1) // 2, 0, -1):
-        for item in order:
-            if len(pairs[item] - covered) >= least:
-                kept.append(item)
-                covered |= pairs[item]
-    return kept
+        for index in sorted(range(len(calls)), key=order.__getitem__):
+            if len(pairs[index] - covered) >= least:
+                kept.append(index)
+                covered |= pairs[index]
+    return [calls[index] for index in sorted(kept)]
 
 
-def _axes(item: pytest.Item) -> list[list[str]]:
-    """The names of an item's parameters; those that are declared together form one axis."""
-    if not hasattr(item, "callspec"):
-        return []
+def _axes(metafunc: pytest.Metafunc, call: Any) -> list[list[str]]:
+    """The names of a function's parameters; those that are declared together form one axis."""
     together = []
-    for mark in item.iter_markers("parametrize"):
+    for mark in metafunc.definition.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         together.append([x.strip() for x in names.split(",")] if isinstance(names, str) else names)
     declared = set(itertools.chain(*together))
-    return [*together, *([name] for name in item.callspec.params if name not in declared)]
+    return [*together, *([name] for name in call.params if name not in declared)]

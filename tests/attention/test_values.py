@@ -232,7 +232,6 @@ def test_any_shape(backend, examples):
 
     @settings(
         max_examples=examples if backend == "native" else examples // 3,
-        deadline=None,
         derandomize=True,
         database=None,
     )

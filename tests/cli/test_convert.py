@@ -228,16 +228,18 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_layers_and_estimator_and_another_run_that_is_not_resumed(causal, tmp_path, undrawn):
-    arguments = ["convert", *causal, *SMALL, "--no-speed", "--output", tmp_path / "out"]
-    arguments += ["--layers", "0,-1", "--estimator", "positive"]
+def test_another_run_is_not_resumed(masked, tmp_path, undrawn):
+    arguments = ["convert", *masked, *SMALL, "--no-speed", "--output", tmp_path / "out"]
+    arguments += ["--layers", "0,-1", "--estimator", "positive", "--listed-keys", 6]
     run_command(*arguments, *UNTRAINED)
+    assert read(tmp_path / "out")["options"]["listed_keys"] == 6
     record = load_performer(tmp_path / "out").config.performers
     assert record["layers"] == [0, -1]
     assert record["estimator"] == "positive"
+    assert record["listed_keys"] == 6
     line = refusal(*arguments, "--resume", "--seed", 3)
     assert "transfer_steps was 0, now 2; steps was 0, now 4; seed was 0, now 3" in line
-    causal[2].write_text(words(3000, 3))
+    masked[2].write_text(masked[2].read_text() + f">other\n{residues(30, 99)}\n")
     assert "data_sha256 was" in refusal(*arguments, "--resume", *UNTRAINED)
 
 
@@ -289,13 +291,8 @@ def test_a_finished_run_is_not_done_again(decoder, undrawn, monkeypatch):
     assert "Forward pass" in out
 
 
-def test_listed_keys_of_an_encoder(masked, causal, tmp_path, undrawn):
-    arguments = ["convert", *masked, *SMALL, *UNTRAINED, "--listed-keys", 6]
-    run_command(*arguments, "--output", tmp_path / "out")
-    assert read(tmp_path / "out")["options"]["listed_keys"] == 6
-    converted = load_performer(tmp_path / "out")
-    assert converted.config.performers["listed_keys"] == 6
-    line = refusal("convert", *causal, *SMALL, "--listed-keys", 6, "--output", tmp_path / "other")
+def test_listed_keys_of_a_decoder_are_refused(causal, tmp_path):
+    line = refusal("convert", *causal, *SMALL, "--listed-keys", 6, "--output", tmp_path / "out")
     assert "listed_keys=6 is for encoders among transformers models" in line
 
 

@@ -262,7 +262,7 @@ records = st.builds(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(records, min_size=1, max_size=5), st.integers(1, 90), st.booleans())
 def test_what_is_written_is_read_back(tmp_path_factory, written, width, compressed):
     path = tmp_path_factory.mktemp("round") / ("out.fasta.gz" if compressed else "out.fasta")

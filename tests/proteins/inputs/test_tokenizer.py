@@ -80,7 +80,7 @@ def test_padding_and_truncation(tokenizer):
         build_protein_tokenizer(model_max_length=2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(LETTERS + LETTERS.lower(), max_size=300))
 def test_decoding_gives_the_sequence_back(text):
     tokenizer = build_protein_tokenizer(closed=True)
@@ -89,7 +89,7 @@ def test_decoding_gives_the_sequence_back(text):
     assert len(ids) == len(text) + 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.lists(st.sampled_from([*LETTERS, *"abz *-\n<>é", "<mask>", "<pad>"])).map("".join))
 )
