@@ -192,6 +192,7 @@ def all_errors(rank: int, world: int, *, every: bool) -> dict[str, dict[str, flo
             found[f"{kind}, causal={is_causal}"] = attention_errors(
                 rank, world, is_causal, **options, **more
             )
+    found["torch, causal=False"] = attention_errors(rank, world, False, **options, backend="torch")
     found["a dimension of a mesh"] = mesh_errors((1, world))
     found["not finite"] = nonfinite_errors(rank)
     found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}

@@ -67,6 +67,7 @@ def test_every_backend_continues_a_causal_row(results_of, name):
 @pytest.mark.parametrize(
     ("call", "tolerance"),
     [
+        ("torch, causal=False", 2e-6),
         ("checkpoint, causal=True", 2e-6),
         ("checkpoint, causal=False", 2e-6),
         ("bfloat16, causal=True", 2 * torch.finfo(torch.bfloat16).eps),

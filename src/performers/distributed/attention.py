@@ -1,5 +1,6 @@
 """Attention of one shard: what this rank publishes, and calls between what it receives."""
 
+from functools import reduce
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -194,7 +195,7 @@ def _attend_piece(
     if call.is_causal:
         return _attend_after(call, past, backend)
     future = side(after, *((after[0].back, _mirrored(after[0].left)) if after else (None, None)))
-    return _attend_between(call, past, future, backend, scaled=scaled)
+    return _attend_between(call, past, future, backend)
 
 
 def _attend_after(call: AttentionCall, past: _Side, backend: str | None) -> list[Tensor]:
@@ -216,7 +217,7 @@ def _attend_after(call: AttentionCall, past: _Side, backend: str | None) -> list
 
 
 def _attend_between(
-    call: AttentionCall, past: _Side, future: _Side, backend: str | None, *, scaled: bool
+    call: AttentionCall, past: _Side, future: _Side, backend: str | None
 ) -> list[Tensor]:
     """A bidirectional call between the keys of other ranks.
 
@@ -251,21 +252,21 @@ def _attend_between(
             fields += [x[..., start - right : stop - right, :] for x in last]
         else:
             sums.append(future.total)
-        outs.append(_joined(call, query, merged(sums, past.total, scaled=scaled), fields))
+        outs.append(_joined(call, query, sums, fields))
     return outs
 
 
-def _joined(call: AttentionCall, query: Tensor, sums: Sums, fields: list[Tensor]) -> Tensor:
+def _joined(call: AttentionCall, query: Tensor, sums: list[Sums], fields: list[Tensor]) -> Tensor:
     """The output from sums over keys and from rows, whose fields follow each other."""
     features, groups = Features.of_call(call), call.query.shape[2]
 
     def step(query: Tensor, *fields: Tensor) -> tuple[Tensor]:
-        rows = read(features, query, sums)
-        if call.has_exact_pairs():
-            rows = features.beside_exact_pairs(rows, query)
-        for i in range(0, len(fields), 3):
-            rows = rows.plus(Rows(*fields[i : i + 3]))
-        return (rows.out(),)
+        rows = [Rows(*fields[i : i + 3]) for i in range(0, len(fields), 3)]
+        if sums:
+            remote = read(features, query, reduce(Sums.plus, sums))
+            exact = call.has_exact_pairs()
+            rows.append(features.beside_exact_pairs(remote, query) if exact else remote)
+        return (reduce(Rows.plus, rows).out(),)
 
     size = max(1, block_rows(call.key.shape[:2], features, query.device) // groups)
     with without_autocast(query.device):
