@@ -67,8 +67,7 @@ class AttentionCall:
             besides its sums, and there is a head for each projection.
         value: ``(batch, key_heads, S, value_dim)``.
         key_mask: Shape ``(batch, S)``, True where a key takes part and is no sink, or None.
-        is_part: True for a bidirectional call whose rows are joined with those of other keys, else
-            None.
+        is_part: True for a bidirectional call whose rows are joined with those of other keys.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
         factor: The factor on ``q . k``.
         segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.
@@ -109,9 +108,9 @@ class AttentionCall:
     )
     state: FavorState | None = None
     return_state: bool = False
-    is_part: bool | None = field(
+    is_part: bool = field(
         init=False,
-        default=None,
+        default=False,
         metadata={
             "backends": ("native", "torch"),
             "otherwise": "for a part of a bidirectional row",
