@@ -37,8 +37,9 @@ def sequence_parallel(options: SequenceParallelOptions) -> None:
     from studies.sequence_parallel.runs import measures, tables
 
     for name, part in run_parts(options, measures(options), tables).items():
-        if part.get("message_bytes"):
-            print(f"{name}: {part['message_bytes']:,} bytes published a layer and process")
+        if name.startswith("loop"):
+            sent = part["long"]["message_bytes"]
+            print(f"{name}: {sent:,} bytes published a layer and process")
 
 
 if __name__ == "__main__":

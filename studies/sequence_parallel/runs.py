@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 # A row whose activations are nothing beside what a process holds anyway.
 _SHORT = 1024
+# Memory is returned as it is freed: glibc keeps the threshold that it begins with, which it would
+# raise with the sizes of freed tensors, and so by another rule for a row than for its shards.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
 _MODEL = {
-    "objective": "clm",
+    "objective": "mlm",
     "hidden-size": 64,
     "layers": 2,
     "heads": 4,
@@ -41,10 +44,8 @@ def measures(options: SequenceParallelOptions) -> Measures:
     """The measurements by name; those of one process come first."""
     folder = options.output_folder / "runs"
     loop = partial(_loop, folder, options.steps)
-    several = options.processes[1:]
     return {
         **{f"loop, {n}": partial(loop, n, options.length) for n in options.processes},
-        **{f"loop, {n}, short": partial(loop, n, options.length // 16) for n in several},
         **{
             f"trainer, {n}": partial(_trainer, folder, options.trainer_steps, n, options.length)
             for n in options.processes
@@ -53,12 +54,15 @@ def measures(options: SequenceParallelOptions) -> Measures:
 
 
 def _loop(folder: Path, steps: int, processes: int, length: int) -> Part:
-    """The loop of `training`."""
+    """The loop of `training` on the row, and on one of a sixteenth of its length."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "loop.json"
-    file.unlink(missing_ok=True)
-    _run(processes, "loop", file, folder, length, steps)
-    return {"processes": processes, **json.loads(file.read_text())}
+    found = {}
+    for name, tokens in (("short", length // 16), ("long", length)):
+        file.unlink(missing_ok=True)
+        _run(processes, "loop", file, folder, tokens, steps)
+        found[name] = json.loads(file.read_text())
+    return {"processes": processes, **found}
 
 
 def _trainer(folder: Path, steps: int, processes: int, length: int) -> Part:
@@ -92,7 +96,7 @@ def _run(processes: int, *arguments: Any) -> None:
     command = [sys.executable, *(launcher if processes > 1 else []), *program]
     done = subprocess.run(
         list(map(str, command)),
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **_ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -105,24 +109,33 @@ def _run(processes: int, *arguments: Any) -> None:
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the measurements that are done."""
-    loops = [_loop_row(part) for part in section(parts, "loop").values()]
-    trainer, alone = [], None
-    for part in section(parts, "trainer").values():
-        short, long = max(part["short"]), max(part["long"])
-        alone = alone or long - short
-        figures = [f"{x:.0f} MiB" for x in (short, long, long - short)]
-        trainer.append([str(part["processes"]), *figures, f"{(long - short) / alone:.2f}"])
-    errors = ("error of the loss", "error of the parameters")
-    memory = ("memory of training, each process", "published a layer")
-    peaks = ("peak, short row", "peak, long row", "the row takes", "of one process")
+    loops = list(section(parts, "loop").values())
+    trainer = list(section(parts, "trainer").values())
+    rows = [
+        [*memory, *_seen(part)]
+        for part, memory in zip(loops, _memory(loops, lambda seen: seen["mebibytes"]), strict=True)
+    ]
+    peaks = ("processes", "peak, short row", "peak, long row", "the row takes", "of one process")
+    seen = ("error of the loss", "error of the parameters", "published a layer")
     return {
-        "loop": Table(("processes", "tokens", *errors, *memory), loops, names=2),
-        "trainer": Table(("processes", *peaks), trainer),
+        "loop": Table((*peaks, *seen), rows),
+        "trainer": Table(peaks, _memory(trainer, max)),
     }
 
 
-def _loop_row(seen: Part) -> list[str]:
+def _memory(parts: list[Part], peak_of: Callable[[Any], float]) -> list[list[str]]:
+    """Peaks of a short and a long row, and what the long one takes; the first is one process."""
+    rows, alone = [], None
+    for part in parts:
+        short, long = (peak_of(part[name]) for name in ("short", "long"))
+        alone = alone or long - short
+        figures = [f"{x:.0f} MiB" for x in (short, long, long - short)]
+        rows.append([str(part["processes"]), *figures, f"{(long - short) / alone:.2f}"])
+    return rows
+
+
+def _seen(part: Part) -> list[str]:
+    """Errors on the long row, and the bytes of a message on both."""
+    seen, sent = part["long"], {part[name]["message_bytes"] for name in ("short", "long")}
     errors = [f"{seen[x]:.1e}" if x in seen else ABSENT for x in ("loss_error", "parameter_error")]
-    sent = f"{seen['message_bytes']:,} B" if seen["message_bytes"] else ABSENT
-    memory = f"{seen['mebibytes']:.0f} MiB"
-    return [str(seen["processes"]), f"{seen['length']:,}", *errors, memory, sent]
+    return [*errors, " / ".join(f"{x:,} B" for x in sorted(sent)) if any(sent) else ABSENT]

@@ -39,6 +39,7 @@ CASES = {
     "balanced estimator": {"features": "data_aware", "window": 7, "sinks": 2},
     "trained features": {"features": "learned", "window": 7},
     "float64": {"dtype": torch.float64, "window": 7, "sinks": 2},
+    "no key in the first shard": {"masked": True, "hidden": 48, "window": 7, "sinks": 2},
 }
 
 CALLS = [(direction, name) for name in CASES for direction in ("causal", "bidirectional")]
@@ -70,6 +71,7 @@ def attention_errors(
     sinks: int = 0,
     masked: bool = False,
     first_masked: bool = False,
+    hidden: int = 0,
     ends: tuple[int, ...] | None = None,
     features: str = "softmax",
     key_heads: int = 4,
@@ -94,6 +96,7 @@ def attention_errors(
     if masked or first_masked:
         mask = torch.rand(batch, total, generator=generator) < 0.7
         mask[:, -5:] = False
+        mask[:, :hidden] = False
         if first_masked:
             # Two sinks are left for the second shard in one row, none in the other.
             mask[0, : lengths[0]] = torch.arange(lengths[0]) % 20 == 3
@@ -189,6 +192,7 @@ def all_errors(rank: int, world: int, *, every: bool) -> dict[str, dict[str, flo
             found[f"{kind}, causal={is_causal}"] = attention_errors(
                 rank, world, is_causal, **options, **more
             )
+    found["torch, causal=False"] = attention_errors(rank, world, False, **options, backend="torch")
     found["a dimension of a mesh"] = mesh_errors((1, world))
     found["not finite"] = nonfinite_errors(rank)
     found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}

@@ -75,6 +75,17 @@ def refusals(rank: int) -> dict[str, str]:
             )
         out.sum().backward()
 
+    def second_derivative() -> None:
+        with sequence_parallel():
+            out = performers.favor_attention(query, key, value, features, backend="torch")
+            (grad,) = torch.autograd.grad(out.sum(), key, create_graph=True)
+            torch.autograd.grad(grad.sum(), key)
+
+    def some_gradients() -> None:
+        tensors = [x.detach().requires_grad_(n != rank) for n, x in enumerate((query, key, value))]
+        with sequence_parallel():
+            performers.favor_attention(*tensors, features)
+
     def reversible() -> None:
         with sequence_parallel():
             out = model(reversible=True).train()(ids, position_ids=ids + 12 * rank)
@@ -109,6 +120,8 @@ def refusals(rank: int) -> dict[str, str]:
         "state of keys": state_of_keys,
         "backend": bidirectional,
         "backward outside": backward_outside,
+        "second derivative": second_derivative,
+        "other gradients": some_gradients,
         "reversible": reversible,
         "no positions": lambda: run(model(), use_cache=False),
         "cache": lambda: run(model().eval(), position_ids=ids + 12 * rank),

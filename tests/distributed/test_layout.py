@@ -87,6 +87,7 @@ def test_shard():
     assert cut["shift_labels"].tolist() == [[1, 2, 3, 4, -100], [6, 7, 8, 9, -100]]
     assert cut["labels"].tolist() == cut["shift_labels"].tolist()
     assert cut["position_ids"].tolist() == [[0, 0, 1, 2, 3], [0, 1, 2, 3, 3]]
+    assert cut["input_ids"].data_ptr() != ids.data_ptr()
     assert "shift_labels" not in shard({"input_ids": ids, "labels": ids}, is_causal=False)
     packed = shard({"input_ids": ids[:1]}, is_causal=True, cu_seqlens=(0, 2, 2, 5))
     assert packed["position_ids"].tolist() == [[0, 1, 0, 1, 2]]

@@ -14,6 +14,7 @@ from performers.attention.native import backend as native
 from performers.attention.native import library
 from performers.attention.state import FavorState
 from performers.attention.torch_backend import backend as torch_backend
+from performers.attention.torch_backend.blocks import Rows
 from performers.attention.triton import backend as triton
 
 
@@ -24,17 +25,20 @@ class Backend(NamedTuple):
         attend: From a checked call to the output ``(batch, key_heads, groups, L, value_dim)`` in
             the call's dtype or that of its inputs, and the sums that a later call continues from,
             when asked for.
+        attend_part: The same rows before they are divided, which those of other keys can be added
+            to; only for calls with ``is_part``.
         uncovered: What keeps it from computing a call, as "for float64 inputs"; None when it can.
     """
 
     attend: Callable[[AttentionCall], tuple[Tensor, FavorState | None]]
+    attend_part: Callable[[AttentionCall], Rows] | None = None
     uncovered: Callable[[AttentionCall], str | None] = lambda call: None
 
 
 _BACKENDS = {
-    "native": Backend(native.attend, native.uncovered),
-    "triton": Backend(triton.attend, triton.uncovered),
-    "torch": Backend(torch_backend.attend),
+    "native": Backend(native.attend, native.attend_part, native.uncovered),
+    "triton": Backend(triton.attend, uncovered=triton.uncovered),
+    "torch": Backend(torch_backend.attend, torch_backend.attend_part),
     "reference": Backend(reference.attend),
 }
 _USABLE = {"native": library.available, "triton": triton.available}

@@ -67,8 +67,7 @@ class AttentionCall:
             besides its sums, and there is a head for each projection.
         value: ``(batch, key_heads, S, value_dim)``.
         key_mask: Shape ``(batch, S)``, True where a key takes part and is no sink, or None.
-        following: Of a bidirectional call on a part of a row, the sums over the keys after the last
-            of ``key``; ``state`` then has those before the first. None for whole rows.
+        is_part: True for a bidirectional call whose rows are joined with those of other keys.
         form: The record of the feature map; its ``num_heads`` is 1 or ``key_heads``.
         factor: The factor on ``q . k``.
         segments: Shape ``(S,)``, the packed sequence each position belongs to, or None.
@@ -109,10 +108,13 @@ class AttentionCall:
     )
     state: FavorState | None = None
     return_state: bool = False
-    following: FavorState | None = field(
+    is_part: bool = field(
         init=False,
-        default=None,
-        metadata={"backends": ("torch",), "otherwise": "for a part of a bidirectional row"},
+        default=False,
+        metadata={
+            "backends": ("native", "torch"),
+            "otherwise": "for a part of a bidirectional row",
+        },
     )
     form: FeatureForm = field(init=False)
     factor: float = field(init=False)

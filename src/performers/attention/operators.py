@@ -33,8 +33,9 @@ _ALL_DEVICES = "CompositeExplicitAutograd"
 class Inputs(NamedTuple):
     """The arguments of a forward operator, which are among those of the backward operator.
 
-    Tensors come first. ``part`` says which pairs are summed: "whole" for all, "feature" for those
-    through features (a listed key is one of them), "exact" for the window and the sinks.
+    Tensors come first. ``part`` says which pairs are summed: "whole" for all, "joined" for all of
+    a call whose rows are joined with others, "feature" for those through features (a listed key is
+    one of them), "exact" for the window and the sinks.
     """
 
     query: Tensor
@@ -105,9 +106,9 @@ class Inputs(NamedTuple):
 class Results(NamedTuple):
     """The results of a forward operator, which are among the arguments of the backward one.
 
-    Of a ``part`` of the pairs, ``log_normaliser`` is the natural logarithm of each row's
-    normaliser, minus infinity for a row without keys: with it parts of a row can be joined. It has
-    a gradient. ``csrc/performers_native.h`` describes the others.
+    But of "whole", ``log_normaliser`` is the natural logarithm of each row's normaliser, minus
+    infinity for a row without keys: with it parts of a row can be joined. It has a gradient.
+    ``csrc/performers_native.h`` describes the others.
     """
 
     out: Tensor

@@ -1,5 +1,9 @@
 """Attention of one shard: what this rank publishes, and calls between what it receives."""
 
+from functools import reduce
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,8 +14,18 @@ from performers.attention.call import AttentionCall, masked
 from performers.attention.exact_keys.window_and_sinks import SinkKeys, find_sinks_
 from performers.attention.key_sums import key_sums
 from performers.attention.state import FavorState
+from performers.attention.torch_backend.blocks import (
+    Features,
+    Rows,
+    Sums,
+    block_rows,
+    block_sizes,
+    in_blocks,
+    read,
+)
 from performers.distributed.layout import Layout, Piece
 from performers.distributed.messages import Keys, Message, exchange, gather, merged
+from performers.features.precision import without_autocast
 
 
 def attend_shard(
@@ -44,14 +58,15 @@ def attend_shard(
     # Every rank sends as many messages as the others, whatever its sequences.
     published = [0, -1] if packed and not call.is_causal else [-1]
     received, size = exchange([_message(parts[i]) for i in published], group, call.dtype)
-    outs = [_attend_between(parts[0], layout.head, received, backend)]
+    outs = _attend_piece(parts[0], layout.head, received, backend)
     ends = layout.inner if call.is_causal else layout.inner[:-1]
     if len(ends) > 1:
         inner = _packed(call, ends, sinks)
         outs.append(resolve_backend(backend, inner).attend(inner)[0])
     if len(parts) > 1 and not call.is_causal:
-        outs.append(_attend_between(parts[1], layout.tail, received, backend))
-    return torch.cat(outs, dim=3), size
+        outs += _attend_piece(parts[1], layout.tail, received, backend)
+    # In this order the heads of a position lie together: a model joins them without a copy.
+    return torch.cat([x.movedim(3, 1) for x in outs], dim=1).movedim(1, 3), size
 
 
 def _packed(call: AttentionCall, ends: tuple[int, ...], sinks: int) -> AttentionCall:
@@ -130,61 +145,149 @@ def _edge(call: AttentionCall, start: int, stop: int, missing: tuple[int, int]) 
     return Keys(key, value, F.pad(mask, missing))
 
 
-def _attend_between(
+class _Side(NamedTuple):
+    """Keys of a sequence on the ranks before this one, or on those after it.
+
+    Attributes:
+        total: Sums over all of them.
+        far: Sums over those beyond the halo.
+        halo: The nearest, as many as the window, the very nearest last; or None.
+    """
+
+    total: Sums
+    far: Sums
+    halo: Keys | None
+
+    def reach(self, call: AttentionCall) -> int:
+        """The number of queries of a call whose window reaches these keys."""
+        return 0 if self.halo is None else min(call.window or 0, call.query.shape[-2])
+
+    def before(self, call: AttentionCall) -> AttentionCall:
+        """A causal call after these keys."""
+        assert self.halo is not None
+        key, value, mask = self.halo
+        return call.replaced(
+            key=torch.cat((key.to(call.key.dtype), call.key), dim=2),
+            value=torch.cat((value.to(call.value.dtype), call.value), dim=2),
+            key_mask=torch.cat((mask, call.taking()), dim=1),
+            offset=mask.shape[1],
+            state=FavorState(*self.far),
+        )
+
+
+def _attend_piece(
     call: AttentionCall, piece: Piece, received: list[list[Message]], backend: str | None
-) -> Tensor:
-    """The output of a sequence, or a part of one, between its parts on other ranks."""
-    length, window = call.query.shape[-2], call.window or 0
-    scaled = call.form.kind != "elementwise"
-    before = [received[rank][-1] for rank in piece.before]
+) -> list[Tensor]:
+    """The output of a sequence between its parts on other ranks, as consecutive parts."""
+    like, scaled = received[0][0].total, call.form.kind != "elementwise"
+    before = [received[rank][-1] for rank in reversed(piece.before)]
     after = [received[rank][0] for rank in piece.after]
-    like = received[0][0].total
-    past = [*(x.total for x in before[:-1]), *(x.front or x.total for x in before[-1:])]
-    call = call.replaced(state=FavorState(*merged(past, like, scaled=scaled)))
-    if not call.is_causal:
-        future = [*(x.back or x.total for x in after[:1]), *(x.total for x in after[1:])]
-        call.following = FavorState(*merged(future, like, scaled=scaled))
-    if window:
-        halo = [before[-1].right if before else None, Keys(call.key, call.value, call.taking())]
-        call.offset = window
-        if not call.is_causal:
-            # The keys of the halo get queries, whose rows are not kept.
-            halo.append(after[0].left if after else None)
-            call.query, call.offset = F.pad(call.query, (0, 0, window, window)), 0
-        call.key, call.value, call.key_mask = _joined(halo, window)
     if call.sink_keys is not None:
-        call.sink_keys = _all_sinks(call, before, after)
-    out = resolve_backend(backend, call).attend(call)[0]
-    return out if call.is_causal else out[..., window : window + length, :]
+        _add_sinks_(call, before if call.is_causal else [*before, *after])
+
+    def side(ranks: list[Message], beyond: Sums | None, halo: Keys | None) -> _Side:
+        total = far = merged([x.total for x in ranks], like, scaled=scaled)
+        if beyond is not None:
+            far = merged([beyond, *(x.total for x in ranks[1:])], like, scaled=scaled)
+        return _Side(total, far, halo)
+
+    past = side(before, *((before[0].front, before[0].right) if before else (None, None)))
+    if call.is_causal:
+        return _attend_after(call, past, backend)
+    future = side(after, *((after[0].back, _mirrored(after[0].left)) if after else (None, None)))
+    return _attend_between(call, past, future, backend)
 
 
-def _joined(parts: list[Keys | None], window: int) -> Keys:
-    """Keys one after the other; ``window`` keys that take no part for None."""
-    own = parts[1]
-    assert own is not None
-    none = Keys(
-        own.key.new_zeros((*own.key.shape[:2], window, own.key.shape[3])),
-        own.value.new_zeros((*own.value.shape[:2], window, own.value.shape[3])),
-        own.mask.new_zeros((own.mask.shape[0], window)),
-    )
-    keys, values, masks = zip(*(none if part is None else part for part in parts), strict=True)
-    return Keys(
-        torch.cat([x.to(own.key.dtype) for x in keys], dim=2),
-        torch.cat([x.to(own.value.dtype) for x in values], dim=2),
-        torch.cat(masks, dim=1),
-    )
+def _attend_after(call: AttentionCall, past: _Side, backend: str | None) -> list[Tensor]:
+    """A causal call after the keys of other ranks.
+
+    Queries whose window reaches these are a call of their own: the halo is put before few keys, and
+    the others are not copied.
+    """
+    reach = past.reach(call)
+    near, rest = call.query.split((reach, call.query.shape[-2] - reach), -2)
+    calls = [past.before(call.sliced(0, reach).replaced(query=near))] if reach else []
+    if rest.shape[-2]:
+        state = FavorState(*past.total)
+        calls.append(call.replaced(query=rest, offset=reach, state=state))
+        if call.sink_keys is not None:
+            first = (call.sink_keys.first - reach).clamp_min(0)
+            calls[-1].sink_keys = call.sink_keys._replace(first=first)
+    return [resolve_backend(backend, x).attend(x)[0] for x in calls]
 
 
-def _all_sinks(call: AttentionCall, before: list[Message], after: list[Message]) -> SinkKeys:
-    """Sinks of a sequence on all ranks whose keys these queries see."""
+def _attend_between(
+    call: AttentionCall, past: _Side, future: _Side, backend: str | None
+) -> list[Tensor]:
+    """A bidirectional call between the keys of other ranks.
+
+    Rows over its own keys are joined with those over sums of the others and, for queries whose
+    window reaches there, with those over a halo.
+    """
+    call, length = call.replaced(is_part=True), call.query.shape[-2]
+    attend_part = resolve_backend(backend, call).attend_part
+    assert attend_part is not None
+    own = attend_part(call)
+    left, right = past.reach(call), length - future.reach(call)
+    # Causal calls meet the halos, of the reversed row on the right. Their own keys are hidden.
+    hidden = torch.zeros_like(call.taking())
+    edge = call.replaced(is_causal=True, sink_keys=None, key_mask=hidden)
+    first = last = own
+    if left:
+        first = attend_part(past.before(edge.sliced(0, left)))
+    if right < length:
+        edge = edge.sliced(right, length)
+        found = attend_part(future.before(edge.replaced(query=edge.query.flip(-2))))
+        last = Rows(*(x.flip(-2) for x in found))
+    outs, cuts = [], sorted({0, left, right, length})
+    sizes = [stop - start for start, stop in pairwise(cuts)]
+    tensors = zip(*(x.split(sizes, -2) for x in (call.query, *own)), strict=True)
+    for (start, stop), (query, *fields) in zip(pairwise(cuts), tensors, strict=True):
+        sums = []
+        if stop <= left:
+            fields += [x[..., start:stop, :] for x in first]
+        else:
+            sums.append(past.total)
+        if start >= right:
+            fields += [x[..., start - right : stop - right, :] for x in last]
+        else:
+            sums.append(future.total)
+        outs.append(_joined(call, query, sums, fields))
+    return outs
+
+
+def _joined(call: AttentionCall, query: Tensor, sums: list[Sums], fields: list[Tensor]) -> Tensor:
+    """The output from sums over keys and from rows, whose fields follow each other."""
+    features, groups = Features.of_call(call), call.query.shape[2]
+
+    def step(query: Tensor, *fields: Tensor) -> tuple[Tensor]:
+        rows = [Rows(*fields[i : i + 3]) for i in range(0, len(fields), 3)]
+        if sums:
+            remote = read(features, query, reduce(Sums.plus, sums))
+            exact = call.has_exact_pairs()
+            rows.append(features.beside_exact_pairs(remote, query) if exact else remote)
+        return (reduce(Rows.plus, rows).out(),)
+
+    size = max(1, block_rows(call.key.shape[:2], features, query.device) // groups)
+    with without_autocast(query.device):
+        sizes = block_sizes(query.shape[-2], size)
+        return in_blocks(step, sizes, [(x, 3) for x in (query, *fields)])[0][0]
+
+
+def _mirrored(keys: Keys | None) -> Keys | None:
+    """The keys in reversed order."""
+    if keys is None:
+        return None
+    return Keys(keys.key.flip(2), keys.value.flip(2), keys.mask.flip(1))
+
+
+def _add_sinks_(call: AttentionCall, messages: list[Message]) -> None:
+    """Add the sinks of the sequence that other ranks hold."""
     assert call.sink_keys is not None
     key, value, first, place = call.sink_keys
-    if not call.is_causal:
-        # All queries see all sinks, those of the halo included; none a sink that is not there.
-        first = torch.full_like(first, call.query.shape[-2]).masked_fill(place >= 0, 0)
-    for message in before if call.is_causal else [*before, *after]:
+    for message in messages:
         assert message.sinks is not None
         key = key + message.sinks.key.to(key.dtype)
         value = value + message.sinks.value.to(value.dtype)
         first = first.masked_fill(message.sinks.mask, 0)
-    return SinkKeys(key, value, first, place)
+    call.sink_keys = SinkKeys(key, value, first, place)

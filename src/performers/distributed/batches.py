@@ -71,7 +71,8 @@ def shard(
     if is_causal and "labels" in whole and "shift_labels" not in whole:
         whole["labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=_IGNORED)
         whole["shift_labels"] = whole["labels"]
-    return {name: x.tensor_split(size, dim=1)[rank].contiguous() for name, x in whole.items()}
+    # Copies, since a view would keep the whole row.
+    return {name: x.tensor_split(size, dim=1)[rank].clone() for name, x in whole.items()}
 
 
 def one_row(batch: Mapping[str, Tensor], *, is_causal: bool) -> tuple[dict[str, Tensor], list[int]]:

@@ -111,7 +111,7 @@ class _Header(NamedTuple):
 
 
 # Compared by hashes, which say nothing in a message.
-_HASHED = ("scale", "cu_seqlens", "dtype")
+_HASHED = ("scale", "cu_seqlens", "dtype", "requires_grad")
 
 
 class _Seen(NamedTuple):
@@ -266,7 +266,7 @@ def _header(
     if boundaries is not None and batch != 1:
         raise ValueError(f"cu_seqlens needs batch size 1, got batch size {batch}")
     tensors = (call.query, call.key, call.value, *call.feature_map.parameters())
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    needs_grad = [torch.is_grad_enabled() and x.requires_grad for x in tensors]
     cut = given.tolist() if given is not None and given.device.type == "cpu" else None
     return _Header(
         length=length,
@@ -283,7 +283,7 @@ def _header(
         scale=_hash([call.factor]),
         cu_seqlens=-1 if boundaries is None else _hash(boundaries),
         dtype=_hash([call.dtype, call.key.dtype, call.value.dtype]),
-        requires_grad=int(needs_grad),
+        requires_grad=_hash(needs_grad),
     )
 
 

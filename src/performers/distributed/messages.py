@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from performers.attention.torch_backend.blocks import Sums, finite
 
@@ -63,11 +62,29 @@ class _Gather(torch.autograd.Function):
         return gather(message, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad[dist.get_rank(ctx.group)], None
+        return _Scatter.apply(grads[0], ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    """This rank's of the tensors that all ranks have for each, summed; without a derivative.
+
+    ``once_differentiable`` would leave it out of ``torch.autograd.grad``, which then ends with
+    wrong numbers in place of an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, group: dist.ProcessGroup) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=group)
+        return grad[dist.get_rank(group)]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            "attention inside performers.distributed.sequence_parallel has no second derivative: "
+            "compute gradients of gradients outside the context, on whole rows"
+        )
 
 
 def summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:

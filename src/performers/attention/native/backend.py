@@ -40,6 +40,13 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
     return out, FavorState(sums[0], sums[1], sums[2].detach())
 
 
+def attend_part(call: AttentionCall) -> Rows:
+    """Attention of which other keys have a share; see ``Backend``."""
+    out, *_, log = favor_forward(*Inputs.of(call, "joined"))
+    log = log.unsqueeze(-1)
+    return Rows(out, (log > -math.inf).to(out.dtype), log)
+
+
 class _Part(NamedTuple):
     """Some pairs of all rows.
 

@@ -12,7 +12,7 @@ from performers.attention.native import library
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OUT_OF_MEMORY, _NOT_FINITE = 1, 4
 KINDS = {"exponential": 0, "rectified": 1}
-PARTS = {"whole": 0, "feature": 1, "exact": 2}
+PARTS = {"whole": 0, "joined": 0, "feature": 1, "exact": 2}
 
 
 class _Array(ctypes.Structure):

@@ -21,8 +21,6 @@ algorithm computes both, and nothing has to be subtracted.
 # torch.compile (2.6) cannot evaluate the annotations of local functions.
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,9 +57,23 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
             return _empty_output(call), past
         exact = call.has_exact_pairs()
         rows, sums = _feature_rows(call, features, Sums(*past.sums()), divided=not exact)
-        out = _with_exact_pairs(call, features, Rows(*rows)) if exact else rows[0]
+        out = _with_exact_pairs(call, features, Rows(*rows)).out() if exact else rows[0]
     state = FavorState(*sums) if call.return_state else None
     return (out, state) if touched is None else touched.marked(out, state)
+
+
+def attend_part(call: AttentionCall) -> Rows:
+    """Attention of which other keys have a share, not yet divided; see ``Backend``."""
+    features = Features.of_call(call)
+    call, touched = without_nonfinite(call)
+    with without_autocast(call.query.device):
+        fields, _ = _feature_rows(call, features, Sums(*call.past().sums()), divided=False)
+        rows = Rows(*fields)
+        if call.has_exact_pairs():
+            rows = _with_exact_pairs(call, features, rows)
+    if touched is None:
+        return rows
+    return Rows(touched.marked(rows.numerator, None)[0], rows.denominator, rows.log_scale)
 
 
 def _empty_output(call: AttentionCall) -> Tensor:
@@ -82,15 +94,13 @@ def _feature_rows(
     if call.positions is not None:
         return position_feature_rows(call, features), sums
     strict = call.window is not None
-    after = sums if call.following is None else Sums(*call.following.sums())
     if not (strict or call.is_causal or call.segments is not None):
-        everything = sums if call.following is None else sums.plus(after)
-        return _bidirectional_rows(call, features, everything, divided=divided)
+        return _bidirectional_rows(call, features, sums, divided=divided)
     past = _delayed(call) if strict else call
     if call.is_causal:
         return causal_rows(past, features, sums, strict=strict, divided=divided)
     rows, _ = causal_rows(past, features, sums, strict=strict, divided=False)
-    future = _future(call, features, after)
+    future = _future(call, features, sums)
     both = Rows(*rows).plus(future, scaled=features.has_exponent())
     return (both.out(),) if divided else both, sums
 
@@ -130,8 +140,8 @@ def _future(call: AttentionCall, features: Features, sums: Sums) -> Rows:
     return Rows(*(x.flip(-2) for x in rows))
 
 
-def _with_exact_pairs(call: AttentionCall, features: Features, rows: Rows) -> Tensor:
-    """The output, from the rows through features and those of exact pairs."""
+def _with_exact_pairs(call: AttentionCall, features: Features, rows: Rows) -> Rows:
+    """The rows through features and those of exact pairs, added up."""
     exact = []
     if call.lists is not None:
         rows, listed = split_listed(call, features, rows)
@@ -141,14 +151,10 @@ def _with_exact_pairs(call: AttentionCall, features: Features, rows: Rows) -> Te
         exact.append(rows_of_window(call))
     if call.sink_keys is not None:
         exact.append(sink_rows(call))
-    # What cancels without exact pairs counts here: a query's own factor, and the mean over draws.
-    half_norm = call.query.to(call.dtype).square().sum(-1, keepdim=True) * call.factor / 2
-    sign = 1 if call.form.kind == "trigonometric" else -1
-    log_factor = sign * half_norm + math.log(call.form.normalizer)
-    rows = Rows(rows.numerator, rows.denominator, rows.log_scale + log_factor)
+    rows = features.beside_exact_pairs(rows, call.query)
     for more in exact:
         rows = rows.plus(more)
-    return rows.out()
+    return rows
 
 
 def _delayed(call: AttentionCall) -> AttentionCall:

@@ -86,7 +86,8 @@ class Rows(NamedTuple):
 
     def _weight(self, peak: Tensor) -> Tensor:
         """``e^(log_scale - peak)``; zero for a part without keys, whose scale may be anything."""
-        return (self.log_scale - peak).masked_fill(self.denominator == 0, -math.inf).exp()
+        weight = (self.log_scale - peak).masked_fill(self.denominator == 0, -math.inf).exp()
+        return weight.to(self.numerator.dtype)
 
 
 class Features(NamedTuple):
@@ -116,6 +117,13 @@ class Features(NamedTuple):
         elif mask is not None:
             exponent = exponent.masked_fill(~mask[:, None, :, None], -math.inf)
         return base, exponent, masked(value.to(self.dtype), mask)
+
+    def beside_exact_pairs(self, rows: Rows, query: Tensor) -> Rows:
+        """Rows with what cancels without exact pairs: a query's factor, and the mean over draws."""
+        half_norm = query.to(self.dtype).square().sum(-1, keepdim=True) * self.root**2 / 2
+        sign = 1 if self.form.kind == "trigonometric" else -1
+        log_factor = sign * half_norm + math.log(self.form.normalizer)
+        return Rows(rows.numerator, rows.denominator, rows.log_scale + log_factor)
 
     def has_exponent(self) -> bool:
         """True if features need scaling."""
