@@ -41,8 +41,8 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """The tensor with the elements of a row in one piece, as kernels read them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The tensor with rows in one piece each, and a block of them within 32-bit offsets."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 1 << 24 else x.contiguous()
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

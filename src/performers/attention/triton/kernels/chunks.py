@@ -63,7 +63,7 @@ def chunk_rows(
     launch, ``again``, computes each lost row by itself, from the keys that it may see: one that
     only later keys made lose its pairs is then what it would be without them, to the last bit.
     """
-    g = tl.program_id(0) % groups
+    g = (tl.program_id(0) % groups).to(tl.int64)
     chunk = tl.program_id(0) // groups % chunks
     local = (tl.program_id(0) // groups // chunks).to(tl.int64)
     n = first + local
@@ -180,7 +180,7 @@ def chunk_query_gradients(
     FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of one chunk, zero for lost rows."""
-    g = tl.program_id(0) % groups
+    g = (tl.program_id(0) % groups).to(tl.int64)
     chunk = tl.program_id(0) // groups % chunks
     local = (tl.program_id(0) // groups // chunks).to(tl.int64)
     n = first + local
@@ -315,8 +315,10 @@ def chunk_key_gradients(
         dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
         along += tl.sum(h, 1)
     for g in range(0, groups):
-        q = load_rows(Q + g * sqg, step, sql, inside, D, BD)
-        grad = load_rows(GRAD_OUT + g * sgg, step, sgl, inside, DV, BV).to(OPERAND)
+        to_q = Q + tl.cast(g, tl.int64) * sqg
+        q = load_rows(to_q, step, sql, inside, D, BD)
+        to_grad = GRAD_OUT + tl.cast(g, tl.int64) * sgg
+        grad = load_rows(to_grad, step, sgl, inside, DV, BV).to(OPERAND)
         row = (n * groups + g) * length + i
         lost = tl.load(LOST + row + step, mask=inside, other=1) != 0
         log = tl.where(lost, INFINITY, tl.load(LOG + row + step, mask=inside, other=INFINITY))
@@ -338,7 +340,7 @@ def chunk_key_gradients(
             scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
             phi_k = tl.exp2(ek - scale[None, :])
             zq = project_chunk(
-                q, Q + g * sqg, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+                q, to_q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
             )
             eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
             phi_q = tl.exp2(eq - log[:, None]).to(OPERAND)
