@@ -315,10 +315,8 @@ def chunk_key_gradients(
         dk = dot(h.to(OPERAND), hi.to(OPERAND), dk, PRECISION)
         along += tl.sum(h, 1)
     for g in range(0, groups):
-        to_q = Q + tl.cast(g, tl.int64) * sqg
-        q = load_rows(to_q, step, sql, inside, D, BD)
-        to_grad = GRAD_OUT + tl.cast(g, tl.int64) * sgg
-        grad = load_rows(to_grad, step, sgl, inside, DV, BV).to(OPERAND)
+        q = load_rows(Q + g * sqg, step, sql, inside, D, BD)
+        grad = load_rows(GRAD_OUT + g * sgg, step, sgl, inside, DV, BV).to(OPERAND)
         row = (n * groups + g) * length + i
         lost = tl.load(LOST + row + step, mask=inside, other=1) != 0
         log = tl.where(lost, INFINITY, tl.load(LOG + row + step, mask=inside, other=INFINITY))
@@ -340,7 +338,7 @@ def chunk_key_gradients(
             scale = tl.maximum(past, tl.ceil(tl.max(ek, 0)))
             phi_k = tl.exp2(ek - scale[None, :])
             zq = project_chunk(
-                q, to_q, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
+                q, Q + g * sqg, step, sql, inside, hi, HI, LO, w + f, D, BD, PRECISION, SPLIT
             )
             eq = logarithms(zq, bias[None, :], scale[None, :], FORM, EPSILON)
             phi_q = tl.exp2(eq - log[:, None]).to(OPERAND)

@@ -31,7 +31,7 @@ def window_pairs(i, j, offset, window, norm, own, SEG, CAUSAL: tl.constexpr, HAS
     else:
         seen = seen & (distance <= window)
     if HAS_SEG:
-        other = tl.load(SEG + j, mask=norm == norm, other=-3)
+        other = tl.load(SEG + j, mask=norm != INFINITY, other=-3)
         seen = seen & (own[:, None] == other[None, :])
     return seen
 
@@ -254,8 +254,8 @@ def exact_key_gradients(
     begin = tl.maximum(begin, 0) // BT * BT
     stop = tl.minimum(start + BS - offset + window, length)
     for g in range(0, groups):
-        to_q = Q + head_of(n, heads, sqb, sqh) + tl.cast(g, tl.int64) * sqg
-        to_grad = GRAD_OUT + head_of(n, heads, sgb, sgh) + tl.cast(g, tl.int64) * sgg
+        to_q = Q + head_of(n, heads, sqb, sqh) + g * sqg
+        to_grad = GRAD_OUT + head_of(n, heads, sgb, sgh) + g * sgg
         row = (n * groups + g) * length
         for i0 in range(begin, stop, BT):
             i = i0 + r
@@ -307,8 +307,8 @@ def sink_gradients(
     dk = tl.zeros((16, BD), tl.float32)
     dv = tl.zeros((16, BV), tl.float32)
     for g in range(0, groups):
-        to_q = Q + (batch * sqb + h * sqh + tl.cast(g, tl.int64) * sqg)
-        to_grad = GRAD_OUT + (batch * sgb + h * sgh + tl.cast(g, tl.int64) * sgg)
+        to_q = Q + (batch * sqb + h * sqh + g * sqg)
+        to_grad = GRAD_OUT + (batch * sgb + h * sgh + g * sgg)
         row = ((batch * heads + h) * groups + g) * length
         for i0 in range(begin, end, BT):
             i = i0 + r

@@ -245,9 +245,9 @@ def mend_key_gradients(
             k = load_rows(to, key_step, sks, norm < LARGEST_NORM, D, BD).to(tl.float32)
             to = V + head_of(n, heads, svb, svh) + j * svs
             v = load_rows(to, key_step, svs, taking, DV, BV).to(tl.float32)
-            to = Q + head_of(n, heads, sqb, sqh) + (tl.cast(g, tl.int64) * sqg + i * sql)
+            to = Q + head_of(n, heads, sqb, sqh) + (g * sqg + i * sql)
             q = load_rows(to, step, sql, there, D, BD).to(tl.float32)
-            to = GRAD_OUT + head_of(n, heads, sgb, sgh) + (tl.cast(g, tl.int64) * sgg + i * sgl)
+            to = GRAD_OUT + head_of(n, heads, sgb, sgh) + (g * sgg + i * sgl)
             grad = load_rows(to, step, sgl, there, DV, BV).to(tl.float32)
             log = tl.load(LOG + row + step, mask=there, other=INFINITY)
             log = tl.where(lost, log, INFINITY)

@@ -90,7 +90,7 @@ def decode_step(
             tl.store(NEW_KS + at, ks, mask=there)
             tl.store(NEW_SCALE + at, scale, mask=there)
         for g in range(0, groups):
-            q = tl.load(Q + tl.cast(g, tl.int64) * sqg + d, mask=d < D, other=0.0).to(tl.float32)
+            q = tl.load(Q + g * sqg + d, mask=d < D, other=0.0).to(tl.float32)
             e = natural_logarithms(tl.sum(weight * q[None, :], 1), bias, scale, FORM, EPSILON)
             e = tl.where(there, e, -INFINITY)
             mine = g_all == g
@@ -104,11 +104,11 @@ def decode_step(
             peak = tl.where(mine, new, peak)
     to = OUT + head_of(n, heads, sob, soh)
     for g in range(0, groups):
-        q = tl.load(Q + tl.cast(g, tl.int64) * sqg + d, mask=d < D, other=0.0).to(tl.float32)
+        q = tl.load(Q + g * sqg + d, mask=d < D, other=0.0).to(tl.float32)
         zero = tl.sum(q * 0.0, 0)
         mine = g_all == g
         total = tl.sum(tl.where(mine, den, 0.0), 0)
         out = tl.sum(tl.where(mine[:, None], acc, 0.0), 0) / tl.where(total == 0, 1.0, total)
         # A sum that is NaN is one of every column.
         out += tl.where((total == total) & (zero == zero), 0.0, float("nan"))
-        tl.store(to + tl.cast(g, tl.int64) * sog + c, out.to(OUT.dtype.element_ty), mask=c < DV)
+        tl.store(to + g * sog + c, out.to(OUT.dtype.element_ty), mask=c < DV)

@@ -288,10 +288,10 @@ def query_sums(
             scales -= features
         row = n * groups * length + i
         for g in range(0, groups):
-            to_q = Q + (tl.cast(g, tl.int64) * sqg + i * sql)
-            to_grad = GRAD_OUT + (tl.cast(g, tl.int64) * sgg + i * sgl)
-            xt = load_columns(to_q, step, sql, inside, D, BD)
-            grad = load_rows(to_grad, step, sgl, continues, DV, BV).to(OPERAND)
+            xt = load_columns(Q + (g * sqg + i * sql), step, sql, inside, D, BD)
+            grad = load_rows(GRAD_OUT + (g * sgg + i * sgl), step, sgl, continues, DV, BV).to(
+                OPERAND
+            )
             log = tl.load(LOG + row + step, mask=inside, other=INFINITY)
             delta = tl.load(DELTA + row + step, mask=continues, other=0.0)
             z = project_columns(hi, LO, at, xt, PRECISION, SPLIT)
