@@ -133,8 +133,11 @@ def test_layouts():
     wanted = torch.autograd.grad(leaves.run("triton").sum(), leaves.inputs)
     got = torch.autograd.grad(out.sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
-    columns = [x.mT.contiguous().mT for x in call.inputs]
-    assert torch.equal(favor_attention(*columns, call.feature_map, backend="triton"), expected)
+    columns = [x.mT.contiguous().mT.requires_grad_() for x in call.inputs]
+    out = favor_attention(*columns, call.feature_map, backend="triton")
+    assert torch.equal(out, expected)
+    got = torch.autograd.grad(out.sum(), columns)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 def test_two_runs_are_equal():

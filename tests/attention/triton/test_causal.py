@@ -50,6 +50,18 @@ def test_one_head_of_many_splits_equals_one_split(monkeypatch):
         assert (a - b).abs().max() < 2e-6 * max(1, b.abs().max())
 
 
+def test_query_heads_beyond_2_to_the_31():
+    """The third of those that share a key head; of its memory only what it touches is real."""
+    call = small_call(5, "causal", heads=3, key_heads=1, dtype=torch.float16).leaves()
+    query = torch.empty_strided((1, 3, 5, 24), (0, 2**30, 24, 1), dtype=torch.float16)
+    query.copy_(call.query.detach()).requires_grad_()
+    results = []
+    for case in (call, call.with_inputs(query, call.key, call.value)):
+        out = case.run("triton")
+        results.append((out, *torch.autograd.grad(out.sum(), case.inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.exhaustive
 def test_heads_in_groups(monkeypatch):
     """The size of a group of heads does not change a bit."""

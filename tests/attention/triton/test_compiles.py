@@ -69,10 +69,8 @@ def test_other_dtypes(dtype):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_other_functions():
-    """One kernel spills 56 bytes, less than what smaller blocks, of no warpgroup, would cost."""
-    rows = compile_all(64, "bfloat16", "--fn", "relu")
-    check([row for row in rows if row["kernel"] == "query_sums"], 56, complete=False)
-    check([row for row in rows if row["kernel"] != "query_sums"], complete=False)
+    """Calls without windows, whose kernels are not among these."""
+    check(compile_all(64, "bfloat16", "--fn", "relu"), complete=False)
 
 
 @pytest.mark.slow

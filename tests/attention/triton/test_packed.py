@@ -59,6 +59,14 @@ def test_sequences_do_not_see_each_other(mode):
             assert (before - after)[..., rows, :].abs().max() < 2e-2
 
 
+def test_nan_within_the_window():
+    call = packed_call("causal", torch.tensor([0, 20, 34], dtype=torch.int32), heads=1, window=3)
+    call.key[..., 8, 3] = math.nan
+    out = call.run("triton").isnan().all(-1)
+    assert torch.equal(out, call.run("reference").isnan().all(-1))
+    assert out[..., 8:20].all()
+
+
 @pytest.mark.exhaustive
 def test_gradients_stop_at_other_sequences():
     call = packed_call("bidirectional").leaves()

@@ -41,8 +41,16 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """The tensor with the elements of a row in one piece, as kernels read them."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The tensor with the elements of a row in one piece, as kernels read them.
+
+    Offsets within a block of rows, and of the query heads that share a key head, have 32 bits.
+    """
+    if x.stride(-1) != 1 or x.stride(-2) >= 1 << 24:
+        x = x.contiguous()
+    if x.dim() == 5 and (x.shape[2] - 1) * x.stride(2) >= 1 << 31:
+        # One query head beside the other.
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    return x
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

@@ -101,14 +101,17 @@ def new_gradients(inputs: Inputs, trained: bool = False) -> Gradients:
     past = (0,) if inputs.past_key_sum is None else inputs.past_key_sum.shape
     width = inputs.value.shape[-1] if inputs.past_key_sum is not None else 0
     return Gradients(
-        torch.empty_like(inputs.query),
-        torch.empty_like(inputs.key),
-        torch.empty_like(inputs.value),
+        *(_rowwise_like(x) for x in (inputs.query, inputs.key, inputs.value)),
         _float32(inputs.query, *past, width),
         _float32(inputs.query, *past),
         *sinks,
         *(_float32(inputs.query, 0) for _ in range(2)),
     )
+
+
+def _rowwise_like(x: Tensor) -> Tensor:
+    """Empty, with the memory order of a tensor, but for rows in one piece."""
+    return torch.empty_like(x) if x.stride(-1) == 1 else x.new_empty(x.shape)
 
 
 def _float32(like: Tensor, *shape: int) -> Tensor:

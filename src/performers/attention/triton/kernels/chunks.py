@@ -63,7 +63,7 @@ def chunk_rows(
     launch, ``again``, computes each lost row by itself, from the keys that it may see: one that
     only later keys made lose its pairs is then what it would be without them, to the last bit.
     """
-    g = tl.program_id(0) % groups
+    g = (tl.program_id(0) % groups).to(tl.int64)
     chunk = tl.program_id(0) // groups % chunks
     local = (tl.program_id(0) // groups // chunks).to(tl.int64)
     n = first + local
@@ -180,7 +180,7 @@ def chunk_query_gradients(
     FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of one chunk, zero for lost rows."""
-    g = tl.program_id(0) % groups
+    g = (tl.program_id(0) % groups).to(tl.int64)
     chunk = tl.program_id(0) // groups % chunks
     local = (tl.program_id(0) // groups // chunks).to(tl.int64)
     n = first + local

@@ -31,7 +31,7 @@ def window_pairs(i, j, offset, window, norm, own, SEG, CAUSAL: tl.constexpr, HAS
     else:
         seen = seen & (distance <= window)
     if HAS_SEG:
-        other = tl.load(SEG + j, mask=norm == norm, other=-3)
+        other = tl.load(SEG + j, mask=norm != INFINITY, other=-3)
         seen = seen & (own[:, None] == other[None, :])
     return seen
 

@@ -9,7 +9,7 @@ all, and features of any size are exact.
 import triton
 import triton.language as tl
 
-from performers.attention.triton.kernels.parts import INFINITY, LARGEST_NORM, LN2
+from performers.attention.triton.kernels.parts import INFINITY, LARGEST_NORM, LN2, LOWEST
 
 
 @triton.jit
@@ -18,7 +18,8 @@ def logarithms(z, bias, offset, FORM: tl.constexpr, EPSILON: tl.constexpr):
     if FORM == "exponential" and EPSILON == 0.0:
         return z + (bias + offset)
     else:
-        z += bias
+        finite = tl.maximum(bias, LOWEST)
+        z += finite
         x = z * LN2
         if FORM == "exponential":
             floor = tl.log2(tl.zeros_like(z) + EPSILON)
@@ -32,8 +33,8 @@ def logarithms(z, bias, offset, FORM: tl.constexpr, EPSILON: tl.constexpr):
         else:
             tl.static_assert(FORM == "elu+1")
             log = tl.log2(tl.where(x > 0.0, x + 1.0, tl.exp2(z)) + EPSILON)
-        # Padding has no feature, not one of EPSILON.
-        return tl.where(z == -INFINITY, -INFINITY, log) + offset
+        # Padding has no feature, not one of EPSILON: the difference is minus infinity, else zero.
+        return log + (offset + (bias - finite))
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def mend_rows(
     """Output and logarithms of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
     tile = tl.program_id(0) % tiles
-    g = tl.program_id(0) // tiles % groups
+    g = (tl.program_id(0) // tiles % groups).to(tl.int64)
     chunk = tl.program_id(0) // tiles // groups % chunks
     local = (tl.program_id(0) // tiles // groups // chunks).to(tl.int64)
     n = first + local
@@ -147,7 +147,7 @@ def mend_query_gradients(
     """Add the gradients of the lost rows among ``BR`` rows of a chunk of ``BT``."""
     tiles: tl.constexpr = BT // BR
     tile = tl.program_id(0) % tiles
-    g = tl.program_id(0) // tiles % groups
+    g = (tl.program_id(0) // tiles % groups).to(tl.int64)
     chunk = tl.program_id(0) // tiles // groups % chunks
     local = (tl.program_id(0) // tiles // groups // chunks).to(tl.int64)
     n = first + local
