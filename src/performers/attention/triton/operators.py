@@ -101,7 +101,9 @@ def new_gradients(inputs: Inputs, trained: bool = False) -> Gradients:
     past = (0,) if inputs.past_key_sum is None else inputs.past_key_sum.shape
     width = inputs.value.shape[-1] if inputs.past_key_sum is not None else 0
     return Gradients(
-        *(_rowwise_like(x) for x in (inputs.query, inputs.key, inputs.value)),
+        _rowwise_like(inputs.query),
+        _rowwise_like(inputs.key),
+        _rowwise_like(inputs.value),
         _float32(inputs.query, *past, width),
         _float32(inputs.query, *past),
         *sinks,
