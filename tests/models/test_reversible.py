@@ -386,6 +386,14 @@ def test_gradients_of_inputs_and_of_some_parameters():
         assert_same(*found, rtol=1e-8, atol=1e-9)
 
 
+def test_second_derivatives_are_refused():
+    model = reversible()
+    embedded = model.get_input_embeddings()(tokens(1, 4)).detach().requires_grad_()
+    loss = model(inputs_embeds=embedded).logits.square().sum()
+    with pytest.raises(NotImplementedError, match="reversible=False"):
+        torch.autograd.grad(loss, embedded, create_graph=True)
+
+
 def test_gradient_checkpointing_is_refused():
     model, ids = reversible(), tokens(1, 4)
     model.gradient_checkpointing_enable()

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from performers.features import FeatureMap
@@ -266,8 +265,14 @@ class _Reversible(torch.autograd.Function):
         return first, second
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # ``once_differentiable`` would be left out of ``torch.autograd.grad``, which then ends
+            # with wrong numbers in place of an error.
+            raise NotImplementedError(
+                "reversible blocks have no second derivative: leave out create_graph=True, or "
+                "build the model with reversible=False"
+            )
         calls: _Calls = ctx.calls
         first, second, *_ = ctx.saved_tensors
         calls.check_unchanged()
