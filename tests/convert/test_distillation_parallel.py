@@ -47,7 +47,8 @@ def check_same(one, many, bound=1e-5):
     ours, theirs = (json.loads((x / "history.json").read_text()) for x in (one, many))
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     losses = [x["loss"] for x in ours]
-    assert [x["loss"] for x in theirs] == pytest.approx(losses, rel=bound)
+    # Divergences of 0.001 are differences of numbers of order 1, and have their rounding.
+    assert [x["loss"] for x in theirs] == pytest.approx(losses, rel=bound, abs=0.003 * bound)
     expected = load_file(one / "0.safetensors")
     for file in many.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
