@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from itertools import chain
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -109,6 +110,9 @@ class _Header(NamedTuple):
     dtype: int
     requires_grad: int
 
+
+# Options of an attention call that a shard takes; any other raises where it is not its default.
+_SHARDED = ("is_causal", "key_mask", "cu_seqlens", "scale", "window", "sinks")
 
 # Compared by hashes, which say nothing in a message.
 _HASHED = ("scale", "cu_seqlens", "dtype", "requires_grad")
@@ -244,9 +248,11 @@ class SequenceParallel:
 
 
 def _check_options(call: AttentionCall) -> None:
-    for name in ("state", "return_state", "listed_keys", "neighbours", "positions"):
-        value = getattr(call, name)
-        if value is not None and value is not False:
+    for argument in fields(AttentionCall):
+        name, default = argument.name, argument.default
+        if not argument.init or default is MISSING or name in _SHARDED:
+            continue
+        if getattr(call, name) is not default:
             raise ValueError(
                 f"{name} cannot be combined with performers.distributed.sequence_parallel: call "
                 "favor_attention on whole rows, outside the context (of a model: use_cache=False)"
