@@ -141,7 +141,7 @@ class AttentionCall:
             key_mask=None if self.key_mask is None else self.key_mask[:, start:stop],
         )
 
-    def taking(self) -> Tensor:
+    def valid_keys(self) -> Tensor:
         """Mask ``(batch, S)`` of the keys that take part."""
         if self.key_mask is not None:
             return self.key_mask

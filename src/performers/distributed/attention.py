@@ -107,7 +107,7 @@ def _find_sinks_(
 
 def _count(call: AttentionCall) -> Tensor:
     """Keys that take part, ``(B,)``."""
-    return call.taking().long().sum(1)
+    return call.valid_keys().long().sum(1)
 
 
 def _message(call: AttentionCall) -> Message:
@@ -138,7 +138,7 @@ def _message(call: AttentionCall) -> Message:
 
 def _edge(call: AttentionCall, start: int, stop: int, missing: tuple[int, int]) -> Keys:
     """Some keys, with ``missing`` ones that take no part before and after them."""
-    mask = call.taking()[:, start:stop]
+    mask = call.valid_keys()[:, start:stop]
     key, value = (
         F.pad(masked(x[:, :, start:stop], mask), (0, 0, *missing)) for x in (call.key, call.value)
     )
@@ -169,7 +169,7 @@ class _Side(NamedTuple):
         return call.replaced(
             key=torch.cat((key.to(call.key.dtype), call.key), dim=2),
             value=torch.cat((value.to(call.value.dtype), call.value), dim=2),
-            key_mask=torch.cat((mask, call.taking()), dim=1),
+            key_mask=torch.cat((mask, call.valid_keys()), dim=1),
             offset=mask.shape[1],
             state=FavorState(*self.far),
         )
@@ -230,7 +230,7 @@ def _attend_between(
     own = attend_part(call)
     left, right = past.reach(call), length - future.reach(call)
     # Causal calls meet the halos, of the reversed row on the right. Their own keys are hidden.
-    hidden = torch.zeros_like(call.taking())
+    hidden = torch.zeros_like(call.valid_keys())
     edge = call.replaced(is_causal=True, sink_keys=None, key_mask=hidden)
     first = last = own
     if left:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from performers.features.base import FeatureMap, resolve_num_features
 from performers.features.form import FeatureForm
-from performers.features.projections import Projection
+from performers.features.projections import PROJECTIONS, Projection
 
 
 def _elu_plus_one(x: Tensor) -> Tensor:
@@ -80,6 +80,8 @@ class GeneralizedFeatures(FeatureMap):
             if num_heads is not None:
                 raise ValueError("num_heads must be None when projection is None")
             num_features = head_dim
+        elif projection not in PROJECTIONS:
+            raise ValueError(f"projection must be None or one of {PROJECTIONS}, got {projection!r}")
         num_features = resolve_num_features(head_dim, num_features)
         super().__init__(
             head_dim,

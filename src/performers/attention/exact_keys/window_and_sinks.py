@@ -98,8 +98,8 @@ def find_sinks_(call: "AttentionCall") -> None:
     sinks, key, value = call.sinks, call.key, call.value
     segments, batch, size = call.segments, key.shape[0], key.shape[2]
     held = None if call.state is None else call.state.exact_keys("sink")
-    taking = call.taking()
-    rank = taking.long().cumsum(1)
+    valid = call.valid_keys()
+    rank = valid.long().cumsum(1)
     rows = torch.arange(batch, device=key.device).unsqueeze(1).expand(batch, size)
     sequences = batch
     if segments is not None and call.cu_seqlens is not None:
@@ -110,7 +110,7 @@ def find_sinks_(call: "AttentionCall") -> None:
         rank = rank - before[segments]
     if held is not None:
         rank = rank + held[2].sum(1, keepdim=True)
-    is_sink = taking & (rank <= sinks)
+    is_sink = valid & (rank <= sinks)
     # One place more than there are sinks takes what is none.
     slot = (rank - 1).where(is_sink, sinks)
     index = torch.full((sequences, sinks + 1), -1, dtype=torch.int64, device=key.device)
@@ -127,7 +127,7 @@ def find_sinks_(call: "AttentionCall") -> None:
         sink_value = held_value.to(value.dtype).where(mask[:, None, :, None], sink_value)
         first = first.masked_fill(mask, 0)
     call.sink_keys = SinkKeys(sink_key, sink_value, first, index)
-    call.key_mask = taking & ~is_sink
+    call.key_mask = valid & ~is_sink
 
 
 def _gather(x: Tensor, index: Tensor, packed: bool) -> Tensor:
@@ -148,7 +148,7 @@ def join_recent_(call: "AttentionCall") -> None:
     recent = None if call.state is None else call.state.exact_keys("recent")
     assert recent is not None
     key, value, mask = recent
-    call.key_mask = torch.cat((mask, call.taking()), dim=1)
+    call.key_mask = torch.cat((mask, call.valid_keys()), dim=1)
     call.key = torch.cat((key.to(call.key.dtype), call.key), dim=2)
     call.value = torch.cat((value.to(call.value.dtype), call.value), dim=2)
     call.offset = mask.shape[1]
@@ -162,7 +162,7 @@ def complete_state(call: "AttentionCall", sums: FavorState) -> FavorState:
         first = call.key.shape[2] + missing - call.window
         recent = (
             *(F.pad(x[:, :, first:], (0, 0, missing, 0)) for x in (call.key, call.value)),
-            F.pad(call.taking()[:, first:], (missing, 0)),
+            F.pad(call.valid_keys()[:, first:], (missing, 0)),
         )
     sinks: tuple[Tensor | None, ...] = (None, None, None)
     if call.sink_keys is not None:

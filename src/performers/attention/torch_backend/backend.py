@@ -167,7 +167,7 @@ def _delayed(call: AttentionCall) -> AttentionCall:
     missing, kept = min(shift, length), max(length - shift, 0)
     mask, segments = call.key_mask, call.segments
     if missing:
-        mask = F.pad(call.taking()[:, :kept], (missing, 0))
+        mask = F.pad(call.valid_keys()[:, :kept], (missing, 0))
         if segments is not None:
             # The last keys of one sequence must not turn up in the next.
             same = segments[missing:] == segments[:kept]

@@ -63,7 +63,7 @@ def _band(call: AttentionCall, count: int, chunk: int) -> tuple[Tensor, Tensor, 
     width, front = chunk + window + ahead, window - call.offset
     key, value = (masked(x, call.key_mask) for x in (call.key, call.value))
     # One row for the whole batch: what meets is as large as the pairs.
-    mask = call.taking() if call.key_mask is not None else call.taking()[:1]
+    mask = call.valid_keys() if call.key_mask is not None else call.valid_keys()[:1]
     if width >= size:
         # One band for all chunks: every key.
         key, value = (x.unsqueeze(2).expand(-1, -1, count, -1, -1) for x in (key, value))

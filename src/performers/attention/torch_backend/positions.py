@@ -108,7 +108,7 @@ def _strictly_before(
         query=row.query.index_select(3, token),
         key=row.key.index_select(2, token),
         value=row.value.index_select(2, token),
-        key_mask=row.taking()[:, token] & is_key,
+        key_mask=row.valid_keys()[:, token] & is_key,
         segments=None if sequence is None else sequence[token],
     )
     sums = Sums(*merged.past().sums())
