@@ -9,8 +9,8 @@ TOLERANCE = 5e-6
 def small_call(
     length: int, mode: str = "bidirectional", *, name: str = "positive", **options
 ) -> Call:
-    """One batch row, two heads, ragged sizes: a head_dim of 24 and 40 features."""
-    sizes = {"batch": 1, "heads": 2, "head_dim": 24, "value_dim": 16, "num_features": 40}
+    """One batch row and head, ragged sizes: a head_dim of 24 and 40 features."""
+    sizes = {"batch": 1, "heads": 1, "head_dim": 24, "value_dim": 16, "num_features": 40}
     return make_call(by_name(name), length, mode, **{**sizes, **options})
 
 

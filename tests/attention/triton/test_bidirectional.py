@@ -17,17 +17,17 @@ def test_lengths(length):
 
 
 def test_fewer_keys_than_queries_and_more():
-    check(small_call(130, "cross", size=70))
-    check(small_call(20, "cross", size=200))
+    check(small_call(70, "cross", size=20))
+    check(small_call(20, "cross", size=150))
 
 
 def test_grouped_heads():
-    check(small_call(100, heads=6, key_heads=2))
+    check(small_call(70, batch=2, heads=6, key_heads=2))
 
 
 def test_a_projection_for_each_head():
-    check(small_call(70, heads=4, key_heads=2, num_heads=2))
-    check(small_call(70, heads=4, key_heads=2, num_heads=4))
+    for num_heads in (2, 4):
+        check(small_call(40, heads=4, key_heads=2, num_heads=num_heads))
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (8, 40), (128, 5), (5, 100)])
@@ -50,8 +50,8 @@ def test_feature_maps(name):
 
 
 def test_key_masks():
-    call = small_call(150, batch=2, heads=2, key_heads=1)
-    mask = random_mask(2, 150)
+    call = small_call(70, batch=2, heads=2, key_heads=1)
+    mask = random_mask(2, 70)
     mask[1] = False
     call.options["key_mask"] = mask
     check(call)
@@ -67,7 +67,11 @@ def test_key_masks():
 @pytest.mark.parametrize("scale", [10.0, 100.0])
 def test_large_inputs(scale):
     # Exponents themselves are rounded, to 6e-8 of their size.
-    check(small_call(100, input_scale=scale), tolerance=1e-7 * scale**2, gradients=scale < 100)
+    check(
+        small_call(100, heads=2, input_scale=scale),
+        tolerance=1e-7 * scale**2,
+        gradients=scale < 100,
+    )
 
 
 def test_keys_of_one_size_far_from_the_rest():
@@ -87,9 +91,9 @@ def test_half_precision(dtype, tolerance):
 
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_nan_and_infinity(where):
-    call = small_call(100, batch=2)
+    call = small_call(75, batch=2, heads=2)
     for row, bad in enumerate((math.nan, math.inf)):
-        getattr(call, where)[row, 1, 70, 3] = bad
+        getattr(call, where)[row, 0, 70, 3] = bad
     out = call.run("triton")
     expected = call.run("reference")
     assert torch.equal(out.isnan(), expected.isnan())
@@ -123,12 +127,12 @@ def test_two_softmax_attentions():
 
 def test_layouts():
     """Strides of any order, also of gradients, and results in the order of the query."""
-    call = small_call(70, batch=2)
+    call = small_call(20, batch=2, heads=2)
     expected = call.run("triton")
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in call.inputs]
     out = favor_attention(*inputs, call.feature_map, backend="triton")
     assert torch.equal(out, expected)
-    assert out.stride() == inputs[0].new_empty(2, 70, 2, 16).transpose(1, 2).stride()
+    assert out.stride() == inputs[0].new_empty(2, 20, 2, 16).transpose(1, 2).stride()
     leaves = call.leaves()
     wanted = torch.autograd.grad(leaves.run("triton").sum(), leaves.inputs)
     got = torch.autograd.grad(out.sum(), inputs)

@@ -31,7 +31,7 @@ def test_lengths(length):
 
 
 def test_grouped_heads_and_masks():
-    call = small_call(75, "causal", heads=3, key_heads=1)
+    call = small_call(75, "causal", heads=2, key_heads=1)
     call.options["key_mask"] = random_mask(1, 75)
     call.options["key_mask"][:, :40] = False
     check(call)
@@ -40,7 +40,7 @@ def test_grouped_heads_and_masks():
 
 
 def test_one_head_of_many_splits_equals_one_split(monkeypatch):
-    call = small_call(170, "causal", heads=1).leaves()
+    call = small_call(100, "causal").leaves()
     results = []
     for span in (64, 1000):
         monkeypatch.setattr(launcher, "LEAST_SPAN", span)
@@ -83,18 +83,18 @@ def test_feature_maps(name):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 3e-3), (torch.bfloat16, 4e-2)])
 def test_half_precision(dtype, tolerance):
-    check(small_call(130, "causal", dtype=dtype, seed=3), tolerance=tolerance)
+    check(small_call(70, "causal", dtype=dtype, seed=3), tolerance=tolerance)
 
 
 def test_rows_that_lose_their_pairs():
-    call = hostile_call(heads=3, key_heads=1)
+    call = hostile_call(heads=2, key_heads=1)
     assert lost_rows(call) > 10
     check(call, tolerance=2e-5)
 
 
 @pytest.mark.exhaustive
 def test_lost_rows_with_masks_and_a_past():
-    call = hostile_call(100, batch=2, heads=1)
+    call = hostile_call(100, batch=2)
     call.options["key_mask"] = random_mask(2, 100)
     assert lost_rows(call) > 5
     check(call, tolerance=2e-5)
@@ -111,19 +111,18 @@ def test_lost_rows_of_bfloat16():
 )
 def test_later_tokens_do_not_matter(dtype):
     """In 16-bit types not one bit."""
-    call = small_call(140, "causal", dtype=dtype, seed=5)
+    call = small_call(100, "causal", dtype=dtype, seed=5)
     before = call.run("triton")
-    for position in (64, 90):
-        for factor in (30.0, 1e4, 0.0):
-            inputs = [x.clone() for x in call.inputs]
-            for x in inputs:
-                x[..., position:, :] *= factor
-            after = favor_attention(*inputs, call.feature_map, backend="triton", is_causal=True)
-            a, b = before[..., :position, :], after[..., :position, :]
-            if dtype == torch.float32:
-                assert (a - b).abs().max() < 1e-6
-            else:
-                assert torch.equal(a, b)
+    for position, factor in ((64, 1e4), (90, 30.0), (90, 0.0)):
+        inputs = [x.clone() for x in call.inputs]
+        for x in inputs:
+            x[..., position:, :] *= factor
+        after = favor_attention(*inputs, call.feature_map, backend="triton", is_causal=True)
+        a, b = before[..., :position, :], after[..., :position, :]
+        if dtype == torch.float32:
+            assert (a - b).abs().max() < 1e-6
+        else:
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +135,13 @@ def test_later_tokens_do_not_matter(dtype):
 )
 def test_later_keys_that_raise_the_scales_do_not_matter(name, dtype):
     """Not one bit, in rows that lose their pairs at the scale of these keys too."""
-    sizes = {"heads": 1, "head_dim": 64, "value_dim": 16, "num_features": 64, "dtype": dtype}
-    call = small_call(64, "causal", name=name, **sizes)
-    before = call.run("triton")[..., :56, :]
+    sizes = {"head_dim": 64, "num_features": 64, "dtype": dtype}
+    call = small_call(24, "causal", name=name, **sizes)
+    before = call.run("triton")[..., :16, :]
     # The key that a feature is largest for.
-    call.key[..., 56:, :] = call.feature_map.form().weight[0, :8] * 64**0.25
+    call.key[..., 16:, :] = call.feature_map.form().weight[0, :8] * 64**0.25
     assert lost_rows(call) > 5
-    assert torch.equal(call.run("triton")[..., :56, :], before)
+    assert torch.equal(call.run("triton")[..., :16, :], before)
 
 
 def test_gradients_stop_at_later_tokens():
@@ -162,7 +161,7 @@ def test_gradients_stop_at_later_tokens():
 def test_nan_and_infinity(where):
     call = small_call(75, "causal", batch=2)
     for row, bad in enumerate((math.nan, math.inf)):
-        getattr(call, where)[row, 1, 40, 3] = bad
+        getattr(call, where)[row, 0, 40, 3] = bad
     leaves = call.leaves()
     out = leaves.run("triton")
     expected = call.run("reference")
