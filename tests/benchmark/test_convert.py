@@ -105,18 +105,6 @@ def test_no_token_is_padding(berts):
     assert 0 <= int(tokens.min()) < int(tokens.max()) < 25
 
 
-def test_lengths_beyond_the_table_of_positions(berts):
-    with pytest.raises(ValueError, match=r"reach 64, and the original model has 40 positions"):
-        measure_speed(*berts, (16, 64), sampling=QUICK)
-    config = bert_config(attention_probs_dropout_prob=0.0)
-    models = pair(transformers.BertForMaskedLM, config)
-    for model in models:
-        extend_positions_(model, 64)
-    assert len(measure_speed(*models, (16, 64), sampling=QUICK)) == 4
-    with pytest.raises(ValueError, match="lengths must be"):
-        measure_speed(*models, (64, 16), sampling=QUICK)
-
-
 def test_a_call_that_would_take_too_long_is_skipped(berts):
     sampling = Sampling(repeats=1, min_time=0.0, memory=False, max_seconds=1e-6)
     rows = measure_speed(*berts, (10, 40), sampling=sampling)
@@ -125,11 +113,10 @@ def test_a_call_that_would_take_too_long_is_skipped(berts):
     assert rows[3]["original_ratio"] is None
 
 
-def test_outputs_that_are_not_finite_are_no_speed(berts):
-    config = bert_config(attention_probs_dropout_prob=0.0)
-    original, broken = pair(transformers.BertForMaskedLM, config)
-    with torch.no_grad():
-        broken.cls.predictions.bias.fill_(float("nan"))
+def test_outputs_that_are_not_finite_are_no_speed(berts, monkeypatch):
+    original, broken = berts
+    bias = broken.cls.predictions.bias
+    monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
     rows = measure_speed(original, broken, (10,), sampling=QUICK)
     assert [row["status"] for row in rows] == ["measured", "failed"]
     assert "not finite" in rows[1]["reason"]
@@ -263,15 +250,20 @@ def test_a_hybrid_keeps_keys_where_it_is_exact():
     assert {row["status"] for row in rows} == {"measured"}
 
 
-def test_contexts_beyond_the_table_of_positions():
+def test_lengths_and_contexts_beyond_the_table_of_positions():
     config = transformers.GPT2Config(
         vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=90, attn_pdrop=0.0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     models = pair(transformers.GPT2LMHeadModel, config)
+    with pytest.raises(ValueError, match=r"reach 96, and the original model has 90 positions"):
+        measure_speed(*models, (16, 96), sampling=QUICK)
     with pytest.raises(ValueError, match=r"reach 80, and the original model has 90 positions"):
         measure_decoding(*models, (80,), tokens=16, rounds=ROUNDS)
     for model in models:
         extend_positions_(model, 200)
+    assert len(measure_speed(*models, (16, 96), sampling=QUICK)) == 4
+    with pytest.raises(ValueError, match="lengths must be"):
+        measure_speed(*models, (96, 16), sampling=QUICK)
     rows = measure_decoding(*models, (80,), tokens=4, rounds=ROUNDS)
     assert {row["status"] for row in rows} == {"measured"}

@@ -84,6 +84,7 @@ def test_a_failing_probe_says_why():
         run_apart(probe(contestant="nobody"), threads=1)
 
 
+@pytest.mark.exhaustive
 @linux
 def test_a_probe_that_needs_more_than_there_is():
     total = psutil.virtual_memory().total

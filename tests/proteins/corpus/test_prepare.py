@@ -29,28 +29,38 @@ def family_records():
     return records
 
 
-@pytest.fixture
-def fasta(tmp_path):
+@pytest.fixture(scope="module")
+def fasta(tmp_path_factory):
     records = family_records()
     # A repeat under a later name, and one under an earlier name.
     records += [("Z999", records[3][1]), ("A000", records[4][1])]
-    path = tmp_path / "proteins.fasta"
+    path = tmp_path_factory.mktemp("fasta") / "proteins.fasta"
     path.write_text("".join(f">sp|{name}|X_Y words\n{s}\n" for name, s in records))
     return path
 
 
-@pytest.fixture(autouse=True)
-def mmseqs(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(stand_in.install(tmp_path / "bin")), prepend=":")
+@pytest.fixture(autouse=True, scope="module")
+def mmseqs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = stand_in.install(tmp_path_factory.mktemp("mmseqs") / "bin")
+        patch.setenv("PATH", str(folder), prepend=":")
+        yield
 
 
 def prepare(fasta, output, options=OPTIONS, **more):
     return prepare_corpus(open_source([fasta], output), output, options, **more)
 
 
-def test_splits(fasta, tmp_path):
-    manifest = prepare(fasta, tmp_path / "corpus")
-    corpus = Corpus(tmp_path / "corpus")
+@pytest.fixture(scope="module")
+def prepared(fasta, mmseqs, tmp_path_factory):
+    """The folder and the manifest of a corpus."""
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    return folder, prepare(fasta, folder)
+
+
+def test_splits(prepared):
+    folder, manifest = prepared
+    corpus = Corpus(folder)
     names = {split: corpus.split(split).names for split in SPLITS}
     sequences = {
         name: corpus.split(split).sequence(i)
@@ -74,6 +84,13 @@ def test_splits(fasta, tmp_path):
     assert not tails["ood"] & others
     assert len(names["ood"]) == 10 * len(tails["ood"])
     assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails["ood"])
+    # Small splits are FASTA too.
+    for split in ("validation", "test", "ood"):
+        lines = gzip.decompress((folder / f"{split}.fasta.gz").read_bytes()).decode().splitlines()
+        assert [line[1:].split()[0] for line in lines[::2]] == names[split]
+        assert lines[1::2] == [sequences[name] for name in names[split]]
+        assert all(" family=" in line for line in lines[::2])
+    assert not (folder / "work").exists()
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -110,22 +127,8 @@ def test_a_search_that_reports_few_hits_misses_no_relative(fasta, tmp_path, monk
     assert any(search["related"] for search in manifest["ood_searches"])
 
 
-def test_small_splits_are_fasta_too(fasta, tmp_path):
-    prepare(fasta, tmp_path / "corpus")
-    corpus = Corpus(tmp_path / "corpus")
-    for split in ("validation", "test", "ood"):
-        text = gzip.decompress((tmp_path / "corpus" / f"{split}.fasta.gz").read_bytes()).decode()
-        shards = corpus.split(split)
-        lines = text.splitlines()
-        assert [line[1:].split()[0] for line in lines[::2]] == shards.names
-        assert lines[1::2] == [shards.sequence(i) for i in range(len(shards))]
-        assert all(" family=" in line for line in lines[::2])
-    assert not (tmp_path / "corpus" / "work").exists()
-
-
 @pytest.mark.parametrize("stop_before", ["cluster", "easy-search"])
-def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
-    whole = prepare(fasta, tmp_path / "whole")
+def test_stopped_and_continued(fasta, prepared, tmp_path, monkeypatch, stop_before):
     from performers.proteins.corpus import mmseqs as module
 
     run = module.Mmseqs.run
@@ -141,27 +144,27 @@ def test_stopped_and_continued(fasta, tmp_path, monkeypatch, stop_before):
             prepare(fasta, tmp_path / "parts")
     assert not (tmp_path / "parts" / "manifest.json").exists()
     stages = []
-    assert prepare(fasta, tmp_path / "parts", report=stages.append) == whole
+    assert prepare(fasta, tmp_path / "parts", report=stages.append) == prepared[1]
     assert not any("reading" in stage for stage in stages)
     assert any("clustering" in stage for stage in stages) == (stop_before == "cluster")
 
 
-def test_finished_corpus_is_left_alone(fasta, tmp_path):
-    first = prepare(fasta, tmp_path / "corpus")
+def test_finished_corpus_is_left_alone(fasta, prepared):
+    folder, first = prepared
     said = []
-    assert prepare(fasta, tmp_path / "corpus", report=said.append) == first
+    assert prepare(fasta, folder, report=said.append) == first
     assert said == ["the corpus is there already"]
     (file,) = first["source"]["files"]
     assert (file["name"], file["bytes"]) == ("proteins.fasta", fasta.stat().st_size)
     assert first["source"]["licence"] == "not stated"
     assert first["mmseqs_version"] == "stand-in"
     # Stopped between the manifest and the removal of its work.
-    (tmp_path / "corpus" / "work").mkdir()
-    prepare(fasta, tmp_path / "corpus")
-    assert not (tmp_path / "corpus" / "work").exists()
+    (folder / "work").mkdir()
+    prepare(fasta, folder)
+    assert not (folder / "work").exists()
     other = CorpusOptions(validation_fraction=0.2, test_fraction=0.1, ood_fraction=0.1)
     with pytest.raises(UserError, match="another corpus"):
-        prepare(fasta, tmp_path / "corpus", other)
+        prepare(fasta, folder, other)
 
 
 def test_own_clusters(fasta, tmp_path):

@@ -258,11 +258,11 @@ records = st.builds(
     ProteinRecord,
     name=words,
     description=st.lists(words, max_size=3).map(" ".join),
-    sequence=st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1, max_size=200),
+    sequence=st.text("ABCDEFGHIJKLMNOPQRSTUVWXYZ", min_size=1, max_size=100),
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.lists(records, min_size=1, max_size=5), st.integers(1, 90), st.booleans())
 def test_what_is_written_is_read_back(tmp_path_factory, written, width, compressed):
     path = tmp_path_factory.mktemp("round") / ("out.fasta.gz" if compressed else "out.fasta")

@@ -68,14 +68,13 @@ def test_every_kind_of_model_has_a_report(tmp_path, attention, objective):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"exact_layers": [0], "num_features": 24}, True),
-        ({"exact_layers": [0, 1], "num_features": 24}, False),
-        # What is read is cropped.
-        ({"position_embedding": "learned", "max_length": 16}, True),
+        # With positions for 16 tokens, what is read is cropped.
+        ({"exact_layers": [0], "position_embedding": "learned", "max_length": 16}, True),
+        ({"exact_layers": [0, 1]}, False),
     ],
 )
 def test_the_number_of_features_is_told_where_there_are_some(tmp_path, options, told):
-    folder = make_model_folder(tmp_path / "model", **options)
+    folder = make_model_folder(tmp_path / "model", num_features=24, **options)
     text, _, _ = write(folder, tmp_path / "report", max_sequences=4)
     assert ("random features per head" in text) is told
 

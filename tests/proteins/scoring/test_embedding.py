@@ -10,8 +10,9 @@ from performers.proteins.scoring.embedding import embed_residues, embed_sequence
 from tests.proteins.runs import make_model, proteins
 
 
-@pytest.mark.parametrize("objective", ["mlm", "clm"])
-@pytest.mark.parametrize("attention", ["favor-softmax", "favor-relu", "exact"])
+@pytest.mark.parametrize(
+    ("objective", "attention"), [("mlm", "favor-softmax"), ("clm", "favor-relu"), ("mlm", "exact")]
+)
 def test_a_vector_is_the_mean_over_the_residues_of_the_last_layer(objective, attention):
     """And then their standard deviation, where it is asked for."""
     model, tokenizer = make_model(objective, attention=attention)

@@ -68,8 +68,7 @@ def masked_pairs(model, tokenizer, sequences, length, **masking):
                 yield row, target
 
 
-@pytest.mark.parametrize("attention", ["favor-softmax", "exact"])
-@pytest.mark.parametrize("length", [1024, 17])
+@pytest.mark.parametrize(("attention", "length"), [("favor-softmax", 1024), ("exact", 17)])
 def test_a_causal_model_predicts_every_residue_from_those_before(attention, length):
     model, tokenizer = make_model("clm", attention=attention)
     sequences = [*proteins(12), "MKXXBU", "A"]

@@ -87,8 +87,10 @@ def test_at_temperature_zero_the_most_likely_residue_follows(causal):
     assert generated(causal, prompt="MK", top_p=1e-6, max_length=10)[0].sequence == record.sequence
 
 
-@pytest.mark.parametrize("attention", ["favor-relu", "exact", "identity"])
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize(
+    ("attention", "positions"),
+    [("favor-relu", "rotary"), ("exact", "learned"), ("identity", "rotary")],
+)
 def test_every_kind_of_causal_model_generates(attention, positions):
     model = make_model("clm", attention=attention, position_embedding=positions)
     assert len(generated(model, num_sequences=3, max_length=40)) == 3

@@ -42,22 +42,12 @@ FILES = {
     "options",
     [
         {},
-        {"objective": "clm"},
-        {"packed": True},
-        {"packed": True, "across_sequences": True},
-        {"packed": True, "objective": "clm"},
-        {"accumulation": 3},
         {"bf16": True, "objective": "clm", "attention": "favor-relu"},
         {"gradient_checkpointing": True, "packed": True, "objective": "clm"},
-        {"position_embedding": "learned", "packed": True},
-        {"position_embedding": "sinusoidal"},
-        {"attention": "exact", "packed": True},
-        {"attention": "identity"},
-        {"attention": "favor-relu", "packed": True, "objective": "clm"},
-        {"estimator": "trigonometric"},
-        {"validation_fraction": 0.0},
-        {"max_grad_norm": 0.0},
-        {"redraw_steps": 0, "warmup_steps": 0},
+        {"position_embedding": "learned", "packed": True, "attention": "exact"},
+        {"position_embedding": "sinusoidal", "packed": True, "across_sequences": True},
+        {"attention": "identity", "validation_fraction": 0.0, "max_grad_norm": 0.0},
+        {"estimator": "trigonometric", "accumulation": 3, "redraw_steps": 0, "warmup_steps": 0},
     ],
     ids=str,
 )
@@ -101,14 +91,25 @@ def test_a_model_learns(tmp_path, objective):
     assert losses(tmp_path)[-1] < 0.5 * losses(tmp_path)[0]
 
 
-def test_the_last_validation_is_of_the_saved_model(tmp_path):
-    validation = proteins(10, seed=1)
-    result = train(tmp_path, validation=validation, steps=5, eval_steps=2)
+def test_validations_and_progress(tmp_path):
+    """The last validation is of the saved model; every step and every log entry is reported."""
+    validation, seen = proteins(10, seed=1), []
+    result = train(
+        tmp_path,
+        validation=validation,
+        steps=5,
+        eval_steps=2,
+        progress=lambda *entry: seen.append(entry),
+    )
     model, tokenizer = load_model(tmp_path)
     again = evaluate_model(model, tokenizer, validation, max_length=40, batch_tokens=200)
     assert result["eval_loss"] == pytest.approx(again["loss"], rel=1e-6)
     assert result["eval_tokens"] == again["tokens"]
     assert [entry["step"] for entry in history(tmp_path) if "eval_loss" in entry] == [2, 4, 5]
+    assert [step for step, _, log in seen if not log] == [0, 1, 2, 3, 4, 5]
+    assert {total for _, total, _ in seen} == {5}
+    assert [step for step, _, log in seen if "loss" in log] == [1, 2, 3, 4, 5]
+    assert [step for step, _, log in seen if "eval_accuracy" in log] == [2, 4, 5]
 
 
 def test_the_seed_decides_and_watching_does_not(tmp_path):
@@ -138,9 +139,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("interval", "redrawn"), [(2, [2, 4]), (3, [3]), (1, [1, 2, 3, 4, 5]), (0, [])]
-)
+@pytest.mark.parametrize(("interval", "redrawn"), [(2, [2, 4]), (0, [])])
 def test_features_are_redrawn_on_schedule_but_not_after_the_last_step(
     tmp_path, monkeypatch, interval, redrawn
 ):
@@ -162,20 +161,10 @@ def test_features_are_redrawn_on_schedule_but_not_after_the_last_step(
     assert torch.equal(torch.stack(saved), seen[6])
 
 
-def test_progress_reports_every_step_and_every_log_entry(tmp_path):
-    seen = []
-    train(tmp_path, progress=lambda *entry: seen.append(entry), eval_steps=3)
-    assert [step for step, total, log in seen if not log] == [0, 1, 2, 3, 4, 5, 6]
-    assert {total for _, total, _ in seen} == {6}
-    assert [step for step, _, log in seen if "loss" in log] == [1, 2, 3, 4, 5, 6]
-    assert [step for step, _, log in seen if "eval_accuracy" in log] == [3, 6]
-
-
 @pytest.mark.parametrize(
     "options",
     [
         {"learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_steps": 0},
-        {"learning_rate": 1e30, "warmup_steps": 0, "attention": "exact"},
         {"learning_rate": 1e38, "warmup_steps": 0, "steps": 1},
     ],
     ids=str,
@@ -220,11 +209,9 @@ def test_packing_across_sequences_is_another_model(tmp_path):
 @pytest.mark.parametrize(
     ("sequences", "options"),
     [
-        *[
-            (sequences, options)
-            for sequences in (["MKTW"], ["MK", "A", "X"], ["M" * 500])
-            for options in ({}, {"packed": True}, {"objective": "clm", "packed": True})
-        ],
+        (["MKTW"], {}),
+        (["MK", "A", "X"], {"objective": "clm", "packed": True}),
+        (["M" * 500], {"packed": True}),
         (None, {"max_length": 3, "batch_tokens": 9, "position_embedding": "learned"}),
     ],
 )

@@ -72,7 +72,7 @@ def test_the_kernel(tmp_path, undrawn):
     assert any(re.match(r"benchmark accuracy kernel: \d+ of 8", line) for line in lines)
 
 
-def test_heads_and_models(tmp_path, monkeypatch):
+def test_heads_and_models(tmp_path, undrawn, monkeypatch):
     compare_few(monkeypatch, 3)
     options = [*SMALL, *given(tmp_path, "llama")]
     out, lines = run("heads", *options, "--layers", 1, "--output", tmp_path / "heads")
@@ -153,11 +153,7 @@ def test_bad_options_name_their_flag(arguments, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_models_and_texts_are_one_line(tmp_path, monkeypatch):
+def test_bad_texts_are_one_line(tmp_path):
     options, out = given(tmp_path, "bert"), tmp_path / "out"
-    line = refusal("models", *SMALL, *options[:3], tmp_path / "absent.txt", "--output", out)
-    assert "absent.txt: no such text file" in line
     line = refusal("models", *SMALL, *options, "--passages", 30, "--output", out)
     assert re.search(r"text\.txt has 200 tokens, enough for 6 windows of 32; 30 were", line)
-    line = refusal("heads", *SMALL, *options, "--layers", "7", "--output", tmp_path / "new")
-    assert "layers must be some of the model's 0 to 2, got [7]" in line

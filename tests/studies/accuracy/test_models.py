@@ -67,9 +67,8 @@ def test_errors_are_those_of_the_layers_own_fits(run):
         assert row["error"] == pytest.approx(error, rel=1e-3)
 
 
-def test_settings_measured_before_are_kept_and_failures_are_rows(tmp_path, monkeypatch):
-    pretrained = read_pretrained(pretrained_options(tmp_path, "bert"))
-    first = measure(pretrained)
+def test_settings_measured_before_are_kept_and_failures_are_rows(run, monkeypatch):
+    pretrained, first = run
 
     def attend(right, call):
         raise RuntimeError("broken")

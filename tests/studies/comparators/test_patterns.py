@@ -43,12 +43,11 @@ def fixed(stride, summary):
     return SparseMechanism(stride, "fixed", summary), sees
 
 
-SPARSE = [(1, 4, 2), (5, 8, 3), (16, 4, 1), (33, 4, 4), (40, 7, 2), (50, 17, 3), (24, 1, 1)]
+SPARSE = [(1, 4, 2), (5, 8, 3), (33, 4, 4), (40, 7, 2), (24, 1, 1)]
 CASES = [
-    *((local, *x) for x in ((1, 0), (2, 5), (16, 4), (33, 0), (33, 16), (50, 17), (70, 20))),
-    (local, 70, 99),
+    *((local, *x) for x in ((1, 0), (2, 5), (16, 4), (33, 0), (50, 17), (40, 99))),
     *((longformer, *x) for x in ((1, 2, 2, 1), (5, 2, 3, 8), (33, 4, 1, 2), (33, 0, 3, 1))),
-    *((longformer, *x) for x in ((40, 3, 2, 0), (41, 5, 4, 3), (70, 17, 3, 2))),
+    *((longformer, *x) for x in ((40, 3, 2, 0), (41, 5, 4, 3))),
     *((make, *x) for make in (strided, fixed) for x in SPARSE),
 ]
 
