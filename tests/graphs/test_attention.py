@@ -70,25 +70,16 @@ def oracle(attention, x):
     return attention.attn_out(out.transpose(0, 1).flatten(1))
 
 
-def test_a_packed_batch_is_each_graph_alone(attention):
+def test_a_batch_is_each_graph_alone(attention):
+    """Packed, or padded, of which nothing is part of any sum."""
     x, batch = nodes()
-    expected = torch.cat([oracle(attention, part) for part in x.split(SIZES)])
-    torch.testing.assert_close(attention(x, batch=batch).double(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_padding_is_no_part_of_any_sum(attention):
-    x, batch = nodes()
-    rows, mask = padded(x, batch)
     packed = attention(x, batch=batch)
-    torch.testing.assert_close(attention(rows, mask)[mask], packed, rtol=1e-6, atol=1e-6)
-
-
-def test_a_graph_does_not_depend_on_its_batch(attention):
-    x, batch = nodes()
-    alone = attention(x[:7])
-    torch.testing.assert_close(attention(x, batch=batch)[:7], alone, rtol=1e-6, atol=1e-6)
+    expected = torch.cat([oracle(attention, part) for part in x.split(SIZES)])
+    torch.testing.assert_close(packed.double(), expected, rtol=1e-4, atol=1e-5)
     rows, mask = padded(x, batch)
-    torch.testing.assert_close(attention(rows, mask)[0, :7], alone, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attention(rows, mask)[mask], packed, rtol=1e-6, atol=1e-6)
+    alone = attention(x[:7])
+    torch.testing.assert_close(packed[:7], alone, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(attention(rows[:1, :7])[0], alone, rtol=1e-6, atol=1e-6)
 
 
@@ -125,11 +116,7 @@ def test_graphs_without_nodes():
     torch.testing.assert_close(attention(x, batch=batch), expected, rtol=0, atol=0)
     rows = attention(torch.randn(2, 4, 32), torch.zeros(2, 4, dtype=torch.bool))
     assert rows.isfinite().all()
-
-
-def test_boundaries_of_graphs():
-    boundaries = graph_boundaries(torch.tensor([0, 0, 2, 2, 2]))
-    assert boundaries.tolist() == [0, 2, 2, 5]
+    assert graph_boundaries(torch.tensor([0, 0, 2, 2, 2])).tolist() == [0, 2, 2, 5]
 
 
 @pytest.mark.parametrize(

@@ -82,14 +82,11 @@ def test_options_that_do_not_go_together(options, shown):
     assert "\n" not in str(caught.value)
 
 
-def test_an_option_at_its_default_needs_nothing():
-    TrainingOptions(attention="exact", estimator="positive", sequence_parallel=1)
-
-
 def test_to_make_options_draws_nothing():
     before = torch.random.get_rng_state()
-    TrainingOptions()
     TrainingOptions(attention="favor-relu")
+    # An option at its default needs nothing.
+    TrainingOptions(attention="exact", estimator="positive", sequence_parallel=1)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -128,32 +125,20 @@ def test_windows_and_memory_reach_the_model():
 
 
 def test_what_changes_the_result_makes_another_run():
-    first = TrainingOptions()
-    assert first.differences(first.to_dict()) == []
-    changed = TrainingOptions(num_layers=3, learning_rate=0.5)
-    assert changed.differences(first.to_dict()) == [
+    """How a run is watched does not; the type is one setting under either flag."""
+    first = TrainingOptions().to_dict()
+    assert TrainingOptions(log_steps=7, eval_steps=3, save_steps=2).differences(first) == []
+    assert TrainingOptions(num_layers=3, learning_rate=0.5).differences(first) == [
         "--layers was 4, now 3",
         "--learning-rate was 0.001, now 0.5",
     ]
-
-
-def test_the_type_is_one_setting_under_either_flag():
     mixed = TrainingOptions(dtype="bfloat16")
     assert mixed.differences(TrainingOptions(bf16=True).to_dict()) == []
-    differences = mixed.differences(TrainingOptions().to_dict())
-    assert differences == ["--dtype was float32, now bfloat16"]
-
-
-def test_how_a_run_is_watched_does_not():
-    watched = TrainingOptions(log_steps=7, eval_steps=3, save_steps=2)
-    assert watched.differences(TrainingOptions().to_dict()) == []
-
-
-def test_an_option_newer_than_the_record_was_at_its_default():
-    earlier = TrainingOptions().to_dict()
-    del earlier["optimizer"]
-    assert TrainingOptions().differences(earlier) == []
-    changed = TrainingOptions(optimizer="muon").differences(earlier)
+    assert mixed.differences(first) == ["--dtype was float32, now bfloat16"]
+    # An option newer than the record was at its default.
+    del first["optimizer"]
+    assert TrainingOptions().differences(first) == []
+    changed = TrainingOptions(optimizer="muon").differences(first)
     assert changed == ["--optimizer was adamw, now muon"]
 
 

@@ -97,32 +97,6 @@ def test_batches_add_up_to_the_whole():
     np.testing.assert_array_equal(parts.occurrences, whole.occurrences)
 
 
-def test_planted_blosum_is_found_and_shuffled_labels_are_not():
-    reference = load_reference_matrix("BLOSUM62", AMINO_ACIDS)
-    values, vectors = np.linalg.eigh(reference)
-    root = vectors * np.sqrt(np.clip(values, 0, None))
-    preference = np.random.default_rng(0).normal(size=(64, 20)) @ root.T / 4
-    tokens = torch.arange(FIRST, FIRST + 20).repeat(3)[None]
-    mask = torch.ones_like(tokens)
-
-    def compare(by_head: np.ndarray):
-        rows = torch.from_numpy(by_head[:, np.tile(np.arange(20), 3)])
-        weights = rows.softmax(-1)[None, :, None, :].expand(1, 64, 60, 60)
-        similarity = _similarity((tokens, mask, [weights]))
-        return similarity, compared(similarity)
-
-    similarity, found = compare(preference)
-    assert found["pearson"] > 0.6
-    assert found["spearman"] > 0.5
-    assert found["p_value"] == pytest.approx(1e-4)
-    assert found["pairs"] == 190
-    assert found["note"] == ""
-    assert similarity.notes() == []
-    order = np.random.default_rng(1).permutation(20)
-    _, shuffled = compare(preference[:, order])
-    assert shuffled["p_value"] > 0.05
-
-
 def test_amino_acid_that_never_occurs_is_left_out_and_named():
     tokens, mask, attentions = _batch()
     tokens = torch.where(tokens == FIRST + AMINO_ACIDS.index("W"), FIRST, tokens)

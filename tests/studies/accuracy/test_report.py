@@ -100,16 +100,18 @@ def test_a_model_has_a_line_for_each_setting():
     ]
     rows.append({"setting": "positive", "layer": "final", "error": 0.3})
     (axes,) = figure_of(models_figure, rows).axes
-    assert lines(axes)["data_aware"] == pytest.approx([0.1, 0.2, 0.3])
     assert list(lines(axes)) == ["positive", "data_aware"]
+    assert lines(axes)["data_aware"] == pytest.approx([0.1, 0.2, 0.3])
 
 
-def test_runs_that_were_cut_short_can_be_drawn(tmp_path):
-    for draw, rows in (
+@pytest.mark.parametrize(
+    ("draw", "rows"),
+    [
         (kernel_figure, []),
-        (heads_figure, []),
         (heads_figure, [row for row in heads_rows() if row["layer"] == 0]),
         (models_figure, []),
-    ):
-        figure_of(draw, rows).savefig(tmp_path / "x.png")
-        assert (tmp_path / "x.png").stat().st_size > 0
+    ],
+)
+def test_runs_that_were_cut_short_can_be_drawn(draw, rows, tmp_path):
+    figure_of(draw, rows).savefig(tmp_path / "x.png", dpi=20)
+    assert (tmp_path / "x.png").stat().st_size > 0

@@ -64,9 +64,7 @@ def _assert_texts_apart(figure):
             assert shared_x <= 1.5 or shared_y <= 1.5, (name, other)
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads", "length"), [(1, 1, 1), (2, 3, 12), (3, 8, 150), (1, 12, 24), (6, 4, 700)]
-)
+@pytest.mark.parametrize(("layers", "heads", "length"), [(1, 1, 1), (1, 12, 24), (3, 4, 700)])
 def test_attention_maps_have_a_panel_per_head_and_texts_apart(layers, heads, length):
     maps = _maps(layers, heads, length)
     tensors = [torch.from_numpy(weights)[None] for weights in maps]
