@@ -276,18 +276,11 @@ def test_a_group_with_a_new_contestant_is_measured_again_as_a_whole(results):
     assert not any(row in fewer["rows"] for row in again.rows)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"heads": 4}, "heads 2, this is 4"), ({"repeats": 4}, "repeats"), ({"seed": 1}, "seed")],
-)
-def test_results_made_in_another_way_are_not_resumed(results, changes, words):
+def test_results_made_in_another_way_are_not_resumed(results):
     earlier = json.loads(json.dumps(results.content()))
-    with pytest.raises(OtherRunError, match=words):
-        run_tiny(earlier, **changes)
-
-
-def test_results_of_another_machine_are_not_resumed(results):
-    earlier = json.loads(json.dumps(results.content()))
+    for changes, words in (({"heads": 4}, "heads 2, this is 4"), ({"seed": 1}, "seed")):
+        with pytest.raises(OtherRunError, match=words):
+            run_tiny(earlier, **changes)
     earlier["machine"]["cpu"] = "abacus"
     with pytest.raises(OtherRunError, match="cpu 'abacus'"):
         run_tiny(earlier)

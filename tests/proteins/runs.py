@@ -92,6 +92,17 @@ def make_model(objective="mlm", *, max_length=40, **changes):
     return model_class(config).eval(), tokenizer
 
 
+def log_probabilities(model, tokens, positions=None):
+    """Those that a model gives at each place of a row, alone, in float64; ``(L, vocabulary)``."""
+    tokens = torch.as_tensor(tokens).long()[None]
+    if positions is not None:
+        positions = torch.as_tensor(positions)[None]
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        logits = model(tokens, position_ids=positions, attention_mask=mask).logits
+    return logits[0].double().log_softmax(-1)
+
+
 def make_model_folder(folder, objective="mlm", **changes):
     folder.mkdir(parents=True)
     save_model_folder(folder, *make_model(objective, **changes))
@@ -112,10 +123,10 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def same_weights(first, second):
+def same_weights(first, second, *, atol=1e-6):
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
-    return all(torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-6) for name in ours)
+    return all(torch.allclose(ours[name], theirs[name], rtol=0, atol=atol) for name in ours)
 
 
 def start(*arguments, **environment):

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.reading import residues
 from performers.proteins.reading.residues import principal_components, read_proteins
 from performers.proteins.scoring.embedding import embed_sequences
-from tests.proteins.runs import make_model, proteins
+from tests.proteins.runs import log_probabilities, make_model, proteins
 
 
 def records(*sequences):
@@ -18,9 +17,8 @@ def records(*sequences):
 
 def shares(model, tokenizer, tokens, place):
     """The model's distribution over the amino acids at a place of a row."""
-    with torch.no_grad():
-        logits = model(torch.as_tensor(tokens)[None].long()).logits[0, place]
-    return logits.softmax(-1)[residue_ids(tokenizer, AMINO_ACIDS)].numpy()
+    found = log_probabilities(model, tokens)[place].exp()
+    return found[residue_ids(tokenizer, AMINO_ACIDS)].numpy()
 
 
 def check(reading, expected):

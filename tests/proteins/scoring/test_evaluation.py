@@ -10,7 +10,7 @@ import torch
 from performers.proteins.inputs.objectives import ALL_HIDDEN, MaskedCollator
 from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, encode_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from tests.proteins.runs import make_model, proteins
+from tests.proteins.runs import log_probabilities, make_model, proteins
 
 KEYS = {
     "accuracy",
@@ -47,14 +47,9 @@ def plain_scores(pairs, tokenizer):
     }
 
 
-def log_probabilities(model, tokens):
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
-
-
 def causal_pairs(model, tokenizer, sequences, length):
     for window in windows(tokenizer, sequences, length):
-        rows = log_probabilities(model, window.tolist())
+        rows = log_probabilities(model, window)
         yield from zip(rows[:-1], window[1:].tolist(), strict=True)
 
 
@@ -62,7 +57,7 @@ def masked_pairs(model, tokenizer, sequences, length, **masking):
     collator = MaskedCollator(tokenizer, replaced=ALL_HIDDEN, **masking)
     for index, window in enumerate(windows(tokenizer, sequences, length)):
         batch = collator([{"input_ids": window, "index": index}])
-        rows = log_probabilities(model, batch["input_ids"][0].tolist())
+        rows = log_probabilities(model, batch["input_ids"][0])
         for row, target in zip(rows, batch["labels"][0].tolist(), strict=True):
             if target != -100:
                 yield row, target

@@ -9,14 +9,9 @@ import torch
 from performers.app.errors import UserError
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.scoring.likelihood import score_sequences
-from tests.proteins.runs import make_model
+from tests.proteins.runs import log_probabilities, make_model
 
 SEQUENCES = ["MKTAYIA", "W", "MXK"]
-
-
-def log_probabilities(model, tokens):
-    with torch.no_grad():
-        return model(torch.as_tensor(tokens)[None].long()).logits[0].double().log_softmax(-1)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 22])

@@ -17,7 +17,7 @@ from performers.proteins.model import ProteinModel
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.scoring.likelihood import score_sequences
-from tests.proteins.runs import make_model
+from tests.proteins.runs import log_probabilities, make_model
 
 TOKENIZER = build_protein_tokenizer()
 PROTEINS = ["MKTAYIAKQR", "GGWC"]
@@ -42,16 +42,6 @@ def by_hand(protein, others=OTHERS):
     tokens = torch.from_numpy(np.concatenate(pieces)).long()
     positions = torch.cat([torch.arange(len(piece)) for piece in pieces])
     return tokens, positions, len(tokens) - len(pieces[-1])
-
-
-def read(model, tokens, positions, **options):
-    with torch.no_grad():
-        return model(
-            tokens[None],
-            position_ids=positions[None],
-            attention_mask=torch.ones(1, len(tokens)),
-            **options,
-        )
 
 
 def test_a_row_is_a_protein_after_its_relatives_the_first_one_nearest():
@@ -126,8 +116,10 @@ def test_vectors_are_those_of_the_protein():
     means = embed_sequences(model, tokenizer, PROTEINS, **options)
     for protein, vectors, mean, alone in zip(PROTEINS, found, means, plain, strict=True):
         tokens, positions, start = by_hand(protein)
-        output = read(model.base_model, tokens, positions).last_hidden_state[0]
-        expected = output[start + 1 : -1].numpy()
+        row = {"position_ids": positions[None], "attention_mask": torch.ones(1, len(tokens))}
+        with torch.no_grad():
+            output = model.base_model(tokens[None], **row).last_hidden_state
+        expected = output[0, start + 1 : -1].numpy()
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
         np.testing.assert_allclose(mean, expected.mean(0), atol=1e-5)
         assert np.abs(vectors - alone).max() > 1e-3
@@ -144,8 +136,7 @@ def test_residues_are_hidden_in_the_protein_alone(batch_tokens):
         for place in range(len(protein)):
             row = tokens.clone()
             row[start + 1 + place] = tokenizer.mask_token_id
-            expected = read(model, row, positions).logits[0, start + 1 + place]
-            expected = expected.double().log_softmax(-1)
+            expected = log_probabilities(model, row, positions)[start + 1 + place]
             own = float(expected[tokens[start + 1 + place]])
             assert score.log_likelihoods[place] == pytest.approx(own, abs=1e-4)
             np.testing.assert_allclose(score.log_odds[place], expected[ids] - own, atol=2e-4)
@@ -158,12 +149,12 @@ def test_a_causal_model_reads_them_before_the_protein():
         PROTEINS, score_sequences(model, tokenizer, PROTEINS, **options), strict=True
     ):
         tokens, positions, start = by_hand(protein)
-        predicted = read(model, tokens, positions).logits[0].double().log_softmax(-1)
+        predicted = log_probabilities(model, tokens, positions)
         expected = predicted[torch.arange(start, len(tokens) - 2), tokens[start + 1 : -1]]
         np.testing.assert_allclose(score.log_likelihoods, expected, atol=1e-4)
         mutant = tokens.clone()
         mutant[start + 2] = residue_ids(tokenizer, "W")[0]
-        other = read(model, mutant, positions).logits[0].double().log_softmax(-1)
+        other = log_probabilities(model, mutant, positions)
         other = other[torch.arange(start, len(tokens) - 2), mutant[start + 1 : -1]]
         odds = float(other.sum() - expected.sum())
         assert score.log_odds[1, AMINO_ACIDS.index("W")] == pytest.approx(odds, abs=2e-4)

@@ -8,7 +8,7 @@ from performers.app.errors import UserError
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
 from performers.proteins.model import ProteinModel
 from performers.proteins.scoring.variants import check_variant, parse_variant
-from tests.proteins.runs import make_model
+from tests.proteins.runs import log_probabilities, make_model
 
 PROTEIN = "MKTAYIAK"
 VARIANTS = ["M1W", "A4V", "a4v", "K2K", "A4V:K8R", "K8R : A4V"]
@@ -19,18 +19,11 @@ def model(tmp_path, objective="mlm", **options):
     return ProteinModel(*make_model(objective, **options), tmp_path)
 
 
-def log_probabilities(network, row, relatives):
-    """At the protein's tokens, of a row that is laid out by hand."""
+def read(network, row, relatives):
+    """Log-probabilities at the protein's tokens, of a row that is laid out by hand."""
     pieces = [*relatives[::-1], row]
     positions = np.concatenate([np.arange(len(piece)) for piece in pieces])
-    tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))[None]
-    with torch.no_grad():
-        logits = network(
-            tokens,
-            position_ids=torch.from_numpy(positions)[None],
-            attention_mask=torch.ones_like(tokens),
-        ).logits[0, -len(row) :]
-    return logits.double().log_softmax(-1).numpy()
+    return log_probabilities(network, np.concatenate(pieces), positions)[-len(row) :].numpy()
 
 
 @pytest.mark.parametrize("relatives", [[], RELATIVES])
@@ -44,7 +37,7 @@ def test_residues_are_hidden_one_at_a_time_and_odds_add_up(tmp_path, method, rel
         row = tokens.copy()
         if method == "masked":
             row[position] = reader.tokenizer.mask_token_id
-        predicted = log_probabilities(reader.network, row, others)[position]
+        predicted = read(reader.network, row, others)[position]
         there, instead = residue_ids(reader.tokenizer, wild_type + mutant)
         return predicted[instead] - predicted[there]
 
@@ -79,7 +72,7 @@ def test_a_causal_model_compares_whole_proteins(tmp_path, relatives):
 
     def log_likelihood(sequence):
         row = encode_sequences(reader.tokenizer, [sequence])[0]
-        predicted = log_probabilities(reader.network, row, others)
+        predicted = read(reader.network, row, others)
         return sum(predicted[n, row[n + 1]] for n in range(len(sequence)))
 
     options = {"relatives": reader.relatives(relatives)} if relatives else {}

@@ -1,25 +1,19 @@
 """Training from a corpus is training from the same sequences in memory, and resumes mid-epoch."""
 
 import pytest
-import torch
 
 from performers.proteins.corpus import Corpus
 from performers.proteins.training.train import train_model
 from performers.training.options import TrainingOptions
 from tests.cli.commands import refusal, run
 from tests.proteins.corpus.test_shards import proteins, write_corpus
-from tests.proteins.runs import SMALL, weights
+from tests.proteins.runs import SMALL, same_weights
 
 
 @pytest.fixture
 def corpus(tmp_path):
     splits = {"train": proteins(60, 0), "validation": proteins(8, 1)}
     return write_corpus(tmp_path / "corpus", splits, shard_tokens=300)
-
-
-def assert_same(one, other):
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(tensor, weights(other)[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -30,7 +24,7 @@ def test_same_as_in_memory(corpus, tmp_path, packed):
     in_memory = [shards.sequence(i) for i in range(len(shards))]
     train_model(shards, tmp_path / "disk", options, validation=validation)
     train_model(in_memory, tmp_path / "memory", options, validation=validation)
-    assert_same(tmp_path / "disk", tmp_path / "memory")
+    assert same_weights(tmp_path / "disk", tmp_path / "memory", atol=0)
 
 
 def test_resumes_in_the_middle_of_an_epoch(corpus, tmp_path, monkeypatch):
@@ -52,7 +46,7 @@ def test_resumes_in_the_middle_of_an_epoch(corpus, tmp_path, monkeypatch):
         patch.setattr(training._ProteinTrainer, "training_step", stops)
         run(*arguments, "--output", tmp_path / "parts", code=130)
     run(*arguments, "--output", tmp_path / "parts", "--resume")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts", atol=0)
 
 
 def test_one_corpus_at_a_time(corpus, tmp_path):

@@ -95,22 +95,15 @@ def test_captured_heads_give_the_models_own_attention(family, implementation, pa
     assert loaded.model.config._attn_implementation == implementation
 
 
-def test_samples_have_the_models_grouped_heads_and_no_gradients(llama):
-    loaded = llama
-    (sample,) = capture_heads(loaded, token_ids(2, 9), layers=[1])
+def test_layers_are_chosen(bert):
+    (sample,) = capture_heads(bert, token_ids(2, 9), layers=[1])
     assert sample.layer == 1
-    assert sample.query.shape == (2, 4, 9, 8)
-    assert sample.key.shape == sample.value.shape == (2, 2, 9, 8)
     for tensor in (sample.query, sample.key, sample.value):
         assert tensor.is_contiguous()
         assert not tensor.requires_grad
-
-
-def test_layers_must_be_the_models(bert):
-    loaded = bert
     for layers in ([0, 3], [-1], []):
         with pytest.raises(ValueError, match=r"attention layers \[0, 1, 2\], got"):
-            capture_heads(loaded, token_ids(1, 5), layers=layers)
+            capture_heads(bert, token_ids(1, 5), layers=layers)
 
 
 def test_a_sliding_window_is_refused_where_it_hides_something(tmp_path):

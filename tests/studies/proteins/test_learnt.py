@@ -31,7 +31,7 @@ def compared(tmp_path_factory):
 
 
 def test_numbers_are_plain_and_complete(compared):
-    found, _, seen = compared
+    found, folder, seen = compared
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert list(found["models"]) == ["performer", "exact"]
     for numbers in found["models"].values():
@@ -42,15 +42,6 @@ def test_numbers_are_plain_and_complete(compared):
         similarity = numbers["similarity"]
         assert similarity["sequences"] == 6
         assert list(similarity["all"]["matrices"]) == ["BLOSUM62", "BLOSUM45", "BLOSUM80"]
-        for result in similarity["all"]["matrices"].values():
-            assert -1 <= result["pearson"] <= 1
-            assert 0 < result["p_value"] <= 1
-        assert [pair["pair"] for pair in similarity["all"]["expected_pairs"]] == [
-            "D–E",
-            "F–Y",
-            "I–V",
-            "K–R",
-        ]
         assert len(similarity["all"]["matrix"]) == 20
         embeddings = numbers["embeddings"]
         assert list(embeddings["matrices"]) == list(similarity["all"]["matrices"])
@@ -58,10 +49,6 @@ def test_numbers_are_plain_and_complete(compared):
     heads = [numbers["heads"] for numbers in found["models"].values()]
     assert heads[0] != heads[1]
     assert {name for name, *_ in seen} == {"performer", "exact"}
-
-
-def test_figures_are_where_it_says(compared):
-    found, folder, _ = compared
     names = {"similarity", "heads", "attention, performer", "attention, exact"}
     assert set(found["figures"]) == names
     for name in found["figures"].values():

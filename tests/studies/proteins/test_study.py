@@ -40,33 +40,15 @@ def test_tables_hold_the_results(finished):
     both = [scores(finished)[f"mlm-exact-seed{seed}"]["test"]["accuracy"] for seed in (0, 1)]
     mean = 100 * sum(both) / 2
     assert re.search(rf"\| masked \| Transformer \| {mean:.2f} ± ", text)
-    for part in ("Linformer", "Performer-exp", "unigram baseline", "BLOSUM62", "128 |"):
-        assert part in text
-    assert "within half a point" in text or "at least as accurate" in text
-
-
-def test_the_page_shows_what_results_hold(finished):
-    page = (finished / "report.md").read_text()
     tables = report.tables(json.loads((finished / "results.json").read_text()))
     assert list(tables) == [
         *("accuracy", "claims", "kernels", "concatenated", "contexts", "similarity", "pairs"),
     ]
-    assert all(table.markdown() in page for table in tables.values())
-    assert "10 of 10 runs" in page
-    pictures = re.findall(r"\]\((.+?)\)", page)
+    assert all(table.markdown() in text for table in tables.values())
+    assert "10 of 10 runs" in text
+    pictures = re.findall(r"\]\((.+?)\)", text)
     assert len(pictures) >= 5
     assert all((finished / path).exists() for path in pictures)
-
-
-def test_concatenated_transformers_have_the_performers_time(finished):
-    plan = json.loads((finished / "concatenated" / "plan.json").read_text())
-    assert plan["performer"]["options"]["attention"] == "favor-relu"
-    performer = plan["performer"]
-    for name, entry in plan.items():
-        ratio = performer["cost"]["seconds"] / entry["cost"]["seconds"]
-        steps = performer["options"]["steps"] * ratio
-        assert entry["options"]["steps"] == max(1, round(steps)), name
-        assert (finished / "concatenated" / name / "result.json").exists()
 
 
 def test_contexts_leave_out_what_is_too_long(finished):
@@ -164,21 +146,6 @@ def test_some_attentions_run_with_the_first_seed_only():
         *("mlm-exact-seed0", "mlm-favor-relu-seed0", "mlm-linformer-seed0"),
         *("mlm-exact-seed1", "mlm-favor-relu-seed1"),
     ]
-
-
-def test_other_processes_wait_for_the_scores(tmp_path, monkeypatch):
-    waits = []
-
-    def sleep(seconds):
-        waits.append(seconds)
-        if len(waits) == 3:
-            (tmp_path / "result.json").touch()
-
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(runs.time, "sleep", sleep)
-    monkeypatch.setattr(runs, "train_model", lambda *_, **__: {})
-    runs.execute(planned_runs(PRESET)[0], data(), tmp_path)
-    assert len(waits) == 3
 
 
 def test_other_settings_are_refused(finished):
