@@ -53,19 +53,6 @@ def test_the_buckets_of_the_definition(length, options):
         compare(module, (query, query, value), context, expected)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_one_bucket_is_attention_with_shared_queries_and_keys(rounds, is_causal):
-    """To all others; to oneself where there is none."""
-    query, _, value = inputs(20)
-    context = AttentionContext(is_causal, need_weights=True)
-    allowed = torch.ones(20, 20, dtype=torch.bool).tril(-1 if is_causal else 19)
-    allowed = allowed & ~torch.eye(20, dtype=torch.bool)
-    allowed[0, 0] = is_causal
-    expected = dense(shared_scores(query), value, allowed.expand(2, 3, -1, -1))
-    compare(mechanism(1, 64, rounds), (query, query, value), context, expected)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_within_one_chunk_it_is_the_attention_of_transformers(is_causal):

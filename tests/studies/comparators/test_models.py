@@ -11,12 +11,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig
 
-from performers.app.errors import UserError
 from performers.models import PerformerCache, PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from performers.models.registry import ATTENTIONS
-from performers.proteins.model_folder import check_input_length
 from studies.comparators import COMPARATORS, HashFeatures
 from tests.models.cases import TOLERANCE, gradients, tokens
 from tests.studies.comparators.oracle import CAUSAL, EVERY, make_config, make_model
@@ -295,14 +293,6 @@ def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention):
     config = PerformerConfig(attention="exact")
     config.attention = attention
     build_mechanism(config)
-
-
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_inputs_longer_than_the_projections_are_refused(positions):
-    model = make_model("linformer", position_embedding=positions, max_position_embeddings=40)
-    check_input_length(model, 40)
-    with pytest.raises(UserError, match=r"for 40 tokens and cannot read 41; "):
-        check_input_length(model, 41)
 
 
 @pytest.mark.parametrize("packed", [False, True])

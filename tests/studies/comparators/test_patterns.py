@@ -73,14 +73,6 @@ def test_the_pattern_of_the_definition(make, length, options):
         compare(mechanism, tensors, context, dense(scores, value, allowed), layer)
 
 
-def test_longformer_without_dilation_and_global_tokens_is_the_window():
-    tensors = inputs(50)
-    for is_causal in (False, True):
-        context = AttentionContext(is_causal)
-        out = LongformerMechanism(7, 1, 0)(*tensors, context, 0)[0]
-        torch.testing.assert_close(out, LocalMechanism(7)(*tensors, context, 0)[0])
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("mechanism", "count"), [(LocalMechanism(8), 0), (LongformerMechanism(8, 1, 2), 2)], ids=str
@@ -126,14 +118,3 @@ def test_one_head_alternates_from_layer_to_layer():
     first, second = (mechanism(*tensors, context, layer)[1][0, 0, 17] for layer in (0, 1))
     assert first.nonzero()[:, 0].tolist() == [13, 14, 15, 16, 17]
     assert second.nonzero()[:, 0].tolist() == [1, 5, 9, 13, 17]
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("name", ["strided", "fixed"])
-def test_a_stride_as_long_as_the_sequence_is_exact_attention_in_half_of_the_heads(name, is_causal):
-    tensors = inputs(20, heads=4)
-    out = SparseMechanism(32, name, 2)(*tensors, AttentionContext(is_causal), 0)[0][:, :2]
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x[:, :2] for x in tensors), is_causal=is_causal
-    )
-    torch.testing.assert_close(out, expected)
