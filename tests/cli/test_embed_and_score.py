@@ -154,29 +154,40 @@ def test_proteins_are_read_with_relatives(family_model, masked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("relatives", "options", "message"),
+    ("command", "relatives", "options", "message"),
     [
-        (None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
-        ("", [], "the file is empty"),
-        (">y\nMKTAW\n", [], "'b' has no relative in the file of relatives but 1 of its own"),
-        (">y\nMKC\n", ["--relatives-tokens", 12], "'a' with its 8 residues leaves no place"),
-        (">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+        ("score", None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
+        ("evaluate", ">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+        ("evaluate", ">y\nMK\n", ["--max-length", 20], "with --relatives use --relatives-tokens"),
     ],
 )
-def test_relatives_that_cannot_be_used(family_model, tmp_path, relatives, options, message):
+def test_relatives_that_cannot_be_used(
+    family_model, tmp_path, command, relatives, options, message
+):
     proteins, path = tmp_path / "p.fasta", tmp_path / "r.fasta"
     proteins.write_text(">a\nMKTAYIAK\n>b\nMKTAW\n")
     if relatives is not None:
         path.write_text(relatives)
         options = ["--relatives", path, *options]
-    for command in ("embed", "score", "evaluate"):
-        output = ["--output", tmp_path / "x.tsv"] if command != "evaluate" else []
-        assert message in refusal(command, family_model, proteins, *output, *options)
-        assert not (tmp_path / "x.tsv").exists()
+    assert message in refusal(command, family_model, proteins, *options)
 
 
-def test_windows_of_evaluate_and_relatives_do_not_go_together(family_model, fasta):
-    arguments = ["--relatives", fasta, "--max-length", 20]
-    assert "with --relatives use --relatives-tokens" in refusal(
-        "evaluate", family_model, fasta, *arguments
-    )
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device"),
+        (MemoryError(), "out of memory; lower --batch-tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (ImportError("No module named 'pyarrow'"), "pip install 'performers[proteins]'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("performers.proteins.model.embed_sequences", fail)
+    output = tmp_path / "x.npz"
+    _, lines = run("embed", masked, fasta, "--skip-invalid", "--output", output, code=2)
+    assert words in lines[-1]
+    assert not output.exists()

@@ -79,10 +79,3 @@ def test_odd_input_trains(tmp_path):
 def test_ordinary_input_has_nothing_to_tell(fasta, masked):
     _, lines = run("evaluate", masked, fasta)
     assert all(line.startswith("evaluating: ") for line in lines)
-
-
-def test_nucleotides_are_noticed(masked, tmp_path):
-    path = tmp_path / "dna.fasta"
-    path.write_text(">gene\n" + "ACGT" * 60 + "\n")
-    _, lines = run("evaluate", masked, path)
-    assert "looks like DNA or RNA" in lines[0]

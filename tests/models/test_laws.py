@@ -31,7 +31,7 @@ from tests.models.cases import (
 )
 
 # Pieces of 13 tokens.
-CUTS = ((13,), (7, 6), (3, 1, 9), (1,) * 13)
+CUTS = ((7, 6), (3, 1, 9), (1,) * 13)
 
 
 def batched(rows, left):

@@ -16,8 +16,7 @@ from performers.models import (
     PerformerForSequenceClassification,
     PerformerModel,
 )
-from performers.models.registry import ATTENTIONS
-from tests.models.cases import HEADS, assert_same, auto_class, build, output_names, tokens
+from tests.models.cases import HEADS, MAIN, assert_same, auto_class, build, output_names, tokens
 
 LANGUAGE_MODELS = (PerformerForMaskedLM, PerformerForCausalLM)
 
@@ -52,7 +51,7 @@ def test_a_saved_model_loads_exactly(tmp_path, head):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"attention": name, "features_per_head": True} for name in ATTENTIONS),
+        *({"attention": name, "features_per_head": True} for name in MAIN),
         {"estimator": "hyperbolic", "num_features": 24},
         {"estimator": "trigonometric"},
         {"projection": "gaussian", "regularized": True},
