@@ -182,20 +182,6 @@ def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
     assert (folder / "conversion.png").read_text() == "2 panels"
 
 
-@pytest.mark.exhaustive
-def test_an_encoder_without_head_is_compared_by_its_embeddings(masked, tmp_path, undrawn):
-    transformers.BertModel.from_pretrained(masked[0]).save_pretrained(masked[0])
-    folder = tmp_path / "out"
-    out, _ = run_command("convert", *masked, "--output", folder, *SMALL, "--no-speed")
-    content = read(folder)
-    assert content["model"]["kind"] == "encoder"
-    assert content["options"]["loss"] == "embedding"
-    assert content["quality"][0]["cosine"] == pytest.approx(1.0)
-    assert content["quality"][0]["retrieval"] == 1.0
-    assert 0 < content["quality"][1]["cosine"] < 1
-    assert "same nearest" in out
-
-
 def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
     seen = []
 

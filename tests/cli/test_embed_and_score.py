@@ -1,10 +1,7 @@
 """``performers embed`` and ``score``: their files, inputs and refusals."""
 
-import gzip
-import io
 import json
 import math
-import sys
 
 import h5py
 import numpy as np
@@ -47,22 +44,6 @@ def test_residues_are_embedded_into_hdf5(masked, fasta, tmp_path):
         for data, vectors in zip(file.values(), expected, strict=True):
             np.testing.assert_allclose(data[()], vectors, atol=2e-5)
         assert file["P1"].attrs["header"] == "sp|P1|ONE_HUMAN first"
-
-
-def test_standard_input_is_read(masked, fasta, tmp_path, monkeypatch):
-    packed = io.BufferedReader(io.BytesIO(gzip.compress(TEXT.encode())))
-    monkeypatch.setattr("performers.proteins.inputs.streams.sys", fake := type(sys)("sys"))
-    fake.stdin = io.TextIOWrapper(packed)
-    output = tmp_path / "x.tsv"
-    _, lines = run("embed", masked, "-", "--output", output, "--skip-invalid")
-    assert "(first at standard input:4)" in lines[-2]
-    rows = cells(output.read_text())
-    assert [row[:2] for row in rows[1:]] == [["P1", "5"], ["b", "2"]]
-    np.testing.assert_allclose(
-        np.array([row[2:] for row in rows[1:]], float),
-        load(masked).embed(["MKTAY", "XW"]),
-        atol=2e-5,
-    )
 
 
 def test_scores_are_tables_and_json(masked, fasta, tmp_path):

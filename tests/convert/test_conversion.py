@@ -113,14 +113,6 @@ def test_left_padding_of_a_decoder_makes_no_difference(name, told):
     torch.testing.assert_close(padded[1:, 7:], alone, atol=2e-5, rtol=1e-4)
 
 
-def test_positions_of_the_caller_stay():
-    model = linear("llama", **KINDS["features"])
-    given = {"input_ids": token_ids(2, 20), "attention_mask": padding_mask(2, 20, "left")}
-    positions = torch.arange(5, 25).expand(2, -1)
-    apart = output(model, given, position_ids=positions, **UNCACHED) - output(model, given)
-    assert apart.abs().max() > 1e-2
-
-
 @pytest.mark.parametrize(
     "name", ["llama", "qwen3", "gpt_neox", "gemma3", "performer_causal", "performer_masked"]
 )

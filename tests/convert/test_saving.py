@@ -274,18 +274,6 @@ def test_models_of_one_configuration_do_not_disturb_each_other(folder):
     assert torch.equal(got, student(ids).last_hidden_state)
 
 
-def test_a_loaded_model_trains_and_saves_what_it_learnt(folder, tmp_path):
-    model, given = saved("exact terms", folder)
-    loaded = load_performer(folder).train()
-    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
-    loaded(**given, labels=given["input_ids"], use_cache=False).loss.backward()
-    optimizer.step()
-    loaded.eval().save_pretrained(tmp_path / "trained")
-    expected = output(loaded, given)
-    assert not torch.allclose(expected, output(model, given), atol=1e-3)
-    assert torch.equal(output(load_performer(tmp_path / "trained"), given), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_features_stay_float32_in_half_precision(dtype, folder):
     model, given = saved("features", folder)
@@ -359,7 +347,6 @@ def test_damaged_folders_are_refused(damage, error, words, folder):
         load_performer(folder)
 
 
-@pytest.mark.exhaustive
 def test_trainer_takes_a_loaded_model_and_goes_on_from_its_checkpoints(folder, tmp_path):
     model, _ = saved("exact terms", folder)
     rows = token_ids(8, 12)
@@ -369,9 +356,10 @@ def test_trainer_takes_a_loaded_model_and_goes_on_from_its_checkpoints(folder, t
     arguments = transformers.TrainingArguments(str(tmp_path / "run"), **options)
     loaded, again = (type(model).from_pretrained(folder) for _ in range(2))
     transformers.Trainer(loaded, arguments, train_dataset=data).train()
-    stored = type(model).from_pretrained(tmp_path / "run" / "checkpoint-2")
+    stored = load_performer(tmp_path / "run" / "checkpoint-2")
     given = {"input_ids": rows}
     assert torch.equal(output(stored, given), output(loaded.eval(), given))
+    assert not torch.equal(output(stored, given), output(model, given))
     trainer = transformers.Trainer(again, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     for name, tensor in again.state_dict().items():

@@ -10,7 +10,7 @@ from performers import redraw_features_
 from performers.models import PerformerForMaskedLM
 from tests.models.cases import (
     KINDS,
-    NAMES,
+    PLAIN,
     SIGNED,
     TOLERANCE,
     assert_same,
@@ -118,7 +118,7 @@ def assert_near(found, error):
 
 @pytest.mark.parametrize("kind", ["plain", "masked", "packed"])
 @KINDS
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "reversible"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_gradients_are_those_of_autograd(name, is_causal, kind):
     """In float64, through six layers with dropout (two for kernels of both signs)."""
     model = reversible(
