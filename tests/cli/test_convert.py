@@ -308,6 +308,7 @@ def test_another_original_under_the_same_path_is_not_resumed(encoder, undrawn):
         (["--num-features", "0"], "--num-features must be at least 1"),
         (["--layers", "a"], "--layers must be whole numbers"),
         (["--layers", "3"], "layers must be in 0..2"),
+        (["--listed-keys", "6"], "listed_keys=6 is for encoders among transformers models"),
         (["--test", "many"], "--test must be a number"),
         (["--length", "1000"], "too little text"),
         (["--lengths", "64,32"], "--lengths must be"),
