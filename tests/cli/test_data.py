@@ -44,6 +44,8 @@ def test_what_is_refused(tmp_path):
         (["trembl", path, "--clusters", table, "--part", "3/2"], "parts are counted from 1 to 2"),
         (["uniref50", tmp_path / "none"], "none does not exist"),
         (["uniref50", "-"], "- does not exist"),
+        (["uniref50", path, "--part", "1/2"], "the record S000 names no cluster"),
+        (["trembl", path, "--clusters", tmp_path / "no"], "is no file; check the path"),
     ):
         assert words in refusal("data", *arguments, *out)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -15,7 +15,7 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.embedding import embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from tests.cli.commands import arrays, run
+from tests.cli.commands import arrays, refusal, run
 from tests.proteins.runs import make_model, proteins
 
 KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
@@ -63,6 +63,14 @@ def test_evaluate_says_so_when_a_model_diverged(fasta, tmp_path):
     save_model_folder(tmp_path, model, tokenizer)
     _, lines = run("evaluate", tmp_path, fasta, "--json", code=2)
     assert "predicts no finite probabilities (loss nan)" in lines[-1]
+
+
+def test_ctrl_c_exits_with_130(masked, fasta, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("performers.proteins.scoring.evaluation.evaluate_model", interrupt)
+    assert refusal("evaluate", masked, fasta, code=130) == "interrupted"
 
 
 def test_embed_keeps_order_and_duplicate_names(causal, tmp_path):
