@@ -41,10 +41,11 @@ def draw_nothing(figure, path):
 
 @pytest.fixture(autouse=True, scope="module")
 def quick():
-    """A wide terminal, and times of two rounds."""
+    """A wide terminal, times of two rounds, and of few steps of decoding."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("performers.cli.convert_run.output.width", 200)
+        patched.setenv("COLUMNS", "200")
         patched.setattr(command, "SPEED", Sampling(repeats=2, min_time=0.0))
+        patched.setattr(command, "_STEPS", 2)
         yield
 
 
@@ -141,8 +142,17 @@ def test_a_decoder_is_converted_measured_and_saved(decoder):
     assert not any("Writing" in line or "Warning" in line for line in lines)
 
 
-def test_positions_are_extended_to_the_length(encoder):
+def test_an_encoder_that_is_not_trained_has_its_weights_and_longer_positions(encoder):
+    content = read(encoder.folder)
+    assert names(content) == ["original", "FAVOR+ alone", "converted"]
+    assert content["training"] == {}
+    assert content["speed"] == []
+    assert "Training:" not in encoder.out
+    assert (encoder.folder / "conversion.png").read_text() == "1 panels"
     model = load_performer(encoder.folder)
+    for name, weight in load_model(encoder.files[0]).model.named_parameters():
+        if "position" not in name:
+            assert torch.equal(model.get_parameter(name), weight), name
     assert model.config.max_position_embeddings == 60
     table = model.base_model.embeddings.position_embeddings.weight
     assert torch.equal(table[40:], table[:20])
@@ -170,34 +180,6 @@ def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
     with torch.no_grad():
         assert model(input_ids=torch.full((1, 50), 6)).logits.shape == (1, 50, 25)
     assert (folder / "conversion.png").read_text() == "2 panels"
-
-
-@pytest.mark.exhaustive
-def test_an_encoder_without_head_is_compared_by_its_embeddings(masked, tmp_path, undrawn):
-    transformers.BertModel.from_pretrained(masked[0]).save_pretrained(masked[0])
-    folder = tmp_path / "out"
-    out, _ = run_command("convert", *masked, "--output", folder, *SMALL, "--no-speed")
-    content = read(folder)
-    assert content["model"]["kind"] == "encoder"
-    assert content["options"]["loss"] == "embedding"
-    assert content["quality"][0]["cosine"] == pytest.approx(1.0)
-    assert content["quality"][0]["retrieval"] == 1.0
-    assert 0 < content["quality"][1]["cosine"] < 1
-    assert "same nearest" in out
-
-
-def test_without_training_there_are_three_rows(encoder):
-    content = read(encoder.folder)
-    assert names(content) == ["original", "FAVOR+ alone", "converted"]
-    assert content["training"] == {}
-    assert content["speed"] == []
-    assert "Training:" not in encoder.out
-    assert (encoder.folder / "conversion.png").read_text() == "1 panels"
-    original = load_model(encoder.files[0]).model
-    model = load_performer(encoder.folder)
-    for name, weight in original.named_parameters():
-        if "position" not in name:
-            assert torch.equal(model.get_parameter(name), weight), name
 
 
 def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
@@ -291,11 +273,6 @@ def test_a_finished_run_is_not_done_again(decoder, undrawn, monkeypatch):
     assert "Forward pass" in out
 
 
-def test_listed_keys_of_a_decoder_are_refused(causal, tmp_path):
-    line = refusal("convert", *causal, *SMALL, "--listed-keys", 6, "--output", tmp_path / "out")
-    assert "listed_keys=6 is for encoders among transformers models" in line
-
-
 def test_adapters_without_peft_are_refused_at_once(causal, tmp_path, monkeypatch):
     missing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(training, "importlib", missing)
@@ -331,11 +308,8 @@ def test_another_original_under_the_same_path_is_not_resumed(encoder, undrawn):
         (["--num-features", "0"], "--num-features must be at least 1"),
         (["--layers", "a"], "--layers must be whole numbers"),
         (["--layers", "3"], "layers must be in 0..2"),
-        (["--learning-rate", "nan"], "--learning-rate must be at least 0"),
-        (["--loss", "best"], "--loss must be one of"),
+        (["--listed-keys", "6"], "listed_keys=6 is for encoders among transformers models"),
         (["--test", "many"], "--test must be a number"),
-        (["--test", "0"], "test must be a number of examples"),
-        (["--length", "2"], "--length must be at least 3"),
         (["--length", "1000"], "too little text"),
         (["--lengths", "64,32"], "--lengths must be"),
     ],
@@ -374,10 +348,3 @@ def test_several_processes_are_refused(causal, tmp_path, monkeypatch):
     line = refusal("convert", *causal, *SMALL, "--output", tmp_path / "out")
     assert line.startswith("performers convert runs in one process")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_with_something_in_it_is_left_alone(causal, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "x").touch()
-    assert "is not empty" in refusal("convert", *causal, "--output", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]

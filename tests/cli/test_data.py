@@ -41,14 +41,11 @@ def test_what_is_refused(tmp_path):
     out = ["--output", tmp_path / "out"]
     for arguments, words in (
         (["trembl", path], "--clusters is missing: TrEMBL's headers name no cluster"),
-        (["trembl", path, "--clusters", tmp_path / "no"], "is no file; check the path"),
         (["trembl", path, "--clusters", table, "--part", "3/2"], "parts are counted from 1 to 2"),
-        (["trembl", path, path, "--clusters", table], "name it once"),
-        (["uniref50", tmp_path], "is a folder; name the FASTA files in it"),
         (["uniref50", tmp_path / "none"], "none does not exist"),
         (["uniref50", "-"], "- does not exist"),
         (["uniref50", path, "--part", "1/2"], "the record S000 names no cluster"),
-        (["merge", tmp_path], "is not a part of a corpus"),
+        (["trembl", path, "--clusters", tmp_path / "no"], "is no file; check the path"),
     ):
         assert words in refusal("data", *arguments, *out)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -44,7 +44,7 @@ def little_data(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "embedded_fasta", embedded)
 
 
-def test_the_demo_writes_metrics_and_report_and_resumes(little_data, tmp_path):
+def test_the_demo_writes_metrics_and_report_and_resumes(little_data, tmp_path, monkeypatch):
     output = tmp_path / "demo"
     _, lines = run("demo", "--output", output, "--steps", 2)
     assert_complete(output, 2)
@@ -58,6 +58,7 @@ def test_the_demo_writes_metrics_and_report_and_resumes(little_data, tmp_path):
     assert "performer-relu, ood" in out
     assert f"report: {output / 'report.html'}" in out
     # What a process refuses, the demo refuses.
+    monkeypatch.setattr(demo, "MODELS", {"transformer": "exact"})
     (output / "models" / "transformer" / "config.json").unlink()
     _, lines = run("demo", "--output", output, "--steps", 3, "--resume", code=2)
     assert "--steps was 2, now 3" in lines[-1]
@@ -70,25 +71,47 @@ def test_a_process_that_fails_is_told_and_ends_the_others(little_data, tmp_path,
         demo.run_demo(tmp_path, steps=10**6)
 
 
-@pytest.mark.parametrize(("number", "models"), [(signal.SIGINT, 2), (signal.SIGKILL, 1)])
-def test_a_demo_that_is_stopped_leaves_no_process(tmp_path, number, models):
+def test_ctrl_c_ends_the_processes_with_their_checkpoints(little_data, tmp_path, monkeypatch):
+    models = dict([*demo.MODELS.items()][1:])
+    begun, mine, run_demo = set(), [], demo.run_demo
+
+    def interrupted(*given, report, **options):
+        def stop(what, done, total, entry):
+            report(what, done, total, entry)
+            begun.update([what] if what.startswith("training") and done else [])
+            if len(begun) == len(models) and not mine:
+                children = psutil.Process().children(recursive=True)
+                # The server that starts them is this process's own child, and stays.
+                mine.extend(x for x in children if x.ppid() != os.getpid())
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return run_demo(*given, report=stop, **options)
+
+    monkeypatch.setattr(demo, "MODELS", models)
+    monkeypatch.setattr(demo, "run_demo", interrupted)
+    arguments = ["demo", "--output", tmp_path / "demo", "--steps", 10**6]
+    _, lines = run(*arguments, code=130)
+    assert "--resume goes on from there" in lines[-1]
+    assert len(list(tmp_path.glob("demo/models/*/checkpoints/checkpoint-*"))) >= len(models)
+    assert len(mine) >= len(models)
+    assert not any(map(_runs, mine))
+
+
+def test_a_demo_that_is_killed_leaves_no_process(tmp_path):
+    # Without the imports before it, the process of a model is there at once.
     code = (
         "from performers.cli import main\nfrom performers.proteins import demo\n"
-        f"demo.MODELS = dict([*demo.MODELS.items()][-{models}:])\nmain()"
+        "demo.MODELS, demo._HEAVY = {'transformer': 'exact'}, ()\n"
+        "demo.TrainingOptions._check_memory = lambda options: None\nmain()"
     )
     process = start("-c", code, "demo", "--output", tmp_path / "demo")
-    for line in process.stderr:
-        if "training transformer" in line:
-            break
-    mine = psutil.Process(process.pid).children(recursive=True)
-    assert len(mine) >= models
-    os.kill(process.pid, number)
-    code, _, err = finish(process)
-    if number == signal.SIGINT:
-        assert code == 130
-        assert "--resume goes on from there" in err
-        assert len(list(tmp_path.glob("demo/models/*/checkpoints/checkpoint-*"))) >= models
-    end = time.monotonic() + 30
+    end, mine = time.monotonic() + 60, []
+    while all(x.ppid() == process.pid for x in mine) and time.monotonic() < end:
+        time.sleep(0.1)
+        mine = psutil.Process(process.pid).children(recursive=True)
+    assert len(mine) >= 2
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
     while any(map(_runs, mine)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(map(_runs, mine))

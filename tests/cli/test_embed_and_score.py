@@ -1,10 +1,7 @@
 """``performers embed`` and ``score``: their files, inputs and refusals."""
 
-import gzip
-import io
 import json
 import math
-import sys
 
 import h5py
 import numpy as np
@@ -47,22 +44,6 @@ def test_residues_are_embedded_into_hdf5(masked, fasta, tmp_path):
         for data, vectors in zip(file.values(), expected, strict=True):
             np.testing.assert_allclose(data[()], vectors, atol=2e-5)
         assert file["P1"].attrs["header"] == "sp|P1|ONE_HUMAN first"
-
-
-def test_standard_input_is_read(masked, fasta, tmp_path, monkeypatch):
-    packed = io.BufferedReader(io.BytesIO(gzip.compress(TEXT.encode())))
-    monkeypatch.setattr("performers.proteins.inputs.streams.sys", fake := type(sys)("sys"))
-    fake.stdin = io.TextIOWrapper(packed)
-    output = tmp_path / "x.tsv"
-    _, lines = run("embed", masked, "-", "--output", output, "--skip-invalid")
-    assert "(first at standard input:4)" in lines[-2]
-    rows = cells(output.read_text())
-    assert [row[:2] for row in rows[1:]] == [["P1", "5"], ["b", "2"]]
-    np.testing.assert_allclose(
-        np.array([row[2:] for row in rows[1:]], float),
-        load(masked).embed(["MKTAY", "XW"]),
-        atol=2e-5,
-    )
 
 
 def test_scores_are_tables_and_json(masked, fasta, tmp_path):
@@ -154,29 +135,40 @@ def test_proteins_are_read_with_relatives(family_model, masked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("relatives", "options", "message"),
+    ("command", "relatives", "options", "message"),
     [
-        (None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
-        ("", [], "the file is empty"),
-        (">y\nMKTAW\n", [], "'b' has no relative in the file of relatives but 1 of its own"),
-        (">y\nMKC\n", ["--relatives-tokens", 12], "'a' with its 8 residues leaves no place"),
-        (">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+        ("score", None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
+        ("evaluate", ">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+        ("evaluate", ">y\nMK\n", ["--max-length", 20], "with --relatives use --relatives-tokens"),
     ],
 )
-def test_relatives_that_cannot_be_used(family_model, tmp_path, relatives, options, message):
+def test_relatives_that_cannot_be_used(
+    family_model, tmp_path, command, relatives, options, message
+):
     proteins, path = tmp_path / "p.fasta", tmp_path / "r.fasta"
     proteins.write_text(">a\nMKTAYIAK\n>b\nMKTAW\n")
     if relatives is not None:
         path.write_text(relatives)
         options = ["--relatives", path, *options]
-    for command in ("embed", "score", "evaluate"):
-        output = ["--output", tmp_path / "x.tsv"] if command != "evaluate" else []
-        assert message in refusal(command, family_model, proteins, *output, *options)
-        assert not (tmp_path / "x.tsv").exists()
+    assert message in refusal(command, family_model, proteins, *options)
 
 
-def test_windows_of_evaluate_and_relatives_do_not_go_together(family_model, fasta):
-    arguments = ["--relatives", fasta, "--max-length", 20]
-    assert "with --relatives use --relatives-tokens" in refusal(
-        "evaluate", family_model, fasta, *arguments
-    )
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "/data/x"), "/data/x: No space left on device"),
+        (MemoryError(), "out of memory; lower --batch-tokens"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "out of memory"),
+        (ImportError("No module named 'pyarrow'"), "pip install 'performers[proteins]'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_machine_lacks_is_one_line(error, words, masked, fasta, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("performers.proteins.model.embed_sequences", fail)
+    output = tmp_path / "x.npz"
+    _, lines = run("embed", masked, fasta, "--skip-invalid", "--output", output, code=2)
+    assert words in lines[-1]
+    assert not output.exists()

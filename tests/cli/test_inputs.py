@@ -10,7 +10,7 @@ import pytest
 
 from performers.proteins.embedded import PRETRAINED
 from tests.cli.commands import arrays, run
-from tests.proteins.runs import flags, proteins
+from tests.proteins.runs import proteins
 
 
 @pytest.fixture
@@ -66,23 +66,3 @@ def test_odd_but_legal_input_is_read_and_counted(masked, tmp_path):
     assert found.keys() == {"names", "headers", "lengths", "embeddings"}
     for name in ("names", "lengths", "embeddings"):
         np.testing.assert_array_equal(found[name], expected[name])
-
-
-def test_odd_input_trains(tmp_path):
-    path = tmp_path / "odd.fasta"
-    path.write_bytes("".join(f">p\r\n{s.lower()}*\r\n" for s in proteins(10)).encode())
-    _, lines = run("train", path, "--output", tmp_path / "model", *flags(steps=1))
-    assert "trailing '*' removed" in lines[0]
-    assert "9 records repeat the name" in lines[0]
-
-
-def test_ordinary_input_has_nothing_to_tell(fasta, masked):
-    _, lines = run("evaluate", masked, fasta)
-    assert all(line.startswith("evaluating: ") for line in lines)
-
-
-def test_nucleotides_are_noticed(masked, tmp_path):
-    path = tmp_path / "dna.fasta"
-    path.write_text(">gene\n" + "ACGT" * 60 + "\n")
-    _, lines = run("evaluate", masked, path)
-    assert "looks like DNA or RNA" in lines[0]

@@ -84,8 +84,6 @@ def interrupt(**code):
         ("parsing",),
         ("finalized",),
         ("working",),
-        ("working", "unwinding"),
-        ("working", "ending"),
         ("working", "unwinding", "ending"),
         ("ending",),
     ],

@@ -10,10 +10,10 @@ from tests.proteins.runs import finish, flags, losses, same_weights, start
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     missing = tmp_path / "none.fasta"
-    process = start("-m", "performers", "train", missing, "--output", tmp_path / "model")
-    code, out, err = finish(process)
+    command = ["data", "uniref50", missing, "--output", tmp_path / "model"]
+    code, out, err = finish(start("-m", "performers", *command))
     assert (code, out) == (2, "")
-    assert err == f"performers: {missing}: no such file; check the path\n"
+    assert err == f"performers: {missing} does not exist\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from performers.proteins.model_folder import load_model
 from performers.proteins.scoring.embedding import embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from tests.cli.commands import arrays, run
+from tests.cli.commands import arrays, refusal, run
 from tests.proteins.runs import make_model, proteins
 
 KEYS = {"accuracy", "perplexity", "loss", "tokens", "baseline_accuracy", "baseline_perplexity"}
@@ -65,14 +65,22 @@ def test_evaluate_says_so_when_a_model_diverged(fasta, tmp_path):
     assert "predicts no finite probabilities (loss nan)" in lines[-1]
 
 
-def test_embed_keeps_order_and_duplicate_names(model, tmp_path):
+def test_ctrl_c_exits_with_130(masked, fasta, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("performers.proteins.scoring.evaluation.evaluate_model", interrupt)
+    assert refusal("evaluate", masked, fasta, code=130) == "interrupted"
+
+
+def test_embed_keeps_order_and_duplicate_names(causal, tmp_path):
     path = tmp_path / "in.fasta"
     sequences = proteins(9)
     path.write_text("".join(f">{'aba'[n % 3]} x\n{s}\n" for n, s in enumerate(sequences)))
-    expected = embed_sequences(*load_model(model), sequences)
-    _, lines = run("embed", model, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
+    expected = embed_sequences(*load_model(causal), sequences)
+    _, lines = run("embed", causal, path, "--output", tmp_path / "x.npz", "--batch-tokens", 100)
     assert lines[-1] == f"9 vectors of width 16 in {tmp_path / 'x.npz'}"
-    run("embed", model, path, "--output", tmp_path / "new" / "x.parquet")
+    run("embed", causal, path, "--output", tmp_path / "new" / "x.parquet")
     found = arrays(tmp_path / "x.npz")
     table = pyarrow.parquet.read_table(tmp_path / "new" / "x.parquet")
     assert found["names"].tobytes().decode().split() == table["name"].to_pylist() == list("aba" * 3)
@@ -97,21 +105,18 @@ def test_generate_writes_fasta_to_standard_output_or_a_file(causal, tmp_path):
         assert set(record.sequence) <= set(AMINO_ACIDS)
 
 
-def test_report_writes_its_page(model, fasta, tmp_path):
-    output = tmp_path / "report"
-    out, _ = run("report", model, fasta, "--output", output, "--max-sequences", 5)
-    assert out == f"report: {output / 'report.html'}\n"
-    markup = (output / "report.html").read_text(encoding="utf-8")
-    assert "default-src 'none'" in markup
-    assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
-
-
-def test_report_draws_the_relatives_that_a_protein_is_read_from(masked, fasta, tmp_path):
+def test_report_writes_its_page_with_the_relatives_that_a_protein_is_read_from(
+    masked, fasta, tmp_path
+):
     records, _ = read_fasta(fasta)
     relatives = tmp_path / "relatives.fasta"
     relatives.write_text(f">near\n{records[0].sequence[:-1]}W\n>far\n{records[1].sequence}\n")
     output = tmp_path / "report"
     given = ("--protein", records[0].name, "--relatives", relatives, "--relatives-tokens", 250)
-    _, lines = run("report", masked, fasta, "--output", output, *given)
+    out, lines = run("report", masked, fasta, "--output", output, "--max-sequences", 5, *given)
+    assert out == f"report: {output / 'report.html'}\n"
+    markup = (output / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in markup
+    assert not re.search(r"(src|url)\s*[=(]\s*['\"]?https?:", markup)
     assert "read with 2 relatives" in " ".join(lines)
     assert (output / "figures" / "relatives.png").exists()

@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -23,6 +24,10 @@ from tests.convert.small_models import SIZES, VOCABULARY, sharpen, small_model
 WIDTH, HEADS, HEAD_DIM = 32, 4, 8
 # A window over every input here: exact attention, whatever the features.
 COVERING = 64
+KINDS = {
+    "features": {"num_features": 16},
+    "exact terms": {"num_features": 16, "window": 4, "sinks": 2},
+}
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 # A class, and values of its configuration other than those of small_models.
@@ -90,10 +95,18 @@ PERFORMERS = {
 }
 TORCH = ["torch_encoder", "torch_decoder", "torch_transformer"]
 ALL = [*TRANSFORMERS, *PERFORMERS, *TORCH]
+# Classes whose attention is that of others; tests of what is the same in all leave them out.
+_ALIKE = {"electra", "clip_vision", "dinov2", "mistral", "qwen2", "gemma", "phi3"}
 # Those that take token ids and a mask of padding.
 PADDED = [*ENCODERS, *DECODERS, "performer_masked", "performer_causal"]
 CAUSAL = [*DECODERS, "performer_causal"]
 GENERATORS = [*DECODERS, "bart", "whisper"]
+
+
+def tried(*names):
+    """Values to parametrize with, behind ``-m exhaustive`` for models that others stand for."""
+    rest = pytest.mark.exhaustive
+    return [pytest.param(name, marks=rest) if name in _ALIKE else name for name in names]
 
 
 def performer(kind=PerformerForMaskedLM, **changes):
@@ -200,6 +213,12 @@ def converted(model, **options):
     """A converted copy; the same draw every time."""
     options.setdefault("generator", seeded())
     return to_performer(copy.deepcopy(model), **options)
+
+
+@functools.cache
+def linear(name, **options):
+    """The converted model of a name, which tests share and leave as it is."""
+    return to_performer(build(name), generator=seeded(), **options)
 
 
 def main_output(result):

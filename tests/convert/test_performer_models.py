@@ -8,12 +8,10 @@ from performers.convert import load_performer, to_performer
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 from tests.convert.models import (
     CLOSE,
-    COVERING,
     PERFORMERS,
     converted,
     favors,
     output,
-    padding_mask,
     performer,
     seeded,
     token_ids,
@@ -21,19 +19,6 @@ from tests.convert.models import (
 
 FEW = {"num_features": 16, "window": 2, "sinks": 1}
 GENERATION = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.mark.parametrize("positions", ["rotary", "sinusoidal", "learned"])
-@pytest.mark.parametrize("name", PERFORMERS)
-def test_a_covering_window_reproduces_the_model(name, positions):
-    model = performer(PERFORMERS[name], position_embedding=positions)
-    given = {"input_ids": token_ids(2, 20)}
-    for side in ("none", "left"):
-        given["attention_mask"] = mask = padding_mask(2, 20, side)
-        got, expected = output(converted(model, window=COVERING), given), output(model, given)
-        if got.shape[:2] == mask.shape:
-            got, expected = got[mask.bool()], expected[mask.bool()]
-        torch.testing.assert_close(got, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", [PerformerForMaskedLM, PerformerForCausalLM])

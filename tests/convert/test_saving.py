@@ -82,8 +82,6 @@ import torch, transformers
 
 folders = list(Path(sys.argv[1]).iterdir())
 for folder in folders:
-    if folder.name not in ("features", "exact terms", "pixels"):
-        continue
     config = transformers.AutoConfig.from_pretrained(folder)
     own = getattr(transformers, config.architectures[0])
     for opener in (transformers.AutoModel, own):
@@ -94,7 +92,6 @@ for folder in folders:
             assert 'import performers.convert' in str(error), error
         else:
             raise SystemExit(f'{folder} was opened')
-    print("refused:", folder.name)
 assert 'performers' not in sys.modules
 
 from performers.convert import load_performer
@@ -116,16 +113,15 @@ for folder in folders:
 
 def test_a_fresh_process_refuses_without_this_package_and_computes_the_same_with_it(tmp_path):
     """Refused in its own class as in the Auto classes; with the package, equal to the bit."""
-    for name in CASES:
+    names = ("listed keys", "exact terms", "pixels")
+    for name in names:
         model, given = saved(name, tmp_path / name)
         expected, sequences = output(model, given), None
-        if name in ("exact terms", "hybrid", "shards"):
+        if name == "exact terms":
             sequences = model.generate(given["input_ids"], max_new_tokens=6, do_sample=False)
         torch.save((given, expected, sequences), tmp_path / name / "expected.pt")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     result = succeeds(REFUSED_THEN_OPENED, tmp_path)
-    refused = {f"refused: {name}" for name in ("features", "exact terms", "pixels")}
-    assert set(result.stdout.split("\n")) - {""} == {*CASES, *refused}
+    assert result.stdout.splitlines() == sorted(names, key=result.stdout.index)
     # Nothing is said about tensors that the original class does not know.
     assert "favor" not in result.stderr
 
@@ -153,7 +149,8 @@ def test_its_own_class_opens_the_converted_model(name, folder):
     assert torch.equal(output(loaded, given), output(model, given))
     record = json.loads((folder / "config.json").read_text())["performers"]
     assert {key: x for key, x in record.items() if key in CASES[name][1]} == CASES[name][1]
-    if name in ("exact terms", "hybrid"):
+    assert (len(list(folder.glob("*.safetensors"))) > 2) is (name == "shards")
+    if name in ("exact terms", "hybrid", "shards"):
         given = generation_inputs(CASES[name][0])
         sequences = (x.generate(**given, max_new_tokens=8) for x in (loaded, model))
         assert torch.equal(*sequences)
@@ -277,18 +274,6 @@ def test_models_of_one_configuration_do_not_disturb_each_other(folder):
     assert torch.equal(got, student(ids).last_hidden_state)
 
 
-def test_a_loaded_model_trains_and_saves_what_it_learnt(folder, tmp_path):
-    model, given = saved("exact terms", folder)
-    loaded = load_performer(folder).train()
-    optimizer = torch.optim.SGD(loaded.parameters(), lr=0.1)
-    loaded(**given, labels=given["input_ids"], use_cache=False).loss.backward()
-    optimizer.step()
-    loaded.eval().save_pretrained(tmp_path / "trained")
-    expected = output(loaded, given)
-    assert not torch.allclose(expected, output(model, given), atol=1e-3)
-    assert torch.equal(output(load_performer(tmp_path / "trained"), given), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_features_stay_float32_in_half_precision(dtype, folder):
     model, given = saved("features", folder)
@@ -319,12 +304,12 @@ def test_loaded_dropout_stays_off(folder):
     assert torch.equal(output(loaded.train(), given), output(model, given))
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-def test_device_maps(device_map, folder):
+def test_device_maps(folder):
     pytest.importorskip("accelerate")
     model, given = saved("exact terms", folder)
-    loaded = load_performer(folder, device_map=device_map)
-    assert torch.equal(output(loaded, given), output(model, given))
+    for device_map in ("cpu", "auto", {"": "cpu"}):
+        loaded = load_performer(folder, device_map=device_map)
+        assert torch.equal(output(loaded, given), output(model, given))
 
 
 def lose_a_tensor(folder):
@@ -362,7 +347,6 @@ def test_damaged_folders_are_refused(damage, error, words, folder):
         load_performer(folder)
 
 
-@pytest.mark.exhaustive
 def test_trainer_takes_a_loaded_model_and_goes_on_from_its_checkpoints(folder, tmp_path):
     model, _ = saved("exact terms", folder)
     rows = token_ids(8, 12)
@@ -372,9 +356,10 @@ def test_trainer_takes_a_loaded_model_and_goes_on_from_its_checkpoints(folder, t
     arguments = transformers.TrainingArguments(str(tmp_path / "run"), **options)
     loaded, again = (type(model).from_pretrained(folder) for _ in range(2))
     transformers.Trainer(loaded, arguments, train_dataset=data).train()
-    stored = type(model).from_pretrained(tmp_path / "run" / "checkpoint-2")
+    stored = load_performer(tmp_path / "run" / "checkpoint-2")
     given = {"input_ids": rows}
     assert torch.equal(output(stored, given), output(loaded.eval(), given))
+    assert not torch.equal(output(stored, given), output(model, given))
     trainer = transformers.Trainer(again, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     for name, tensor in again.state_dict().items():

@@ -56,7 +56,8 @@ def _tried(*names: str) -> list[Any]:
     return [name if name in _TRIED else pytest.param(name, marks=rest) for name in names]
 
 
-NAMES = _tried(*ATTENTIONS, "window", "reversible")
+PLAIN = _tried(*ATTENTIONS, "window")
+NAMES = [*PLAIN, pytest.param("reversible", marks=pytest.mark.exhaustive)]
 CACHED = _tried(*ATTENTIONS, *EXACT_TERMS, "window", "reversible")
 
 # Two ways to the same numbers in float64. Maps of both signs have normalisers near zero, which

@@ -1,7 +1,5 @@
 """Saving and loading: safetensors only, features included, through every door."""
 
-import copy
-
 import pytest
 import torch
 from safetensors import safe_open
@@ -16,8 +14,7 @@ from performers.models import (
     PerformerForSequenceClassification,
     PerformerModel,
 )
-from performers.models.registry import ATTENTIONS
-from tests.models.cases import HEADS, assert_same, auto_class, build, output_names, tokens
+from tests.models.cases import HEADS, MAIN, assert_same, auto_class, build, output_names, tokens
 
 LANGUAGE_MODELS = (PerformerForMaskedLM, PerformerForCausalLM)
 
@@ -52,7 +49,7 @@ def test_a_saved_model_loads_exactly(tmp_path, head):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"attention": name, "features_per_head": True} for name in ATTENTIONS),
+        *({"attention": name, "features_per_head": True} for name in MAIN),
         {"estimator": "hyperbolic", "num_features": 24},
         {"estimator": "trigonometric"},
         {"projection": "gaussian", "regularized": True},
@@ -197,23 +194,3 @@ def test_features_missing_from_a_file_are_drawn(tmp_path):
         torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), rtol=0, atol=1e-5)
     first, second = features(model).values()
     assert not torch.equal(first, second)
-
-
-def test_copies_are_independent():
-    model = build(PerformerForMaskedLM)
-    twin = copy.deepcopy(model)
-    assert_same(twin.state_dict(), model.state_dict())
-    assert twin.lm_head.weight is twin.get_input_embeddings().weight
-    expected = outputs(model)
-    for tensor in (*features(twin).values(), *twin.parameters()):
-        tensor.data.zero_()
-    assert_same(outputs(model), expected)
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(OSError, match=str(tmp_path)):
-        PerformerForMaskedLM.from_pretrained(tmp_path)
-    build(PerformerForMaskedLM).config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
-    with pytest.raises(Exception, match=r"(?i)header"):
-        PerformerForMaskedLM.from_pretrained(tmp_path)
