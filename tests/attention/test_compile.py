@@ -5,7 +5,6 @@ To the compiler a call of the ``native`` backend is one operator.
 
 import pytest
 import torch
-from torch import nn
 
 from performers import PerformerAttention, favor_attention
 from tests.attention.cases import (
@@ -232,13 +231,3 @@ def test_the_module_when_its_features_are_redrawn():
             after, _ = compiled(x, x, x, **options)
         assert not torch.equal(before, after)
         torch.testing.assert_close(after, attention(x, x, x, **options)[0], rtol=0, atol=1e-5)
-
-
-def test_a_transformer_layer_with_padding():
-    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
-    layer.self_attn = PerformerAttention(32, 2, batch_first=True)
-    layer.train()
-    x = torch.randn(2, 10, 32)
-    options = {"src_key_padding_mask": torch.arange(10).expand(2, -1) >= 6}
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, **options), layer(x, **options))

@@ -30,15 +30,6 @@ def filled(call, fill):
     return call.with_inputs(call.query, key, value)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.7, 0.98])
-@law()
-def test_sparse_and_dense_masks(backend, case, configuration, mode, share):
-    """Positions count, not keys that take part: a hole in a window is a hole."""
-    call = make_call(case, 140, mode, configuration, seed=2)
-    call.options["key_mask"] = random_mask(call.key.shape[0], call.key.shape[2], 2, share)
-    check_against_oracle(call, backend)
-
-
 @pytest.mark.parametrize("poison", POISON, ids=str)
 @law()
 def test_the_content_of_masked_keys_is_never_seen(
@@ -55,19 +46,16 @@ def test_the_content_of_masked_keys_is_never_seen(
         assert (gradient[hidden.expand_as(gradient)] == 0).all()
 
 
-@pytest.mark.parametrize("split", [[1, 7, 64, 100], [9] * 19 + [1]], ids=["few", "many"])
-@pytest.mark.parametrize("poison", POISON, ids=str)
+@pytest.mark.parametrize("poison", POISON[::2], ids=str)
 @law(configurations=STREAMED)
-def test_the_content_of_masked_keys_is_never_seen_by_later_calls(
-    backend, configuration, poison, split
-):
+def test_the_content_of_masked_keys_is_never_seen_by_later_calls(backend, configuration, poison):
     call = make_call(POSITIVE, 172, "causal", configuration, seed=6)
     call.options["key_mask"] = random_mask(2, 172, seed=6)
     call.options["key_mask"][0, 20:90] = False
     results = []
     for fill in (1.0, poison):
         leaves = filled(call, fill).leaves()
-        out, _ = stream(leaves, split, backend)
+        out, _ = stream(leaves, [1, 7, 64, 9, 9, 82], backend)
         results.append((out, *torch.autograd.grad(out.sum(), leaves.inputs)))
     assert_equal(*results)
 

@@ -89,7 +89,9 @@ def make_mask(kind):
 
 
 @pytest.mark.parametrize("masking", ["unmasked", "left", "holes"])
-@pytest.mark.parametrize("split", [exhaustive(x) if x in ("even", "short") else x for x in SPLITS])
+@pytest.mark.parametrize(
+    "split", [x if x in ("odd", "empty", "steps", "prompt") else exhaustive(x) for x in SPLITS]
+)
 @law(configurations=[*WINDOWS, STREAMED[-1]])
 def test_pieces_equal_the_whole(backend, case, configuration, split, masking, device):
     """Values, gradients, and the states that backends leave."""
@@ -112,7 +114,7 @@ def test_pieces_equal_the_whole(backend, case, configuration, split, masking, de
     assert_close_rows(whole, expected, conditioning, VALUE_TOLERANCE)
 
 
-@law(backends=LINEAR, configurations=STREAMED)
+@law(backends=LINEAR, configurations=STREAMED, cases=[POSITIVE, by_name("relu")])
 def test_backends_read_each_others_states(backend, case, configuration):
     call = make_call(case, 60, "causal", configuration, seed=4)
     call.options.pop("key_mask", None)
@@ -128,7 +130,7 @@ def test_backends_read_each_others_states(backend, case, configuration):
 def test_trained_projections(backend, configuration):
     """Sums of earlier calls have gradients with respect to projection and bias."""
     results = []
-    for split in ([LENGTH], SPLITS["odd"], SPLITS["prompt"]):
+    for split in ([LENGTH], [64, 1, 7, 1, 99]):
         call = make_call(POSITIVE, LENGTH, "causal", configuration, num_heads=2, seed=3)
         call = trained(call).leaves()
         out, state = stream(call, split, backend)
@@ -137,9 +139,8 @@ def test_trained_projections(backend, configuration):
         sums = (state.key_sum * state.log_scale.exp()).sum()
         leaves = [*call.inputs, *call.feature_map.parameters()]
         results.append(torch.autograd.grad((out * weight).sum() + sums, leaves))
-    for found in results[1:]:
-        for got, wanted in zip(found, results[0], strict=True):
-            assert (got - wanted).abs().max() <= 5e-5 * max(wanted.abs().max(), 0.3)
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 5e-5 * max(wanted.abs().max(), 0.3)
 
 
 @pytest.mark.parametrize("num_heads", [None, 2, 4])
@@ -166,9 +167,9 @@ def test_grouped_heads_and_shapes(backend, configuration, num_heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_and_size(backend, dtype, configuration):
-    """As large after a thousand tokens as after one, or none; sums in float32 at least."""
+    """As large after hundreds of tokens as after one, or none; sums in float32 at least."""
     sizes = []
-    for length in (0, 1, 4, 1000):
+    for length in (0, 1, 4, 300):
         call = make_call(POSITIVE, length, "causal", configuration, batch=1, dtype=dtype)
         out, state = call.run(backend, return_state=True)
         assert out.dtype == dtype
@@ -338,20 +339,14 @@ def test_a_state_wants_gradients_only_if_something_in_it_does(backend):
     assert not any(x.requires_grad for x in state._tensors().values())
 
 
-@pytest.mark.parametrize("configuration", [PLAIN, FEW], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@law(configurations=[PLAIN, FEW])
 def test_keys_that_grow_and_shrink_along_the_stream(backend, configuration):
     """Scales rise with the longest feature and never lose the past to it; windows pass on keys."""
     call = make_call(POSITIVE, 160, "causal", configuration, batch=1, seed=12)
     call.key = call.key * torch.linspace(0, 12.6, 160).sin().abs()[:, None] * 3
-    for split in ([160], [1] * 160, [37] * 4 + [12]):
-        check_against_oracle(
-            call,
-            backend,
-            run=lambda call, split=split: stream(call, split, backend)[0],
-            value_tolerance=1e-4,
-            gradients=False,
-        )
+    expected, conditioning = call.expected()
+    for split in ([160], [37] * 3 + [1] * 49):
+        assert_close_rows(stream(call, split, backend)[0], expected, conditioning, 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
