@@ -249,8 +249,12 @@ def test_detach_cuts_the_graph_and_clone_keeps_it(backend, configuration):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_the_returned_state(backend):
-    """A loss on the state reaches exactly the keys and values that it keeps."""
+    """A loss on the state reaches exactly the keys and values that it keeps, and no query."""
     call = make_call(POSITIVE, 70, "causal", batch=1, window=6, sinks=2).leaves()
+    alone = call.with_inputs(call.query, call.key.detach(), call.value.detach())
+    out, state = alone.run(backend, return_state=True)
+    assert out.requires_grad
+    assert not any(x.requires_grad for x in state._tensors().values())
     _, state = call.run(backend, return_state=True)
     loss = state.recent_key.square().sum() + 3 * state.sink_value.sum()
     key, value = torch.autograd.grad(loss, (call.key, call.value), retain_graph=True)
@@ -330,15 +334,6 @@ def test_an_absent_feature_does_not_set_the_scale(backend):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_state_wants_gradients_only_if_something_in_it_does(backend):
-    call = make_call(POSITIVE, 5, "causal")
-    call.query.requires_grad_()
-    out, state = call.run(backend, return_state=True)
-    assert out.requires_grad
-    assert not any(x.requires_grad for x in state._tensors().values())
-
-
 @law(configurations=[PLAIN, FEW])
 def test_keys_that_grow_and_shrink_along_the_stream(backend, configuration):
     """Scales rise with the longest feature and never lose the past to it; windows pass on keys."""
@@ -363,24 +358,15 @@ def test_the_state_holds_the_last_keys_and_the_first(backend):
         assert torch.equal(kept, x[:, :, [1, 3]])
 
 
-def state_of(window=6, sinks=2, **options):
-    """A call and the state after it."""
-    call = make_call(POSITIVE, 40, "causal", window=window, sinks=sinks, **options)
-    return call, call.run("torch", return_state=True)[1]
-
-
-def test_copies_share_no_memory_and_move_every_tensor():
-    _, state = state_of()
+def test_states_are_copied_moved_saved_and_compared():
+    call = make_call(POSITIVE, 40, "causal", FEW)
+    _, state = call.run("torch", return_state=True)
     kept, cloned = {n: x.numpy().copy() for n, x in state._tensors().items()}, state.clone()
     assert all(x.device.type == "meta" for x in state.to("meta")._tensors().values())
     for x in cloned._tensors().values():
         x.zero_()
     for name, x in state.to("cpu")._tensors().items():
         assert (x.numpy() == kept[name]).all(), name
-
-
-def test_states_are_saved_and_compared():
-    call, state = state_of()
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -176,7 +176,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("estimator", CALIBRATED)
 def test_degenerate_samples_give_an_unbiased_estimator(estimator, name):
     """Finite, with an exact balance, and exact in the mean for ordinary vectors."""
-    feature_map = SoftmaxFeatures(HEAD_DIM, 20_000, estimator=estimator, generator=generator(0))
+    feature_map = SoftmaxFeatures(HEAD_DIM, 50_000, estimator=estimator, generator=generator(0))
     feature_map.double().calibrate_(*DEGENERATE[name], scale=1.0)
     assert all(x.isfinite().all() for x in feature_map.buffers())
     product = feature_map.query_transform[0] @ feature_map.key_transform[0].T
