@@ -10,10 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from performers.attention.torch_backend import blocks, exact, listed
 from tests.attention.cases import BACKENDS, POSITIVE, Configuration, refusal
 from tests.features.cases import CASES, Case
 
 _CASES = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of the torch backend as small as they get, so that short calls have many."""
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", {})
+    monkeypatch.setattr(blocks, "_ACCELERATOR_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(exact, "BLOCK_PAIRS", 1 << 14)
+    monkeypatch.setattr(listed, "_BLOCK_ELEMENTS", 1 << 14)
 
 
 @pytest.hookimpl(wrapper=True)

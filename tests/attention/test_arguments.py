@@ -43,22 +43,18 @@ def test_the_call_that_the_others_break():
         ({"key": (1, 2, 6, 7)}, r"key must have shape .*\(1, 2, 6, 7\)"),
         ({"value": (1, 2, 5, 5)}, r"value must have shape \(1, 2, 6, Dv\).*\(1, 2, 5, 5\)"),
         ({"value": (1, 1, 6, 5)}, r"value must have shape .*\(1, 1, 6, 5\)"),
-        ({"value": (2, 2, 6, 5)}, r"value must have shape .*\(2, 2, 6, 5\)"),
         ({"key": (1, 3, 6, 8), "value": (1, 3, 6, 5)}, r"query heads \(4\).*key heads \(3\)"),
         ({"key": (1, 0, 6, 8), "value": (1, 0, 6, 5)}, r"query heads \(4\).*key heads \(0\)"),
         ({"key": zeros(1, 2, 6, 8, dtype=torch.float64)}, r"query, key and value .*float64"),
-        ({"value": zeros(1, 2, 6, 5, dtype=torch.bfloat16)}, r"one dtype.*bfloat16"),
         ({"features": torch.nn.Linear(8, 8)}, r"feature_map must be .*Linear"),
         ({"features": SoftmaxFeatures(16)}, r"feature_map has head_dim=16.*head_dim=8"),
         ({"features": SoftmaxFeatures(8, num_heads=3)}, r"feature_map has num_heads=3.*4.*2"),
         ({"features": SoftmaxFeatures(8).to("meta")}, r"feature_map is on meta.*cpu.*\.to"),
         ({"scale": -0.5}, r"scale must be .*-0.5"),
         ({"scale": float("nan")}, r"scale must be .*nan"),
-        ({"scale": float("inf")}, r"scale must be .*inf"),
         ({"key_mask": zeros(1, 6)}, r"key_mask must be a bool tensor of shape \(1, 6\).*float32"),
         ({"key_mask": torch.ones(1, 5, dtype=torch.bool)}, r"key_mask .*\(1, 6\).*\(1, 5\)"),
         ({"key_mask": torch.ones(1, 1, 6, dtype=torch.bool)}, r"key_mask .*\(1, 1, 6\)"),
-        ({"key_mask": torch.ones(6, dtype=torch.bool)}, r"key_mask .*\(6,\)"),
         ({"backend": "cuda"}, r"backend must be one of .*'cuda'"),
         (
             {"is_causal": True, "key": (1, 2, 7, 8), "value": (1, 2, 7, 5)},
@@ -118,9 +114,7 @@ def test_states_need_a_causal_unpacked_call():
         ({"window": 6}, {}, "window"),
         ({}, {"window": 6}, "window"),
         ({"sinks": 2}, {"sinks": 3}, "sinks"),
-        ({}, {"sinks": 2}, "sinks"),
         ({"window": 6, "sinks": 2}, {"window": 6}, "sinks"),
-        ({"window": 6, "sinks": 2}, {"window": 4, "sinks": 2}, "window"),
     ],
     ids=str,
 )
@@ -164,24 +158,16 @@ def test_a_state_on_another_device_is_refused():
     [
         ({"window": -1}, r"window must be .*-1"),
         ({"window": 1.5}, r"window must be .*1\.5"),
-        ({"window": 2.0}, r"window must be .*2\.0"),
         ({"window": "4"}, r"window must be .*4"),
         ({"window": torch.tensor([1, 2])}, r"window must be"),
         ({"sinks": -1}, r"sinks must be .*-1"),
         ({"sinks": 1.5}, r"sinks must be .*1\.5"),
         ({"sinks": None}, r"sinks must be .*None"),
-        ({"window": 4, "sinks": -3}, r"sinks must be .*-3"),
-        *(
-            ({"window": window, "size": size}, rf"window needs as many keys as queries.*{size}")
-            for window in (0, 4)
-            for size in (5, 7)
-        ),
+        ({"window": 0, "size": 5}, r"window needs as many keys as queries.*5"),
+        ({"window": 4, "size": 7}, r"window needs as many keys as queries.*7"),
         # The exact weight is that of softmax, which other kernels do not estimate.
-        *(
-            ({"features": GeneralizedFeatures(8, fn=fn), **terms}, r"(window|sinks) .*SoftmaxF")
-            for fn in ("relu", "exp", "cos")
-            for terms in ({"window": 4}, {"window": 0}, {"sinks": 1})
-        ),
+        ({"features": GeneralizedFeatures(8), "window": 0}, r"window .*SoftmaxF"),
+        ({"features": GeneralizedFeatures(8, fn="exp"), "sinks": 1}, r"sinks .*SoftmaxF"),
         ({"query": (4, 6, 8)}, r"query must have 4 dimensions"),
         ({"key": (1, 2, 6, 9)}, r"key must have shape"),
         ({"size": 7, "is_causal": True}, r"is_causal needs"),

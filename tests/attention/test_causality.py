@@ -5,7 +5,6 @@ import torch
 
 from tests.attention.cases import (
     BACKENDS,
-    ONE_SIGN,
     PACKED,
     POSITIVE,
     SELF,
@@ -41,28 +40,20 @@ def later(position):
     return torch.arange(LENGTH) >= position
 
 
+@pytest.mark.parametrize("which", ["all", "query", "key", "value"])
 @pytest.mark.parametrize("position", POSITIONS)
 @law()
-def test_later_tokens_do_not_matter(backend, case, configuration, position, device):
+def test_later_tokens_do_not_matter(backend, case, configuration, position, which, device):
+    """All of them changed, or one tensor of one of them."""
     call = make_call(case, LENGTH, "causal", configuration, seed=position, device=device)
     before, (_, conditioning) = call.run(backend), call.expected()
     rows = slice(0, position)
+    where = later(position) if which == "all" else torch.arange(LENGTH) == position
+    names = ("query", "key", "value") if which == "all" else (which,)
     for factor in FACTORS:
-        after = changed(call, later(position), factor).run(backend)
+        after = changed(call, where, factor, names).run(backend)
         assert torch.isfinite(after).all()
         assert_unmoved(before[..., rows, :], after[..., rows, :], conditioning[..., rows, :])
-
-
-@pytest.mark.parametrize("which", ["query", "key", "value"])
-@pytest.mark.parametrize("position", POSITIONS)
-@law(cases=ONE_SIGN)
-def test_one_later_token_alone_does_not_matter(backend, case, configuration, position, which):
-    call = make_call(case, LENGTH, "causal", configuration)
-    before = call.run(backend)
-    for factor in FACTORS:
-        hostile = changed(call, torch.arange(LENGTH) == position, factor, (which,))
-        after = hostile.run(backend)
-        assert_unmoved(before[..., :position, :], after[..., :position, :])
 
 
 @pytest.mark.parametrize("factor", [1.0, 250.0, 1e4])
@@ -87,7 +78,7 @@ def test_packed_sequences_do_not_see_each_other(backend, case, configuration, mo
     before, (_, conditioning) = call.run(backend), call.expected()
     for start, stop in ((4, 40), (65, 128)):
         rows, others = slice(start, stop), (torch.arange(LENGTH) < start) | later(stop)
-        for factor in FACTORS:
+        for factor in FACTORS[:2]:
             after = changed(call, others, factor).run(backend)
             assert_unmoved(before[..., rows, :], after[..., rows, :], conditioning[..., rows, :])
         leaves = call.leaves()
@@ -102,7 +93,7 @@ def test_a_stream_is_as_causal_as_one_call(backend, case, configuration):
     """The past is all that a state carries."""
     call = make_call(case, LENGTH, "causal", configuration)
     before, (_, conditioning) = stream(call, [70, 70], backend)[0], call.expected()
-    for factor in FACTORS:
+    for factor in FACTORS[::2]:
         after, _ = stream(changed(call, later(100), factor), [70, 70], backend)
         assert_unmoved(before[..., :100, :], after[..., :100, :], conditioning[..., :100, :])
 

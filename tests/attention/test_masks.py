@@ -5,7 +5,6 @@ import torch
 
 from performers import favor_attention
 from tests.attention.cases import (
-    BACKENDS,
     ONE_SIGN,
     POSITIVE,
     SELF,
@@ -30,15 +29,6 @@ def filled(call, fill):
     return call.with_inputs(call.query, key, value)
 
 
-@pytest.mark.parametrize("share", [0.02, 0.7, 0.98])
-@law()
-def test_sparse_and_dense_masks(backend, case, configuration, mode, share):
-    """Positions count, not keys that take part: a hole in a window is a hole."""
-    call = make_call(case, 140, mode, configuration, seed=2)
-    call.options["key_mask"] = random_mask(call.key.shape[0], call.key.shape[2], 2, share)
-    check_against_oracle(call, backend)
-
-
 @pytest.mark.parametrize("poison", POISON, ids=str)
 @law()
 def test_the_content_of_masked_keys_is_never_seen(
@@ -55,19 +45,16 @@ def test_the_content_of_masked_keys_is_never_seen(
         assert (gradient[hidden.expand_as(gradient)] == 0).all()
 
 
-@pytest.mark.parametrize("split", [[1, 7, 64, 100], [9] * 19 + [1]], ids=["few", "many"])
-@pytest.mark.parametrize("poison", POISON, ids=str)
+@pytest.mark.parametrize("poison", POISON[::2], ids=str)
 @law(configurations=STREAMED)
-def test_the_content_of_masked_keys_is_never_seen_by_later_calls(
-    backend, configuration, poison, split
-):
+def test_the_content_of_masked_keys_is_never_seen_by_later_calls(backend, configuration, poison):
     call = make_call(POSITIVE, 172, "causal", configuration, seed=6)
     call.options["key_mask"] = random_mask(2, 172, seed=6)
     call.options["key_mask"][0, 20:90] = False
     results = []
     for fill in (1.0, poison):
         leaves = filled(call, fill).leaves()
-        out, _ = stream(leaves, split, backend)
+        out, _ = stream(leaves, [1, 7, 64, 9, 9, 82], backend)
         results.append((out, *torch.autograd.grad(out.sum(), leaves.inputs)))
     assert_equal(*results)
 
@@ -95,17 +82,11 @@ def test_a_mask_of_one_row_or_of_nothing(backend, configuration, mode):
     plain, shape = call.run(backend), call.key.shape[:3:2]
     full = call.run(backend, key_mask=torch.ones(shape, dtype=torch.bool))
     torch.testing.assert_close(full, plain, rtol=1e-6, atol=2e-6)
-    masked = call.run(backend, key_mask=random_mask(*shape, seed=6))
+    mask = random_mask(*shape, seed=6)
+    masked = call.run(backend, key_mask=mask)
     assert not torch.allclose(masked, plain, atol=1e-3)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_strided_or_expanded_mask(backend):
-    call = make_call(POSITIVE, 70, seed=8)
-    mask = random_mask(1, 70, seed=8)
-    strided = torch.stack((mask, ~mask), dim=-1)[..., 0].expand(2, -1)
-    plain = call.run(backend, key_mask=mask.repeat(2, 1))
-    assert torch.equal(plain, call.run(backend, key_mask=strided))
+    strided = torch.stack((mask, ~mask), dim=-1)[..., 0]
+    assert torch.equal(masked, call.run(backend, key_mask=strided))
 
 
 @pytest.mark.parametrize("padding", [(56, 0), (0, 56), (64, 0), (1, 30)], ids=str)

@@ -38,16 +38,6 @@ def test_packed_equals_one_at_a_time(backend, case, configuration, mode, device)
     assert_close_gradients(gradients, wanted)
 
 
-@law(modes=SELF)
-def test_offsets_of_either_integer_type(backend, mode):
-    call = make_call(POSITIVE, 20, mode, batch=1)
-    outputs = [
-        call.run(backend, cu_seqlens=torch.tensor([0, 7, 20], dtype=dtype))
-        for dtype in (torch.int32, torch.int64)
-    ]
-    assert torch.equal(*outputs)
-
-
 @law(configurations=PACKED, modes=SELF)
 def test_nothing_packed(backend, configuration, mode):
     call = make_call(POSITIVE, 0, mode, configuration, heads=4)

@@ -6,7 +6,6 @@ import torch
 from tests.attention.cases import (
     BOTH,
     LINEAR,
-    ONE_SIGN,
     PLAIN,
     POSITIVE,
     WINDOW,
@@ -24,17 +23,15 @@ TERMS = [PLAIN, BOTH, WINDOW, Configuration("one sink", sinks=1)]
 
 @pytest.mark.parametrize("input_scale", SCALES)
 @law()
-def test_finite_forward_and_backward(backend, case, configuration, mode, input_scale, device):
-    options = {**SIZES, "input_scale": input_scale, "device": device}
+def test_finite_averages_and_finite_gradients(
+    backend, case, configuration, mode, input_scale, device
+):
+    """Values of one come out as one: no row that sees a key loses its keys to underflow."""
+    options = {**SIZES, "input_scale": input_scale, "device": device, "seed": 3}
     call = make_call(case, 130, mode, configuration, **options)
     assert all(torch.isfinite(x).all() for x in with_gradients(call, backend))
-
-
-@pytest.mark.parametrize("input_scale", SCALES[2:])
-@law(cases=ONE_SIGN)
-def test_rows_are_averages_at_any_scale(backend, case, configuration, mode, input_scale):
-    """Values of one come out as one: no row that sees a key loses its keys to underflow."""
-    call = make_call(case, 130, mode, configuration, **SIZES, input_scale=input_scale, seed=3)
+    if case.signed:
+        return
     call.value = torch.ones_like(call.value)
     out = call.run(backend)
     seen = out != 0 if "key_mask" in call.options else torch.ones_like(out, dtype=torch.bool)

@@ -38,17 +38,15 @@ def both(inputs, *args, **options):
         {"is_causal": True},
         {"scale": 0.7},
         {"attn_mask": PADDING},
-        {"attn_mask": PADDING[None]},
         {"attn_mask": PADDING.expand(L, L)},
         {"attn_mask": PADDING.expand(L, L).clone()},
         {"attn_mask": CAUSAL},
         {"attn_mask": CAUSAL & PADDING},
-        {"attn_mask": CAUSAL & ~PADDING},
         {"attn_mask": PADDING[:, None] & PADDING},
         {"attn_mask": CAUSAL & PADDING[:, None] & PADDING},
         {"attn_mask": torch.ones(L, L, dtype=torch.bool)},
     ],
-    ids=range(13),
+    ids=range(11),
 )
 def test_every_call_equals_torch(shape, options):
     inputs = draw(shape, shape, (*shape[:-1], 5))
@@ -135,18 +133,6 @@ def test_features_do_not_depend_on_the_first_call(first_call):
     sdpa._FEATURES.clear()
     torch.testing.assert_close(first_call(attend, x), expected)
     assert torch.equal(attend(x, x, x), expected)
-
-
-def test_features_approximate():
-    query, key, value = draw(*[(1, 2, 60, 8)] * 3)
-    inputs = 0.6 * query, 0.6 * key, value
-    exact, errors = F.scaled_dot_product_attention(*inputs), []
-    for count in (16, 256, 4096):
-        features = SoftmaxFeatures(8, count, generator=torch.Generator().manual_seed(7))
-        out = performers.scaled_dot_product_attention(*inputs, feature_map=features)
-        errors.append(float((out - exact).norm() / exact.norm()))
-    assert errors[0] > 1.5 * errors[1] > 2.2 * errors[2]
-    assert errors[2] < 0.1
 
 
 def test_the_signature_is_that_of_torch():

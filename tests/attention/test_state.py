@@ -89,7 +89,9 @@ def make_mask(kind):
 
 
 @pytest.mark.parametrize("masking", ["unmasked", "left", "holes"])
-@pytest.mark.parametrize("split", [exhaustive(x) if x in ("even", "short") else x for x in SPLITS])
+@pytest.mark.parametrize(
+    "split", [x if x in ("odd", "empty", "steps", "prompt") else exhaustive(x) for x in SPLITS]
+)
 @law(configurations=[*WINDOWS, STREAMED[-1]])
 def test_pieces_equal_the_whole(backend, case, configuration, split, masking, device):
     """Values, gradients, and the states that backends leave."""
@@ -112,7 +114,7 @@ def test_pieces_equal_the_whole(backend, case, configuration, split, masking, de
     assert_close_rows(whole, expected, conditioning, VALUE_TOLERANCE)
 
 
-@law(backends=LINEAR, configurations=STREAMED)
+@law(backends=LINEAR, configurations=STREAMED, cases=[POSITIVE, by_name("relu")])
 def test_backends_read_each_others_states(backend, case, configuration):
     call = make_call(case, 60, "causal", configuration, seed=4)
     call.options.pop("key_mask", None)
@@ -128,7 +130,7 @@ def test_backends_read_each_others_states(backend, case, configuration):
 def test_trained_projections(backend, configuration):
     """Sums of earlier calls have gradients with respect to projection and bias."""
     results = []
-    for split in ([LENGTH], SPLITS["odd"], SPLITS["prompt"]):
+    for split in ([LENGTH], [64, 1, 7, 1, 99]):
         call = make_call(POSITIVE, LENGTH, "causal", configuration, num_heads=2, seed=3)
         call = trained(call).leaves()
         out, state = stream(call, split, backend)
@@ -137,9 +139,8 @@ def test_trained_projections(backend, configuration):
         sums = (state.key_sum * state.log_scale.exp()).sum()
         leaves = [*call.inputs, *call.feature_map.parameters()]
         results.append(torch.autograd.grad((out * weight).sum() + sums, leaves))
-    for found in results[1:]:
-        for got, wanted in zip(found, results[0], strict=True):
-            assert (got - wanted).abs().max() <= 5e-5 * max(wanted.abs().max(), 0.3)
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).abs().max() <= 5e-5 * max(wanted.abs().max(), 0.3)
 
 
 @pytest.mark.parametrize("num_heads", [None, 2, 4])
@@ -166,9 +167,9 @@ def test_grouped_heads_and_shapes(backend, configuration, num_heads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dtypes_and_size(backend, dtype, configuration):
-    """As large after a thousand tokens as after one, or none; sums in float32 at least."""
+    """As large after hundreds of tokens as after one, or none; sums in float32 at least."""
     sizes = []
-    for length in (0, 1, 4, 1000):
+    for length in (0, 1, 4, 300):
         call = make_call(POSITIVE, length, "causal", configuration, batch=1, dtype=dtype)
         out, state = call.run(backend, return_state=True)
         assert out.dtype == dtype
@@ -248,8 +249,12 @@ def test_detach_cuts_the_graph_and_clone_keeps_it(backend, configuration):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_the_returned_state(backend):
-    """A loss on the state reaches exactly the keys and values that it keeps."""
+    """A loss on the state reaches exactly the keys and values that it keeps, and no query."""
     call = make_call(POSITIVE, 70, "causal", batch=1, window=6, sinks=2).leaves()
+    alone = call.with_inputs(call.query, call.key.detach(), call.value.detach())
+    out, state = alone.run(backend, return_state=True)
+    assert out.requires_grad
+    assert not any(x.requires_grad for x in state._tensors().values())
     _, state = call.run(backend, return_state=True)
     loss = state.recent_key.square().sum() + 3 * state.sink_value.sum()
     key, value = torch.autograd.grad(loss, (call.key, call.value), retain_graph=True)
@@ -329,29 +334,14 @@ def test_an_absent_feature_does_not_set_the_scale(backend):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_state_wants_gradients_only_if_something_in_it_does(backend):
-    call = make_call(POSITIVE, 5, "causal")
-    call.query.requires_grad_()
-    out, state = call.run(backend, return_state=True)
-    assert out.requires_grad
-    assert not any(x.requires_grad for x in state._tensors().values())
-
-
-@pytest.mark.parametrize("configuration", [PLAIN, FEW], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@law(configurations=[PLAIN, FEW])
 def test_keys_that_grow_and_shrink_along_the_stream(backend, configuration):
     """Scales rise with the longest feature and never lose the past to it; windows pass on keys."""
     call = make_call(POSITIVE, 160, "causal", configuration, batch=1, seed=12)
     call.key = call.key * torch.linspace(0, 12.6, 160).sin().abs()[:, None] * 3
-    for split in ([160], [1] * 160, [37] * 4 + [12]):
-        check_against_oracle(
-            call,
-            backend,
-            run=lambda call, split=split: stream(call, split, backend)[0],
-            value_tolerance=1e-4,
-            gradients=False,
-        )
+    expected, conditioning = call.expected()
+    for split in ([160], [37] * 3 + [1] * 49):
+        assert_close_rows(stream(call, split, backend)[0], expected, conditioning, 1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -368,24 +358,15 @@ def test_the_state_holds_the_last_keys_and_the_first(backend):
         assert torch.equal(kept, x[:, :, [1, 3]])
 
 
-def state_of(window=6, sinks=2, **options):
-    """A call and the state after it."""
-    call = make_call(POSITIVE, 40, "causal", window=window, sinks=sinks, **options)
-    return call, call.run("torch", return_state=True)[1]
-
-
-def test_copies_share_no_memory_and_move_every_tensor():
-    _, state = state_of()
+def test_states_are_copied_moved_saved_and_compared():
+    call = make_call(POSITIVE, 40, "causal", FEW)
+    _, state = call.run("torch", return_state=True)
     kept, cloned = {n: x.numpy().copy() for n, x in state._tensors().items()}, state.clone()
     assert all(x.device.type == "meta" for x in state.to("meta")._tensors().values())
     for x in cloned._tensors().values():
         x.zero_()
     for name, x in state.to("cpu")._tensors().items():
         assert (x.numpy() == kept[name]).all(), name
-
-
-def test_states_are_saved_and_compared():
-    call, state = state_of()
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -58,10 +58,9 @@ def test_dtype_follows_the_query(dtype, configuration):
     assert weights.dtype == dtype
 
 
-@pytest.mark.parametrize("sinks", [0, 2])
-def test_empty(sinks):
+def test_empty():
     call = make_call(POSITIVE, 4, "cross", size=0)
-    weights = favor_attention_weights(call.query, call.key, call.feature_map, sinks=sinks)
+    weights = favor_attention_weights(call.query, call.key, call.feature_map, sinks=2)
     assert weights.shape == (2, 2, 4, 0)
 
 

@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +16,27 @@ _SECONDS = 600
 
 
 @pytest.fixture(scope="session")
-def results_of(
+def results(
     pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], list[Any]]:
-    """Results that the processes of a group wrote, by rank."""
+) -> dict[int, list[Any]]:
+    """Results that the processes of each group wrote, by the size of the group and by rank."""
     folder = tmp_path_factory.mktemp("distributed")
-    found: dict[int, list[Any]] = {}
     program, part = "tests.distributed.workers", pytestconfig.getoption("markexpr")
-
-    def run(world: int) -> list[Any]:
-        if world not in found:
-            paths = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
-            workers = [
-                subprocess.Popen(
-                    [sys.executable, "-m", program, str(rank), str(world), str(folder), part],
-                    env={**os.environ, "PYTHONPATH": paths},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(world)
-            ]
-            try:
-                errors = [worker.communicate(timeout=_SECONDS)[1] for worker in workers]
-            finally:
-                for worker in workers:
-                    worker.kill()
-            assert [worker.returncode for worker in workers] == [0] * world, "\n".join(errors)
-            found[world] = [
-                json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)
-            ]
-        return found[world]
-
-    return run
+    paths = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
+    process = subprocess.Popen(
+        [sys.executable, "-m", program, str(folder), part],
+        env={**os.environ, "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        errors = process.communicate(timeout=_SECONDS)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors
+    found: dict[int, list[Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        found.setdefault(int(path.stem[0]), []).append(json.loads(path.read_text()))
+    return found

@@ -51,16 +51,16 @@ def mark(x):
 
 
 @pytest.mark.parametrize(("direction", "case"), some(CALLS, BY_DEFAULT))
-def test_outputs_and_gradients(results_of, direction, case):
-    for rank in results_of(2):
+def test_outputs_and_gradients(results, direction, case):
+    for rank in results[2]:
         errors = rank["attention"][f"{direction}: {case}"]
         assert set(errors) >= {"out", "query", "key", "value"}
         assert max(errors.values()) < 2e-6, errors
 
 
 @pytest.mark.parametrize("name", backends())
-def test_every_backend_continues_a_causal_row(results_of, name):
-    for rank in results_of(2):
+def test_every_backend_continues_a_causal_row(results, name):
+    for rank in results[2]:
         assert max(rank["attention"][f"backend {name}"].values()) < 2e-6
 
 
@@ -75,19 +75,19 @@ def test_every_backend_continues_a_causal_row(results_of, name):
         ("a dimension of a mesh", 2e-6),
     ],
 )
-def test_other_calls(results_of, call, tolerance):
-    for rank in results_of(2):
+def test_other_calls(results, call, tolerance):
+    for rank in results[2]:
         errors = rank["attention"][call]
         assert max(errors.values()) < tolerance, errors
 
 
-def test_nan_reaches_the_rows_that_see_it(results_of):
-    for rank in results_of(2):
+def test_nan_reaches_the_rows_that_see_it(results):
+    for rank in results[2]:
         assert set(rank["attention"]["not finite"].values()) == {0.0}
 
 
-def test_a_message_is_as_long_for_any_row(results_of):
-    for rank in results_of(2):
+def test_a_message_is_as_long_for_any_row(results):
+    for rank in results[2]:
         sizes = rank["attention"]["message"]
         # Four heads and 32 features: three sums; and seven keys, values and a mask at either edge.
         expected = 4 * (3 * 4 * 32 * (8 + 2) + 2 * 7 * (4 * (8 + 8) + 1))
@@ -95,8 +95,8 @@ def test_a_message_is_as_long_for_any_row(results_of):
 
 
 @pytest.mark.parametrize("kind", some((*KINDS, *SLOW_KINDS), KINDS))
-def test_models(results_of, kind):
-    for rank in results_of(2):
+def test_models(results, kind):
+    for rank in results[2]:
         errors = rank["models"][f"model {kind}"]
         assert max(errors.values()) < 2e-6, errors
 
@@ -105,26 +105,26 @@ def test_models(results_of, kind):
     ("case", "tolerance"),
     [("saved", 1e-6), ("short row", 2e-6), ("left padding", 2e-6), ("five steps", 1e-5)],
 )
-def test_models_saved_padded_and_trained(results_of, case, tolerance):
-    for rank in results_of(2):
+def test_models_saved_padded_and_trained(results, case, tolerance):
+    for rank in results[2]:
         assert max(rank["models"][case].values()) < tolerance
 
 
-def test_models_that_differ_between_ranks(results_of):
-    for rank in results_of(2):
+def test_models_that_differ_between_ranks(results):
+    for rank in results[2]:
         found = rank["unlike models"]
         assert re.search(r"feature_map\.weight.* must hold the same numbers on all ranks", found)
 
 
 @pytest.mark.parametrize(("case", "message"), REFUSALS.items())
-def test_refusals_on_every_rank(results_of, case, message):
-    for rank in results_of(2):
+def test_refusals_on_every_rank(results, case, message):
+    for rank in results[2]:
         assert re.search(message, rank["refusals"][case]), rank["refusals"][case]
 
 
 @pytest.mark.parametrize("world", some((3, 4), (3,)))
-def test_ranks_between_others(results_of, world):
-    for rank in results_of(world):
+def test_ranks_between_others(results, world):
+    for rank in results[world]:
         assert len(rank["attention"]) == {3: 3, 4: 7}[world]
         for errors in rank["attention"].values():
             assert max(errors.values()) < 2e-6, errors

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -315,6 +316,12 @@ REPRESENTATIVE = [
     ),
     *(case for case in GENERALIZED if case.name != "relu-antithetic"),
 ]  # fmt: skip
+
+
+def marked(cases: list[Case], default: list[Case] = REPRESENTATIVE) -> list:
+    """Cases, of which all but some are left to ``-m exhaustive``."""
+    return [x if x in default else pytest.param(x, marks=pytest.mark.exhaustive) for x in cases]
+
 
 # One of each form, for what runs by default outside tests/features: plain and two-sided
 # exponentials, bias and balance, an epsilon, waves, elementwise of one and both signs, no

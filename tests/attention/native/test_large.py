@@ -163,7 +163,7 @@ def test_strides_beyond_2_to_the_31(mode, dim):
 
 
 # Keys of long sums, whose rounding grows with them; the longer ones are slow.
-LENGTHS = [50_000, pytest.param(200_000, marks=pytest.mark.slow)]
+LENGTHS = [20_000, pytest.param(200_000, marks=pytest.mark.slow)]
 
 
 def long_call(name, mode, length):

@@ -101,8 +101,8 @@ def arguments(
 
 
 # Calls whose operators are compiled, too: results that are wanted or not, and arguments that may
-# be absent.
-COMPILED = ("state to state", "exact, packed, causal", "features of a part")
+# be absent; test_compile.py has packed ones.
+COMPILED = ("state to state", "features of a part")
 # The dearest check, of autograd under the compiler.
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -111,21 +111,19 @@ def plain(given):
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_contract(name):
-    check_contract(name, CHECKS)
-
-
 @pytest.mark.parametrize(
     "name", [x if x in COMPILED else pytest.param(x, marks=pytest.mark.exhaustive) for x in CALLS]
 )
 def test_contract_under_the_compiler(name):
-    check_contract(name, ("test_aot_dispatch_dynamic",))
+    """Of the forward pass; that it compiles takes the backward pass in."""
+    checks = ("test_aot_dispatch_dynamic",)
+    torch.library.opcheck(favor_forward, arguments(**CALLS[name]), test_utils=checks)
 
 
-def check_contract(name, checks):
+@pytest.mark.parametrize("name", CALLS)
+def test_contract(name):
     given = arguments(**CALLS[name])
-    torch.library.opcheck(favor_forward, given, test_utils=checks)
+    torch.library.opcheck(favor_forward, given, test_utils=CHECKS)
     given = plain(given)
     results = favor_forward(*given)
     random = generator(1)
@@ -133,7 +131,7 @@ def check_contract(name, checks):
     grads = [torch.randn(x.shape, generator=random, dtype=x.dtype) for x in shown]
     grads[1:3] = grads[1:3] if given[-1] else (None, None)
     grads[3] = None if CALLS[name].get("part") is None else grads[3]
-    torch.library.opcheck(favor_backward, (*grads, *given, *results, False), test_utils=checks)
+    torch.library.opcheck(favor_backward, (*grads, *given, *results, False), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -184,14 +182,15 @@ def listed_arguments(rounds):
     )
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_contract_of_listed_keys(rounds, monkeypatch):
     given = listed_arguments(rounds)
     torch.library.opcheck(listed_forward, given)
     expected = listed_forward(*plain(given))
     grads = [torch.randn(x.shape, generator=generator(8), dtype=x.dtype) for x in expected]
     for trained_too in (False, True):
-        torch.library.opcheck(listed_backward, (*grads, *plain(given), *expected, trained_too))
+        arguments = (*grads, *plain(given), *expected, trained_too)
+        torch.library.opcheck(listed_backward, arguments, test_utils=CHECKS)
     results, gradients = poisoned(lambda: listed_forward(*given), given[:5], monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
     assert all(g.isfinite().all() for g in gradients)

@@ -48,7 +48,7 @@ def test_heads_that_fill_the_threads_are_not_cut(name, configuration, mode, leng
     call = make_call(CASES[name], length, mode, configuration, **sizes)
     with threads(1):
         expected = with_gradients(call, "native")
-    for count in (2, 3, 4):
+    for count in (2, 3):
         with threads(count):
             found = with_gradients(call, "native")
         if configuration.grouped:
@@ -59,11 +59,11 @@ def test_heads_that_fill_the_threads_are_not_cut(name, configuration, mode, leng
             assert all(map(torch.equal, found, expected))
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 4])
 @law(modes=SELF)
 def test_trained_projections(configuration, mode, count):
     """However many threads; the same number gives the same bits."""
-    call = make_call(POSITIVE, 1500, mode, configuration, batch=1, heads=1, num_features=8)
+    call = make_call(POSITIVE, LONG, mode, configuration, batch=1, heads=1, num_features=8)
     call = trained(call).leaves()
     results = []
     for number in (1, count, count):
@@ -96,8 +96,6 @@ def test_a_head_that_is_cut(name, mode, count):
     with threads(count):
         check_against_oracle(one_head(name, mode, masked=FIRST, num_features=22), "native")
     call = one_head(name, mode, num_features=22)
-    with threads(count):
-        check_against_oracle(call, "native")
     with threads(1):
         whole = with_gradients(call, "native")
     with threads(count):
@@ -178,7 +176,7 @@ def several_calls():
             )
 
 
-@pytest.mark.parametrize("inner", [1, 2])
+@pytest.mark.parametrize("inner", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_several_python_threads_at_once(inner):
     """Four callers, each with a pool of its own underneath: as alone, to the bit."""
     calls = list(several_calls())
@@ -190,7 +188,7 @@ def test_several_python_threads_at_once(inner):
         with threads(inner):
             return with_gradients(calls[i], "native")
 
-    order = torch.randperm(3 * len(calls), generator=generator(0)).remainder(len(calls)).tolist()
+    order = torch.randperm(2 * len(calls), generator=generator(0)).remainder(len(calls)).tolist()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(work, order))
     for i, results in zip(order, found, strict=True):
