@@ -214,6 +214,9 @@ def define(
             grad = grads[place]
             if grad is None and required:
                 grad = output[place].new_zeros(()).expand(output[place].shape)
+            elif not required and output[place].numel() == 0:
+                # A result that the call does not have.
+                grad = None
             arrived.append(grad)
         trained = wanted[weight] or wanted[bias]
         found = backward_operator(*arrived, *saved[:tensors], *ctx.constants, *output, trained)
