@@ -68,7 +68,7 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
     # Rows are keys, of a chunk.
     "chunk_key_gradients": {
         64: (Blocks(32, 32, 8, 2), Blocks(32, 32, 4, 2)),
-        128: (Blocks(16, 32, 8, 1), Blocks(16, 64, 8, 1)),
+        128: (Blocks(16, 32, 8, 1), Blocks(16, 32, 8, 1)),
     },
     # Rows at a time, of a chunk.
     "mend": {
@@ -92,15 +92,20 @@ _TABLE: dict[str, dict[int, tuple[Blocks, Blocks]]] = {
 }
 
 
-# What other dtypes have instead, for a head_dim up to 64: their operands are float32.
-_OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
-    torch.float16: {
+# What other dtypes have instead, by head_dim as above: their operands are float32.
+_OF_DTYPE: dict[tuple[torch.dtype, int], dict[str, tuple[Blocks, Blocks]]] = {
+    (torch.float16, 64): {
         "chunk_rows": (Blocks(16, 64, 8, 2), Blocks(32, 64, 8, 2)),
         "chunk_query_gradients": (Blocks(16, 64, 4, 2), Blocks(16, 64, 4, 2)),
         "chunk_key_gradients": (Blocks(32, 32, 8, 2), Blocks(16, 32, 4, 2)),
         "exact_pairs": (Blocks(32, 64, 4, 3), Blocks(64, 64, 8, 2)),
     },
-    torch.float32: {
+    (torch.float16, 128): {
+        "chunk_rows": (Blocks(32, 32, 8, 2), Blocks(32, 64, 8, 2)),
+        "chunk_query_gradients": (Blocks(32, 32, 8, 2), Blocks(16, 64, 8, 2)),
+        "exact_pairs": (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    },
+    (torch.float32, 64): {
         "key_sums": (Blocks(32, 64, 4, 2), Blocks(32, 64, 4, 2)),
         "key_states": (Blocks(32, 64, 8, 2), Blocks(32, 64, 8, 2)),
         "read_rows": (Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
@@ -118,7 +123,6 @@ _OF_DTYPE: dict[torch.dtype, dict[str, tuple[Blocks, Blocks]]] = {
 
 def blocks_of(kernel: str, width: int, capability: int, dtype: torch.dtype) -> Blocks:
     """The blocks of a kernel for a padded head_dim, the larger of those of keys and values."""
-    blocks = _TABLE[kernel][64 if width <= 64 else 128]
-    if width <= 64:
-        blocks = _OF_DTYPE.get(dtype, {}).get(kernel, blocks)
+    width = 64 if width <= 64 else 128
+    blocks = _OF_DTYPE.get((dtype, width), {}).get(kernel, _TABLE[kernel][width])
     return blocks[capability >= 90]
