@@ -25,7 +25,8 @@ settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("busy")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Read when torch is imported: idle threads of one worker leave the cores to the other.
+    # Read when torch is imported: workers and the processes that they start share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MARKS = {"slow", "exhaustive"}
