@@ -75,7 +75,9 @@ class _Job:
 
     name: str
     folder: Path
-    options: TrainingOptions
+    attention: str
+    steps: int
+    seed: int
     splits: dict[str, list[ProteinRecord]]
     resume: bool
 
@@ -118,7 +120,9 @@ def run_demo(
         _Job(
             name,
             output / "models" / name,
-            demo_options(attention, steps=steps, seed=seed),
+            attention,
+            steps,
+            seed,
             splits,
             resume,
         )
@@ -241,6 +245,8 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
     from performers.proteins.training.train import train_model
 
     torch.set_num_threads(1)
+    # Not in the parent, which would import torch to look at the memory they ask for.
+    options = demo_options(job.attention, steps=job.steps, seed=job.seed)
     sequences = {
         name: [record.sequence for record in records] for name, records in job.splits.items()
     }
@@ -249,7 +255,7 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
         train_model(
             sequences["train"],
             job.folder,
-            job.options,
+            options,
             # The file is sorted by family: take some of each.
             validation=sequences["validation"][::_VALIDATION_STRIDE],
             resume=job.resume,
@@ -264,8 +270,8 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
             model,
             tokenizer,
             sequences[split],
-            max_length=job.options.max_length,
-            seed=job.options.seed,
+            max_length=options.max_length,
+            seed=options.seed,
         )
     report(f"evaluating {job.name}", len(EVALUATED), len(EVALUATED), {})
     metrics = {
