@@ -73,12 +73,11 @@ def chunk_rows(
     Q += head_of(n, heads, sqb, sqh) + (g * sqg + i * sql)
     K += head_of(n, heads, skb, skh) + j * sks
     row = (n * groups + g) * length + i
-    # The last key that is summed: of the chunk, or one after the other.
-    begin = BT - 1
-    if again > 0:
-        step = steps(BT, REVERSE)
-        lost = tl.load(LOST + row + step, mask=start + tl.arange(0, BT) < length, other=0)
-        begin = tl.where(tl.max(lost.to(tl.int32), 0) > 0, 0, BT)
+    # The last key that is summed: of the chunk, or one after the other. Triton up to 3.5 compiles
+    # no loop whose first value comes out of an `if`.
+    within = (again > 0) & (start + tl.arange(0, BT) < length)
+    lost = tl.load(LOST + row + steps(BT, REVERSE), mask=within, other=0).to(tl.int32)
+    begin = tl.where(again > 0, tl.where(tl.max(lost, 0) > 0, 0, BT), BT - 1)
     for t in range(begin, BT):
         at_t = LOST + row + (-t if REVERSE else t)
         mark = tl.load(at_t, mask=(again > 0) & (start + t < length), other=0).to(tl.int32)
