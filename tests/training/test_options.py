@@ -125,7 +125,7 @@ def test_windows_and_memory_reach_the_model():
 
 
 def test_what_changes_the_result_makes_another_run():
-    """How a run is watched does not; the type is one setting under either flag."""
+    """Options of logging change no result; the type is one setting under either flag."""
     first = TrainingOptions().to_dict()
     assert TrainingOptions(log_steps=7, eval_steps=3, save_steps=2).differences(first) == []
     assert TrainingOptions(num_layers=3, learning_rate=0.5).differences(first) == [
