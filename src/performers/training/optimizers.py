@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -9,13 +11,81 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+# Keller Jordan's: from Frobenius norm 1, five steps take singular values to 0.7 to 1.2.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+
+
+class Muon(Optimizer):
+    """Muon (Jordan et al. 2024) with updates of the size of AdamW's (Liu et al. 2025).
+
+    For a matrix ``W`` of shape ``(n, m)`` with gradient ``G``, momentum ``M`` and factor ``b``,
+
+    ``M = b M + (1 - b) G``, ``W = (1 - lr weight_decay) W - 0.2 sqrt(max(n, m)) lr O``
+
+    where ``O`` is ``orthogonalized((1 - b) G + b M)``. Differs from ``torch.optim.Muon`` (with
+    ``adjust_lr_fn="match_rms_adamw"``) in what it iterates in: float32 on CPUs, of which few
+    multiply bfloat16, and all matrices of a shape at once.
+
+    Args:
+        matrices: Parameters of two dimensions.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        momentum: Factor ``b`` of the momentum.
+    """
+
+    def __init__(
+        self, matrices: list[Tensor], *, lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take one step."""
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    alike[matrix.shape, matrix.dtype, matrix.device].append(matrix)
+            for (shape, *_), matrices in alike.items():
+                updates = orthogonalized(torch.stack([self._averaged(x, group) for x in matrices]))
+                rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.add_(update, alpha=-rate)
+
+    def _averaged(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
+        """Nesterov's look ahead of the momentum of a gradient, which is updated."""
+        grad, state = matrix.grad, self.state[matrix]
+        assert grad is not None
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(momentum, group["momentum"])
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices ``(N, n, m)`` with their singular values brought near one.
+
+    Newton-Schulz iteration: ``X = a X + (b X X^T + c (X X^T)^2) X``.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x.bfloat16() if x.is_cuda else x.float()
+    x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
+    a, b, c = _NEWTON_SCHULZ
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
 
 class MuonAdamW(Optimizer):
     """Muon on the weight matrices inside a model, AdamW on embeddings, output layer and vectors.
 
-    Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, so
-    that all its directions are learnt at the same pace. Updates are scaled to the size of AdamW's
-    (Liu et al. 2025), hence one learning rate serves both. A fused projection of queries, keys and
+    `Muon` replaces the momentum of a matrix by the nearest orthogonal one, so that all its
+    directions are learnt at the same pace. Updates are of the size of AdamW's, hence one learning
+    rate serves both. A fused projection of queries, keys and
     values counts as one matrix. Parameters may be replicated (data parallelism) but not sharded.
 
     Args:
@@ -25,7 +95,6 @@ class MuonAdamW(Optimizer):
         betas: Those of AdamW, as ``eps`` is its epsilon.
 
     Raises:
-        RuntimeError: torch is older than 2.9 and has no Muon.
         ValueError: No parameter of the model requires a gradient.
     """
 
@@ -38,7 +107,6 @@ class MuonAdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.98),
         eps: float = 1e-9,
     ) -> None:
-        check_muon()
         matrices, others, vectors = _kinds_of_parameters(model)
         groups = [
             {"params": others, "weight_decay": weight_decay},
@@ -48,11 +116,7 @@ class MuonAdamW(Optimizer):
         self._parts: list[Optimizer] = []
         # Both refuse an empty list of parameters.
         if matrices:
-            self._parts.append(
-                torch.optim.Muon(
-                    matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            self._parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if groups:
             self._parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
         if not self._parts:
@@ -97,15 +161,6 @@ class MuonAdamW(Optimizer):
     def _share_groups(self) -> None:
         """Refer to the groups of the parts, which the learning rates of a scheduler must reach."""
         self.param_groups = [group for part in self._parts for group in part.param_groups]
-
-
-def check_muon() -> None:
-    """Raise RuntimeError if torch is older than 2.9 and has no Muon."""
-    if not hasattr(torch.optim, "Muon"):
-        raise RuntimeError(
-            f"Muon needs torch 2.9 or later, this is {torch.__version__}: upgrade torch, or train "
-            "with AdamW"
-        )
 
 
 def _kinds_of_parameters(

@@ -142,9 +142,7 @@ class TrainingOptions(Options):
         needs={"attention": "exact"},
         group="Batches",
     )
-    optimizer: str = option(
-        "adamw, or muon for the matrices (torch 2.9 or later).", "adamw", choices=("adamw", "muon")
-    )
+    optimizer: str = option("adamw, or muon for the matrices.", "adamw", choices=("adamw", "muon"))
     learning_rate: float = option(
         "Peak learning rate; rises over --warmup-steps, then falls linearly to zero.",
         1e-3,

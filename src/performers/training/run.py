@@ -28,7 +28,6 @@ from performers.training.callbacks import (
 from performers.training.checkpoints import newest_checkpoint
 from performers.training.environment import quiet_transformers
 from performers.training.estimate import EstimateCallback
-from performers.training.optimizers import check_muon
 from performers.training.options import TrainingOptions
 from performers.training.parallel import lost_processes
 from performers.training.trainer import RunTrainer
@@ -65,11 +64,6 @@ class TrainingRun:
         before: Collection[str] = (),
         initial_model: dict[str, Any] | None = None,
     ) -> None:
-        if options.optimizer == "muon":
-            try:
-                check_muon()
-            except RuntimeError as error:
-                raise UserError(f"--optimizer muon: {error} (--optimizer adamw)") from error
         self.output, self.options = output, options
         self.record = {"options": options.to_dict(), "data": data, "processes": process_count()}
         if initial_model is not None:

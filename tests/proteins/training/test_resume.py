@@ -7,7 +7,6 @@ import signal
 from functools import partial
 
 import pytest
-import torch
 
 from performers.app.errors import Interrupted, UserError
 from performers.training.checkpoints import newest_checkpoint
@@ -102,7 +101,6 @@ def test_a_run_stopped_by_a_signal_saves_and_says_how_to_go_on(tmp_path, whole, 
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 def test_a_run_with_muon_is_another_and_continues_too(tmp_path, whole):
     train(tmp_path / "muon", optimizer="muon")
     assert losses(tmp_path / "muon") != pytest.approx(losses(whole), abs=1e-5)
