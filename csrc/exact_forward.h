@@ -27,11 +27,24 @@ struct ExactKeys : Buffers {
         row = begin;
         count = number;
         band = {position - p.window, p.call.causal ? position : position + p.window};
-        const uint8_t *mask = p.mask(head);
         for (int64_t t = 0; t < count; ++t) {
-            const bool kept = !mask || mask[begin + t];
-            from[t] = kept ? larger<int64_t>(0, t - band.high) : 0;
-            to[t] = kept ? smaller(rows, t - band.low + 1) : 0;
+            from[t] = larger<int64_t>(0, t - band.high);
+            to[t] = smaller(rows, t - band.low + 1);
+        }
+        if (const int64_t *positions = p.positions(head)) {
+            band = kAll;
+            int64_t first = 0, last = 0;
+            for (int64_t t = 0; t < count; ++t) {
+                const int64_t key = positions[begin + t];
+                while (first < rows && positions[start + first] < key - p.call.window) ++first;
+                while (last < rows && positions[start + last] <= key + p.call.window) ++last;
+                from[t] = first;
+                to[t] = last;
+            }
+        }
+        const uint8_t *mask = p.mask(head);
+        for (int64_t t = 0; mask && t < count; ++t) {
+            if (!mask[begin + t]) from[t] = to[t] = 0;
         }
         load(p.rows(p.call.key, head), p.rows(p.call.value, head));
     }
@@ -91,6 +104,38 @@ private:
     }
 };
 
+// The keys [first, last) that hold all those within the windows of the queries [start, start + rows).
+struct KeyRange {
+    int64_t first, last;
+
+    KeyRange(const Problem &p, int64_t head, const Span &span, int64_t start, int64_t rows) {
+        const int64_t position = start + p.call.offset, after = p.call.causal ? 0 : p.window;
+        first = larger(span.first, position - p.window);
+        last = smaller(span.last, position + rows + after);
+        if (const int64_t *positions = p.positions(head)) {
+            first = span.first + count(positions + span.first, span.last - span.first,
+                                       positions[start] - p.call.window);
+            last = first + count(positions + first, span.last - first,
+                                 positions[start + rows - 1] + p.call.window + 1);
+        }
+    }
+
+private:
+    // How many of the `size` rising numbers are less than `bound`.
+    static int64_t count(const int64_t *x, int64_t size, int64_t bound) {
+        int64_t low = 0;
+        while (low < size) {
+            const int64_t middle = low + (size - low) / 2;
+            if (x[middle] < bound) {
+                low = middle + 1;
+            } else {
+                size = middle;
+            }
+        }
+        return low;
+    }
+};
+
 // Calls visit() for every block of keys that some of the queries [start, start + rows) meet, loaded
 // into `keys`.
 template <typename Visit>
@@ -98,10 +143,9 @@ inline void for_exact_keys(const Problem &p, int64_t head, const Span &span, int
                            int64_t rows, ExactKeys &keys, Visit &&visit) {
     if (p.call.part == PERFORMERS_FEATURES) return;  // as if no key were in reach
     if (p.window >= 0) {
-        const int64_t position = start + p.call.offset, after = p.call.causal ? 0 : p.window;
-        const int64_t end = smaller(span.last, position + rows + after);
-        for (int64_t j = larger(span.first, position - p.window); j < end; j += kBlock) {
-            keys.load_window(head, j, smaller(kBlock, end - j), start, rows);
+        const KeyRange range(p, head, span, start, rows);
+        for (int64_t j = range.first; j < range.last; j += kBlock) {
+            keys.load_window(head, j, smaller(kBlock, range.last - j), start, rows);
             if (!keys.empty()) visit();
         }
     }

@@ -8,6 +8,8 @@ namespace performers::PERFORMERS_ISA {
 namespace {
 
 inline std::vector<Span> exact_spans(const Problem &p) {
+    // Parts that share keys are told by rows.
+    if (p.call.positions) return sequences(p.call);
     return sequences_or_parts(p, 2 * p.call.threads / p.heads);
 }
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define PERFORMERS_ABI_VERSION 6
+#define PERFORMERS_ABI_VERSION 7
 
 #if defined(_WIN32)
 #define PERFORMERS_API extern "C" __declspec(dllexport)
@@ -58,6 +58,9 @@ typedef struct {
     const float *bias;        // (weight_heads, features) or null
     const uint8_t *key_mask;  // (batch, size), nonzero takes part, or null
     const int64_t *segments;  // (size), equal within a packed sequence, or null
+    // (batch, size), rising within each sequence, or null: what the window of exact pairs is measured
+    // in, in place of rows; only for bidirectional calls of PERFORMERS_EXACT.
+    const int64_t *positions;
 
     // The sinks of each sequence (batch row, or packed sequence by its segment): (sequence, key
     // head, -, sink, column), and the first query that sees each, (sequences, sinks).

@@ -103,6 +103,9 @@ struct Problem {
     const uint8_t *mask(int64_t head) const {
         return call.key_mask ? call.key_mask + batch_of(head) * call.size : nullptr;
     }
+    const int64_t *positions(int64_t head) const {
+        return call.positions ? call.positions + batch_of(head) * call.size : nullptr;
+    }
 };
 
 // A base of structures whose members take their memory from an arena as they are made.

@@ -11,9 +11,11 @@ from tests.attention.cases import (
     check_against_oracle,
     make_call,
 )
+from tests.attention.native import support
 from tests.features.cases import REPRESENTATIVE, generator
 
 BACKENDS = ("torch", "reference")
+IN_FLOAT32 = [name for name in ("native", "torch") if name in backends()]
 WINDOWS = (0, 3, 1000)
 CONFIGURATIONS = [
     Configuration("plain"),
@@ -56,16 +58,28 @@ def test_every_softmax_estimator(case):
     check_against_oracle(call, "torch", value_tolerance=tolerance, gradient_tolerance=tolerance)
 
 
-def test_float32_and_the_choice_of_backend():
-    call = positioned(300, CONFIGURATIONS[1], 2, torch.float32)
-    check_against_oracle(call, "torch")
-    assert torch.equal(call.run(), call.run("torch"))
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("backend", IN_FLOAT32)
+def test_outputs_and_gradients_in_float32(backend, window, configuration):
+    call = positioned(300, configuration, window, torch.float32)
+    check_against_oracle(call, backend)
+    assert torch.equal(call.run(), call.run(backends()[0]))
 
 
 def test_positions_in_any_order():
     call = positioned(130, CONFIGURATIONS[2], 2)
     call.options["positions"] = torch.randint(-9, 9, (1, 130), generator=generator(1)) * 5
     check_against_oracle(call, "torch", value_tolerance=1e-10, gradient_tolerance=1e-10)
+
+
+@pytest.mark.skipif("native" not in backends(), reason="no native library")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_rows_of_many_members(threads):
+    call = positioned(900, Configuration("packed", packed=True, masked=True), 4, torch.float32)
+    call.options["positions"] = torch.arange(900)[None] % 23
+    with support.threads(threads):
+        check_against_oracle(call, "native")
 
 
 def test_places_in_the_row_are_the_ordinary_window():
@@ -95,14 +109,15 @@ def test_the_matrix():
     torch.testing.assert_close(matrix, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", IN_FLOAT32)
 @pytest.mark.parametrize("seen", [True, False])
-def test_a_key_of_nan_reaches_the_rows_that_see_it(seen):
+def test_a_key_of_nan_reaches_the_rows_that_see_it(seen, backend):
     call = positioned(70, CONFIGURATIONS[0], 1, torch.float32)
     call.key[0, 0, 20] = float("nan")
     if not seen:
         call.options["key_mask"] = torch.ones(2, 70, dtype=torch.bool)
         call.options["key_mask"][0, 20] = False
-    out = call.run("torch")
+    out = call.run(backend)
     assert out[0, 0].isnan().all() == seen
     assert out[0, 1:].isfinite().all()
     assert out[1].isfinite().all()
@@ -128,10 +143,3 @@ def test_refusals(options, message):
     call = positioned(9, Configuration("plain"), 2)
     with pytest.raises(ValueError, match=message):
         call.run(**options)
-
-
-@pytest.mark.skipif("native" not in backends(), reason="no native library")
-def test_a_backend_without_positions_says_so():
-    call = positioned(9, Configuration("plain"), 2, torch.float32)
-    with pytest.raises(ValueError, match="with a window measured in positions"):
-        call.run("native")

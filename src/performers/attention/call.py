@@ -102,7 +102,7 @@ class AttentionCall:
     positions: Tensor | None = field(
         default=None,
         metadata={
-            "backends": ("torch", "reference"),
+            "backends": ("native", "torch", "reference"),
             "otherwise": "with a window measured in positions",
         },
     )

@@ -45,6 +45,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     key_mask: Tensor | None
     segments: Tensor | None
+    positions: Tensor | None
     past_key_value: Tensor | None
     past_key_sum: Tensor | None
     past_log_scale: Tensor | None
@@ -77,6 +78,7 @@ class Inputs(NamedTuple):
             bias=bias,
             key_mask=call.key_mask,
             segments=call.segments,
+            positions=call.positions,
             past_key_value=None if state is None else state.key_value,
             past_key_sum=None if state is None else state.key_sum,
             past_log_scale=None if state is None else state.log_scale.detach(),

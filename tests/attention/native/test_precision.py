@@ -45,7 +45,7 @@ def single_key(value):
         zero,
         value,
         torch.ones(1, 1, 1),
-        *(None,) * 9,
+        *(None,) * 10,
         "exponential",
         True,
         0.0,

@@ -17,6 +17,12 @@ from performers.attention.torch_backend import backend as torch_backend
 from performers.attention.torch_backend.blocks import Features, Rows
 from performers.attention.torch_backend.listed import LEAST_REST, listed_pairs
 from performers.attention.torch_backend.neighbours import neighbour_rows
+from performers.attention.torch_backend.positions import (
+    coordinates,
+    end_to_end,
+    in_batch,
+    keys_after_window,
+)
 from performers.features.precision import without_autocast
 from performers.features.recomputation import is_traced, is_transformed
 
@@ -28,6 +34,8 @@ def attend(call: AttentionCall) -> tuple[Tensor, FavorState | None]:
         return torch_backend.attend(call)
     if call.lists is not None:
         return _attend_with_lists(call), None
+    if call.positions is not None:
+        return _attend_over_positions(call), None
     out, _, _, *sums, _ = favor_forward(*Inputs.of(call))
     if not call.return_state:
         return out, None
@@ -59,6 +67,12 @@ class _Part(NamedTuple):
     log: Tensor
 
     @classmethod
+    def computed(cls, call: AttentionCall, pairs: str) -> "_Part":
+        """The pairs of a call through features, "feature", or the "exact" ones."""
+        out, *_, log = favor_forward(*Inputs.of(call, pairs))
+        return cls(out, log)
+
+    @classmethod
     def of(cls, rows: Rows) -> "_Part":
         """That of rows that are not yet divided."""
         there = rows.denominator != 0
@@ -72,21 +86,46 @@ def _attend_with_lists(call: AttentionCall) -> Tensor:
 
     Pairs along the edges of a graph are gathered by torch.
     """
-
-    def part(pairs: str) -> _Part:
-        out, *_, log = favor_forward(*Inputs.of(call, pairs))
-        return _Part(out, log)
-
     squares = call.query.to(call.dtype).square()
     log_factor = math.log(call.form.normalizer) - squares.sum(-1, dtype=torch.float64) * (
         call.factor / 2
     )
     has_exact = call.window is not None or call.sink_keys is not None
-    estimates, exact = [], [part("exact")] if has_exact else []
+    estimates, exact = [], [_Part.computed(call, "exact")] if has_exact else []
     for estimate, more in _listed_parts(call):
         estimates.append(_Part(estimate.out, estimate.log + log_factor))
         exact.append(more)
-    return _join(part("feature"), estimates, exact)
+    return _join(_Part.computed(call, "feature"), estimates, exact)
+
+
+def _attend_over_positions(call: AttentionCall) -> Tensor:
+    """Keys on either side of the window of positions through features, and exact pairs, joined."""
+    row, (coordinate, sequence) = end_to_end(call), coordinates(call)
+
+    def placed(row: AttentionCall, pairs: str, places: Tensor) -> _Part:
+        rows = (x.index_select(3, places) for x in _Part.computed(row, pairs))
+        return _Part(*(in_batch(x, len(call.query)) for x in rows))
+
+    sides = []
+    for sign in (1, -1):
+        numbers = None if sequence is None else sign * sequence
+        side, places = keys_after_window(row, sign * coordinate, numbers)
+        side = side.replaced(is_causal=True, window=0, positions=None)
+        sides.append(placed(side, "feature", places))
+    order = coordinate.argsort(stable=True)
+    inside = row.replaced(
+        query=row.query.index_select(3, order),
+        key=row.key.index_select(2, order),
+        value=row.value.index_select(2, order),
+        key_mask=None if row.key_mask is None else row.key_mask[:, order],
+        segments=sequence,
+        positions=coordinate[order].unsqueeze(0),
+        sink_keys=None,
+    )
+    exact = [placed(inside, "exact", order.argsort())]
+    if call.sink_keys is not None:
+        exact.append(_Part.computed(call.replaced(window=None, positions=None), "exact"))
+    return _join(sides[0], [], [sides[1], *exact])
 
 
 def _listed_parts(call: AttentionCall) -> Iterator[tuple[_Part, _Part]]:
@@ -105,10 +144,10 @@ def _listed_parts(call: AttentionCall) -> Iterator[tuple[_Part, _Part]]:
         yield _Part(*rows[:2]), _Part(*rows[2:])
 
 
-def _join(feature: _Part, estimates: list[_Part], exact: list[_Part]) -> Tensor:
-    """``feature`` less the estimates that are in it, and the exact parts: rows as they come out."""
-    parts = (feature, *estimates, *exact)
-    peak = torch.stack([part.log.detach() for part in (feature, *exact)]).amax(0)
+def _join(feature: _Part, estimates: list[_Part], others: list[_Part]) -> Tensor:
+    """``feature`` less the estimates that are in it, and other parts: rows as they come out."""
+    parts = (feature, *estimates, *others)
+    peak = torch.stack([part.log.detach() for part in (feature, *others)]).amax(0)
     peak = peak.where(peak > -math.inf, 0.0)
     whole, *weights = [(part.log - peak).exp() for part in parts]
     rest = [whole, *(-x for x in weights[: len(estimates)])]

@@ -36,7 +36,7 @@ class Call(ctypes.Structure):
         ("part", ctypes.c_int64),
         *_fields(ctypes.c_double, "scale epsilon normalizer"),
         *_fields(_Array, "query key value"),
-        *_fields(ctypes.c_void_p, "weight bias key_mask segments"),
+        *_fields(ctypes.c_void_p, "weight bias key_mask segments positions"),
         *_fields(_Array, "sink_key sink_value"),
         *_fields(ctypes.c_void_p, "sink_first past_key_value past_key_sum past_log_scale"),
         *_fields(_Array, "out"),

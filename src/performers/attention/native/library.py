@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 # PERFORMERS_ABI_VERSION in csrc/performers_native.h: the functions and the structures they take.
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _PATH_VARIABLE = "PERFORMERS_NATIVE_LIBRARY"
 _ISA_VARIABLE = "PERFORMERS_NATIVE_ISA"

@@ -18,6 +18,8 @@ _SUMMED = ("query", "key", "value", "sink_key", "sink_value")
 
 def _call(inputs: Inputs) -> Call:
     """A call with its inputs set."""
+    if inputs.positions is not None and inputs.part != "exact":
+        raise ValueError(f'positions are those of exact pairs alone, got part="{inputs.part}"')
     call = Call()
     query, key, value, weight = inputs[:4]
     call.batch, call.key_heads, call.groups, call.length, call.head_dim = query.shape
@@ -30,7 +32,7 @@ def _call(inputs: Inputs) -> Call:
     call.window = -1 if inputs.window is None else inputs.window
     call.offset, call.normalizer = inputs.offset, inputs.normalizer
     call.part = PARTS[inputs.part]
-    call.reads(Inputs._fields[3:10], inputs[3:10])
+    call.reads(Inputs._fields[3:11], inputs[3:11])
     if inputs.sink_key is not None and inputs.sink_value is not None:
         call.sinks = inputs.sink_key.shape[2]
         call.arrays(sink_key=inputs.sink_key, sink_value=inputs.sink_value)

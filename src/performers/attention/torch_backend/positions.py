@@ -1,4 +1,4 @@
-"""Windows measured in positions, in the ``torch`` backend.
+"""Windows measured in positions.
 
 Rows are laid end to end, and a token's coordinate is its position, shifted so that tokens of
 different sequences are further apart than the window. Exact pairs: queries are taken in chunks of
@@ -36,17 +36,17 @@ _LARGEST = 2**62
 
 def position_feature_rows(call: AttentionCall, features: Features) -> Rows:
     """Every query against the keys whose positions are beyond the window."""
-    row, (coordinate, sequence) = _end_to_end(call), _coordinates(call)
-    past = _strictly_before(row, coordinate, sequence, features)
-    future = _strictly_before(row, -coordinate, sequence, features)
+    row, (coordinate, sequence) = end_to_end(call), coordinates(call)
+    past = _past(row, coordinate, sequence, features)
+    future = _past(row, -coordinate, sequence, features)
     return _in_rows(past.plus(future, scaled=features.has_exponent()), len(call.query))
 
 
 def position_window_rows(call: AttentionCall) -> Rows:
     """Every query against the keys of its window of positions: sums of ``exp(scale q . k)``."""
-    row, window = _end_to_end(call), call.window
+    row, window = end_to_end(call), call.window
     assert window is not None
-    coordinate, _ = _coordinates(call)
+    coordinate, _ = coordinates(call)
     key, value = (masked(x, row.key_mask)[0] for x in (row.key, row.value))
     # Keys that take no part, and those that fill up the last block, are in no window.
     nowhere = coordinate.max() + window + 1
@@ -94,10 +94,27 @@ def position_window_rows(call: AttentionCall) -> Rows:
     return _in_rows(Rows(*(x.index_select(3, back) for x in rows)), len(call.query))
 
 
-def _strictly_before(
+def _past(
     row: AttentionCall, coordinate: Tensor, sequence: Tensor | None, features: Features
 ) -> Rows:
     """Queries of one row against the keys whose coordinate is less by more than the window."""
+    merged, places = keys_after_window(row, coordinate, sequence)
+    sums = Sums(*merged.past().sums())
+    rows, _ = causal_rows(merged, features, sums, strict=True, divided=False)
+    return Rows(*(x.index_select(3, places) for x in rows))
+
+
+def keys_after_window(
+    row: AttentionCall, coordinate: Tensor, sequence: Tensor | None
+) -> tuple[AttentionCall, Tensor]:
+    """Queries and keys of one row in the order of their coordinates, a key ``window + 1`` later.
+
+    The strict past of a query are the keys whose coordinate is less by more than the window.
+
+    Returns:
+        The row, twice as long, and the places ``(S,)`` of the queries in it; its other rows mean
+        nothing.
+    """
     assert row.window is not None
     size = len(coordinate)
     # Twice the coordinates: at the same place a key comes before a query.
@@ -111,13 +128,10 @@ def _strictly_before(
         key_mask=row.valid_keys()[:, token] & is_key,
         segments=None if sequence is None else sequence[token],
     )
-    sums = Sums(*merged.past().sums())
-    rows, _ = causal_rows(merged, features, sums, strict=True, divided=False)
-    back = order.argsort()[:size]
-    return Rows(*(x.index_select(3, back) for x in rows))
+    return merged, order.argsort()[:size]
 
 
-def _end_to_end(call: AttentionCall) -> AttentionCall:
+def end_to_end(call: AttentionCall) -> AttentionCall:
     """The call as one row of all its rows."""
     return call.replaced(
         query=call.query.movedim(0, 2).flatten(2, 3).unsqueeze(0),
@@ -128,11 +142,16 @@ def _end_to_end(call: AttentionCall) -> AttentionCall:
 
 
 def _in_rows(rows: Rows, batch: int) -> Rows:
-    """Rows of `_end_to_end` as those of its call."""
-    return Rows(*(x.squeeze(0).unflatten(2, (batch, -1)).movedim(2, 0) for x in rows))
+    """Rows of `end_to_end` as those of its call."""
+    return Rows(*(in_batch(x, batch) for x in rows))
 
 
-def _coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+def in_batch(x: Tensor, batch: int) -> Tensor:
+    """Rows ``(1, heads, groups, batch L, ...)`` of `end_to_end` as those of its call."""
+    return x.squeeze(0).unflatten(2, (batch, -1)).movedim(2, 0)
+
+
+def coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Coordinates ``(batch S,)`` of all tokens, and the number of each one's sequence.
 
     Coordinates rise from sequence to sequence; None for one sequence.
