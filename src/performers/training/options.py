@@ -118,6 +118,12 @@ class TrainingOptions(Options):
         None,
         choices=("all", "one"),
     )
+    alone: float = option(
+        "Share of the proteins that --families reads without relatives.",
+        0.25,
+        at_least=0,
+        at_most=1,
+    )
     batch_tokens: int = option(
         "Tokens in a batch on each process, padding included.", 8192, at_least=1
     )
@@ -276,6 +282,8 @@ class TrainingOptions(Options):
             )
         if self.across_sequences and not self.packed:
             raise OptionError("--across-sequences needs --packed")
+        if self.alone != type(self).alone and not self.families:
+            raise OptionError("--alone needs --families")
         if self.families and self.packed:
             raise OptionError("--families makes rows of relatives; leave out --packed")
         if self.reversible and self.gradient_checkpointing:

@@ -47,6 +47,21 @@ def test_a_row_is_a_protein_after_its_relatives():
         )
 
 
+def test_some_proteins_are_read_alone():
+    many = proteins([letter * length for letter in "ACDE" for length in range(3, 53)])
+    rows = FamilyRows(many, max_length=1000, alone=0.3, seed=1)
+    lone = [len(members(rows[index])) == 1 for index in range(len(rows))]
+    assert 40 < sum(lone) < 80
+    for index in range(len(rows)):
+        assert lone[index] == (len(members(rows[7, index])) == 1)
+        assert rows.lengths[index] >= len(rows[index]["input_ids"])
+        assert not lone[index] or rows.lengths[index] == len(many.tokens[index])
+    for share, size in ((0, 6), (1, 1)):
+        assert len(members(FamilyRows(proteins(), max_length=1000, alone=share)[0])) == size
+    with pytest.raises(ValueError, match="alone must be a number from 0 to 1"):
+        FamilyRows(many, max_length=1000, alone=1.5)
+
+
 def test_order_changes_with_the_epoch_and_with_nothing_else():
     rows = FamilyRows(proteins(), max_length=1000, seed=3)
     again = FamilyRows(proteins(), max_length=1000, seed=3)

@@ -14,6 +14,9 @@ from performers.proteins.inputs.packing import learnable_windows, sequence_lengt
 HIDDEN_IN = ("all", "one")
 """Members of a family's row with residues to predict."""
 
+# Beside the seed, where rows draw with their epoch and index.
+_ALONE = 2**32 - 1
+
 _Tokens = npt.NDArray[np.integer[Any]]
 
 
@@ -52,6 +55,7 @@ class FamilyRows(Dataset[dict[str, Any]]):
         relatives: Proteins that relatives are drawn from; None: the other ones of ``proteins``.
         max_relatives: Most relatives in a row; None: as many as ``max_length`` allows. The
             relatives of a smaller number are the last ones of a larger number.
+        alone: Share of the rows that have no relatives, drawn once for all epochs.
         seed: Seed of the draws, at least 0.
 
     Raises:
@@ -66,6 +70,7 @@ class FamilyRows(Dataset[dict[str, Any]]):
         hidden: str = "all",
         relatives: ProteinFamilies | None = None,
         max_relatives: int | None = None,
+        alone: float = 0.0,
         seed: int = 0,
     ) -> None:
         if hidden not in HIDDEN_IN:
@@ -77,6 +82,8 @@ class FamilyRows(Dataset[dict[str, Any]]):
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= alone <= 1:
+            raise ValueError(f"alone must be a number from 0 to 1, got {alone}")
         for argument, given in (("proteins", proteins), ("relatives", relatives)):
             if given is not None and len(given.tokens) != len(given.names):
                 raise ValueError(
@@ -96,19 +103,20 @@ class FamilyRows(Dataset[dict[str, Any]]):
         self._windows = list(zip(*(place.tolist() for place in places), strict=True))
         if not self._windows:
             raise ValueError("proteins: no row has two residues in it to learn from")
+        self._alone = np.random.default_rng((self._seed, _ALONE)).random(len(self)) < alone
         self.lengths: npt.NDArray[np.int64] = self._most_tokens()
         """Most tokens of each row, (rows,); the tokens, without ``max_relatives``."""
 
     def _most_tokens(self) -> npt.NDArray[np.int64]:
         lengths = sequence_lengths(self._relatives.tokens)
         rows = []
-        for index, _, size in self._windows:
+        for (index, _, size), alone in zip(self._windows, self._alone, strict=True):
             name = self._proteins.names[index]
             others = lengths[self._members.get(name, [])]
             total = int(others.sum()) - (int(lengths[index]) if self._among_themselves else 0)
             if self._max_relatives is not None:
                 total = min(total, self._max_relatives * int(others.max(initial=0)))
-            rows.append(min(self._max_length, size + total))
+            rows.append(size if alone else min(self._max_length, size + total))
         return np.array(rows, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -124,10 +132,8 @@ class FamilyRows(Dataset[dict[str, Any]]):
         pool = random.permutation(self._members.get(self._proteins.names[index], []))
         if self._among_themselves:
             pool = pool[pool != index]
-        relatives = (
-            np.asarray(self._relatives.tokens[relative])
-            for relative in pool[: self._max_relatives].tolist()
-        )
+        most = 0 if self._alone[row] else self._max_relatives
+        relatives = (np.asarray(self._relatives.tokens[x]) for x in pool[:most].tolist())
         made = family_row(protein, relatives, max_length=self._max_length, hidden=self._hidden)
         return {**made, "index": row, "epoch": epoch}
 

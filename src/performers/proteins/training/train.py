@@ -209,7 +209,8 @@ def _data(
         return TokenDataset(tokens, packed=options.packed, learnable=True, **sizes), validation
     known = ProteinFamilies(tokens, families[0])
     try:
-        rows = FamilyRows(known, hidden=options.families or "all", **sizes)
+        hidden = options.families or "all"
+        rows = FamilyRows(known, hidden=hidden, alone=options.alone, **sizes)
     except ValueError as error:
         raise UserError(f"--families: {error}") from error
     validated = encode_sequences(tokenizer, validation[:_FAMILY_ROWS_AT_MOST])
