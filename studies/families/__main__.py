@@ -12,6 +12,8 @@ from performers.cli.interrupts import end_at_once
 from studies.parts import Measures, StudyOptions, extent, run_parts
 
 app = App()
+# Residues of a protein that the model in the package is scored on.
+_LONGEST_INCLUDED = 510
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,11 @@ class FamiliesOptions(StudyOptions):
     """Options of the study."""
 
     corpus: Path | None = option("Folder of performers data, for its held-out clusters.", None)
+    included: Path | None = option(
+        "Folder of the corpus of the model in the package, to score it on its held-out clusters.",
+        None,
+        changes_result=False,
+    )
     relatives: tuple[int, ...] = option("Numbers of relatives, rising.", (1, 5, 30), rising=True)
     scored: int = option("Held-out proteins to score on.", 60, at_least=1)
     longest: int = option("Most residues of a protein of the corpus.", 256, at_least=3)
@@ -46,7 +53,7 @@ def families(options: FamiliesOptions) -> None:
     from performers.proteins.corpus import Corpus
     from studies.families.ceiling import measure_ceiling
     from studies.families.contexts import MOST_EXACT, contexts
-    from studies.families.experiments import REAL, copying, copying_scored, real_families
+    from studies.families.experiments import REAL, copying, copying_scored, included, real_families
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
     from studies.families.training import CONTESTANTS, Shape
@@ -104,7 +111,17 @@ def families(options: FamiliesOptions) -> None:
                 parts[f"contexts, {name}, {tokens:,} tokens"] = partial(
                     contexts, name, shape, tokens, options.seed
                 )
-    run_parts(options, parts, tables, settings=settings)
+    data = {}
+    if options.included is not None:
+        split = Corpus(options.included).split("ood")
+        data["included"] = split.fingerprint()
+        held_out = corpus_split(Corpus(options.included), "ood")
+        for k in range(2, len(counts) + 1):
+            most = counts[k - 1]
+            drawn = draw_scored(held_out, 4 * options.scored, most, _LONGEST_INCLUDED, options.seed)
+            name = f"included, with {most} relatives"
+            parts[name] = partial(included, drawn, counts[:k])
+    run_parts(options, parts, tables, settings=settings, data=data)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import torch
 
 from performers.app.files import replacement
 from performers.cli.console import note
+from performers.proteins.embedded import PRETRAINED, model_folder
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from performers.proteins.model_folder import load_model
+from studies.families.ceiling import measure_ceiling
 from studies.families.scored import Scored, draw_scored
 from studies.families.synthetic import synthetic_families
 from studies.families.training import CONTESTANTS, Shape, make_model, score, train
@@ -94,3 +97,16 @@ def real_families(
     scores = {str(k): score(model, contestant, scored, k) for k in relatives}
     note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
     return {"curve": curve, "scores": {"corpus": scores}}
+
+
+def included(scored: Scored, relatives: Sequence[int]) -> Part:
+    """Score the model of the package by number of relatives, and the ceiling.
+
+    Returns:
+        That of `measure_ceiling`, and ``model``: scores by number of relatives.
+    """
+    note(f"{PRETRAINED}: {len(scored.indices)} proteins")
+    model, _ = load_model(model_folder(PRETRAINED), device="cpu", dtype="float32")
+    scores = {str(k): score(model, CONTESTANTS["exact"], scored, k) for k in relatives}
+    note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
+    return {**measure_ceiling(scored, relatives), "model": scores}

@@ -18,6 +18,8 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         made["copying"] = copying_table(copied)
     if trained := section(parts, "families"):
         made["families"] = families_table(trained, ceilings)
+    if scored := section(parts, "included"):
+        made["included"] = included_table(scored)
     if read := section(parts, "contexts"):
         made["contexts"] = contexts_table(read)
     return made
@@ -89,6 +91,27 @@ def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> T
         *(f"perplexity, {count}" for count in counts),
     )
     return Table(columns, rows, names=2)
+
+
+def included_table(parts: Mapping[str, Part]) -> Table:
+    """A line for each set of proteins and number of relatives: the model and the profile."""
+    columns = ("proteins", "families", "relatives", "model", "profile")
+    rows = [
+        (
+            f"{part['proteins']:,}",
+            f"{part['families']:,}",
+            relatives,
+            percent(found["accuracy"]),
+            percent(profile["accuracy"]),
+            f"{found['perplexity']:.2f}",
+            f"{profile['perplexity']:.2f}",
+            f"{part['tokens']:,}",
+        )
+        for part in parts.values()
+        for relatives, profile in part["relatives"].items()
+        for found in [part["model"][relatives]]
+    ]
+    return Table((*columns, "model, perplexity", "profile, perplexity", "residues"), rows)
 
 
 def contexts_table(parts: Mapping[str, Part]) -> Table:

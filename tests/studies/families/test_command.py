@@ -41,7 +41,8 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     # A process of its own is tests/benchmark/test_memory.py's.
     monkeypatch.setattr("studies.families.contexts.run_apart", lambda measure, threads: measure())
     arguments = [
-        "--corpus", corpus, "--output", tmp_path / "out", "--relatives", "1,2", "--scored", 2,
+        "--corpus", corpus, "--included", corpus, "--output", tmp_path / "out",
+        "--relatives", "1,2", "--scored", 2,
         "--seeds", 2, "--copy-steps", 2, "--family-steps", 2, "--long-steps", 2,
         "--row-tokens", 100, "--batch-tokens", 320,
         "--hidden-size", 16, "--contexts", 512,
@@ -49,7 +50,7 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     commands.run(*arguments, app=app)
     file = tmp_path / "out" / "results.json"
     content = json.loads(file.read_text())
-    assert set(content["tables"]) == {"ceiling", "copying", "families", "contexts"}
+    assert set(content["tables"]) == {*("ceiling", "copying", "families", "included", "contexts")}
     assert all(Table(**table).markdown() for table in content["tables"].values())
     parts = content["parts"]
     # A line is the mean of its seeds.
@@ -65,6 +66,10 @@ def test_the_study(corpus, tmp_path, monkeypatch):
         # The same residues as in the alignments.
         assert {x["tokens"] for x in scores.values()} == {parts["ceiling, corpus"]["tokens"]}
     assert f"families, {REAL[0]}, 2 steps, seed 0" in parts
+    for most, counts in ((1, {"0", "1"}), (2, {"0", "1", "2"})):
+        part = parts[f"included, with {most} relatives"]
+        assert set(part["model"]) == set(part["relatives"]) == counts
+        assert {x["tokens"] for x in part["model"].values()} == {part["tokens"]}
     read = parts["contexts, exact, 512 tokens"]
     assert (read["tokens"], read["members"]) == (512, 2)
     assert min(read["cpu_seconds"], read["mebibytes"]) > 0
@@ -72,7 +77,7 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     file.write_text(json.dumps(content))
     assert "--resume" in commands.refusal(*arguments, app=app)
     _, lines = commands.run(*arguments, "--resume", app=app)
-    assert "copying, exact, seed 0: 5 of 18, kept" in lines
+    assert "copying, exact, seed 0: 5 of 20, kept" in lines
     assert "families, exact, seed 0" in json.loads(file.read_text())["parts"]
     line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
     assert "give another folder" in line
