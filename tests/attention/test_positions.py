@@ -136,7 +136,9 @@ def test_no_tokens():
         ({"window": None}, "needs window"),
         ({"is_causal": True}, "needs is_causal=False"),
         ({"neighbours": (torch.zeros(10).long(), torch.zeros(0).long())}, "leave one of the two"),
-        ({"positions": torch.tensor([[0] * 8 + [2**62]] * 2)}, "span less"),
+        ({"positions": torch.tensor([[0] * 8 + [2**60]] * 2)}, "span less"),
+        ({"positions": torch.tensor([[-(2**62)] + [2**62] * 8] * 2)}, "span less"),
+        ({"window": 2**61}, "span less"),
     ],
 )
 def test_refusals(options, message):

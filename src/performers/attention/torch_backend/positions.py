@@ -31,7 +31,8 @@ from performers.attention.torch_backend.blocks import (
 from performers.attention.torch_backend.causal import causal_rows
 from performers.attention.torch_backend.exact import BLOCK_PAIRS
 
-_LARGEST = 2**62
+# Twice a coordinate has to fit into 64 bits.
+_LARGEST = 2**61
 
 
 def position_feature_rows(call: AttentionCall, features: Features) -> Rows:
@@ -166,13 +167,12 @@ def coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     sequence = call.segments
     if batch > 1:
         sequence = torch.arange(batch, device=positions.device).repeat_interleave(length)
-    coordinate = (positions - positions.min()).flatten()
-    if sequence is None:
-        return coordinate, None
-    stride = coordinate.max() + call.window + 2
-    if int(stride) * (int(sequence.max()) + 1) > _LARGEST:
+    least, most = int(positions.min()), int(positions.max())
+    stride = most - least + call.window + 2
+    if stride * (1 if sequence is None else int(sequence.max()) + 1) > _LARGEST:
         raise ValueError(
-            f"positions must span less, got {int(coordinate.max())} with window={call.window}; "
-            "let those of each sequence begin at 0"
+            f"positions must span less, got {most - least} with window={call.window}; let those of "
+            "each sequence begin at 0"
         )
-    return coordinate + sequence * stride, sequence
+    coordinate = (positions - least).flatten()
+    return (coordinate, None) if sequence is None else (coordinate + sequence * stride, sequence)
