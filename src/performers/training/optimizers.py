@@ -40,8 +40,9 @@ class Muon(Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """Take one step."""
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; returns the loss of ``closure``, if any."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             alike = defaultdict(list)
             for matrix in group["params"]:
@@ -53,6 +54,7 @@ class Muon(Optimizer):
                 for matrix, update in zip(matrices, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.add_(update, alpha=-rate)
+        return loss
 
     def _averaged(self, matrix: Tensor, group: dict[str, Any]) -> Tensor:
         """Nesterov's look ahead of the momentum of a gradient, which is updated."""
@@ -128,10 +130,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take one step of both optimizers; returns the loss of ``closure``, if any."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self._parts:
             part.step()
         return loss
