@@ -7,6 +7,7 @@ import pytest
 from tests.cli.commands import refusal, run
 from tests.proteins.corpus import stand_in
 from tests.proteins.corpus.test_parts import trembl, uniref
+from tests.proteins.corpus.test_shards import write_corpus
 
 FRACTIONS = [f"--{split}-fraction=0.1" for split in ("validation", "test", "ood")]
 
@@ -49,3 +50,34 @@ def test_what_is_refused(tmp_path):
     ):
         assert words in refusal("data", *arguments, *out)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_relatives_are_found_for_each_protein(tmp_path):
+    """In the stand-in for mmseqs, relatives begin or end with the same four residues."""
+    proteins = tmp_path / "proteins.fasta"
+    proteins.write_text(">sp|P1|A one\nMKTAYIAKQR\n>P2\nGGGGSSSS\n>P3\nCCCCWWWW\n")
+    others = {
+        "same": "MKTAYIAKQR",
+        "part": "MKTAYIA",
+        "near": "MKTAVIAKHR",
+        "far": "LLLLAKQR",
+        "other": "GGGGTTTT",
+        "none": "HHHHHHHH",
+    }
+    split = [*others.items()]
+    corpus = write_corpus(tmp_path / "corpus", {"train": split[:4], "test": split[4:]})
+    out = tmp_path / "relatives.fasta"
+    command = ["data", "relatives", proteins, "--among", corpus, "--output", out]
+    _, lines = run(*command)
+    found = [">near family=sp|P1|A", ">far family=sp|P1|A", ">other family=P2"]
+    assert [line for line in out.read_text().splitlines() if line[0] == ">"] == found
+    assert f"3 relatives in {out}" in lines
+    assert "no relative of 1: P3; leave them out of what reads relatives" in lines
+    more = tmp_path / "more.fasta"
+    more.write_text(">near\nMKTAVVVV\n")
+    run(*command, "--among", more, "--most", 1)
+    assert [line for line in out.read_text().splitlines() if line[0] == ">"] == found[::2]
+    assert "none does not exist" in refusal(*command, "--among", tmp_path / "none")
+    proteins.write_text(proteins.read_text() + ">P2\nAAAA\n")
+    _, lines = run(*command, code=2)
+    assert "'P2' is the name of several proteins" in lines[-1]

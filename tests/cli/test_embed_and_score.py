@@ -138,7 +138,7 @@ def test_proteins_are_read_with_relatives(family_model, masked, tmp_path):
     ("command", "relatives", "options", "message"),
     [
         ("score", None, ["--relatives-tokens", 20], "--relatives-tokens needs --relatives"),
-        ("evaluate", ">y family=A\nMKC\n", [], "the header of 'a' names no family"),
+        ("evaluate", ">y family=A\nMKC\n", [], "'a' has no relative of the family 'a'"),
         ("evaluate", ">y\nMK\n", ["--max-length", 20], "with --relatives use --relatives-tokens"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from performers.app.files import prepare_output_folder
 from performers.app.options import OptionError, Options, argument, option
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output, table
+from performers.cli.inputs import protein_records
 from performers.proteins.options import UNIPROT, CorpusOptions, SplitOptions
 
 app = App(no_args_is_help=True, help="Make sequences ready for training.")
@@ -82,6 +84,20 @@ class ExportFiles(Options):
     corpus: Path = argument("Folder of performers data.")
     output_folder: Path = option("Folder of the copy.", flag="--output")
     format: str = option("Format: mds, of mosaicml-streaming.", choices=("mds",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativesFiles(Options):
+    """Proteins, and where to look for their relatives."""
+
+    fasta: list[Path] = argument("FASTA files of proteins, plain or compressed.")
+    among: list[Path] = option("FASTA file, or folder of performers data, to search (repeatable).")
+    output_file: Path = option("FASTA file of the relatives.", flag="--output")
+    most: int = option("Most relatives of a protein, the nearest ones.", 30, at_least=1)
+    sensitivity: float = option("Sensitivity of mmseqs2 (-s).", 5.7, at_least=1, at_most=7.5)
+    max_evalue: float = option("Largest e-value of a relative.", 1e-3, above=0)
+    threads: int = option("Threads of mmseqs2.", 2, at_least=1, at_most=1024)
+    memory: int = option("MiB that the index of mmseqs2 may take.", 1500, at_least=64)
 
 
 @app.command(example="performers data swissprot --output swissprot")
@@ -190,6 +206,54 @@ def merge(files: MergeFiles) -> None:
             progress=bars.task("writing"),
         )
     _print_splits(manifest)
+
+
+@app.command(
+    example="performers data relatives proteins.fasta --among swissprot --output relatives.fasta"
+)
+def relatives(files: RelativesFiles) -> None:
+    """Relatives of proteins, found by mmseqs2, for ``--relatives`` of the commands that read them.
+
+    The header of each has ``family=NAME`` with the name of the protein.
+    """
+    from performers.proteins.corpus import Corpus, is_corpus
+    from performers.proteins.corpus.relatives import find_relatives
+    from performers.proteins.inputs.fasta import iter_fasta
+
+    proteins = protein_records(files.fasta)
+    repeated = [name for name, n in Counter(x.name for x in proteins).items() if n > 1]
+    if repeated:
+        raise UserError(f"{repeated[0]!a} is the name of several proteins; give each its own")
+    missing = next((path for path in files.among if not path.exists()), None)
+    if missing is not None:
+        raise UserError(f"--among {missing} does not exist; check the path")
+
+    def among() -> Iterator[tuple[str, str]]:
+        for path in files.among:
+            if is_corpus(path):
+                corpus = Corpus(path)
+                for name in corpus.manifest["splits"]:
+                    split = corpus.split(name)
+                    yield from zip(split.names, map(split.sequence, range(len(split))), strict=True)
+            else:
+                yield from ((record.name, record.sequence) for record in iter_fasta(path))
+
+    note(f"looking for relatives of {len(proteins):,} proteins (mmseqs2)")
+    counts = find_relatives(
+        proteins,
+        among,
+        files.output_file,
+        most=files.most,
+        sensitivity=files.sensitivity,
+        max_evalue=files.max_evalue,
+        threads=files.threads,
+        memory=files.memory << 20,
+    )
+    note(f"{sum(counts):,} relatives in {files.output_file}")
+    alone = [protein.name for protein, count in zip(proteins, counts, strict=True) if not count]
+    if alone:
+        listed = ", ".join(alone[:5]) + (", ..." if len(alone) > 5 else "")
+        note(f"no relative of {len(alone):,}: {listed}; leave them out of what reads relatives")
 
 
 @app.command(example="performers data export uniref50 --format mds --output uniref50-mds")

@@ -91,8 +91,10 @@ def test_families_are_named_in_headers():
         [record(PROTEINS[0], "a", "x family=B"), record(PROTEINS[1], "b", "family=A")]
     )
     assert [len(x) for x in made._relatives] == [1, 2]
+    # A protein without a family is one of its own name.
+    assert len(relatives.rows([record(PROTEINS[0], "B", "")])._relatives[0]) == 1
     for protein, message in (
-        (record("MK"), "names no family"),
+        (record("MK", "m"), "no relative of the family 'm'"),
         (record("MK", "m", "family=C"), "no relative of the family 'C'"),
     ):
         with pytest.raises(UserError, match=message):

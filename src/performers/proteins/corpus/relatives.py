@@ -1,7 +1,8 @@
-"""Searches for relatives between clusters of a corpus, with mmseqs2."""
+"""Searches for relatives with mmseqs2: between clusters of a corpus, and of given proteins."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.splitting import Clusters, draws
 from performers.proteins.inputs.fasta import write_fasta
 from performers.proteins.inputs.records import ProteinRecord
+from performers.proteins.inputs.relatives import overlap_whole
 
 # A quick search drops the candidates with close relatives, which are most of them.
 _QUICK_SENSITIVITY = 1.0
@@ -113,6 +115,74 @@ class RelativesSearch:
                     yield from block.records(mask)
 
         write_fasta(self._work / name, records(), 10**9)
+
+
+def find_relatives(
+    proteins: Sequence[ProteinRecord],
+    among: Callable[[], Iterable[tuple[str, str]]],
+    output: Path,
+    *,
+    most: int,
+    sensitivity: float,
+    max_evalue: float,
+    threads: int,
+    memory: int,
+) -> list[int]:
+    """Write the relatives of proteins as FASTA, with ``family=NAME`` of the protein in each header.
+
+    Those of a protein come in the order of their e-values. The protein itself, or one that holds it
+    or is a part of it, is left out.
+
+    Args:
+        proteins: Proteins to find relatives of.
+        among: Gives names and sequences to search, in any number of passes.
+        output: The FASTA file.
+        most: Most relatives of a protein.
+        sensitivity: Of mmseqs2, 1 to 7.5.
+        max_evalue: Relatives have none above it.
+        threads: Threads of mmseqs2.
+        memory: Bytes that its index may take.
+
+    Returns:
+        The number of relatives of each protein.
+
+    Raises:
+        UserError: mmseqs2 is not installed, or nothing is there to search.
+    """
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent) as folder:
+        work = Path(folder)
+        mmseqs = Mmseqs(work, threads, memory)
+
+        def numbered(records: Iterable[tuple[str, str]]) -> Iterator[ProteinRecord]:
+            for index, (_, sequence) in enumerate(records):
+                yield ProteinRecord(f"n{index}", "", sequence)
+
+        write_fasta(work / "queries.fasta", numbered((x.name, x.sequence) for x in proteins), 10**9)
+        write_fasta(work / "targets.fasta", numbered(among()), 10**9)
+        hits = mmseqs.search(
+            "queries.fasta",
+            "targets.fasta",
+            sensitivity=sensitivity,
+            max_evalue=max_evalue,
+            # Room for copies and parts of the protein.
+            max_hits=max(300, 2 * most),
+        )
+        found: list[list[int]] = [[] for _ in proteins]
+        for query, target, *_ in hits:
+            found[int(query[1:])].append(int(target[1:]))
+    wanted = {index for indices in found for index in indices}
+    hit = {index: record for index, record in enumerate(among()) if index in wanted}
+    counts = []
+
+    def relatives() -> Iterator[ProteinRecord]:
+        for protein, indices in zip(proteins, found, strict=True):
+            others = [hit[i] for i in indices if not overlap_whole(hit[i][1], protein.sequence)]
+            counts.append(len(others[:most]))
+            for name, sequence in others[:most]:
+                yield ProteinRecord(name, f"family={protein.name}", sequence)
+
+    write_fasta(output, relatives())
+    return counts
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:

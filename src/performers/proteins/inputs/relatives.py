@@ -26,10 +26,10 @@ class Relatives:
     """Relatives of proteins, and the rows in which they are read.
 
     Where headers have ``family=NAME``, a protein's relatives are those of the family that its own
-    header names; where none has, they are those of every protein. They precede the protein in the
-    order that they are listed in, the first one next to it, until the row is full; the last may be
-    cut at its end. A relative that is the protein, or a part of it, or holds it, is left out: the
-    protein's hidden residues could be read from it.
+    header names, or of its own name; where none has, they are those of every protein. They precede
+    the protein in the order that they are listed in, the first one next to it, until the row is
+    full; the last may be cut at its end. A relative that is the protein, or a part of it, or holds
+    it, is left out: the protein's hidden residues could be read from it.
 
     Args:
         records: Relatives, one or more.
@@ -104,18 +104,13 @@ class Relatives:
 
     def _of(self, protein: ProteinRecord) -> tuple[list[tuple[str, _Tokens]], int, int]:
         """Names and tokens of relatives in a row, and the numbers of copies and others left out."""
-        family = protein.field("family") if self._by_family else None
-        if self._by_family and family is None:
-            raise UserError(
-                f"the header of {protein.name!a} names no family, those of the relatives do; write "
-                "family=NAME into it"
-            )
+        family = (protein.field("family") or protein.name) if self._by_family else None
         members = self._members.get(family, [])
         sequence = protein.sequence
         others = [
             (other.name, tokens)
             for other, tokens in members
-            if other.sequence not in sequence and sequence not in other.sequence
+            if not overlap_whole(other.sequence, sequence)
         ]
         copies = len(members) - len(others)
         if not others:
@@ -138,6 +133,11 @@ class Relatives:
             chosen.append((name, tokens[:room]))
             room -= len(tokens[:room])
         return chosen, copies, len(others) - len(chosen)
+
+
+def overlap_whole(one: str, other: str) -> bool:
+    """Return True if one of two sequences is the other or a part of it."""
+    return one in other or other in one
 
 
 class RelativesRows(Dataset[dict[str, Any]]):
