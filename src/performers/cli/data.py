@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from performers.app.errors import UserError
-from performers.app.files import prepare_output_folder
+from performers.app.files import prepare_output_file, prepare_output_folder
 from performers.app.options import OptionError, Options, argument, option
 from performers.cli.commands import App
 from performers.cli.console import ProgressBars, note, output, table
@@ -220,6 +220,7 @@ def relatives(files: RelativesFiles) -> None:
     from performers.proteins.corpus.relatives import find_relatives
     from performers.proteins.inputs.fasta import iter_fasta
 
+    prepare_output_file(files.output_file, (".fasta", ".fa", ".faa", ".gz"))
     proteins = protein_records(files.fasta)
     repeated = [name for name, n in Counter(x.name for x in proteins).items() if n > 1]
     if repeated:
