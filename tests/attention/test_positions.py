@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from performers import backends, favor_attention, favor_attention_weights
-from tests.attention import oracle
+from tests.attention import oracle, test_compile
 from tests.attention.cases import (
     POSITIVE,
     Configuration,
@@ -71,6 +71,11 @@ def test_positions_in_any_order():
     call = positioned(130, CONFIGURATIONS[2], 2)
     call.options["positions"] = torch.randint(-9, 9, (1, 130), generator=generator(1)) * 5
     check_against_oracle(call, "torch", value_tolerance=1e-10, gradient_tolerance=1e-10)
+
+
+@pytest.mark.skipif("native" not in backends(), reason="no native library")
+def test_native_calls_compile_whole():
+    test_compile.check(positioned(100, Configuration("plain"), 3, torch.float32), "native")
 
 
 @pytest.mark.skipif("native" not in backends(), reason="no native library")

@@ -111,6 +111,7 @@ def favor_attention(
             in the row: exact where ``|p_i - p_j| <= window``. Tokens may share a position, as those
             of unaligned relatives laid end to end do. Not causal, without listed keys and
             neighbours. Time and memory are those of a window of as many tokens as lie within it.
+            Under ``torch.compile`` with ``native`` alone.
         state: Past of a causal call, as returned by an earlier one.
         return_state: Also return the state after the last key (causal only).
         backend: One of ``performers.backends()``, which has to cover the call; None chooses the

@@ -158,7 +158,8 @@ def coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     Coordinates rise from sequence to sequence; None for one sequence.
 
     Raises:
-        ValueError: Positions are so far apart that coordinates exceed 64 bits.
+        ValueError: Positions are so far apart that coordinates exceed 64 bits; not found under
+            ``torch.compile``.
     """
     assert call.positions is not None
     assert call.window is not None
@@ -167,12 +168,16 @@ def coordinates(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     sequence = call.segments
     if batch > 1:
         sequence = torch.arange(batch, device=positions.device).repeat_interleave(length)
-    least, most = int(positions.min()), int(positions.max())
-    stride = most - least + call.window + 2
-    if stride * (1 if sequence is None else int(sequence.max()) + 1) > _LARGEST:
-        raise ValueError(
-            f"positions must span less, got {most - least} with window={call.window}; let those of "
-            "each sequence begin at 0"
-        )
+    least, most = positions.min(), positions.max()
+    if not torch.compiler.is_compiling():
+        # In Python's numbers, which have no end.
+        span, count = int(most) - int(least), 1 if sequence is None else int(sequence.max()) + 1
+        if (span + call.window + 2) * count > _LARGEST:
+            raise ValueError(
+                f"positions must span less, got {span} with window={call.window}; let those of "
+                "each sequence begin at 0"
+            )
     coordinate = (positions - least).flatten()
-    return (coordinate, None) if sequence is None else (coordinate + sequence * stride, sequence)
+    if sequence is None:
+        return coordinate, None
+    return coordinate + sequence * (most - least + call.window + 2), sequence
