@@ -11,7 +11,7 @@ import torch
 
 from performers.app.files import replacement
 from performers.cli.console import note
-from performers.proteins.embedded import PRETRAINED, model_folder
+from performers.proteins.embedded import READS_RELATIVES, model_folder
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.model_folder import load_model
 from studies.families.ceiling import measure_ceiling
@@ -105,8 +105,8 @@ def included(scored: Scored, relatives: Sequence[int]) -> Part:
     Returns:
         That of `measure_ceiling`, and ``model``: scores by number of relatives.
     """
-    note(f"{PRETRAINED}: {len(scored.indices)} proteins")
-    model, _ = load_model(model_folder(PRETRAINED), device="cpu", dtype="float32")
+    note(f"{READS_RELATIVES}: {len(scored.indices)} proteins")
+    model, _ = load_model(model_folder(READS_RELATIVES), device="cpu", dtype="float32")
     scores = {str(k): score(model, CONTESTANTS["exact"], scored, k) for k in relatives}
     note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
     return {**measure_ceiling(scored, relatives), "model": scores}

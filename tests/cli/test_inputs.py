@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from performers.proteins.embedded import PRETRAINED
+from performers.proteins.embedded import PRETRAINED, READS_RELATIVES
 from tests.cli.commands import arrays, run
 from tests.proteins.runs import proteins
 
@@ -32,6 +32,26 @@ def test_without_a_model_the_one_that_ships_reads(default, fasta, named, tmp_pat
         run("embed", *model, fasta, "--output", tmp_path / place)
     without, given = arrays(tmp_path / "without.npz"), arrays(tmp_path / "with.npz")
     assert np.array_equal(without["embeddings"], given["embeddings"])
+
+
+def test_with_relatives_another_one_reads(masked, fasta, monkeypatch, tmp_path):
+    folder = tmp_path / READS_RELATIVES
+    folder.symlink_to(masked)
+    monkeypatch.setattr("performers.proteins.embedded._DATA", tmp_path)
+    relatives = tmp_path / "relatives.fasta"
+    relatives.write_text(">r\nMRTAYLARHW\n")
+    options = ["--relatives", relatives, "--relatives-tokens", 120]
+    found, expected = (
+        run("evaluate", *model, fasta, *options, "--json")[0] for model in ([], [folder])
+    )
+    assert json.loads(found)["accuracy"] == json.loads(expected)["accuracy"]
+    assert json.loads(found)["provenance"]["model"] == json.loads(expected)["provenance"]["model"]
+    found, expected = (run("score", *model, fasta, *options)[0] for model in ([], [folder]))
+    assert found == expected
+    for number, model in enumerate(([], [folder])):
+        run("embed", *model, fasta, *options, "--output", tmp_path / f"{number}.npz")
+    found, expected = (arrays(tmp_path / f"{n}.npz")["embeddings"] for n in (0, 1))
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

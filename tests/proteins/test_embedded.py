@@ -1,4 +1,4 @@
-"""Sequences and model that ship: paths, size, and better than guessing on proteins never seen."""
+"""Sequences and models that ship: paths, sizes, and better than guessing on unrelated proteins."""
 
 import gzip
 import hashlib
@@ -6,16 +6,25 @@ import re
 
 import pytest
 
-from performers.proteins.embedded import SPLITS, embedded_fasta, pretrained_folder
+from performers.proteins.embedded import (
+    PRETRAINED,
+    READS_RELATIVES,
+    SPLITS,
+    embedded_fasta,
+    pretrained_folder,
+)
 from performers.proteins.inputs.fasta import read_fasta
-from performers.proteins.model_folder import load_model
+from performers.proteins.inputs.relatives import Relatives
+from performers.proteins.model_folder import load_model, reads_families
 from performers.proteins.scoring.embedding import embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
 
+MODELS = (PRETRAINED, READS_RELATIVES)
 
-@pytest.fixture(scope="module")
-def shipped():
-    return load_model(pretrained_folder())
+
+@pytest.fixture(scope="module", params=MODELS)
+def shipped(request):
+    return load_model(pretrained_folder(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +33,9 @@ def sequences():
     return [record.sequence for record in records[::80]]
 
 
-def test_it_is_small():
-    assert sum(path.stat().st_size for path in pretrained_folder().iterdir()) < 10e6
+@pytest.mark.parametrize("name", MODELS)
+def test_it_is_small(name):
+    assert sum(path.stat().st_size for path in pretrained_folder(name).iterdir()) < 10e6
 
 
 def test_it_predicts_better_than_frequencies(shipped, sequences):
@@ -40,8 +50,27 @@ def test_it_embeds_sequences_of_any_length(shipped):
     assert abs(vectors).max() < 100
 
 
-def test_the_card_is_of_these_weights():
-    folder = pretrained_folder()
+def test_relatives_tell_of_hidden_residues():
+    """With three of them a model that reads them finds twice as many at least."""
+    folder = pretrained_folder(READS_RELATIVES)
+    assert reads_families(folder)
+    model, tokenizer = load_model(folder)
+    families = {}
+    for record in read_fasta(embedded_fasta("ood"))[0]:
+        families.setdefault(record.field("family"), []).append(record)
+    proteins = [member for members in families.values() for member in members[:4]]
+    others = [member for members in families.values() for member in members[4:7]]
+    rows = Relatives(others, tokenizer, 2048).rows(proteins)
+    sequences = [protein.sequence for protein in proteins]
+    alone = evaluate_model(model, tokenizer, sequences, max_length=1024)
+    read = evaluate_model(model, tokenizer, sequences, max_length=1024, relatives=rows)
+    assert read["tokens"] == alone["tokens"]
+    assert read["accuracy"] > 2 * alone["accuracy"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_card_is_of_these_weights(name):
+    folder = pretrained_folder(name)
     card = (folder / "README.md").read_text(encoding="utf-8")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert re.search(rf"\b{digest}\b", card)
@@ -49,7 +78,11 @@ def test_the_card_is_of_these_weights():
 
 def test_an_installation_without_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("performers.proteins.embedded._DATA", tmp_path)
-    for missing in (pretrained_folder, lambda: embedded_fasta("ood")):
+    for missing in (
+        pretrained_folder,
+        lambda: pretrained_folder(READS_RELATIVES),
+        lambda: embedded_fasta("ood"),
+    ):
         with pytest.raises(FileNotFoundError, match="reinstall performers"):
             missing()
 

@@ -100,7 +100,7 @@ def evaluate(inputs: ModelAndFasta, options: EvaluationOptions, family: Relative
     if options.carry_state:
         raise UserError("--carry-state is for texts (.txt files); leave it out for proteins")
 
-    model, fasta = inputs.split()
+    model, fasta = inputs.split(relatives=family.relatives is not None)
     network, tokenizer = load_model(model)
     records = protein_records(fasta)
     relatives = family.read(model, tokenizer, records)
@@ -226,7 +226,7 @@ def report(inputs: ModelAndFasta, options: ReportOptions, family: DrawnRelatives
     from performers.proteins.probe.labels import read_labels
     from performers.proteins.report.model_report import choose_protein, report_on_model
 
-    model, fasta = inputs.split()
+    model, fasta = inputs.split(relatives=family.relatives is not None)
     network, tokenizer = load_model(model)
     others = [(path, *load_model(path)) for path in map(model_folder, options.compare or [])]
     records = protein_records(fasta)

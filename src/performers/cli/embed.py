@@ -44,7 +44,7 @@ def embed(
     if options.per_residue and options.pooling != POOLINGS[0]:
         raise UserError("--pooling has no use with --per-residue; leave one of the two away")
     prepare_output_file(options.output_file, VECTOR_SUFFIXES)
-    folder, fasta = inputs.split()
+    folder, fasta = inputs.split(relatives=family.relatives is not None)
     with ProteinFiles(fasta, skip_invalid=inputs.skip_invalid) as files, ProgressBars() as bars:
         from performers.proteins.model import load
         from performers.proteins.scoring.vector_files import open_vectors

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 from performers.app.errors import UserError
 from performers.app.options import OptionError, Options, argument, option
 from performers.cli.console import note
-from performers.proteins.embedded import PRETRAINED, model_folder, pretrained_folder
+from performers.proteins.embedded import (
+    PRETRAINED,
+    READS_RELATIVES,
+    model_folder,
+    pretrained_folder,
+)
 from performers.proteins.options import DTYPES
 
 if TYPE_CHECKING:
@@ -51,16 +56,20 @@ class Computation(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAndFasta(Options):
-    """A model, by default the one that ships, and FASTA files."""
+    """A model, by default one that ships, and FASTA files."""
 
     paths: list[Path] = argument(
-        f"A folder that performers train wrote, or {PRETRAINED}, which is the default; then FASTA "
-        "files, plain or compressed (gzip, bzip2, xz, Zstandard), or - for standard input.",
+        f"A folder that performers train wrote, or {PRETRAINED}, which is the default, or "
+        f"{READS_RELATIVES}, that of --relatives; then FASTA files, plain or compressed (gzip, "
+        "bzip2, xz, Zstandard), or - for standard input.",
         flag="[MODEL] FASTA...",
     )
 
-    def split(self) -> tuple[Path, list[Path]]:
+    def split(self, *, relatives: bool = False) -> tuple[Path, list[Path]]:
         """Tell the model from the FASTA files after it.
+
+        Args:
+            relatives: The proteins are read with relatives, by a model that does by default.
 
         Raises:
             UserError: The first path does not exist or is a folder without a model, a model comes
@@ -87,7 +96,7 @@ class ModelAndFasta(Options):
                 f"{first}: no such file or folder; give a model's folder and FASTA files, or FASTA "
                 f"files alone to read them with {PRETRAINED}"
             )
-        return pretrained_folder(), self.paths
+        return pretrained_folder(READS_RELATIVES if relatives else PRETRAINED), self.paths
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ def score(
     for flag, file in files.items():
         both = flag == "--output" and options.variants is None
         prepare_output_file(file, (".tsv", ".json") if both else (".tsv",), flag=flag)
-    folder, fasta = inputs.split()
+    folder, fasta = inputs.split(relatives=family.relatives is not None)
     with ExitStack() as stack:
         proteins = stack.enter_context(ProteinFiles(fasta, skip_invalid=inputs.skip_invalid))
         from performers.proteins.inputs.tokenizer import AMINO_ACIDS

@@ -1,4 +1,4 @@
-"""Protein sequences and a protein language model that ship with the library.
+"""Protein sequences and two protein language models that ship with the library.
 
 The sequences are about 2 million residues of UniProtKB/Swiss-Prot (CC BY 4.0, The UniProt
 Consortium) in whole families; `data/README.md` says how they were chosen.
@@ -10,7 +10,10 @@ import os
 from pathlib import Path
 
 PRETRAINED = "performers-protein-small"
-"""Name of the model, which commands take in the place of a folder."""
+"""Name of the model of single proteins, which commands take in the place of a folder."""
+
+READS_RELATIVES = "performers-protein-relatives"
+"""Likewise of the model that reads a protein with relatives."""
 
 SPLITS = ("train", "validation", "test", "ood")
 """The names `embedded_fasta` takes. The first three share their families; `ood` has its own."""
@@ -36,21 +39,22 @@ def embedded_fasta(split: str) -> Path:
     return path
 
 
-def pretrained_folder() -> Path:
-    """Return the folder of ``performers-protein-small``, for ``load_model``.
+def pretrained_folder(name: str = PRETRAINED) -> Path:
+    """Return the folder of a model that ships, for ``load_model``.
 
     Its README is the model card.
 
     Raises:
         FileNotFoundError: The installation lacks the model.
     """
-    folder = _DATA / PRETRAINED
+    folder = _DATA / name
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is missing; reinstall performers")
     return folder
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the folder of a model, which may be named ``performers-protein-small``."""
+    """Return the folder of a model, which may be the name of one that ships."""
     folder = Path(path)
-    return pretrained_folder() if str(folder) == PRETRAINED and not folder.exists() else folder
+    ships = str(folder) in (PRETRAINED, READS_RELATIVES) and not folder.exists()
+    return pretrained_folder(str(folder)) if ships else folder

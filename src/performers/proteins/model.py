@@ -203,8 +203,9 @@ def load(
     """Load a protein language model, in evaluation mode.
 
     Args:
-        path: A folder that ``performers train`` wrote, or ``"performers-protein-small"``, the model
-            that ships with the library and the default.
+        path: A folder that ``performers train`` wrote, or a model that ships with the library:
+            ``"performers-protein-small"``, the default, or ``"performers-protein-relatives"``,
+            which reads a protein with relatives.
         device: Device of torch, such as ``"cpu"`` or ``"cuda:1"``; by default a CUDA device where
             there is one.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"`` or ``"float64"``; as saved by default.
