@@ -12,7 +12,7 @@ from performers.cli.interrupts import end_at_once
 from studies.parts import Measures, StudyOptions, extent, run_parts
 
 app = App()
-# Residues of a protein that the model in the package is scored on.
+# Residues of a protein that the included model is scored on.
 _LONGEST_INCLUDED = 510
 
 
@@ -22,7 +22,8 @@ class FamiliesOptions(StudyOptions):
 
     corpus: Path | None = option("Folder of performers data, for its held-out clusters.", None)
     included: Path | None = option(
-        "Folder of the corpus of the model in the package, to score it on its held-out clusters.",
+        "Folder of the corpus of the models in the package, to score that which reads relatives on "
+        "the clusters it holds out.",
         None,
         changes_result=False,
     )
@@ -118,7 +119,7 @@ def families(options: FamiliesOptions) -> None:
         held_out = corpus_split(Corpus(options.included), "ood")
         for k in range(2, len(counts) + 1):
             most = counts[k - 1]
-            drawn = draw_scored(held_out, 4 * options.scored, most, _LONGEST_INCLUDED, options.seed)
+            drawn = draw_scored(held_out, 2 * options.scored, most, _LONGEST_INCLUDED, options.seed)
             name = f"included, with {most} relatives"
             parts[name] = partial(included, drawn, counts[:k])
     run_parts(options, parts, tables, settings=settings, data=data)

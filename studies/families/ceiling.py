@@ -20,6 +20,9 @@ _LETTERS = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
 # Weight of the frequencies beside a relative of 50% identity, whose weight is 1.
 _FREQUENCIES = 0.1
 
+# Letters that BLOSUM62 does not have.
+_UNALIGNED = str.maketrans("UOJ", "XXX")
+
 Column = tuple[str, float]
 
 
@@ -43,7 +46,8 @@ def aligned_residues(protein: str, relative: str) -> tuple[dict[int, str], float
     Also the share of identical ones among the aligned places of the protein that are not ``X``.
     """
     found: dict[int, str] = {}
-    for own, other in zip(*aligner().align(protein, relative)[0].aligned, strict=True):
+    letters = (text.translate(_UNALIGNED) for text in (protein, relative))
+    for own, other in zip(*aligner().align(*letters)[0].aligned, strict=True):
         found |= {int(own[0]) + n: relative[int(other[0]) + n] for n in range(own[1] - own[0])}
     seen = [protein[place] == letter for place, letter in found.items() if protein[place] != "X"]
     return found, sum(seen) / max(1, len(seen))

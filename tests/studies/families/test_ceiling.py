@@ -38,6 +38,8 @@ def test_an_alignment_finds_its_way_around_gaps():
     found, identity = aligned_residues("MKTAYIAKQXQISFVKSHFSRQ", "MKTAYIAKQRQISFVKWWWSHFSRQ")
     assert found[9] == "R"
     assert "".join(found[place] for place in range(22)) == "MKTAYIAKQRQISFVKSHFSRQ"
+    # Letters that BLOSUM62 does not have are read all the same.
+    assert aligned_residues("MKTUYIAK", "MKTOYIAK")[0][3] == "O"
     assert identity == 1
 
 
