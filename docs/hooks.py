@@ -1,7 +1,7 @@
 """Steps of the documentation build.
 
-The page of the command line is written from the options of the commands, and the card of the
-model that ships with the package becomes a page.
+The page of the command line is written from the options of the commands, and the cards of the
+models that ship with the package become pages.
 """
 
 from collections.abc import Iterator
@@ -11,20 +11,25 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _COMMANDS = "<!-- commands -->"
-_CARD = "src/performers/proteins/data/performers-protein-small/README.md"
-_CARD_PAGE = "performers-protein-small.md"
+_MODELS = ("performers-protein-small", "performers-protein-relatives")
+_DATA = "src/performers/proteins/data"
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the model card to the pages."""
-    card = Path(config.config_file_path).parent / _CARD
-    files.append(File.generated(config, _CARD_PAGE, abs_src_path=str(card)))
+    """Add the model cards to the pages."""
+    folder = Path(config.config_file_path).parent / _DATA
+    for model in _MODELS:
+        card = folder / model / "README.md"
+        files.append(File.generated(config, f"{model}.md", abs_src_path=str(card)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark of the commands by tables, and paths of the model card by its page."""
-    markdown = markdown.replace(f"../{_CARD}", _CARD_PAGE)
+    """Replace the mark of the commands by tables, and paths of model cards by their pages."""
+    for model in _MODELS:
+        # Of pages, and of the card of the other model.
+        for path in (f"../{_DATA}/{model}", f"../{model}"):
+            markdown = markdown.replace(f"{path}/README.md", f"{model}.md")
     if _COMMANDS in markdown:
         from typer.main import get_command
 
