@@ -1,4 +1,4 @@
-"""Sequences and models that ship: paths, sizes, and better than guessing on unrelated proteins."""
+"""Sequences and models that ship: paths, sizes, and better than guessing."""
 
 import gzip
 import hashlib
