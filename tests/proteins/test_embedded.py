@@ -30,7 +30,7 @@ def shipped(request):
 @pytest.fixture(scope="module")
 def sequences():
     records, _ = read_fasta(embedded_fasta("ood"))
-    return [record.sequence for record in records[::80]]
+    return [record.sequence for record in records[::160]]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -58,9 +58,9 @@ def test_relatives_tell_of_hidden_residues():
     families = {}
     for record in read_fasta(embedded_fasta("ood"))[0]:
         families.setdefault(record.field("family"), []).append(record)
-    proteins = [member for members in families.values() for member in members[:4]]
+    proteins = [member for members in families.values() for member in members[:2]]
     others = [member for members in families.values() for member in members[4:7]]
-    rows = Relatives(others, tokenizer, 2048).rows(proteins)
+    rows = Relatives(others, tokenizer, 1024).rows(proteins)
     sequences = [protein.sequence for protein in proteins]
     alone = evaluate_model(model, tokenizer, sequences, max_length=1024)
     read = evaluate_model(model, tokenizer, sequences, max_length=1024, relatives=rows)
