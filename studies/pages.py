@@ -53,6 +53,13 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
     names: int = 1
 
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, str]], names: int = 1) -> Table:
+        """A table of cells by heading; where a row lacks one, its cell is `ABSENT`."""
+        lines = list(rows)
+        columns = list(dict.fromkeys(heading for line in lines for heading in line))
+        return cls(columns, [tuple(line.get(x, ABSENT) for x in columns) for line in lines], names)
+
     def filled(self) -> Table:
         """The table without columns that have no cell filled."""
         kept = [n for n, x in enumerate(zip(*self.rows, strict=True)) if set(x) - {"", ABSENT}]
@@ -81,16 +88,11 @@ def pivot(
     show: Callable[[Mapping[str, Any]], str],
 ) -> Table:
     """A line for each combination of values of ``lines``, a column for each value of ``across``."""
-    cells: dict[tuple[str, ...], dict[Any, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
-        line = tuple(_text(row[name]) for name in lines)
-        cells.setdefault(line, {})[row[across]] = show(row)
-    columns = list(dict.fromkeys(column for line in cells.values() for column in line))
-    return Table(
-        [*lines, *map(_text, columns)],
-        [(*line, *(found.get(x, ABSENT) for x in columns)) for line, found in cells.items()],
-        names=len(lines),
-    )
+        line = {name: _text(row[name]) for name in lines}
+        cells.setdefault(tuple(line.values()), line)[_text(row[across])] = show(row)
+    return Table.of(cells.values(), len(lines))
 
 
 def _text(value: Any) -> str:

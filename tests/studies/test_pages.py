@@ -21,6 +21,11 @@ def test_a_table_in_markdown():
     assert table.markdown() == "| a | b |\n| --- | ---: |\n| x | 1 |"
 
 
+def test_rows_that_lack_a_cell():
+    table = Table.of([{"a": "x"}, {"a": "y", "b": "1"}])
+    assert table == (["a", "b"], [("x", "–"), ("y", "1")], 1)
+
+
 def test_a_pivot():
     rows = [
         {"a": "x", "n": 1024, "y": 1},
