@@ -1,13 +1,15 @@
-"""Weights that the trainings of studies begin with, and their steps."""
+"""Trainings of studies: first weights, steps, and the cost of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from performers.benchmark.memory import peak_of
 from performers.models import PerformerForCausalLM
 from performers.models.positions import rotary_angles, rotate
 
@@ -28,6 +30,20 @@ def descend(
     if schedule is not None:
         schedule.step()
     return loss.item()
+
+
+def cost(call: Callable[[], object]) -> tuple[float, int]:
+    """Processor seconds of a call, and the rise of memory to its peak in bytes."""
+    seconds = 0.0
+
+    def timed() -> None:
+        nonlocal seconds
+        started = time.process_time()
+        call()
+        seconds = time.process_time() - started
+
+    nbytes = peak_of(timed).nbytes
+    return seconds, nbytes
 
 
 def look_back_(model: PerformerForCausalLM, distances: Sequence[int]) -> None:

@@ -6,11 +6,23 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from performers.app.errors import UserError
 from performers.cli.commands import App
 from performers.cli.interrupts import end_at_once
 from studies.parts import Measures, Part, StudyOptions, extent, fingerprint, run_parts
+
+QUICK: dict[str, dict[str, Any]] = {
+    "reach": {"length": 64, "keys": 8, "sources": 4},
+    "times": {"length": 64, "keys": 8, "heads": 2, "head_dim": 8, "rounds": 2, "steps": (64, 128)},
+    "training": {"depths": (1,), "length": 32, "keys": 6, "steps": 2, "rows": 2, "test_rows": 4},
+    "pretrained": {
+        "length": 32, "passages": 1, "keys": 8, "budgets": (4, 8), "counts": (16,), "layers": (0,),
+        "draws": 1,
+    },
+}  # fmt: skip
+"""Changes of sizes that run in seconds."""
 
 app = App()
 
@@ -43,36 +55,26 @@ def sparse(options: SparseOptions) -> None:
     from studies.sparse import attentions, pretrained, reach, report, tasks, times, training
 
     torch.set_num_threads(1)
-    sizes = (reach.ReachSize(), times.TimeSize(), training.TrainingSize())
-    models = pretrained.PretrainedSize()
+    sizes: dict[str, Any] = {
+        "reach": reach.ReachSize(),
+        "times": times.TimeSize(),
+        "training": training.TrainingSize(),
+        "pretrained": pretrained.PretrainedSize(),
+    }
     if options.quick:
-        sizes = (
-            replace(sizes[0], length=64, keys=8, sources=4),
-            replace(sizes[1], length=64, keys=8, heads=2, head_dim=8, rounds=2, steps=(64, 128)),
-            replace(sizes[2], depths=(1,), length=32, keys=6, steps=2, rows=2, test_rows=4),
-        )
-        models = replace(
-            models,
-            length=32,
-            passages=1,
-            keys=8,
-            budgets=(4, 8),
-            counts=(16,),
-            layers=(0,),
-            draws=1,
-        )
-    reach_size, time_size, training_size = sizes
+        sizes = {name: replace(size, **QUICK[name]) for name, size in sizes.items()}
+    trained, models = sizes["training"], sizes["pretrained"]
 
     def reached(name: str) -> Part:
         count = partial(reach.keys_per_query, name)
         return {
-            **reach.measure_reach(name, reach_size),
+            **reach.measure_reach(name, sizes["reach"]),
             "long": count(models.length, models.keys, is_causal=False),
-            "short": count(training_size.length, training_size.keys, is_causal=True),
+            "short": count(trained.length, trained.keys, is_causal=True),
         }
 
     data: dict[str, str] = {}
-    parts: Measures = {"times": partial(times.measure_times, time_size)}
+    parts: Measures = {"times": partial(times.measure_times, sizes["times"])}
     parts |= {f"reach, {name}": partial(reached, name) for name in attentions.ALL}
     for kind, path in (("encoder", options.encoder), ("decoder", options.decoder)):
         if path is not None:
@@ -87,17 +89,12 @@ def sparse(options: SparseOptions) -> None:
                 names = (attentions.SOFTMAX, pretrained.FITTED, *attentions.PATTERNS)
                 parts |= {f"errors, {name}": partial(model.errors, name) for name in names}
     for name in attentions.ALL:
-        parts[f"step, {name}"] = partial(times.measure_step, name, time_size)
-    for seed, depth in product(range(options.seeds), training_size.depths):
+        parts[f"step, {name}"] = partial(times.measure_step, name, sizes["times"])
+    for seed, depth in product(range(options.seeds), trained.depths):
         for task, name in product(tasks.TASKS, attentions.ALL):
-            train = partial(training.train, task, name, depth, seed, training_size)
+            train = partial(training.train, task, name, depth, seed, trained)
             parts[f"{task}, {name}, depth {depth}, seed {seed}"] = train
-    settings = {
-        "reach": asdict(reach_size),
-        "times": asdict(time_size),
-        "training": asdict(training_size),
-        "pretrained": asdict(models),
-    }
+    settings = {name: asdict(size) for name, size in sizes.items()}
     done = run_parts(options, parts, report.tables, settings=settings, data=data)
     save_figure(report.draw_steps(done), options.output_folder / "steps.svg")
 

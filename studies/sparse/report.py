@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from performers.app.figures import PALETTE, add_legend, new_figure, styled
 from studies.pages import ABSENT, Table, digits
-from studies.parts import Part
+from studies.parts import Part, by_seed, section
 from studies.sparse.attentions import (
     ALL,
     BY_CONTENT,
@@ -30,7 +30,10 @@ SPARSE = (*PATTERNS, *BY_CONTENT)
 # Exponents of an error that falls as 1/m, within sampling error, and of one that hardly falls.
 _AS_ONE_OVER_M, _HARDLY = -0.9, -0.5
 _LINE_STYLES = ("-", "--", ":")
+_MODELS = ("encoder", "decoder")
 Parts = Mapping[str, Part]
+Verdict = tuple[str, str] | None
+"""A verdict and the numbers it follows from; None where they are not measured."""
 
 
 def tables(parts: Parts) -> dict[str, Table]:
@@ -54,38 +57,39 @@ def ratios(times: Part, name: str, kind: str) -> float:
 
 
 def _times(times: Part) -> Table:
-    kinds = ("forward", "both", "processor")
-    rows = [
-        (
-            name,
-            *(f"{1000 * statistics.median(times[name][kind]):.0f}" for kind in kinds[:2]),
-            *(f"{ratios(times, name, kind):.2f}" for kind in kinds),
-        )
+    both = "forward and backward"
+    return Table.of(
+        {
+            "attention": name,
+            "forward, ms": f"{1000 * statistics.median(times[name]['forward']):.0f}",
+            f"{both}, ms": f"{1000 * statistics.median(times[name]['both']):.0f}",
+            "forward": f"{ratios(times, name, 'forward'):.2f}",
+            both: f"{ratios(times, name, 'both'):.2f}",
+            "processor time": f"{ratios(times, name, 'processor'):.2f}",
+        }
         for name in (*ALL, PLAIN)
         if name in times
-    ]
-    both = "forward and backward"
-    columns = ("forward, ms", f"{both}, ms", "forward", both, "processor time")
-    return Table(("attention", *columns), rows)
+    )
 
 
 def _reach(parts: Parts) -> Table:
-    rows = []
-    for name, part in _named(parts, "reach"):
-        layers = (f"{statistics.mean(part[kind]):g}" for kind in ("layers", "most"))
-        rows.append((name, *layers, *(f"{part[kind]:.1f}" for kind in ("long", "short"))))
-    columns = ("layers", "for 99% of pairs", "keys, encoder", "keys, training")
-    return Table(("attention", *columns), rows)
+    return Table.of(
+        {
+            "attention": name,
+            "layers": f"{statistics.mean(part['layers']):g}",
+            "for 99% of pairs": f"{statistics.mean(part['most']):g}",
+            "keys, encoder": f"{part['long']:.1f}",
+            "keys, training": f"{part['short']:.1f}",
+        }
+        for name, part in section(parts, "reach").items()
+    )
 
 
 def accuracies(parts: Parts, task: str, name: str) -> dict[int, list[float]]:
     """Accuracies of an attention by depth, an entry a seed."""
-    found: dict[int, list[float]] = {}
-    for key, part in parts.items():
-        if key.startswith(f"{task}, {name}, depth "):
-            depth = int(key.split()[-3].rstrip(","))
-            found.setdefault(depth, []).append(part["accuracy"])
-    return dict(sorted(found.items()))
+    found = by_seed(section(parts, f"{task}, {name}"))
+    depths = {int(depth.removeprefix("depth ")): seeds for depth, seeds in found.items()}
+    return {depth: [part["accuracy"] for part in depths[depth]] for depth in sorted(depths)}
 
 
 def solving_depth(parts: Parts, task: str, name: str) -> float:
@@ -96,19 +100,16 @@ def solving_depth(parts: Parts, task: str, name: str) -> float:
 
 
 def _accuracies(parts: Parts, task: str) -> Table:
-    found = {name: accuracies(parts, task, name) for name in ALL}
+    found = {name: one for name in ALL if (one := accuracies(parts, task, name))}
     depths = sorted({depth for one in found.values() for depth in one})
-    rows = [
-        (
-            name,
-            *(_spread(one[depth]) if depth in one else ABSENT for depth in depths),
-            _depth(solving_depth(parts, task, name)),
-        )
+    return Table.of(
+        {
+            "attention": name,
+            **{f"depth {x}": _spread(one[x]) if x in one else ABSENT for x in depths},
+            f"least depth with {SOLVED:.2f}": _depth(solving_depth(parts, task, name)),
+        }
         for name, one in found.items()
-        if one
-    ]
-    columns = [f"depth {depth}" for depth in depths]
-    return Table(("attention", *columns, f"least depth with {SOLVED:.2f}"), rows)
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -123,32 +124,35 @@ def _depth(depth: float) -> str:
 
 
 def _pretrained(parts: Parts) -> Table:
-    names = list(dict.fromkeys(name for kind in _MODELS for name, _ in _named(parts, kind)))
-    rows = []
-    for name in names:
-        cells = []
-        for kind, metric in (("encoder", "cosine"), ("decoder", "cosine"), ("decoder", _LOSS)):
-            value = parts.get(f"{kind}, {name}", {}).get(metric)
-            cells.append(ABSENT if value is None else digits(value))
-        rows.append((name, *cells))
-    if rows:
-        own = next((part["original"] for _, part in _named(parts, "decoder")), None)
-        rows.insert(0, ("exact", "1", "1" if own else ABSENT, digits(own)))
-    columns = ("encoder, cosine", "decoder, cosine", "decoder, perplexity")
-    return Table(("attention", *columns), rows).filled() if rows else Table(columns, [])
-
-
-_MODELS, _LOSS = ("encoder", "decoder"), "perplexity"
+    encoder, decoder = (section(parts, kind) for kind in _MODELS)
+    if not encoder and not decoder:
+        return Table((), ())
+    original = next((part["original"] for part in decoder.values()), None)
+    rows = [("exact", {"cosine": 1}, {"cosine": original and 1, "perplexity": original})]
+    for name in encoder | decoder:
+        rows.append((name, encoder.get(name, {}), decoder.get(name, {})))
+    return Table.of(
+        {
+            "attention": name,
+            "encoder, cosine": digits(on_encoder.get("cosine")),
+            "decoder, cosine": digits(on_decoder.get("cosine")),
+            "decoder, perplexity": digits(on_decoder.get("perplexity")),
+        }
+        for name, on_encoder, on_decoder in rows
+    ).filled()
 
 
 def _errors(parts: Parts) -> Table:
-    found = dict(_named(parts, "errors"))
+    found = section(parts, "errors")
     counts = sorted({key for one in found.values() for key in one}, key=int)
-    rows = [
-        (name, *(digits(one.get(key)) for key in counts), f"{slope(one):.2f}")
+    return Table.of(
+        {
+            "attention": name,
+            **{f"{int(key):,}": digits(one.get(key)) for key in counts},
+            "exponent": f"{slope(one):.2f}",
+        }
         for name, one in found.items()
-    ]
-    return Table(("attention", *(f"{int(key):,}" for key in counts), "exponent"), rows)
+    )
 
 
 def slope(errors: Mapping[str, float]) -> float:
@@ -159,44 +163,33 @@ def slope(errors: Mapping[str, float]) -> float:
 
 
 def _steps(parts: Parts) -> Table:
-    found = dict(_named(parts, "step"))
-    lengths = sorted({key for one in found.values() for key in one}, key=int)
-    rows = []
-    for name, one in found.items():
-        cells = (
-            f"{one[key]['seconds']:.2f} s, {one[key]['nbytes'] / 2**20:,.0f} MiB"
-            if key in one
-            else ABSENT
-            for key in lengths
-        )
-        rows.append((name, *cells))
-    return Table(("attention", *(f"{int(key):,} tokens" for key in lengths)), rows)
-
-
-def _named(parts: Parts, kind: str) -> list[tuple[str, Part]]:
-    prefix = f"{kind}, "
-    return [(key.removeprefix(prefix), x) for key, x in parts.items() if key.startswith(prefix)]
+    return Table.of(
+        {"attention": name}
+        | {
+            f"{int(length):,} tokens": f"{x['seconds']:.2f} s, {x['nbytes'] / 2**20:,.0f} MiB"
+            for length, x in one.items()
+        }
+        for name, one in section(parts, "step").items()
+    )
 
 
 def _verdicts(parts: Parts) -> Table:
-    claims: tuple[tuple[str, Callable[[Parts], tuple[str, str] | None]], ...] = (
-        ("Sparse attention needs special kernels", _kernels),
-        ("Sparse attention has no guarantee", _guarantee),
-        ("Sparse attention stacks layers to compensate: reach", _stacking),
-        *(
-            (f"Sparse attention stacks layers to compensate: {task}", _solving(task))
-            for task in TASKS
-        ),
-        *(
-            (f"Sparse attention cannot take over a pretrained {kind}", _taking_over(kind))
+    stacking = "Sparse attention stacks layers to compensate"
+    claims = {
+        "Sparse attention needs special kernels": _kernels(parts),
+        "Sparse attention has no guarantee": _guarantee(parts),
+        f"{stacking}: reach": _stacking(parts),
+        **{f"{stacking}: {task}": _solving(parts, task) for task in TASKS},
+        **{
+            f"Sparse attention cannot take over a pretrained {kind}": _taking_over(parts, kind)
             for kind in _MODELS
-        ),
-    )
-    rows = [(claim, *found) for claim, rule in claims if (found := rule(parts)) is not None]
+        },
+    }
+    rows = [(claim, *found) for claim, found in claims.items() if found is not None]
     return Table(("claim", "verdict", "measured"), rows, names=3)
 
 
-def _kernels(parts: Parts) -> tuple[str, str] | None:
+def _kernels(parts: Parts) -> Verdict:
     if "times" not in parts:
         return None
     own = {name: ratios(parts["times"], name, "both") for name in SPARSE}
@@ -211,8 +204,8 @@ def _kernels(parts: Parts) -> tuple[str, str] | None:
     )
 
 
-def _guarantee(parts: Parts) -> tuple[str, str] | None:
-    found = dict(_named(parts, "errors"))
+def _guarantee(parts: Parts) -> Verdict:
+    found = section(parts, "errors")
     if SOFTMAX not in found or LOCAL not in found:
         return None
     patterns = {name: found[name] for name in PATTERNS if name in found}
@@ -220,9 +213,8 @@ def _guarantee(parts: Parts) -> tuple[str, str] | None:
     budgets = list(found[LOCAL])
     better = sum(found[SOFTMAX][key] < min(x[key] for x in patterns.values()) for key in budgets)
     exponents = {name: slope(one) for name, one in (ours | patterns).items()}
-    steepest = min(exponents[name] for name in ours)
     verdict = "holds" if max(exponents[name] for name in ours) <= _AS_ONE_OVER_M else "in part"
-    if steepest > _HARDLY:
+    if min(exponents[name] for name in ours) > _HARDLY:
         verdict = "not seen at these sizes"
     shown = ", ".join(f"{name} {x:.2f}" for name, x in exponents.items())
     return verdict, (
@@ -232,8 +224,8 @@ def _guarantee(parts: Parts) -> tuple[str, str] | None:
     )
 
 
-def _stacking(parts: Parts) -> tuple[str, str] | None:
-    found = {name: statistics.mean(part["layers"]) for name, part in _named(parts, "reach")}
+def _stacking(parts: Parts) -> Verdict:
+    found = {x: statistics.mean(part["layers"]) for x, part in section(parts, "reach").items()}
     sparse = {name: found[name] for name in SPARSE if name in found}
     if not sparse:
         return None
@@ -244,58 +236,47 @@ def _stacking(parts: Parts) -> tuple[str, str] | None:
     return verdict, f"layers until every token reaches all later ones: Performers {ours:g}; {shown}"
 
 
-def _solving(task: str) -> Callable[[Parts], tuple[str, str] | None]:
-    def rule(parts: Parts) -> tuple[str, str] | None:
-        found = {name: solving_depth(parts, task, name) for name in ALL}
-        found = {name: depth for name, depth in found.items() if not math.isnan(depth)}
-        ours = [found[name] for name in PERFORMERS if name in found]
-        sparse = [found[name] for name in SPARSE if name in found]
-        if not ours or not sparse:
-            return None
-        if math.isinf(min(ours + sparse)):
-            verdict = "undecided: none solves it"
-        elif max(ours) < min(sparse):
-            verdict = "holds"
-        elif min(ours) < min(sparse):
-            verdict = "holds for the best Performer"
-        elif min(ours) == min(sparse):
-            verdict = "undecided: the best of both are even"
-        else:
-            verdict = "the reverse: the best sparse attention needs fewer"
-        shown = ", ".join(f"{name} {_depth(depth)}" for name, depth in found.items())
-        return verdict, f"least depth measured that solves it: {shown}"
-
-    return rule
+def _solving(parts: Parts, task: str) -> Verdict:
+    found = {name: solving_depth(parts, task, name) for name in ALL}
+    found = {name: depth for name, depth in found.items() if not math.isnan(depth)}
+    ours = [found[name] for name in PERFORMERS if name in found]
+    sparse = [found[name] for name in SPARSE if name in found]
+    if not ours or not sparse:
+        return None
+    if math.isinf(min(ours + sparse)):
+        verdict = "undecided: none solves it"
+    elif max(ours) < min(sparse):
+        verdict = "holds"
+    elif min(ours) < min(sparse):
+        verdict = "holds for the best Performer"
+    elif min(ours) == min(sparse):
+        verdict = "undecided: the best of both are even"
+    else:
+        verdict = "the reverse: the best sparse attention needs fewer"
+    shown = ", ".join(f"{name} {_depth(depth)}" for name, depth in found.items())
+    return verdict, f"least depth measured that solves it: {shown}"
 
 
-def _taking_over(kind: str) -> Callable[[Parts], tuple[str, str] | None]:
-    def rule(parts: Parts) -> tuple[str, str] | None:
-        found = dict(_named(parts, kind))
-        sparse = [name for name in PATTERNS if name in found]
-        ours = [name for name in found if name not in PATTERNS]
-        if not sparse or not ours:
-            return None
-        if any(x["perplexity"] is not None for x in found.values()):
-            metric, word, sign = "perplexity", "lowest perplexity", 1
-        else:
-            metric, word, sign = "cosine", "highest cosine", -1
-
-        def best(names: Iterable[str]) -> tuple[str, float]:
-            name = min(names, key=lambda name: sign * found[name][metric])
-            return name, found[name][metric]
-
-        (own, own_value), (other, other_value) = best(ours), best(sparse)
-        ahead = sign * own_value < sign * other_value
-        plain = SOFTMAX in found and sign * found[SOFTMAX][metric] < sign * other_value
-        verdict = "holds, for features alone too" if plain else "holds" if ahead else "the reverse"
-        text = (
-            f"{word}, weights untouched: {own} {digits(own_value)}, {other} {digits(other_value)}"
-        )
-        if SOFTMAX in found:
-            text += f" ({SOFTMAX} alone {digits(found[SOFTMAX][metric])})"
-        return verdict, text
-
-    return rule
+def _taking_over(parts: Parts, kind: str) -> Verdict:
+    found = section(parts, kind)
+    sparse = [name for name in PATTERNS if name in found]
+    ours = [name for name in found if name not in PATTERNS]
+    if not sparse or not ours:
+        return None
+    if any(x["perplexity"] is not None for x in found.values()):
+        metric, word, sign = "perplexity", "lowest perplexity", 1
+    else:
+        metric, word, sign = "cosine", "highest cosine", -1
+    values = {name: sign * part[metric] for name, part in found.items()}
+    own, other = (min(names, key=values.__getitem__) for names in (ours, sparse))
+    verdict = "holds" if values[own] < values[other] else "the reverse"
+    shown = [f"{name} {digits(found[name][metric])}" for name in (own, other)]
+    text = f"{word}, weights untouched: {', '.join(shown)}"
+    if SOFTMAX in found:
+        text += f" ({SOFTMAX} alone {digits(found[SOFTMAX][metric])})"
+        if values[SOFTMAX] < values[other]:
+            verdict = "holds, for features alone too"
+    return verdict, text
 
 
 @styled
@@ -304,7 +285,7 @@ def draw_steps(parts: Parts) -> Figure:
     figure = new_figure((9.6, 4.6))
     axes = figure.subplots(1, 2)
     lines: list[tuple[str, Any]] = []
-    for number, (name, one) in enumerate(_named(parts, "step")):
+    for number, (name, one) in enumerate(section(parts, "step").items()):
         lengths = [int(key) for key in one]
         style = {
             "color": PALETTE[number % len(PALETTE)],

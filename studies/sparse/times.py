@@ -8,19 +8,18 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from performers import use_backend
-from performers.benchmark.memory import peak_of
 from performers.benchmark.timing import threads_of_torch
 from performers.cli.console import note
 from performers.models import PerformerForCausalLM
 from performers.models.context import AttentionContext
 from studies.parts import Part
 from studies.sparse.attentions import ALL, BY_CONTENT, EXACT, SOFTMAX, settings
+from studies.training import cost
 
 PLAIN = "Performer, softmax, plain torch"
 """The Performer without its compiled kernels."""
@@ -104,18 +103,10 @@ def measure_step(name: str, size: TimeSize) -> Part:
         step = _training_step(name, length)
         if not found:
             step()
-        seconds: list[float] = []
-        peak = peak_of(partial(_timed, step, seconds))
-        last = seconds[0]
-        found[str(length)] = {"seconds": last, "nbytes": peak.nbytes}
-        note(f"training step, {name}, {length} tokens: {seconds[0]:.2f} s")
+        last, nbytes = cost(step)
+        found[str(length)] = {"seconds": last, "nbytes": nbytes}
+        note(f"training step, {name}, {length} tokens: {last:.2f} s")
     return found
-
-
-def _timed(step: Callable[[], None], seconds: list[float]) -> None:
-    started = time.process_time()
-    step()
-    seconds.append(time.process_time() - started)
 
 
 def _training_step(name: str, length: int) -> Callable[[], None]:

@@ -13,6 +13,7 @@ from performers.models import PerformerModel
 from studies.parts import Part
 from studies.sparse.attentions import settings
 from studies.sparse.tasks import IGNORED, TASKS, Task
+from studies.training import descend
 
 SOLVED = 0.95
 """Accuracy of a task that is solved."""
@@ -94,10 +95,7 @@ def train(task: str, name: str, depth: int, seed: int, size: TrainingSize) -> Pa
         tokens, labels = TASKS[task].draw(size.rows, size.length, generator)
         logits, known = model(tokens), labels != IGNORED
         loss = F.cross_entropy(logits[known], labels[known])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        descend(loss, optimizer, schedule)
         recent.append(_accuracy(logits, labels))
         step += 1
     test = TASKS[task].draw(size.test_rows, size.length, torch.Generator().manual_seed(2**20))
