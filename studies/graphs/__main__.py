@@ -57,9 +57,10 @@ def graphs(options: GraphsOptions) -> None:
 
     try:
         from studies.graphs import debian, models, molecules, scaling, training
-        from studies.graphs.report import tables
     except ImportError as error:
         raise UserError(f"the study needs torch_geometric: {error}") from error
+    from performers.app.figures import save_figure
+    from studies.graphs.report import scaling_figure, tables
 
     torch.set_num_threads(1)
     if options.quick:
@@ -97,9 +98,6 @@ def graphs(options: GraphsOptions) -> None:
             parts[f"scaling, {nodes} nodes"] = partial(scaling.measure_scaling, nodes, exact=exact)
     done = run_parts(options, parts, tables, data=data)
     if section(done, "scaling"):
-        from performers.app.figures import save_figure
-        from studies.graphs.figure import scaling_figure
-
         save_figure(scaling_figure(done), options.output_folder / "scaling.png")
 
 

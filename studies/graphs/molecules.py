@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import random
 import zipfile
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,11 +91,18 @@ def penalised_logp(molecule: Any) -> float:
     """``logP - SA - max(largest ring - 6, 0)``, not normalised.
 
     logP by Wildman and Crippen, synthetic accessibility by Ertl and Schuffenhauer.
+
+    Raises:
+        UserError: This rdkit has no contributions, among which the latter is.
     """
     from rdkit.Chem.rdMolDescriptors import CalcCrippenDescriptors
 
+    try:
+        from rdkit.Contrib.SA_Score import sascorer
+    except ImportError as error:
+        raise UserError(f"{error}; the rdkit of PyPI has it: pip install rdkit") from error
     ring = max((len(ring) for ring in molecule.GetRingInfo().AtomRings()), default=0)
-    accessibility = _accessibility().calculateScore(molecule)
+    accessibility = sascorer.calculateScore(molecule)
     return float(
         CalcCrippenDescriptors(molecule)[0] - accessibility - max(ring - _LARGEST_FREE_RING, 0)
     )
@@ -115,24 +120,6 @@ def _smiles(wheel: Path, name: str) -> list[str]:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{wheel} is not the wheel of molsets: {error}") from error
     return text.split()[1:]
-
-
-@cache
-def _accessibility() -> Any:
-    """Module ``sascorer``, which rdkit ships as a script among its contributions.
-
-    Raises:
-        UserError: This rdkit has no contributions.
-    """
-    from rdkit import RDConfig
-
-    file = Path(RDConfig.RDContribDir) / "SA_Score" / "sascorer.py"
-    spec = importlib.util.spec_from_file_location("sascorer", file) if file.exists() else None
-    if spec is None or spec.loader is None:
-        raise UserError(f"rdkit has no {file}; that of PyPI has: pip install rdkit")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _atom(atom: Any) -> tuple[int, int, int]:

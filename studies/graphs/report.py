@@ -1,4 +1,4 @@
-"""Tables and verdicts of ``python -m studies.graphs``, made from its parts by rule."""
+"""Tables, verdicts and the figure of ``python -m studies.graphs``, made from its parts by rule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from performers.app.figures import new_figure, styled
+from performers.benchmark.plot import draw_lines, length_axis, shared_legend, size_axis, style
 from performers.benchmark.table import nbytes, seconds
 from studies.graphs.models import ATTENTIONS, EXACT, NODE_MODELS, NOTHING, SAGE
 from studies.pages import ABSENT, Table
@@ -18,7 +22,6 @@ BATCH_TOLERANCE = 1e-5
 """Largest change of a prediction that counts as rounding, in units of the target."""
 _LEAST_SEEDS = 3
 _NOT_MEASURED = "not measured"
-_MAE = ("mae_alone", "mae_batched")
 
 
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
@@ -42,13 +45,25 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     }
 
 
-def rows_of_scaling(parts: Mapping[str, Part]) -> list[dict[str, Any]]:
-    """A row for each number of nodes and attention, as figures take them."""
-    return [
+@styled
+def scaling_figure(parts: Mapping[str, Part]) -> Figure:
+    """A panel of seconds and one of peak memory against nodes, a line for each attention."""
+    rows: list[dict[str, Any]] = [
         {"nodes": nodes, "attention": name, "seconds": time, "peak_bytes": part["nbytes"][name]}
         for nodes, part in _by_nodes(parts).items()
         for name, time in part["seconds"].items()
     ]
+    names = list(dict.fromkeys(row["attention"] for row in rows))
+    figure = new_figure((8.8, 3.9))
+    panels = (("seconds", "seconds"), ("peak_bytes", "peak memory"))
+    for axes, (column, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        draw_lines(axes, rows, "nodes", column, "attention", names)
+        length_axis(axes, [row["nodes"] for row in rows], "nodes")
+        axes.set_xlabel("nodes")
+        size_axis(axes, column, label)
+        style(axes)
+    shared_legend(figure, 4)
+    return figure
 
 
 def _by_nodes(parts: Mapping[str, Part]) -> dict[int, Part]:
@@ -105,7 +120,7 @@ def batch_verdicts(models: Values) -> list[tuple[str, str]]:
     for name, parts in _with_corrected(models).items():
         largest = max(part["largest"] for part in parts)
         said = "yes" if largest > BATCH_TOLERANCE else "no, to rounding"
-        alone, batched = (fmean(part[key] for part in parts) for key in _MAE)
+        alone, batched = (_mean(parts, key) for key in ("mae_alone", "mae_batched"))
         maes = f"MAE {alone:.3f} alone, {batched:.3f} batched"
         question = f"molecules: does a prediction of {name} depend on its batch?"
         found.append((question, f"{said} (largest change {largest:.1e}; {maes})"))
@@ -146,7 +161,7 @@ def _accuracy(models: Values, key: str, reference: str, heading: str, *, lower: 
                 _shown(fmean(values), lower),
                 _shown(stdev(values), lower) if len(values) > 1 else ABSENT,
                 *compared,
-                f"{fmean(part['cpu_seconds'] for part in parts):.0f}",
+                f"{_mean(parts, 'cpu_seconds'):.0f}",
             )
         )
     columns = (
@@ -168,27 +183,35 @@ def _with_corrected(models: Values) -> dict[str, list[Part]]:
 
 
 def _batches(models: Values) -> Table:
-    rows = [
-        (
-            name,
-            *(f"{fmean(part[key] for part in parts):.4f}" for key in _MAE),
-            f"{fmean(part['median'] for part in parts):.1e}",
-            f"{max(part['largest'] for part in parts):.1e}",
-        )
+    return Table.of(
+        {
+            "attention": name,
+            "MAE, alone": f"{_mean(parts, 'mae_alone'):.4f}",
+            "MAE, batches of 64": f"{_mean(parts, 'mae_batched'):.4f}",
+            "median change": f"{_mean(parts, 'median'):.1e}",
+            "largest change": f"{max(part['largest'] for part in parts):.1e}",
+        }
         for name, parts in _with_corrected(models).items()
-    ]
-    columns = ("attention", "MAE, alone", "MAE, batches of 64", "median change", "largest change")
-    return Table(columns, rows)
+    )
 
 
 def _scaling(parts: Mapping[int, Part]) -> Table:
-    names = list(dict.fromkeys(name for part in parts.values() for name in part["seconds"]))
-    rows: list[tuple[str, ...]] = [] if parts else [(_NOT_MEASURED,)]
-    for nodes, part in parts.items():
-        time, memory = part["seconds"], part["nbytes"]
-        cells = (f"{seconds(time[x])}; {nbytes(memory[x])}" if x in time else ABSENT for x in names)
-        rows.append((f"{nodes:,}", *cells))
-    return Table(("nodes", *names), rows)
+    if not parts:
+        return Table(("nodes",), [(_NOT_MEASURED,)])
+    return Table.of(
+        {
+            "nodes": f"{nodes:,}",
+            **{
+                name: f"{seconds(time)}; {nbytes(part['nbytes'][name])}"
+                for name, time in part["seconds"].items()
+            },
+        }
+        for nodes, part in parts.items()
+    )
+
+
+def _mean(parts: Sequence[Part], key: str) -> float:
+    return fmean(part[key] for part in parts)
 
 
 def _shown(value: float, error: bool) -> str:
