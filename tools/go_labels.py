@@ -23,13 +23,14 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from performers.app.errors import UserError
-from performers.app.files import prepare_output_file, write_atomically
+from performers.app.files import prepare_output_file, read_lines, write_atomically
 
 ROOTS = {"MFO": "GO:0003674", "BPO": "GO:0008150", "CCO": "GO:0005575"}
 """The ontologies of metastudent-data and the term at the top of each."""
@@ -69,16 +70,14 @@ class GoLabels:
     labels: Mapping[str, tuple[str, ...]]
     names: Mapping[str, str]
     counts: Mapping[str, int]
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int]
 
 
 def go_labels(
-    annotations: Mapping[str, frozenset[str]],
-    ancestors: Mapping[str, Mapping[str, int]],
-    *,
+    source: Path,
     ontology: str = "MFO",
-    terms: str | Sequence[str] = "frequent",
-    term_names: Mapping[str, str] | None = None,
+    *,
+    terms: str = "frequent",
     min_depth: int = 2,
     min_count: int = 500,
     max_terms: int = 30,
@@ -90,10 +89,9 @@ def go_labels(
     with none is a negative example of all. With them it has exactly one.
 
     Args:
-        annotations: Protein to its terms; see `read_go_annotations`.
-        ancestors: Term to its ancestors and the steps to them; see `read_go_ancestors`.
-        ontology: `"MFO"`, `"BPO"` or `"CCO"`.
-        terms: Terms to label with, or one of
+        source: Folder of metastudent-data; see `metastudent_dataset`.
+        ontology: One of `ROOTS`.
+        terms: Terms with commas between, or one of
 
             - `"frequent"`: the `max_terms` terms with most proteins, of those at least `min_depth`
               steps below the root that `min_count` proteins have, leaving out a term whose
@@ -102,129 +100,76 @@ def go_labels(
               are left out;
             - `"enzyme-class-7"`: the same, and a seventh label for proteins without any catalytic
               activity among their terms.
-        term_names: Term to its name, for `GoLabels.names`.
         min_depth: For `"frequent"`.
         min_count: For `"frequent"`.
         max_terms: For `"frequent"`.
 
-    Returns:
-        The labels.
-
     Raises:
-        UserError: An argument is out of range, a term is unknown, or nothing fits.
+        UserError: A file is missing or not of its format, an argument is out of range, a term is
+            unknown, or nothing fits.
     """
     if ontology not in ROOTS:
         raise UserError(f"--ontology must be one of {', '.join(ROOTS)}, got {ontology!r}")
-    if isinstance(terms, str) and terms not in PRESETS:
-        terms = [term.strip() for term in terms.split(",")]
-    root = ROOTS[ontology]
-    held: dict[frozenset[str], frozenset[str]] = {}
-    for known in set(annotations.values()):
-        # Many proteins share their terms: each set is propagated once.
-        above = {ancestor for term in known for ancestor in ancestors.get(term, ())}
-        held[known] = (known | above) - {root} if root in known | above else frozenset()
-    proteins = Counter(annotations.values())
-    counts = Counter[str]()
-    for known, number in proteins.items():
-        for term in held[known]:
-            counts[term] += number
-    left_out = {"nothing known below the root": sum(not held[k] for k in annotations.values())}
-    informed = {name: held[known] for name, known in annotations.items() if held[known]}
-    names = term_names or {}
-    if isinstance(terms, str) and terms != "frequent":
-        if ontology != "MFO":
-            raise UserError(f"--terms {terms} needs --ontology MFO, got {ontology}")
+    enzymes = terms in ("enzyme-class", "enzyme-class-7")
+    if enzymes and ontology != "MFO":
+        raise UserError(f"--terms {terms} needs --ontology MFO, got {ontology}")
+    root, folder = ROOTS[ontology], metastudent_dataset(source)
+    annotations = read_go_annotations(folder / ontology / "goasp_annot.dat")
+    ancestors = read_go_ancestors(folder / "fullTransitiveClosureGO.txt")
+    informed: dict[str, frozenset[str]] = {}
+    # Many proteins share their terms: each set is propagated once.
+    propagated: dict[frozenset[str], frozenset[str]] = {}
+    for name, known in annotations.items():
+        if known not in propagated:
+            every = known.union(*(ancestors.get(term, ()) for term in known))
+            propagated[known] = every - {root} if root in every else frozenset()
+        if propagated[known]:
+            informed[name] = propagated[known]
+    left_out = {"nothing known below the root": len(annotations) - len(informed)}
+    if enzymes:
         return _enzyme_labels(informed, left_out, seventh=terms == "enzyme-class-7")
-    if isinstance(terms, str):
-        eligible = _eligible(counts, ancestors, root, min_depth, min_count)
-        chosen = _distinct(eligible, [(held[k], n) for k, n in proteins.items()], max_terms)
+    counts = Counter(chain.from_iterable(informed.values()))
+    if terms == "frequent":
+        for option, value in (
+            ("--min-depth", min_depth),
+            ("--min-count", min_count),
+            ("--max-terms", max_terms),
+        ):
+            if value < 1:
+                raise UserError(f"{option} must be at least 1, got {value}")
+        deep = [x for x in counts if ancestors.get(x, {}).get(root, 0) >= min_depth]
+        frequent = [term for term in deep if counts[term] >= min_count]
+        if not frequent:
+            raise UserError(
+                f"no GO term {min_depth} or more steps below the root has {min_count} proteins; "
+                "lower --min-count or --min-depth"
+            )
+        frequent.sort(key=lambda term: (-counts[term], term))
+        chosen = _distinct(frequent, Counter(informed.values()), max_terms)
     else:
-        unknown = [term for term in terms if term not in counts]
-        if unknown or not terms:
+        given = [term.strip() for term in terms.split(",")]
+        if unknown := [term for term in given if term not in counts]:
             raise UserError(
                 f"--terms: no protein has {unknown[0]!r} in {ontology}; give GO terms with commas "
                 f"between, or one of {', '.join(PRESETS)}"
-                if unknown
-                else "--terms is empty; give GO terms with commas between"
             )
-        chosen = sorted(set(terms), key=lambda term: -counts[term])
-    labels = {
-        name: tuple(term for term in chosen if term in known) for name, known in informed.items()
-    }
+        chosen = sorted(set(given), key=lambda term: (-counts[term], term))
+    names = read_term_names(folder / "nameMapping.txt")
     return GoLabels(
-        labels,
+        {name: tuple(x for x in chosen if x in known) for name, known in informed.items()},
         {term: names.get(term, term) for term in chosen},
         {term: counts[term] for term in chosen},
         left_out,
     )
 
 
-def write_go_labels(
-    metastudent: Path,
-    output: Path,
-    ontology: str = "MFO",
-    *,
-    terms: str | Sequence[str] = "frequent",
-    min_depth: int = 2,
-    min_count: int = 500,
-    max_terms: int = 30,
-) -> GoLabels:
-    """Writes labels from the files of metastudent-data as `performers probe --labels` reads them.
-
-    Each line has a protein and its labels with commas between. Lines at the top that start with
-    `#` name the labels.
-
-    Args:
-        metastudent: The package's folder, `/usr/share/metastudent-data` on Debian, or one of the
-            `dataset_*` folders in it.
-        output: The file; one that exists is replaced.
-        ontology: See `go_labels`.
-        terms: See `go_labels`.
-        min_depth: See `go_labels`.
-        min_count: See `go_labels`.
-        max_terms: See `go_labels`.
-
-    Returns:
-        The labels written.
-
-    Raises:
-        UserError: A file is missing or not of its format, or an argument is out of range.
-    """
-    if ontology not in ROOTS:
-        raise UserError(f"--ontology must be one of {', '.join(ROOTS)}, got {ontology!r}")
-    folder = metastudent_dataset(metastudent)
-    annotations = read_go_annotations(folder / ontology / "goasp_annot.dat")
-    ancestors = read_go_ancestors(folder / "fullTransitiveClosureGO.txt")
-    found = go_labels(
-        annotations,
-        ancestors,
-        ontology=ontology,
-        terms=terms,
-        term_names=read_term_names(folder / "nameMapping.txt"),
-        min_depth=min_depth,
-        min_count=min_count,
-        max_terms=max_terms,
-    )
-    lines = [f"# {label}\t{name}" for label, name in found.names.items()]
-    lines += [f"{name}\t{','.join(labels)}" for name, labels in found.labels.items()]
-    write_atomically(output, ("\n".join(lines) + "\n").encode())
-    return found
-
-
 def read_go_annotations(path: Path) -> dict[str, frozenset[str]]:
-    """Reads `goasp_annot.dat`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Accession to the distinct terms it was annotated with.
+    """Accessions of `goasp_annot.dat`, each with the distinct terms it was annotated with.
 
     Raises:
         UserError: The file is missing, empty or not of this format.
     """
     annotations: dict[str, frozenset[str]] = {}
-    shared: dict[str, str] = {}
     for number, fields in _rows(path):
         name, *terms = fields
         bad = [term for term in terms if not _TERM.fullmatch(term)]
@@ -233,35 +178,26 @@ def read_go_annotations(path: Path) -> dict[str, frozenset[str]]:
             raise UserError(
                 f"{path}:{number}: expected an accession and GO terms with tabs between, got {got}"
             )
-        known = frozenset(shared.setdefault(term, term) for term in terms)
-        annotations[name] = annotations.get(name, frozenset()) | known
+        annotations[name] = annotations.get(name, frozenset()).union(map(sys.intern, terms))
     if not annotations:
         raise UserError(f"{path} is empty; expected an accession and its GO terms in each line")
     return annotations
 
 
 def read_go_ancestors(path: Path) -> dict[str, dict[str, int]]:
-    """Reads `fullTransitiveClosureGO.txt`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Term to its ancestors, each with the fewest steps to it.
+    """Terms of `fullTransitiveClosureGO.txt`, each with its ancestors and the fewest steps to them.
 
     Raises:
         UserError: The file is missing, empty or not of this format.
     """
     ancestors: dict[str, dict[str, int]] = {}
-    shared: dict[str, str] = {}
     for number, fields in _rows(path):
         if len(fields) != 4 or not fields[3].isdigit():
             raise UserError(
                 f"{path}:{number}: expected term, relation, ancestor and steps with tabs between, "
                 f"got {len(fields)} fields: {' '.join(fields)[:60]!r}"
             )
-        term, ancestor = (shared.setdefault(name, name) for name in (fields[0], fields[2]))
-        above = ancestors.setdefault(term, {})
+        above, ancestor = ancestors.setdefault(fields[0], {}), sys.intern(fields[2])
         above[ancestor] = min(int(fields[3]), above.get(ancestor, int(fields[3])))
     if not ancestors:
         raise UserError(f"{path} is empty; expected the transitive closure of the Gene Ontology")
@@ -269,13 +205,7 @@ def read_go_ancestors(path: Path) -> dict[str, dict[str, int]]:
 
 
 def metastudent_dataset(folder: Path) -> Path:
-    """Finds the data in the folder of metastudent-data.
-
-    Args:
-        folder: The package's folder, or one of the `dataset_*` folders in it.
-
-    Returns:
-        The folder of the newest data set.
+    """The newest data set in the folder of metastudent-data, or the folder if it is one itself.
 
     Raises:
         UserError: The folder holds no data set.
@@ -292,14 +222,7 @@ def metastudent_dataset(folder: Path) -> Path:
 
 
 def read_term_names(path: Path) -> dict[str, str]:
-    """Reads `nameMapping.txt`.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Term to its name; nothing when there is no such file.
-    """
+    """Names of terms in `nameMapping.txt`; none when there is no such file."""
     if not path.is_file():
         return {}
     return {fields[0]: " ".join(fields[1].split()) for _, fields in _rows(path) if len(fields) == 2}
@@ -330,46 +253,15 @@ def _enzyme_labels(
     return GoLabels(labels, {label: label for label in order}, dict(counts), left_out)
 
 
-def _eligible(
-    counts: Mapping[str, int],
-    ancestors: Mapping[str, Mapping[str, int]],
-    root: str,
-    min_depth: int,
-    min_count: int,
-) -> list[str]:
-    """Terms deep and frequent enough, most frequent first."""
-    for option, value in (("--min-depth", min_depth), ("--min-count", min_count)):
-        if value < 1:
-            raise UserError(f"{option} must be at least 1, got {value}")
-    eligible = [
-        term
-        for term, count in counts.items()
-        if count >= min_count and ancestors.get(term, {}).get(root, 0) >= min_depth
-    ]
-    if not eligible:
-        raise UserError(
-            f"no GO term {min_depth} or more steps below the root has {min_count} proteins; lower "
-            "--min-count or --min-depth"
-        )
-    return sorted(eligible, key=lambda term: (-counts[term], term))
-
-
-def _distinct(
-    eligible: Sequence[str], sets: Sequence[tuple[frozenset[str], int]], most: int
-) -> list[str]:
+def _distinct(eligible: Sequence[str], sets: Mapping[frozenset[str], int], most: int) -> list[str]:
     """The first `most` terms whose proteins are not nearly those of one before.
 
-    Args:
-        eligible: The terms.
-        sets: Each set of terms that proteins have, and the number of proteins that have it.
-        most: How many terms to return at most.
+    `sets` are the sets of terms that proteins have, and the number of proteins that have each.
     """
-    if most < 1:
-        raise UserError(f"--max-terms must be at least 1, got {most}")
-    proteins = np.array([number for _, number in sets])
+    proteins = np.array(list(sets.values()))
     chosen: dict[str, np.ndarray] = {}
     for term in eligible:
-        held = np.array([term in known for known, _ in sets])
+        held = np.array([term in known for known in sets])
         overlaps = (proteins[held & o].sum() / proteins[held | o].sum() for o in chosen.values())
         if all(overlap <= _SAME for overlap in overlaps):
             chosen[term] = held
@@ -380,15 +272,7 @@ def _distinct(
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of each line that is not blank, and its fields."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n").split("\t")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the folder of metastudent-data") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; copy the file again") from None
+    return ((number, line.split("\t")) for number, line in read_lines(path))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -411,9 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     try:
         output = prepare_output_file(options.pop("output"), (".tsv",))
-        found = write_go_labels(options.pop("source"), output, **options)
+        found = go_labels(**options)
     except UserError as error:
         sys.exit(f"go_labels: {error}")
+    lines = [f"# {label}\t{name}" for label, name in found.names.items()]
+    lines += [f"{name}\t{','.join(labels)}" for name, labels in found.labels.items()]
+    write_atomically(output, ("\n".join(lines) + "\n").encode())
     for reason, count in found.left_out.items():
         print(f"{count:,} proteins left out: {reason}", file=sys.stderr)
     for label, name in found.names.items():

@@ -4,15 +4,7 @@ import pytest
 
 from performers.app.errors import UserError
 from performers.proteins.probe.labels import read_labels
-from tools.go_labels import (
-    ENZYME_CLASSES,
-    go_labels,
-    main,
-    metastudent_dataset,
-    read_go_ancestors,
-    read_go_annotations,
-    write_go_labels,
-)
+from tools.go_labels import go_labels, main, read_go_ancestors, read_go_annotations
 
 ROOT, CATALYTIC, BINDING = "GO:0003674", "GO:0003824", "GO:0005488"
 HYDROLASE, TRANSFERASE, KINASE, DNA, NUCLEIC = (
@@ -62,17 +54,8 @@ def metastudent(tmp_path):
     return folder.parent
 
 
-def labels_of(metastudent, **options):
-    folder = metastudent_dataset(metastudent)
-    return go_labels(
-        read_go_annotations(folder / "MFO" / "goasp_annot.dat"),
-        read_go_ancestors(folder / "fullTransitiveClosureGO.txt"),
-        **options,
-    )
-
-
 def test_terms_are_propagated_to_their_ancestors(metastudent):
-    found = labels_of(metastudent, terms=[TRANSFERASE, NUCLEIC])
+    found = go_labels(metastudent, terms=f"{TRANSFERASE}, {NUCLEIC}")
     assert found.labels == {
         "P1": (TRANSFERASE,),
         "P2": (),
@@ -87,19 +70,19 @@ def test_terms_are_propagated_to_their_ancestors(metastudent):
 
 
 def test_frequent_terms_are_deep_enough_and_differ(metastudent):
-    found = labels_of(metastudent, min_count=1)
+    found = go_labels(metastudent, min_count=1)
     # Binding and catalytic activity are one step below the root.
     assert list(found.counts) == [NUCLEIC, HYDROLASE, DNA, TRANSFERASE, KINASE]
-    assert list(labels_of(metastudent, min_count=3).counts) == [NUCLEIC, HYDROLASE]
-    assert list(labels_of(metastudent, min_count=1, min_depth=3).counts) == [DNA, KINASE]
-    assert list(labels_of(metastudent, min_count=1, max_terms=2).counts) == [NUCLEIC, HYDROLASE]
-    shallow = labels_of(metastudent, min_count=1, min_depth=1)
+    assert list(go_labels(metastudent, min_count=3).counts) == [NUCLEIC, HYDROLASE]
+    assert list(go_labels(metastudent, min_count=1, min_depth=3).counts) == [DNA, KINASE]
+    assert list(go_labels(metastudent, min_count=1, max_terms=2).counts) == [NUCLEIC, HYDROLASE]
+    shallow = go_labels(metastudent, min_count=1, min_depth=1)
     # All that binds binds nucleic acids: the same question, so the second term is dropped.
     assert list(shallow.counts) == [CATALYTIC, NUCLEIC, HYDROLASE, DNA, TRANSFERASE, KINASE]
 
 
 def test_enzymes_have_one_class(metastudent):
-    found = labels_of(metastudent, terms="enzyme-class")
+    found = go_labels(metastudent, terms="enzyme-class")
     assert found.labels == {
         "P1": ("EC2-transferase",),
         "P2": ("EC3-hydrolase",),
@@ -110,40 +93,28 @@ def test_enzymes_have_one_class(metastudent):
         "several enzyme classes": 1,
         "none of the enzyme classes": 3,
     }
-    seven = labels_of(metastudent, terms="enzyme-class-7")
+    seven = go_labels(metastudent, terms="enzyme-class-7")
     assert seven.labels["P3"] == seven.labels["P8"] == ("not-an-enzyme",)
     # Catalytic activity of an unknown class is neither.
     assert "P7" not in seven.labels
-    assert len(ENZYME_CLASSES) == 6
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_the_table_is_what_probes_read(metastudent, tmp_path, inside):
-    folder = metastudent / "dataset_201401" if inside else metastudent
-    path = tmp_path / "new" / "labels.tsv"
-    written = write_go_labels(folder, path, "MFO", terms=f"{DNA}, {KINASE}")
-    read = read_labels(path)
-    assert read.labels == written.labels
-    assert read.names == {DNA: "DNA binding", KINASE: "kinase activity"}
-    assert read.groups == {}
 
 
 def test_bad_files_and_arguments_are_named(metastudent, tmp_path):
     for options, message in (
         ({"ontology": "XFO"}, "--ontology must be one of MFO, BPO, CCO"),
         ({"terms": "GO:9999999"}, "no protein has 'GO:9999999' in MFO"),
-        ({"terms": []}, "--terms is empty"),
+        ({"terms": f"{DNA},"}, "no protein has '' in MFO"),
         ({"terms": "enzyme-class", "ontology": "BPO"}, "needs --ontology MFO"),
         ({"min_count": 99}, "no GO term 2 or more steps"),
         ({"min_depth": 0}, "--min-depth must be"),
         ({"min_count": 1, "max_terms": 0}, "--max-terms must be"),
     ):
         with pytest.raises(UserError, match=message):
-            labels_of(metastudent, **options)
+            go_labels(metastudent, **options)
     with pytest.raises(UserError, match="holds no dataset_"):
-        write_go_labels(tmp_path, tmp_path / "x.tsv")
+        go_labels(tmp_path)
     with pytest.raises(UserError, match=r"goasp_annot\.dat does not exist"):
-        write_go_labels(metastudent, tmp_path / "x.tsv", "CCO")
+        go_labels(metastudent, "CCO")
     bad = tmp_path / "bad"
     for reader, text, message in (
         (read_go_annotations, "P1\tGO:0003677\nP2\n", r"bad:2: expected an accession .* 1 field"),
@@ -158,20 +129,25 @@ def test_bad_files_and_arguments_are_named(metastudent, tmp_path):
             reader(bad)
 
 
-def test_the_script_writes_the_table_and_prints_it(metastudent, tmp_path, capsys):
-    path = tmp_path / "labels.tsv"
-    main([str(metastudent), "--output", str(path), "--terms", "enzyme-class"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_table_is_what_probes_read(metastudent, tmp_path, capsys, inside):
+    folder = metastudent / "dataset_201401" if inside else metastudent
+    path = tmp_path / "new" / "labels.tsv"
+    main([str(folder), "--output", str(path), "--terms", f"{DNA}, {KINASE}"])
     out, err = capsys.readouterr()
-    written = path.read_bytes()
-    found = write_go_labels(metastudent, path, terms="enzyme-class")
-    assert path.read_bytes() == written
+    read = read_labels(path)
+    assert read.labels == go_labels(folder, terms=f"{DNA}, {KINASE}").labels
+    assert read.names == {DNA: "DNA binding", KINASE: "kinase activity"}
+    assert read.groups == {}
     assert out.splitlines() == [
-        *(f"{label}\t{label}\t{found.counts[label]}" for label in found.names),
-        f"{len(found.labels)} proteins in {path}",
-    ]
-    assert "1 proteins left out: several enzyme classes" in err
+        f"{DNA}\tDNA binding\t2", f"{KINASE}\tkinase activity\t1", f"7 proteins in {path}",
+    ]  # fmt: skip
+    assert err == "1 proteins left out: nothing known below the root\n"
+
+
+def test_the_script_refuses(metastudent, tmp_path):
     for output, ontology, words in (
-        (path, "XFO", "go_labels: --ontology must be one of"),
+        (tmp_path / "labels.tsv", "XFO", "go_labels: --ontology must be one of"),
         (tmp_path / "labels.csv", "MFO", r"must end with \.tsv"),
     ):
         with pytest.raises(SystemExit, match=words):
