@@ -10,9 +10,9 @@ from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from studies.families.__main__ import app
 from studies.families.experiments import REAL
 from studies.families.training import CONTESTANTS
-from studies.pages import Table
 from tests.cli import commands
 from tests.proteins.corpus.test_shards import write_corpus
+from tests.studies import study
 
 
 @pytest.fixture
@@ -40,18 +40,14 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr("studies.families.training.CONTESTANTS", contestants)
     # A process of its own is tests/benchmark/test_memory.py's.
     monkeypatch.setattr("studies.families.contexts.run_apart", lambda measure, threads: measure())
+    out = tmp_path / "out"
     arguments = [
-        "--corpus", corpus, "--included", corpus, "--output", tmp_path / "out",
-        "--relatives", "1,2", "--scored", 2,
+        "--corpus", corpus, "--included", corpus, "--relatives", "1,2", "--scored", 2,
         "--seeds", 2, "--copy-steps", 2, "--family-steps", 2, "--long-steps", 2,
-        "--row-tokens", 100, "--batch-tokens", 320,
-        "--hidden-size", 16, "--contexts", 512,
+        "--row-tokens", 100, "--batch-tokens", 320, "--hidden-size", 16, "--contexts", 512,
     ]  # fmt: skip
-    commands.run(*arguments, app=app)
-    file = tmp_path / "out" / "results.json"
-    content = json.loads(file.read_text())
+    content, _ = study.run(app, out, *arguments)
     assert set(content["tables"]) == {*("ceiling", "copying", "families", "included", "contexts")}
-    assert all(Table(**table).markdown() for table in content["tables"].values())
     parts = content["parts"]
     # A line is the mean of its seeds.
     found = [parts[f"copying, exact, seed {seed}"]["alone"]["accuracy"] for seed in (0, 1)]
@@ -73,17 +69,13 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     read = parts["contexts, exact, 512 tokens"]
     assert (read["tokens"], read["members"]) == (512, 2)
     assert min(read["cpu_seconds"], read["mebibytes"]) > 0
+    # Weights of copying are kept for a part that is missing.
     del parts["families, exact, seed 0"]
-    file.write_text(json.dumps(content))
-    assert "--resume" in commands.refusal(*arguments, app=app)
-    _, lines = commands.run(*arguments, "--resume", app=app)
-    assert "copying, exact, seed 0: 5 of 20, kept" in lines
-    assert "families, exact, seed 0" in json.loads(file.read_text())["parts"]
-    line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
-    assert "give another folder" in line
+    (out / "results.json").write_text(json.dumps(content))
+    assert "families, exact, seed 0" in study.run(app, out, *arguments, "--resume")[0]["parts"]
     # Parts of one corpus are not those of another.
     manifest = json.loads((corpus / "manifest.json").read_text())
     manifest["splits"]["ood"]["shards"][0]["sha256"] = "0"
     write_json(corpus / "manifest.json", manifest)
-    line = commands.refusal(*arguments, "--resume", app=app)
+    line = commands.refusal(*arguments, "--resume", "--output", out, app=app)
     assert "corpus was" in line

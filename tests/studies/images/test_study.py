@@ -14,8 +14,8 @@ from studies.images.codecs import CODECS, file_bits, unigram_bits
 from studies.images.completions import complete
 from studies.images.models import QUICK, Size, contestants, make_model
 from studies.images.training import score
-from studies.pages import Table
 from tests.cli import commands
+from tests.studies import study
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -138,13 +138,9 @@ def folder(tmp_path):
 
 def test_the_study(folder, tmp_path):
     out = tmp_path / "out"
-    arguments = [folder, "--output", out, "--quick"]
-    _, lines = commands.run(*arguments, app=app)
+    content, lines = study.run(app, out, folder, "--quick")
     assert "5 pictures of 6 files; skipped: not a picture 1" in lines
-    file = out / "results.json"
-    content = json.loads(file.read_text())
     assert set(content["tables"]) == {"contestants", "codecs", "completions"}
-    assert all(Table(**table).markdown() for table in content["tables"].values())
     assert len(content["tables"]["contestants"]["rows"]) == 8
     for name in contestants(SMALL):
         part = content["parts"][name]
@@ -156,39 +152,16 @@ def test_the_study(folder, tmp_path):
         assert sheet.size == (4 * 26, 26)
     # Models are those of their folders.
     assert PerformerForCausalLM.from_pretrained(out / "runs" / "7").config.axial_shape == [8, 8, 3]
-    assert "--resume" in commands.refusal(*arguments, app=app)
-    # A part that is missing is measured again, from a run that had ended; the others are kept.
+    # A part that is missing is measured again, from a run that had ended.
     exact = content["parts"].pop("exact")
-    file.write_text(json.dumps(content))
-    _, lines = commands.run(*arguments, "--resume", app=app)
-    assert "Reformer: 7 of 10, kept" in lines
-    again = json.loads(file.read_text())["parts"]["exact"]
+    (out / "results.json").write_text(json.dumps(content))
+    again = study.run(app, out, folder, "--quick", "--resume")[0]["parts"]["exact"]
     assert (again["steps"], again["bits"][0]) == (exact["steps"], exact["bits"][0])
     assert again["curve"] == exact["curve"]
-    _, lines = commands.run(*arguments, "--resume", "--seed", 1, code=2, app=app)
-    assert "give another folder" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("files", "words"),
-    [
-        ({}, "no picture that can be used: 0 pictures of 0 files"),
-        ({"a.jpg": b"", "b.txt": b"text"}, "empty file 1, not a picture 1"),
-        (None, "does not exist"),
-    ],
-    ids=["empty", "no picture", "missing"],
-)
-def test_folders_that_are_refused(tmp_path, files, words):
-    place = tmp_path / "photographs"
-    if files is not None:
-        place.mkdir()
-        for name, content in files.items():
-            (place / name).write_bytes(content)
-    assert words in commands.refusal(place, "--output", tmp_path / "out", app=app)
-    assert not (tmp_path / "out").exists()
 
 
 def test_too_few_photographs_are_refused(folder, tmp_path):
     line = commands.refusal(folder, "--output", tmp_path / "out", app=app)
     assert "no picture that can be used" in line
     assert "smaller than 96 pixels 5" in line
+    assert not (tmp_path / "out").exists()

@@ -11,10 +11,10 @@ from performers.convert.distillation.pretrained import load_model
 from studies.long_documents.__main__ import app
 from studies.long_documents.documents import read_documents, text_tokens
 from studies.long_documents.retrieval import difference, interpolate_positions_, ranks
-from studies.pages import Table
 from tests.benchmark.tiny_models import words
 from tests.cli import commands
 from tests.convert.sentence_models import POSITIONS, save_sentence_model
+from tests.studies import study
 
 
 @pytest.fixture
@@ -29,20 +29,18 @@ def folders(tmp_path):
 
 
 def test_the_study(folders, tmp_path):
+    out = tmp_path / "out"
     arguments = [
-        *folders, "--output", tmp_path / "out", "--lengths", "512,1024", "--exact-up-to", 512,
-        "--per-file", 2, "--passages", 2, "--passage-tokens", 16,
+        *folders, "--lengths", "512,1024", "--exact-up-to", 512, "--per-file", 2, "--passages", 2,
+        "--passage-tokens", 16,
     ]  # fmt: skip
-    commands.run(*arguments, app=app)
-    file = tmp_path / "out" / "results.json"
-    content = json.loads(file.read_text())
+    content, _ = study.run(app, out, *arguments)
     rows = content["tables"]["retrieval"]["rows"]
     assert [row[1] for row in rows] == [
         "first chunk", "mean of chunks", "nearest chunk", "original, positions repeated",
         "original, positions interpolated", "converted",
         "first chunk", "mean of chunks", "nearest chunk", "converted",
     ]  # fmt: skip
-    assert Table(**content["tables"]["retrieval"]).markdown()
     # One chunk is the whole document, which the original reads as it is.
     short = content["parts"]["512, chunks"]
     assert short["first chunk"]["ranks"] == short["mean of chunks"]["ranks"]
@@ -52,19 +50,21 @@ def test_the_study(folders, tmp_path):
     assert content["settings"]["files"] == ["0.txt", "1.txt"]
     # A part that was interrupted takes the embeddings it has.
     del content["parts"]["1024, converted"]
-    file.write_text(json.dumps(content))
-    kept = tmp_path / "out" / "embeddings" / "1024-converted.npz"
+    (out / "results.json").write_text(json.dumps(content))
+    kept = out / "embeddings" / "1024-converted.npz"
     stored = commands.arrays(kept)
     stored["seconds"][:] = 7.0
     np.savez(kept, **{name: x[:3] for name, x in stored.items()})
-    _, lines = commands.run(*arguments, "--resume", app=app)
+    content, lines = study.run(app, out, *arguments, "--resume")
     assert "1024 converted: 4 of 4 documents" in lines
     assert "1024 converted: 3 of 4 documents" not in lines
-    assert json.loads(file.read_text())["parts"]["1024, converted"]["converted"]["seconds"] == 7.0
-    line = commands.refusal(*arguments, "--resume", "--seed", 1, app=app)
-    assert "give another folder" in line
+    assert content["parts"]["1024, converted"]["converted"]["seconds"] == 7.0
+
+
+def test_what_is_refused(tmp_path):
+    arguments = [*("model", "converted", tmp_path), "--output", tmp_path / "out"]
     assert "multiples of 512" in commands.refusal(*arguments, "--lengths", "500", app=app)
-    assert "TEXTS" in commands.refusal(*arguments[:2], tmp_path / "out", *arguments[3:], app=app)
+    assert "TEXTS" in commands.refusal(*arguments, app=app)
 
 
 def test_passages_are_cut_out_of_documents(folders):

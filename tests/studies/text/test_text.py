@@ -11,8 +11,9 @@ from performers.streams.text import read_bytes
 from studies.text import contestants, redraw
 from studies.text.__main__ import app
 from studies.text.redraw import measure_draws
-from tests.cli.commands import refusal, run
+from tests.cli.commands import refusal
 from tests.streams.texts import write_texts
+from tests.studies import study
 
 ONLY = "softmax,softmax_short,memory,fixed,long_every_5"
 
@@ -40,14 +41,11 @@ def small(monkeypatch, tmp_path):
 
 def arguments(folder, *more):
     times = ("--seconds", "0.01", "--redraw-seconds", "0.01", "--contexts", "2")
-    unseen = ("--unseen", folder / "unseen", "--output", folder / "out")
-    return (folder / "novels", *unseen, *times, "--only", ONLY, *more)
+    return (folder / "novels", "--unseen", folder / "unseen", *times, "--only", *more)
 
 
 def test_the_study_runs_and_goes_on(small):
-    run(*arguments(small), app=app)
-    file = small / "out" / "results.json"
-    first = json.loads(file.read_text())
+    first, _ = study.run(app, small / "out", *arguments(small, ONLY))
     assert list(first["parts"]) == ONLY.split(",")
     assert first["parts"]["softmax"]["short_steps"] is None
     assert first["parts"]["softmax_short"]["short_steps"] >= 1
@@ -61,17 +59,16 @@ def test_the_study_runs_and_goes_on(small):
     assert first["tables"].keys() == {"bits", "places", "redraws", "variances"}
     stopped = dict(first["parts"])
     del stopped["long_every_5"]
-    file.write_text(json.dumps({**first, "parts": stopped}))
-    run(*arguments(small, "--resume"), app=app)
-    again = json.loads(file.read_text())
+    (small / "out" / "results.json").write_text(json.dumps({**first, "parts": stopped}))
+    again, _ = study.run(app, small / "out", *arguments(small, ONLY, "--resume"))
     assert again["parts"] == first["parts"], "the trained model is kept and read again"
 
 
 def test_what_cannot_be_compared_is_refused(small):
-    other = ("--only", "nobody")
-    assert "--only has no part 'nobody'" in refusal(*arguments(small)[:-1], *other[1:], app=app)
+    given = arguments(small, "nobody", "--output", small / "out")
+    assert "--only has no part 'nobody'" in refusal(*given, app=app)
     (small / "unseen" / "other.txt").rename(small / "unseen" / "text1.txt")
-    assert "--unseen has files of NOVELS, such as text1.txt" in refusal(*arguments(small), app=app)
+    assert "--unseen has files of NOVELS, such as text1.txt" in refusal(*given, app=app)
 
 
 def test_draws_are_measured_on_the_models_own_queries_and_keys(small, monkeypatch):
