@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from performers.benchmark.memory import peak_of, run_apart
+from performers.benchmark.memory import run_apart
 from performers.catalogue import CatalogueSampler, sampled_softmax_loss
 from studies.catalogue.negatives import full_loss
 from studies.catalogue.quality import chi_squared
 from studies.parts import Part
+from studies.training import cost
 
 KINDS = ("clusters", "random")
 
@@ -53,9 +53,8 @@ def measure_here(kind: str, count: int) -> Part:
     seconds, mebibytes = {}, {}
 
     def measure(name: str, call: Callable[[], object]) -> None:
-        start = time.process_time()
-        mebibytes[name] = peak_of(call).nbytes / _MEBIBYTE
-        seconds[name] = time.process_time() - start
+        seconds[name], nbytes = cost(call)
+        mebibytes[name] = nbytes / _MEBIBYTE
 
     def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> None:
         leaves = [x.detach().requires_grad_() for x in (query, items)]
@@ -79,9 +78,8 @@ def measure_here(kind: str, count: int) -> Part:
     new, every = items + 0.01, torch.arange(count)
     measure("update_ of all items", lambda: sampler[0].update_(every, new))
     measure("refresh_", lambda: sampler[0].refresh_(new))
-    number = torch.arange(count)
     value = chi_squared(
-        query[:64], new, 1.0, lambda x: sampler[0].log_prob(x, number.expand(len(x), -1))
+        query[:64], new, 1.0, lambda x: sampler[0].log_prob(x, every.expand(len(x), -1))
     )
     return {
         "seconds": seconds,

@@ -32,16 +32,11 @@ LogQ = Callable[[Tensor], Tensor]
 def read_dependencies(index: str) -> tuple[list[list[int]], int]:
     """Dependencies of the packages that have three or more, and the number of different ones."""
     packages = package_fields(index)
-    rows = [
-        kept
+    every = (
+        [x for x in dict.fromkeys(named_packages(fields)) if x in packages and x != package]
         for package, fields in packages.items()
-        if len(
-            kept := [
-                x for x in dict.fromkeys(named_packages(fields)) if x in packages and x != package
-            ]
-        )
-        >= _LEAST
-    ]
+    )
+    rows = [row for row in every if len(row) >= _LEAST]
     numbers = {name: i for i, name in enumerate(sorted({name for row in rows for name in row}))}
     return [[numbers[name] for name in row] for row in rows], len(numbers)
 

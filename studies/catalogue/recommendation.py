@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,12 +16,18 @@ from studies.catalogue.negatives import CatalogueLoss, FixedLoss, Loss, full_los
 from studies.parts import Part
 from studies.training import descend
 
-LOSSES = ("full softmax", "uniform", "popularity", "CatalogueSampler")
-
 _LENGTH = 50
 _BATCH = 64
 _WIDTH = 64
 _SAMPLES = 100
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Loss]] = {
+    "full softmax": lambda items, weight: full_loss,
+    "uniform": lambda items, weight: FixedLoss(torch.ones_like(weight), _SAMPLES),
+    "popularity": lambda items, weight: FixedLoss(weight, _SAMPLES),
+    "CatalogueSampler": lambda items, weight: CatalogueLoss(items, _SAMPLES),
+}
+"""Losses, with 100 draws for each query, as functions of the items and their popularity."""
 
 
 def read_sequences(path: str) -> tuple[list[list[int]], int]:
@@ -54,15 +61,6 @@ def read_sequences(path: str) -> tuple[list[list[int]], int]:
     return [row for row in rows.values() if len(row) > 2], len(numbers)
 
 
-def make_loss(name: str, items: Tensor, weight: Tensor) -> Loss:
-    """A loss with 100 draws for each query, by its name in `LOSSES`."""
-    if name == "full softmax":
-        return full_loss
-    if name == "CatalogueSampler":
-        return CatalogueLoss(items, _SAMPLES)
-    return FixedLoss(weight if name == "popularity" else torch.ones_like(weight), _SAMPLES)
-
-
 def train_and_rank(rows: list[list[int]], count: int, name: str, epochs: int, seed: int) -> Part:
     """Train on all films of a viewer but the last, and rank the last among all films.
 
@@ -74,7 +72,7 @@ def train_and_rank(rows: list[list[int]], count: int, name: str, epochs: int, se
     torch.manual_seed(seed)
     model = CausalPerformer(count, _WIDTH, 2, 2, _LENGTH, dropout=0.2)
     weight = torch.tensor([x for row in rows for x in row[:-1]]).bincount(minlength=count) + 1.0
-    loss_of = make_loss(name, model.items(), weight)
+    loss_of = LOSSES[name](model.items(), weight)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     start = time.process_time()
     for _ in range(epochs):

@@ -48,19 +48,17 @@ def _recommendation(group: Mapping[str, Part]) -> Table:
 
 def _words(group: Mapping[str, Part]) -> Table:
     full = group.get("full softmax")
-    rows = [
-        (
-            name,
-            f"{part['perplexity']:.1f}",
-            f"{part['perplexity'] / full['perplexity'] - 1:+.1%}" if full else "",
-            f"{1e3 * part['output_seconds']:.0f}",
-            f"{full['output_seconds'] / part['output_seconds']:.1f}" if full else "",
-            f"{1e3 * part['step_seconds']:.0f}",
-        )
+    return Table.of(
+        {
+            "loss": name,
+            "perplexity": f"{part['perplexity']:.1f}",
+            "to full": f"{part['perplexity'] / full['perplexity'] - 1:+.1%}" if full else "",
+            "output layer, ms": f"{1e3 * part['output_seconds']:.0f}",
+            "full / this": f"{full['output_seconds'] / part['output_seconds']:.1f}" if full else "",
+            "step, ms": f"{1e3 * part['step_seconds']:.0f}",
+        }
         for name, part in group.items()
-    ]
-    columns = ("loss", "perplexity", "to full", "output layer, ms", "full / this", "step, ms")
-    return Table(columns, rows)
+    )
 
 
 def _million(group: Mapping[str, Part]) -> Table:

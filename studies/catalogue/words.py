@@ -7,6 +7,7 @@ import re
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +19,18 @@ from studies.catalogue.models import CausalPerformer
 from studies.catalogue.negatives import CatalogueLoss, FixedLoss, Loss, full_loss
 from studies.parts import Part
 
-LOSSES = (
-    "full softmax",
-    "uniform, 2,000 shared",
-    "unigram, 2,000 shared",
-    "CatalogueSampler, 2,000 shared",
-    "CatalogueSampler, 20 a query",
-    "CatalogueSampler, 40 a query",
-)
+_fixed = partial(FixedLoss, num_samples=2000, shared=True)
+# Early in training items move fast, and old ones cost perplexity.
+_sampled = partial(CatalogueLoss, update_every=3, cut_every=60)
+LOSSES: dict[str, Callable[[Tensor, Tensor], Loss]] = {
+    "full softmax": lambda items, frequency: full_loss,
+    "uniform, 2,000 shared": lambda items, frequency: _fixed(torch.ones_like(frequency)),
+    "unigram, 2,000 shared": lambda items, frequency: _fixed(frequency),
+    "CatalogueSampler, 2,000 shared": lambda items, frequency: _sampled(items, 2000, shared=True),
+    "CatalogueSampler, 20 a query": lambda items, frequency: _sampled(items, 20),
+    "CatalogueSampler, 40 a query": lambda items, frequency: _sampled(items, 40),
+}
+"""Losses as functions of the items and their frequencies."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
 _LENGTH, _WIDTH, _BATCH = 64, 64, 8
@@ -73,19 +78,6 @@ def _texts(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"--texts {path} is no folder or archive of texts: {error}") from error
 
 
-def make_loss(name: str, items: Tensor, frequency: Tensor) -> Loss:
-    """A loss by its name in `LOSSES`."""
-    if name == "full softmax":
-        return full_loss
-    if name.startswith("CatalogueSampler"):
-        shared = name.endswith("shared")
-        count = 2000 if shared else int(name.split()[1])
-        # Early in training items move fast, and old ones cost perplexity.
-        return CatalogueLoss(items, count, shared=shared, update_every=3, cut_every=60)
-    weight = torch.ones_like(frequency) if name.startswith("uniform") else frequency
-    return FixedLoss(weight, 2000, shared=True)
-
-
 def train_words(texts: Callable[[], Words], name: str, steps: int) -> Part:
     """Train a model of two layers and measure its perplexity with the full softmax.
 
@@ -100,7 +92,7 @@ def train_words(texts: Callable[[], Words], name: str, steps: int) -> Part:
     frequency = words.training.bincount(minlength=words.classes) + 0.5
     bias = (frequency / frequency.sum()).log()
     model = CausalPerformer(words.classes, _WIDTH, 4, 2, _LENGTH, bias=bias)
-    loss_of = make_loss(name, model.items(), frequency)
+    loss_of = LOSSES[name](model.items(), frequency)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     output, start = 0.0, time.process_time()
     for _ in range(steps):
