@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from performers.benchmark.memory import peak_of, run_apart
+from performers.benchmark.memory import run_apart
 from performers.cli.console import note
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 from performers.proteins.scoring.batches import evaluation_mode
 from studies.families.scored import TOKENIZER
 from studies.families.training import CONTESTANTS, Shape, make_model
 from studies.parts import Part
+from studies.training import cost
 
 MEMBER = 256
 """Tokens of a member, its begin and end included."""
@@ -52,17 +52,6 @@ def read_row(name: str, shape: dict[str, Any], tokens: int, seed: int) -> tuple[
     ids = residues[drawn]
     ids[:, 0], ids[:, -1] = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
     positions = torch.arange(MEMBER).repeat(len(ids))[None]
-    seconds = []
-
-    def read() -> None:
-        started = time.process_time()
-        with evaluation_mode(model):
-            model(
-                ids.view(1, -1),
-                position_ids=positions,
-                attention_mask=torch.ones(1, ids.numel(), dtype=torch.int64),
-            )
-        seconds.append(time.process_time() - started)
-
-    peak = peak_of(read)
-    return seconds[0], peak.nbytes
+    mask = torch.ones(1, ids.numel(), dtype=torch.int64)
+    with evaluation_mode(model):
+        return cost(lambda: model(ids.view(1, -1), position_ids=positions, attention_mask=mask))

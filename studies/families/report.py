@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from studies.pages import Table
@@ -13,57 +14,53 @@ from studies.parts import Part, by_seed, section
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the parts that are done."""
     ceilings = section(parts, "ceiling")
-    made = {"ceiling": ceiling_table(ceilings)}
-    if copied := section(parts, "copying"):
-        made["copying"] = copying_table(copied)
-    if trained := section(parts, "families"):
-        made["families"] = families_table(trained, ceilings)
-    if scored := section(parts, "included"):
-        made["included"] = included_table(scored)
-    if read := section(parts, "contexts"):
-        made["contexts"] = contexts_table(read)
-    return made
+    made = {
+        "ceiling": _ceiling,
+        "copying": _copying,
+        "families": partial(_families, ceilings=ceilings),
+        "included": _included,
+        "contexts": _contexts,
+    }
+    return {name: make(group) for name, make in made.items() if (group := section(parts, name))}
 
 
-def ceiling_table(parts: Mapping[str, Part]) -> Table:
-    """A line for each set of proteins and number of relatives."""
-    columns = ("families", "relatives", "vote", "profile", "perplexity", "aligned", "residues")
-    rows = [
-        (
-            name,
-            relatives,
-            *(percent(found[key]) for key in ("vote", "accuracy")),
-            f"{found['perplexity']:.2f}",
-            percent(found["aligned"]),
-            f"{part['tokens']:,}",
-        )
+def _ceiling(parts: Mapping[str, Part]) -> Table:
+    rows = (
+        {
+            "families": name,
+            "relatives": relatives,
+            "vote": percent(found["vote"]),
+            "profile": percent(found["accuracy"]),
+            "perplexity": f"{found['perplexity']:.2f}",
+            "aligned": percent(found["aligned"]),
+            "residues": f"{part['tokens']:,}",
+        }
         for name, part in parts.items()
         for relatives, found in part["relatives"].items()
-    ]
-    return Table(columns, rows, names=2)
+    )
+    return Table.of(rows, names=2)
 
 
-def copying_table(parts: Mapping[str, Part]) -> Table:
-    """A line for each attention: accuracy by training step, and without the relative."""
+def _copying(parts: Mapping[str, Part]) -> Table:
+    """Accuracy of each attention by training step, and without the relative."""
     steps = list(dict.fromkeys(int(x["step"]) for part in parts.values() for x in part["curve"]))
     rows = []
     for name, starts in by_seed(parts).items():
         curves = [{int(x["step"]): x["accuracy"] for x in part["curve"]} for part in starts]
         seconds = statistics.mean(part["curve"][-1]["cpu_seconds"] for part in starts)
         rows.append(
-            (
-                name,
-                str(len(starts)),
-                *(spread([curve[step] for curve in curves if step in curve]) for step in steps),
-                spread([part["alone"]["accuracy"] for part in starts]),
-                f"{seconds:.0f}",
-            )
+            {
+                "attention": name,
+                "seeds": str(len(starts)),
+                **{f"step {x:,}": spread([y[x] for y in curves if x in y]) for x in steps},
+                "no relative": spread([part["alone"]["accuracy"] for part in starts]),
+                "CPU seconds": f"{seconds:.0f}",
+            }
         )
-    columns = (*("attention", "seeds"), *(f"step {step:,}" for step in steps))
-    return Table((*columns, "no relative", "CPU seconds"), rows)
+    return Table.of(rows)
 
 
-def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> Table:
+def _families(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> Table:
     """Accuracy and perplexity by number of relatives, beside the profile of the ceiling."""
     lines: list[tuple[str, str, Sequence[Mapping[str, Any]]]] = []
     for source in next(iter(parts.values()))["scores"]:
@@ -73,61 +70,52 @@ def families_table(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> T
             for name, starts in by_seed(parts).items()
         ]
     counts = list(dict.fromkeys(count for *_, found in lines for count in found[0]))
-    rows = [
-        (
-            *names,
-            str(len(starts)),
-            *(spread([found[count]["accuracy"] for found in starts]) for count in counts),
-            *(
-                f"{statistics.geometric_mean(found[count]['perplexity'] for found in starts):.1f}"
-                for count in counts
-            ),
+    rows = []
+    for source, name, starts in lines:
+        perplexities = {
+            x: statistics.geometric_mean(found[x]["perplexity"] for found in starts) for x in counts
+        }
+        rows.append(
+            {
+                "families": source,
+                "predicted by": name,
+                "seeds": str(len(starts)),
+                **{f"accuracy, {x}": spread([y[x]["accuracy"] for y in starts]) for x in counts},
+                **{f"perplexity, {count}": f"{x:.1f}" for count, x in perplexities.items()},
+            }
         )
-        for *names, starts in lines
-    ]
-    columns = (
-        *("families", "predicted by", "seeds"),
-        *(f"accuracy, {count}" for count in counts),
-        *(f"perplexity, {count}" for count in counts),
-    )
-    return Table(columns, rows, names=2)
+    return Table.of(rows, names=2)
 
 
-def included_table(parts: Mapping[str, Part]) -> Table:
-    """A line for each set of proteins and number of relatives: the model and the profile."""
-    columns = ("proteins", "families", "relatives", "model", "profile")
-    rows = [
-        (
-            f"{part['proteins']:,}",
-            f"{part['families']:,}",
-            relatives,
-            percent(found["accuracy"]),
-            percent(profile["accuracy"]),
-            f"{found['perplexity']:.2f}",
-            f"{profile['perplexity']:.2f}",
-            f"{part['tokens']:,}",
-        )
+def _included(parts: Mapping[str, Part]) -> Table:
+    """The model and the profile on each set of proteins, by number of relatives."""
+    return Table.of(
+        {
+            "proteins": f"{part['proteins']:,}",
+            "families": f"{part['families']:,}",
+            "relatives": relatives,
+            "model": percent(part["model"][relatives]["accuracy"]),
+            "profile": percent(profile["accuracy"]),
+            "model, perplexity": f"{part['model'][relatives]['perplexity']:.2f}",
+            "profile, perplexity": f"{profile['perplexity']:.2f}",
+            "residues": f"{part['tokens']:,}",
+        }
         for part in parts.values()
         for relatives, profile in part["relatives"].items()
-        for found in [part["model"][relatives]]
-    ]
-    return Table((*columns, "model, perplexity", "profile, perplexity", "residues"), rows)
+    )
 
 
-def contexts_table(parts: Mapping[str, Part]) -> Table:
-    """A line for each attention and length of a row."""
-    columns = ("attention", "tokens", "members", "CPU seconds", "MiB")
-    rows = [
-        (
-            part["attention"],
-            f"{part['tokens']:,}",
-            f"{part['members']:,}",
-            f"{part['cpu_seconds']:.1f}",
-            f"{part['mebibytes']:,.0f}",
-        )
+def _contexts(parts: Mapping[str, Part]) -> Table:
+    return Table.of(
+        {
+            "attention": part["attention"],
+            "tokens": f"{part['tokens']:,}",
+            "members": f"{part['members']:,}",
+            "CPU seconds": f"{part['cpu_seconds']:.1f}",
+            "MiB": f"{part['mebibytes']:,.0f}",
+        }
         for part in parts.values()
-    ]
-    return Table(columns, rows)
+    )
 
 
 def percent(value: Any) -> str:
