@@ -39,6 +39,7 @@ def images(options: ImagesOptions) -> None:
     """Train Performers, sparse patterns and exact attention on pixels; complete lower halves."""
     import torch
 
+    from performers.app.figures import save_figure
     from performers.app.files import prepare_output_folder
     from performers.cli.console import note
     from performers.streams.images import (
@@ -72,7 +73,7 @@ def images(options: ImagesOptions) -> None:
     parts[report.COMPLETIONS] = partial(complete_best, folders, tests, size, output)
     settings = {**asdict(size), "pictures": pictures.counts, "sha256": pictures.fingerprint()}
     done = run_parts(options, parts, partial(report.tables, size), settings=settings)
-    report.draw_curves(size, done, output / "curves.png")
+    save_figure(report.curves(size, done), output / "curves.png")
 
 
 if __name__ == "__main__":

@@ -50,49 +50,40 @@ def complete(model: PerformerForCausalLM, values: Tensor, given: int, *, seed: i
 def complete_best(
     folders: Mapping[str, Path], tests: CentreCrops, size: Size, output: Path
 ) -> Part:
-    """``draw_completions`` of the Performer with the fewest bits, in ``completions.png``."""
+    """Complete lower halves of test pictures, twice, by the Performer with the fewest bits.
+
+    Each line of ``completions.png`` has the original, its upper half, and the two completions.
+
+    Returns:
+        ``contestant``, ``values`` that were drawn for each, processor ``seconds`` for all,
+        ``cache_bytes`` of the state of one, and its ``exact_bytes``: those of the keys and values
+        of the whole row.
+    """
     parts = read_json(output / "results.json")["parts"]
     performers = [name for name in folders if name.startswith("Performer") and name in parts]
     common = min(len(parts[name]["bits"]) for name in performers)
     best = min(performers, key=lambda name: fmean(parts[name]["bits"][:common]))
     with quiet_transformers():
         model = PerformerForCausalLM.from_pretrained(folders[best])
-    part = draw_completions(
-        model, tests, size.completions, output / "completions.png", seed=size.seed
-    )
-    return {"contestant": best, **part}
-
-
-def draw_completions(
-    model: PerformerForCausalLM, tests: CentreCrops, count: int, file: Path, *, seed: int
-) -> Part:
-    """Complete the lower halves of the first test pictures, twice, and save them as a picture.
-
-    Each line has the original, its upper half, and the two completions.
-
-    Returns:
-        ``values`` that were drawn for each, processor ``seconds`` for all, ``cache_bytes`` of the
-        state of one, and its ``exact_bytes``: those of the keys and values of the whole row.
-    """
-    pictures = [tests.picture(index) for index in range(count)]
+    count = size.completions
     values = torch.stack([tests[index]["labels"] for index in range(count)])
     given = values.shape[1] // 2
     start = time.process_time()
-    rows = complete(model, values.repeat(_SAMPLES, 1), given, seed=seed)
+    rows = complete(model, values.repeat(_SAMPLES, 1), given, seed=size.seed)
     seconds = time.process_time() - start
-    size = tests.size
-    drawn = [row_picture(row, size) for row in rows]
+    drawn = [row_picture(row, tests.size) for row in rows]
     lines = []
-    for number, picture in enumerate(pictures):
+    for number in range(count):
+        picture = tests.picture(number)
         masked = picture.reshape(-1).copy()
         masked[given:] = 127
         lines.append([picture, masked.reshape(picture.shape), *drawn[number::count]])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    grid(lines).save(file)
+    grid(lines).save(output / "completions.png")
     with torch.no_grad():
         cache = model(values[:1, :given], use_cache=True).past_key_values
     config = model.config
     return {
+        "contestant": best,
         "pictures": count,
         "samples": _SAMPLES,
         "values": values.shape[1] - given,

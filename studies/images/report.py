@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import cycle
-from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, save_figure, styled
+from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, styled
 from studies.images.codecs import CODECS
 from studies.images.models import Size, contestants
 from studies.images.training import GROUP
@@ -31,21 +30,18 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
     if trained:
         common = min(len(part["bits"]) for part in trained.values())
         png = fmean(floors["PNG"][:common]) if floors else None
-        rows = [
-            (
-                name,
-                f"{part['steps']:,}",
-                f"{part['processor_seconds'] / part['steps']:.2f}",
-                f"{part['steps'] * size.length / 1e6:.2f}",
-                f"{fmean(part['bits'][:common]):.2f}",
-                f"{fmean(part['bits'][:common]) - png:+.2f}" if png else "",
-                f"{fmean(part['bits']):.2f} ({len(part['bits'])})",
-            )
+        made["contestants"] = Table.of(
+            {
+                "attention": name,
+                "steps": f"{part['steps']:,}",
+                "s a step": f"{part['processor_seconds'] / part['steps']:.2f}",
+                "million positions": f"{part['steps'] * size.length / 1e6:.2f}",
+                f"bits/dim, first {common}": f"{fmean(part['bits'][:common]):.2f}",
+                "to PNG": f"{fmean(part['bits'][:common]) - png:+.2f}" if png else "",
+                "bits/dim, all scored": f"{fmean(part['bits']):.2f} ({len(part['bits'])})",
+            }
             for name, part in trained.items()
-        ]
-        bits = (f"bits/dim, first {common}", "to PNG", "bits/dim, all scored")
-        columns = ("attention", "steps", "s a step", "million positions", *bits)
-        made["contestants"] = Table(columns, rows)
+        )
     if floors:
         files = [("unigram of the training pictures", f"{fmean(floors['unigram']):.2f}", "")]
         for codec in CODECS:
@@ -64,14 +60,8 @@ def tables(size: Size, parts: Mapping[str, Part]) -> dict[str, Table]:
             "state, KiB": f"{part['cache_bytes'] / 1024:,.0f}",
             "keys and values, KiB": f"{part['exact_bytes'] / 1024:,.0f}",
         }
-        made["completions"] = Table(tuple(cells), [tuple(cells.values())])
+        made["completions"] = Table.of([cells])
     return made
-
-
-def draw_curves(size: Size, parts: Mapping[str, Part], file: Path) -> None:
-    """Draw the curves of training into a file, if there are any."""
-    if any(name in parts for name in contestants(size)):
-        save_figure(curves(size, parts), file)
 
 
 @styled
@@ -84,8 +74,6 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
     axes = figure.add_subplot()
     entries = []
     for number, (name, colour) in enumerate(zip(contestants(size), cycle(PALETTE), strict=False)):
-        if name not in parts:
-            continue
         part = parts[name]
         seconds = GROUP * part["processor_seconds"] / part["steps"]
         bits = part["curve"]
@@ -99,11 +87,10 @@ def curves(size: Size, parts: Mapping[str, Part]) -> Figure:
             times, means, color=colour, marker=marker, markevery=0.15, linestyle=style
         )
         entries.append((name, line))
-    if FLOORS in parts:
-        for codec in ("unigram", *CODECS):
-            height = fmean(parts[FLOORS][codec])
-            axes.axhline(height, color=MUTED, linestyle="--", linewidth=0.8)
-            axes.text(size.seconds, height, codec, color=MUTED, ha="right", va="bottom")
+    for codec in ("unigram", *CODECS):
+        height = fmean(parts[FLOORS][codec])
+        axes.axhline(height, color=MUTED, linestyle="--", linewidth=0.8)
+        axes.text(size.seconds, height, codec, color=MUTED, ha="right", va="bottom")
     axes.set_xlabel("processor seconds of training")
     axes.set_ylabel("bits per dimension")
     add_legend(figure, entries, "outside lower center", 2)

@@ -38,14 +38,19 @@ class _PixelTrainer(RunTrainer):
         return BatchSampler(range(batches), 1, drop_last=False)
 
 
-def train(
-    options: dict[str, Any], size: Size, crops: RandomCrops, folder: Path, *, name: str
-) -> dict[str, Any]:
-    """Train a model in a folder, or continue the run in it.
+def train_and_score(
+    name: str,
+    options: dict[str, Any],
+    size: Size,
+    crops: RandomCrops,
+    tests: CentreCrops,
+    folder: Path,
+) -> Part:
+    """Train a contestant in a folder, or continue the run in it, and score it.
 
     Returns:
-        ``steps``, ``processor_seconds``, ``parameters``, and the ``curve``: bits per dimension of
-        ``GROUP`` training pictures each.
+        ``steps``, ``processor_seconds``, ``parameters``, the ``curve``: bits per dimension of
+        ``GROUP`` training pictures each, and ``bits`` of each test picture that it scored.
     """
     training = TrainingOptions(
         objective="clm",
@@ -85,8 +90,11 @@ def train(
     losses = [entry["loss"] / math.log(2) for entry in log if "loss" in entry]
     groups = range(0, len(losses) - GROUP + 1, GROUP)
     curve = [round(fmean(losses[start : start + GROUP]), 3) for start in groups]
+    with quiet_transformers():
+        model = PerformerForCausalLM.from_pretrained(folder)
     names = ("steps", "processor_seconds", "parameters")
-    return {**{key: result[key] for key in names}, "curve": curve}
+    bits = score(model, tests, size.score_seconds)
+    return {**{key: result[key] for key in names}, "curve": curve, "bits": bits}
 
 
 def _progress(name: str) -> Callable[[int, int, dict[str, float]], None]:
@@ -109,18 +117,3 @@ def score(model: PerformerForCausalLM, crops: CentreCrops, seconds: float) -> li
         row = {name: values[None] for name, values in crops[index].items()}
         bits.append(model(**row, use_cache=False).loss.item() / math.log(2))
     return bits
-
-
-def train_and_score(
-    name: str,
-    options: dict[str, Any],
-    size: Size,
-    crops: RandomCrops,
-    tests: CentreCrops,
-    folder: Path,
-) -> Part:
-    """Result of a contestant: that of ``train``, and ``bits`` of each test picture it scored."""
-    result = train(options, size, crops, folder, name=name)
-    with quiet_transformers():
-        model = PerformerForCausalLM.from_pretrained(folder)
-    return {**result, "bits": score(model, tests, size.score_seconds)}
