@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from studies.passages import text_windows
+
+if TYPE_CHECKING:
+    from studies.long_documents.__main__ import LongDocumentsOptions
 
 CHUNK = 512
 """Tokens of a chunk, the special ones at its ends included."""
@@ -37,25 +40,21 @@ def read_documents(
     tokenizer: Any,
     files: Sequence[Path],
     length: int,
-    *,
-    longest: int,
-    per_file: int,
-    passages: int,
-    passage_tokens: int,
-    seed: int,
+    options: LongDocumentsOptions,
 ) -> Documents:
     """Cut documents from the beginning of each file, and passages out of the documents.
 
-    Documents of all lengths up to ``longest`` begin at the same places. A document is divided into
+    Documents of all the options' lengths begin at the same places. A document is divided into
     as many parts as it has passages, and each passage comes from a random place of its part: the
     text around it stays, the passage does not.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    passages, passage_tokens = options.passages, options.passage_tokens
     cut = passages * passage_tokens
+    stride = text_tokens(options.lengths[-1]) + cut + _SPECIAL
     texts, queries = [], []
     for file in files:
-        stride = text_tokens(longest) + cut + _SPECIAL
-        for window in text_windows(tokenizer, file, stride, per_file):
+        for window in text_windows(tokenizer, file, stride, options.per_file):
             tokens = window[1 : 1 + text_tokens(length) + cut]
             part = len(tokens) // passages
             offsets = torch.randint(part - passage_tokens + 1, (passages,), generator=generator)

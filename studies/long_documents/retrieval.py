@@ -69,15 +69,9 @@ class Retrieval:
         model = load_performer(self.options.converted)
         return extend_positions_(model, self.options.lengths[-1])
 
-    def _documents(self, length: int) -> Documents:
-        names = ("per_file", "passages", "passage_tokens", "seed")
-        chosen = {name: getattr(self.options, name) for name in names}
-        longest = self.options.lengths[-1]
-        return read_documents(self.tokenizer, self.files, length, longest=longest, **chosen)
-
     def _chunks(self, length: int) -> Part:
         """Ranks by the first chunk, the mean of all and the nearest; the chunks are the same."""
-        documents = self._documents(length)
+        documents = read_documents(self.tokenizer, self.files, length, self.options)
         queries = self._queries(self.original, documents)
         chunks, seconds = self._embedded(
             f"{length} chunks", self.original, documents.texts, length // CHUNK
@@ -98,7 +92,7 @@ class Retrieval:
             extend_positions_(model, length)
         elif method == INTERPOLATED:
             interpolate_positions_(model, length)
-        documents = self._documents(length)
+        documents = read_documents(self.tokenizer, self.files, length, self.options)
         queries = self._queries(model, documents)
         found, seconds = self._embedded(f"{length} {method}", model, documents.texts, 1)
         return {method: self._result(queries @ found[:, 0].T, seconds[:, 0])}
@@ -112,11 +106,8 @@ class Retrieval:
 
         They are kept in a file after each document, from which an interrupted part goes on.
         """
-        file = (
-            self.options.output_folder
-            / "embeddings"
-            / f"{name.replace(',', '').replace(' ', '-')}.npz"
-        )
+        title = name.replace(",", "").replace(" ", "-")
+        file = self.options.output_folder / "embeddings" / f"{title}.npz"
         embeddings: list[Any] = []
         seconds: list[Any] = []
         if file.exists():

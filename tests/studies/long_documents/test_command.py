@@ -8,7 +8,7 @@ import torch
 
 from performers.convert import to_performer
 from performers.convert.distillation.pretrained import load_model
-from studies.long_documents.__main__ import app
+from studies.long_documents.__main__ import LongDocumentsOptions, app
 from studies.long_documents.documents import read_documents, text_tokens
 from studies.long_documents.retrieval import difference, interpolate_positions_, ranks
 from tests.benchmark.tiny_models import words
@@ -70,9 +70,12 @@ def test_what_is_refused(tmp_path):
 def test_passages_are_cut_out_of_documents(folders):
     tokenizer = load_model(folders[0]).tokenizer
     file = folders[2] / "0.txt"
-    options = {"longest": 1024, "per_file": 2, "passages": 3, "passage_tokens": 16, "seed": 0}
-    short = read_documents(tokenizer, [file], 512, **options)
-    long = read_documents(tokenizer, [file], 1024, **options)
+    model, converted, texts = map(str, folders)
+    options = LongDocumentsOptions(
+        model=model, converted=converted, texts=texts, output_folder=file.parent,
+        lengths=(512, 1024), per_file=2, passages=3, passage_tokens=16,
+    )  # fmt: skip
+    short, long = (read_documents(tokenizer, [file], x, options) for x in options.lengths)
     assert short.texts.shape == (2, text_tokens(512))
     assert short.passages.shape == (2, 3, 16)
     assert long.texts.shape == (2, 2 * 510)
