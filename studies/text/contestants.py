@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import studies.comparators  # noqa: F401  (registers attentions)
 from performers.cli.console import note
 from performers.models import PerformerForCausalLM
 from performers.streams.evaluation import PLACES, evaluate_texts
@@ -17,7 +18,6 @@ from performers.streams.subwords import byte_tokenizer
 from performers.streams.text import Texts, read_bytes
 from performers.streams.training import train_texts
 from performers.training.options import TrainingOptions
-from studies.comparators import COMPARATORS
 from studies.pages import ABSENT, Table
 from studies.parts import Measures, Part
 from studies.text.redraw import REDRAWS, Schedule, measure_draws, redraw_tables
@@ -79,8 +79,6 @@ class Contestant:
     short: bool = False
 
 
-# Registered by the import of the comparators.
-assert {"lsh", "sparse"} <= set(COMPARATORS)
 CONTESTANTS = (
     Contestant("softmax", "Performer-softmax, window 64", {"window": 64}),
     Contestant("exact", "exact", {"attention": "exact"}),
@@ -236,24 +234,21 @@ def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
         return found
     rows, by_place = [], []
     width = CONTEXT // PLACES
-    shown = [width * place for place in (0, 1, 2, 4, 8, 12, 15)]
     for part in done:
-        names = (part["title"], f"{part['length']:,}")
+        names = {"attention": part["title"], "segment": f"{part['length']:,}"}
         without, short = part.get("bits_per_byte_without_past"), part["short_steps"]
-        cells = (
-            ABSENT if short is None else f"{short:,}",
-            f"{part['steps']:,}",
-            f"{part['bits_per_byte']:.3f}",
-            f"{part['bits_per_byte'] - done[0]['bits_per_byte']:+.3f}",
-            ABSENT if without is None else f"{without:.3f}",
+        rows.append(
+            {
+                **names,
+                "short steps": ABSENT if short is None else f"{short:,}",
+                "steps": f"{part['steps']:,}",
+                "bits per byte": f"{part['bits_per_byte']:.3f}",
+                "to the best": f"{part['bits_per_byte'] - done[0]['bits_per_byte']:+.3f}",
+                "without past": ABSENT if without is None else f"{without:.3f}",
+            }
         )
-        rows.append((*names, *cells))
-        bits = {place["start"]: f"{place['bits_per_byte']:.3f}" for place in part["places"]}
         # Texts may end before.
-        by_place.append((*names, *(bits.get(start, ABSENT) for start in shown)))
-    names = ("attention", "segment")
-    columns = ("short steps", "steps", "bits per byte", "to the best", "without past")
-    found["bits"] = Table((*names, *columns), rows)
-    headings = (f"{start:,}–{start + width:,}" for start in shown)
-    found["places"] = Table((*names, *headings), by_place, names=2)
-    return found
+        bits = {place["start"]: f"{place['bits_per_byte']:.3f}" for place in part["places"]}
+        starts = [width * place for place in (0, 1, 2, 4, 8, 12, 15)]
+        by_place.append(names | {f"{x:,}–{x + width:,}": bits.get(x, ABSENT) for x in starts})
+    return found | {"bits": Table.of(rows), "places": Table.of(by_place, names=2)}

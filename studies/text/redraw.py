@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from performers.convert.families.base import pre_hooks
 from performers.features import redraw_features_
 from performers.features.theory import log_relative_variance
 from performers.models import PerformerForCausalLM
@@ -66,7 +67,7 @@ def _statistics(model: PerformerForCausalLM, tokens: Tensor) -> list[dict[str, f
     found: list[dict[str, float]] = []
     generator = torch.Generator().manual_seed(0)
 
-    def look(module: Any, inputs: tuple[Any, ...]) -> None:
+    def look(module: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         query, key = inputs[0][0], inputs[1][0]
         length = query.shape[-2]
         rows = torch.randint(length // 2, length, (_PAIRS,), generator=generator)
@@ -85,13 +86,8 @@ def _statistics(model: PerformerForCausalLM, tokens: Tensor) -> list[dict[str, f
             entry[f"log_variance_{name}"] = float(variance.median())
         found.append(entry)
 
-    kinds = [module for module in model.modules() if isinstance(module, FavorAttention)]
-    handles = [module.register_forward_pre_hook(look) for module in kinds]
-    try:
+    with pre_hooks({x: look for x in model.modules() if isinstance(x, FavorAttention)}):
         model.eval()(tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 
