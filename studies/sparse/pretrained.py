@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from performers.models.context import AttentionContext
 from performers.nn import Approximation
 from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
-from studies.accuracy.approximations import fitted_attention
 from studies.accuracy.capture import (
     HeadSample,
     capture_heads,
@@ -87,12 +86,12 @@ class Pretrained:
         if name in PATTERNS:
             return pattern_attention(name, self.size.length, self.size.keys)
         chosen = self.approximation(name, self.size.keys)
-        functions = {n: fitted_attention(fits, chosen, None) for n, fits in self._fits.items()}
-
-        def attend(layer: int, *tensors: Tensor, **options: Any) -> Tensor:
-            return functions[layer](layer, *tensors, **options)
-
-        return attend
+        return _attending(
+            {
+                layer: fits.attention(chosen, fits.samples.query.shape[1])
+                for layer, fits in self._fits.items()
+            }
+        )
 
     def measure(self, name: str) -> Part:
         """Cosine of final hidden states, and perplexities of a decoder (None for an encoder)."""
@@ -132,12 +131,15 @@ class Pretrained:
         estimator: Estimator = "positive" if name == SOFTMAX else "data_aware"
         window = None if name == SOFTMAX else self.approximation(name, self.size.keys).window
         chosen = Approximation(keys, estimator, window=window)
-        modules = [fits.attention(chosen, heads, draw) for draw in range(self.size.draws)]
+        return [
+            _attending({test.layer: fits.attention(chosen, heads, draw)})
+            for draw in range(self.size.draws)
+        ]
 
-        def called(module: nn.Module) -> Callable[..., Tensor]:
-            return lambda layer, *tensors, **options: module(*tensors, **options)[0]
 
-        return [called(module) for module in modules]
+def _attending(modules: Mapping[int, nn.Module]) -> Callable[..., Tensor]:
+    """Modules by layer as a function with the call of ``exact_attention``."""
+    return lambda layer, *tensors, **options: modules[layer](*tensors, **options)[0]
 
 
 def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor]:

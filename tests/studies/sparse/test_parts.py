@@ -15,7 +15,6 @@ from studies.sparse.attentions import (
     PATTERNS,
     PERFORMERS,
     STRIDED,
-    settings,
 )
 from studies.sparse.pretrained import Pretrained, PretrainedSize, pattern_attention
 from studies.sparse.reach import ReachSize, keys_per_query, measure_reach
@@ -124,4 +123,3 @@ def test_a_pattern_that_sees_all_is_the_models_own_attention(tmp_path):
     rest = {"scale": 0.3, "is_causal": True, "key_mask": sample.key_mask}
     out = pattern_attention(LOCAL, 48, 100)(0, *tensors, **rest)
     torch.testing.assert_close(out, exact_attention(0, *tensors, **rest))
-    assert settings(48, 8, is_causal=True)[LOCAL].options == {"window": 8}
