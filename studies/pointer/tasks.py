@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 EXACT_TOUR = 12
 """Most points of a tour that is found exactly."""
@@ -48,8 +49,7 @@ def score_sort(points: Tensor, answer: Tensor, right: Tensor) -> tuple[float, fl
 def hull(points: Tensor) -> Tensor:
     """Convex hulls counterclockwise from the leftmost point, then the end."""
     rows = [[*convex_hull(row), len(row)] for row in points.tolist()]
-    longest = max(map(len, rows))
-    return torch.tensor([row + [-100] * (longest - len(row)) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=-100)
 
 
 def convex_hull(points: list[Point]) -> list[int]:
@@ -83,11 +83,8 @@ def score_hull(points: Tensor, answer: Tensor, right: Tensor) -> tuple[float, fl
 
 
 def _area(polygon: list[Point]) -> float:
-    return 0.5 * sum(a[0] * b[1] - a[1] * b[0] for a, b in _sides(polygon))
-
-
-def _sides(polygon: list[Point]) -> list[tuple[Point, Point]]:
-    return list(zip(polygon, polygon[1:] + polygon[:1], strict=True))
+    sides = zip(polygon, polygon[1:] + polygon[:1], strict=True)
+    return 0.5 * sum(a[0] * b[1] - a[1] * b[0] for a, b in sides)
 
 
 def tour(points: Tensor) -> Tensor:
