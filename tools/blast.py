@@ -26,13 +26,10 @@ _TITLE_START = bytes.fromhex("30803080a0801a")
 
 
 def read_blast_database(prefix: Path) -> Iterator[tuple[str, str]]:
-    """Yield (title, sequence) of every record of a protein BLAST database.
+    """Title and sequence, in upper-case letters, of every record of a protein BLAST database.
 
     Args:
         prefix: Path without the ``.pin``, ``.phr`` and ``.psq`` endings.
-
-    Yields:
-        The title of the record and its sequence in upper-case letters, in the database's order.
 
     Raises:
         UserError: A file is missing or not laid out as version 4 says.

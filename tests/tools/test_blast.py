@@ -18,27 +18,24 @@ def test_records_come_back(tmp_path):
     assert list(read_blast_database(tmp_path / "db")) == RECORDS
 
 
-def test_missing_part(tmp_path):
-    write_blast(tmp_path / "db", RECORDS)
-    (tmp_path / "db.phr").unlink()
-    with pytest.raises(UserError, match=r"db\.phr is missing"):
-        list(read_blast_database(tmp_path / "db"))
-
-
-def test_other_version(tmp_path):
-    write_blast(tmp_path / "db", RECORDS)
-    index = (tmp_path / "db.pin").read_bytes()
-    (tmp_path / "db.pin").write_bytes(b"\0\0\0\5" + index[4:])
-    with pytest.raises(UserError, match="version 4"):
-        list(read_blast_database(tmp_path / "db"))
-
-
-@pytest.mark.parametrize(("end", "kept"), [(".pin", 60), (".psq", 10), (".phr", 10)])
-def test_cut_short(tmp_path, end, kept):
+@pytest.mark.parametrize(
+    ("end", "change", "words"),
+    [
+        (".phr", None, r"db\.phr is missing"),
+        (".pin", lambda content: b"\0\0\0\5" + content[4:], "version 4"),
+        (".pin", lambda content: content[:60], "cut short"),
+        (".psq", lambda content: content[:10], "cut short"),
+        (".phr", lambda content: content[:10], "cut short"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, end, change, words):
     write_blast(tmp_path / "db", RECORDS)
     file = tmp_path / f"db{end}"
-    file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(UserError, match="cut short"):
+    content = file.read_bytes()
+    file.unlink()
+    if change is not None:
+        file.write_bytes(change(content))
+    with pytest.raises(UserError, match=words):
         list(read_blast_database(tmp_path / "db"))
 
 
