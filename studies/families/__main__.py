@@ -53,8 +53,15 @@ def families(options: FamiliesOptions) -> None:
 
     from performers.proteins.corpus import Corpus
     from studies.families.ceiling import measure_ceiling
-    from studies.families.contexts import MOST_EXACT, contexts
-    from studies.families.experiments import REAL, copying, copying_scored, included, real_families
+    from studies.families.experiments import (
+        MOST_EXACT,
+        REAL,
+        contexts,
+        copying,
+        copying_scored,
+        included,
+        real_families,
+    )
     from studies.families.report import tables
     from studies.families.scored import corpus_split, draw_scored, embedded_families
     from studies.families.training import CONTESTANTS, Shape

@@ -25,19 +25,11 @@ _UNALIGNED = str.maketrans("UOJ", "XXX")
 
 Column = tuple[str, float]
 
-
-@cache
-def aligner() -> PairwiseAligner:
-    """Global alignments by BLOSUM62, gaps 11 + 1 a residue, none at the ends."""
-    made = PairwiseAligner(mode="global", substitution_matrix=_blosum())
-    made.open_gap_score, made.extend_gap_score = -11, -1
-    made.end_gap_score = 0
-    return made
-
-
-@cache
-def _blosum() -> Any:
-    return substitution_matrices.load("BLOSUM62")
+_BLOSUM: Any = substitution_matrices.load("BLOSUM62")
+# Gaps of 11 + 1 a residue, none at the ends.
+_ALIGNER = PairwiseAligner(mode="global", substitution_matrix=_BLOSUM)
+_ALIGNER.open_gap_score, _ALIGNER.extend_gap_score = -11, -1
+_ALIGNER.end_gap_score = 0
 
 
 def aligned_residues(protein: str, relative: str) -> tuple[dict[int, str], float]:
@@ -47,7 +39,7 @@ def aligned_residues(protein: str, relative: str) -> tuple[dict[int, str], float
     """
     found: dict[int, str] = {}
     letters = (text.translate(_UNALIGNED) for text in (protein, relative))
-    for own, other in zip(*aligner().align(*letters)[0].aligned, strict=True):
+    for own, other in zip(*_ALIGNER.align(*letters)[0].aligned, strict=True):
         found |= {int(own[0]) + n: relative[int(other[0]) + n] for n in range(own[1] - own[0])}
     seen = [protein[place] == letter for place, letter in found.items() if protein[place] != "X"]
     return found, sum(seen) / max(1, len(seen))
@@ -83,7 +75,7 @@ def profile(column: Sequence[Column], frequencies: npt.NDArray[Any]) -> npt.NDAr
 @cache
 def substitutions() -> npt.NDArray[Any]:
     """``P(a | b, a != b)`` of BLOSUM62 for uniform backgrounds, shape ``(20 b, 20 a)``."""
-    scores = np.array([[_blosum()[b][a] for a in AMINO_ACIDS] for b in AMINO_ACIDS])
+    scores = np.array([[_BLOSUM[b][a] for a in AMINO_ACIDS] for b in AMINO_ACIDS])
     # Scores are half-bits.
     odds = 2.0 ** (scores / 2) * (1 - np.eye(20))
     return np.asarray(odds / odds.sum(1, keepdims=True))

@@ -1,27 +1,37 @@
-"""The experiments with models: copying from a synthetic relative, and real families."""
+"""The experiments with models: copying from a relative, real families, time of one long row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from performers.app.files import replacement
+from performers.benchmark.memory import run_apart
 from performers.cli.console import note
 from performers.proteins.embedded import READS_RELATIVES, model_folder
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
 from performers.proteins.model_folder import load_model
+from performers.proteins.scoring.batches import evaluation_mode
 from studies.families.ceiling import measure_ceiling
-from studies.families.scored import Scored, draw_scored
+from studies.families.scored import TOKENIZER, Scored, draw_scored, selected
 from studies.families.synthetic import synthetic_families
 from studies.families.training import CONTESTANTS, Shape, make_model, score, train
 from studies.parts import Part
+from studies.training import cost
 
 REAL = ("features, window over positions", "exact", "features, listed keys")
 """Contestants that are trained on real families."""
+MEMBER = 256
+"""Tokens of a member, its begin and end included."""
+MOST_EXACT = 16384
+"""Most tokens of a row that exact attention reads, whose time grows with their square."""
 
 _LENGTH = 40
 # The families to score on are drawn with another seed than those to train on.
@@ -63,11 +73,7 @@ def training_rows(proteins: ProteinFamilies, max_length: int, seed: int) -> Fami
     names, counts = np.unique(np.array(proteins.names), return_counts=True)
     large = set(names[counts >= _LEAST_MEMBERS].tolist())
     kept = [index for index, name in enumerate(proteins.names) if name in large]
-    chosen = ProteinFamilies(
-        [np.array(proteins.tokens[index]) for index in kept],
-        [proteins.names[index] for index in kept],
-    )
-    return FamilyRows(chosen, max_length=max_length, seed=seed)
+    return FamilyRows(selected(proteins, kept), max_length=max_length, seed=seed)
 
 
 def real_families(
@@ -110,3 +116,37 @@ def included(scored: Scored, relatives: Sequence[int]) -> Part:
     scores = {str(k): score(model, CONTESTANTS["exact"], scored, k) for k in relatives}
     note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
     return {**measure_ceiling(scored, relatives), "model": scores}
+
+
+def contexts(name: str, shape: Shape, tokens: int, seed: int) -> Part:
+    """Read a row of random members of one length, in a process of its own, on one thread.
+
+    Returns:
+        ``tokens``, ``members``, ``cpu_seconds`` of one forward pass without gradients, and
+        ``mebibytes``, the rise of memory to its peak.
+    """
+    note(f"contexts: {name}, {tokens:,} tokens")
+    measure = partial(read_row, name=name, shape=asdict(shape), tokens=tokens, seed=seed)
+    seconds, nbytes = run_apart(measure, threads=1)
+    return {
+        "attention": name,
+        "tokens": tokens,
+        "members": tokens // MEMBER,
+        "cpu_seconds": seconds,
+        "mebibytes": nbytes / 2**20,
+    }
+
+
+def read_row(name: str, shape: dict[str, Any], tokens: int, seed: int) -> tuple[float, int]:
+    """Processor seconds of one forward pass, and the rise of memory in bytes."""
+    model = make_model(CONTESTANTS[name], Shape(**shape), seed)
+    residues = torch.from_numpy(residue_ids(TOKENIZER, AMINO_ACIDS))
+    drawn = torch.randint(
+        len(residues), (tokens // MEMBER, MEMBER), generator=torch.Generator().manual_seed(seed)
+    )
+    ids = residues[drawn]
+    ids[:, 0], ids[:, -1] = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+    positions = torch.arange(MEMBER).repeat(len(ids))[None]
+    mask = torch.ones(1, ids.numel(), dtype=torch.int64)
+    with evaluation_mode(model):
+        return cost(lambda: model(ids.view(1, -1), position_ids=positions, attention_mask=mask))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from studies.parts import Part, by_seed, section
 def tables(parts: Mapping[str, Part]) -> dict[str, Table]:
     """Tables of the parts that are done."""
     ceilings = section(parts, "ceiling")
-    made = {
+    made: dict[str, Callable[[Mapping[str, Part]], Table]] = {
         "ceiling": _ceiling,
         "copying": _copying,
         "families": partial(_families, ceilings=ceilings),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 
 from performers.proteins.corpus import Corpus
 from performers.proteins.embedded import embedded_fasta
@@ -56,12 +55,9 @@ class Scored:
         batch = self.collator()([self.rows(self.relatives)[index]])
         tokens, labels = batch["input_ids"][0], batch["labels"][0]
         starts = (tokens == TOKENIZER.bos_token_id).nonzero().flatten().tolist()
-        pieces = np.split(np.arange(len(tokens)), starts[1:])
-        texts = [
-            TOKENIZER.decode(tokens[torch.from_numpy(piece)][1:-1]).replace("<mask>", "X")
-            for piece in pieces
-        ]
-        own = labels[torch.from_numpy(pieces[-1])][1:-1]
+        pieces = tokens.tensor_split(starts[1:])
+        texts = [TOKENIZER.decode(piece[1:-1]).replace("<mask>", "X") for piece in pieces]
+        own = labels[starts[-1] + 1 : -1]
         places = (own != IGNORE_INDEX).nonzero().flatten().tolist()
         return texts[-2::-1], texts[-1], {p: TOKENIZER.decode(own[p : p + 1]) for p in places}
 
@@ -78,10 +74,7 @@ def draw_scored(
     """
     random = np.random.default_rng(seed)
     fits = [index for index, tokens in enumerate(proteins.tokens) if len(tokens) - 2 <= longest]
-    kept = ProteinFamilies(
-        [np.asarray(proteins.tokens[index]) for index in fits],
-        [proteins.names[index] for index in fits],
-    )
+    kept = selected(proteins, fits)
     members: dict[str, list[int]] = {}
     for index, name in enumerate(kept.names):
         members.setdefault(name, []).append(index)
@@ -92,7 +85,14 @@ def draw_scored(
     return Scored(kept, relatives, tuple(int(index) for index in turns[:count]), seed)
 
 
-@cache
+def selected(proteins: ProteinFamilies, indices: Sequence[int]) -> ProteinFamilies:
+    """Some of the proteins, in memory."""
+    return ProteinFamilies(
+        [np.array(proteins.tokens[index]) for index in indices],
+        [proteins.names[index] for index in indices],
+    )
+
+
 def embedded_families() -> ProteinFamilies:
     """The families of the package that nothing in it was trained on."""
     records = list(iter_fasta(embedded_fasta("ood")))

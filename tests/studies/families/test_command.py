@@ -39,7 +39,9 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     contestants = {name: CONTESTANTS[name] for name in REAL}
     monkeypatch.setattr("studies.families.training.CONTESTANTS", contestants)
     # A process of its own is tests/benchmark/test_memory.py's.
-    monkeypatch.setattr("studies.families.contexts.run_apart", lambda measure, threads: measure())
+    monkeypatch.setattr(
+        "studies.families.experiments.run_apart", lambda measure, threads: measure()
+    )
     out = tmp_path / "out"
     arguments = [
         "--corpus", corpus, "--included", corpus, "--relatives", "1,2", "--scored", 2,
