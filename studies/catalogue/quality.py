@@ -147,8 +147,7 @@ def _samplers(
             feature_sampler(items, x, estimator, 1024, generator())
             for x in (1.0, 2.0, 4.0, 6.0, 8.0, scale)
         ]
-        errors = [chi_squared(validation, items, scale, x).median() for x in found]
-        best = found[min(range(len(found)), key=errors.__getitem__)]
+        best = min(found, key=lambda x: chi_squared(validation, items, scale, x).median().item())
         yield f"RF-softmax, 1,024 {estimator} features", best
     yield "CatalogueSampler", two_level_sampler(items, scale, None, generator())
     if len(items) >= 64:
