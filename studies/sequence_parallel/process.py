@@ -10,7 +10,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 
 def trainer(file: Path, arguments: list[str]) -> None:
@@ -27,7 +26,7 @@ def trainer(file: Path, arguments: list[str]) -> None:
                 raise
 
     used = peak_of(run).nbytes
-    _write(file.with_suffix(f".{os.environ.get('RANK', '0')}"), used / 2**20)
+    file.with_suffix(f".{os.environ.get('RANK', '0')}").write_text(json.dumps(used / 2**20))
 
 
 def loop(file: Path, folder: str, length: str, steps: str) -> None:
@@ -39,11 +38,7 @@ def loop(file: Path, folder: str, length: str, steps: str) -> None:
     torch.set_num_threads(1)
     seen = train(Path(folder), int(length), int(steps))
     if seen is not None:
-        _write(file, seen)
-
-
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content))
+        file.write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -42,14 +42,12 @@ _MODEL = {
 
 def measures(options: SequenceParallelOptions) -> Measures:
     """The measurements by name; those of one process come first."""
-    folder = options.output_folder / "runs"
-    loop = partial(_loop, folder, options.steps)
+    folder, length = options.output_folder / "runs", options.length
+    kinds = (("loop", _loop, options.steps), ("trainer", _trainer, options.trainer_steps))
     return {
-        **{f"loop, {n}": partial(loop, n, options.length) for n in options.processes},
-        **{
-            f"trainer, {n}": partial(_trainer, folder, options.trainer_steps, n, options.length)
-            for n in options.processes
-        },
+        f"{name}, {n}": partial(run, folder, steps, n, length)
+        for name, run, steps in kinds
+        for n in options.processes
     }
 
 
