@@ -1,4 +1,4 @@
-"""A wheel of made-up molecules, as molsets has them."""
+"""A wheel of made-up molecules, as molsets has them, and an index of made-up packages."""
 
 import gzip
 import zipfile
@@ -13,6 +13,13 @@ def chains(rings):
         for tail in range(12)
         for end in "CNO"
     ]
+
+
+def index_of_packages(count):
+    return "\n\n".join(
+        f"Package: p{i}\nSection: {'libs' if i % 3 else 'doc'}\nDepends: p{i // 2}, p{3 * i}"
+        for i in range(count)
+    )
 
 
 @pytest.fixture

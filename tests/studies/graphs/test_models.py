@@ -28,6 +28,7 @@ from studies.graphs.models import (
     set_neighbours,
 )
 from studies.graphs.report import comparisons, scaling_verdicts, tables, verdict
+from tests.studies.graphs.conftest import index_of_packages
 
 INDEX = """Package: b
 Source: s (1.0)
@@ -72,6 +73,10 @@ def predictions(model, some):
         return model.eval()(Batch.from_data_list(some))
 
 
+def alone(model):
+    return torch.cat([predictions(model, [graph]) for graph in graphs()])
+
+
 def test_neighbours_are_rows_of_the_adjacency():
     edges = torch.tensor([[0, 0, 3, 1], [1, 1, 2, 3]])
     indptr, indices = neighbours_of(edges, 5)
@@ -99,9 +104,7 @@ def test_exact_on_the_edges_of_a_complete_graph_is_exact_attention():
 def test_batches_change_predictions_of_the_performer_of_pyg_alone(attention):
     torch.manual_seed(0)
     model = MoleculeModel(attention, 2, 4, 3)
-    some = graphs()
-    alone = torch.cat([predictions(model, [x]) for x in some])
-    change = (alone - predictions(model, some)).abs().max()
+    change = (alone(model) - predictions(model, graphs())).abs().max()
     assert change > 1e-3 if attention in (PYG, PYG_BIASED) else change < 1e-4
 
 
@@ -109,11 +112,8 @@ def test_batches_change_predictions_of_the_performer_of_pyg_alone(attention):
 def test_the_corrected_performer_is_that_of_pyg_without_padding(attention):
     torch.manual_seed(0)
     model = MoleculeModel(attention, 2, 4, 3)
-    for graph in graphs():
-        wanted = predictions(model, [graph])
-        torch.testing.assert_close(predictions(corrected(model), [graph]), wanted)
-    alone = torch.cat([predictions(model, [x]) for x in graphs()])
-    torch.testing.assert_close(predictions(corrected(model), graphs()), alone)
+    torch.testing.assert_close(alone(corrected(model)), alone(model))
+    torch.testing.assert_close(predictions(corrected(model), graphs()), alone(model))
 
 
 def test_models_are_of_one_size():
@@ -144,11 +144,7 @@ def test_packages(tmp_path):
 @pytest.mark.parametrize("name", NODE_MODELS)
 def test_models_of_packages_do_not_depend_on_their_order(name):
     torch.manual_seed(0)
-    index = "\n\n".join(
-        f"Package: p{i}\nSection: {'libs' if i % 2 else 'doc'}\nDepends: p{i // 2}, p{3 * i}"
-        for i in range(30)
-    )
-    packages = parse_packages(index)
+    packages = parse_packages(index_of_packages(30))
     order = torch.randperm(30)
     place = order.argsort()
     moved = packages._replace(
