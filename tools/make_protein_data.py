@@ -27,7 +27,7 @@ import io
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,10 @@ def distinct_sequences(source: Path) -> dict[str, str]:
     return dict(sorted((accession, sequence) for sequence, accession in first.items()))
 
 
-def fasta_text(names: Sequence[str], sequences: Sequence[str]) -> str:
-    """FASTA with lines of 60 residues."""
+def fasta_text(records: Iterable[tuple[str, str]]) -> str:
+    """FASTA of names and sequences, with lines of 60 residues."""
     lines = []
-    for name, sequence in zip(names, sequences, strict=True):
+    for name, sequence in records:
         lines.append(f">{name}")
         lines.extend(sequence[i : i + _LINE] for i in range(0, len(sequence), _LINE))
     return "\n".join(lines) + "\n"
@@ -108,7 +108,7 @@ def clustered(
         {representative: members}, and {member: identity to its representative, 0..1}, the
         latter 0 where mmseqs2 reports no direct alignment.
     """
-    (work / "all.fasta").write_text(fasta_text(list(sequences), list(sequences.values())))
+    (work / "all.fasta").write_text(fasta_text(sequences.items()))
     mmseqs.create_database("all.fasta", "all")
     clusters: dict[str, list[str]] = defaultdict(list)
     for representative, member in mmseqs.cluster("all", rule.identity, rule.coverage):
@@ -182,7 +182,7 @@ def related_to(
     family_of = {m: f.name for f in candidates for m in f.members}
     targets = [m for f in kept for m in f.members]
     for file, names in (("query.fasta", list(family_of)), ("target.fasta", targets)):
-        (work / file).write_text(fasta_text(names, [sequences[m] for m in names]))
+        (work / file).write_text(fasta_text((m, sequences[m]) for m in names))
     hits = mmseqs.search(
         "query.fasta", "target.fasta", sensitivity=7.5, max_evalue=rule.ood_hit_evalue
     )
@@ -265,8 +265,7 @@ def _write_split(
     output: Path, split: str, members: Sequence[tuple[str, str]], sequences: dict[str, str]
 ) -> dict[str, Any]:
     text = fasta_text(
-        [f"{accession} family={family}" for family, accession in members],
-        [sequences[accession] for _, accession in members],
+        (f"{accession} family={family}", sequences[accession]) for family, accession in members
     )
     path = output / f"{split}.fasta.gz"
     write_gzip(path, text)
