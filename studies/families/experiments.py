@@ -57,7 +57,8 @@ def copying(name: str, shape: Shape, scored: Scored, seed: int, folder: Path) ->
     families = -(-shape.steps * shape.batch_tokens // (4 * _LENGTH))
     drawn = synthetic_families(families, length=_LENGTH, seed=seed)
     rows = FamilyRows(drawn, max_length=8 * _LENGTH, seed=seed)
-    model, curve = train(CONTESTANTS[name], shape, rows, scored, 1, seed)
+    model = make_model(CONTESTANTS[name], shape, seed)
+    curve = train(model, CONTESTANTS[name], shape, rows, scored, 1, seed)
     folder.mkdir(parents=True, exist_ok=True)
     with replacement(_weights_file(folder, name, seed)) as file:
         torch.save(model.state_dict(), file)
@@ -99,7 +100,7 @@ def real_families(
     model.load_state_dict(torch.load(_weights_file(folder, name, seed), weights_only=True))
     rows = training_rows(proteins, max_length, seed)
     quick = replace(scored, indices=scored.indices[:30])
-    model, curve = train(contestant, shape, rows, quick, relatives[1], seed, model=model)
+    curve = train(model, contestant, shape, rows, quick, relatives[1], seed)
     scores = {str(k): score(model, contestant, scored, k) for k in relatives}
     note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
     return {"curve": curve, "scores": {"corpus": scores}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -27,30 +27,29 @@ _SCORED_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model's attention with its options, and other options of the configuration.
+    """A model's attention.
 
     Attributes:
+        config: Options of the configuration.
         restart: Positions restart in each member; otherwise they count through the row.
     """
 
-    attention: str = "exact"
-    options: dict[str, Any] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
     restart: bool = True
 
 
 def _features(keys: int = 0, *, learned: bool = False) -> Contestant:
     options = {"window": 8, "keys": keys, "lists": 16, "per_head": False, "learned": learned}
-    return Contestant("favor-listed", options)
+    return Contestant({"attention": "favor-listed", "attention_options": options})
 
 
 CONTESTANTS = {
-    "exact": Contestant(),
+    "exact": Contestant({"attention": "exact"}),
     "features": _features(),
     "features, window over positions": Contestant(
-        "favor-softmax", config={"window": 8, "position_window": 8}
+        {"attention": "favor-softmax", "window": 8, "position_window": 8}
     ),
-    "exact, positions of the row": Contestant(restart=False),
+    "exact, positions of the row": Contestant({"attention": "exact"}, restart=False),
     "learned features": _features(learned=True),
     "features, listed keys": _features(16),
 }
@@ -81,8 +80,6 @@ def make_model(contestant: Contestant, shape: Shape, seed: int) -> PerformerForM
         intermediate_size=4 * shape.hidden_size,
         hidden_dropout_prob=0.0,
         num_features=shape.num_features,
-        attention=contestant.attention,
-        attention_options=contestant.options,
         **contestant.config,
     )
     return PerformerForMaskedLM(config)
@@ -115,22 +112,20 @@ def score(
 
 
 def train(
+    model: PerformerForMaskedLM,
     contestant: Contestant,
     shape: Shape,
     rows: FamilyRows,
     scored: Scored,
     relatives: int,
     seed: int,
-    *,
-    model: PerformerForMaskedLM | None = None,
-) -> tuple[PerformerForMaskedLM, list[dict[str, float]]]:
-    """Train a new model or a given one with AdamW, one cycle of the learning rate.
+) -> list[dict[str, float]]:
+    """Train with AdamW, one cycle of the learning rate.
 
     Returns:
-        The model, and of each scoring ``step``, ``cpu_seconds`` of training, ``loss`` (mean since
-        the last), and the scores.
+        Of each scoring ``step``, ``cpu_seconds`` of training, ``loss`` (mean since the last), and
+        the scores.
     """
-    model = make_model(contestant, shape, seed) if model is None else model
     collator = MaskedCollator(TOKENIZER, seed=seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), shape.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
@@ -155,4 +150,4 @@ def train(
             found = score(model, contestant, scored, relatives)
             curve.append({"step": step, "cpu_seconds": seconds, "loss": mean, **found})
             note(f"  step {step}, {seconds:.0f} s: {found['accuracy']:.3f}")
-    return model, curve
+    return curve

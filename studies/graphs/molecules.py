@@ -40,14 +40,14 @@ class Molecules(NamedTuple):
     bonds: int
 
 
-def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecules:
+def read_molecules(wheel: Path, sizes: Sequence[int]) -> Molecules:
     """Draw molecules from the wheel of ``molsets`` (`chosen_smiles`) and make them graphs.
 
     Types are ``(element, charge, hydrogens)`` of atoms and orders of bonds.
     """
     from rdkit.Chem import MolFromSmiles
 
-    chosen = chosen_smiles(wheel, sizes, seed)
+    chosen = chosen_smiles(wheel, sizes)
     molecules = {name: [MolFromSmiles(x) for x in lines] for name, lines in chosen.items()}
     every = [x for group in molecules.values() for x in group]
     atoms = _numbers(_atom(atom) for x in every for atom in x.GetAtoms())
@@ -56,7 +56,7 @@ def read_molecules(wheel: Path, sizes: Sequence[int], seed: int = 0) -> Molecule
     return Molecules(**graphs, atoms=len(atoms), bonds=len(bonds))
 
 
-def chosen_smiles(wheel: Path, sizes: Sequence[int], seed: int = 0) -> dict[str, list[str]]:
+def chosen_smiles(wheel: Path, sizes: Sequence[int]) -> dict[str, list[str]]:
     """SMILES of ``train``, ``validation`` and ``test``.
 
     Raises:
@@ -64,7 +64,7 @@ def chosen_smiles(wheel: Path, sizes: Sequence[int], seed: int = 0) -> dict[str,
     """
     from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
-    source = random.Random(seed)
+    source = random.Random(0)
     pools = {name: _smiles(wheel, name) for name in ("train", "test_scaffolds")}
     for pool in pools.values():
         source.shuffle(pool)
