@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,31 +25,8 @@ BY_CONTENT = (ROUTING, REFORMER)
 ALL = (EXACT, *PERFORMERS, *PATTERNS[:3], *BY_CONTENT, *PATTERNS[3:])
 
 
-@dataclass(frozen=True)
-class Setting:
-    """An attention of `PerformerConfig`."""
-
-    attention: str
-    options: dict[str, Any] = field(default_factory=dict)
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def configure(self, **fields: Any) -> PerformerConfig:
-        """The configuration of a model; ``fields`` are the others."""
-        return PerformerConfig(
-            attention=self.attention, attention_options=self.options, **self.fields, **fields
-        )
-
-    def mechanism(
-        self, num_heads: int, head_dim: int, length: int, *, is_causal: bool, layer: int = 0
-    ) -> nn.Module:
-        """The mechanism of one layer, drawn from torch's default generator."""
-        config = self.configure(
-            hidden_size=num_heads * head_dim,
-            num_attention_heads=num_heads,
-            max_position_embeddings=length,
-            is_decoder=is_causal,
-        )
-        return build_mechanism(config, layer)
+Setting = dict[str, Any]
+"""Options of ``PerformerConfig``."""
 
 
 def settings(length: int, keys: int, *, is_causal: bool) -> dict[str, Setting]:
@@ -64,25 +40,45 @@ def settings(length: int, keys: int, *, is_causal: bool) -> dict[str, Setting]:
     # Blocks that BigBird's blocks see: own, neighbours, one global and one random.
     blocks = 4 if is_causal else 5
     summary = max(1, round(keys * keys / length))
-    features = {"num_features": max(keys // 2, 1)}
+    half = max(keys // 2, 1)
     return {
-        EXACT: Setting("exact"),
-        SOFTMAX: Setting("favor-softmax", fields={"num_features": keys}),
-        WINDOW: Setting("favor-softmax", fields={**features, "window": max(side // 2, 1)}),
-        RELU: Setting("favor-relu", fields={"num_features": keys}),
-        LISTED: Setting(
-            "favor-listed",
-            {"keys": max(keys // 2, 1), "refresh": max(length // 32, 16)},
-            features,
+        EXACT: {"attention": "exact"},
+        SOFTMAX: {"attention": "favor-softmax", "num_features": keys},
+        WINDOW: {
+            "attention": "favor-softmax",
+            "num_features": half,
+            "window": max(side // 2, 1),
+        },
+        RELU: {"attention": "favor-relu", "num_features": keys},
+        LISTED: {
+            "num_features": half,
+            **_registered("favor-listed", keys=half, refresh=max(length // 32, 16)),
+        },
+        STRIDED: _registered("sparse", stride=side),
+        FIXED: _registered("sparse", stride=keys, pattern="fixed", summary=summary),
+        LONGFORMER: _registered("longformer", window=max(side - 1, 1), global_tokens=1),
+        ROUTING: _registered("routing", clusters=-(-length // keys), window=side, decay=0.9),
+        REFORMER: _registered("lsh", chunk_size=max(side // 2, 1), rounds=2),
+        BIGBIRD: _registered(
+            "bigbird", block_size=max(keys // blocks, 1), global_blocks=1, random_blocks=1
         ),
-        STRIDED: Setting("sparse", {"stride": side}),
-        FIXED: Setting("sparse", {"stride": keys, "pattern": "fixed", "summary": summary}),
-        LONGFORMER: Setting("longformer", {"window": max(side - 1, 1), "global_tokens": 1}),
-        ROUTING: Setting("routing", {"clusters": -(-length // keys), "window": side, "decay": 0.9}),
-        REFORMER: Setting("lsh", {"chunk_size": max(side // 2, 1), "rounds": 2}),
-        BIGBIRD: Setting(
-            "bigbird",
-            {"block_size": max(keys // blocks, 1), "global_blocks": 1, "random_blocks": 1},
-        ),
-        LOCAL: Setting("local", {"window": side}),
+        LOCAL: _registered("local", window=side),
     }
+
+
+def _registered(attention: str, **options: Any) -> Setting:
+    return {"attention": attention, "attention_options": options}
+
+
+def mechanism(
+    setting: Setting, num_heads: int, head_dim: int, length: int, *, is_causal: bool, layer: int = 0
+) -> nn.Module:
+    """The mechanism of one layer, drawn from torch's default generator."""
+    config = PerformerConfig(
+        **setting,
+        hidden_size=num_heads * head_dim,
+        num_attention_heads=num_heads,
+        max_position_embeddings=length,
+        is_decoder=is_causal,
+    )
+    return build_mechanism(config, layer)

@@ -27,7 +27,7 @@ from studies.accuracy.capture import (
 )
 from studies.parts import Part
 from studies.passages import text_windows
-from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, settings
+from studies.sparse.attentions import LISTED, PATTERNS, SOFTMAX, WINDOW, mechanism, settings
 
 FITTED = "Performer, fitted features and window"
 ALL = (SOFTMAX, WINDOW, FITTED, LISTED, *PATTERNS)
@@ -151,7 +151,7 @@ def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor
         query, key, value = tensors
         heads, width = query.shape[1], query.shape[-1]
         setting = settings(length, keys, is_causal=is_causal)[name]
-        module = setting.mechanism(heads, width, length, is_causal=is_causal)
+        module = mechanism(setting, heads, width, length, is_causal=is_causal)
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
         context = AttentionContext(is_causal, key_mask=key_mask)
         out: Tensor = module(query * (scale * math.sqrt(width)), key, value, context, layer)[0]

@@ -8,7 +8,7 @@ import torch
 
 from performers.models.context import AttentionContext
 from studies.parts import Part
-from studies.sparse.attentions import BY_CONTENT, PERFORMERS, settings
+from studies.sparse.attentions import BY_CONTENT, PERFORMERS, mechanism, settings
 
 _HEADS, _HEAD_DIM = 2, 16
 _MOST_LAYERS = 512
@@ -60,13 +60,11 @@ def _layers(name: str, size: ReachSize, seed: int) -> tuple[int, int]:
         if share == 1:
             assert most is not None
             return layer, most
-        mechanism = setting.mechanism(
-            _HEADS, _HEAD_DIM, size.length, is_causal=True, layer=layer
-        ).eval()
+        attend = mechanism(setting, _HEADS, _HEAD_DIM, size.length, is_causal=True, layer=layer)
         query, key = torch.randn(2, 1, _HEADS, size.length, _HEAD_DIM)
         value = reached.float().expand(1, _HEADS, -1, -1).contiguous()
         key = query if name in BY_CONTENT else key
-        out = mechanism(query, key, value, context, layer)[0]
+        out = attend.eval()(query, key, value, context, layer)[0]
         reached = reached | (out[0] > 0).any(0)
     raise RuntimeError(f"{name} has not reached every token after {_MOST_LAYERS} layers")
 
@@ -76,13 +74,13 @@ def keys_per_query(name: str, length: int, keys: int, *, is_causal: bool) -> flo
     """Mean number of keys of a query; of features and exact keys together for Performers."""
     setting = settings(length, keys, is_causal=is_causal)[name]
     if name in PERFORMERS:
-        window = setting.fields.get("window")
+        window, options = setting.get("window"), setting.get("attention_options", {})
         exact = 0 if window is None else window + 1 if is_causal else 2 * window + 1
-        return float(setting.fields["num_features"] + exact + setting.options.get("keys", 0))
+        return float(setting["num_features"] + exact + options.get("keys", 0))
     torch.manual_seed(0)
-    mechanism = setting.mechanism(_HEADS, _HEAD_DIM, length, is_causal=is_causal).eval()
+    attend = mechanism(setting, _HEADS, _HEAD_DIM, length, is_causal=is_causal).eval()
     query, key, value = torch.randn(3, 1, _HEADS, length, _HEAD_DIM)
     key = query if name in BY_CONTENT else key
     context = AttentionContext(is_causal, need_weights=True)
-    weights = mechanism(query, key, value, context, 0)[1]
+    weights = attend(query, key, value, context, 0)[1]
     return float((weights > 0).sum(-1).double().mean())

@@ -15,10 +15,10 @@ import torch
 from performers import use_backend
 from performers.benchmark.timing import threads_of_torch
 from performers.cli.console import note
-from performers.models import PerformerForCausalLM
+from performers.models import PerformerConfig, PerformerForCausalLM
 from performers.models.context import AttentionContext
 from studies.parts import Part
-from studies.sparse.attentions import ALL, BY_CONTENT, EXACT, SOFTMAX, settings
+from studies.sparse.attentions import ALL, BY_CONTENT, EXACT, SOFTMAX, mechanism, settings
 from studies.training import cost
 
 PLAIN = "Performer, softmax, plain torch"
@@ -72,7 +72,7 @@ def measure_times(size: TimeSize) -> Part:
 def _attention(name: str, size: TimeSize) -> Callable[[bool], None]:
     torch.manual_seed(0)
     setting = settings(size.length, size.keys, is_causal=True)[SOFTMAX if name == PLAIN else name]
-    module = setting.mechanism(size.heads, size.head_dim, size.length, is_causal=True).train()
+    module = mechanism(setting, size.heads, size.head_dim, size.length, is_causal=True).train()
     query, key, value = torch.randn(3, 1, size.heads, size.length, size.head_dim)
     key = query if name in BY_CONTENT else key
     context = AttentionContext(is_causal=True)
@@ -112,7 +112,8 @@ def measure_step(name: str, size: TimeSize) -> Part:
 def _training_step(name: str, length: int) -> Callable[[], None]:
     """A step of a model of one layer on one row."""
     torch.manual_seed(0)
-    config = settings(length, math.isqrt(length), is_causal=True)[name].configure(
+    config = PerformerConfig(
+        **settings(length, math.isqrt(length), is_causal=True)[name],
         vocab_size=32,
         hidden_size=64,
         intermediate_size=128,

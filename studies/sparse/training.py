@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from performers.models import PerformerModel
+from performers.models import PerformerConfig, PerformerModel
 from studies.parts import Part
 from studies.sparse.attentions import settings
 from studies.sparse.tasks import IGNORED, TASKS, Task
@@ -42,7 +42,8 @@ class Solver(nn.Module):
 
     def __init__(self, name: str, depth: int, task: Task, size: TrainingSize) -> None:
         super().__init__()
-        config = settings(size.length, size.keys, is_causal=True)[name].configure(
+        config = PerformerConfig(
+            **settings(size.length, size.keys, is_causal=True)[name],
             vocab_size=1,
             pad_token_id=None,
             hidden_size=size.hidden,
