@@ -1,10 +1,10 @@
 """``python -m studies.catalogue``: its results on made-up data, and refusals."""
 
 import pytest
-import torch
 
 from studies.catalogue import million
 from studies.catalogue.__main__ import app
+from tests.benchmark.tiny_models import words
 from tests.cli import commands
 from tests.studies import study
 
@@ -13,29 +13,21 @@ from tests.studies import study
 def data(tmp_path, monkeypatch):
     """Options of a tiny package index, ratings and texts."""
     monkeypatch.setattr(million, "run_apart", lambda call, threads: call())
-    numbers = torch.Generator().manual_seed(0)
-
-    def some(most, size):
-        return torch.randint(most, (size,), generator=numbers).tolist()
-
-    index, ratings = tmp_path / "Packages", tmp_path / "ml-100k.inter"
-    index.write_text(
-        "\n\n".join(
-            f"Package: p{i}\nDepends: {', '.join(f'p{j} (>= 1)' for j in some(120, 6))}"
-            for i in range(120)
-        )
+    index, ratings, texts = (tmp_path / name for name in ("Packages", "ml-100k.inter", "texts"))
+    packages = (
+        f"Package: p{i}\nDepends: {', '.join(f'p{i * j % 120} (>= 1)' for j in range(2, 8))}"
+        for i in range(120)
     )
+    index.write_text("\n\n".join(packages))
     lines = [
-        f"{user}\t{item}\t3\t{place}"
+        f"{user}\t{(7 * user + place**2) % 30}\t3\t{place}"
         for user in range(9)
-        for place, item in enumerate(some(30, 12))
+        for place in range(12)
     ]
     ratings.write_text("\n".join(["user_id:token\titem_id:token\trating\ttimestamp", *lines]))
-    texts = tmp_path / "texts"
     texts.mkdir()
     for name in range(2):
-        words = " ".join("abcdefghij"[i] for i in some(10, 300))
-        (texts / f"{name}.txt").write_text(words)
+        (texts / f"{name}.txt").write_text(words(300, name))
     return ["--packages", index, "--ratings", ratings, "--texts", texts]
 
 
@@ -46,7 +38,7 @@ def test_the_study(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--sections", "words"], "--texts is needed for the section words"),
         (["--sections", "recommendation"], "--ratings is needed"),
@@ -56,5 +48,5 @@ def test_the_study(tmp_path, data):
         (["--sections", "quality", "--packages", "absent"], "give one with --packages"),
     ],
 )
-def test_what_is_missing_is_named(arguments, words, tmp_path):
-    assert words in commands.refusal(*arguments, "--output", tmp_path / "out", app=app)
+def test_what_is_missing_is_named(arguments, message, tmp_path):
+    assert message in commands.refusal(*arguments, "--output", tmp_path / "out", app=app)

@@ -3,24 +3,19 @@
 import pytest
 import torch
 
-from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import MaskedCollator
 from studies.families.scored import TOKENIZER
 from studies.families.synthetic import synthetic_families
-from studies.families.training import CONTESTANTS, Shape, make_model
+from studies.families.training import CONTESTANTS, Contestant, Shape, make_model
 
 ROWS = FamilyRows(synthetic_families(3, members=3, length=20), max_length=400)
+SHAPE = Shape(hidden_size=32, num_layers=1, num_features=16)
 
 
 def model(attention, **options):
-    torch.manual_seed(0)
-    config = PerformerConfig(
-        vocab_size=31, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-        intermediate_size=32, hidden_dropout_prob=0.0, num_features=16, initializer_range=0.3,
-        attention=attention, attention_options=options,
-    )  # fmt: skip
-    return PerformerForMaskedLM(config).eval()
+    config = {"attention": attention, "attention_options": options, "initializer_range": 0.3}
+    return make_model(Contestant(config), SHAPE, 0).eval()
 
 
 def batch(*indices):
@@ -43,5 +38,4 @@ def test_windows_that_cover_a_row_are_exact(keys):
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_contestants_are_registered(name):
-    shape = Shape(hidden_size=32, num_layers=1, num_features=16)
-    assert make_model(CONTESTANTS[name], shape, 0)(**batch(0, 1)).loss.isfinite()
+    assert make_model(CONTESTANTS[name], SHAPE, 0)(**batch(0, 1)).loss.isfinite()

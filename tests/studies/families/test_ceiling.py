@@ -1,12 +1,9 @@
 """Hidden residues from alignments: right where the answer is known."""
 
-import random
-
 import numpy as np
 import pytest
 
-from performers.proteins.inputs.families import ProteinFamilies
-from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from studies.families.ceiling import (
     aligned_residues,
     measure_ceiling,
@@ -14,24 +11,14 @@ from studies.families.ceiling import (
     substitutions,
     vote,
 )
-from studies.families.scored import TOKENIZER, draw_scored
+from studies.families.scored import draw_scored
+from studies.families.synthetic import synthetic_families
 
 UNIFORM = np.full(20, 0.05)
 
 
-def families(count=3, members=4, changed=0.0):
-    """Families of random ancestors whose members differ from them by substitutions."""
-    source = random.Random(1)
-    sequences, names = [], []
-    for family in range(count):
-        ancestor = source.choices(AMINO_ACIDS, k=80)
-        for _ in range(members):
-            letters = [
-                source.choice(AMINO_ACIDS) if source.random() < changed else x for x in ancestor
-            ]
-            sequences.append("".join(letters))
-            names.append(f"f{family}")
-    return ProteinFamilies(encode_sequences(TOKENIZER, sequences), names)
+def families(count=3, members=4, identity=1.0):
+    return synthetic_families(count, members=members, identity=identity, gaps=0.0)
 
 
 def test_an_alignment_finds_its_way_around_gaps():
@@ -65,8 +52,9 @@ def test_a_profile_is_a_distribution():
 
 
 def test_copies_give_all_residues_and_strangers_few():
-    part = measure_ceiling(draw_scored(families(), 6, 3, 100, 0), (0, 1, 3))
-    assert part["tokens"] == 6 * 12
+    scored = draw_scored(families(), 6, 3, 100, 0)
+    part = measure_ceiling(scored, (0, 1, 3))
+    assert part["tokens"] == sum(len(scored.letters(index)[2]) for index in scored.indices)
     assert part["relatives"]["1"]["accuracy"] == part["relatives"]["3"]["vote"] == 1
     assert part["relatives"]["3"]["perplexity"] < 1.1
     assert part["relatives"]["0"]["aligned"] == 0
@@ -78,7 +66,7 @@ def test_copies_give_all_residues_and_strangers_few():
 
 
 def test_more_relatives_help():
-    found = measure_ceiling(draw_scored(families(2, 12, 0.4), 20, 11, 100, 0), (1, 11))
+    found = measure_ceiling(draw_scored(families(2, 12, 0.36), 20, 11, 100, 0), (1, 11))
     one, many = (found["relatives"][k] for k in ("1", "11"))
     assert many["accuracy"] > one["accuracy"] + 0.1
     assert many["perplexity"] < one["perplexity"]
@@ -92,7 +80,7 @@ def test_what_is_scored():
     assert len(set(scored.indices)) == 6
     relatives, protein, hidden = scored.letters(scored.indices[0])
     assert len(relatives) == 4
-    assert protein.count("X") == len(hidden) == 12
+    assert protein.count("X") == len(hidden) == round(0.15 * len(protein))
     restored = "".join(hidden.get(place, letter) for place, letter in enumerate(protein))
     assert set(relatives) == {restored}
     with pytest.raises(ValueError, match="no family has more than 5 members"):
