@@ -17,19 +17,14 @@ from studies.training import look_back_
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers that the results depend on.
+    """Numbers that the results depend on: options of the command, and those of the model.
 
     Attributes:
         size: Rows and columns of a picture.
-        seconds: Processor seconds of training.
-        scored: Test pictures.
-        score_seconds: Processor seconds after which a model is scored on no further picture.
-        completions: Pictures that are completed; two samples each.
-        seed: Random seed of the split, crops, weights, features and samples.
         width: Width of the model, with its ``layers``, ``heads``, ``inner`` width of feed-forward
             blocks and random ``features`` a head.
         initial: Standard deviation of initial weights.
-        learning_rate: Peak learning rate, after ``warmup_steps``.
+        warmup_steps: Steps to the peak learning rate.
     """
 
     size: int = 64
