@@ -1,9 +1,29 @@
 """BigBird's block pattern (Zaheer et al. 2020, arXiv 2007.14062): local, global and random."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from studies.comparators.blocks import Comparator, SequenceRows, attend_allowed, split_blocks
+from performers.app.options import option
+from studies.comparators.blocks import (
+    AttentionOptions,
+    Comparator,
+    SequenceRows,
+    attend_allowed,
+    split_blocks,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BigBirdOptions(AttentionOptions):
+    """Options of ``bigbird``."""
+
+    block_size: int = option("Tokens in a block.", 64, at_least=1)
+    global_blocks: int = option(
+        "First blocks of a sequence that see all and that all see.", 2, at_least=0
+    )
+    random_blocks: int = option("Random blocks that each block sees.", 3, at_least=0)
 
 
 class BigBirdMechanism(Comparator):
@@ -16,25 +36,11 @@ class BigBirdMechanism(Comparator):
     tokens, and random blocks are then earlier ones.
     """
 
-    shown = ("block_size", "global_blocks", "random_blocks")
-
-    def __init__(self, block_size: int, global_blocks: int, random_blocks: int) -> None:
-        super().__init__()
-        self.block_size = block_size
-        self.global_blocks = global_blocks
-        self.random_blocks = random_blocks
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`."""
-        size, (_, heads, longest, _) = self.block_size, query.shape
-        chosen, valid = chosen_blocks(
-            -(-rows.lengths // size),
-            num_heads=heads,
-            num_global=self.global_blocks,
-            num_random=self.random_blocks,
-            is_causal=rows.is_causal,
-            layer=rows.layer,
-        )
+        options, (_, heads, longest, _) = self.options, query.shape
+        size = options.block_size
+        chosen, valid = _chosen_blocks(options, heads, rows)
         real = rows.real[:, None, :, None].expand(-1, heads, -1, -1)
         keys, values, allowed = (
             _take_blocks(split_blocks(x, size), chosen) for x in (key, value, real)
@@ -47,7 +53,7 @@ class BigBirdMechanism(Comparator):
             allowed = allowed & earlier
         blocks = (x.flatten(0, 1) for x in (split_blocks(query, size), keys, values, allowed))
         out = attend_allowed(*blocks).unflatten(0, (-1, heads)).flatten(2, 3)[:, :, :longest]
-        end = 0 if rows.is_causal else self.global_blocks * size
+        end = 0 if rows.is_causal else options.global_blocks * size
         first = attend_allowed(query[:, :, :end], key, value, rows.real[:, None, None])
         return torch.cat((first, out[:, :, end:]), dim=2)
 
@@ -60,26 +66,22 @@ def _take_blocks(blocks: Tensor, chosen: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chosen_blocks(
-    total: Tensor,
-    *,
-    num_heads: int,
-    num_global: int,
-    num_random: int,
-    is_causal: bool,
-    layer: int,
+def _chosen_blocks(
+    options: BigBirdOptions, num_heads: int, rows: SequenceRows
 ) -> tuple[Tensor, Tensor]:
     """The blocks that each block of a sequence sees: itself first, no block twice.
 
-    They are the block itself, the ones next to it, the first ``num_global`` of the sequence, and
-    ``num_random`` of the rest: one from each of as many equal parts. The causal form sees blocks
-    up to its own only. What is random is a function of layer, head, number of the block and, in the
-    bidirectional form, of blocks in the sequence: the same in every call.
+    They are the block itself, the ones next to it, the global ones, and random ones of the rest:
+    one from each of as many equal parts. The causal form sees blocks up to its own only. What is
+    random is a function of layer, head, number of the block and, in the bidirectional form, of
+    blocks in the sequence: the same in every call.
 
     Returns:
         Numbers of blocks, and which of these entries count, both ``(N, num_heads, T, K)``.
     """
-    device, count = total.device, total[:, None, None, None]
+    num_global, num_random = options.global_blocks, options.random_blocks
+    total = -(-rows.lengths // options.block_size)
+    device, count, is_causal = total.device, total[:, None, None, None], rows.is_causal
     index = torch.arange(int(total.max()), device=device)[:, None]
     entries = [(index, torch.ones_like(index, dtype=torch.bool))]
     for near in (index - 1,) if is_causal else (index - 1, index + 1):
@@ -96,7 +98,7 @@ def chosen_blocks(
         bounds = (before + behind) * part // num_random
         low, high = bounds[..., :-1], bounds[..., 1:]
         heads = torch.arange(num_heads, device=device)[:, None, None]
-        seed = _scramble((layer * num_heads + heads) * num_random + part[:-1] + 1)
+        seed = _scramble((rows.layer * num_heads + heads) * num_random + part[:-1] + 1)
         place = low + _scramble(_scramble(index) ^ seed) % (high - low).clamp_min(1)
         pick = torch.where(place < before, num_global + place, begin + place - before)
         entries.append((pick, high > low))

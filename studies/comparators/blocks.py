@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.app.options import Options
 from performers.attention.sharding import check_not_sharded
+from performers.models import PerformerConfig
 from performers.models.context import AttentionContext
 
 # The place of what fills up rows; its distance to any token is still an integer.
@@ -75,18 +80,40 @@ class SequenceRows:
         return out.index_copy(0, self._tokens, tokens).unflatten(0, self._shape).transpose(1, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(Options):
+    """Options of a mechanism, ``attention_options`` of a configuration."""
+
+    @classmethod
+    def flag(cls, name: str) -> str:
+        """The name itself: errors are those of the configuration."""
+        return name
+
+    def completed(self, longest: int) -> AttentionOptions:
+        """The options with numbers in the place of None, by the longest input.
+
+        Chosen when a mechanism is built: a choice that is kept in the configuration would stay when
+        the longest input changes.
+        """
+        return self
+
+
 class Comparator(nn.Module):
     """A mechanism that computes on sequences, one to a row; subclasses implement ``attend``.
 
-    Attributes:
-        shown: Names of the numbers that are printed.
+    Args:
+        options: Its options, completed.
+        config: Configuration of the model.
+        generator: Source of randomness; torch's default generator when None.
     """
 
-    shown: tuple[str, ...] = ()
+    def __init__(self, options: Any, config: PerformerConfig, generator: Any) -> None:
+        super().__init__()
+        self.options = options
 
     def extra_repr(self) -> str:
-        """The numbers, for printing."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.shown)
+        """The options, for printing."""
+        return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """Attention within each row.

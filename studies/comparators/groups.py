@@ -17,15 +17,13 @@ from studies.comparators.blocks import (
 class GroupedComparator(Comparator):
     """A mechanism that sorts tokens into groups; subclasses implement ``group``.
 
-    Args:
+    Attributes:
         num_groups: Groups in a round.
         reach: Tokens of a group that one sees to each side.
     """
 
-    def __init__(self, num_groups: int, reach: int) -> None:
-        super().__init__()
-        self.num_groups = num_groups
-        self.reach = reach
+    num_groups: int
+    reach: int
 
     def group(self, query: Tensor, rows: SequenceRows) -> Tensor:
         """The group of each token in each round.

@@ -1,10 +1,33 @@
 """Linformer (Wang et al. 2020, arXiv 2006.04768): keys and values projected along the sequence."""
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from studies.comparators.blocks import Comparator, SequenceRows
+from performers.app.options import option
+from performers.models import PerformerConfig
+from studies.comparators.blocks import AttentionOptions, Comparator, SequenceRows
+
+_RANK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinformerOptions(AttentionOptions):
+    """Options of ``linformer``."""
+
+    rank: int | None = option(
+        "Keys and values that a sequence is projected to; None is 256, or "
+        "max_position_embeddings where that is less.",
+        None,
+        at_least=1,
+    )
+
+    def completed(self, longest: int) -> AttentionOptions:
+        """See `AttentionOptions.completed`."""
+        return replace(self, rank=self.rank or min(_RANK, longest))
 
 
 class LinformerMechanism(Comparator):
@@ -17,10 +40,11 @@ class LinformerMechanism(Comparator):
     sum to one.
     """
 
-    def __init__(self, rank: int, max_length: int) -> None:
-        super().__init__()
-        self.key_projection = nn.Parameter(torch.empty(rank, max_length))
-        self.value_projection = nn.Parameter(torch.empty(rank, max_length))
+    def __init__(self, options: Any, config: PerformerConfig, generator: Any) -> None:
+        super().__init__(options, config, generator)
+        shape = (options.rank, config.max_position_embeddings)
+        self.key_projection = nn.Parameter(torch.empty(shape))
+        self.value_projection = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
 
     @torch.no_grad()

@@ -1,16 +1,20 @@
 """Reformer's attention by locality-sensitive hashing (Kitaev et al. 2020, arXiv 2001.04451)."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.app.options import OptionError, option
 from performers.features import FeatureMap
-from performers.features.form import FeatureForm
 from performers.features.precision import without_autocast
-from studies.comparators.blocks import SequenceRows
+from performers.models import PerformerConfig
+from studies.comparators.blocks import AttentionOptions, SequenceRows
 from studies.comparators.groups import GroupedComparator, Sorted
 
 # More columns than this and the hash is split into two, of which a bucket is a pair.
@@ -24,15 +28,42 @@ _LEAST_NORM = 1e-2
 _OWN_SCORE = -1e30
 
 
+@dataclass(frozen=True, kw_only=True)
+class LshOptions(AttentionOptions):
+    """Options of ``lsh``."""
+
+    buckets: int | None = option(
+        "Buckets, even or 1; None is the least power of two with chunk_size tokens a bucket or "
+        "fewer at max_position_embeddings. The number does not depend on the input, so that a "
+        "token sees the same however long the row becomes.",
+        None,
+        at_least=1,
+    )
+    chunk_size: int = option(
+        "Tokens seen to each side, among those of a token's bucket.", 64, at_least=1
+    )
+    rounds: int = option("Hashes, the union of whose buckets is attended to.", 4, at_least=1)
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if self.buckets is not None and self.buckets > 1 and self.buckets % 2:
+            raise OptionError(f"buckets must be even, or 1, got {self.buckets}")
+
+    def completed(self, longest: int) -> AttentionOptions:
+        """See `AttentionOptions.completed`."""
+        chunks = -(-longest // self.chunk_size)
+        return replace(self, buckets=self.buckets or 2 ** max(1, (chunks - 1).bit_length()))
+
+
 class HashFeatures(FeatureMap):
-    """Random features of the kernel "these two vectors fall into one bucket".
+    """Buckets of vectors, by random projections.
 
     Round ``r`` puts ``x`` into the bucket ``argmax([R_r x; -R_r x])``. The ``buckets / 2`` rows of
     ``R_r`` have independent directions and one length: longer ones would win more often. Many
     buckets are pairs of fewer: the bucket's number is then ``h_1(x) n_2 + h_2(x)`` with ``n_1 n_2``
-    buckets, and hashing costs ``O(sqrt(buckets))`` a vector. ``phi(x)`` is one-hot in each round,
-    over ``sqrt(rounds)``: its inner product is the share of rounds in which two vectors meet.
-    Drawn, saved and redrawn as all feature maps are.
+    buckets, and hashing costs ``O(sqrt(buckets))`` a vector. A feature map without features, which
+    is drawn, saved and redrawn as all are.
 
     Args:
         head_dim: Length of a vector.
@@ -63,10 +94,6 @@ class HashFeatures(FeatureMap):
             generator=generator,
         )
 
-    def form(self) -> FeatureForm:
-        """Not available: buckets are compared, not multiplied."""
-        raise TypeError("hash features have no form that an attention backend could evaluate")
-
     @torch.no_grad()
     def hash(self, x: Tensor) -> Tensor:
         """The bucket of each vector in each round.
@@ -92,31 +119,6 @@ class HashFeatures(FeatureMap):
         ):
             bucket = bucket * factor + torch.cat((part, -part), dim=-1).argmax(-1)
         return bucket.transpose(-1, -2)
-
-    def forward(self, x: Any = None, scale: float | None = None, *, is_query: bool = False) -> Any:
-        """``phi(x)``, which no scale changes.
-
-        Args:
-            x: Shape ``(..., num_heads, L, head_dim)``; None for the form.
-            scale: Not used.
-            is_query: Not used.
-
-        Returns:
-            Shape ``(..., num_heads, L, rounds * buckets)``.
-        """
-        del scale, is_query
-        if x is None:
-            return self.form()
-        one_hot = torch.nn.functional.one_hot(self.hash(x).transpose(-1, -2), self.buckets)
-        return one_hot.flatten(-2).to(x.dtype) / math.sqrt(self.rounds)
-
-    def estimate_kernel(self, query: Tensor, key: Tensor, scale: float | None = None) -> Tensor:
-        """The share of rounds in which each query meets each key, ``(..., L, S)``."""
-        return self(query) @ self(key).transpose(-1, -2)
-
-    def extra_repr(self) -> str:
-        """The arguments, for printing."""
-        return f"head_dim={self.head_dim}, buckets={self.buckets}, rounds={self.rounds}"
 
 
 def _factors(buckets: int) -> tuple[int, ...]:
@@ -151,9 +153,16 @@ class LshMechanism(GroupedComparator):
     between, evaluation included.
     """
 
-    def __init__(self, feature_map: HashFeatures, chunk_size: int) -> None:
-        super().__init__(feature_map.buckets, chunk_size)
-        self.feature_map = feature_map
+    def __init__(self, options: Any, config: PerformerConfig, generator: Any) -> None:
+        super().__init__(options, config, generator)
+        self.num_groups, self.reach = options.buckets, options.chunk_size
+        self.feature_map = HashFeatures(
+            config.head_dim,
+            options.buckets,
+            options.rounds,
+            num_heads=config.projected_heads,
+            generator=generator,
+        )
 
     def group(self, query: Tensor, rows: SequenceRows) -> Tensor:
         """The bucket of each token in each round."""

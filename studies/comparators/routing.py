@@ -1,12 +1,39 @@
 """The Routing Transformer's attention by k-means (Roy et al. 2021, arXiv 2003.05997)."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from performers.app.options import option
 from performers.features.precision import without_autocast
-from studies.comparators.blocks import SequenceRows, attend_allowed
+from performers.models import PerformerConfig
+from studies.comparators.blocks import AttentionOptions, SequenceRows, attend_allowed
 from studies.comparators.groups import GroupedComparator
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingOptions(AttentionOptions):
+    """Options of ``routing``."""
+
+    clusters: int | None = option(
+        "Centroids of a head; None is the square root of max_position_embeddings, rounded up.",
+        None,
+        at_least=1,
+    )
+    window: int = option("Tokens of a cluster seen to each side.", 128, at_least=1)
+    decay: float = option(
+        "What is left of a centroid after a step of training.", 0.999, at_least=0, at_most=1
+    )
+
+    def completed(self, longest: int) -> AttentionOptions:
+        """See `AttentionOptions.completed`."""
+        return replace(self, clusters=self.clusters or math.isqrt(longest - 1) + 1)
 
 
 class RoutingMechanism(GroupedComparator):
@@ -25,20 +52,10 @@ class RoutingMechanism(GroupedComparator):
     ``O(L * (clusters + window))``.
     """
 
-    shown = ("num_groups", "reach", "decay")
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        clusters: int,
-        window: int,
-        decay: float,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(clusters, window)
-        self.decay = decay
-        shape = (num_heads, clusters, head_dim)
+    def __init__(self, options: Any, config: PerformerConfig, generator: Any) -> None:
+        super().__init__(options, config, generator)
+        self.num_groups, self.reach = options.clusters, options.window
+        shape = (config.num_attention_heads, options.clusters, config.head_dim)
         self.centroids = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.reset_parameters(generator)
 
@@ -65,7 +82,8 @@ class RoutingMechanism(GroupedComparator):
         members = F.one_hot(cluster, self.num_groups).to(directions.dtype)
         members = members * rows.real[:, None, :, None]
         mean = F.normalize(torch.einsum("nhlc,nhld->hcd", members, directions), dim=-1)
-        moved = F.normalize(self.decay * centroids + (1 - self.decay) * mean, dim=-1)
+        decay = self.options.decay
+        moved = F.normalize(decay * centroids + (1 - decay) * mean, dim=-1)
         self.centroids.copy_(moved)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:

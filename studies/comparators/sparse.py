@@ -1,12 +1,18 @@
 """The factorised patterns of the Sparse Transformer (Child et al. 2019, arXiv 1904.10509)."""
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from performers.app.options import OptionError, option
 from studies.comparators.blocks import (
+    AttentionOptions,
     Comparator,
     SequenceRows,
     attend_allowed,
@@ -18,6 +24,35 @@ from studies.comparators.blocks import (
 
 Pattern = Literal["strided", "fixed"]
 PATTERNS: tuple[str, ...] = get_args(Pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOptions(AttentionOptions):
+    """Options of ``sparse``."""
+
+    stride: int | None = option(
+        "Tokens of a block, and of the window; None is the square root of "
+        "max_position_embeddings, rounded up, or summary where that is more.",
+        None,
+        at_least=1,
+    )
+    pattern: Pattern = option("strided or fixed.", "strided", choices=PATTERNS)
+    summary: int = option(
+        "Last tokens of each block that the fixed pattern shows to all.", 8, at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if self.pattern == "fixed" and self.stride is not None and self.summary > self.stride:
+            raise OptionError(
+                f"summary must be at most the stride, {self.stride}, got {self.summary}"
+            )
+
+    def completed(self, longest: int) -> AttentionOptions:
+        """See `AttentionOptions.completed`."""
+        root = math.isqrt(longest - 1) + 1
+        return replace(self, stride=self.stride or max(root, self.summary))
 
 
 class SparseMechanism(Comparator):
@@ -37,17 +72,9 @@ class SparseMechanism(Comparator):
     of each sequence, masked ones left out.
     """
 
-    shown = ("stride", "pattern", "summary")
-
-    def __init__(self, stride: int, pattern: str, summary: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.pattern = pattern
-        self.summary = summary
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`."""
-        strided = self.pattern == "strided"
+        strided = self.options.pattern == "strided"
         halves = (self._near, self._columns) if strided else (self._block, self._summaries)
         first, count = rows.layer % 2, -(-query.shape[1] // 2)
         queries, keys, values = (x.split(count, dim=1) for x in (query, key, value))
@@ -55,23 +82,24 @@ class SparseMechanism(Comparator):
         return torch.cat([halves[(first + n) % 2](q, k, v, rows) for n, (q, k, v) in parts], dim=1)
 
     def _near(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
-        return attend_window(query, key, value, rows.ranks, self.stride, is_causal=rows.is_causal)
+        stride = self.options.stride
+        return attend_window(query, key, value, rows.ranks, stride, is_causal=rows.is_causal)
 
     def _columns(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
-        real = take_columns(rows.real[:, None, :, None], self.stride)
-        queries, keys, values = (take_columns(x, self.stride) for x in (query, key, value))
+        real = take_columns(rows.real[:, None, :, None], self.options.stride)
+        queries, keys, values = (take_columns(x, self.options.stride) for x in (query, key, value))
         out = _attend_real(queries, keys, values, real, rows)
-        return join_columns(out, self.stride, query.shape[2])
+        return join_columns(out, self.options.stride, query.shape[2])
 
     def _block(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
-        real = _blocks(rows.real[:, None, :, None], self.stride)
-        queries, keys, values = (_blocks(x, self.stride) for x in (query, key, value))
+        real = _blocks(rows.real[:, None, :, None], self.options.stride)
+        queries, keys, values = (_blocks(x, self.options.stride) for x in (query, key, value))
         out = _attend_real(queries, keys, values, real, rows).unflatten(0, (len(query), -1))
         return out.transpose(1, 2).flatten(2, 3)[:, :, : query.shape[2]]
 
     def _summaries(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         keys, values, real, ranks = (
-            split_blocks(x, self.stride)[..., -self.summary :, :].flatten(-3, -2)
+            split_blocks(x, self.options.stride)[..., -self.options.summary :, :].flatten(-3, -2)
             for x in (key, value, rows.real.unsqueeze(-1), rows.ranks.unsqueeze(-1))
         )
         allowed = real.mT[:, None]

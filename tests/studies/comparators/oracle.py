@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
+from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from studies.comparators import COMPARATORS
 from tests.models import cases
@@ -36,35 +37,41 @@ def make_model(attention, is_causal=False, *, options=None, seed=0, **rest):
     return kind(make_config(attention, options, **rest)).double().eval()
 
 
-def inputs(length, *, batch=2, heads=3, width=8, seed=0):
+def make_mechanism(attention, **options):
+    """The mechanism of one layer for `inputs`, in float64."""
+    torch.manual_seed(0)
+    config = make_config(attention, options, hidden_size=24, num_attention_heads=3)
+    return build_mechanism(config).double().eval()
+
+
+def inputs(length, *, heads=3):
     """Queries, keys and values in float64 that gradients can reach."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (3, batch, heads, length, width)
+    shape = (3, 2, heads, length, 8)
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
     return [x.clone().requires_grad_() for x in drawn.unbind(0)]
 
 
-def contexts(length, *, batch=2, causal=(False, True), packed=(False, True)):
+def contexts(length):
     """Calls of every kind: plain, with holes, packed, packed with holes."""
     generator = torch.Generator().manual_seed(length)
-    holes = torch.rand(batch, length, generator=generator) < 0.7
+    holes = torch.rand(2, length, generator=generator) < 0.7
     # The second row is padded on the left too, and all but one of its sequences begin inside.
     holes[1, : length // 3] = False
-    starts = torch.rand(batch, length, generator=generator) < 0.15
+    starts = torch.rand(2, length, generator=generator) < 0.15
     starts[:, 0] = True
     ids = starts.long().cumsum(-1)
     return [
         AttentionContext(is_causal, key_mask=mask, sequence_ids=numbers, need_weights=True)
-        for is_causal in causal
+        for is_causal in (False, True)
         for mask in (None, holes)
-        for numbers in ((None, ids) if True in packed else (None,))
-        if numbers is None or True in packed
+        for numbers in (None, ids)
     ]
 
 
-def rows(context, batch, length):
+def rows(context, length):
     """Sequence by sequence: the row and the places of its tokens that are not masked."""
-    for row in range(batch):
+    for row in range(2):
         names = [0] * length if context.sequence_ids is None else context.sequence_ids[row].tolist()
         for name in sorted(set(names)):
             places = [i for i in range(length) if names[i] == name]
@@ -74,13 +81,13 @@ def rows(context, batch, length):
                 yield row, places
 
 
-def pattern(context, sees, length, batch=2, heads=3, *, by_place=False):
+def pattern(context, sees, length, *, by_place=False):
     """The pairs allowed where a function says which ranks of a sequence, or places, see which."""
-    allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-    for row, places in rows(context, batch, length):
+    allowed = torch.zeros(2, 3, length, length, dtype=torch.bool)
+    for row, places in rows(context, length):
         index = torch.tensor(places)
         rank = index if by_place else torch.arange(len(places))
-        for head in range(heads):
+        for head in range(3):
             seen = sees(rank[:, None], rank[None], head)
             if context.is_causal:
                 seen = seen & (rank[None] <= rank[:, None])
@@ -95,7 +102,7 @@ def in_groups(context, group, reach):
     """
     batch, heads, _, length = group.shape
     allowed = torch.zeros(batch, heads, length, length, dtype=torch.bool)
-    for row, places in rows(context, batch, length):
+    for row, places in rows(context, length):
         for head in range(heads):
             for numbers in group[row, head].tolist():
                 for place in places:

@@ -1,13 +1,18 @@
 """LSH attention against lists of buckets, shared-QK attention and Reformer of transformers."""
 
+import math
+
 import pytest
 import torch
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
+from performers import redraw_features_
+from performers.features import FeatureMap
 from performers.models import PerformerForMaskedLM
 from performers.models.context import AttentionContext
-from studies.comparators import HashFeatures, LshMechanism
+from studies.comparators.lsh import HashFeatures
+from tests.models.cases import tokens
 from tests.studies.comparators.oracle import (
     compare,
     contexts,
@@ -15,12 +20,12 @@ from tests.studies.comparators.oracle import (
     in_groups,
     inputs,
     make_config,
+    make_mechanism,
 )
 
 
-def mechanism(buckets, chunk, rounds, width=8):
-    torch.manual_seed(0)
-    return LshMechanism(HashFeatures(width, buckets, rounds), chunk)
+def mechanism(buckets, chunk, rounds):
+    return make_mechanism("lsh", buckets=buckets, chunk_size=chunk, rounds=rounds)
 
 
 def pattern(module, query, context):
@@ -127,3 +132,86 @@ def test_the_projection_has_two_parts():
         p.numel() for p in model.parameters()
     )
     assert difference == 2 * (32 * 32 + 32)
+
+
+def points(count, width=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(1, 1, count, width, generator=generator, dtype=torch.float64)
+
+
+def hashes(buckets, rounds, width=16, **options):
+    torch.manual_seed(0)
+    return HashFeatures(width, buckets, rounds, **options)
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 6, 64, 128, 256])
+def test_buckets_are_in_range_and_about_even(buckets):
+    found = hashes(buckets, 3).hash(points(4000))
+    assert found.shape == (1, 1, 3, 4000)
+    assert found.min() >= 0
+    assert found.max() < buckets
+    for bucket in found[0, 0]:
+        counts = torch.bincount(bucket, minlength=buckets).double()
+        assert counts.max() < 4 * 4000 / buckets + 20
+        assert (counts > 0).double().mean() > 0.85
+
+
+def test_a_bucket_is_that_of_the_definition_and_one_of_many_is_a_pair():
+    """Of as many as come nearest to the root, so that hashing is cheap."""
+    features, x = hashes(6, 2), points(50)
+    assert features.weight.shape == (1, 6, 16)
+    for number, bucket in enumerate(features.hash(x)[0, 0]):
+        rotated = x[0, 0] @ features.weight[0, 3 * number : 3 * number + 3].double().T
+        assert torch.equal(bucket, torch.cat((rotated, -rotated), dim=-1).argmax(-1))
+    for buckets, factors in ((128, (128,)), (256, (16, 16)), (144, (12, 12)), (132, (6, 22))):
+        features = hashes(buckets, 2)
+        assert features.factors == factors
+        assert features.weight.shape[1] == sum(factors)
+    features = hashes(256, 1)
+    parts = (x[0, 0] @ part.T for part in features.weight[0].double().split(8))
+    first, second = (torch.cat((part, -part), dim=-1).argmax(-1) for part in parts)
+    assert torch.equal(features.hash(x)[0, 0, 0], 16 * first + second)
+
+
+def test_hashes_depend_on_the_angle_alone():
+    features, x = hashes(4, 2000), points(30)
+    assert torch.equal(features.hash(x), features.hash(1e3 * x))
+    assert (features.hash(x) != features.hash(-x)).all()
+    one, other = torch.linalg.qr(x[0, 0, :2].T).Q.T
+    angles = torch.linspace(0, math.pi, 7, dtype=torch.float64)
+    row = torch.stack([angle.cos() * one + angle.sin() * other for angle in angles])[None, None]
+    found = features.hash(row)[0, 0]
+    shares = (found == found[:, :1]).double().mean(0)
+    assert shares[0] == 1
+    assert (shares[:-1] - shares[1:] > 0.02).all()
+    assert shares[-1] == 0
+    # At a right angle with two rows: both projections are independent, all buckets alike.
+    assert shares[3] == pytest.approx(0.25, abs=0.04)
+
+
+def test_heads_of_their_own():
+    features = hashes(8, 2, num_heads=3)
+    assert features.weight.shape == (3, 8, 16)
+    x = points(200).expand(1, 3, -1, -1)
+    found = features.hash(x)
+    assert (found[:, 0] != found[:, 1]).any()
+    shared = hashes(8, 2).hash(x)
+    assert torch.equal(shared[:, 0], shared[:, 1])
+
+
+def test_hashes_are_redrawn_with_the_features_and_stay_in_full_precision():
+    torch.manual_seed(0)
+    model = PerformerForMaskedLM(make_config("lsh")).eval()
+    ids = tokens(2, 40)
+    before = model(ids).logits
+    assert torch.equal(before, model(ids).logits)
+    maps = [module for module in model.modules() if isinstance(module, FeatureMap)]
+    assert redraw_features_(model, torch.Generator().manual_seed(5)) == len(maps) == 2
+    assert not torch.equal(maps[0].weight, maps[1].weight)
+    after = model(ids).logits
+    assert not torch.equal(before, after)
+    redraw_features_(model, torch.Generator().manual_seed(5))
+    assert torch.equal(after, model(ids).logits)
+    model.to(torch.bfloat16)
+    assert maps[0].weight.dtype == torch.float32
+    assert torch.isfinite(model(ids).logits).all()

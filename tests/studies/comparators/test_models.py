@@ -15,7 +15,8 @@ from performers.models import PerformerCache, PerformerConfig, PerformerForMaske
 from performers.models.attention import build_mechanism
 from performers.models.context import AttentionContext
 from performers.models.registry import ATTENTIONS
-from studies.comparators import COMPARATORS, HashFeatures
+from studies.comparators import COMPARATORS
+from studies.comparators.lsh import HashFeatures
 from tests.models.cases import TOLERANCE, gradients, tokens
 from tests.studies.comparators.oracle import CAUSAL, EVERY, make_config, make_model
 
@@ -189,34 +190,27 @@ def test_autocast(attention, is_causal):
 
 
 @pytest.mark.parametrize(
-    ("attention", "options", "former"),
+    ("attention", "options", "prefix"),
     [
-        ("linformer", {"rank": 12}, {"linformer_rank": 12}),
-        (
-            "lsh",
-            {"buckets": 6, "chunk_size": 5, "rounds": 2},
-            {"lsh_buckets": 6, "lsh_chunk_size": 5, "lsh_rounds": 2},
-        ),
-        ("local", {"window": 9}, {"window": 9}),
-        (
-            "bigbird",
-            {"block_size": 3, "global_blocks": 0, "random_blocks": 4},
-            {"bigbird_block_size": 3, "bigbird_global_blocks": 0, "bigbird_random_blocks": 4},
-        ),
+        ("linformer", {"rank": 12}, "linformer_"),
+        ("lsh", {"buckets": 6, "chunk_size": 5, "rounds": 2}, "lsh_"),
+        ("local", {"window": 9}, ""),
+        ("bigbird", {"block_size": 3, "global_blocks": 0, "random_blocks": 4}, "bigbird_"),
     ],
 )
 def test_options_survive_saving_and_those_of_earlier_versions_are_read(
-    tmp_path, attention, options, former
+    tmp_path, attention, options, prefix
 ):
     model = make_model(attention, options=options).float()
     model.save_pretrained(tmp_path)
     ids = tokens(2, 50)
     file = tmp_path / "config.json"
-    for fields in (None, former):
-        if fields:
+    for saved_before in (False, True):
+        if saved_before:
             content = json.loads(file.read_text())
             assert content.pop("attention_options") == options
-            file.write_text(json.dumps(content | fields))
+            content |= {f"{prefix}{name}": value for name, value in options.items()}
+            file.write_text(json.dumps(content))
         torch.manual_seed(9)
         loaded = type(model).from_pretrained(tmp_path).eval()
         assert loaded.config.attention_options == options
@@ -262,37 +256,24 @@ def test_options_that_are_refused(attention, options, words):
         make_config(attention, options)
 
 
-@pytest.mark.parametrize("attention", COMPARATORS)
-def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention):
-    def size(length, **options):
-        config = PerformerConfig(
-            attention=attention, attention_options=options, max_position_embeddings=length
-        )
-        found = build_mechanism(config)
-        return {
-            "linformer": lambda: len(found.key_projection),
-            "lsh": lambda: found.feature_map.buckets,
-            "routing": lambda: found.num_groups,
-            "local": lambda: found.window,
-            "longformer": lambda: found.window,
-            "bigbird": lambda: found.block_size,
-            "sparse": lambda: found.stride,
-        }[attention]()
-
-    expected = {
-        "linformer": [128, 256],
-        "lsh": [2, 16],
-        "routing": [12, 32],
-        "local": [128, 128],
-        "longformer": [128, 128],
-        "bigbird": [64, 64],
-        "sparse": [12, 32],
-    }
-    assert [size(128), size(1024)] == expected[attention]
-    # Also for an attention that is set later.
-    config = PerformerConfig(attention="exact")
-    config.attention = attention
-    build_mechanism(config)
+@pytest.mark.parametrize(
+    ("attention", "option", "sizes"),
+    [
+        ("linformer", "rank", [128, 256]),
+        ("lsh", "buckets", [2, 16]),
+        ("routing", "clusters", [12, 32]),
+        ("sparse", "stride", [12, 32]),
+    ],
+)
+def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention, option, sizes):
+    found = []
+    for length in (128, 1024):
+        config = PerformerConfig(attention="exact", max_position_embeddings=length)
+        # Also for an attention that is set later.
+        config.attention = attention
+        found.append(getattr(build_mechanism(config).options, option))
+        assert config.attention_options[option] is None
+    assert found == sizes
 
 
 @pytest.mark.parametrize("packed", [False, True])

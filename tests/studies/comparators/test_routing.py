@@ -5,7 +5,6 @@ import torch
 
 from performers.models import PerformerForMaskedLM
 from performers.models.context import AttentionContext
-from studies.comparators import RoutingMechanism
 from tests.models.cases import tokens
 from tests.studies.comparators.oracle import (
     compare,
@@ -14,13 +13,13 @@ from tests.studies.comparators.oracle import (
     in_groups,
     inputs,
     make_config,
+    make_mechanism,
     make_model,
 )
 
 
-def mechanism(clusters, window, *, decay=0.9):
-    generator = torch.Generator().manual_seed(0)
-    return RoutingMechanism(3, 8, clusters, window, decay, generator).double().eval()
+def mechanism(clusters, window):
+    return make_mechanism("routing", clusters=clusters, window=window, decay=0.9)
 
 
 def normalised(x):

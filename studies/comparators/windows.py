@@ -1,10 +1,17 @@
-"""Longformer's window with dilation and global tokens (Beltagy et al. 2020, arXiv 2004.05150)."""
+"""Sliding windows, alone and with dilation and global tokens: Longformer.
+
+Beltagy et al. 2020, arXiv 2004.05150.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from performers.app.options import option
 from studies.comparators.blocks import (
     FAR,
+    AttentionOptions,
     Comparator,
     SequenceRows,
     attend_allowed,
@@ -12,6 +19,36 @@ from studies.comparators.blocks import (
     join_columns,
     take_columns,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalOptions(AttentionOptions):
+    """Options of ``local``."""
+
+    window: int = option("Tokens seen to each side.", 128, at_least=0)
+
+
+class LocalMechanism(Comparator):
+    """Softmax attention to the keys with ``|i - j| <= window``.
+
+    ``O(L * window)``; see `attend_window`. Distances are those of places in the row.
+    """
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
+        """See `Comparator.attend`."""
+        window = self.options.window
+        return attend_window(query, key, value, rows.places, window, is_causal=rows.is_causal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongformerOptions(AttentionOptions):
+    """Options of ``longformer``."""
+
+    window: int = option("Tokens seen to each side.", 128, at_least=0)
+    dilation: int = option("Difference between the places of two of them.", 1, at_least=1)
+    global_tokens: int = option(
+        "First tokens of a sequence that all see and that see all.", 1, at_least=0
+    )
 
 
 class LongformerMechanism(Comparator):
@@ -25,17 +62,10 @@ class LongformerMechanism(Comparator):
     the paper dilates two heads of the upper layers, and projects global tokens apart.
     """
 
-    shown = ("window", "dilation", "global_tokens")
-
-    def __init__(self, window: int, dilation: int, global_tokens: int) -> None:
-        super().__init__()
-        self.window = window
-        self.dilation = dilation
-        self.global_tokens = global_tokens
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
         """See `Comparator.attend`."""
-        step, count, longest = self.dilation, self.global_tokens, query.shape[2]
+        options, longest = self.options, query.shape[2]
+        step, count = options.dilation, options.global_tokens
         queries, keys, values = (take_columns(x, step) for x in (query, key, value))
         places = take_columns(rows.ranks[:, None, :, None], step, FAR)[:, 0, :, 0]
         shown = (key[:, :, :count], value[:, :, :count], rows.ranks[:, :count])
@@ -45,7 +75,7 @@ class LongformerMechanism(Comparator):
             keys,
             values,
             places,
-            self.window,
+            options.window,
             is_causal=rows.is_causal,
             spacing=step,
             first=(more_keys, more_values, more),
