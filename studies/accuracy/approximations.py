@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +15,8 @@ from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 from performers.nn import Approximation
 from performers.planning.fits import Fits
+from performers.planning.samples import Samples
+from studies.accuracy.capture import Attention
 
 SDPA = "SDPA"
 """Exact attention as torch computes it; its error is zero."""
@@ -80,10 +81,8 @@ def setting_columns(approximation: Approximation) -> Row:
     }
 
 
-def fitted_attention(
-    fits: Fits, approximation: Approximation, backend: str | None
-) -> Callable[..., Tensor]:
-    """An approximation as a function with the call of ``capture.exact_attention``."""
+def fitted_attention(fits: Fits, approximation: Approximation, backend: str | None) -> Attention:
+    """The attention of an approximation that was fitted to samples."""
     num_heads = fits.samples.query.shape[1]
     if not approximation.num_features:
         # Any number of features does for the lists of keys.
@@ -91,52 +90,41 @@ def fitted_attention(
         return _only_exact(approximation.window, approximation.sinks, listed)
     favor = fits.attention(approximation, num_heads)
 
-    def attend(layer: int, *tensors: Tensor, **options: Any) -> Tensor:
-        out: Tensor = favor(*tensors, backend=backend, **options)[0]
+    @torch.no_grad()
+    def attend(x: Samples) -> Tensor:
+        out: Tensor = favor(x.query, x.key, x.value, backend=backend, **x.options)[0]
         return out
 
     return attend
 
 
-def _only_exact(
-    window: int | None, sinks: int, listed_keys: ListedKeys | None
-) -> Callable[..., Tensor]:
+def _only_exact(window: int | None, sinks: int, listed_keys: ListedKeys | None) -> Attention:
     """Softmax over the exact terms alone; quadratic, for its error and not its time."""
 
-    def attend(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        is_causal: bool,
-        key_mask: Tensor | None,
-    ) -> Tensor:
-        place = torch.arange(query.shape[2], device=query.device)
+    @torch.no_grad()
+    def attend(x: Samples) -> Tensor:
+        place = torch.arange(x.query.shape[2], device=x.query.device)
         gap = place[:, None] - place
         mask = (place < sinks) | (True if window is None else gap.abs() <= window)
         if listed_keys is not None:
-            mask = mask | _listed(listed_keys, query, key, key_mask, is_causal)
-        if is_causal:
+            mask = mask | _listed(listed_keys, x)
+        if x.is_causal:
             mask = mask & (gap >= 0)
         mask = mask.expand(*mask.shape[:-2], *gap.shape)
-        if key_mask is not None:
-            mask = mask & key_mask[:, None, None, :]
+        if x.key_mask is not None:
+            mask = mask & x.key_mask[:, None, None, :]
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+            x.query, x.key, x.value, attn_mask=mask, scale=x.scale, enable_gqa=True
         )
 
     return attend
 
 
-def _listed(
-    listed_keys: ListedKeys, query: Tensor, key: Tensor, key_mask: Tensor | None, is_causal: bool
-) -> Tensor:
+def _listed(listed_keys: ListedKeys, x: Samples) -> Tensor:
     """Mask of the keys that are listed for each query, shape ``(B, H, L, S)``."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    lists = listed_keys(query.unsqueeze(2), key, key_mask, is_causal=is_causal)
-    counts = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.uint8, device=query.device)
+    key = x.key.repeat_interleave(x.query.shape[1] // x.key.shape[1], dim=1)
+    lists = listed_keys(x.query.unsqueeze(2), key, x.key_mask, is_causal=x.is_causal)
+    counts = torch.zeros(*x.query.shape[:3], key.shape[2], dtype=torch.uint8, device=key.device)
     for keys, taken, of_query in zip(*lists, strict=True):
         own = of_query[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1])
         counts.scatter_add_(-1, keys.gather(2, own), taken.gather(2, own).to(torch.uint8))

@@ -9,7 +9,7 @@ connections and normalisation damp errors, depth accumulates them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,82 +34,57 @@ class HeadSample(Samples):
     layer: int
 
 
+Attention = Callable[[Any], Tensor]
+"""Attention (B, H, L, Dv) of a `HeadSample`."""
+
+
+@torch.no_grad()
+def exact_attention(sample: Samples) -> Tensor:
+    """Softmax attention of torch."""
+    return exact.exact_attention(sample.query, sample.key, sample.value, **sample.options)
+
+
 def capture_heads(
     loaded: LoadedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    layers: Iterable[int] | None = None,
+    layers: Collection[int] | None = None,
 ) -> list[HeadSample]:
-    """Run a model once and keep the inputs of its attention layers.
+    """Run a model once and keep the inputs of its attention layers, all or some.
 
     Raises:
-        ValueError: The inputs do not fit the model, a layer is not there, or the model's attention
-            is not softmax attention under a causal or key-padding mask.
+        ValueError: The inputs do not fit the model, or its attention is not softmax attention
+            under a causal or key-padding mask.
     """
-    wanted = None if layers is None else set(layers)
     samples: dict[int, HeadSample | None] = {}
 
-    def keep(layer: int, query: Tensor, key: Tensor, value: Tensor, **rest: Any) -> Tensor:
-        if layer in samples:
+    def keep(sample: HeadSample) -> Tensor:
+        if sample.layer in samples:
             raise ValueError(
-                f"layer {layer} of {type(loaded.model).__name__} attends more than once in a "
-                "forward pass; only self-attention can be captured"
+                f"layer {sample.layer} of {type(loaded.model).__name__} attends more than once in "
+                "a forward pass; only self-attention can be captured"
             )
-        samples[layer] = None
-        if wanted is None or layer in wanted:
-            query, key, value = (x.detach().contiguous() for x in (query, key, value))
-            samples[layer] = HeadSample(query, key, value, layer=layer, **rest)
-        return exact_attention(layer, query, key, value, **rest)
+        wanted = layers is None or sample.layer in layers
+        samples[sample.layer] = sample if wanted else None
+        return exact_attention(sample)
 
     with torch.no_grad(), replace_attention(loaded.model, keep):
         call_model(loaded.model, input_ids=input_ids, attention_mask=attention_mask)
-    if wanted is not None and not (wanted and wanted <= set(samples)):
-        raise ValueError(
-            f"layers must be some of the model's attention layers {sorted(samples)}, "
-            f"got {sorted(wanted)}"
-        )
     return [sample for _, sample in sorted(samples.items()) if sample is not None]
 
 
-@torch.no_grad()
-def run_head(attention: Callable[..., Tensor], sample: HeadSample) -> Tensor:
-    """Output of a function with the call of `exact_attention` for the inputs of a layer."""
-    return attention(
-        sample.layer,
-        sample.query,
-        sample.key,
-        sample.value,
-        scale=sample.scale,
-        is_causal=sample.is_causal,
-        key_mask=sample.key_mask,
-    )
-
-
-def exact_attention(layer: int, *tensors: Tensor, **rest: Any) -> Tensor:
-    """Softmax attention of torch, with the call that `replace_attention` makes."""
-    return exact.exact_attention(*tensors, **rest)
-
-
 @contextlib.contextmanager
-def replace_attention(
-    model: PreTrainedModel, attention: Callable[..., Tensor]
-) -> Iterator[PreTrainedModel]:
+def replace_attention(model: PreTrainedModel, attention: Attention) -> Iterator[None]:
     """Inside this context every attention layer of a model is computed by a function.
 
-    The function is called as ``attention(layer, query, key, value, *, scale, is_causal, key_mask)``
-    with query (B, H, L, D), key (B, Hkv, L, D), value (B, Hkv, L, Dv), key_mask (B, L) bool or
-    None, and returns (B, H, L, Dv); `exact_attention` is one. ``layer`` is the attention module's
-    ``layer_idx`` or, where it has none, its place in the order of calls. The model runs without a
-    key-value cache and without attention dropout. Its own attention is back afterwards, also after
-    an error.
+    ``layer`` of a sample is the attention module's ``layer_idx`` or, where it has none, its place
+    in the order of calls. The model runs without a key-value cache and without attention dropout.
+    Its own attention is back afterwards, also after an error.
 
     Raises:
-        TypeError: The model is not a transformers model.
-        ValueError: Its attention does not go through the interface or, when it is called, is not
-            self-attention by softmax under a causal or key-padding mask.
+        ValueError: The model's attention does not go through the interface or, when it is called,
+            is not self-attention by softmax under a causal or key-padding mask.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
     order: dict[nn.Module, int] = {}
 
     def replaced(call: AttentionCall) -> Tensor:
@@ -122,26 +97,13 @@ def replace_attention(
                 "key-value cache can be replaced: use use_cache=False"
             )
         check_linear(call)
-        output = attention(
-            place if index is None else index,
-            call.query,
-            call.key,
-            call.value,
-            scale=call.scale,
-            is_causal=call.pattern.is_causal,
-            key_mask=call.pattern.key_mask,
-        )
-        expected = (*call.query.shape[:3], call.value.shape[-1])
-        if tuple(output.shape) != expected:
-            raise ValueError(
-                f"attention must return (B, H, L, Dv) = {expected} for {call.name}, "
-                f"got {tuple(output.shape)}"
-            )
-        return output
+        query, key, value = (x.contiguous() for x in (call.query, call.key, call.value))
+        layer = place if index is None else index
+        return attention(HeadSample(query, key, value, layer=layer, **call.favor_options()))
 
     modules = [module for _, module in interface_modules(model)]
     with intercept_attention(dict.fromkeys(modules, replaced), model):
-        yield model
+        yield
 
 
 @dataclass(frozen=True)
@@ -164,7 +126,7 @@ class Propagation:
 
 @torch.no_grad()
 def propagate(
-    loaded: LoadedModel, input_ids: Tensor, attention: Callable[..., Tensor], *, seed: int = 0
+    loaded: LoadedModel, input_ids: Tensor, attention: Attention, *, seed: int = 0
 ) -> Propagation:
     """Compare a model with itself under another attention, a sequence at a time.
 
@@ -176,10 +138,10 @@ def propagate(
     cosines: list[Tensor] = []
     calls = 0
 
-    def counted(*arguments: Any, **keywords: Any) -> Tensor:
+    def counted(sample: HeadSample) -> Tensor:
         nonlocal calls
         calls += 1
-        return attention(*arguments, **keywords)
+        return attention(sample)
 
     def states(row: Tensor) -> Tensor:
         output = call_model(loaded.model, input_ids=row[None], output_hidden_states=True)

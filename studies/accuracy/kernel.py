@@ -1,6 +1,6 @@
 """Errors of kernel estimates on random data against the number of features: Figure 4 of the paper.
 
-Measured of each feature map, with the kernel matrix ``A_ij = exp(scale q_i . k_j)``, its estimate
+Measured of each feature map, with the kernel matrix ``A_ij = exp(q_i . k_j)``, its estimate
 ``K``, the attention matrices ``W = A / rowsum(A)`` and ``V = K / rowsum(K)``, and values ``v``:
 
 * ``kernel_mse``: mean of ``(K_ij - A_ij)^2``.
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from performers.app.progress import Progress
 from performers.benchmark.case import FAILED, MEASURED, Row
 from performers.benchmark.measure import Results
 from performers.benchmark.timing import threads_of_torch
@@ -83,7 +84,7 @@ def make_data(options: KernelOptions) -> list[GaussianData]:
 
 @torch.no_grad()
 def kernel_errors(
-    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor, scale: float
+    feature_map: FeatureMap, query: Tensor, key: Tensor, value: Tensor
 ) -> dict[str, float]:
     """Errors of a feature map on one problem, by the names of ``MEASURES``.
 
@@ -91,16 +92,15 @@ def kernel_errors(
     of rows. Features are not stabilised: where an exponent passes 88, errors are not finite.
     """
     length, size = query.shape[0], key.shape[0]
-    query_features = feature_map(query[None], scale, is_query=True)[0]
-    key_features = feature_map(key[None], scale)[0].mT
-    scaled_key = (scale * key).mT
+    query_features = feature_map(query[None], 1.0, is_query=True)[0]
+    key_features = feature_map(key[None], 1.0)[0].mT
     # Fresh memory for every step of every block would cost more than the arithmetic.
     block = min(_BLOCK_ROWS, length)
     buffers = [query.new_empty(block, size) for _ in range(3)]
     totals = torch.zeros(6, dtype=torch.float64, device=query.device)
     for rows, features in zip(query.split(block), query_features.split(block), strict=True):
         exact, estimate, difference = (buffer[: rows.shape[0]] for buffer in buffers)
-        torch.mm(rows, scaled_key, out=exact).exp_()
+        torch.mm(rows, key.mT, out=exact).exp_()
         torch.mm(features, key_features, out=estimate)
         kernel = _square(torch.sub(estimate, exact, out=difference))
         relative = _square(torch.div(estimate, exact, out=difference).sub_(1))
@@ -129,12 +129,7 @@ def _square(x: Tensor) -> Tensor:
     return total if bool(total.isfinite()) else flat.double().square().sum()
 
 
-def run_kernel(
-    options: KernelOptions,
-    results: Results,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def run_kernel(options: KernelOptions, results: Results, progress: Progress) -> None:
     """Measure, group by group, into results that may hold some groups already.
 
     Every draw has its own data, the same for all estimators, projections and numbers of
@@ -182,7 +177,7 @@ def _draw(
                 feature_map.calibrate_(query_sample, key_sample, scale=1.0)
             else:
                 feature_map.adopt_calibration_(fits[estimator])
-        errors[estimator, projection] = kernel_errors(feature_map, query, key, value, 1.0)
+        errors[estimator, projection] = kernel_errors(feature_map, query, key, value)
     return errors
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from performers import favor_attention, plan
+from performers.app.progress import Progress
 from performers.benchmark.case import MEASURED, Case, Group, Ratio, Row, add_ratios, select
 from performers.benchmark.gate import (
     CASE_ERRORS,
@@ -27,6 +27,8 @@ from performers.convert.interface.positions import learned_positions
 from performers.nn import Approximation
 from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
+from performers.planning.planner import pareto_front
+from performers.planning.samples import Samples
 from studies.accuracy.approximations import (
     SDPA,
     fitted_attention,
@@ -34,13 +36,7 @@ from studies.accuracy.approximations import (
     model_approximations,
     setting_columns,
 )
-from studies.accuracy.capture import (
-    HeadSample,
-    capture_heads,
-    exact_attention,
-    propagate,
-    run_head,
-)
+from studies.accuracy.capture import HeadSample, capture_heads, exact_attention, propagate
 from studies.accuracy.options import PlanOptions, PretrainedOptions
 from studies.passages import text_windows
 
@@ -125,12 +121,7 @@ def read_pretrained(options: PretrainedOptions) -> Pretrained:
     return Pretrained(options, loaded, calibration, test)
 
 
-def run_heads(
-    pretrained: Pretrained,
-    results: Results,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def run_heads(pretrained: Pretrained, results: Results, progress: Progress) -> None:
     """Measure errors, layer by layer, then times on one layer in turns.
 
     Results may hold some layers already; times are then taken again.
@@ -152,15 +143,10 @@ def run_heads(
                 results.put({"layer": layer}, rows)
             progress(number + 1, len(layers) + 1)
         middle = layers[len(layers) // 2]
-        sample = _beginning(tests[middle], options.length)
+        sample = tests[middle].part(slice(1))
         rows = _mean_rows(results, approximations, fits[middle], sample, options, threads)
         results.put({"layer": MEAN}, rows)
         progress(len(layers) + 1, len(layers) + 1)
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[bool]:
-    """For each pair of coordinates, True where no other is as small in both and smaller in one."""
-    return [not any(a <= x and b <= y and (a, b) != (x, y) for a, b in points) for x, y in points]
 
 
 def _layer_row(
@@ -172,8 +158,8 @@ def _layer_row(
     try:
         if approximation.num_features:
             _check(fits, test, approximation, backend)
-        output = run_head(fitted_attention(fits, approximation, backend), test)
-        error = float(relative_error(output, run_head(exact_attention, test)))
+        output = fitted_attention(fits, approximation, backend)(test)
+        error = float(relative_error(output, exact_attention(test)))
         if not math.isfinite(error):
             raise WrongResultError("wrong result: the output is not finite")
         row["error"] = error
@@ -184,28 +170,19 @@ def _layer_row(
 
 def _check(fits: Fits, test: HeadSample, approximation: Approximation, backend: str | None) -> None:
     """Compare the backend with the reference one on a short piece."""
-    piece = _beginning(test, CHECKED_LENGTH)
+    piece = test.part(slice(1), slice(CHECKED_LENGTH), slice(CHECKED_LENGTH))
     output, expected = (
-        run_head(fitted_attention(fits, approximation, name), piece)
-        for name in (backend, "reference")
+        fitted_attention(fits, approximation, name)(piece) for name in (backend, "reference")
     )
     signed = approximation.estimator == "trigonometric"
     judge("output", output, expected, _SIGNED_TOLERANCE if signed else _TOLERANCE)
-
-
-def _beginning(sample: HeadSample, length: int) -> HeadSample:
-    """The first tokens of the first passage."""
-    names = ("query", "key", "value")
-    parts = {name: getattr(sample, name)[:1, :, :length].contiguous() for name in names}
-    mask = sample.key_mask
-    return replace(sample, **parts, key_mask=None if mask is None else mask[:1, :length])
 
 
 def _mean_rows(
     results: Results,
     approximations: tuple[Approximation, ...],
     fits: Fits,
-    sample: HeadSample,
+    sample: Samples,
     options: PretrainedOptions,
     threads: int,
 ) -> list[Row]:
@@ -216,18 +193,15 @@ def _mean_rows(
         rows = [row for row in select(results.rows, columns) if row["layer"] != MEAN]
         found = [row["error"] for row in rows if row["status"] == MEASURED]
         errors.append(found if len(found) == len(rows) else [])
-        failed = None if errors[-1] else Gate(_fail)
-        cases.append(
-            Case(
-                columns,
-                partial(_timed, fits, approximation, options.backend, sample),
-                gate=failed,
-                ours=True,
-                skip=None if approximation.num_features else _QUADRATIC,
-            )
-        )
+
+        def prepare(approximation: Approximation = approximation) -> Callable[[], Tensor]:
+            return partial(fitted_attention(fits, approximation, options.backend), sample)
+
+        gate = None if errors[-1] else Gate(_fail)
+        skip = None if approximation.num_features else _QUADRATIC
+        cases.append(Case(columns, prepare, gate=gate, ours=True, skip=skip))
     columns = {"setting": SDPA, "num_features": 0}
-    cases.append(Case(columns, lambda: partial(run_head, exact_attention, sample)))
+    cases.append(Case(columns, lambda: partial(exact_attention, sample)))
     errors.append([0.0])
     group = Group({"layer": MEAN}, cases)
     rows = measure_group(group, options, threads=threads, seed=options.seed)
@@ -239,9 +213,9 @@ def _mean_rows(
         row["error_low"], row["error_high"] = min(found, default=None), max(found, default=None)
     add_ratios(rows, [Ratio("sdpa_ratio", lambda row: row["setting"] == SDPA, ("layer",))])
     timed = [row for row in rows if row["seconds"] is not None and row["error"] is not None]
-    front = pareto_front([(row["seconds"], row["error"]) for row in timed])
-    for row, best in zip(timed, front, strict=True):
-        row["front"] = best
+    front = pareto_front(timed, lambda row: (row["seconds"], row["error"]))
+    for row in timed:
+        row["front"] = row in front
     return rows
 
 
@@ -249,18 +223,7 @@ def _fail() -> None:
     raise WrongResultError("failed on a layer")
 
 
-def _timed(
-    fits: Fits, approximation: Approximation, backend: str | None, sample: HeadSample
-) -> Callable[[], Tensor]:
-    return partial(run_head, fitted_attention(fits, approximation, backend), sample)
-
-
-def run_models(
-    pretrained: Pretrained,
-    results: Results,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def run_models(pretrained: Pretrained, results: Results, progress: Progress) -> None:
     """Replace the attention of all layers; results may hold some approximations already."""
     approximations = model_approximations(pretrained.approximation)
     with threads_of_torch(pretrained.options.threads):
@@ -282,11 +245,12 @@ def _model_rows(
             layer: fitted_attention(fit, approximation, options.backend)
             for layer, fit in fits.items()
         }
-
-        def attention(layer: int, *tensors: Tensor, **rest: Any) -> Tensor:
-            return functions[layer](layer, *tensors, **rest)
-
-        found = propagate(pretrained.loaded, pretrained.test, attention, seed=options.seed)
+        found = propagate(
+            pretrained.loaded,
+            pretrained.test,
+            lambda sample: functions[sample.layer](sample),
+            seed=options.seed,
+        )
     except CASE_ERRORS as error:
         status, reason = verdict(error, ours=True)
         return [{**columns, "layer": FINAL, "status": status, "reason": reason}]
@@ -304,12 +268,7 @@ def _model_rows(
     return [*rows, final]
 
 
-def run_plan(
-    pretrained: Pretrained,
-    results: Results,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+def run_plan(pretrained: Pretrained, results: Results, progress: Progress) -> None:
     """Plan each layer on the passages to fit to; measure what is recommended on the others."""
     options = pretrained.options
     assert isinstance(options, PlanOptions)
@@ -324,9 +283,7 @@ def run_plan(
                     sample.query,
                     sample.key,
                     sample.value,
-                    is_causal=sample.is_causal,
-                    key_mask=sample.key_mask,
-                    scale=sample.scale,
+                    **sample.options,
                     target_error=options.target_error,
                     seed=options.seed,
                     backend=options.backend,
@@ -339,6 +296,6 @@ def run_plan(
                     output = favor_attention(*tensors, features, **arguments)
                 row = {"layer": test.layer, **setting_columns(found.recommended)}
                 row |= {"status": MEASURED, "reason": None, "promised": found.recommended.error}
-                row["error"] = float(relative_error(output, run_head(exact_attention, test)))
+                row["error"] = float(relative_error(output, exact_attention(test)))
                 results.put({"layer": test.layer}, [row])
             progress(number + 1, len(tests))

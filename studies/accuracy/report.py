@@ -9,12 +9,12 @@ import rich.table
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, NullLocator
+from matplotlib.ticker import LogFormatter
 
 from performers.app.figures import INK, MUTED, PALETTE, new_figure, styled
 from performers.benchmark.case import MEASURED, Row, select
 from performers.benchmark.measure import Results
-from performers.benchmark.plot import MARKERS, draw_lines, look, shared_legend, style
+from performers.benchmark.plot import MARKERS, draw_lines, length_axis, look, shared_legend, style
 from performers.features import ESTIMATORS, PROJECTIONS
 from studies.accuracy.approximations import SDPA
 from studies.accuracy.kernel import ISOTROPIC
@@ -38,6 +38,7 @@ _PANELS: list[tuple[str, list[tuple[str, str]], int | None]] = [
     ("positive", [("positive", x) for x in PROJECTIONS], 1),
     ("data_aware", [("data_aware", x) for x in PROJECTIONS], 1),
 ]
+_OUTPUT = "relative error of the output"
 # Zeros in place of the output have an error of 1; settings far worse would stretch the axis.
 _WORST = 2.0
 
@@ -244,43 +245,40 @@ def heads_figure(results: Results) -> Figure:
     return figure
 
 
-@styled
 def models_figure(results: Results) -> Figure:
     """The error of the hidden states after each layer, a line for each setting."""
     rows = [row for row in results.rows if row["layer"] != FINAL]
-    figure = new_figure((6.4, 4.4))
-    axes = figure.subplots()
-    _draw_errors(axes, rows, "layer", list(dict.fromkeys(row["setting"] for row in rows)))
-    axes.set_ylabel("relative error of the hidden states")
-    style(axes)
-    shared_legend(figure, 2)
-    return figure
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    return _layers_figure(rows, names, "relative error of the hidden states")
 
 
-@styled
 def plan_figure(results: Results) -> Figure:
     """Promised and measured errors by layer."""
-    figure = new_figure((6.4, 4.4))
-    axes = figure.subplots()
     rows = [
-        {"layer": row["layer"], "error": row[column], "of": name}
+        {"layer": row["layer"], "error": row[column], "setting": name}
         for row in results.rows
         for name, column in (("promised", "promised"), ("measured", "error"))
     ]
-    _draw_errors(axes, rows, "layer", ["promised", "measured"], series="of")
+    return _layers_figure(rows, ["promised", "measured"], _OUTPUT)
+
+
+@styled
+def _layers_figure(rows: Sequence[Row], names: list[str], label: str) -> Figure:
+    figure = new_figure((6.4, 4.4))
+    axes = figure.subplots()
+    _draw_errors(axes, rows, "layer", names)
+    axes.set_ylabel(label)
     style(axes)
     shared_legend(figure, 2)
     return figure
 
 
-def _draw_errors(
-    axes: Axes, rows: Sequence[Row], across: str, names: list[str], series: str = "setting"
-) -> None:
-    draw_lines(axes, rows, across, "error", series, names)
+def _draw_errors(axes: Axes, rows: Sequence[Row], across: str, names: list[str]) -> None:
+    draw_lines(axes, rows, across, "error", "setting", names)
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis)
     axes.set_xlabel(across)
-    axes.set_ylabel("relative error of the output")
+    axes.set_ylabel(_OUTPUT)
 
 
 def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
@@ -311,10 +309,7 @@ def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
 
 def _feature_axis(axes: Axes, rows: Iterable[Row]) -> None:
     """A logarithmic axis of numbers of features, a tick at each."""
-    counts = sorted({row["num_features"] for row in rows})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
-    axes.xaxis.set_minor_locator(NullLocator())
+    length_axis(axes, [row["num_features"] for row in rows], "")
     axes.set_xlabel("random features")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,11 @@ from performers.nn import Approximation
 from performers.planning.exact import relative_error
 from performers.planning.fits import Fits
 from studies.accuracy.capture import (
+    Attention,
     HeadSample,
     capture_heads,
     exact_attention,
     propagate,
-    run_head,
 )
 from studies.parts import Part
 from studies.passages import text_windows
@@ -82,7 +82,7 @@ class Pretrained:
             ),
         }[name]
 
-    def _attention(self, name: str) -> Callable[..., Tensor]:
+    def _attention(self, name: str) -> Attention:
         if name in PATTERNS:
             return pattern_attention(name, self.size.length, self.size.keys)
         chosen = self.approximation(name, self.size.keys)
@@ -113,18 +113,18 @@ class Pretrained:
         """
         size = self.size
         tests = capture_heads(self.loaded, self._passages(1, 1), layers=size.layers)
-        exact = [run_head(exact_attention, test) for test in tests]
+        exact = [exact_attention(test) for test in tests]
         found: dict[str, float] = {}
         counts = size.budgets if name in PATTERNS else (*size.budgets, *size.counts)
         for keys in counts:
             errors = []
             for test, expected in zip(tests, exact, strict=True):
                 for attention in self._drawn(name, keys, test):
-                    errors.append(float(relative_error(run_head(attention, test), expected)) ** 2)
+                    errors.append(float(relative_error(attention(test), expected)) ** 2)
             found[str(keys)] = sum(errors) / len(errors)
         return found
 
-    def _drawn(self, name: str, keys: int, test: HeadSample) -> list[Callable[..., Tensor]]:
+    def _drawn(self, name: str, keys: int, test: HeadSample) -> list[Attention]:
         if name in PATTERNS:
             return [pattern_attention(name, self.size.length, keys)]
         fits, heads = self._fits[test.layer], test.query.shape[1]
@@ -137,24 +137,22 @@ class Pretrained:
         ]
 
 
-def _attending(modules: Mapping[int, nn.Module]) -> Callable[..., Tensor]:
-    """Modules by layer as a function with the call of ``exact_attention``."""
-    return lambda layer, *tensors, **options: modules[layer](*tensors, **options)[0]
+def _attending(modules: Mapping[int, nn.Module]) -> Attention:
+    """The attention of the module of each layer."""
+    return lambda x: modules[x.layer](x.query, x.key, x.value, **x.options)[0]
 
 
-def pattern_attention(name: str, length: int, keys: int) -> Callable[..., Tensor]:
-    """A pattern as a function with the call of ``studies.accuracy.capture.exact_attention``."""
+def pattern_attention(name: str, length: int, keys: int) -> Attention:
+    """The attention of a pattern."""
 
-    def attend(
-        layer: int, *tensors: Tensor, scale: float, is_causal: bool, key_mask: Tensor | None
-    ) -> Tensor:
-        query, key, value = tensors
-        heads, width = query.shape[1], query.shape[-1]
-        setting = settings(length, keys, is_causal=is_causal)[name]
-        module = mechanism(setting, heads, width, length, is_causal=is_causal)
-        key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-        context = AttentionContext(is_causal, key_mask=key_mask)
-        out: Tensor = module(query * (scale * math.sqrt(width)), key, value, context, layer)[0]
+    def attend(x: HeadSample) -> Tensor:
+        heads, width = x.query.shape[1], x.query.shape[-1]
+        setting = settings(length, keys, is_causal=x.is_causal)[name]
+        module = mechanism(setting, heads, width, length, is_causal=x.is_causal)
+        key, value = (y.repeat_interleave(heads // y.shape[1], dim=1) for y in (x.key, x.value))
+        context = AttentionContext(x.is_causal, key_mask=x.key_mask)
+        query = x.query * (x.scale * math.sqrt(width))
+        out: Tensor = module(query, key, value, context, x.layer)[0]
         return out
 
     return attend

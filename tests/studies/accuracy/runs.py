@@ -44,5 +44,5 @@ def measure(run, model, earlier=()):
     """Results of ``run_heads`` or ``run_models``."""
     results = Results.empty("accuracy", model.options)
     results.rows = list(earlier)
-    run(model, results)
+    run(model, results, lambda done, total: None)
     return results

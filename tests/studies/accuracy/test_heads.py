@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from performers import SoftmaxFeatures, favor_attention
 from performers.attention import ListedKeys
 from performers.nn import Approximation
+from performers.planning.planner import pareto_front
 from studies.accuracy import pretrained as module
 from studies.accuracy.approximations import SDPA, head_approximations, setting_columns
 from studies.accuracy.capture import capture_heads
-from studies.accuracy.pretrained import MEAN, pareto_front, read_pretrained, run_heads
+from studies.accuracy.pretrained import MEAN, read_pretrained, run_heads
 from tests.benchmark.runs import break_backend, pick
 from tests.studies.accuracy import runs
 from tests.studies.accuracy.runs import compare_few, pretrained_options
@@ -153,8 +154,8 @@ def test_every_layer_has_every_setting_and_the_mean_its_time(run):
             assert row["seconds"] > 0
             assert row["sdpa_ratio"] == pytest.approx(exact["seconds"] / row["seconds"])
     timed = [row for row in results.rows if row.get("seconds")]
-    front = pareto_front([(row["seconds"], row["error"]) for row in timed])
-    assert [row["front"] for row in timed] == front
+    front = pareto_front(timed, lambda row: (row["seconds"], row["error"]))
+    assert [row for row in timed if row["front"]] == sorted(front, key=timed.index)
     assert exact["front"]
 
 
@@ -170,11 +171,6 @@ def test_settings_are_told_apart():
     assert ("data_aware, simplex, window 64, 4 sinks", 256) in names
     assert ("window 64, 4 sinks alone", 0) in names
     assert ("optimal", 64) not in names
-
-
-def test_the_front_is_what_nothing_beats():
-    points = [(1.0, 0.9), (2.0, 0.5), (2.0, 0.6), (3.0, 0.5), (4.0, 0.0), (0.5, 1.0), (2.0, 0.5)]
-    assert pareto_front(points) == [True, True, False, False, True, True, True]
 
 
 def test_layers_are_chosen(bert, monkeypatch):

@@ -57,11 +57,9 @@ def test_errors_are_those_of_the_layers_own_fits(run):
         layer: fitted_attention(fit, variant, "reference")
         for layer, fit in pretrained.fit().items()
     }
-
-    def attention(layer, *tensors, **options):
-        return functions[layer](layer, *tensors, **options)
-
-    expected = propagate(pretrained.loaded, pretrained.test, attention)
+    expected = propagate(
+        pretrained.loaded, pretrained.test, lambda sample: functions[sample.layer](sample)
+    )
     for layer, error in enumerate(expected.errors):
         row = pick(results, setting=name(variant), layer=layer)
         assert row["error"] == pytest.approx(error, rel=1e-3)
