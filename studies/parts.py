@@ -65,7 +65,7 @@ def run_parts(
             are not those of parts or have other settings or data; the message names them.
     """
     file = prepare_output_folder(options.output_folder, resume=options.resume) / "results.json"
-    given = _as_json(options.settings() if settings is None else settings)
+    given = as_json(options.settings() if settings is None else settings)
     done: dict[str, Part] = {}
     known = dict(data or {})
     if file.exists():
@@ -88,7 +88,7 @@ def run_parts(
         if name in done:
             note(f"{place}, kept")
             continue
-        done[name] = _as_json(measure())
+        done[name] = as_json(measure())
         shown = {key: table._asdict() for key, table in tables(done).items()}
         content = {"settings": given, "parts": done, "tables": shown}
         write_json(file, {**content, "data": known} if known else content)
@@ -119,7 +119,7 @@ def by_seed(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
     return found
 
 
-def _as_json(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, and keys as text."""
+def as_json(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as JSON gives it back: tuples as lists, and keys as text."""
     read: dict[str, Any] = json.loads(json.dumps(content))
     return read

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from performers.app.progress import Report
 from performers.proteins.corpus import Corpus, TokenShards
 from performers.proteins.embedded import embedded_fasta
 from performers.proteins.inputs.fasta import read_fasta
@@ -19,6 +20,7 @@ from performers.proteins.training.train import validation_sample
 
 SCORED_SPLITS = ("test", "ood")
 _VALIDATION_AT_MOST = 500
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,19 @@ class StudyData:
             np.concatenate(encode_sequences(build_protein_tokenizer(), chosen)), tokens
         )
 
+    def scores(
+        self, score: Callable[[list[str]], dict[str, Any]], report: Report, name: str
+    ) -> dict[str, dict[str, Any]]:
+        """Scores of the sequences of each split."""
+        found = {}
+        for number, (split, records) in enumerate(self.scored.items()):
+            report(f"scoring {name}", number, len(self.scored), {})
+            found[split] = score([record.sequence for record in records])
+        report(f"scoring {name}", len(self.scored), len(self.scored), {})
+        return found
 
-def embedded_data(scored: int, seed: int = 0) -> StudyData:
+
+def embedded_data(scored: int) -> StudyData:
     """The proteins embedded in the package: 15 families, and 5 that are held out."""
     records = {
         name: read_fasta(embedded_fasta(name))[0]
@@ -65,13 +78,13 @@ def embedded_data(scored: int, seed: int = 0) -> StudyData:
     return StudyData(
         "embedded families of Swiss-Prot",
         [record.sequence for record in records["train"]],
-        [record.sequence for record in _drawn(records["validation"], _VALIDATION_AT_MOST, seed)],
-        {name: _drawn(records[name], scored, seed) for name in SCORED_SPLITS},
+        [record.sequence for record in _drawn(records["validation"], _VALIDATION_AT_MOST)],
+        {name: _drawn(records[name], scored) for name in SCORED_SPLITS},
         {"data": "embedded", "scored": scored},
     )
 
 
-def corpus_data(folder: Path, scored: int, seed: int = 0) -> StudyData:
+def corpus_data(folder: Path, scored: int) -> StudyData:
     """The splits of a folder that ``performers data`` wrote.
 
     Raises:
@@ -82,20 +95,19 @@ def corpus_data(folder: Path, scored: int, seed: int = 0) -> StudyData:
     tests: dict[str, list[ProteinRecord]] = {}
     for name in SCORED_SPLITS:
         shards = corpus.split(name)
-        order = np.random.default_rng(seed).permutation(len(shards))[:scored]
         tests[name] = [
             ProteinRecord(shards.names[index], "", shards.sequence(index))
-            for index in sorted(order.tolist())
+            for index in _drawn(range(len(shards)), scored)
         ]
     return StudyData(
         folder.name,
         train,
-        validation_sample(corpus.split("validation"), seed),
+        validation_sample(corpus.split("validation"), seed=0),
         tests,
         {"data": train.fingerprint(), "scored": scored},
     )
 
 
-def _drawn(records: list[ProteinRecord], count: int, seed: int) -> list[ProteinRecord]:
-    order = np.random.default_rng(seed).permutation(len(records))[:count]
-    return [records[index] for index in sorted(order.tolist())]
+def _drawn(items: Sequence[_Item], count: int) -> list[_Item]:
+    order = np.random.default_rng(0).permutation(len(items))[:count]
+    return [items[index] for index in sorted(order.tolist())]

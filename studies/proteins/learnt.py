@@ -8,16 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.figures import save_figure
+from performers.app.files import write_atomically
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from performers.proteins.reading.analysis import ModelAnalysis, analyse_model
-from performers.proteins.reading.learnt import MATRICES, learnt_numbers
-from performers.proteins.reading.mantel import load_reference_matrix
-from studies.proteins.figures import attention_maps_figure, heads_figure, similarity_figure
+from performers.proteins.reading.analysis import analyse_model
+from performers.proteins.reading.learnt import learnt_numbers
+from studies.proteins.figures import attention_maps_figure, heads_figure, similarity_picture
 
 
 def compare_learnt(
@@ -28,8 +26,7 @@ def compare_learnt(
     *,
     max_sequences: int,
     max_length: int,
-    permutations: int = 9_999,
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Read several models' attention on the same proteins.
 
@@ -49,31 +46,18 @@ def compare_learnt(
         )
         for name, (model, tokenizer) in models.items()
     }
-    numbers = {x: learnt_numbers(y, permutations=permutations) for x, y in analyses.items()}
-    drawn = {}
-    for name, figure in _figures(analyses).items():
-        stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        drawn[name] = save_figure(figure, folder / f"{stem}.png").name
-    return {"models": numbers, "figures": drawn}
-
-
-def _figures(analyses: Mapping[str, ModelAnalysis]) -> dict[str, Figure]:
-    made: dict[str, Figure] = {}
-    similarities = {
-        name: found.similarity["all"].matrix()
-        for name, found in analyses.items()
-        if found.similarity
-    }
+    figures: dict[str, str] = {}
+    similarities = {x: y.similarity["all"].matrix() for x, y in analyses.items() if y.similarity}
     if similarities:
-        reference = load_reference_matrix(MATRICES[0], AMINO_ACIDS)
-        made["similarity"] = similarity_figure(similarities, reference, MATRICES[0])
+        figures["similarity"] = "similarity.png"
+        write_atomically(folder / "similarity.png", similarity_picture(similarities))
     scores = {name: found.scores for name, found in analyses.items() if found.scores is not None}
     if scores:
-        made["heads"] = heads_figure(scores)
+        figures["heads"] = save_figure(heads_figure(scores), folder / "heads.png").name
     for name, found in analyses.items():
-        if found.maps and found.labels:
-            title = f"{name}: {found.protein.name}"
-            made[f"attention, {name}"] = attention_maps_figure(
-                found.maps, found.labels, scores=found.scores, title=title
-            )
-    return made
+        if found.labels:
+            stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+            figure = attention_maps_figure(found, f"{name}: {found.protein.name}")
+            file = save_figure(figure, folder / f"attention-{stem}.png")
+            figures[f"attention, {name}"] = file.name
+    return {"models": {x: learnt_numbers(y) for x, y in analyses.items()}, "figures": figures}

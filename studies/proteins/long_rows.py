@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,6 @@ from performers.app.files import read_json, write_json
 from performers.app.processes import is_first_process, process_count
 from performers.app.progress import Report
 from performers.benchmark.memory import OutOfMemoryError, ProbeError, peak_of, run_apart
-from performers.benchmark.timing import summarize
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
 from performers.proteins.inputs.packing import TokenDataset
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
@@ -36,10 +36,12 @@ both None where there is a ``failure``."""
 _MOST_ROWS = 40
 _WARM_UP_LENGTH = 64
 _TIMEOUT = 1800.0
+# Calls that are timed, after a first one.
+_REPEATS = 3
 
 
 def run_concatenated(
-    options: TrainingOptions, data: StudyData, folder: Path, report: Report = lambda *work: None
+    options: TrainingOptions, data: StudyData, folder: Path, report: Report
 ) -> None:
     """A Performer on rows of concatenated proteins against the exact Transformer of equal time.
 
@@ -133,20 +135,20 @@ def _score(
     folder: Path, options: TrainingOptions, data: StudyData, report: Report
 ) -> dict[str, Any]:
     model, tokenizer = load_model(folder)
-    scores = {}
-    for number, (split, records) in enumerate(data.scored.items()):
-        report(f"scoring {folder.name} on long rows", number, len(data.scored), {})
-        tokens = encode_sequences(tokenizer, [record.sequence for record in records])
+
+    def score(sequences: list[str]) -> dict[str, Any]:
+        tokens = encode_sequences(tokenizer, sequences)
         order = np.random.default_rng(0).permutation(len(tokens))
         dataset = TokenDataset(
             [tokens[index] for index in order], max_length=options.max_length, packed=True
         )
         # The last is short, and would be scored with less context.
         dataset.lengths = dataset.lengths[: min(_MOST_ROWS, max(1, len(dataset) - 1))]
-        scores[split] = evaluate_rows(
+        return evaluate_rows(
             model, tokenizer, dataset, batch_tokens=options.max_length, across_sequences=True
         )
-    return scores
+
+    return data.scores(score, report, f"{folder.name} on long rows")
 
 
 def measure_contexts(
@@ -155,7 +157,7 @@ def measure_contexts(
     longest_exact: int,
     data: StudyData,
     folder: Path,
-    report: Report = lambda *work: None,
+    report: Report,
 ) -> None:
     """Time and memory of a forward pass over proteins one after another, against length."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,42 +187,28 @@ def measure_contexts(
     report("forward against length", len(wanted), len(wanted), {})
 
 
-def measure_cost(
-    options: TrainingOptions,
-    row: npt.NDArray[np.integer],
-    *,
-    backward: bool,
-    repeats: int = 3,
-) -> Cost:
+def measure_cost(options: TrainingOptions, row: npt.NDArray[np.integer], *, backward: bool) -> Cost:
     """Time and memory of a training step or a forward pass, in a separate process.
 
     Args:
         options: The model.
         row: Token ids, of shape (length,).
         backward: A step with the optimiser; otherwise a forward pass without gradients.
-        repeats: Calls timed after a first one.
 
     Returns:
         The cost, or why there is none: out of memory, or too slow.
     """
-    task = partial(
-        time_and_peak,
-        options=options.to_dict(),
-        row=row.tolist(),
-        backward=backward,
-        repeats=repeats,
-    )
-    failure = ""
+    task = partial(time_and_peak, options=options.to_dict(), row=row.tolist(), backward=backward)
     try:
         return run_apart(task, threads=torch.get_num_threads(), timeout=_TIMEOUT)
-    except OutOfMemoryError as error:
-        failure = str(error) if str(error).startswith("killed") else "out of memory"
     except ProbeError as error:
         failure = str(error)
-    return {"seconds": None, "peak_bytes": None, "failure": failure}
+        if isinstance(error, OutOfMemoryError) and not failure.startswith("killed"):
+            failure = "out of memory"
+        return {"seconds": None, "peak_bytes": None, "failure": failure}
 
 
-def time_and_peak(options: dict[str, Any], row: list[int], backward: bool, repeats: int) -> Cost:
+def time_and_peak(options: dict[str, Any], row: list[int], backward: bool) -> Cost:
     """The cost of one call; runs in a separate process."""
     given, tokens = TrainingOptions(**options), torch.tensor(row)
     # Loads libraries and starts threads, whose memory is not that of the call.
@@ -231,7 +219,7 @@ def time_and_peak(options: dict[str, Any], row: list[int], backward: bool, repea
         call = _call(given, tokens, backward)
         # The first makes the optimiser's state.
         call()
-        for _ in range(repeats):
+        for _ in range(_REPEATS):
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
@@ -240,7 +228,7 @@ def time_and_peak(options: dict[str, Any], row: list[int], backward: bool, repea
     nbytes = peak_of(calls).nbytes
     if torch.cuda.is_available():
         nbytes = torch.cuda.max_memory_allocated()
-    return {"seconds": summarize(seconds).median, "peak_bytes": nbytes, "failure": ""}
+    return {"seconds": statistics.median(seconds), "peak_bytes": nbytes, "failure": ""}
 
 
 def _call(options: TrainingOptions, row: torch.Tensor, backward: bool) -> Callable[[], object]:

@@ -115,17 +115,19 @@ _CLUSTER = TrainingOptions(
     save_steps=1000,
 )
 
+
+def _on_long_rows(training: TrainingOptions, **changes: Any) -> TrainingOptions:
+    rows: dict[str, Any] = {"max_length": 8192, "batch_tokens": 8192}
+    rows |= {"attention": "favor-relu", "packed": True, "across_sequences": True}
+    return replace(training, **rows, **changes)
+
+
 PRESETS = {
     "minutes": StudyPreset(
         training=_MINUTES,
-        long=replace(
+        long=_on_long_rows(
             _MINUTES,
-            attention="favor-relu",
             position_embedding="rotary",
-            packed=True,
-            across_sequences=True,
-            max_length=8192,
-            batch_tokens=8192,
             steps=60,
             learning_rate=2e-3,
             eval_steps=60,
@@ -137,14 +139,9 @@ PRESETS = {
     ),
     "hours": StudyPreset(
         training=_HOURS,
-        long=replace(
+        long=_on_long_rows(
             _HOURS,
-            attention="favor-relu",
             num_layers=6,
-            packed=True,
-            across_sequences=True,
-            max_length=8192,
-            batch_tokens=8192,
             steps=300,
             warmup_steps=30,
             eval_steps=300,
@@ -161,16 +158,7 @@ PRESETS = {
         lsh_chunk_size=64,
         lsh_rounds=4,
         scored=10**9,
-        long=replace(
-            _CLUSTER,
-            attention="favor-relu",
-            num_layers=6,
-            packed=True,
-            across_sequences=True,
-            max_length=8192,
-            batch_tokens=8192,
-            steps=100_000,
-        ),
+        long=_on_long_rows(_CLUSTER, num_layers=6, steps=100_000),
         context_lengths=(8192, 32768, 131072, 524288, 2097152),
         context_exact=65536,
         learnt=800,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,16 +86,17 @@ def write_report(output: Path) -> Path:
     planned = [*settings["masked"], *settings["causal"]]
     repeated = sum(attention not in settings["once"] for attention in planned)
     wanted = len(planned) + (len(settings["seeds"]) - 1) * repeated
-    compared = sum(run["experiment"] == "comparison" for run in _done(content["runs"]))
+    failed = [run for run in content["runs"] if "failure" in run]
+    compared = [run for run in content["runs"] if run["experiment"] == "comparison"]
+    done = sum(run not in failed for run in compared)
     parts = [
         f"# Attention on proteins: {settings['data_name']}, preset {settings['preset']}",
-        f"{compared} of {wanted} runs of the comparison are done. Accuracy and perplexity "
+        f"{done} of {wanted} runs of the comparison are done. Accuracy and perplexity "
         "per residue, all of them hidden behind the mask token under the masked objective.",
         *(
             f"{label(run['attention'])}, {OBJECTIVES[run['objective']]}, seed {run['seed']}: no "
             f"result; {run['failure'].partition(';')[0]}."
-            for run in content["runs"]
-            if "failure" in run
+            for run in failed
         ),
     ]
     for name, table in tables(content).items():
@@ -119,7 +121,7 @@ def gather(output: Path) -> dict[str, Any]:
 
     long, settings = output / "concatenated", read_json(output / "study.json")
     runs = [read_json(path) for path in sorted(output.glob("runs/*/result.json"))]
-    done = _done(runs)
+    done = [run for run in runs if "failure" not in run]
     compared = [run for run in done if run["experiment"] == "comparison"]
     ablated = [run for run in done if run["experiment"] == "kernels"]
     # The runs of the comparison that the ablation is compared with.
@@ -148,20 +150,15 @@ def gather(output: Path) -> dict[str, Any]:
 def _brief(content: Mapping[str, Any]) -> dict[str, Any]:
     """The results without what was scored on each sequence, which stays in the folders of runs."""
 
-    def without(found: Any) -> Any:
-        if isinstance(found, Mapping):
-            return {
-                name: without(value)
-                for name, value in found.items()
-                if name != "counts" and not str(name).endswith("_by_sequence")
-            }
-        return [without(x) for x in found] if isinstance(found, list) else found
+    def without(found: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in found.items()
+            if name != "counts" and not name.endswith("_by_sequence")
+        }
 
-    return {name: without(value) for name, value in content.items()}
-
-
-def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [run for run in runs if "failure" not in run]
+    brief: dict[str, Any] = json.loads(json.dumps(content), object_hook=without)
+    return brief
 
 
 def _splits_table(splits: Mapping[str, Mapping[str, int]]) -> Table:

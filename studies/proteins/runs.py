@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from performers.proteins.report.model_report import choose_protein
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.training.train import train_model
 from performers.training.options import TrainingOptions
+from studies.parts import as_json
 from studies.proteins.data import StudyData
 from studies.proteins.learnt import compare_learnt
 from studies.proteins.presets import StudyPreset
@@ -105,7 +105,7 @@ def run_study(
     return output / "report.md"
 
 
-def execute(run: Run, data: StudyData, folder: Path, report: Report = lambda *work: None) -> None:
+def execute(run: Run, data: StudyData, folder: Path, report: Report) -> None:
     """Train and score one model, or the rest of it; a training that diverges is noted.
 
     Under several processes all train together and the first scores.
@@ -130,20 +130,19 @@ def execute(run: Run, data: StudyData, folder: Path, report: Report = lambda *wo
         wait_for(file)
         return
     model, tokenizer = load_model(folder)
-    scores = {}
-    for number, (split, records) in enumerate(data.scored.items()):
-        report(f"scoring {run.name}", number, len(data.scored), {})
-        scores[split] = evaluate_model(
+
+    def score(sequences: list[str]) -> dict[str, Any]:
+        return evaluate_model(
             model,
             tokenizer,
-            [record.sequence for record in records],
+            sequences,
             max_length=options.max_length,
             batch_tokens=max(8192, options.max_length),
             by_sequence=True,
         )
-    report(f"scoring {run.name}", len(data.scored), len(data.scored), {})
+
     result |= {name: trained[name] for name in ("parameters", "steps", "seconds")}
-    write_json(file, {**result, "scores": scores})
+    write_json(file, {**result, "scores": data.scores(score, report, run.name)})
 
 
 def train_once(
@@ -200,15 +199,15 @@ def _read_models(output: Path, data: StudyData, preset: StudyPreset, report: Rep
 
 def _check_same(file: Path, preset: StudyPreset, data: StudyData, name: str) -> None:
     """Write the settings of a new study, or compare them with those of the one in the folder."""
-    settings = {
-        "preset": name,
-        **asdict(preset),
-        **data.identity,
-        "data_name": data.name,
-        "processes": process_count(),
-    }
-    # As JSON gives them back.
-    settings = json.loads(json.dumps(settings))
+    settings = as_json(
+        {
+            "preset": name,
+            **asdict(preset),
+            **data.identity,
+            "data_name": data.name,
+            "processes": process_count(),
+        }
+    )
     if not file.exists():
         write_json(file, settings)
         return
@@ -216,8 +215,7 @@ def _check_same(file: Path, preset: StudyPreset, data: StudyData, name: str) -> 
     for key in ("training", "long"):
         if isinstance(earlier.get(key), dict):
             # Options that are newer than the study were at their defaults.
-            defaults = json.loads(json.dumps(TrainingOptions().to_dict()))
-            earlier[key] = {**defaults, **earlier[key]}
+            earlier[key] = {**as_json(TrainingOptions().to_dict()), **earlier[key]}
     changed = [key for key in settings if earlier.get(key) != settings[key]]
     if changed:
         raise UserError(

@@ -15,8 +15,8 @@ METRICS = ("accuracy", "perplexity")
 _REPLICATES = 4000
 _CHUNK = 200
 
-Counts: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Correct predictions and targets, each ``(sequences,)``."""
+Counts: TypeAlias = npt.NDArray[np.int64]
+"""Correct predictions and targets, ``(2, sequences)``."""
 
 Row = Mapping[str, Any]
 """One attention under one objective: ``objective``, ``attention``, ``parameters``, ``seconds`` (a
@@ -50,36 +50,26 @@ def summarise(results: Iterable[Mapping[str, Any]], attentions: Sequence[str]) -
         if not runs:
             continue
         first = next(iter(runs.values()))
-        splits = list(first["scores"])
-        rows.append(
-            {
-                "objective": objective,
-                "attention": attention,
-                "parameters": first["parameters"],
-                "seconds": spread({seed: run["seconds"] for seed, run in runs.items()}),
-                "scores": {
-                    split: {
-                        metric: spread({s: run["scores"][split][metric] for s, run in runs.items()})
-                        for metric in METRICS
-                    }
-                    for split in splits
-                },
-                "baseline": {
-                    split: {m: first["scores"][split][f"baseline_{m}"] for m in METRICS}
-                    for split in splits
-                },
-                "counts": {
-                    split: {
-                        seed: [
-                            run["scores"][split][f"{x}_by_sequence"] for x in ("correct", "tokens")
-                        ]
-                        for seed, run in runs.items()
-                        if "correct_by_sequence" in run["scores"][split]
-                    }
-                    for split in splits
-                },
+        row: dict[str, Any] = {
+            "objective": objective,
+            "attention": attention,
+            "parameters": first["parameters"],
+            "seconds": spread({seed: run["seconds"] for seed, run in runs.items()}),
+            **{part: {} for part in ("scores", "baseline", "counts")},
+        }
+        for split, baseline in first["scores"].items():
+            scores = {seed: run["scores"][split] for seed, run in runs.items()}
+            row["scores"][split] = {
+                metric: spread({seed: found[metric] for seed, found in scores.items()})
+                for metric in METRICS
             }
-        )
+            row["baseline"][split] = {m: baseline[f"baseline_{m}"] for m in METRICS}
+            row["counts"][split] = {
+                seed: [found["correct_by_sequence"], found["tokens_by_sequence"]]
+                for seed, found in scores.items()
+                if "correct_by_sequence" in found
+            }
+        rows.append(row)
     return rows
 
 
@@ -151,7 +141,8 @@ def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
             both = sorted(one.keys() & other.keys())
             if both:
                 difference = spread({seed: 100 * (one[seed] - other[seed]) for seed in both})
-                interval, obstacle = _judge(high, low, split, both)
+                interval = _interval(high, low, split, both)
+                obstacle = _obstacle(high, low, split, both)
                 found.append(
                     {
                         "claim": f"{word}: {text}",
@@ -165,35 +156,30 @@ def claims(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def _judge(
-    high: Row, low: Row, split: str, seeds: Sequence[int]
-) -> tuple[tuple[float, float] | None, str]:
-    """Confidence interval of a difference, and the reason why it allows no verdict."""
-    counts = []
-    for row in (high, low):
-        by_seed = row["counts"].get(split, {})
-        counts.append({seed: _arrays(by_seed[seed]) for seed in seeds if seed in by_seed})
-    interval = None
-    if all(len(part) == len(seeds) for part in counts):
-        interval = paired_interval(*counts)
+def _interval(high: Row, low: Row, split: str, seeds: Sequence[int]) -> tuple[float, float] | None:
+    """Confidence interval of a difference; None without scores by sequence."""
+    ahead, behind = (
+        {seed: np.array(counts) for seed, counts in row["counts"][split].items() if seed in seeds}
+        for row in (high, low)
+    )
+    return paired_interval(ahead, behind) if len(ahead) == len(behind) == len(seeds) else None
+
+
+def _obstacle(high: Row, low: Row, split: str, seeds: Sequence[int]) -> str:
+    """The reason why a difference allows no verdict; empty where there is none."""
     if len(seeds) < 2:
-        return interval, "one seed"
+        return "one seed"
     for row in (high, low):
         if row["scores"][split]["accuracy"]["mean"] <= row["baseline"][split]["accuracy"]:
-            return interval, f"{row['attention']} is not above the frequency baseline"
-    return interval, "" if interval else "no scores by sequence"
-
-
-def _arrays(counts: Sequence[Sequence[int]]) -> Counts:
-    correct, tokens = (np.array(x) for x in counts)
-    return correct, tokens
+            return f"{row['attention']} is not above the frequency baseline"
+    return ""
 
 
 def _verdict(
     interval: tuple[float, float] | None, obstacle: str, least: float, strict: bool
 ) -> str:
     if obstacle or interval is None:
-        return f"none: {obstacle}"
+        return f"none: {obstacle or 'no scores by sequence'}"
     low, high = interval
     if low > least or (low == least and not strict):
         return "holds"

@@ -24,7 +24,6 @@ def compared(tmp_path_factory):
         folder,
         max_sequences=800,
         max_length=512,
-        permutations=99,
         progress=lambda name, done, total: seen.append((name, done, total)),
     )
     return found, folder, seen

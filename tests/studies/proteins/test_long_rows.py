@@ -41,7 +41,7 @@ def costs(monkeypatch):
 
 
 def contexts(folder):
-    measure_contexts(ROTARY, (128, 256), 256, data(), folder)
+    measure_contexts(ROTARY, (128, 256), 256, data(), folder, lambda *work: None)
     rows = json.loads((folder / "contexts.json").read_text())["rows"]
     return {(row["attention"], row["length"]): row["failure"] for row in rows}
 
@@ -62,7 +62,7 @@ def test_contexts_that_failed_are_measured_again_and_others_are_not(tmp_path, co
 
 
 def concatenated(folder):
-    run_concatenated(PRESET.long, data(), folder)
+    run_concatenated(PRESET.long, data(), folder, lambda *work: None)
     return json.loads((folder / "plan.json").read_text())
 
 
@@ -163,7 +163,7 @@ def test_rows_are_proteins_of_the_study_one_after_another(tmp_path, monkeypatch)
         return cost_of(1.0, 1)
 
     monkeypatch.setattr(long_rows, "measure_cost", cost)
-    measure_contexts(ROTARY, (128,), 0, study, tmp_path)
+    measure_contexts(ROTARY, (128,), 0, study, tmp_path, lambda *work: None)
     assert measured == [row[:128].tolist()] * 3
 
 
@@ -227,6 +227,6 @@ def test_a_cost_that_cannot_be_measured_says_why(error, failure, monkeypatch):
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_row_is_measured(backward):
     row = np.arange(5, 25, dtype=np.int16)
-    found = measure_cost(TRAINING, row, backward=backward, repeats=1)
+    found = measure_cost(TRAINING, row, backward=backward)
     assert found["failure"] == ""
     assert found["seconds"] > 0
