@@ -26,15 +26,7 @@ class GroupedComparator(Comparator):
     reach: int
 
     def group(self, query: Tensor, rows: SequenceRows) -> Tensor:
-        """The group of each token in each round.
-
-        Args:
-            query: Shape ``(N, H, longest, head_dim)``.
-            rows: The call.
-
-        Returns:
-            Integers in ``0..num_groups - 1``, shape ``(N, H, rounds, longest)``.
-        """
+        """The group of each token in each round, from 0: ``(N, H, rounds, longest)``."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -54,13 +46,8 @@ class GroupedComparator(Comparator):
 class Sorted:
     """The order of tokens by group and place, and differences between places in this order.
 
-    Args:
-        group: Groups of the tokens, ``(N, H, rounds, longest)``.
-        rows: The call.
-        reach: Tokens of a group that one sees to each side, at most the sequence's.
-
     Attributes:
-        reach: Tokens of a group that one sees to each side.
+        reach: Tokens of a group that one sees to each side, at most the sequence's.
         rounds: Number of rounds.
         places: The place of each token in the order of each round, shape of ``group``: numbers that
             differ by as much as the order within a group, by more than ``reach`` between groups.

@@ -63,46 +63,26 @@ class HashFeatures(FeatureMap):
     ``R_r`` have independent directions and one length: longer ones would win more often. Many
     buckets are pairs of fewer: the bucket's number is then ``h_1(x) n_2 + h_2(x)`` with ``n_1 n_2``
     buckets, and hashing costs ``O(sqrt(buckets))`` a vector. A feature map without features, which
-    is drawn, saved and redrawn as all are.
-
-    Args:
-        head_dim: Length of a vector.
-        buckets: Even, or 1 for a single bucket.
-        rounds: Independent hashes.
-        num_heads: Heads with hashes of their own; None: shared by all.
-        generator: Source of randomness; torch's default generator when None.
+    is drawn, saved and redrawn as all are; other arguments are those of `FeatureMap`.
     """
 
-    def __init__(
-        self,
-        head_dim: int,
-        buckets: int,
-        rounds: int,
-        *,
-        num_heads: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        self.buckets, self.rounds = buckets, rounds
-        self.factors = _factors(buckets)
+    def __init__(self, head_dim: int, buckets: int, rounds: int, **more: Any) -> None:
+        self.rounds, self.factors = rounds, _factors(buckets)
         super().__init__(
             head_dim,
             rounds * buckets,
             num_rows=rounds * sum(factor // 2 for factor in self.factors),
             projection=None if buckets == 1 else "gaussian",
             regularized=True,
-            num_heads=num_heads,
-            generator=generator,
+            **more,
         )
 
     @torch.no_grad()
     def hash(self, x: Tensor) -> Tensor:
-        """The bucket of each vector in each round.
-
-        Args:
-            x: Shape ``(..., num_heads, L, head_dim)``; any scale.
+        """The bucket of each vector ``(..., num_heads, L, head_dim)`` in each round.
 
         Returns:
-            Integers in ``0..buckets - 1``, shape ``(..., num_heads, rounds, L)``.
+            Integers from 0, shape ``(..., num_heads, rounds, L)``.
         """
         shape = (*x.shape[:-2], self.rounds, x.shape[-2])
         if self.weight is None:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from performers.models import PerformerForMaskedLM
 from performers.models.context import AttentionContext
 from tests.models.cases import tokens
 from tests.studies.comparators.oracle import (
@@ -64,25 +63,3 @@ def test_packed_rows_and_causal_models_are_refused():
         make_model("linformer")(ids, sequence_ids=torch.zeros_like(ids))
     with pytest.raises(ValueError, match="no causal form"):
         make_mechanism("linformer")(*inputs(4), AttentionContext(is_causal=True), 0)
-
-
-def test_initial_projections_and_a_checkpoint_without_them(tmp_path):
-    torch.manual_seed(0)
-    config = make_config("linformer", {"rank": 16}, max_position_embeddings=400)
-    model = PerformerForMaskedLM(config)
-    modules = [layer.attention.mechanism for layer in model.performer.layers]
-    drawn = [p for module in modules for p in module.parameters()]
-    assert len({p.sum().item() for p in drawn}) == 4
-    for projection in drawn:
-        assert projection.shape == (16, 400)
-        assert abs(projection.std().item() * 4 - 1) < 0.05
-    model.save_pretrained(tmp_path / "whole")
-    loaded = PerformerForMaskedLM.from_pretrained(tmp_path / "whole")
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    exact = PerformerForMaskedLM(make_config("exact", max_position_embeddings=400))
-    exact.save_pretrained(tmp_path / "exact")
-    started = PerformerForMaskedLM.from_pretrained(tmp_path / "exact", config=config)
-    for layer in started.performer.layers:
-        for projection in layer.attention.mechanism.parameters():
-            assert abs(projection.std().item() * 4 - 1) < 0.05

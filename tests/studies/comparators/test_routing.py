@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from performers.models import PerformerForMaskedLM
 from performers.models.context import AttentionContext
 from tests.models.cases import tokens
 from tests.studies.comparators.oracle import (
@@ -12,7 +11,6 @@ from tests.studies.comparators.oracle import (
     dense,
     in_groups,
     inputs,
-    make_config,
     make_mechanism,
     make_model,
 )
@@ -79,22 +77,3 @@ def test_a_layer_that_is_computed_again_has_the_clusters_it_had():
     loss.backward()
     after = [p for name, p in model.named_parameters() if "centroids" in name]
     assert all(torch.equal(x, y) for x, y in zip(centroids, after, strict=True))
-
-
-def test_centroids_are_saved_and_drawn_where_a_file_lacks_them(tmp_path):
-    model = PerformerForMaskedLM(make_config("routing"))
-    centroids = model.performer.layers[1].attention.mechanism.centroids
-    assert centroids.shape == (2, 3, 16)
-    torch.testing.assert_close(centroids.norm(dim=-1), torch.ones(2, 3))
-    with torch.no_grad():
-        centroids[0, 0] = -centroids[0, 0]
-    model.save_pretrained(tmp_path / "whole")
-    loaded = PerformerForMaskedLM.from_pretrained(tmp_path / "whole")
-    assert torch.equal(loaded.performer.layers[1].attention.mechanism.centroids, centroids)
-    # Queries are keys in lsh too, whose file has no centroids.
-    other = PerformerForMaskedLM(make_config("lsh"))
-    other.save_pretrained(tmp_path / "other")
-    started = PerformerForMaskedLM.from_pretrained(tmp_path / "other", config=model.config)
-    for layer in started.performer.layers:
-        drawn = layer.attention.mechanism.centroids
-        torch.testing.assert_close(drawn.norm(dim=-1), torch.ones(2, 3))
