@@ -21,19 +21,8 @@ if TYPE_CHECKING:
 STUDIES = Path(__file__).resolve().parent
 RESULTS = STUDIES.parent / "docs" / "results"
 PAGES = {
-    "accuracy.md": "accuracy",
-    "catalogue.md": "catalogue",
-    "cpu.md": "speed",
-    "demo.md": "demo",
-    "families.md": "families",
-    "graphs.md": "graphs",
-    "images.md": "images",
-    "long_documents.md": "long_documents",
-    "pointer.md": "pointer",
-    "proteins.md": "proteins",
-    "sequence_parallel.md": "sequence_parallel",
-    "sparse.md": "sparse",
-    "text.md": "text",
+    f"{'cpu' if folder.name == 'speed' else folder.name}.md": folder.name
+    for folder in sorted(file.parent for file in STUDIES.glob("*/page.md"))
 }
 """Pages of docs/results, and the folders below ``studies`` that they are written from."""
 

@@ -57,28 +57,17 @@ def _instruction_sets(runs: list[Mapping[str, Any]]) -> Table:
 
 
 def _model(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
+    def compared(shown: Callable[[Mapping[str, Any]], str], ratio: str) -> Table:
+        def over_identity(row: Mapping[str, Any]) -> str:
+            return "" if row["attention"] == "identity" else times(row[ratio])
+
+        columns = [("{attention}", shown), ("{attention} / identity", over_identity)]
+        return _table(rows, ("length",), columns)
+
     return {
-        "time": _table(
-            rows,
-            ("length",),
-            [
-                ("{attention}", lambda row: seconds(row["seconds"])),
-                ("{attention} / identity", _compared("over_identity")),
-            ],
-        ),
-        "memory": _table(
-            rows,
-            ("length",),
-            [
-                ("{attention}", lambda row: nbytes(row["peak_bytes"])),
-                ("{attention} / identity", _compared("memory_over_identity")),
-            ],
-        ),
+        "time": compared(lambda row: seconds(row["seconds"]), "over_identity"),
+        "memory": compared(lambda row: nbytes(row["peak_bytes"]), "memory_over_identity"),
     }
-
-
-def _compared(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: "" if row["attention"] == "identity" else times(row[name])
 
 
 def _decode(rows: list[Mapping[str, Any]]) -> dict[str, Table]:
