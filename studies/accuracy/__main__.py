@@ -22,60 +22,59 @@ app = App(no_args_is_help=True, help="How far attention through random features 
 @app.command(extra="benchmark", lower="--kernel-length")
 def kernel(files: ResultFiles, options: KernelOptions) -> None:
     """Estimates of the kernel on random data, the paper's Figure 4."""
-    from performers.benchmark.measure import Results
-    from studies.accuracy import report
     from studies.accuracy.kernel import run_kernel
 
-    folder = prepare_output_folder(files.output_folder, resume=files.resume)
-    results = Results.empty("accuracy kernel", options)
-    measure_and_write(
-        results,
-        folder,
-        files.resume,
-        partial(run_kernel, options, results),
-        figure=report.kernel_figure,
-        tables=report.console_tables,
-        series="estimator",
-    )
+    _measure("kernel", files, options, partial(run_kernel, options), series="estimator")
 
 
 @app.command(extra="convert", lower="--length or --passages")
 def heads(files: ResultFiles, options: PretrainedOptions) -> None:
     """Outputs of the heads of a pretrained model."""
-    _measure("heads", files, options)
+    _measure_pretrained("heads", files, options)
 
 
 @app.command(extra="convert", lower="--length or --passages")
 def models(files: ResultFiles, options: PretrainedOptions) -> None:
     """Hidden states and perplexity of a pretrained model whose attention is replaced."""
-    _measure("models", files, options)
+    _measure_pretrained("models", files, options)
 
 
 @app.command(extra="convert", lower="--length or --passages")
 def plan(files: ResultFiles, options: PlanOptions) -> None:
     """Errors that performers.plan promises on some passages, and those on others."""
-    _measure("plan", files, options)
+    _measure_pretrained("plan", files, options)
 
 
-def _measure(name: str, files: ResultFiles, options: PretrainedOptions) -> None:
-    from performers.benchmark.measure import Results
+def _measure_pretrained(name: str, files: ResultFiles, options: PretrainedOptions) -> None:
     from performers.convert.distillation.quality import kind_of
-    from studies.accuracy import pretrained, report
+    from studies.accuracy import pretrained
 
     found = _told(lambda: pretrained.read_pretrained(options))
     if kind_of(found.loaded.model) == "encoder":
         note(f"{options.model} has no language-modelling head: hidden states only, no perplexity")
+    _measure(name, files, options, partial(getattr(pretrained, f"run_{name}"), found))
+
+
+def _measure(
+    name: str,
+    files: ResultFiles,
+    options: KernelOptions | PretrainedOptions,
+    run: Callable[..., None],
+    series: str = "setting",
+) -> None:
+    from performers.benchmark.measure import Results
+    from studies.accuracy import report
+
     folder = prepare_output_folder(files.output_folder, resume=files.resume)
     results = Results.empty(f"accuracy {name}", options)
-    run = getattr(pretrained, f"run_{name}")
     measure_and_write(
         results,
         folder,
         files.resume,
-        lambda progress: _told(lambda: run(found, results, progress=progress)),
+        lambda progress: _told(lambda: run(results, progress)),
         figure=getattr(report, f"{name}_figure"),
         tables=report.console_tables,
-        series="setting",
+        series=series,
     )
 
 

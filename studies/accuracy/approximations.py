@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import torch
@@ -87,7 +88,7 @@ def fitted_attention(fits: Fits, approximation: Approximation, backend: str | No
     if not approximation.num_features:
         # Any number of features does for the lists of keys.
         listed = fits.attention(replace(approximation, num_features=2), num_heads).buckets
-        return _only_exact(approximation.window, approximation.sinks, listed)
+        return partial(_only_exact, approximation, listed)
     favor = fits.attention(approximation, num_heads)
 
     @torch.no_grad()
@@ -98,34 +99,22 @@ def fitted_attention(fits: Fits, approximation: Approximation, backend: str | No
     return attend
 
 
-def _only_exact(window: int | None, sinks: int, listed_keys: ListedKeys | None) -> Attention:
+@torch.no_grad()
+def _only_exact(approximation: Approximation, listed_keys: ListedKeys | None, x: Samples) -> Tensor:
     """Softmax over the exact terms alone; quadratic, for its error and not its time."""
-
-    @torch.no_grad()
-    def attend(x: Samples) -> Tensor:
-        place = torch.arange(x.query.shape[2], device=x.query.device)
-        gap = place[:, None] - place
-        mask = (place < sinks) | (True if window is None else gap.abs() <= window)
-        if listed_keys is not None:
-            mask = mask | _listed(listed_keys, x)
-        if x.is_causal:
-            mask = mask & (gap >= 0)
-        mask = mask.expand(*mask.shape[:-2], *gap.shape)
-        if x.key_mask is not None:
-            mask = mask & x.key_mask[:, None, None, :]
-        return F.scaled_dot_product_attention(
-            x.query, x.key, x.value, attn_mask=mask, scale=x.scale, enable_gqa=True
-        )
-
-    return attend
-
-
-def _listed(listed_keys: ListedKeys, x: Samples) -> Tensor:
-    """Mask of the keys that are listed for each query, shape ``(B, H, L, S)``."""
-    key = x.key.repeat_interleave(x.query.shape[1] // x.key.shape[1], dim=1)
-    lists = listed_keys(x.query.unsqueeze(2), key, x.key_mask, is_causal=x.is_causal)
-    counts = torch.zeros(*x.query.shape[:3], key.shape[2], dtype=torch.uint8, device=key.device)
-    for keys, taken, of_query in zip(*lists, strict=True):
-        own = of_query[:, :, 0, :, None].expand(-1, -1, -1, keys.shape[-1])
-        counts.scatter_add_(-1, keys.gather(2, own), taken.gather(2, own).to(torch.uint8))
-    return counts > 0
+    assert approximation.window is not None
+    place = torch.arange(x.query.shape[2], device=x.query.device)
+    gap = place[:, None] - place
+    mask = (place < approximation.sinks) | (gap.abs() <= approximation.window)
+    if listed_keys is not None:
+        key = x.key.repeat_interleave(x.query.shape[1] // x.key.shape[1], dim=1)
+        lists = listed_keys(x.query.unsqueeze(2), key, x.key_mask, is_causal=x.is_causal)
+        mask = mask | lists.pairs(*gap.shape)[:, :, 0]
+    if x.is_causal:
+        mask = mask & (gap >= 0)
+    mask = mask.expand(*mask.shape[:-2], *gap.shape)
+    if x.key_mask is not None:
+        mask = mask & x.key_mask[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        x.query, x.key, x.value, attn_mask=mask, scale=x.scale, enable_gqa=True
+    )

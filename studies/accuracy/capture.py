@@ -53,8 +53,8 @@ def capture_heads(
     """Run a model once and keep the inputs of its attention layers, all or some.
 
     Raises:
-        ValueError: The inputs do not fit the model, or its attention is not softmax attention
-            under a causal or key-padding mask.
+        ValueError: The inputs do not fit the model, a layer is not there, or the model's attention
+            is not softmax attention under a causal or key-padding mask.
     """
     samples: dict[int, HeadSample | None] = {}
 
@@ -70,6 +70,11 @@ def capture_heads(
 
     with torch.no_grad(), replace_attention(loaded.model, keep):
         call_model(loaded.model, input_ids=input_ids, attention_mask=attention_mask)
+    if layers is not None and not set(layers) <= set(samples):
+        raise ValueError(
+            f"layers must be some of the model's attention layers {sorted(samples)}, "
+            f"got {list(layers)}"
+        )
     return [sample for _, sample in sorted(samples.items()) if sample is not None]
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,11 +24,8 @@ from performers.benchmark.case import FAILED, MEASURED, Row
 from performers.benchmark.measure import Results
 from performers.benchmark.timing import threads_of_torch
 from performers.features import CALIBRATED, FeatureMap, SoftmaxFeatures
-from performers.features.projections import Projection
-from performers.features.softmax import Estimator
 from studies.accuracy.options import KernelOptions
 
-Pair = tuple[Estimator, Projection]
 MEASURES = ("kernel_mse", "kernel_relative", "matrix_error", "output_mse", "output_error")
 ISOTROPIC, ANISOTROPIC = "isotropic", "anisotropic"
 # Queries and keys, apart from those that errors are measured on, that estimators are fitted to.
@@ -38,48 +34,32 @@ _CALIBRATION_LENGTH = 1024
 _BLOCK_ROWS = 256
 
 
-@dataclass(frozen=True)
-class GaussianData:
-    """Gaussian queries and keys with the scale of the scores in them, ``x' = sqrt(scale) x``.
+def make_data(options: KernelOptions) -> dict[str, tuple[int, Tensor]]:
+    """The distributions of the study, Gaussian with the scale of the scores in them.
 
-    Attributes:
-        kind: ``"isotropic"``, or ``"anisotropic"`` where the eigenvalues of the covariance are in
-            proportion to ``1, 1/2, 1/3, ...``.
-        length: Queries and keys in a sample.
-        head_dim: Length of a vector.
-        norm: ``E |x'|^2`` of queries and keys. Vectors of N(0, I) and the usual scale have
-            ``sqrt(head_dim)``.
+    Returns:
+        Name to the number of queries and of keys, and to the standard deviations ``(head_dim,)``
+        of their coordinates. ``x' = sqrt(scale) x`` has the norm ``E |x'|^2`` of the options, where
+        vectors of N(0, I) and the usual scale have ``sqrt(head_dim)``. The eigenvalues of the
+        covariance are all the same, or in proportion to ``1, 1/2, 1/3, ...``.
     """
-
-    kind: str
-    length: int
-    head_dim: int
-    norm: int
-
-    @property
-    def name(self) -> str:
-        """Name in tables."""
-        return f"{self.kind} {self.norm}"
-
-    def sample(self, generator: torch.Generator, length: int | None = None) -> tuple[Tensor, ...]:
-        """Query, key and values of N(0, I), each of shape ``(length, head_dim)``, float32."""
-        shape = (length or self.length, self.head_dim)
-        query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
-        eigenvalues = torch.ones(self.head_dim)
-        if self.kind == ANISOTROPIC:
-            eigenvalues = 1 / torch.arange(1, self.head_dim + 1)
-        width = (eigenvalues / eigenvalues.sum() * self.norm).sqrt()
-        return query * width, key * width, value
+    isotropic = torch.ones(options.head_dim)
+    anisotropic = 1 / torch.arange(1, options.anisotropic_dim + 1)
+    return {
+        f"{kind} {norm}": (length, (eigenvalues / eigenvalues.sum() * norm).sqrt())
+        for kind, length, eigenvalues, norms in (
+            (ISOTROPIC, options.kernel_length, isotropic, options.norms),
+            (ANISOTROPIC, options.anisotropic_length, anisotropic, options.anisotropic_norms),
+        )
+        for norm in norms
+    }
 
 
-def make_data(options: KernelOptions) -> list[GaussianData]:
-    """The distributions of the study."""
-    isotropic = (ISOTROPIC, options.kernel_length, options.head_dim)
-    anisotropic = (ANISOTROPIC, options.anisotropic_length, options.anisotropic_dim)
-    return [
-        *(GaussianData(*isotropic, norm) for norm in options.norms),
-        *(GaussianData(*anisotropic, norm) for norm in options.anisotropic_norms),
-    ]
+def sample(width: Tensor, length: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Query and key with these standard deviations, and values of N(0, I): ``(length, D)``."""
+    shape = (length, len(width))
+    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+    return query * width, key * width, value
 
 
 @torch.no_grad()
@@ -137,19 +117,23 @@ def run_kernel(options: KernelOptions, results: Results, progress: Progress) -> 
     """
     pairs = options.pairs()
     cases = [{"estimator": estimator, "projection": projection} for estimator, projection in pairs]
-    groups = [(x, count) for x in make_data(options) for count in options.kernel_feature_counts]
+    groups = [
+        (name, *data, count)
+        for name, data in make_data(options).items()
+        for count in options.kernel_feature_counts
+    ]
     total = len(groups) * options.draws
     with threads_of_torch(options.threads):
-        for number, (data, count) in enumerate(groups):
-            key: Row = {"data": data.name, "num_features": count}
+        for number, (name, length, width, count) in enumerate(groups):
+            key: Row = {"data": name, "num_features": count}
             if results.holds(key, cases):
                 progress((number + 1) * options.draws, total)
                 continue
             draws = []
             for draw in range(options.draws):
-                draws.append(_draw(options, data, count, draw))
+                draws.append(_draw(options, length, width, count, draw))
                 progress(number * options.draws + draw + 1, total)
-            sizes = {"length": data.length, "head_dim": data.head_dim, "draws": options.draws}
+            sizes = {"length": length, "head_dim": len(width), "draws": options.draws}
             rows = [
                 {**key, **case, **sizes, **_summary([errors[pair] for errors in draws])}
                 for pair, case in zip(pairs, cases, strict=True)
@@ -158,23 +142,22 @@ def run_kernel(options: KernelOptions, results: Results, progress: Progress) -> 
 
 
 def _draw(
-    options: KernelOptions, data: GaussianData, count: int, draw: int
-) -> dict[Pair, dict[str, float]]:
+    options: KernelOptions, length: int, width: Tensor, count: int, draw: int
+) -> dict[tuple[str, str], dict[str, float]]:
     """Errors of all pairs on one draw of data."""
     generator = torch.Generator().manual_seed(options.seed * 1_000_003 + draw)
-    query, key, value = data.sample(generator)
-    samples = data.sample(generator, _CALIBRATION_LENGTH)[:2]
+    query, key, value = sample(width, length, generator)
+    samples = sample(width, _CALIBRATION_LENGTH, generator)
     fits: dict[str, SoftmaxFeatures] = {}
     errors = {}
     for estimator, projection in options.pairs():
         feature_map = SoftmaxFeatures(
-            data.head_dim, count, estimator=estimator, projection=projection, generator=generator
+            len(width), count, estimator=estimator, projection=projection, generator=generator
         )
         if estimator in CALIBRATED:
             if estimator not in fits:
                 fits[estimator] = feature_map
-                query_sample, key_sample = (x[None, None] for x in samples)
-                feature_map.calibrate_(query_sample, key_sample, scale=1.0)
+                feature_map.calibrate_(samples[0][None, None], samples[1][None, None], scale=1.0)
             else:
                 feature_map.adopt_calibration_(fits[estimator])
         errors[estimator, projection] = kernel_errors(feature_map, query, key, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import Any
 
 from performers.app.options import (
     ESTIMATORS,
@@ -15,11 +15,7 @@ from performers.app.options import (
 )
 from performers.benchmark.settings import MIN_TIME, REPEATS, SEED, THREADS, Rounds
 
-if TYPE_CHECKING:
-    from performers.features.projections import Projection
-    from performers.features.softmax import Estimator
-
-TWO_SIDED = ("hyperbolic", "trigonometric")
+_TWO_SIDED = ("hyperbolic", "trigonometric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +48,7 @@ class KernelOptions(Options):
     seed: int = option(**SEED)
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            OptionError: An option is out of range or unknown.
-        """
+        """Check ranges."""
         super().__post_init__()
         if any(count % 2 for count in self.kernel_feature_counts):
             raise OptionError(
@@ -69,13 +61,13 @@ class KernelOptions(Options):
                 "which have opposite rows already"
             )
 
-    def pairs(self) -> list[tuple[Estimator, Projection]]:
+    def pairs(self) -> list[tuple[Any, Any]]:
         """Estimators with projections, all that exist."""
         return [
-            (cast("Estimator", estimator), cast("Projection", projection))
+            (estimator, projection)
             for estimator in self.estimators
             for projection in self.projections
-            if not (estimator in TWO_SIDED and projection == "antithetic")
+            if not (estimator in _TWO_SIDED and projection == "antithetic")
         ]
 
 
@@ -111,11 +103,7 @@ class PretrainedOptions(Rounds):
     seed: int = option(**SEED)
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            OptionError: An option is out of range.
-        """
+        """Check ranges."""
         super().__post_init__()
         # Half of these make the sines of the trigonometric estimator, half the cosines.
         if self.num_features % 2:

@@ -11,10 +11,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from performers.app.figures import INK, MUTED, PALETTE, new_figure, styled
+from performers.app.figures import INK, MUTED, new_figure, styled
 from performers.benchmark.case import MEASURED, Row, select
 from performers.benchmark.measure import Results
-from performers.benchmark.plot import MARKERS, draw_lines, length_axis, look, shared_legend, style
+from performers.benchmark.plot import draw_lines, length_axis, look, shared_legend, style
 from performers.features import ESTIMATORS, PROJECTIONS
 from studies.accuracy.approximations import SDPA
 from studies.accuracy.kernel import ISOTROPIC
@@ -107,24 +107,18 @@ def _heads_tables(rows: list[Row], settings: Mapping[str, Any]) -> dict[str, Tab
     def error(row: Mapping[str, Any]) -> str:
         return digits(row["error"])
 
+    lines = [
+        [row["setting"], str(row["num_features"] or "")]
+        + [digits(x) for x in (row["error"], 1e3 * row["seconds"], row["sdpa_ratio"])]
+        for row in front
+    ]
+    columns = ("on the front", "features", "error", "ms a call", "SDPA / this")
     return {
         "layers": pivot(
             (row for row in some if row["setting"] != SDPA), ("setting",), "layer", error
         ),
         "counts": pivot(counted, ("setting",), "num_features", error),
-        "front": Table(
-            ("on the front", "features", "error", "ms a call", "SDPA / this"),
-            [
-                (
-                    row["setting"],
-                    str(row["num_features"] or ""),
-                    error(row),
-                    digits(1e3 * row["seconds"]),
-                    digits(row["sdpa_ratio"]),
-                )
-                for row in front
-            ],
-        ),
+        "front": Table(columns, lines),
     }
 
 
@@ -292,10 +286,10 @@ def _draw_times(axes: Axes, means: list[Row], main: list[str]) -> None:
             axes.axvline(time, color=MUTED, linestyle="--", linewidth=1)
             axes.text(time, 0.97, " exact", transform=axes.get_xaxis_transform(), fontsize=7)
             continue
-        number = main.index(row["setting"]) if row["setting"] in main else None
-        color = MUTED if number is None else PALETTE[number % len(PALETTE)]
-        marker = "." if number is None else MARKERS[number % len(MARKERS)]
-        axes.plot(time, value, color=color, marker=marker, markersize=4, linestyle="none")
+        looks: dict[str, Any] = {"color": MUTED, "marker": "."}
+        if row["setting"] in main:
+            looks = look(main.index(row["setting"]))
+        axes.plot(time, value, **looks | {"markersize": 4, "linestyle": "none"})
     front = sorted(x[:2] for x in timed if x[2]["front"] and x[2]["setting"] != SDPA)
     if front:
         axes.step(*zip(*front, strict=True), where="post", color=INK, linewidth=0.9, zorder=1)

@@ -116,16 +116,9 @@ class Comparator(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, rows: SequenceRows) -> Tensor:
-        """Attention within each row.
+        """Attention within each row, ``(N, H, longest, width)`` as the values are.
 
-        Args:
-            query: Shape ``(N, H, longest, head_dim)``, as are keys; zeros behind a sequence.
-            key: Keys.
-            value: Shape ``(N, H, longest, width)``.
-            rows: Lengths and places of the tokens, and the call.
-
-        Returns:
-            Shape ``(N, H, longest, width)``; anything behind a sequence.
+        Queries, keys and values are zero behind a sequence, where the output may be anything.
         """
         raise NotImplementedError
 

@@ -10,16 +10,12 @@ from studies.accuracy.__main__ import app
 from studies.pages import digits
 from tests.benchmark.runs import break_backend, read_csv
 from tests.cli import commands
-from tests.studies.accuracy.runs import compare_few, pretrained_options
+from tests.studies.accuracy.runs import TINY, compare_few, pretrained_options
 
 KERNEL = [
     "kernel", "--kernel-length", 20, "--anisotropic-length", 20, "--anisotropic-dim", 8,
     "--norms", 1, "--anisotropic-norms", 2, "--kernel-feature-counts", "8,16", "--draws", 2,
     "--projections", "orthogonal,gaussian", "--estimators", "positive,trigonometric,data_aware",
-]  # fmt: skip
-SMALL = [
-    "--length", 32, "--window", 8, "--sinks", 2, "--keys", 4, "--num-features", 16,
-    "--feature-counts", "8,16", "--repeats", 1, "--min-time", 0, "--backend", "torch",
 ]  # fmt: skip
 FILES = ["benchmark.png", "benchmark.svg", "results.csv", "results.json"]
 
@@ -46,11 +42,11 @@ def refusal(*arguments):
 
 
 def given(folder, family):
-    """Options that name a tiny model and its texts."""
+    """Options of a tiny model and its texts."""
     options = pretrained_options(folder, family)
-    return [
-        "--model", options.model, "--text", options.text, "--calibration", options.calibration,
-    ]  # fmt: skip
+    values = {name: getattr(options, name) for name in ("model", "text", "calibration")} | TINY
+    values["feature_counts"] = "8,16"
+    return [part for name, x in values.items() for part in (f"--{name.replace('_', '-')}", x)]
 
 
 def read(folder):
@@ -74,7 +70,7 @@ def test_the_kernel(tmp_path, undrawn):
 
 def test_heads_and_models(tmp_path, undrawn, monkeypatch):
     compare_few(monkeypatch, 3)
-    options = [*SMALL, *given(tmp_path, "llama")]
+    options = given(tmp_path, "llama")
     out, lines = run("heads", *options, "--layers", 1, "--output", tmp_path / "heads")
     assert read(tmp_path / "heads")["benchmark"] == "accuracy heads"
     words = ("layers", "on the front", "SDPA")
@@ -96,7 +92,7 @@ def test_a_wrong_backend_ends_with_code_1(tmp_path, undrawn, monkeypatch):
         return out * 2, state
 
     break_backend(monkeypatch, "torch", attend)
-    options = [*SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
+    options = [*given(tmp_path, "bert"), "--output", tmp_path / "out"]
     out, lines = run("heads", *options, "--layers", 0, code=1)
     assert any("failed: data_aware, " in line and "wrong result" in line for line in lines)
     words = "layer 0: wrong result: output differs from the reference by"
@@ -105,7 +101,7 @@ def test_a_wrong_backend_ends_with_code_1(tmp_path, undrawn, monkeypatch):
 
 def test_results_are_resumed(tmp_path, undrawn, monkeypatch):
     compare_few(monkeypatch)
-    arguments = ["models", *SMALL, *given(tmp_path, "bert"), "--output", tmp_path / "out"]
+    arguments = ["models", *given(tmp_path, "bert"), "--output", tmp_path / "out"]
     run(*arguments)
     before = read(tmp_path / "out")["rows"]
     assert "--resume to continue" in refusal(*arguments)
@@ -121,7 +117,7 @@ def test_a_model_without_head_has_no_perplexity(tmp_path, undrawn, monkeypatch):
     options = given(tmp_path, "bert")
     loaded = pretrained.load_model(options[1], head=False)
     loaded.model.save_pretrained(options[1])
-    out, lines = run("models", *SMALL, *options, "--output", tmp_path / "out")
+    out, lines = run("models", *options, "--output", tmp_path / "out")
     assert "has no language-modelling head: hidden states only" in lines[0]
     assert "cosine" in out
     assert "perplexity" not in out
@@ -155,5 +151,5 @@ def test_bad_options_name_their_flag(arguments, words, tmp_path):
 
 def test_bad_texts_are_one_line(tmp_path):
     options, out = given(tmp_path, "bert"), tmp_path / "out"
-    line = refusal("models", *SMALL, *options, "--passages", 30, "--output", out)
+    line = refusal("models", *options, "--passages", 30, "--output", out)
     assert re.search(r"text\.txt has 200 tokens, enough for 6 windows of 32; 30 were", line)

@@ -9,7 +9,7 @@ import torch
 from performers import SoftmaxFeatures
 from performers.benchmark.measure import Results
 from studies.accuracy import kernel
-from studies.accuracy.kernel import MEASURES, GaussianData, kernel_errors, run_kernel
+from studies.accuracy.kernel import MEASURES, kernel_errors, make_data, run_kernel, sample
 from studies.accuracy.options import KernelOptions
 from tests.benchmark.runs import pick
 
@@ -84,16 +84,19 @@ def test_errors_far_beyond_the_truth_are_still_numbers():
 
 
 def test_data_have_the_norms_and_eigenvalues_that_they_should():
-    round_, narrow = (GaussianData(kind, 20000, 8, 3) for kind in ("isotropic", "anisotropic"))
-    for data, eigenvalues in ((round_, torch.ones(8)), (narrow, 1 / torch.arange(1, 9))):
-        query, key, value = data.sample(generator())
+    made = make_data(replace(TINY, norms=(1, 3), head_dim=8, anisotropic_norms=(3,)))
+    assert [length for length, _ in made.values()] == [40, 40, 30]
+    for name, eigenvalues in (
+        ("isotropic 3", torch.ones(8)),
+        ("anisotropic 3", 1 / torch.arange(1, 9)),
+    ):
+        query, key, value = sample(made[name][1], 20000, generator())
         assert float(value.var()) == pytest.approx(1, rel=0.02)
         for x in (query, key):
             assert x.shape == (20000, 8)
             assert float(x.square().sum(-1).mean()) == pytest.approx(3, rel=0.02)
             expected = 3 * eigenvalues / eigenvalues.sum()
             assert x.var(0).tolist() == pytest.approx(expected.tolist(), rel=0.06)
-    assert round_.sample(generator(), 5)[0].shape == (5, 8)
 
 
 def test_rows_name_every_pair_that_there_is(tiny):

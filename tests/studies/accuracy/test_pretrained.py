@@ -1,4 +1,4 @@
-"""Errors on the heads of tiny pretrained models."""
+"""Errors on the heads and at the end of tiny pretrained models."""
 
 import math
 from dataclasses import replace
@@ -12,25 +12,33 @@ from performers.attention import ListedKeys
 from performers.nn import Approximation
 from performers.planning.planner import pareto_front
 from studies.accuracy import pretrained as module
-from studies.accuracy.approximations import SDPA, head_approximations, setting_columns
-from studies.accuracy.capture import capture_heads
-from studies.accuracy.pretrained import MEAN, read_pretrained, run_heads
+from studies.accuracy.approximations import (
+    SDPA,
+    fitted_attention,
+    head_approximations,
+    model_approximations,
+    setting_columns,
+)
+from studies.accuracy.capture import capture_heads, propagate
+from studies.accuracy.pretrained import FINAL, MEAN, read_pretrained, run_heads, run_models
 from tests.benchmark.runs import break_backend, pick
-from tests.studies.accuracy import runs
-from tests.studies.accuracy.runs import compare_few, pretrained_options
-
-FAMILIES = ["bert", "llama"]
+from tests.studies.accuracy.runs import compare_few, measure, pretrained_options
 
 
-def measure(pretrained, earlier=()):
-    return runs.measure(run_heads, pretrained, earlier)
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def model(request, tmp_path_factory):
+    options = pretrained_options(tmp_path_factory.mktemp("models"), request.param, layers=(1, 2))
+    return read_pretrained(options)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def run(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    pretrained = read_pretrained(pretrained_options(folder, request.param, layers=(1, 2)))
-    return pretrained, measure(pretrained)
+@pytest.fixture(scope="module")
+def heads(model):
+    return model, measure(run_heads, model)
+
+
+@pytest.fixture(scope="module")
+def ends(model):
+    return model, measure(run_models, model)
 
 
 @pytest.fixture
@@ -78,9 +86,9 @@ def by_hand(pretrained, layer, estimator, num_features, window, keys):
     ],
 )
 def test_errors_are_those_of_attention_fitted_to_other_passages(
-    run, estimator, num_features, window, keys
+    heads, estimator, num_features, window, keys
 ):
-    pretrained, results = run
+    pretrained, results = heads
     wanted = {"num_features": num_features, "window": window, "keys": keys}
     row = pick(results, layer=1, estimator=estimator, projection="orthogonal", **wanted)
     expected = by_hand(pretrained, 1, estimator, num_features, window, keys)
@@ -89,13 +97,13 @@ def test_errors_are_those_of_attention_fitted_to_other_passages(
 
 
 @pytest.mark.parametrize("keys", [0, 4])
-def test_exact_terms_alone_are_softmax_over_them(run, keys):
-    pretrained, results = run
+def test_exact_terms_alone_are_softmax_over_them(heads, keys):
+    pretrained, results = heads
     causal, window = pretrained.loaded.is_causal, 4 if keys else 8
     (fitted,) = capture_heads(pretrained.loaded, pretrained.calibration, layers=[2])
     (test,) = capture_heads(pretrained.loaded, pretrained.test, layers=[2])
-    heads = test.query.shape[1]
-    group = heads // test.key.shape[1]
+    num_heads = test.query.shape[1]
+    group = num_heads // test.key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (test.key, test.value))
     scores = test.scale * test.query @ key.mT
     seen = torch.ones(32, 32, dtype=torch.bool)
@@ -107,9 +115,9 @@ def test_exact_terms_alone_are_softmax_over_them(run, keys):
     if keys and not causal:
         # Causal lists hold keys of 128 positions before at the least, and there are 32.
         generator = torch.Generator().manual_seed(2)
-        listed_keys = ListedKeys(8, 16, keys, num_heads=heads, generator=generator)
+        listed_keys = ListedKeys(8, 16, keys, num_heads=num_heads, generator=generator)
         listed_keys.calibrate_(fitted.query)
-        for head in range(heads):
+        for head in range(num_heads):
             centers, offsets = listed_keys.centers[0, head], listed_keys.offsets[0, head]
             for passage in range(2):
                 lists = (centers @ key[passage, head].mT).topk(keys, dim=-1).indices
@@ -130,8 +138,8 @@ def test_exact_terms_alone_are_softmax_over_them(run, keys):
     assert mean["error"] > 0
 
 
-def test_every_layer_has_every_setting_and_the_mean_its_time(run):
-    pretrained, results = run
+def test_every_layer_has_every_setting_and_the_mean_its_time(heads):
+    pretrained, results = heads
     variants = head_approximations(pretrained.approximation, (8, 16))
     assert [row["layer"] for row in results.rows] == [
         layer for layer in (1, 2) for _ in variants
@@ -176,20 +184,18 @@ def test_settings_are_told_apart():
 def test_layers_are_chosen(bert, monkeypatch):
     compare_few(monkeypatch, 12)
     some = replace(bert, options=replace(bert.options, layers=(2, 0)))
-    results = measure(some)
+    results = measure(run_heads, some)
     assert list(dict.fromkeys(row["layer"] for row in results.rows)) == [0, 2, MEAN]
     assert bert.chosen_layers(list(range(30))) == [0, 5, 10, 15, 20, 25, 29]
     assert bert.chosen_layers(list(range(8))) == list(range(8))
     wrong = replace(bert, options=replace(bert.options, layers=(0, 3)))
-    with pytest.raises(
-        ValueError, match=r"layers must be some of the model's 0 to 2, got \[0, 3\]"
-    ):
-        measure(wrong)
+    with pytest.raises(ValueError, match=r"attention layers \[0, 1, 2\], got \[0, 3\]"):
+        measure(run_heads, wrong)
 
 
 def test_layers_measured_before_are_kept(bert, monkeypatch):
     compare_few(monkeypatch)
-    first = measure(bert)
+    first = measure(run_heads, bert)
     calls = []
     layer_row = module._layer_row
 
@@ -198,7 +204,7 @@ def test_layers_measured_before_are_kept(bert, monkeypatch):
         return layer_row(*arguments)
 
     monkeypatch.setattr(module, "_layer_row", count)
-    again = measure(bert, [row for row in first.rows if row["layer"] != 1])
+    again = measure(run_heads, bert, [row for row in first.rows if row["layer"] != 1])
     assert len(calls) == len([row for row in first.rows if row["layer"] == 1])
     errors = {(r["layer"], r["setting"], r["num_features"]): r["error"] for r in first.rows}
     assert {
@@ -211,7 +217,7 @@ def test_a_wrong_backend_fails_and_the_rest_is_measured(bert, monkeypatch):
         return right(call.replaced(lists=None))
 
     break_backend(monkeypatch, "torch", without_lists)
-    results = measure(replace(bert, options=replace(bert.options, layers=(0,))))
+    results = measure(run_heads, replace(bert, options=replace(bert.options, layers=(0,))))
     for row in results.rows:
         if row.get("keys") and row["estimator"]:
             assert row["status"] == "failed"
@@ -244,3 +250,59 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (tmp_path / "above" / "vocab.txt").unlink()
     with pytest.raises(ValueError, match="has no tokenizer files"):
         read_pretrained(settings)
+
+
+def name(variant):
+    return setting_columns(variant)["setting"]
+
+
+def test_every_setting_has_its_layers_and_its_end(ends):
+    pretrained, results = ends
+    variants = model_approximations(pretrained.approximation)
+    assert len({name(variant) for variant in variants}) == len(variants) == 10
+    assert [(row["setting"], row["layer"]) for row in results.rows] == [
+        (name(variant), layer) for variant in variants for layer in (0, 1, 2, FINAL)
+    ]
+    for row in results.rows:
+        assert row["status"] == "measured"
+        assert row["error"] > 0
+        if row["layer"] == FINAL:
+            last = pick(results, setting=row["setting"], layer=2)
+            assert row["error"] == last["error"]
+            assert row["perplexity"] != row["replaced_perplexity"]
+            assert 0 < row["cosine"] < 1
+            assert row["predicted"] == (62 if pretrained.loaded.is_causal else 2 * 4)
+
+
+def test_errors_are_those_of_the_layers_own_fits(ends):
+    """Fits that are given to the wrong layer, or shared, would move the error."""
+    pretrained, results = ends
+    variant = replace(pretrained.approximation, estimator="data_aware", listed_keys=0)
+    functions = {
+        layer: fitted_attention(fit, variant, "reference")
+        for layer, fit in pretrained.fit().items()
+    }
+    expected = propagate(
+        pretrained.loaded, pretrained.test, lambda sample: functions[sample.layer](sample)
+    )
+    for layer, error in enumerate(expected.errors):
+        row = pick(results, setting=name(variant), layer=layer)
+        assert row["error"] == pytest.approx(error, rel=1e-3)
+
+
+def test_settings_measured_before_are_kept_and_failures_are_rows(ends, monkeypatch):
+    pretrained, first = ends
+
+    def attend(right, call):
+        raise RuntimeError("broken")
+
+    break_backend(monkeypatch, "torch", attend)
+    kept = [row for row in first.rows if row["setting"] == "positive"]
+    results = measure(run_models, pretrained, kept)
+    assert [row for row in results.rows if row["setting"] == "positive"] == kept
+    row = pick(results, setting="data_aware")
+    assert (row["layer"], row["status"]) == (FINAL, "failed")
+    assert row["reason"] == "RuntimeError: broken"
+    # The one without features needs no backend.
+    alone = f"window 8{', 2 sinks' if pretrained.loaded.is_causal else ''} alone"
+    assert pick(results, setting=alone, layer=FINAL)["status"] == "measured"
