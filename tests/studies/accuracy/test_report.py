@@ -1,5 +1,7 @@
 """Figures of accuracy results, by what is drawn."""
 
+from itertools import product
+
 import pytest
 
 from performers.benchmark.measure import Results
@@ -9,18 +11,13 @@ from studies.accuracy.report import heads_figure, kernel_figure, models_figure
 
 
 def kernel_rows(data=("isotropic 1", "anisotropic 2", "anisotropic 4")):
-    rows = []
-    for name in data:
-        for estimator in ESTIMATORS:
-            for projection in PROJECTIONS:
-                for count in (64, 16):
-                    row = {"data": name, "estimator": estimator, "projection": projection}
-                    row["num_features"] = count
-                    for measure in MEASURES:
-                        row |= {measure: 1 / count, f"{measure}_low": 0.5 / count}
-                        row[f"{measure}_high"] = 2 / count
-                    rows.append(row)
-    return rows
+    names = ("data", "estimator", "projection", "num_features")
+    ends = {"": 1.0, "_low": 0.5, "_high": 2.0}
+    return [
+        dict(zip(names, place, strict=True))
+        | {f"{measure}{end}": x / place[-1] for measure in MEASURES for end, x in ends.items()}
+        for place in product(data, ESTIMATORS, PROJECTIONS, (64, 16))
+    ]
 
 
 def heads_rows():
