@@ -72,13 +72,10 @@ def run_concatenated(
         own, file = folder / name, folder / name / "result.json"
         chosen = TrainingOptions(**entry["options"])
         trained = train_once(data, chosen, own, report, f"training {name} on long rows")
-        if file.exists():
-            continue
-        if not is_first_process():
-            wait_for(file)
-            continue
-        scores = _score(own, chosen, data, report)
-        write_json(file, {**entry, "scores": scores, "seconds": trained["seconds"], "name": name})
+        if is_first_process() and not file.exists():
+            found = {"scores": _score(own, chosen, data, report), "seconds": trained["seconds"]}
+            write_json(file, {**entry, **found, "name": name})
+        wait_for(file)
 
 
 def _plan(

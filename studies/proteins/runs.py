@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,23 +127,17 @@ def execute(run: Run, data: StudyData, folder: Path, report: Report) -> None:
         if is_first_process():
             write_json(file, {**result, "failure": str(error)})
         return
-    if not is_first_process():
-        wait_for(file)
-        return
-    model, tokenizer = load_model(folder)
-
-    def score(sequences: list[str]) -> dict[str, Any]:
-        return evaluate_model(
-            model,
-            tokenizer,
-            sequences,
+    if is_first_process():
+        score = partial(
+            evaluate_model,
+            *load_model(folder),
             max_length=options.max_length,
             batch_tokens=max(8192, options.max_length),
             by_sequence=True,
         )
-
-    result |= {name: trained[name] for name in ("parameters", "steps", "seconds")}
-    write_json(file, {**result, "scores": data.scores(score, report, run.name)})
+        result |= {name: trained[name] for name in ("parameters", "steps", "seconds")}
+        write_json(file, {**result, "scores": data.scores(score, report, run.name)})
+    wait_for(file)
 
 
 def train_once(

@@ -270,7 +270,9 @@ def test_sizes_that_were_not_chosen_follow_from_the_longest_input(attention, opt
         config = PerformerConfig(attention="exact", max_position_embeddings=length)
         # Also for an attention that is set later.
         config.attention = attention
-        found.append(getattr(build_mechanism(config).options, option))
+        mechanism = build_mechanism(config)
+        found.append(getattr(mechanism.options, option))
+        assert f"{option}={found[-1]}" in repr(mechanism)
         assert config.attention_options[option] is None
     assert found == sizes
 
