@@ -97,17 +97,3 @@ def test_the_baseline_of_known_counts(counts, expected):
     metrics.update(torch.zeros(len(labels), VOCABULARY), labels)
     found = metrics.compute()
     assert (found["baseline_accuracy"], found["baseline_perplexity"]) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda logits, labels: (logits[:, :-1], labels), "logits, labels"),
-        (lambda logits, labels: (logits, labels[0]), "logits, labels"),
-        (lambda logits, labels: (logits[0, 0], labels[0, 0]), "logits, labels"),
-        (lambda logits, labels: (logits[..., :-1], labels), "vocabulary"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        ResidueMetrics(TOKENIZER).update(*change(*batch(6)))

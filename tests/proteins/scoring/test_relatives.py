@@ -8,16 +8,14 @@ from performers.app.errors import UserError
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.relatives import Relatives
 from performers.proteins.inputs.tokenizer import (
-    AMINO_ACIDS,
     build_protein_tokenizer,
     encode_sequences,
-    residue_ids,
 )
 from performers.proteins.model import ProteinModel
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
 from performers.proteins.scoring.likelihood import score_sequences
-from tests.proteins.runs import log_probabilities, make_model
+from tests.proteins.runs import make_model
 
 TOKENIZER = build_protein_tokenizer()
 PROTEINS = ["MKTAYIAKQR", "GGWC"]
@@ -125,41 +123,6 @@ def test_vectors_are_those_of_the_protein():
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
         np.testing.assert_allclose(mean, expected.mean(0), atol=1e-5)
         assert np.abs(vectors - alone).max() > 1e-3
-
-
-@pytest.mark.parametrize("batch_tokens", [1, 200])
-def test_residues_are_hidden_in_the_protein_alone(batch_tokens):
-    model, tokenizer = make_model(position_window=1)
-    options = {"substitutions": True, "relatives": rows(), "batch_tokens": batch_tokens}
-    scores = score_sequences(model, tokenizer, PROTEINS, **options)
-    ids = residue_ids(tokenizer, AMINO_ACIDS)
-    for protein, score in zip(PROTEINS, scores, strict=True):
-        tokens, positions, start = by_hand(protein)
-        for place in range(len(protein)):
-            row = tokens.clone()
-            row[start + 1 + place] = tokenizer.mask_token_id
-            expected = log_probabilities(model, row, positions)[start + 1 + place]
-            own = float(expected[tokens[start + 1 + place]])
-            assert score.log_likelihoods[place] == pytest.approx(own, abs=1e-4)
-            np.testing.assert_allclose(score.log_odds[place], expected[ids] - own, atol=2e-4)
-
-
-def test_a_causal_model_reads_them_before_the_protein():
-    model, tokenizer = make_model("clm")
-    options = {"substitutions": True, "relatives": rows(), "batch_tokens": 150}
-    for protein, score in zip(
-        PROTEINS, score_sequences(model, tokenizer, PROTEINS, **options), strict=True
-    ):
-        tokens, positions, start = by_hand(protein)
-        predicted = log_probabilities(model, tokens, positions)
-        expected = predicted[torch.arange(start, len(tokens) - 2), tokens[start + 1 : -1]]
-        np.testing.assert_allclose(score.log_likelihoods, expected, atol=1e-4)
-        mutant = tokens.clone()
-        mutant[start + 2] = residue_ids(tokenizer, "W")[0]
-        other = log_probabilities(model, mutant, positions)
-        other = other[torch.arange(start, len(tokens) - 2), mutant[start + 1 : -1]]
-        odds = float(other.sum() - expected.sum())
-        assert score.log_odds[1, AMINO_ACIDS.index("W")] == pytest.approx(odds, abs=2e-4)
 
 
 def test_evaluation_hides_the_same_residues_with_relatives_as_without():

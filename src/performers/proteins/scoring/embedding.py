@@ -40,17 +40,8 @@ def embed_sequences(
     mean, but it widens the spread of the channels that see it. Source: statistics pooling, Snyder
     et al. 2018 (x-vectors).
 
-    Args:
-        model: A masked or causal language model with a Performer inside.
-        tokenizer: Its tokenizer.
-        sequences: Proteins as letters.
-        pooling: One of ``POOLINGS``.
-        layer: Hidden states to take: 0 before the first block, ``n`` after block ``n``, negative
-            from the end; by default after the last.
-        relatives: Rows in which the sequences are read after relatives; the vectors are those of
-            the sequences' own residues.
-        batch_tokens: Tokens in a batch, padding included; a longer sequence is a batch of its own.
-        progress: Called with the sequences done and the sequences in all, after each batch.
+    The other arguments are those of `ProteinModel.embed`; ``relatives`` are rows in which the
+    sequences are read after relatives.
 
     Returns:
         Shape ``(sequences, hidden_size)``, twice as wide with ``"mean-sd"``, in the order given.
@@ -84,7 +75,7 @@ def embed_residues(
     batch_tokens: int = 8192,
     progress: Progress | None = None,
 ) -> list[npt.NDArray[np.float32]]:
-    """Hidden states of the residues of each sequence; arguments as of `embed_sequences`.
+    """Hidden states of the residues of each sequence; arguments are those of `embed_sequences`.
 
     Returns:
         Arrays of shape ``(residues, hidden_size)``, in the order given.

@@ -38,19 +38,9 @@ def evaluate_model(
     them visible, and copying those would pass for an accuracy of its own. Which ones is a function
     of ``seed`` and the sequence's place in the list, so the same call gives the same number.
 
-    Args:
-        model: A masked or causal (``config.is_decoder``) language model.
-        tokenizer: Its tokenizer.
-        sequences: Proteins as letters, at least one.
-        relatives: Rows in which the sequences are read after relatives; residues of these are not
-            scored, and those that are hidden are the same as without relatives.
-        max_length: Longest input in tokens without relatives; longer sequences are split into
-            windows.
-        batch_tokens: Tokens in a batch, padding included.
-        mask_probability: Share of residues that are targets of a masked model.
-        seed: Seed of the masks.
-        by_sequence: Count each sequence apart as well.
-        progress: Called with the rows done and the rows in all, after each batch.
+    Sequences of more than ``max_length`` tokens are split into windows; with ``relatives``, rows in
+    which they are read after relatives, they are not, and the same residues of theirs are scored
+    as without. ``progress`` is called with the rows done and the rows in all, after each batch.
 
     Returns:
         ``accuracy``, ``perplexity``, ``loss`` (nats per residue), ``tokens`` (residues scored),

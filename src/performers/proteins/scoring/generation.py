@@ -14,25 +14,21 @@ from performers.proteins.options import SamplingOptions
 from performers.proteins.scoring.batches import evaluation_mode
 from performers.training.environment import quiet_transformers
 
+_BATCH_SIZE = 32
+
 
 def generate_sequences(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     options: SamplingOptions,
     *,
-    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> list[ProteinRecord]:
     """Sample sequences that begin with a prompt, until the model ends them.
 
     Only amino acids are sampled (the 20 standard ones), and an end only after the first residue.
 
-    Args:
-        model: A causal protein language model.
-        tokenizer: Its tokenizer.
-        options: Prompt, number and length of the sequences, and how residues are drawn.
-        batch_size: Sequences sampled together.
-        progress: Called with the sequences done and the sequences in all, after each batch.
+    ``progress`` is called with the sequences done and the sequences in all, after each batch.
 
     Returns:
         Records named ``generated-1`` and on; a sequence cut at the maximal length says so in its
@@ -62,7 +58,7 @@ def generate_sequences(
         }
     records: list[ProteinRecord] = []
     while len(records) < options.num_sequences:
-        rows = min(batch_size, options.num_sequences - len(records))
+        rows = min(_BATCH_SIZE, options.num_sequences - len(records))
         input_ids = torch.tensor([tokens] * rows, device=model.device)
         with evaluation_mode(model), quiet_transformers():
             output = model.generate(
@@ -76,14 +72,11 @@ def generate_sequences(
                 **sampling,
             )
         for row in output:
-            records.append(_record(tokenizer, row, len(records) + 1))
+            sequence = tokenizer.decode(row, skip_special_tokens=True)
+            ended = bool((row == tokenizer.eos_token_id).any())
+            description = f"length={len(sequence)}" + ("" if ended else " cut=max-length")
+            name = f"generated-{len(records) + 1}"
+            records.append(ProteinRecord(name, description, sequence))
         if progress is not None:
             progress(len(records), options.num_sequences)
     return records
-
-
-def _record(tokenizer: PreTrainedTokenizerBase, row: torch.Tensor, number: int) -> ProteinRecord:
-    sequence = tokenizer.decode(row, skip_special_tokens=True)
-    ended = bool((row == tokenizer.eos_token_id).any())
-    description = f"length={len(sequence)}" + ("" if ended else " cut=max-length")
-    return ProteinRecord(f"generated-{number}", description, sequence)

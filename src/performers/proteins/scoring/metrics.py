@@ -64,20 +64,7 @@ class ResidueMetrics:
                 vocabulary may be larger than the tokenizer's.
             labels: Target ids, (..., length), -100 where there is none; not shifted.
             sequences: Number of the sequence of each row, (batch,), for labels (batch, length).
-
-        Raises:
-            ValueError: The shapes do not fit, or the vocabulary lacks residues.
         """
-        if logits.shape[:-1] != labels.shape or not labels.ndim:
-            raise ValueError(
-                f"logits, labels: expected (..., length, vocabulary) and (..., length), got "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
-            )
-        if logits.shape[-1] < self.target_counts.size:
-            raise ValueError(
-                f"logits: expected a vocabulary of at least {self.target_counts.size}, got "
-                f"{logits.shape[-1]}; use the tokenizer that the model was trained with"
-            )
         if self.is_causal:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         keep = torch.isin(labels, self._residues.to(labels.device))

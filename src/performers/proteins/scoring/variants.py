@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
 from performers.proteins.inputs.relatives import RelativesRows
-from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.model_folder import check_input_length
-from performers.proteins.scoring.likelihood import Before, RowScorer, check_finite, check_method
+from performers.proteins.scoring.likelihood import ProteinRuns, check_finite, check_method
 
 _SUBSTITUTION = re.compile(r"([A-Za-z])([1-9][0-9]*)([A-Za-z])")
 
@@ -22,10 +23,7 @@ _SUBSTITUTION = re.compile(r"([A-Za-z])([1-9][0-9]*)([A-Za-z])")
 class Substitution(NamedTuple):
     """An amino acid in place of another.
 
-    Attributes:
-        wild_type: Letter of the protein.
-        position: Place in the protein, from 1.
-        mutant: Letter of the variant.
+    `position` counts from 1.
     """
 
     wild_type: str
@@ -109,15 +107,14 @@ class VariantScorer:
     ) -> None:
         check_method(model, method)
         self._is_causal, self._method = bool(model.config.is_decoder), method
-        self._scorer = RowScorer(model, tokenizer, batch_tokens)
         self._sequence = sequence
         self._tokens = encode_sequences(tokenizer, [sequence])[0].astype(np.int64)
-        self._before = Before.of_row(relatives, 0)
         length = len(self._tokens) if relatives is None else int(relatives.lengths[0])
         check_input_length(model, length)
-        self._ids = dict(zip(AMINO_ACIDS, self._scorer.amino_acids.tolist(), strict=True))
+        self._runs = ProteinRuns(model, tokenizer, self._tokens, relatives, 0, batch_tokens)
+        ids = residue_ids(tokenizer, AMINO_ACIDS).tolist()
+        self._ids = dict(zip(AMINO_ACIDS, ids, strict=True))
         self._predicted: dict[int, npt.NDArray[np.float64]] = {}
-        self._own: float | None = None
 
     def __call__(self, variants: Sequence[Sequence[Substitution]]) -> npt.NDArray[np.float64]:
         """Log-odds of each variant, ``(variants,)``, nats.
@@ -139,9 +136,9 @@ class VariantScorer:
         if missing:
             places = np.array(missing)
             if self._method == "one-pass":
-                predicted = self._scorer.in_sight(self._tokens, self._before)[places]
+                predicted = self._runs.in_sight()[places]
             else:
-                predicted = self._scorer.hidden(self._tokens, places, self._before)
+                predicted = self._runs.hidden(places)
             self._predicted.update(zip(missing, predicted, strict=True))
         return np.array(
             [
@@ -155,10 +152,12 @@ class VariantScorer:
         )
 
     def _of_mutants(self, variants: Sequence[Sequence[Substitution]]) -> npt.NDArray[np.float64]:
-        if self._own is None:
-            self._own = float(self._scorer.log_likelihoods(self._tokens[None], self._before)[0])
         rows = np.repeat(self._tokens[None], len(variants), axis=0)
         for row, variant in zip(rows, variants, strict=True):
             for part in variant:
                 row[part.position] = self._ids[part.mutant]
-        return self._scorer.log_likelihoods(rows, self._before) - self._own
+        return self._runs.log_likelihoods(rows) - self._of_protein
+
+    @cached_property
+    def _of_protein(self) -> float:
+        return float(self._runs.log_likelihoods(self._tokens[None])[0])

@@ -145,12 +145,7 @@ def _parquet(path: Path, per_residue: bool) -> Iterator[Write]:
 
 @contextmanager
 def _hdf5(path: Path, per_residue: bool) -> Iterator[Write]:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError(
-            "writing HDF5 files needs h5py: pip install 'performers[proteins]'"
-        ) from error
+    import h5py
 
     repeats: dict[str, int] = {}
     with h5py.File(path, "w", track_order=True) as file:
