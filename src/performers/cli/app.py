@@ -222,29 +222,25 @@ class DrawnRelatives(RelativesOptions):
 @app.command(example="performers report proteins.fasta --output report")
 def report(inputs: ModelAndFasta, options: ReportOptions, family: DrawnRelatives) -> None:
     """One HTML page: a map of the proteins, each residue's probability, attention, similarity."""
-    from performers.proteins.model_folder import load_model
+    from performers.proteins.model import load
     from performers.proteins.probe.labels import read_labels
     from performers.proteins.report.model_report import choose_protein, report_on_model
 
     model, fasta = inputs.split(relatives=family.relatives is not None)
-    network, tokenizer = load_model(model)
-    others = [(path, *load_model(path)) for path in map(model_folder, options.compare or [])]
+    models = [load(folder) for folder in (model, *(options.compare or []))]
     records = protein_records(fasta)
     labels = None if options.labels is None else read_labels(options.labels).labels
     relatives = None
     if family.relatives is not None:
         drawn = choose_protein(records, options.protein, options.max_length)
-        relatives = family.read(model, tokenizer, [drawn])
+        relatives = family.read(model, models[0].tokenizer, [drawn])
     prepare_output_folder(options.output_folder)
     started = time.monotonic()
     with ProgressBars() as bars:
         page = report_on_model(
-            model,
-            network,
-            tokenizer,
+            models,
             records,
             options.output_folder,
-            compare=others,
             protein=options.protein,
             sites=options.sites,
             labels=labels,

@@ -54,12 +54,12 @@ class ProbeInputs(ModelAndFasta):
 
 def probe(inputs: ProbeInputs, options: ProbeOptions) -> None:
     """Predict labels of proteins from embeddings, and from what embeddings must beat."""
-    from performers.proteins.probe.fit import require_scikit_learn
+    import sklearn  # noqa: F401, missing without the extra
+
     from performers.proteins.probe.labels import read_groups, read_labels
     from performers.proteins.probe.splits import plan_splits
     from performers.proteins.probe.task import build_task
 
-    require_scikit_learn()
     model, fasta = inputs.split()
     task = build_task(
         protein_records(fasta),

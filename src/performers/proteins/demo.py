@@ -239,6 +239,7 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
     """Train, evaluate and read one model."""
     import torch
 
+    from performers.proteins.model import ProteinModel
     from performers.proteins.model_folder import load_model
     from performers.proteins.report.model_report import choose_protein, describe_model
     from performers.proteins.scoring.evaluation import evaluate_model
@@ -281,9 +282,7 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
         "parameters": result["parameters"],
     }
     described = describe_model(
-        job.folder,
-        model,
-        tokenizer,
+        ProteinModel(model, tokenizer, job.folder),
         job.splits["test"],
         choose_protein(job.splits["test"], None, _ATTENTION_LENGTH),
         name=job.name,

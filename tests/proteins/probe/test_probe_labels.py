@@ -70,7 +70,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         "1 labelled proteins without a group left out",
     }
     task = build_task(records, labels=labels, grouped=False, max_residues=1)
-    assert task.groups is None
+    assert task.groups.tolist() == [0, 1, 2]
     assert task.sequences == ("M", "M", "M")
     assert "3 sequences cropped to 1 residues" in task.notes
 

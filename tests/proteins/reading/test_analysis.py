@@ -49,16 +49,16 @@ def test_maps_are_the_attention_of_the_model_between_residues():
     assert len(analysis.scores.heads) == 8
 
 
-def test_batches_and_their_order_do_not_change_the_similarity():
+def test_the_order_of_sequences_does_not_change_the_similarity():
     sequences = _sequences(7)
-    one, many = (
-        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN, batch_size=size)
-        for order, size in ((sequences, 1), (sequences[::-1], 4))
+    one, turned = (
+        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN)
+        for order in (sequences, sequences[::-1])
     )
     for kind in ("all", "thresholded"):
-        shares = (found.similarity[kind].shares() for found in (one, many))
+        shares = (found.similarity[kind].shares() for found in (one, turned))
         np.testing.assert_allclose(*shares, rtol=1e-4)
-    assert one.sequences == many.sequences == 7
+    assert one.sequences == turned.sequences == 7
 
 
 def test_crops_to_the_length_asked_for_and_to_the_positions_of_the_model():
@@ -81,10 +81,9 @@ def test_reports_progress_and_leaves_the_model_as_it_was():
         TOKENIZER,
         _sequences(5),
         protein=PROTEIN,
-        batch_size=2,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert seen == [(4, 5), (5, 5)]
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -98,7 +97,7 @@ def test_reports_progress_and_leaves_the_model_as_it_was():
 
 def test_causal_attention_is_measured_against_causal_uniform_attention():
     both, causal = (
-        analyse_model(_model(is_decoder=flag), TOKENIZER, [], protein=PROTEIN).scores
+        analyse_model(_model(is_decoder=flag), TOKENIZER, ["MK"], protein=PROTEIN).scores
         for flag in (False, True)
     )
     length = len(PROTEIN.sequence)
@@ -106,15 +105,9 @@ def test_causal_attention_is_measured_against_causal_uniform_attention():
     assert causal.uniform.mean_distance == pytest.approx((length - 1) / 4)
 
 
-def test_the_seed_draws_the_sequences():
-    drawn = []
-    for seed in (0, 0, 1):
-        analysis = analyse_model(
-            _model(), TOKENIZER, _sequences(20), protein=PROTEIN, max_sequences=4, seed=seed
-        )
-        assert (analysis.sequences, analysis.available) == (4, 20)
-        drawn.append(analysis.similarity["all"].occurrences.tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
+def test_so_many_sequences_are_drawn():
+    analysis = analyse_model(_model(), TOKENIZER, _sequences(20), protein=PROTEIN, max_sequences=4)
+    assert (analysis.sequences, analysis.available) == (4, 20)
 
 
 def test_what_cannot_be_read_is_told():
@@ -125,6 +118,3 @@ def test_what_cannot_be_read_is_told():
     unknown = analyse_model(_model(), TOKENIZER, _sequences(3), protein=nothing)
     assert (unknown.labels, unknown.scores) == ("", None)
     assert unknown.similarity
-    for name in ("max_sequences", "max_length", "batch_size"):
-        with pytest.raises(ValueError, match=name):
-            analyse_model(_model(), TOKENIZER, [], protein=PROTEIN, **{name: 0})

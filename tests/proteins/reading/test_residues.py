@@ -60,7 +60,7 @@ def test_each_residue_is_hidden_once_and_a_seventh_of_them_together():
     handle = model.register_forward_pre_hook(
         lambda _, __, inputs: seen.append(inputs["input_ids"].clone()), with_kwargs=True
     )
-    (reading,) = read_proteins(model, tokenizer, records(letters), max_length=40, batch_tokens=1)
+    (reading,) = read_proteins(model, tokenizer, records(letters), max_length=40)
     handle.remove()
     hidden = [(row == tokenizer.mask_token_id).sum().item() for rows in seen for row in rows]
     assert sum(hidden) == 90

@@ -8,7 +8,7 @@ from performers.app.errors import UserError
 from performers.app.files import write_json
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.relatives import Relatives
-from performers.proteins.model_folder import load_model
+from performers.proteins.model import load
 from performers.proteins.report.model_report import choose_protein, report_on_model
 from tests.proteins.report.page import Page
 from tests.proteins.runs import make_model_folder, proteins
@@ -16,14 +16,11 @@ from tests.proteins.runs import make_model_folder, proteins
 RECORDS = [ProteinRecord(f"p{n}", "", letters) for n, letters in enumerate(proteins(8, 20, 60))]
 
 
-def write(folder, output, records=RECORDS, **options):
+def write(folder, output, records=RECORDS, compare=(), **options):
     """The text of the page, the numbers beside it, and the names of the steps reported."""
     seen = []
-    path = report_on_model(
-        *(folder, *load_model(folder), records, output),
-        **options,
-        report=lambda name, *progress: seen.append(name),
-    )
+    options["report"] = lambda name, *progress: seen.append(name)
+    path = report_on_model([load(x) for x in (folder, *compare)], records, output, **options)
     assert path == output / "report.html"
     page = Page(path)
     page.assert_self_contained()
@@ -97,9 +94,8 @@ def test_a_protein_is_chosen_by_name_or_by_length():
 def test_models_are_compared_and_sites_come_from_the_header(folder, tmp_path):
     other = make_model_folder(tmp_path / "exact", attention="exact")
     named = ProteinRecord("enzyme", "x sites=5,9,2", RECORDS[0].sequence)
-    compare = [(other, *load_model(other))]
     text, numbers, seen = write(
-        folder, tmp_path / "report", [named, *RECORDS], protein="enzyme", compare=compare
+        folder, tmp_path / "report", [named, *RECORDS], protein="enzyme", compare=[other]
     )
     assert "The models" in text
     assert {"evaluating", "evaluating exact", "reading attention, exact"} <= seen
@@ -150,7 +146,7 @@ def test_what_is_not_in_the_file_stops_before_the_work(folder, tmp_path, record,
 
 
 def test_relatives_that_a_protein_is_read_from(folder, tmp_path):
-    relatives = Relatives([*RECORDS[1:3], RECORDS[0]], load_model(folder)[1], 150)
+    relatives = Relatives([*RECORDS[1:3], RECORDS[0]], load(folder).tokenizer, 150)
     text, models, _ = write(folder, tmp_path, relatives=relatives, protein="p0")
     assert "Relatives that p0 is read from" in text
     assert "after 2 relatives" in " ".join(text.split())

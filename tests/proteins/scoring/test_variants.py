@@ -8,7 +8,8 @@ from performers.app.errors import UserError
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
 from performers.proteins.model import ProteinModel
 from performers.proteins.scoring.variants import check_variant, parse_variant
-from tests.proteins.runs import log_probabilities, make_model
+from tests.proteins.runs import make_model
+from tests.proteins.scoring.test_likelihood import read
 
 PROTEIN = "MKTAYIAK"
 VARIANTS = ["M1W", "A4V", "a4v", "K2K", "A4V:K8R", "K8R : A4V"]
@@ -19,25 +20,17 @@ def model(tmp_path, objective="mlm", **options):
     return ProteinModel(*make_model(objective, **options), tmp_path)
 
 
-def read(network, row, relatives):
-    """Log-probabilities at the protein's tokens, of a row that is laid out by hand."""
-    pieces = [*relatives[::-1], row]
-    positions = np.concatenate([np.arange(len(piece)) for piece in pieces])
-    return log_probabilities(network, np.concatenate(pieces), positions)[-len(row) :].numpy()
-
-
 @pytest.mark.parametrize("relatives", [[], RELATIVES])
 @pytest.mark.parametrize("method", ["masked", "one-pass"])
 def test_residues_are_hidden_one_at_a_time_and_odds_add_up(tmp_path, method, relatives):
     reader = model(tmp_path, position_window=1, max_length=40)
-    others = encode_sequences(reader.tokenizer, relatives) if relatives else []
     tokens = encode_sequences(reader.tokenizer, [PROTEIN])[0]
 
     def odds(wild_type, position, mutant):
         row = tokens.copy()
         if method == "masked":
             row[position] = reader.tokenizer.mask_token_id
-        predicted = read(reader.network, row, others)[position]
+        predicted = read(reader.network, reader.tokenizer, row, relatives)[position]
         there, instead = residue_ids(reader.tokenizer, wild_type + mutant)
         return predicted[instead] - predicted[there]
 
@@ -68,11 +61,10 @@ def test_each_position_is_read_once(tmp_path):
 @pytest.mark.parametrize("relatives", [[], RELATIVES])
 def test_a_causal_model_compares_whole_proteins(tmp_path, relatives):
     reader = model(tmp_path, "clm")
-    others = encode_sequences(reader.tokenizer, relatives) if relatives else []
 
     def log_likelihood(sequence):
         row = encode_sequences(reader.tokenizer, [sequence])[0]
-        predicted = read(reader.network, row, others)
+        predicted = read(reader.network, reader.tokenizer, row, relatives)
         return sum(predicted[n, row[n + 1]] for n in range(len(sequence)))
 
     options = {"relatives": reader.relatives(relatives)} if relatives else {}

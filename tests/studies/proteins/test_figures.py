@@ -15,13 +15,13 @@ from performers.proteins.reading.analysis import ModelAnalysis
 from performers.proteins.reading.head_scores import local_global_score
 from studies.proteins.figures import attention_maps_figure, heads_figure
 
-SCORES = local_global_score([torch.eye(9)[None, None]], torch.ones(1, 9, dtype=torch.bool))
+SCORES = local_global_score([torch.eye(9)[None]], torch.ones(9, dtype=torch.bool))
 
 
 def analysis(maps, *, scored=True):
     length = maps[0].shape[-1]
-    tensors = [torch.from_numpy(weights)[None] for weights in maps]
-    scores = local_global_score(tensors, torch.ones(1, length, dtype=torch.bool))
+    tensors = [torch.from_numpy(weights) for weights in maps]
+    scores = local_global_score(tensors, torch.ones(length, dtype=torch.bool))
     labels = (AMINO_ACIDS * (length // 20 + 1))[:length]
     record = ProteinRecord("P1", "", labels)
     sizes = {"sequences": 1, "available": 1, "cropped": 0, "max_length": length}

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.feature_extraction.text import CountVectorizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
@@ -47,7 +49,7 @@ def probe_features(
         model: The model.
         tokenizer: Its tokenizer.
         sequences: The proteins.
-        features: Names, in the order of the result:
+        features: Some of `PROBE_FEATURES`, in the order of the result:
 
             - `"embeddings"`: the model's, see `embed_sequences`;
             - `"random-weights"`: the same of `untrained` with `seed`;
@@ -64,12 +66,8 @@ def probe_features(
         each is `log_lengths`.
 
     Raises:
-        UserError: A name is unknown, or the model gives values that are not finite.
+        UserError: The model gives values that are not finite.
     """
-    unknown = [name for name in features if name not in PROBE_FEATURES]
-    if unknown or not features:
-        got = repr(unknown[0]) if unknown else "none"
-        raise UserError(f"--features must be some of {', '.join(PROBE_FEATURES)}; got {got}")
     lengths = log_lengths(sequences)
     found: dict[str, Any] = {}
     for name in features:
@@ -115,15 +113,7 @@ def log_lengths(sequences: Sequence[str]) -> NDArray[np.float32]:
 
 
 def untrained(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """A model of the same class and configuration with random weights.
-
-    Args:
-        model: The model; it is left as it is.
-        seed: Seed of the weights and of random features.
-
-    Returns:
-        The new model, where the other one is, in evaluation mode.
-    """
+    """A model of the same class and configuration with random weights, in evaluation mode."""
     # On the CPU, whose stream of random numbers is the same on every machine.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,22 +127,10 @@ def kmer_frequencies(sequences: Sequence[str], k: int) -> Any:
     Words overlap. A word with another letter than the twenty amino acids is not counted; a
     sequence without any counted word has zeros.
 
-    Args:
-        sequences: Proteins as letters.
-        k: Length of a word, at least 1.
-
     Returns:
         (sequences, 20^k) in the order of `AMINO_ACIDS`, the first letter most significant; a
         NumPy array of float32, or a SciPy CSR array of it from 1,000 columns on.
-
-    Raises:
-        ValueError: `k` is less than 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    from scipy import sparse
-    from sklearn.feature_extraction.text import CountVectorizer
-
     words = ["".join(letters) for letters in itertools.product(AMINO_ACIDS, repeat=k)]
     counter = CountVectorizer(
         analyzer="char", ngram_range=(k, k), lowercase=False, vocabulary=words, dtype=np.float64
@@ -167,6 +145,4 @@ def _beside(matrix: Any, column: NDArray[np.float32]) -> Any:
     """The matrix with one column more, sparse if it was."""
     if isinstance(matrix, np.ndarray):
         return np.hstack([matrix, column])
-    from scipy import sparse
-
     return sparse.hstack([matrix, sparse.csr_array(column)], format="csr")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+from sklearn.preprocessing import StandardScaler
 
 from performers.proteins.probe.options import STRENGTHS
 from performers.proteins.probe.splits import ProbeSplit
@@ -36,12 +40,6 @@ class ProbeFit:
     auroc: NDArray[np.float64]
     average_precision: NDArray[np.float64]
     unconverged: int
-
-
-def require_scikit_learn() -> None:
-    """Raise an ImportError that names the extra if scikit-learn is missing."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise ImportError("probes need scikit-learn, of the extra performers[probe]")
 
 
 def fit_probe(
@@ -73,17 +71,13 @@ def fit_probe(
     Returns:
         The scores on the test part.
     """
-    require_scikit_learn()
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     train, validation, test = _standardised(features, split)
     regressions = [
         # Each strength starts from the weights of the one before.
         LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=True)
         for _ in range(targets.shape[1])
     ]
-    best: tuple[float, float, NDArray[np.float64]] | None = None
+    least, chosen, scores = np.inf, 0.0, np.empty(0)
     unconverged = 0
     for strength in sorted(strengths):
         chosen_on = np.empty((len(split["validation"]), targets.shape[1]))
@@ -100,12 +94,9 @@ def fit_probe(
                 progress()
         signs = np.where(targets[split["validation"]], -1.0, 1.0)
         loss = float(np.logaddexp(0.0, signs * chosen_on).mean())
-        if best is None or loss < best[0]:
-            best = (loss, strength, tested_on)
-    if best is None:
-        raise ValueError("strengths must hold at least one value of C, got none")
-    _, strength, scores = best
-    return _scored(strength, scores, targets[split["test"]], multiclass, unconverged)
+        if loss < least:
+            least, chosen, scores = loss, strength, tested_on
+    return _scored(chosen, scores, targets[split["test"]], multiclass, unconverged)
 
 
 def _scored(
@@ -116,8 +107,6 @@ def _scored(
     unconverged: int,
 ) -> ProbeFit:
     """Score log-odds (proteins, labels)."""
-    from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
-
     auroc = np.atleast_1d(roc_auc_score(targets, scores, average=None))
     precision = np.atleast_1d(average_precision_score(targets, scores, average=None))
     metrics = {
@@ -135,9 +124,6 @@ def _scored(
 
 def _standardised(features: Any, split: ProbeSplit) -> list[Any]:
     """The three parts, dense ones scaled by what the training part shows."""
-    from scipy import sparse
-    from sklearn.preprocessing import StandardScaler
-
     if sparse.issparse(features):
         return [features[rows] for rows in split.values()]
     scaler = StandardScaler()

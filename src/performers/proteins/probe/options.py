@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from performers.app.options import OptionError, Options, option
+from performers.app.options import Options, option
 
 PROBE_FEATURES = ("embeddings", "random-weights", "composition", "dipeptides", "tripeptides")
 """Features that a probe compares, the model's own first; see `probe_features`."""
@@ -24,7 +24,7 @@ class ProbeOptions(Options):
     Attributes:
         test: Share of the proteins to test on.
         validation: Share of the proteins to choose the penalty on.
-        strengths: Values that C is chosen from.
+        strengths: Values that C is chosen from, one or more above 0.
     """
 
     split: str = option(
@@ -37,19 +37,9 @@ class ProbeOptions(Options):
     seed: int = option(
         "Random seed; of the first split, the others follow.", 0, at_least=0, below=2**32
     )
-    test: float = 0.2
-    validation: float = 0.1
+    test: float = field(default=0.2, init=False)
+    validation: float = field(default=0.1, init=False)
     min_count: int = option(
         "Labels with or without fewer proteins in a part of a split are dropped.", 50, at_least=1
     )
     strengths: tuple[float, ...] = STRENGTHS
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UserError: An option is out of range; the message names its flag.
-        """
-        super().__post_init__()
-        if not self.strengths or min(self.strengths) <= 0:
-            raise OptionError(f"strengths must be values of C above 0, got {self.strengths}")

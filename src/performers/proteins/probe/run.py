@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from performers.app.progress import Progress
-from performers.proteins.probe.fit import ProbeFit, fit_probe, require_scikit_learn
+from performers.proteins.probe.fit import ProbeFit, fit_probe
 from performers.proteins.probe.options import ProbeOptions
-from performers.proteins.probe.splits import ProbeSplit, plan_splits, split_groups
+from performers.proteins.probe.splits import ProbeSplit, plan_splits
 from performers.proteins.probe.task import ProbeTask
 
 # Terms, and the classes of enzymes as tools/go_labels.py names them.
@@ -28,7 +28,7 @@ _GENE_ONTOLOGY = re.compile(r"GO:|EC[1-6]-")
 def run_probe(
     features: Mapping[str, Any],
     task: ProbeTask,
-    options: ProbeOptions | None = None,
+    options: ProbeOptions,
     *,
     notes: Sequence[str] = (),
     progress: Progress | None = None,
@@ -38,7 +38,7 @@ def run_probe(
     Args:
         features: Name to a matrix (proteins, width); the others are compared with the first.
         task: The proteins, their labels and groups.
-        options: Options of the fits; the defaults when None.
+        options: Options of the fits.
         notes: Remarks on the features, such as `feature_notes`.
         progress: Called with the regressions done and all of them.
 
@@ -64,15 +64,6 @@ def run_probe(
     Raises:
         UserError: No label is frequent enough, or the groups cannot be split.
     """
-    require_scikit_learn()
-    options = options or ProbeOptions()
-    count = len(task.proteins)
-    for name, matrix in features.items():
-        if matrix.shape[0] != count:
-            raise ValueError(f"features[{name!r}] must have {count} rows, got {matrix.shape[0]}")
-    if not features:
-        raise ValueError("features must hold at least one matrix, got none")
-    groups = split_groups(task, options)
     splits, kept, dropped = plan_splits(task, options)
     targets: NDArray[np.bool_] = np.asarray(task.targets[:, kept])
     labels = [task.labels[column] for column in kept]
@@ -103,7 +94,7 @@ def run_probe(
     content: dict[str, Any] = {
         "settings": asdict(options),
         "proteins": len(used),
-        "groups": len(np.unique(groups[used])),
+        "groups": len(np.unique(task.groups[used])),
         "multiclass": task.multiclass,
         "notes": [
             *task.notes,
@@ -121,7 +112,7 @@ def run_probe(
         },
         "dropped": dropped,
         "splits": [
-            {"seed": options.seed + number, **_sizes(split, groups)}
+            {"seed": options.seed + number, **_sizes(split, task.groups)}
             for number, split in enumerate(splits)
         ],
         "features": {

@@ -17,35 +17,23 @@ ProbeSplit: TypeAlias = dict[str, NDArray[np.int64]]
 ``test`` on."""
 
 
-def split_proteins(
-    groups: NDArray[np.int64],
-    *,
-    test: float = 0.2,
-    validation: float = 0.1,
-    seed: int = 0,
-) -> ProbeSplit:
+def split_proteins(groups: NDArray[np.int64], options: ProbeOptions, seed: int) -> ProbeSplit:
     """Split proteins at random, whole groups at a time.
 
     Groups are taken in random order. One that still fits into the test part, which holds at most
-    the share `test` of the proteins, goes there; else into the validation part, if it fits there;
-    else into the training part, where the largest groups thus end.
+    the share `options.test` of the proteins, goes there; else into the validation part, if it fits
+    there; else into the training part, where the largest groups thus end.
 
     Args:
         groups: Number of each protein's group; all different for a split of single proteins.
-        test: Share of the proteins to test on.
-        validation: Share of the proteins to choose on.
+        options: Shares of the proteins to test and to choose on.
         seed: Seed of the order.
 
     Raises:
-        UserError: A share is out of range, or the groups are too few or too large to fill a part.
+        UserError: The groups are too few or too large to fill a part.
     """
-    if not (0 < test < 1 and 0 < validation < 1 and test + validation < 1):
-        raise UserError(
-            f"test and validation must be shares above 0 that leave some to train on, got {test} "
-            f"and {validation}"
-        )
     numbers, membership, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    room = {"test": test * len(groups), "validation": validation * len(groups)}
+    room = {name: getattr(options, name) * len(groups) for name in ("test", "validation")}
     part = np.full(len(numbers), "train", dtype="<U10")
     for group in np.random.default_rng(seed).permutation(len(numbers)):
         fits = [name for name, places in room.items() if sizes[group] <= places]
@@ -63,14 +51,6 @@ def split_proteins(
     return split
 
 
-def split_groups(task: ProbeTask, options: ProbeOptions) -> NDArray[np.int64]:
-    """Number of the group of each protein; for a random split each protein is its own."""
-    groups = task.groups if options.split == "groups" else np.arange(len(task.proteins))
-    if groups is None:
-        raise ValueError("task.groups must not be None for split='groups'")
-    return groups
-
-
 def plan_splits(
     task: ProbeTask, options: ProbeOptions
 ) -> tuple[list[ProbeSplit], list[int], dict[str, str]]:
@@ -83,9 +63,8 @@ def plan_splits(
     Raises:
         UserError: Labels are too rare, or the groups cannot be split.
     """
-    groups = split_groups(task, options)
     splits = [
-        split_proteins(groups, test=options.test, validation=options.validation, seed=seed)
+        split_proteins(task.groups, options, seed)
         for seed in range(options.seed, options.seed + options.repeats)
     ]
     kept, dropped = _frequent_enough(task, splits, options.min_count)

@@ -37,8 +37,8 @@ class ProbeTask:
         sequences: Their residues.
         labels: The labels, most frequent first.
         targets: Whether each protein has each label, (proteins, labels).
-        groups: Number of each protein's group, (proteins,); None when they have none. Proteins
-            with the same sequence share a group.
+        groups: Number of each protein's group, (proteins,). Proteins with the same sequence share
+            a group; in a task without groups each protein is its own.
         multiclass: Whether every protein has exactly one label.
         label_names: Label to what it means, where that is known.
         notes: What was left out, and why.
@@ -49,7 +49,7 @@ class ProbeTask:
     sequences: tuple[str, ...]
     labels: tuple[str, ...]
     targets: NDArray[np.bool_]
-    groups: NDArray[np.int64] | None
+    groups: NDArray[np.int64]
     multiclass: bool
     label_names: Mapping[str, str]
     notes: tuple[str, ...]
@@ -170,7 +170,9 @@ def build_task(
         sequences=sequences,
         labels=tuple(order),
         targets=targets,
-        groups=_joined([chosen[name][2] for name in names], sequences) if grouped else None,
+        groups=_joined([chosen[name][2] for name in names], sequences)
+        if grouped
+        else np.arange(len(names)),
         multiclass=bool((targets.sum(1) == 1).all()),
         label_names={k: v for k, v in labels.names.items() if k in order},
         notes=tuple(notes),

@@ -45,20 +45,18 @@ class HeadScore:
 
 @dataclass(frozen=True)
 class HeadScores:
-    """The scores of all heads on the same sequences, with what uniform attention would score.
+    """The scores of all heads on a protein, with what uniform attention would score.
 
     Attributes:
         heads: One score per head, in the order of the layers.
         uniform: The scores of attention spread evenly over the residues that a query may attend
             to; its layer and head are 0.
         band: Half-width, in residues, behind `band_share`.
-        residues: Number of residues looked at.
     """
 
     heads: tuple[HeadScore, ...]
     uniform: HeadScore
     band: int
-    residues: int
 
     def kinds(self) -> dict[str, list[HeadScore]]:
         """Local, global and vertical heads; those without attention between residues are none.
@@ -84,50 +82,38 @@ def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterabl
 def local_global_score(
     attentions: Sequence[Tensor], residues: Tensor, *, band: int = 8, is_causal: bool = False
 ) -> HeadScores:
-    r"""Score how far, and on how few residues, each head attends.
+    r"""Score how far, and on how few residues of a protein, each head attends.
 
-    With A the attention of one head, the sums running over the pairs (i, j) of residues of one
-    sequence and then over the sequences, and i, j positions in the row:
+    With A the attention of one head, the sums running over the pairs (i, j) of residues, and i, j
+    positions in the row:
 
     - mean distance = Σ A_ij |i - j| / Σ A_ij (Vig and Belinkov, 2019), in residues;
     - band share = Σ_{|i - j| <= band} A_ij / Σ A_ij;
-    - column share = Σ_{j in top} A_ij / Σ A_ij, where top holds, for each sequence of n residues,
-      the ceil(0.05 n) residues that receive most attention in this head;
+    - column share = Σ_{j in top} A_ij / Σ A_ij, where top holds the ceil(0.05 n) of n residues that
+      receive most attention in this head;
     - special share = 1 - Σ A_ij / Σ_{i a residue, any j} A_ij.
 
-    The reference, uniform attention, gives each residue i the same weight on each residue j of
-    its sequence (j <= i for a causal model). For one sequence of n residues without `is_causal`
-    its mean distance is (n² - 1) / 3n.
+    The reference, uniform attention, gives each residue i the same weight on each residue j (j <= i
+    for a causal model). Without `is_causal` its mean distance is (n² - 1) / 3n.
 
     Args:
-        attentions: One tensor (B, H, L, L) per layer, rows being queries.
-        residues: Boolean (B, L), True at residues; see `residue_mask`.
+        attentions: One tensor (H, L, L) per layer, rows being queries.
+        residues: Boolean (L,), True at residues, of which there is one at least.
         band: Half-width of the band, in residues.
         is_causal: Whether a query sees only itself and the past, which changes the reference.
 
     Returns:
         Scores in layer order. A head with no attention between residues has NaN scores.
-
-    Raises:
-        ValueError: A shape does not fit, `band` is negative or there is no residue.
     """
-    if band < 0:
-        raise ValueError(f"band must be at least 0 residues, got {band}")
-    residues = residues.bool().cpu()
-    if residues.ndim != 2 or not residues.any():
-        raise ValueError(
-            f"residues must be (batch, length) with at least one True, got "
-            f"{int(residues.sum())} True in shape {tuple(residues.shape)}"
-        )
-    pairs = residues[:, :, None] & residues[:, None, :]
+    residues = residues.cpu()
+    pairs = residues[:, None] & residues
     allowed = pairs.tril() if is_causal else pairs
     uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
     scores: list[HeadScore] = []
     for layer, weights in enumerate(attentions, start=1):
-        check_attention(weights, residues.shape, layer)
         scores += _score_layer(weights, residues, band, layer)
-    (reference,) = _score_layer(uniform[:, None], residues, band, 0)
-    return HeadScores(tuple(scores), reference, band, int(residues.sum()))
+    (reference,) = _score_layer(uniform[None], residues, band, 0)
+    return HeadScores(tuple(scores), reference, band)
 
 
 def looks_causal(maps: Sequence[NDArray[np.floating[Any]]]) -> bool:
@@ -136,30 +122,17 @@ def looks_causal(maps: Sequence[NDArray[np.floating[Any]]]) -> bool:
     return not ahead and any(bool(np.tril(layer, -1).any()) for layer in maps)
 
 
-def check_attention(weights: Tensor, shape: Sequence[int], layer: int) -> None:
-    """Raise a ValueError unless `weights` is (B, H, L, L) for a batch of shape (B, L)."""
-    batch, length = shape
-    fits = weights.ndim == 4 and weights.shape[0] == batch and weights.shape[2:] == (length, length)
-    if not fits:
-        raise ValueError(
-            f"attentions of layer {layer} must be ({batch}, heads, {length}, {length}) to go with "
-            f"the tokens, got {tuple(weights.shape)}"
-        )
-
-
 def _score_layer(weights: Tensor, residues: Tensor, band: int, layer: int) -> list[HeadScore]:
-    weights = weights.detach().cpu().double()
-    from_residues = weights.masked_fill(~residues[:, None, :, None], 0.0)
-    emitted = from_residues.sum((0, 2, 3))
-    between = from_residues.masked_fill(~residues[:, None, None, :], 0.0)
-    total = between.sum((0, 2, 3))
-    position = torch.arange(weights.shape[-1])
-    gap = (position[:, None] - position[None, :]).abs()
-    distance = (between * gap).sum((0, 2, 3)) / total
-    band_share = between.masked_fill(gap > band, 0.0).sum((0, 2, 3)) / total
-    top = torch.zeros_like(total)
-    for columns, count in zip(between.sum(2), residues.sum(1).tolist(), strict=True):
-        top += columns.topk(math.ceil(COLUMN_FRACTION * count), dim=-1).values.sum(-1)
+    from_residues = weights.cpu().double().masked_fill(~residues[:, None], 0.0)
+    emitted = from_residues.sum((1, 2))
+    between = from_residues.masked_fill(~residues, 0.0)
+    total = between.sum((1, 2))
+    position = torch.arange(len(residues))
+    gap = (position[:, None] - position).abs()
+    distance = (between * gap).sum((1, 2)) / total
+    band_share = between.masked_fill(gap > band, 0.0).sum((1, 2)) / total
+    count = math.ceil(COLUMN_FRACTION * int(residues.sum()))
+    top = between.sum(1).topk(count, dim=-1).values.sum(-1)
     stacked = torch.stack([distance, band_share, top / total, 1.0 - total / emitted], dim=1)
     # A head that pays nothing to residues divides by zero: infinities would sort as "global".
     stacked[~torch.isfinite(stacked)] = math.nan

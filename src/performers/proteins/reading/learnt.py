@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,10 @@ close ones."""
 _TOP_PAIRS = 12
 
 
-def learnt_numbers(
-    analysis: ModelAnalysis,
-    *,
-    matrices: Sequence[str] = MATRICES,
-    permutations: int = 9_999,
-    seed: int = 0,
-) -> dict[str, Any]:
+def learnt_numbers(analysis: ModelAnalysis, *, permutations: int = 9_999) -> dict[str, Any]:
     """Collect what the attention of one model shows, as plain numbers for JSON.
 
-    Args:
-        analysis: The result of `analyse_model`.
-        matrices: Substitution matrices of Biopython to compare similarity with.
-        permutations: Number of relabellings in each Mantel test.
-        seed: Seed of the relabellings.
+    `permutations` is the number of relabellings in each Mantel test.
 
     Returns:
         A dictionary, None in the place of numbers that are not finite:
@@ -50,19 +41,14 @@ def learnt_numbers(
           `notes`, and the (20, 20) `matrix` in the order of `amino_acids`;
         - `embeddings`, or None: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
           the amino acids' input embeddings; see `embedding_similarity`.
-
-    Raises:
-        ValueError: A matrix is unknown to Biopython.
     """
-    references = {name: load_reference_matrix(name, AMINO_ACIDS) for name in matrices}
+    references = {name: load_reference_matrix(name, AMINO_ACIDS) for name in MATRICES}
 
     def numbers_of(matrix: NDArray[np.float64]) -> dict[str, Any]:
         """Agreement of a (20, 20) similarity with substitution matrices, and pairs."""
         return {
             "matrices": {
-                name: compare_matrices(
-                    matrix, reference, name=name, permutations=permutations, seed=seed
-                )
+                name: compare_matrices(matrix, reference, name=name, permutations=permutations)
                 for name, reference in references.items()
             },
             "top_pairs": top_pairs(matrix, _TOP_PAIRS),
@@ -104,11 +90,13 @@ def learnt_numbers(
 
 
 def finite(content: Any) -> Any:
-    """The same dictionaries, lists and values, with None in the place of NaN and infinities."""
+    """The same content for JSON: None in the place of NaN and infinities, text of other objects."""
     if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
+        return {str(key): finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
         return [finite(value) for value in content]
-    if isinstance(content, float):
-        return float(content) if math.isfinite(content) else None
-    return content
+    if content is None or isinstance(content, (bool, int, str)):
+        return content
+    if not isinstance(content, Real):
+        return str(content)
+    return float(content) if math.isfinite(content) else None

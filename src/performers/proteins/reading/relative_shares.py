@@ -41,8 +41,6 @@ def relative_shares(
     tokenizer: PreTrainedTokenizerBase,
     protein: ProteinRecord,
     relatives: RelativesRows,
-    *,
-    seed: int = 0,
 ) -> RelativeShares:
     """Read which relatives the residues of a protein are predicted from, by attention.
 
@@ -54,10 +52,9 @@ def relative_shares(
 
     Args:
         model: A masked or causal language model with a Performer inside.
-        tokenizer: The tokenizer of the model.
+        tokenizer: Its tokenizer.
         protein: The protein.
         relatives: One row, of the protein after its relatives.
-        seed: Seed of the residues that are hidden together.
     """
     example = relatives[0]
     start, length = int(relatives.starts[0]), len(protein.sequence)
@@ -85,7 +82,7 @@ def relative_shares(
         folds = [np.arange(length)]
         inputs["use_cache"], before = False, 1
     else:
-        mixed = np.random.default_rng(seed).permutation(length)
+        mixed = np.random.default_rng(0).permutation(length)
         folds, before = [fold for fold in np.array_split(mixed, FOLDS) if fold.size], 0
     with ExitStack() as stack:
         for module in model.modules():

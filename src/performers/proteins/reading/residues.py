@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,8 +68,6 @@ def read_proteins(
     records: Sequence[ProteinRecord],
     *,
     max_length: int = 1024,
-    batch_tokens: int = 8192,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[ProteinReading]:
     """Guess every residue of proteins without showing it to the model, and embed the proteins.
@@ -80,8 +78,6 @@ def read_proteins(
         records: The proteins.
         max_length: Longest input in tokens; longer sequences are split into windows. Embeddings
             are of whole sequences, as far as learned positions reach.
-        batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
-        seed: Seed of the order in which residues are hidden.
         progress: Called with the rows read and the rows in all, after each batch.
 
     Returns:
@@ -93,15 +89,12 @@ def read_proteins(
     letters = residue_ids(tokenizer, AMINO_ACIDS)
     guesses = [np.full((len(s), len(AMINO_ACIDS)), np.nan, np.float32) for s in sequences]
     is_causal = bool(model.config.is_decoder)
-    rows = _rows(tokenizer, sequences, max_length, 1 if is_causal else FOLDS, seed)
-    dataset = TokenDataset(row.tokens for row in rows) if rows else None
-    for places, _, output in (
-        ()
-        if dataset is None
-        else run_batches(
-            model, dataset, CausalCollator(tokenizer), batch_tokens=batch_tokens, progress=progress
-        )
-    ):
+    rows = _rows(tokenizer, sequences, max_length, 1 if is_causal else FOLDS)
+    batches: Iterable[tuple[list[int], Any, Any]] = ()
+    if rows:
+        dataset = TokenDataset(row.tokens for row in rows)
+        batches = run_batches(model, dataset, CausalCollator(tokenizer), progress=progress)
+    for places, _, output in batches:
         for place, scores in zip(places, output.logits.float().cpu(), strict=True):
             row = rows[place]
             # A causal model's scores at a place are of the next token.
@@ -111,7 +104,7 @@ def read_proteins(
             guesses[row.protein][row.start + kept] = shares.numpy()
     longest = getattr(model.config, "longest_input", None)
     cropped = [s if longest is None else s[: longest - 2] for s in sequences]
-    vectors = embed_sequences(model, tokenizer, cropped, batch_tokens=batch_tokens)
+    vectors = embed_sequences(model, tokenizer, cropped)
     return [_reading(*found) for found in zip(records, guesses, vectors, strict=True)]
 
 
@@ -154,12 +147,11 @@ def _rows(
     sequences: Sequence[str],
     max_length: int,
     folds: int,
-    seed: int,
 ) -> list[_Row]:
     rows = []
     residues = residue_ids(tokenizer, AMINO_ACIDS)
     for protein, tokens in enumerate(encode_sequences(tokenizer, sequences)):
-        fold = np.random.default_rng((seed, protein)).permutation(len(tokens)) % folds
+        fold = np.random.default_rng((0, protein)).permutation(len(tokens)) % folds
         fold[~np.isin(tokens, residues)] = -1
         start = 0
         for window in split_windows(tokens, max_length):

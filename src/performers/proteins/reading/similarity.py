@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
-from performers.proteins.reading.head_scores import check_attention, residue_mask
+from performers.proteins.reading.head_scores import residue_mask
 
 EXPECTED_PAIRS = ("DE", "FY", "IV", "KR")
 """Amino acids that exchange readily: acidic, aromatic, branched aliphatic, basic."""
@@ -59,8 +59,9 @@ class AttentionSimilarity:
         self._ids = torch.from_numpy(residue_ids(tokenizer, AMINO_ACIDS))
         self._special_ids = frozenset(tokenizer.all_special_ids)
         self._names: list[str] = []
-        self._paid = np.zeros((0, len(AMINO_ACIDS)))
-        self._total = np.zeros(0)
+        # A row for each head once there is a batch.
+        self._paid = np.zeros((1, len(AMINO_ACIDS)))
+        self._total = np.zeros(1)
 
     def update(
         self, input_ids: Tensor, attention_mask: Tensor, attentions: Sequence[Tensor]
@@ -70,48 +71,29 @@ class AttentionSimilarity:
         Args:
             input_ids: Token ids (B, L).
             attention_mask: (B, L), non-zero where a token takes part.
-            attentions: One tensor (B, H, L, L) per layer, rows being queries; the number of
-                layers and heads must be the same in every batch.
-
-        Raises:
-            ValueError: A shape does not fit the tokens or the batches before.
+            attentions: One tensor (B, H, L, L) per layer, rows being queries.
         """
-        for layer, weights in enumerate(attentions, start=1):
-            check_attention(weights, input_ids.shape, layer)
-        names = [
-            f"{layer}.{head + 1}"
-            for layer, weights in enumerate(attentions, start=1)
-            for head in range(weights.shape[1])
-        ]
-        if not names:
-            raise ValueError("attentions must hold at least one layer, got none")
-        if self._names and names != self._names:
-            raise ValueError(
-                f"attentions must have the same heads in every batch: {len(self._names)} before, "
-                f"{len(names)} now"
-            )
         residues = residue_mask(input_ids, attention_mask, self._special_ids)
-        letters = (input_ids.cpu()[..., None] == self._ids) & residues.cpu()[..., None]
-        paid, total = zip(*(self._sum_layer(w, residues, letters) for w in attentions), strict=True)
-        first = not self._names
-        self._names = names
-        self._paid = np.concatenate(paid) + (0 if first else self._paid)
-        self._total = np.concatenate(total) + (0 if first else self._total)
-        self.occurrences += letters.sum((0, 1)).numpy()
-
-    def _sum_layer(
-        self, weights: Tensor, residues: Tensor, letters: Tensor
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Attention paid to each amino acid (H, 20) and to all residues (H,) in one layer."""
-        weights = weights.detach()
-        if weights.dtype in (torch.float16, torch.bfloat16):
-            weights = weights.float()
-        dropped = ~(residues[:, :, None] & residues[:, None, :]).to(weights.device)[:, None]
-        if self.threshold is not None:
-            dropped = dropped | (weights <= self.threshold)
-        received = weights.masked_fill(dropped, 0.0).sum(2).cpu().double()
-        paid = torch.einsum("bhl,bla->ha", received, letters.double())
-        return paid.numpy(), received.sum((0, 2)).numpy()
+        letters = ((input_ids[..., None] == self._ids) & residues[..., None]).double()
+        outside = ~(residues[:, :, None] & residues[:, None, :])[:, None]
+        paid, total = [], []
+        for weights in attentions:
+            # Sums of 16-bit numbers would be rounded.
+            weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+            dropped = outside.to(weights.device)
+            if self.threshold is not None:
+                dropped = dropped | (weights <= self.threshold)
+            received = weights.masked_fill(dropped, 0.0).sum(2).cpu().double()
+            paid.append(torch.einsum("bhl,bla->ha", received, letters))
+            total.append(received.sum((0, 2)))
+        self._names = [
+            f"{layer}.{head}"
+            for layer, sums in enumerate(total, start=1)
+            for head in range(1, len(sums) + 1)
+        ]
+        self._paid = torch.cat(paid).numpy() + self._paid
+        self._total = torch.cat(total).numpy() + self._total
+        self.occurrences += letters.sum((0, 1)).long().numpy()
 
     def shares(self) -> NDArray[np.float64]:
         """f_h(a), the share of the attention between residues that amino acid a receives.
@@ -144,8 +126,6 @@ class AttentionSimilarity:
 
     def notes(self) -> list[str]:
         """Sentences on what was left out and why; empty when nothing was."""
-        if not self._names:
-            return ["No attention was recorded, so there is no similarity."]
         notes = []
         if absent := _letters(self.occurrences == 0):
             notes.append(f"Never seen in the sequences, so without a similarity: {absent}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from performers.proteins.reading.head_scores import looks_causal
 
 FEWEST_SETS = 20
 """With fewer possible sets no p-value could be as low as 0.05, so none is given."""
-
-_HEADER = re.compile(r"(?:^|\s)sites=(\S+)")
 
 
 @dataclass(frozen=True)
@@ -84,15 +81,9 @@ class SiteScores:
 
 
 def parse_sites(text: str, length: int, *, source: str = "--sites") -> tuple[int, ...]:
-    """Read numbers of residues.
+    """Read distinct numbers of residues, rising, from a text such as `57,102,195`.
 
-    Args:
-        text: Numbers from 1 with commas between, such as `57,102,195`.
-        length: Number of residues of the protein.
-        source: Origin of the text, for errors.
-
-    Returns:
-        The distinct numbers, rising.
+    `length` is the number of residues of the protein, `source` the origin of the text, for errors.
 
     Raises:
         UserError: An entry is not a number, or not that of a residue.
@@ -119,11 +110,11 @@ def header_sites(protein: ProteinRecord) -> tuple[int, ...]:
     Raises:
         UserError: The sites are not residues of the protein.
     """
-    found = _HEADER.search(protein.description)
+    found = protein.field("sites")
     if found is None:
         return ()
     source = f"sites= in the header of {protein.name}"
-    return parse_sites(found.group(1), len(protein.sequence), source=source)
+    return parse_sites(found, len(protein.sequence), source=source)
 
 
 def score_sites(
@@ -132,7 +123,6 @@ def score_sites(
     sites: Sequence[int],
     *,
     permutations: int = 9_999,
-    seed: int = 0,
 ) -> SiteScores | None:
     """Compare the attention that sites receive with uniform attention.
 
@@ -153,7 +143,6 @@ def score_sites(
         labels: The n residues as letters.
         sites: Numbers of residues, from 1.
         permutations: Number of sets drawn for each p-value.
-        seed: Seed of the draws.
 
     Returns:
         The scores; None when no site is among the n residues or no head attends to residues.
@@ -177,7 +166,7 @@ def score_sites(
     together = shares[:, columns].sum(1) / uniform[columns].sum()
 
     def p_value(pools: Sequence[tuple[NDArray[np.int64], int]]) -> float:
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)
         hits = 0
         for _ in range(permutations):
             drawn = np.concatenate([generator.choice(pool, n, replace=False) for pool, n in pools])

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import vl_convert
@@ -40,6 +39,10 @@ CATEGORIES = {
     ),
 }
 """Colours of categories on a light and on a dark page."""
+
+MOST_RELATIVES = 40
+"""Relatives that are drawn."""
+_COLUMNS = 300
 
 
 @cache
@@ -219,17 +222,14 @@ def track_chart() -> Chart:
     }
 
 
-def relatives_chart(read: RelativeShares, most: int = 40, columns: int = 300) -> Chart:
+def relatives_chart(read: RelativeShares) -> Chart:
     """Attention of a protein's residues to its relatives, those that receive most.
 
-    Args:
-        read: The shares of attention.
-        most: Most relatives that are drawn.
-        columns: Most columns; of a longer protein each is the mean over neighbouring residues.
+    Of a long protein each column is the mean over neighbouring residues.
     """
     sequence = read.protein.sequence
-    step = -(-len(sequence) // columns)
-    order = np.argsort(-read.shares.mean(1), kind="stable")[:most]
+    step = -(-len(sequence) // _COLUMNS)
+    order = np.argsort(-read.shares.mean(1), kind="stable")[:MOST_RELATIVES]
     names = [f"{rank}. {shortened(read.names[n])}" for rank, n in enumerate(order, start=1)]
     values = [
         {
@@ -271,19 +271,27 @@ def learning_chart(
     """One metric against the training step; None where no log has it.
 
     Args:
-        histories: Model name to its log, see `curves`.
+        histories: Model name to its log: dictionaries with "step" and any of "loss",
+            "<split>_loss", "accuracy" and "<split>_accuracy", as in the `log_history` of
+            transformers' trainer_state.json.
         metric: "loss" or "accuracy".
         baseline: The metric of guessing by frequencies alone, drawn as a dotted line.
     """
+    points: dict[tuple[str, str, float], float] = {}
+    for name, history in histories.items():
+        for entry in history:
+            for key, value in entry.items():
+                split = _split(key, metric)
+                if split and math.isfinite(value):
+                    # The last value wins where a resumed run logged a step again.
+                    points[name, split, entry["step"]] = float(value)
+    if not points:
+        return None
     values = [
         {"model": name, "part": shortened(split), "step": step, "value": value}
-        for name, history in histories.items()
-        for split, (steps, found) in curves(history, metric).items()
-        for step, value in zip(steps, found, strict=True)
+        for (name, split, step), value in points.items()
     ]
-    if not values:
-        return None
-    series = {(value["model"], value["part"]) for value in values}
+    series = {(name, split) for name, split, _ in points}
     names = {"loss": "loss (nats per residue)", "accuracy": "guessed right"}
     value_axis: Chart = {"title": names[metric], "scale": {"zero": False}}
     if metric == "accuracy":
@@ -320,39 +328,18 @@ def learning_chart(
     }
 
 
-def curves(
-    history: Sequence[Mapping[str, Any]], metric: str
-) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of one metric in a training log.
+def _split(key: str, metric: str) -> str | None:
+    """Name of the split that an entry of a log is of; None of another metric.
 
-    Args:
-        history: Dictionaries with "step" and any of "loss", "<split>_loss", "accuracy" and
-            "<split>_accuracy", as in the `log_history` of transformers' trainer_state.json.
-            "train_loss", a mean over the run, is left out.
-        metric: "loss" or "accuracy".
-
-    Returns:
-        Name of the split to (steps, values), finite values only; "train" for the bare metric and
-        "validation" for "eval_<metric>".
+    "train" for the bare metric, "validation" for "eval_<metric>". "train_loss", a mean over the
+    run, is left out.
     """
-    found: dict[str, dict[float, float]] = {}
-    for entry in history:
-        step = entry.get("step")
-        for key, value in entry.items():
-            if key == metric:
-                split = "train"
-            elif key.endswith(f"_{metric}") and key != "train_loss" and "baseline" not in key:
-                split = key.removesuffix(f"_{metric}").removeprefix("eval_")
-                split = "validation" if split == "eval" else split
-            else:
-                continue
-            if _is_number(step) and _is_number(value):
-                # The last value wins where a resumed run logged a step again.
-                found.setdefault(split, {})[step] = float(value)
-    return {
-        split: (sorted(points), [points[step] for step in sorted(points)])
-        for split, points in found.items()
-    }
+    if key == metric:
+        return "train"
+    if not key.endswith(f"_{metric}") or key == "train_loss" or "baseline" in key:
+        return None
+    split = key.removesuffix(f"_{metric}").removeprefix("eval_")
+    return "validation" if split == "eval" else split
 
 
 def _where_chosen(field: str, value: object, other: object) -> Chart:
@@ -362,8 +349,3 @@ def _where_chosen(field: str, value: object, other: object) -> Chart:
 def _field(name: str, kind: str = "quantitative", **more: Any) -> Chart:
     """The encoding of a field of the data."""
     return {"field": name, "type": kind, **more}
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    # A log may hold None or a string; True would pass for 1.
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

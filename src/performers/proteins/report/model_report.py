@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from performers.app.errors import UserError
 from performers.app.figures import shortened
 from performers.app.files import read_json
@@ -14,6 +12,7 @@ from performers.app.progress import Report, part
 from performers.features import FeatureMap
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.relatives import Relatives, RelativesRows
+from performers.proteins.model import ProteinModel
 from performers.proteins.model_folder import model_max_length
 from performers.proteins.reading.analysis import analyse_model
 from performers.proteins.reading.relative_shares import relative_shares
@@ -23,17 +22,12 @@ from performers.proteins.report.page import ModelReport, write_report
 from performers.proteins.report.payload import grouped
 from performers.proteins.scoring.evaluation import evaluate_model
 
-LoadedModel = tuple[Path, PreTrainedModel, PreTrainedTokenizerBase]
-
 
 def report_on_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[ProteinModel],
     records: Sequence[ProteinRecord],
     output: Path,
     *,
-    compare: Sequence[LoadedModel] = (),
     protein: str | None = None,
     sites: str | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
@@ -46,12 +40,9 @@ def report_on_model(
     """Write ``report.html`` and ``report.json`` on a model and the sequences given.
 
     Args:
-        folder: The model's folder, for its options and training log.
-        model: The model.
-        tokenizer: Its tokenizer.
+        models: The model, and others to show beside it.
         records: Proteins to read its attention from and to score it on.
         output: Folder of the report.
-        compare: Folder, model and tokenizer of others to show beside it.
         protein: Name or accession of the one whose attention is drawn; by default the first that is
             long enough to show structure and short enough to be read whole.
         sites: Numbers of residues of that protein to mark, with commas between; by default those
@@ -82,24 +73,19 @@ def report_on_model(
     drawn = choose_protein(records, protein, max_length)
     shown = _sample(records, max_sequences, drawn)
     marked = header_sites(drawn) if sites is None else parse_sites(sites, len(drawn.sequence))
-    sequences = [record.sequence for record in records]
     described = []
-    for number, (place, network, its_tokenizer) in enumerate(
-        [(folder, model, tokenizer), *compare]
-    ):
-        name = place.resolve().name
+    for number, model in enumerate(models):
+        name = model.folder.resolve().name
         metrics = evaluate_model(
-            network,
-            its_tokenizer,
-            sequences,
-            max_length=model_max_length(its_tokenizer),
+            model.network,
+            model.tokenizer,
+            [record.sequence for record in records],
+            max_length=model_max_length(model.tokenizer),
             progress=part(report, f"evaluating {name}" if number else "evaluating"),
         )
         described.append(
             describe_model(
-                place,
-                network,
-                its_tokenizer,
+                model,
                 records,
                 drawn,
                 name=name,
@@ -120,9 +106,7 @@ def report_on_model(
 
 
 def describe_model(
-    folder: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: ProteinModel,
     records: Sequence[ProteinRecord],
     protein: ProteinRecord,
     *,
@@ -140,35 +124,30 @@ def describe_model(
     Arguments are as of ``report_on_model``: ``records`` are behind the amino-acid similarity, the
     residues of ``shown`` are guessed one by one, ``relatives`` have the one row of ``protein``.
     """
-    analysis = analyse_model(
-        model,
-        tokenizer,
-        [record.sequence for record in records],
-        protein=protein,
-        max_sequences=max_sequences,
-        max_length=max_length,
-        sites=sites,
-        progress=part(report, f"reading attention, {name}"),
-    )
-    proteins = read_proteins(
-        model,
-        tokenizer,
-        shown,
-        max_length=model_max_length(tokenizer),
-        progress=part(report, f"guessing each residue, {name}"),
-    )
+    loaded = model.network, model.tokenizer
     return ModelReport(
         name=name,
-        settings=_settings(folder, model),
+        settings=_settings(model),
         metrics=metrics,
-        history=_history(folder),
-        analysis=analysis,
-        is_causal=bool(model.config.is_decoder),
-        proteins=proteins,
+        history=_recorded(model, "trainer_state.json").get("log_history", []),
+        analysis=analyse_model(
+            *loaded,
+            [record.sequence for record in records],
+            protein=protein,
+            max_sequences=max_sequences,
+            max_length=max_length,
+            sites=sites,
+            progress=part(report, f"reading attention, {name}"),
+        ),
+        is_causal=bool(model.network.config.is_decoder),
+        proteins=read_proteins(
+            *loaded,
+            shown,
+            max_length=model_max_length(model.tokenizer),
+            progress=part(report, f"guessing each residue, {name}"),
+        ),
         available=len(records),
-        relatives=None
-        if relatives is None
-        else relative_shares(model, tokenizer, protein, relatives),
+        relatives=None if relatives is None else relative_shares(*loaded, protein, relatives),
     )
 
 
@@ -207,22 +186,21 @@ def _sample(
     return [records[i] for i in sorted(kept)]
 
 
-def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config
+def _settings(model: ProteinModel) -> dict[str, Any]:
+    config = model.network.config
     settings: dict[str, Any] = {
         "attention": config.attention,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "width": config.hidden_size,
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "parameters": f"{sum(p.numel() for p in model.network.parameters()):,}",
     }
-    if config.attention.startswith("favor"):
-        # Layers in exact_layers have none; the others are alike.
-        maps = [module for module in model.modules() if isinstance(module, FeatureMap)]
-        if maps:
-            settings["random features per head"] = maps[0].num_features
-    if (folder / "training.json").exists():
-        training = read_json(folder / "training.json")
+    # Exact attention has none, nor have layers in exact_layers; the others are alike.
+    maps = [module for module in model.network.modules() if isinstance(module, FeatureMap)]
+    if maps:
+        settings["random features per head"] = maps[0].num_features
+    training = _recorded(model, "training.json")
+    if training:
         for name, part, key in (
             ("objective", "options", "objective"),
             ("steps", "options", "steps"),
@@ -234,6 +212,7 @@ def _settings(folder: Path, model: PreTrainedModel) -> dict[str, Any]:
     return settings
 
 
-def _history(folder: Path) -> list[dict[str, Any]]:
-    state = folder / "trainer_state.json"
-    return list(read_json(state).get("log_history", [])) if state.exists() else []
+def _recorded(model: ProteinModel, name: str) -> dict[str, Any]:
+    """A file of the model's training; empty where it has none."""
+    path = model.folder / name
+    return dict(read_json(path)) if path.exists() else {}

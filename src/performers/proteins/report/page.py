@@ -14,13 +14,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from performers.app.figures import shortened
 from performers.app.files import write_atomically
@@ -76,7 +76,6 @@ def write_report(
     models: Sequence[ModelReport],
     title: str = "Your proteins, read by a protein language model",
     labels: Mapping[str, Sequence[str]] | None = None,
-    matrix_name: str = "BLOSUM62",
     permutations: int = 9_999,
     max_residues: int = 50_000,
 ) -> Path:
@@ -87,29 +86,18 @@ def write_report(
 
     Args:
         output_dir: The folder; made when missing.
-        models: The models, in order.
+        models: The models, one or more, in order.
         title: Heading of the page.
         labels: Heading to a label for each protein of the map; by default those in their headers.
-        matrix_name: Substitution matrix that amino-acid similarity is drawn beside; it is compared
-            with those of `MATRICES` as well.
         permutations: Number of relabellings in the Mantel test.
         max_residues: Residues whose guesses the page holds, about 8 bytes each.
 
     Returns:
         The path of `report.html`.
-
-    Raises:
-        ValueError: `models` is empty or the matrix is unknown.
-        OSError: The folder cannot be written.
     """
-    if not models:
-        raise ValueError("models must hold at least one ModelReport, got none")
-    folder, script = Path(output_dir), charts.chart_script()
-    matrices = list(dict.fromkeys([matrix_name, *MATRICES]))
+    folder = Path(output_dir)
     learnt = [
-        learnt_numbers(model.analysis, matrices=matrices, permutations=permutations)
-        if model.analysis
-        else None
+        learnt_numbers(model.analysis, permutations=permutations) if model.analysis else None
         for model in models
     ]
     names = [shortened(model.name) for model in models]
@@ -124,7 +112,8 @@ def write_report(
         f"maps-{i}": payload.heads(analysis, payload.HEAD_CHARACTERS // len(mapped))
         for i, analysis in mapped.items()
     }
-    similar = _similarities(models, unique, matrix_name, drawn)
+    reference = load_reference_matrix(MATRICES[0], AMINO_ACIDS)
+    similar = _similarities(models, unique, reference, drawn)
     relatives = next((model.relatives for model in models if model.relatives), None)
     if relatives is not None:
         drawn["relatives"] = charts.relatives_chart(relatives)
@@ -134,7 +123,7 @@ def write_report(
         baseline = tables.with_losses(next(splits, {})).get(f"baseline_{metric}")
         if chart := charts.learning_chart(histories, metric, baseline):
             drawn[f"learning-{metric}"] = chart
-    scripts = [script, (_FOLDER / "report.js").read_text(encoding="utf-8")]
+    scripts = [charts.chart_script(), (_FOLDER / "report.js").read_text(encoding="utf-8")]
     page = _template().render(
         title=title,
         sentences=tables.sentences(reader, learnt[models.index(reader)]),
@@ -150,11 +139,12 @@ def write_report(
             for i, (name, model, found) in enumerate(zip(unique, models, learnt, strict=True))
         ],
         notes=tables.notes(learnt),
-        reference=load_reference_matrix(matrix_name, AMINO_ACIDS),
+        reference=reference,
         listed_pairs=_LISTED_PAIRS,
         similar=similar,
         relatives=relatives,
-        matrix_name=matrix_name,
+        most_relatives=charts.MOST_RELATIVES,
+        matrix_name=MATRICES[0],
         data=data,
         data_text=_script_safe(data),
         max_residues=max_residues,
@@ -166,7 +156,7 @@ def write_report(
     for name, chart in drawn.items():
         if name != "track":
             write_atomically(folder / "figures" / f"{name}.png", charts.png(chart))
-    write_result(folder / "report.json", _numbers(title, models, learnt), "report")
+    write_result(folder / "report.json", finite(_numbers(title, models, learnt)), "report")
     report = folder / "report.html"
     write_atomically(report, page.encode("utf-8"))
     return report
@@ -207,7 +197,7 @@ def _proteins(
 def _similarities(
     models: Sequence[ModelReport],
     names: Sequence[str],
-    matrix_name: str,
+    reference: NDArray[np.float64],
     drawn: dict[str, charts.Chart],
 ) -> list[str]:
     """Charts of the similarities of the amino acids, the reference first; their names."""
@@ -224,8 +214,7 @@ def _similarities(
     matrices = {name: m for name, m in matrices.items() if np.isfinite(m).any()}
     if not matrices:
         return []
-    reference = load_reference_matrix(matrix_name, AMINO_ACIDS)
-    drawn["similarity-0"] = charts.similarity_chart(reference, matrix_name, unit="score")
+    drawn["similarity-0"] = charts.similarity_chart(reference, MATRICES[0], unit="score")
     for position, (name, matrix) in enumerate(matrices.items(), start=1):
         drawn[f"similarity-{position}"] = charts.similarity_chart(
             matrix, shortened(name), unit="similarity, −1 to 1", limit=1.0
@@ -270,31 +259,23 @@ def _sha256(text: str) -> str:
 def _numbers(
     title: str, models: Sequence[ModelReport], learnt: Sequence[Mapping[str, Any] | None]
 ) -> dict[str, Any]:
-    """The numbers of the page for programs; None in the place of those that are not finite."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, (bool, int, str)) or value is None:
-            return value
-        return finite(float(value)) if isinstance(value, Real) else str(value)
-
+    """The numbers of the page for programs."""
     return {
-        "title": plain(title),
+        "title": title,
         "models": [
             {
                 "name": model.name,
-                "settings": plain(model.settings),
-                "metrics": plain(model.metrics),
-                "history": [plain(entry) for entry in model.history],
+                "settings": model.settings,
+                "metrics": model.metrics,
+                "history": model.history,
                 "learnt": found,
                 "relatives": _shares(model.relatives),
                 "proteins": [
                     {
                         "name": reading.record.name,
                         "length": len(reading.record.sequence),
-                        "surprise": finite(reading.surprise),
-                        "accuracy": finite(reading.accuracy),
+                        "surprise": reading.surprise,
+                        "accuracy": reading.accuracy,
                     }
                     for reading in model.proteins
                 ],
@@ -307,10 +288,10 @@ def _numbers(
 def _shares(read: RelativeShares | None) -> dict[str, Any] | None:
     if read is None:
         return None
-    shares = [[round(share, 6) for share in row] for row in read.shares.tolist()]
     return {
         "protein": read.protein.name,
         "shares": [
-            {"name": name, "shares": row} for name, row in zip(read.names, shares, strict=True)
+            {"name": name, "shares": shares}
+            for name, shares in zip(read.names, read.shares.round(6).tolist(), strict=True)
         ],
     }

@@ -23,18 +23,16 @@ _FEWEST_RESIDUES = 30
 _STRETCH = 15
 
 
-def number(value: object, digits: int = 2) -> str:
+def number(value: object, digits: int = 2, unit: str = "f") -> str:
     """A number with a fixed count of decimals; a dash where it is missing or not finite."""
     if not isinstance(value, Real) or not math.isfinite(value):
         return "–"
-    return f"{float(value):,.{digits}f}"
+    return f"{float(value):,.{digits}{unit}}"
 
 
 def percent(value: object, digits: int = 1) -> str:
     """A share of 1 in percent; a dash where it is missing or not finite."""
-    if not isinstance(value, Real) or not math.isfinite(value):
-        return "–"
-    return f"{100 * float(value):.{digits}f}%"
+    return number(value, digits, "%")
 
 
 def with_losses(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def run_batches(
     dataset: TokenDataset | FamilyRows | RelativesRows,
     collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
     *,
-    batch_tokens: int,
+    batch_tokens: int = 8192,
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
