@@ -227,10 +227,10 @@ def test_models_are_put_side_by_side_and_sites_are_tabled(tmp_path):
     assert found.data["maps"]["maps-0"]["sites"] == [3, 7]
     assert "Beyond the residues that were read: 50." in found.text
     for analysis in (models[0].analysis, models[1].analysis):
-        assert f"p = {analysis.sites.p_value:.4f}" in found.text
-        for site in analysis.sites.sites:
-            assert f"{site.residue}{site.site}" in found.text
-            assert f"{site.enrichment:.2f}×" in found.text
+        assert f"p = {analysis.sites['p_value']:.4f}" in found.text
+        for site in analysis.sites["sites"]:
+            assert f"{site['residue']}{site['site']}" in found.text
+            assert f"{site['enrichment']:.2f}×" in found.text
 
 
 def test_what_is_missing_is_explained(tmp_path):

@@ -77,7 +77,8 @@ def fit_probe(
         LogisticRegression(max_iter=_MAX_ITERATIONS, warm_start=True)
         for _ in range(targets.shape[1])
     ]
-    least, chosen, scores = np.inf, 0.0, np.empty(0)
+    scores: NDArray[np.float64] = np.empty(0)
+    least, chosen = np.inf, 0.0
     unconverged = 0
     for strength in sorted(strengths):
         chosen_on = np.empty((len(split["validation"]), targets.shape[1]))

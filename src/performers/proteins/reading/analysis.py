@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from performers.proteins.reading.head_scores import (
     residue_mask,
 )
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
-from performers.proteins.reading.site_scores import SiteScores, score_sites
+from performers.proteins.reading.site_scores import score_sites
 from performers.proteins.scoring.batches import evaluation_mode
 
 # Attention matrices of so many sequences are held at a time.
@@ -46,8 +47,8 @@ class ModelAnalysis:
         similarity: Attention by amino acid over the sequences, `all` of it and what is
             `thresholded`; empty when the model returned none.
         problem: Reason that there is no attention to show; empty otherwise.
-        sites: How much attention known sites of `protein` receive; None when none were given, or
-            none lies among `labels`.
+        sites: How much attention known sites of `protein` receive, see `score_sites`; None when
+            none were given, or none lies among `labels`.
         embeddings: Similarity of the amino acids' input embeddings; see `embedding_similarity`.
     """
 
@@ -61,7 +62,7 @@ class ModelAnalysis:
     scores: HeadScores | None = None
     similarity: Mapping[str, AttentionSimilarity] = field(default_factory=dict)
     problem: str = ""
-    sites: SiteScores | None = None
+    sites: Mapping[str, Any] | None = None
     embeddings: NDArray[np.float64] | None = None
 
 

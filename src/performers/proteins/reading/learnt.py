@@ -34,7 +34,7 @@ def learnt_numbers(analysis: ModelAnalysis, *, permutations: int = 9_999) -> dic
         - `protein`: `name`, `length`, `read` (residues);
         - `problem`: why there is no attention, or empty;
         - `heads`, `uniform`, `band`: the fields of `HeadScores`;
-        - `sites`: the fields of `SiteScores`, or None;
+        - `sites`: the result of `score_sites`, or None;
         - `similarity`, or None: `sequences`, `available`, `cropped`, `residues`, `threshold`, and
           for `all` attention and what is `thresholded`: number of `heads` used, `matrices` (name
           to the result of `compare_matrices`), `top_pairs`, `expected_pairs` with their rank,
@@ -67,7 +67,7 @@ def learnt_numbers(analysis: ModelAnalysis, *, permutations: int = 9_999) -> dic
         "heads": [asdict(head) for head in scores.heads] if scores else [],
         "uniform": asdict(scores.uniform) if scores else None,
         "band": scores.band if scores else None,
-        "sites": asdict(analysis.sites) if analysis.sites else None,
+        "sites": analysis.sites,
         "similarity": None,
         "embeddings": None,
     }

@@ -50,11 +50,7 @@ def relative_shares(
     output of the layer's attention, in linear time, for values that say which relative a token is
     of.
 
-    Args:
-        model: A masked or causal language model with a Performer inside.
-        tokenizer: Its tokenizer.
-        protein: The protein.
-        relatives: One row, of the protein after its relatives.
+    `relatives` has one row, of the protein after its relatives.
     """
     example = relatives[0]
     start, length = int(relatives.starts[0]), len(protein.sequence)

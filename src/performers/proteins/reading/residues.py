@@ -72,13 +72,9 @@ def read_proteins(
 ) -> list[ProteinReading]:
     """Guess every residue of proteins without showing it to the model, and embed the proteins.
 
-    Args:
-        model: A masked or causal language model.
-        tokenizer: Its tokenizer.
-        records: The proteins.
-        max_length: Longest input in tokens; longer sequences are split into windows. Embeddings
-            are of whole sequences, as far as learned positions reach.
-        progress: Called with the rows read and the rows in all, after each batch.
+    Sequences of more than `max_length` tokens are split into windows. Embeddings are of whole
+    sequences, as far as learned positions reach. `progress` is called with the rows read and the
+    rows in all, after each batch.
 
     Returns:
         A reading for each protein, in the order given.

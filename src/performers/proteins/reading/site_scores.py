@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,67 +16,6 @@ from performers.proteins.reading.head_scores import looks_causal
 
 FEWEST_SETS = 20
 """With fewer possible sets no p-value could be as low as 0.05, so none is given."""
-
-
-@dataclass(frozen=True)
-class SiteScore:
-    """The attention that one residue receives, in the head that gives it most.
-
-    Attributes:
-        site: Number of the residue, from 1.
-        residue: Its letter.
-        head: `layer.head` of the head that favours it most, both from 1.
-        share: Share of that head's attention between residues that it receives, in [0, 1].
-        enrichment: The share, over what it would be if attention were uniform.
-        mean_enrichment: Mean over all heads of the same.
-        rank: Its place among all residues by the enrichment in the best head of each, from 1.
-        residues: Number of residues.
-    """
-
-    site: int
-    residue: str
-    head: str
-    share: float
-    enrichment: float
-    mean_enrichment: float
-    rank: int
-    residues: int
-
-
-@dataclass(frozen=True)
-class SiteScores:
-    """The attention that a protein's known sites receive.
-
-    The best of many heads favours any residue, known or not. `typical` says how much, and both
-    p-values take it into account. A head that favours an amino acid favours all its residues, and
-    sites are often rare ones such as cysteine and histidine: `p_value` counts that as well;
-    `same_letters_p_value` asks whether the sites stand out among their like.
-
-    Attributes:
-        sites: A score for each site.
-        typical: Median over all residues of the enrichment in the best head of each.
-        head: `layer.head` of the head that gives the sites together most.
-        share: Share of that head's attention between residues that they receive together.
-        enrichment: The share, over what it would be if attention were uniform.
-        p_value: Part of the sets of as many residues drawn at random, whatever their letters, the
-            sites themselves included, that some head favours as much.
-        same_letters_p_value: The same of sets with the letters of the sites; NaN where fewer than
-            `FEWEST_SETS` are possible.
-        same_letters_sets: Number of possible sets with the letters of the sites.
-        permutations: Number of sets drawn for each p-value.
-        beyond: Sites that lie beyond the residues that were read.
-    """
-
-    sites: tuple[SiteScore, ...]
-    typical: float
-    head: str
-    share: float
-    enrichment: float
-    p_value: float
-    same_letters_p_value: float
-    same_letters_sets: int
-    permutations: int
-    beyond: tuple[int, ...] = ()
 
 
 def parse_sites(text: str, length: int, *, source: str = "--sites") -> tuple[int, ...]:
@@ -123,7 +61,7 @@ def score_sites(
     sites: Sequence[int],
     *,
     permutations: int = 9_999,
-) -> SiteScores | None:
+) -> dict[str, Any] | None:
     """Compare the attention that sites receive with uniform attention.
 
     With A the attention of one head between the n residues, site s receives the share
@@ -138,6 +76,11 @@ def score_sites(
     sites. Read them with care for a causal model: the last residues are seen by few queries, so
     that little attention makes a large enrichment there.
 
+    The best of many heads favours any residue, known or not. `typical` says how much, and both
+    p-values take it into account. A head that favours an amino acid favours all its residues, and
+    sites are often rare ones such as cysteine and histidine: `p_value` counts that as well;
+    `same_letters_p_value` asks whether the sites stand out among their like.
+
     Args:
         maps: One array (heads, n, n) per layer, rows being queries.
         labels: The n residues as letters.
@@ -145,7 +88,17 @@ def score_sites(
         permutations: Number of sets drawn for each p-value.
 
     Returns:
-        The scores; None when no site is among the n residues or no head attends to residues.
+        None when no site is among the n residues or no head attends to residues; else
+
+        - `sites`: for each site `site`, its number from 1, and `residue`, its letter; `head`, the
+          `layer.head` that favours it most, both from 1, with `share` and `enrichment` there;
+          `mean_enrichment` over all heads; `rank` from 1 among the `residues`, by the enrichment in
+          the best head of each;
+        - `typical`: median over all residues of the enrichment in the best head of each;
+        - `head`, `share`, `enrichment`: those of the head that gives the sites together most;
+        - `p_value`, of sets of any residues; `same_letters_p_value`, NaN where fewer than
+          `FEWEST_SETS` are possible; `same_letters_sets`, the number of those; `permutations`;
+        - `beyond`: sites that lie beyond the residues that were read.
     """
     length = len(labels)
     within = sorted({site for site in sites if site <= length})
@@ -180,30 +133,31 @@ def score_sites(
         for letter, count in Counter(letters[columns].tolist()).items()
     ]
     possible = math.prod(math.comb(len(pool), count) for pool, count in like)
-    return SiteScores(
-        sites=tuple(
-            SiteScore(
-                site=column + 1,
-                residue=labels[column],
-                head=names[head],
-                share=float(shares[head, column]),
-                enrichment=float(enrichment[head, column]),
-                mean_enrichment=float(enrichment[:, column].mean()),
-                rank=1 + int((best > best[column]).sum()),
-                residues=length,
-            )
+    first = int(together.argmax())
+    return {
+        "sites": [
+            {
+                "site": column + 1,
+                "residue": labels[column],
+                "head": names[head],
+                "share": float(shares[head, column]),
+                "enrichment": float(enrichment[head, column]),
+                "mean_enrichment": float(enrichment[:, column].mean()),
+                "rank": 1 + int((best > best[column]).sum()),
+                "residues": length,
+            }
             for column, head in zip(columns.tolist(), enrichment[:, columns].argmax(0), strict=True)
-        ),
-        typical=float(np.median(best)),
-        head=names[int(together.argmax())],
-        share=float(shares[together.argmax()][columns].sum()),
-        enrichment=float(together.max()),
-        p_value=p_value([(np.arange(length), len(columns))]),
-        same_letters_p_value=p_value(like) if possible >= FEWEST_SETS else math.nan,
-        same_letters_sets=possible,
-        permutations=permutations,
-        beyond=tuple(site for site in sites if site > length),
-    )
+        ],
+        "typical": float(np.median(best)),
+        "head": names[first],
+        "share": float(shares[first][columns].sum()),
+        "enrichment": float(together[first]),
+        "p_value": p_value([(np.arange(length), len(columns))]),
+        "same_letters_p_value": p_value(like) if possible >= FEWEST_SETS else math.nan,
+        "same_letters_sets": possible,
+        "permutations": permutations,
+        "beyond": [site for site in sites if site > length],
+    }
 
 
 def _uniform(maps: Sequence[NDArray[np.floating[Any]]], length: int) -> NDArray[np.float64]:

@@ -134,11 +134,8 @@ def similarity_chart(
 ) -> Chart:
     """A similarity of the amino acids, in the order of `RESIDUE_ORDER`, without its diagonal.
 
-    Args:
-        matrix: (20, 20), in the order of `AMINO_ACIDS`.
-        name: Heading.
-        unit: Unit of the values.
-        limit: End of the colour scale; the largest value by default.
+    The matrix is (20, 20), in the order of `AMINO_ACIDS`; the colour scale ends at `limit`, the
+    largest value by default.
     """
     values = [
         {

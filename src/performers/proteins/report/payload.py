@@ -118,7 +118,7 @@ def heads(analysis: ModelAnalysis, room: int) -> dict[str, Any]:
         "protein": shortened(analysis.protein.name, _NAME),
         "residues": analysis.labels,
         "step": step,
-        "sites": [site.site for site in analysis.sites.sites] if analysis.sites else [],
+        "sites": [site["site"] for site in analysis.sites["sites"]] if analysis.sites else [],
         "heads": [
             {
                 "layer": layer,

@@ -41,13 +41,9 @@ def run_batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor], Any]]:
     """Run a model on all rows, the longest first.
 
-    Args:
-        model: The model.
-        dataset: The rows.
-        collate: Makes a batch of rows.
-        batch_tokens: Tokens in a batch, padding included; a longer row is a batch of its own.
-        progress: Called with the rows done and the rows in all, after each batch.
-        options: Further arguments of the model.
+    `batch_tokens` are those of a batch, padding included; a longer row is a batch of its own.
+    `progress` is called with the rows done and the rows in all, after each batch. The options are
+    further arguments of the model.
 
     Yields:
         Indices of a batch's rows, the batch on the model's device, and the model's output.

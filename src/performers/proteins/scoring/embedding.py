@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +28,7 @@ def embed_sequences(
     sequences: Sequence[str],
     *,
     pooling: str = "mean",
-    layer: int | None = None,
-    relatives: RelativesRows | None = None,
-    batch_tokens: int = 8192,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> npt.NDArray[np.float32]:
     """Mean of the final hidden states over a sequence's residues, and their spread if wanted.
 
@@ -38,10 +36,7 @@ def embed_sequences(
     ``"mean-sd"`` the mean of each hidden channel over the residues is followed by its standard
     deviation, ``sqrt(mean((h - mean(h))^2))``: a motif that a few residues form hardly moves a
     mean, but it widens the spread of the channels that see it. Source: statistics pooling, Snyder
-    et al. 2018 (x-vectors).
-
-    The other arguments are those of `ProteinModel.embed`; ``relatives`` are rows in which the
-    sequences are read after relatives.
+    et al. 2018 (x-vectors). The other options are those of `hidden_states`.
 
     Returns:
         Shape ``(sequences, hidden_size)``, twice as wide with ``"mean-sd"``, in the order given.
@@ -54,9 +49,7 @@ def embed_sequences(
         raise UserError(f"pooling must be one of {', '.join(POOLINGS)}; got {pooling!r}")
     width = model.config.hidden_size * (2 if pooling == "mean-sd" else 1)
     vectors = np.empty((len(sequences), width), dtype=np.float32)
-    for places, hidden, residues in _hidden_states(
-        model, tokenizer, sequences, layer, relatives, batch_tokens, progress
-    ):
+    for places, hidden, residues in hidden_states(model, tokenizer, sequences, **options):
         pooled = mean_pool(hidden, residues)
         if pooling == "mean-sd":
             variance = mean_pool((hidden - pooled[:, None]).square(), residues)
@@ -69,39 +62,40 @@ def embed_residues(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
-    *,
-    layer: int | None = None,
-    relatives: RelativesRows | None = None,
-    batch_tokens: int = 8192,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[npt.NDArray[np.float32]]:
-    """Hidden states of the residues of each sequence; arguments are those of `embed_sequences`.
+    """Hidden states of the residues of each sequence, ``(residues, hidden_size)``.
 
-    Returns:
-        Arrays of shape ``(residues, hidden_size)``, in the order given.
-
-    Raises:
-        UserError: The layer is unknown, or a sequence is longer than learned positions reach.
+    The options are those of `hidden_states`.
     """
     vectors: dict[int, npt.NDArray[np.float32]] = {}
-    for places, hidden, residues in _hidden_states(
-        model, tokenizer, sequences, layer, relatives, batch_tokens, progress
-    ):
+    for places, hidden, residues in hidden_states(model, tokenizer, sequences, **options):
         for row, place in enumerate(places):
             vectors[place] = hidden[row][residues[row]].cpu().numpy()
     return [vectors[place] for place in range(len(sequences))]
 
 
-def _hidden_states(
+def hidden_states(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str],
-    layer: int | None,
-    relatives: RelativesRows | None,
-    batch_tokens: int,
-    progress: Progress | None,
+    *,
+    layer: int | None = None,
+    relatives: RelativesRows | None = None,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Places of a batch's sequences, their hidden states in float32, and a mask of the residues."""
+    """Hidden states of sequences, a batch at a time; the arguments are those of ``embed``.
+
+    With ``relatives``, rows in which the sequences are read after relatives, the mask is of the
+    sequences' own residues.
+
+    Yields:
+        Places of a batch's sequences, their hidden states in float32, and a mask of the residues.
+
+    Raises:
+        UserError: The layer is unknown, or a sequence is longer than learned positions reach.
+    """
     layers = model.config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise UserError(

@@ -25,11 +25,8 @@ def evaluate_model(
     *,
     relatives: RelativesRows | None = None,
     max_length: int = 1024,
-    batch_tokens: int = 8192,
-    mask_probability: float = 0.15,
-    seed: int = 0,
     by_sequence: bool = False,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Score predictions per residue, beside the best constant prediction on the same residues.
 
@@ -40,7 +37,7 @@ def evaluate_model(
 
     Sequences of more than ``max_length`` tokens are split into windows; with ``relatives``, rows in
     which they are read after relatives, they are not, and the same residues of theirs are scored
-    as without. ``progress`` is called with the rows done and the rows in all, after each batch.
+    as without. The other options are those of `evaluate_rows`.
 
     Returns:
         ``accuracy``, ``perplexity``, ``loss`` (nats per residue), ``tokens`` (residues scored),
@@ -62,11 +59,8 @@ def evaluate_model(
         model,
         tokenizer,
         dataset,
-        batch_tokens=batch_tokens,
-        mask_probability=mask_probability,
-        seed=seed,
         sequence_of_row=np.repeat(np.arange(len(rows)), rows) if by_sequence else None,
-        progress=progress,
+        **options,
     )
     return {**metrics, "sequences": len(sequences)}
 
@@ -87,7 +81,8 @@ def evaluate_rows(
 
     Rows may be packed, or of proteins after their relatives; a longer row than ``batch_tokens`` is
     a batch of its own. ``across_sequences`` lets attention cross the boundaries of packed
-    sequences; ``sequence_of_row`` counts sequences apart, by the number of each row's.
+    sequences; ``sequence_of_row`` counts sequences apart, by the number of each row's;
+    ``progress`` is called with the rows done and the rows in all, after each batch.
     """
     is_causal = bool(model.config.is_decoder)
     collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
