@@ -17,7 +17,7 @@ from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import MaskedCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler
 from performers.proteins.scoring.batches import evaluation_mode
-from performers.proteins.scoring.metrics import ResidueMetrics
+from performers.proteins.scoring.evaluation import ResidueMetrics
 from studies.families.scored import TOKENIZER, Scored
 from studies.training import descend
 

@@ -222,7 +222,7 @@ def test_the_figure_has_a_panel_for_each_metric(motifs):
     single = run_probe({"2": features["2"]}, task, options)
     assert single["features"]["2"]["metrics"]["accuracy"]["sd"] is None
     assert single["differences"] == {}
-    assert len(probe_figure(single, title="a $title_").axes) == 4
+    assert len(probe_figure(single).axes) == 4
 
 
 @pytest.mark.parametrize(

@@ -36,58 +36,43 @@ def test_words_are_counted_as_by_hand(k):
         np.testing.assert_allclose(row, expected, atol=1e-6)
 
 
-def test_no_sequence_has_no_rows():
-    assert kmer_frequencies([], 1).shape == (0, 20)
-    assert kmer_frequencies([], 3).shape == (0, 8000)
-
-
-def test_features_come_in_the_order_asked_for():
-    model, tokenizer = make_model()
-    sequences = proteins(6)
-    seen = []
+@pytest.fixture(scope="module")
+def computed():
+    """A model with its tokenizer, sequences, all their features and the steps reported."""
+    model, sequences, seen = make_model(), [*proteins(6), "M" * 300], []
     found = probe_features(
-        model,
-        tokenizer,
-        sequences,
-        report=lambda name, done, total, log: seen.append((name, total)),
+        *model, sequences, report=lambda name, done, total, log: seen.append((name, total))
     )
+    dense = {name: x if isinstance(x, np.ndarray) else x.toarray() for name, x in found.items()}
+    return model, sequences, dense, set(seen)
+
+
+def test_features_come_in_the_order_asked_for(computed):
+    model, sequences, found, seen = computed
     assert tuple(found) == PROBE_FEATURES
-    np.testing.assert_array_equal(
-        found["embeddings"][:, :-1], embed_sequences(model, tokenizer, sequences)
-    )
-    assert [matrix.shape for matrix in found.values()] == [
-        (6, 17),
-        (6, 17),
-        (6, 21),
-        (6, 401),
-        (6, 8001),
-    ]
-    assert set(seen) == {("computing embeddings", 6), ("computing random-weights", 6)}
-    chosen = probe_features(model, tokenizer, sequences, features=["composition", "embeddings"])
+    assert [matrix.shape for matrix in found.values()] == [(7, n) for n in (17, 17, 21, 401, 8001)]
+    np.testing.assert_array_equal(found["embeddings"][:, :-1], embed_sequences(*model, sequences))
+    assert seen == {("computing embeddings", 7), ("computing random-weights", 7)}
+    chosen = probe_features(*model, sequences, features=["composition", "embeddings"])
     assert list(chosen) == ["composition", "embeddings"]
 
 
-def test_all_features_know_the_length():
+def test_all_features_know_the_length(computed):
     """Without it the mean of residues is behind what merely counts letters, or the reverse."""
-    model, tokenizer = make_model()
-    sequences = [*proteins(6), "M" * 300]
+    _, sequences, found, _ = computed
     expected = np.log([len(sequence) / 300 for sequence in sequences])
-    for name, matrix in probe_features(model, tokenizer, sequences).items():
-        dense = matrix if isinstance(matrix, np.ndarray) else matrix.toarray()
-        np.testing.assert_allclose(dense[:, -1], expected, atol=1e-6, err_msg=name)
+    for name, matrix in found.items():
+        np.testing.assert_allclose(matrix[:, -1], expected, atol=1e-6, err_msg=name)
     assert np.isfinite(log_lengths([""])).all()
 
 
-@pytest.mark.parametrize(("name", "k"), [("composition", 1), ("dipeptides", 2), ("tripeptides", 3)])
-def test_words_are_square_roots_of_shares(name, k):
-    model, tokenizer = make_model()
-    sequences = [*proteins(5), "MKMKMKMK"]
-    matrix = probe_features(model, tokenizer, sequences, features=[name])[name]
-    shares = kmer_frequencies(sequences, k)
-    if k == 3:
-        matrix, shares = matrix.toarray(), shares.toarray()
-    np.testing.assert_allclose(matrix[:, :-1] ** 2, shares, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(matrix[:, :-1], axis=1), 1.0, atol=1e-6)
+def test_words_are_square_roots_of_shares(computed):
+    _, sequences, found, _ = computed
+    for k, name in enumerate(("composition", "dipeptides", "tripeptides"), start=1):
+        shares = kmer_frequencies(sequences, k)
+        shares = shares.toarray() if k == 3 else shares
+        np.testing.assert_allclose(found[name][:, :-1] ** 2, shares, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.norm(found[name][:, :-1], axis=1), 1.0, atol=1e-6)
 
 
 def test_notes_say_what_the_features_are():

@@ -13,31 +13,31 @@ TOKENIZER = build_protein_tokenizer(closed=True)
 PROTEIN = ProteinRecord("P1", "a protein", "MKTAYIAKQRXQISFVKSHFSRQ")
 
 
-def _model(attention="eager", **options):
+def bert(attention="eager", **options):
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=16,
-        initializer_range=0.5,
-        max_position_embeddings=64,
-        attn_implementation=attention,
-        **options,
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertForMaskedLM(
+        BertConfig(
+            **{**sizes, **options},
+            vocab_size=31,
+            intermediate_size=16,
+            initializer_range=0.5,
+            max_position_embeddings=64,
+            attn_implementation=attention,
+        )
     )
-    return BertForMaskedLM(config)
 
 
-def _sequences(count, seed=0):
-    generator = np.random.default_rng(seed)
+def sequences(count, shortest=5, longest=90):
+    generator = np.random.default_rng(0)
     letters = list("ACDEFGHIKLMNPQRSTVWY")
-    return ["".join(generator.choice(letters, size=n)) for n in generator.integers(5, 90, count)]
+    lengths = generator.integers(shortest, longest, count)
+    return ["".join(generator.choice(letters, size=length)) for length in lengths]
 
 
 def test_maps_are_the_attention_of_the_model_between_residues():
-    model = _model()
-    analysis = analyse_model(model, TOKENIZER, _sequences(3), protein=PROTEIN)
+    model = bert()
+    analysis = analyse_model(model, TOKENIZER, sequences(3), protein=PROTEIN)
     assert analysis.labels == PROTEIN.sequence
     assert analysis.problem == ""
     tokens = TOKENIZER(PROTEIN.sequence, return_tensors="pt")
@@ -50,10 +50,9 @@ def test_maps_are_the_attention_of_the_model_between_residues():
 
 
 def test_the_order_of_sequences_does_not_change_the_similarity():
-    sequences = _sequences(7)
+    drawn = sequences(7)
     one, turned = (
-        analyse_model(_model(), TOKENIZER, order, protein=PROTEIN)
-        for order in (sequences, sequences[::-1])
+        analyse_model(bert(), TOKENIZER, order, protein=PROTEIN) for order in (drawn, drawn[::-1])
     )
     for kind in ("all", "thresholded"):
         shares = (found.similarity[kind].shares() for found in (one, turned))
@@ -63,23 +62,23 @@ def test_the_order_of_sequences_does_not_change_the_similarity():
 
 def test_crops_to_the_length_asked_for_and_to_the_positions_of_the_model():
     protein = ProteinRecord("long", "", "ACDEFGHIKL" * 10)
-    sequences = _sequences(10)
-    asked = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=30)
+    drawn = sequences(10)
+    asked = analyse_model(bert(), TOKENIZER, drawn, protein=protein, max_length=30)
     assert len(asked.labels) == 28
-    assert asked.cropped == sum(len(sequence) > 28 for sequence in sequences)
-    assert asked.similarity["all"].occurrences.sum() == sum(min(len(s), 28) for s in sequences)
-    limited = analyse_model(_model(), TOKENIZER, sequences, protein=protein, max_length=4096)
+    assert asked.cropped == sum(len(sequence) > 28 for sequence in drawn)
+    assert asked.similarity["all"].occurrences.sum() == sum(min(len(s), 28) for s in drawn)
+    limited = analyse_model(bert(), TOKENIZER, drawn, protein=protein, max_length=4096)
     assert limited.max_length == 64
     assert len(limited.labels) == 62
 
 
 def test_reports_progress_and_leaves_the_model_as_it_was():
-    model = _model().train()
+    model = bert().train()
     seen: list[tuple[int, int]] = []
     analyse_model(
         model,
         TOKENIZER,
-        _sequences(5),
+        sequences(5),
         protein=PROTEIN,
         progress=lambda done, total: seen.append((done, total)),
     )
@@ -91,13 +90,13 @@ def test_reports_progress_and_leaves_the_model_as_it_was():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        analyse_model(model, TOKENIZER, _sequences(5), protein=PROTEIN, progress=stop)
+        analyse_model(model, TOKENIZER, sequences(5), protein=PROTEIN, progress=stop)
     assert model.training
 
 
 def test_causal_attention_is_measured_against_causal_uniform_attention():
     both, causal = (
-        analyse_model(_model(is_decoder=flag), TOKENIZER, ["MK"], protein=PROTEIN).scores
+        analyse_model(bert(is_decoder=flag), TOKENIZER, ["MK"], protein=PROTEIN).scores
         for flag in (False, True)
     )
     length = len(PROTEIN.sequence)
@@ -106,15 +105,15 @@ def test_causal_attention_is_measured_against_causal_uniform_attention():
 
 
 def test_so_many_sequences_are_drawn():
-    analysis = analyse_model(_model(), TOKENIZER, _sequences(20), protein=PROTEIN, max_sequences=4)
+    analysis = analyse_model(bert(), TOKENIZER, sequences(20), protein=PROTEIN, max_sequences=4)
     assert (analysis.sequences, analysis.available) == (4, 20)
 
 
 def test_what_cannot_be_read_is_told():
-    fused = analyse_model(_model("sdpa"), TOKENIZER, _sequences(3), protein=PROTEIN)
+    fused = analyse_model(bert("sdpa"), TOKENIZER, sequences(3), protein=PROTEIN)
     assert "no attention weights" in fused.problem
     assert (fused.maps, fused.scores, fused.similarity) == ((), None, {})
     nothing = ProteinRecord("dots", "", "....")
-    unknown = analyse_model(_model(), TOKENIZER, _sequences(3), protein=nothing)
+    unknown = analyse_model(bert(), TOKENIZER, sequences(3), protein=nothing)
     assert (unknown.labels, unknown.scores) == ("", None)
     assert unknown.similarity

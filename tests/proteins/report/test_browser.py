@@ -2,10 +2,17 @@
 
 import pytest
 
-from performers.proteins.report.page import ModelReport, write_report
+from performers.proteins.report.page import write_report
 from tests.proteins.report.browser import CHROMIUM, Browser
 from tests.proteins.report.test_payload import reading
-from tests.proteins.report.test_report import HISTORY, HOSTILE, METRICS, SEQUENCE, _analysis
+from tests.proteins.report.test_report import (
+    HISTORY,
+    HOSTILE,
+    METRICS,
+    SEQUENCE,
+    _analysis,
+    described,
+)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
@@ -20,12 +27,12 @@ def page(tmp_path_factory):
         reading("too-long", SEQUENCE * 20, "family=c", 4),
         reading("蛋白質\u202e", SEQUENCE, f"family={markup}", 5),
     ]
-    model = ModelReport(
+    model = described(
         HOSTILE,
-        {HOSTILE: HOSTILE},
-        {HOSTILE: METRICS["test"]},
-        HISTORY,
-        _analysis(name=HOSTILE, description=HOSTILE, sites=(3, 7)),
+        settings={HOSTILE: HOSTILE},
+        metrics={HOSTILE: METRICS["test"]},
+        history=HISTORY,
+        analysis=_analysis(name=HOSTILE, description=HOSTILE, sites=(3, 7)),
         proteins=proteins,
         available=5,
     )

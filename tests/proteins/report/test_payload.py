@@ -42,7 +42,9 @@ def decoded(text):
 def analysis(maps, **fields):
     length = maps[0].shape[1]
     protein = ProteinRecord("p", "", "A" * length)
-    return ModelAnalysis(protein, 1, 1, 0, 256, labels="A" * length, maps=tuple(maps), **fields)
+    return ModelAnalysis(
+        *(protein, 1, 1, 0, 256, np.eye(20)), labels="A" * length, maps=tuple(maps), **fields
+    )
 
 
 def test_guesses_come_back_to_a_percentage_point():

@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertForMaskedLM
 
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer
@@ -14,6 +12,7 @@ from performers.proteins.reading.analysis import analyse_model
 from performers.proteins.report import page
 from performers.proteins.report.charts import RESIDUE_ORDER, learning_chart
 from performers.proteins.report.page import ModelReport, write_report
+from tests.proteins.reading.test_analysis import bert, sequences
 from tests.proteins.report.page import Page
 from tests.proteins.report.test_payload import reading
 
@@ -22,12 +21,14 @@ METRICS = {
     "test": {
         "accuracy": 0.2345,
         "perplexity": 11.5,
+        "loss": 2.4423,
         "tokens": 12_345,
         "baseline_accuracy": 0.0967,
         "baseline_perplexity": 17.96,
-    },
-    "ood": {"accuracy": math.nan, "perplexity": np.float32(14.25), "loss": 2.6568},
+    }
 }
+# Of a model whose training diverged.
+METRICS["ood"] = {**METRICS["test"], "accuracy": math.nan, "perplexity": np.float32(14.25)}
 HISTORY = [
     {"step": 10, "loss": 2.9, "learning_rate": 1e-3},
     {"step": 20, "loss": 2.7},
@@ -38,30 +39,33 @@ SEQUENCE = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
 
 
 def _analysis(attention="eager", layers=2, heads=4, sites=(), **fields):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=31,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=16,
-        initializer_range=0.5,
-        max_position_embeddings=128,
-        attn_implementation=attention,
-    )
-    generator = np.random.default_rng(0)
-    letters = list("ACDEFGHIKLMNPQRSTVWY")
-    sequences = ["".join(generator.choice(letters, size=60)) for _ in range(6)]
-    record = {"name": "P1", "description": "", "sequence": sequences[0], **fields}
+    drawn = sequences(6, 60, 61)
+    record = {"name": "P1", "description": "", "sequence": drawn[0], **fields}
     return analyse_model(
-        BertForMaskedLM(config),
+        bert(attention, num_hidden_layers=layers, num_attention_heads=heads),
         build_protein_tokenizer(closed=True),
-        sequences,
+        drawn,
         protein=ProteinRecord(**record),
         max_sequences=5,
         max_length=42,
         sites=sites,
     )
+
+
+def described(name="m", **fields):
+    """A model of a report, described by little unless `fields` say more."""
+    fields = {
+        "settings": {},
+        "metrics": METRICS,
+        "history": [],
+        "is_causal": False,
+        "proteins": [reading("one", SEQUENCE)],
+        "available": 1,
+        **fields,
+    }
+    if "analysis" not in fields:
+        fields["analysis"] = _analysis(layers=1, heads=2)
+    return ModelReport(name, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +77,16 @@ def full(tmp_path_factory):
         reading("x" * 10_000, SEQUENCE[:20], "kind=b " + "y" * 10_000, 2),
         *(reading(f"p{n}", SEQUENCE * 2, "kind=b", n) for n in range(3, 6)),
     ]
-    fields = {"proteins": proteins, "available": 7}
     models = [
-        ModelReport(HOSTILE, {HOSTILE: HOSTILE, "layers": 2}, METRICS, HISTORY, analysis, **fields),
-        ModelReport("exact", {}, METRICS, HISTORY, _analysis("sdpa")),
-        ModelReport("exact"),
+        described(
+            HOSTILE,
+            settings={HOSTILE: HOSTILE, "layers": 2},
+            history=HISTORY,
+            analysis=analysis,
+            proteins=proteins,
+            available=7,
+        ),
+        described("exact", history=HISTORY, analysis=_analysis("sdpa"), proteins=[]),
     ]
     return write_report(folder, models=models, title=HOSTILE, permutations=99, max_residues=190)
 
@@ -95,8 +104,8 @@ def test_the_page_is_self_contained_and_holds_what_was_given_and_read(full):
         "9.67%",
         "17.96",
         "12,345",
-        # log(11.5), log(17.96): losses are filled in from the perplexities.
         "2.442",
+        # The logarithm of 17.96.
         "2.888",
         "14.25",
         "–",
@@ -126,9 +135,9 @@ def test_three_sentences_come_first(full):
     ("accuracy", "verdict"), [(0.101, "no better than 10.0%"), (0.2, "against 10.0%")]
 )
 def test_a_model_that_learnt_nothing_is_told(accuracy, verdict, tmp_path):
-    metrics = {"x": {"accuracy": accuracy, "baseline_accuracy": 0.1, "tokens": 1000}}
-    models = [ModelReport("m", metrics=metrics, proteins=[reading("one", SEQUENCE)], available=1)]
-    text = Page(write_report(tmp_path, models=models)).text
+    learnt = {"accuracy": accuracy, "baseline_accuracy": 0.1, "tokens": 1000}
+    models = [described(metrics={"x": {**METRICS["test"], **learnt}})]
+    text = Page(write_report(tmp_path, models=models, permutations=9)).text
     assert verdict in text
     assert "the stretch it knows best is residues" in text
 
@@ -149,7 +158,8 @@ def test_the_data_hold_each_protein_and_the_guesses_that_fit(full):
 
 def test_a_label_of_the_name_of_a_number_is_a_colouring_of_its_own(tmp_path):
     proteins = [reading(f"p{n}", SEQUENCE, f"length={'ab'[n % 2]}", seed=n) for n in range(4)]
-    data = Page(write_report(tmp_path, models=[ModelReport("m", proteins=proteins)])).data
+    models = [described(proteins=proteins)]
+    data = Page(write_report(tmp_path, models=models, permutations=9)).data
     fields = {colour["title"]: colour["field"] for colour in data["colours"]}
     assert fields == {
         "surprise (bits)": "surprise",
@@ -176,7 +186,7 @@ def test_pictures_of_the_charts_lie_beside_the_page(full):
 def test_matrices_are_drawn_cell_by_cell(tmp_path):
     analysis = _analysis(layers=3, heads=2)
     matrix = analysis.similarity["all"].matrix()
-    report = write_report(tmp_path, models=[ModelReport("m", analysis=analysis)], permutations=9)
+    report = write_report(tmp_path, models=[described(analysis=analysis)], permutations=9)
     drawn = Page(report).data["charts"]["similarity-1"]["data"]["values"]
     assert len(drawn) == 380
     for cell in drawn[::37]:
@@ -187,11 +197,12 @@ def test_matrices_are_drawn_cell_by_cell(tmp_path):
 
 def test_the_numbers_of_the_page_are_beside_it(full):
     numbers = json.loads((full.parent / "report.json").read_text(encoding="utf-8"))
-    shown, fused, bare = numbers["models"]
+    shown, fused = numbers["models"]
     assert shown["name"] == HOSTILE
     assert shown["settings"]["layers"] == 2
     assert shown["metrics"]["test"]["accuracy"] == 0.2345
-    assert shown["metrics"]["ood"] == {"accuracy": None, "perplexity": 14.25, "loss": 2.6568}
+    assert shown["metrics"]["ood"]["accuracy"] is None
+    assert shown["metrics"]["ood"]["perplexity"] == 14.25
     assert shown["history"] == HISTORY
     assert len(shown["learnt"]["heads"]) == 8
     assert [protein["length"] for protein in shown["proteins"]] == [33, 20, 66, 66, 66]
@@ -209,15 +220,14 @@ def test_the_numbers_of_the_page_are_beside_it(full):
                 assert f"{pair['pair']} {pair['rank']}" in text
     assert "no attention weights" in fused["learnt"]["problem"]
     assert fused["learnt"]["similarity"] is None
-    assert bare["learnt"] is None
 
 
 def test_models_are_put_side_by_side_and_sites_are_tabled(tmp_path):
     sites = (3, 7, 50)
     models = [
-        ModelReport("one", analysis=_analysis(sites=sites)),
-        ModelReport("one", analysis=_analysis(layers=3, heads=2, sites=sites)),
-        ModelReport("fused", analysis=_analysis("sdpa")),
+        described("one", analysis=_analysis(sites=sites)),
+        described("one", analysis=_analysis(layers=3, heads=2, sites=sites)),
+        described("fused", analysis=_analysis("sdpa")),
     ]
     found = Page(write_report(tmp_path, models=models, permutations=9))
     for expected in ("1. one", "2. one", "BLOSUM45", "BLOSUM80", "D–E", "F–Y", "I–V", "K–R"):
@@ -234,16 +244,15 @@ def test_models_are_put_side_by_side_and_sites_are_tabled(tmp_path):
 
 
 def test_what_is_missing_is_explained(tmp_path):
-    models = [ModelReport("small", analysis=_analysis(layers=1, heads=2))]
-    text = Page(write_report(tmp_path / "a", models=models)).text
+    models = [described(analysis=_analysis(layers=1, heads=2))]
+    text = Page(write_report(tmp_path / "a", models=models, permutations=9)).text
     for words in (
         "a correlation needs at least 3",
         "no comparison with BLOSUM62 could be made",
-        "No metrics",
         "no training log",
     ):
         assert words in text
-    again = write_report(tmp_path / "b", models=models)
+    again = write_report(tmp_path / "b", models=models, permutations=9)
     assert again.read_bytes() == (tmp_path / "a" / "report.html").read_bytes()
 
 
@@ -253,7 +262,7 @@ def test_many_long_proteins_stay_below_two_megabytes(tmp_path):
         for n in range(300)
     ]
     analysis = _analysis(layers=24, heads=8, sequence=SEQUENCE * 10)
-    model = ModelReport("m", {}, METRICS, HISTORY, analysis, proteins=proteins, available=300)
+    model = described(history=HISTORY, analysis=analysis, proteins=proteins, available=300)
     found = Page(write_report(tmp_path, models=[model], permutations=9))
     assert len(found.source.encode()) < 2_000_000
     assert "holds the residues of 25 of these 300 proteins" in found.text
@@ -262,7 +271,7 @@ def test_many_long_proteins_stay_below_two_megabytes(tmp_path):
 def test_a_trainer_log_becomes_curves():
     def curves(history, metric):
         lines = {}
-        for point in learning_chart({"m": history}, metric, None)["layer"][0]["data"]["values"]:
+        for point in learning_chart({"m": history}, metric, 2.0)["layer"][0]["data"]["values"]:
             lines.setdefault(point["part"], []).append((point["step"], point["value"]))
         return lines
 
@@ -276,15 +285,15 @@ def test_a_trainer_log_becomes_curves():
     points = [(1, math.nan), (2, 1.0), (3, np.float32(1.5)), (2, 1.25)]
     history = [{"step": step, "loss": loss} for step, loss in points]
     assert curves(history, "loss") == {"train": [(2, 1.25), (3, 1.5)]}
-    assert learning_chart({"a": []}, "loss", None) is None
+    assert learning_chart({"a": []}, "loss", 2.0) is None
 
 
 def test_report_is_replaced_whole(tmp_path, monkeypatch):
-    write_report(tmp_path, models=[ModelReport("model one")])
+    write_report(tmp_path, models=[described("model one")], permutations=9)
     with monkeypatch.context() as broken:
         broken.setattr(page.charts, "png", lambda chart: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            write_report(tmp_path, models=[ModelReport("second", history=HISTORY)])
+            write_report(tmp_path, models=[described("second")], permutations=9)
     assert "model one" in Page(tmp_path / "report.html").source
-    write_report(tmp_path, models=[ModelReport("third", {"a": 1})])
+    write_report(tmp_path, models=[described("third")], permutations=9)
     assert "model one" not in Page(tmp_path / "report.html").source

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from performers.proteins.inputs.objectives import ALL_HIDDEN, MaskedCollator
-from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, encode_sequences
-from performers.proteins.scoring.evaluation import evaluate_model
+from performers.proteins.inputs.tokenizer import (
+    AMBIGUOUS,
+    AMINO_ACIDS,
+    build_protein_tokenizer,
+    encode_sequences,
+)
+from performers.proteins.scoring.evaluation import ResidueMetrics, evaluate_model
 from tests.proteins.runs import log_probabilities, make_model, proteins
 
 KEYS = {
@@ -169,3 +174,33 @@ def test_sequences_are_counted_apart(objective):
         alone = [evaluate_model(model, tokenizer, [letters], **options) for letters in sequences]
         assert tokens == [one["tokens"] for one in alone]
         assert correct == [round(one["accuracy"] * one["tokens"]) for one in alone]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unused"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.float32, 33)]
+)
+def test_sums_are_in_float64_and_unused_tokens_do_not_matter(dtype, unused):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 17, 31, generator=generator)
+    labels = torch.randint(0, 31, (3, 17), generator=generator)
+    exact, found = (
+        ResidueMetrics(build_protein_tokenizer()),
+        ResidueMetrics(build_protein_tokenizer()),
+    )
+    exact.update(logits.to(dtype).double(), labels)
+    padded = torch.nn.functional.pad(logits.to(dtype), (0, unused), value=-math.inf)
+    found.update(padded, labels)
+    assert found.compute() == pytest.approx(exact.compute(), rel=1e-12)
+
+
+def test_no_target_and_overflow_and_nan():
+    metrics = ResidueMetrics(build_protein_tokenizer())
+    metrics.update(torch.zeros(1, 3, 31), torch.tensor([[1, -100, 2]]))
+    with pytest.raises(ValueError, match="no residue"):
+        metrics.compute()
+    logits = torch.zeros(1, 1, 31)
+    logits[0, 0, 0] = 5000.0
+    metrics.update(logits, torch.tensor([[5]]))
+    assert metrics.compute()["perplexity"] == math.inf
+    metrics.update(logits * math.nan, torch.tensor([[5]]))
+    assert math.isnan(metrics.compute()["loss"])

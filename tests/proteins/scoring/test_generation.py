@@ -86,15 +86,6 @@ def test_at_temperature_zero_the_most_likely_residue_follows(causal):
 
 
 @pytest.mark.parametrize(
-    ("attention", "positions"),
-    [("favor-relu", "rotary"), ("exact", "learned"), ("identity", "rotary")],
-)
-def test_every_kind_of_causal_model_generates(attention, positions):
-    model = make_model("clm", attention=attention, position_embedding=positions)
-    assert len(generated(model, num_sequences=3, max_length=40)) == 3
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompt": "MK1"}, "--prompt has letters that are not residues: 1"),

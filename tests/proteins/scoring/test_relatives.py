@@ -7,14 +7,9 @@ import torch
 from performers.app.errors import UserError
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.relatives import Relatives
-from performers.proteins.inputs.tokenizer import (
-    build_protein_tokenizer,
-    encode_sequences,
-)
-from performers.proteins.model import ProteinModel
+from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
 from performers.proteins.scoring.embedding import embed_residues, embed_sequences
 from performers.proteins.scoring.evaluation import evaluate_model
-from performers.proteins.scoring.likelihood import score_sequences
 from tests.proteins.runs import make_model
 
 TOKENIZER = build_protein_tokenizer()
@@ -133,22 +128,3 @@ def test_evaluation_hides_the_same_residues_with_relatives_as_without():
     same = ("tokens", "tokens_by_sequence", "baseline_accuracy", "baseline_perplexity", "sequences")
     assert [found[name] for name in same] == [alone[name] for name in same]
     assert found["loss"] != pytest.approx(alone["loss"], abs=1e-4)
-
-
-def test_the_model_reads_with_relatives(tmp_path):
-    model = ProteinModel(*make_model(position_window=1, max_length=60), tmp_path)
-    relatives = model.relatives(OTHERS)
-    assert relatives.max_tokens == 60
-    for found, expected in (
-        (
-            model.embed(PROTEINS, relatives=relatives),
-            embed_sequences(model.network, model.tokenizer, PROTEINS, relatives=rows()),
-        ),
-        (
-            model.score(PROTEINS, relatives=relatives)[0].log_likelihoods,
-            score_sequences(model.network, model.tokenizer, PROTEINS, relatives=rows())[
-                0
-            ].log_likelihoods,
-        ),
-    ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)

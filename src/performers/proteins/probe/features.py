@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.preprocessing import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
@@ -45,21 +46,13 @@ def probe_features(
 ) -> dict[str, Any]:
     """Compute features of proteins: those of a model and the baselines.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        sequences: The proteins.
-        features: Some of `PROBE_FEATURES`, in the order of the result:
+    - `"embeddings"`: the model's, see `embed_sequences` for `pooling`;
+    - `"random-weights"`: the same of `untrained` with `seed`;
+    - `"composition"`, `"dipeptides"`, `"tripeptides"`: √p of the shares p of `kmer_frequencies`,
+      k 1 to 3. The inner product of two proteins is then the Bhattacharyya coefficient Σ √(p q):
+      frequent words do not drown the rare ones.
 
-            - `"embeddings"`: the model's, see `embed_sequences`;
-            - `"random-weights"`: the same of `untrained` with `seed`;
-            - `"composition"`, `"dipeptides"`, `"tripeptides"`: √p of the shares p of
-              `kmer_frequencies`, k 1 to 3. The inner product of two proteins is then the
-              Bhattacharyya coefficient Σ √(p q): frequent words do not drown the rare ones.
-        pooling: Of embeddings, the model's and those of random weights: one of `POOLINGS`.
-        batch_tokens: Tokens in a batch of the models.
-        seed: Seed of the random weights.
-        report: Called with a name, the sequences done and the sequences in all.
+    `report` is called with a name, the sequences done and the sequences in all.
 
     Returns:
         Name to a matrix (sequences, width), a SciPy sparse one for tripeptides. The last column of
@@ -135,9 +128,8 @@ def kmer_frequencies(sequences: Sequence[str], k: int) -> Any:
     counter = CountVectorizer(
         analyzer="char", ngram_range=(k, k), lowercase=False, vocabulary=words, dtype=np.float64
     )
-    shares = sparse.csr_array(counter.transform(sequences))
-    shares.data /= np.repeat(shares.sum(1), np.diff(shares.indptr))
-    shares = shares.astype(np.float32)
+    counts = sparse.csr_array(counter.transform(sequences))
+    shares = normalize(counts, norm="l1").astype(np.float32)
     return shares.toarray() if len(words) < _DENSE_COLUMNS else shares
 
 

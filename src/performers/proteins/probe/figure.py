@@ -25,15 +25,11 @@ _FIRST, _OTHERS = PALETTE[0], (PALETTE[4], "#999999", "#BBBBBB", "#D5D5D5")
 
 
 @styled
-def probe_figure(content: Mapping[str, Any], *, title: str | None = None) -> Figure:
+def probe_figure(content: Mapping[str, Any]) -> Figure:
     """Draw means over the splits as bars, standard deviations as error bars, splits as dots.
 
-    Args:
-        content: The result of `run_probe`.
-        title: Heading of the figure.
-
-    Returns:
-        The figure: a panel for each metric, with what guessing scores as a dotted line.
+    `content` is the result of `run_probe`. There is a panel for each metric, with what guessing
+    scores as a dotted line.
     """
     features: Mapping[str, Any] = content["features"]
     known = next(iter(features.values()))["metrics"]
@@ -44,7 +40,7 @@ def probe_figure(content: Mapping[str, Any], *, title: str | None = None) -> Fig
         "macro_average_precision": sum(shares) / len(shares),
         "accuracy": content.get("majority_accuracy", {}).get("mean"),
     }
-    figure = new_figure((3.0 * len(shown) + 0.4, 3.6), title=title)
+    figure = new_figure((3.0 * len(shown) + 0.4, 3.6))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for ax, metric in zip(panels, shown, strict=True):
         for place, found in enumerate(features.values()):

@@ -55,21 +55,13 @@ def fit_probe(
 
     Dense features are standardised with the mean and spread of the training part. Sparse ones are
     taken as they are: to scale each column by its spread would make the rarest words the loudest.
-    One strength serves all labels: that with the least cross-entropy on the
-    validation part. What is tested was fitted to the training part only.
+    One strength serves all labels: that with the least cross-entropy on the validation part. What
+    is tested was fitted to the training part only.
 
-    Args:
-        features: (proteins, width), a NumPy array, or a SciPy sparse one with rows of about unit
-            norm.
-        targets: (proteins, labels); each label has examples and counter-examples in each part.
-        split: Rows of the parts.
-        multiclass: Whether each protein has exactly one label; the label predicted is then that
-            with the highest log-odds.
-        strengths: What C is chosen from.
-        progress: Called after each label of each strength.
-
-    Returns:
-        The scores on the test part.
+    Features are (proteins, width), a NumPy array, or a SciPy sparse one with rows of about unit
+    norm; targets are (proteins, labels), with examples and counter-examples in each part. With
+    `multiclass` each protein has exactly one label; the label predicted is then that with the
+    highest log-odds. `progress` is called after each label of each strength.
     """
     train, validation, test = _standardised(features, split)
     regressions = [

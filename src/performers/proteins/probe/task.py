@@ -72,17 +72,9 @@ def build_task(
     A protein is looked up by the first word of its header, then, for a header such as
     `>sp|P12345|NAME`, by the accession.
 
-    Args:
-        records: The proteins.
-        labels: Their labels; read from the headers when None.
-        groups: Their groups; from the third column of the labels, then from the headers, when
-            None.
-        grouped: Whether groups are needed.
-        max_per_group: With groups, draw at most so many proteins of each at random, so that large
-            families count no more than small ones.
-        max_sequences: Draw at most so many of the labelled proteins at random.
-        max_residues: Keep the first so many residues of each.
-        seed: Seed of the draws.
+    Labels are read from the headers when None; groups then come from the third column of the
+    labels, or else from the headers. The options are those of ``performers probe``: without
+    `grouped` no groups are needed. Sequences keep their first `max_residues` residues.
 
     Returns:
         The task; proteins without an entry, and repeats of a name, are left out.

@@ -40,6 +40,7 @@ class ModelAnalysis:
         available: Number of sequences they were drawn from.
         cropped: How many of them were longer than `max_length` allows and lost their end.
         max_length: Largest number of tokens in one sequence, special tokens included.
+        embeddings: Similarity of the amino acids' input embeddings; see `embedding_similarity`.
         labels: Residues of the protein as the model saw them, cropped, special tokens dropped.
         maps: Attention between those residues, one array (heads, n, n) per layer; empty when the
             model returned none.
@@ -49,7 +50,6 @@ class ModelAnalysis:
         problem: Reason that there is no attention to show; empty otherwise.
         sites: How much attention known sites of `protein` receive, see `score_sites`; None when
             none were given, or none lies among `labels`.
-        embeddings: Similarity of the amino acids' input embeddings; see `embedding_similarity`.
     """
 
     protein: ProteinRecord
@@ -57,13 +57,13 @@ class ModelAnalysis:
     available: int
     cropped: int
     max_length: int
+    embeddings: NDArray[np.float64]
     labels: str = ""
     maps: tuple[NDArray[np.float32], ...] = ()
     scores: HeadScores | None = None
     similarity: Mapping[str, AttentionSimilarity] = field(default_factory=dict)
     problem: str = ""
     sites: Mapping[str, Any] | None = None
-    embeddings: NDArray[np.float64] | None = None
 
 
 def analyse_model(

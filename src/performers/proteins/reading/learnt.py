@@ -39,7 +39,7 @@ def learnt_numbers(analysis: ModelAnalysis, *, permutations: int = 9_999) -> dic
           for `all` attention and what is `thresholded`: number of `heads` used, `matrices` (name
           to the result of `compare_matrices`), `top_pairs`, `expected_pairs` with their rank,
           `notes`, and the (20, 20) `matrix` in the order of `amino_acids`;
-        - `embeddings`, or None: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
+        - `embeddings`: the same `matrices`, `top_pairs`, `expected_pairs` and `matrix` of
           the amino acids' input embeddings; see `embedding_similarity`.
     """
     references = {name: load_reference_matrix(name, AMINO_ACIDS) for name in MATRICES}
@@ -64,15 +64,11 @@ def learnt_numbers(analysis: ModelAnalysis, *, permutations: int = 9_999) -> dic
             "read": len(analysis.labels),
         },
         "problem": analysis.problem,
-        "heads": [asdict(head) for head in scores.heads] if scores else [],
-        "uniform": asdict(scores.uniform) if scores else None,
-        "band": scores.band if scores else None,
+        **(asdict(scores) if scores else {"heads": [], "uniform": None, "band": None}),
         "sites": analysis.sites,
         "similarity": None,
-        "embeddings": None,
+        "embeddings": numbers_of(analysis.embeddings),
     }
-    if analysis.embeddings is not None:
-        numbers["embeddings"] = numbers_of(analysis.embeddings)
     if kinds:
         numbers["similarity"] = {
             "sequences": analysis.sequences,

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from performers.app.figures import PALETTE, shortened
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
+from performers.proteins.reading.learnt import finite
 from performers.proteins.reading.relative_shares import RelativeShares
 from performers.proteins.report.payload import JOINED
 
@@ -56,7 +57,7 @@ def png(chart: Chart) -> bytes:
     steps = {"width": chart["height"] if isinstance(chart["height"], dict) else 460}
     config = {**chart.get("config", {}), "range": {"category": list(CATEGORIES["light"])}}
     still = {**chart, **steps, "background": "white", "config": config}
-    return vl_convert.vegalite_to_png(still, scale=2)
+    return vl_convert.vegalite_to_png(finite(still), scale=2)
 
 
 def map_chart(
@@ -65,17 +66,10 @@ def map_chart(
     proteins: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
 ) -> tuple[Chart, list[Chart]]:
-    """Proteins as points, coloured by surprise.
+    """Proteins as points, coloured by surprise, and the encodings of the colour to choose from.
 
-    Args:
-        places: Coordinates, (proteins, 2).
-        shares: Shares of the variance along the axes.
-        proteins: Each with name, length, surprise and accuracy, and values of the labels as
-            `label0` and so on.
-        labels: Headings of the labels.
-
-    Returns:
-        The chart, and the encodings of the colour to choose from, each with its title.
+    Places are (proteins, 2), `shares` those of the variance along the axes. Proteins have values of
+    the labels as `label0` and so on; `labels` are their headings.
     """
     points = [
         {**protein, "number": number, "x": round(float(x), 4), "y": round(float(y), 4)}
@@ -137,20 +131,18 @@ def similarity_chart(
     The matrix is (20, 20), in the order of `AMINO_ACIDS`; the colour scale ends at `limit`, the
     largest value by default.
     """
-    values = [
+    values: list[Chart] = [
         {
             "row": a,
             "column": b,
             "pair": f"{NAMES[a]} ({a}) and {NAMES[b]} ({b})",
-            "value": round(float(value), 3) if math.isfinite(value) else None,
+            "value": round(float(matrix[AMINO_ACIDS.index(a), AMINO_ACIDS.index(b)]), 3),
         }
         for a in RESIDUE_ORDER
         for b in RESIDUE_ORDER
         if a != b
-        for value in [matrix[AMINO_ACIDS.index(a), AMINO_ACIDS.index(b)]]
     ]
-    sizes = [abs(x["value"]) for x in values if isinstance(x["value"], float)]
-    end = limit or max(sizes, default=1.0)
+    end = limit or max(abs(x["value"]) for x in values)
     order = list(RESIDUE_ORDER)
     letters: Chart = {"sort": order, "scale": {"domain": order}, "title": None}
     top = {"grid": False, "orient": "top", "labelAngle": 0}
@@ -263,16 +255,13 @@ def relatives_chart(read: RelativeShares) -> Chart:
 
 
 def learning_chart(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, baseline: float | None
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, baseline: float
 ) -> Chart | None:
-    """One metric against the training step; None where no log has it.
+    """A metric, "loss" or "accuracy", against the training step; None where no log has it.
 
-    Args:
-        histories: Model name to its log: dictionaries with "step" and any of "loss",
-            "<split>_loss", "accuracy" and "<split>_accuracy", as in the `log_history` of
-            transformers' trainer_state.json.
-        metric: "loss" or "accuracy".
-        baseline: The metric of guessing by frequencies alone, drawn as a dotted line.
+    A log has dictionaries with "step" and any of "loss", "<split>_loss", "accuracy" and
+    "<split>_accuracy", as in the `log_history` of transformers' trainer_state.json. The metric of
+    guessing by frequencies alone, `baseline`, is a dotted line.
     """
     points: dict[tuple[str, str, float], float] = {}
     for name, history in histories.items():
@@ -313,7 +302,7 @@ def learning_chart(
         },
     }
     constant = {
-        "data": {"values": [{"value": baseline}] if baseline is not None else []},
+        "data": {"values": [{"value": baseline}]},
         "mark": {"type": "rule", "strokeDash": [2, 3], "color": "#8a8a8a"},
         "encoding": {"y": _field("value", **value_axis)},
     }

@@ -39,26 +39,9 @@ def report_on_model(
 ) -> Path:
     """Write ``report.html`` and ``report.json`` on a model and the sequences given.
 
-    Args:
-        models: The model, and others to show beside it.
-        records: Proteins to read its attention from and to score it on.
-        output: Folder of the report.
-        protein: Name or accession of the one whose attention is drawn; by default the first that is
-            long enough to show structure and short enough to be read whole.
-        sites: Numbers of residues of that protein to mark, with commas between; by default those
-            of ``sites=`` in its header.
-        labels: Name or accession of a protein to its labels, which the map shows; by default those
-            of the headers.
-        relatives: Relatives that the first model reads that protein with, to draw its attention to
-            each of them.
-        max_sequences: Proteins on the page, and sequences read for amino-acid similarity; drawn at
-            random where there are more.
-        max_length: Tokens read of each for attention.
-        max_residues: See ``write_report``.
-        report: Called with the name of a step, the units done, the units in all, and a log entry.
-
-    Returns:
-        The path of the page.
+    The first of the models is that of the map and the residues, and alone reads the protein with
+    ``relatives``. The options are those of ``performers report``, see its ``--help``. ``report`` is
+    called with the name of a step, the units done, the units in all, and a log entry.
 
     Raises:
         UserError: No sequence has that name, no label is of a sequence, a site is none of its

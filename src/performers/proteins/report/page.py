@@ -10,9 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,33 +45,30 @@ class ModelReport:
     Attributes:
         name: Heading of its parts, and its name in the charts.
         settings: Setting to value, shown as they are.
-        metrics: Split to metrics: any of accuracy and baseline_accuracy (shares of 1), perplexity
-            and baseline_perplexity, loss and baseline_loss (nats per residue; taken from the
-            perplexity when absent) and tokens. Others are in ``report.json`` alone.
+        metrics: Name of a set of proteins to the result of `evaluate_model`; one at least.
         history: The training log: dictionaries with "step", "loss", "eval_loss" and so on, as in
             the `log_history` of transformers' trainer_state.json.
-        analysis: The result of `analyse_model`; None to leave attention out.
+        analysis: The result of `analyse_model`.
         is_causal: Whether the model guesses a residue from those before it alone.
         proteins: The result of `read_proteins`. The map, the table and the residues of the page
-            are those of the first model that has some.
+            are those of the first model.
         available: Number of proteins that `proteins` were drawn from.
-        relatives: Attention of a protein's residues to its relatives, of the first model that has
-            it.
+        relatives: Attention of a protein's residues to its relatives, of the first model.
     """
 
     name: str
-    settings: Mapping[str, object] = field(default_factory=dict)
-    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
-    analysis: ModelAnalysis | None = None
-    is_causal: bool = False
-    proteins: Sequence[ProteinReading] = ()
-    available: int = 0
+    settings: Mapping[str, object]
+    metrics: Mapping[str, Mapping[str, float]]
+    history: Sequence[Mapping[str, Any]]
+    analysis: ModelAnalysis
+    is_causal: bool
+    proteins: Sequence[ProteinReading]
+    available: int
     relatives: RelativeShares | None = None
 
 
 def write_report(
-    output_dir: str | os.PathLike[str],
+    folder: Path,
     *,
     models: Sequence[ModelReport],
     title: str = "Your proteins, read by a protein language model",
@@ -85,8 +82,8 @@ def write_report(
     any other script. Files of the same name are replaced, each whole or not at all, the page last.
 
     Args:
-        output_dir: The folder; made when missing.
-        models: The models, one or more, in order.
+        folder: The folder; made when missing.
+        models: The models, one or more; the first has proteins.
         title: Heading of the page.
         labels: Heading to a label for each protein of the map; by default those in their headers.
         permutations: Number of relabellings in the Mantel test.
@@ -95,38 +92,39 @@ def write_report(
     Returns:
         The path of `report.html`.
     """
-    folder = Path(output_dir)
-    learnt = [
-        learnt_numbers(model.analysis, permutations=permutations) if model.analysis else None
-        for model in models
-    ]
+    reader = models[0]
+    learnt = [learnt_numbers(model.analysis, permutations=permutations) for model in models]
     names = [shortened(model.name) for model in models]
     unique = [n if names.count(n) == 1 else f"{i}. {n}" for i, n in enumerate(names, start=1)]
     drawn: dict[str, charts.Chart] = {}
-    data: dict[str, Any] = {"levels": payload.LEVELS, "names": charts.NAMES, "charts": drawn}
-    data["categories"] = charts.CATEGORIES
-    reader = next((model for model in models if model.proteins), models[0])
-    data |= _proteins(reader, labels, max_residues, drawn)
-    mapped = {i: m.analysis for i, m in enumerate(models) if m.analysis and m.analysis.labels}
-    data["maps"] = {
-        f"maps-{i}": payload.heads(analysis, payload.HEAD_CHARACTERS // len(mapped))
-        for i, analysis in mapped.items()
+    mapped = {f"maps-{i}": m.analysis for i, m in enumerate(models) if m.analysis.labels}
+    data = {
+        "levels": payload.LEVELS,
+        "names": charts.NAMES,
+        "charts": drawn,
+        "categories": charts.CATEGORIES,
+        **_proteins(reader, labels, max_residues, drawn),
+        "maps": {
+            key: payload.heads(analysis, payload.HEAD_CHARACTERS // len(mapped))
+            for key, analysis in mapped.items()
+        },
     }
     reference = load_reference_matrix(MATRICES[0], AMINO_ACIDS)
     similar = _similarities(models, unique, reference, drawn)
-    relatives = next((model.relatives for model in models if model.relatives), None)
-    if relatives is not None:
-        drawn["relatives"] = charts.relatives_chart(relatives)
-    for metric in ("loss", "accuracy"):
-        histories = {name: m.history for name, m in zip(unique, models, strict=True)}
-        splits = (values for m in models for values in m.metrics.values())
-        baseline = tables.with_losses(next(splits, {})).get(f"baseline_{metric}")
+    if reader.relatives is not None:
+        drawn["relatives"] = charts.relatives_chart(reader.relatives)
+    histories = {name: model.history for name, model in zip(unique, models, strict=True)}
+    metrics = next(iter(reader.metrics.values()))
+    for metric, baseline in (
+        ("loss", math.log(metrics["baseline_perplexity"])),
+        ("accuracy", metrics["baseline_accuracy"]),
+    ):
         if chart := charts.learning_chart(histories, metric, baseline):
             drawn[f"learning-{metric}"] = chart
     scripts = [charts.chart_script(), (_FOLDER / "report.js").read_text(encoding="utf-8")]
     page = _template().render(
         title=title,
-        sentences=tables.sentences(reader, learnt[models.index(reader)]),
+        sentences=tables.sentences(reader),
         reader=reader,
         models=[
             {
@@ -142,7 +140,7 @@ def write_report(
         reference=reference,
         listed_pairs=_LISTED_PAIRS,
         similar=similar,
-        relatives=relatives,
+        relatives=reader.relatives,
         most_relatives=charts.MOST_RELATIVES,
         matrix_name=MATRICES[0],
         data=data,
@@ -170,8 +168,6 @@ def _proteins(
 ) -> dict[str, Any]:
     """Rows of the proteins, their guesses, and the charts of both."""
     readings = reader.proteins
-    if not readings:
-        return {"proteins": [], "tracks": {}, "labels": [], "colours": [], "chosen": 0}
     rows = payload.protein_rows(readings)
     if labels is None:
         labels = payload.header_labels([reading.record for reading in readings])
@@ -182,7 +178,7 @@ def _proteins(
     places, shares = principal_components(np.stack([reading.embedding for reading in readings]))
     drawn["map"], colours = charts.map_chart(places, shares, rows, headings)
     drawn["track"] = charts.track_chart()
-    first = reader.analysis.protein.name if reader.analysis else readings[0].record.name
+    first = reader.analysis.protein.name
     numbers = payload.tracked(readings, first, max_residues)
     chosen = (n for n in numbers if readings[n].record.name == first)
     return {
@@ -203,14 +199,10 @@ def _similarities(
     """Charts of the similarities of the amino acids, the reference first; their names."""
     matrices = {}
     for name, model in zip(names, models, strict=True):
-        analysis = model.analysis
-        if analysis is None:
-            continue
         of = f", {name}" if len(models) > 1 else ""
-        if analysis.similarity:
-            matrices[f"Attention{of}"] = analysis.similarity["all"].matrix()
-        if analysis.embeddings is not None:
-            matrices[f"Input vectors{of}"] = analysis.embeddings
+        if model.analysis.similarity:
+            matrices[f"Attention{of}"] = model.analysis.similarity["all"].matrix()
+        matrices[f"Input vectors{of}"] = model.analysis.embeddings
     matrices = {name: m for name, m in matrices.items() if np.isfinite(m).any()}
     if not matrices:
         return []
@@ -239,7 +231,7 @@ def _template() -> Any:
         undefined=StrictUndefined,
         finalize=_printable,
     )
-    filters = (tables.number, tables.percent, tables.with_losses, tables.head_cells, tables.scored)
+    filters = (tables.number, tables.percent, math.log, tables.head_cells, tables.scored)
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template("report.html.jinja")
 
@@ -257,7 +249,7 @@ def _sha256(text: str) -> str:
 
 
 def _numbers(
-    title: str, models: Sequence[ModelReport], learnt: Sequence[Mapping[str, Any] | None]
+    title: str, models: Sequence[ModelReport], learnt: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The numbers of the page for programs."""
     return {

@@ -42,8 +42,8 @@ def protein_rows(readings: Sequence[ProteinReading]) -> list[dict[str, Any]]:
             "name": shortened(reading.record.name, _NAME),
             "description": shortened(reading.record.description, _DESCRIPTION),
             "length": len(reading.record.sequence),
-            "surprise": _rounded(reading.surprise),
-            "accuracy": _rounded(reading.accuracy),
+            "surprise": round(reading.surprise, 4),
+            "accuracy": round(reading.accuracy, 4),
         }
         for reading in readings
     ]
@@ -160,7 +160,3 @@ def _grey(weights: NDArray[np.floating[Any]]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _rounded(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None

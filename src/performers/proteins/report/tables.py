@@ -35,54 +35,31 @@ def percent(value: object, digits: int = 1) -> str:
     return number(value, digits, "%")
 
 
-def with_losses(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics, with losses filled in from the perplexities: loss = log(perplexity)."""
-    filled = dict(metrics)
-    for prefix in ("", "baseline_"):
-        perplexity = filled.get(f"{prefix}perplexity", math.nan)
-        if f"{prefix}loss" not in filled and perplexity > 0:
-            filled[f"{prefix}loss"] = math.log(perplexity)
-    return filled
-
-
-def sentences(model: ModelReport, learnt: Mapping[str, Any] | None) -> list[str]:
-    """The three sentences that open the page, as far as there are numbers for them."""
-    told = []
-    if model.proteins:
-        lengths = [len(reading.record.sequence) for reading in model.proteins]
-        of = f" of the {model.available:,}" if model.available > len(lengths) else ""
-        span = " to ".join(f"{length:,}" for length in sorted({min(lengths), max(lengths)}))
-        told.append(
-            f"This page shows {len(lengths):,}{of} protein{'s' * (len(lengths) > 1)} "
-            f"({sum(lengths):,} amino acids; {span} long) as the model {shortened(model.name)} "
-            "reads them."
-        )
-    if model.metrics:
-        told.append(_guessing(next(iter(model.metrics.values())), model.is_causal))
-    if model.proteins:
-        told.append(_standing_out(model.proteins))
-    elif learnt and learnt["similarity"]:
-        pair = next(iter(learnt["similarity"]["all"]["top_pairs"]), None)
-        if pair:
-            told.append(f"The amino acids that its attention treats most alike are {pair['pair']}.")
-    return told
+def sentences(model: ModelReport) -> list[str]:
+    """The three sentences that open the page."""
+    lengths = [len(reading.record.sequence) for reading in model.proteins]
+    of = f" of the {model.available:,}" if model.available > len(lengths) else ""
+    span = " to ".join(f"{length:,}" for length in sorted({min(lengths), max(lengths)}))
+    shown = (
+        f"This page shows {len(lengths):,}{of} protein{'s' * (len(lengths) > 1)} "
+        f"({sum(lengths):,} amino acids; {span} long) as the model {shortened(model.name)} "
+        "reads them."
+    )
+    guessing = _guessing(next(iter(model.metrics.values())), model.is_causal)
+    return [shown, guessing, _standing_out(model.proteins)]
 
 
 def _guessing(metrics: Mapping[str, float], is_causal: bool) -> str:
-    accuracy, baseline = (metrics.get(name, math.nan) for name in ("accuracy", "baseline_accuracy"))
+    accuracy, baseline = metrics["accuracy"], metrics["baseline_accuracy"]
     task = "Seeing only what comes before a residue" if is_causal else "Of residues hidden from it"
-    error = math.sqrt(max(accuracy * (1 - accuracy), 0.0) / max(metrics.get("tokens", 1), 1))
+    error = math.sqrt(accuracy * (1 - accuracy) / metrics["tokens"])
     verdict = "no better than" if accuracy - baseline < 2 * error else "against"
-    text = (
+    return (
         f"{task}, it guesses {percent(accuracy)} right, {verdict} {percent(baseline)} for always "
-        "naming the commonest amino acid"
+        "naming the commonest amino acid; it is as unsure as if it chose among "
+        f"{number(metrics['perplexity'], 1)} equally likely amino acids "
+        f"({number(metrics['baseline_perplexity'], 1)} by frequencies alone)."
     )
-    if "perplexity" in metrics and "baseline_perplexity" in metrics:
-        text += (
-            f"; it is as unsure as if it chose among {number(metrics['perplexity'], 1)} equally "
-            f"likely amino acids ({number(metrics['baseline_perplexity'], 1)} by frequencies alone)"
-        )
-    return text + "."
 
 
 def _standing_out(readings: Sequence[ProteinReading]) -> str:
@@ -108,14 +85,14 @@ def _standing_out(readings: Sequence[ProteinReading]) -> str:
     )
 
 
-def head_cells(scores: HeadScores | None) -> list[list[object]]:
+def head_cells(scores: HeadScores) -> list[list[object]]:
     """Cells of a model's heads: their kinds, and medians, each beside uniform attention.
 
     Returns:
         One list; none where no head attends to residues.
     """
-    defined = [head for head in scores.heads if math.isfinite(head.mean_distance)] if scores else []
-    if scores is None or not defined:
+    defined = [head for head in scores.heads if math.isfinite(head.mean_distance)]
+    if not defined:
         return []
     distance = median(head.mean_distance for head in defined)
     near = median(head.band_share for head in defined)
@@ -136,10 +113,10 @@ def scored(pair: str, reference: NDArray[np.float64]) -> str:
     return f"{pair} ({f'{score:+g}' if score else '0'})"
 
 
-def notes(learnt: Sequence[Mapping[str, Any] | None]) -> list[str]:
+def notes(learnt: Sequence[Mapping[str, Any]]) -> list[str]:
     """Reasons for missing or partial comparisons."""
     found: list[str] = []
-    for numbers in filter(None, learnt):
+    for numbers in learnt:
         kinds = [(numbers["similarity"] or {}).get(kind) for kind in ("all", "thresholded")]
         for part in filter(None, kinds):
             found += part["notes"]
