@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from performers.proteins.reading.head_scores import local_global_score, residue_mask
+from performers.proteins.reading.head_scores import local_global_score
 
 
 def _everywhere(length):
@@ -15,13 +15,6 @@ def _everywhere(length):
 def _random_attention(heads, length):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(heads, length, length, generator=generator).softmax(-1)
-
-
-def test_residue_mask_drops_padding_and_special_tokens():
-    tokens = torch.tensor([[1, 7, 4, 9, 2], [1, 7, 2, 0, 8]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    expected = [[False, True, False, True, False], [False, True, False, False, False]]
-    assert residue_mask(tokens, mask, [0, 1, 2, 3, 4]).tolist() == expected
 
 
 def test_scores_match_their_definition_pair_by_pair():

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, build_protein_tokenizer, residue_ids
-from performers.proteins.reading.mantel import load_reference_matrix
 from performers.proteins.reading.similarity import (
     AttentionSimilarity,
     embedding_similarity,
@@ -37,12 +36,12 @@ def _batch(batch: int = 2, layers: int = 2, heads: int = 3, length: int = 40, se
     tokens[0, -1] = 2
     tokens[1:, -6] = 2
     tokens[1:, -5:] = 0
-    mask = (tokens != 0).long()
+    padding = tokens[:, None, None] == 0
     attentions = []
     for _ in range(layers):
         scores = 2 * torch.randn(batch, heads, length, length, generator=generator)
-        attentions.append(scores.masked_fill(mask[:, None, None] == 0, -math.inf).softmax(-1))
-    return tokens, mask, attentions
+        attentions.append(scores.masked_fill(padding, -math.inf).softmax(-1))
+    return tokens, attentions
 
 
 def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], threshold: float):
@@ -65,7 +64,7 @@ def _shares_by_hand(tokens: torch.Tensor, attentions: list[torch.Tensor], thresh
 
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_shares_and_similarity_match_the_definition(threshold):
-    tokens, _, attentions = batch = _batch()
+    tokens, attentions = batch = _batch()
     similarity = _similarity(batch, threshold=threshold)
     expected = _shares_by_hand(tokens, attentions, -1.0 if threshold is None else threshold)
     np.testing.assert_allclose(similarity.shares(), expected, rtol=1e-5)
@@ -79,18 +78,18 @@ def test_shares_and_similarity_match_the_definition(threshold):
 
 
 def test_batches_add_up_to_the_whole():
-    tokens, mask, attentions = batch = _batch(batch=4)
+    tokens, attentions = batch = _batch(batch=4)
     whole, parts = _similarity(batch), _similarity()
     for rows in (slice(0, 1), slice(1, 4)):
-        parts.update(tokens[rows], mask[rows], [weights[rows] for weights in attentions])
+        parts.update(tokens[rows], [weights[rows] for weights in attentions])
     np.testing.assert_allclose(parts.shares(), whole.shares(), rtol=1e-12)
     np.testing.assert_array_equal(parts.occurrences, whole.occurrences)
 
 
 def test_amino_acid_that_never_occurs_is_left_out_and_named():
-    tokens, mask, attentions = _batch()
+    tokens, attentions = _batch()
     tokens = torch.where(tokens == FIRST + AMINO_ACIDS.index("W"), FIRST, tokens)
-    similarity = _similarity((tokens, mask, attentions))
+    similarity = _similarity((tokens, attentions))
     matrix = similarity.matrix()
     tryptophan = AMINO_ACIDS.index("W")
     assert np.isnan(matrix[tryptophan]).all()
@@ -104,7 +103,7 @@ def test_amino_acid_that_never_occurs_is_left_out_and_named():
 
 
 def test_head_without_attention_above_the_threshold_is_left_out_and_named():
-    _, _, attentions = batch = _batch(heads=4)
+    _, attentions = batch = _batch(heads=4)
     attentions[1][:, 2] = 0.01
     similarity = _similarity(batch, threshold=0.1)
     assert similarity.heads() == 7
@@ -138,12 +137,12 @@ def test_embeddings_are_compared_without_their_mean():
     model, tokenizer = make_model()
     ids = residue_ids(tokenizer, AMINO_ACIDS)
     generator = np.random.default_rng(0)
-    factors = np.linalg.cholesky(_positive(load_reference_matrix("BLOSUM62", AMINO_ACIDS)))
+    vectors = generator.normal(size=(20, 16))
     with torch.no_grad():
         weight = model.get_input_embeddings().weight
-        weight[ids] = torch.tensor(factors[:, :16], dtype=torch.float32)
+        weight[ids] = torch.tensor(vectors, dtype=torch.float32)
     before = embedding_similarity(model, tokenizer)
-    vectors = factors[:, :16] - factors[:, :16].mean(0)
+    vectors -= vectors.mean(0)
     np.testing.assert_allclose(before, np.corrcoef(np.c_[vectors, -vectors]), atol=1e-5)
     with torch.no_grad():
         weight[ids] += torch.tensor(generator.normal(0, 5, 16), dtype=torch.float32)
@@ -166,31 +165,23 @@ def test_one_that_lies_at_the_mean_has_no_similarity():
     assert unknown["rank"] is None
 
 
-def _positive(matrix):
-    """The nearest matrix of inner products, and a little more."""
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.maximum(values, 0.1)) @ vectors.T
-
-
 def test_padding_and_precision_do_not_matter():
-    tokens, mask, attentions = batch = _batch(length=64)
+    tokens, attentions = batch = _batch(length=64)
     clean = _similarity(batch)
-    half = _similarity((tokens, mask, [weights.bfloat16() for weights in attentions]))
+    half = _similarity((tokens, [weights.bfloat16() for weights in attentions]))
     np.testing.assert_allclose(half.shares(), clean.shares(), rtol=5e-3)
-    tokens = tokens.clone()
-    tokens[1, -5:] = FIRST
     for weights in attentions:
         weights[1, :, -5:, :] = math.nan
         weights[1, :, :, -5:] = 7.0
-    dirty = _similarity((tokens, mask, attentions))
+    dirty = _similarity(batch)
     np.testing.assert_array_equal(dirty.shares(), clean.shares())
     np.testing.assert_array_equal(dirty.occurrences, clean.occurrences)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_no_similarity_is_explained(threshold):
-    tokens, mask, weights = _batch()
-    flat = (tokens, mask, [torch.full_like(x, 0.25) for x in weights])
+    tokens, weights = _batch()
+    flat = (tokens, [torch.full_like(x, 0.25) for x in weights])
     for batch, note in (
         (_batch(layers=1, heads=1), "at least 3"),
         (_batch(layers=2, heads=1), "at least 3"),

@@ -106,7 +106,6 @@ def test_too_few_residues_of_a_letter_give_no_p_value():
 def test_nothing_to_score():
     assert score_sites(maps(), LABELS, [99]) is None
     assert score_sites(maps(), LABELS, []) is None
-    assert score_sites([], LABELS, [1]) is None
     assert score_sites([np.zeros((2, len(LABELS), len(LABELS)))], LABELS, [1]) is None
 
 

@@ -136,11 +136,10 @@ def build_task(
             if taken[chosen[name][2]] > max_per_group:
                 left_out["proteins beyond those drawn of their group"] += 1
                 del chosen[name]
-    drawn = [name for name in shuffled if name in chosen][:max_sequences]
+    drawn = set([name for name in shuffled if name in chosen][:max_sequences])
     if len(drawn) < len(chosen):
         left_out["proteins not drawn"] = len(chosen) - len(drawn)
-    # In the order of the files.
-    names = sorted(drawn, key={name: place for place, name in enumerate(chosen)}.__getitem__)
+    names = [name for name in chosen if name in drawn]
     counts = Counter(label for name in names for label in chosen[name][1])
     if len(counts) < 2 and not (counts and any(not chosen[name][1] for name in names)):
         raise UserError(

@@ -8,18 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.reading.head_scores import (
-    HeadScores,
-    local_global_score,
-    looks_causal,
-    residue_mask,
-)
+from performers.proteins.inputs.tokenizer import residue_ids
+from performers.proteins.reading.head_scores import HeadScores, local_global_score, looks_causal
 from performers.proteins.reading.similarity import AttentionSimilarity, embedding_similarity
 from performers.proteins.reading.site_scores import score_sites
 from performers.proteins.scoring.batches import evaluation_mode
@@ -113,7 +110,7 @@ def analyse_model(
         max_length=max_length,
         embeddings=embedding_similarity(model, tokenizer),
     )
-    tokens, attentions = _attentions(model, tokenizer, [protein.sequence[:room]])
+    input_ids, attentions = _attentions(model, tokenizer, [protein.sequence[:room]])
     if not attentions:
         return replace(
             analysis,
@@ -122,41 +119,39 @@ def analyse_model(
             'load it with attn_implementation="eager".',
         )
     attentions = [weights[0] for weights in attentions]
-    keep = residue_mask(**tokens, special_ids=tokenizer.all_special_ids)[0]
-    letters = "".join(tokenizer.convert_ids_to_tokens(tokens["input_ids"][0, keep].tolist()))
+    keep = torch.isin(input_ids[0], torch.from_numpy(residue_ids(tokenizer)))
+    letters = "".join(tokenizer.convert_ids_to_tokens(input_ids[0, keep].tolist()))
     maps = tuple(w.float().cpu()[:, keep][:, :, keep].numpy() for w in attentions)
-    scores = None
-    if keep.any():
-        scores = local_global_score(attentions, keep, is_causal=looks_causal(maps))
-    marked = None
-    # A tokenizer that lacks a letter leaves a gap, and numbers would name other residues.
-    if sites and letters == protein.sequence[: len(letters)]:
-        marked = score_sites(maps, letters, sites)
+    scores = local_global_score(attentions, keep, is_causal=looks_causal(maps))
     similarity = {
         "all": AttentionSimilarity(tokenizer),
         "thresholded": AttentionSimilarity(tokenizer, threshold=_THRESHOLD),
     }
     for start in range(0, len(chosen), _BATCH_SIZE):
         batch = [sequence[:room] for sequence in chosen[start : start + _BATCH_SIZE]]
-        tokens, attentions = _attentions(model, tokenizer, batch)
+        input_ids, attentions = _attentions(model, tokenizer, batch)
         for kind in similarity.values():
-            kind.update(**tokens, attentions=attentions)
+            kind.update(input_ids, attentions)
         if progress is not None:
             progress(start + len(batch), len(chosen))
     return replace(
-        analysis, labels=letters, maps=maps, scores=scores, similarity=similarity, sites=marked
+        analysis,
+        labels=letters,
+        maps=maps,
+        scores=scores,
+        similarity=similarity,
+        sites=score_sites(maps, letters, sites),
     )
 
 
 def _attentions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sequences: list[str]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Tokens and mask (B, L), and one (B, H, L, L) per layer; none where the model gives none."""
+) -> tuple[Tensor, list[Tensor]]:
+    """Token ids (B, L), and one (B, H, L, L) per layer; none where the model gives none."""
     encoded = tokenizer(sequences, padding=True, return_tensors="pt")
-    tokens = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    inputs = {name: tensor.to(model.device) for name, tensor in tokens.items()}
+    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with evaluation_mode(model):
         attentions = getattr(model(**inputs, output_attentions=True), "attentions", None)
     if not attentions or any(weights is None for weights in attentions):
-        return tokens, []
-    return tokens, list(attentions)
+        attentions = ()
+    return encoded["input_ids"], list(attentions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,7 @@ COLUMN_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class HeadScore:
-    """The scores of one head; every field but the last looks at attention between residues only.
-
-    Attributes:
-        layer: Number of the layer, from 1.
-        head: Number of the head in its layer, from 1.
-        mean_distance: Mean |i - j| in residues, weighted by the attention from i to j.
-        band_share: Share of the attention with |i - j| <= band, in [0, 1].
-        column_share: Share of the attention received by the 5% most attended residues, in [0, 1].
-        special_share: Share of the residues' attention that leaves the residues, for special
-            tokens such as `<bos>`, in [0, 1].
-    """
+    """The scores of one head, see `local_global_score`; layer and head count from 1."""
 
     layer: int
     head: int
@@ -73,12 +63,6 @@ class HeadScores:
         }
 
 
-def residue_mask(input_ids: Tensor, attention_mask: Tensor, special_ids: Iterable[int]) -> Tensor:
-    """Mark the positions (B, L) that hold a residue: attended to, and not a special token."""
-    special = torch.tensor(sorted(special_ids), dtype=input_ids.dtype, device=input_ids.device)
-    return attention_mask.to(input_ids.device).bool() & ~torch.isin(input_ids, special)
-
-
 def local_global_score(
     attentions: Sequence[Tensor], residues: Tensor, *, band: int = 8, is_causal: bool = False
 ) -> HeadScores:
@@ -91,7 +75,7 @@ def local_global_score(
     - band share = Σ_{|i - j| <= band} A_ij / Σ A_ij;
     - column share = Σ_{j in top} A_ij / Σ A_ij, where top holds the ceil(0.05 n) of n residues that
       receive most attention in this head;
-    - special share = 1 - Σ A_ij / Σ_{i a residue, any j} A_ij.
+    - special share = 1 - Σ A_ij / Σ_{i a residue, any j} A_ij, of tokens such as `<bos>`.
 
     The reference, uniform attention, gives each residue i the same weight on each residue j (j <= i
     for a causal model). Without `is_causal` its mean distance is (n² - 1) / 3n.

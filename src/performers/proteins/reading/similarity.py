@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
-from performers.proteins.reading.head_scores import residue_mask
 
 EXPECTED_PAIRS = ("DE", "FY", "IV", "KR")
 """Amino acids that exchange readily: acidic, aromatic, branched aliphatic, basic."""
@@ -57,24 +56,16 @@ class AttentionSimilarity:
         self.threshold = threshold
         self.occurrences: NDArray[np.int64] = np.zeros(len(AMINO_ACIDS), dtype=np.int64)
         self._ids = torch.from_numpy(residue_ids(tokenizer, AMINO_ACIDS))
-        self._special_ids = frozenset(tokenizer.all_special_ids)
+        self._residues = torch.from_numpy(residue_ids(tokenizer))
         self._names: list[str] = []
         # A row for each head once there is a batch.
         self._paid = np.zeros((1, len(AMINO_ACIDS)))
         self._total = np.zeros(1)
 
-    def update(
-        self, input_ids: Tensor, attention_mask: Tensor, attentions: Sequence[Tensor]
-    ) -> None:
-        """Add one batch.
-
-        Args:
-            input_ids: Token ids (B, L).
-            attention_mask: (B, L), non-zero where a token takes part.
-            attentions: One tensor (B, H, L, L) per layer, rows being queries.
-        """
-        residues = residue_mask(input_ids, attention_mask, self._special_ids)
-        letters = ((input_ids[..., None] == self._ids) & residues[..., None]).double()
+    def update(self, input_ids: Tensor, attentions: Sequence[Tensor]) -> None:
+        """Add one batch: token ids (B, L), and attention (B, H, L, L) per layer, rows queries."""
+        residues = torch.isin(input_ids, self._residues)
+        letters = (input_ids[..., None] == self._ids).double()
         outside = ~(residues[:, :, None] & residues[:, None, :])[:, None]
         paid, total = [], []
         for weights in attentions:

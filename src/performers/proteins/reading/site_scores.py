@@ -102,7 +102,7 @@ def score_sites(
     """
     length = len(labels)
     within = sorted({site for site in sites if site <= length})
-    if not within or not maps:
+    if not within:
         return None
     received = np.concatenate([layer.sum(1, dtype=np.float64) for layer in maps])
     total = received.sum(1)
