@@ -89,30 +89,20 @@ def fit_probe(
         loss = float(np.logaddexp(0.0, signs * chosen_on).mean())
         if loss < least:
             least, chosen, scores = loss, strength, tested_on
-    return _scored(chosen, scores, targets[split["test"]], multiclass, unconverged)
-
-
-def _scored(
-    strength: float,
-    scores: NDArray[np.float64],
-    targets: NDArray[np.bool_],
-    multiclass: bool,
-    unconverged: int,
-) -> ProbeFit:
-    """Score log-odds (proteins, labels)."""
-    auroc = np.atleast_1d(roc_auc_score(targets, scores, average=None))
-    precision = np.atleast_1d(average_precision_score(targets, scores, average=None))
+    tested = targets[split["test"]]
+    auroc = np.atleast_1d(roc_auc_score(tested, scores, average=None))
+    precision = np.atleast_1d(average_precision_score(tested, scores, average=None))
     metrics = {
         "macro_auroc": float(auroc.mean()),
         "macro_average_precision": float(precision.mean()),
-        "micro_auroc": float(roc_auc_score(targets.ravel(), scores.ravel())),
-        "micro_average_precision": float(average_precision_score(targets.ravel(), scores.ravel())),
+        "micro_auroc": float(roc_auc_score(tested.ravel(), scores.ravel())),
+        "micro_average_precision": float(average_precision_score(tested.ravel(), scores.ravel())),
     }
     if multiclass:
-        actual, predicted = targets.argmax(1), scores.argmax(1)
+        actual, predicted = tested.argmax(1), scores.argmax(1)
         metrics["accuracy"] = float((actual == predicted).mean())
         metrics["macro_f1"] = float(f1_score(actual, predicted, average="macro"))
-    return ProbeFit(strength, metrics, auroc, precision, unconverged)
+    return ProbeFit(chosen, metrics, auroc, precision, unconverged)
 
 
 def _standardised(features: Any, split: ProbeSplit) -> list[Any]:

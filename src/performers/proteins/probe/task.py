@@ -92,7 +92,11 @@ def build_task(
                     "leave one of the two away"
                 )
     if labels is None:
-        labels = ProteinLabels(_header_labels(records), {}, {})
+        written = {
+            name: tuple(dict.fromkeys(filter(None, text.split(","))))
+            for name, text in _from_headers(records, "labels").items()
+        }
+        labels = ProteinLabels(written, {}, {})
     labelled = labels.labels
     if not labelled:
         raise UserError(
@@ -169,13 +173,6 @@ def build_task(
         notes=tuple(notes),
         source=labels.source,
     )
-
-
-def _header_labels(records: Sequence[ProteinRecord]) -> dict[str, tuple[str, ...]]:
-    return {
-        name: tuple(dict.fromkeys(label for label in text.split(",") if label))
-        for name, text in _from_headers(records, "labels").items()
-    }
 
 
 def _from_headers(records: Sequence[ProteinRecord], field: str) -> dict[str, str]:
