@@ -26,8 +26,9 @@ def analysis(maps, *, scored=True):
     record = ProteinRecord("P1", "", labels)
     sizes = {"sequences": 1, "available": 1, "cropped": 0, "max_length": length}
     return ModelAnalysis(
-        record, **sizes, labels=labels, maps=tuple(maps), scores=scores if scored else None
-    )
+        record, **sizes, embeddings=np.eye(20), labels=labels, maps=tuple(maps),
+        scores=scores if scored else None,
+    )  # fmt: skip
 
 
 def drawn_maps(layers, heads, length):
