@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from performers.catalogue import CatalogueSampler, sampled_softmax_loss
-from performers.catalogue.blocks import balanced_blocks
+from performers.catalogue.items import balanced_blocks
 
 CATALOGUES = {
     "clusters": lambda: torch.randn(20, 8).repeat_interleave(15, 0) + 0.2 * torch.randn(300, 8),
@@ -42,7 +42,7 @@ def softmax(sampler, items, query):
 
 def test_blocks_share_items_evenly(items):
     for blocks in {1, 2 ** (int(math.log2(len(items))) // 2), 2 ** int(math.log2(len(items)))}:
-        ids = balanced_blocks(items, blocks)
+        ids = balanced_blocks(items, blocks, None)
         sizes = (ids >= 0).sum(1)
         assert ids.shape[0] == blocks
         assert sizes.max() - sizes.min() <= 1

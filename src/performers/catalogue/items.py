@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-from performers.catalogue.blocks import balanced_blocks
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # Scores held at a time.
 _SCORES = 1 << 24
+_POWER_STEPS = 6
+_MEANS_STEPS = 4
 
 
 class BlockedItems(nn.Module):
-    """A copy of items, cut into about ``√n`` blocks of equally many neighbours.
-
-    Args:
-        items: Shape ``(n, d)``.
-        scale: Factor of the inner products.
-        num_blocks: A power of two of at most ``n``; None is the one nearest to ``√n``.
-        generator: Source of the first directions along which blocks are cut.
-
-    Raises:
-        ValueError: ``items`` is not a matrix of finite numbers, or ``num_blocks`` is not a power of
-            two of at most ``n``.
-    """
+    """A copy of items, cut into blocks of equally many neighbours, as in `CatalogueSampler`."""
 
     items: Tensor  # (K, S, d), by block
     ids: Tensor  # (K, S), -1 pads
@@ -85,6 +74,8 @@ class BlockedItems(nn.Module):
         self.place = torch.empty(count, dtype=torch.int64, device=items.device)
         self.place[flat[kept]] = kept
         self.items = items[self.ids.clamp_min(0)]
+        self.mean, self.variance = (items.new_zeros(blocks, items.shape[1]) for _ in range(2))
+        self.radius = items.new_zeros(blocks)
         self._describe(torch.arange(blocks, device=items.device))
         return self
 
@@ -135,16 +126,11 @@ class BlockedItems(nn.Module):
         query, shape = self._flat(query)
         if not 1 <= k <= self.num_items:
             raise ValueError(f"k must lie between 1 and {self.num_items}, got {k}")
-        parts = [self._top_k(part, k) for (part,) in split_queries(self.ids.numel(), query)]
-        values, ids = (torch.cat(column).view(*shape, k) for column in zip(*parts, strict=True))
-        return values, ids
+        values, ids = by_parts(lambda part: self._top_k(part, k), self.ids.numel(), query)
+        return values.view(*shape, k), ids.view(*shape, k)
 
     def _describe(self, blocks: Tensor) -> None:
         """Mean, variances and radius of some blocks."""
-        if len(self.mean) != len(self.ids):
-            shape = (len(self.ids), self.items.shape[-1])
-            self.mean, self.variance = self.items.new_zeros(shape), self.items.new_zeros(shape)
-            self.radius = self.items.new_zeros(len(self.ids))
         items, kept = self.items[blocks], (self.ids[blocks] >= 0).unsqueeze(-1)
         count = kept.sum(1)
         mean = (items * kept).sum(1) / count
@@ -176,48 +162,31 @@ class BlockedItems(nn.Module):
         """Products with all places, -inf where there is no item."""
         return products.masked_fill_(self.ids.flatten() < 0, -math.inf)
 
-    def _groups(self, pair_block: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pairs of a query and a block in groups of one matrix product each.
+    def _block_scores(self, query: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores within blocks drawn for queries, shape (Q, n).
 
-        Yields:
-            Blocks of the group, shape ``(g,)``, and numbers of pairs for each, ``(g, c)``, padded
-            by repetition. Blocks of a group have similarly many pairs.
+        Returns:
+            Scores of the items of each distinct pair of a query and a block, shape (P, S), and the
+            pair of each draw, shape (Q, n).
         """
+        count, size = self.ids.shape
+        code = torch.arange(len(drawn), device=drawn.device).unsqueeze(1) * count + drawn
+        code, pair = code.unique(return_inverse=True)
+        pair_query, pair_block = code // count, code % count
+        scores = query.new_empty(len(code), size)
         order = pair_block.argsort()
         blocks, counts = torch.unique_consecutive(pair_block[order], return_counts=True)
         start = counts.cumsum(0) - counts
+        # One product for all blocks with similarly many pairs, which are padded by repetition.
         width = counts.double().log2().ceil()
         for level in width.unique().tolist():
             chosen = (width == level).nonzero().squeeze(1)
-            most = int(counts[chosen].max())
-            column = torch.arange(most, device=order.device)
+            column = torch.arange(int(counts[chosen].max()), device=order.device)
             column = torch.minimum(column, (counts[chosen] - 1).unsqueeze(1))
-            yield blocks[chosen], order[start[chosen].unsqueeze(1) + column]
-
-    def _pair_scores(self, query: Tensor, pair_query: Tensor, pair_block: Tensor) -> Tensor:
-        """Scores of the items of a block for pairs of a query and a block, shape (P, S)."""
-        scores = query.new_empty(len(pair_query), self.ids.shape[1])
-        for blocks, pairs in self._groups(pair_block):
-            product = query[pair_query[pairs]] @ self.items[blocks].mT
-            product.masked_fill_((self.ids[blocks] < 0).unsqueeze(1), -math.inf)
-            scores[pairs] = product
-        return scores
-
-    def _pairs(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distinct pairs of a query and a block among draws (Q, n), and each draw's pair."""
-        blocks = len(self.ids)
-        code = torch.arange(len(drawn), device=drawn.device).unsqueeze(1) * blocks + drawn
-        code, pair = code.unique(return_inverse=True)
-        return code // blocks, code % blocks, pair
-
-    def _log_sums(self, query: Tensor, drawn: Tensor) -> Tensor:
-        """Logarithms of the sums over drawn blocks, shape (Q, n)."""
-        parts = []
-        for part, blocks in split_queries(drawn.shape[1] * self.ids.shape[1], query, drawn):
-            pair_query, pair_block, pair = self._pairs(blocks)
-            sums = torch.logsumexp(self._pair_scores(part, pair_query, pair_block), dim=-1)
-            parts.append(sums[pair])
-        return torch.cat(parts)
+            pairs, group = order[start[chosen].unsqueeze(1) + column], blocks[chosen]
+            product = query[pair_query[pairs]] @ self.items[group].mT
+            scores[pairs] = product.masked_fill_((self.ids[group] < 0).unsqueeze(1), -math.inf)
+        return scores, pair
 
     def _top_k(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         blocks, size = self.ids.shape
@@ -238,8 +207,8 @@ class BlockedItems(nn.Module):
                 break
             step = min(step, blocks - done)
             drawn = order[active, done : done + step]
-            pair_query, pair_block, pair = self._pairs(drawn)
-            scores = self._pair_scores(query[active], pair_query, pair_block)[pair].flatten(1)
+            scores, pair = self._block_scores(query[active], drawn)
+            scores = scores[pair].flatten(1)
             place = (drawn.unsqueeze(-1) * size).expand(-1, -1, size)
             place = (place + torch.arange(size, device=query.device)).flatten(1)
             values[active], best = torch.cat((values[active], scores), dim=1).topk(k)
@@ -264,7 +233,58 @@ def _finite(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def split_queries(elements_per_query: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors cut along the queries so that a part has about as many scores as are held."""
+def by_parts(
+    function: Callable[..., tuple[Tensor, ...]], elements_per_query: int, *tensors: Tensor
+) -> list[Tensor]:
+    """Results for all queries of a function of some, of about as many scores as are held."""
     rows = max(1, _SCORES // max(1, elements_per_query))
-    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return [torch.cat(x) for x in zip(*(function(*part) for part in parts), strict=True)]
+
+
+def balanced_blocks(items: Tensor, num_blocks: int, generator: torch.Generator | None) -> Tensor:
+    """Partition of items into blocks of neighbours whose sizes differ by one at most.
+
+    Blocks are halved until there are enough of them, a power of two: at the median along the
+    direction between two means, which begin at the principal direction (power iteration) and take a
+    few steps of 2-means. Every level is a product ``O(n d²)`` and a few of ``O(n d)``.
+
+    Returns:
+        Row numbers of the items of each block, int64, shape ``(num_blocks, size)``; -1 pads.
+    """
+    count, dim = items.shape
+    size = math.ceil(count / num_blocks) * num_blocks
+    blocks = torch.full((1, size), -1, device=items.device)
+    blocks[0, :count] = torch.arange(count, device=items.device)
+    while len(blocks) < num_blocks:
+        kept = blocks >= 0
+        points = items[blocks.clamp_min(0)] * kept.unsqueeze(-1)
+        points -= (points.sum(1) / kept.sum(1, keepdim=True)).unsqueeze(1)
+        points *= kept.unsqueeze(-1)
+        # Squares of huge items would overflow.
+        points /= points.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(items.dtype).tiny)
+        direction = torch.randn(len(blocks), dim, 1, generator=generator).to(points)
+        squares = points.mT @ points
+        for _ in range(_POWER_STEPS):
+            direction = squares @ direction
+            direction /= direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        for _ in range(_MEANS_STEPS):
+            right = _halves(points @ direction, kept).chunk(2, 1)[1]
+            # Points sum to zero: the difference of the halves' means is along the right one's.
+            side = points.new_zeros(kept.shape).scatter_(1, right, 1)
+            direction = (side.unsqueeze(1) @ points).mT
+        blocks = blocks.gather(1, _halves(points @ direction, kept)).view(2 * len(blocks), -1)
+    return blocks
+
+
+def _halves(along: Tensor, kept: Tensor) -> Tensor:
+    """Order of a block's places whose two halves share items and padding evenly."""
+    order = along.squeeze(-1).masked_fill(~kept, math.inf).argsort(dim=1)
+    half = order.shape[1] // 2
+    count = kept.sum(1, keepdim=True)
+    left = (count + 1) // 2
+    place = torch.arange(half, device=order.device)
+    # The places of padding come last in `order`.
+    first = torch.where(place < left, place, count + place - left)
+    second = torch.where(place < count - left, left + place, half + place)
+    return order.gather(1, torch.cat((first, second), dim=1))

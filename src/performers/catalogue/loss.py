@@ -66,7 +66,7 @@ def sampled_softmax_loss(
     ids, log_q = sampler.sample(flat, num_samples, shared=shared, generator=generator)
     loss = losses_of_draws(flat, items, target, ids, log_q, sampler.scale)
     if reduction == "none":
-        return loss.view(target.shape if query.dim() == 2 else query.shape[:-1])
+        return loss.view(query.shape[:-1])
     return loss.mean() if reduction == "mean" else loss.sum()
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from performers.catalogue.items import BlockedItems, split_queries
+from performers.catalogue.items import BlockedItems, by_parts
 
 
 class CatalogueSampler(BlockedItems):
@@ -89,16 +89,14 @@ class CatalogueSampler(BlockedItems):
             raise ValueError(f"num_samples must be 1 at least, got {num_samples}")
         share = self._log_share(query)
         if shared:
-            ids, log_q = self._sample_shared(query, share, num_samples, generator)
-            return ids, log_q
-        parts = [
-            self._sample(part, log_share, num_samples, generator)
-            for part, log_share in split_queries(num_samples * self.ids.shape[1], query, share)
-        ]
-        ids, log_q = (
-            torch.cat(column).view(*shape, num_samples) for column in zip(*parts, strict=True)
+            return self._sample_shared(query, share, num_samples, generator)
+        ids, log_q = by_parts(
+            lambda part, log_share: self._sample(part, log_share, num_samples, generator),
+            num_samples * self.ids.shape[1],
+            query,
+            share,
         )
-        return ids, log_q
+        return ids.view(*shape, num_samples), log_q.view(*shape, num_samples)
 
     @torch.no_grad()
     def log_prob(self, query: Tensor, ids: Tensor) -> Tensor:
@@ -117,13 +115,16 @@ class CatalogueSampler(BlockedItems):
         query, shape = self._flat(query)
         ids = self._checked(ids, "ids")
         flat = ids.reshape(len(query), -1)
-        parts = [
-            self._log_prob(part, share, self.place[numbers])
-            for part, share, numbers in split_queries(
-                flat.shape[1] * self.ids.shape[1], query, self._log_share(query), flat
-            )
-        ]
-        return torch.cat(parts).view(*shape, -1)
+        size = self.ids.shape[1]
+
+        def log_q(query: Tensor, share: Tensor, ids: Tensor) -> tuple[Tensor]:
+            drawn, column = self.place[ids] // size, self.place[ids] % size
+            scores, pair = self._block_scores(query, drawn)
+            log_inside = scores.log_softmax(dim=-1)[pair, column]
+            return (self._mixed(share.gather(1, drawn) + log_inside),)
+
+        elements = flat.shape[1] * size
+        return by_parts(log_q, elements, query, self._log_share(query), flat)[0].view(*shape, -1)
 
     @torch.no_grad()
     def log_partition(
@@ -150,15 +151,20 @@ class CatalogueSampler(BlockedItems):
         if num_samples < min(2, blocks):
             raise ValueError(f"num_samples must be 2 at least, got {num_samples}")
         if num_samples >= blocks:
-            parts = [
-                torch.logsumexp(self._scores(part @ self.items.flatten(0, 1).T), dim=-1)
-                for (part,) in split_queries(blocks * size, query)
-            ]
-            value = torch.cat(parts)
-            return value.view(shape), torch.zeros_like(value).view(shape)
+
+            def all_log_sums(query: Tensor) -> tuple[Tensor]:
+                return (self._scores(query @ self.items.flatten(0, 1).T).logsumexp(-1),)
+
+            value = by_parts(all_log_sums, blocks * size, query)[0].view(shape)
+            return value, torch.zeros_like(value)
+
+        def log_sums(query: Tensor, drawn: Tensor) -> tuple[Tensor]:
+            scores, pair = self._block_scores(query, drawn)
+            return (scores.logsumexp(-1)[pair],)
+
         share = self._log_share(query)
         drawn = torch.multinomial(share.exp(), num_samples, replacement=True, generator=generator)
-        weight = self._log_sums(query, drawn) - share.gather(1, drawn)
+        weight = by_parts(log_sums, num_samples * size, query, drawn)[0] - share.gather(1, drawn)
         top = weight.amax(1, keepdim=True)
         ratio = (weight - top).exp()
         mean = ratio.mean(1)
@@ -182,8 +188,7 @@ class CatalogueSampler(BlockedItems):
         any_place = self.place[any_item.clamp_max_(self.num_items - 1)]
         size = self.ids.shape[1]
         drawn = torch.where(uniform, any_place // size, drawn)
-        pair_query, pair_block, pair = self._pairs(drawn)
-        scores = self._pair_scores(query, pair_query, pair_block)
+        scores, pair = self._block_scores(query, drawn)
         top = scores.amax(1, keepdim=True)
         steps = (scores - top).exp_().cumsum(dim=1)
         total = steps[:, -1:]
@@ -217,13 +222,6 @@ class CatalogueSampler(BlockedItems):
         target = _random((count,), query.device, generator) * steps[-1]
         place = torch.searchsorted(steps, target, right=True).clamp_max_(len(steps) - 1)
         return self.ids.flatten()[place], log_q[place]
-
-    def _log_prob(self, query: Tensor, share: Tensor, place: Tensor) -> Tensor:
-        size = self.ids.shape[1]
-        drawn = place // size
-        pair_query, pair_block, pair = self._pairs(drawn)
-        log_inside = self._pair_scores(query, pair_query, pair_block).log_softmax(dim=-1)
-        return self._mixed(share.gather(1, drawn) + log_inside[pair, place % size])
 
     def _mixed(self, log_two_level: Tensor) -> Tensor:
         """Logarithm of the mixture with the uniform distribution."""
