@@ -143,20 +143,12 @@ class GraphAttention(PerformerAttention):
                 f"x must have shape (B, N, {self.channels}) or (N, {self.channels}), got "
                 f"{tuple(x.shape)}"
             )
-        cu_seqlens = None
         if x.ndim == 3 and batch is not None:
             raise ValueError("batch is for nodes (N, channels); rows (B, N, channels): mask")
-        if x.ndim == 2:
-            if mask is not None:
-                raise ValueError(
-                    "mask is for rows (B, N, channels); nodes (N, channels) have batch"
-                )
-            if batch is not None:
-                if batch.shape != x.shape[:1]:
-                    raise ValueError(
-                        f"batch must have shape ({x.shape[0]},), got {tuple(batch.shape)}"
-                    )
-                cu_seqlens = graph_boundaries(batch)
+        if x.ndim == 2 and mask is not None:
+            raise ValueError("mask is for rows (B, N, channels); nodes (N, channels) have batch")
+        if batch is not None and batch.shape != x.shape[:1]:
+            raise ValueError(f"batch must have shape ({x.shape[0]},), got {tuple(batch.shape)}")
         rows = x.unsqueeze(0) if x.ndim == 2 else x
         query, key, value = (
             layer(rows).unflatten(-1, (self.heads, self.head_channels)).transpose(1, 2)
@@ -168,7 +160,7 @@ class GraphAttention(PerformerAttention):
             value,
             self.feature_map,
             key_mask=mask,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=None if batch is None else graph_boundaries(batch),
             neighbours=neighbours,
             neighbour_bias=neighbour_bias,
         )

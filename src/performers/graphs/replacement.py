@@ -66,14 +66,10 @@ def replace_(
     )
     # Refuse unknown estimators and projections before the model is inspected.
     conversion.features(8, 1, torch.Generator())
-    layers = {name: x for name, x in model.named_modules() if isinstance(x, GPSConv)}
+    layers = [layer for layer in model.modules() if isinstance(layer, GPSConv)]
     family = _MultiheadLayers(model, conversion)
     multihead = family.sites()
-    performers = {
-        layer.attn: f"{name}.attn".lstrip(".")
-        for name, layer in layers.items()
-        if isinstance(layer.attn, PerformerAttention) and not isinstance(layer.attn, GraphAttention)
-    }
+    performers = _attentions(model, PerformerAttention)
     if not multihead and not performers:
         problem = "is replaced already" if layers else "has no torch_geometric.nn.GPSConv"
         raise ValueError(f"{type(model).__name__} has nothing to replace: it {problem}")
@@ -92,7 +88,7 @@ def replace_(
     ours = {x: _with_parameters_of(x, conversion, generator) for x in performers}
     if multihead:
         convert(family, calibration, generator)
-    for layer in layers.values():
+    for layer in layers:
         layer.attn = ours.get(layer.attn, layer.attn)
     return model
 
@@ -102,28 +98,31 @@ class _MultiheadLayers(TorchModules):
 
     def sites(self) -> list[TorchSite]:
         """List the modules in the order of ``named_modules``."""
-        found = {
-            layer.attn: f"{name}.attn".lstrip(".")
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, GPSConv)
-            and isinstance(layer.attn, nn.MultiheadAttention)
-            and not isinstance(layer.attn, FavorAttention)
-        }
         return [
             TorchSite(name, module, False, module.head_dim, module.num_heads)
-            for module, name in found.items()
+            for module, name in _attentions(self.model, nn.MultiheadAttention).items()
         ]
+
+
+def _attentions(model: nn.Module, kind: type[nn.Module]) -> dict[Any, str]:
+    """Names of the attentions of one kind in ``GPSConv`` that are not replaced yet."""
+    return {
+        layer.attn: f"{name}.attn".lstrip(".")
+        for name, layer in model.named_modules()
+        if isinstance(layer, GPSConv)
+        and isinstance(layer.attn, kind)
+        and not isinstance(layer.attn, (FavorAttention, GraphAttention))
+    }
 
 
 def _with_parameters_of(
     module: Any, conversion: Conversion, generator: torch.Generator | None
 ) -> GraphAttention:
     """Build the replacement of a ``PerformerAttention`` of PyTorch Geometric."""
-    relu = isinstance(module.kernel, nn.ReLU)
     features = GeneralizedFeatures(
         module.head_channels,
         conversion.num_features,
-        fn="relu" if relu else module.kernel,
+        fn="relu" if isinstance(module.kernel, nn.ReLU) else module.kernel,
         projection=conversion.projection,
         generator=generator,
     )
