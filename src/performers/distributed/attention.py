@@ -85,8 +85,9 @@ def _find_sinks_(
     parts: list[AttentionCall], head: Piece, sinks: int, group: dist.ProcessGroup
 ) -> None:
     """Set the sinks of the first and the last sequence apart, after those on earlier ranks."""
-    own = torch.stack([_count(parts[0]), _count(parts[-1])])
-    last = gather(own, group)[:, 1]
+    # Keys that take part.
+    counts = [part.valid_keys().long().sum(1) for part in (parts[0], parts[-1])]
+    last = gather(torch.stack(counts), group)[:, 1]
     for part in parts:
         before = torch.zeros_like(last[0])
         if part is parts[0]:
@@ -103,11 +104,6 @@ def _find_sinks_(
         )
         find_sinks_(part)
         part.state = None
-
-
-def _count(call: AttentionCall) -> Tensor:
-    """Keys that take part, ``(B,)``."""
-    return call.valid_keys().long().sum(1)
 
 
 def _message(call: AttentionCall) -> Message:

@@ -211,7 +211,8 @@ class SequenceParallel:
         else:
             own[1] = self._begins_again
             own[2:-1] = torch.tensor(header, device=device)
-            own[-1] = _checksum(features)
+            named = sorted(chain(features.named_parameters(), features.named_buffers()))
+            own[-1] = _checksum(tensor for _, tensor in named)
         rows = gather(own, self.group).tolist()
         if isinstance(header, ValueError):
             raise header
@@ -324,7 +325,7 @@ def check_alike(module: nn.Module, group: dist.ProcessGroup | None = None) -> No
     """
     group = _world() if group is None else group
     named = [*module.named_parameters(), *module.named_buffers()]
-    own = torch.stack([_checksum_of([tensor]) for _, tensor in named])
+    own = torch.stack([_checksum([tensor]) for _, tensor in named])
     rows = gather(own, group)
     differs = (rows != rows[0]).any(0).tolist()
     names = [name for (name, _), different in zip(named, differs, strict=True) if different]
@@ -336,13 +337,8 @@ def check_alike(module: nn.Module, group: dist.ProcessGroup | None = None) -> No
         )
 
 
-def _checksum(features: FeatureMap) -> Tensor:
-    """A number of the bits of all parameters and buffers."""
-    named = sorted(chain(features.named_parameters(), features.named_buffers()))
-    return _checksum_of(tensor for _, tensor in named)
-
-
-def _checksum_of(tensors: Iterable[Tensor]) -> Tensor:
+def _checksum(tensors: Iterable[Tensor]) -> Tensor:
+    """A number of the bits of all tensors."""
     total = torch.zeros((), dtype=torch.int64)
     for tensor in tensors:
         # In parts, since the products take eight times the memory.

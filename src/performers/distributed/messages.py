@@ -7,7 +7,7 @@ uses: a rank that left one out would leave the others waiting.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,35 +99,21 @@ def exchange(
     tensors = [x for message in messages for part in message if part is not None for x in part]
     packed = torch.cat([x.to(dtype).flatten() for x in tensors])
     sizes = [x.numel() for x in tensors]
-    received = [
-        _unpacked(messages, iter(row.split(sizes))) for row in _Gather.apply(packed, group).unbind()
-    ]
-    return received, packed.nbytes
 
+    def unpacked(row: Tensor) -> list[Message]:
+        numbers = iter(row.split(sizes))
 
-def _unpacked(messages: Sequence[Message], numbers: Iterator[Tensor]) -> list[Message]:
-    """Messages of the shapes of some, from their numbers in order."""
+        def restored(like: Any) -> Any:
+            if isinstance(like, tuple):
+                return type(like)(*map(restored, like))
+            if like is None:
+                return None
+            found = next(numbers).view(like.shape)
+            return found > 0.5 if like.dtype == torch.bool else found
 
-    def sums(like: Sums) -> Sums:
-        return Sums(*(next(numbers).view(x.shape) for x in like))
+        return [restored(message) for message in messages]
 
-    def keys(like: Keys | None) -> Keys | None:
-        if like is None:
-            return None
-        key, value, mask = (next(numbers).view(x.shape) for x in like)
-        return Keys(key, value, mask > 0.5)
-
-    return [
-        Message(
-            sums(message.total),
-            None if message.front is None else sums(message.front),
-            None if message.back is None else sums(message.back),
-            keys(message.left),
-            keys(message.right),
-            keys(message.sinks),
-        )
-        for message in messages
-    ]
+    return [unpacked(row) for row in _Gather.apply(packed, group).unbind()], packed.nbytes
 
 
 def merged(parts: list[Sums], like: Sums, *, scaled: bool) -> Sums:
