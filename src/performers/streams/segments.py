@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from performers.streams.text import Texts
+from performers.training.trainer import shuffled_epochs
 
 IGNORED = -100
 """Label of places without a prediction."""
@@ -94,21 +95,13 @@ class StreamSegments(Sampler[list[Segment]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[Segment]]:
-        order = self._order()
+        order = shuffled_epochs(len(self.counts), self.seed)
         streams = [self._stream(order) for _ in range(self.rows * self.processes)]
         for batch in range(self.num_batches):
             first = batch % self.processes * self.rows
             yield [next(stream) for stream in streams[first : first + self.rows]]
 
     def _stream(self, order: Iterator[int]) -> Iterator[Segment]:
-        while True:
-            document = next(order)
+        for document in order:
             for index in range(int(self.counts[document])):
                 yield Segment(document, index * self.length, index == 0)
-
-    def _order(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.counts))
-            yield from (int(index) for index in order if self.counts[index])
-            epoch += 1

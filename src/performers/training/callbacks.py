@@ -1,8 +1,9 @@
 """Callbacks of a training run: redraws, time, memory, progress, stopping on a signal."""
 
+from __future__ import annotations
+
 import ctypes
 import json
-import os
 import signal
 import threading
 import time
@@ -10,14 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import distributed, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from performers.app.progress import duration
 from performers.features import FeatureRedrawer
+
+if TYPE_CHECKING:
+    from performers.training.trainer import RunTrainer
+
+_FEWEST_BATCHES = 50
 
 
 class RedrawCallback(TrainerCallback):
@@ -115,6 +123,48 @@ class TimeLimitCallback(ClockCallback):
             control.should_training_stop = True
 
 
+class EstimateCallback(TrainerCallback):
+    """Announces how long a run takes, from the time of its first batch.
+
+    The batch is run twice, forward and backward, and timed the second time. Gradients and random
+    states are as before afterwards, so the run's numbers do not depend on it. Short runs, and runs
+    of several processes, are not announced.
+    """
+
+    def __init__(self, trainer: RunTrainer, announce: Callable[[str], None]) -> None:
+        self.trainer, self.announce = trainer, announce
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Time a batch."""
+        steps = state.max_steps - state.global_step
+        batches = steps * args.gradient_accumulation_steps
+        if args.world_size > 1 or batches < _FEWEST_BATCHES:
+            return
+        seconds = self._seconds()
+        self.announce(
+            f"about {duration(batches * seconds)} for {steps:,} steps, at {seconds:.2g} s a batch; "
+            "validations and checkpoints come on top"
+        )
+
+    def _seconds(self) -> float:
+        model: Any = self.trainer.model
+        accelerator = self.trainer.accelerator
+        batch = self.trainer.first_batch()
+        inputs = {name: value.to(accelerator.device) for name, value in batch.items()}
+        # fork_rng restores the states of CUDA devices too.
+        with torch.random.fork_rng(), self.trainer.compute_loss_context_manager():
+            for _ in range(2):
+                begun = time.perf_counter()
+                with accelerator.autocast():
+                    loss = self.trainer.compute_loss(model, inputs)
+                loss.backward()
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
+        model.zero_grad(set_to_none=True)
+        return seconds
+
+
 class TrimCallback(TrainerCallback):
     """Returns free memory to the system when the process has much more than a step needs.
 
@@ -148,12 +198,9 @@ class TrimCallback(TrainerCallback):
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process in bytes; 0 where ``/proc`` does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    except OSError:
-        return 0
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    """Anonymous memory of this process in bytes; 0 where the system does not tell."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", memory.rss))
 
 
 def _heap_trim() -> Callable[[], object] | None:

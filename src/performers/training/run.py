@@ -17,6 +17,7 @@ from performers.models.manifest import save_model_folder
 from performers.training.arguments import tracker_callbacks, training_arguments
 from performers.training.callbacks import (
     ClockCallback,
+    EstimateCallback,
     IntervalsCallback,
     ProgressCallback,
     RedrawCallback,
@@ -27,7 +28,6 @@ from performers.training.callbacks import (
 )
 from performers.training.checkpoints import newest_checkpoint
 from performers.training.environment import quiet_transformers
-from performers.training.estimate import EstimateCallback
 from performers.training.options import TrainingOptions
 from performers.training.parallel import lost_processes
 from performers.training.trainer import RunTrainer
@@ -50,8 +50,8 @@ class TrainingRun:
             of one that is no longer there.
 
     Raises:
-        UserError: The folder holds another run or something else, all checkpoints are damaged,
-            torch lacks the optimizer, or the device or the package of a tracker is missing.
+        UserError: The folder holds another run or something else, all checkpoints are damaged, or
+            the device or the package of a tracker is missing.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class TrainingRun:
         ):
             trainer.add_callback(callback)
         if announce is not None and trainer.limit is None:
-            trainer.add_callback(EstimateCallback(trainer, trainer.first_batch, announce))
+            trainer.add_callback(EstimateCallback(trainer, announce))
         # After the estimate, whose batches are no training.
         trainer.add_callback(clock)
         if progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from performers.training.run import TrainingRun
 
 
+def shuffled_epochs(size: int, seed: int) -> Iterator[int]:
+    """The indices below ``size`` again and again, each epoch in an order of its own."""
+    for epoch in itertools.count():
+        yield from np.random.default_rng((seed, epoch)).permutation(size).tolist()
+
+
 class ShuffledBatches(Sampler[list[int]]):
     """Batches of a fixed number of indices, each epoch in an order of its own.
 
@@ -36,16 +43,9 @@ class ShuffledBatches(Sampler[list[int]]):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        indices = self._indices()
+        indices = shuffled_epochs(self.size, self.seed)
         for _ in range(self.num_batches):
-            yield [next(indices) for _ in range(self.rows)]
-
-    def _indices(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-            yield from map(int, order)
-            epoch += 1
+            yield list(itertools.islice(indices, self.rows))
 
 
 class RunTrainer(ParallelTrainer):

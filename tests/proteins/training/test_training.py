@@ -227,8 +227,9 @@ def test_what_cannot_be_trained_leaves_the_folder_empty(tmp_path):
 
 
 def test_the_estimate_comes_before_the_first_step_and_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("performers.training.estimate._FEWEST_BATCHES", 1)
+    monkeypatch.setattr("performers.training.callbacks._FEWEST_BATCHES", 1)
     clock = SimpleNamespace(late=0.0, monotonic=lambda: time.monotonic() + clock.late)
+    clock.perf_counter = time.perf_counter
     monkeypatch.setattr("performers.training.callbacks.time", clock)
     options, said = small_options(steps=2), []
 
