@@ -14,20 +14,25 @@ def model(request):
     )
 
 
+def scores_of(model, points, answer):
+    """Scores of all places, in one pass over the right answers."""
+    encoded = model.encode(points)
+    hidden = model._inputs(encoded, answer)
+    for block in model.decoder:
+        hidden = block(hidden, is_causal=True, memory=encoded[:, : points.shape[1]])
+    return model.pointing(model.decoder_norm(hidden)) @ encoded.mT / 32**0.5
+
+
 def test_decoding_follows_the_scores_of_the_loss(model):
     """Greedy steps with a state are the maxima of one pass over the same sequence."""
     points = torch.rand(3, 9, 2)
     with torch.no_grad():
         answer = model.decode(points)
-        encoded = model.encode(points)
-        hidden = model._inputs(encoded, answer)
-        for block in model.decoder:
-            hidden = block(hidden, is_causal=True, memory=encoded[:, :9])
-        scores = model.pointing(model.decoder_norm(hidden)) @ encoded.mT
+        scores = scores_of(model, points, answer)
     for row in range(3):
         chosen = []
         for step, point in enumerate(answer[row].tolist()):
-            free = [number for number in range(encoded.shape[1]) if number not in chosen]
+            free = [number for number in range(scores.shape[2]) if number not in chosen]
             best = max(free, key=lambda number: float(scores[row, step, number]))
             assert best == (9 if point == -100 else point)
             if point == -100:
@@ -38,17 +43,10 @@ def test_decoding_follows_the_scores_of_the_loss(model):
 def test_the_loss_is_the_cross_entropy_of_free_points(model):
     points = torch.rand(2, 6, 2)
     target = torch.tensor([[3, 1, 0, 2], [5, 4, -100, -100]])
-    encoded = model.encode(points)
-    hidden = model._inputs(encoded, target)
-    for block in model.decoder:
-        hidden = block(hidden, is_causal=True, memory=encoded[:, :6])
-    scores = model.pointing(model.decoder_norm(hidden)) @ encoded.mT / 32**0.5
-    losses = []
+    scores, losses = scores_of(model, points, target), []
     for row in range(2):
         for step in range(int((target[row] >= 0).sum())):
-            free = torch.ones(encoded.shape[1], dtype=torch.bool)
-            free[target[row, :step]] = False
-            masked = scores[row, step].masked_fill(~free, float("-inf"))
+            masked = scores[row, step].index_fill(0, target[row, :step], float("-inf"))
             losses.append(F.cross_entropy(masked[None], target[row, step][None]))
     torch.testing.assert_close(model.loss(points, target), torch.stack(losses).mean())
 
