@@ -144,7 +144,6 @@ def test_files_that_are_no_text_are_counted_and_the_rest_is_read(tmp_path):
         ({"a.txt": b"text", "t": SPARSE}, ("--tokenizer", "t"), "numbers its 2 tokens up to 7"),
         ({"a.txt": b"text"}, ("--tokenizer", "none"), "--tokenizer none does not exist"),
         ({"a.txt": b"text", "t": b"{"}, ("--tokenizer", "t"), "--tokenizer t cannot be read"),
-        ({"a.txt": b"text"}, ("--objective", "mlm"), "trained on with --objective clm"),
         ({"a.txt": b"text"}, ("--packed",), "--packed is for sequences"),
     ],
     ids=str,

@@ -139,15 +139,10 @@ def test_bits_by_place_are_those_of_the_oracle(length, context, carry, rows, tex
         ({"objective": "mlm"}, "texts are trained on with --objective clm"),
         ({"packed": True}, r"--packed is for sequences"),
         ({"families": "all"}, r"--families is for sequences"),
-        ({"objective": "mlm", "carry_state": True}, "--carry-state needs --objective clm"),
         ({"fsdp": True}, "--fsdp and --sequence-parallel are for sequences"),
-        ({"memory": 4}, "--memory needs --attention exact"),
-        ({"attention": "exact", "carry_state": True}, "needs --memory"),
-        ({"carry_state": True, "reversible": True}, "cannot be combined with --reversible"),
-        ({"carry_state": True, "position_embedding": "learned"}, "use --positions rotary"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes, words, texts, tmp_path):
+def test_options_of_sequences_are_refused(changes, words, texts, tmp_path):
     with pytest.raises(UserError, match=words):
         train(texts, tmp_path, **changes)
     assert not list(tmp_path.iterdir())

@@ -9,10 +9,10 @@ import typer
 
 from performers.app.errors import UserError
 from performers.cli.app import app
-from performers.models.attention import build_mechanism
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.training.options import TrainingOptions
 
+CARRIED = {"objective": "clm", "carry_state": True}
 OUT_OF_RANGE = {
     "objective": ["lm"],
     "estimator": ["best", "data_aware"],
@@ -25,6 +25,7 @@ OUT_OF_RANGE = {
     "max_length": [2, 10_000],
     "batch_tokens": [0, 1000],
     "steps": [0, -5],
+    "sequence_parallel": [0],
     "seed": [-1, 2**32],
     "dropout": [1.0, -0.1, math.nan],
     "mask_probability": [0.0, 1.5],
@@ -49,13 +50,6 @@ def test_an_option_out_of_range_is_an_error_that_names_its_flag(name, value):
     assert "num_attention_heads" not in str(caught.value)
 
 
-@pytest.mark.parametrize("estimator", ["hyperbolic", "trigonometric"])
-def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
-    with pytest.raises(UserError, match=r"^--num-features must be a positive even number"):
-        TrainingOptions(estimator=estimator, num_features=33)
-    TrainingOptions(estimator=estimator, num_features=34)
-
-
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
@@ -64,14 +58,18 @@ def test_a_two_sided_estimator_needs_an_even_number_of_features(estimator):
             "--window needs --attention favor-softmax, got --attention exact",
         ),
         ({"attention": "favor-relu", "estimator": "hyperbolic"}, "--estimator needs --attention"),
+        ({"estimator": "hyperbolic", "num_features": 33}, "--num-features must be a positive even"),
         ({"attention": "exact", "sequence_parallel": 2}, "--sequence-parallel needs --attention"),
+        ({"sequence_parallel": 2, "optimizer": "muon"}, "--optimizer muon needs whole matrices"),
+        ({"fsdp": True, "optimizer": "muon"}, "use --optimizer adamw"),
         ({"objective": "clm", "mask_probability": 0.2}, "--mask-probability needs --objective"),
         ({"objective": "clm", "position_window": 2}, "--position-window needs --objective mlm"),
-        (
-            {"memory": 8, "carry_state": True, "objective": "clm"},
-            "--memory needs --attention exact",
-        ),
         ({"reversible": True, "gradient_checkpointing": True}, "--gradient-checkpointing"),
+        ({"carry_state": True}, "--carry-state needs --objective clm"),
+        ({**CARRIED, "memory": 8}, "--memory needs --attention exact"),
+        ({**CARRIED, "attention": "exact"}, "with --attention exact needs --memory"),
+        ({**CARRIED, "reversible": True}, "cannot be combined with --reversible"),
+        ({**CARRIED, "position_embedding": "learned"}, "use --positions rotary"),
     ],
     ids=str,
 )
@@ -87,41 +85,37 @@ def test_to_make_options_draws_nothing():
     TrainingOptions(attention="favor-relu")
     # An option at its default needs nothing.
     TrainingOptions(attention="exact", estimator="positive", sequence_parallel=1)
+    TrainingOptions(estimator="trigonometric", num_features=34)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize(("objective", "causal"), [("mlm", False), ("clm", True)])
-def test_the_model_is_configured_as_asked(objective, causal):
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_the_model_is_configured_as_asked(objective):
     options = TrainingOptions(
         objective=objective,
-        attention="favor-relu",
         hidden_size=24,
         num_layers=5,
         num_heads=3,
         num_features=17,
+        window=16,
+        reversible=True,
+        feed_forward_chunk=64,
         position_embedding="learned",
         dropout=0.25,
         max_length=99,
     )
     tokenizer = build_protein_tokenizer()
     config = options.model_config(tokenizer)
-    assert config.is_decoder is causal
-    assert config.attention == "favor-relu"
+    assert config.is_decoder is (objective == "clm")
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (24, 5, 3)
     assert (config.intermediate_size, config.num_features) == (96, 17)
     assert (config.position_embedding, config.max_position_embeddings) == ("learned", 99)
     assert config.hidden_dropout_prob == 0.25
-    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (None, False, 0)
+    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (16, True, 64)
     assert config.vocab_size == len(tokenizer)
     assert config.eos_token_id == tokenizer.eos_token_id
-
-
-def test_windows_and_memory_reach_the_model():
-    tokenizer = build_protein_tokenizer()
-    options = TrainingOptions(window=16, reversible=True, feed_forward_chunk=64)
-    config = options.model_config(tokenizer)
-    assert (config.window, config.reversible, config.chunk_size_feed_forward) == (16, True, 64)
-    assert build_mechanism(config).window == 16
+    other = TrainingOptions(attention="favor-relu").model_config(tokenizer)
+    assert (other.attention, other.window) == ("favor-relu", None)
 
 
 def test_what_changes_the_result_makes_another_run():
