@@ -92,6 +92,16 @@ def test_a_redraw_makes_all_rows_forget(texts, tmp_path, monkeypatch):
     assert lengths == [0, 16, 32, 0, 16, 32, 0, 16], "redraws after steps 3 and 6"
 
 
+def oracle(model, read, context=10**6):
+    """Places of all tokens in their texts, and their nats, by contexts that are read at once."""
+    for document, count in enumerate(read.lengths.tolist()):
+        for begun in range(0, count - 1, context):
+            ids = torch.from_numpy(read.read(document, begun, begun + context + 1))
+            logits = model(ids[None, :-1], use_cache=False).logits[0].detach()
+            nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            yield from enumerate(nats.tolist(), start=begun)
+
+
 def test_a_saved_model_loads_and_evaluates(texts, tmp_path):
     result = train(texts, tmp_path, carry_state=True, validation_fraction=0.3)
     model = PerformerForCausalLM.from_pretrained(tmp_path)
@@ -101,12 +111,7 @@ def test_a_saved_model_loads_and_evaluates(texts, tmp_path):
     read = read_bytes(sorted(texts.iterdir()), print)
     found = evaluate_texts(model, read, length=16, carry=True, rows=3)
     assert found["tokens"] == sum(n - 1 for n in read.lengths)
-    # The oracle reads each text at once.
-    nats = 0.0
-    for document in range(len(read.documents)):
-        ids = torch.from_numpy(read.read(document, 0, 10**6))[None]
-        logits = model(ids, use_cache=False).logits[0, :-1].detach().log_softmax(-1)
-        nats -= float(logits.gather(-1, ids[0, 1:, None]).sum())
+    nats = sum(value for _, value in oracle(model, read))
     assert found["loss"] == pytest.approx(nats / found["tokens"], abs=1e-5)
 
 
@@ -118,16 +123,9 @@ def test_bits_by_place_are_those_of_the_oracle(length, context, carry, rows, tex
     model = PerformerForCausalLM.from_pretrained(trained)
     read = read_bytes(sorted(texts.iterdir()), print)
     found = evaluate_texts(model, read, length=length, context=context, carry=carry, rows=rows)
-    reach = 32 if carry or context is None else length
     sums = torch.zeros(16, 2, dtype=torch.float64)
-    for document, count in enumerate(read.lengths.tolist()):
-        whole = torch.from_numpy(read.read(document, 0, count))
-        for begun in range(0, count - 1, reach):
-            ids = whole[begun : begun + reach + 1]
-            logits = model(ids[None, :-1], use_cache=False).logits[0].detach()
-            nats = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-            for offset, value in enumerate(nats.tolist()):
-                sums[(begun + offset) % 32 // 2] += torch.tensor([value, 1.0])
+    for place, value in oracle(model, read, 32 if carry else length):
+        sums[place % 32 // 2] += torch.tensor([value, 1.0])
     bits = (sums[:, 0] / sums[:, 1] / 0.6931471805599453).tolist()
     assert [place["bits_per_byte"] for place in found["places"]] == pytest.approx(bits, abs=1e-4)
     assert [place["start"] for place in found["places"]] == list(range(0, 32, 2))
