@@ -8,22 +8,7 @@ import torch
 import torch.distributed as dist
 
 from performers.distributed import sequence_parallel, shard
-from performers.distributed.layout import Layout, Piece, find_layout
-
-
-def test_one_sequence_over_all_ranks():
-    layout = find_layout((4, 4, 3), 1, None, 4)
-    whole = Piece(0, 4, before=(0,), after=(2,))
-    assert layout == Layout(whole, (4,), whole)
-
-
-def test_sequences_that_cross_ranks():
-    # Ranks hold 0-4, 4-8 and 8-12; the sequence 6-11 begins on rank 1.
-    ends = (0, 3, 3, 5, 6, 11, 12)
-    head, tail = Piece(0, 1, (0,), ()), Piece(2, 4, (), (2,))
-    assert find_layout((4, 4, 4), 1, ends, None) == Layout(head, (1, 2, 4), tail)
-    first = find_layout((4, 4, 4), 0, ends, None)
-    assert first == Layout(Piece(0, 3, (), ()), (3, 4), Piece(3, 4, (), (1,)))
+from performers.distributed.layout import find_layout
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -52,7 +37,9 @@ def test_layouts_of_random_rows():
         sequence = [bisect.bisect_right(ends, place) for place in range(total)]
         for rank in range(len(lengths)):
             local = [sequence[place] for place in range(total) if owner[place] == rank]
-            head, inner, tail = find_layout(lengths, rank, ends, None)
+            # One sequence has no boundaries, or these.
+            given = None if len(ends) == 2 and rank % 2 else ends
+            head, inner, tail = find_layout(lengths, rank, given, None)
             changes = [i for i in range(1, len(local)) if local[i] != local[i - 1]]
             assert inner == (*changes, len(local))
             for piece, which in ((head, local[0]), (tail, local[-1])):

@@ -41,15 +41,8 @@ def attend_shard(
 
     The first sequence, and of bidirectional calls the last, is a call of its own between what other
     ranks sent. The others are one packed call: a causal sequence that begins here needs no other
-    rank.
-
-    Args:
-        call: Checked, of all local positions, without sinks and boundaries.
-        layout: The local sequences.
-        sinks: How many first keys of a sequence are exact.
-        group: The processes of the row.
-        backend: As in ``favor_attention``.
-        packed: Whether the row has several sequences.
+    rank. ``call`` is checked, of all local positions, without sinks and boundaries; ``packed`` says
+    that the row has several sequences.
     """
     pieces = [layout.head] if layout.tail == layout.head else [layout.head, layout.tail]
     parts = [call.sliced(piece.start, piece.stop) for piece in pieces]

@@ -78,9 +78,7 @@ def shard(
 def one_row(batch: Mapping[str, Tensor], *, is_causal: bool) -> tuple[dict[str, Tensor], list[int]]:
     """Rows of packed sequences as one row, and the boundaries of its sequences.
 
-    Args:
-        batch: Tensors of shape ``(B, L)``; ``sequence_ids``, with -1 at padding, among them.
-        is_causal: Whether labels are the next token's.
+    The tensors have shape ``(B, L)``; ``sequence_ids``, with -1 at padding, are among them.
     """
     ids = batch["sequence_ids"]
     rows = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)

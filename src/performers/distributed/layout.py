@@ -9,11 +9,8 @@ from typing import NamedTuple
 class Piece(NamedTuple):
     """Positions ``start`` to ``stop`` of a shard that belong to one sequence.
 
-    Attributes:
-        start: First position, counted in the shard.
-        stop: Position after the last.
-        before: Ranks that hold earlier positions of the sequence, in order.
-        after: Ranks that hold later ones.
+    ``before`` are the ranks that hold earlier positions of the sequence, in order, and ``after``
+    those that hold later ones.
     """
 
     start: int
@@ -41,13 +38,9 @@ class Layout(NamedTuple):
 def find_layout(
     lengths: tuple[int, ...], rank: int, boundaries: tuple[int, ...] | None, window: int | None
 ) -> Layout:
-    """The sequences of the shard of a rank.
+    """The sequences of the shard of a rank, of ``lengths`` positions on each.
 
-    Args:
-        lengths: Positions of each rank.
-        rank: This rank.
-        boundaries: Where sequences begin and end in the whole row; None for one sequence.
-        window: The reach of exact pairs.
+    ``boundaries`` are where sequences begin and end in the whole row; None for one sequence.
 
     Raises:
         ValueError: A rank has no position, or fewer than ``window`` between two others of one

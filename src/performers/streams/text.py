@@ -22,14 +22,7 @@ _PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """A part of a file of tokens that is read as one text.
-
-    Attributes:
-        path: File of unsigned integers of ``dtype``.
-        start: First token.
-        stop: Token after the last one.
-        size: Bytes of the text.
-    """
+    """Tokens ``start`` to ``stop`` of a file, read as one text of ``size`` bytes."""
 
     path: Path
     start: int
@@ -42,11 +35,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts whose tokens stay on disk; a slice of one is read at a time.
+    """Texts whose tokens, of type ``dtype``, stay on disk; a slice of one is read at a time.
 
-    Attributes:
-        documents: The texts, each with two tokens at least.
-        dtype: Type of the tokens in the files.
+    Each has two tokens at least.
     """
 
     documents: tuple[Document, ...]

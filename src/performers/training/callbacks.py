@@ -46,8 +46,8 @@ class RedrawCallback(TrainerCallback):
 class ClockCallback(TrainerCallback, ExportableState):
     """Seconds of training over all parts of a resumed run, saved in the checkpoints."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
+        self.seconds = 0.0
         self._last = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,19 +75,12 @@ class TimeLimitCallback(ClockCallback):
     """Ends a run after so many seconds of processor time, with a checkpoint.
 
     Counted is the time of all threads of the process within steps, without loading, validations and
-    checkpoints, over all parts of a resumed run. Of several processes the slowest decides.
-
-    Args:
-        limit: Processor seconds.
-        seconds: Those that are spent.
-        saves: Save a checkpoint after each tenth of the limit.
-        validates: Validate after each tenth of the limit.
+    checkpoints, over all parts of a resumed run. Of several processes the slowest decides. After
+    each tenth of the limit the run saves a checkpoint and validates, if it is to.
     """
 
-    def __init__(
-        self, limit: float, seconds: float = 0.0, *, saves: bool = False, validates: bool = False
-    ) -> None:
-        super().__init__(seconds)
+    def __init__(self, limit: float, *, saves: bool, validates: bool) -> None:
+        super().__init__()
         self.limit, self.saves, self.validates = limit, saves, validates
 
     @property

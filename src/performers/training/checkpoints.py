@@ -35,13 +35,9 @@ class CheckpointTrainer(Trainer):
 
 
 def newest_checkpoint(folder: Path, *, processes: int = 1) -> Path | None:
-    """The newest checkpoint that is complete and undamaged.
+    """The newest ``checkpoint-N`` in a folder that is complete and undamaged.
 
     The first process logs newer ones, which are skipped, to the logger ``performers``.
-
-    Args:
-        folder: Folder of the ``checkpoint-N`` folders of a run.
-        processes: Number of processes of the run, each with its own random state.
 
     Returns:
         The checkpoint; None if no saving was completed and the run starts anew.

@@ -18,7 +18,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_training_memory(
-    config: PerformerConfig, optimizer: str, tokens: int = 0, share: float = 1.0
+    config: PerformerConfig, optimizer: str, tokens: int, share: float
 ) -> None:
     """Refuse a training that no memory of this machine can hold; see `training_bytes`.
 

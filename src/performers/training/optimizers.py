@@ -23,15 +23,9 @@ class Muon(Optimizer):
 
     ``M = b M + (1 - b) G``, ``W = (1 - lr weight_decay) W - 0.2 sqrt(max(n, m)) lr O``
 
-    where ``O`` is ``orthogonalized((1 - b) G + b M)``. Differs from ``torch.optim.Muon`` (with
-    ``adjust_lr_fn="match_rms_adamw"``) in what it iterates in: float32 on CPUs, of which few
-    multiply bfloat16, and all matrices of a shape at once.
-
-    Args:
-        matrices: Parameters of two dimensions.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
-        momentum: Factor ``b`` of the momentum.
+    where ``O`` is ``orthogonalized((1 - b) G + b M)`` and ``b`` is ``momentum``. Differs from
+    ``torch.optim.Muon`` (with ``adjust_lr_fn="match_rms_adamw"``) in what it iterates in: float32
+    on CPUs, of which few multiply bfloat16, and all matrices of a shape at once.
     """
 
     def __init__(
@@ -87,8 +81,8 @@ class MuonAdamW(Optimizer):
 
     `Muon` replaces the momentum of a matrix by the nearest orthogonal one, so that all its
     directions are learnt at the same pace. Updates are of the size of AdamW's, hence one learning
-    rate serves both. A fused projection of queries, keys and
-    values counts as one matrix. Parameters may be replicated (data parallelism) but not sharded.
+    rate serves both. A fused projection of queries, keys and values counts as one matrix.
+    Parameters may be replicated (data parallelism) but not sharded.
 
     Args:
         model: A transformers model. The layer of a classifier counts as a matrix inside.
@@ -115,17 +109,17 @@ class MuonAdamW(Optimizer):
             {"params": vectors, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self._parts: list[Optimizer] = []
+        parts: list[Optimizer] = []
         # Both refuse an empty list of parameters.
         if matrices:
-            self._parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
+            parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if groups:
-            self._parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
-        if not self._parts:
+            parts.append(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps))
+        if not parts:
             raise ValueError("model has no parameter that requires a gradient")
-        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
+        super().__init__([group for part in parts for group in part.param_groups], {"lr": lr})
+        self._parts = parts
         self._share_groups()
-        self._made = True
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -147,7 +141,7 @@ class MuonAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse groups after construction: they could belong to either optimizer."""
-        if getattr(self, "_made", False):
+        if hasattr(self, "_parts"):
             raise NotImplementedError(
                 "MuonAdamW takes its parameters from the model; unfreeze them and make a new one"
             )
@@ -155,7 +149,7 @@ class MuonAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for copies, which includes both optimizers."""
-        return {**super().__getstate__(), "_parts": self._parts, "_made": True}
+        return {**super().__getstate__(), "_parts": self._parts}
 
     def _share_groups(self) -> None:
         """Refer to the groups of the parts, which the learning rates of a scheduler must reach."""
