@@ -22,12 +22,7 @@ CASES = {
     "packed, one sequence over all": {"ends": (0, 96), "window": 5},
     "packed at the edge": {"ends": (0, 20, 48, 96), "window": 7, "sinks": 2},
     "packed, window and sinks": {"ends": (0, 11, 52, 60, 96), "window": 7, "sinks": 3},
-    "packed, mask, window and sinks": {
-        "ends": (0, 11, 52, 60, 96),
-        "window": 7,
-        "sinks": 3,
-        "masked": True,
-    },
+    "packed and masked": {"ends": (0, 11, 52, 60, 96), "window": 7, "sinks": 3, "masked": True},
     "uneven": {"lengths": (61, 35), "window": 7, "sinks": 2},
     "last shard within the window": {"lengths": (93, 3), "window": 9},
     "window across both": {"lengths": (50, 46), "window": 46},
@@ -40,11 +35,15 @@ CASES = {
     "trained features": {"features": "learned", "window": 7},
     "float64": {"dtype": torch.float64, "window": 7, "sinks": 2},
     "no key in the first shard": {"masked": True, "hidden": 48, "window": 7, "sinks": 2},
+    "bfloat16": {"dtype": torch.bfloat16, "window": 7, "sinks": 2},
+    "checkpoint": {"checkpointed": True, "window": 7, "sinks": 2},
+    "torch": {"backend": "torch", "window": 7, "sinks": 2},
 }
 
 CALLS = [(direction, name) for name in CASES for direction in ("causal", "bidirectional")]
-# Every other call: either direction meets every kind of options.
+# Every other call: either direction meets every kind of options. Of checkpoints both.
 BY_DEFAULT = [("causal" if n % 2 else "bidirectional", name) for n, name in enumerate(CASES)]
+BY_DEFAULT += [("bidirectional", "checkpoint")]
 
 
 def make_features(kind: str, num_heads: int | None, dtype: torch.dtype) -> torch.nn.Module:
@@ -181,18 +180,10 @@ def all_errors(rank: int, world: int, *, every: bool) -> dict[str, dict[str, flo
         for direction, name in CALLS
         if every or (direction, name) in BY_DEFAULT
     }
-    options = {"window": 7, "sinks": 2}
     for name in backends():
-        found[f"backend {name}"] = attention_errors(rank, world, True, **options, backend=name)
-    for is_causal in (True, False):
-        for kind, more in (
-            ("checkpoint", {"checkpointed": True}),
-            ("bfloat16", {"dtype": torch.bfloat16}),
-        ):
-            found[f"{kind}, causal={is_causal}"] = attention_errors(
-                rank, world, is_causal, **options, **more
-            )
-    found["torch, causal=False"] = attention_errors(rank, world, False, **options, backend="torch")
+        found[f"backend {name}"] = attention_errors(
+            rank, world, True, window=7, sinks=2, backend=name
+        )
     found["a dimension of a mesh"] = mesh_errors((1, world))
     found["not finite"] = nonfinite_errors(rank)
     found["message"] = {"bytes": message_bytes(48), "of a longer row": message_bytes(480)}

@@ -220,9 +220,8 @@ def unlike_models(rank: int) -> str:
 def all_errors(folder: Path, *, every: bool) -> dict[str, dict[str, float]]:
     """Errors of models, of a saved one and of a short training run."""
     kinds = (*KINDS, *SLOW_KINDS) if every else KINDS
-    found = {f"model {kind}": model_errors(kind) for kind in kinds}
     return {
-        **found,
+        **{kind: model_errors(kind) for kind in kinds},
         "saved": saved_error(folder / "llama"),
         "five steps": training_errors(512),
         "short row": short_row_error(dist.get_rank()),
