@@ -109,18 +109,20 @@ def write_subwords(
             size = usable_bytes(file, left_out)
             if not size:
                 continue
-            begun, given_back = place, True
+            begun, read, given_back = place, 0, True
             try:
-                for piece in _pieces(file):
+                for block in _pieces(file):
+                    piece = block.decode("utf-8")
                     ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
                     out.write(np.asarray(ids, dtype=dtype).tobytes())
                     place += len(ids)
                     given_back = given_back and _is_given_back(tokenizer, piece, ids)
+                    read += len(block)
             except UnicodeDecodeError as error:
                 out.seek(begun * np.dtype(dtype).itemsize)
                 out.truncate()
                 place = begun
-                where = f"{file.name} at byte {error.start:,}"
+                where = f"{file.name} at byte {read + error.start:,}"
                 left_out.setdefault("not UTF-8 text", []).append(where)
                 continue
             if place - begun < 2:
@@ -150,9 +152,9 @@ def write_subwords(
     return Texts(tuple(documents), dtype)
 
 
-def _pieces(file: Path) -> Iterator[str]:
-    """Text of a file in pieces of about 1 MB that end with a line, or else before a space."""
-    rest, place = b"", 0
+def _pieces(file: Path) -> Iterator[bytes]:
+    """Content of a file in pieces of about 1 MB that end with a line, or else before a space."""
+    rest = b""
     with file.open("rb") as source:
         while block := source.read(_PIECE):
             rest += block
@@ -160,19 +162,10 @@ def _pieces(file: Path) -> Iterator[str]:
                 break
             cut = rest.rfind(b"\n") + 1 or max(rest.rfind(b" "), 0)
             if cut:
-                yield _decoded(rest[:cut], place)
-                rest, place = rest[cut:], place + cut
+                yield rest[:cut]
+                rest = rest[cut:]
     if rest:
-        yield _decoded(rest, place)
-
-
-def _decoded(block: bytes, place: int) -> str:
-    try:
-        return block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UnicodeDecodeError(
-            error.encoding, error.object, error.start + place, error.end + place, error.reason
-        ) from error
+        yield rest
 
 
 def _description(tokenizer: PreTrainedTokenizerBase) -> str:
