@@ -70,14 +70,6 @@ def test_losses_of_draws_are_those_of_the_formula(count):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_draws_of_the_target_count_zero():
-    items = torch.tensor([[50.0, 0.0], [0.0, 1.0]])
-    sampler = CatalogueSampler(items)
-    query, target = torch.tensor([[1.0, 0.0]]), torch.tensor([0])
-    loss = sampled_softmax_loss(query, items, target, sampler, 100)
-    assert 0 <= float(loss) < 1e-6
-
-
 def test_one_item_has_no_loss():
     items = torch.randn(1, 3, requires_grad=True)
     loss = sampled_softmax_loss(

@@ -58,9 +58,6 @@ def test_draws_have_the_frequencies_that_log_q_says(sampler, query, shared):
     ids, log_q = sampler.sample(queries, count, shared=shared, generator=generator)
     frequency = torch.bincount(ids.flatten(), minlength=sampler.num_items) / count
     said = torch.zeros(sampler.num_items).index_put((ids.flatten(),), log_q.flatten().exp())
-    if not shared:
-        exact = sampler.log_prob(queries, everything(sampler, queries)).exp()[0]
-        torch.testing.assert_close(said[frequency > 0], exact[frequency > 0], rtol=1e-4, atol=0)
     error = (frequency - said).abs()
     assert bool((error <= 6 * (said / count).sqrt() + 1e-12).all())
 

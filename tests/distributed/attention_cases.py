@@ -1,5 +1,7 @@
 """Attention of one row over processes against one process, for every kind of call."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -66,8 +68,6 @@ def attention_errors(
     is_causal: bool,
     *,
     lengths: tuple[int, ...] | None = None,
-    window: int | None = None,
-    sinks: int = 0,
     masked: bool = False,
     first_masked: bool = False,
     hidden: int = 0,
@@ -76,11 +76,14 @@ def attention_errors(
     key_heads: int = 4,
     num_heads: int | None = None,
     dtype: torch.dtype = torch.float32,
-    backend: str | None = None,
     checkpointed: bool = False,
     group: dist.ProcessGroup | None = None,
+    **options: Any,
 ) -> dict[str, float]:
-    """Largest error of the output and of each gradient, relative to the largest entry."""
+    """Largest error of the output and of each gradient, relative to the largest entry.
+
+    ``options`` are those of ``favor_attention``.
+    """
     lengths = lengths if lengths and len(lengths) == world else (96 // world,) * world
     total = sum(lengths)
     generator = torch.Generator().manual_seed(7)
@@ -102,7 +105,7 @@ def attention_errors(
             mask[-1, 2:7] = True
     feature_map = make_features(features, num_heads, torch.promote_types(dtype, torch.float32))
     cu_seqlens = None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    options = {"is_causal": is_causal, "window": window, "sinks": sinks, "backend": backend}
+    options["is_causal"] = is_causal
 
     for x in whole:
         x.requires_grad_()

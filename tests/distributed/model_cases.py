@@ -26,16 +26,10 @@ ENDS = (0, 30, 101, 160)
 def make_model(kind: str) -> torch.nn.Module:
     """A small model, the same on all ranks."""
     torch.manual_seed(3)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     if "llama" in kind:
-        config = LlamaConfig(
-            vocab_size=40,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            pad_token_id=0,
-        )
+        config = LlamaConfig(**sizes, num_key_value_heads=2, pad_token_id=0)
         model = to_performer(LlamaForCausalLM(config), num_features=32, window=8, sinks=2)
         model.config.use_cache = False
         return model
@@ -45,15 +39,7 @@ def make_model(kind: str) -> torch.nn.Module:
         "masked": {"window": 8},
     }.get(kind, {"window": 8, "sinks": 2, "position_embedding": "rotary"})
     config = PerformerConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        num_features=32,
-        hidden_dropout_prob=0.0,
-        use_cache=False,
-        **options,
+        **sizes, **options, num_features=32, hidden_dropout_prob=0.0, use_cache=False
     )
     if kind == "masked":
         return PerformerForMaskedLM(config)

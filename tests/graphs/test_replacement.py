@@ -182,8 +182,5 @@ def test_what_cannot_be_replaced_is_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         replace_(model, **options)
     assert dict(model.named_modules()) == before
-
-
-def test_what_is_no_module():
     with pytest.raises(TypeError, match="model must be a torch module"):
         replace_("gps")
