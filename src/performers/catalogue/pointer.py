@@ -210,10 +210,10 @@ class PerformerPointer(nn.Module):
     def _memory(self, encoded: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Encoder outputs of the points, and the mask of the places that can be pointed at."""
         mask = torch.ones(encoded.shape[:2], dtype=torch.bool, device=encoded.device)
-        ends = int(self.end is not None)
+        size = encoded.shape[1] - int(self.end is not None)
         if key_mask is not None:
-            mask[:, : encoded.shape[1] - ends] = key_mask
-        return encoded[:, : encoded.shape[1] - ends], mask
+            mask[:, :size] = key_mask
+        return encoded[:, :size], mask
 
     def _inputs(self, encoded: Tensor, target: Tensor) -> Tensor:
         """Decoder inputs: the start, then the points of all steps but the last."""
