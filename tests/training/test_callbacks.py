@@ -1,7 +1,7 @@
 """Freed memory goes back to the system when more is held than a step needs."""
 
 import gc
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -11,36 +11,28 @@ from performers.training import callbacks
 from performers.training.callbacks import TrimCallback, anonymous_bytes
 from tests.proteins.runs import proteins, small_options
 
+# Nothing is known of a step's need at first: 10 of slack are let be.
+GROWTH = [100, 110, 111, 120]
+# Then a step adds 50: up to 120 + 2 * 50 + 10.
+GROWTH += [170, 230, 231, 120]
+# A smaller step does not lower the need, a larger one raises it: 120 + 2 * 60 + 10.
+GROWTH += [130, 231, 120, 180, 250, 251, 120]
 
-def trims(monkeypatch, callback, values):
-    """The steps (from 1) at whose end the callback trims, the memory held being as given."""
-    held = iter(values)
-    trimmed = []
-    step = SimpleNamespace(number=0)
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [(GROWTH, [3, 6, 8, 11]), ([100, 111, 100, 90, 110, 111, 100], [2, 5])],
+    ids=["growth", "a step that frees memory"],
+)
+def test_memory_is_trimmed_when_it_is_over_twice_a_steps_need(monkeypatch, values, expected):
+    """Values are the memory at the end of each step, and after a trim."""
+    held, trimmed = iter(values), []
     monkeypatch.setattr(callbacks, "anonymous_bytes", lambda: next(held))
-    callback.trim = lambda: trimmed.append(step.number)
-    while True:
-        step.number += 1
-        try:
-            callback.on_step_end(None, None, None)
-        except StopIteration:
-            return trimmed
-
-
-def test_memory_is_trimmed_when_it_is_over_twice_a_steps_need(monkeypatch):
-    first, after = 100, 120
-    # Nothing is known of a step's need at first: 10 of slack are let be.
-    values = [first, 110, 111, after]
-    # Then a step adds 50: up to 120 + 2 * 50 + 10.
-    values += [170, 230, 231, after]
-    # A smaller step does not lower the need, a larger one raises it: 120 + 2 * 60 + 10.
-    values += [130, 231, after, 180, 250, 251, after]
-    assert trims(monkeypatch, TrimCallback(slack=10), values) == [3, 6, 8, 11]
-
-
-def test_a_step_that_frees_memory_needs_none(monkeypatch):
-    values = [100, 111, 100, 90, 110, 111, 100]
-    assert trims(monkeypatch, TrimCallback(slack=10), values) == [2, 5]
+    callback = TrimCallback(slack=10)
+    for step in range(1, len(values) - len(expected) + 1):
+        callback.trim = partial(trimmed.append, step)
+        callback.on_step_end(None, None, None)
+    assert trimmed == expected
 
 
 def test_nothing_happens_without_the_c_library(monkeypatch):

@@ -20,9 +20,6 @@ ATTENTIONS = (
 ESTIMATORS = ("positive", "hyperbolic", "trigonometric")
 """Estimators that are not calibrated on a trained model."""
 
-TRACKERS = ("tensorboard", "wandb")
-"""Trackers of experiments that a training logs to."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options):
@@ -232,7 +229,7 @@ class TrainingOptions(Options):
     report_to: tuple[str, ...] | None = option(
         "Trackers to log to: tensorboard (into --output), wandb; with a comma between.",
         None,
-        choices=TRACKERS,
+        choices=("tensorboard", "wandb"),
         changes_result=False,
     )
 

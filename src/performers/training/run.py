@@ -189,28 +189,26 @@ def check_same_run(
     earlier = read_json(settings)
     if not isinstance(earlier, dict) or not {"options", "data"} <= earlier.keys():
         raise UserError(f"{settings} is not the record of a training run; give another --output")
+
+    def other_run(difference: str, remedy: str) -> UserError:
+        return UserError(
+            f"--resume continues the run in the folder, but {difference}; {remedy}, or give "
+            "another --output"
+        )
+
     changed = options.differences(earlier["options"])
     if changed:
-        raise UserError(
-            f"--resume continues the run in the folder, but {'; '.join(changed)}; repeat the "
-            "options of that run, or give another --output"
-        )
+        raise other_run("; ".join(changed), "repeat the options of that run")
     if earlier["data"].get("sha256") != record["data"]["sha256"]:
-        raise UserError(
-            "--resume continues the run in the folder, but the data are not the same; give the "
-            "same files, or another --output"
-        )
-    processes = earlier.get("processes", 1)
-    if processes != record["processes"]:
-        raise UserError(
-            f"--resume continues the run in the folder, but that ran in {processes} "
-            f"processes and this in {record['processes']}; start as many, or give another --output"
-        )
+        raise other_run("the data are not the same", "give the same files")
+    then, now = earlier.get("processes", 1), record["processes"]
+    if then != now:
+        raise other_run(f"that ran in {then} processes and this in {now}", "start as many")
     begun, wanted = (x.get("initial_model") or {} for x in (earlier, record))
     if any(value not in (None, begun.get(name)) for name, value in wanted.items()):
-        raise UserError(
-            "--resume continues the run in the folder, but --initial-model was "
-            f"{begun.get('name')}, with SHA-256 {begun.get('sha256')}, now {wanted['name']}, "
-            f"{wanted['sha256']}; leave it out, or give another --output"
+        raise other_run(
+            f"--initial-model was {begun.get('name')}, with SHA-256 {begun.get('sha256')}, now "
+            f"{wanted['name']}, {wanted['sha256']}",
+            "leave it out",
         )
     return earlier
