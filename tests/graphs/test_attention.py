@@ -83,15 +83,6 @@ def test_a_batch_is_each_graph_alone(attention):
     torch.testing.assert_close(attention(rows[:1, :7])[0], alone, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_do_not_depend_on_the_batch(attention):
-    x, batch = nodes()
-    x.requires_grad_()
-    (alone,) = torch.autograd.grad(attention(x[:7]).square().sum(), x)
-    (together,) = torch.autograd.grad(attention(x, batch=batch)[:7].square().sum(), x)
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    assert not together[7:].any()
-
-
 def test_graphs_without_nodes():
     attention = layer()
     assert attention(torch.empty(0, 32)).shape == (0, 32)

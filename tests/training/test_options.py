@@ -1,14 +1,11 @@
 """Options of a training run: defaults, ranges, and what makes two runs the same."""
 
 import math
-from dataclasses import fields
 
 import pytest
 import torch
-import typer
 
 from performers.app.errors import UserError
-from performers.cli.app import app
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer
 from performers.training.options import TrainingOptions
 
@@ -134,12 +131,3 @@ def test_what_changes_the_result_makes_another_run():
     assert TrainingOptions().differences(first) == []
     changed = TrainingOptions(optimizer="muon").differences(first)
     assert changed == ["--optimizer was adamw, now muon"]
-
-
-def test_every_option_is_a_flag_of_the_train_command():
-    command = typer.main.get_command(app).commands["train"]
-    flags = {name for parameter in command.params for name in parameter.opts}
-    options = [item.name for item in fields(TrainingOptions) if "option" in item.metadata]
-    assert {TrainingOptions.flag(name) for name in options} <= flags
-    assert TrainingOptions.flag("num_layers") == "--layers"
-    assert TrainingOptions.flag("learning_rate") == "--learning-rate"

@@ -88,7 +88,11 @@ def write_subwords(
         UserError: No file can be used.
     """
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
-    source = hashlib.sha256(_description(tokenizer).encode())
+    # Everything that tokens depend on, as far as the tokenizer tells.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    fast = isinstance(backend, Tokenizer)
+    described = backend.to_str() if fast else repr(tokenizer.get_vocab())
+    source = hashlib.sha256(described.encode())
     for file in files:
         status = file.stat() if file.exists() else None
         seen = status and (status.st_size, status.st_mtime_ns)
@@ -166,12 +170,6 @@ def _pieces(file: Path) -> Iterator[bytes]:
                 rest = rest[cut:]
     if rest:
         yield rest
-
-
-def _description(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that tokens depend on, as far as the tokenizer tells."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if isinstance(backend, Tokenizer) else repr(tokenizer.get_vocab())
 
 
 def _is_given_back(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int]) -> bool:

@@ -1,6 +1,7 @@
 """Memory that a training needs at least, and memory of the machine."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -87,14 +88,12 @@ def parameter_count(config: PerformerConfig) -> int:
 
 def machine_bytes() -> int:
     """Memory of this machine, or of the container that this process is in where that is less."""
-    least: int = psutil.virtual_memory().total
+    limits: list[int] = [psutil.virtual_memory().total]
     for file in _limits():
-        try:
-            least = min(least, int(file.read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            # No such group here, or its limit is "max".
-            continue
-    return least
+        # There may be no such group here, or its limit is "max".
+        with suppress(OSError, ValueError):
+            limits.append(int(file.read_text(encoding="ascii")))
+    return min(limits)
 
 
 def _limits() -> Iterator[Path]:
