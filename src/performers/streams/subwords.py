@@ -90,9 +90,8 @@ def write_subwords(
     dtype = "<u2" if len(tokenizer) <= 1 << 16 else "<u4"
     # Everything that tokens depend on, as far as the tokenizer tells.
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    fast = isinstance(backend, Tokenizer)
-    described = backend.to_str() if fast else repr(tokenizer.get_vocab())
-    source = hashlib.sha256(described.encode())
+    rules = backend.to_str() if isinstance(backend, Tokenizer) else repr(tokenizer.get_vocab())
+    source = hashlib.sha256(rules.encode())
     for file in files:
         status = file.stat() if file.exists() else None
         seen = status and (status.st_size, status.st_mtime_ns)
