@@ -27,7 +27,8 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import IO, TextIO, cast
 
@@ -154,16 +155,19 @@ def write_fasta(
     """
     if width < 1:
         raise ValueError(f"width: expected at least 1 residue on a line, got {width}")
-    if not isinstance(path_or_handle, (str, os.PathLike)):
-        _write_records(path_or_handle, records, width)
-        return
-    path = Path(path_or_handle).resolve()
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8", newline="\n") as handle:
-            _write_records(handle, records, width)
-        return
-    with open_fasta(path) as handle:
-        _write_records(handle, records, width)
+    place: AbstractContextManager[TextIO]
+    if isinstance(path_or_handle, (str, os.PathLike)):
+        path = Path(path_or_handle).resolve()
+        is_pipe = path.exists() and not path.is_file()
+        place = path.open("w", encoding="utf-8", newline="\n") if is_pipe else open_fasta(path)
+    else:
+        place = nullcontext(path_or_handle)
+    with place as handle:
+        for record in records:
+            _check_writable(record)
+            handle.write(f">{record.header}\n")
+            for start in range(0, len(record.sequence), width):
+                handle.write(record.sequence[start : start + width] + "\n")
 
 
 @contextmanager
@@ -224,25 +228,21 @@ def _cut(
     number = lines = first_line = 0
     parts: list[bytes] = []
     before = b""
-    place = -1
-    while piece := data.read(block):
-        place += 1
+    for place in count():
+        piece = data.read(block)
         header = _HEADER.search(before + piece) if place else None
         start = header.end() - 1 - len(before) if header else len(piece)
-        if header or not place:
-            if place and wanted(number):
-                yield number, first_line, b"".join([*parts, piece[:start]])
-            head = piece[:start] if place else b""
-            first_line = lines + _count_lines(before, head)
-            number, parts, kept = place, [], piece[len(head) :]
-        else:
-            kept = piece
         if wanted(number):
-            parts.append(kept)
+            parts.append(piece[:start])
+            if header or not piece:
+                yield number, first_line, b"".join(parts)
+        if not piece:
+            return
+        if header:
+            number, first_line = place, lines + _count_lines(before, piece[:start])
+            parts = [piece[start:]] if wanted(place) else []
         lines += _count_lines(before, piece)
         before = piece[-1:]
-    if wanted(number):
-        yield number, first_line, b"".join(parts)
 
 
 def _count_lines(before: bytes, text: bytes) -> int:
@@ -252,18 +252,13 @@ def _count_lines(before: bytes, text: bytes) -> int:
     return text.count(b"\n") + returns - both - (before == b"\r" and text[:1] == b"\n")
 
 
-def _write_records(handle: TextIO, records: Iterable[ProteinRecord], width: int) -> None:
-    for record in records:
-        name, description, sequence = record.name, record.description, record.sequence
-        if name.split() != [name]:
-            raise ValueError(f"record name: expected one word, got {name!r}; rename the record")
-        if re.search(r"[\r\n\x00]", name + description):
-            raise ValueError(f"record {name!r}: the header has a line break or NUL; remove it")
-        if not re.fullmatch(r"[A-Z]+", sequence):
-            raise ValueError(
-                f"record {name!r}: expected a sequence of upper-case letters, "
-                f"got {sequence[:20]!r}; remove the record or correct it"
-            )
-        handle.write(f">{name} {description}".rstrip() + "\n")
-        for start in range(0, len(sequence), width):
-            handle.write(sequence[start : start + width] + "\n")
+def _check_writable(record: ProteinRecord) -> None:
+    if record.name.split() != [record.name]:
+        raise ValueError(f"record name: expected one word, got {record.name!r}; rename the record")
+    if re.search(r"[\r\n\x00]", record.name + record.description):
+        raise ValueError(f"record {record.name!r}: the header has a line break or NUL; remove it")
+    if not re.fullmatch(r"[A-Z]+", record.sequence):
+        raise ValueError(
+            f"record {record.name!r}: expected a sequence of upper-case letters, "
+            f"got {record.sequence[:20]!r}; remove the record or correct it"
+        )

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 
 from performers.proteins.inputs.records import FastaError, LetterReport, ProteinRecord
 
 # Bytes that are not UTF-8 reach us as lone surrogates (errors="surrogateescape").
 _BINARY = re.compile("[\x00\udc80-\udcff]")
-_ILLEGAL = re.compile(r"[^A-Za-z*]")
+# A stop is legal at the end of a record.
+_ILLEGAL = re.compile(r"[^A-Za-z*]|\*(?=.)")
 _LOWER = re.compile(r"[a-z]")
+
+# A header or residues, without white space around or in it, and the number of its line.
+_Line = tuple[int, str]
 
 
 @dataclass
@@ -35,7 +41,21 @@ def parse(
     Raises:
         FastaError: The text is no FASTA, or a record is at fault.
     """
-    draft = None
+    for header, *body in _records(lines, place):
+        try:
+            record = _checked(header, body, place.name, report)
+        except FastaError as fault:
+            if not skip_invalid:
+                raise
+            report.skip(fault)
+        else:
+            report.count(record)
+            yield record
+
+
+def _records(lines: Iterable[str], place: Place) -> Iterator[list[_Line]]:
+    """Yield the lines of each record, the header first."""
+    record: list[_Line] = []
     for line in lines:
         place.number += 1
         if _BINARY.search(line):
@@ -45,88 +65,49 @@ def parse(
                 "give FASTA text in UTF-8, plain or compressed",
             )
         if line.startswith(">"):
-            if draft is not None:
-                yield from _finished(draft, report, skip_invalid)
-            draft = _Draft(str(place), line[1:].strip().split(maxsplit=1))
+            if record:
+                yield record
+            record = [(place.number, line[1:].strip())]
         elif residues := "".join(line.split()):
-            if draft is None:
+            if not record:
                 raise FastaError(
                     str(place),
                     f"not FASTA: the first line must begin with '>', not with {residues[:12]!a}",
                     "give a FASTA file",
                 )
-            draft.add(residues, place)
-            if draft.fault is not None and not skip_invalid:
-                raise draft.fault
-    if draft is None:
+            record.append((place.number, residues))
+    if not record:
         raise FastaError(place.name, "the file is empty", "give a FASTA file with records")
-    yield from _finished(draft, report, skip_invalid)
-
-
-@dataclass
-class _Draft:
-    """A record whose lines are read: its place, name and description, and its first fault."""
-
-    place: str
-    header: list[str]
-    parts: list[str] = field(default_factory=list)
-    fault: FastaError | None = None
-    stop: str | None = None
-
-    def add(self, residues: str, place: Place) -> None:
-        """Add a line without white space."""
-        self.parts.append(residues)
-        if illegal := _ILLEGAL.search(residues):
-            letter = illegal.group()
-            self._find(str(place), f"illegal letter {letter!a}", _remedy(letter))
-            return
-        stop = residues.find("*")
-        # Legal only if the record has no residue after it, which later lines tell.
-        is_inside = self.stop is not None or 0 <= stop < len(residues) - 1
-        if stop >= 0 and self.stop is None:
-            self.stop = str(place)
-        if is_inside and self.stop is not None:
-            self._find(
-                self.stop,
-                "illegal letter '*' (a stop) before the end",
-                "remove the record or cut it at the stop",
-            )
-
-    def _find(self, place: str, problem: str, remedy: str) -> None:
-        name = self.header[0] if self.header else ""
-        self.fault = self.fault or FastaError(place, problem, remedy, name)
-
-    def record(self, report: LetterReport) -> ProteinRecord:
-        """The record; what is changed in it is counted."""
-        if self.fault is not None:
-            raise self.fault
-        if not self.header:
-            raise FastaError(self.place, "the header has no name", "write a name right after '>'")
-        letters = "".join(self.parts)
-        sequence = letters.removesuffix("*")
-        if not sequence:
-            raise FastaError(self.place, "no residues", "remove it or complete it", self.header[0])
-        report.stops_removed += len(letters) - len(sequence)
-        if not sequence.isupper():
-            report.lower_case += len(_LOWER.findall(sequence))
-        description = self.header[1] if len(self.header) > 1 else ""
-        return ProteinRecord(self.header[0], description, sequence.upper())
-
-
-def _finished(draft: _Draft, report: LetterReport, skip_invalid: bool) -> Iterator[ProteinRecord]:
-    try:
-        record = draft.record(report)
-    except FastaError as fault:
-        if not skip_invalid:
-            raise
-        report.skip(fault)
-        return
-    report.count(record)
     yield record
+
+
+def _checked(header: _Line, body: list[_Line], file: str, report: LetterReport) -> ProteinRecord:
+    """The record of some lines; what is changed in it is counted."""
+    name, description = [*header[1].split(maxsplit=1), "", ""][:2]
+    letters = "".join(residues for _, residues in body)
+    if illegal := _ILLEGAL.search(letters):
+        ends = [*accumulate(len(residues) for _, residues in body)]
+        number, _ = body[bisect_right(ends, illegal.start())]
+        problem = f"illegal letter {illegal.group()!a}"
+        if illegal.group() == "*":
+            problem += " (a stop) before the end"
+        raise FastaError(f"{file}:{number}", problem, _remedy(illegal.group()), name)
+    place = f"{file}:{header[0]}"
+    if not name:
+        raise FastaError(place, "the header has no name", "write a name right after '>'")
+    sequence = letters.removesuffix("*")
+    if not sequence:
+        raise FastaError(place, "no residues", "remove it or complete it", name)
+    report.stops_removed += len(letters) - len(sequence)
+    if not sequence.isupper():
+        report.lower_case += len(_LOWER.findall(sequence))
+    return ProteinRecord(name, description, sequence.upper())
 
 
 def _remedy(letter: str) -> str:
     """Name the remedy for an illegal letter."""
+    if letter == "*":
+        return "remove the record or cut it at the stop"
     if letter in "-.":
         return "remove the gaps of the alignment"
     if letter.isdigit():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -11,6 +12,8 @@ from performers.app.errors import UserError
 
 _T = TypeVar("_T")
 _AMBIGUOUS = "XBZUOJ"
+# And nucleotides.
+_COUNTED = _AMBIGUOUS + "NACGT"
 # Residues from which on nucleotides are suspected, and the least share of the letters that they
 # are together (IUPAC codes of ambiguous bases are the rest) and that each of them is.
 _NUCLEOTIDE_RESIDUES = 200
@@ -79,7 +82,6 @@ class LetterReport:
         longest: Residues of the longest record.
         lower_case: Number of lower-case letters that were upper-cased.
         stops_removed: Number of trailing ``*`` that were removed.
-        ambiguous: Count of each of the letters ``X B Z U O J`` that occurs.
         duplicate_names: Number of records whose name an earlier record already has.
         skipped: Number of records left out for each fault, and the place of the first.
     """
@@ -89,20 +91,22 @@ class LetterReport:
     longest: int = 0
     lower_case: int = 0
     stops_removed: int = 0
-    ambiguous: dict[str, int] = field(default_factory=dict)
     duplicate_names: int = 0
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set, repr=False, compare=False)
-    _letters: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys("ACGTUNX", 0), repr=False, compare=False
-    )
+    _letters: Counter[str] = field(default_factory=Counter, repr=False, compare=False)
+
+    @property
+    def ambiguous(self) -> dict[str, int]:
+        """Count of each of the letters ``X B Z U O J`` that occurs."""
+        return {letter: n for letter in _AMBIGUOUS if (n := self._letters[letter])}
 
     @property
     def looks_like_nucleotides(self) -> bool:
         """True if the letters are those of DNA or RNA; see the module's policy."""
         if self.residues <= _NUCLEOTIDE_RESIDUES:
             return False
-        a, c, g, t, u, n, x = self._letters.values()
+        a, c, g, t, u, n, x = map(self._letters.__getitem__, "ACGTUNX")
         known = self.residues - n - x
         return (
             a + c + g + t + u >= _NUCLEOTIDE_SHARE * known
@@ -151,11 +155,7 @@ class LetterReport:
         self.records += 1
         self.residues += len(record.sequence)
         self.longest = max(self.longest, len(record.sequence))
-        for letter in _AMBIGUOUS:
-            if count := record.sequence.count(letter):
-                self.ambiguous[letter] = self.ambiguous.get(letter, 0) + count
-        for letter in self._letters:
+        for letter in _COUNTED:
             self._letters[letter] += record.sequence.count(letter)
-        if record.name in self._names:
-            self.duplicate_names += 1
+        self.duplicate_names += record.name in self._names
         self._names.add(record.name)
