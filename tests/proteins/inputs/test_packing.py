@@ -15,7 +15,6 @@ from performers.proteins.inputs import packing
 from performers.proteins.inputs.packing import (
     LengthBucketedBatchSampler,
     TokenDataset,
-    learnable_windows,
     split_windows,
 )
 from tests.proteins.corpus.test_shards import proteins, write_shards
@@ -188,7 +187,6 @@ EMPTY, ONE = np.array([], dtype=int), np.array([1])
     ("call", "message"),
     [
         (lambda: split_windows(ONE, 0), "max_length"),
-        (lambda: learnable_windows(ONE, 0), "max_length"),
         *[
             (
                 lambda size=size, packed=packed: TokenDataset(

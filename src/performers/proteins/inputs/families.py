@@ -11,9 +11,6 @@ from torch.utils.data import Dataset
 
 from performers.proteins.inputs.packing import learnable_windows, sequence_lengths
 
-HIDDEN_IN = ("all", "one")
-"""Members of a family's row with residues to predict."""
-
 # Beside the seed, where rows draw with their epoch and index.
 _ALONE = 2**32 - 1
 
@@ -59,7 +56,7 @@ class FamilyRows(Dataset[dict[str, Any]]):
         seed: Seed of the draws, at least 0.
 
     Raises:
-        ValueError: An argument is out of range, names do not fit, or no row has two residues.
+        ValueError: Names do not fit, or no row has two residues.
     """
 
     def __init__(
@@ -73,17 +70,6 @@ class FamilyRows(Dataset[dict[str, Any]]):
         alone: float = 0.0,
         seed: int = 0,
     ) -> None:
-        if hidden not in HIDDEN_IN:
-            raise ValueError(f"hidden must be one of {', '.join(HIDDEN_IN)}, got {hidden!r}")
-        for name, value, least in (
-            ("max_length", max_length, 3),
-            ("max_relatives", max_relatives, 0),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not 0 <= alone <= 1:
-            raise ValueError(f"alone must be a number from 0 to 1, got {alone}")
         for argument, given in (("proteins", proteins), ("relatives", relatives)):
             if given is not None and len(given.tokens) != len(given.names):
                 raise ValueError(
@@ -124,8 +110,6 @@ class FamilyRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, row = key if isinstance(key, tuple) else (0, key)
-        if not 0 <= row < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {row}")
         index, start, size = self._windows[row]
         protein = np.asarray(self._proteins.tokens[index])[start : start + size]
         random = np.random.default_rng((self._seed, epoch, row))
@@ -155,14 +139,12 @@ def family_row(
         pieces.append(piece)
         room -= piece.size
     pieces.reverse()
-    allowed = [
-        np.full(piece.size, hidden == "all" or place == len(pieces) - 1)
-        for place, piece in enumerate(pieces)
-    ]
-    for member in allowed:
-        member[0] = False
+    positions = np.concatenate([np.arange(piece.size) for piece in pieces])
+    allowed = positions > 0
+    if hidden == "one":
+        allowed[: -protein.size] = False
     return {
         "input_ids": np.concatenate(pieces).astype(np.int16),
-        "position_ids": np.concatenate([np.arange(piece.size) for piece in pieces]),
-        "may_be_target": np.concatenate(allowed),
+        "position_ids": positions,
+        "may_be_target": allowed,
     }

@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, residue_ids
@@ -59,11 +60,9 @@ class _Collator:
         """Make a batch of the tensors that the module describes.
 
         Raises:
-            ValueError: The batch is empty, an example lacks ``input_ids`` or, to be masked,
-                ``index``, or only some have ``sequence_ids`` or ``position_ids``.
+            ValueError: An example to be masked lacks ``index``.
+            KeyError: An example lacks ``input_ids``, or ids that another one has.
         """
-        if not examples:
-            raise ValueError("examples: expected at least one, got an empty batch")
         inputs, labels = zip(*map(self._row, examples), strict=True)
         batch = {
             "input_ids": _stack(inputs, self._pad_id),
@@ -71,14 +70,8 @@ class _Collator:
             "labels": _stack(labels, IGNORE_INDEX),
         }
         for name, fill in (("sequence_ids", -1), ("position_ids", 0)):
-            rows = [np.asarray(example[name]) for example in examples if name in example]
-            if len(rows) not in (0, len(examples)):
-                raise ValueError(
-                    f"examples: {len(rows)} of {len(examples)} have {name!r}; give it in all or "
-                    "none"
-                )
-            if rows:
-                batch[name] = _stack(rows, fill)
+            if any(name in example for example in examples):
+                batch[name] = _stack([example[name] for example in examples], fill)
         return batch
 
     def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
@@ -114,11 +107,6 @@ class MaskedCollator(_Collator):
         replaced: tuple[float, float] = BERT_RULE,
     ) -> None:
         super().__init__(tokenizer)
-        if min(replaced) < 0 or sum(replaced) > 1:
-            raise ValueError(
-                "replaced: expected two shares of at least 0 and together at most 1, got "
-                f"{replaced}"
-            )
         if not 0 < mask_probability <= 1:
             raise ValueError(
                 f"mask_probability: expected a number above 0 and at most 1, got {mask_probability}"
@@ -133,7 +121,7 @@ class MaskedCollator(_Collator):
         self._replacements = residue_ids(tokenizer, AMINO_ACIDS)
 
     def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
-        tokens = _tokens(example)
+        tokens = np.asarray(example["input_ids"]).astype(np.int64)
         if "index" not in example:
             raise ValueError(
                 "examples: expected an 'index' in each, which with the seed decides its mask; use "
@@ -168,7 +156,7 @@ class CausalCollator(_Collator):
     """
 
     def _row(self, example: Mapping[str, Any]) -> tuple[_Row, _Row]:
-        tokens = _tokens(example)
+        tokens = np.asarray(example["input_ids"]).astype(np.int64)
         labels = tokens.copy()
         if "sequence_ids" in example:
             starts = np.flatnonzero(np.diff(np.asarray(example["sequence_ids"]))) + 1
@@ -178,19 +166,6 @@ class CausalCollator(_Collator):
         return tokens, labels
 
 
-def _stack(rows: Sequence[npt.NDArray[Any]], fill: int) -> Tensor:
-    length = max(row.size for row in rows)
-    stacked = np.full((len(rows), length), fill, dtype=np.int64)
-    for target, row in zip(stacked, rows, strict=True):
-        target[: row.size] = row
-    return torch.from_numpy(stacked)
-
-
-def _tokens(example: Mapping[str, Any]) -> _Row:
-    """Return a fresh int64 copy of an example's tokens."""
-    if "input_ids" not in example:
-        raise ValueError(
-            f"examples: expected 'input_ids' in each, got one with {sorted(example)}; "
-            "use a TokenDataset"
-        )
-    return np.asarray(example["input_ids"]).astype(np.int64)
+def _stack(rows: Sequence[npt.ArrayLike], fill: int) -> Tensor:
+    tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill)

@@ -39,7 +39,6 @@ def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
 
 def window_places(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
     """Sequence, start and size of each window of sequences, as `split_windows` cuts them."""
-    _check_length(max_length)
     counts = -(-lengths // max_length)
     sequences = np.repeat(np.arange(lengths.size), counts)
     window = np.arange(sequences.size) - (np.cumsum(counts) - counts)[sequences]
