@@ -118,27 +118,19 @@ class FamilyRows(Dataset[dict[str, Any]]):
             pool = pool[pool != index]
         most = 0 if self._alone[row] else self._max_relatives
         relatives = (np.asarray(self._relatives.tokens[x]) for x in pool[:most].tolist())
-        made = family_row(protein, relatives, max_length=self._max_length, hidden=self._hidden)
+        chosen = fitting(relatives, self._max_length - protein.size)
+        made = family_row(protein, chosen, hidden=self._hidden)
         return {**made, "index": row, "epoch": epoch}
 
 
 def family_row(
-    protein: _Tokens, relatives: Iterable[_Tokens], *, max_length: int, hidden: str = "one"
+    protein: _Tokens, relatives: Sequence[_Tokens], *, hidden: str = "one"
 ) -> dict[str, Any]:
-    """Tokens of a protein after those of its relatives; see `FamilyRows` for the keys.
+    """Tokens of a protein after those of its relatives, the nearest of which comes first.
 
-    Relatives come with the nearest to the protein first; those without a place are left out, and
-    the last may be cut at its end. The protein has ``max_length`` tokens at most.
+    See `FamilyRows` for the keys.
     """
-    pieces = [protein]
-    room = max_length - protein.size
-    for relative in relatives:
-        if not room:
-            break
-        piece = relative[:room]
-        pieces.append(piece)
-        room -= piece.size
-    pieces.reverse()
+    pieces = [*reversed(relatives), protein]
     positions = np.concatenate([np.arange(piece.size) for piece in pieces])
     allowed = positions > 0
     if hidden == "one":
@@ -148,3 +140,14 @@ def family_row(
         "position_ids": positions,
         "may_be_target": allowed,
     }
+
+
+def fitting(relatives: Iterable[_Tokens], room: int, least: int = 1) -> list[_Tokens]:
+    """The first relatives that together have a place; the last is cut, to ``least`` at least."""
+    pieces: list[_Tokens] = []
+    for relative in relatives:
+        if room < least:
+            break
+        pieces.append(relative[:room])
+        room -= pieces[-1].size
+    return pieces

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.families import family_row
+from performers.proteins.inputs.families import family_row, fitting
 from performers.proteins.inputs.packing import sequence_lengths
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import encode_sequences
@@ -76,7 +76,7 @@ class Relatives:
             UserError: A protein has no relative, or leaves no place for one.
         """
         encoded = encode_sequences(self._tokenizer, [protein.sequence for protein in proteins])
-        return RelativesRows(encoded, [self._of(x)[0] for x in proteins], self.max_tokens)
+        return RelativesRows(encoded, [self._of(x)[0] for x in proteins])
 
     def count(self, protein: ProteinRecord) -> None:
         """Check that a protein has relatives, and count them for `summary`.
@@ -89,7 +89,7 @@ class Relatives:
         self._copies += copies
         self._without_place += others
         total = len(protein.sequence) + 2 + sum(len(x) for _, x in relatives)
-        self._longest = max(self._longest, min(total, self.max_tokens))
+        self._longest = max(self._longest, total)
 
     def summary(self) -> str:
         """Numbers of relatives and tokens of the proteins that were counted, in a line."""
@@ -107,11 +107,7 @@ class Relatives:
         family = (protein.field("family") or protein.name) if self._by_family else None
         members = self._members.get(family, [])
         sequence = protein.sequence
-        others = [
-            (other.name, tokens)
-            for other, tokens in members
-            if not overlap_whole(other.sequence, sequence)
-        ]
+        others = [x for x in members if not overlap_whole(x[0].sequence, sequence)]
         copies = len(members) - len(others)
         if not others:
             of_family = f" of the family {family!a}" if family is not None else ""
@@ -126,13 +122,9 @@ class Relatives:
                 f"{protein.name!a} with its {len(sequence):,} residues leaves no place for "
                 f"relatives in {self.max_tokens:,} tokens; raise --relatives-tokens"
             )
-        chosen = []
-        for name, tokens in others:
-            if room < _LEAST:
-                break
-            chosen.append((name, tokens[:room]))
-            room -= len(tokens[:room])
-        return chosen, copies, len(others) - len(chosen)
+        tokens = fitting((tokens for _, tokens in others), room, _LEAST)
+        names = (other.name for other, _ in others)
+        return list(zip(names, tokens, strict=False)), copies, len(others) - len(tokens)
 
 
 def overlap_whole(one: str, other: str) -> bool:
@@ -148,7 +140,6 @@ class RelativesRows(Dataset[dict[str, Any]]):
     Args:
         proteins: Tokens of the proteins.
         relatives: Names and tokens of the relatives of each, the nearest to it first.
-        max_tokens: Most tokens of a row.
 
     Attributes:
         names: Names of the relatives of each.
@@ -161,9 +152,8 @@ class RelativesRows(Dataset[dict[str, Any]]):
         self,
         proteins: Sequence[_Tokens],
         relatives: Sequence[Sequence[tuple[str, _Tokens]]],
-        max_tokens: int,
     ) -> None:
-        self._proteins, self._max_tokens = proteins, max_tokens
+        self._proteins = proteins
         self._relatives = [[tokens for _, tokens in row] for row in relatives]
         self.names = [[name for name, _ in row] for row in relatives]
         self.sizes = [[len(tokens) for tokens in row] for row in self._relatives]
@@ -175,7 +165,5 @@ class RelativesRows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         epoch, row = key if isinstance(key, tuple) else (0, key)
-        made = family_row(
-            np.asarray(self._proteins[row]), self._relatives[row], max_length=self._max_tokens
-        )
+        made = family_row(self._proteins[row], self._relatives[row])
         return {**made, "index": row, "epoch": epoch}
