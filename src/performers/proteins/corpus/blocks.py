@@ -20,14 +20,13 @@ from performers.app.errors import UserError
 from performers.app.files import read_json, replacement, write_json
 from performers.app.progress import Progress
 from performers.proteins.corpus.shards import Lengths, Tokens, decode, encode
+from performers.proteins.corpus.sources import protein_name
 from performers.proteins.corpus.splitting import Draws, draws
 from performers.proteins.inputs.fasta import iter_fasta_blocks
 from performers.proteins.inputs.records import ProteinRecord
-from performers.proteins.options import SplitOptions
 
 FORMAT = "performers-corpus-part-1"
 _PART, _SETTINGS = "part.json", "settings.json"
-
 
 FindClusters = Callable[[Sequence[str]], list[str]]
 """Names of the clusters of proteins."""
@@ -118,19 +117,16 @@ def write_part(
     files: Sequence[Path],
     part: Part,
     settings: Mapping[str, Any],
-    options: SplitOptions,
     open_clusters: Callable[[], FindClusters],
     *,
-    name: Callable[[str], str],
     by_cluster: bool,
     progress: Progress | None = None,
 ) -> None:
     """Write the blocks of a part of the input; those that are there already, and whole, are kept.
 
     ``settings``, which decide the corpus, are recorded. ``open_clusters`` is called if there are
-    blocks to write, ``name`` makes the name of a protein of the first word of its header, and
-    ``progress`` is called with the bytes that were read and the bytes in all. With ``by_cluster``
-    the split of a cluster is drawn, not that of each protein.
+    blocks to write, and ``progress`` with the bytes that were read and the bytes in all. With
+    ``by_cluster`` the split of a cluster is drawn, not that of each protein.
 
     Raises:
         UserError: The input cannot be used, or the folder holds another part.
@@ -168,7 +164,7 @@ def write_part(
         missing, report = partial(is_missing, number), partial(add, before)
         for block, records in iter_fasta_blocks(path, missing, progress=report):
             try:
-                _write_block(block_file(number, block), records, options, find, name, by_cluster)
+                _write_block(block_file(number, block), records, settings, find, by_cluster)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             del records
@@ -180,19 +176,15 @@ def write_part(
 def _write_block(
     path: Path,
     records: Sequence[ProteinRecord],
-    options: SplitOptions,
+    settings: Mapping[str, Any],
     find: FindClusters,
-    name: Callable[[str], str],
     by_cluster: bool,
 ) -> None:
-    kept = [
-        (name(record.name), record.sequence)
-        for record in records
-        if len(record.sequence) >= options.min_length
-    ]
-    names = [name for name, _ in kept]
-    found = find(names) if names else []
-    tokens, lengths = encode(kept)
+    seed, min_length = settings["options"]["seed"], settings["options"]["min_length"]
+    kept = [record for record in records if len(record.sequence) >= min_length]
+    names = [protein_name(record.name) for record in kept]
+    found = find(names)
+    tokens, lengths = encode([record.sequence for record in kept])
     counts = (len(records), len(records) - len(kept), tokens.size - 2 * len(kept))
     with replacement(path) as temporary, temporary.open("wb") as file:
         np.savez(
@@ -201,8 +193,8 @@ def _write_block(
             clusters=_bytes([] if found == names else found),
             tokens=tokens,
             lengths=lengths,
-            cluster_draws=draws(found, options.seed, "clusters"),
-            split_draws=draws(found if by_cluster else names, options.seed, "sequences"),
+            cluster_draws=draws(found, seed, "clusters"),
+            split_draws=draws(found if by_cluster else names, seed, "sequences"),
             counts=np.array(counts),
         )
 

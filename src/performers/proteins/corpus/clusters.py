@@ -7,10 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from performers.app.errors import UserError
 from performers.app.files import replacement
@@ -23,7 +21,6 @@ _SELECTED_COLUMNS, _UNIREF50_COLUMN = 22, 9
 _LINES = 1 << 18
 _BUCKETS = 256
 # A member, and the place of its cluster's name in the file of names.
-Pairs = npt.NDArray[np.void]
 _PAIR = np.dtype([("member", "<u8"), ("place", "<u8")])
 
 
@@ -63,13 +60,14 @@ class TableClusters:
 
     def __init__(self, table: Path, work: Path) -> None:
         self._table = table
-        files = [work / name for name in ("members.bin", "places.bin", "clusters.txt")]
-        if not files[0].exists():
-            _sort(table, *files)
-        if not files[0].stat().st_size:
+        pairs, names = work / "pairs.bin", work / "clusters.txt"
+        if not pairs.exists():
+            work.mkdir(parents=True, exist_ok=True)
+            _sort(table, pairs, names)
+        if not pairs.stat().st_size:
             raise UserError(f"{table} names no cluster of a protein; give a table that does")
-        self._members, self._places = (np.memmap(file, np.uint64, "r") for file in files[:2])
-        with files[2].open("rb") as text:
+        self._pairs = np.memmap(pairs, _PAIR, "r")
+        with names.open("rb") as text:
             self._names = mmap.mmap(text.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __call__(self, names: Sequence[str]) -> list[str]:
@@ -81,119 +79,94 @@ class TableClusters:
         wanted = _keys(names)
         order = np.argsort(wanted)
         rows = np.empty(len(names), dtype=np.int64)
-        rows[order] = np.searchsorted(self._members, wanted[order])
-        rows = np.minimum(rows, len(self._members) - 1)
-        absent = self._members[rows] != wanted
+        rows[order] = np.searchsorted(self._pairs["member"], wanted[order])
+        found = self._pairs[np.minimum(rows, len(self) - 1)]
+        absent = found["member"] != wanted
         if absent.any():
             raise UserError(
                 f"{self._table} names no cluster for {names[int(absent.argmax())]}; give the table "
                 "of the same release (proteins of fewer than 11 residues are in no cluster of "
                 "UniRef50: --min-length 11 leaves them out)"
             )
-        starts = self._places[rows].tolist()
+        starts = found["place"].tolist()
         return [self._names[place : self._names.find(b"\n", place)].decode() for place in starts]
 
     def __len__(self) -> int:
         """Members in the table."""
-        return len(self._members)
+        return len(self._pairs)
 
 
 def _keys(names: Sequence[str]) -> Draws:
     return draws(names, 0, "members")
 
 
-def _sort(table: Path, members_file: Path, places_file: Path, names_file: Path) -> None:
-    """Write keys of members in order, the place of each one's cluster, and the clusters' names."""
-    members_file.parent.mkdir(parents=True, exist_ok=True)
-    buckets = [members_file.with_name(f"bucket-{number:03d}.tmp") for number in range(_BUCKETS)]
+def _sort(table: Path, pairs_file: Path, names_file: Path) -> None:
+    """Write the names of clusters, and the pairs in the order of their members."""
+    buckets = [pairs_file.with_name(f"bucket-{number:03d}.tmp") for number in range(_BUCKETS)]
     for bucket in buckets:
         bucket.unlink(missing_ok=True)
+    rows = _rows(table)
     with names_file.open("wb") as names:
-        for batch in _batches(table):
+        while batch := list(islice(rows, _LINES)):
+            places: dict[str, int] = {}
+            end = names.tell()
+            for _, cluster in batch:
+                if cluster not in places:
+                    places[cluster] = end
+                    end += names.write(f"{cluster}\n".encode())
             pairs = np.empty(len(batch), dtype=_PAIR)
             pairs["member"] = _keys([member for member, _ in batch])
-            pairs["place"] = _write_names(names, [cluster for _, cluster in batch])
-            _distribute(pairs, buckets)
-    with (
-        replacement(members_file) as temporary,
-        temporary.open("wb") as sorted_members,
-        places_file.open("wb") as places,
-    ):
-        for bucket in buckets:
-            if bucket.exists():
-                pairs = np.sort(np.fromfile(bucket, dtype=_PAIR), order="member")
-                _refuse_repeats(pairs, table, names_file)
-                pairs["member"].tofile(sorted_members)
-                pairs["place"].tofile(places)
-                bucket.unlink()
+            pairs["place"] = [places[cluster] for _, cluster in batch]
+            number = pairs["member"] >> np.uint64(56)
+            order = np.argsort(number, kind="stable")
+            ends = np.searchsorted(number[order], np.arange(1, _BUCKETS))
+            for bucket, share in zip(buckets, np.split(pairs[order], ends), strict=True):
+                with bucket.open("ab") as file:
+                    share.tofile(file)
+    with replacement(pairs_file) as temporary, temporary.open("wb") as sorted_pairs:
+        for bucket in filter(Path.exists, buckets):
+            pairs = np.sort(np.fromfile(bucket, dtype=_PAIR), order="member")
+            same = pairs["member"][1:] == pairs["member"][:-1]
+            if same.any():
+                with names_file.open("rb") as names:
+                    names.seek(int(pairs["place"][int(same.argmax())]))
+                    cluster = names.readline().decode().strip()
+                raise UserError(
+                    f"{table} lists a member of {cluster} twice; remove one of its lines"
+                )
+            pairs.tofile(sorted_pairs)
+            bucket.unlink()
 
 
-def _write_names(file: BinaryIO, clusters: Sequence[str]) -> list[int]:
-    """Write names of clusters; return the place of each, of repeats that of the first."""
-    places: dict[str, int] = {}
-    start = file.tell()
-    for name in clusters:
-        if name not in places:
-            places[name] = start
-            start += file.write(f"{name}\n".encode())
-    return [places[name] for name in clusters]
-
-
-def _distribute(pairs: Pairs, buckets: Sequence[Path]) -> None:
-    number = pairs["member"] >> np.uint64(56)
-    order = np.argsort(number, kind="stable")
-    ends = np.searchsorted(number[order], np.arange(1, _BUCKETS))
-    for bucket, share in zip(buckets, np.split(pairs[order], ends), strict=True):
-        if share.size:
-            with bucket.open("ab") as file:
-                share.tofile(file)
-
-
-def _refuse_repeats(pairs: Pairs, table: Path, names: Path) -> None:
-    same = pairs["member"][1:] == pairs["member"][:-1]
-    if same.any():
-        with names.open("rb") as file:
-            file.seek(int(pairs["place"][int(same.argmax())]))
-            cluster = file.readline().decode().strip()
-        raise UserError(f"{table} lists a member of {cluster} twice; remove one of its lines")
-
-
-def _batches(table: Path) -> Iterator[list[tuple[str, str]]]:
-    """Yield members with their clusters, some lines at a time."""
-    rows = _rows(table)
+def _rows(table: Path) -> Iterator[tuple[str, str]]:
+    """Yield each member with its cluster."""
     try:
-        while batch := list(islice(rows, _LINES)):
-            yield batch
+        with open_bytes(table) as raw:
+            columns = 0
+            for number, line in enumerate(decompressed(raw, compression(raw.peek(8)[:8])), start=1):
+                fields = line.decode(errors="replace").rstrip("\r\n").split("\t")
+                columns = columns or len(fields)
+                if len(fields) != columns or columns not in (2, 3, _SELECTED_COLUMNS):
+                    raise UserError(
+                        f"{table}:{number}: expected two columns, cluster and member, or those of "
+                        f"UniProt's idmapping_selected.tab or idmapping.dat, got {len(fields)}"
+                    )
+                if columns == 2:
+                    cluster, member = fields
+                elif columns == 3:
+                    member, kind, cluster = fields
+                    cluster = cluster if kind == "UniRef50" else ""
+                else:
+                    member, cluster = fields[0], fields[_UNIREF50_COLUMN]
+                if len(cluster.split()) > 1:
+                    raise UserError(
+                        f"{table}:{number}: the cluster {cluster!r} has more than one word, which "
+                        "a header family=NAME cannot name; write it without spaces"
+                    )
+                if cluster:
+                    yield member, cluster
     except (EOFError, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         reason = str(error) or "it ends too early"
         raise UserError(f"{table} is damaged ({reason}); copy it again") from error
-
-
-def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    with open_bytes(table) as raw:
-        data = decompressed(raw, compression(raw.peek(8)[:8]))
-        columns = 0
-        for number, line in enumerate(data, start=1):
-            fields = line.decode(errors="replace").rstrip("\r\n").split("\t")
-            columns = columns or len(fields)
-            if len(fields) != columns or columns not in (2, 3, _SELECTED_COLUMNS):
-                raise UserError(
-                    f"{table}:{number}: expected two columns, cluster and member, or those of "
-                    f"UniProt's idmapping_selected.tab or idmapping.dat, got {len(fields)}"
-                )
-            if columns == 2:
-                cluster, member = fields
-            elif columns == 3:
-                member, kind, cluster = fields
-                cluster = cluster if kind == "UniRef50" else ""
-            else:
-                member, cluster = fields[0], fields[_UNIREF50_COLUMN]
-            if len(cluster.split()) > 1:
-                raise UserError(
-                    f"{table}:{number}: the cluster {cluster!r} has more than one word, which a "
-                    "header family=NAME cannot name; write it without spaces"
-                )
-            if cluster:
-                yield member, cluster

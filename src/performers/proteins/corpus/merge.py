@@ -94,7 +94,7 @@ def merge_parts(
         output: The folder; made if missing.
         threads: Threads of mmseqs2.
         memory: Bytes for the index of mmseqs2.
-        read: Counts of what was read, for the manifest; those of the blocks added up when None.
+        read: Counts of what was read, for the manifest; by default those of the blocks.
         report: Called with a line as each stage begins.
         progress: Called with blocks written and blocks in all.
 
@@ -173,19 +173,14 @@ class _Blocks:
         sequences = min(_CANDIDATES_PER_HELD_OUT * target, self.sequences // 2)
         largest = max(target // 10, min(target, _ALWAYS_SMALL))
         for share in _doubled(2 * sequences / self.sequences):
-            members = self._members(share)
+            members: dict[str, list[str]] = defaultdict(list)
+            for block in self.fresh():
+                for i in np.flatnonzero(_below(block.cluster_draws, share)).tolist():
+                    members[block.clusters[i]].append(block.names[i])
             names = candidate_clusters(members, options["seed"], sequences, largest)
             if sum(len(members[name]) for name in names) >= sequences:
                 break
         return names, {name: members[name] for name in names}
-
-    def _members(self, share: float) -> dict[str, list[str]]:
-        """The members of the clusters with the smallest draws."""
-        members: dict[str, list[str]] = defaultdict(list)
-        for block in self.fresh():
-            for i in np.flatnonzero(_below(block.cluster_draws, share)).tolist():
-                members[block.clusters[i]].append(block.names[i])
-        return dict(members)
 
     def bounds(self, options: Mapping[str, Any], held_out: Draws) -> tuple[int, int]:
         """Bounds of the splits that are drawn."""
@@ -193,7 +188,7 @@ class _Blocks:
             round(options[f"{split}_fraction"] * self.sequences) for split in ("validation", "test")
         )
         for share in _doubled(2 * max(1, validation + test) / self.sequences):
-            smallest = [np.empty(0, dtype=np.uint64)]
+            smallest = []
             for block in self.fresh():
                 mask = _below(block.split_draws, share) & ~np.isin(block.cluster_draws, held_out)
                 smallest.append(block.split_draws[mask])
@@ -218,7 +213,7 @@ class _Blocks:
                     found[one].append(_distinct(block.cluster_draws[here & (codes == one)]))
             for one in list(found):
                 sums[one] += _distinct(np.concatenate(found.pop(one))).size
-        return dict(sums)
+        return sums
 
 
 def _doubled(share: float) -> Iterator[float]:

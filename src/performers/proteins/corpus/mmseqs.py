@@ -97,10 +97,9 @@ class Mmseqs:
             *("--format-output", "qheader,theader,fident,qcov,tcov,evalue"),
             *self._memory,
         )
-        for query_header, target_header, fident, qcov, tcov, evalue in self.rows("hits.tsv"):
-            coverage = max(float(qcov), float(tcov))
-            names = _name(query_header), _name(target_header)
-            yield *names, float(fident), coverage, float(evalue)
+        for query_header, target_header, *numbers in self.rows("hits.tsv"):
+            identity, *coverages, evalue = map(float, numbers)
+            yield _name(query_header), _name(target_header), identity, max(coverages), evalue
 
     def rows(self, name: str) -> Iterator[list[str]]:
         """Yield the fields of each line of a file in the folder."""

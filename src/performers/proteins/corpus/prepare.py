@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +16,7 @@ from performers.proteins.corpus.clusters import TableClusters, header_clusters
 from performers.proteins.corpus.merge import Report, finished, merge_parts
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.relatives import read_pairs, write_pairs
-from performers.proteins.corpus.sources import Source, fingerprint, protein_name
+from performers.proteins.corpus.sources import Source, fingerprint
 from performers.proteins.inputs.fasta import write_fasta
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.options import CorpusOptions, SplitOptions
@@ -34,7 +33,6 @@ def prepare_corpus(
     threads: int = 2,
     memory: int = 1500 << 20,
     report: Report = lambda text: None,
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a corpus: token shards of four splits, FASTA of the three small ones, a manifest.
 
@@ -67,8 +65,12 @@ def prepare_corpus(
     table = output / "clusters.tsv"
     if not table.exists():
         report(f"clustering {read['distinct']:,} sequences (mmseqs2, minutes)")
-        write_pairs(table, _clusters(clusters, mmseqs, options))
-    part = work / "part"
+        if clusters is None:
+            mmseqs.create_database("sequences.fasta", "all")
+            pairs = mmseqs.cluster("all", options.identity, options.coverage)
+        else:
+            pairs = read_pairs(clusters)
+        write_pairs(table, pairs)
 
     def checked() -> TableClusters:
         found = TableClusters(table, work / "members")
@@ -79,18 +81,9 @@ def prepare_corpus(
             )
         return found
 
-    write_part(
-        part, [distinct], _WHOLE, settings, options, checked, name=lambda w: w, by_cluster=False
-    )
-    return merge_parts(
-        [part],
-        output,
-        threads=threads,
-        memory=memory,
-        read=read,
-        report=report,
-        progress=progress,
-    )
+    part = work / "part"
+    write_part(part, [distinct], _WHOLE, settings, checked, by_cluster=False)
+    return merge_parts([part], output, threads=threads, memory=memory, read=read, report=report)
 
 
 def prepare_part(
@@ -125,9 +118,7 @@ def prepare_part(
         source.files,
         part,
         _settings(source, options, clusters),
-        options,
         find,
-        name=protein_name,
         by_cluster=True,
         progress=progress,
     )
@@ -183,9 +174,7 @@ def _write_distinct(source: Source, path: Path, min_length: int) -> None:
         if len(sequence) < min_length:
             left_out += 1
             continue
-        known = first.get(sequence)
-        if known is None or name < known:
-            first[sequence] = name
+        first[sequence] = min(name, first.get(sequence, name))
     if not first:
         raise UserError("the source holds no protein sequence of the length asked for")
     names = sorted((name, sequence) for sequence, name in first.items())
@@ -200,12 +189,3 @@ def _write_distinct(source: Source, path: Path, min_length: int) -> None:
     }
     write_json(path.with_name("read.json"), counts)
     write_fasta(path, (ProteinRecord(name, "", sequence) for name, sequence in names), 10**9)
-
-
-def _clusters(
-    given: Path | None, mmseqs: Mmseqs, options: CorpusOptions
-) -> Iterable[tuple[str, str]]:
-    if given is not None:
-        return read_pairs(given)
-    mmseqs.create_database("sequences.fasta", "all")
-    return mmseqs.cluster("all", options.identity, options.coverage)

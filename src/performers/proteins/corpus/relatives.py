@@ -133,15 +133,8 @@ def find_relatives(
     Those of a protein come in the order of their e-values. The protein itself, or one that holds it
     or is a part of it, is left out.
 
-    Args:
-        proteins: Proteins to find relatives of.
-        among: Gives names and sequences to search, in any number of passes.
-        output: The FASTA file.
-        most: Most relatives of a protein.
-        sensitivity: Of mmseqs2, 1 to 7.5.
-        max_evalue: Relatives have none above it.
-        threads: Threads of mmseqs2.
-        memory: Bytes that its index may take.
+    ``among`` gives the names and sequences to search, in any number of passes, ``most`` is the
+    number of relatives of a protein at most, and the rest are arguments of mmseqs2.
 
     Returns:
         The number of relatives of each protein.
@@ -153,12 +146,12 @@ def find_relatives(
         work = Path(folder)
         mmseqs = Mmseqs(work, threads, memory)
 
-        def numbered(records: Iterable[tuple[str, str]]) -> Iterator[ProteinRecord]:
-            for index, (_, sequence) in enumerate(records):
-                yield ProteinRecord(f"n{index}", "", sequence)
-
-        write_fasta(work / "queries.fasta", numbered((x.name, x.sequence) for x in proteins), 10**9)
-        write_fasta(work / "targets.fasta", numbered(among()), 10**9)
+        for name, sequences in (
+            ("queries.fasta", (protein.sequence for protein in proteins)),
+            ("targets.fasta", (sequence for _, sequence in among())),
+        ):
+            numbered = (ProteinRecord(f"n{i}", "", x) for i, x in enumerate(sequences))
+            write_fasta(work / name, numbered, 10**9)
         hits = mmseqs.search(
             "queries.fasta",
             "targets.fasta",
@@ -172,16 +165,13 @@ def find_relatives(
             found[int(query[1:])].append(int(target[1:]))
     wanted = {index for indices in found for index in indices}
     hit = {index: record for index, record in enumerate(among()) if index in wanted}
-    counts = []
-
-    def relatives() -> Iterator[ProteinRecord]:
-        for protein, indices in zip(proteins, found, strict=True):
-            others = [hit[i] for i in indices if not overlap_whole(hit[i][1], protein.sequence)]
-            counts.append(len(others[:most]))
-            for name, sequence in others[:most]:
-                yield ProteinRecord(name, f"family={protein.name}", sequence)
-
-    write_fasta(output, relatives())
+    counts, relatives = [], []
+    for protein, indices in zip(proteins, found, strict=True):
+        others = [hit[i] for i in indices if not overlap_whole(hit[i][1], protein.sequence)][:most]
+        counts.append(len(others))
+        family = f"family={protein.name}"
+        relatives += [ProteinRecord(name, family, sequence) for name, sequence in others]
+    write_fasta(output, relatives)
     return counts
 
 

@@ -30,9 +30,8 @@ VOCABULARY = (*SPECIAL_TOKENS, *AMINO_ACIDS, *AMBIGUOUS)
 
 _BOS, _EOS = SPECIAL_TOKENS.index("<bos>"), SPECIAL_TOKENS.index("<eos>")
 _FIRST_RESIDUE = len(SPECIAL_TOKENS)
-_RESIDUES = frozenset(AMINO_ACIDS + AMBIGUOUS)
 _LETTERS = np.frombuffer((AMINO_ACIDS + AMBIGUOUS).encode(), dtype=np.uint8)
-_IDS = np.full(256, 255, dtype=np.uint8)
+_IDS = np.zeros(256, dtype=np.uint8)
 _IDS[_LETTERS] = np.arange(_FIRST_RESIDUE, len(VOCABULARY), dtype=np.uint8)
 # Bytes that stand for the tokens around a sequence, and the tokens' in decoded text.
 _IDS[[1, 2]] = _BOS, _EOS
@@ -40,23 +39,11 @@ _SYMBOLS = np.full(256, ord("?"), dtype=np.uint8)
 _SYMBOLS[_FIRST_RESIDUE : len(VOCABULARY)] = _LETTERS
 
 
-def encode(records: Sequence[tuple[str, str]]) -> tuple[Tokens, Lengths]:
-    """Tokens of (name, sequence) records one after another, and the number of tokens of each.
-
-    Raises:
-        UserError: A sequence is empty or has a letter that is no residue.
-    """
-    text = "".join(f"\1{sequence}\2" for _, sequence in records)
-    tokens = _IDS[np.frombuffer(text.encode("ascii", errors="replace"), dtype=np.uint8)]
-    lengths = np.fromiter((len(s) + 2 for _, s in records), dtype=np.int64, count=len(records))
-    odd = (tokens < _FIRST_RESIDUE) | (tokens == 255)
-    if (lengths == 2).any() or np.count_nonzero(odd) != 2 * len(records):
-        for name, sequence in records:
-            if not sequence or not set(sequence) <= _RESIDUES:
-                raise UserError(
-                    f"{name} is empty or has a letter that is no residue: {sequence[:60]}"
-                )
-    return tokens, lengths
+def encode(sequences: Sequence[str]) -> tuple[Tokens, Lengths]:
+    """Tokens of the sequences of records, one after another, and the number of tokens of each."""
+    text = "".join(f"\1{sequence}\2" for sequence in sequences)
+    tokens = _IDS[np.frombuffer(text.encode("ascii"), dtype=np.uint8)]
+    return tokens, np.array([len(sequence) + 2 for sequence in sequences], dtype=np.int64)
 
 
 def decode(tokens: Tokens) -> str:

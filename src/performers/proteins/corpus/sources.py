@@ -54,11 +54,10 @@ def open_source(
     """Find the sequences, downloading them where none are given.
 
     Args:
-        paths: FASTA files, plain or gzipped; empty: the current release of Swiss-Prot is
-            downloaded from ``url``.
+        paths: FASTA files; empty: the current release of Swiss-Prot is downloaded.
         downloads: Folder for a download. A file that is complete there is not asked for again.
-        url: Of the FASTA file in a UniProt release; that of Swiss-Prot when None.
-        licence: What the manifest says; UniProt's for a download when None, and otherwise that
+        url: Another FASTA file in a UniProt release to download.
+        licence: Licence for the manifest; by default UniProt's for a download, and otherwise that
             none was stated.
         progress: Called with bytes there and bytes in all while downloading.
 
@@ -86,10 +85,7 @@ def open_source(
 
 
 def given_source(paths: Sequence[Path], *, licence: str | None = None, flag: str = "") -> Source:
-    """The sequences of files.
-
-    ``licence`` is what the manifest says (None: that none was stated), and ``flag`` what messages
-    begin with.
+    """The sequences of files; messages begin with ``flag``.
 
     Raises:
         UserError: A path is no regular file, or two files are the same.

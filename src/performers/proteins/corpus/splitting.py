@@ -24,16 +24,10 @@ _GREATEST_SHARE = 1.2
 
 
 def draws(names: Iterable[str], seed: int, draw: str) -> Draws:
-    """A number for each name, that seed and draw alone fix, the same with every library version.
+    """The first 64 bits of SHA-256 of seed, draw and each name: uniform numbers.
 
-    Args:
-        names: In any order.
-        seed: Seed of all draws.
-        draw: What is drawn. Two draws with one number would not be independent: what the first
-            takes from the smallest numbers is not left for the second.
-
-    Returns:
-        The first 64 bits of SHA-256, uniform.
+    ``draw`` names what is drawn. Two draws with one number would not be independent: what the first
+    takes from the smallest numbers is not left for the second.
     """
     start = hashlib.sha256(f"{seed}:{draw}:".encode())
     digests = []
@@ -47,12 +41,9 @@ def draws(names: Iterable[str], seed: int, draw: str) -> Draws:
 def candidate_clusters(clusters: Clusters, seed: int, sequences: int, largest: int) -> list[str]:
     """The clusters with the smallest draws that together have so many sequences.
 
-    Args:
-        clusters: All of them, or those with the smallest draws; the sequences may then be fewer.
-        seed: Seed of the order.
-        sequences: How many.
-        largest: A cluster with more members is passed over: it alone would decide what out of
-            distribution means.
+    They are all clusters, or those with the smallest draws; the sequences may then be fewer. A
+    cluster with more members than ``largest`` is passed over: it alone would decide what out of
+    distribution means.
     """
     chosen: list[str] = []
     total = 0
@@ -100,13 +91,8 @@ def whole_groups(
 ) -> list[str]:
     """Candidates that make up a number of sequences, related ones together or not at all.
 
-    A group that would exceed the number by a fifth is passed over.
-
-    Args:
-        candidates: Names of clusters, in order of preference.
-        hits: (member of a candidate, member of a candidate), all direct relations.
-        clusters: All clusters.
-        sequences: Stop once so many sequences are taken.
+    A group that would exceed the number by a fifth is passed over. Candidates come in order of
+    preference, and ``hits`` are all direct relations between their members.
     """
     cluster_of = {member: name for name in candidates for member in clusters[name]}
     # Each candidate's group of related ones, which are one object.
@@ -137,13 +123,8 @@ def split_bounds(smallest: Draws, validation: int, test: int) -> tuple[int, int]
     """The draws from which on a sequence is no more for validation, and no more for testing.
 
     Sequences with one draw (those of a cluster, where clusters are drawn) go to one split; a split
-    then is the smaller for those that would exceed it.
-
-    Args:
-        smallest: The smallest draws of the sequences that are not held out, more than are asked
-            for, or else all; in any order.
-        validation: Sequences for validation.
-        test: Sequences for testing.
+    then is the smaller for those that would exceed it. ``smallest`` are the smallest draws of the
+    sequences that are not held out, more than are asked for, or else all; in any order.
     """
     ordered = np.sort(smallest)
     ends = (validation, validation + test)
