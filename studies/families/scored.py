@@ -10,11 +10,10 @@ import numpy as np
 
 from performers.proteins.corpus import Corpus
 from performers.proteins.embedded import embedded_fasta
-from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from performers.proteins.inputs.families import FamilyRows, ProteinFamilies, header_families
 from performers.proteins.inputs.fasta import iter_fasta
 from performers.proteins.inputs.objectives import ALL_HIDDEN, IGNORE_INDEX, MaskedCollator
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
-from performers.proteins.training.families import corpus_families, header_families
 
 TOKENIZER = build_protein_tokenizer(closed=True)
 _LONGEST_ROW = 1 << 17
@@ -103,4 +102,4 @@ def embedded_families() -> ProteinFamilies:
 def corpus_split(corpus: Corpus, split: str) -> ProteinFamilies:
     """Proteins of a split with their clusters."""
     tokens: Any = corpus.split(split)
-    return ProteinFamilies(tokens, corpus_families(corpus, split))
+    return ProteinFamilies(tokens, corpus.families(split))

@@ -57,7 +57,7 @@ def architecture(given: Mapping[str, Any]) -> dict[str, Any]:
 def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions) -> None:
     """Train a language model from FASTA files or a prepared corpus, or from texts."""
     from performers.proteins.corpus import Corpus, is_corpus
-    from performers.proteins.training.families import corpus_families, header_families
+    from performers.proteins.inputs.families import header_families
     from performers.proteins.training.train import train_model, validation_sample
 
     from_corpus = any(is_corpus(path) for path in files.fasta)
@@ -85,9 +85,9 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
         options.check_memory(sequences.entry["tokens"])
         held_out = validation_sample(corpus.split("validation"), options.seed)
         if options.families:
-            families = corpus_families(corpus, "train")
+            families = corpus.families("train")
             validation = corpus.split("validation")
-            names = corpus_families(corpus, "validation")
+            names = corpus.families("validation")
             family_of = {validation.sequence(place): name for place, name in enumerate(names)}
             validation_families = [family_of[sequence] for sequence in held_out]
     else:

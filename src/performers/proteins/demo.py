@@ -46,29 +46,6 @@ _STOP_SECONDS = 60.0
 _HEAVY = ("model_folder", "report.model_report", "scoring.evaluation", "training.train")
 
 
-def demo_options(attention: str, *, steps: int = DEMO_STEPS, seed: int = 0) -> TrainingOptions:
-    """Options of a model's training, which differ in the attention alone."""
-    return TrainingOptions(
-        attention=attention,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        # Within a family the position in the protein is informative; these learn it fastest.
-        position_embedding="learned",
-        max_length=512,
-        # Small batches and many steps make the best use of a minute on two cores.
-        batch_tokens=1024,
-        steps=steps,
-        learning_rate=4e-3,
-        weight_decay=0.05,
-        dropout=0.0,
-        redraw_steps=0,
-        seed=seed,
-        eval_steps=max(1, steps // 8),
-        save_steps=max(1, steps // 4),
-    )
-
-
 @dataclass(frozen=True)
 class _Job:
     """One model to train, evaluate and read."""
@@ -80,6 +57,29 @@ class _Job:
     seed: int
     splits: dict[str, list[ProteinRecord]]
     resume: bool
+
+
+def _training_options(job: _Job) -> TrainingOptions:
+    """Options of a model's training, which differ in the attention alone."""
+    return TrainingOptions(
+        attention=job.attention,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        # Within a family the position in the protein is informative; these learn it fastest.
+        position_embedding="learned",
+        max_length=512,
+        # Small batches and many steps make the best use of a minute on two cores.
+        batch_tokens=1024,
+        steps=job.steps,
+        learning_rate=4e-3,
+        weight_decay=0.05,
+        dropout=0.0,
+        redraw_steps=0,
+        seed=job.seed,
+        eval_steps=max(1, job.steps // 8),
+        save_steps=max(1, job.steps // 4),
+    )
 
 
 def run_demo(
@@ -105,9 +105,8 @@ def run_demo(
             log entry.
 
     Returns:
-        Contents of ``metrics.json``: model name to ``test`` and ``ood`` (each with accuracy,
-        perplexity, loss, tokens, baseline_accuracy and baseline_perplexity), ``train_seconds``,
-        ``steps`` and ``parameters``.
+        Contents of ``metrics.json``: model name to ``test`` and ``ood`` (see `evaluate_model`),
+        ``train_seconds``, ``steps`` and ``parameters``.
 
     Raises:
         UserError: A model cannot be trained.
@@ -117,15 +116,7 @@ def run_demo(
         name: read_fasta(embedded_fasta(name))[0] for name in ("train", "validation", *EVALUATED)
     }
     jobs = [
-        _Job(
-            name,
-            output / "models" / name,
-            attention,
-            steps,
-            seed,
-            splits,
-            resume,
-        )
+        _Job(name, output / "models" / name, attention, steps, seed, splits, resume)
         for name, attention in MODELS.items()
     ]
     found = _run_jobs(jobs, output, report)
@@ -247,7 +238,7 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
 
     torch.set_num_threads(1)
     # Not in the parent, which would import torch to look at the memory they ask for.
-    options = demo_options(job.attention, steps=job.steps, seed=job.seed)
+    options = _training_options(job)
     sequences = {
         name: [record.sequence for record in records] for name, records in job.splits.items()
     }
@@ -268,11 +259,7 @@ def _run_job(job: _Job, report: Report) -> tuple[dict[str, Any], ModelReport]:
     for number, split in enumerate(EVALUATED):
         report(f"evaluating {job.name}", number, len(EVALUATED), {})
         scores[split] = evaluate_model(
-            model,
-            tokenizer,
-            sequences[split],
-            max_length=options.max_length,
-            seed=options.seed,
+            model, tokenizer, sequences[split], max_length=options.max_length, seed=job.seed
         )
     report(f"evaluating {job.name}", len(EVALUATED), len(EVALUATED), {})
     metrics = {

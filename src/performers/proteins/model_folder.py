@@ -141,10 +141,10 @@ def check_input_length(model: PreTrainedModel, tokens: int) -> None:
     )
 
 
-def model_max_length(tokenizer: PreTrainedTokenizerBase, default: int = 1024) -> int:
-    """Length in tokens that a model was trained at, from its tokenizer."""
+def model_max_length(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Length in tokens that a model was trained at, from its tokenizer; 1024 if it tells none."""
     length = int(tokenizer.model_max_length)
-    return length if length < 10**9 else default
+    return length if length < 10**9 else 1024
 
 
 def reads_families(folder: Path) -> bool:

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from performers.app.errors import UserError
-from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
+from performers.proteins.inputs.families import FamilyRows, ProteinFamilies, header_families
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
-from performers.proteins.training.families import header_families
 
 TOKENIZER = build_protein_tokenizer()
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id

@@ -10,7 +10,6 @@ from performers.proteins.corpus import Corpus
 from performers.proteins.inputs.families import FamilyRows, ProteinFamilies
 from performers.proteins.inputs.objectives import CausalCollator, MaskedCollator
 from performers.proteins.inputs.tokenizer import encode_sequences
-from performers.proteins.training.families import corpus_families
 from performers.proteins.training.train import train_model
 from tests.cli.commands import refusal, run
 from tests.proteins.corpus.test_shards import write_corpus
@@ -70,7 +69,7 @@ def test_a_corpus_has_its_families(tmp_path):
     folder = write_corpus(tmp_path / "corpus", splits, shard_tokens=100)
     clusters = zip(FAMILIES, records, strict=True)
     (folder / "clusters.tsv").write_text("".join(f"{f}\t{name}\n" for f, (name, _) in clusters))
-    assert corpus_families(Corpus(folder), "validation") == FAMILIES[20:]
+    assert Corpus(folder).families("validation") == FAMILIES[20:]
     run("train", folder, *flags(**OPTIONS, families="one"), "--output", tmp_path / "disk")
     options = small_options(**OPTIONS, families="one")
     train_model(

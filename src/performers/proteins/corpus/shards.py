@@ -21,6 +21,7 @@ from performers.app.errors import UserError
 from performers.app.files import read_json
 from performers.proteins.inputs.tokenizer import AMBIGUOUS, AMINO_ACIDS, SPECIAL_TOKENS
 from performers.proteins.options import SplitOptions
+from performers.proteins.probe.labels import read_groups
 
 Tokens = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int64]
@@ -58,10 +59,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._shard_tokens = folder, shard_tokens
         self._shards: list[dict[str, Any]] = []
-        self._start()
-
-    def _start(self) -> None:
-        # Lines of a file: a third of the memory of as many strings.
+        # Of the open shard. Names are lines of a file: a third of the memory of as many strings.
         self._names: list[bytes] = []
         self._tokens: list[Tokens] = []
         self._lengths: list[Lengths] = []
@@ -96,7 +94,7 @@ class ShardWriter:
         self._shards.append(
             {"name": name, "sequences": lengths.size, "tokens": tokens.size, "sha256": digest}
         )
-        self._start()
+        self._names, self._tokens, self._lengths, self._size = [], [], [], 0
 
     def close(self) -> dict[str, Any]:
         """Write the last shard.
@@ -159,11 +157,8 @@ class TokenShards(Sequence[Tokens]):
         return np.concatenate([np.diff(offsets) for offsets in self._offsets])
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+        if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        index %= len(self)
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         offsets = self._offsets[shard]
         place = index - int(self._starts[shard])
@@ -221,6 +216,19 @@ class Corpus:
             known = ", ".join(self.manifest["splits"])
             raise UserError(f"{self.folder} has no split {name!r}; it has {known}")
         return TokenShards(self.folder / name, self.manifest["splits"][name])
+
+    def families(self, split: str) -> list[str]:
+        """Family of each protein of a split: the representative of its cluster.
+
+        Raises:
+            UserError: The corpus has no table of clusters, or a protein is not in it.
+        """
+        table = self.folder / "clusters.tsv"
+        clusters, names = read_groups(table), self.split(split).names
+        unknown = next((name for name in names if name not in clusters), None)
+        if unknown is not None:
+            raise UserError(f"{table} lacks {unknown}; prepare it again")
+        return [clusters[name] for name in names]
 
 
 def is_corpus(path: Path) -> bool:

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
+from performers.app.errors import UserError
 from performers.proteins.inputs.packing import learnable_windows, sequence_lengths
+from performers.proteins.inputs.records import ProteinRecord
 
 # Beside the seed, where rows draw with their epoch and index.
 _ALONE = 2**32 - 1
@@ -27,6 +29,24 @@ class ProteinFamilies(NamedTuple):
 
     tokens: Sequence[_Tokens]
     names: Sequence[str]
+
+
+def header_families(records: Sequence[ProteinRecord]) -> list[str]:
+    """Families of proteins by ``family=NAME`` in their headers.
+
+    Raises:
+        UserError: A header has none.
+    """
+    families = []
+    for record in records:
+        family = record.field("family")
+        if family is None:
+            raise UserError(
+                f"--families: the header of {record.name!a} names no family; write family=NAME "
+                "in each, or train on a corpus of performers data"
+            )
+        families.append(family)
+    return families
 
 
 class FamilyRows(Dataset[dict[str, Any]]):

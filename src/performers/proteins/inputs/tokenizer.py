@@ -97,22 +97,14 @@ def encode_sequences(
         One int16 array a sequence, of shape (number of its tokens,).
 
     Raises:
-        ValueError: The vocabulary does not fit in int16, or the tokenizer has no begin or end
-            token.
+        ValueError: The tokenizer has no begin or end token.
     """
-    if len(tokenizer) > np.iinfo(np.int16).max:
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if begin is None or end is None:
         raise ValueError(
-            f"tokenizer: expected a protein vocabulary of at most {np.iinfo(np.int16).max} tokens, "
-            f"got {len(tokenizer)}; give a tokenizer from build_protein_tokenizer"
+            "tokenizer: expected a bos_token and an eos_token to frame sequences with; set them or "
+            "give a tokenizer from build_protein_tokenizer"
         )
-    frame = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
-    if missing := [name for name, token in frame.items() if token is None]:
-        raise ValueError(
-            f"tokenizer: expected a bos_token and an eos_token to frame sequences with, "
-            f"{' and '.join(missing)} not set; set them or give a tokenizer from "
-            "build_protein_tokenizer"
-        )
-    begin, end = frame.values()
     backend = tokenizer.backend_tokenizer
     # The backend keeps the settings of the last call of the tokenizer.
     backend.no_padding()

@@ -50,7 +50,9 @@ def initial_options(
     elif initial is not None:
         config = _load(initial)[0].config
         _check(config, given)
-        found = {name: _of_model(config, name) for name in _ARCHITECTURE}
+        found = {
+            name: getattr(config, str(declared.config)) for name, declared in _ARCHITECTURE.items()
+        }
     else:
         return {}
     return {name: value for name, value in found.items() if name not in given}
@@ -90,9 +92,9 @@ def load_initial_weights(network: PreTrainedModel, initial: Path, options: Train
     weights = trained.state_dict()
     if before.position_window is None and config.position_window is not None:
         weights = {
-            halved: tensor
+            name.replace(_MECHANISM, _MECHANISM + half): tensor
             for name, tensor in weights.items()
-            for halved in ([name] if _MECHANISM not in name else _in_halves(name))
+            for half in ("near.", "across.")
         }
     network.load_state_dict(weights)
 
@@ -105,11 +107,6 @@ def _load(initial: Path) -> tuple[PreTrainedModel, dict[str, int]]:
     return model, tokenizer.get_vocab()
 
 
-def _of_model(config: Any, name: str) -> Any:
-    """The value of an option that a configuration has."""
-    return getattr(config, _ARCHITECTURE[name].config or name)
-
-
 def _check(config: Any, given: Mapping[str, Any]) -> None:
     """Check options, by their names, against the configuration of a trained model."""
     objective = "clm" if config.is_decoder else "mlm"
@@ -119,19 +116,15 @@ def _check(config: Any, given: Mapping[str, Any]) -> None:
             f"--objective {objective}"
         )
     for name in filter(given.__contains__, _ARCHITECTURE):
-        wanted, found = given[name], _of_model(config, name)
-        fixed = not _ARCHITECTURE[name].keeps_weights
-        if name == "max_length" and config.longest_input is not None:
-            fixed = True
-        if name == "position_window" and wanted is None:
-            fixed = True
+        declared, wanted = _ARCHITECTURE[name], given[name]
+        found = getattr(config, str(declared.config))
+        fixed = (
+            not declared.keeps_weights
+            or (name == "max_length" and config.longest_input is not None)
+            or (name == "position_window" and wanted is None)
+        )
         if fixed and wanted != found:
             flag = TrainingOptions.flag(name)
             raise OptionError(
                 f"{flag} must be that of --initial-model, {found}; got {wanted}; leave out {flag}"
             )
-
-
-def _in_halves(name: str) -> list[str]:
-    """Names in both halves of the heads for one of a mechanism of all heads."""
-    return [name.replace(_MECHANISM, f"{_MECHANISM}{half}.") for half in ("near", "across")]

@@ -55,7 +55,7 @@ def train_model(
 
     Args:
         sequences: Proteins as letters, or a split of a corpus, which stays on disk.
-        output: Folder to write to; see ``prepare_output_folder``.
+        output: Folder to write to.
         options: Options of the run.
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
             ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
@@ -96,7 +96,7 @@ def train_model(
     named = None if families is None else (families, validation_families or [])
     run = TrainingRun(
         output,
-        _fingerprint(sequences, validation, named or ()),
+        _fingerprint(sequences, validation, *(named or ())),
         options,
         resume=resume,
         initial_model=None if initial_model is None else initial_record(initial_model),
@@ -133,13 +133,13 @@ class _ProteinTrainer(RunTrainer):
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
             self.collator = MaskedCollator(tokenizer, **masks)
+        masks["batch_tokens"] = options.batch_tokens
 
         def measure(model: Any) -> dict[str, float]:
-            settings = {"batch_tokens": options.batch_tokens, **masks}
             if isinstance(validation, FamilyRows):
-                return evaluate_rows(model, tokenizer, validation, **settings)
-            settings["max_length"] = options.max_length
-            return evaluate_model(model, tokenizer, validation, **settings)
+                return evaluate_rows(model, tokenizer, validation, **masks)
+            length = options.max_length
+            return evaluate_model(model, tokenizer, validation, max_length=length, **masks)
 
         super().__init__(run=run, measure=measure if validation else None, **arguments)
 
@@ -162,20 +162,18 @@ class _ProteinTrainer(RunTrainer):
 
 
 def _fingerprint(
-    training: Sequence[str] | TokenShards,
-    validation: Sequence[str],
-    families: Sequence[Sequence[str]],
+    training: Sequence[str] | TokenShards, validation: Sequence[str], *families: Sequence[str]
 ) -> dict[str, Any]:
     """Data of a run: how much, and the SHA-256 of its content and of the names of families."""
     digest = hashlib.sha256()
+    groups = [validation, *families]
     if isinstance(training, TokenShards):
         residues = training.entry["residues"]
         digest.update(training.fingerprint().encode())
-        groups = [validation]
     else:
         residues = sum(map(len, training))
-        groups = [training, validation]
-    for group in (*groups, *families):
+        groups.insert(0, training)
+    for group in groups:
         for text in group:
             digest.update(text.encode() + b"\n")
         digest.update(b"\n")
@@ -209,8 +207,7 @@ def _data(
         return TokenDataset(tokens, packed=options.packed, learnable=True, **sizes), validation
     known = ProteinFamilies(tokens, families[0])
     try:
-        hidden = options.families or "all"
-        rows = FamilyRows(known, hidden=hidden, alone=options.alone, **sizes)
+        rows = FamilyRows(known, hidden=str(options.families), alone=options.alone, **sizes)
     except ValueError as error:
         raise UserError(f"--families: {error}") from error
     validated = encode_sequences(tokenizer, validation[:_FAMILY_ROWS_AT_MOST])
