@@ -15,7 +15,7 @@ from performers.proteins.inputs import packing
 from performers.proteins.inputs.packing import (
     LengthBucketedBatchSampler,
     TokenDataset,
-    split_windows,
+    window_places,
 )
 from tests.proteins.corpus.test_shards import proteins, write_shards
 
@@ -52,15 +52,18 @@ def test_packed_rows_are_the_sequences_end_to_end(sequences, row_length):
         position += size
 
 
-@given(st.integers(0, 200), st.integers(1, 60))
-def test_windows_lose_nothing_and_are_even(length, max_length):
-    sequence = np.arange(length, dtype=np.int16)
-    windows = split_windows(sequence, max_length)
-    assert np.concatenate(windows).tolist() == sequence.tolist()
-    sizes = [window.size for window in windows]
-    assert len(windows) == max(1, -(-length // max_length))
-    assert max(sizes) <= max_length
-    assert max(sizes) - min(sizes) <= 1
+def split(sequence, max_length):
+    return np.array_split(sequence, -(-len(sequence) // max_length))
+
+
+@given(st.lists(st.integers(1, 200), min_size=1), st.integers(1, 60))
+def test_windows_lose_nothing_and_are_even(lengths, max_length):
+    places = list(zip(*window_places(np.array(lengths), max_length), strict=True))
+    assert places == [
+        (index, window[0], len(window))
+        for index, length in enumerate(lengths)
+        for window in split(np.arange(length), max_length)
+    ]
 
 
 @pytest.mark.parametrize("max_length", [3, 4, 7, 16, 100])
@@ -68,7 +71,7 @@ def test_rows_of_a_corpus_are_windows_to_learn_from(shards, max_length):
     expected = [
         window
         for tokens in shards
-        for window in split_windows(tokens, max_length)
+        for window in split(tokens, max_length)
         if (window > 4).sum() > 1
     ]
     rows = TokenDataset(shards, max_length=max_length, learnable=True)
@@ -186,7 +189,6 @@ EMPTY, ONE = np.array([], dtype=int), np.array([1])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: split_windows(ONE, 0), "max_length"),
         *[
             (
                 lambda size=size, packed=packed: TokenDataset(

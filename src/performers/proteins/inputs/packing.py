@@ -24,32 +24,18 @@ _Numbers = npt.NDArray[np.int64]
 _POOL_BATCHES = 50
 
 
-def split_windows(token_sequence: _Tokens, max_length: int) -> list[_Tokens]:
-    """Split a sequence into the fewest consecutive windows of at most ``max_length`` tokens.
-
-    The windows' lengths differ by at most one, so that no window is a mere remainder. Joined, they
-    give the sequence back; only the first has its begin token and only the last its end token.
-
-    Raises:
-        ValueError: ``max_length`` is below 1.
-    """
-    _check_length(max_length)
-    return list(np.array_split(token_sequence, max(1, -(-len(token_sequence) // max_length))))
-
-
 def window_places(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
-    """Sequence, start and size of each window of sequences, as `split_windows` cuts them."""
+    """Sequence, start and size of the fewest windows of at most ``max_length`` tokens.
+
+    The windows of a sequence follow each other, and their sizes differ by at most one, so that none
+    is a mere remainder; only the first has its begin token and only the last its end token.
+    """
     counts = -(-lengths // max_length)
     sequences = np.repeat(np.arange(lengths.size), counts)
     window = np.arange(sequences.size) - (np.cumsum(counts) - counts)[sequences]
     base, longer = lengths // counts, lengths % counts
     starts = window * base[sequences] + np.minimum(window, longer[sequences])
     return sequences, starts, base[sequences] + (window < longer[sequences])
-
-
-def _check_length(max_length: int) -> None:
-    if max_length < 1:
-        raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
 
 
 def learnable_windows(lengths: _Numbers, max_length: int) -> tuple[_Numbers, _Numbers, _Numbers]:
@@ -106,7 +92,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
         if not lengths.all():
             raise ValueError(f"sequences: {int(lengths.argmin())} is empty; leave it out")
         max_length = int(lengths.max(initial=1)) if max_length is None else max_length
-        _check_length(max_length)
+        if max_length < 1:
+            raise ValueError(f"max_length: expected at least 1 token, got {max_length}")
         self._packed = packed
         if packed:
             self._order = np.arange(lengths.size)
@@ -122,7 +109,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
                 self._starts, self.lengths = starts[keep], sizes[keep]
         else:
             places = learnable_windows if learnable else window_places
-            self._order, self._starts, self.lengths = places(lengths, max_length)
+            self.sequence_of_row, self._starts, self.lengths = places(lengths, max_length)
         if learnable and not len(self):
             raise UserError("the training sequences have no two residues in a row to learn from")
         if not len(self):
@@ -130,6 +117,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
 
     lengths: _Numbers
     """Tokens in each row, (rows,)."""
+
+    sequence_of_row: _Numbers
+    """Index of the sequence that a row is a window of, (rows,)."""
 
     def __len__(self) -> int:
         return int(self.lengths.size)
@@ -142,7 +132,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         if self._packed:
             row = self._packed_row(start, size)
         else:
-            sequence = np.asarray(self._sequences[int(self._order[index])])
+            sequence = np.asarray(self._sequences[int(self.sequence_of_row[index])])
             row = {"input_ids": sequence[start : start + size]}
         return {**row, "index": index, "epoch": epoch}
 

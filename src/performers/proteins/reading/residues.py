@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from performers.app.progress import Progress
 from performers.proteins.inputs.objectives import CausalCollator
-from performers.proteins.inputs.packing import TokenDataset, split_windows
+from performers.proteins.inputs.packing import TokenDataset, window_places
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences, residue_ids
 from performers.proteins.scoring.batches import run_batches
@@ -149,8 +149,9 @@ def _rows(
     for protein, tokens in enumerate(encode_sequences(tokenizer, sequences)):
         fold = np.random.default_rng((0, protein)).permutation(len(tokens)) % folds
         fold[~np.isin(tokens, residues)] = -1
-        start = 0
-        for window in split_windows(tokens, max_length):
+        _, starts, sizes = window_places(np.array([len(tokens)]), max_length)
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+            window = tokens[start : start + size]
             for number in range(folds):
                 targets = np.flatnonzero(fold[start : start + len(window)] == number)
                 if targets.size:
@@ -159,7 +160,6 @@ def _rows(
                         shown[targets] = tokenizer.mask_token_id
                     # The protein's first token is <bos>.
                     rows.append(_Row(protein, start - 1, shown, targets))
-            start += len(window)
     return rows
 
 

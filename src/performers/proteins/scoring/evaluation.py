@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from performers.app.progress import Progress
 from performers.proteins.inputs.families import FamilyRows
 from performers.proteins.inputs.objectives import ALL_HIDDEN, CausalCollator, MaskedCollator
-from performers.proteins.inputs.packing import TokenDataset, split_windows
+from performers.proteins.inputs.packing import TokenDataset
 from performers.proteins.inputs.relatives import RelativesRows
 from performers.proteins.inputs.tokenizer import encode_sequences, residue_ids
 from performers.proteins.scoring.batches import run_batches
@@ -59,16 +59,15 @@ def evaluate_model(
     """
     dataset: TokenDataset | RelativesRows
     if relatives is None:
-        windows = [split_windows(row, max_length) for row in encode_sequences(tokenizer, sequences)]
-        dataset = TokenDataset(window for parts in windows for window in parts)
-        rows = [len(parts) for parts in windows]
+        dataset = TokenDataset(encode_sequences(tokenizer, sequences), max_length=max_length)
+        sequence_of_row = dataset.sequence_of_row
     else:
-        dataset, rows = relatives, [1] * len(sequences)
+        dataset, sequence_of_row = relatives, np.arange(len(sequences))
     metrics = evaluate_rows(
         model,
         tokenizer,
         dataset,
-        sequence_of_row=np.repeat(np.arange(len(rows)), rows) if by_sequence else None,
+        sequence_of_row=sequence_of_row if by_sequence else None,
         **options,
     )
     return {**metrics, "sequences": len(sequences)}
