@@ -26,7 +26,8 @@ COMPRESS = {
 
 @pytest.mark.parametrize("kind", COMPRESS)
 def test_compressed_files_are_read_like_plain_ones(tmp_path, kind):
-    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    # Names do not tell.
+    plain, packed = tmp_path / "plain.gz", tmp_path / "packed.fasta"
     plain.write_bytes(TEXT)
     half = len(TEXT) // 2
     # Members one after another are one file.
@@ -83,8 +84,13 @@ def test_a_pipe_can_be_read_twice(tmp_path):
     with rereadable([pipe]) as ((copy, name),):
         writer.join()
         assert name == str(pipe)
-        assert list(iter_fasta(copy)) == list(iter_fasta(copy))
+        records = list(iter_fasta(copy))
+        assert list(iter_fasta(copy)) == records
     assert not copy.exists()
+    writer = threading.Thread(target=pipe.write_bytes, args=(lzma.compress(TEXT),))
+    writer.start()
+    assert read_fasta(pipe)[0] == records
+    writer.join()
 
 
 def test_records_at_fault_are_skipped_and_counted(tmp_path):
