@@ -6,6 +6,9 @@ import itertools
 import json
 import lzma
 import shutil
+import subprocess
+import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from performers.proteins.corpus.sources import given_source
 from performers.proteins.corpus.splitting import SPLITS
 from performers.proteins.inputs import fasta as fasta_module
 from tests.proteins.corpus import stand_in
-from tests.proteins.corpus.test_prepare import LETTERS, family_records
+from tests.proteins.corpus.test_prepare import LETTERS, family_records, held_out_tails
 
 OPTIONS = SplitOptions(
     validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1, shard_tokens=500, seed=3
@@ -138,8 +141,7 @@ def check_splits(folder, manifest, kind):
         rest = {cluster[n] for n, split in split_of.items() if split != name}
         assert ours
         assert not ours & rest
-    tails = {sequences[name][-4:] for name, split in split_of.items() if split == "ood"}
-    assert not tails & {sequences[name][-4:] for name, split in split_of.items() if split != "ood"}
+    held_out_tails(corpus)
     rest = [name for name, split in split_of.items() if split != "ood"]
     rest.sort(key=lambda n: hashlib.sha256(f"3:sequences:{cluster[n]}".encode()).hexdigest())
     order = [split_of[name] for name in rest]
@@ -220,28 +222,20 @@ def test_blocks_of_a_file_are_its_records(tmp_path):
         assert [r.header + r.sequence for rs in found.values() for r in rs] == expected
         for of in (2, 3):
             some = {}
-            for k in range(of):
-                mine = fasta_module.iter_fasta_blocks(
-                    path, lambda n, k=k, of=of: n % of == k, block=block
-                )
-                some.update(mine)
+            for part in (Part(k, of) for k in range(1, of + 1)):
+                mine = partial(part.has, 0)
+                some.update(fasta_module.iter_fasta_blocks(path, mine, block=block))
             assert some == found
     # Faults are told by their line in the file, in whatever block.
     damaged = text.replace(">P50 a > b é\r\nMKV", ">P50 a > b é\r\nMK1")
-    path.write_bytes(damaged.encode())
-    with pytest.raises(UserError) as whole:
-        list(fasta_module.iter_fasta(path))
-    for block in (1, 16, 100):
-        with pytest.raises(UserError) as one:
-            list(fasta_module.iter_fasta_blocks(path, lambda _: True, block=block))
-        assert str(one.value) == str(whole.value)
-    for content in (b"", b"\n", b"MKV\n"):
+    for content in (damaged.encode(), b"", b"\n", b"MKV\n"):
         path.write_bytes(content)
         with pytest.raises(UserError) as whole:
             list(fasta_module.iter_fasta(path))
-        with pytest.raises(UserError) as one:
-            list(fasta_module.iter_fasta_blocks(path, lambda _: True))
-        assert str(one.value) == str(whole.value)
+        for block in (1, 16, 100):
+            with pytest.raises(UserError) as one:
+                list(fasta_module.iter_fasta_blocks(path, lambda _: True, block=block))
+            assert str(one.value) == str(whole.value)
 
 
 def test_idmapping_tables(tmp_path):
@@ -342,9 +336,6 @@ def test_parts_that_do_not_go_together(tmp_path):
 @pytest.mark.slow
 def test_memory_is_constant(tmp_path):
     """The peaks of a part and of a merge do not grow with the number of proteins."""
-    import subprocess
-    import sys
-
     # A search that finds nothing: that of the stand-in takes hours.
     (tmp_path / "bin" / "mmseqs").write_text("#!/bin/sh\n[ $1 = version ] || : > hits.tsv\n")
     peaks = []
@@ -367,21 +358,11 @@ def test_memory_is_constant(tmp_path):
         end = "; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         options = "SplitOptions(shard_tokens=1 << 18)"
         prepare = f"prepare_part(given_source([first]), second, {options}, Part(1, 1))"
-        peaks.append(
-            [
-                int(
-                    subprocess.run(
-                        [sys.executable, "-c", start + call + end, *paths],
-                        capture_output=True,
-                        text=True,
-                        check=True,
-                    ).stdout
-                )
-                for call, *paths in (
-                    (prepare, path, part),
-                    ("merge_parts([first], second)", part, corpus),
-                )
-            ]
-        )
-    assert peaks[1][0] < 1.1 * peaks[0][0]
-    assert peaks[1][1] < 1.1 * peaks[0][1]
+        for call, *paths in (
+            (prepare, path, part),
+            ("merge_parts([first], second)", part, corpus),
+        ):
+            program = [sys.executable, "-c", start + call + end, *paths]
+            peaks.append(int(subprocess.check_output(program)))
+    assert peaks[2] < 1.1 * peaks[0]
+    assert peaks[3] < 1.1 * peaks[1]

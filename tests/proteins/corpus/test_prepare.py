@@ -1,6 +1,7 @@
 """``performers data swissprot`` from sequences to a corpus that trains."""
 
 import gzip
+import hashlib
 import itertools
 
 import numpy as np
@@ -58,6 +59,18 @@ def prepared(fasta, mmseqs, tmp_path_factory):
     return folder, prepare(fasta, folder)
 
 
+def held_out_tails(corpus):
+    """Last residues of what is held out, which nothing else has: there are no relatives in it."""
+    tails = {}
+    for split in SPLITS:
+        shards = corpus.split(split)
+        tails[split] = {shards.sequence(i)[-4:] for i in range(len(shards))}
+    ood = tails.pop("ood")
+    assert ood
+    assert not ood & set.union(*tails.values())
+    return ood
+
+
 def test_splits(prepared):
     folder, manifest = prepared
     corpus = Corpus(folder)
@@ -76,14 +89,17 @@ def test_splits(prepared):
         "distinct": 300,
         "residues": 300 * 18,
     }
-    assert len(names["validation"]) == len(names["test"]) == 30
-    # Whole pairs of clusters, and no relative of them anywhere else.
-    tails = {split: {sequences[name][-4:] for name in names[split]} for split in SPLITS}
-    others = tails["train"] | tails["validation"] | tails["test"]
-    assert tails["ood"]
-    assert not tails["ood"] & others
-    assert len(names["ood"]) == 10 * len(tails["ood"])
-    assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails["ood"])
+    # Validation and test are those with the smallest hashes.
+    drawn = sorted(
+        (name for split in SPLITS[:3] for name in names[split]),
+        key=lambda name: hashlib.sha256(f"0:sequences:{name}".encode()).hexdigest(),
+    )
+    assert set(names["validation"]) == set(drawn[:30])
+    assert set(names["test"]) == set(drawn[30:60])
+    # Whole pairs of clusters.
+    tails = held_out_tails(corpus)
+    assert len(names["ood"]) == 10 * len(tails)
+    assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails)
     # Small splits are FASTA too.
     for split in ("validation", "test", "ood"):
         lines = gzip.decompress((folder / f"{split}.fasta.gz").read_bytes()).decode().splitlines()
@@ -105,23 +121,14 @@ def test_names_that_mmseqs_takes_for_others(tmp_path, given):
     table.write_text("".join(f"{s[:4]}\t{name}\n" for name, s in sequences.items()))
     prepare(path, tmp_path / "corpus", clusters=table if given else None)
     corpus = Corpus(tmp_path / "corpus")
-    split_of = {name: split for split in SPLITS for name in corpus.split(split).names}
-    assert split_of.keys() == sequences.keys()
-    ood = {sequences[name][-4:] for name, split in split_of.items() if split == "ood"}
-    assert ood
-    assert not ood & {sequences[name][-4:] for name, split in split_of.items() if split != "ood"}
+    assert {name for split in SPLITS for name in corpus.split(split).names} == sequences.keys()
+    held_out_tails(corpus)
 
 
 def test_a_search_that_reports_few_hits_misses_no_relative(fasta, tmp_path, monkeypatch):
     monkeypatch.setattr("performers.proteins.corpus.relatives._HITS_PER_QUERY", 1)
     manifest = prepare(fasta, tmp_path / "corpus")
-    corpus = Corpus(tmp_path / "corpus")
-    tails = {
-        split: {corpus.split(split).sequence(i)[-4:] for i in range(len(corpus.split(split)))}
-        for split in SPLITS
-    }
-    assert tails["ood"]
-    assert not tails["ood"] & (tails["train"] | tails["validation"] | tails["test"])
+    held_out_tails(Corpus(tmp_path / "corpus"))
     # The last search found nothing.
     assert manifest["ood_searches"][-1]["related"] == 0
     assert any(search["related"] for search in manifest["ood_searches"])
