@@ -52,8 +52,8 @@ def load_model(
             hint = "its training has not ended; finish it with performers train --resume"
         raise UserError(f"{folder} is not a model folder: {hint}")
     settings = read_json(folder / "config.json")
-    if not isinstance(settings, dict) or settings.get("model_type") != PerformerConfig.model_type:
-        kind = settings.get("model_type") if isinstance(settings, dict) else None
+    kind = settings.get("model_type") if isinstance(settings, dict) else None
+    if kind != PerformerConfig.model_type:
         raise UserError(
             f"{folder} holds a model of type {kind!r}, expected {PerformerConfig.model_type!r}; "
             "give a folder that performers train wrote"

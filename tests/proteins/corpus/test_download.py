@@ -3,12 +3,13 @@
 import hashlib
 import re
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from performers.app.errors import UserError
-from performers.proteins.corpus.download import describe_release, download
+from performers.proteins.corpus.download import download
 from performers.proteins.corpus.sources import open_source
 
 CONTENT = bytes(range(256)) * 40_000
@@ -64,17 +65,16 @@ def url(server):
     return f"http://127.0.0.1:{server.server_port}/complete/proteins.fasta.gz"
 
 
-def fetch(url, path, **options):
-    download(url, path, describe_release(url), pause=0.01, **options)
+fetch = partial(download, pause=0.01)
 
 
 def test_whole_file(url, tmp_path):
     seen = []
-    fetch(url, tmp_path / "p.gz", progress=lambda done, total: seen.append((done, total)))
+    release = fetch(url, tmp_path / "p.gz", progress=lambda *work: seen.append(work))
+    assert release == "2026_04"
     assert (tmp_path / "p.gz").read_bytes() == CONTENT
     assert seen[-1] == (len(CONTENT), len(CONTENT))
     assert not (tmp_path / "p.gz.part").exists()
-    assert describe_release(url).version == "2026_04"
 
 
 def test_a_broken_connection_is_continued(server, url, tmp_path):
@@ -118,8 +118,8 @@ def test_what_an_earlier_run_got_is_kept(server, url, tmp_path, ranges):
     assert server.requests[-1][1] == "bytes=5000000-"
 
 
-def test_releases_that_cannot_be_had(url):
+def test_releases_that_cannot_be_had(url, tmp_path):
     with pytest.raises(UserError, match=r"127\.0\.0\.1.* cannot be reached .*--source"):
-        describe_release("http://127.0.0.1:9/x/proteins.fasta.gz")
+        download("http://127.0.0.1:9/x/proteins.fasta.gz", tmp_path / "p.gz")
     with pytest.raises(UserError, match="does not describe missing"):
-        describe_release(url.replace("proteins.fasta.gz", "missing.gz"))
+        download(url.replace("proteins.fasta.gz", "missing.gz"), tmp_path / "p.gz")

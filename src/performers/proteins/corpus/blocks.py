@@ -133,13 +133,7 @@ def write_part(
     """
     wanted = {"format": FORMAT, "part": list(part), **settings}
     folder.mkdir(parents=True, exist_ok=True)
-    settings_file = folder / _SETTINGS
-    if settings_file.exists() and read_json(settings_file) != wanted:
-        raise UserError(
-            f"{folder} holds a part with other options or data; repeat those, or give another "
-            "--output"
-        )
-    write_json(settings_file, wanted)
+    record_settings(folder / _SETTINGS, wanted, f"{folder} holds a part")
     if (folder / _PART).exists():
         damaged = _damaged(folder)
         if not damaged:
@@ -171,6 +165,19 @@ def write_part(
         before += path.stat().st_size
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npz"))}
     write_json(folder / _PART, {"blocks": sizes})
+
+
+def record_settings(file: Path, wanted: Mapping[str, Any], holder: str) -> None:
+    """Record what decides the content of a folder, or check it against an earlier record.
+
+    Raises:
+        UserError: They differ; the message begins with ``holder``.
+    """
+    if file.exists() and read_json(file) != wanted:
+        raise UserError(
+            f"{holder} with other options or data; repeat those, or give another --output"
+        )
+    write_json(file, wanted)
 
 
 def _write_block(

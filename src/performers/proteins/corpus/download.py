@@ -1,4 +1,4 @@
-"""Downloads that continue where they stopped and are checked against a checksum."""
+"""Downloads of UniProt that continue where they stopped and are checked against a checksum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from performers.app.errors import UserError
@@ -20,20 +19,8 @@ _ATTEMPTS = 5
 _TIMEOUT_S = 60
 
 
-class RemoteFile(NamedTuple):
-    """Version, size and checksum of a file of a release."""
-
-    version: str
-    size: int
-    md5: str
-
-
-def describe_release(url: str) -> RemoteFile:
-    """Version, size and checksum of a UniProt file, from the metalink of its folder.
-
-    Raises:
-        UserError: The list cannot be had or does not name the file.
-    """
+def _describe(url: str) -> tuple[str, int, str]:
+    """Release, size and checksum of a file, from the metalink of its folder."""
     folder, _, name = url.rpartition("/")
     try:
         with urllib.request.urlopen(f"{folder}/{_METALINK}", timeout=_TIMEOUT_S) as answer:
@@ -47,30 +34,28 @@ def describe_release(url: str) -> RemoteFile:
             md5 = file.findtext("m:verification/m:hash[@type='md5']", "", space)
             version = root.findtext("m:version", "", space)
             if size.isdigit() and md5:
-                return RemoteFile(version, int(size), md5)
+                return version, int(size), md5
     raise UserError(f"{folder}/{_METALINK} does not describe {name}; check the address")
 
 
-def download(
-    url: str,
-    path: Path,
-    expected: RemoteFile,
-    *,
-    progress: Progress | None = None,
-    pause: float = 1.0,
-) -> None:
-    """Download a file; what an earlier attempt got is kept and continued.
+def download(url: str, path: Path, *, progress: Progress | None = None, pause: float = 1.0) -> str:
+    """Download a file of a release of UniProt; what an earlier attempt got is continued.
 
     Until it is complete and checked the data are in ``path`` + ``.part``. The pause in seconds
     before the second attempt doubles before each further one.
 
+    Returns:
+        The name of the release.
+
     Raises:
-        UserError: It cannot be reached in five attempts, or the checksum is wrong.
+        UserError: It cannot be reached in five attempts, the release does not describe it, or the
+            checksum is wrong.
     """
+    release, size, md5 = _describe(url)
     part = path.with_name(path.name + ".part")
     for attempt in range(_ATTEMPTS):
         try:
-            _continue(url, part, expected.size, progress)
+            _continue(url, part, size, progress)
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 or attempt == _ATTEMPTS - 1:
@@ -83,13 +68,14 @@ def download(
     with part.open("rb") as file:
         while block := file.read(_CHUNK):
             digest.update(block)
-    if digest.hexdigest() != expected.md5:
+    if digest.hexdigest() != md5:
         part.unlink()
         raise UserError(
-            f"{url}: the checksum is {digest.hexdigest()}, expected {expected.md5}; the damaged "
-            "copy is removed, start again"
+            f"{url}: the checksum is {digest.hexdigest()}, expected {md5}; the damaged copy is "
+            "removed, start again"
         )
     part.replace(path)
+    return release
 
 
 def _continue(url: str, part: Path, size: int, progress: Progress | None) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from performers.app.errors import UserError
-from performers.app.files import read_json, write_json
+from performers.app.files import read_json
 from performers.app.progress import Progress
 from performers.app.provenance import KEY, write_result
-from performers.proteins.corpus.blocks import Block, open_parts
+from performers.proteins.corpus.blocks import Block, open_parts, record_settings
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.relatives import RelativesSearch
 from performers.proteins.corpus.shards import FORMAT, VOCABULARY, ShardWriter
@@ -58,13 +58,7 @@ def finished(output: Path, wanted: Mapping[str, Any], report: Report) -> dict[st
             return {key: value for key, value in manifest.items() if key != KEY}
         raise UserError(f"{output} holds another corpus; give another --output")
     work.mkdir(parents=True, exist_ok=True)
-    settings = work / "settings.json"
-    if settings.exists() and read_json(settings) != wanted:
-        raise UserError(
-            f"{output} holds a run with other options or data; repeat those, or give another "
-            "--output"
-        )
-    write_json(settings, wanted)
+    record_settings(work / "settings.json", wanted, f"{output} holds a run")
     return None
 
 

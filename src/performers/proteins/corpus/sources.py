@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from performers.app.errors import UserError
 from performers.app.files import sha256
 from performers.app.progress import Progress
-from performers.proteins.corpus.download import describe_release, download
+from performers.proteins.corpus.download import download
 from performers.proteins.inputs.fasta import iter_fasta
 from performers.proteins.options import UNIPROT
 
@@ -70,9 +70,7 @@ def open_source(
         # The release is known at the time of the download only.
         release_file = path.with_name(path.name + ".release")
         if not (path.exists() and release_file.exists()):
-            expected = describe_release(address)
-            download(address, path, expected, progress=progress)
-            release_file.write_text(expected.version, encoding="utf-8")
+            release_file.write_text(download(address, path, progress=progress), encoding="utf-8")
         about = {
             "url": address,
             "release": release_file.read_text(encoding="utf-8"),
