@@ -32,13 +32,10 @@ def export_mds(corpus: Corpus, folder: Path, *, progress: Progress | None = None
     total, done = sum(entry["sequences"] for entry in splits.values()), 0
     columns = {"name": "str", "tokens": "ndarray:uint8"}
     for name in splits:
-        shards = corpus.split(name)
         with MDSWriter(out=str(folder / name), columns=columns, hashes=["sha1"]) as writer:
-            for protein, tokens in shards.named():
+            for protein, tokens in corpus.split(name).named():
                 writer.write({"name": protein, "tokens": np.array(tokens)})
                 done += 1
-                if progress is not None and done % 10_000 == 0:
+                if progress is not None and (done % 10_000 == 0 or done == total):
                     progress(done, total)
     write_json(folder / "manifest.json", corpus.manifest)
-    if progress is not None:
-        progress(total, total)

@@ -87,7 +87,7 @@ def merge_parts(
         parts: Folders that `write_part` wrote.
         output: The folder; made if missing.
         threads: Threads of mmseqs2.
-        memory: Bytes for the index of mmseqs2.
+        memory: Bytes for its index.
         read: Counts of what was read, for the manifest; by default those of the blocks.
         report: Called with a line as each stage begins.
         progress: Called with blocks written and blocks in all.

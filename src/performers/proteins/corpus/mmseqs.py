@@ -79,14 +79,9 @@ class Mmseqs:
     ) -> Iterator[tuple[str, str, float, float, float]]:
         """Yield (query, target, identity, greater of the two coverages, e-value) of every hit.
 
-        Args:
-            query: Name of a FASTA file in the work folder.
-            target: Another, or a database.
-            sensitivity: Of the prefilter, 1 to 7.5.
-            max_evalue: Hits above it are left out.
-            max_hits: Targets that the prefilter passes on for a query, the best ones. A query with
-                more relatives than that loses the others.
-            first_only: Stop at a query's first hit.
+        ``query`` and ``target`` are FASTA files in the work folder, and ``max_hits`` the targets
+        that the prefilter passes on for a query, the best ones: a query with more relatives loses
+        the others. With ``first_only`` the search of a query ends at its first hit.
         """
         self.run(
             "easy-search",

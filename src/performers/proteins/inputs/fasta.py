@@ -113,12 +113,8 @@ def iter_fasta_blocks(
 
     Block k has the records whose header begins in bytes ``k * block`` to ``(k + 1) * block`` of the
     file, decompressed. What is in memory is one block, or one record where that is longer.
-
-    Args:
-        path: A file, plain or compressed.
-        wanted: Of a block's number, whether to yield it.
-        block: Bytes.
-        progress: Called after each block with the bytes of the file that were read, as compressed.
+    ``wanted`` tells of a block's number if it is yielded, and ``progress`` is called after each
+    with the bytes of the file that were read, as compressed.
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
@@ -144,8 +140,8 @@ def write_fasta(
     gzip-compressed.
 
     Args:
-        path_or_handle: Where to write: a path, or a text handle, which is left open.
-        records: The records to write.
+        path_or_handle: A path, or a text handle, which is left open.
+        records: The records.
         width: Residues on a line, at least 1.
 
     Raises:

@@ -135,23 +135,18 @@ def overlap_whole(one: str, other: str) -> bool:
 class RelativesRows(Dataset[dict[str, Any]]):
     """Rows of proteins after their relatives; keys are those of `TokenDataset`.
 
-    Examples have the fields of `FamilyRows`; only residues of the protein may be predicted.
-
-    Args:
-        proteins: Tokens of the proteins.
-        relatives: Names and tokens of the relatives of each, the nearest to it first.
+    Examples have the fields of `FamilyRows`; only residues of the protein may be predicted. The
+    names and tokens of relatives come with the nearest to the protein first.
 
     Attributes:
-        names: Names of the relatives of each.
+        names: Names of the relatives of each protein.
         sizes: Tokens of the relatives of each, in the order of their names.
         lengths: Tokens of each row, (rows,).
         starts: Place of each protein's first token in its row, (rows,).
     """
 
     def __init__(
-        self,
-        proteins: Sequence[_Tokens],
-        relatives: Sequence[Sequence[tuple[str, _Tokens]]],
+        self, proteins: Sequence[_Tokens], relatives: Sequence[Sequence[tuple[str, _Tokens]]]
     ) -> None:
         self._proteins = proteins
         self._relatives = [[tokens for _, tokens in row] for row in relatives]
