@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, EsmConfig
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, EsmConfig
 
 from performers.app.errors import UserError
 from performers.models import PerformerForCausalLM, PerformerForMaskedLM
@@ -49,9 +49,13 @@ def refusal(folder):
 
 
 @pytest.mark.parametrize(
-    ("objective", "kind"), [("mlm", PerformerForMaskedLM), ("clm", PerformerForCausalLM)]
+    ("objective", "kind", "auto"),
+    [
+        ("mlm", PerformerForMaskedLM, AutoModelForMaskedLM),
+        ("clm", PerformerForCausalLM, AutoModelForCausalLM),
+    ],
 )
-def test_a_saved_model_comes_back(tmp_path, objective, kind):
+def test_a_saved_model_comes_back_and_transformers_loads_it_too(tmp_path, objective, kind, auto):
     model, tokenizer = make_model(objective, max_length=77)
     save_model_folder(tmp_path, model, tokenizer)
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -60,15 +64,10 @@ def test_a_saved_model_comes_back(tmp_path, objective, kind):
     assert not loaded.training
     assert model_max_length(reader) == 77
     tokens = torch.tensor([reader("MKTWX")["input_ids"]])
-    assert torch.equal(loaded.cpu()(tokens).logits, model(tokens).logits)
-
-
-def test_transformers_loads_it_too(good):
-    model = AutoModelForMaskedLM.from_pretrained(good)
-    tokenizer = AutoTokenizer.from_pretrained(good)
-    ours, _ = load_model(good)
-    tokens = torch.tensor([tokenizer("MKT")["input_ids"]])
-    assert torch.equal(model(tokens).logits, ours.cpu()(tokens).logits)
+    theirs = auto.from_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)("MKTWX")["input_ids"] == tokens[0].tolist()
+    for network in (loaded.cpu(), theirs):
+        assert torch.equal(network(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,15 @@
 """Training from a corpus is training from the same sequences in memory, and resumes mid-epoch."""
 
+from functools import partial
+
 import pytest
 
+from performers.app.errors import Interrupted
 from performers.proteins.corpus import Corpus
-from performers.proteins.training.train import train_model
-from performers.training.options import TrainingOptions
-from tests.cli.commands import refusal, run
+from tests.cli.commands import refusal
 from tests.proteins.corpus.test_shards import proteins, write_corpus
-from tests.proteins.runs import SMALL, same_weights
+from tests.proteins.runs import same_weights, train
+from tests.proteins.training.test_resume import stop_at
 
 
 @pytest.fixture
@@ -17,36 +19,18 @@ def corpus(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_same_as_in_memory(corpus, tmp_path, packed):
-    options = TrainingOptions(**SMALL, packed=packed)
+def test_same_as_in_memory_and_resumed_in_the_middle_of_an_epoch(corpus, tmp_path, packed):
     shards = Corpus(corpus).split("train")
     validation = [sequence for _, sequence in proteins(8, 1)]
     in_memory = [shards.sequence(i) for i in range(len(shards))]
-    train_model(shards, tmp_path / "disk", options, validation=validation)
-    train_model(in_memory, tmp_path / "memory", options, validation=validation)
+    run = partial(train, validation=validation, packed=packed, save_steps=2)
+    run(tmp_path / "memory", in_memory)
+    run(tmp_path / "disk", shards)
     assert same_weights(tmp_path / "disk", tmp_path / "memory", atol=0)
-
-
-def test_resumes_in_the_middle_of_an_epoch(corpus, tmp_path, monkeypatch):
-    arguments = [
-        *("train", str(corpus), "--hidden-size", "16", "--layers", "2", "--heads", "2"),
-        *("--max-length", "40", "--batch-tokens", "200", "--steps", "6", "--save-steps", "2"),
-    ]
-    run(*arguments, "--output", tmp_path / "whole")
-    from performers.proteins.training import train as training
-
-    step = training._ProteinTrainer.training_step
-
-    def stops(self, *given, **options):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return step(self, *given, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training._ProteinTrainer, "training_step", stops)
-        run(*arguments, "--output", tmp_path / "parts", code=130)
-    run(*arguments, "--output", tmp_path / "parts", "--resume")
-    assert same_weights(tmp_path / "whole", tmp_path / "parts", atol=0)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", shards, progress=stop_at(3))
+    run(tmp_path / "parts", shards, resume=True)
+    assert same_weights(tmp_path / "parts", tmp_path / "memory", atol=0)
 
 
 def test_one_corpus_at_a_time(corpus, tmp_path):

@@ -1,6 +1,7 @@
 """Training on rows of relatives: from FASTA headers and from a corpus, and resumed."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -29,18 +30,14 @@ FAMILIES = [f"f{index % 5}" for index in range(24)]
 OPTIONS = {"max_length": 60, "steps": 6, "save_steps": 2, "dropout": 0.2}
 
 
-def train(folder, objective="mlm", families="one", **arguments):
-    options = small_options(**OPTIONS, objective=objective, families=families)
-    return train_model(SEQUENCES, folder, options, families=FAMILIES, **arguments)
-
-
 @pytest.mark.parametrize(("objective", "hidden"), [("mlm", "one"), ("mlm", "all"), ("clm", "all")])
 def test_a_run_that_was_stopped_continues_exactly(tmp_path, objective, hidden):
-    result = train(tmp_path / "whole", objective, hidden)
-    assert result["eval_tokens"] > 0
+    options = small_options(**OPTIONS, objective=objective, families=hidden)
+    train = partial(train_model, SEQUENCES, options=options, families=FAMILIES)
+    assert train(tmp_path / "whole")["eval_tokens"] > 0
     with pytest.raises(Interrupted):
-        train(tmp_path / "parts", objective, hidden, progress=stop_at(3))
-    train(tmp_path / "parts", objective, hidden, resume=True)
+        train(tmp_path / "parts", progress=stop_at(3))
+    train(tmp_path / "parts", resume=True)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -81,12 +78,11 @@ def test_a_corpus_has_its_families(tmp_path):
         validation_families=FAMILIES[20:],
     )
     assert same_weights(tmp_path / "disk", tmp_path / "memory")
-    scores = [eval_losses(tmp_path / name) for name in ("disk", "memory")]
+    scores = [
+        [entry["eval_loss"] for entry in history(tmp_path / name) if "eval_loss" in entry]
+        for name in ("disk", "memory")
+    ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
-
-
-def eval_losses(folder):
-    return [entry["eval_loss"] for entry in history(folder) if "eval_loss" in entry]
 
 
 def test_families_go_with_the_option(tmp_path):

@@ -27,14 +27,8 @@ from tests.proteins.runs import (
 )
 
 FILES = {
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "manifest.json",
-    "trainer_state.json",
-    "training.json",
-    "checkpoints",
+    *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("manifest.json", "trainer_state.json", "training.json", "checkpoints"),
 }
 
 
@@ -238,11 +232,8 @@ def test_the_estimate_comes_before_the_first_step_and_changes_nothing(tmp_path, 
         said.append(text)
 
     train_model(proteins(), tmp_path / "without", options)
-    result = train_model(
-        *(proteins(), tmp_path / "with", options),
-        announce=announce,
-        progress=lambda *step: said.append(step),
-    )
+    watch = {"announce": announce, "progress": lambda *step: said.append(step)}
+    result = train_model(proteins(), tmp_path / "with", options, **watch)
     assert 0 < result["seconds"] < 1000, "the estimate is no training"
     assert re.match(r"about \d+ s for 2 steps, at [\d.e-]+ s a batch; ", said[0])
     assert not isinstance(said[1], str)
