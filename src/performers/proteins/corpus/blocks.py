@@ -150,18 +150,15 @@ def write_part(
     def is_missing(number: int, block: int) -> bool:
         return part.has(number, block) and not block_file(number, block).exists()
 
-    def add(before: int, done: int) -> None:
-        if progress is not None:
-            progress(before + done, total)
-
     for number, path in enumerate(files):
-        missing, report = partial(is_missing, number), partial(add, before)
-        for block, records in iter_fasta_blocks(path, missing, progress=report):
+        for block, records, done in iter_fasta_blocks(path, partial(is_missing, number)):
             try:
                 _write_block(block_file(number, block), records, settings, find, by_cluster)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             del records
+            if progress is not None:
+                progress(before + done, total)
         before += path.stat().st_size
     sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.npz"))}
     write_json(folder / _PART, {"blocks": sizes})

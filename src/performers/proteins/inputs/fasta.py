@@ -103,18 +103,14 @@ def iter_fasta(
 
 
 def iter_fasta_blocks(
-    path: Path,
-    wanted: Callable[[int], bool],
-    *,
-    block: int = 1 << 24,
-    progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[int, list[ProteinRecord]]]:
-    """Yield the number and the records of blocks of a FASTA file; the others are not parsed.
+    path: Path, wanted: Callable[[int], bool], *, block: int = 1 << 24
+) -> Iterator[tuple[int, list[ProteinRecord], int]]:
+    """Yield the number and the records of some blocks of a FASTA file, and the bytes read so far.
 
     Block k has the records whose header begins in bytes ``k * block`` to ``(k + 1) * block`` of the
     file, decompressed. What is in memory is one block, or one record where that is longer.
-    ``wanted`` tells of a block's number if it is yielded, and ``progress`` is called after each
-    with the bytes of the file that were read, as compressed.
+    ``wanted`` tells of a block's number if it is parsed and yielded. The bytes are those of the
+    file as it is, compressed or not.
 
     Raises:
         FastaError: The file cannot be used; raised when the iteration reaches the fault.
@@ -123,9 +119,8 @@ def iter_fasta_blocks(
     with _opened(path, place) as (raw, data):
         for number, place.number, content in _cut(data, block, wanted):
             text = _text(io.BytesIO(content), begins=number == 0)
-            yield number, list(parse(text, place, LetterReport(), skip_invalid=False))
-            if progress is not None:
-                progress(raw.tell())
+            records = parse(text, place, LetterReport(), skip_invalid=False)
+            yield number, list(records), raw.tell()
 
 
 def write_fasta(
