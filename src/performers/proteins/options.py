@@ -56,11 +56,7 @@ class SplitOptions(Options):
     shard_tokens: int = option("Tokens in a file of tokens.", 1 << 25, at_least=1)
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            UserError: An option is out of range; the message names its flag.
-        """
+        """Check ranges, and that something is left to train on."""
         super().__post_init__()
         if self.validation_fraction + self.test_fraction + self.ood_fraction > 0.9:
             raise OptionError(
@@ -97,11 +93,7 @@ class SamplingOptions(Options):
     seed: int = option("Random seed.", 0, at_least=0, below=2**32)
 
     def __post_init__(self) -> None:
-        """Check ranges and the letters of the prompt.
-
-        Raises:
-            UserError: An option is out of range; the message begins with its flag.
-        """
+        """Check ranges and the letters of the prompt."""
         super().__post_init__()
         prompt = "".join(self.prompt.split()).upper()
         object.__setattr__(self, "prompt", prompt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from performers.proteins.corpus.clusters import TableClusters, header_clusters
 from performers.proteins.corpus.merge import Report, finished, merge_parts
 from performers.proteins.corpus.mmseqs import Mmseqs
 from performers.proteins.corpus.relatives import read_pairs, write_pairs
-from performers.proteins.corpus.sources import Source, fingerprint
-from performers.proteins.inputs.fasta import write_fasta
+from performers.proteins.corpus.sources import Source, fingerprint, protein_name
+from performers.proteins.inputs.fasta import iter_fasta, write_fasta
 from performers.proteins.inputs.records import ProteinRecord
 from performers.proteins.options import CorpusOptions, SplitOptions
 
@@ -169,7 +169,8 @@ def _settings(source: Source, options: SplitOptions, clusters: Path | None) -> d
 def _write_distinct(source: Source, path: Path, min_length: int) -> None:
     first: dict[str, str] = {}
     records = left_out = 0
-    for name, sequence in source.records():
+    for record in chain.from_iterable(map(iter_fasta, source.files)):
+        name, sequence = protein_name(record.name), record.sequence
         records += 1
         if len(sequence) < min_length:
             left_out += 1

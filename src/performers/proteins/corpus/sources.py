@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,6 @@ from performers.app.errors import UserError
 from performers.app.files import sha256
 from performers.app.progress import Progress
 from performers.proteins.corpus.download import download
-from performers.proteins.inputs.fasta import iter_fasta
 from performers.proteins.options import UNIPROT
 
 UNIPROT_LICENCE = "CC BY 4.0, The UniProt Consortium (https://www.uniprot.org)"
@@ -29,12 +28,6 @@ class Source(NamedTuple):
 
     files: tuple[Path, ...]
     description: dict[str, Any]
-
-    def records(self) -> Iterator[tuple[str, str]]:
-        """Yield (accession or name, sequence)."""
-        for path in self.files:
-            for record in iter_fasta(path):
-                yield protein_name(record.name), record.sequence
 
 
 def protein_name(word: str) -> str:

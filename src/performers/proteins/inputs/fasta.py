@@ -27,7 +27,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import IO, TextIO, cast
@@ -168,16 +168,11 @@ def open_fasta(path: Path) -> Iterator[TextIO]:
     A path that ends in ``.gz`` is gzip-compressed, without a date: the same records are the same
     bytes.
     """
-    with replacement(path) as temporary, temporary.open("wb") as raw:
-        if path.suffix != ".gz":
-            with io.TextIOWrapper(raw, encoding="utf-8", newline="\n") as handle:
-                yield handle
-            return
-        with (
-            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as data,
-            io.TextIOWrapper(cast(IO[bytes], data), encoding="utf-8", newline="\n") as handle,
-        ):
-            yield handle
+    with replacement(path) as temporary, temporary.open("wb") as data, ExitStack() as stack:
+        if path.suffix == ".gz":
+            compressed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=data, mtime=0))
+            data = cast(io.BufferedWriter, compressed)
+        yield stack.enter_context(io.TextIOWrapper(data, encoding="utf-8", newline="\n"))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -39,14 +39,11 @@ def shown_name(path: Path) -> str:
     return "standard input" if path == STANDARD_INPUT else str(path)
 
 
-@contextmanager
-def open_bytes(path: Path) -> Iterator[io.BufferedReader]:
+def open_bytes(path: Path) -> AbstractContextManager[io.BufferedReader]:
     """Open a file, or standard input for ``-``, as it is."""
     if path == STANDARD_INPUT:
-        yield cast(io.BufferedReader, sys.stdin.buffer)
-        return
-    with path.open("rb") as raw:
-        yield raw
+        return nullcontext(cast(io.BufferedReader, sys.stdin.buffer))
+    return path.open("rb")
 
 
 def compression(start: bytes) -> str | None:
