@@ -1,20 +1,24 @@
-"""Shards give back what was written, from memory-mapped files."""
+"""Shards give back what was written, from memory-mapped files, and so do copies of a corpus."""
 
+import sys
 import tracemalloc
 
 import numpy as np
 import pytest
 
 from performers.app.errors import UserError
-from performers.app.files import write_json
+from performers.app.files import read_json, write_json
+from performers.proteins.corpus.export import export_mds
 from performers.proteins.corpus.shards import (
     FORMAT,
     VOCABULARY,
+    Corpus,
     ShardWriter,
     TokenShards,
     encode,
 )
 from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode_sequences
+from tests.cli.commands import refusal
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBZUOJ"
 
@@ -111,3 +115,36 @@ def test_damaged_shards(tmp_path):
     (tmp_path / "00000.tokens.npy").unlink()
     with pytest.raises(UserError, match="cannot be read"):
         TokenShards(tmp_path, entry)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    splits = {"train": proteins(57, 0), "test": proteins(5, 1)}
+    return Corpus(write_corpus(tmp_path / "corpus", splits, shard_tokens=300))
+
+
+def test_a_copy_is_read_back_by_the_library_that_it_is_for(corpus, tmp_path):
+    streaming = pytest.importorskip("streaming")
+    seen, out = [], tmp_path / "mds"
+    export_mds(corpus, out, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (62, 62)
+    assert read_json(out / "manifest.json") == corpus.manifest
+    for name in ("train", "test"):
+        ours = corpus.split(name)
+        theirs = streaming.StreamingDataset(local=str(out / name), batch_size=1)
+        assert [theirs[i]["name"] for i in range(theirs.num_samples)] == ours.names
+        for index, tokens in enumerate(ours):
+            np.testing.assert_array_equal(theirs[index]["tokens"], tokens)
+            assert theirs[index]["tokens"].dtype == np.uint8
+
+
+def test_what_cannot_be_exported(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "streaming", None)
+    out = ["--output", tmp_path / "out"]
+    assert "mosaicml-streaming" in refusal("data", "export", corpus.folder, "--format", "mds", *out)
+    assert "--format must be one of mds" in refusal(
+        "data", "export", corpus.folder, "--format", "webdataset", *out
+    )
+    assert "does not exist" in refusal("data", "export", tmp_path / "no", "--format", "mds", *out)
+    full = ["--output", corpus.folder]
+    assert "is not empty" in refusal("data", "export", corpus.folder, "--format", "mds", *full)

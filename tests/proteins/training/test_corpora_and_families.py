@@ -1,4 +1,4 @@
-"""Training on rows of relatives: from FASTA headers and from a corpus, and resumed."""
+"""Training from a corpus, and on rows of relatives, of a corpus or by FASTA headers."""
 
 import json
 from functools import partial
@@ -22,6 +22,7 @@ from tests.proteins.runs import (
     proteins,
     same_weights,
     small_options,
+    train,
 )
 from tests.proteins.training.test_resume import stop_at
 
@@ -30,14 +31,32 @@ FAMILIES = [f"f{index % 5}" for index in range(24)]
 OPTIONS = {"max_length": 60, "steps": 6, "save_steps": 2, "dropout": 0.2}
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_corpus_is_its_sequences_in_memory_and_resumes_in_an_epoch(tmp_path, packed):
+    records = [(f"p{n}", sequence) for n, sequence in enumerate(proteins(60, longest=40))]
+    splits = {"train": records, "validation": records[:8]}
+    folder = write_corpus(tmp_path / "corpus", splits, shard_tokens=300)
+    shards = Corpus(folder).split("train")
+    in_memory = [sequence for _, sequence in records]
+    run = partial(train, validation=in_memory[:8], packed=packed, save_steps=2)
+    run(tmp_path / "memory", in_memory)
+    run(tmp_path / "disk", shards)
+    assert same_weights(tmp_path / "disk", tmp_path / "memory", atol=0)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", shards, progress=stop_at(3))
+    run(tmp_path / "parts", shards, resume=True)
+    assert same_weights(tmp_path / "parts", tmp_path / "memory", atol=0)
+    assert "by itself" in refusal("train", folder, folder, "--output", tmp_path / "model")
+
+
 @pytest.mark.parametrize(("objective", "hidden"), [("mlm", "one"), ("mlm", "all"), ("clm", "all")])
 def test_a_run_that_was_stopped_continues_exactly(tmp_path, objective, hidden):
     options = small_options(**OPTIONS, objective=objective, families=hidden)
-    train = partial(train_model, SEQUENCES, options=options, families=FAMILIES)
-    assert train(tmp_path / "whole")["eval_tokens"] > 0
+    run = partial(train_model, SEQUENCES, options=options, families=FAMILIES)
+    assert run(tmp_path / "whole")["eval_tokens"] > 0
     with pytest.raises(Interrupted):
-        train(tmp_path / "parts", progress=stop_at(3))
-    train(tmp_path / "parts", resume=True)
+        run(tmp_path / "parts", progress=stop_at(3))
+    run(tmp_path / "parts", resume=True)
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
