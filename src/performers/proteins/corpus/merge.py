@@ -113,7 +113,7 @@ def merge_parts(
     clusters = corpus.distinct(lambda block: np.zeros(block.lengths.size, dtype=np.int8))[0]
     target = max(1, round(options["ood_fraction"] * total))
     candidates, members = corpus.candidates(options, target)
-    search = RelativesSearch(mmseqs, work, corpus.fresh, members, clusters, options, report)
+    search = RelativesSearch(mmseqs, corpus.fresh, members, clusters, options, report)
     independent = independent_clusters(candidates, search)
     held_out = draws(
         whole_groups(independent, search.among(independent), members, target),

@@ -28,7 +28,7 @@ class Mmseqs:
                 "the program mmseqs was not found; install mmseqs2 (Debian: apt install mmseqs2, "
                 "conda: bioconda::mmseqs2, macOS: brew install mmseqs2)"
             )
-        self._program, self._work, self._threads = found, work, str(threads)
+        self._program, self.work, self._threads = found, work, str(threads)
         self._memory = () if memory is None else ("--split-memory-limit", f"{memory >> 20}M")
         self.version = self.run("version", threads=False).strip()
 
@@ -37,10 +37,10 @@ class Mmseqs:
         command = [self._program, *arguments]
         if threads:
             command += ["--threads", self._threads, "-v", "1"]
-        done = subprocess.run(command, cwd=self._work, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=self.work, capture_output=True, text=True, check=False)
         if done.returncode:
             last = " ".join((done.stdout + done.stderr).split())[-300:]
-            raise UserError(f"{' '.join(command[:2])} failed in {self._work}: {last}")
+            raise UserError(f"{' '.join(command[:2])} failed in {self.work}: {last}")
         return done.stdout
 
     def create_database(self, fasta: str, name: str) -> None:
@@ -54,7 +54,7 @@ class Mmseqs:
         alignment covers, 0 to 1.
         """
         # What an interrupted run left; the program goes on from its own tmp folder.
-        for old in self._work.glob("clusters*"):
+        for old in self.work.glob("clusters*"):
             old.unlink()
         self.run(
             "cluster",
@@ -98,7 +98,7 @@ class Mmseqs:
 
     def rows(self, name: str) -> Iterator[list[str]]:
         """Yield the fields of each line of a file in the folder."""
-        with (self._work / name).open() as lines:
+        with (self.work / name).open() as lines:
             for line in lines:
                 yield line.rstrip("\n").split("\t")
 

@@ -35,16 +35,14 @@ class RelativesSearch:
     def __init__(
         self,
         mmseqs: Mmseqs,
-        work: Path,
         blocks: Callable[[], Iterable[Block]],
         members: Clusters,
         clusters: int,
         options: Mapping[str, Any],
         report: Callable[[str], None],
     ) -> None:
-        self._mmseqs, self._work, self._blocks = mmseqs, work, blocks
-        self._members, self._clusters = members, clusters
-        self._options, self._report = options, report
+        self._mmseqs, self._blocks, self._members = mmseqs, blocks, members
+        self._clusters, self._options, self._report = clusters, options, report
         self._cluster_of = {m: name for name, group in members.items() for m in group}
         self.record: list[dict[str, Any]] = []
         self._searches = 0
@@ -84,7 +82,7 @@ class RelativesSearch:
         first_only: bool = False,
     ) -> list[tuple[str, str]]:
         self._searches += 1
-        file = self._work / f"relatives-{self._searches}.tsv"
+        file = self._mmseqs.work / f"relatives-{self._searches}.tsv"
         if not file.exists():
             count = self._clusters - len(held) if others is None else len(others)
             self._report(
@@ -114,7 +112,7 @@ class RelativesSearch:
                 if mask.any():
                     yield from block.records(mask)
 
-        write_fasta(self._work / name, records(), 10**9)
+        write_fasta(self._mmseqs.work / name, records(), 10**9)
 
 
 def find_relatives(
