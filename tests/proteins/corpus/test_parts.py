@@ -1,7 +1,6 @@
 """Corpora of UniRef50 and TrEMBL, read as a stream, whole and in parts."""
 
 import gzip
-import hashlib
 import itertools
 import json
 import lzma
@@ -15,7 +14,6 @@ import pytest
 
 from performers.app.errors import UserError
 from performers.proteins.corpus import (
-    Corpus,
     Part,
     SplitOptions,
     merge_parts,
@@ -24,10 +22,9 @@ from performers.proteins.corpus import (
 )
 from performers.proteins.corpus.blocks import Block, open_parts
 from performers.proteins.corpus.sources import given_source
-from performers.proteins.corpus.splitting import SPLITS
 from performers.proteins.inputs import fasta as fasta_module
 from tests.proteins.corpus import stand_in
-from tests.proteins.corpus.test_prepare import LETTERS, family_records, held_out_tails
+from tests.proteins.corpus.test_prepare import LETTERS, check_splits, family_records
 
 OPTIONS = SplitOptions(
     validation_fraction=0.1, test_fraction=0.1, ood_fraction=0.1, shard_tokens=500, seed=3
@@ -116,41 +113,9 @@ def test_parts_merged_are_the_whole_whose_splits_are_those_of_hashes(tmp_path, k
     assert files_of(tmp_path / "merged") == files_of(tmp_path / "whole")
     assert sum(entry["sequences"] for entry in merged["splits"].values()) == 300
     assert merged["read"] == {"records": 300, "left_out": 0, "residues": 300 * 18}
-    check_splits(tmp_path / "whole", whole, kind)
-
-
-def check_splits(folder, manifest, kind):
-    """Splits are those of a computation in memory that owes the stream nothing."""
-    corpus = Corpus(folder)
-    sequences = dict(uniref_records() if kind == "uniref50" else family_records())
-    cluster = {n: n if kind == "uniref50" else f"UniRef50_{s[:4]}" for n, s in sequences.items()}
-    split_of = {}
-    for split in SPLITS:
-        shards = corpus.split(split)
-        for index, (name, tokens) in enumerate(shards.named()):
-            assert shards.names[index] == name
-            np.testing.assert_array_equal(tokens, shards[index])
-            assert shards.sequence(index) == sequences[name]
-            split_of[name] = split
-        # In the order of the file.
-        assert shards.names == [name for name in sequences if split_of.get(name) == split]
-    assert split_of.keys() == sequences.keys()
-    for name in SPLITS:
-        ours = {cluster[n] for n, split in split_of.items() if split == name}
-        assert manifest["splits"][name]["clusters"] == len(ours)
-        rest = {cluster[n] for n, split in split_of.items() if split != name}
-        assert ours
-        assert not ours & rest
-    held_out_tails(corpus)
-    rest = [name for name, split in split_of.items() if split != "ood"]
-    rest.sort(key=lambda n: hashlib.sha256(f"3:sequences:{cluster[n]}".encode()).hexdigest())
-    order = [split_of[name] for name in rest]
-    assert order == sorted(order, key=["validation", "test", "train"].index)
-    assert 25 < order.count("validation") <= 30
-    assert manifest["clusters"] == len(set(cluster.values()))
-    text = gzip.decompress((folder / "test.fasta.gz").read_bytes()).decode()
-    name = corpus.split("test").names[0]
-    assert text.startswith(f">{name} family={cluster[name]}\n{sequences[name]}\n")
+    records = uniref_records() if kind == "uniref50" else family_records()
+    cluster = {n: n if kind == "uniref50" else f"UniRef50_{s[:4]}" for n, s in records}
+    check_splits(tmp_path / "whole", whole, dict(records), cluster, cluster)
 
 
 def test_shares_of_few_sequences_that_are_none(tmp_path):

@@ -71,41 +71,53 @@ def held_out_tails(corpus):
     return ood
 
 
-def test_splits(prepared):
-    folder, manifest = prepared
+def check_splits(folder, manifest, sequences, cluster, drawn_by):
+    """Splits are those of a computation in memory that owes the stages nothing.
+
+    Sequences by name, in the order of the file; the cluster of each, and what draws its split.
+    """
     corpus = Corpus(folder)
     names = {split: corpus.split(split).names for split in SPLITS}
-    sequences = {
-        name: corpus.split(split).sequence(i)
-        for split in SPLITS
-        for i, name in enumerate(names[split])
-    }
-    expected = dict(family_records())
-    expected["A000"] = expected.pop("S004")
-    assert sequences == expected
-    assert manifest["read"] == {
-        "records": 302,
-        "left_out": 0,
-        "distinct": 300,
-        "residues": 300 * 18,
-    }
-    # Validation and test are those with the smallest hashes.
-    drawn = sorted(
-        (name for split in SPLITS[:3] for name in names[split]),
-        key=lambda name: hashlib.sha256(f"0:sequences:{name}".encode()).hexdigest(),
-    )
-    assert set(names["validation"]) == set(drawn[:30])
-    assert set(names["test"]) == set(drawn[30:60])
+    split_of = {name: split for split in SPLITS for name in names[split]}
+    assert split_of.keys() == sequences.keys()
+    for split in SPLITS:
+        shards, clusters = corpus.split(split), {cluster[name] for name in names[split]}
+        assert names[split] == [name for name in sequences if split_of[name] == split]
+        for index, (name, tokens) in enumerate(shards.named()):
+            assert (name, shards.sequence(index)) == (names[split][index], sequences[name])
+            np.testing.assert_array_equal(tokens, shards[index])
+        assert manifest["splits"][split]["clusters"] == len(clusters)
+        if split == "ood" or drawn_by is cluster:
+            assert not clusters & {cluster[n] for n in sequences if split_of[n] != split}
+        if split != "train":
+            text = gzip.decompress((folder / f"{split}.fasta.gz").read_bytes()).decode()
+            lines = [f">{n} family={cluster[n]}\n{sequences[n]}\n" for n in names[split]]
+            assert text == "".join(lines)
+    assert manifest["clusters"] == len(set(cluster.values()))
+    held_out_tails(corpus)
+    seed = manifest["options"]["seed"]
+    rest = [name for name in sequences if split_of[name] != "ood"]
+    rest.sort(key=lambda n: hashlib.sha256(f"{seed}:sequences:{drawn_by[n]}".encode()).digest())
+    order = [split_of[name] for name in rest]
+    assert order == sorted(order, key=["validation", "test", "train"].index)
+    assert 25 < order.count("validation") <= 30
+    assert 20 < order.count("test") <= 30
+
+
+def test_splits(prepared):
+    folder, manifest = prepared
+    sequences = dict(family_records())
+    sequences["A000"] = sequences.pop("S004")
+    sequences = dict(sorted(sequences.items()))
+    first = {}
+    cluster = {name: first.setdefault(s[:4], name) for name, s in sequences.items()}
+    check_splits(folder, manifest, sequences, cluster, {name: name for name in sequences})
+    counts = {"records": 302, "left_out": 0, "distinct": 300, "residues": 300 * 18}
+    assert manifest["read"] == counts
     # Whole pairs of clusters.
-    tails = held_out_tails(corpus)
-    assert len(names["ood"]) == 10 * len(tails)
-    assert manifest["splits"]["ood"]["clusters"] == 2 * len(tails)
-    # Small splits are FASTA too.
-    for split in ("validation", "test", "ood"):
-        lines = gzip.decompress((folder / f"{split}.fasta.gz").read_bytes()).decode().splitlines()
-        assert [line[1:].split()[0] for line in lines[::2]] == names[split]
-        assert lines[1::2] == [sequences[name] for name in names[split]]
-        assert all(" family=" in line for line in lines[::2])
+    pairs = len(held_out_tails(Corpus(folder)))
+    ood = manifest["splits"]["ood"]
+    assert (ood["sequences"], ood["clusters"]) == (10 * pairs, 2 * pairs)
     assert not (folder / "work").exists()
 
 
