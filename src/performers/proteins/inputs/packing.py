@@ -9,6 +9,7 @@ ones fill rows of one length without any padding; windows only cut what is too l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -207,16 +208,13 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         return self._num_batches or len(self._epoch_batches(0))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = count = 0
-        while True:
-            for batch in self._epoch_batches(epoch):
-                yield [(epoch, index) for index in batch.tolist()]
-                count += 1
-                if count == self._num_batches:
-                    return
-            if self._num_batches is None:
-                return
-            epoch += 1
+        epochs = range(1) if self._num_batches is None else count()
+        batches = (
+            [(epoch, index) for index in batch.tolist()]
+            for epoch in epochs
+            for batch in self._epoch_batches(epoch)
+        )
+        return islice(batches, self._num_batches)
 
     def _epoch_batches(self, epoch: int) -> list[npt.NDArray[np.intp]]:
         if not self._shuffle:
