@@ -32,7 +32,6 @@ SELF = MODES[:2]
 ALL = [*map(by_name, FORMS), BIASED]
 EVERY = [*REPRESENTATIVE, BIASED]
 CASES = {case.name: case for case in EVERY}
-ONE_SIGN = [case for case in ALL if not case.signed]
 POSITIVE = by_name("positive")
 
 VALUE_TOLERANCE = 2e-5
@@ -169,6 +168,11 @@ class Call:
         out = favor_attention(*self.inputs, self.feature_map, backend=backend, **options)
         assert last_backend() == backend or backend is None
         return out
+
+    def checked(self, **more: object) -> AttentionCall:
+        """The call as backends get it."""
+        options = {**self.options, **more}
+        return AttentionCall(*self.inputs, self.feature_map, **options).checked()
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """The oracle's output and the conditioning of its rows, on the CPU."""

@@ -12,7 +12,6 @@ from tests.attention.cases import (
     FEW,
     LINEAR,
     LISTED,
-    MODES,
     PLAIN,
     POSITIVE,
     SELF,
@@ -23,6 +22,9 @@ from tests.attention.cases import (
     random_mask,
 )
 from tests.features.cases import by_name, generator
+
+PACKED = Configuration("packed", packed=True)
+PACKED_FEW = Configuration("packed, exact keys", window=6, sinks=3, packed=True)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +84,10 @@ def check(call, backend, compiler="aot_eager"):
         exhaustive("positive", "causal", Configuration("sinks", sinks=2)),
         exhaustive("positive", "bidirectional", LISTED),
         exhaustive("positive", "causal", LISTED),
+        ("positive", "causal", PACKED_FEW),
+        exhaustive("positive", "bidirectional", PACKED),
+        slow("positive", "causal", PACKED),
+        slow("positive", "bidirectional", PACKED_FEW),
         slow("positive", "bidirectional", BOTH),
         slow("positive", "causal", Configuration("own key", window=0)),
     ],
@@ -90,7 +96,7 @@ def check(call, backend, compiler="aot_eager"):
 @pytest.mark.parametrize("backend", LINEAR)
 def test_forward_and_backward(backend, name, mode, configuration):
     call = make_call(by_name(name), 70, mode, configuration, heads=4, key_heads=2)
-    call.options["key_mask"] = random_mask(2, call.key.shape[2])
+    call.options["key_mask"] = random_mask(*call.key.shape[:3:2])
     # Transposed views, as those of a model, come out in the order that eager gives them.
     call = call.with_inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in call.inputs))
     check(call, backend)
@@ -109,23 +115,6 @@ def test_forward_and_backward(backend, name, mode, configuration):
 def test_the_chosen_backend(name, mode, configuration):
     """Without a backend named: the choice itself must not break the graph."""
     check(make_call(by_name(name), 70, mode, configuration), None)
-
-
-@pytest.mark.parametrize(
-    ("mode", "configuration"),
-    [
-        ("causal", FEW),
-        exhaustive("bidirectional", PLAIN),
-        slow("causal", PLAIN),
-        slow("bidirectional", FEW),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("backend", LINEAR)
-def test_packed(backend, mode, configuration):
-    call = make_call(POSITIVE, 40, mode, configuration, batch=1)
-    call.options["cu_seqlens"] = torch.tensor([0, 3, 3, 36, 40])
-    check(call, backend)
 
 
 @pytest.mark.parametrize(
@@ -166,22 +155,11 @@ def test_with_state(backend, configuration, lengths):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("compiler", "mode", "configuration", "packed"),
-    [
-        slow("inductor", mode, configuration, packed)
-        for mode in MODES[:2]
-        for configuration, packed in ((PLAIN, False), (PLAIN, True), (FEW, False))
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("backend", LINEAR)
-def test_inductor(backend, compiler, mode, configuration, packed):
+@pytest.mark.slow
+@law(backends=LINEAR, configurations=[PLAIN, PACKED, FEW], modes=SELF)
+def test_inductor(backend, mode, configuration):
     """Compiles C++ for most of a minute each."""
-    call = make_call(POSITIVE, 70, mode, configuration, batch=1)
-    if packed:
-        call.options["cu_seqlens"] = torch.tensor([0, 3, 3, 66, 70])
-    check(call, backend, compiler)
+    check(make_call(POSITIVE, 70, mode, configuration, batch=1), backend, "inductor")
 
 
 @pytest.mark.slow

@@ -3,11 +3,8 @@
 import pytest
 import torch
 
-from performers import favor_attention
 from tests.attention.cases import (
-    ONE_SIGN,
     POSITIVE,
-    SELF,
     STREAMED,
     assert_equal,
     check_against_oracle,
@@ -17,7 +14,6 @@ from tests.attention.cases import (
     stream,
     with_gradients,
 )
-from tests.features.cases import generator
 
 POISON = (float("nan"), float("inf"), -float("inf"), 1e30, 0.0)
 
@@ -87,38 +83,3 @@ def test_a_mask_of_one_row_or_of_nothing(backend, configuration, mode):
     assert not torch.allclose(masked, plain, atol=1e-3)
     strided = torch.stack((mask, ~mask), dim=-1)[..., 0]
     assert torch.equal(masked, call.run(backend, key_mask=strided))
-
-
-@pytest.mark.parametrize("padding", [(56, 0), (0, 56), (64, 0), (1, 30)], ids=str)
-@law(
-    cases=ONE_SIGN,
-    configurations=STREAMED,
-    modes=SELF,
-)
-def test_padding_equals_the_unpadded_run(backend, case, configuration, mode, padding):
-    real, (left, right) = 75, padding
-    call = make_call(case, real, mode, configuration, batch=1, seed=9)
-    call.options.pop("key_mask", None)
-    rows = slice(left, left + real)
-
-    def pad(x, fill):
-        wide = torch.full((*x.shape[:2], left + real + right, x.shape[-1]), fill)
-        wide[..., rows, :] = x
-        return wide
-
-    mask = torch.zeros(1, left + real + right, dtype=torch.bool)
-    mask[:, rows] = True
-    expected = call.leaves()
-    wanted_out = expected.run(backend)
-    weight = torch.randn(wanted_out.shape, generator=generator(0))
-    wanted = torch.autograd.grad(wanted_out, expected.inputs, weight)
-    inputs = [
-        pad(x, fill).requires_grad_()
-        for x, fill in zip(call.inputs, (3.0, float("nan"), float("nan")), strict=True)
-    ]
-    out = favor_attention(*inputs, call.feature_map, key_mask=mask, backend=backend, **call.options)
-    torch.testing.assert_close(out[..., rows, :], wanted_out, rtol=0, atol=1e-5)
-    outside = ~mask[0]
-    for a, b in zip(torch.autograd.grad(out, inputs, pad(weight, 0.0)), wanted, strict=True):
-        torch.testing.assert_close(a[..., rows, :], b, rtol=0, atol=2e-5)
-        assert (a[..., outside, :] == 0).all()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from performers import backends, favor_attention, favor_attention_weights
+from performers import backends, favor_attention_weights
 from tests.attention import oracle, test_compile
 from tests.attention.cases import (
     POSITIVE,
@@ -92,19 +92,6 @@ def test_places_in_the_row_are_the_ordinary_window():
     plain = call.run("torch", window=5)
     found = call.run("torch", window=5, positions=torch.arange(200).expand(2, -1))
     torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12)
-
-
-def test_rows_do_not_depend_on_their_batch():
-    call = positioned(150, Configuration("plain"), 2, batch=3)
-    whole = call.run("torch")
-    for row in range(3):
-        alone = favor_attention(
-            *(x[row : row + 1] for x in call.inputs),
-            call.feature_map,
-            window=2,
-            positions=call.options["positions"][row : row + 1],
-        )
-        torch.testing.assert_close(whole[row : row + 1], alone, rtol=1e-12, atol=1e-12)
 
 
 def test_the_matrix():

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from performers.attention.call import AttentionCall
 from performers.attention.native import library
 from performers.attention.native.operators import Inputs, favor_forward
 from tests.attention.cases import Call
@@ -16,14 +15,9 @@ REASON = library.unavailable_reason()
 NATIVE = pytest.mark.skipif(REASON is not None, reason=f"no native library: {REASON}")
 
 
-def checked(call: Call, **options: object) -> AttentionCall:
-    """A call as backends get it."""
-    return AttentionCall(*call.inputs, call.feature_map, **call.options, **options).checked()
-
-
 def operator_arguments(call: Call, part: str = "whole", **options: object) -> Inputs:
     """The arguments of ``performers::favor_forward`` for a call."""
-    return Inputs.of(checked(call, **options), part)
+    return Inputs.of(call.checked(**options), part)
 
 
 @contextmanager

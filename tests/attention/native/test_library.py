@@ -158,29 +158,6 @@ def test_the_first_call_may_be_compiled(installation):
     assert result.returncode == 0, result.stderr
 
 
-def test_a_file_that_does_not_load(installation):
-    (installation.native / NAME).write_text("not a library")
-    result = installation.run("print(performers.backends())")
-    assert result.returncode == 0, result.stderr
-    assert "native" not in result.stdout
-    assert "does not load" in result.stderr
-    assert NAME in result.stderr
-
-
-def test_a_named_library_that_cannot_be_used_is_an_error(installation, tmp_path):
-    path = tmp_path / "named.so"
-    path.write_text("not a library")
-    result = installation.run(
-        "print('imported', flush=True); performers.backends()", PERFORMERS_NATIVE_LIBRARY=str(path)
-    )
-    assert result.returncode == 1
-    assert result.stdout == "imported\n"
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("RuntimeError: PERFORMERS_NATIVE_LIBRARY")
-    assert str(path) in last
-    assert "does not load" in last
-
-
 @BUILT
 @pytest.mark.parametrize(
     ("path", "version", "message"),

@@ -19,7 +19,7 @@ from tests.attention.cases import (
     random_mask,
     trained,
 )
-from tests.attention.native.support import NATIVE, checked, operator_arguments
+from tests.attention.native.support import NATIVE, operator_arguments
 from tests.features.cases import generator
 
 pytestmark = NATIVE
@@ -172,7 +172,7 @@ def listed_arguments(rounds):
     """Of the operator for listed keys, for the last round."""
     call = make_call(POSITIVE, 24, configuration=CONFIGURATIONS[-1], num_features=16)
     call.options["listed_keys"].num_rounds = rounds
-    given = checked(trained(call))
+    given = trained(call).checked()
     *_, pairs = listed_pairs(given)
     tensors = (pairs.query, pairs.key, pairs.value, given.form.weight, given.form.bias)
     return (

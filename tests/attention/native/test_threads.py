@@ -118,10 +118,6 @@ def test_more_parts_than_blocks_to_fill_them(mode):
     assert_close_gradients(found[1:], expected[1:], 1e-5)
 
 
-def sums_of(state):
-    return state.key_value, state.key_sum, state.log_scale
-
-
 @pytest.mark.parametrize("scale", [1.0, 6.0])
 @pytest.mark.parametrize("name", ["positive", "relu"])
 def test_a_cut_head_between_two_states(name, scale):
@@ -136,12 +132,12 @@ def test_a_cut_head_between_two_states(name, scale):
         ("native", 4, torch.float32),
     ):
         ours = call.leaves(dtype)
-        before = FavorState(*(x.to(dtype) for x in sums_of(state)))
+        before = FavorState(*(x.to(dtype) for x in state.sums()))
         leaves = [*ours.inputs, before.key_value.requires_grad_(), before.key_sum.requires_grad_()]
         with threads(count):
             out, after = ours.run(backend, state=before, return_state=True)
             loss = out.square().sum() + after.key_value.square().sum() + after.key_sum.sum()
-            results.append((out, *sums_of(after), *torch.autograd.grad(loss, leaves)))
+            results.append((out, *after.sums(), *torch.autograd.grad(loss, leaves)))
     for found in results[1:]:
         for a, b in zip(found, results[0], strict=True):
             assert (a - b).abs().max() <= 2e-5 * b.abs().max()
