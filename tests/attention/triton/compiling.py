@@ -26,6 +26,7 @@ from performers import GeneralizedFeatures, SoftmaxFeatures
 from performers.attention.call import AttentionCall
 from performers.attention.operators import Inputs
 from performers.attention.triton import launcher, passes
+from performers.attention.triton.block_sizes import Blocks
 from performers.attention.triton.operators import Upstream
 
 _TYPES = {
@@ -41,14 +42,17 @@ _TYPES = {
 def launches(
     capability: int, head_dim: int, features: int, dtype: torch.dtype, fn: str | None = None
 ) -> Iterator[Any]:
-    """Launches of one call of each kind, forward and backward: ``(kernel, args, options)``.
+    """Launches of one call of each kind, forward and backward: ``(kernel, blocks, arguments)``.
 
     Of softmax features, or of a function ``fn``, which take no windows.
     """
     found = []
 
-    def record(self: Any, kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        found.append((kernel, args, options))
+    def record(
+        self: Any, kernel: Any, programs: int, *args: Any, blocks: Blocks, **constants: Any
+    ) -> None:
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        found.append((kernel, blocks, arguments))
 
     launcher.Launcher.launch = record
     launcher.device_of = lambda device: (capability, 132)
@@ -83,15 +87,11 @@ def calls() -> Iterator[dict[str, Any]]:
     yield {"is_causal": True, "cu_seqlens": torch.empty(5, dtype=torch.int32, device="meta")}
 
 
-def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSource:
+def source(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
     """The kernel, specialised as a launch with these arguments specialises it."""
-    constants = {
-        **dict(zip(kernel.arg_names, args, strict=False)),
-        **{name: value for name, value in options.items() if name != "blocks"},
-    }
     signature, fixed, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, constants[parameter.name]
+        name, value = parameter.name, arguments[parameter.name]
         special = type(value) is int and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (special and value == 1):
             signature[name] = "constexpr"
@@ -108,11 +108,12 @@ def source(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> ASTSo
     return ASTSource(kernel, signature, fixed, attributes)
 
 
-def compiled(kernel: Any, args: Any, options: Any, capability: int) -> dict[str, Any]:
+def compiled(
+    kernel: Any, blocks: Blocks, arguments: dict[str, Any], capability: int
+) -> dict[str, Any]:
     """Registers, stack, shared memory and matrix instructions of a kernel."""
-    blocks = options["blocks"]
     binary = triton.compile(
-        source(kernel, args, options),
+        source(kernel, arguments),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": blocks.warps, "num_stages": blocks.stages},
     )
@@ -127,7 +128,7 @@ def compiled(kernel: Any, args: Any, options: Any, capability: int) -> dict[str,
     return {
         "kernel": kernel.__name__,
         "capability": capability,
-        "packed": bool(options.get("HAS_SEG")),
+        "packed": bool(arguments.get("HAS_SEG")),
         "blocks": list(blocks),
         "registers": counts["REG"],
         "stack": counts["STACK"],
@@ -142,11 +143,12 @@ def measured(head_dim: int, dtype: torch.dtype, fn: str | None = None) -> list[d
     found = []
     for capability in (80, 90):
         seen = set()
-        for kernel, args, options in launches(capability, head_dim, 256, dtype, fn):
-            key = (kernel.__name__, *sorted((k, str(v)) for k, v in options.items()))
+        for kernel, blocks, arguments in launches(capability, head_dim, 256, dtype, fn):
+            constants = [arguments[x.name] for x in kernel.params if x.is_constexpr]
+            key = (kernel.__name__, *blocks, *map(str, constants))
             if key not in seen:
                 seen.add(key)
-                found.append(compiled(kernel, args, options, capability))
+                found.append(compiled(kernel, blocks, arguments, capability))
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 

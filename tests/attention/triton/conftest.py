@@ -15,7 +15,7 @@ if importlib.util.find_spec("triton") is None:
 elif INTERPRETED:
     collect_ignore = ["test_compiles.py"]
 else:
-    collect_ignore_glob = ["test_[!c]*.py", "test_ca*.py"]
+    collect_ignore_glob = ["test_[!c]*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,10 @@ import pytest
 import torch
 
 import performers
-from performers import favor_attention
+from performers import ListedKeys, favor_attention
+from performers.attention.operators import Inputs
+from performers.attention.triton import backend
+from performers.attention.triton.operators import triton_forward
 from tests.attention.cases import make_call, trained
 from tests.attention.triton.support import small_call
 from tests.features.cases import by_name
@@ -20,6 +23,7 @@ def test_it_is_listed_after_the_kernels_of_the_cpu():
     ("call", "what"),
     [
         (make_call(by_name("positive"), 10, dtype=torch.float64), "for torch.float64 inputs"),
+        (small_call(10, listed_keys=ListedKeys(24)), "with listed keys"),
         (trained(make_call(by_name("positive"), 10)), "for features whose projection is trained"),
         (
             make_call(by_name("data_aware"), 5, head_dim=72, dtype=torch.bfloat16),
@@ -51,8 +55,8 @@ def test_balanced_features_of_16_bit_inputs(dtype):
     """Balanced inputs are float32, and so is the computation."""
     call = small_call(70, "causal", name="data_aware", dtype=dtype).leaves()
     found = []
-    for backend in ("triton", "torch"):
-        out = call.run(backend)
+    for name in ("triton", "torch"):
+        out = call.run(name)
         found.append((out, *torch.autograd.grad(out.float().square().sum(), call.inputs)))
     for a, b in zip(*found, strict=True):
         assert a.dtype == dtype
@@ -81,13 +85,7 @@ def test_no_second_derivative():
 
 
 def test_operators_are_well_formed():
-    from performers.attention.call import AttentionCall
-    from performers.attention.operators import Inputs
-    from performers.attention.triton.operators import triton_forward
-
-    call = small_call(10)
-    checked = AttentionCall(*call.inputs, call.feature_map, window=3, sinks=2).checked()
-    inputs = Inputs.of(checked)
+    inputs = Inputs.of(small_call(10, window=3, sinks=2).checked())
     leaves = [x.detach().clone().requires_grad_() for x in inputs[:3]]
     torch.library.opcheck(triton_forward, (*leaves, *inputs[3:]))
 
@@ -101,12 +99,8 @@ def test_autocast():
 
 
 def test_calls_it_does_not_cover_are_told_once(caplog, monkeypatch):
-    from performers.attention.call import AttentionCall
-    from performers.attention.triton import backend
-
     monkeypatch.setattr(backend, "_told", set())
-    call = make_call(by_name("trigonometric"), 10)
-    checked = AttentionCall(*call.inputs, call.feature_map).checked()
+    checked = make_call(by_name("trigonometric"), 10).checked()
     for _ in range(2):
         backend.tell_unused(backend.uncovered(checked))
         backend.tell_unused(None)

@@ -10,7 +10,7 @@ from performers.attention.operators import Gradients
 from performers.attention.triton.bidirectional import combine
 from performers.attention.triton.kernels import chunks, mend, sums
 from performers.attention.triton.kernels.parts import LOWEST
-from performers.attention.triton.launcher import Launcher, Sums
+from performers.attention.triton.launcher import SUMS, Launcher, Sums
 from performers.attention.triton.operators import Results, Upstream, is_swept
 
 # Bytes of the sums before all chunks that are held at a time; calls go head by head beyond.
@@ -79,12 +79,23 @@ def parts_of_heads(launcher: Launcher) -> list[Heads]:
     return [Heads(n, min(count, launcher.count - n)) for n in range(0, launcher.count, count)]
 
 
-def _sweep(launcher: Launcher, sweep: Sweep) -> dict[str, Any]:
+def _arguments(launcher: Launcher, sweep: Sweep, heads: Heads) -> dict[str, Any]:
     return {
-        "BT": chunk_size(launcher),
-        "HAS_SEG": launcher.segments is not None,
+        "NORM": sweep.norms,
+        "STRICT": sweep.strict,
         "REVERSE": sweep.reverse,
+        "BT": chunk_size(launcher),
+        "delay": sweep.delay,
+        "first": heads.first,
+        "chunks": num_chunks(launcher),
     }
+
+
+def _start(start: tuple[Tensor, ...] | None) -> dict[str, Any]:
+    """The sums, or the gradients of sums, that a pass begins with."""
+    if start is None:
+        return {}
+    return {"HAS_START": True, **{f"START_{x}": y for x, y in zip(SUMS, start, strict=False)}}
 
 
 def states(launcher: Launcher, sweep: Sweep, heads: Heads, start: Sums | None) -> tuple[Sums, Sums]:
@@ -94,45 +105,27 @@ def states(launcher: Launcher, sweep: Sweep, heads: Heads, start: Sums | None) -
     """
     blocks = launcher.blocks("key_states")
     span, splits = launcher.spans(launcher.length, blocks, heads.size)
-    options = _sweep(launcher, sweep)
+    arguments = {**_arguments(launcher, sweep, heads), "slots": launcher.length, "span": span}
 
-    def run(start: Sums | None, states: tuple[Tensor | None, ...], ends: Sums) -> None:
-        launcher.launch(
-            sums.key_sums,
-            launcher.features // blocks.features * splits * heads.size,
-            launcher.key, launcher.value, sweep.norms, launcher.segments,
-            *launcher.projection,
-            *(start or (None, None, None)), *states, *ends,
-            *launcher.key.stride()[:3], *launcher.value.stride()[:3],
-            launcher.heads, heads.first, launcher.length, sweep.delay, span, splits,
-            num_chunks(launcher), launcher.features,
-            **launcher.widths, **launcher.products, **options, BM=blocks.features,
-            HAS_START=start is not None, STATES=states[0] is not None,
-            blocks=blocks,
+    def run(start: Sums | None, states: dict[str, Any], ends: Sums) -> None:
+        launcher.run(
+            sums.key_sums, launcher.features // blocks.features * splits * heads.size, blocks,
+            **arguments, **launcher.projection, **_start(start), **states, **ends.named("LAST_"),
+            splits=splits,
         )  # fmt: skip
 
     ends = launcher.new_sums(heads.size, splits)
     if splits > 1:
-        run(None, (None, None, None), ends)
+        run(None, {"KV": None, "KS": None, "SCALE": None}, ends)
         parts, ends = ends, launcher.new_sums(heads.size, splits)
         total = launcher.new_sums(heads.size, 1)
-        flags = {name: options[name] for name in ("HAS_SEG", "REVERSE")}
-        combine(launcher, parts, start, total, launcher.length, span, **flags)
+        combine(launcher, parts, total, **arguments, **_start(start))
         start = parts
     shape = (heads.size, num_chunks(launcher), launcher.features)
     scale = launcher.new(heads.size, num_chunks(launcher) + 1, launcher.features)
     before = Sums(launcher.new(*shape, launcher.value_dim), launcher.new(*shape), scale)
-    run(start, before, ends)
+    run(start, {**before.named(), "STATES": True}, ends)
     return before, Sums(*(x[:, -1] for x in ends))
-
-
-def _chunk_inputs(launcher: Launcher, sweep: Sweep) -> tuple[Any, ...]:
-    return launcher.query, launcher.key, launcher.value, sweep.norms, launcher.segments
-
-
-def _chunk_sizes(launcher: Launcher, sweep: Sweep, heads: Heads) -> tuple[int, ...]:
-    sizes = (launcher.length, sweep.delay, num_chunks(launcher), launcher.features)
-    return launcher.heads, launcher.groups, heads.first, *sizes
 
 
 def chunk_rows(
@@ -147,80 +140,62 @@ def chunk_rows(
 
     ``part`` holds output and logarithms of what the rows see besides.
     """
-    out = results[0]
-    strides = (*launcher.strides(), *(part or results)[0].stride()[:4], *out.stride()[:4])
-    arguments = (
-        *_chunk_inputs(launcher, sweep), *launcher.projection, *before, *(part or (None, None)),
-        *results, *strides,
-    )  # fmt: skip
-    sizes = _chunk_sizes(launcher, sweep, heads)
-    options = {**_sweep(launcher, sweep), "STRICT": sweep.strict, "MERGE": part is not None}
+    arguments = {
+        **_arguments(launcher, sweep, heads),
+        **launcher.projection,
+        **before.named(),
+        **dict(zip(("OUT", "LOG", "LOST"), results, strict=True)),
+    }
+    if part is not None:
+        arguments |= {"MERGE": True, "PART_OUT": part[0], "PART_LOG": part[1]}
     programs = num_chunks(launcher) * heads.size * launcher.groups
-    blocks = launcher.blocks("chunk_rows")
     # The bits of float32 rows depend on their chunk.
-    for again in range(2 if launcher.products["SPLIT"] else 1):
-        launcher.launch(
-            chunks.chunk_rows, programs, *arguments, again, *sizes,
-            **launcher.widths, **launcher.products, **options, BM=blocks.features,
-            blocks=blocks,
-        )  # fmt: skip
-    _mend(launcher, mend.mend_rows, programs, (*arguments, *sizes), options)
+    for again in range(2 if launcher.arguments["SPLIT"] else 1):
+        blocks = launcher.blocks("chunk_rows")
+        launcher.run(chunks.chunk_rows, programs, blocks, **arguments, again=again)
+    _mend(launcher, mend.mend_rows, programs, arguments)
 
 
 def _mend(
     launcher: Launcher,
     kernel: Any,
     programs: int,
-    arguments: tuple[Any, ...],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     table: str = "mend",
 ) -> None:
     """Run a kernel of ``mend.py``: on a part of each chunk, and on the real features only."""
     blocks = launcher.blocks(table)
-    launcher.launch(
-        kernel, programs * (chunk_size(launcher) // blocks.rows),
-        *arguments, launcher.inputs.weight.shape[-2],
-        **launcher.widths, **options, BR=blocks.rows,
-        PER_HEAD=launcher.products["PER_HEAD"], SPLIT=launcher.products["SPLIT"],
-        PRECISION=launcher.products["PRECISION"], **launcher.form,
-        blocks=blocks,
-    )  # fmt: skip
+    programs *= chunk_size(launcher) // blocks.rows
+    count = launcher.inputs.weight.shape[-2]
+    launcher.run(kernel, programs, blocks, **arguments, BR=blocks.rows, count=count)
 
 
 def gradient_states(
     launcher: Launcher,
     sweep: Sweep,
     heads: Heads,
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows_out: dict[str, Tensor],
     scale: Tensor,
     start: tuple[Tensor, Tensor] | None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gradients of the sums after each chunk, and of those before the first one.
 
-    ``rows`` are upstream gradients, deltas and logarithms; ``start`` is the upstream gradient
-    of the sums after the last chunk.
+    ``start`` is the upstream gradient of the sums after the last chunk.
     """
     blocks = launcher.blocks("query_states")
     span, splits = launcher.spans(launcher.length, blocks, heads.size)
-    options = _sweep(launcher, sweep)
-    grad_out = rows[0]
+    arguments = {**_arguments(launcher, sweep, heads), "SCALE": scale, "span": span}
 
     def run(
-        start: tuple[Tensor, ...] | None,
-        states: tuple[Tensor | None, ...],
-        ends: tuple[Tensor, ...],
+        start: tuple[Tensor, Tensor] | None,
+        states: tuple[Tensor | None, Tensor | None],
+        ends: tuple[Tensor, Tensor],
     ) -> None:
-        launcher.launch(
-            sums.query_sums,
-            launcher.features // blocks.features * splits * heads.size,
-            launcher.query, *rows, launcher.segments, *launcher.projection, scale,
-            *(start or (None, None)), *states, *ends,
-            *launcher.query.stride()[:4], *grad_out.stride()[:4],
-            launcher.heads, launcher.groups, heads.first, launcher.length, span, splits,
-            num_chunks(launcher), launcher.features,
-            **launcher.widths, **launcher.products, **options, BM=blocks.features,
-            HAS_START=start is not None, CAUSAL=True, STATES=states[0] is not None,
-            blocks=blocks,
+        launcher.run(
+            sums.query_sums, launcher.features // blocks.features * splits * heads.size, blocks,
+            **arguments, **rows_out, **launcher.projection, **_start(start), CAUSAL=True,
+            GRAD_KV=states[0], GRAD_KS=states[1], STATES=states[0] is not None,
+            LAST_KV=ends[0], LAST_KS=ends[1], splits=splits,
         )  # fmt: skip
 
     ends = launcher.new_sums(heads.size, splits)[:2]
@@ -228,14 +203,10 @@ def gradient_states(
         run(None, (None, None), ends)
         parts, ends = ends, launcher.new_sums(heads.size, splits)[:2]
         combining = launcher.blocks("combine")
-        launcher.launch(
-            sums.combine_gradients,
-            launcher.features // combining.features * heads.size,
-            *parts, scale, *(start or (None, None)), launcher.segments,
-            launcher.length, span, splits, num_chunks(launcher), launcher.features,
-            DV=launcher.value_dim, BV=launcher.widths["BV"], BM=combining.features, **options,
-            HAS_START=start is not None,
-            blocks=combining,
+        launcher.run(
+            sums.combine_gradients, launcher.features // combining.features * heads.size, combining,
+            **arguments, **_start(start), KV=parts[0], KS=parts[1],
+            slots=launcher.length, splits=splits,
         )  # fmt: skip
         start = parts
     shape = (heads.size, num_chunks(launcher), launcher.features)
@@ -248,44 +219,42 @@ def chunk_gradients(
     launcher: Launcher,
     sweep: Sweep,
     heads: Heads,
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows_out: dict[str, Tensor],
     lost: Tensor,
     before: Sums,
     after: tuple[Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
-    *,
-    add: bool = False,
+    gradients: Gradients,
+    add: bool,
 ) -> None:
     """Gradients of the queries, keys and values of a causal pass."""
-    inputs = (*_chunk_inputs(launcher, sweep), *rows, lost, *launcher.projection)
-    strides = (*launcher.strides(), *rows[0].stride()[:4])
-    sizes = _chunk_sizes(launcher, sweep, heads)
-    options = {**_sweep(launcher, sweep), "STRICT": sweep.strict}
-    query, key, value = gradients
-    arguments = (
-        *inputs, *before, query, *strides, *query.stride()[:4], *sizes, launcher.query_pull,
-    )  # fmt: skip
+    shared = {
+        **_arguments(launcher, sweep, heads),
+        **rows_out,
+        **launcher.projection,
+        "SCALE": before.scale,
+        "LOST": lost,
+        "ADD": add,
+    }
+    arguments = {**shared, **before.named(), "GRAD_Q": gradients.query, "pull": launcher.query_pull}
     programs = num_chunks(launcher) * heads.size * launcher.groups
     blocks = launcher.blocks("chunk_query_gradients")
-    launcher.launch(
-        chunks.chunk_query_gradients, programs, *arguments,
-        **launcher.widths, **launcher.products, **options, ADD=add, BM=blocks.features,
-        blocks=blocks,
-    )  # fmt: skip
-    _mend(launcher, mend.mend_query_gradients, programs, arguments, options)
-    ends = (key, value, *strides, *key.stride()[:3], *value.stride()[:3], *sizes, launcher.pull)
+    launcher.run(chunks.chunk_query_gradients, programs, blocks, **arguments)
+    _mend(launcher, mend.mend_query_gradients, programs, arguments)
+    arguments = {
+        **shared,
+        "GRAD_KV": after[0],
+        "GRAD_KS": after[1],
+        "GRAD_K": gradients.key,
+        "GRAD_V": gradients.value,
+        "pull": launcher.pull,
+    }
     programs = num_chunks(launcher) * heads.size
     blocks = launcher.blocks("chunk_key_gradients")
-    launcher.launch(
-        chunks.chunk_key_gradients, programs * (chunk_size(launcher) // blocks.rows),
-        *inputs, *after, before.scale, *ends,
-        **launcher.widths, **launcher.products, **options, ADD=add,
-        BM=blocks.features, BK=blocks.rows,
-        blocks=blocks,
+    launcher.run(
+        chunks.chunk_key_gradients, programs * (chunk_size(launcher) // blocks.rows), blocks,
+        **arguments, BK=blocks.rows,
     )  # fmt: skip
-    _mend(
-        launcher, mend.mend_key_gradients, programs, (*inputs, *ends), options, "mend_key_gradients"
-    )
+    _mend(launcher, mend.mend_key_gradients, programs, arguments, "mend_key_gradients")
 
 
 def past_sums(launcher: Launcher) -> tuple[Sums | None, Tensor | None]:

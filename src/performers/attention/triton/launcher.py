@@ -17,8 +17,32 @@ from performers.attention.operators import Inputs
 from performers.attention.triton.block_sizes import Blocks, blocks_of
 from performers.attention.triton.operators import has_exact_pairs, padded_features
 
+_LOG2_E = math.log2(math.e)
 # The least positions of a split, below which combining sums costs more than it gains.
 LEAST_SPAN = 512
+# Parameters of kernels for sums, in the order of `Sums`.
+SUMS = ("KV", "KS", "SCALE")
+# Parameters of kernels for the strides of a tensor, but for the last.
+_STRIDES = {
+    "Q": ("sqb", "sqh", "sqg", "sql"),
+    "K": ("skb", "skh", "sks"),
+    "V": ("svb", "svh", "svs"),
+    "SINK_K": ("stb", "sth", "sts"),
+    "SINK_V": ("sub", "suh", "sus"),
+    "PART_OUT": ("spb", "sph", "spg", "spl"),
+    "OUT": ("sob", "soh", "sog", "sol"),
+    "GRAD_OUT": ("sgb", "sgh", "sgg", "sgl"),
+    "GRAD_Q": ("sxb", "sxh", "sxg", "sxl"),
+    "GRAD_K": ("sxb", "sxh", "sxs"),
+    "GRAD_V": ("syb", "syh", "sys"),
+}
+_NO_STRIDES = (0, 0, 0, 0)
+# What most launches do without.
+_ABSENT = {
+    **dict.fromkeys(("START_KV", "START_KS", "START_SCALE", "PART_OUT", "PART_LOG")),
+    **dict.fromkeys(_STRIDES["PART_OUT"], 0),
+    **dict.fromkeys(("HAS_START", "STATES", "MERGE", "REVERSE"), False),
+}
 
 
 def padded(size: int) -> int:
@@ -58,31 +82,32 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-class Projection(NamedTuple):
+def projection(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """``W sqrt(scale) log2(e)`` in two parts, and ``b log2(e)``, padded; see ``kernels/parts.py``.
 
-    Attributes:
-        hi: Shape ``(1 or heads, features, BD)``, in the dtype of the inputs.
-        lo: What ``hi`` lacks; ``hi`` itself where that is float32.
-        bias: Shape ``(1 or heads, features)``, float32.
+    Returns:
+        ``HI`` of shape ``(1 or heads, features, BD)`` in ``dtype``, that of the queries; ``LO``,
+        what it lacks, or itself where it is float32; ``BIAS`` of shape ``(1 or heads, features)``.
     """
+    heads, count, width = inputs.weight.shape
+    features = padded_features(inputs)
+    exact = inputs.weight.new_zeros((heads, features, padded(width)), dtype=torch.float64)
+    exact[:, :count, :width] = inputs.weight
+    exact *= math.sqrt(inputs.scale) * _LOG2_E
+    bias = inputs.weight.new_full((heads, features), -math.inf, dtype=torch.float32)
+    bias[:, :count] = 0.0 if inputs.bias is None else inputs.bias * _LOG2_E
+    hi = exact.to(dtype)
+    lo = hi if dtype == torch.float32 else (exact - hi).to(dtype)
+    return {"HI": hi, "LO": lo, "BIAS": bias}
 
-    hi: Tensor
-    lo: Tensor
-    bias: Tensor
 
-    @classmethod
-    def of(cls, inputs: Inputs, dtype: torch.dtype) -> "Projection":
-        """The projection of a call, in the dtype of its queries."""
-        heads, count, width = inputs.weight.shape
-        features = padded_features(inputs)
-        exact = inputs.weight.new_zeros((heads, features, padded(width)), dtype=torch.float64)
-        exact[:, :count, :width] = inputs.weight
-        exact *= math.sqrt(inputs.scale) * math.log2(math.e)
-        bias = inputs.weight.new_full((heads, features), -math.inf, dtype=torch.float32)
-        bias[:, :count] = 0.0 if inputs.bias is None else inputs.bias * math.log2(math.e)
-        hi = exact.to(dtype)
-        return cls(hi, hi if dtype == torch.float32 else (exact - hi).to(dtype), bias)
+def strides_of(tensors: dict[str, Any]) -> dict[str, int]:
+    """Strides of those tensors whose strides are parameters of kernels too."""
+    strides: dict[str, int] = {}
+    for name in _STRIDES.keys() & tensors.keys():
+        numbers = _NO_STRIDES if tensors[name] is None else tensors[name].stride()
+        strides.update(zip(_STRIDES[name], numbers, strict=False))
+    return strides
 
 
 class Sums(NamedTuple):
@@ -92,53 +117,74 @@ class Sums(NamedTuple):
     key_sum: Tensor
     scale: Tensor
 
+    def named(self, prefix: str = "") -> dict[str, Tensor]:
+        """The sums as parameters of kernels."""
+        return {f"{prefix}{name}": x for name, x in zip(SUMS, self, strict=True)}
+
 
 class Launcher:
-    """The kernels of one call: its sizes, its packed projection, and what every launch passes."""
+    """The kernels of one call: its sizes, its padded projection, and what every launch passes."""
 
     def __init__(self, inputs: Inputs) -> None:
         """Take the sizes of a call."""
-        query, key, value = (rowwise(x) for x in (inputs.query, inputs.key, inputs.value))
         self.inputs = inputs
-        self.query, self.key, self.value = query, key, value
-        self.batch, self.heads, self.groups, self.length, self.head_dim = query.shape
-        self.size, self.value_dim = value.shape[2:]
-        self.capability, self.processors = device_of(query.device)
+        self.query, self.key, self.value = (rowwise(x) for x in inputs[:3])
+        self.batch, self.heads, self.groups, self.length, self.head_dim = self.query.shape
+        self.size, self.value_dim = self.value.shape[2:]
+        self.widths = (padded(self.head_dim), padded(self.value_dim))
+        self.capability, self.processors = device_of(self.query.device)
         self.features = padded_features(inputs)
         self.sinks = 0 if inputs.sink_key is None else inputs.sink_key.shape[2]
-        self.norm = inputs.scale * math.log2(math.e) / 2 if inputs.quadratic else 0.0
+        # Whether the sums of a state have scales.
+        self.scaled = inputs.kind == "exponential"
         self.pull = inputs.scale if inputs.quadratic else 0.0
         # Beside exact pairs a query's own factor matters, and the mean over draws.
         self.query_pull = self.pull if has_exact_pairs(inputs) else 0.0
-        self.log_normalizer = math.log2(inputs.normalizer) if has_exact_pairs(inputs) else 0.0
-        self.widths = {
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that all kernels share, by the names of their parameters."""
+        inputs, dtype = self.inputs, self.query.dtype
+        tensors = {"Q": self.query, "K": self.key, "V": self.value}
+        return {
+            **_ABSENT,
+            **tensors,
+            **strides_of(tensors),
+            # The packed sequence of each position, in as many registers as there are positions.
+            "SEG": None if inputs.segments is None else inputs.segments.to(torch.int32),
+            "heads": self.heads,
+            "groups": self.groups,
+            "length": self.length,
+            "size": self.size,
+            "features": self.features,
+            "sinks": self.sinks,
+            "window": inputs.window or 0,
+            "offset": inputs.offset,
+            "factor": inputs.scale,
+            "scale": inputs.scale * _LOG2_E,
+            "norm": self.pull * _LOG2_E / 2,
+            "log_normalizer": math.log2(inputs.normalizer) if has_exact_pairs(inputs) else 0.0,
             "D": self.head_dim,
             "DV": self.value_dim,
-            "BD": padded(self.head_dim),
-            "BV": padded(self.value_dim),
-        }
-        self.form = {"FORM": inputs.kind, "EPSILON": inputs.epsilon}
-        # Whether the sums of a state have scales.
-        self.scaled = inputs.kind == "exponential"
-        self.products = {
+            "BD": self.widths[0],
+            "BV": self.widths[1],
             "PER_HEAD": inputs.weight.shape[0] > 1,
-            "SPLIT": query.dtype != torch.float32,
-            "OPERAND": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,
+            "SPLIT": dtype != torch.float32,
+            "OPERAND": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
             # Of float32 operands; three products keep all digits of float32 inputs.
-            "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
-            **self.form,
+            "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+            "FORM": inputs.kind,
+            "EPSILON": inputs.epsilon,
+            "CAUSAL": inputs.is_causal,
+            "HAS_SEG": inputs.segments is not None,
+            "HAS_WINDOW": inputs.window is not None,
+            "HAS_SINKS": self.sinks > 0,
         }
 
     @cached_property
-    def projection(self) -> Projection:
-        """The packed projection."""
-        return Projection.of(self.inputs, self.query.dtype)
-
-    @cached_property
-    def segments(self) -> Tensor | None:
-        """The packed sequence of each position, in as many registers as there are positions."""
-        segments = self.inputs.segments
-        return None if segments is None else segments.to(torch.int32)
+    def projection(self) -> dict[str, Tensor]:
+        """The padded projection, as kernels read it."""
+        return projection(self.inputs, self.query.dtype)
 
     @property
     def count(self) -> int:
@@ -147,12 +193,18 @@ class Launcher:
 
     def blocks(self, kernel: str) -> Blocks:
         """The blocks of a kernel in this call."""
-        width = max(self.widths["BD"], self.widths["BV"])
-        return blocks_of(kernel, width, self.capability, self.query.dtype)
+        return blocks_of(kernel, max(self.widths), self.capability, self.query.dtype)
 
     def new(self, *shape: int) -> Tensor:
         """A float32 tensor."""
         return self.query.new_empty(shape, dtype=torch.float32)
+
+    def run(self, kernel: Any, programs: int, blocks: Blocks, **given: Any) -> None:
+        """Launch a kernel with what is given, and else with what it reads of the call."""
+        given = {"BM": blocks.features, "BT": blocks.rows, **given, **strides_of(given)}
+        shared = self.arguments
+        arguments = [given[n] if n in given else shared[n] for n in kernel.arg_names]
+        self.launch(kernel, programs, *arguments, blocks=blocks)
 
     def launch(
         self, kernel: Any, programs: int, *args: Any, blocks: Blocks, **constants: Any
@@ -162,6 +214,10 @@ class Launcher:
             kernel[(programs,)](
                 *args, num_warps=blocks.warps, num_stages=blocks.stages, **constants
             )
+
+    def query_blocks(self, blocks: Blocks) -> int:
+        """Blocks of rows of all query heads."""
+        return -(-self.length // blocks.rows) * self.count * self.groups
 
     def splits(self, programs: int, length: int, waves: int = 4) -> int:
         """Splits of a length for which as many programs as each would fill the processors."""
@@ -182,7 +238,3 @@ class Launcher:
         """Float32 output rows and their logarithms."""
         shape = (self.batch, self.heads, self.groups, self.length)
         return self.new(*shape, self.value_dim), self.new(*shape)
-
-    def strides(self) -> tuple[int, ...]:
-        """Strides of queries, keys and values, but for the last dimension."""
-        return (*self.query.stride()[:4], *self.key.stride()[:3], *self.value.stride()[:3])

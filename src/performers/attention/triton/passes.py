@@ -46,7 +46,8 @@ def _forward(launcher: Launcher) -> Results:
             key_value=total.key_value, key_sum=total.key_sum, log_scale=total.scale
         )
     if exact:
-        exact_pairs.exact_rows(launcher, exact_pairs.every_norm(launcher), rows, results)
+        out, log = results.out, results.log_normaliser
+        exact_pairs.exact_rows(launcher, PART_OUT=rows[0], PART_LOG=rows[1], OUT=out, LOG=log)
     return results
 
 
@@ -80,7 +81,7 @@ def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradi
     delta, log, feature_log = bidirectional.row_terms(launcher, results, grad_out)
     sweeps = causal.sweeps(launcher, results.key_norm)
     exact = has_exact_pairs(launcher.inputs)
-    rows = (grad_out, delta, feature_log)
+    rows_out = {"GRAD_OUT": grad_out, "DELTA": delta, "LOG": feature_log}
     added = gradients
     if exact or len(sweeps) > 1:
         # Several passes add to these.
@@ -91,18 +92,15 @@ def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradi
             }
         )
     if sweeps:
-        _sweep_gradients(launcher, sweeps, upstream, rows, results, added)
+        _sweep_gradients(launcher, sweeps, upstream, rows_out, results, added)
     else:
         total = Sums(results.key_value, results.key_sum, results.log_scale)
-        bidirectional.query_gradients(launcher, *rows, total, added.query)
-        of_sums = bidirectional.total_gradients(launcher, *rows, results.log_scale)
-        bidirectional.key_gradients(
-            launcher, results.key_norm[0], results.log_scale, of_sums, added.key, added.value
-        )
+        bidirectional.query_gradients(launcher, rows_out, total, added.query)
+        of_sums = bidirectional.total_gradients(launcher, rows_out, total.scale)
+        norms = results.key_norm[0]
+        bidirectional.key_gradients(launcher, norms, total.scale, of_sums, added.key, added.value)
     if exact:
-        exact_pairs.exact_gradients(
-            launcher, exact_pairs.every_norm(launcher), (grad_out, delta, log), added
-        )
+        exact_pairs.exact_gradients(launcher, {**rows_out, "LOG": log}, added)
     for to, x in zip(gradients[:3], added[:3], strict=True):
         if to is not x:
             to.copy_(x)
@@ -113,7 +111,7 @@ def _sweep_gradients(
     launcher: Launcher,
     sweeps: list[causal.Sweep],
     upstream: Upstream,
-    rows: tuple[Tensor, Tensor, Tensor],
+    rows_out: dict[str, Tensor],
     results: Results,
     gradients: Gradients,
 ) -> None:
@@ -128,9 +126,11 @@ def _sweep_gradients(
             before, _ = causal.states(launcher, sweep, heads, start)
             if last is not None:
                 last = causal.at_scale(launcher, last, before.scale)
-            after, first = causal.gradient_states(launcher, sweep, heads, rows, before.scale, last)
+            after, first = causal.gradient_states(
+                launcher, sweep, heads, rows_out, before.scale, last
+            )
             causal.chunk_gradients(
-                launcher, sweep, heads, rows, lost, before, after, gradients[:3], add=add
+                launcher, sweep, heads, rows_out, lost, before, after, gradients, add
             )
             start = last = None
             if factor is not None:
@@ -143,11 +143,11 @@ def step(inputs: Inputs) -> StepResults:
     with on_device(inputs.query.device):
         launcher = Launcher(inputs)
         blocks = launcher.blocks("decode_step")
-        width = launcher.widths["BV"]
-        columns = min(width, blocks.rows)
+        columns = min(launcher.widths[1], blocks.rows)
         if launcher.count < 2 * launcher.processors:
             columns = 16
         past = (inputs.past_key_value, inputs.past_key_sum, inputs.past_log_scale)
+        # By position: the time of a step is that of this launch.
         launcher.launch(
             kernels.decode_step,
             launcher.count * -(-launcher.value_dim // columns),
@@ -158,13 +158,13 @@ def step(inputs: Inputs) -> StepResults:
             *launcher.value.stride()[:2], *results.out.stride()[:3],
             launcher.heads, launcher.groups, inputs.weight.shape[-2],
             math.sqrt(inputs.scale), launcher.pull / 2,
-            D=launcher.head_dim, DV=launcher.value_dim, BD=launcher.widths["BD"], BV=columns,
-            BW=width, BG=triton.next_power_of_2(launcher.groups), BM=blocks.features,
-            PER_HEAD=launcher.products["PER_HEAD"],
+            D=launcher.head_dim, DV=launcher.value_dim, BD=launcher.widths[0], BV=columns,
+            BW=launcher.widths[1], BG=triton.next_power_of_2(launcher.groups), BM=blocks.features,
+            PER_HEAD=inputs.weight.shape[0] > 1,
             HAS_BIAS=inputs.bias is not None,
             HAS_MASK=inputs.key_mask is not None,
             HAS_PAST=inputs.past_key_value is not None,
-            **launcher.form,
+            FORM=inputs.kind, EPSILON=inputs.epsilon,
             blocks=blocks,
         )  # fmt: skip
     return results

@@ -72,7 +72,7 @@ def query_gradients(
     sqb, sqh, sqg, sql, sgb, sgh, sgg, sgl, sxb, sxh, sxg, sxl,
     heads, groups, length, features, pull,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
@@ -111,8 +111,6 @@ def query_gradients(
         along += tl.sum(h, 1)
     dx = dx * LN2 - q.to(tl.float32) * (along * pull)[:, None]
     GRAD_Q += head_of(n, heads, sxb, sxh) + (g * sxg + start * sxl)
-    if ADD:
-        dx += load_rows(GRAD_Q, i, sxl, inside, D, BD)
     store_rows(GRAD_Q, i, sxl, dx, inside, D, BD)
 
 
@@ -122,7 +120,7 @@ def key_gradients(
     skb, skh, sks, svb, svh, svs, sxb, sxh, sxs, syb, syh, sys,
     heads, length, features, pull,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr, ADD: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, PER_HEAD: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     FORM: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
@@ -164,8 +162,5 @@ def key_gradients(
     dk = dk * LN2 - k.to(tl.float32) * (along * pull)[:, None]
     GRAD_K += head_of(n, heads, sxb, sxh) + start * sxs
     GRAD_V += head_of(n, heads, syb, syh) + start * sys
-    if ADD:
-        dk += load_rows(GRAD_K, j, sxs, inside, D, BD)
-        dv += load_rows(GRAD_V, j, sys, inside, DV, BV)
     store_rows(GRAD_K, j, sxs, dk, inside, D, BD)
     store_rows(GRAD_V, j, sys, dv, inside, DV, BV)
