@@ -90,38 +90,31 @@ def test_angular_buckets_are_opposite_rows_of_a_rotation():
     assert torch.equal(centers[4:], -centers[:4])
 
 
-def test_calls_that_cannot_be_are_refused():
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"is_causal": True, "return_state": True}, "return_state"),
+        ({"cu_seqlens": torch.tensor([0, 10, 30])}, "cu_seqlens"),
+        ({"feature_map": SoftmaxFeatures(DIM, 32, estimator="trigonometric")}, "positive softmax"),
+        ({"listed_keys": ListedKeys(DIM + 1)}, "head_dim"),
+        ({"listed_keys": ListedKeys(DIM, num_heads=3)}, "num_heads"),
+        ({"listed_keys": 8}, "ListedKeys"),
+    ],
+    ids=str,
+)
+def test_calls_that_cannot_be_are_refused(options, match):
+    options = {"feature_map": features(), "listed_keys": ListedKeys(DIM, 4, 8), **options}
+    with pytest.raises(ValueError, match=match):
+        favor_attention(*(x[:1] for x in inputs(30)), **options)
+
+
+def test_lists_that_cannot_be_are_refused():
     for name in ("num_buckets", "num_keys", "refresh", "num_heads"):
         with pytest.raises(ValueError, match=name):
             ListedKeys(DIM, **{name: 0})
     with pytest.raises(ValueError, match="num_keys"):
         ListedKeys(DIM, num_keys=10, num_rounds=3)
-    query, key, value = inputs(30)
-    listed_keys = ListedKeys(DIM, 4, 8)
-
-    def call(feature_map=None, listed_keys=listed_keys, batch=slice(None), **options):
-        return favor_attention(
-            query[batch],
-            key[batch],
-            value[batch],
-            features() if feature_map is None else feature_map,
-            listed_keys=listed_keys,
-            **options,
-        )
-
-    with pytest.raises(ValueError, match="return_state"):
-        call(is_causal=True, return_state=True)
-    with pytest.raises(ValueError, match="cu_seqlens"):
-        call(batch=slice(1), cu_seqlens=torch.tensor([0, 10, 30]))
-    with pytest.raises(ValueError, match="positive softmax features"):
-        call(SoftmaxFeatures(DIM, 32, estimator="trigonometric"))
-    with pytest.raises(ValueError, match="head_dim"):
-        call(listed_keys=ListedKeys(DIM + 1))
-    with pytest.raises(ValueError, match="num_heads"):
-        call(listed_keys=ListedKeys(DIM, num_heads=3))
-    with pytest.raises(ValueError, match="ListedKeys"):
-        call(listed_keys=8)
-    with pytest.raises(ValueError, match="finite"):
-        listed_keys.calibrate_(torch.full((1, 1, 4, DIM), math.nan))
-    with pytest.raises(ValueError, match="shape"):
-        listed_keys.calibrate_(torch.zeros(1, 1, 4, DIM + 1))
+    nan, wide = math.nan * torch.ones(1, 1, 4, DIM), torch.zeros(1, 1, 4, DIM + 1)
+    for query, match in ((nan, "finite"), (wide, "shape")):
+        with pytest.raises(ValueError, match=match):
+            ListedKeys(DIM, 4, 8).calibrate_(query)
