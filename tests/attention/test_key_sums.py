@@ -1,62 +1,39 @@
 """States from keys alone, and their merge."""
 
-from itertools import product
-
 import pytest
 import torch
 
-import performers
+from performers import favor_state, merge_states
+from tests.attention.cases import PLAIN, STREAMED, Configuration, law, make_call
+from tests.features.cases import by_name
 
-LENGTH = 150
-
-
-def make(features="softmax", *, num_heads=None, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    if features == "relu":
-        return performers.GeneralizedFeatures(8, 24, generator=generator).to(dtype)
-    return performers.SoftmaxFeatures(
-        8, 24, estimator=features, num_heads=num_heads, generator=generator
-    ).to(dtype)
+KINDS = [by_name(name) for name in ("positive", "trigonometric", "relu")]
 
 
-def keys(*, heads=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, 2, heads, LENGTH, 8, generator=generator, dtype=dtype).unbind(0)
+def made(case=KINDS[0], configuration=PLAIN, **options):
+    return make_call(case, 150, "causal", configuration, dtype=torch.float64, **options)
 
 
-def continue_from(state, features, **options):
-    """Output and gradients of a causal call that goes on after a state."""
-    generator = torch.Generator().manual_seed(2)
-    heads = state.key_value.shape[1]
-    query, key, value = torch.randn(3, 2, heads, 20, 8, generator=generator, dtype=torch.float64)
-    return performers.favor_attention(
-        query, key, value, features, is_causal=True, state=state, **options
-    )
+def state_of(call, **options):
+    options = {**call.options, **options}
+    del options["is_causal"]
+    return favor_state(call.key, call.value, call.feature_map, **options)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "window", "sinks"),
-    [
-        *product(("positive", "trigonometric", "relu"), (None,), (0,)),
-        *product(("positive", "trigonometric"), (5, 200), (0, 3)),
-        ("positive", None, 3),
-    ],
-)
-def test_the_state_of_a_causal_call(kind, window, sinks, masked):
-    features, (key, value) = make(kind, dtype=torch.float64), keys()
-    key.requires_grad_()
-    value.requires_grad_()
-    mask = torch.rand(2, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.6
-    exact = {"window": window, "sinks": sinks}
-    options = {**exact, "key_mask": mask if masked else None}
-    _, expected = performers.favor_attention(
-        torch.zeros_like(key), key, value, features, is_causal=True, return_state=True, **options
-    )
-    state = performers.favor_state(key, value, features, **options)
-    outs = [continue_from(x, features, **exact) for x in (state, expected)]
+def continued(call, state):
+    """Output of a causal call that goes on after a state."""
+    query, key, value = (x[:, :, :20].detach().flip(-1) for x in call.inputs)
+    return call.with_inputs(query, key, value).run(state=state, key_mask=None)
+
+
+@law(configurations=[*STREAMED, Configuration("all in the window", 200, 3)], cases=KINDS)
+def test_the_state_of_a_causal_call(case, configuration):
+    call = made(case, configuration).leaves()
+    _, expected = call.run(return_state=True)
+    state = state_of(call)
+    outs = [continued(call, x) for x in (state, expected)]
     torch.testing.assert_close(*outs, rtol=1e-10, atol=1e-12)
-    grads = [torch.autograd.grad(out.square().sum(), (key, value)) for out in outs]
+    grads = [torch.autograd.grad(out.square().sum(), call.inputs[1:]) for out in outs]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
     for name, tensor in expected._tensors().items():
         assert getattr(state, name).shape == tensor.shape
@@ -64,65 +41,54 @@ def test_the_state_of_a_causal_call(kind, window, sinks, masked):
 
 
 def test_a_projection_for_each_query_head():
-    features, (key, value) = make("positive", num_heads=4, dtype=torch.float64), keys()
-    state = performers.favor_state(key, value, features)
-    query = torch.zeros(2, 4, LENGTH, 8, dtype=torch.float64)
-    _, expected = performers.favor_attention(
-        query, key, value, features, is_causal=True, return_state=True
-    )
+    call = made(heads=4, key_heads=2, num_heads=4)
+    state, (_, expected) = state_of(call), call.run(return_state=True)
     torch.testing.assert_close(state.key_value, expected.key_value)
     torch.testing.assert_close(state.log_scale, expected.log_scale)
 
 
 def test_a_key_that_is_not_finite():
-    features, (key, value) = make("positive", dtype=torch.float64), keys()
-    key[0, 1, 7] = torch.inf
-    state = performers.favor_state(key, value, features)
-    assert state.key_sum.isnan().any(-1).tolist() == [[False, True], [False, False]]
+    call = made()
+    call.key[0, 1, 7] = torch.inf
+    assert state_of(call).key_sum.isnan().any(-1).tolist() == [[False, True], [False, False]]
 
 
-@pytest.mark.parametrize("kind", ["positive", "trigonometric", "relu"])
-def test_merging_is_associative_and_that_of_one_sequence(kind):
-    features, (key, value) = make(kind, dtype=torch.float64), keys()
-    # Scales far apart, and a part without keys.
-    key = (key * torch.linspace(0.1, 6, LENGTH, dtype=torch.float64)[:, None]).requires_grad_()
-    parts = [
-        performers.favor_state(k, v, features)
-        for k, v in zip(key.split([60, 0, 90], 2), value.split([60, 0, 90], 2), strict=True)
-    ]
-    a, b, c = parts
-    merge = performers.merge_states
-    whole = performers.favor_state(key, value, features)
-    states = (merge(merge(a, b), c), merge(a, merge(b, c)), whole)
-    outs = [continue_from(state, features) for state in states]
-    grads = [torch.autograd.grad(x.square().sum(), key, retain_graph=True)[0] for x in outs]
-    for out, grad in zip(outs[:2], grads[:2], strict=True):
-        torch.testing.assert_close(out, outs[2], rtol=1e-10, atol=1e-12)
-        assert (grad - grads[2]).abs().max() < 1e-11 * grads[2].abs().max()
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_merging_is_associative_and_that_of_one_sequence(case):
+    """Scales far apart, and a part without keys."""
+    call = made(case)
+    call.key = call.key * torch.linspace(0.1, 6, 150, dtype=torch.float64)[:, None]
+    call = call.leaves()
+    parts = zip(*(x.split([60, 0, 90], 2) for x in call.inputs), strict=True)
+    a, b, c = (state_of(call.with_inputs(*part)) for part in parts)
+    states = (merge_states(merge_states(a, b), c), merge_states(a, merge_states(b, c)))
+    *outs, expected = (continued(call, state) for state in (*states, state_of(call)))
+    (wanted,) = torch.autograd.grad(expected.square().sum(), call.key, retain_graph=True)
+    for out in outs:
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+        (grad,) = torch.autograd.grad(out.square().sum(), call.key, retain_graph=True)
+        assert (grad - wanted).abs().max() < 1e-11 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"sinks": 1}])
 def test_states_with_exact_keys_do_not_merge(options):
-    features, (key, value) = make("positive", dtype=torch.float64), keys()
-    state = performers.favor_state(key, value, features)
-    other = performers.favor_state(key, value, features, **options)
+    call = made()
+    state, other = state_of(call), state_of(call, **options)
     for pair, name in (((state, other), "later"), ((other, state), "earlier")):
         with pytest.raises(ValueError, match=f"{name} has {next(iter(options))}"):
-            performers.merge_states(*pair)
+            merge_states(*pair)
 
 
 def test_states_of_other_shapes_do_not_merge():
-    features, (key, value) = make("positive", dtype=torch.float64), keys()
-    state = performers.favor_state(key, value, features)
-    with pytest.raises(ValueError, match=r"later must have key_value of shape \(2, 2, 24, 8\)"):
-        performers.merge_states(state, performers.favor_state(key[:1], value[:1], features))
+    with pytest.raises(ValueError, match=r"later must have key_value of shape \(2, 2, 48, 8\)"):
+        merge_states(state_of(made()), state_of(made(batch=1)))
 
 
 def test_arguments_are_checked():
-    features, (key, value) = make("positive", dtype=torch.float64), keys()
+    key, value, features = made().key, made().value, made().feature_map
     with pytest.raises(ValueError, match="key_mask must be a bool tensor"):
-        performers.favor_state(key, value, features, key_mask=torch.ones(2, 3))
+        favor_state(key, value, features, key_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="value must have shape"):
-        performers.favor_state(key, value[:, :, 1:], features)
+        favor_state(key, value[:, :, 1:], features)
     with pytest.raises(ValueError, match="feature_map must be a FeatureMap"):
-        performers.favor_state(key, value, "positive")
+        favor_state(key, value, "positive")
