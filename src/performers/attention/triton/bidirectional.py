@@ -73,7 +73,7 @@ def row_terms(
 
 
 def total_gradients(
-    launcher: Launcher, rows_out: dict[str, Tensor], scale: Tensor
+    launcher: Launcher, row_terms: dict[str, Tensor], scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the sums over all keys."""
     blocks = launcher.blocks("query_sums")
@@ -81,7 +81,7 @@ def total_gradients(
     grad_kv, grad_ks, _ = launcher.new_sums(launcher.count, splits)
     launcher.run(
         sums.query_sums, launcher.features // blocks.features * splits * launcher.count, blocks,
-        **rows_out, **launcher.projection, SCALE=scale, CAUSAL=False,
+        **row_terms, **launcher.projection, SCALE=scale, CAUSAL=False,
         GRAD_KV=None, GRAD_KS=None, LAST_KV=grad_kv, LAST_KS=grad_ks,
         first=0, span=span, splits=splits, chunks=0,
     )  # fmt: skip
@@ -90,13 +90,13 @@ def total_gradients(
 
 
 def query_gradients(
-    launcher: Launcher, rows_out: dict[str, Tensor], total: Sums, grad_query: Tensor
+    launcher: Launcher, row_terms: dict[str, Tensor], total: Sums, grad_query: Tensor
 ) -> None:
     """Gradients of bidirectional queries."""
     blocks = launcher.blocks("query_gradients")
     launcher.run(
         rows.query_gradients, launcher.query_blocks(blocks), blocks,
-        **rows_out, **launcher.projection, **total.named(), GRAD_Q=grad_query,
+        **row_terms, **launcher.projection, **total.named(), GRAD_Q=grad_query,
         pull=launcher.query_pull,
     )  # fmt: skip
 

@@ -174,44 +174,40 @@ def gradient_states(
     launcher: Launcher,
     sweep: Sweep,
     heads: Heads,
-    rows_out: dict[str, Tensor],
+    row_terms: dict[str, Tensor],
     scale: Tensor,
     start: tuple[Tensor, Tensor] | None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gradients of the sums after each chunk, and of those before the first one.
 
-    ``start`` is the upstream gradient of the sums after the last chunk.
+    ``row_terms`` are upstream gradients, deltas and logarithms of rows; ``start`` is the upstream
+    gradient of the sums after the last chunk.
     """
     blocks = launcher.blocks("query_states")
     span, splits = launcher.spans(launcher.length, blocks, heads.size)
     arguments = {**_arguments(launcher, sweep, heads), "SCALE": scale, "span": span}
 
-    def run(
-        start: tuple[Tensor, Tensor] | None,
-        states: tuple[Tensor | None, Tensor | None],
-        ends: tuple[Tensor, Tensor],
-    ) -> None:
+    def run(start: tuple[Tensor, ...] | None, states: dict[str, Any], ends: Sums) -> None:
         launcher.run(
             sums.query_sums, launcher.features // blocks.features * splits * heads.size, blocks,
-            **arguments, **rows_out, **launcher.projection, **_start(start), CAUSAL=True,
-            GRAD_KV=states[0], GRAD_KS=states[1], STATES=states[0] is not None,
-            LAST_KV=ends[0], LAST_KS=ends[1], splits=splits,
+            **arguments, **row_terms, **launcher.projection, **_start(start), CAUSAL=True,
+            **states, **ends.named("LAST_"), splits=splits,
         )  # fmt: skip
 
-    ends = launcher.new_sums(heads.size, splits)[:2]
+    ends = launcher.new_sums(heads.size, splits)
     if splits > 1:
-        run(None, (None, None), ends)
-        parts, ends = ends, launcher.new_sums(heads.size, splits)[:2]
+        run(None, {"GRAD_KV": None, "GRAD_KS": None}, ends)
+        parts, ends = ends, launcher.new_sums(heads.size, splits)
         combining = launcher.blocks("combine")
         launcher.run(
             sums.combine_gradients, launcher.features // combining.features * heads.size, combining,
-            **arguments, **_start(start), KV=parts[0], KS=parts[1],
+            **arguments, **_start(start), KV=parts.key_value, KS=parts.key_sum,
             slots=launcher.length, splits=splits,
         )  # fmt: skip
-        start = parts
+        start = (parts.key_value, parts.key_sum)
     shape = (heads.size, num_chunks(launcher), launcher.features)
     after = launcher.new(*shape, launcher.value_dim), launcher.new(*shape)
-    run(start, after, ends)
+    run(start, {"GRAD_KV": after[0], "GRAD_KS": after[1], "STATES": True}, ends)
     return after, (ends[0][:, 0], ends[1][:, 0])
 
 
@@ -219,7 +215,7 @@ def chunk_gradients(
     launcher: Launcher,
     sweep: Sweep,
     heads: Heads,
-    rows_out: dict[str, Tensor],
+    row_terms: dict[str, Tensor],
     lost: Tensor,
     before: Sums,
     after: tuple[Tensor, Tensor],
@@ -229,7 +225,7 @@ def chunk_gradients(
     """Gradients of the queries, keys and values of a causal pass."""
     shared = {
         **_arguments(launcher, sweep, heads),
-        **rows_out,
+        **row_terms,
         **launcher.projection,
         "SCALE": before.scale,
         "LOST": lost,

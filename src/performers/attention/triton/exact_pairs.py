@@ -37,10 +37,10 @@ def exact_rows(launcher: Launcher, **rows: Tensor) -> None:
     )  # fmt: skip
 
 
-def exact_gradients(launcher: Launcher, rows_out: dict[str, Tensor], gradients: Gradients) -> None:
+def exact_gradients(launcher: Launcher, row_terms: dict[str, Tensor], gradients: Gradients) -> None:
     """Add the gradients by exact pairs, and set those of sinks."""
     blocks = launcher.blocks("exact_pairs")
-    arguments: dict[str, Any] = {"NORM": every_norm(launcher), "BS": blocks.features, **rows_out}
+    arguments: dict[str, Any] = {"NORM": every_norm(launcher), "BS": blocks.features, **row_terms}
     sinks = _sinks(launcher)
     launcher.run(
         kernels.exact_query_gradients, launcher.query_blocks(blocks), blocks,
@@ -53,7 +53,7 @@ def exact_gradients(launcher: Launcher, rows_out: dict[str, Tensor], gradients: 
             **arguments, GRAD_K=gradients.key, GRAD_V=gradients.value,
         )  # fmt: skip
     if launcher.sinks:
-        _sink_gradients(launcher, {**rows_out, **sinks}, gradients)
+        _sink_gradients(launcher, {**row_terms, **sinks}, gradients)
 
 
 def _sink_gradients(

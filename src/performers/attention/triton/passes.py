@@ -81,7 +81,7 @@ def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradi
     delta, log, feature_log = bidirectional.row_terms(launcher, results, grad_out)
     sweeps = causal.sweeps(launcher, results.key_norm)
     exact = has_exact_pairs(launcher.inputs)
-    rows_out = {"GRAD_OUT": grad_out, "DELTA": delta, "LOG": feature_log}
+    row_terms = {"GRAD_OUT": grad_out, "DELTA": delta, "LOG": feature_log}
     added = gradients
     if exact or len(sweeps) > 1:
         # Several passes add to these.
@@ -92,15 +92,15 @@ def _backward(launcher: Launcher, upstream: Upstream, results: Results) -> Gradi
             }
         )
     if sweeps:
-        _sweep_gradients(launcher, sweeps, upstream, rows_out, results, added)
+        _sweep_gradients(launcher, sweeps, upstream, row_terms, results, added)
     else:
         total = Sums(results.key_value, results.key_sum, results.log_scale)
-        bidirectional.query_gradients(launcher, rows_out, total, added.query)
-        of_sums = bidirectional.total_gradients(launcher, rows_out, total.scale)
+        bidirectional.query_gradients(launcher, row_terms, total, added.query)
+        of_sums = bidirectional.total_gradients(launcher, row_terms, total.scale)
         norms = results.key_norm[0]
         bidirectional.key_gradients(launcher, norms, total.scale, of_sums, added.key, added.value)
     if exact:
-        exact_pairs.exact_gradients(launcher, {**rows_out, "LOG": log}, added)
+        exact_pairs.exact_gradients(launcher, {**row_terms, "LOG": log}, added)
     for to, x in zip(gradients[:3], added[:3], strict=True):
         if to is not x:
             to.copy_(x)
@@ -111,7 +111,7 @@ def _sweep_gradients(
     launcher: Launcher,
     sweeps: list[causal.Sweep],
     upstream: Upstream,
-    rows_out: dict[str, Tensor],
+    row_terms: dict[str, Tensor],
     results: Results,
     gradients: Gradients,
 ) -> None:
@@ -127,10 +127,10 @@ def _sweep_gradients(
             if last is not None:
                 last = causal.at_scale(launcher, last, before.scale)
             after, first = causal.gradient_states(
-                launcher, sweep, heads, rows_out, before.scale, last
+                launcher, sweep, heads, row_terms, before.scale, last
             )
             causal.chunk_gradients(
-                launcher, sweep, heads, rows_out, lost, before, after, gradients, add
+                launcher, sweep, heads, row_terms, lost, before, after, gradients, add
             )
             start = last = None
             if factor is not None:
