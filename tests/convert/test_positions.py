@@ -98,6 +98,11 @@ def test_models_without_a_table_need_nothing():
             "has sinusoidal positions",
         ),
         (lambda: small("BartModel"), 2000, "BartModel is an encoder-decoder"),
+        (
+            lambda: performer(position_embedding="axial", axial_shape=(8, 16)),
+            256,
+            "positions of a grid",
+        ),
     ],
 )
 def test_what_cannot_be_extended(make, length, words):

@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from performers.convert import extend_positions_
 from performers.features import ESTIMATORS
-from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
+from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import ExactMechanism, FavorMechanism
 from performers.models.positions import AxialPositions, sinusoids
-from tests.models.cases import MAIN, causal_model, make_config, masked_model, tokens
+from tests.models.cases import causal_model, make_config, masked_model, tokens
 
 
 def test_the_default_is_the_regular_model_of_the_paper():
@@ -117,12 +116,6 @@ def test_exact_layers_are_a_sorted_list(tmp_path):
     assert make_config("favor-relu", exact_layers=[1]).layer_attention(1) == "exact"
 
 
-@pytest.mark.parametrize("name", ["sinusoidal", "learned"])
-def test_only_rotary_positions_need_pairs(name):
-    model = PerformerForMaskedLM(make_config(hidden_size=30, position_embedding=name))
-    assert model(tokens(1, 5)).logits.shape == (1, 5, 31)
-
-
 def test_the_number_of_features_is_the_one_asked_for():
     for attention in ("favor-softmax", "favor-relu"):
         model = PerformerForMaskedLM(make_config(attention, num_features=40))
@@ -178,25 +171,10 @@ def test_axial_positions_end_with_their_grid():
             model(**call)
 
 
-@pytest.mark.parametrize("name", MAIN)
-def test_axial_positions_are_saved(tmp_path, name):
-    model = causal_model(name, position_embedding="axial", axial_shape=(4, 8, 4))
-    model.save_pretrained(tmp_path)
-    loaded = PerformerForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert loaded.config.axial_shape == [4, 8, 4]
-    ids = tokens(2, 100)
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
-
-
-def test_positions_of_a_grid_are_not_extended():
-    model = causal_model(position_embedding="axial", axial_shape=(8, 16))
-    with pytest.raises(ValueError, match="positions of a grid"):
-        extend_positions_(model, 256)
-
-
-@pytest.mark.parametrize("name", ["rotary", "sinusoidal"])
-def test_other_positions_do_not_end(name):
-    model = masked_model(position_embedding=name, max_position_embeddings=12)
+@pytest.mark.parametrize(("name", "size"), [("rotary", 32), ("sinusoidal", 30)])
+def test_other_positions_do_not_end(name, size):
+    """Rotary ones alone need pairs."""
+    model = masked_model(position_embedding=name, hidden_size=size, max_position_embeddings=12)
     assert torch.isfinite(model(tokens(1, 500)).logits).all()
 
 

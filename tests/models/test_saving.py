@@ -56,6 +56,7 @@ def test_a_saved_model_loads_exactly(tmp_path, head):
         {"attention": "favor-elu+1", "projection": None},
         {"attention": "favor-exp", "kernel_epsilon": 0.5},
         {"features_per_head": True, "position_embedding": "learned"},
+        {"position_embedding": "axial", "axial_shape": [4, 8, 4]},
         {"tie_word_embeddings": False, "rope_theta": 500.0},
         {"window": 8, "sinks": 2},
         {"exact_layers": [0]},

@@ -175,7 +175,7 @@ def test_combinations_that_are_left_out():
 
 
 def counted(sequences, **options):
-    return multiply_adds(Setting(**{"num_features": 32, **options}), sequences, num_lists=16)
+    return multiply_adds(Setting(**{"num_features": 32, **options}), sequences)
 
 
 def test_multiply_adds_of_features_and_lists():

@@ -12,6 +12,9 @@ from performers.features.projections import Projection
 from performers.features.softmax import Estimator
 from performers.nn.favor import FavorAttention
 
+NUM_LISTS = 16
+"""Default number of lists of keys in a head."""
+
 Self = TypeVar("Self", bound="Approximation")
 
 
@@ -109,7 +112,7 @@ class Approximation:
         head_dim: int,
         num_heads: int,
         *,
-        num_lists: int = 16,
+        num_lists: int = NUM_LISTS,
         generator: torch.Generator | None = None,
     ) -> FavorAttention:
         """Build the attention of one layer, not calibrated."""

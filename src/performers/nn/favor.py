@@ -66,9 +66,8 @@ class FavorAttention(nn.Module):
             key_mask = None if key_mask is None else key_mask.reshape(1, -1)
             positions = None if positions is None else positions.reshape(1, -1)
         # torch 2.7 compiles update, but no |= of dictionaries.
-        options.update(key_mask=key_mask, cu_seqlens=cu_seqlens, return_state=return_state)
-        options.update(positions=positions)
-        options.update(self._exact_pairs())
+        options.update(key_mask=key_mask, cu_seqlens=cu_seqlens, positions=positions)
+        options.update(return_state=return_state, **self._exact_pairs())
         result: Any = favor_attention(query, key, value, self.feature_map, **options)
         out, state = result if return_state else (result, None)
         if cu_seqlens is not None:

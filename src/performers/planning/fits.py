@@ -11,9 +11,6 @@ from performers.features.softmax import Estimator
 from performers.nn import Approximation, FavorAttention
 from performers.planning.samples import Samples
 
-NUM_LISTS = 16
-"""Lists of keys in a head."""
-
 
 class Fits:
     """Attention modules calibrated on samples.
@@ -80,7 +77,6 @@ class Fits:
         favor = approximation.build(
             self.samples.query.shape[3],
             num_heads,
-            num_lists=NUM_LISTS,
             generator=torch.Generator().manual_seed(seed),
         )
         return favor.to(self.samples.query.device)

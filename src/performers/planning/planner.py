@@ -14,7 +14,7 @@ from performers.features import SoftmaxFeatures
 from performers.nn.approximation import as_integer
 from performers.planning.diagnosis import Diagnosis, diagnose
 from performers.planning.exact import exact_attention
-from performers.planning.fits import NUM_LISTS, Fits
+from performers.planning.fits import Fits
 from performers.planning.measuring import Progress, measure_errors, measure_times
 from performers.planning.samples import Samples, checked_samples
 from performers.planning.settings import (
@@ -241,7 +241,7 @@ def plan(
     sequence = held_out.at_length(samples.query.shape[2] if length is None else length)
     measured, exact_seconds = measure_times(measured, sequence, fits, backend, progress, seed)
     progress.write("", end="\r")
-    measured = [replace(x, multiply_adds=multiply_adds(x, sequence, NUM_LISTS)) for x in measured]
+    measured = [replace(x, multiply_adds=multiply_adds(x, sequence)) for x in measured]
     front = pareto_front(
         [setting for setting in measured if setting.timed], lambda x: (x.seconds, x.error)
     )

@@ -9,7 +9,7 @@ from typing import Any
 from performers.features.projections import PROJECTIONS
 from performers.features.softmax import BALANCED, ESTIMATORS, TWO_SIDED
 from performers.nn import Approximation
-from performers.nn.approximation import as_integer
+from performers.nn.approximation import NUM_LISTS, as_integer
 from performers.planning.samples import Samples
 
 USABLE_ERROR = 0.5
@@ -112,7 +112,7 @@ def _check_values(name: str, values: Sequence[Any]) -> None:
             raise ValueError(f"{name} must be a sequence of {expected}, got {value!r}")
 
 
-def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
+def multiply_adds(setting: Setting, samples: Samples) -> float:
     """Multiply-adds per query and query head in the formula of a setting.
 
     With ``r`` queries for every key that is turned into features (``L H / (S Hkv)``, or ``L / S``
@@ -123,7 +123,7 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
     * balance of queries and keys (``data_aware``, ``saderf``): ``D^2 (1 + 1 / r)``;
     * window and sinks: ``n (D + Dv)``; ``n`` is the mean over queries;
     * lists: ``l (D + Dv)`` for the exact terms, ``l (m + Dv)`` to subtract their estimates, and
-      ``num_lists D (1 + 1 / r)`` to choose.
+      ``NUM_LISTS D (1 + 1 / r)`` to choose.
 
     Further work of a backend (chunks of causal sums, blocks) is in the measured time only.
     """
@@ -146,7 +146,7 @@ def multiply_adds(setting: Setting, samples: Samples, num_lists: int) -> float:
     listed = min(setting.listed_keys, size)
     total += (exact + listed) * (head_dim + value_dim)
     if listed:
-        total += listed * (m + value_dim) + num_lists * head_dim * both
+        total += listed * (m + value_dim) + NUM_LISTS * head_dim * both
     return total
 
 
