@@ -189,7 +189,7 @@ def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
         seen.append(options)
         raise ValueError("window is enough for this test")
 
-    monkeypatch.setattr(command, "run_conversion", stop)
+    monkeypatch.setattr(command, "ConversionRun", stop)
     flags = [
         "--window", 0, "--sinks", 2, "--num-features", 5, "--estimator", "positive",
         "--layers", "0,-1", "--steps", 3, "--transfer-steps", 1, "--length", 9,

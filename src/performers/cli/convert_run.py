@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from performers.app.conversion import ConversionOptions
 from performers.app.errors import Interrupted, UserError
 from performers.app.figures import save_figure
 from performers.app.files import read_json, write_atomically
-from performers.app.provenance import write_result
 from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_speed
 from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
@@ -19,9 +17,10 @@ from performers.benchmark.settings import Sampling
 from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.convert import ConversionFiles
 from performers.cli.convert_report import model_card, report_page, report_tables
-from performers.convert.distillation.pipeline import run_conversion
+from performers.convert.distillation.pipeline import ConversionRun
 from performers.convert.distillation.results import ConversionRecord
 from performers.convert.interface.positions import extend_positions_, learned_positions
+from performers.training.environment import quiet_transformers
 
 _RECORD, _PAGE, _FIGURE = "conversion.json", "conversion.md", "conversion.png"
 _CARD = "README.md"
@@ -37,7 +36,7 @@ def convert_and_measure(options: ConversionOptions, files: ConversionFiles) -> N
         UserError: The model, the text or an option cannot be used.
     """
     folder = files.output_folder
-    record = ConversionRecord(saved=lambda record: _save(record, folder))
+    record = ConversionRecord(folder / _RECORD)
     try:
         with ProgressBars() as bars:
             _run(options, files, record, bars)
@@ -58,51 +57,38 @@ def _run(
     options: ConversionOptions, files: ConversionFiles, record: ConversionRecord, bars: ProgressBars
 ) -> None:
     folder, lengths = files.output_folder, files.lengths if files.speed else ()
-
-    def earlier(record: ConversionRecord) -> None:
-        if files.resume and (folder / _RECORD).exists():
-            record.resume(read_json(folder / _RECORD))
-            note(f"{len(record.quality)} measurements kept from {folder / _RECORD}")
+    with quiet_transformers():
+        run = ConversionRun(options, folder, record, bars.update)
+        if files.resume and record.file.exists():
+            record.resume(read_json(record.file))
+            note(f"{len(record.quality)} measurements kept from {record.file}")
         record.machine = describe(torch.get_num_threads())
-
-    loaded, converted = run_conversion(
-        options, folder, record, resume=earlier, progress=bars.update
-    )
+        original, converted = run.original, run.run()
     measured = sorted({row["length"] for row in record.speed})
     if lengths and measured != list(lengths):
-        for model in (loaded.model, converted):
+        for model in (original, converted):
             if learned_positions(model) is not None:
                 extend_positions_(model, lengths[-1] + _STEPS)
         record.speed = measure_speed(
-            loaded.model,
+            original,
             converted,
             lengths,
             sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=files.memory),
             seed=options.seed,
-            folders=(loaded.path, folder),
+            folders=(run.source, folder),
             progress=bars.task("timing"),
         )
         if record.model["kind"] == "causal":
             record.decoding = measure_decoding(
-                loaded.model,
+                original,
                 converted,
                 lengths,
                 tokens=_STEPS,
                 seed=options.seed,
                 progress=bars.task("decoding"),
             )
-        record.saved(record)
+        record.save()
     content: dict[str, Any] = record.content()
     save_figure(conversion_figure(content), folder / _FIGURE)
     write_atomically(folder / _PAGE, report_page(content).encode())
     write_atomically(folder / _CARD, model_card(content).encode())
-
-
-def _save(record: ConversionRecord, folder: Path) -> None:
-    write_result(
-        folder / _RECORD,
-        record.content(),
-        "conversion",
-        seed=record.options["seed"],
-        model=record.source,
-    )

@@ -4,7 +4,6 @@ import copy
 import gc
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from performers.app.conversion import ConversionOptions
 from performers.app.files import sha256
 from performers.app.provenance import weights_sha256
 from performers.convert.distillation.batches import Collator
-from performers.convert.distillation.pretrained import LoadedModel, load_model
+from performers.convert.distillation.pretrained import load_model
 from performers.convert.distillation.quality import Quality, kind_of, measure_quality
 from performers.convert.distillation.results import (
     BASELINE,
@@ -39,7 +38,6 @@ from performers.convert.saving import load_performer
 from performers.convert.sentences import SentenceFiles
 from performers.convert.to_performer import to_performer
 from performers.models.manifest import save_model_folder
-from performers.training.environment import quiet_transformers
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -60,74 +58,51 @@ _TRAINING = (
 _LOGITS, _ROWS = 1 << 26, 8
 
 
-def run_conversion(
-    options: ConversionOptions,
-    folder: Path,
-    record: ConversionRecord,
-    *,
-    resume: Callable[[ConversionRecord], None] = lambda record: None,
-    progress: Progress = lambda name, done, total, log: None,
-) -> tuple[LoadedModel, Any]:
-    """Convert a model, distil it, and measure it before and after on held-out text.
+class ConversionRun:
+    """Conversion, distillation and measurement of a model on held-out text.
 
-    ``folder`` gets the new model and, until it is done, the checkpoints; ``record`` the results
-    that it does not have. ``resume`` is called once the record has the options of the run, to add
-    earlier results. ``progress`` is called with a piece of work, the amounts done and in all, and
-    figures. Returns the original and the converted model: of all states of the training that were
-    measured, the best.
+    Args:
+        options: Options of the run; what depends on the model is filled in for the record.
+        folder: Gets the new model and, until it is done, the checkpoints.
+        record: Gets the options, the description of the model and each result.
+        progress: Called with a piece of work, the amounts done and in all, and figures.
 
     Raises:
         FileNotFoundError: There is no such model.
-        KeyboardInterrupt: A signal stopped the training, after a checkpoint.
         ValueError: The model, the text or an option cannot be used.
     """
-    with quiet_transformers(), warnings.catch_warnings():
-        # No run uses the dropout of attention weights.
-        warnings.filterwarnings("ignore", "the dropout of attention weights")
-        source = model_folder(options.model, "MODEL")
-        sentences = SentenceFiles.of(source)
-        if sentences is None:
-            loaded = load_model(source)
-        else:
-            loaded = load_model(sentences.transformer, head=False)
-        if read_record(loaded.model) is not None:
-            raise ValueError(
-                f"{options.model} holds a converted model: pass its original, or train it further "
-                "with performers.convert.distill"
-            )
-        pipeline = _Pipeline(options, loaded, sentences, folder, record, progress)
-        record.source = loaded.path
-        record.options, record.model = pipeline.options_in_full(), pipeline.description()
-        resume(record)
-        return loaded, pipeline.run()
-
-
-class _Pipeline:
-    """The stages of a run, with the options that depend on the model filled in."""
 
     def __init__(
         self,
         options: ConversionOptions,
-        loaded: LoadedModel,
-        sentences: SentenceFiles | None,
         folder: Path,
         record: ConversionRecord,
         progress: Progress,
     ) -> None:
-        self.folder = folder
-        self.record, self.progress = record, progress
-        self.sentences, self.source = sentences, loaded.path
+        self.folder, self.record, self.progress = folder, record, progress
+        source = model_folder(options.model, "MODEL")
+        self.sentences = SentenceFiles.of(source)
+        if self.sentences is None:
+            loaded = load_model(source)
+        else:
+            loaded = load_model(self.sentences.transformer, head=False)
         self.original, self.tokenizer = loaded.model, loaded.tokenizer
+        self.source = record.source = loaded.path
+        if read_record(self.original) is not None:
+            raise ValueError(
+                f"{options.model} holds a converted model: pass its original, or train it further "
+                "with performers.convert.distill"
+            )
         if self.tokenizer is None:
             raise ValueError(f"model {options.model} has no tokenizer files")
-        self.trained_positions = learned_positions(self.original)
+        trained_positions = learned_positions(self.original)
         # Positions of the model, and the length of its tokenizer, that the options ask for.
         asked = max(options.length or 0, options.max_positions or 0)
-        if self.trained_positions is not None and asked > self.trained_positions:
+        if trained_positions is not None and asked > trained_positions:
             extend_positions_(self.original, asked)
             self.tokenizer.model_max_length = max(asked, self.tokenizer.model_max_length)
-        if sentences is not None and asked > (sentences.config.get("max_seq_length") or asked):
-            sentences.config["max_seq_length"] = asked
+        if self.sentences and asked > (self.sentences.config.get("max_seq_length") or asked):
+            self.sentences.config["max_seq_length"] = asked
         self.kind = kind_of(self.original)
         if options.lora_rank is not None:
             check_adapters()
@@ -138,8 +113,8 @@ class _Pipeline:
                 f"{options.model} is none; leave it out, and give a larger window"
             )
         defaults = _DEFAULTS[self.kind] | {"transfer_steps": 0 if is_ours else _TRANSFER_STEPS}
-        longest = learned_positions(self.original) or defaults["length"]
-        defaults["length"] = min(defaults["length"], longest)
+        positions = learned_positions(self.original)
+        defaults["length"] = min(defaults["length"], positions or defaults["length"])
         unset = {name: x for name, x in defaults.items() if getattr(options, name) is None}
         self.options = options = replace(options, **unset)
         self.length = options.length or defaults["length"]
@@ -157,32 +132,33 @@ class _Pipeline:
             test=options.test,
             seed=options.seed,
         )
-
-    def options_in_full(self) -> dict[str, Any]:
-        """Options of the run as plain values, defaults included."""
-        layers = self.options.layers
-        return asdict(self.options) | {
-            "layers": None if layers is None else list(layers),
+        record.options = asdict(options) | {
+            "layers": None if options.layers is None else list(options.layers),
             "model_sha256": weights_sha256(self.source),
-            "data_sha256": sha256(Path(self.options.data)),
+            "data_sha256": sha256(Path(options.data)),
         }
-
-    def description(self) -> dict[str, Any]:
-        """Description of the model for the record."""
-        return {
+        record.model = {
             "class": type(self.original).__name__,
             "kind": self.kind,
             "parameters": sum(x.numel() for x in self.original.parameters()),
             "tested_examples": len(self.texts.test),
-            "trained_positions": self.trained_positions,
-            "positions": learned_positions(self.original),
+            "trained_positions": trained_positions,
+            "positions": positions,
             "is_sentence_model": self.sentences is not None,
-            "is_hub_name": is_hub_name(self.options.model),
+            "is_hub_name": is_hub_name(options.model),
             "card": read_card(self.sentences.folder if self.sentences else self.source),
         }
 
     def run(self) -> Any:
-        """Run all stages; returns the converted model."""
+        """Run all stages that the record lacks.
+
+        Returns:
+            The converted model: of all states of the training that were measured, the best.
+
+        Raises:
+            KeyboardInterrupt: A signal stopped the training, after a checkpoint.
+            ValueError: The training diverged.
+        """
         self._measure(ORIGINAL, lambda: self.original)
         self._measure(BASELINE, self._convert)
         if self.record.is_saved:
@@ -195,7 +171,7 @@ class _Pipeline:
         parts = [self.tokenizer] if self.sentences is None else [self.tokenizer, self.sentences]
         save_model_folder(self.folder, student, *parts)
         self.record.is_saved = True
-        self.record.saved(self.record)
+        self.record.save()
         # Checkpoints take three times the model's space and are not needed any more.
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
         return student
@@ -246,7 +222,7 @@ class _Pipeline:
         training = asdict(result)
         finished = training.pop("finished")
         self.record.training = training
-        self.record.saved(self.record)
+        self.record.save()
         if not finished:
             raise KeyboardInterrupt
         if not all(bool(torch.isfinite(x).all()) for x in student.parameters()):
@@ -265,7 +241,7 @@ class _Pipeline:
             # A run of a version that kept no best state ends with the last one.
             chosen = measured[-1]
         training["saved"] = {name: chosen[name] for name in ("stage", "step")}
-        self.record.saved(self.record)
+        self.record.save()
         return student
 
     def _measure(self, name: str, make: Callable[[], Any]) -> None:
@@ -277,7 +253,7 @@ class _Pipeline:
         quality = self._quality(model, f"measuring, {name}")
         row = {"model": name, "tokens": quality.tokens, **quality.figures()}
         self.record.quality.append({**row, "seconds": time.monotonic() - started})
-        self.record.saved(self.record)
+        self.record.save()
         if model is not self.original:
             gc.collect()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from performers.app.conversion import ConversionOptions
 from performers.app.files import replacement
+from performers.app.provenance import write_result
 
 ORIGINAL, BASELINE = "original", "FAVOR+ alone"
 ZERO_SHOT, FINE_TUNED = "converted", "converted, fine-tuned"
@@ -38,9 +39,10 @@ class ConversionRecord:
         machine: Description of the machine.
         is_saved: Whether the folder holds the model.
         source: Folder, or GGUF file, of the original's transformer; no part of the content.
-        saved: Called after each addition.
+        file: File of the content.
     """
 
+    file: Path
     options: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     quality: list[dict[str, Any]] = field(default_factory=list)
@@ -50,11 +52,15 @@ class ConversionRecord:
     machine: dict[str, Any] = field(default_factory=dict)
     is_saved: bool = False
     source: Path | None = None
-    saved: Callable[[ConversionRecord], None] = lambda record: None
 
     def content(self) -> dict[str, Any]:
         """Results as a JSON object."""
-        return {x: value for x, value in vars(self).items() if x not in ("source", "saved")}
+        return {x: value for x, value in vars(self).items() if x not in ("source", "file")}
+
+    def save(self) -> None:
+        """Write the results to the file, with the origin of the run."""
+        seed = self.options["seed"]
+        write_result(self.file, self.content(), "conversion", seed=seed, model=self.source)
 
     def resume(self, content: Mapping[str, Any]) -> None:
         """Adopt the results of an earlier run with the same options."""
