@@ -295,16 +295,3 @@ def test_the_checkpoint_before_stands_in(folder, whole, caplog):
     assert "cannot use checkpoint-4 (model.safetensors does not match" in message
     assert message.endswith("resuming from checkpoint-2")
     assert_same_run(found, whole)
-
-
-@pytest.mark.exhaustive
-def test_what_the_transfer_learnt_is_checked_and_made_again(folder, whole):
-    learnt = folder / "transferred"
-    change(learnt / "parameters.safetensors")
-    with pytest.raises(ValueError, match=r"parameters\.safetensors does not match .*delete") as e:
-        run(folder, resume=True)
-    assert f"delete {learnt} to resume the transfer from its last checkpoint" in str(e.value)
-    shutil.rmtree(learnt)
-    assert_same_run(run(folder, resume=True), whole)
-    assert {path.name for path in learnt.iterdir()} == {"parameters.safetensors", "manifest.json"}
-    assert not [path for path in folder.iterdir() if path.name.startswith(".")]

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from performers.app.processes import is_first_process, process_count
+from performers.app.processes import process_count
 from performers.attention.sharding import check_not_sharded
 from performers.convert.distillation.batches import Collator, Stream
 from performers.convert.distillation.quality import kind_of
@@ -24,10 +22,7 @@ from performers.convert.families.shards import check_layers_run, check_shards
 from performers.convert.options import converted_modules
 from performers.convert.record import read_record, write_record
 from performers.convert.sentences import transformer_of
-from performers.models.manifest import find_damage, write_manifest
 from performers.training.parallel import mesh_arguments, tied_parameters
-
-_TRANSFERRED, _PARAMETERS = "transferred", "parameters.safetensors"
 
 
 def distill(
@@ -285,7 +280,7 @@ def default_collator(model: Any, loss: str = "logits") -> Collator:
 
 
 def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
-    """Run attention transfer, or read its results if a resumed run has finished it."""
+    """Run attention transfer, which trains the features alone."""
     student = run.student
     blocks = converted_modules(student).values()
     for block in blocks:
@@ -293,19 +288,6 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
     conversion = read_record(student)
     assert conversion is not None
     write_record(student, replace(conversion, learned=True))
-    features = nn.ModuleList(blocks)
-    done = None if run.output_dir is None else run.output_dir / _TRANSFERRED
-    if run.resume and done is not None and done.is_dir():
-        if (damage := find_damage(done)) is not None:
-            raise ValueError(
-                f"{done}: {damage}; restore it from a copy, or delete {done} to resume the "
-                "transfer from its last checkpoint"
-            )
-        tensors = load_file(done / _PARAMETERS)
-        with torch.no_grad():
-            for name, parameter in features.named_parameters():
-                parameter.copy_(tensors[name])
-        return
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     checkpointed = [x for x in student.modules() if getattr(x, "gradient_checkpointing", False)]
     with (
@@ -313,18 +295,8 @@ def _transfer(run: DistillationRun, steps: int, learning_rate: float) -> None:
         _changed(checkpointed, "gradient_checkpointing", False),
         _changed(trainable, "requires_grad", False),
     ):
-        features.requires_grad_(True)
+        nn.ModuleList(blocks).requires_grad_(True)
         run.train(TransferTrainer, student, "transfer", steps, learning_rate)
-    if done is not None and run.result.finished and is_first_process():
-        # Written to a temporary folder and renamed, whole or not at all.
-        staging = done.with_name(f".{done.name}")
-        for earlier in (staging, done):
-            shutil.rmtree(earlier, ignore_errors=True)
-        staging.mkdir()
-        parameters = features.named_parameters()
-        save_file({k: x.detach().cpu().contiguous() for k, x in parameters}, staging / _PARAMETERS)
-        write_manifest(staging)
-        staging.rename(done)
 
 
 def _without_dropout(model: nn.Module) -> AbstractContextManager[None]:
