@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from performers.convert import distill
-from performers.convert.distillation.rows import Row, divergence, mean_state
+from performers.convert.distillation.trainers import Row, divergence, mean_state
 from tests.convert.models import build
 from tests.convert.test_distillation import examples, student_of, teacher_of
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import performers
 from performers.convert import load_performer, to_performer
-from performers.convert.distillation.rows import Row
+from performers.convert.distillation.trainers import Row
 from performers.distributed import check_alike, count_labels, sequence_parallel, shard
 from performers.models import PerformerConfig, PerformerForCausalLM, PerformerForMaskedLM
 

@@ -264,7 +264,7 @@ def check_adapters() -> None:
         )
 
 
-def default_collator(model: Any, loss: str = "logits") -> Collator:
+def default_collator(model: Any, loss: str) -> Collator:
     """Build the collator of a model from the token ids in its configuration."""
     ids = {
         name: getattr(model.config, f"{name}_token_id", None)
