@@ -80,6 +80,19 @@ def check_no_others(model: object, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def run_starts(ids: Tensor) -> Tensor:
+    """First tokens of the runs of equal ids ``(B, L)`` in each row, bool."""
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return starts
+
+
+def boundaries(starts: Tensor) -> Tensor:
+    """Boundaries of packed sequences along all rows laid end to end, by their first tokens."""
+    offsets = starts.flatten().nonzero().squeeze(-1)
+    return torch.cat((offsets, offsets.new_full((1,), starts.numel())))
+
+
 def sequence_starts(
     shape: tuple[int, int],
     *,
@@ -92,16 +105,8 @@ def sequence_starts(
     """First tokens of the sequences that are packed into rows, ``(B, L)`` bool, or None.
 
     Packing is described by ``sequence_ids``, by the ``cu_seq_lens_q`` or ``seq_idx`` of
-    transformers' padding-free collators, or by ``position_ids`` that restart at 0 in a call without
-    a mask.
-
-    Args:
-        shape: Rows and tokens of the call.
-        device: Device of the model.
-        position_ids: Positions, or None.
-        sequence_ids: As in ``PerformerModel.forward``.
-        masked: The call has a mask or a past, and positions do not describe packing.
-        packing: Values of `PACKING` arguments.
+    transformers' padding-free collators (``packing``, the values of `PACKING` arguments), or by
+    ``position_ids`` that restart at 0, unless the call has a mask or a past (``masked``).
 
     Raises:
         ValueError: A shape does not fit, positions fall to another value than 0, or two
@@ -114,9 +119,7 @@ def sequence_starts(
             continue
         if ids.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(ids.shape)}")
-        starts = torch.ones(shape, dtype=torch.bool, device=device)
-        starts[:, 1:] = (ids[:, 1:] != ids[:, :-1]).to(device)
-        descriptions[name] = starts
+        descriptions[name] = run_starts(ids).to(device)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         offsets = packing.get(name)
         if offsets is None:

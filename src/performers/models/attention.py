@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,9 +197,8 @@ def build_mechanism(
 
 
 def _softmax(config: PerformerConfig, generator: torch.Generator | None) -> nn.Module:
-    projection = config.projection
-    if projection is None:
-        raise ValueError("projection must not be None for favor-softmax")
+    # The configuration refuses None.
+    projection: Any = config.projection
 
     def build(heads: int, window: int | None) -> FavorMechanism:
         features = SoftmaxFeatures(

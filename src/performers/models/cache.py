@@ -158,11 +158,7 @@ class PerformerCache(Cache):
         return self
 
     def forget_(self, rows: Tensor) -> "PerformerCache":
-        """Forget the past of some rows, whose sequences begin anew; returns self.
-
-        Args:
-            rows: Bool tensor of shape ``(B,)``, True for the rows to forget.
-        """
+        """Forget the past where ``rows`` ``(B,)`` is True: sequences begin anew; returns self."""
         if self.real_tokens is None or not bool(rows.any()):
             return self
         if bool(rows.all()):

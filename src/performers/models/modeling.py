@@ -17,6 +17,7 @@ from performers.features import FeatureMap, SoftmaxFeatures
 from performers.models.arguments import (
     CACHE_KEYWORD,
     PACKING,
+    boundaries,
     check_cache_position,
     check_no_others,
     either_cache,
@@ -117,7 +118,11 @@ class PerformerModel(PerformerPreTrainedModel):
         self.embeddings = nn.Embedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
-        self.positions = _position_table(config)
+        self.positions: nn.Module | None = None
+        if config.position_embedding == "learned":
+            self.positions = LearnedPositions(config.max_position_embeddings, config.hidden_size)
+        elif config.position_embedding == "axial":
+            self.positions = AxialPositions(config.axial_shape or (), config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(
             PerformerBlock(config, layer) for layer in range(config.num_hidden_layers)
@@ -320,8 +325,7 @@ class PerformerModel(PerformerPreTrainedModel):
             counts = present.long().cumsum(-1)
             before = (counts - present.long()).gather(-1, first)
             positions = (counts - before - 1).clamp_min(0)
-            offsets = starts.flatten().nonzero().squeeze(-1)
-            cu_seqlens = torch.cat((offsets, offsets.new_tensor([starts.numel()])))
+            cu_seqlens = boundaries(starts)
         if position_ids is None:
             if current_sharding() is not None:
                 raise ValueError(
@@ -354,15 +358,6 @@ class PerformerModel(PerformerPreTrainedModel):
             waves = sinusoids(position_ids, self.config.hidden_size) * self.config.initializer_range
             return hidden_states + waves.to(hidden_states.dtype)
         return hidden_states
-
-
-def _position_table(config: PerformerConfig) -> nn.Module | None:
-    """The learned table that a configuration asks for, or None."""
-    if config.position_embedding == "learned":
-        return LearnedPositions(config.max_position_embeddings, config.hidden_size)
-    if config.position_embedding == "axial":
-        return AxialPositions(config.axial_shape or (), config.hidden_size)
-    return None
 
 
 def _loaded(tensors: Iterable[Any]) -> bool:

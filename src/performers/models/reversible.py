@@ -198,13 +198,7 @@ class _Calls:
         self, blocks: Sequence[Any], context: AttentionContext, dtype: torch.dtype
     ) -> None:
         self.blocks, self.context = blocks, context
-        self.of_blocks = [
-            (
-                _BranchCall(partial(_attend, block, dtype)),
-                _BranchCall(partial(_feed_forward, block, dtype)),
-            )
-            for block in blocks
-        ]
+        self.of_blocks = [_branches(block, dtype) for block in blocks]
         self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
         self.tensors = _tensors(blocks)
         self.modes = _modes(blocks)
@@ -227,12 +221,11 @@ class _Calls:
             )
 
 
-def _attend(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
-    return block.attend(x.to(dtype), context)[0]
-
-
-def _feed_forward(block: Any, dtype: torch.dtype, x: Tensor, context: AttentionContext) -> Tensor:
-    return block.feed_forward(x.to(dtype))
+def _branches(block: Any, dtype: torch.dtype) -> tuple[_BranchCall, _BranchCall]:
+    return (
+        _BranchCall(lambda x, context: block.attend(x.to(dtype), context)[0]),
+        _BranchCall(lambda x, context: block.feed_forward(x.to(dtype))),
+    )
 
 
 def _tensors(blocks: Iterable[Any]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 from performers.convert.options import LEAVE_EXACT
-from performers.models.arguments import is_tracing
+from performers.models.arguments import boundaries, is_tracing, run_starts
 
 
 @dataclass(eq=False)
@@ -52,10 +52,7 @@ class AttentionPattern:
         ids = self.sequence_ids
         if ids is None:
             return None
-        begins = torch.ones_like(ids, dtype=torch.bool)
-        begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        starts = begins.flatten().nonzero().squeeze(-1)
-        return torch.cat((starts, starts.new_full((1,), ids.numel()))).to(torch.int32)
+        return boundaries(run_starts(ids)).to(torch.int32)
 
     @property
     def ndim(self) -> int:
@@ -158,19 +155,15 @@ def _read(function: Callable[..., Any], pattern: AttentionPattern) -> AttentionP
     return replace(pattern, unknown=f"a mask of its own ({name})")
 
 
-def check_reading(pattern: AttentionPattern, length: int, size: int, name: str) -> None:
-    """Check a pattern against the dense mask that it replaces; quadratic."""
+def check_reading(pattern: AttentionPattern, name: str) -> None:
+    """Check a pattern without a window against the dense mask that it replaces; quadratic."""
     dense = pattern.dense()
     if dense is None or dense.ndim != 4:
         return
     seen = dense if dense.dtype == torch.bool else dense == 0
-    index = torch.arange(max(length, size), device=seen.device)
-    distance = index[:length, None] - index[None, :size]
     read = torch.ones_like(seen[:, :1])
     if pattern.is_causal:
-        read = read & (distance >= 0)
-    if pattern.window is not None:
-        read = read & (distance.abs() <= pattern.window)
+        read = read.tril()
     if pattern.key_mask is not None:
         read = read & pattern.key_mask[:, None, None, :].to(seen.device)
     if pattern.sequence_ids is not None:
