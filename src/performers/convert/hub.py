@@ -21,11 +21,8 @@ def is_hub_name(name: str | Path) -> bool:
 def model_folder(name: str | Path, argument: str) -> Path:
     """Find the folder of a model, in the cache of the Hub if ``name`` is no path.
 
-    A model that the cache lacks is downloaded, unless ``HF_HUB_OFFLINE=1`` forbids it.
-
-    Args:
-        name: A path, or a name on the Hub.
-        argument: Its name in the message of an error.
+    A model that the cache lacks is downloaded, unless ``HF_HUB_OFFLINE=1`` forbids it. Errors call
+    the name ``argument``.
 
     Raises:
         FileNotFoundError: The Hub has no such model, cannot be reached, or is forbidden.

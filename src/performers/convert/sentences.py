@@ -71,9 +71,6 @@ def tokenized(model: Any, batches: Iterable[Any]) -> Iterator[Any]:
 class SentenceFiles:
     """Files of a saved model of sentence-transformers that are not those of its transformer.
 
-    Args:
-        folder: The folder, with ``modules.json``.
-
     Raises:
         ValueError: A module lies outside of the folder, or none is a transformer.
     """
