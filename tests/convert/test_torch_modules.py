@@ -100,11 +100,6 @@ def test_attention_inside_a_module(masked, options):
         torch.testing.assert_close(got, expected, **CLOSE)
 
 
-def test_inputs_without_a_batch():
-    model, x = Wrapped(), draw(L, WIDTH)
-    torch.testing.assert_close(converted(model, **EXACT)(x), model(x), **CLOSE)
-
-
 def test_a_module_in_several_places_is_replaced_in_all():
     model = nn.Module()
     model.first = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)

@@ -47,15 +47,6 @@ def recomputed(model, ids, mask=None):
     return ids
 
 
-@pytest.mark.parametrize("name", CACHED)
-def test_greedy_decoding_with_a_cache(name):
-    model = generator_model(name)
-    ids = tokens(2, 9)
-    expected = recomputed(model, ids)
-    assert len(expected[:, 9:].unique()) > 2
-    assert torch.equal(generate(model, ids), expected)
-
-
 @pytest.mark.parametrize(
     ("name", "positions"),
     [*((MAIN[0], x) for x in POSITIONS), *((name, POSITIONS[0]) for name in MAIN[1:])],

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from performers.attention.torch_backend import backend
-from performers.features import FeatureMap
 from performers.models import PerformerConfig, PerformerForMaskedLM
 from performers.models.attention import FavorMechanism, PositionWindowMechanism
 from performers.models.context import AttentionContext
@@ -51,27 +50,6 @@ def test_which_heads_have_which_window():
         torch.testing.assert_close(difference, difference[:1].expand_as(difference))
         others = (weights[0, head].log() - logits[0, head])[0][~close[0]]
         assert (others - difference[0]).abs().min() > 1e-6
-
-
-def test_a_plain_row_has_the_ordinary_window():
-    """Positions that do not restart: a row of one protein, beside padding or not."""
-    network = model(window=2, position_window=2)
-    plain = model(window=2)
-    for layer, other in zip(network.performer.layers, plain.performer.layers, strict=True):
-        maps = [x for x in layer.modules() if isinstance(x, FeatureMap)]
-        for x in maps:
-            x.load_state_dict(other.attention.mechanism.feature_map.state_dict())
-    plain.load_state_dict(
-        {k: v for k, v in network.state_dict().items() if ".mechanism." not in k}, strict=False
-    )
-    torch.testing.assert_close(network(IDS).logits, plain(IDS).logits)
-    for side in ("left", "right"):
-        pad = torch.zeros(1, 4, dtype=torch.int64)
-        row = [pad, IDS] if side == "left" else [IDS, pad]
-        padded = torch.cat(row, dim=1)
-        mask = (padded > 0).long()
-        found = network(padded, attention_mask=mask).logits[mask.bool()]
-        torch.testing.assert_close(found, network(IDS).logits[0])
 
 
 @pytest.mark.parametrize(
