@@ -148,22 +148,21 @@ class ExactMechanism(nn.Module):
             ids = context.sequence_ids
             same = ids[:, None, :, None] == ids[:, None, None, :]
             allowed = same if allowed is None else allowed & same
+        given = value
         if context.need_weights:
-            scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-            if allowed is not None:
-                scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1)
-            if allowed is not None:
-                weights = weights.where(allowed, 0.0)
-            return weights @ value, weights
+            # The matrix is the attention to unit vectors.
+            units = torch.eye(size, dtype=value.dtype, device=value.device)
+            given = units.expand(*key.shape[:2], -1, -1)
         plain = key_mask is None and context.sequence_ids is None
         if allowed is None or (plain and length == size):
             causal = allowed is not None
-            return F.scaled_dot_product_attention(query, key, value, is_causal=causal), None
-        # A row with nothing to attend to would be NaN: let it see all and clear it.
-        blind = ~allowed.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed | blind)
-        return out.masked_fill(blind, 0.0), None
+            out = F.scaled_dot_product_attention(query, key, given, is_causal=causal)
+        else:
+            # A row with nothing to attend to would be NaN: let it see all and clear it.
+            blind = ~allowed.any(-1, keepdim=True)
+            out = F.scaled_dot_product_attention(query, key, given, attn_mask=allowed | blind)
+            out = out.masked_fill(blind, 0.0)
+        return (out @ value, out) if context.need_weights else (out, None)
 
 
 class IdentityMechanism(nn.Module):

@@ -1,7 +1,7 @@
 """Attention calls of a transformers model, computed by exact and linear layers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -186,19 +186,10 @@ def linear_weights(block: FavorAttention, call: AttentionCall) -> Tensor:
 
 
 def exact_weights(call: AttentionCall) -> Tensor:
-    """Compute the matrix (B, H, L, S) of an exact layer."""
-    pattern, length, size = call.pattern, call.query.shape[2], call.key.shape[2]
-    key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
-    scores = call.scale * (call.query @ key.transpose(-1, -2)).float()
-    mask = pattern.dense(call.query.device)
-    if mask is None and pattern.is_causal:
-        # Aligned at the last key: a cache has more keys than there are queries.
-        mask = scores.new_ones(length, size, dtype=torch.bool).tril(size - length)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1).to(call.query.dtype)
+    """Compute the matrix (B, H, L, S) of an exact layer: its attention to the unit vectors."""
+    batch, heads, size, _ = call.key.shape
+    units = torch.eye(size, dtype=call.value.dtype, device=call.value.device)
+    return exact_attention(replace(call, value=units.expand(batch, heads, -1, -1), dropout=0.0))
 
 
 def _sliding_attention(call: AttentionCall, window: int) -> Tensor:
