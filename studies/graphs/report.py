@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from performers.app.figures import new_figure, styled
-from performers.benchmark.plot import draw_lines, length_axis, shared_legend, size_axis, style
+from performers.benchmark.plot import draw_panel, shared_legend
 from performers.benchmark.table import nbytes, seconds
 from studies.graphs.models import ATTENTIONS, EXACT, NODE_MODELS, NOTHING, SAGE
 from studies.pages import ABSENT, Table
@@ -57,11 +57,8 @@ def scaling_figure(parts: Mapping[str, Part]) -> Figure:
     figure = new_figure((8.8, 3.9))
     panels = (("seconds", "seconds"), ("peak_bytes", "peak memory"))
     for axes, (column, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        draw_lines(axes, rows, "nodes", column, "attention", names)
-        length_axis(axes, [row["nodes"] for row in rows], "nodes")
+        draw_panel(axes, rows, "nodes", column, label, "attention", names)
         axes.set_xlabel("nodes")
-        size_axis(axes, column, label)
-        style(axes)
     shared_legend(figure, 4)
     return figure
 

@@ -60,6 +60,10 @@ def measured(rows):
     return select(rows, {"status": "measured"})
 
 
+def failed(rows):
+    return select(rows, {"status": "failed"})
+
+
 def pick(results, **wanted):
     """The one row with these values."""
     (row,) = select(results.rows, wanted)

@@ -3,7 +3,6 @@
 import copy
 import json
 from collections import Counter
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from performers.benchmark import measure
 from performers.benchmark.cases import convert, decode
 from performers.benchmark.cases.convert import measure_decoding, measure_speed
 from performers.benchmark.cases.decode import ModelDecoder
-from performers.benchmark.memory import memory_is_measurable
+from performers.benchmark.memory import Peak, memory_is_measurable
 from performers.benchmark.settings import Rounds, Sampling
 from performers.convert import extend_positions_, to_performer
 from tests.benchmark.tiny_models import bert_config, llama_config
@@ -90,17 +89,17 @@ def test_both_models_run_equally_often_on_the_same_lengths(berts, seen):
 def test_a_causal_model_computes_the_logits_of_the_last_token(llamas, monkeypatch):
     shapes = []
     for model in llamas:
-        tokens = convert._tokens(model, 2, 12, 0)
+        tokens = convert._tokens(model, 12, 0)
         output = convert.forward_call(model, tokens)()
         shapes.append(output.shape)
         with torch.no_grad():
             full = model(input_ids=tokens).logits
         torch.testing.assert_close(output, full[:, -1:])
-    assert shapes == [(2, 1, 50)] * 2
+    assert shapes == [(1, 1, 50)] * 2
 
 
 def test_no_token_is_padding(berts):
-    tokens = convert._tokens(berts[0], 4, 500, 0)
+    tokens = convert._tokens(berts[0], 2000, 0)
     assert int((tokens == berts[0].config.pad_token_id).sum()) == 0
     assert 0 <= int(tokens.min()) < int(tokens.max()) < 25
 
@@ -145,7 +144,7 @@ def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch)
 
     def run_apart(function, *, threads):
         tasks.append(function)
-        return [1000 * len(tasks), "VmHWM"]
+        return Peak(1000 * len(tasks), "VmHWM")
 
     monkeypatch.setattr(measure, "run_apart", run_apart)
     monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
@@ -157,8 +156,8 @@ def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch)
         monkeypatch.setattr(convert, "peak_of", lambda call, peaks=peaks: peaks.append(call()))
         task()
         assert peaks[0].shape == (1, 50, 25)
-        partial(task, length=40)()
-        tokens = convert._tokens(model, 1, 40, 3)
+        convert.measure_peak(*task.args[:2], 40, 3)
+        tokens = convert._tokens(model, 40, 3)
         torch.testing.assert_close(peaks[1], convert.forward_call(model, tokens)())
     measure_speed(*longer, (50,), sampling=sampling)
     assert len(tasks) == 2, "without folders nothing is measured"
@@ -215,17 +214,14 @@ def test_a_step_is_the_next_row_of_the_whole_sequence(llamas, index, monkeypatch
         assert decoder.tokens.shape == (2, context + 1)
         with torch.no_grad():
             expected = model(input_ids=decoder.tokens, use_cache=False).logits[:, -1:]
-        torch.testing.assert_close(decoder.step(), expected, atol=1e-4, rtol=1e-4)
+        (step,) = decoder.steps(1)
+        torch.testing.assert_close(step, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_steps_of_exact_attention_are_taken_back(llamas):
     decoder = next(decoders(llamas[0]))
-    size, first = decoder.nbytes, decoder.step()
-    decoder.step()
-    assert decoder.nbytes > size
-    decoder.begin(1)
-    assert decoder.nbytes == size
-    torch.testing.assert_close(decoder.step(), first)
+    first, second = decoder.steps(2)
+    torch.testing.assert_close([*decoder.steps(2)], [first, second])
 
 
 def test_the_original_repeats_the_keys_that_it_has_read(llamas, monkeypatch):

@@ -5,13 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from performers import backends, favor_attention
-from performers.benchmark.case import failures
 from performers.benchmark.cases import decode
 from performers.benchmark.cases.decode import DECODE, ExactDecoder, FavorDecoder
 from performers.benchmark.cases.inputs import make_features
 from performers.benchmark.settings import DecodeSettings, Shape, Workload
 from tests.benchmark import runs
-from tests.benchmark.runs import break_backend, measured
+from tests.benchmark.runs import break_backend, failed, measured
 
 WORKLOAD = Workload(heads=2, head_dim=8, num_features=16)
 TINY = {
@@ -49,8 +48,7 @@ def recorded(decoder, contexts):
 def test_steps_are_the_last_rows_of_the_whole_sequence(kind, short_pieces):
     decoder = FavorDecoder(WORKLOAD, "torch") if kind == "favor" else ExactDecoder(WORKLOAD)
     decoder.extend(13)
-    decoder.begin(2)
-    decoder.step()
+    next(decoder.steps(2))
     decoder.extend(25)
     query, key, value = recorded(decoder, (13, 25))
     assert query.shape[2] == 27
@@ -59,8 +57,7 @@ def test_steps_are_the_last_rows_of_the_whole_sequence(kind, short_pieces):
     else:
         whole = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     for _ in range(2):
-        decoder.begin(2)
-        steps = torch.cat([decoder.step(), decoder.step()], dim=2)
+        steps = torch.cat(list(decoder.steps(2)), dim=2)
         torch.testing.assert_close(steps, whole[:, :, -2:], rtol=0, atol=1e-5)
 
 
@@ -70,7 +67,7 @@ def test_a_state_keeps_its_size_and_a_cache_grows():
     for context in (10, 20):
         for decoder in (favor, exact):
             decoder.extend(context)
-            decoder.begin(5)
+            next(decoder.steps(5))
         sizes.append((favor.nbytes, exact.nbytes))
     assert sizes[0][0] == sizes[1][0] == 2 * 16 * (8 + 1 + 1) * 4
     assert [size[1] for size in sizes] == [2 * 2 * 8 * 4 * context for context in (10, 20)]
@@ -83,12 +80,9 @@ def test_a_models_cache_holds_the_context(attention, short_pieces, monkeypatch):
     sizes = []
     for context in (7, 24):
         decoder.extend(context)
-        for _ in range(2):
-            decoder.begin(2)
-            assert decoder.step().shape == (1, 1, 256)
-            decoder.step()
-        decoder.begin(2)
         sizes.append(decoder.nbytes)
+        for _ in range(2):
+            assert [step.shape for step in decoder.steps(2)] == [(1, 1, 256)] * 2
     if attention == "exact":
         assert sizes == [6 * 2 * 64 * 4 * context for context in (7, 24)]
     else:
@@ -129,8 +123,8 @@ def test_a_backend_that_forgets_is_not_timed(monkeypatch):
 
     break_backend(monkeypatch, "torch", attend)
     results = run_small(contexts=(16,))
-    assert [row["contestant"] for row in failures(results.rows)] == ["performers torch"]
-    assert "token 1 after the context differs" in failures(results.rows)[0]["reason"]
+    assert [row["contestant"] for row in failed(results.rows)] == ["performers torch"]
+    assert "token 1 after the context differs" in failed(results.rows)[0]["reason"]
 
 
 def test_resuming_skips_a_level_that_is_there():
@@ -138,10 +132,3 @@ def test_resuming_skips_a_level_that_is_there():
     again = run_small(first.content())
     assert again.rows == first.rows
     assert again.saves == []
-
-
-def test_settings_out_of_range():
-    with pytest.raises(ValueError, match="contexts must be positive and rise"):
-        DecodeSettings(contexts=(5, 5))
-    with pytest.raises(ValueError, match="tokens must be at least 1"):
-        DecodeSettings(tokens=0)

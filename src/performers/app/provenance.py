@@ -40,7 +40,10 @@ def provenance(
         "schema": f"performers/{schema}/1",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "versions": {"python": sys.version.split()[0], **_versions()},
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) or "not installed" for name in _PACKAGES},
+        },
     }
     if seed is not None:
         found["seed"] = seed
@@ -81,14 +84,12 @@ def weights_sha256(model: Path) -> str | None:
     return hashes[0] if hashes else None
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+def version(distribution: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @lru_cache(maxsize=256)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 from performers.benchmark.gate import Gate
+from performers.benchmark.memory import Peak
 
 Row = dict[str, Any]
 """A row of results. Flat: strings, numbers, booleans and None."""
@@ -26,8 +25,7 @@ class Case:
         columns: The columns that tell it from the other cases of its group.
         prepare: Makes the call that is timed; runs after memory was measured.
         gate: Must pass before anything is measured.
-        probe: A function that returns a `Peak`, with arguments that JSON can hold; runs in a
-            separate process.
+        probe: Returns the `Peak` of a call; is pickled, and runs in a separate process.
         ours: Whether an error is a failure of this package.
         skip: The reason why the case is not measured.
         growth: Time grows with the length to this power; 0: it is not predicted.
@@ -37,7 +35,7 @@ class Case:
     columns: Row
     prepare: Callable[[], Callable[[], object]]
     gate: Gate | None = None
-    probe: partial[Any] | None = None
+    probe: Callable[[], Peak] | None = None
     ours: bool = False
     skip: str | None = None
     growth: int = 0
@@ -78,11 +76,11 @@ class Ratio(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A column of a table: ``unit`` is a function of `table`, such as ``"seconds"``."""
+    """A column of a table, with the format of its values."""
 
     heading: str
     name: str
-    unit: str
+    unit: Callable[[Any], str]
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Benchmark:
 
 
 def add_ratios(rows: Iterable[Row], ratios: Iterable[Ratio]) -> None:
-    """Add the columns of ratios to rows, in place."""
+    """Add columns of ratios to rows, in place; None where a value is missing or not positive."""
     rows = list(rows)
     for ratio in ratios:
         bases: dict[tuple[Any, ...], Row] = {}
@@ -124,23 +122,10 @@ def add_ratios(rows: Iterable[Row], ratios: Iterable[Ratio]) -> None:
             bases.setdefault(tuple(row[name] for name in ratio.same), row)
         for row in rows:
             base = bases.get(tuple(row[name] for name in ratio.same), {})
-            above, below = base.get(ratio.of), row[ratio.of]
+            above, below = base.get(ratio.of) or 0, row[ratio.of] or 0
             if ratio.over_base:
                 above, below = below, above
-            row[ratio.column] = quotient(above, below)
-
-
-def quotient(above: float | None, below: float | None) -> float | None:
-    """``above / below``, or None where either is missing or not positive."""
-    if above is None or below is None or not above > 0 or not below > 0:
-        return None
-    result = above / below
-    return result if math.isfinite(result) else None
-
-
-def failures(rows: Iterable[Row]) -> list[Row]:
-    """The rows of what this package got wrong."""
-    return [row for row in rows if row["status"] == FAILED]
+            row[ratio.column] = above / below if above > 0 and below > 0 else None
 
 
 def select(rows: Iterable[Row], values: Mapping[str, Any]) -> list[Row]:

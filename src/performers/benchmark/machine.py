@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import psutil
 import torch
 
 from performers import backends
-from performers.app.provenance import provenance
+from performers.app.provenance import provenance, version
+from performers.attention.native import library
 
 # Those that decide how wide the products are.
 _FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "sve")
@@ -25,6 +25,7 @@ def describe(threads: int) -> dict[str, Any]:
         Values that JSON can hold.
     """
     origin = provenance("benchmark")
+    no_kernels = library.unavailable_reason()
     # x86 says flags, ARM says Features.
     words = _processor("flags|Features").split()
     return {
@@ -39,23 +40,13 @@ def describe(threads: int) -> dict[str, Any]:
         "torch_parallel": parallel_info(torch.__config__.parallel_info()),
         "threads": threads,
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-        "performers": _version("performers"),
+        "performers": version("performers"),
         "backends": list(backends()),
-        "native": native_kernels(),
-        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "native": f"not available: {no_kernels}" if no_kernels else library.isa(),
+        "libraries": {name: version(name) for name in _LIBRARIES},
         "date": origin["date"],
         "command": origin["command"],
     }
-
-
-def native_kernels() -> str:
-    """The instruction set of the native backend, or why there is none."""
-    try:
-        from performers.attention.native import library
-    except ImportError as error:
-        return f"not available: {error}"
-    reason = library.unavailable_reason()
-    return library.isa() if reason is None else f"not available: {reason}"
 
 
 def parallel_info(text: str) -> dict[str, str]:
@@ -80,10 +71,3 @@ def _processor(name: str) -> str:
         return ""
     found = re.search(rf"^({name})\s*:(.*)$", text, re.MULTILINE)
     return found[2].strip() if found else ""
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

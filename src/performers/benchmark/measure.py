@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,7 +27,6 @@ from performers.benchmark.case import (
 from performers.benchmark.gate import CASE_ERRORS, WrongResultError
 from performers.benchmark.machine import describe
 from performers.benchmark.memory import (
-    Peak,
     ProbeError,
     is_out_of_memory,
     limited_memory,
@@ -87,7 +87,8 @@ class Results:
     def empty(cls, benchmark: str, settings: Any) -> Results:
         """Results without rows, of settings with a field ``threads``."""
         machine = describe(settings.threads or torch.get_num_threads())
-        return cls(benchmark, asdict(settings), machine)
+        # As they come back from a file: lists for tuples.
+        return cls(benchmark, json.loads(json.dumps(asdict(settings))), machine)
 
     def holds(self, key: Row, cases: Iterable[Row]) -> bool:
         """True where all cases of a group have rows.
@@ -118,8 +119,7 @@ class Results:
         ):
             earlier = content.get(part, {})
             for name in names:
-                # Through JSON a tuple comes back as a list.
-                was, now = _plain(earlier.get(name)), _plain(here.get(name))
+                was, now = earlier.get(name), here.get(name)
                 if was != now:
                     raise OtherRunError(f"they were measured with {name} {was!r}, this is {now!r}")
         self.rows = list(content.get("rows", []))
@@ -128,8 +128,8 @@ class Results:
         """All of it, for JSON."""
         return {
             "benchmark": self.benchmark,
-            "settings": {name: _plain(value) for name, value in self.settings.items()},
-            "machine": dict(self.machine),
+            "settings": self.settings,
+            "machine": self.machine,
             **self.notes,
             "rows": self.rows,
         }
@@ -144,42 +144,6 @@ class Results:
         return out.getvalue()
 
 
-@dataclass
-class Predictor:
-    """Predicts seconds of a call from a shorter length.
-
-    Attributes:
-        max_seconds: Longest call allowed.
-        across: The column of the length.
-        known: The last length measured and its seconds, by case.
-    """
-
-    max_seconds: float
-    across: str = "length"
-    known: dict[Any, tuple[int, float]] = field(default_factory=dict)
-
-    def learn(self, rows: Iterable[Row], group: Group) -> None:
-        """Remember the times of a group."""
-        for row in rows:
-            if row["status"] == MEASURED:
-                self.known[self._case(row, group)] = (row[self.across], row["seconds"])
-
-    def objection(self, row: Row, group: Group, growth: int) -> str | None:
-        """The reason to skip a case, or None."""
-        if not growth or (known := self.known.get(self._case(row, group))) is None:
-            return None
-        shorter, seconds = known
-        predicted = seconds * (row[self.across] / shorter) ** growth
-        if predicted <= self.max_seconds:
-            return None
-        return f"a call is predicted to take {predicted:.0f} s, more than {self.max_seconds:g} s"
-
-    def _case(self, row: Row, group: Group) -> tuple[Any, ...]:
-        """All columns that name a case, except the length."""
-        names = {*group.key, *group.cases[0].columns} - {self.across}
-        return tuple(row[name] for name in sorted(names))
-
-
 def run(
     benchmark: Benchmark,
     settings: Any,
@@ -191,7 +155,7 @@ def run(
     with threads_of_torch(settings.threads) as threads:
         groups = benchmark.groups(settings, results.notes)
         done, total = 0, sum(len(group.cases) for group in groups)
-        predictor = Predictor(settings.max_seconds, benchmark.across)
+        shorter: list[Row] = []
         for number in range(len(groups)):
             # Not kept in the list, which would keep its tensors.
             group = groups.pop(0)
@@ -201,11 +165,11 @@ def run(
                     settings,
                     threads=threads,
                     seed=settings.seed + number,
-                    predictor=predictor,
+                    shorter=shorter,
                 )
                 add_ratios([*results.rows, *rows], benchmark.ratios)
                 results.put(group.key, rows)
-            predictor.learn(select(results.rows, group.key), group)
+            shorter += select(results.rows, group.key)
             done += len(group.cases)
             progress(done, total)
 
@@ -216,7 +180,7 @@ def measure_group(
     *,
     threads: int,
     seed: int = 0,
-    predictor: Predictor | None = None,
+    shorter: Iterable[Row] = (),
 ) -> list[Row]:
     """Measure cases on one problem.
 
@@ -225,7 +189,7 @@ def measure_group(
         rounds: Repetitions; peak memory has columns if these are a `Sampling`.
         threads: Threads of torch in the processes that measure memory.
         seed: Seed of the order of rounds.
-        predictor: Skips long calls.
+        shorter: Rows measured before; times are predicted from those of the same case.
 
     Returns:
         A row for each case.
@@ -234,26 +198,42 @@ def measure_group(
     for case in group.cases:
         row: Row = {**group.key, **case.columns, "status": MEASURED, "reason": None}
         row |= dict.fromkeys((*_TIMES, "rounds", "calls"))
+        measures_memory = False
         if isinstance(rounds, Sampling):
             row |= {"peak_bytes": None, "peak_method": None}
+            measures_memory = memory_is_measurable() and rounds.measures_memory(row["length"])
         rows.append(row)
         error = case.gate.error if case.gate else None
-        reason = case.skip
-        if error is None and reason is None and predictor is not None:
-            reason = predictor.objection(row, group, case.growth)
         if error is not None:
             _stop(row, *verdict(error, case.ours))
-        elif reason is not None:
+        elif reason := case.skip or _too_long(row, group, case, shorter, rounds.max_seconds):
             _stop(row, SKIPPED, reason)
-        elif case.probe is not None and memory_is_measurable():
+        elif case.probe is not None and measures_memory:
             try:
-                peak = Peak(*run_apart(case.probe, threads=threads))
+                peak = run_apart(case.probe, threads=threads)
                 row |= {"peak_bytes": peak.nbytes, "peak_method": peak.method}
             except ProbeError as problem:
                 _stop(row, *verdict(problem, case.ours))
     _time(group.cases, rows, rounds, seed)
     group.finish(rows)
     return rows
+
+
+def _too_long(
+    row: Row, group: Group, case: Case, shorter: Iterable[Row], max_seconds: float
+) -> str | None:
+    """The reason to skip a case whose time, predicted from a shorter length, exceeds a limit."""
+    if not case.growth:
+        return None
+    same = {name: row[name] for name in {*group.key, *case.columns} - {"length"}}
+    known = select(shorter, {**same, "status": MEASURED})
+    if not known:
+        return None
+    last = known[-1]
+    predicted = last["seconds"] * (row["length"] / last["length"]) ** case.growth
+    if predicted <= max_seconds:
+        return None
+    return f"a call is predicted to take {predicted:.0f} s, more than {max_seconds:g} s"
 
 
 def _time(cases: list[Case], rows: list[Row], rounds: Rounds, seed: int) -> None:
@@ -289,7 +269,3 @@ def verdict(error: Exception, ours: bool) -> tuple[str, str]:
     told = isinstance(error, WrongResultError | ProbeError)
     reason = str(error) if told else f"{type(error).__name__}: {error}"
     return FAILED if ours else ERROR, reason
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -8,21 +8,17 @@ size since the process began, so a call that stays below the memory of the start
 
 import ctypes
 import gc
-import importlib
-import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
-
-from performers.benchmark.case import OUT_OF_MEMORY
 
 if sys.platform != "win32":
     import resource
@@ -83,33 +79,27 @@ def peak_of(call: Callable[[], object], device: torch.device | None = None) -> P
     return peak
 
 
-def run_apart(function: partial[_Result], *, threads: int, timeout: float | None = None) -> _Result:
+def run_apart(
+    function: Callable[[], _Result], *, threads: int, timeout: float | None = None
+) -> _Result:
     """Call a function in a fresh process.
 
     Args:
-        function: A function of a module, with keyword arguments that JSON can hold, as its result.
+        function: A function of a module, or a partial of one; it, its arguments and its result are
+            pickled.
         threads: Threads of torch in the process.
         timeout: Seconds to wait.
-
-    Returns:
-        The result, as JSON gives it back.
 
     Raises:
         OutOfMemoryError: Memory ran out.
         ProbeError: The process failed otherwise.
     """
-    task = {
-        "module": function.func.__module__,
-        "name": function.func.__qualname__,
-        "arguments": function.keywords,
-        "threads": threads,
-    }
     # A launcher's variables would make the process wait for others.
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(task),
+            [sys.executable, "-m", __name__, str(threads)],
+            input=pickle.dumps(function).hex(),
             capture_output=True,
             text=True,
             env={**environment, "OMP_NUM_THREADS": str(threads)},
@@ -126,7 +116,7 @@ def run_apart(function: partial[_Result], *, threads: int, timeout: float | None
         raise OutOfMemoryError(last)
     if done.returncode:
         raise ProbeError(f"exit code {done.returncode}: {last}")
-    result: _Result = json.loads(done.stdout.strip().splitlines()[-1])
+    result: _Result = pickle.loads(bytes.fromhex(done.stdout.strip().splitlines()[-1]))
     return result
 
 
@@ -138,7 +128,7 @@ def memory_is_measurable() -> bool:
 def is_out_of_memory(error: Exception | str) -> bool:
     """True for an error (or its text) that says that memory ran out."""
     text = str(error)
-    signs = ("MemoryError", "allocate memory", "bad_alloc", OUT_OF_MEMORY, "OutOfMemoryError")
+    signs = ("MemoryError", "allocate memory", "bad_alloc", "out of memory", "OutOfMemoryError")
     return isinstance(error, MemoryError | OutOfMemoryError) or any(sign in text for sign in signs)
 
 
@@ -208,12 +198,11 @@ def _reset_peak() -> bool:
 
 
 def _main() -> None:
-    task = json.load(sys.stdin)
-    torch.set_num_threads(task["threads"])
-    function = getattr(importlib.import_module(task["module"]), task["name"])
+    torch.set_num_threads(int(sys.argv[1]))
+    function = pickle.loads(bytes.fromhex(sys.stdin.read()))
     with limited_memory():
-        result = function(**task["arguments"])
-    print(json.dumps(result))
+        result = function()
+    print(pickle.dumps(result).hex())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from performers.app.figures import MUTED, PALETTE, add_legend, new_figure, styled
 from performers.benchmark.case import Benchmark, Row, select
-from performers.benchmark.table import nbytes
+from performers.benchmark.table import by_title, nbytes
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "*")
 
@@ -34,28 +34,23 @@ def benchmark_figure(benchmark: Benchmark, rows: Sequence[Row]) -> Figure:
         the dashed line X is attention that returns its values.
     """
     first, *others = benchmark.plotted
-    lines: dict[str, list[tuple[str, list[Row], str, str]]] = {}
-    titles = dict.fromkeys(tuple(row[name] for name in benchmark.titles) for row in rows)
-    for values in titles:
-        here = select(rows, dict(zip(benchmark.titles, values, strict=True)))
-        title = benchmark.title.format(**here[0])
-        line = lines.setdefault(values[0], [])
+    across, series = benchmark.across, benchmark.series
+    grid = []
+    for value in dict.fromkeys(row[benchmark.titles[0]] for row in rows):
+        parts = by_title(benchmark, select(rows, {benchmark.titles[0]: value}))
+        line = [(title, part, *first) for title, part in parts.items()]
         # The memory of a line is that of its last title, the larger one.
-        line[:] = [panel for panel in line if panel[2] == first[0]]
-        line += [(title, here, *plotted) for plotted in (first, *others)]
-    # Memory is not always measured.
-    grid = [[p for p in line if any(row[p[2]] for row in p[1])] for line in lines.values()]
+        line += [(*line[-1][:2], *other) for other in others]
+        # Memory is not always measured.
+        grid.append([panel for panel in line if any(row[panel[2]] for row in panel[1])])
     columns = max(map(len, grid), default=1) or 1
     size = (_PANEL[0] * columns, _PANEL[1] * max(len(grid), 1) + 0.5)
     figure = new_figure(size)
     axes = figure.subplots(max(len(grid), 1), columns, squeeze=False)
-    names = list(dict.fromkeys(row[benchmark.series] for row in rows))
+    names = list(dict.fromkeys(row[series] for row in rows))
     for places, line in zip(axes, grid or [[]], strict=True):
-        for place, (title, here, column, label) in zip(places, line, strict=False):
-            draw_lines(place, here, benchmark.across, column, benchmark.series, names)
-            length_axis(place, [row[benchmark.across] for row in here], benchmark.across)
-            size_axis(place, column, label)
-            style(place, title)
+        for place, (title, part, column, label) in zip(places, line, strict=False):
+            draw_panel(place, part, across, column, label, series, names, title)
         for place in places[len(line) :]:
             place.set_axis_off()
     shared_legend(figure, 4 if columns < 3 else 7)
@@ -87,10 +82,8 @@ def conversion_figure(content: dict[str, Any]) -> Figure:
     axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
     _draw_quality(axes[0], content)
     for place, (rows, across, column, title, label) in zip(axes[1:], panels, strict=True):
-        draw_lines(place, rows, across, column, "model", ["converted", "original"])
-        length_axis(place, [row[across] for row in rows], across)
-        size_axis(place, column, label)
-        style(place, title)
+        names = ["converted", "original"]
+        draw_panel(place, rows, across, column, label, "model", names, title)
     for place in axes:
         place.legend()
     return figure
@@ -151,14 +144,26 @@ def draw_lines(
         axes.plot(*zip(*points, strict=True), label=label, **looks)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], across: str) -> None:
-    """A logarithmic axis with a tick at each length."""
-    ticks = sorted(set(lengths))
+def draw_panel(
+    axes: Axes,
+    rows: Sequence[Row],
+    across: str,
+    column: str,
+    label: str,
+    series: str,
+    names: Sequence[str],
+    title: str = "",
+) -> None:
+    """Draw lines between logarithmic axes: lengths, each with a tick, and seconds or bytes."""
+    draw_lines(axes, rows, across, column, series, names)
+    ticks = sorted({row[across] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelrotation=45 if len(ticks) > 6 else 0)
     axes.set_xlabel(f"{across}, tokens")
+    size_axis(axes, column, label)
+    style(axes, title)
 
 
 def size_axis(axes: Axes, column: str, label: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from performers.app.options import Declaration, OptionError, Options, option
@@ -198,8 +198,3 @@ class DecodeSettings(Workload, Rounds):
     )
     tokens: int = option("Tokens stepped through in a call.", 16, at_least=1)
     through_model: bool = option("Also decode with the paper's regular model.", False)
-
-
-def part(settings: Any, kind: type[Any]) -> dict[str, Any]:
-    """The options of settings that a base class declares, by name."""
-    return {item.name: getattr(settings, item.name) for item in fields(kind)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -16,15 +15,20 @@ def benchmark_tables(benchmark: Benchmark, rows: Sequence[Row]) -> list[Table]:
 
     Quartiles are in the files; with them the tables would not fit a terminal of 80 columns.
     """
+    return [_table(benchmark, title, part) for title, part in by_title(benchmark, rows).items()]
+
+
+def by_title(benchmark: Benchmark, rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each table or panel."""
     parts: dict[str, list[Row]] = {}
     for row in rows:
         parts.setdefault(benchmark.title.format(**row), []).append(row)
-    return [_table(benchmark, title, rows) for title, rows in parts.items()]
+    return parts
 
 
 def _table(benchmark: Benchmark, title: str, rows: list[Row]) -> Table:
     across, series = benchmark.across, benchmark.series
-    cells = [[_FORMATS[x.unit](row.get(x.name)) for x in benchmark.columns] for row in rows]
+    cells = [[x.unit(row.get(x.name)) for x in benchmark.columns] for row in rows]
     for line, row in zip(cells, rows, strict=True):
         if row["status"] != MEASURED:
             line[0] = row["status"]
@@ -111,12 +115,3 @@ def times(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share; empty for None."""
     return "" if value is None else f"{100 * value:.0f}%"
-
-
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    "seconds": seconds,
-    "nbytes": nbytes,
-    "digits": digits,
-    "times": times,
-    "percent": percent,
-}

@@ -125,7 +125,7 @@ def measure_and_write(
         Exit: This package gave a wrong result or an error (code 1).
     """
     from performers.app.figures import save_figure
-    from performers.benchmark.case import failures
+    from performers.benchmark.case import FAILED, select
     from performers.benchmark.measure import OtherRunError
 
     path = folder / "results.json"
@@ -156,7 +156,7 @@ def measure_and_write(
     for table in tables(results):
         output.print(table)
     output.print(f"results: {path}", soft_wrap=True)
-    if failed := failures(results.rows):
+    if failed := select(results.rows, {"status": FAILED}):
         names = sorted({row[series] for row in failed})
         note(f"performers: failed: {', '.join(names)}; {failed[0]['reason']}")
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ from performers.benchmark.gate import (
     judge,
 )
 from performers.benchmark.memory import Peak, peak_of
-from performers.benchmark.settings import PASSES, AttentionSettings, Workload, part
+from performers.benchmark.settings import PASSES, AttentionSettings, Workload
+from performers.benchmark.table import digits, nbytes, percent, seconds, times
 from performers.benchmark.timing import finished
 
 MATMULS = "matmuls alone"
@@ -111,18 +113,17 @@ def check(contestant: Contestant, workload: Workload, is_causal: bool, backward:
 
 
 def measure_peak(
-    workload: dict[str, Any], contestant: str, length: int, is_causal: bool, backward: bool
+    workload: Workload, contestant: str, length: int, is_causal: bool, backward: bool
 ) -> Peak:
     """Peak memory of one call; runs in a separate process."""
-    shapes = Workload(**workload)
-    attend = contestants(shapes.device)[contestant].build(shapes, is_causal)
+    attend = contestants(workload.device)[contestant].build(workload, is_causal)
 
     def call(length: int) -> Callable[[], object]:
-        inputs = make_inputs(shapes, length, requires_grad=backward)
+        inputs = make_inputs(workload, length, requires_grad=backward)
         return partial(run_attention, attend, inputs, backward=backward)
 
     call(_WARM_UP_LENGTH)()
-    return peak_of(call(length), torch.device(shapes.device))
+    return peak_of(call(length), torch.device(workload.device))
 
 
 def _absences(settings: AttentionSettings) -> dict[str, str]:
@@ -137,17 +138,17 @@ def _groups(settings: AttentionSettings, notes: dict[str, Any]) -> list[Group]:
     backward = PASSES[1] in settings.passes
     floor = measure_floor(dtype_of(settings), torch.get_num_threads(), settings.device)
     notes["floor"] = floor._asdict()
-    gates = {
-        (one.name, direction): Gate(partial(check, one, settings, direction == "causal", backward))
-        for one in chosen
-        for direction in settings.directions
-    }
-    return [
-        _group(settings, direction, passes, length, chosen, gates, floor.flops_per_second)
-        for direction in settings.directions
-        for length in settings.lengths
-        for passes in settings.passes
-    ]
+    groups = []
+    for direction in settings.directions:
+        is_causal = direction == "causal"
+        # One for all lengths and passes.
+        gates = [(one, Gate(partial(check, one, settings, is_causal, backward))) for one in chosen]
+        groups += [
+            _group(settings, direction, passes, length, gates, floor.flops_per_second)
+            for length in settings.lengths
+            for passes in settings.passes
+        ]
+    return groups
 
 
 def _group(
@@ -155,8 +156,7 @@ def _group(
     direction: str,
     passes: str,
     length: int,
-    chosen: list[Contestant],
-    gates: dict[tuple[str, str], Gate],
+    gates: list[tuple[Contestant, Gate]],
     flops_per_second: float,
 ) -> Group:
     is_causal, backward = direction == "causal", passes == PASSES[1]
@@ -178,43 +178,33 @@ def _group(
 
         return finished(call, settings.device)
 
-    flops = {one.name: one.flops for one in chosen}
-
     def finish(rows: list[Row]) -> None:
         if settings.between_matmuls:
-            alone = next(row for row in rows if row["contestant"] == MATMULS)["seconds"]
+            alone = rows[-1]["seconds"]
             for row in rows:
-                _subtract(row, 0.0 if row["contestant"] == MATMULS else alone)
-        for row in rows:
+                _subtract(row, 0.0 if row is rows[-1] else alone)
+        counts = [one.flops(settings, length, is_causal) if one.flops else None for one, _ in gates]
+        for row, count in zip_longest(rows, counts):
             row |= dict.fromkeys(("flops", "gflops_per_second", "floor_seconds", "floor_share"))
-            count = flops.get(row["contestant"])
             if count is None:
                 continue
-            row["flops"] = pass_flops(count(settings, length, is_causal), passes)
+            row["flops"] = pass_flops(count, passes)
             row["floor_seconds"] = row["flops"] / flops_per_second
             if row["seconds"] is not None and row["seconds"] > 0:
                 row["gflops_per_second"] = row["flops"] / row["seconds"] / 1e9
                 row["floor_share"] = row["floor_seconds"] / row["seconds"]
 
-    probe = partial(
-        measure_peak,
-        workload=part(settings, Workload),
-        length=length,
-        is_causal=is_causal,
-        backward=backward,
-    )
-    measures = settings.measures_memory(length)
     cases = [
         Case(
-            {"contestant": contestant.name},
-            partial(prepare, contestant),
-            gate=gates[contestant.name, direction],
-            probe=partial(probe, contestant=contestant.name) if measures else None,
-            ours=contestant.backend is not None,
-            skip=settings.skip_exact(length) if contestant.growth > 1 else None,
-            growth=contestant.growth,
+            {"contestant": one.name},
+            partial(prepare, one),
+            gate=gate,
+            probe=partial(measure_peak, settings, one.name, length, is_causal, backward),
+            ours=one.backend is not None,
+            skip=settings.skip_exact(length) if one.growth > 1 else None,
+            growth=one.growth,
         )
-        for contestant in chosen
+        for one, gate in gates
     ]
     if settings.between_matmuls:
         cases.append(Case({"contestant": MATMULS}, prepare_matmuls))
@@ -236,12 +226,12 @@ ATTENTION = Benchmark(
     across="length",
     series="contestant",
     columns=(
-        Column("median", "seconds", "seconds"),
-        Column("SDPA\n/ this", "sdpa_ratio", "times"),
-        Column("p.-pytorch\n/ this", "performer_pytorch_ratio", "times"),
-        Column("GFLOP/s", "gflops_per_second", "digits"),
-        Column("of\nfloor", "floor_share", "percent"),
-        Column("peak\nmemory", "peak_bytes", "nbytes"),
+        Column("median", "seconds", seconds),
+        Column("SDPA\n/ this", "sdpa_ratio", times),
+        Column("p.-pytorch\n/ this", "performer_pytorch_ratio", times),
+        Column("GFLOP/s", "gflops_per_second", digits),
+        Column("of\nfloor", "floor_share", percent),
+        Column("peak\nmemory", "peak_bytes", nbytes),
     ),
     plotted=(("seconds", "seconds"), ("peak_bytes", "peak memory")),
     ratios=(

@@ -35,7 +35,6 @@ _SDPA_KERNELS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-NOT_INSTALLED = "not installed"
 CAUSAL_CHUNK = 64
 """Tokens in a block of chunked causal attention, as the counts of operations assume."""
 
@@ -212,7 +211,7 @@ def _fla(workload: Workload, is_causal: bool) -> Attention:
 
 def absence(module: str) -> str | None:
     """The reason why a library cannot be used, or None, without importing it."""
-    return None if importlib.util.find_spec(module) else NOT_INSTALLED
+    return None if importlib.util.find_spec(module) else "not installed"
 
 
 def _import(name: str) -> Any:

@@ -14,14 +14,12 @@ from performers.app.options import Declaration
 from performers.benchmark.case import Case, Group, Ratio, Row, add_ratios
 from performers.benchmark.cases.decode import ModelDecoder, keeps_logits, stepping
 from performers.benchmark.gate import check_finite
-from performers.benchmark.measure import Predictor, measure_group
+from performers.benchmark.measure import measure_group
 from performers.benchmark.memory import Peak, peak_of
 from performers.benchmark.settings import Rounds, Sampling
 from performers.benchmark.timing import threads_of_torch
 from performers.convert.families.base import without_cache
 from performers.convert.interface.positions import learned_positions
-
-__all__ = ["CONVERTED", "ORIGINAL", "SPEED", "measure_decoding", "measure_speed"]
 
 ORIGINAL, CONVERTED = "original", "converted"
 SPEED = Sampling(repeats=5, min_time=0.2)
@@ -37,7 +35,6 @@ def measure_speed(
     lengths: Sequence[int],
     *,
     sampling: Sampling = SPEED,
-    batch_size: int = 1,
     seed: int = 0,
     folders: tuple[Path, Path] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -52,7 +49,6 @@ def measure_speed(
         converted: The same, converted.
         lengths: Tokens, rising.
         sampling: Repetitions, duration, and whether memory is measured.
-        batch_size: Sequences in a call.
         seed: Seed of the tokens and of the order of turns.
         folders: Folders of the two saved models, for their peak memory, which is measured in
             processes of its own; None: it is not measured.
@@ -68,38 +64,25 @@ def measure_speed(
     """
     models = {ORIGINAL: original, CONVERTED: converted}
     _check_lengths("lengths", lengths, models, 0)
-    predictor = Predictor(sampling.max_seconds)
+    saved = dict(zip(models, map(str, folders or ()), strict=False))
     rows: list[Row] = []
     with threads_of_torch(sampling.threads) as threads:
         for done, length in enumerate(lengths):
-            tokens = cache(partial(_tokens, original, batch_size, length, seed))
-            cases = []
-            for index, (name, model) in enumerate(models.items()):
-                probe = None
-                if folders is not None and sampling.measures_memory(length):
-                    probe = partial(
-                        measure_peak,
-                        folder=str(folders[index]),
-                        converted=name == CONVERTED,
-                        length=length,
-                        batch_size=batch_size,
-                        seed=seed,
-                    )
-                cases.append(
-                    Case(
-                        {"model": name},
-                        partial(_prepare, model, tokens),
-                        probe=probe,
-                        ours=name == CONVERTED,
-                        growth=2 if name == ORIGINAL else 1,
-                    )
+            tokens = cache(partial(_tokens, original, length, seed))
+            cases = [
+                Case(
+                    {"model": name},
+                    partial(_prepare, model, tokens),
+                    probe=partial(measure_peak, saved[name], name == CONVERTED, length, seed)
+                    if saved
+                    else None,
+                    ours=name == CONVERTED,
+                    growth=2 if name == ORIGINAL else 1,
                 )
+                for name, model in models.items()
+            ]
             group = Group({"length": length}, cases)
-            measured = measure_group(
-                group, sampling, threads=threads, seed=seed, predictor=predictor
-            )
-            predictor.learn(measured, group)
-            rows += measured
+            rows += measure_group(group, sampling, threads=threads, seed=seed, shorter=rows)
             progress(done + 1, len(lengths))
     add_ratios(rows, [Ratio("original_ratio", _is_original, ("length",))])
     return rows
@@ -112,7 +95,6 @@ def measure_decoding(
     *,
     tokens: int = 16,
     rounds: Rounds = DECODING,
-    batch_size: int = 1,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
@@ -142,7 +124,7 @@ def measure_decoding(
     cases, sizes = [], []
     with threads_of_torch(rounds.threads) as threads:
         readers = {
-            name: ModelDecoder(model, batch_size, seed, repeat=name == ORIGINAL)
+            name: ModelDecoder(model, 1, seed, repeat=name == ORIGINAL)
             for name, model in models.items()
         }
         for done, context in enumerate(contexts):
@@ -185,14 +167,14 @@ def forward_call(model: Any, tokens: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def measure_peak(folder: str, converted: bool, length: int, batch_size: int, seed: int) -> Peak:
+def measure_peak(folder: str, converted: bool, length: int, seed: int) -> Peak:
     """Peak memory of a forward pass of a saved model; runs in a separate process."""
     from performers.convert import extend_positions_, load_performer
     from performers.convert.distillation.pretrained import load_model
 
     model = load_performer(folder) if converted else load_model(folder).model
     extend_positions_(model, length)
-    tokens = _tokens(model, batch_size, length, seed)
+    tokens = _tokens(model, length, seed)
     forward_call(model, tokens[:, :_WARM_UP_LENGTH])()
     return peak_of(forward_call(model, tokens))
 
@@ -219,10 +201,10 @@ def _prepare(model: Any, tokens: Callable[[], Tensor]) -> Callable[[], object]:
     return forward_call(model, tokens())
 
 
-def _tokens(model: Any, batch_size: int, length: int, seed: int) -> Tensor:
+def _tokens(model: Any, length: int, seed: int) -> Tensor:
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocabulary, (batch_size, length), generator=generator)
+    tokens = torch.randint(vocabulary, (1, length), generator=generator)
     # A token that stands for padding would change the positions of some models.
     padding = getattr(model.config, "pad_token_id", None)
     if padding is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from performers.benchmark.cases.inputs import Inputs, dtype_of, make_features, m
 from performers.benchmark.cases.model import make_model
 from performers.benchmark.gate import TOLERANCES, Gate, judge
 from performers.benchmark.settings import DecodeSettings, Shape, Workload
+from performers.benchmark.table import nbytes, seconds, times
 from performers.models import PerformerCache
 from performers.models.arguments import cache_keyword
 
@@ -37,18 +38,15 @@ class Decoder(Protocol):
     def extend(self, context: int) -> None:
         """Read on until the context has that many tokens."""
 
-    def begin(self, tokens: int) -> None:
-        """Go back to the end of the context, with room for so many tokens more; nearly free."""
-
-    def step(self) -> Tensor:
-        """Read one more token; returns its output."""
+    def steps(self, tokens: int) -> Iterator[Tensor]:
+        """Outputs of so many tokens more, read one by one; always from the end of the context."""
 
     @property
     def nbytes(self) -> int:
         """Bytes kept of the context."""
 
 
-class _Layer:
+class _Layer(Decoder):
     """Random queries, keys and values of one attention layer, the same for every decoder."""
 
     def __init__(self, workload: Workload) -> None:
@@ -76,27 +74,24 @@ class FavorDecoder(_Layer):
             return_state=True,
             backend=backend,
         )
-        self._read: FavorState | None = None
         self._state: FavorState | None = None
 
     def extend(self, context: int) -> None:
         """See ``Decoder``."""
         for query, key, value, _ in self._pieces(context):
-            _, self._read = self._attend(query, key, value, state=self._read)
+            _, self._state = self._attend(query, key, value, state=self._state)
 
-    def begin(self, tokens: int) -> None:
+    def steps(self, tokens: int) -> Iterator[Tensor]:
         """See ``Decoder``."""
-        self._state = self._read
-
-    def step(self) -> Tensor:
-        """See ``Decoder``."""
-        out, self._state = self._attend(*self._token[:3], state=self._state)
-        return out
+        state = self._state
+        for _ in range(tokens):
+            out, state = self._attend(*self._token[:3], state=state)
+            yield out
 
     @property
     def nbytes(self) -> int:
         """See ``Decoder``."""
-        return 0 if self._read is None else self._read.nbytes
+        return 0 if self._state is None else self._state.nbytes
 
 
 class ExactDecoder(_Layer):
@@ -110,41 +105,41 @@ class ExactDecoder(_Layer):
         super().__init__(workload)
         shape = (2, workload.batch, workload.heads, 0, workload.head_dim)
         self._kept = torch.empty(shape, dtype=dtype_of(workload))
-        self._length = 0
 
     def extend(self, context: int) -> None:
         """See ``Decoder``."""
         self._reserve(context)
         for _, key, value, _ in self._pieces(context):
-            here = slice(self._context, self._context + key.shape[2])
-            self._kept[0, :, :, here], self._kept[1, :, :, here] = key, value
+            self._keep(self._context, key, value)
 
-    def begin(self, tokens: int) -> None:
-        """See ``Decoder``."""
-        if self._kept.shape[3] < self._context + tokens:
-            self._reserve(self._context + tokens)
-        self._length = self._context
-
-    def step(self) -> Tensor:
+    def steps(self, tokens: int) -> Iterator[Tensor]:
         """See ``Decoder``."""
         query, key, value, _ = self._token
-        here, self._length = slice(self._length, self._length + 1), self._length + 1
-        self._kept[0, :, :, here], self._kept[1, :, :, here] = key, value
-        keys, values = self._kept[:, :, :, : self._length]
-        return F.scaled_dot_product_attention(query, keys, values)
+        self._reserve(self._context + tokens)
+        for place in range(self._context, self._context + tokens):
+            self._keep(place, key, value)
+            keys, values = self._kept[:, :, :, : place + 1]
+            yield F.scaled_dot_product_attention(query, keys, values)
 
     @property
     def nbytes(self) -> int:
         """See ``Decoder``."""
         return self._kept[:, :, :, : self._context].nbytes
 
+    def _keep(self, place: int, key: Tensor, value: Tensor) -> None:
+        here = slice(place, place + key.shape[2])
+        self._kept[0, :, :, here], self._kept[1, :, :, here] = key, value
+
     def _reserve(self, length: int) -> None:
+        """Make room for so many tokens, where there is less."""
+        if self._kept.shape[3] >= length:
+            return
         new = self._kept.new_empty((*self._kept.shape[:3], length, self._kept.shape[4]))
         new[:, :, :, : self._context] = self._kept[:, :, :, : self._context]
         self._kept = new
 
 
-class ModelDecoder:
+class ModelDecoder(Decoder):
     """A causal transformers model with its cache.
 
     Args:
@@ -165,7 +160,7 @@ class ModelDecoder:
 
     def extend(self, context: int) -> None:
         """See ``Decoder``."""
-        self.begin(0)
+        self._take_back()
         while self._context < context:
             limit = _REALLY_READ if self._repeat and not self._context else _MODEL_PREFILL
             length = min(limit, context - self._context)
@@ -174,21 +169,11 @@ class ModelDecoder:
             if self._repeat and _fill(self._cache, self._context, context):
                 self._context = context
 
-    def begin(self, tokens: int) -> None:
+    def steps(self, tokens: int) -> Iterator[Tensor]:
         """See ``Decoder``; a state, whose size is fixed, keeps the tokens stepped through."""
-        cache = self._cache
-        if isinstance(cache, PerformerCache):
-            if cache.keeps_keys and (steps := cache.get_seq_length() - self._context):
-                cache.crop(-steps)
-            return
-        for layer in cache.layers if cache is not None else ():
-            if type(layer) is DynamicLayer and layer.keys is not None:
-                layer.keys = layer.keys[:, :, : self._context]
-                layer.values = layer.values[:, :, : self._context]
-
-    def step(self) -> Tensor:
-        """See ``Decoder``."""
-        return self._forward(self._token)
+        self._take_back()
+        for _ in range(tokens):
+            yield self._forward(self._token)
 
     @property
     def nbytes(self) -> int:
@@ -200,6 +185,18 @@ class ModelDecoder:
         forked = copy.copy(self)
         forked._cache = copy.deepcopy(self._cache)
         return forked
+
+    def _take_back(self) -> None:
+        """Remove the tokens stepped through from the cache, where it keeps each."""
+        cache = self._cache
+        if isinstance(cache, PerformerCache):
+            if cache.keeps_keys and (steps := cache.get_seq_length() - self._context):
+                cache.crop(-steps)
+            return
+        for layer in cache.layers if cache is not None else ():
+            if type(layer) is DynamicLayer and layer.keys is not None:
+                layer.keys = layer.keys[:, :, : self._context]
+                layer.values = layer.values[:, :, : self._context]
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor) -> Tensor:
@@ -226,9 +223,8 @@ def stepping(decoder: Decoder, tokens: int) -> Callable[[], None]:
     """A call of so many steps from the end of the context."""
 
     def call() -> None:
-        decoder.begin(tokens)
-        for _ in range(tokens):
-            decoder.step()
+        for _ in decoder.steps(tokens):
+            pass
 
     return call
 
@@ -250,8 +246,8 @@ def _fill(cache: Any, length: int, context: int) -> bool:
 
 def _layer_bytes(layer: Any) -> int:
     for one in (layer, getattr(layer, "state", None)):
-        if (nbytes := getattr(one, "nbytes", None)) is not None:
-            return int(nbytes)
+        if (size := getattr(one, "nbytes", None)) is not None:
+            return int(size)
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
@@ -265,8 +261,7 @@ def check(actual: Callable[[], Decoder], expected: Callable[[], Decoder], dtype:
 
     def run(decoder: Decoder) -> list[Tensor]:
         decoder.extend(_CHECKED_CONTEXT)
-        decoder.begin(_CHECKED_TOKENS)
-        return [decoder.step() for _ in range(_CHECKED_TOKENS)]
+        return list(decoder.steps(_CHECKED_TOKENS))
 
     results = run(actual())
     with use_backend("reference"):
@@ -290,8 +285,6 @@ def _groups(settings: DecodeSettings, notes: dict[str, Any]) -> list[Group]:
         name: Gate(partial(check, make, reference, settings.dtype)) for name, make in layers.items()
     }
     layers[EXACT] = partial(ExactDecoder, settings)
-    # A model reads on from context to context; a layer's decoders are all timed in turns.
-    kept: dict[str, Decoder] = {}
     groups = [_group({"level": "layer"}, settings, settings.contexts, layers, gates)]
     if settings.through_model:
         shape = Shape(batch=settings.batch, num_features=settings.num_features, seed=settings.seed)
@@ -300,10 +293,9 @@ def _groups(settings: DecodeSettings, notes: dict[str, Any]) -> list[Group]:
         }
         checked = f"model {_MODELS[0]}"
         gates[checked] = Gate(partial(check, models[checked], models[checked], settings.dtype))
+        kept = {name: cache(make) for name, make in models.items()}
         groups += [
-            _group(
-                {"level": "model", "context": context}, settings, (context,), models, gates, kept
-            )
+            _group({"level": "model", "context": context}, settings, (context,), kept, gates)
             for context in settings.contexts
         ]
     return groups
@@ -319,23 +311,20 @@ def _group(
     key: Row,
     settings: DecodeSettings,
     contexts: tuple[int, ...],
-    makers: dict[str, Callable[[], Decoder]],
+    makers: Mapping[str, Callable[[], Decoder]],
     gates: dict[str, Gate],
-    kept: dict[str, Decoder] | None = None,
 ) -> Group:
-    nbytes: dict[tuple[str, int], int] = {}
+    sizes: dict[tuple[str, int], int] = {}
 
     def prepare(name: str, context: int) -> Callable[[], None]:
-        decoder = (kept or {}).get(name) or makers[name]()
-        if kept is not None:
-            kept[name] = decoder
+        decoder = makers[name]()
         decoder.extend(context)
-        nbytes[name, context] = decoder.nbytes
+        sizes[name, context] = decoder.nbytes
         return stepping(decoder, settings.tokens)
 
     def finish(rows: list[Row]) -> None:
         for row in rows:
-            row["state_bytes"] = nbytes.get((row["contestant"], row["context"]))
+            row["state_bytes"] = sizes.get((row["contestant"], row["context"]))
 
     cases = [
         Case(
@@ -358,10 +347,10 @@ DECODE = Benchmark(
     across="context",
     series="contestant",
     columns=(
-        Column("median", "seconds", "seconds"),
-        Column("this / shortest\ncontext", "over_shortest_context", "times"),
-        Column("exact\n/ this", "exact_ratio", "times"),
-        Column("state", "state_bytes", "nbytes"),
+        Column("median", "seconds", seconds),
+        Column("this / shortest\ncontext", "over_shortest_context", times),
+        Column("exact\n/ this", "exact_ratio", times),
+        Column("state", "state_bytes", nbytes),
     ),
     plotted=(("seconds", "seconds per token"), ("state_bytes", "state")),
     ratios=(

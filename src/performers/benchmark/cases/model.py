@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from performers import use_backend
 from performers.benchmark.case import Benchmark, Case, Column, Group, Ratio
 from performers.benchmark.gate import Gate, judge
 from performers.benchmark.memory import Peak, peak_of
-from performers.benchmark.settings import SIZES, ModelSettings, Shape, part
+from performers.benchmark.settings import SIZES, ModelSettings, Shape
+from performers.benchmark.table import nbytes, seconds, times
 
 if TYPE_CHECKING:
     from performers.models import PerformerForCausalLM, PerformerForMaskedLM
@@ -61,31 +63,27 @@ def make_tokens(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
     return tokens, torch.where(chosen, tokens, _IGNORED)
 
 
-class TrainingStep:
-    """Forward, loss, backward and an Adam step of one model, on the same batch every time."""
+def training_step(shape: Shape, attention: str, length: int) -> Callable[[], float]:
+    """Forward, loss, backward and an Adam step of one model, on the same batch in every call.
 
-    def __init__(self, shape: Shape, attention: str, length: int) -> None:
-        self._model = make_model(shape, attention)
-        self._tokens, self._labels = make_tokens(shape, length)
-        # The paper's settings, without its weight decay, which costs next to nothing.
-        self._optimizer = torch.optim.Adam(
-            self._model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9
-        )
+    A call returns the loss before the step, and raises ArithmeticError where that is not finite.
+    """
+    model = make_model(shape, attention)
+    tokens, labels = make_tokens(shape, length)
+    # The paper's settings, without its weight decay, which costs next to nothing.
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9)
 
-    def __call__(self) -> float:
-        """Make a step; returns the loss before it.
-
-        Raises:
-            ArithmeticError: The loss is not finite.
-        """
-        self._optimizer.zero_grad(set_to_none=True)
-        loss = self._model(input_ids=self._tokens, labels=self._labels).loss
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(input_ids=tokens, labels=labels).loss
         loss.backward()
-        self._optimizer.step()
+        optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ArithmeticError(f"the loss is {value}")
         return value
+
+    return step
 
 
 def check(shape: Shape, attention: str) -> None:
@@ -109,13 +107,12 @@ def check(shape: Shape, attention: str) -> None:
         judge(name, result, right, _TOLERANCE)
 
 
-def measure_peak(shape: dict[str, Any], attention: str, length: int) -> Peak:
+def measure_peak(shape: Shape, attention: str, length: int) -> Peak:
     """Peak memory of a model, its optimiser and two steps; runs in a separate process."""
-    model = Shape(**shape)
-    TrainingStep(model, attention, _WARM_UP_LENGTH)()
+    training_step(shape, attention, _WARM_UP_LENGTH)()
 
-    def two_steps() -> TrainingStep:
-        step = TrainingStep(model, attention, length)
+    def two_steps() -> object:
+        step = training_step(shape, attention, length)
         # The first makes the optimiser's state, the second has all of it to hold at once.
         step()
         step()
@@ -133,24 +130,19 @@ def _groups(settings: ModelSettings, notes: dict[str, Any]) -> list[Group]:
     }
     groups = []
     for length in settings.lengths:
-        cases = []
-        for attention in settings.attentions:
-            exact, probe = attention == "exact", None
-            if settings.measures_memory(length):
-                shape = part(settings, Shape)
-                probe = partial(measure_peak, shape=shape, attention=attention, length=length)
-            cases.append(
-                Case(
-                    {"attention": attention},
-                    partial(TrainingStep, settings, attention, length),
-                    gate=gates.get(attention),
-                    probe=probe,
-                    ours=True,
-                    skip=settings.skip_exact(length) if exact else None,
-                    # The linear part of the model dominates at first: an upper bound.
-                    growth=2 if exact else 1,
-                )
+        cases = [
+            Case(
+                {"attention": attention},
+                partial(training_step, settings, attention, length),
+                gate=gates.get(attention),
+                probe=partial(measure_peak, settings, attention, length),
+                ours=True,
+                skip=settings.skip_exact(length) if attention == "exact" else None,
+                # The linear part of the model dominates at first: an upper bound.
+                growth=2 if attention == "exact" else 1,
             )
+            for attention in settings.attentions
+        ]
         key = {"size": settings.size, "objective": settings.objective, "length": length}
         groups.append(Group(key, cases))
     return groups
@@ -163,11 +155,11 @@ MODEL = Benchmark(
     across="length",
     series="attention",
     columns=(
-        Column("median", "seconds", "seconds"),
-        Column("this /\nidentity", "over_identity", "times"),
-        Column("exact\n/ this", "exact_ratio", "times"),
-        Column("peak\nmemory", "peak_bytes", "nbytes"),
-        Column("this /\nidentity", "memory_over_identity", "times"),
+        Column("median", "seconds", seconds),
+        Column("this /\nidentity", "over_identity", times),
+        Column("exact\n/ this", "exact_ratio", times),
+        Column("peak\nmemory", "peak_bytes", nbytes),
+        Column("this /\nidentity", "memory_over_identity", times),
     ),
     plotted=(("seconds", "seconds"), ("peak_bytes", "peak memory")),
     ratios=(
