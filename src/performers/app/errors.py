@@ -1,7 +1,7 @@
 """Errors that commands report in one line."""
 
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -16,19 +16,16 @@ class Diverged(UserError):
     """The loss or the weights of a training became infinite or NaN."""
 
 
-class BareExceptions(AbstractContextManager[None]):
+@contextmanager
+def bare_exceptions(name: str) -> Iterator[None]:
     """Context in which an exception of the base class itself becomes a ValueError.
 
-    The tokenizers library raises no other. Exceptions of derived classes pass.
-
-    Args:
-        name: File or other input at fault, which the message of the ValueError begins with.
+    The tokenizers library raises no other. Exceptions of derived classes pass. The message of the
+    ValueError begins with ``name``, the file or other input at fault.
     """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __exit__(self, kind: type[BaseException] | None, error: Any, traceback: Any) -> None:
-        """Raise the ValueError."""
-        if kind is Exception:
-            raise ValueError(f"{self._name}: {error}") from error
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"{name}: {error}") from error

@@ -15,17 +15,6 @@ from typing import Any, Literal, get_args
 
 from performers.app.errors import UserError
 
-__all__ = [
-    "ESTIMATORS",
-    "PROJECTIONS",
-    "Declaration",
-    "Estimator",
-    "OptionError",
-    "Options",
-    "argument",
-    "option",
-]
-
 # The names are spelt here so that the command line starts without torch; a test compares them with
 # those of `performers.features`.
 Estimator = Literal[

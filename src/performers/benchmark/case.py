@@ -44,13 +44,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that are timed in turns.
-
-    Attributes:
-        key: The columns that the cases share.
-        cases: The cases, in the order of the table.
-        finish: Adds columns to the rows of the group.
-    """
+    """Cases that are timed in turns, and share the columns ``key``; ``finish`` adds more."""
 
     key: Row
     cases: list[Case]

@@ -28,8 +28,7 @@ class WrongResultError(RuntimeError):
 class Gate:
     """A check that runs once, before the first measurement of any of its cases.
 
-    Args:
-        check: Raises one of ``CASE_ERRORS`` where a contestant is wrong.
+    It raises one of ``CASE_ERRORS`` where a contestant is wrong.
     """
 
     def __init__(self, check: Callable[[], None]) -> None:

@@ -19,11 +19,7 @@ _LIBRARIES = ("performer-pytorch", "pytorch-fast-transformers", "flash-linear-at
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """The processor, the software and the settings that times depend on.
-
-    Returns:
-        Values that JSON can hold.
-    """
+    """The processor, the software and the settings that times depend on, as JSON can hold them."""
     origin = provenance("benchmark")
     no_kernels = library.unavailable_reason()
     # x86 says flags, ARM says Features.
@@ -50,11 +46,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def parallel_info(text: str) -> dict[str, str]:
-    """The lines of ``torch.__config__.parallel_info()`` that matter, by name.
-
-    Returns:
-        Pools, their libraries, and the environment variables that steer them.
-    """
+    """Pools of threads, their libraries and variables, from ``torch.__config__.parallel_info``."""
     wanted = re.compile(
         r"^\s*(ATen parallel backend|OpenMP|omp_get_max_threads\(\)|mkl_get_max_threads\(\)"
         r"|[A-Z]+_NUM_THREADS|at::get_num_interop_threads\(\))\s*:?\s(.*)$"

@@ -65,15 +65,10 @@ class OtherRunError(Exception):
 
 @dataclass
 class Results:
-    """The rows of a run, and the settings and machine they were measured with.
+    """The rows of a benchmark or study, and the settings and machine they were measured with.
 
-    Attributes:
-        benchmark: ``"attention"``, ``"model"``, ``"decode"``, or the name of a study.
-        settings: Settings of the run.
-        machine: See ``machine.describe``.
-        notes: More that belongs to the whole run, such as the floor.
-        rows: The rows.
-        saved: Called after every group of rows.
+    ``notes`` has more that belongs to the whole run, such as the floor; ``saved`` is called after
+    every group of rows.
     """
 
     benchmark: str

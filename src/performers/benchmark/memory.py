@@ -41,15 +41,11 @@ class OutOfMemoryError(ProbeError):
 
 
 class Peak(NamedTuple):
-    """Peak memory of a call.
-
-    Attributes:
-        nbytes: Bytes above the resident size before the call, or above what was allocated on a GPU.
-        method: ``"VmHWM"``, ``"ru_maxrss"`` or ``"CUDA allocator"``.
-    """
+    """Bytes above the resident size before a call, or above what was allocated on a GPU."""
 
     nbytes: int
     method: str
+    """``"VmHWM"``, ``"ru_maxrss"`` or ``"CUDA allocator"``."""
 
 
 def peak_of(call: Callable[[], object], device: torch.device | None = None) -> Peak:

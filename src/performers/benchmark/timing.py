@@ -21,16 +21,7 @@ _Name = TypeVar("_Name")
 
 
 class Timing(NamedTuple):
-    """Seconds that a call takes, over the rounds of one run.
-
-    Attributes:
-        median: The middle round.
-        first_quartile: A quarter of the rounds were faster.
-        third_quartile: A quarter of the rounds were slower.
-        fastest: The fastest round.
-        rounds: Number of rounds.
-        calls: Calls in a round.
-    """
+    """Seconds that a call takes, over some rounds of so many calls each."""
 
     median: float
     first_quartile: float
@@ -41,7 +32,7 @@ class Timing(NamedTuple):
 
 
 def summarize(samples: list[float], calls: int = 1) -> Timing:
-    """Median, quartiles and minimum of the mean seconds of a call in each round."""
+    """The `Timing` of the mean seconds of a call in each round."""
     low = high = samples[0]
     if len(samples) > 1:
         low, _, high = statistics.quantiles(samples, n=4, method="inclusive")

@@ -9,7 +9,7 @@ from performers.app.errors import UserError
 from performers.app.files import prepare_output_file
 from performers.app.options import Options, option
 from performers.cli.console import ProgressBars, note
-from performers.cli.inputs import Computation, ManyProteins, ProteinFiles, RelativesOptions
+from performers.cli.inputs import Computation, ManyProteins, RelativesOptions, checked_proteins
 from performers.proteins.options import POOLINGS, VECTOR_SUFFIXES
 
 
@@ -45,7 +45,8 @@ def embed(
         raise UserError("--pooling has no use with --per-residue; leave one of the two away")
     prepare_output_file(options.output_file, VECTOR_SUFFIXES)
     folder, fasta = inputs.split(relatives=family.relatives is not None)
-    with ProteinFiles(fasta, skip_invalid=inputs.skip_invalid) as files, ProgressBars() as bars:
+    checked = checked_proteins(fasta, skip_invalid=inputs.skip_invalid)
+    with checked as files, ProgressBars() as bars:
         from performers.proteins.model import load
         from performers.proteins.scoring.vector_files import open_vectors
 

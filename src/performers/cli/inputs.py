@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,44 +178,18 @@ class RelativesOptions(Options):
 
 
 class ProteinFiles:
-    """Context of the proteins of FASTA files, which are checked whole before any is read.
+    """Proteins of FASTA files that are read a second time, counted in ``letters`` the first time.
 
     Memory does not grow with the number of proteins but for their names.
-
-    Args:
-        paths: FASTA files; pipes and standard input are copied to temporary files.
-        skip_invalid: Leave out records at fault.
-
-    Raises:
-        UserError: A file or a record is at fault, or no sequence is left.
     """
 
-    letters: LetterReport
-
-    def __init__(self, paths: list[Path], *, skip_invalid: bool) -> None:
-        self._paths = paths
-        self._skip_invalid = skip_invalid
-        self._stack = ExitStack()
-        self._sources: list[tuple[Path, str]] = []
-
-    def __enter__(self) -> ProteinFiles:
+    def __init__(self, sources: list[tuple[Path, str]], *, skip_invalid: bool) -> None:
         from performers.proteins.inputs.records import LetterReport
-        from performers.proteins.inputs.streams import rereadable
 
-        with ExitStack() as stack:
-            self._sources = stack.enter_context(rereadable(self._paths))
-            self.letters = LetterReport()
-            for _ in self.records(self.letters):
-                pass
-            note(self.letters.summary())
-            if not self.letters.records:
-                note(self.letters.skips())
-                raise UserError("the FASTA files hold no sequence")
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._sources, self._skip_invalid = sources, skip_invalid
+        self.letters = LetterReport()
+        for _ in self.records(self.letters):
+            pass
 
     def chunks(self, residues: int) -> Iterator[list[ProteinRecord]]:
         """Neighbouring proteins, of about so many residues together."""
@@ -236,3 +210,25 @@ class ProteinFiles:
 
         for path, name in self._sources:
             yield from iter_fasta(path, letters, skip_invalid=self._skip_invalid, name=name)
+
+
+@contextmanager
+def checked_proteins(paths: list[Path], *, skip_invalid: bool) -> Iterator[ProteinFiles]:
+    """Context of the proteins of FASTA files, which are checked whole before any is used.
+
+    Args:
+        paths: FASTA files; pipes and standard input are copied to temporary files.
+        skip_invalid: Leave out records at fault.
+
+    Raises:
+        UserError: A file or a record is at fault, or no sequence is left.
+    """
+    from performers.proteins.inputs.streams import rereadable
+
+    with rereadable(paths) as sources:
+        files = ProteinFiles(sources, skip_invalid=skip_invalid)
+        note(files.letters.summary())
+        if not files.letters.records:
+            note(files.letters.skips())
+            raise UserError("the FASTA files hold no sequence")
+        yield files

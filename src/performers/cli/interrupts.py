@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["CODE", "announced", "end_at_once", "raised"]
-
 CODE = 130
 """Exit code of an interrupted command."""
 

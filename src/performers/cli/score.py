@@ -15,8 +15,8 @@ from performers.app.files import prepare_output_file, replacement
 from performers.app.options import Options, option
 from performers.app.provenance import KEY, provenance
 from performers.cli.console import ProgressBars, note
-from performers.cli.inputs import Computation, ManyProteins, ProteinFiles, RelativesOptions
-from performers.cli.variants import COLUMNS, VARIANTS, WITH_RELATIVES, VariantTable, score_variants
+from performers.cli.inputs import Computation, ManyProteins, RelativesOptions, checked_proteins
+from performers.cli.variants import VariantTable, score_variants
 from performers.proteins.options import SCORE_METHODS
 
 _HEADINGS = ("name", "length", "log_likelihood", "mean", "perplexity")
@@ -38,7 +38,12 @@ class ScoreOptions(Options):
         "it.",
         None,
     )
-    variants: Path | None = option(**VARIANTS)
+    variants: Path | None = option(
+        "A table of variants to score in place of proteins: name of the protein, tab, "
+        "substitutions such as A123V or A123V:G7D. Printed are their log-odds, and with "
+        "--relatives those besides.",
+        None,
+    )
     method: str | None = option(
         "Of a masked model. masked, the default: each residue is hidden by itself, one run of the "
         "model a residue; one-pass: none is hidden, fast, and flattering since the model sees "
@@ -71,7 +76,8 @@ def score(
         prepare_output_file(file, (".tsv", ".json") if both else (".tsv",), flag=flag)
     folder, fasta = inputs.split(relatives=family.relatives is not None)
     with ExitStack() as stack:
-        proteins = stack.enter_context(ProteinFiles(fasta, skip_invalid=inputs.skip_invalid))
+        checked = checked_proteins(fasta, skip_invalid=inputs.skip_invalid)
+        proteins = stack.enter_context(checked)
         from performers.proteins.inputs.tokenizer import AMINO_ACIDS
         from performers.proteins.model import load
 
@@ -85,7 +91,8 @@ def score(
         relatives = family.read(folder, model.tokenizer, read)
         bars = stack.enter_context(ProgressBars())
         if table is not None:
-            columns = COLUMNS if relatives is None else (*COLUMNS, WITH_RELATIVES)
+            columns = ["name", "variant", "log_odds"]
+            columns += [] if relatives is None else ["log_odds_with_relatives"]
             row = stack.enter_context(_table(options.output_file, columns, sys.stdout))
             score_variants(
                 table,

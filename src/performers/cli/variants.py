@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from performers.app.errors import UserError
 from performers.app.files import read_lines
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from performers.proteins.inputs.relatives import Relatives
     from performers.proteins.model import ProteinModel
     from performers.proteins.scoring.variants import Substitution
-
-VARIANTS: dict[str, Any] = {
-    "help": "A table of variants to score in place of proteins: name of the protein, tab, "
-    "substitutions such as A123V or A123V:G7D. Printed are their log-odds, and with --relatives "
-    "those besides.",
-    "default": None,
-}
-COLUMNS = ("name", "variant", "log_odds")
-WITH_RELATIVES = "log_odds_with_relatives"
 
 _AT_ONCE = 1000
 
@@ -123,13 +114,10 @@ def score_variants(
     progress, done = bars.task("scoring"), 0
     for name, group in groupby(table.lines(), key=itemgetter(1)):
         protein = table.proteins[name]
-        scorers = [model.variant_scorer(protein, method=method, batch_tokens=batch_tokens)]
-        if relatives is not None:
-            scorers.append(
-                model.variant_scorer(
-                    protein, relatives=relatives, method=method, batch_tokens=batch_tokens
-                )
-            )
+        scorers = [
+            model.variant_scorer(protein, relatives=read, method=method, batch_tokens=batch_tokens)
+            for read in ([None] if relatives is None else [None, relatives])
+        ]
         while lines := list(islice(group, _AT_ONCE)):
             variants: list[tuple[Substitution, ...]] = [parse_variant(x.text) for x in lines]
             found = [scorer(variants) for scorer in scorers]

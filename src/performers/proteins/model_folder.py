@@ -7,7 +7,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from performers.app.errors import BareExceptions, UserError
+from performers.app.errors import UserError, bare_exceptions
 from performers.app.files import read_json
 
 # Importing the models registers them with the Auto classes.
@@ -100,7 +100,7 @@ def _load_tokenizer(folder: Path, of_text: bool) -> PreTrainedTokenizerBase:
         ValueError: The tokenizer cannot be read, or splits differently.
         UserError: It is of the other kind.
     """
-    with BareExceptions("tokenizer.json"):
+    with bare_exceptions("tokenizer.json"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     # A tokenizer of proteins knows few letters; one of bytes has no token for a sequence's end.
     is_text = tokenizer.eos_token_id is None or len(tokenizer) > _MOST_LETTERS

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from performers.app.errors import BareExceptions, UserError
+from performers.app.errors import UserError, bare_exceptions
 from performers.app.files import replacement, write_json
 from performers.streams.text import Document, LeftOut, Texts, listed, report_left_out, usable_bytes
 
@@ -52,7 +52,7 @@ def load_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerBase:
     if not path.exists():
         raise UserError(f"--tokenizer {path} does not exist; give a tokenizer.json or its folder")
     try:
-        with BareExceptions("tokenizer.json"):
+        with bare_exceptions("tokenizer.json"):
             if path.is_dir():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
             else:

@@ -51,11 +51,11 @@ def run_attention(
     backward: bool,
     between: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor | None, ...]:
-    """Run attention forward, or forward and backward.
+    """Run attention forward, or forward and backward on inputs that require gradients.
 
     Args:
         attend: The attention.
-        inputs: Its inputs; requiring gradients for a backward pass.
+        inputs: Its inputs.
         backward: Whether gradients of query, key and value are computed.
         between: Called before, after and between the passes, as other layers of a model would be.
 

@@ -32,12 +32,7 @@ NATIVE = "products of the native kernels"
 
 
 class Floor(NamedTuple):
-    """The best rate of a matrix product.
-
-    Attributes:
-        flops_per_second: The best of ``rates``.
-        rates: Operations a second by shape.
-    """
+    """The best rate of a matrix product, in operations a second, and the rates of all shapes."""
 
     flops_per_second: float
     rates: dict[str, float]
@@ -52,8 +47,7 @@ def measure_floor(
 ) -> Floor:
     """Measure products on operands that stay in cache, on a GPU large square ones.
 
-    Returns:
-        The rates, each the best of many calls: a floor is what the machine can do.
+    Each rate is the best of many calls: a floor is what the machine can do.
     """
     rates = {
         name: _best_rate(call, operations, seconds)
