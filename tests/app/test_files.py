@@ -18,31 +18,45 @@ def test_a_folder_is_made_with_its_parents_and_left_empty(tmp_path):
     prepare_output_folder(folder)
 
 
-def test_a_file_is_not_a_folder(tmp_path):
-    place = tmp_path / "file"
-    place.write_text("kept")
-    with pytest.raises(UserError, match=r"^--output .*file is a file; give a folder$"):
-        prepare_output_folder(place)
-    assert place.read_text() == "kept"
+@pytest.mark.parametrize(
+    ("name", "resume", "message"),
+    [
+        ("file", None, r"^--output .*file is a file; give a folder$"),
+        # A command that cannot resume does not speak of it.
+        ("full", None, r"full is not empty; give another folder$"),
+        ("full", False, r"full is not empty; give another folder, or --resume"),
+        ("file/below", None, r"^--output .*below cannot be written \(Not a directory\)"),
+    ],
+)
+def test_folders_that_are_refused(tmp_path, name, resume, message):
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    (tmp_path / "file").write_text("kept")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=message):
+        prepare_output_folder(tmp_path / name, resume=resume)
+    assert prepare_output_folder(tmp_path / "full", resume=True) == tmp_path / "full"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_folder_with_content_needs_resume(tmp_path):
-    """Of which a command that cannot resume does not speak."""
-    (tmp_path / "x").write_text("kept")
-    with pytest.raises(UserError, match="not empty; give another folder, or --resume"):
-        prepare_output_folder(tmp_path, resume=False)
-    with pytest.raises(UserError, match=r"not empty; give another folder$"):
-        prepare_output_folder(tmp_path)
-    assert prepare_output_folder(tmp_path, resume=True) == tmp_path
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-
-
-def test_below_a_file_nothing_can_be_written(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.csv", r"^--output .*x\.csv must end with \.npz or \.parquet"),
+        ("folder.npz", "is a folder; give a file"),
+        ("file/x.npz", r"cannot be written \(.*/file is not a folder"),
+        # It leaves no room for the name of the temporary file.
+        (f"{250 * 'x'}.npz", "cannot be written"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, message):
+    (tmp_path / "folder.npz").mkdir()
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--output .* cannot be written \(Not a directory\)"):
-        prepare_output_folder(tmp_path / "file" / "folder")
-    with pytest.raises(UserError, match=r"--output .* cannot be written \(.*/file is not a folder"):
-        prepare_output_file(tmp_path / "file" / "x.npz", (".npz",))
+    with pytest.raises(UserError, match=message):
+        prepare_output_file(tmp_path / name, (".npz", ".parquet"))
+    path = tmp_path / "new" / "x.NPZ"
+    assert prepare_output_file(path, (".npz", ".parquet")) == path
+    assert list(path.parent.iterdir()) == []
 
 
 def test_only_the_first_of_several_processes_checks(tmp_path, monkeypatch):
@@ -52,26 +66,6 @@ def test_only_the_first_of_several_processes_checks(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="not empty"):
         prepare_output_folder(tmp_path)
-
-
-def test_a_file_needs_one_of_the_suffixes(tmp_path):
-    with pytest.raises(UserError, match=r"x\.csv must end with \.npz or \.parquet"):
-        prepare_output_file(tmp_path / "x.csv", (".npz", ".parquet"))
-    path = tmp_path / "new" / "x.NPZ"
-    assert prepare_output_file(path, (".npz", ".parquet")) == path
-    assert list(path.parent.iterdir()) == []
-
-
-def test_a_name_that_leaves_no_room_for_the_temporary_file(tmp_path):
-    path = tmp_path / f"{250 * 'x'}.tsv"
-    with pytest.raises(UserError, match="cannot be written"):
-        prepare_output_file(path, (".tsv",))
-
-
-def test_a_folder_is_not_a_file(tmp_path):
-    (tmp_path / "x.npz").mkdir()
-    with pytest.raises(UserError, match="is a folder; give a file"):
-        prepare_output_file(tmp_path / "x.npz", (".npz",))
 
 
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):

@@ -80,12 +80,6 @@ def test_a_failing_process_says_why(monkeypatch, code, err, kind, words):
 
 
 @pytest.mark.exhaustive
-def test_a_failing_probe_says_why():
-    with pytest.raises(ProbeError, match="exit code 1: KeyError: 'nobody'"):
-        run_apart(probe(contestant="nobody"), threads=1)
-
-
-@pytest.mark.exhaustive
 @linux
 def test_a_probe_that_needs_more_than_there_is():
     total = psutil.virtual_memory().total

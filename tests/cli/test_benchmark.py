@@ -107,16 +107,10 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_goes_on(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["attention", "--lengths", "a,b"], "--lengths must be whole numbers"),
-        (["attention", "--lengths", "64,32"], "--lengths must be positive and rise"),
-        (["attention", "--head-dim", "0"], "--head-dim must be at least 1, got 0"),
-        (["attention", "--contestants", "flash"], "--contestants must be one of performers"),
-        (["model", "--size", "huge"], "--size must be one of regular, small; got 'huge'"),
-        (["decode", "--contexts", ""], "--contexts must be whole numbers"),
-    ],
+    "arguments", [["attention", "--lengths", "a,b"], ["decode", "--contexts", ""]]
 )
-def test_bad_options_name_their_flag(arguments, words, tmp_path):
-    assert words in refusal("benchmark", *arguments, "--output", tmp_path / "out")
+def test_lists_that_are_not_numbers_name_their_flag(arguments, tmp_path):
+    """Ranges are tested with the settings."""
+    line = refusal("benchmark", *arguments, "--output", tmp_path / "out")
+    assert f"{arguments[1]} must be whole numbers" in line
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 
-from performers.app.conversion import ConversionOptions
 from performers.benchmark.settings import Sampling
 from performers.cli import convert_run as command
 from performers.convert import load_performer, to_performer
@@ -97,7 +96,8 @@ def encoder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(command, "save_figure", draw_nothing)
-        return Conversion(make_masked(folder), folder / "out", *UNTRAINED, "--length", 60)
+        options = [*UNTRAINED, "--length", 60, "--window", 0, "--test", "0.25"]
+        return Conversion(make_masked(folder), folder / "out", *options)
 
 
 def read(folder):
@@ -145,6 +145,8 @@ def test_a_decoder_is_converted_measured_and_saved(decoder):
 def test_an_encoder_that_is_not_trained_has_its_weights_and_longer_positions(encoder):
     content = read(encoder.folder)
     assert names(content) == ["original", "FAVOR+ alone", "converted"]
+    options, expected = content["options"], {"window": None, "test": 0.25, "length": 60}
+    assert {name: options[name] for name in expected} == expected
     assert content["training"] == {}
     assert content["speed"] == []
     assert "Training:" not in encoder.out
@@ -180,34 +182,6 @@ def test_proteins_and_a_table_of_positions(masked, tmp_path, undrawn):
     with torch.no_grad():
         assert model(input_ids=torch.full((1, 50), 6)).logits.shape == (1, 50, 25)
     assert (folder / "conversion.png").read_text() == "2 panels"
-
-
-def test_flags_reach_the_options(causal, tmp_path, monkeypatch):
-    seen = []
-
-    def stop(options, *rest, **keywords):
-        seen.append(options)
-        raise ValueError("window is enough for this test")
-
-    monkeypatch.setattr(command, "ConversionRun", stop)
-    flags = [
-        "--window", 0, "--sinks", 2, "--num-features", 5, "--estimator", "positive",
-        "--layers", "0,-1", "--steps", 3, "--transfer-steps", 1, "--length", 9,
-        "--batch-size", 6, "--accumulation", 7, "--learning-rate", 0.5,
-        "--transfer-learning-rate", 0.25, "--lora-rank", 4, "--loss", "hidden",
-        "--calibration", 8, "--test", "0.25", "--eval-steps", 10, "--save-steps", 11,
-        "--max-positions", 12, "--seed", 13, "--listed-keys", 14, "--hidden-weight", 0.75,
-    ]  # fmt: skip
-    refusal("convert", *causal, "--output", tmp_path / "out", *flags)
-    assert seen == [
-        ConversionOptions(
-            model=str(causal[0]), data=str(causal[2]), window=None, sinks=2, num_features=5,
-            estimator="positive", layers=(0, -1), length=9, calibration=8, test=0.25,
-            transfer_steps=1, steps=3, batch_size=6, accumulation=7, learning_rate=0.5,
-            transfer_learning_rate=0.25, lora_rank=4, loss="hidden", eval_steps=10,
-            save_steps=11, max_positions=12, seed=13, listed_keys=14, hidden_weight=0.75,
-        )
-    ]  # fmt: skip
 
 
 def test_another_run_is_not_resumed(masked, tmp_path, undrawn):

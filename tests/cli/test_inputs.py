@@ -13,45 +13,27 @@ from tests.cli.commands import arrays, run
 from tests.proteins.runs import proteins
 
 
-@pytest.fixture
-def default(masked, monkeypatch, tmp_path):
-    """A small model in the place of the one that ships."""
-    (tmp_path / PRETRAINED).symlink_to(masked)
+@pytest.mark.parametrize("reads_relatives", [False, True])
+def test_without_a_model_the_one_that_ships_reads(
+    masked, fasta, monkeypatch, tmp_path, reads_relatives
+):
+    """A small model is in its place; with relatives it is another one."""
+    name = READS_RELATIVES if reads_relatives else PRETRAINED
+    (tmp_path / name).symlink_to(masked)
     monkeypatch.setattr("performers.proteins.embedded._DATA", tmp_path)
-    return tmp_path / PRETRAINED
-
-
-@pytest.mark.parametrize("named", [[], [PRETRAINED]], ids=["default", "named"])
-def test_without_a_model_the_one_that_ships_reads(default, fasta, named, tmp_path):
-    found, expected = (
-        json.loads(run("evaluate", *model, fasta, "--json")[0]) for model in (named, [default])
-    )
-    assert found.pop("provenance")["model"] == expected.pop("provenance")["model"]
-    assert found == expected
-    for model, place in ((named, "without.npz"), ([default], "with.npz")):
-        run("embed", *model, fasta, "--output", tmp_path / place)
-    without, given = arrays(tmp_path / "without.npz"), arrays(tmp_path / "with.npz")
-    assert np.array_equal(without["embeddings"], given["embeddings"])
-
-
-def test_with_relatives_another_one_reads(masked, fasta, monkeypatch, tmp_path):
-    folder = tmp_path / READS_RELATIVES
-    folder.symlink_to(masked)
-    monkeypatch.setattr("performers.proteins.embedded._DATA", tmp_path)
-    relatives = tmp_path / "relatives.fasta"
-    relatives.write_text(">r\nMRTAYLARHW\n")
-    options = ["--relatives", relatives, "--relatives-tokens", 120]
-    found, expected = (
-        run("evaluate", *model, fasta, *options, "--json")[0] for model in ([], [folder])
-    )
-    assert json.loads(found)["accuracy"] == json.loads(expected)["accuracy"]
-    assert json.loads(found)["provenance"]["model"] == json.loads(expected)["provenance"]["model"]
-    found, expected = (run("score", *model, fasta, *options)[0] for model in ([], [folder]))
-    assert found == expected
-    for number, model in enumerate(([], [folder])):
-        run("embed", *model, fasta, *options, "--output", tmp_path / f"{number}.npz")
-    found, expected = (arrays(tmp_path / f"{n}.npz")["embeddings"] for n in (0, 1))
-    assert np.array_equal(found, expected)
+    options = []
+    if reads_relatives:
+        (tmp_path / "relatives.fasta").write_text(">r\nMRTAYLARHW\n")
+        options = ["--relatives", tmp_path / "relatives.fasta", "--relatives-tokens", 120]
+    found = []
+    for number, model in enumerate(([], [name], [tmp_path / name])):
+        metrics = json.loads(run("evaluate", *model, fasta, "--json", *options)[0])
+        scores = run("score", *model, fasta, *options)[0]
+        output = tmp_path / f"{number}.npz"
+        run("embed", *model, fasta, "--output", output, *options)
+        place = metrics.pop("provenance")["model"]
+        found.append((metrics, place, scores, arrays(output)["embeddings"].tolist()))
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from performers.proteins.inputs.fasta import write_fasta
+from performers.proteins.probe.options import PROBE_FEATURES
 from tests.cli.commands import refusal, run
 from tests.proteins.probe.probe_data import motif_records
 
@@ -21,19 +22,16 @@ def labelled(tmp_path_factory):
 
 def test_probe_writes_numbers_and_a_figure(masked, labelled, tmp_path):
     output = tmp_path / "new"
-    out, lines = run("probe", masked, labelled, "--output", output, *FAST)
+    arguments = ["--output", output, "--pooling", "mean-sd", *FAST]
+    out, lines = run("probe", masked, labelled, *arguments)
     assert (output / "probe.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((output / "probe.json").read_text())
     assert found["model"] == str(masked)
-    assert list(found["features"]) == [
-        "embeddings",
-        "random-weights",
-        "composition",
-        "dipeptides",
-        "tripeptides",
-    ]
+    assert list(found["features"]) == [*PROBE_FEATURES]
     hidden = json.loads((masked / "config.json").read_text())["hidden_size"]
-    assert found["features"]["embeddings"]["width"] == hidden + 1
+    # The standard deviations, and the logarithm of the length.
+    assert found["features"]["embeddings"]["width"] == 2 * hidden + 1
+    assert found["pooling"] == "mean-sd"
     assert found["features"]["dipeptides"]["metrics"]["accuracy"]["mean"] > 0.9
     assert found["groups"] == 40
     for name, row in found["features"].items():
@@ -90,20 +88,6 @@ def test_tables_of_labels_and_groups_are_read(causal, labelled, tmp_path):
     assert found["labels"]["forward"]["name"] == "the motif as it is"
     assert found["groups"] == 30
     assert list(found["features"]) == ["composition", "dipeptides"]
-
-
-def test_spreads_double_the_width_of_embeddings_alone(masked, labelled, tmp_path):
-    only = ["--features", "embeddings,random-weights,composition", "--pooling", "mean-sd"]
-    run("probe", masked, labelled, "--output", tmp_path / "new", *FAST, *only)
-    found = json.loads((tmp_path / "new" / "probe.json").read_text())
-    assert found["pooling"] == "mean-sd"
-    hidden = json.loads((masked / "config.json").read_text())["hidden_size"]
-    # The logarithm of the length is one more.
-    widths = [row["width"] - 1 for row in found["features"].values()]
-    assert widths == [2 * hidden, 2 * hidden, 20]
-    arguments = ["--output", tmp_path / "x", "--min-count", 999, "--features", "composition"]
-    _, lines = run("probe", masked, labelled, *arguments, code=2)
-    assert "lower --min-count" in lines[-1]
 
 
 def test_a_random_split_is_asked_for_and_said(masked, tmp_path):

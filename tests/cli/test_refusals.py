@@ -25,7 +25,7 @@ BAD_FASTA = {
 def places(tmp_path_factory, fasta, masked, causal):
     """Paths that command lines name, by their names in them."""
     here = tmp_path_factory.mktemp("places")
-    for name in ("full", "folder.npz", "folder.fasta", "empty", "begun/checkpoints", "corpus"):
+    for name in ("full", "empty", "begun/checkpoints", "corpus"):
         (here / name).mkdir(parents=True)
     for name in ("file", "full/x"):
         (here / name).write_text("kept")
@@ -109,25 +109,19 @@ def test_model_folders(command, name, words, places):
     ],
 )
 def test_output_folders(command, places):
-    resume = "" if command.startswith("report") else ", or --resume"
-    for place, words in (
-        ("{here}/file", "--output {here}/file is a file; give a folder"),
-        ("{here}/full", f"--output {{here}}/full is not empty; give another folder{resume}"),
-        ("{here}/file/below", "--output {here}/file/below cannot be written ("),
-        ("/proc/none", "--output /proc/none cannot be written ("),
-    ):
-        line = assert_refused(f"{command} --output {place}", words, places)
-        assert ("--resume" in line) is (bool(resume) and place.endswith("full"))
+    resume = "" if command.startswith("report") else ", or --resume to continue the run in it"
+    refused = f"--output {{here}}/full is not empty; give another folder{resume}"
+    line = assert_refused(f"{command} --output {{here}}/full", refused, places)
+    assert line == refused.format(**places)
 
 
 @pytest.mark.parametrize(
     ("command", "suffix"), [("embed {masked} {fasta}", ".npz"), ("generate {causal}", ".fasta")]
 )
 def test_output_files(command, suffix, places):
+    """All that is refused in files and folders is tested where they are prepared."""
     for place, words in (
         (f"{{here}}/file/x{suffix}", "{here}/file is not a folder"),
-        (f"/proc/none/x{suffix}", "cannot be written"),
-        (f"{{here}}/folder{suffix}", "is a folder; give a file"),
         ("{here}/x.txt", f"x.txt must end with  ... {suffix}"),
     ):
         assert_refused(f"{command} --output {place}", words, places)
@@ -149,17 +143,8 @@ def test_output_files(command, suffix, places):
             for model in ("{masked}", PRETRAINED)
         ],
         *[
-            (
-                f"{command} {{data}} {fasta} {output}",
-                "{data} is a folder without a model: it has no",
-            )
-            for fasta in ("", "{fasta}")
-            for command, output in (
-                ("evaluate", ""),
-                ("embed", "--output {here}/x.npz"),
-                ("report", "--output {here}/new"),
-                ("probe", "--output {here}/new"),
-            )
+            (f"{command} --output {{here}}/new", "{data} is a folder without a model: it has no")
+            for command in ("report {data} {fasta}", "probe {data}")
         ],
         (f"generate {PRETRAINED}", "the model predicts masked residues and cannot generate"),
         ("generate {masked}", "--objective clm"),
@@ -174,15 +159,9 @@ def test_output_files(command, suffix, places):
         # Options; the other ranges are tested with their dataclasses.
         *[
             (f"{EVALUATE} --mask-probability {value}", "--mask-probability must be above 0 and at")
-            for value in ("0", "1.5", "nan", "-1")
+            for value in ("1.5", "nan")
         ],
-        *[
-            (f"generate {{causal}} --output {{here}}/x.fasta {flag} {value}", flag)
-            for flag, value in (
-                *(("--prompt", "M1"), ("--num", 0), ("--max-length", 0), ("--temperature", "nan")),
-                *(("--top-k", -1), ("--top-p", 0)),
-            )
-        ],
+        ("generate {causal} --output {here}/x.fasta --prompt M1", "--prompt has letters that are"),
         (
             "embed {masked} {fasta} --output {here}/x.npz --pooling max",
             "must be one of mean, mean-sd",
@@ -190,10 +169,7 @@ def test_output_files(command, suffix, places):
         ("demo --output {here}/new --steps 0", "--steps must be at least 1"),
         *[
             (f"{TRAIN} {option}", option.split()[0])
-            for option in (
-                *("--positions none", "--hidden-size 15", "--learning-rate nan", "--seed -1"),
-                *(f"--seed {2**32}", "--batch-tokens 0", "--steps many", "--across-sequences"),
-            )
+            for option in ("--positions none", "--steps many", "--across-sequences")
         ],
         (
             "train {here}/none.fasta --output {here}/new --layers 1000000000",
@@ -214,23 +190,17 @@ def test_output_files(command, suffix, places):
             (f"{PROBE} {option}", words)
             for option, words in (
                 ("--split family", "--split must be one of groups, random"),
-                ("--repeats 0", "--repeats must be at least 1"),
                 ("--features embeddings,size", "'size'"),
-                ("--pooling max", "--pooling must be one of mean, mean-sd"),
                 ("--labels none.tsv", "none.tsv does not exist"),
                 ("--groups none.tsv", "none.tsv does not exist"),
                 ("--split random --per-group 1", "--per-group has no use with --split random"),
                 ("--split random --groups {here}/clusters.tsv", "--groups has no use with --split"),
             )
         ],
-        *[
-            (f"{command} {value}", f"must be a 64-bit integer, got {value}")
-            for value, command in (
-                (2**63, "train a.fasta --output x --num-features"),
-                (-(2**63) - 1, "generate x --top-k"),
-                (10**30, "benchmark decode --output x --head-dim"),
-            )
-        ],
+        (
+            f"generate x --top-k {-(2**63) - 1}",
+            f"--top-k must be a 64-bit integer, got {-(2**63) - 1}",
+        ),
         (
             f"benchmark attention --output x --lengths 128,{2**63}",
             f"--lengths must be a 64-bit integer, got {2**63}",

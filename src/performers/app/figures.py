@@ -81,14 +81,13 @@ def shortened(name: str, length: int = 48) -> str:
     return printable if len(printable) <= length else printable[: length - 1] + "…"
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure whole or not at all.
 
     Args:
         figure: The figure.
         path: The file, which is returned; its suffix (.png, .svg or .pdf) is its format, one that
             exists is replaced, missing folders are made.
-        dpi: Pixels per inch, for pixels.
 
     Raises:
         ValueError: The suffix is none of these.
@@ -98,6 +97,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 144)
     if image_format not in _METADATA:
         raise ValueError(f"path must end with .png, .svg or .pdf, got {path.name!r}")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=image_format, dpi=dpi, metadata=_METADATA[image_format])
+    figure.savefig(buffer, format=image_format, dpi=144, metadata=_METADATA[image_format])
     write_atomically(path, buffer.getvalue())
     return path

@@ -57,20 +57,19 @@ def print_metrics(metrics: Mapping[str, Mapping[str, float]]) -> None:
     """
     if not is_first_process():
         return
-    of_texts = all("bits_per_byte" in row for row in metrics.values())
-    rows = []
-    for name, row in metrics.items():
-        shown = [name, f"{100 * row['accuracy']:.2f}%", f"{row['perplexity']:.3f}"]
-        if of_texts:
-            rows.append((*shown, f"{row['tokens']:,.0f}", f"{row['bits_per_byte']:.4f}"))
-            continue
-        baseline = f"{100 * row['baseline_accuracy']:.2f}%", f"{row['baseline_perplexity']:.3f}"
-        rows.append((*shown, f"{row['tokens']:,.0f}", *baseline))
-    headings: tuple[str, ...]
-    headings = ("", "accuracy", "perplexity", "residues", "unigram\naccuracy", "\nperplexity")
-    if of_texts:
-        headings = ("", "accuracy", "perplexity", "tokens", "bits per byte")
-    output.print(table(headings, rows))
+    columns: dict[str, Callable[[Mapping[str, float]], str]] = {
+        "accuracy": lambda row: f"{100 * row['accuracy']:.2f}%",
+        "perplexity": lambda row: f"{row['perplexity']:.3f}",
+    }
+    if all("bits_per_byte" in row for row in metrics.values()):
+        columns["tokens"] = lambda row: f"{row['tokens']:,.0f}"
+        columns["bits per byte"] = lambda row: f"{row['bits_per_byte']:.4f}"
+    else:
+        columns["residues"] = lambda row: f"{row['tokens']:,.0f}"
+        columns["unigram\naccuracy"] = lambda row: f"{100 * row['baseline_accuracy']:.2f}%"
+        columns["\nperplexity"] = lambda row: f"{row['baseline_perplexity']:.3f}"
+    rows = [(name, *(show(row) for show in columns.values())) for name, row in metrics.items()]
+    output.print(table(("", *columns), rows))
 
 
 class ProgressBars:

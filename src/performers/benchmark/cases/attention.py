@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -178,17 +177,19 @@ def _group(
 
         return finished(call, settings.device)
 
+    flops = {one.name: one.flops for one, _ in gates}
+
     def finish(rows: list[Row]) -> None:
         if settings.between_matmuls:
-            alone = rows[-1]["seconds"]
+            alone = next(row for row in rows if row["contestant"] == MATMULS)["seconds"]
             for row in rows:
-                _subtract(row, 0.0 if row is rows[-1] else alone)
-        counts = [one.flops(settings, length, is_causal) if one.flops else None for one, _ in gates]
-        for row, count in zip_longest(rows, counts):
+                _subtract(row, 0.0 if row["contestant"] == MATMULS else alone)
+        for row in rows:
             row |= dict.fromkeys(("flops", "gflops_per_second", "floor_seconds", "floor_share"))
+            count = flops.get(row["contestant"])
             if count is None:
                 continue
-            row["flops"] = pass_flops(count, passes)
+            row["flops"] = pass_flops(count(settings, length, is_causal), passes)
             row["floor_seconds"] = row["flops"] / flops_per_second
             if row["seconds"] is not None and row["seconds"] > 0:
                 row["gflops_per_second"] = row["flops"] / row["seconds"] / 1e9
