@@ -169,10 +169,10 @@ def _group(
         return finished(first_checked(call, _PARTS), settings.device)
 
     def prepare_matmuls() -> Callable[[], object]:
-        product, times = matmul(), 3 if backward else 2
+        product, products = matmul(), 3 if backward else 2
 
         def call() -> None:
-            for _ in range(times):
+            for _ in range(products):
                 product()
 
         return finished(call, settings.device)
