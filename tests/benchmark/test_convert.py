@@ -7,11 +7,10 @@ import pytest
 import torch
 import transformers
 
-from performers.benchmark import measure
 from performers.benchmark.cases import convert, decode
 from performers.benchmark.cases.convert import measure_decoding, measure_speed
 from performers.benchmark.cases.decode import ModelDecoder
-from performers.benchmark.memory import Peak, memory_is_measurable
+from performers.benchmark.memory import memory_is_measurable
 from performers.benchmark.settings import Rounds, Sampling
 from performers.convert import extend_positions_, to_performer
 from tests.benchmark.tiny_models import bert_config, llama_config
@@ -111,42 +110,19 @@ def folders(berts, tmp_path):
 @pytest.fixture(scope="module")
 def longer():
     """The same models with more positions."""
-    config = bert_config(attention_probs_dropout_prob=0.0, max_position_embeddings=600)
+    config = bert_config(attention_probs_dropout_prob=0.0, max_position_embeddings=601)
     return pair(transformers.BertForMaskedLM, config)
 
 
 @pytest.mark.exhaustive
-def test_memory_is_that_of_the_saved_models(berts, folders, longer, monkeypatch):
-    """Where it is measured, both models are given as many positions as are asked for."""
-    tasks = []
-
-    def run_apart(function, *, threads):
-        tasks.append(function)
-        return Peak(1000 * len(tasks), "VmHWM")
-
-    monkeypatch.setattr(measure, "run_apart", run_apart)
-    monkeypatch.setattr(measure, "memory_is_measurable", lambda: True)
-    sampling = Sampling(repeats=1, min_time=0.0, memory_max_length=500)
-    rows = measure_speed(*longer, (50, 600), sampling=sampling, folders=folders, seed=3)
-    assert [row["peak_bytes"] for row in rows] == [1000, 2000, None, None]
-    for task, model in zip(tasks, berts, strict=True):
-        peaks = []
-        monkeypatch.setattr(convert, "peak_of", lambda call, peaks=peaks: peaks.append(call()))
-        task()
-        assert peaks[0].shape == (1, 50, 25)
-        convert.measure_peak(*task.args[:2], 40, 3)
-        tokens = convert._tokens(model, 40, 3)
-        torch.testing.assert_close(peaks[1], convert.forward_call(model, tokens)())
-    measure_speed(*longer, (50,), sampling=sampling)
-    assert len(tasks) == 2, "without folders nothing is measured"
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not memory_is_measurable(), reason="memory is not measurable here")
-def test_memory_is_measured_in_processes_of_their_own(folders, longer):
-    rows = measure_speed(*longer, (600,), sampling=Sampling(repeats=1), folders=folders)
-    assert [row["status"] for row in rows] == ["measured"] * 2, rows
-    assert all(row["peak_bytes"] > 0 for row in rows)
+def test_memory_is_that_of_the_saved_models(folders, longer):
+    """In processes of their own, where both are given as many positions as are asked for."""
+    sampling = Sampling(repeats=1, min_time=0.0, memory_max_length=600)
+    rows = measure_speed(*longer, (600, 601), sampling=sampling, folders=folders)
+    assert [row["status"] for row in rows] == ["measured"] * 4, rows
+    assert all(row["peak_bytes"] > 0 for row in rows[:2])
+    assert [row["peak_bytes"] for row in rows[2:]] == [None, None]
 
 
 def test_decoding_weighs_the_cache_and_times_the_steps(llamas):

@@ -43,13 +43,7 @@ def styled(draw: Callable[_P, _T]) -> Callable[_P, _T]:
 def new_figure(
     size: tuple[float, float], *, title: str | None = None, arrange: bool = True
 ) -> Figure:
-    """An empty figure.
-
-    Args:
-        size: Width and height in inches.
-        title: Heading of the figure.
-        arrange: Whether axes are moved so that labels do not overlap.
-    """
+    """An empty figure of a size in inches; ``arrange`` moves axes so that no labels overlap."""
     engine = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.04) if arrange else None
     figure = Figure(figsize=size, layout=engine)
     FigureCanvasAgg(figure)
@@ -82,15 +76,10 @@ def shortened(name: str, length: int = 48) -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure whole or not at all.
-
-    Args:
-        figure: The figure.
-        path: The file, which is returned; its suffix (.png, .svg or .pdf) is its format, one that
-            exists is replaced, missing folders are made.
+    """Write a figure to a file, which is returned, whole or not at all; make missing folders.
 
     Raises:
-        ValueError: The suffix is none of these.
+        ValueError: The suffix is none of .png, .svg and .pdf.
     """
     path = Path(path)
     image_format = path.suffix.removeprefix(".").lower()

@@ -13,15 +13,11 @@ from performers.app.processes import is_first_process
 
 
 def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
-    """Make a folder that results can be written to.
+    """Make a folder that results can be written to, and return it.
 
     Of several processes of one run only the first checks: it may begin to write before the others
-    do.
-
-    Args:
-        folder: The folder, which is returned.
-        resume: Accept a folder with the results of an earlier run; None for a command that cannot
-            resume.
+    do. With ``resume`` a folder may hold the results of an earlier run; None is for a command that
+    cannot resume.
 
     Raises:
         UserError: The folder is a file, not empty (without ``resume``), or not writable.
@@ -43,12 +39,7 @@ def prepare_output_folder(folder: Path, *, resume: bool | None = None) -> Path:
 
 
 def prepare_output_file(path: Path, suffixes: tuple[str, ...], *, flag: str = "--output") -> Path:
-    """Check that a result file can be written, before the work that fills it.
-
-    Args:
-        path: The file, which is returned; one that exists is replaced.
-        suffixes: The suffixes to choose from.
-        flag: The flag that names the file, for messages.
+    """Check that a result file can be written, before the work that fills it, and return it.
 
     Raises:
         UserError: The suffix is none of `suffixes`, or the file cannot be written.

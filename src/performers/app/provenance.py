@@ -25,7 +25,7 @@ _PACKAGES = ("performers", "torch", "transformers", "numpy")
 def provenance(
     schema: str, *, seed: int | None = None, model: Path | None = None
 ) -> dict[str, Any]:
-    """Describe the origin of results.
+    """Origin of results.
 
     Args:
         schema: Name of their layout, such as ``"evaluation"``; numbered 1 until it changes.
@@ -65,12 +65,9 @@ def write_result(
 
 
 def weights_sha256(model: Path) -> str | None:
-    """SHA-256 of a model's weights.
+    """SHA-256 of the weights of a model, a folder or a file.
 
     That of the file, or of the list of hashes where there are several; None without files.
-
-    Args:
-        model: Folder, or file of weights.
     """
     files = [model] if model.is_file() else []
     for pattern in _WEIGHTS:

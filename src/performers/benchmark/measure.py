@@ -177,17 +177,14 @@ def measure_group(
     seed: int = 0,
     shorter: Iterable[Row] = (),
 ) -> list[Row]:
-    """Measure cases on one problem.
+    """Measure cases on one problem; returns a row for each.
 
     Args:
         group: The cases.
         rounds: Repetitions; peak memory has columns if these are a `Sampling`.
         threads: Threads of torch in the processes that measure memory.
-        seed: Seed of the order of rounds.
+        seed: Seed of the order of turns.
         shorter: Rows measured before; times are predicted from those of the same case.
-
-    Returns:
-        A row for each case.
     """
     rows: list[Row] = []
     for case in group.cases:

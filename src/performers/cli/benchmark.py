@@ -110,14 +110,8 @@ def measure_and_write(
 ) -> None:
     """Measure, write the rows into a folder as they come, draw them and print them.
 
-    Args:
-        results: Empty results.
-        folder: An existing folder.
-        resume: Keep the rows in the folder.
-        measure: Fills the results; called with ``progress``.
-        figure: Draws the results.
-        tables: Makes tables of the results.
-        series: Column that names contestants.
+    ``measure`` fills the empty results, and is called with ``progress``; with ``resume`` the rows
+    in the folder are kept. ``series`` is the column that names contestants.
 
     Raises:
         UserError: The folder holds results of other settings.

@@ -182,12 +182,10 @@ def _number(flag: str, text: str) -> int | float:
 
 
 @contextmanager
-def one_line_errors(extra: str = "proteins", lower: str = _LOWER) -> Iterator[None]:
+def one_line_errors(extra: str, lower: str) -> Iterator[None]:
     """Turn what the user can mend into one line on stderr and exit code 2; Ctrl-C into 130.
 
-    Args:
-        extra: The extra that has the packages of the command.
-        lower: What to lower when memory runs out.
+    ``extra`` has the packages of the command; ``lower`` is to be lowered when memory runs out.
     """
     out_of_memory = f"out of memory; lower {lower}"
     try:

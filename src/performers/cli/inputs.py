@@ -66,10 +66,7 @@ class ModelAndFasta(Options):
     )
 
     def split(self, *, relatives: bool = False) -> tuple[Path, list[Path]]:
-        """Tell the model from the FASTA files after it.
-
-        Args:
-            relatives: The proteins are read with relatives, by a model that does by default.
+        """Tell the model from the FASTA files after it; the default reads ``relatives`` or none.
 
         Raises:
             UserError: The first path does not exist or is a folder without a model, a model comes
@@ -144,11 +141,6 @@ class RelativesOptions(Options):
     ) -> Relatives | None:
         """Read the relatives, if any, check that every protein has some, and say how many.
 
-        Args:
-            folder: Folder of the model.
-            tokenizer: Its tokenizer.
-            proteins: All proteins that will be read.
-
         Raises:
             UserError: The file holds no sequence, headers do not fit, or a protein has no relative
                 or leaves no place for one.
@@ -216,9 +208,7 @@ class ProteinFiles:
 def checked_proteins(paths: list[Path], *, skip_invalid: bool) -> Iterator[ProteinFiles]:
     """Context of the proteins of FASTA files, which are checked whole before any is used.
 
-    Args:
-        paths: FASTA files; pipes and standard input are copied to temporary files.
-        skip_invalid: Leave out records at fault.
+    Pipes and standard input are copied to temporary files.
 
     Raises:
         UserError: A file or a record is at fault, or no sequence is left.

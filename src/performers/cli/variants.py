@@ -31,18 +31,11 @@ class Line(NamedTuple):
 
 
 class VariantTable:
-    """A table of variants, read a line at a time, and the proteins that it names.
+    """A table of variants, read a line at a time, and the ``proteins`` that it names.
 
-    Memory grows with the number of these, not with that of the variants.
-
-    Args:
-        path: Text in UTF-8, a variant a line: name or accession of a protein, tab, variant. A first
-            line whose second column is ``variant`` or ``substitution`` is a heading.
-        files: The proteins.
-
-    Attributes:
-        count: Number of variants.
-        proteins: Proteins by the names in the table.
+    Memory grows with the number of these, not with that of the variants. The table is text in
+    UTF-8, a variant a line: name or accession of a protein, tab, variant. A first line whose second
+    column is ``variant`` or ``substitution`` is a heading.
 
     Raises:
         UserError: The file is missing, empty or not of this format, names no protein of the files
