@@ -163,31 +163,24 @@ def test_others_may_fail_without_ending_the_run(monkeypatch, error, status):
 def test_what_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(contestants, "absence", lambda module: "not installed")
     found = run_tiny(contestants=(), lengths=(16,), directions=("causal",), passes=("forward",))
-    absent = ATTENTION.absences(AttentionSettings())
-    kernels = [absent.pop(name) for name in ("SDPA flash", "SDPA cuDNN")]
-    assert kernels == 2 * ["needs a GPU: --device cuda"]
-    assert absent == dict.fromkeys(
-        ("performer-pytorch", "fast-transformers", "fla"), "not installed"
-    )
+    assert ATTENTION.absences(AttentionSettings()) == {
+        **dict.fromkeys(("SDPA flash", "SDPA cuDNN"), "needs a GPU: --device cuda"),
+        **dict.fromkeys(("performer-pytorch", "fast-transformers", "fla"), "not installed"),
+    }
     assert [row["contestant"] for row in found.rows][-2:] == ["SDPA", "identity"]
 
 
 def test_contestants_of_a_device(monkeypatch):
     monkeypatch.setattr(contestants, "absence", lambda module: None)
-    names = ("native", "triton", "torch", "reference")
-    monkeypatch.setattr(contestants, "backends", lambda: names)
+    monkeypatch.setattr(contestants, "backends", lambda: ("native", "triton", "torch", "reference"))
+    here, gpu = contestants.contestants(), contestants.contestants("cuda")
     for name in ("SDPA flash", "SDPA cuDNN", "fla"):
-        assert contestants.contestants()[name].absence.startswith("needs a GPU")
-        assert contestants.contestants("cuda")[name].absence is None
-    assert "performers triton" not in contestants.contestants()
-    assert list(contestants.contestants("cuda"))[:3] == [
-        "performers triton",
-        "performers torch",
-        "SDPA",
-    ]
-    fla = contestants.contestants("cuda")["fla"]
+        assert here[name].absence.startswith("needs a GPU")
+        assert gpu[name].absence is None
+    assert list(here)[:3] == ["performers native", "performers torch", "SDPA"]
+    assert list(gpu)[:3] == ["performers triton", "performers torch", "SDPA"]
     with pytest.raises(RuntimeError, match="no bidirectional form"):
-        fla.build(Workload(), False)
+        gpu["fla"].build(Workload(), False)
 
 
 def test_fla_is_called_with_features(monkeypatch):
