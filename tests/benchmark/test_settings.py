@@ -1,4 +1,4 @@
-"""Settings that are refused, with their flag."""
+"""Settings that are refused, with their flag: one of each kind of refusal."""
 
 import math
 
@@ -11,11 +11,8 @@ from performers.benchmark.settings import AttentionSettings, DecodeSettings, Mod
     ("settings", "changes", "words"),
     [
         (AttentionSettings, {"heads": 0}, "--heads must be at least 1, got 0"),
-        (AttentionSettings, {"lengths": ()}, "--lengths must be positive and rise"),
         (AttentionSettings, {"lengths": (32, 16)}, "--lengths must be positive and rise"),
         (AttentionSettings, {"features": "cos"}, "--features must be one of softmax, relu"),
-        (AttentionSettings, {"dtype": "float64"}, "--dtype must be one of"),
-        (AttentionSettings, {"directions": ("up",)}, "--directions must be one of"),
         (AttentionSettings, {"passes": ("forward", "forward")}, "--passes must name each"),
         (AttentionSettings, {"contestants": ("flash",)}, "--contestants must be one of performers"),
         (AttentionSettings, {"contestants": ("fla",)}, r"has none that can run here \(fla: "),
@@ -25,14 +22,11 @@ from performers.benchmark.settings import AttentionSettings, DecodeSettings, Mod
             {"device": "cuda:64"},
             r"cuda:64 is not available: torch sees \d+ CUDA",
         ),
-        (AttentionSettings, {"repeats": 0}, "--repeats must be at least 1"),
         (AttentionSettings, {"min_time": math.nan}, "--min-time must be at least 0"),
         (AttentionSettings, {"threads": 0}, "--threads must be at least 1"),
         (ModelSettings, {"size": "huge"}, "--size must be one of regular, small"),
-        (ModelSettings, {"objective": "nsp"}, "--objective must be one of"),
         (ModelSettings, {"attentions": ("favor-cos",)}, "--attentions must be one of"),
         (ModelSettings, {"dropout": 1.0}, "--dropout must be at least 0 and below 1"),
-        (ModelSettings, {"num_features": 0}, "--num-features must be at least 1"),
         (DecodeSettings, {"contexts": (5, 5)}, "--contexts must be positive and rise"),
         (DecodeSettings, {"tokens": 0}, "--tokens must be at least 1"),
     ],

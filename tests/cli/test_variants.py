@@ -56,14 +56,12 @@ def test_variants_in_the_order_of_the_table(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no variant"),
         ("name\tvariant\n", "holds no variant"),
         ("P1\tA4V\nP1 A4V\n", ":2: expected the name of a protein and a variant"),
-        ("P1\tA4V\t0.3\n", ":1: expected the name of a protein and a variant"),
         ("P1\tA4V\nP2\tA4V\n", ":2: 'P2' is no protein of the FASTA files"),
         ("P1\tA4V\n\nP1\tG4V\n", ":3: G4V expects G at position 4, where the protein has A; "),
+        ("P1\tA4V\t0.3\n", ":1: expected the name of a protein and a variant"),
         ("P1\tA4\n", ":1: 'A4' is not a variant; write substitutions as A123V"),
-        ("P1\tA40V\n", ":1: A40V is beyond the protein's 8 residues, in 'P1'"),
     ],
 )
 def test_tables_that_cannot_be_used(masked, fasta, table, tmp_path, text, message):
