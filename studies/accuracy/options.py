@@ -14,6 +14,7 @@ from performers.app.options import (
     option,
 )
 from performers.benchmark.settings import MIN_TIME, REPEATS, SEED, THREADS, Rounds
+from studies.parts import extent
 
 _TWO_SIDED = ("hyperbolic", "trigonometric")
 
@@ -24,17 +25,17 @@ class KernelOptions(Options):
 
     kernel_length: int = option("Queries and keys of the isotropic random data.", 4096, at_least=2)
     head_dim: int = option("Length of its vectors.", 16, at_least=1)
-    norms: tuple[int, ...] = option(
+    norms: tuple[int, ...] = extent(
         "Mean squared norms of its queries and keys, rising.", (1, 4), rising=True
     )
     anisotropic_length: int = option(
         "Queries and keys of the anisotropic random data.", 1024, at_least=2
     )
     anisotropic_dim: int = option("Length of its vectors.", 64, at_least=1)
-    anisotropic_norms: tuple[int, ...] = option(
+    anisotropic_norms: tuple[int, ...] = extent(
         "Mean squared norms of its queries and keys, rising.", (2, 4, 8), rising=True
     )
-    kernel_feature_counts: tuple[int, ...] = option(
+    kernel_feature_counts: tuple[int, ...] = extent(
         "Numbers of random features, even and rising.", (16, 32, 64, 128, 256, 512), rising=True
     )
     estimators: tuple[str, ...] = option(
@@ -83,7 +84,7 @@ class PretrainedOptions(Rounds):
     length: int = option("Tokens in a passage.", 512, at_least=2)
     passages: int = option("Passages to measure on.", 2, at_least=1)
     calibration_passages: int = option("Passages to calibrate on.", 2, at_least=1)
-    layers: tuple[int, ...] = option(
+    layers: tuple[int, ...] = extent(
         "Layers whose heads are measured, with commas between; by default all of a small model, "
         "else every fifth and the last.",
         (),

@@ -142,6 +142,12 @@ class Options:
                     raise OptionError(f"{flag} needs {other} {pattern}, got {other} {found}")
 
     @classmethod
+    def decisive(cls) -> list[str]:
+        """The fields of which another value makes another run."""
+        declared = {item.name: item.metadata.get("option") for item in fields(cls)}
+        return [name for name, x in declared.items() if x is None or x.changes_result]
+
+    @classmethod
     def flag(cls, name: str) -> str:
         """The flag of a field."""
         declared = cls.__dataclass_fields__[name].metadata.get("option")

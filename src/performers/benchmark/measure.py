@@ -36,25 +36,6 @@ from performers.benchmark.memory import (
 from performers.benchmark.settings import Rounds, Sampling
 from performers.benchmark.timing import interleave, threads_of_torch
 
-# Settings that say what is measured, and not how: a resumed run may have others.
-EXTENT = frozenset(
-    {
-        "anisotropic_norms",
-        "attentions",
-        "contestants",
-        "contexts",
-        "directions",
-        "kernel_feature_counts",
-        "layers",
-        "lengths",
-        "max_exact_length",
-        "max_seconds",
-        "memory",
-        "memory_max_length",
-        "norms",
-        "passes",
-    }
-)
 _SAME_MACHINE = ("cpu", "cores", "threads", "torch", "performers", "native")
 _TIMES = ("seconds", "first_quartile", "third_quartile", "fastest")
 
@@ -68,7 +49,7 @@ class Results:
     """The rows of a benchmark or study, and the settings and machine they were measured with.
 
     ``notes`` has more that belongs to the whole run, such as the floor; ``saved`` is called after
-    every group of rows.
+    every group of rows. A resumed run must share the settings named by ``decisive``.
     """
 
     benchmark: str
@@ -77,13 +58,15 @@ class Results:
     notes: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     saved: Callable[[Results], None] = lambda results: None
+    decisive: Iterable[str] = ()
 
     @classmethod
     def empty(cls, benchmark: str, settings: Any) -> Results:
-        """Results without rows, of settings with a field ``threads``."""
+        """Results without rows, of `Options` with a field ``threads``."""
         machine = describe(settings.threads or torch.get_num_threads())
         # As they come back from a file: lists for tuples.
-        return cls(benchmark, json.loads(json.dumps(asdict(settings))), machine)
+        plain = json.loads(json.dumps(asdict(settings)))
+        return cls(benchmark, plain, machine, decisive=settings.decisive())
 
     def holds(self, key: Row, cases: Iterable[Row]) -> bool:
         """True where all cases of a group have rows.
@@ -109,7 +92,7 @@ class Results:
                 f"they are of the {content.get('benchmark')!r} benchmark, not {self.benchmark!r}"
             )
         for part, here, names in (
-            ("settings", self.settings, [name for name in self.settings if name not in EXTENT]),
+            ("settings", self.settings, self.decisive),
             ("machine", self.machine, _SAME_MACHINE),
         ):
             earlier = content.get(part, {})

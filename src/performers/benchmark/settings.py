@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from performers.app.options import Declaration, OptionError, Options, option
+
+_extent = partial(option, changes_result=False)
+"""An option that says how much is measured: a resumed run may have another."""
 
 FEATURES = ("softmax", "relu")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,14 +58,14 @@ class Rounds(Options):
 class Sampling(Rounds):
     """Repetitions and duration of timings, and measurement of memory."""
 
-    max_seconds: float = option(
+    max_seconds: float = _extent(
         "Calls predicted to take longer are skipped, and shown as skipped.",
         120.0,
         at_least=0,
         below=math.inf,
     )
-    memory: bool = option("Measure peak memory, each contestant in a process of its own.", True)
-    memory_max_length: int = option(
+    memory: bool = _extent("Measure peak memory, each contestant in a process of its own.", True)
+    memory_max_length: int = _extent(
         "Longest length at which memory is measured.", 16384, at_least=0
     )
 
@@ -74,7 +78,7 @@ class Sampling(Rounds):
 class SweptSampling(Sampling):
     """Settings of a benchmark against length that has a quadratic contestant."""
 
-    max_exact_length: int = option(
+    max_exact_length: int = _extent(
         "Longest length for quadratic attention; beyond, shown as skipped.", 16384, at_least=0
     )
 
@@ -105,18 +109,18 @@ class Workload(Options):
 class AttentionSettings(Workload, SweptSampling):
     """Settings of ``performers benchmark attention``."""
 
-    lengths: tuple[int, ...] = option(default=(512, 1024, 2048, 4096, 8192, 16384), **LENGTHS)
+    lengths: tuple[int, ...] = _extent(default=(512, 1024, 2048, 4096, 8192, 16384), **LENGTHS)
     device: str = option("Device of the calls: cpu, or a GPU as cuda or cuda:1.", "cpu")
-    contestants: tuple[str, ...] = option(
+    contestants: tuple[str, ...] = _extent(
         "Names with commas between: performers native, performers triton, performers torch, SDPA, "
         "SDPA flash, SDPA cuDNN, identity, performer-pytorch, fast-transformers, fla; all that "
         "run on the device by default.",
         (),
     )
-    directions: tuple[str, ...] = option(
+    directions: tuple[str, ...] = _extent(
         f"{', '.join(DIRECTIONS)} or both.", DIRECTIONS, choices=DIRECTIONS
     )
-    passes: tuple[str, ...] = option(f"{', '.join(PASSES)} or both.", PASSES, choices=PASSES)
+    passes: tuple[str, ...] = _extent(f"{', '.join(PASSES)} or both.", PASSES, choices=PASSES)
     between_matmuls: bool = option(
         "Time calls between matrix products of a model's size; subtract these.", False
     )
@@ -178,8 +182,8 @@ class Shape(Options):
 class ModelSettings(Shape, SweptSampling):
     """Settings of ``performers benchmark model``."""
 
-    lengths: tuple[int, ...] = option(default=(512, 1024, 2048, 4096, 8192), **LENGTHS)
-    attentions: tuple[str, ...] = option(
+    lengths: tuple[int, ...] = _extent(default=(512, 1024, 2048, 4096, 8192), **LENGTHS)
+    attentions: tuple[str, ...] = _extent(
         f"Some of {', '.join(MODEL_ATTENTIONS)}, with commas between.",
         MODEL_ATTENTIONS,
         choices=MODEL_ATTENTIONS,
@@ -191,7 +195,7 @@ class ModelSettings(Shape, SweptSampling):
 class DecodeSettings(Workload, Rounds):
     """Settings of ``performers benchmark decode``."""
 
-    contexts: tuple[int, ...] = option(
+    contexts: tuple[int, ...] = _extent(
         "Tokens read before, rising, with commas between.",
         (1024, 4096, 16384, 65536, 131072),
         rising=True,

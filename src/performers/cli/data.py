@@ -60,8 +60,8 @@ class StreamFiles(CorpusOutput):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableOptions(Options):
-    """Clusters of sequences whose headers name none."""
+class TableFiles(StreamFiles):
+    """Sources of a stream whose headers name no cluster, and the table that does."""
 
     clusters: Path | None = option(
         "Table of cluster and member, or UniProt's idmapping_selected.tab or idmapping.dat, whose "
@@ -140,17 +140,17 @@ def uniref50(files: StreamFiles, options: SplitOptions) -> None:
     example="performers data trembl uniprot_trembl.fasta.gz --clusters idmapping_selected.tab.gz "
     "--output trembl"
 )
-def trembl(files: StreamFiles, membership: TableOptions, options: SplitOptions) -> None:
+def trembl(files: TableFiles, options: SplitOptions) -> None:
     """TrEMBL, or other sequences, as a stream: split by the clusters of a table."""
-    if membership.clusters is None:
+    if files.clusters is None:
         raise OptionError(
             "--clusters is missing: TrEMBL's headers name no cluster; give UniProt's "
             "idmapping_selected.tab.gz of the same release, or a table of cluster and member "
             "(UniRef50, whose headers do, is made by performers data uniref50)"
         )
-    if not membership.clusters.is_file():
-        raise OptionError(f"--clusters {membership.clusters} is no file; check the path")
-    _stream(files, options, membership.clusters)
+    if not files.clusters.is_file():
+        raise OptionError(f"--clusters {files.clusters} is no file; check the path")
+    _stream(files, options, files.clusters)
 
 
 def _stream(files: StreamFiles, options: SplitOptions, clusters: Path | None) -> None:
