@@ -50,23 +50,35 @@ def put_on_the_hub(folder, name, cache):
     (place / "refs" / "main").write_text("abc")
 
 
-def test_a_sentence_model_goes_in_and_one_comes_out(data, tmp_path):
+def test_a_sentence_model_of_the_hub_goes_in_and_one_comes_out(data, tmp_path):
     st = pytest.importorskip("sentence_transformers")
-    original = save_sentence_model(tmp_path / "original")
-    folder = tmp_path / "out"
-    run_command("convert", original, *data, "--output", folder, *SMALL, "--length", 60)
-    assert json.loads((folder / "modules.json").read_text()) == json.loads(
-        (original / "modules.json").read_text()
-    )
-    pooling = "1_Pooling/config.json"
-    assert (folder / pooling).read_text() == (original / pooling).read_text()
+    original, folder = save_sentence_model(tmp_path / "original"), tmp_path / "out"
+    put_on_the_hub(original, "someone/tiny", tmp_path / "cache")
+    run_command("convert", "someone/tiny", *data, "--output", folder, *SMALL, "--length", 60)
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert json.loads((folder / name).read_text()) == json.loads((original / name).read_text())
     content = json.loads((folder / "conversion.json").read_text())
     assert content["model"]["kind"] == "encoder"
     assert content["options"]["loss"] == "embedding"
+    assert content["options"]["model"] == "someone/tiny"
+    weights = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
+    assert content["provenance"]["model"]["sha256"] == weights
     model = st.SentenceTransformer(str(folder))
     assert model.max_seq_length == 60
     assert model.tokenizer([words(57, 1)], return_tensors="pt")["input_ids"].shape == (1, 59)
     assert torch.tensor(model.encode([words(57, 1)])).isfinite().all()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "someone/tiny"
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "sentence-transformers"
+    assert "# someone/tiny, with linear attention" in card.text
+    assert "| converted |" in card.text
+    assert "Licence: apache-2.0" in card.text
+    put_on_the_hub(folder, "someone/linear", tmp_path / "cache")
+    model = load_performer("someone/linear")
+    again = load_performer(folder)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(model(ids).last_hidden_state, again(ids).last_hidden_state)
 
 
 def test_a_transformer_in_a_folder_of_its_own(data, tmp_path):
@@ -91,30 +103,6 @@ def test_a_transformer_in_a_folder_of_its_own(data, tmp_path):
     weights = hashlib.sha256((inner / "model.safetensors").read_bytes()).hexdigest()
     content = json.loads((tmp_path / "out" / "conversion.json").read_text())
     assert content["provenance"]["model"] == {"path": str(inner), "sha256": weights}
-
-
-def test_names_on_the_hub(data, tmp_path):
-    original = save_sentence_model(tmp_path / "original")
-    put_on_the_hub(original, "someone/tiny", tmp_path / "cache")
-    folder = tmp_path / "out"
-    untrained = [*SMALL, "--steps", 0, "--transfer-steps", 0]
-    run_command("convert", "someone/tiny", *data, "--output", folder, *untrained)
-    content = json.loads((folder / "conversion.json").read_text())
-    assert content["options"]["model"] == "someone/tiny"
-    weights = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
-    assert content["provenance"]["model"]["sha256"] == weights
-    card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == "someone/tiny"
-    assert card.data.license == "apache-2.0"
-    assert card.data.library_name == "sentence-transformers"
-    assert "# someone/tiny, with linear attention" in card.text
-    assert "| converted |" in card.text
-    assert "Licence: apache-2.0" in card.text
-    put_on_the_hub(folder, "someone/linear", tmp_path / "cache")
-    model = load_performer("someone/linear")
-    again = load_performer(folder)
-    ids = torch.arange(5, 25)[None]
-    assert torch.equal(model(ids).last_hidden_state, again(ids).last_hidden_state)
 
 
 def test_an_absent_name_offline_says_what_to_do(data, tmp_path):
