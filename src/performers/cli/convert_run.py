@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from performers.app.files import read_json, write_atomically
 from performers.benchmark.cases.convert import SPEED, measure_decoding, measure_speed
 from performers.benchmark.machine import describe
 from performers.benchmark.plot import conversion_figure
-from performers.benchmark.settings import Sampling
 from performers.cli.console import ProgressBars, note, output, table
 from performers.cli.convert import ConversionFiles
 from performers.cli.convert_report import model_card, report_page, report_tables
@@ -73,7 +73,7 @@ def _run(
             original,
             converted,
             lengths,
-            sampling=Sampling(repeats=SPEED.repeats, min_time=SPEED.min_time, memory=files.memory),
+            sampling=replace(SPEED, memory=files.memory),
             seed=options.seed,
             folders=(run.source, folder),
             progress=bars.task("timing"),
