@@ -128,8 +128,8 @@ def find_relatives(
 ) -> list[int]:
     """Write the relatives of proteins as FASTA, with ``family=NAME`` of the protein in each header.
 
-    Those of a protein come in the order of their e-values. The protein itself, or one that holds it
-    or is a part of it, is left out.
+    Those of a protein come in the order of their e-values, each sequence once. The protein itself,
+    or one that holds it or is a part of it, is left out.
 
     ``among`` gives the names and sequences to search, in any number of passes, ``most`` is the
     number of relatives of a protein at most, and the rest are arguments of mmseqs2.
@@ -163,12 +163,17 @@ def find_relatives(
             found[int(query[1:])].append(int(target[1:]))
     wanted = {index for indices in found for index in indices}
     hit = {index: record for index, record in enumerate(among()) if index in wanted}
-    counts, relatives = [], []
+    counts: list[int] = []
+    relatives: list[ProteinRecord] = []
     for protein, indices in zip(proteins, found, strict=True):
-        others = [hit[i] for i in indices if not overlap_whole(hit[i][1], protein.sequence)][:most]
-        counts.append(len(others))
+        others: dict[str, str] = {}
+        for name, sequence in (hit[index] for index in indices):
+            if not overlap_whole(sequence, protein.sequence):
+                others.setdefault(sequence, name)
+        kept = list(others.items())[:most]
+        counts.append(len(kept))
         family = f"family={protein.name}"
-        relatives += [ProteinRecord(name, family, sequence) for name, sequence in others]
+        relatives += [ProteinRecord(name, family, sequence) for sequence, name in kept]
     write_fasta(output, relatives)
     return counts
 
