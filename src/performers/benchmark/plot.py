@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -156,14 +156,19 @@ def draw_panel(
 ) -> None:
     """Draw lines between logarithmic axes: lengths, each with a tick, and seconds or bytes."""
     draw_lines(axes, rows, across, column, series, names)
-    ticks = sorted({row[across] for row in rows})
+    length_axis(axes, [row[across] for row in rows], f"{across}, tokens")
+    size_axis(axes, column, label)
+    style(axes, title)
+
+
+def length_axis(axes: Axes, lengths: Iterable[int], label: str) -> None:
+    """A logarithmic axis of lengths, each with a tick."""
+    ticks = sorted(set(lengths))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelrotation=45 if len(ticks) > 6 else 0)
-    axes.set_xlabel(f"{across}, tokens")
-    size_axis(axes, column, label)
-    style(axes, title)
+    axes.set_xlabel(label)
 
 
 def size_axis(axes: Axes, column: str, label: str) -> None:
