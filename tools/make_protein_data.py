@@ -187,10 +187,10 @@ def related_to(
         "query.fasta", "target.fasta", sensitivity=7.5, max_evalue=rule.ood_hit_evalue
     )
     related: dict[str, set[str]] = defaultdict(set)
-    for query, _, identity, coverage, evalue in hits:
-        alike = identity >= rule.ood_max_identity and coverage >= rule.ood_min_coverage
-        if alike or evalue < rule.ood_max_evalue:
-            related[family_of[query]].add(query)
+    for hit in hits:
+        alike = hit.identity >= rule.ood_max_identity and hit.coverage >= rule.ood_min_coverage
+        if alike or hit.evalue < rule.ood_max_evalue:
+            related[family_of[hit.query]].add(hit.query)
     return {name: len(members) for name, members in related.items()}
 
 

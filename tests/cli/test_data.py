@@ -74,10 +74,12 @@ def test_relatives_are_found_for_each_protein(tmp_path):
     assert f"3 relatives in {out}" in lines
     assert "no relative of 1: P3; leave them out of what reads relatives" in lines
     more = tmp_path / "more.fasta"
-    more.write_text(">near\nMKTAVVVV\n>copy\nMKTAVIAKHR\n")
+    more.write_text(">near\nMKTAVVVV\n>copy\nMKTAVIAKHR\n>long\nGGHHIIKKLLMMAKQR\n")
     run(*command, "--among", more)
-    listed = [line for line in out.read_text().splitlines() if line[0] == ">"]
-    assert listed == [*found[:2], found[0], found[2]]
+    lines = out.read_text().splitlines()
+    long = ">long family=sp|P1|A residues=7-16"
+    assert [line for line in lines if line[0] == ">"] == [*found[:2], found[0], long, found[2]]
+    assert lines[lines.index(long) + 1] == "KKLLMMAKQR"
     run(*command, "--among", more, "--most", 1)
     assert [line for line in out.read_text().splitlines() if line[0] == ">"] == found[::2]
     assert "none does not exist" in refusal(*command, "--among", tmp_path / "none")

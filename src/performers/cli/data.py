@@ -214,7 +214,7 @@ def merge(files: MergeFiles) -> None:
 def relatives(files: RelativesFiles) -> None:
     """Relatives of proteins, found by mmseqs2, for ``--relatives`` of the commands that read them.
 
-    The header of each has ``family=NAME`` with the name of the protein.
+    Each is cut to the part beside the protein, whose name is ``family=NAME`` in its header.
     """
     from performers.proteins.corpus import Corpus, is_corpus
     from performers.proteins.corpus.relatives import find_relatives

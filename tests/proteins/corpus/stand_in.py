@@ -1,9 +1,10 @@
 """A stand-in for the program mmseqs, so that its callers are tested where it is not installed.
 
 Two sequences are of one cluster when their first four residues are the same, and relatives when
-their first or last four are. A search at the least sensitivity sees no relatives, and no search
-reports more of a query than it is asked for, in the order of the database. As that of mmseqs, its
-name of a sequence is what follows ``lcl|``, but where whole headers are asked for.
+their first four are, which aligns all from the first on, or their last four, which aligns these. A
+search at the least sensitivity sees no relatives, and no search reports more of a query than it is
+asked for, in the order of the database. As that of mmseqs, its name of a sequence is what follows
+``lcl|``, but where whole headers are asked for.
 """
 
 import stat
@@ -44,11 +45,16 @@ elif command == "easy-search":
     blind = float(rest[rest.index("-s") + 1]) == 1.0
     rows = []
     for q, s in read(rest[0]):
-        found = [t for t, other in targets if s[:4] == other[:4] or s[-4:] == other[-4:]]
+        found = []
+        for t, other in targets:
+            if s[:4] == other[:4]:
+                found.append((t, 1, min(len(s), len(other)), 1, min(len(s), len(other))))
+            elif s[-4:] == other[-4:]:
+                found.append((t, len(s) - 3, len(s), len(other) - 3, len(other)))
         whole = "qheader,theader," in " ".join(rest)
         rows += [
-            (named(q, whole), named(t, whole), 0.5, 0.9, 0.8, 1e-9)
-            for t in found[:most]
+            (named(q, whole), named(t, whole), 0.5, 0.9, 0.8, 1e-9, *places)
+            for t, *places in found[:most]
             if not blind
         ]
     Path(rest[2]).write_text("".join("\\t".join(map(str, row)) + "\\n" for row in rows))

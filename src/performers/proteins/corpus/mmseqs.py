@@ -6,8 +6,31 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from performers.app.errors import UserError
+
+
+class Hit(NamedTuple):
+    """A local alignment of a query with a target.
+
+    Attributes:
+        query: Name of the query.
+        target: Name of the target.
+        identity: Share of identical residues.
+        coverage: The greater of the shares of query and target that are aligned.
+        evalue: Number of alignments as good that chance would give.
+        query_range: First and last aligned residue of the query, from 1.
+        target_range: Those of the target.
+    """
+
+    query: str
+    target: str
+    identity: float
+    coverage: float
+    evalue: float
+    query_range: tuple[int, int]
+    target_range: tuple[int, int]
 
 
 class Mmseqs:
@@ -76,8 +99,8 @@ class Mmseqs:
         max_evalue: float,
         max_hits: int = 300,
         first_only: bool = False,
-    ) -> Iterator[tuple[str, str, float, float, float]]:
-        """Yield (query, target, identity, greater of the two coverages, e-value) of every hit.
+    ) -> Iterator[Hit]:
+        """Yield every hit; those of a query by rising e-value.
 
         ``query`` and ``target`` are FASTA files in the work folder, and ``max_hits`` the targets
         that the prefilter passes on for a query, the best ones: a query with more relatives loses
@@ -89,12 +112,21 @@ class Mmseqs:
             *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", str(max_hits)),
             *("--alignment-mode", "3"),
             *(("--max-accept", "1") if first_only else ()),
-            *("--format-output", "qheader,theader,fident,qcov,tcov,evalue"),
+            *("--format-output", "qheader,theader,fident,qcov,tcov,evalue,qstart,qend,tstart,tend"),
             *self._memory,
         )
         for query_header, target_header, *numbers in self.rows("hits.tsv"):
-            identity, *coverages, evalue = map(float, numbers)
-            yield _name(query_header), _name(target_header), identity, max(coverages), evalue
+            identity, *coverages, evalue = map(float, numbers[:4])
+            query_first, query_last, target_first, target_last = map(int, numbers[4:])
+            yield Hit(
+                _name(query_header),
+                _name(target_header),
+                identity,
+                max(coverages),
+                evalue,
+                (query_first, query_last),
+                (target_first, target_last),
+            )
 
     def rows(self, name: str) -> Iterator[list[str]]:
         """Yield the fields of each line of a file in the folder."""

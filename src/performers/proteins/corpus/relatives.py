@@ -12,7 +12,7 @@ import numpy as np
 from performers.app.errors import UserError
 from performers.app.files import replacement
 from performers.proteins.corpus.blocks import Block
-from performers.proteins.corpus.mmseqs import Mmseqs
+from performers.proteins.corpus.mmseqs import Hit, Mmseqs
 from performers.proteins.corpus.splitting import Clusters, draws
 from performers.proteins.inputs.fasta import write_fasta
 from performers.proteins.inputs.records import ProteinRecord
@@ -128,8 +128,9 @@ def find_relatives(
 ) -> list[int]:
     """Write the relatives of proteins as FASTA, with ``family=NAME`` of the protein in each header.
 
-    Those of a protein come in the order of their e-values, each sequence once. The protein itself,
-    or one that holds it or is a part of it, is left out.
+    Those of a protein come in the order of their e-values, each sequence once, and are cut to the
+    residues beside the protein (`beside`), since models compare residues at like positions. The
+    protein itself, or one that holds it or is a part of it, is left out.
 
     ``among`` gives the names and sequences to search, in any number of passes, ``most`` is the
     number of relatives of a protein at most, and the rest are arguments of mmseqs2.
@@ -158,24 +159,39 @@ def find_relatives(
             # Room for copies and parts of the protein.
             max_hits=max(300, 2 * most),
         )
-        found: list[list[int]] = [[] for _ in proteins]
-        for query, target, *_ in hits:
-            found[int(query[1:])].append(int(target[1:]))
-    wanted = {index for indices in found for index in indices}
-    hit = {index: record for index, record in enumerate(among()) if index in wanted}
+        found: list[list[Hit]] = [[] for _ in proteins]
+        for hit in hits:
+            found[int(hit.query[1:])].append(hit)
+    wanted = {int(hit.target[1:]) for of_protein in found for hit in of_protein}
+    targets = {index: record for index, record in enumerate(among()) if index in wanted}
     counts: list[int] = []
     relatives: list[ProteinRecord] = []
-    for protein, indices in zip(proteins, found, strict=True):
-        others: dict[str, str] = {}
-        for name, sequence in (hit[index] for index in indices):
-            if not overlap_whole(sequence, protein.sequence):
-                others.setdefault(sequence, name)
-        kept = list(others.items())[:most]
+    for protein, of_protein in zip(proteins, found, strict=True):
+        others: dict[str, ProteinRecord] = {}
+        for hit in of_protein:
+            name, sequence = targets[int(hit.target[1:])]
+            part, place = beside(hit, sequence, len(protein.sequence))
+            if not any(overlap_whole(x, protein.sequence) for x in (part, sequence)):
+                record = ProteinRecord(name, f"family={protein.name}{place}", part)
+                others.setdefault(part, record)
+        kept = list(others.values())[:most]
         counts.append(len(kept))
-        family = f"family={protein.name}"
-        relatives += [ProteinRecord(name, family, sequence) for sequence, name in kept]
+        relatives += kept
     write_fasta(output, relatives)
     return counts
+
+
+def beside(hit: Hit, sequence: str, length: int) -> tuple[str, str]:
+    """The part of a relative that stands beside a protein of ``length``, and its range as a field.
+
+    The aligned residues, with those that the unaligned ends of the protein would meet without gaps.
+    """
+    (query_first, query_last), (first, last) = hit.query_range, hit.target_range
+    begin = max(0, first - query_first)
+    end = min(len(sequence), last + length - query_last)
+    if (begin, end) == (0, len(sequence)):
+        return sequence, ""
+    return sequence[begin:end], f" residues={begin + 1}-{end}"
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
