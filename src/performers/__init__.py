@@ -4,7 +4,6 @@ Names are imported on first use, so that the command line starts before torch do
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,9 +55,12 @@ _PACKAGES = ("attention", "features", "nn", "planning", "catalogue", "distribute
 def __getattr__(name: str) -> Any:
     """Import a public name, or the package of that name; look up the version."""
     if name == "__version__":
+        # Takes three times as long as all else here.
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
-            globals()[name] = importlib.metadata.version("performers")
-        except importlib.metadata.PackageNotFoundError:
+            globals()[name] = version("performers")
+        except PackageNotFoundError:
             # Sources on the path, not installed.
             globals()[name] = "0+unknown"
         return globals()[name]
