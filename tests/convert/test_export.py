@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 
+from performers import PerformerAttention, SoftmaxFeatures
 from tests.convert.models import CLOSE, build, converted, inputs, output, padding_mask, token_ids
 
 
@@ -20,17 +21,39 @@ class Logits(torch.nn.Module):
         return self.model(ids, attention_mask=mask, **self.arguments).logits
 
 
+class Attended(torch.nn.Module):
+    """Embedded token ids after ``PerformerAttention``, from the ids and a mask."""
+
+    def __init__(self, window):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(70, 16)
+        features = SoftmaxFeatures(8, 16)
+        self.attention = PerformerAttention(
+            16, 2, feature_map=features, window=window, batch_first=True
+        )
+
+    def forward(self, ids, mask):
+        x = self.embedding(ids)
+        return self.attention(x, x, x, key_padding_mask=mask == 0, need_weights=False)[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, copying its trees
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("bert", {}), ("bert", {"window": 2}), ("llama", {"window": 2, "sinks": 2})],
+    [
+        ("attention", {"window": 2}),
+        ("bert", {}),
+        ("bert", {"window": 2}),
+        ("llama", {"window": 2, "sinks": 2}),
+    ],
     ids=str,
 )
 @torch.no_grad()
 def test_onnxruntime_agrees_with_torch(name, options):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, ids = Logits(name, **options).eval(), token_ids(2, 10)
+    model = Attended(**options) if name == "attention" else Logits(name, **options)
+    model, ids = model.eval(), token_ids(2, 10)
     given = (ids, padding_mask(2, 10, "right", 3))
     program = torch.onnx.export(model, given, dynamo=True, verbose=False)
     file = io.BytesIO(program.model_proto.SerializeToString())
