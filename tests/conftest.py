@@ -13,6 +13,7 @@ A test that takes ``device`` runs on the CPU and on the accelerator of this mach
 import gc
 import itertools
 import os
+import signal
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Read when torch is imported: workers and the processes that they start share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell has it for what it starts in the background; tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _MARKS = {"slow", "exhaustive"}
 

@@ -1,0 +1,1 @@
+"""Measured effects of substitutions, and scores of them."""
