@@ -25,7 +25,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the mark of the commands by tables, and paths of model cards by their pages."""
+    """Replace the mark of the commands by tables, and paths from and to model cards by pages."""
+    markdown = markdown.replace("../../../../../docs/", "")
     for model in _MODELS:
         # Of pages, and of the card of the other model.
         for path in (f"../{_DATA}/{model}", f"../{model}"):
