@@ -1,4 +1,4 @@
-"""What a row may not see moves nothing: later tokens, other sequences, masked keys, NaN."""
+"""Rows do not change with what they may not see: later tokens, other sequences, masks, NaN."""
 
 import math
 

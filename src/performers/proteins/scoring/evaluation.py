@@ -144,7 +144,7 @@ class ResidueMetrics:
         self.loss_sum = 0.0
         self.correct = 0
         self.target_counts: npt.NDArray[np.int64] = np.zeros(len(tokenizer), dtype=np.int64)
-        """How often each token id was a target, (vocabulary,)."""
+        """Number of times that each token id was a target, (vocabulary,)."""
         self._residues = torch.from_numpy(residue_ids(tokenizer))
 
     @property
