@@ -45,6 +45,12 @@ def test_a_run_ends_at_its_limit_and_the_rate_falls_with_the_time(tmp_path, tick
     assert (tmp_path / "model.safetensors").is_file()
 
 
+def test_progress_is_of_the_steps_that_there_will_be(tmp_path, ticking):
+    shown = []
+    train(tmp_path, time_limit=45.0, progress=lambda *report: shown.append(report[:2]))
+    assert sorted(set(shown)) == [(0, 100), (1, 4), (2, 4), (3, 4), (4, 4), (5, 5)]
+
+
 def test_each_tenth_of_the_limit_is_saved_and_validated(tmp_path, ticking):
     """Steps alone would save and validate after 100 of 1,000."""
     train(tmp_path, time_limit=150.0, steps=1000, save_steps=None, eval_steps=None)

@@ -216,22 +216,27 @@ class IntervalsCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """Reports steps and log entries."""
+    """Reports steps and log entries; with a limit, of as many steps as it will leave time for."""
 
-    def __init__(self, report: Callable[[int, int, dict[str, float]], None]) -> None:
-        self.report = report
+    def __init__(
+        self,
+        report: Callable[[int, int, dict[str, float]], None],
+        limit: TimeLimitCallback | None = None,
+    ) -> None:
+        self.report, self.limit = report, limit
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the step."""
-        if state.is_world_process_zero:
-            self.report(state.global_step, state.max_steps, {})
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Report the step, and a log entry."""
+        if not state.is_world_process_zero:
+            return
+        total = state.max_steps
+        if self.limit is not None and self.limit.share:
+            total = min(total, round(state.global_step / min(1, self.limit.share)))
+        self.report(state.global_step, total, dict(logs or {}))
 
-    on_train_begin = on_step_end
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Report a log entry."""
-        if state.is_world_process_zero and logs:
-            self.report(state.global_step, state.max_steps, dict(logs))
+    on_train_begin = on_log = on_step_end
 
 
 class StopCallback(TrainerCallback):

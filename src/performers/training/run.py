@@ -138,7 +138,7 @@ class TrainingRun:
         # After the estimate, whose batches are no training.
         trainer.add_callback(clock)
         if progress is not None:
-            trainer.add_callback(ProgressCallback(progress))
+            trainer.add_callback(ProgressCallback(progress, trainer.limit))
         if trainer.limit is not None and trainer.limit.reached and checkpoint is not None:
             # To load the last checkpoint and take no step.
             trainer.args.max_steps = int(checkpoint.name.removeprefix("checkpoint-"))
