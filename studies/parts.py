@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,7 @@ class StudyOptions(Options):
 
     def settings(self) -> dict[str, Any]:
         """The options that a part's result depends on."""
-        return {
-            item.name: getattr(self, item.name)
-            for item in fields(self)
-            if item.metadata["option"].changes_result
-        }
+        return {name: getattr(self, name) for name in self.decisive()}
 
 
 def run_parts(
