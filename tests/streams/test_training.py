@@ -137,6 +137,7 @@ def test_bits_by_place_are_those_of_the_oracle(length, context, carry, rows, tex
         ({"objective": "mlm"}, "texts are trained on with --objective clm"),
         ({"packed": True}, r"--packed is for sequences"),
         ({"families": "all"}, r"--families is for sequences"),
+        ({"family_power": -1}, r"--family-power is for sequences"),
         ({"fsdp": True}, "--fsdp and --sequence-parallel are for sequences"),
     ],
 )

@@ -84,8 +84,9 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
         sequences = corpus.split("train")
         options.check_memory(sequences.entry["tokens"])
         held_out = validation_sample(corpus.split("validation"), options.seed)
-        if options.families:
+        if options.needs_families:
             families = corpus.families("train")
+        if options.families:
             validation = corpus.split("validation")
             names = corpus.families("validation")
             family_of = {validation.sequence(place): name for place, name in enumerate(names)}
@@ -93,7 +94,7 @@ def train(context: typer.Context, files: TrainingFiles, options: TrainingOptions
     else:
         records = protein_records(files.fasta)
         sequences, held_out = [record.sequence for record in records], None
-        if options.families:
+        if options.needs_families:
             families = header_families(records)
         options.check_memory(sum(len(sequence) for sequence in sequences))
     if files.validation:

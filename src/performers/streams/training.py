@@ -211,6 +211,7 @@ def _check_options(options: TrainingOptions) -> None:
         ("--packed", options.packed),
         ("--across-sequences", options.across_sequences),
         ("--families", options.families),
+        ("--family-power", options.family_power),
     ):
         if given:
             raise UserError(f"{flag} is for sequences (FASTA); leave it out for texts")

@@ -121,6 +121,13 @@ class TrainingOptions(Options):
         at_least=0,
         at_most=1,
     )
+    family_power: float = option(
+        "Power of the size of its family by which a protein is read more often: 0 reads proteins "
+        "evenly, -1 families, and more than 0 favours large ones (families as for --families).",
+        0.0,
+        at_least=-2,
+        at_most=2,
+    )
     batch_tokens: int = option(
         "Tokens in a batch on each process, padding included.", 8192, at_least=1
     )
@@ -283,6 +290,8 @@ class TrainingOptions(Options):
             raise OptionError("--alone needs --families")
         if self.families and self.packed:
             raise OptionError("--families makes rows of relatives; leave out --packed")
+        if self.family_power and self.packed:
+            raise OptionError("--family-power chooses rows of one protein; leave out --packed")
         if self.reversible and self.gradient_checkpointing:
             raise OptionError(
                 "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
@@ -323,6 +332,11 @@ class TrainingOptions(Options):
         ):
             if given:
                 raise OptionError(f"--carry-state cannot be combined with {flag}; leave it out")
+
+    @property
+    def needs_families(self) -> bool:
+        """Use of the family of each protein."""
+        return self.families is not None or self.family_power != 0
 
     @property
     def sharded(self) -> bool:
@@ -381,11 +395,8 @@ class TrainingOptions(Options):
 
         An option that the earlier run does not mention is newer than it, and was at its default.
         """
-        before = {
-            item.name: earlier.get(item.name, item.default)
-            for item in fields(self)
-            if "option" not in item.metadata or item.metadata["option"].changes_result
-        }
+        defaults = {item.name: item.default for item in fields(self)}
+        before = {name: earlier.get(name, defaults[name]) for name in self.decisive()}
         now = {name: getattr(self, name) for name in before}
         # Recorded as bf16, whichever of the two flags was given.
         for options in (before, now):

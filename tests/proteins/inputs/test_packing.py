@@ -160,6 +160,25 @@ def test_a_run_of_many_batches_continues_through_the_epochs():
     assert [i for at, i in seen if at == 0] != [i for at, i in seen if at == 1]
 
 
+def test_copies_of_rows_are_as_many_as_asked_for_and_differ():
+    sizes = lengths()
+    copies = np.linspace(0, 3.5, sizes.size)
+    sampler = LengthBucketedBatchSampler(sizes, max_tokens=4096, seed=5, copies=copies)
+    keys = [key for batch in sampler for key in batch]
+    # A row has the whole number below or above.
+    counts = np.bincount([row for _, row in keys], minlength=sizes.size)
+    assert (np.abs(counts - copies) < 1).all()
+    assert abs(counts.sum() - copies.sum()) < 3 * np.sqrt(sizes.size / 4)
+    run = LengthBucketedBatchSampler(
+        sizes, max_tokens=4096, seed=5, copies=copies, num_batches=3 * len(sampler)
+    )
+    batches = list(run)
+    assert [key for batch in batches[: len(sampler)] for key in batch] == keys
+    keys = [key for batch in batches for key in batch]
+    assert len(set(keys)) == len(keys)
+    assert all(sizes[[row for _, row in batch]].max() * len(batch) <= 4096 for batch in batches)
+
+
 def test_accelerate_deals_the_batches_out_and_skips_them():
     sampler = LengthBucketedBatchSampler(lengths(), max_tokens=4096, num_batches=41)
     whole = list(sampler)

@@ -1,8 +1,10 @@
 """Training from a corpus, and on rows of relatives, of a corpus or by FASTA headers."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -102,6 +104,46 @@ def test_a_corpus_has_its_families(tmp_path):
         for name in ("disk", "memory")
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("families", [None, "one"])
+def test_proteins_of_large_families_are_read_more_often(tmp_path, families):
+    """Of 24 proteins four are of a family of four, and all others alone."""
+    names = ["f", *(f"f{index}" for index in range(1, 21)), "f", "f", "f"]
+    options = small_options(**{**OPTIONS, "steps": 40}, families=families, family_power=1)
+    run = partial(train_model, SEQUENCES, options=options, families=names)
+    if families is None:
+        options = replace(options, validation_fraction=0)
+        read = []
+        collate = MaskedCollator.__call__
+
+        def reading(self, examples):
+            read.extend(example["index"] for example in examples)
+            return collate(self, examples)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MaskedCollator, "__call__", reading)
+            run(tmp_path / "read", options=options)
+        share = np.isin(read, [0, 21, 22, 23]).mean()
+        assert share == pytest.approx(16 / 36, abs=0.05)
+    run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", progress=stop_at(3))
+    run(tmp_path / "parts", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_family_power_needs_families(tmp_path):
+    fasta = tmp_path / "a.fasta"
+    fasta.write_text("".join(f">p{n}\n{sequence}\n" for n, sequence in enumerate(SEQUENCES)))
+    arguments = ["train", fasta, *flags(**OPTIONS, family_power=-1), "--output", tmp_path / "model"]
+    assert "names no family" in refusal(*arguments)
+    assert "leave out --packed" in refusal(*arguments, "--packed")
+    lines = zip(SEQUENCES, FAMILIES, strict=True)
+    fasta.write_text("".join(f">p{n} family={f}\n{s}\n" for n, (s, f) in enumerate(lines)))
+    run(*arguments)
+    with pytest.raises(ValueError, match=r"families: expected with .* or options.family_power"):
+        train_model(SEQUENCES, tmp_path, small_options(family_power=1))
 
 
 def test_families_go_with_the_option(tmp_path):

@@ -106,6 +106,8 @@ class FamilyRows(Dataset[dict[str, Any]]):
             members.setdefault(name, []).append(index)
         self._members = {name: np.array(group) for name, group in members.items()}
         places = learnable_windows(sequence_lengths(proteins.tokens), max_length)
+        self.sequence_of_row = places[0]
+        """Index of the protein of each row, (rows,)."""
         self._windows = list(zip(*(place.tolist() for place in places), strict=True))
         if not self._windows:
             raise ValueError("proteins: no row has two residues in it to learn from")

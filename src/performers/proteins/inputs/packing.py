@@ -180,6 +180,8 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         num_batches: Batches in an iteration; None: one epoch.
         shuffle: False keeps the rows sorted by length, longest first, without pools: for
             evaluation, with the least padding, and out of memory at once or never.
+        copies: Mean number of times that each row is in an epoch, (rows,); by default each is in it
+            once. Copies have numbers of epochs of their own, so that they differ in what is random.
 
     Raises:
         ValueError: A row is longer than ``max_tokens``.
@@ -193,6 +195,7 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         num_batches: int | None = None,
         shuffle: bool = True,
+        copies: npt.NDArray[np.floating[Any]] | None = None,
     ) -> None:
         longest = int(lengths.argmax())
         if lengths[longest] > max_tokens:
@@ -201,7 +204,8 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
                 "raise max_tokens or cut long sequences into windows"
             )
         self._lengths, self._max_tokens, self._seed = lengths, max_tokens, seed
-        self._num_batches, self._shuffle = num_batches, shuffle
+        self._num_batches, self._shuffle, self._copies = num_batches, shuffle, copies
+        self._most_copies = 1 if copies is None else int(copies.max()) + 1
 
     def __len__(self) -> int:
         """Batches in an iteration; later epochs may have a few more or fewer."""
@@ -210,32 +214,39 @@ class LengthBucketedBatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epochs = range(1) if self._num_batches is None else count()
         batches = (
-            [(epoch, index) for index in batch.tolist()]
+            [(number, row) for number, row in batch.tolist()]
             for epoch in epochs
             for batch in self._epoch_batches(epoch)
         )
         return islice(batches, self._num_batches)
 
-    def _epoch_batches(self, epoch: int) -> list[npt.NDArray[np.intp]]:
+    def _epoch_batches(self, epoch: int) -> list[_Numbers]:
+        """The keys of each batch, (rows, 2)."""
+        numbers = np.full(self._lengths.size, epoch * self._most_copies)
+        rows = np.arange(self._lengths.size)
         if not self._shuffle:
-            return self._cut(np.argsort(-self._lengths, kind="stable"))
+            return self._cut(np.stack((numbers, rows), axis=1))
         random = np.random.default_rng((self._seed, epoch))
-        order = random.permutation(self._lengths.size)
+        if self._copies is not None:
+            counts = np.floor(self._copies + random.random(rows.size)).astype(np.int64)
+            first = np.repeat(np.cumsum(counts) - counts, counts)
+            rows, numbers = np.repeat(rows, counts), np.repeat(numbers, counts)
+            numbers += np.arange(rows.size) - first
+        keys = np.stack((numbers, rows), axis=1)[random.permutation(rows.size)]
         batches = []
-        rows = self._max_tokens / float(self._lengths.mean())
-        pool_size = max(1, round(rows * _POOL_BATCHES))
-        for start in range(0, order.size, pool_size):
-            pool = order[start : start + pool_size]
-            # A stable sort keeps rows of one length in their shuffled order.
-            batches += self._cut(pool[np.argsort(-self._lengths[pool], kind="stable")])
+        mean = float(self._lengths[rows].mean())
+        pool_size = max(1, round(self._max_tokens / mean * _POOL_BATCHES))
+        for start in range(0, len(keys), pool_size):
+            batches += self._cut(keys[start : start + pool_size])
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _cut(self, order: npt.NDArray[np.intp]) -> list[npt.NDArray[np.intp]]:
-        """Cut rows sorted from long to short into batches."""
+    def _cut(self, keys: _Numbers) -> list[_Numbers]:
+        """Sort rows from long to short, those of one length as they are, and cut into batches."""
+        keys = keys[np.argsort(-self._lengths[keys[:, 1]], kind="stable")]
         batches = []
         start = 0
-        while start < order.size:
-            size = self._max_tokens // int(self._lengths[order[start]])
-            batches.append(order[start : start + size])
-            start += batches[-1].size
+        while start < len(keys):
+            size = self._max_tokens // int(self._lengths[keys[start, 1]])
+            batches.append(keys[start : start + size])
+            start += len(batches[-1])
         return batches

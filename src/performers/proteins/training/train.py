@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -60,7 +61,8 @@ def train_model(
         validation: Proteins to validate on; without them ``options.validation_fraction`` of
             ``sequences``, drawn with the seed, is held out (at most 500). A corpus has its own
             validation split, of which ``validation_sample`` takes as many.
-        families: With ``options.families``, the family of each of ``sequences``.
+        families: With ``options.families`` or ``options.family_power``, the family of each of
+            ``sequences``.
         validation_families: Those of ``validation``, whose relatives are in ``sequences``; the
             first 50 are read.
         initial_model: Folder of a model to begin with, or ``performers-protein-small``, with
@@ -80,9 +82,12 @@ def train_model(
             (``Diverged``).
     """
     tokenizer = build_protein_tokenizer(options.max_length, closed=options.objective == "mlm")
-    if (families is None) != (options.families is None):
-        raise ValueError("families: expected with options.families, and without it none")
-    if families is not None and (validation is None) != (validation_families is None):
+    if (families is None) == options.needs_families:
+        raise ValueError(
+            "families: expected with options.families or options.family_power, and without them "
+            "none"
+        )
+    if options.families is not None and (validation is None) != (validation_families is None):
         raise ValueError("validation_families: expected with families and validation")
     if validation is None:
         if isinstance(sequences, TokenShards):
@@ -93,10 +98,12 @@ def train_model(
         if families is not None:
             validation_families = [families[index] for index in held]
             families = [families[index] for index in kept]
-    named = None if families is None else (families, validation_families or [])
+    named: list[Sequence[str]] = []
+    if families is not None:
+        named = [families, validation_families or []]
     run = TrainingRun(
         output,
-        _fingerprint(sequences, validation, *(named or ())),
+        _fingerprint(sequences, validation, *named),
         options,
         resume=resume,
         initial_model=None if initial_model is None else initial_record(initial_model),
@@ -110,8 +117,16 @@ def train_model(
                 raise UserError("--resume: no checkpoint was saved; give --initial-model once more")
             load_initial_weights(model, initial_model, options)
         dataset, validated = _data(tokenizer, sequences, validation, named, options)
+        copies = None
+        if options.family_power:
+            copies = _copies(named[0], dataset.sequence_of_row, options.family_power)
         return _ProteinTrainer(
-            run=run, dataset=dataset, tokenizer=tokenizer, validation=validated, model=model
+            run=run,
+            dataset=dataset,
+            tokenizer=tokenizer,
+            validation=validated,
+            copies=copies,
+            model=model,
         )
 
     return run.train(trainer, tokenizer, progress=progress, announce=announce)
@@ -126,9 +141,10 @@ class _ProteinTrainer(RunTrainer):
         run: TrainingRun,
         tokenizer: PreTrainedTokenizerBase,
         validation: Sequence[str] | FamilyRows,
+        copies: npt.NDArray[np.float64] | None,
         **arguments: Any,
     ) -> None:
-        options = run.options
+        options, self.copies = run.options, copies
         masks: dict[str, Any] = {"mask_probability": options.mask_probability, "seed": options.seed}
         self.collator: MaskedCollator | CausalCollator = CausalCollator(tokenizer)
         if options.objective == "mlm":
@@ -158,6 +174,7 @@ class _ProteinTrainer(RunTrainer):
             max_tokens=self.options.batch_tokens,
             seed=self.options.seed,
             num_batches=batches,
+            copies=self.copies,
         )
 
 
@@ -195,7 +212,7 @@ def _data(
     tokenizer: PreTrainedTokenizerBase,
     sequences: Sequence[str] | TokenShards,
     validation: Sequence[str],
-    families: tuple[Sequence[str], Sequence[str]] | None,
+    families: Sequence[Sequence[str]],
     options: TrainingOptions,
 ) -> tuple[TokenDataset | FamilyRows, Sequence[str] | FamilyRows]:
     """Rows to train on, and proteins to validate on, in rows with relatives to train on."""
@@ -203,11 +220,11 @@ def _data(
     tokens: Sequence[Any] = sequences
     if not isinstance(sequences, TokenShards):
         tokens = encode_sequences(tokenizer, sequences)
-    if families is None:
+    if options.families is None:
         return TokenDataset(tokens, packed=options.packed, learnable=True, **sizes), validation
     known = ProteinFamilies(tokens, families[0])
     try:
-        rows = FamilyRows(known, hidden=str(options.families), alone=options.alone, **sizes)
+        rows = FamilyRows(known, hidden=options.families, alone=options.alone, **sizes)
     except ValueError as error:
         raise UserError(f"--families: {error}") from error
     validated = encode_sequences(tokenizer, validation[:_FAMILY_ROWS_AT_MOST])
@@ -215,6 +232,15 @@ def _data(
         return rows, []
     proteins = ProteinFamilies(validated, families[1][:_FAMILY_ROWS_AT_MOST])
     return rows, FamilyRows(proteins, hidden="one", relatives=known, **sizes)
+
+
+def _copies(
+    families: Sequence[str], sequence_of_row: npt.NDArray[np.int64], power: float
+) -> npt.NDArray[np.float64]:
+    """Mean number of times that each row is read in an epoch of as many rows as there are."""
+    _, family, sizes = np.unique(np.array(families), return_inverse=True, return_counts=True)
+    weights = sizes[family[sequence_of_row]].astype(float) ** power
+    return weights / weights.mean()
 
 
 def _hold_out(count: int, options: TrainingOptions) -> tuple[list[int], list[int]]:
