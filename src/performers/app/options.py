@@ -57,7 +57,8 @@ class Declaration:
         changes_result: Whether a run with another value is another run.
         group: Heading of the help for this option and those after it.
         needs: Other fields, and the value or pattern (``favor-*``) that each must have for this
-            option to have an effect.
+            option to have an effect; an empty pattern is any value that is true.
+        excludes: Other fields that must be at their defaults beside this option.
     """
 
     help: str
@@ -75,6 +76,7 @@ class Declaration:
     changes_result: bool = True
     group: str | None = None
     needs: Mapping[str, str] = field(default_factory=dict)
+    excludes: tuple[str, ...] = ()
 
     def check(self, flag: str, value: Any) -> None:
         """Check a value.
@@ -124,10 +126,10 @@ class Options:
     """Base class of the options of a command."""
 
     def __post_init__(self) -> None:
-        """Check ranges, choices and the other options that an option needs.
+        """Check ranges, choices and the other options that an option needs or excludes.
 
         Raises:
-            OptionError: An option is out of range, or would have no effect.
+            OptionError: An option is out of range, would have no effect, or excludes another.
         """
         for item in fields(self):
             value = getattr(self, item.name)
@@ -135,11 +137,19 @@ class Options:
                 continue
             declared, flag = item.metadata["option"], self.flag(item.name)
             declared.check(flag, value)
-            for name, pattern in declared.needs.items() if value != item.default else ():
-                found = getattr(self, name)
-                if not fnmatchcase(str(found), pattern):
-                    other = self.flag(name)
+            if value == item.default:
+                continue
+            for name, pattern in declared.needs.items():
+                found, other = getattr(self, name), self.flag(name)
+                if not pattern and not found:
+                    raise OptionError(f"{flag} needs {other}")
+                if pattern and not fnmatchcase(str(found), pattern):
                     raise OptionError(f"{flag} needs {other} {pattern}, got {other} {found}")
+            for name in declared.excludes:
+                if getattr(self, name) != self.__dataclass_fields__[name].default:
+                    raise OptionError(
+                        f"{flag} cannot be combined with {self.flag(name)}; leave out one"
+                    )
 
     @classmethod
     def decisive(cls) -> list[str]:

@@ -83,6 +83,7 @@ class TrainingOptions(Options):
         config="position_window",
         keeps_weights=True,
         needs={"attention": "favor-softmax", "objective": "mlm"},
+        excludes=("sequence_parallel",),
     )
     position_embedding: str = option(
         "rotary, sinusoidal or learned.",
@@ -108,18 +109,22 @@ class TrainingOptions(Options):
         group="Batches",
     )
     packed: bool = option("Fill rows of --max-length with several sequences.", False)
-    across_sequences: bool = option("In packed rows, attend across sequences.", False)
+    across_sequences: bool = option(
+        "In packed rows, attend across sequences.", False, needs={"packed": ""}
+    )
     families: str | None = option(
         "Rows of proteins with relatives (those of a corpus, or family=NAME in FASTA headers), "
         "which read each other; residues to predict are in all of them, or in one (all, one).",
         None,
         choices=("all", "one"),
+        excludes=("packed",),
     )
     alone: float = option(
         "Share of the proteins that --families reads without relatives.",
         0.25,
         at_least=0,
         at_most=1,
+        needs={"families": ""},
     )
     family_power: float = option(
         "Power of the size of its family by which a protein is read more often: 0 reads proteins "
@@ -127,6 +132,7 @@ class TrainingOptions(Options):
         0.0,
         at_least=-2,
         at_most=2,
+        excludes=("packed",),
     )
     batch_tokens: int = option(
         "Tokens in a batch on each process, padding included.", 8192, at_least=1
@@ -143,13 +149,14 @@ class TrainingOptions(Options):
         "Hand the state of a text's segment on to the next one (texts).",
         False,
         needs={"objective": "clm"},
+        excludes=("gradient_checkpointing", "reversible", "sequence_parallel", "fsdp"),
         group="Batches",
     )
     memory: int | None = option(
         "Keys before a segment that exact attention sees with --carry-state (texts).",
         None,
         at_least=1,
-        needs={"attention": "exact"},
+        needs={"carry_state": "", "attention": "exact"},
         group="Batches",
     )
     optimizer: str = option("adamw, or muon for the matrices.", "adamw", choices=("adamw", "muon"))
@@ -196,6 +203,7 @@ class TrainingOptions(Options):
         "Reversible blocks, whose activation memory does not grow with --layers.",
         False,
         config="reversible",
+        excludes=("gradient_checkpointing",),
     )
     sequence_parallel: int = option(
         "Processes of torchrun that share each row (favor attention); includes --fsdp.",
@@ -284,19 +292,6 @@ class TrainingOptions(Options):
                 f"--batch-tokens ({self.batch_tokens}) must be at least --max-length "
                 f"({self.max_length})"
             )
-        if self.across_sequences and not self.packed:
-            raise OptionError("--across-sequences needs --packed")
-        if self.alone != type(self).alone and not self.families:
-            raise OptionError("--alone needs --families")
-        if self.families and self.packed:
-            raise OptionError("--families makes rows of relatives; leave out --packed")
-        if self.family_power and self.packed:
-            raise OptionError("--family-power chooses rows of one protein; leave out --packed")
-        if self.reversible and self.gradient_checkpointing:
-            raise OptionError(
-                "--reversible cannot be combined with --gradient-checkpointing: reversible blocks "
-                "keep no activations anyway"
-            )
         if self.sharded and self.optimizer == "muon":
             raise OptionError(
                 "--optimizer muon needs whole matrices, and --fsdp or --sequence-parallel shards "
@@ -304,34 +299,15 @@ class TrainingOptions(Options):
             )
         if self.position_window is not None and self.num_heads < 2:
             raise OptionError(f"--position-window needs two --heads or more, got {self.num_heads}")
-        if self.position_window is not None and self.sequence_parallel > 1:
-            raise OptionError(
-                "--position-window cannot be combined with --sequence-parallel; leave out one"
-            )
-        self._check_carry()
-        self._check_memory()
-
-    def _check_carry(self) -> None:
-        if self.memory is not None and not self.carry_state:
-            raise OptionError("--memory needs --carry-state")
-        if not self.carry_state:
-            return
-        if self.attention == "exact" and self.memory is None:
+        if self.carry_state and self.attention == "exact" and self.memory is None:
             raise OptionError(
                 "--carry-state with --attention exact needs --memory, the number of keys to keep"
             )
-        if self.position_embedding == "learned":
+        if self.carry_state and self.position_embedding == "learned":
             raise OptionError(
                 "--carry-state has no last position, learned ones do: use --positions rotary"
             )
-        for flag, given in (
-            ("--gradient-checkpointing", self.gradient_checkpointing),
-            ("--reversible", self.reversible),
-            ("--sequence-parallel", self.sequence_parallel > 1),
-            ("--fsdp", self.fsdp),
-        ):
-            if given:
-                raise OptionError(f"--carry-state cannot be combined with {flag}; leave it out")
+        self._check_memory()
 
     @property
     def needs_families(self) -> bool:

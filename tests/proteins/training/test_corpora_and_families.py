@@ -138,7 +138,7 @@ def test_family_power_needs_families(tmp_path):
     fasta.write_text("".join(f">p{n}\n{sequence}\n" for n, sequence in enumerate(SEQUENCES)))
     arguments = ["train", fasta, *flags(**OPTIONS, family_power=-1), "--output", tmp_path / "model"]
     assert "names no family" in refusal(*arguments)
-    assert "leave out --packed" in refusal(*arguments, "--packed")
+    assert "cannot be combined with --packed" in refusal(*arguments, "--packed")
     lines = zip(SEQUENCES, FAMILIES, strict=True)
     fasta.write_text("".join(f">p{n} family={f}\n{s}\n" for n, (s, f) in enumerate(lines)))
     run(*arguments)
