@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.cli.commands import run
-from tests.proteins.runs import finish, flags, losses, same_weights, start
+from tests.proteins.runs import finish, flags, launcher, losses, same_weights, start
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
@@ -73,15 +73,14 @@ def test_two_processes_train_one_model_and_stop_and_resume_together(tmp_path, fa
     options = flags(dropout=0.0, save_steps=5)
     run("train", fasta, "--output", one, *options, "--accumulation", 2)
 
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     command = ["train", fasta, "--output", two, *options]
-    code, _, err = finish(start(*launcher, script, *command))
+    code, _, err = finish(start(*launcher(2), script, *command))
     assert code != 0
     assert err.count("performers: stopped after step 4 of 6; ") == 2, err
     assert "(exitcode: 130)" in err
     assert not (two / "config.json").exists()
 
-    code, out, err = finish(start(*launcher, "-m", "performers", *command, "--resume"))
+    code, out, err = finish(start(*launcher(2), "-m", "performers", *command, "--resume"))
     assert code == 0, err
     assert "Warning" not in err
     assert out.count("validation") == 1, "one process prints"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,29 +14,22 @@ from performers.convert import distill
 from performers.convert.distillation.trainers import Row, divergence, mean_state
 from tests.convert.models import build
 from tests.convert.test_distillation import examples, student_of, teacher_of
+from tests.proteins.runs import finish, launcher, start
 
 _ROOT = Path(__file__).parents[2]
 OPTIONS = {"steps": 5, "log_steps": 1, "save_steps": 2, "learning_rate": 1e-3}
 
 
-def start(kind, folder, processes, options):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    program = ["-m", "tests.convert.distilled", kind, str(folder), json.dumps(options)]
+def begin(kind, folder, processes, options):
+    program = ["-m", "tests.convert.distilled", kind, folder, json.dumps(options)]
     folder.mkdir(exist_ok=True)
     paths = os.pathsep.join([str(_ROOT), *filter(None, sys.path)])
-    return subprocess.Popen(
-        [sys.executable, *(launcher if processes > 1 else []), *program],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return start(*launcher(processes), *program, PYTHONPATH=paths)
 
 
 def distilled(kind, folder, processes, **options):
-    process = start(kind, folder, processes, {**OPTIONS, **options})
-    log, _ = process.communicate(timeout=900)
-    assert process.returncode == 0, log
+    code, _, err = finish(begin(kind, folder, processes, {**OPTIONS, **options}), seconds=900)
+    assert code == 0, err
     return folder
 
 
@@ -80,16 +72,14 @@ def test_processes_distil_the_model_of_one(kind, processes, options, tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_it_resumes_exactly(tmp_path):
     options = {"sequence_parallel": 2, "transfer_steps": 2, "killed": 4}
-    process = start("llama", tmp_path / "run", 2, {**OPTIONS, **options})
-    log = []
-    with process.stdout as lines:
-        for line in lines:
-            log.append(line)
-            if line.strip() == "killed":
-                killed = time.monotonic()
-    assert process.wait(timeout=300) != 0
+    process = begin("llama", tmp_path / "run", 2, {**OPTIONS, **options})
+    for line in process.stdout:
+        if line.strip() == "killed":
+            killed = time.monotonic()
+    code, _, err = finish(process, seconds=300)
+    assert code != 0
     assert time.monotonic() - killed < 60
-    assert "lost another one of this run" in "".join(log)
+    assert "lost another one of this run" in err
     del options["killed"]
     whole = distilled("llama", tmp_path / "whole", 2, **options)
     resumed = distilled("llama", tmp_path / "run", 2, resume=True, **options)

@@ -141,6 +141,12 @@ def start(*arguments, **environment):
     )
 
 
+def launcher(processes):
+    """Arguments before a program that so many processes of torchrun run, or one."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return several if processes > 1 else []
+
+
 def finish(process, seconds=120):
     """Wait for it; returns exit code, standard output and standard error."""
     try:

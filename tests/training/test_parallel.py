@@ -19,6 +19,7 @@ from tests.proteins.runs import (
     finish,
     flags,
     history,
+    launcher,
     losses,
     proteins,
     small_options,
@@ -113,9 +114,8 @@ OPTIONS = {"steps": 5, "dropout": 0.0, "window": 4, "validation_fraction": 0.2}
 def launch(folder, processes, *more, script=("-m", "performers"), **options):
     """Arguments that train on the processes of torchrun, or in one."""
     fasta = write_sequences(folder.with_suffix(".fasta"), proteins())
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command = [*script, "train", fasta, "--output", folder, *flags(**{**OPTIONS, **options})]
-    return [*(launcher if processes > 1 else []), *command, *more]
+    return [*launcher(processes), *command, *more]
 
 
 def trained(*arguments, **options):

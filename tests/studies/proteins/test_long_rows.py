@@ -14,7 +14,7 @@ from performers.proteins.inputs.tokenizer import build_protein_tokenizer, encode
 from performers.training import run as training
 from studies.proteins import long_rows, runs
 from studies.proteins.long_rows import measure_contexts, measure_cost, run_concatenated
-from tests.proteins.runs import SOURCE, finish, start
+from tests.proteins.runs import SOURCE, finish, launcher, start
 from tests.studies.proteins.tiny import PRESET, TRAINING, data
 
 
@@ -192,9 +192,8 @@ def test_two_processes_make_one_study_and_complete_a_plan(tmp_path):
     plan.parent.mkdir(parents=True)
     failed = {"options": None, "cost": FAILED}
     plan.write_text(json.dumps({"performer": failed, "transformer": failed}))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
     path = os.pathsep.join([str(SOURCE), str(Path(__file__).parents[3])])
-    code, _, err = finish(start(*launcher, script, folder, PYTHONPATH=path), seconds=300)
+    code, _, err = finish(start(*launcher(2), script, folder, PYTHONPATH=path), seconds=300)
     assert code == 0, err
     done = {path.parent.name for path in folder.glob("*/*/result.json")}
     assert done == {"mlm-exact-seed0", "performer", "transformer"}
