@@ -80,7 +80,7 @@ def test_scores_are_tables_and_json(masked, fasta, tmp_path):
         ("score {fasta} --method fast", "--method must be one of masked, one-pass; got 'fast'"),
         ("score {fasta} --residues x.csv", "--residues x.csv must end with .tsv"),
         ("score {fasta} --residues x.tsv --output x.tsv", "must be different files"),
-        ("embed {fasta} --output x.h5 --per-residue --pooling mean-sd", "--pooling has no use"),
+        ("embed {fasta} --output x.h5 --per-residue --pooling mean-sd", "cannot be combined"),
         ("embed {fasta} --output x.csv", "must end with .npz or .parquet or .h5 or .tsv"),
         ("embed {fasta} --output x.h5 --dtype int8", "--dtype must be one of float32"),
         ("embed {fasta} --output x.h5 --device gpu", "device gpu is not available"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from performers.app.errors import UserError
 from performers.app.files import prepare_output_file
 from performers.app.options import Options, option
 from performers.cli.console import ProgressBars, note
@@ -26,6 +25,7 @@ class EmbeddingOptions(Options):
         "twice as wide, which tells a little more of function.",
         POOLINGS[0],
         choices=POOLINGS,
+        excludes=("per_residue",),
     )
     layer: int | None = option(
         "Hidden states to take: 0 before the first block, n after block n, negative from the end; "
@@ -41,8 +41,6 @@ def embed(
     computation: Computation,
 ) -> None:
     """One vector a sequence: the final hidden states, pooled over its residues."""
-    if options.per_residue and options.pooling != POOLINGS[0]:
-        raise UserError("--pooling has no use with --per-residue; leave one of the two away")
     prepare_output_file(options.output_file, VECTOR_SUFFIXES)
     folder, fasta = inputs.split(relatives=family.relatives is not None)
     checked = checked_proteins(fasta, skip_invalid=inputs.skip_invalid)

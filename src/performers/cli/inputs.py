@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from performers.app.errors import UserError
-from performers.app.options import OptionError, Options, argument, option
+from performers.app.options import Options, argument, option
 from performers.cli.console import note
 from performers.proteins.embedded import (
     PRETRAINED,
@@ -127,14 +127,11 @@ class RelativesOptions(Options):
         group="Relatives",
     )
     relatives_tokens: int | None = option(
-        "Most tokens of a protein and its relatives; as trained by default.", None, at_least=6
+        "Most tokens of a protein and its relatives; as trained by default.",
+        None,
+        at_least=6,
+        needs={"relatives": ""},
     )
-
-    def __post_init__(self) -> None:
-        """Check ranges; tokens without a file of relatives have no use."""
-        super().__post_init__()
-        if self.relatives_tokens is not None and self.relatives is None:
-            raise OptionError("--relatives-tokens needs --relatives, the file of relatives")
 
     def read(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, proteins: Iterable[ProteinRecord]
