@@ -69,8 +69,10 @@ def test_relatives_are_found_for_each_protein(tmp_path):
     out = tmp_path / "relatives.fasta"
     command = ["data", "relatives", proteins, "--among", corpus, "--output", out]
     _, lines = run(*command)
-    found = [">near family=sp|P1|A", ">far family=sp|P1|A", ">other family=P2"]
+    found = [">near family=sp|P1|A", ">far family=sp|P1|A residues=1-8", ">other family=P2"]
     assert [line for line in out.read_text().splitlines() if line[0] == ">"] == found
+    # Of P1's ten residues it lacks the first two.
+    assert out.read_text().splitlines()[3] == "XXLLLLAKQR"
     assert f"3 relatives in {out}" in lines
     assert "no relative of 1: P3; leave them out of what reads relatives" in lines
     more = tmp_path / "more.fasta"
@@ -86,3 +88,17 @@ def test_relatives_are_found_for_each_protein(tmp_path):
     proteins.write_text(proteins.read_text() + ">P2\nAAAA\n")
     _, lines = run(*command, code=2)
     assert "'P2' is the name of several proteins" in lines[-1]
+
+
+def test_relatives_stand_beside_the_residues_that_they_are_aligned_with(tmp_path):
+    """The stand-in aligns nothing with ``W``."""
+    proteins, others, out = (tmp_path / f"{name}.fasta" for name in ("p", "others", "out"))
+    proteins.write_text(">P4\nDDDDEWEEE\n")
+    others.write_text(">less\nDDDDFFFFGG\n>more\nDDDDWEGEEE\n")
+    run("data", "relatives", proteins, "--among", others, "--output", out)
+    assert out.read_text().splitlines() == [
+        ">less family=P4 residues=1-8",
+        "DDDDFXFFF",
+        ">more family=P4 residues=1-9",
+        "DDDDEXGEE",
+    ]

@@ -214,7 +214,8 @@ def merge(files: MergeFiles) -> None:
 def relatives(files: RelativesFiles) -> None:
     """Relatives of proteins, found by mmseqs2, for ``--relatives`` of the commands that read them.
 
-    Each is cut to the part beside the protein, whose name is ``family=NAME`` in its header.
+    Each is written in the places of the protein, whose name is ``family=NAME`` in its header: ``X``
+    for a residue that it lacks, and without those that the protein lacks.
     """
     from performers.proteins.corpus import Corpus, is_corpus
     from performers.proteins.corpus.relatives import find_relatives

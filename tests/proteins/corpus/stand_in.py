@@ -1,10 +1,10 @@
 """A stand-in for the program mmseqs, so that its callers are tested where it is not installed.
 
 Two sequences are of one cluster when their first four residues are the same, and relatives when
-their first four are, which aligns all from the first on, or their last four, which aligns these. A
-search at the least sensitivity sees no relatives, and no search reports more of a query than it is
-asked for, in the order of the database. As that of mmseqs, its name of a sequence is what follows
-``lcl|``, but where whole headers are asked for.
+their first four are, which aligns all from the first on, or their last four, which aligns these; a
+``W`` has no residue beside it. A search at the least sensitivity sees no relatives, and no search
+reports more of a query than it is asked for, in the order of the database. As that of mmseqs, its
+name of a sequence is what follows ``lcl|``, but where whole headers are asked for.
 """
 
 import stat
@@ -21,6 +21,14 @@ def read(path):
 
 def named(header, whole):
     return header if whole else header.removeprefix("lcl|")
+
+def aligned(own, other):
+    rows = []
+    own, other = [*own], [*other]
+    while own and other:
+        query = "-" if other[0] == "W" else own.pop(0)
+        rows.append((query, "-" if query == "W" else other.pop(0)))
+    return ["".join(row) for row in zip(*rows)]
 
 command, *rest = sys.argv[1:]
 with open("calls.txt", "a") as log:
@@ -48,13 +56,17 @@ elif command == "easy-search":
         found = []
         for t, other in targets:
             if s[:4] == other[:4]:
-                found.append((t, 1, min(len(s), len(other)), 1, min(len(s), len(other))))
+                beside = aligned(s, other)
+                ends = [len(x.replace("-", "")) for x in beside]
+                found.append((t, 1, ends[0], 1, ends[1], *beside))
             elif s[-4:] == other[-4:]:
-                found.append((t, len(s) - 3, len(s), len(other) - 3, len(other)))
+                ends = (len(s) - 3, len(s), len(other) - 3, len(other))
+                found.append((t, *ends, s[-4:], other[-4:]))
         whole = "qheader,theader," in " ".join(rest)
+        both = ",qaln,taln" in " ".join(rest)
         rows += [
-            (named(q, whole), named(t, whole), 0.5, 0.9, 0.8, 1e-9, *places)
-            for t, *places in found[:most]
+            (named(q, whole), named(t, whole), 0.5, 0.9, 0.8, 1e-9, *(x if both else x[:4]))
+            for t, *x in found[:most]
             if not blind
         ]
     Path(rest[2]).write_text("".join("\\t".join(map(str, row)) + "\\n" for row in rows))

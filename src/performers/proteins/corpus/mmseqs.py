@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from performers.app.errors import UserError
 
+_COLUMNS = "qheader,theader,fident,qcov,tcov,evalue,qstart,qend,tstart,tend"
+
 
 class Hit(NamedTuple):
     """A local alignment of a query with a target.
@@ -22,6 +24,8 @@ class Hit(NamedTuple):
         evalue: Number of alignments as good that chance would give.
         query_range: First and last aligned residue of the query, from 1.
         target_range: Those of the target.
+        residues: The target's residue at each of ``query_range``, ``X`` where it has none; empty
+            unless they were asked for.
     """
 
     query: str
@@ -31,6 +35,7 @@ class Hit(NamedTuple):
     evalue: float
     query_range: tuple[int, int]
     target_range: tuple[int, int]
+    residues: str
 
 
 class Mmseqs:
@@ -99,8 +104,9 @@ class Mmseqs:
         max_evalue: float,
         max_hits: int = 300,
         first_only: bool = False,
+        residues: bool = False,
     ) -> Iterator[Hit]:
-        """Yield every hit; those of a query by rising e-value.
+        """Yield every hit, with its aligned ``residues`` if asked; those of a query by e-value.
 
         ``query`` and ``target`` are FASTA files in the work folder, and ``max_hits`` the targets
         that the prefilter passes on for a query, the best ones: a query with more relatives loses
@@ -112,12 +118,13 @@ class Mmseqs:
             *("-s", str(sensitivity), "-e", str(max_evalue), "--max-seqs", str(max_hits)),
             *("--alignment-mode", "3"),
             *(("--max-accept", "1") if first_only else ()),
-            *("--format-output", "qheader,theader,fident,qcov,tcov,evalue,qstart,qend,tstart,tend"),
+            *("--format-output", _COLUMNS + (",qaln,taln" if residues else "")),
             *self._memory,
         )
         for query_header, target_header, *numbers in self.rows("hits.tsv"):
             identity, *coverages, evalue = map(float, numbers[:4])
-            query_first, query_last, target_first, target_last = map(int, numbers[4:])
+            query_first, query_last, target_first, target_last = map(int, numbers[4:8])
+            pairs = zip(*numbers[8:], strict=True)
             yield Hit(
                 _name(query_header),
                 _name(target_header),
@@ -126,6 +133,7 @@ class Mmseqs:
                 evalue,
                 (query_first, query_last),
                 (target_first, target_last),
+                "".join(x for own, x in pairs if own != "-").replace("-", "X"),
             )
 
     def rows(self, name: str) -> Iterator[list[str]]:

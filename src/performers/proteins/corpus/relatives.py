@@ -128,9 +128,9 @@ def find_relatives(
 ) -> list[int]:
     """Write the relatives of proteins as FASTA, with ``family=NAME`` of the protein in each header.
 
-    Those of a protein come in the order of their e-values, each sequence once, and are cut to the
-    residues beside the protein (`beside`), since models compare residues at like positions. The
-    protein itself, or one that holds it or is a part of it, is left out.
+    Those of a protein come in the order of their e-values, each sequence once, as the residues
+    beside the protein's (`beside`), since models compare residues at like positions. The protein
+    itself, or one that holds it or is a part of it, is left out.
 
     ``among`` gives the names and sequences to search, in any number of passes, ``most`` is the
     number of relatives of a protein at most, and the rest are arguments of mmseqs2.
@@ -158,6 +158,7 @@ def find_relatives(
             max_evalue=max_evalue,
             # Room for copies and parts of the protein.
             max_hits=max(300, 2 * most),
+            residues=True,
         )
         found: list[list[Hit]] = [[] for _ in proteins]
         for hit in hits:
@@ -182,16 +183,18 @@ def find_relatives(
 
 
 def beside(hit: Hit, sequence: str, length: int) -> tuple[str, str]:
-    """The part of a relative that stands beside a protein of ``length``, and its range as a field.
+    """The part of a relative beside a protein of ``length``, and its range as a header's field.
 
-    The aligned residues, with those that the unaligned ends of the protein would meet without gaps.
+    Its residues stand where those of the protein do that they are aligned with: ``X`` is for one
+    that the relative lacks, and those that the protein lacks are left out. Beyond the ends of the
+    alignment are the residues that the rest of the protein meets without gaps.
     """
     (query_first, query_last), (first, last) = hit.query_range, hit.target_range
     begin = max(0, first - query_first)
     end = min(len(sequence), last + length - query_last)
-    if (begin, end) == (0, len(sequence)):
-        return sequence, ""
-    return sequence[begin:end], f" residues={begin + 1}-{end}"
+    lacking = "X" * max(0, query_first - first)
+    part = lacking + sequence[begin : first - 1] + hit.residues + sequence[last:end]
+    return part, "" if part == sequence else f" residues={begin + 1}-{end}"
 
 
 def read_pairs(path: Path) -> Iterator[tuple[str, str]]:

@@ -128,7 +128,8 @@ class Relatives:
 
 
 def overlap_whole(one: str, other: str) -> bool:
-    """Return True if one of two sequences is the other or a part of it."""
+    """Return True if one of two sequences is the other or a part of it, but for ``X`` around it."""
+    one, other = one.strip("X"), other.strip("X")
     return one in other or other in one
 
 
