@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from Bio.Align import PairwiseAligner, substitution_matrices
+from torch.utils.data import Dataset
 
-from performers.proteins.inputs.tokenizer import AMINO_ACIDS
-from studies.families.scored import Scored
+from performers.proteins.inputs.families import family_row
+from performers.proteins.inputs.tokenizer import AMINO_ACIDS, encode_sequences
+from studies.families.scored import TOKENIZER, Scored
 from studies.parts import Part
 
 _LETTERS = {letter: place for place, letter in enumerate(AMINO_ACIDS)}
@@ -43,6 +45,33 @@ def aligned_residues(protein: str, relative: str) -> tuple[dict[int, str], float
         found |= {int(own[0]) + n: relative[int(other[0]) + n] for n in range(own[1] - own[0])}
     seen = [protein[place] == letter for place, letter in found.items() if protein[place] != "X"]
     return found, sum(seen) / max(1, len(seen))
+
+
+class AlignedRows(Dataset[dict[str, Any]]):
+    """The rows of ``scored`` with each relative in the places of the protein.
+
+    As `performers data relatives` writes them: at each place of the protein the residue that is
+    aligned with it, or ``X``. The alignment does not see the hidden residues.
+
+    Attributes:
+        lengths: Most tokens of each row, (rows,).
+    """
+
+    def __init__(self, scored: Scored, relatives: int) -> None:
+        self._scored, self._relatives = scored, relatives
+        sizes = np.array([len(tokens) for tokens in scored.proteins.tokens])
+        self.lengths = sizes * (relatives + 1)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        others, protein, _ = self._scored.letters(index)
+        pairs = [aligned_residues(protein, x)[0] for x in others[: self._relatives]]
+        texts = (
+            "".join(found.get(place, "X") for place in range(1 + max(found, default=0)))
+            for found in pairs
+        )
+        own = np.asarray(self._scored.proteins.tokens[index])
+        row = family_row(own, encode_sequences(TOKENIZER, list(texts)))
+        return {**row, "index": index, "epoch": 0}
 
 
 def vote(column: Sequence[Column]) -> str | None:

@@ -110,13 +110,17 @@ def included(scored: Scored, relatives: Sequence[int]) -> Part:
     """Score the model of the package by number of relatives, and the ceiling.
 
     Returns:
-        That of `measure_ceiling`, and ``model``: scores by number of relatives.
+        That of `measure_ceiling`, and scores by number of relatives: ``model``, and ``aligned``
+        with relatives in the places of the protein.
     """
     note(f"{READS_RELATIVES}: {len(scored.indices)} proteins")
     model, _ = load_model(model_folder(READS_RELATIVES), device="cpu", dtype="float32")
-    scores = {str(k): score(model, CONTESTANTS["exact"], scored, k) for k in relatives}
-    note(f"  {[round(x['accuracy'], 3) for x in scores.values()]}")
-    return {**measure_ceiling(scored, relatives), "model": scores}
+    part = measure_ceiling(scored, relatives)
+    for name in ("model", "aligned"):
+        read = partial(score, model, CONTESTANTS["exact"], scored, aligned=name == "aligned")
+        part[name] = {str(k): read(k) for k in relatives}
+        note(f"  {name}: {[round(x['accuracy'], 3) for x in part[name].values()]}")
+    return part
 
 
 def contexts(name: str, shape: Shape, tokens: int, seed: int) -> Part:

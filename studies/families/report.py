@@ -89,20 +89,27 @@ def _families(parts: Mapping[str, Part], ceilings: Mapping[str, Part]) -> Table:
 
 def _included(parts: Mapping[str, Part]) -> Table:
     """The model and the profile on each set of proteins, by number of relatives."""
-    return Table.of(
-        {
-            "proteins": f"{part['proteins']:,}",
-            "families": f"{part['families']:,}",
-            "relatives": relatives,
-            "model": percent(part["model"][relatives]["accuracy"]),
-            "profile": percent(profile["accuracy"]),
-            "model, perplexity": f"{part['model'][relatives]['perplexity']:.2f}",
-            "profile, perplexity": f"{profile['perplexity']:.2f}",
-            "residues": f"{part['tokens']:,}",
-        }
-        for part in parts.values()
-        for relatives, profile in part["relatives"].items()
-    )
+    rows = []
+    for part in parts.values():
+        for relatives, profile in part["relatives"].items():
+            found = {
+                "model": part["model"][relatives],
+                "model, aligned": part["aligned"][relatives],
+                "profile": profile,
+            }
+            rows.append(
+                {
+                    "proteins": f"{part['proteins']:,}",
+                    "families": f"{part['families']:,}",
+                    "relatives": relatives,
+                    **{name: percent(x["accuracy"]) for name, x in found.items()},
+                    **{
+                        f"{name}, perplexity": f"{x['perplexity']:.2f}" for name, x in found.items()
+                    },
+                    "residues": f"{part['tokens']:,}",
+                }
+            )
+    return Table.of(rows)
 
 
 def _contexts(parts: Mapping[str, Part]) -> Table:

@@ -18,6 +18,7 @@ from performers.proteins.inputs.objectives import MaskedCollator
 from performers.proteins.inputs.packing import LengthBucketedBatchSampler
 from performers.proteins.scoring.batches import evaluation_mode
 from performers.proteins.scoring.evaluation import ResidueMetrics
+from studies.families.ceiling import AlignedRows
 from studies.families.scored import TOKENIZER, Scored
 from studies.training import descend
 
@@ -95,9 +96,15 @@ def score(
     contestant: Contestant,
     scored: Scored,
     relatives: int,
+    *,
+    aligned: bool = False,
 ) -> dict[str, float]:
-    """Accuracy and perplexity of the hidden residues of proteins read with relatives."""
-    rows, collator = scored.rows(relatives), scored.collator()
+    """Accuracy and perplexity of the hidden residues of proteins read with relatives.
+
+    Relatives are read as they are, or ``aligned``, see `AlignedRows`.
+    """
+    rows = AlignedRows(scored, relatives) if aligned else scored.rows(relatives)
+    collator = scored.collator()
     metrics = ResidueMetrics(TOKENIZER)
     indices = sorted(scored.indices, key=lambda index: (-int(rows.lengths[index]), index))
     with evaluation_mode(model):

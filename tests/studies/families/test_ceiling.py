@@ -5,13 +5,14 @@ import pytest
 
 from performers.proteins.inputs.tokenizer import AMINO_ACIDS
 from studies.families.ceiling import (
+    AlignedRows,
     aligned_residues,
     measure_ceiling,
     profile,
     substitutions,
     vote,
 )
-from studies.families.scored import draw_scored
+from studies.families.scored import TOKENIZER, draw_scored
 from studies.families.synthetic import synthetic_families
 
 UNIFORM = np.full(20, 0.05)
@@ -28,6 +29,27 @@ def test_an_alignment_finds_its_way_around_gaps():
     # Letters that BLOSUM62 does not have are read all the same.
     assert aligned_residues("MKTUYIAK", "MKTOYIAK")[0][3] == "O"
     assert identity == 1
+
+
+def test_rows_of_aligned_relatives_hide_the_same_residues():
+    proteins = synthetic_families(3, members=4, identity=0.8, gaps=0.05)
+    scored = draw_scored(proteins, 6, 3, 100, 0)
+    collate = scored.collator()
+    shifted = []
+    for index in scored.indices:
+        given, aligned = scored.rows(3)[index], AlignedRows(scored, 3)[index]
+        assert len(aligned["input_ids"]) <= AlignedRows(scored, 3).lengths[index]
+        own = len(proteins.tokens[index])
+        for key in ("input_ids", "labels"):
+            rows = [collate([row])[key][0, -own:].tolist() for row in (given, aligned)]
+            assert rows[0] == rows[1]
+        # The nearest relative comes last; its residues are where the alignment has them.
+        others, protein, _ = scored.letters(index)
+        read = TOKENIZER.decode(aligned["input_ids"][:-own]).removesuffix("<eos>").split("<bos>")
+        found, _ = aligned_residues(protein, others[0])
+        assert {place: x for place, x in enumerate(read[-1]) if x != "X"} == found
+        shifted.append(read[-1] != others[0])
+    assert any(shifted)
 
 
 def test_votes():

@@ -66,8 +66,10 @@ def test_the_study(corpus, tmp_path, monkeypatch):
     assert f"families, {REAL[0]}, 2 steps, seed 0" in parts
     for most, counts in ((1, {"0", "1"}), (2, {"0", "1", "2"})):
         part = parts[f"included, with {most} relatives"]
-        assert set(part["model"]) == set(part["relatives"]) == counts
-        assert {x["tokens"] for x in part["model"].values()} == {part["tokens"]}
+        assert set(part["model"]) == set(part["aligned"]) == set(part["relatives"]) == counts
+        assert part["aligned"]["0"] == part["model"]["0"]
+        for name in ("model", "aligned"):
+            assert {x["tokens"] for x in part[name].values()} == {part["tokens"]}
     read = parts["contexts, exact, 512 tokens"]
     assert (read["tokens"], read["members"]) == (512, 2)
     assert min(read["cpu_seconds"], read["mebibytes"]) > 0
