@@ -22,6 +22,7 @@ from performers.attention.torch_backend.positions import (
     end_to_end,
     in_batch,
     keys_after_window,
+    selected,
 )
 from performers.features.precision import without_autocast
 from performers.features.recomputation import is_traced, is_transformed
@@ -103,7 +104,7 @@ def _attend_over_positions(call: AttentionCall) -> Tensor:
     row, (coordinate, sequence) = end_to_end(call), coordinates(call)
 
     def placed(row: AttentionCall, pairs: str, places: Tensor) -> _Part:
-        rows = (x.index_select(3, places) for x in _Part.computed(row, pairs))
+        rows = (selected(x, 3, places) for x in _Part.computed(row, pairs))
         return _Part(*(in_batch(x, len(call.query)) for x in rows))
 
     sides = []
@@ -114,9 +115,9 @@ def _attend_over_positions(call: AttentionCall) -> Tensor:
         sides.append(placed(side, "feature", places))
     order = coordinate.argsort(stable=True)
     inside = row.replaced(
-        query=row.query.index_select(3, order),
-        key=row.key.index_select(2, order),
-        value=row.value.index_select(2, order),
+        query=selected(row.query, 3, order),
+        key=selected(row.key, 2, order),
+        value=selected(row.value, 2, order),
         key_mask=None if row.key_mask is None else row.key_mask[:, order],
         segments=sequence,
         positions=coordinate[order].unsqueeze(0),

@@ -92,7 +92,7 @@ def position_window_rows(call: AttentionCall) -> Rows:
     query = query.unflatten(3, (count, CHUNK))
     rows, _ = in_blocks(step, sizes, [(query, 3), (of_queries, 0), (blocks, 0)])
     back = query_order.argsort()
-    return _in_rows(Rows(*(x.index_select(3, back) for x in rows)), len(call.query))
+    return _in_rows(Rows(*(selected(x, 3, back) for x in rows)), len(call.query))
 
 
 def _past(
@@ -102,7 +102,7 @@ def _past(
     merged, places = keys_after_window(row, coordinate, sequence)
     sums = Sums(*merged.past().sums())
     rows, _ = causal_rows(merged, features, sums, strict=True, divided=False)
-    return Rows(*(x.index_select(3, places) for x in rows))
+    return Rows(*(selected(x, 3, places) for x in rows))
 
 
 def keys_after_window(
@@ -123,9 +123,9 @@ def keys_after_window(
     order = place.argsort(stable=True)
     token, is_key = order % size, order >= size
     merged = row.replaced(
-        query=row.query.index_select(3, token),
-        key=row.key.index_select(2, token),
-        value=row.value.index_select(2, token),
+        query=selected(row.query, 3, token),
+        key=selected(row.key, 2, token),
+        value=selected(row.value, 2, token),
         key_mask=row.valid_keys()[:, token] & is_key,
         segments=None if sequence is None else sequence[token],
     )
@@ -133,13 +133,22 @@ def keys_after_window(
 
 
 def end_to_end(call: AttentionCall) -> AttentionCall:
-    """The call as one row of all its rows."""
+    """The call as one row of all its rows, in which the heads of a token are side by side."""
+    query, key, value = (
+        x.movedim(-2, 1).flatten(0, 1).contiguous().movedim(0, -2).unsqueeze(0)
+        for x in (call.query, call.key, call.value)
+    )
     return call.replaced(
-        query=call.query.movedim(0, 2).flatten(2, 3).unsqueeze(0),
-        key=call.key.transpose(0, 1).flatten(1, 2).unsqueeze(0),
-        value=call.value.transpose(0, 1).flatten(1, 2).unsqueeze(0),
+        query=query,
+        key=key,
+        value=value,
         key_mask=None if call.key_mask is None else call.key_mask.reshape(1, -1),
     )
+
+
+def selected(x: Tensor, dim: int, places: Tensor) -> Tensor:
+    """`torch.index_select`, which copies whole tokens where their heads are side by side."""
+    return x.movedim(dim, 0).index_select(0, places).movedim(0, dim)
 
 
 def _in_rows(rows: Rows, batch: int) -> Rows:
